@@ -1,0 +1,66 @@
+"""Who owns a shard, as pure functions of what the DHT shows. Every reader applies the same rule to the same claims."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .records import AcceptanceRecord, ClaimRecord
+
+
+@dataclass(frozen=True)
+class LiveClaim:
+    """A claim as the DHT holds it, with its expiry in Unix seconds."""
+
+    record: ClaimRecord
+    expires: float
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """What a peer sees of one shard."""
+
+    shard: int
+    claims: tuple[LiveClaim, ...] = ()
+    acceptance: AcceptanceRecord | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self.acceptance.epoch if self.acceptance else 0
+
+
+def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
+    """Highest-random-weight hash (Thaler and Ravishankar 1998); here the lowest value wins."""
+    return int.from_bytes(hashlib.sha256(f"{run}|{shard}|{epoch}|{owner}".encode()).digest()[:8], "big")
+
+
+def shard_owner(run: str, view: ShardView, now: float) -> str | None:
+    """The one claimant who may train the shard now, or None.
+
+    1. Whom the last acceptance gives tenure, while its claim lives. 2. Else the lowest rendezvous hash among live claims.
+    """
+    alive = {claim.record.owner for claim in view.claims if claim.expires > now}
+    accepted = view.acceptance
+    if accepted and accepted.author in alive and now < accepted.tenure_until:
+        return accepted.author
+    return min(alive, key=lambda owner: rendezvous(run, view.shard, view.epoch, owner), default=None)
+
+
+def free_shards(views: Iterable[ShardView], epochs: int, now: float) -> list[ShardView]:
+    """Shards with work left that nobody claims: a newcomer never contests a live claim."""
+    return [view for view in views if view.epoch < epochs and not any(claim.expires > now for claim in view.claims)]
+
+
+def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float]) -> ShardView | None:
+    """The free shard that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
+
+    `fitness` maps shard to hardware fit × work left; shards of fitness 0 do not fit this box.
+    """
+    fitting = [view for view in free if fitness.get(view.shard, 0) > 0]
+    return min(fitting, key=lambda v: (-fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner)), default=None)
+
+
+def latest_acceptance(records: Iterable[AcceptanceRecord]) -> AcceptanceRecord | None:
+    """The highest epoch; between two coordinators that accepted the same epoch, the lower digest, so that all readers agree."""
+    return min(records, key=lambda record: (-record.epoch, record.checkpoint), default=None)

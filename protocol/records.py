@@ -1,0 +1,242 @@
+"""The five signed records of the DHT. Each is small, names its own key, belongs to one owner and expires."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..system.errors import LutetiaError
+from .canonical import Frozen, canonical, digest_of
+from .identity import Identity, verify
+from .manifest import BlobRef, Digest, PublicKey, Signature, first_problem
+from .ticket import Address
+
+MAX_RECORD_BYTES = 4096
+NODE_BUCKETS = 16
+_SIGNING_DOMAIN = b"lutetia-record-1\n"
+
+NodeState = Literal["joining", "probing", "idle", "claiming", "syncing", "training", "publishing", "paused", "draining", "left"]
+Addresses = Annotated[tuple[Address, ...], Field(max_length=8)]
+PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{20,80}$")]
+Word = Annotated[str, Field(max_length=64)]
+
+
+class RecordRefused(LutetiaError):
+    """A record that must not be stored or believed; the text says why."""
+
+    code, name = 50, "integrity"
+
+
+class _Record(Frozen):
+    run: Digest
+    owner: PublicKey
+    issued: float
+
+    def key(self) -> str:
+        raise TypeError("only a concrete record has a key")
+
+
+class Hardware(Frozen):
+    """What a volunteer's box offers."""
+
+    device: Word
+    name: Word = ""
+    memory_bytes: int = Field(ge=0)
+    cores: int = Field(ge=1)
+
+
+class NodeRecord(_Record):
+    """A peer, its addresses, what it can do and does."""
+
+    kind: Literal["node"] = "node"
+    peer_id: PeerId
+    addresses: Addresses = ()
+    hardware: Hardware
+    samples_per_second: float = Field(ge=0)
+    software: Word
+    state: NodeState
+    shard: int | None = Field(default=None, ge=0)
+    operator: PublicKey | None = None
+    relayed: bool = False
+
+    def key(self) -> str:
+        return node_key(self.run, self.owner)
+
+
+class ClaimRecord(_Record):
+    """A peer's claim to train `shard` on top of accepted `epoch`."""
+
+    kind: Literal["claim"] = "claim"
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    state: Literal["claiming", "training", "draining"]
+
+    def key(self) -> str:
+        return claim_key(self.run, self.shard)
+
+
+class CheckpointRecord(_Record):
+    """A result offered for acceptance: epoch `epoch` on top of `parent` (None for the first)."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    parent: Digest | None
+    weights: BlobRef
+    state: BlobRef
+    trace: BlobRef
+    samples: int = Field(ge=1)
+    loss: float
+    peer_id: PeerId
+    addresses: Addresses = ()
+
+    @property
+    def digest(self) -> Digest:
+        """Names the result itself: same weights, state, trace and lineage, same digest, whoever offers it and when."""
+        fields = self.model_dump(mode="json", include={"run", "shard", "epoch", "parent", "weights", "state", "trace", "samples"})
+        return digest_of(fields)
+
+    def key(self) -> str:
+        return checkpoint_key(self.run, self.shard)
+
+
+class ProviderRecord(_Record):
+    """Says: I hold this blob."""
+
+    kind: Literal["provider"] = "provider"
+    blob: Digest
+    peer_id: PeerId
+    addresses: Addresses = ()
+
+    def key(self) -> str:
+        return provider_key(self.run, self.blob)
+
+
+class AcceptanceRecord(_Record):
+    """A coordinator's signed yes: `checkpoint` is now epoch `epoch` of `shard`; its author has tenure until then."""
+
+    kind: Literal["acceptance"] = "acceptance"
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    checkpoint: Digest
+    parent: Digest | None
+    weights: BlobRef
+    state: BlobRef
+    samples: int = Field(ge=1)
+    author: PublicKey
+    tenure_until: float
+    holdout_loss: float
+
+    def key(self) -> str:
+        return acceptance_key(self.run, self.shard)
+
+
+Record = Annotated[NodeRecord | ClaimRecord | CheckpointRecord | ProviderRecord | AcceptanceRecord, Field(discriminator="kind")]
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+
+
+def node_bucket(owner: str) -> int:
+    return int(hashlib.sha256(owner.encode()).hexdigest(), 16) % NODE_BUCKETS
+
+
+def node_key(run: str, owner: str) -> str:
+    return f"{run}/nodes/{node_bucket(owner):02d}"
+
+
+def node_keys(run: str) -> list[str]:
+    return [f"{run}/nodes/{bucket:02d}" for bucket in range(NODE_BUCKETS)]
+
+
+def claim_key(run: str, shard: int) -> str:
+    return f"{run}/claims/{shard:04d}"
+
+
+def checkpoint_key(run: str, shard: int) -> str:
+    return f"{run}/checkpoints/{shard:04d}"
+
+
+def provider_key(run: str, blob: str) -> str:
+    return f"{run}/providers/{blob}"
+
+
+def acceptance_key(run: str, shard: int) -> str:
+    return f"{run}/accepted/{shard:04d}"
+
+
+@dataclass(frozen=True)
+class RecordLimits:
+    """Longest time to live in seconds of each kind, and how far clocks may differ."""
+
+    heartbeat: float
+    maximum_clock_skew: float = 30.0
+
+    def longest(self, kind: str) -> float:
+        """A node or claim lives three heartbeats, a provider minutes, checkpoints and acceptances hours."""
+        return {"node": 3 * self.heartbeat, "claim": 3 * self.heartbeat, "provider": 600.0}.get(kind, 6 * 3600.0)
+
+
+class _Envelope(Frozen):
+    record: Record
+    signature: Signature
+
+
+def _signed_bytes(record: _Record, expires: float) -> bytes:
+    """Key, owner (the subkey), value and expiry in one: a record cannot be filed elsewhere, prolonged or replayed later."""
+    return _SIGNING_DOMAIN + canonical({"key": record.key(), "expires": expires, "record": record.model_dump(mode="json")})
+
+
+def seal(record: Record, identity: Identity, expires: float) -> bytes:
+    """The bytes to store under `record.key()`, subkey `record.owner`, until `expires` (Unix seconds)."""
+    return canonical(_Envelope(record=record, signature=identity.sign(_signed_bytes(record, expires))))
+
+
+def open_record(
+    data: bytes,
+    *,
+    key: str | None,
+    subkey: str,
+    expires: float,
+    now: float,
+    limits: RecordLimits,
+    coordinators: tuple[str, ...] = (),
+) -> Record:
+    """Parse and check a stored record; `key` None means that the caller compares `record.key()` itself (hashed keys).
+
+    Raises RecordRefused: too large, malformed, wrong key or owner, bad signature, outside the clock window, TTL too long,
+    or an acceptance by somebody who is no coordinator of the run.
+    """
+    if len(data) > MAX_RECORD_BYTES:
+        raise RecordRefused(f"record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
+    try:
+        envelope = _Envelope.model_validate_json(data)
+    except ValidationError as error:
+        raise RecordRefused(f"record is malformed: {first_problem(error)}") from error
+    record = envelope.record
+    if key is not None and record.key() != key:
+        raise RecordRefused(f"record of {record.key()} was filed under {key}")
+    if record.owner != subkey:
+        raise RecordRefused(f"record of owner {record.owner[:16]}… was filed under {subkey[:16]}…")
+    _check_clock(record.kind, record.issued, expires, now, limits)
+    if record.kind == "acceptance" and record.owner not in coordinators:
+        raise RecordRefused(f"acceptance by {record.owner[:16]}…, who is no coordinator of this run")
+    if not verify(record.owner, _signed_bytes(record, expires), envelope.signature):
+        raise RecordRefused("record's signature is wrong")
+    return record
+
+
+def _check_clock(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
+    if issued > now + limits.maximum_clock_skew:
+        raise RecordRefused(f"record is dated {issued - now:.0f} s in the future")
+    if expires <= now:
+        raise RecordRefused("record has expired")
+    if expires > min(issued, now) + limits.longest(kind) + limits.maximum_clock_skew:
+        raise RecordRefused(f"record wants to live {expires - now:.0f} s; a {kind} record may live {limits.longest(kind):.0f} s")
+
+
+def read_envelope(data: bytes) -> Record:
+    """The record inside bytes that `open_record` has checked before."""
+    return _RECORD.validate_python(_Envelope.model_validate_json(data).record)

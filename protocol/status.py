@@ -1,0 +1,82 @@
+"""The one status document that the table, `--json`, the page, the metrics and the status stream all print."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .canonical import Frozen
+from .manifest import Digest, PublicKey
+from .records import NodeState, Word
+
+MAX_STATUS_BYTES = 4 << 20
+ShardState = Literal["unclaimed", "claimed", "training", "overdue", "done"]
+
+
+class ShardStatus(Frozen):
+    """Accepted work of one shard. `last_accepted` is Unix seconds; `due` is when the next acceptance should be there."""
+
+    shard: int
+    name: str
+    epoch: int
+    epochs: int
+    samples: int
+    samples_budget: int
+    state: ShardState
+    owner: PublicKey | None = None
+    claim_expires: float | None = None
+    holdout_loss: float | None = None
+    checkpoint: Digest | None = None
+    last_accepted: float | None = None
+    due: float | None = None
+
+
+class NodeStatus(Frozen):
+    """A peer. `health` is `working` only while its own work is being accepted in time (invariant I6)."""
+
+    owner: PublicKey
+    peer_id: str
+    state: NodeState
+    health: Literal["working", "starting", "standby", "paused", "overdue"]
+    device: Word
+    samples_per_second: float
+    shard: int | None = None
+    accepted: int = 0
+    rejected: int = 0
+    last_accepted: float | None = None
+    last_seen: float
+    relayed: bool = False
+    software: Word = ""
+
+
+class RouterStatus(Frozen):
+    """Held-out accuracy of the router, overall and for ten equal bins of t."""
+
+    accuracy: float
+    accuracy_by_time: tuple[float, ...] = ()
+    trained_at: float
+    epochs: tuple[int, ...] = ()
+
+
+class SwarmStatus(Frozen):
+    """The whole run as its coordinator sees it at `time`."""
+
+    format: Literal[1] = 1
+    run: Digest
+    name: str
+    manifest_version: int
+    time: float
+    coordinator: PublicKey
+    software: str
+    shards: tuple[ShardStatus, ...]
+    nodes: tuple[NodeStatus, ...] = ()
+    router: RouterStatus | None = None
+    mixture: Digest | None = Field(default=None, description="Digest of the last stitched mixture's description")
+    accepted: int = 0
+    rejected: int = 0
+    events: int = 0
+
+    @property
+    def done(self) -> bool:
+        return all(shard.epoch >= shard.epochs for shard in self.shards)

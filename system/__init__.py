@@ -1,0 +1,1 @@
+"""What every process of ours needs from its operating system: errors with exit codes, atomic files, paths, children."""

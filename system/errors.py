@@ -1,0 +1,81 @@
+"""The errors a person meets: one sentence that says what, where and what to do, and a documented exit code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LutetiaError(Exception):
+    """Base of all expected failures. `str(error)` is the whole sentence; `code` is the process's exit code."""
+
+    code: ClassVar[int] = 70
+    name: ClassVar[str] = "internal"
+
+
+class UsageError(LutetiaError):
+    """The command line asks for something that makes no sense."""
+
+    code, name = 2, "usage"
+
+
+class ConfigError(LutetiaError):
+    """A configuration file, environment variable, manifest or ticket is unknown, malformed, expired or of another run."""
+
+    code, name = 10, "config"
+
+
+class IdentityError(LutetiaError):
+    """The key of this box cannot be read, or two daemons use one identity or state folder."""
+
+    code, name = 11, "identity"
+
+
+class DataError(LutetiaError):
+    """Clips, captions or shards cannot be used."""
+
+    code, name = 12, "data"
+
+
+class HardwareError(LutetiaError):
+    """No device of this box fits the run."""
+
+    code, name = 20, "hardware"
+
+
+class DiskError(LutetiaError):
+    """The disk is full, read-only or lacks permissions."""
+
+    code, name = 21, "disk"
+
+
+class BootstrapError(LutetiaError):
+    """None of the ticket's bootstrap peers answered."""
+
+    code, name = 30, "bootstrap"
+
+
+class UnreachableError(LutetiaError):
+    """A port is taken, or a peer that must be reached is not."""
+
+    code, name = 31, "unreachable"
+
+
+class AuthorisationError(LutetiaError):
+    """The run's allowlist or the pinned keys refuse this peer or document."""
+
+    code, name = 40, "authorisation"
+
+
+class IntegrityError(LutetiaError):
+    """Bytes do not match their name, or tensors do not match the manifest."""
+
+    code, name = 50, "integrity"
+
+
+EXIT_CODES: dict[int, str] = {
+    error.code: (error.__doc__ or "").split(".")[0]
+    for error in (
+        UsageError, ConfigError, IdentityError, DataError, HardwareError, DiskError,
+        BootstrapError, UnreachableError, AuthorisationError, IntegrityError, LutetiaError,
+    )
+}  # fmt: skip

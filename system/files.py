@@ -1,0 +1,63 @@
+"""Files that are either whole or absent, also after power loss."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import DiskError
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one sentence naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRNOS:
+            reason = os.strerror(error.errno or 0).lower()
+            raise DiskError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success fsync it and rename it over `target`, else remove it."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, mode)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` to `target` so that a reader sees the old file or the new one, never a part."""
+    with atomic_path(target, mode) as temporary:
+        temporary.write_bytes(data)
