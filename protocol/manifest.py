@@ -39,7 +39,10 @@ class ExpertSpec(Frozen):
 
 
 class LatentSpec(Frozen):
-    """Shape of one clip's latent (C, F, H, W) and of its text embedding (tokens, width), and what made them."""
+    """Shape of one clip's latent (C, F, H, W) and of its text embedding (tokens, width), and what made them.
+
+    The network's latents are (raw - mean) / std per channel, with `mean` and `std` measured on the data; empty means 0 and 1.
+    """
 
     channels: Count
     frames: Count
@@ -54,6 +57,14 @@ class LatentSpec(Frozen):
     text_tokens: Count
     text_width: Count
     pooled_width: Count
+    mean: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_statistic_per_channel(self) -> LatentSpec:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, self.channels):
+            raise ValueError("mean and std must both be empty or have one entry per channel")
+        return self
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -1,0 +1,160 @@
+"""Shards: one cluster's latents and text embeddings in one safetensors file, halves on disk, floats in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...protocol.canonical import Frozen, canonical
+from ...protocol.manifest import LatentSpec, first_problem
+from ...system.errors import DataError, IntegrityError
+from ...system.files import atomic_path
+
+FORMAT = "lutetia-shard-1"
+MAX_METADATA_BYTES = 64 << 20  # safetensors itself refuses headers above 100 MB
+
+
+@dataclass
+class ShardData:
+    """The clips of a shard, in memory.
+
+    `latents` [N, C, F, H, W] normalised to about unit variance per channel, `tokens` [N, L, D] and `pooled` [N, P]: float32.
+    `captions` and `kinds` have N entries; a kind is the user's own label, "" where there is none.
+    """
+
+    latents: Tensor
+    tokens: Tensor
+    pooled: Tensor
+    captions: list[str]
+    kinds: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def take(self, rows: Sequence[int]) -> ShardData:
+        """The clips `rows`, in that order."""
+        picked = torch.as_tensor(rows, dtype=torch.long)
+        captions, kinds = [self.captions[row] for row in rows], [self.kinds[row] for row in rows]
+        return ShardData(self.latents[picked], self.tokens[picked], self.pooled[picked], captions, kinds)
+
+
+class ShardMetadata(Frozen):
+    """What a shard file says of itself besides its tensors. `sources` are the SHA-256 of the clips' files, in order."""
+
+    format: Literal["lutetia-shard-1"] = FORMAT
+    latent: LatentSpec
+    name: str = ""
+    split: Literal["train", "holdout", "test"] = "train"
+    captions: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    sources: tuple[str, ...] = Field(default=(), description="empty where the clips were not files")
+
+
+def write_shard(path: Path, data: ShardData, metadata: ShardMetadata) -> None:
+    """Write `data` whole or not at all; captions and kinds of `metadata` are taken from `data`. Same data, same bytes.
+
+    Raises DataError when the data do not have the shapes of `metadata.latent`, are not finite in half precision or have no clips.
+    """
+    tensors = {"latents": data.latents, "tokens": data.tokens, "pooled": data.pooled}
+    problem = _problem(tensors, data.captions, data.kinds, metadata.latent)
+    if problem:
+        raise DataError(f"cannot write shard {path.name}: {problem}; build the data again")
+    halves = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
+    for name, half in halves.items():
+        if not torch.isfinite(half).all():
+            raise DataError(
+                f"cannot write shard {path.name}: {name} hold numbers that are not finite in half precision; normalise them"
+            )
+    complete = metadata.model_copy(update={"captions": tuple(data.captions), "kinds": tuple(data.kinds)})
+    text = canonical(complete).decode()
+    if len(text) > MAX_METADATA_BYTES:
+        raise DataError(
+            f"cannot write shard {path.name}: its captions take {len(text) >> 20} MiB; split the data into more experts"
+        )
+    with atomic_path(path) as temporary:
+        # one key only: safetensors writes several in the random order of a hash map, and equal data must have equal digests
+        save_file(halves, temporary, metadata={"lutetia": text})
+
+
+def read_shard_metadata(path: Path) -> ShardMetadata:
+    """Captions, kinds, latent spec and sources, without the tensors. Raises DataError (absent) or IntegrityError (no shard)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _metadata(path, file.metadata())
+    except FileNotFoundError as error:
+        raise DataError(f"shard {path} does not exist; fetch or build it again") from error
+    except SafetensorError as error:
+        raise IntegrityError(f"shard {path} is not a whole safetensors file ({error}); fetch or build it again") from error
+
+
+def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> ShardData:
+    """Read a shard that must match `latent` in every field, and hold at least `batch` clips where that is given.
+
+    Raises DataError (file absent, fewer clips than a batch) or IntegrityError (anything that does not match), one sentence each.
+    """
+    metadata = read_shard_metadata(path)
+    for field in LatentSpec.model_fields:
+        found, wanted = getattr(metadata.latent, field), getattr(latent, field)
+        if found != wanted:
+            raise IntegrityError(
+                f"shard {path.name} was built with {field} {found}, but the run wants {wanted}; build the data again"
+            )
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != {"latents", "tokens", "pooled"}:
+            raise IntegrityError(
+                f"shard {path.name} holds the tensors {sorted(names)} instead of latents, pooled, tokens; build it again"
+            )
+        tensors = {name: file.get_tensor(name).float() for name in names}
+    captions, kinds = list(metadata.captions), list(metadata.kinds)
+    problem = _problem(tensors, captions, kinds, latent)
+    if problem:
+        raise IntegrityError(f"shard {path.name}: {problem}; build the data or fetch the blob again")
+    if batch is not None and len(captions) < batch:
+        raise DataError(
+            f"shard {path.name} has {len(captions)} clips, fewer than a batch of {batch}; use a smaller batch or fewer experts"
+        )
+    return ShardData(**tensors, captions=captions, kinds=kinds)
+
+
+def _metadata(path: Path, header: dict[str, str] | None) -> ShardMetadata:
+    text = (header or {}).get("lutetia")
+    if text is None:
+        raise IntegrityError(f"{path} is a safetensors file but no shard of Lutetia; name one that `lutetia data build` wrote")
+    try:
+        return ShardMetadata.model_validate(json.loads(text))
+    except (ValidationError, ValueError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise IntegrityError(f"the metadata of shard {path.name} are malformed ({reason}); build the data again") from error
+
+
+def _problem(tensors: dict[str, Tensor], captions: list[str], kinds: list[str], latent: LatentSpec) -> str | None:
+    """The first way in which the content contradicts itself or `latent`, as a clause."""
+    count = len(captions)
+    if count == 0:
+        return "it has no clips"
+    if len(kinds) != count:
+        return f"it has {count} captions but {len(kinds)} kinds"
+    found = tuple(tensors["latents"].shape)
+    if len(found) == 5 and found[2] != latent.frames:
+        return f"wrong frame count: its latents have {found[2]} frames instead of {latent.frames}"
+    wanted = {
+        "latents": (count, *latent.shape),
+        "tokens": (count, latent.text_tokens, latent.text_width),
+        "pooled": (count, latent.pooled_width),
+    }
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            return f"wrong shape: {name} are {list(tensors[name].shape)} instead of {list(shape)}"
+        if not torch.isfinite(tensors[name]).all():
+            return f"{name} hold numbers that are not finite"
+    return None
