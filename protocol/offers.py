@@ -1,0 +1,104 @@
+"""The offer stream: a node hands its sealed checkpoint record to the coordinator, which answers what it will do about it.
+
+The reply is immediate; judging takes longer. Offering the same checkpoint again asks how it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from .canonical import Frozen, canonical
+from .records import MAX_RECORD_BYTES, RecordRefused
+from .transport import Stream, Transport
+
+OFFER = "/lutetia/offer/1"
+OFFER_TIMEOUT = 10.0
+_MAX_OFFER_BYTES = 2 * MAX_RECORD_BYTES + 256  # the sealed record is JSON inside a JSON string: quotes are escaped
+_MAX_REPLY_BYTES = 4096
+_LENGTH = 4
+
+Rung = Literal["signature", "lineage", "size", "transfer", "format", "numbers", "holdout", "audit"]
+"""The acceptance ladder, cheapest first."""
+
+
+class Offer(Frozen):
+    """`sealed` is what `records.seal` made, `expires` the expiry it was sealed with."""
+
+    sealed: str = Field(max_length=MAX_RECORD_BYTES)
+    expires: float
+
+
+class OfferReply(Frozen):
+    """How an offered checkpoint stands.
+
+    `queued`: it waits or is being judged. `busy`: offer it again after `retry_after` seconds. `accepted`. `superseded`: another
+    result was accepted for this epoch; sync and go on from it. `invalid`: refused for good at `rung`. `inconclusive`: it could
+    not be judged (for instance its blobs could not be fetched).
+    """
+
+    verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"]
+    rung: Rung | None = None
+    text: str = Field(default="", max_length=1000)
+    retry_after: float | None = None
+
+
+Answer = Callable[[str, Offer], Awaitable[OfferReply]]
+"""(peer id of the offering stream, offer) -> reply. May raise RecordRefused."""
+
+
+async def offer_checkpoint(
+    transport: Transport, peer_id: str, sealed: bytes, expires: float, *, addresses: Sequence[str] = (), timeout: float = OFFER_TIMEOUT
+) -> OfferReply:
+    """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError when it is away or answers nonsense."""
+    try:
+        async with asyncio.timeout(timeout):
+            stream = await transport.open_stream(peer_id, OFFER, addresses)
+            try:
+                await _write(stream, canonical(Offer(sealed=sealed.decode(), expires=expires)))
+                return OfferReply.model_validate_json(await _read(stream, _MAX_REPLY_BYTES))
+            finally:
+                await stream.close()
+    except TimeoutError as error:
+        raise ConnectionError(f"coordinator {peer_id} did not answer an offer within {timeout:.0f} s") from error
+    except ValidationError as error:
+        raise ConnectionError(f"coordinator {peer_id} answered an offer with a document that is no reply") from error
+
+
+async def serve_offers(transport: Transport, answer: Answer) -> None:
+    """Answer offers; one that is too large, too slow or malformed ends its own stream only."""
+
+    async def handle(stream: Stream) -> None:
+        try:
+            async with asyncio.timeout(OFFER_TIMEOUT):
+                reply = await _answered(answer, stream.peer_id, await _read(stream, _MAX_OFFER_BYTES))
+                await _write(stream, canonical(reply))
+        except (TimeoutError, ConnectionError):
+            return  # the offering side went away or dawdled; it will offer again
+        finally:
+            await stream.close()
+
+    await transport.serve(OFFER, handle)
+
+
+async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:
+    try:
+        return await answer(peer_id, Offer.model_validate_json(data))
+    except ValidationError:
+        return OfferReply(verdict="invalid", rung="signature", text="the offer is malformed")
+    except RecordRefused as error:
+        return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+
+
+async def _write(stream: Stream, data: bytes) -> None:
+    await stream.write(len(data).to_bytes(_LENGTH, "big") + data)
+
+
+async def _read(stream: Stream, limit: int) -> bytes:
+    size = int.from_bytes(await stream.read_exactly(_LENGTH), "big")
+    if size > limit:
+        raise ConnectionError(f"a message of {size} bytes is larger than {limit}; refused")
+    return await stream.read_exactly(size)
