@@ -51,11 +51,11 @@ Answer = Callable[[str, Offer], Awaitable[OfferReply]]
 
 
 async def offer_checkpoint(
-    transport: Transport, peer_id: str, sealed: bytes, expires: float, *, addresses: Sequence[str] = (), timeout: float = OFFER_TIMEOUT
+    transport: Transport, peer_id: str, sealed: bytes, expires: float, addresses: Sequence[str] = ()
 ) -> OfferReply:
     """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError when it is away or answers nonsense."""
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(OFFER_TIMEOUT):
             stream = await transport.open_stream(peer_id, OFFER, addresses)
             try:
                 await _write(stream, canonical(Offer(sealed=sealed.decode(), expires=expires)))
@@ -63,7 +63,7 @@ async def offer_checkpoint(
             finally:
                 await stream.close()
     except TimeoutError as error:
-        raise ConnectionError(f"coordinator {peer_id} did not answer an offer within {timeout:.0f} s") from error
+        raise ConnectionError(f"coordinator {peer_id} did not answer an offer within {OFFER_TIMEOUT:.0f} s") from error
     except ValidationError as error:
         raise ConnectionError(f"coordinator {peer_id} answered an offer with a document that is no reply") from error
 

@@ -1,0 +1,170 @@
+"""What happens in a run, as its coordinator writes it down: one tagged, frozen document per fact. `ledger_state.apply` adds them up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from .canonical import Frozen
+from .manifest import BlobRef, Digest, Name, PublicKey
+from .offers import Rung
+from .records import AcceptanceRecord, CheckpointRecord
+
+Refusal = Literal["invalid", "inconclusive"]
+AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
+Sentence = Annotated[str, Field(max_length=1000)]
+
+
+class _Event(Frozen):
+    """`time` is Unix seconds of the coordinator's clock."""
+
+    time: float
+
+
+class RunCreated(_Event):
+    """The first event of every ledger: whose run it is, and how many shards and epochs it has."""
+
+    kind: Literal["run-created"] = "run-created"
+    run: Digest
+    name: Name
+    owner: PublicKey
+    coordinator: PublicKey
+    shards: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+
+
+class ManifestPublished(_Event):
+    """Peers are given this version of the manifest from now on."""
+
+    kind: Literal["manifest-published"] = "manifest-published"
+    version: int = Field(ge=1)
+    digest: Digest
+    expires: float
+
+
+class CoordinatorStarted(_Event):
+    """The service came up, for the first time or again from disk."""
+
+    kind: Literal["coordinator-started"] = "coordinator-started"
+    software: str
+
+
+class CoordinatorStopped(_Event):
+    """The service was asked to end, and did."""
+
+    kind: Literal["coordinator-stopped"] = "coordinator-stopped"
+
+
+class BaselineMeasured(_Event):
+    """Held-out loss of a shard's initial model: what its first checkpoint is compared with."""
+
+    kind: Literal["baseline-measured"] = "baseline-measured"
+    shard: int = Field(ge=0)
+    loss: float
+
+
+class CheckpointSeen(_Event):
+    """A result came in whose signature and lineage are right; it waits for judgement."""
+
+    kind: Literal["checkpoint-seen"] = "checkpoint-seen"
+    record: CheckpointRecord
+    via: Literal["offer", "poll"]
+
+
+class _Verdict(_Event):
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    owner: PublicKey
+    checkpoint: Digest
+
+
+class CheckpointRefused(_Verdict):
+    """`invalid` is final. `inconclusive` could not be judged; it is tried again at `again_at`, or given up when that is None."""
+
+    kind: Literal["checkpoint-refused"] = "checkpoint-refused"
+    verdict: Refusal
+    rung: Rung
+    text: Sentence
+    again_at: float | None = None
+
+
+class CheckpointSuperseded(_Verdict):
+    """Another result was accepted for the same epoch first. No blame: the first valid one wins."""
+
+    kind: Literal["checkpoint-superseded"] = "checkpoint-superseded"
+    by: Digest
+
+
+class CheckpointAccepted(_Event):
+    """The signed yes. `parent_loss` is what `acceptance.holdout_loss` was compared with."""
+
+    kind: Literal["checkpoint-accepted"] = "checkpoint-accepted"
+    acceptance: AcceptanceRecord
+    parent_loss: float
+
+
+class AuditDue(_Verdict):
+    """The adaptive rule wants this result replayed: the author's last `streak` results in a row were valid."""
+
+    kind: Literal["audit-due"] = "audit-due"
+    streak: int = Field(ge=0)
+
+
+class AuditDone(_Verdict):
+    """What came of a due audit. `not carried out` says that nobody replayed it, and earns no trust."""
+
+    kind: Literal["audit-done"] = "audit-done"
+    outcome: AuditOutcome
+    text: Sentence = ""
+
+
+class RouterTrained(_Event):
+    """A router that knows the experts at `epochs` (one number per shard)."""
+
+    kind: Literal["router-trained"] = "router-trained"
+    epochs: tuple[int, ...]
+    router: BlobRef
+    accuracy: float
+    accuracy_by_time: tuple[float, ...] = ()
+    calibration_error: float | None = None
+
+
+class MixtureStitched(_Event):
+    """The mixture folder now holds the experts at `epochs`; `mixture` is the digest of its description."""
+
+    kind: Literal["mixture-stitched"] = "mixture-stitched"
+    epochs: tuple[int, ...]
+    mixture: Digest
+
+
+class RunFinished(_Event):
+    """Every budget is done and the final mixture is stitched."""
+
+    kind: Literal["run-finished"] = "run-finished"
+    mixture: Digest
+
+
+Event = Annotated[
+    RunCreated
+    | ManifestPublished
+    | CoordinatorStarted
+    | CoordinatorStopped
+    | BaselineMeasured
+    | CheckpointSeen
+    | CheckpointRefused
+    | CheckpointSuperseded
+    | CheckpointAccepted
+    | AuditDue
+    | AuditDone
+    | RouterTrained
+    | MixtureStitched
+    | RunFinished,
+    Field(discriminator="kind"),
+]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def read_event(data: bytes | str) -> Event:
+    """The event that `canonical` wrote. Raises pydantic's ValidationError for anything else."""
+    return _EVENT.validate_json(data)
