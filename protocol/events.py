@@ -1,4 +1,4 @@
-"""What happens in a run, as its coordinator writes it down: one tagged, frozen document per fact. `ledger_state.apply` adds them up."""
+"""What happens in a run, as its coordinator writes it down: one tagged, frozen fact each. `ledger_state.apply` adds them up."""
 
 from __future__ import annotations
 

@@ -8,9 +8,11 @@ from pydantic import Field
 
 from .canonical import Frozen
 from .manifest import Digest, PublicKey
+from .offers import Rung
 from .records import NodeState, Word
 
 MAX_STATUS_BYTES = 4 << 20
+AuditState = Literal["not due", "due", "valid", "invalid", "inconclusive", "not carried out"]
 ShardState = Literal["unclaimed", "claimed", "training", "overdue", "done"]
 
 
@@ -30,6 +32,9 @@ class ShardStatus(Frozen):
     checkpoint: Digest | None = None
     last_accepted: float | None = None
     due: float | None = None
+    initial_loss: float | None = None
+    waiting: int = Field(default=0, description="Results that wait for judgement")
+    audit: AuditState | None = Field(default=None, description="Of the accepted checkpoint")
 
 
 class NodeStatus(Frozen):
@@ -57,6 +62,20 @@ class RouterStatus(Frozen):
     accuracy_by_time: tuple[float, ...] = ()
     trained_at: float
     epochs: tuple[int, ...] = ()
+    calibration_error: float | None = None
+
+
+class RefusalStatus(Frozen):
+    """A result that was not accepted, and why. `inconclusive` ones may be tried again."""
+
+    time: float
+    shard: int
+    epoch: int
+    owner: PublicKey
+    checkpoint: Digest
+    verdict: Literal["invalid", "inconclusive"]
+    rung: Rung
+    text: str
 
 
 class SwarmStatus(Frozen):
@@ -76,6 +95,9 @@ class SwarmStatus(Frozen):
     accepted: int = 0
     rejected: int = 0
     events: int = 0
+    refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last ones, oldest first")
+    mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")
+    finished: bool = Field(default=False, description="Every budget is done and the final mixture is stitched")
 
     @property
     def done(self) -> bool:

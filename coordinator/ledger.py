@@ -1,0 +1,178 @@
+"""The coordinator's memory: an append-only SQLite table of events, each chained to the one before by its hash.
+
+Deleting, changing or reordering a row breaks the chain, and a ledger that does not add up is refused, not repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..protocol.canonical import canonical
+from ..protocol.events import CheckpointAccepted, Event, RunCreated, read_event
+from ..protocol.ledger_state import RunState, apply
+from ..system.errors import ConfigError, DiskError, IntegrityError
+
+_log = logging.getLogger("lutetia.coordinator.ledger")
+
+_APPLICATION = 0x4C757431  # "Lut1": tells our files from other SQLite databases
+_START = b"\0" * 32
+_SCHEMA = """
+CREATE TABLE events (id INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, chain BLOB NOT NULL) STRICT;
+CREATE TRIGGER no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the ledger; `text` is the event's canonical JSON."""
+
+    id: int
+    time: float
+    text: str
+    chain: bytes
+
+    def event(self) -> Event:
+        return read_event(self.text)
+
+
+class Ledger:
+    """One run's ledger, open for one writer. Use `create` once, then `open`."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._chain = _START
+        self._count = 0
+        self.state = RunState()
+
+    @classmethod
+    def create(cls, path: Path, first: RunCreated) -> Ledger:
+        """A new ledger that begins with `first`. Raises ConfigError when the file exists."""
+        if path.exists():
+            raise ConfigError(f"the ledger {path} exists already; choose a new run folder")
+        with _sqlite_errors(path):
+            connection = _connect(path)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            connection.executescript(_SCHEMA)
+        ledger = cls(path, connection)
+        ledger.append([first])
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path, run: str | None = None) -> Ledger:
+        """Read and verify the ledger of `run`, and rebuild its state.
+
+        Raises ConfigError (absent, no ledger, another run's) or IntegrityError (damaged, changed or cut).
+        """
+        if not path.is_file():
+            raise ConfigError(f"there is no ledger at {path}; create the run first or restore the file from a backup")
+        with _sqlite_errors(path):
+            connection = _connect(path)
+            ledger = cls(path, connection)
+            try:
+                ledger._load(run)
+            except BaseException:
+                connection.close()
+                raise
+        return ledger
+
+    def _load(self, run: str | None) -> None:
+        if self._connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+            raise ConfigError(f"{self.path} is a database of another program, not a ledger; name the run's own folder")
+        if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise IntegrityError(f"the ledger {self.path} is damaged; restore it from a backup")
+        for row, event in self._verified():
+            self.state = apply(self.state, event)
+            self._chain, self._count = row.chain, row.id
+        if not self._count:
+            raise IntegrityError(f"the ledger {self.path} is empty; restore it from a backup")
+        if run is not None and self.state.run != run:
+            raise ConfigError(
+                f"the ledger {self.path} is of run {self.state.run[:12]}, not of {run[:12]}; name the run's own folder"
+            )
+
+    def append(self, events: Iterable[Event]) -> RunState:
+        """Write `events` in one transaction and return the state after them. Acceptances are on disk when this returns."""
+        state, chain, count, rows = self.state, self._chain, self._count, []
+        durable = False
+        for event in events:
+            state = apply(state, event)
+            text, count = canonical(event).decode(), count + 1
+            chain = _link(chain, event.time, text)
+            rows.append((count, event.time, text, chain))
+            durable = durable or isinstance(event, CheckpointAccepted | RunCreated)
+        with _sqlite_errors(self.path):
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
+        self.state, self._chain, self._count = state, chain, count
+        return state
+
+    def rows(self) -> Iterator[Row]:
+        """Every line, verified against the chain. Raises IntegrityError at the first that does not add up."""
+        with _sqlite_errors(self.path):
+            for row, _ in self._verified():
+                yield row
+
+    def _verified(self) -> Iterator[tuple[Row, Event]]:
+        chain, expected = _START, 1
+        for row in (Row(*line) for line in self._connection.execute("SELECT id, time, event, chain FROM events ORDER BY id")):
+            chain = _link(chain, row.time, row.text)
+            if row.id != expected or row.chain != chain:
+                raise IntegrityError(f"the ledger {self.path} was changed at event {expected}; restore it from a backup")
+            try:
+                event = row.event()
+            except ValidationError as error:
+                raise IntegrityError(
+                    f"event {row.id} of the ledger {self.path} cannot be read by this version; use a newer one"
+                ) from error
+            yield row, event
+            expected += 1
+
+    def replay(self, until: float | None = None) -> RunState:
+        """The state at `until` (Unix seconds; None is now), rebuilt from the file."""
+        state = RunState()
+        for row in self.rows():
+            if until is not None and row.time > until:
+                break
+            state = apply(state, row.event())
+        return state
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _link(chain: bytes, time: float, text: str) -> bytes:
+    return hashlib.sha256(chain + repr(time).encode() + b"\n" + text.encode()).digest()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    return connection
+
+
+@contextlib.contextmanager
+def _sqlite_errors(path: Path) -> Iterator[None]:
+    """SQLite's failures as one sentence."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "not a database" in text or "malformed" in text or "no such table" in text:
+            raise IntegrityError(f"the ledger {path} is damaged ({text}); restore it from a backup") from error
+        if isinstance(error, sqlite3.OperationalError):
+            raise DiskError(
+                f"cannot use the ledger {path}: {text}; free space or stop the other process that holds it"
+            ) from error
+        raise

@@ -1,0 +1,43 @@
+"""A map that is never changed: `set` gives a new one and leaves the old, at the cost of copying one small bucket."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+_BUCKETS = 128
+
+K = TypeVar("K", int, str)
+V = TypeVar("V")
+
+
+def _bucket(key: int | str) -> int:
+    """The same in every process, unlike `hash` of text, so that replays iterate in the same order."""
+    return (key if isinstance(key, int) else zlib.crc32(key.encode())) % _BUCKETS
+
+
+class Table(Mapping[K, V], Generic[K, V]):
+    """Immutable mapping from int or str; `set` costs O(n / 128)."""
+
+    __slots__ = ("_buckets", "_count")
+
+    def __init__(self, buckets: tuple[dict[K, V], ...] = ({},) * _BUCKETS, count: int = 0) -> None:
+        self._buckets = buckets
+        self._count = count
+
+    def __getitem__(self, key: K) -> V:
+        return self._buckets[_bucket(key)][key]
+
+    def __iter__(self) -> Iterator[K]:
+        for bucket in self._buckets:
+            yield from bucket
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set(self, key: K, value: V) -> Table[K, V]:
+        index = _bucket(key)
+        old = self._buckets[index]
+        grown = self._count + (key not in old)
+        return Table((*self._buckets[:index], {**old, key: value}, *self._buckets[index + 1 :]), grown)
