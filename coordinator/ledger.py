@@ -71,11 +71,12 @@ class Ledger:
     def open(cls, path: Path, run: str | None = None) -> Ledger:
         """Read and verify the ledger of `run`, and rebuild its state.
 
-        Raises ConfigError (absent, no ledger, another run's) or IntegrityError (damaged, changed or cut).
+        Raises ConfigError (absent, no ledger, another run's) or IntegrityError (damaged or changed).
         """
         if not path.is_file():
             raise ConfigError(f"there is no ledger at {path}; create the run first or restore the file from a backup")
         with _sqlite_errors(path):
+            _refuse_foreign(path)
             connection = _connect(path)
             ledger = cls(path, connection)
             try:
@@ -86,8 +87,6 @@ class Ledger:
         return ledger
 
     def _load(self, run: str | None) -> None:
-        if self._connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
-            raise ConfigError(f"{self.path} is a database of another program, not a ledger; name the run's own folder")
         if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise IntegrityError(f"the ledger {self.path} is damaged; restore it from a backup")
         for row, event in self._verified():
@@ -154,6 +153,13 @@ class Ledger:
 
 def _link(chain: bytes, time: float, text: str) -> bytes:
     return hashlib.sha256(chain + repr(time).encode() + b"\n" + text.encode()).digest()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Look before opening for writing, so that another program's database is left as it is."""
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+            raise ConfigError(f"{path} is a database of another program, not a ledger; name the run's own folder")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -1,0 +1,336 @@
+"""The coordinator's decisions: `judge(rules, state, stimulus) -> (state, actions)`, with no clock, socket or chance of its own.
+
+Two promises hold whatever comes in, in whatever order: never two acceptances of one (shard, epoch), and never an acceptance
+that did not climb the whole ladder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, assert_never
+
+from ..protocol.events import (
+    AuditDone,
+    AuditDue,
+    BaselineMeasured,
+    CheckpointAccepted,
+    CheckpointRefused,
+    CheckpointSeen,
+    CheckpointSuperseded,
+    Event,
+)
+from ..protocol.ledger_state import Candidate, RunState, ShardLedger, apply, audit_due
+from ..protocol.manifest import Manifest
+from ..protocol.offers import OfferReply
+from ..protocol.persistent import Table
+from ..protocol.records import AcceptanceRecord, CheckpointRecord
+from .ladder import Limits, Verdict, entitled, lineage, lottery, sizes
+
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What does not change while the service runs. `secret` makes audits unforeseeable."""
+
+    manifest: Manifest
+    coordinator: str
+    secret: bytes
+    offers_per_minute: int = 30
+    candidates_per_shard: int = 16
+    checks_at_once: int = 4
+    attempts: int = 4
+    retry_delay: float = 5.0
+
+
+@dataclass(frozen=True)
+class Offered:
+    """An opened, correctly signed record came in, by the offer stream or by reading the DHT."""
+
+    record: CheckpointRecord
+    now: float
+    via: Literal["offer", "poll"] = "offer"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The ladder's verdict on a candidate."""
+
+    record: CheckpointRecord
+    verdict: Verdict
+    now: float
+
+
+@dataclass(frozen=True)
+class LimitsKnown:
+    """The size limits of each shard's blobs; nothing is fetched before."""
+
+    limits: Limits
+    now: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passes: retries may be due."""
+
+    now: float
+
+
+Stimulus = Offered | Checked | LimitsKnown | Tick
+
+
+@dataclass(frozen=True)
+class Write:
+    """Append to the ledger, durably, before any later action is carried out."""
+
+    event: Event
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Reply to the offer."""
+
+    reply: OfferReply
+
+
+@dataclass(frozen=True)
+class Check:
+    """Climb the ladder with this candidate and come back with `Checked`."""
+
+    record: CheckpointRecord
+    parent_loss: float | None
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Keep the accepted blobs, and publish the signed acceptance."""
+
+    acceptance: AcceptanceRecord
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True)
+class Discard:
+    """The candidate is out: what was fetched of it may go."""
+
+    record: CheckpointRecord
+
+
+Action = Write | Answer | Check | Publish | Discard
+
+
+@dataclass(frozen=True)
+class JudgeState:
+    """The run, and what is lost at a restart without harm. `pending`: shards with candidates; `checking`: shards under check."""
+
+    run: RunState
+    limits: Limits | None = None
+    pending: frozenset[int] = frozenset()
+    checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    offers: Table[str, tuple[float, ...]] = Table()
+
+    @classmethod
+    def restored(cls, run: RunState) -> JudgeState:
+        """After a restart every candidate that had no final verdict is judged again."""
+        return cls(run, pending=frozenset(index for index, shard in run.shards.items() if shard.candidates))
+
+
+def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
+    """Everything that follows from `stimulus`; actions are to be carried out in order."""
+    turn = _Turn(rules, state, stimulus.now)
+    match stimulus:
+        case Offered():
+            turn.actions.append(Answer(turn.offered(stimulus)))
+        case Checked():
+            turn.checked(stimulus.record, stimulus.verdict)
+        case LimitsKnown():
+            turn.state = replace(turn.state, limits=stimulus.limits)
+        case Tick():
+            turn.forget_offers()
+        case _:
+            assert_never(stimulus)
+    turn.start_checks()
+    return turn.state, tuple(turn.actions)
+
+
+class _Turn:
+    """One call of `judge`: collects events and actions."""
+
+    def __init__(self, rules: Rules, state: JudgeState, now: float) -> None:
+        self.rules, self.state, self.now = rules, state, now
+        self.actions: list[Action] = []
+
+    def write(self, event: Event) -> None:
+        self.state = replace(self.state, run=apply(self.state.run, event))
+        self.actions.append(Write(event))
+
+    # offers
+
+    def offered(self, offer: Offered) -> OfferReply:
+        record, manifest = offer.record, self.rules.manifest
+        shard = self.state.run.shards.get(record.shard)
+        if shard is None:
+            return OfferReply(verdict="invalid", rung="lineage", text=f"the run has no shard {record.shard}")
+        if offer.via == "offer" and (wait := self._over_rate(record.owner)):
+            return OfferReply(verdict="busy", text="too many offers from this peer", retry_after=wait)
+        if reply := _standing(self.state.run, shard, record):
+            return reply
+        if record.epoch > shard.epoch + 1:
+            text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
+            return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
+        if bad := entitled(record, manifest) or lineage(record, shard, manifest):
+            return self._refused_at_once(record, bad)
+        if record.owner in shard.candidates or len(shard.candidates) >= self.rules.candidates_per_shard:
+            text = f"a result for epoch {record.epoch} of shard {record.shard} is still being judged"
+            return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
+        self.write(CheckpointSeen(time=self.now, record=record, via=offer.via))
+        self.state = replace(self.state, pending=self.state.pending | {record.shard})
+        return OfferReply(verdict="queued")
+
+    def _over_rate(self, owner: str) -> float | None:
+        """Seconds to wait when `owner` offered too often within the last minute; counts this offer otherwise."""
+        recent = tuple(moment for moment in self.state.offers.get(owner, ()) if moment > self.now - _MINUTE)
+        if len(recent) >= self.rules.offers_per_minute:
+            return recent[0] + _MINUTE - self.now
+        self.state = replace(self.state, offers=self.state.offers.set(owner, (*recent, self.now)))
+        return None
+
+    def _refused_at_once(self, record: CheckpointRecord, bad: Verdict) -> OfferReply:
+        self.write(_refusal(record, bad, self.now))
+        return OfferReply(verdict="invalid", rung=bad.rung, text=bad.text)
+
+    def forget_offers(self) -> None:
+        """Peers that have been silent for a minute cost no memory."""
+        if len(self.state.offers) > 0:
+            kept: Table[str, tuple[float, ...]] = Table()
+            for owner, moments in self.state.offers.items():
+                if moments[-1] > self.now - _MINUTE:
+                    kept = kept.set(owner, moments)
+            self.state = replace(self.state, offers=kept)
+
+    # checks
+
+    def start_checks(self) -> None:
+        """Fill the free places: one candidate per shard at a time, fewest attempts first, then the longest waiting."""
+        limits = self.state.limits
+        if limits is None or not self.state.pending:
+            return
+        free = self.rules.checks_at_once - len(self.state.checking)
+        for candidate in sorted(self._ready(), key=lambda c: (c.attempts, c.seen, c.record.owner)):
+            if free <= 0:
+                return
+            record = candidate.record
+            if record.shard in self.state.checking:
+                continue
+            if bad := sizes(record, limits[record.shard]):
+                self._dismissed(record, bad)
+                continue
+            checking = {**self.state.checking, record.shard: (record.owner, record.digest)}
+            self.state = replace(self.state, checking=checking)
+            self.actions.append(Check(record, self.state.run.shards[record.shard].parent_loss))
+            free -= 1
+
+    def _ready(self) -> Iterator[Candidate]:
+        for index in sorted(self.state.pending - self.state.checking.keys()):
+            for candidate in self.state.run.shards[index].candidates.values():
+                if candidate.not_before <= self.now:
+                    yield candidate
+
+    def checked(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        if self.state.checking.get(record.shard) != (record.owner, record.digest):
+            return  # not what we asked for: a late answer from before a restart of the workshop
+        self.state = replace(self.state, checking={k: v for k, v in self.state.checking.items() if k != record.shard})
+        shard = self.state.run.shards[record.shard]
+        if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
+            self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
+        if verdict.outcome == "valid":
+            self._accepted(record, verdict)
+        else:
+            self._dismissed(record, verdict)
+
+    def _dismissed(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        candidate = self.state.run.shards[record.shard].candidates[record.owner]
+        again_at = None
+        if verdict.outcome == "inconclusive" and candidate.attempts + 1 < self.rules.attempts:
+            again_at = self.now + self.rules.retry_delay * 2**candidate.attempts
+        self.write(_refusal(record, verdict, self.now, again_at))
+        if again_at is None:
+            self.actions.append(Discard(record))
+        self._tidy(record.shard)
+
+    def _accepted(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        shard = self.state.run.shards[record.shard]
+        if (
+            record.epoch != shard.epoch + 1
+            or record.parent != shard.accepted
+            or verdict.loss is None
+            or verdict.parent_loss is None
+        ):
+            raise AssertionError(f"the ladder let through epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
+        acceptance = _acceptance(self.rules, record, verdict.loss, self.now)
+        self.write(CheckpointAccepted(time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss))
+        self._audit(record, self.state.run.peer(record.owner).streak - 1)
+        self.actions.append(Publish(acceptance, record))
+        for other in tuple(self.state.run.shards[record.shard].candidates.values()):
+            late = other.record
+            self.write(
+                CheckpointSuperseded(
+                    time=self.now, shard=late.shard, epoch=late.epoch, owner=late.owner, checkpoint=late.digest, by=record.digest
+                )
+            )
+            self.actions.append(Discard(late))
+        self._tidy(record.shard)
+
+    def _audit(self, record: CheckpointRecord, streak: int) -> None:
+        """The last rung. Nobody replays training yet: the ledger says so instead of counting it as passed."""
+        if not audit_due(streak, self.rules.manifest.audit.streak, lottery(self.rules.secret, record.digest)):
+            return
+        result = {
+            "time": self.now,
+            "shard": record.shard,
+            "epoch": record.epoch,
+            "owner": record.owner,
+            "checkpoint": record.digest,
+        }
+        self.write(AuditDue(**result, streak=streak))
+        self.write(AuditDone(**result, outcome="not carried out", text="no peer carries out audits yet"))
+
+    def _tidy(self, index: int) -> None:
+        if not self.state.run.shards[index].candidates:
+            self.state = replace(self.state, pending=self.state.pending - {index})
+
+
+def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
+    """How a result stands that is decided or waiting already; None for a new one."""
+    digest = record.digest
+    if run.peer(record.owner).checkpoint == digest:
+        return OfferReply(verdict="accepted")
+    if record.epoch <= shard.epoch:
+        text = f"epoch {shard.epoch} of shard {record.shard} was accepted from another result; sync it and go on from there"
+        return OfferReply(verdict="superseded", text=text)
+    waiting = shard.candidates.get(record.owner)
+    if waiting and waiting.record.digest == digest:
+        return OfferReply(verdict="queued")
+    match shard.judged.get((record.owner, digest)):
+        case CheckpointRefused() as refusal:
+            return OfferReply(verdict=refusal.verdict, rung=refusal.rung, text=refusal.text)
+        case CheckpointSuperseded():
+            return OfferReply(verdict="superseded")
+    return None
+
+
+def _refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: float | None = None) -> CheckpointRefused:
+    assert verdict.outcome != "valid"
+    return CheckpointRefused(
+        time=now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
+        verdict=verdict.outcome, rung=verdict.rung, text=verdict.text[:1000], again_at=again_at,
+    )  # fmt: skip
+
+
+def _acceptance(rules: Rules, record: CheckpointRecord, loss: float, now: float) -> AcceptanceRecord:
+    return AcceptanceRecord(
+        run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
+        parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
+        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss,
+    )  # fmt: skip

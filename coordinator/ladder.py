@@ -1,0 +1,160 @@
+"""The acceptance ladder: what a result must pass to become the next epoch of its shard, cheapest rung first.
+
+    signature  the record is signed by its owner, who may take part, and names the owner's own peer id
+    lineage    it is epoch+1 on the accepted parent: the fencing that makes claims safe to lose
+    size       no blob is larger than the manifest's weights can be, known before a byte is fetched
+    transfer   every blob arrives and hashes to its name
+    format     safetensors with exactly the manifest's names, shapes and dtypes
+    numbers    finite, and within norm bounds
+    holdout    held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
+    audit      replayed by somebody else, where the adaptive rule wants it; nobody carries audits out yet, and that is said
+
+Rungs up to `size` and the comparison of losses are pure; the others are carried out by `Tools`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..protocol.identity import peer_id_of
+from ..protocol.ledger_state import ShardLedger
+from ..protocol.manifest import Manifest
+from ..protocol.offers import Rung
+from ..protocol.records import CheckpointRecord
+from ..system.errors import LutetiaError
+
+_TRACE_BYTES_PER_STEP = 64
+_HEADER_ALLOWANCE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the ladder found. `valid` carries both losses; otherwise `rung` is where it stopped and `text` says why."""
+
+    outcome: Literal["valid", "invalid", "inconclusive"]
+    rung: Rung
+    text: str = ""
+    loss: float | None = None
+    parent_loss: float | None = None
+
+
+class Stopped(LutetiaError):
+    """Raised by a rung that the result does not pass."""
+
+    code, name = 50, "integrity"
+
+    def __init__(self, outcome: Literal["invalid", "inconclusive"], rung: Rung, text: str) -> None:
+        super().__init__(text)
+        self.verdict = Verdict(outcome, rung, text)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """Most bytes that a shard's blobs may have."""
+
+    weights: int
+    state: int
+    trace: int
+
+    @classmethod
+    def of(cls, tensor_bytes: int, parameters: int, tensors: int, steps: int) -> SizeLimits:
+        """From the weight schema: the state holds parameters, EMA and at most two moments in float32, and some counters."""
+        header = _HEADER_ALLOWANCE + 1024 * tensors
+        return cls(tensor_bytes + header, 4 * 4 * parameters + 4 * header, _HEADER_ALLOWANCE + _TRACE_BYTES_PER_STEP * steps)
+
+
+def entitled(record: CheckpointRecord, manifest: Manifest) -> Verdict | None:
+    """Rung `signature`, after the record was opened: None when its owner may take part."""
+    if record.run != manifest.run_id:
+        return Verdict("invalid", "signature", f"the checkpoint is of run {record.run[:12]}, not of {manifest.run_id[:12]}")
+    if manifest.allowlist is not None and record.owner not in manifest.allowlist:
+        return Verdict("invalid", "signature", f"peer {record.owner[:16]}… is not on the run's allowlist")
+    if record.peer_id != peer_id_of(record.owner):
+        return Verdict("invalid", "signature", f"the checkpoint names peer {record.peer_id}, which is not its owner's")
+    return None
+
+
+def lineage(record: CheckpointRecord, shard: ShardLedger, manifest: Manifest) -> Verdict | None:
+    """Rung `lineage` for a record of epoch `shard.epoch + 1`: None when it stands on the accepted parent with a full interval."""
+    if record.epoch > manifest.epochs:
+        return Verdict("invalid", "lineage", f"shard {record.shard} ends at epoch {manifest.epochs}, not at {record.epoch}")
+    if record.parent != shard.accepted:
+        parent, accepted = _short(record.parent), _short(shard.accepted)
+        return Verdict(
+            "invalid", "lineage", f"its parent is {parent}, but epoch {shard.epoch} of shard {record.shard} is {accepted}"
+        )
+    if record.samples not in (manifest.checkpoint_samples, record.epoch * manifest.checkpoint_samples):
+        needed = manifest.checkpoint_samples
+        return Verdict("invalid", "lineage", f"it was trained on {record.samples} samples; an epoch has {needed}")
+    return None
+
+
+def sizes(record: CheckpointRecord, limits: SizeLimits) -> Verdict | None:
+    """Rung `size`: None when every blob can be what it says it is."""
+    for name, size, most in (
+        ("weights", record.weights.size, limits.weights),
+        ("state", record.state.size, limits.state),
+        ("trace", record.trace.size, limits.trace),
+    ):
+        if size > most:
+            return Verdict("invalid", "size", f"its {name} have {size} bytes; the manifest's expert needs at most {most}")
+    return None
+
+
+def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict:
+    """Rung `holdout`: valid unless `loss` exceeds the parent's by more than the fraction `tolerance`."""
+    if not math.isfinite(loss):
+        return Verdict("invalid", "holdout", "its held-out loss is not a number")
+    most = parent_loss * (1 + tolerance)
+    if loss > most:
+        text = f"its held-out loss {loss:.5f} is worse than the accepted parent's {parent_loss:.5f} (at most {most:.5f})"
+        return Verdict("invalid", "holdout", text, loss, parent_loss)
+    return Verdict("valid", "holdout", "", loss, parent_loss)
+
+
+def lottery(secret: bytes, checkpoint: str) -> float:
+    """Uniform in [0, 1) for each checkpoint; nobody without the coordinator's secret can foresee it."""
+    return int.from_bytes(hashlib.sha256(b"audit" + secret + checkpoint.encode()).digest()[:7], "big") / (1 << 56)
+
+
+class Tools(Protocol):
+    """What the rungs with input and output need. Each raises Stopped with its own rung."""
+
+    async def fetch(self, record: CheckpointRecord) -> None:
+        """Rung `transfer`."""
+        ...
+
+    async def inspect(self, record: CheckpointRecord) -> None:
+        """Rungs `format` and `numbers`, on fetched blobs."""
+        ...
+
+    async def baseline(self, shard: int) -> float:
+        """Held-out loss of the shard's initial model."""
+        ...
+
+    async def loss(self, record: CheckpointRecord) -> float:
+        """Held-out loss of fetched weights."""
+        ...
+
+
+async def climb(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: Tools) -> Verdict:
+    """Carry out the rungs from `transfer` to `holdout`. `parent_loss` None: measure the initial model first."""
+    try:
+        await tools.fetch(record)
+        await tools.inspect(record)
+        if parent_loss is None:
+            parent_loss = await tools.baseline(record.shard)
+        return compare_losses(await tools.loss(record), parent_loss, manifest.holdout_tolerance)
+    except Stopped as stop:
+        return stop.verdict
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "the initial model"
+
+
+Limits = Mapping[int, SizeLimits]
