@@ -29,6 +29,10 @@ class ShardView:
     def epoch(self) -> int:
         return self.acceptance.epoch if self.acceptance else 0
 
+    def live(self, now: float) -> list[LiveClaim]:
+        """Claims that hold now: neither expired nor released."""
+        return [claim for claim in self.claims if claim.expires > now and claim.record.state != "released"]
+
 
 def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
     """Highest-random-weight hash (Thaler and Ravishankar 1998); here the lowest value wins."""
@@ -38,18 +42,19 @@ def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
 def shard_owner(run: str, view: ShardView, now: float) -> str | None:
     """The one claimant who may train the shard now, or None.
 
-    1. Whom the last acceptance gives tenure, while its claim lives. 2. Else the lowest rendezvous hash among live claims.
+    1. Whom the last acceptance gives tenure, while its claim lives. 2. Else who already trains goes before who is still
+    claiming, so that a late claim never takes a shard from its holder. 3. Among equals the lowest rendezvous hash.
     """
-    alive = {claim.record.owner for claim in view.claims if claim.expires > now}
+    live = {claim.record.owner: claim.record.state == "claiming" for claim in view.live(now)}
     accepted = view.acceptance
-    if accepted and accepted.author in alive and now < accepted.tenure_until:
+    if accepted and accepted.author in live and now < accepted.tenure_until:
         return accepted.author
-    return min(alive, key=lambda owner: rendezvous(run, view.shard, view.epoch, owner), default=None)
+    return min(live, key=lambda owner: (live[owner], rendezvous(run, view.shard, view.epoch, owner)), default=None)
 
 
 def free_shards(views: Iterable[ShardView], epochs: int, now: float) -> list[ShardView]:
     """Shards with work left that nobody claims: a newcomer never contests a live claim."""
-    return [view for view in views if view.epoch < epochs and not any(claim.expires > now for claim in view.claims)]
+    return [view for view in views if view.epoch < epochs and not view.live(now)]
 
 
 def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float]) -> ShardView | None:

@@ -67,13 +67,13 @@ class NodeRecord(_Record):
 
 
 class ClaimRecord(_Record):
-    """A peer's claim to train `shard` on top of accepted `epoch`."""
+    """A peer's claim to train `shard` on top of accepted `epoch`. `released` takes an earlier claim back (a DHT cannot delete)."""
 
     kind: Literal["claim"] = "claim"
     shard: int = Field(ge=0)
     epoch: int = Field(ge=0)
     samples: int = Field(ge=0)
-    state: Literal["claiming", "training", "draining"]
+    state: Literal["claiming", "training", "draining", "released"]
 
     def key(self) -> str:
         return claim_key(self.run, self.shard)
