@@ -1,0 +1,81 @@
+"""Arguments that several commands share, and how they are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ..system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ..protocol.ticket import Ticket
+
+
+def setting(variable: str, help: str, *names: str, **limits: Any) -> Any:
+    """An option that the environment variable LUTETIA_`variable` sets too."""
+    return typer.Option(*names, envvar=f"LUTETIA_{variable}", help=help, **limits)
+
+
+TicketArgument = Annotated[
+    str,
+    typer.Argument(envvar="LUTETIA_TICKET", help="The ticket, or a file that holds it.", metavar="TICKET"),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(envvar="LUTETIA_RUN_FOLDER", help="The run's folder, made by `lutetia run create`.", metavar="RUN")
+]
+StateFolder = Annotated[
+    Path | None, setting("STATE_FOLDER", "Where this box keeps identity, socket and checkpoints.", "--state-folder")
+]
+
+Model = TypeVar("Model", bound="BaseModel")
+
+
+def read_ticket(text: str) -> Ticket:
+    """The ticket itself, or the one in the file that `text` names. Raises ConfigError."""
+    from ..protocol.ticket import PREFIX, Ticket
+
+    if not text.startswith(PREFIX) and (os.sep in text or Path(text).is_file()):
+        try:
+            text = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read a ticket from {text}: {error}; give the ticket itself or its file") from error
+    return Ticket.decode(text)
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """The tables of a TOML file; nothing for None. Raises ConfigError."""
+    import tomllib
+
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration {path} is not TOML: {error}") from error
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def settings_of(model: type[Model], source: str, values: dict[str, Any]) -> Model:
+    """`model` from `values`. Raises ConfigError naming the unknown or wrong key and `source`."""
+    from pydantic import ValidationError
+
+    from ..protocol.manifest import first_problem
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        known = ", ".join(sorted(model.model_fields))
+        hint = f"; known keys: {known}" if problem["type"] == "extra_forbidden" else "; correct it"
+        raise ConfigError(f"{source}: {first_problem(error)}{hint}") from error

@@ -1,0 +1,72 @@
+"""`lutetia identity show|export|import`: the key of this box."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..system.errors import IdentityError
+from .arguments import StateFolder
+from .output import JsonFlag, emit
+
+app = typer.Typer(help="Show, export or import the key of this box.", no_args_is_help=True)
+KEY_NAME = "identity.key"
+
+
+def key_path(state_folder: Path | None) -> Path:
+    from ..system.paths import default_state_folder
+
+    return (state_folder or default_state_folder()) / KEY_NAME
+
+
+@app.command("show")
+def show(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Show public key and peer id, and where the secret key lies."""
+    from ..protocol.identity import Identity
+
+    path = key_path(state_folder)
+    if not path.exists():
+        raise IdentityError(
+            f"this box has no identity yet ({path} is missing); `lutetia join` makes one, `lutetia identity import` restores one"
+        )
+    identity = Identity.load(path)
+    document = {"public_key": identity.public_key, "peer_id": identity.peer_id, "key_file": str(path)}
+    emit(document, as_json, lambda: "\n".join(f"{key.replace('_', ' '):<12}{value}" for key, value in document.items()))
+
+
+@app.command("export")
+def export(
+    target: Annotated[Path, typer.Argument(help="File to write the secret key to; keep it off this box.", metavar="FILE")],
+    state_folder: StateFolder = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy the secret key into a file only you can read."""
+    from ..protocol.identity import Identity
+
+    if target.exists():
+        raise IdentityError(f"{target} exists; choose another file, keys are never overwritten")
+    identity = Identity.load(key_path(state_folder))
+    identity.save(target)
+    document = {"public_key": identity.public_key, "file": str(target)}
+    emit(
+        document, as_json, lambda: f"wrote the secret key of {identity.public_key[:16]}… to {target}; whoever has it is this box"
+    )
+
+
+@app.command("import")
+def import_key(
+    source: Annotated[Path, typer.Argument(help="File that `identity export` wrote.", metavar="FILE")],
+    state_folder: StateFolder = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make this box the one whose key is in the file."""
+    from ..protocol.identity import Identity
+
+    identity, path = Identity.load(source), key_path(state_folder)
+    if path.exists() and Identity.load(path) != identity:
+        raise IdentityError(f"this box already has another identity in {path}; move it away first if you mean it")
+    identity.save(path)
+    document = {"public_key": identity.public_key, "key_file": str(path)}
+    emit(document, as_json, lambda: f"this box is now {identity.public_key[:16]}… ({path})")

@@ -1,0 +1,129 @@
+"""The `lutetia` command: assembles the command groups and turns every failure into one sentence and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from types import TracebackType
+from typing import Annotated
+
+import typer
+
+from ..system.errors import EXIT_CODES, LutetiaError
+from . import coordinate, data, demo, doctor, generate, identity, runs, swarm, volunteer
+from .output import json_wanted
+
+_EPILOG = "Exit codes: `lutetia help exit-codes`. Every option can be set by its environment variable too; a flag wins."
+
+app = typer.Typer(
+    name="lutetia",
+    help="Train a video diffusion model together: each volunteer trains one expert, and a router makes the experts one model.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels would cost half of the time of --help
+)
+help_app = typer.Typer(help="What the exit codes mean.", no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"lutetia {version('lutetia')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@help_app.command("exit-codes")
+def exit_codes() -> None:
+    """Print what every exit code means."""
+    rows = {0: "Success", **EXIT_CODES, 70: "Something unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
+    for code, meaning in sorted(rows.items()):
+        print(f"{code:>4}  {meaning}")
+
+
+for _module in (demo, volunteer, generate, doctor):
+    _module.register(app)
+for _group, _name in (
+    (swarm.app, "swarm"),
+    (runs.app, "run"),
+    (coordinate.app, "coordinator"),
+    (data.app, "data"),
+    (identity.app, "identity"),
+):
+    app.add_typer(_group, name=_name)
+app.add_typer(help_app, name="help")
+
+
+class _Reported(contextlib.AbstractContextManager["_Reported"]):
+    """Leaves the process with the exit code of whatever went wrong inside, after one sentence about it."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def _leave(self, code: int, name: str, sentence: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            if self.as_json:
+                print(json.dumps({"error": {"name": name, "code": code, "message": sentence}}, ensure_ascii=False), flush=True)
+            else:
+                print(f"lutetia: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if os.environ.get("LUTETIA_DEBUG") and not isinstance(error, SystemExit | None):
+            traceback.print_exception(error)
+        match error:
+            case None | SystemExit():
+                return
+            case LutetiaError():
+                self._leave(error.code, error.name, str(error))
+            case typer.TyperException():
+                self._leave(2, "usage", _usage_sentence(error))
+            case KeyboardInterrupt() | typer.Abort():
+                self._leave(130, "interrupted", "interrupted")
+            case BrokenPipeError():
+                _forget_stdout()
+                raise SystemExit(0) from error  # the reader of a pipe had enough (| head)
+            case _:
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._leave(70, "internal", f"unexpected {text}; this is a bug, run again with LUTETIA_DEBUG=1 for the traceback")
+
+
+def _usage_sentence(error: typer.TyperException) -> str:
+    """What typer says, and where to read on. A group without a command says its whole help; that is no sentence."""
+    path = getattr(getattr(error, "ctx", None), "command_path", "lutetia")
+    text = error.format_message().rstrip(".")
+    return f"name a command; see {path} --help" if "\n" in text else f"{text[:1].lower()}{text[1:]}; see {path} --help"
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from flushing into a closed pipe when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main() -> None:
+    """Run the command line; always ends by SystemExit."""
+    arguments = sys.argv[1:]
+    with _Reported(json_wanted(arguments)):
+        _tie_to_parent()
+        code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _tie_to_parent() -> None:
+    """A command that another command of ours started (the demo's swarm) dies with it."""
+    if parent := os.environ.pop("LUTETIA_PARENT", None):
+        from ..system.process import die_with_parent
+
+        die_with_parent(int(parent))

@@ -1,0 +1,118 @@
+"""`lutetia run create|show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .arguments import given, read_config, setting, settings_of
+from .output import JsonFlag, emit
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..protocol.manifest import Manifest
+
+app = typer.Typer(help="Create a training run, or show what one is.", no_args_is_help=True)
+
+
+@app.command("create")
+def create(
+    data: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the run's manifest, keys, blobs and ledger.", metavar="RUN")],
+    config: Annotated[Path | None, setting("RUN_CONFIG", "Settings as TOML; flags win.")] = None,
+    name: Annotated[str | None, setting("RUN_NAME", "What people call the run.")] = None,
+    address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, for the ticket.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a signed manifest and a ticket for new volunteers."""
+    from ..coordinator.create import create_run
+    from ..coordinator.settings import RunSettings
+
+    values = {**read_config(config), **given(name=name, addresses=address)}
+    created = create_run(data, folder, settings_of(RunSettings, str(config or "options"), values))
+    document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
+    emit(document, as_json, lambda: created_text(document))
+
+
+def created_text(document: dict[str, Any]) -> RenderableType:
+    from rich.text import Text
+
+    return Text(
+        f"Run {document['run'][:12]} is in {document['folder']}. Keep owner.key there safe: it signs the run.\n"
+        f"Start its coordinator:  lutetia coordinator serve {document['folder']}\n"
+        f"Volunteers join with:   lutetia join {document['ticket']}\n",
+        overflow="fold",
+    )
+
+
+@app.command("show")
+def show(
+    source: Annotated[str, typer.Argument(help="A run's folder, a manifest file, or a ticket.", metavar="RUN|MANIFEST|TICKET")],
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address of a ticket.", min=0.1)] = 8.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show and verify a run's manifest."""
+    manifest = load_manifest(source, timeout)
+    emit(manifest, as_json, lambda: render_manifest(manifest))
+
+
+def load_manifest(source: str, timeout: float) -> Manifest:
+    """The verified manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError, BootstrapError."""
+    import time
+
+    from ..protocol.manifest import MAX_MANIFEST_BYTES, open_manifest
+    from ..protocol.services import MANIFEST
+    from ..protocol.thin import thin_document
+    from ..protocol.ticket import PREFIX
+    from ..system.errors import ConfigError
+    from .arguments import read_ticket
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / "manifest.json"
+    if source.startswith(PREFIX) or (path.is_file() and path.suffix == ".txt"):
+        ticket = read_ticket(source)
+        data = thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
+        return open_manifest(data, now=time.time(), run=ticket.run, owner=ticket.owner).manifest
+    try:
+        return open_manifest(path.read_bytes(), now=time.time()).manifest
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read a manifest from {path}: {error.strerror}; give a run's folder, a manifest or a ticket"
+        ) from error
+
+
+def render_manifest(manifest: Manifest) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from .words import short, size, thousands
+
+    latent, optimisation = manifest.latent, manifest.optimisation
+    size_in_pixels = f"{latent.pixel_width}×{latent.pixel_height}"
+    facts = {
+        "run": f"{manifest.name}   {manifest.run_id}   version {manifest.version}",
+        "owner": manifest.owner,
+        "expert": f"{manifest.expert.class_name}, predicts {manifest.expert.prediction}",
+        "clips": f"{latent.pixel_frames} frames of {size_in_pixels}, latents {latent.shape} by {latent.vae}",
+        "text": f"{latent.text_encoder}, {latent.text_tokens} tokens",
+        "budget": f"{thousands(manifest.samples_per_shard)} samples per expert in {manifest.epochs} checkpoints",
+        "batch": f"{optimisation.batch}, learning rate {optimisation.learning_rate:g} ({optimisation.schedule}), {optimisation.optimizer}",
+        "lease": f"{manifest.timing.lease:.0f} s",
+    }
+    table = Table.grid(padding=(0, 3))
+    for key, value in facts.items():
+        table.add_row(key, value)
+    shards = Table(
+        "SHARD", "CLUSTER", "CLIPS", "HELD OUT", "PRIOR", "TRAIN BLOB", "SIZE", box=None, pad_edge=False, header_style="bold"
+    )
+    for shard in manifest.shards:
+        shards.add_row(
+            f"{shard.index:03d}", shard.name, str(shard.clips), str(shard.holdout_clips), f"{shard.prior:.3f}",
+            short(shard.train.digest, 12), size(shard.train.size),
+        )  # fmt: skip
+    return Group(table, Text(), shards)

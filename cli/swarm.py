@@ -1,0 +1,49 @@
+"""`lutetia swarm status|fetch`: ask a run's coordinator over py-libp2p, without hivemind or torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .arguments import TicketArgument, read_ticket, setting
+from .output import JsonFlag, emit
+
+app = typer.Typer(help="Ask a run how it stands; works without joining.", no_args_is_help=True)
+
+
+@app.command("status")
+def swarm_status(
+    ticket: TicketArgument,
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address.", min=0.1)] = 8.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show accepted work per shard and the peers who do it."""
+    import time
+
+    from .render import render_status
+
+    status = fetch_status(ticket, timeout)
+    emit(status, as_json, lambda: render_status(status, time.time()))
+
+
+def fetch_status(ticket: str, timeout: float):
+    """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
+    from pydantic import ValidationError
+
+    from ..protocol.manifest import first_problem
+    from ..protocol.services import STATUS
+    from ..protocol.status import MAX_STATUS_BYTES, SwarmStatus
+    from ..protocol.thin import thin_document
+    from ..system.errors import ConfigError, IntegrityError
+
+    decoded = read_ticket(ticket)
+    try:
+        status = SwarmStatus.model_validate_json(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
+    except ValidationError as error:
+        raise IntegrityError(
+            f"the coordinator's status is malformed: {first_problem(error)}; update lutetia on one of the two sides"
+        ) from error
+    if status.run != decoded.run:
+        raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
+    return status

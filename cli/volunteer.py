@@ -1,0 +1,111 @@
+"""`join`, and what a volunteer says to the running daemon: `status pause resume finish leave`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..system.errors import UsageError
+from .arguments import StateFolder, TicketArgument, given, read_config, read_ticket, setting, settings_of
+from .output import JsonFlag, emit, say
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the top level."""
+    for command in (join, status, pause, resume, finish, leave):
+        app.command()(command)
+
+
+def duration(text: str) -> float:
+    """Seconds of `90s`, `30m`, `2h` or `1d`. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise UsageError(f"cannot read the duration {text!r}; write it like 90s, 30m, 2h or 1d")
+    return float(found[1]) * _SECONDS[found[2] or "s"]
+
+
+def join(
+    ticket: TicketArgument,
+    state_folder: StateFolder = None,
+    config: Annotated[Path | None, setting("JOIN_CONFIG", "Settings as TOML; flags win.")] = None,
+    listen: Annotated[str | None, setting("LISTEN", "Where to listen, for instance /ip4/0.0.0.0/tcp/41000.")] = None,
+    announce: Annotated[list[str] | None, setting("ANNOUNCE", "Address to tell others, where it differs.")] = None,
+    device: Annotated[str | None, setting("DEVICE", "auto, cpu, cuda or cuda:1.")] = None,
+    threads: Annotated[int | None, setting("THREADS", "CPU threads that training may use.", min=1)] = None,
+    duty: Annotated[float | None, setting("DUTY", "Share of time that training may use.", min=0.01, max=1.0)] = None,
+) -> None:
+    """Train a run's experts with this box.
+
+    It goes on until the work is done, `lutetia finish` or `lutetia leave` is called, or Ctrl-C.
+    """
+    from ..node.daemon import run_node
+    from ..node.settings import NodeSettings
+    from .service import run_service
+
+    flags = given(state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty)
+    source = str(config) if config else "options"
+    settings = settings_of(NodeSettings, source, {**read_config(config), **flags, "ticket": read_ticket(ticket).encode()})
+    run_service(run_node(settings))
+
+
+def _ask(state_folder: Path | None, verb: str, **arguments: Any) -> dict[str, Any]:
+    import asyncio
+
+    from ..node.control import ask
+    from ..system.paths import default_state_folder
+
+    return asyncio.run(ask(state_folder or default_state_folder(), verb, **arguments))
+
+
+def status(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Show what this box does and whether it counts."""
+    document = _ask(state_folder, "status")
+    emit(document, as_json, lambda: render_local(document))
+
+
+def pause(
+    period: Annotated[str | None, setting("PAUSE_FOR", "How long, like 30m or 2h; until `resume` without.", "--for")] = None,
+    state_folder: StateFolder = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Stop training and give the shard back; the daemon stays."""
+    seconds = duration(period) if period else None
+    answer = _ask(state_folder, "pause", **given(seconds=seconds))
+    emit(answer, as_json, lambda: say(f"paused{f' for {period}' if period else ''}; `lutetia resume` goes on"))
+
+
+def resume(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Go on after a pause."""
+    answer = _ask(state_folder, "resume")
+    emit(answer, as_json, lambda: say("resumed"))
+
+
+def finish(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Finish the checkpoint under way, then leave."""
+    answer = _ask(state_folder, "finish")
+    emit(answer, as_json, lambda: say("finishing the checkpoint under way, then leaving"))
+
+
+def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Leave now; work since the last checkpoint is lost."""
+    answer = _ask(state_folder, "leave")
+    emit(answer, as_json, lambda: say("leaving"))
+
+
+def render_local(document: dict[str, Any]) -> RenderableType:
+    """The daemon's own words as a two-column table."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3))
+    for key, value in document.items():
+        if value not in (None, "", [], {}):
+            table.add_row(key.replace("_", " "), str(value))
+    return table

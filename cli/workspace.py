@@ -1,0 +1,83 @@
+"""A private working folder beside the place where the result goes, and the swap of the finished result into that place."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..system.errors import UsageError
+from ..system.files import disk_errors, fsync_folder
+
+_LOCK = "in-use"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, removed in the end. Folders of earlier runs that were killed are removed too."""
+    parent = target.absolute().parent
+    with disk_errors(target):
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent, target.name)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=parent))
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Remove the working folders whose owner has ended: the kernel gave their lock back."""
+    for stale in parent.glob(f".{name}.*.part"):
+        try:
+            descriptor = os.open(stale / _LOCK, os.O_RDWR)
+        except OSError:
+            continue  # not one of ours, or not yet locked by its owner
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def check_replaceable(target: Path, marks: tuple[str, ...]) -> None:
+    """Raises UsageError when `target` holds something that we did not make: a folder without all of `marks`."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file; choose another --out")
+    if any(target.iterdir()) and not all((target / mark).exists() for mark in marks):
+        raise UsageError(f"{target} holds other files, which would be replaced; choose another --out or remove it")
+
+
+def put_in_place(finished: Path, target: Path) -> None:
+    """Let `finished` become `target` in one step: readers see the old folder or the new one, never a mixture of both."""
+    with disk_errors(target):
+        if target.exists() and _exchange(finished, target):
+            shutil.rmtree(finished)
+        else:
+            if target.exists():
+                os.rename(target, finished.with_name(f"{finished.name}.old"))
+            os.rename(finished, target)
+            shutil.rmtree(finished.with_name(f"{finished.name}.old"), ignore_errors=True)
+        fsync_folder(target.absolute().parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths atomically (Linux renameat2). False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform.startswith("linux") else None
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
