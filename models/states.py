@@ -1,0 +1,107 @@
+"""What a trainer remembers: the snapshot in memory, the weights file that is published, the state file that resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..protocol.manifest import Manifest
+from ..system.errors import IntegrityError
+from .checkpoints import CheckpointRefused, check_state, check_weights
+from .tensorfiles import read_document, write_tensors
+
+Precision = Literal["float32", "bfloat16"]
+_PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision")
+
+
+@dataclass
+class Snapshot:
+    """Everything that determines the next step, on the CPU, detached from the trainer, which goes on meanwhile.
+
+    `epoch` and `step` say where the next step belongs (an ended epoch e is epoch e+1, step 0); `samples` are the shard's so far.
+    `trace` are the losses of the epoch that was being trained or has just ended.
+    """
+
+    run: str
+    shard: int
+    epoch: int
+    step: int
+    samples: int
+    micro_batch: int
+    precision: Precision
+    parameters: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    trace: list[float] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is published and sampled: the EMA under the names of the expert's own class."""
+        return {**self.buffers, **self.ema}
+
+
+def write_weights(snapshot: Snapshot, path: Path) -> None:
+    """The EMA, as diffusers' `diffusion_pytorch_model.safetensors` holds it. Equal weights, equal bytes. Raises DiskError."""
+    write_tensors(path, snapshot.weights)
+
+
+def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
+    """Parameters, moments, counters, loss trace and (unless the weights file travels along) the EMA. Raises DiskError."""
+    tensors = {f"param.{name}": tensor for name, tensor in snapshot.parameters.items()} | snapshot.moments
+    if ema:
+        tensors |= {f"ema.{name}": tensor for name, tensor in snapshot.ema.items()}
+    tensors["trace"] = torch.tensor(snapshot.trace, dtype=torch.float32)
+    write_tensors(path, tensors, {"format": 1, **{name: getattr(snapshot, name) for name in _PLACE}})
+
+
+def read_weights(path: Path, manifest: Manifest, shard: int) -> dict[str, Tensor]:
+    """The checked weights of a shard's expert. Raises CheckpointRefused."""
+    check_weights(path, manifest.expert_of(shard))
+    return _read_tensors(path)
+
+
+def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
+    """The checked state of a shard's trainer; `ema` is empty where it travels as a weights file.
+
+    Raises CheckpointRefused (does not fit the expert) or IntegrityError (of another run or shard).
+    """
+    check_state(path, manifest.expert_of(shard), manifest.optimisation)
+    with safe_open(path, framework="pt") as file:
+        try:
+            place = read_document(file.metadata())
+            numbers = {name: int(place[name]) for name in ("shard", "epoch", "step", "samples", "micro_batch")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointRefused("header", f"the state {path.name} does not say where it belongs; refused") from error
+    steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
+    if (place.get("run"), numbers["shard"]) != (manifest.run_id, shard):
+        raise IntegrityError(f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
+    fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
+    if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
+        raise CheckpointRefused("header", f"the state {path.name} names a place that this run does not have; refused")
+    tensors = _read_tensors(path)
+    return Snapshot(
+        run=manifest.run_id,
+        precision="bfloat16" if place.get("precision") == "bfloat16" else "float32",
+        parameters=_under("param.", tensors),
+        ema=_under("ema.", tensors),
+        buffers={},
+        moments={name: tensor for name, tensor in tensors.items() if name.startswith(("adamw.", "muon."))},
+        trace=tensors["trace"].tolist() if "trace" in tensors else [],
+        **numbers,
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
