@@ -101,7 +101,7 @@ def render_manifest(manifest: Manifest) -> RenderableType:
         "clips": f"{latent.pixel_frames} frames of {size_in_pixels}, latents {latent.shape} by {latent.vae}",
         "text": f"{latent.text_encoder}, {latent.text_tokens} tokens",
         "budget": f"{thousands(manifest.samples_per_shard)} samples per expert in {manifest.epochs} checkpoints",
-        "batch": f"{optimisation.batch}, learning rate {optimisation.learning_rate:g} ({optimisation.schedule}), {optimisation.optimizer}",
+        "training": f"{optimisation.optimizer}, batch {optimisation.batch}, learning rate {optimisation.learning_rate:g}",
         "lease": f"{manifest.timing.lease:.0f} s",
     }
     table = Table.grid(padding=(0, 3))
