@@ -128,7 +128,7 @@ class JudgeState:
     limits: Limits | None = None
     pending: frozenset[int] = frozenset()
     checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
-    offers: Table[str, tuple[float, ...]] = Table()
+    offers: Table[str, tuple[float, ...]] = field(default_factory=Table)
 
     @classmethod
     def restored(cls, run: RunState) -> JudgeState:

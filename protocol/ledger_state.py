@@ -101,8 +101,8 @@ class RunState:
     coordinator: str = ""
     epochs: int = 0
     manifest_version: int = 0
-    shards: Table[int, ShardLedger] = Table()
-    peers: Table[str, PeerLedger] = Table()
+    shards: Table[int, ShardLedger] = field(default_factory=Table)
+    peers: Table[str, PeerLedger] = field(default_factory=Table)
     router: RouterTrained | None = None
     mixture: MixtureStitched | None = None
     finished: bool = False

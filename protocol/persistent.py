@@ -36,6 +36,9 @@ class Table(Mapping[K, V], Generic[K, V]):
     def __len__(self) -> int:
         return self._count
 
+    def __repr__(self) -> str:
+        return f"Table({dict(self)})"
+
     def set(self, key: K, value: V) -> Table[K, V]:
         index = _bucket(key)
         old = self._buckets[index]
