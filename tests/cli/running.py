@@ -1,0 +1,27 @@
+"""Runs the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def lutetia(*arguments: str | Path, cwd: Path | None = None, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lutetia ARGUMENTS` with this interpreter, away from the caller's own LUTETIA_ variables."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
+    return subprocess.run(
+        [sys.executable, "-m", "lutetia.cli", *map(str, arguments)],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def failure(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The error document that a command printed under --json."""
+    error = json.loads(run.stdout)["error"]
+    assert error["code"] == run.returncode
+    assert "Traceback" not in run.stderr
+    return error

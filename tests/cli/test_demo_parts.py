@@ -1,0 +1,175 @@
+"""The demo's parts that decide and look: status table, victim and takeover, working folder, local swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from sample_documents import NOW, PEERS, shard, status
+
+from lutetia.cli.live import View, shard_rows
+from lutetia.cli.local_swarm import LocalSwarm, free_port
+from lutetia.cli.render import render_status
+from lutetia.cli.takeover import Takeover, Worker, choose_victim
+from lutetia.cli.words import ago, clock, size, thousands
+from lutetia.cli.workspace import check_replaceable, put_in_place, workspace
+from lutetia.system.errors import LutetiaError, UsageError
+
+KEYS = [peer.public_key for peer in PEERS]
+
+
+def worker(index: int, state: str = "training", speed: float = 10.0, **more: object) -> Worker:
+    return Worker(f"worker-{index + 1}", KEYS[index], state, more.pop("shard", index), samples_per_second=speed, **more)  # type: ignore[arg-type]
+
+
+def printed(renderable: object) -> str:
+    console = Console(width=132, force_terminal=False, record=True, file=open(os.devnull, "w"))
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_the_status_table_shows_accepted_work() -> None:
+    text = printed(render_status(status(), NOW))
+    assert "2/3 held" in text
+    assert "coordinator ok 2 s ago" in text
+    assert "4 800/9 600" in text
+    assert "unclaimed" in text
+    assert "router 95.7 % right" in text
+    assert "coordinator silent for 1.7 min" in printed(render_status(status(), NOW + 100))
+
+
+def test_words_for_numbers() -> None:
+    assert [ago(None), ago(3), ago(75), ago(7200), ago(864_000)] == ["-", "3 s", "1.2 min", "2.0 h", "10 d"]
+    assert [clock(None), clock(59.6), clock(3700), clock(float("inf"))] == ["-", "1:00", "1:01:40", "-"]
+    assert [size(10), size(2048), thousands(1234567)] == ["10 B", "2.0 KiB", "1 234 567"]
+
+
+def test_the_slowest_dies_once_somebody_is_free() -> None:
+    busy = status(*(shard(k, 3, "training", KEYS[k]) for k in range(3)))
+    speeds = {KEYS[k]: worker(k, speed=10.0 - k) for k in range(3)}
+    assert choose_victim(busy, speeds) is None
+    free = {**speeds, KEYS[0]: worker(0, "idle", shard=None)}
+    victim = choose_victim(status(shard(0, 6, "done"), shard(1, 4, "training", KEYS[1]), shard(2, 2, "training", KEYS[2])), free)
+    assert victim is not None
+    assert victim.name == "worker-3"
+    late = status(*(shard(k, 4, "training", KEYS[k]) for k in range(3)))
+    assert choose_victim(late, speeds) is not None  # two thirds are done: the last chance
+    assert choose_victim(status(*(shard(k, 0, "training", KEYS[k]) for k in range(3))), free) is None  # nothing to go on from
+
+
+def test_a_takeover_is_told_step_by_step() -> None:
+    takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=7)
+    seen = takeover.seen(101.0, shard(2, 2, "training", KEYS[2]), {})
+    assert seen == takeover
+    seen = seen.seen(106.0, shard(2, 2, "unclaimed"), {KEYS[0]: worker(0, "idle", shard=None)})
+    assert (seen.expired, seen.claimed) == (106.0, None)
+    seen = seen.seen(107.0, shard(2, 2, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    assert (seen.claimed, seen.heir, seen.training) == (107.0, "worker-1", None)
+    seen = seen.seen(109.0, shard(2, 2, "training", KEYS[0]), {KEYS[0]: worker(0, "training", shard=2, step=3)})
+    assert seen.training == 109.0
+    seen = seen.seen(120.0, shard(2, 3, "training", KEYS[0]), {KEYS[0]: worker(0, shard=2, step=9)})
+    assert seen.complete
+    assert [at for at, _ in seen.steps()] == [100.0, 106.0, 107.0, 109.0, 120.0]
+
+
+def test_rows_join_accepted_work_with_what_workers_say() -> None:
+    rows = shard_rows(status(), {KEYS[0]: worker(0, samples=5600, loss=0.5, speed=40.0)})
+    assert rows[0].share == pytest.approx(5600 / 9600)
+    assert rows[0].eta == pytest.approx(100.0)
+    assert (rows[1].eta, rows[2].worker) == (None, "-")
+
+
+def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    view = View(Console(width=132))
+    view.enter(0.0, "train")
+    view.show(1.0, shard_rows(status(), {}))
+    view.show(2.0, shard_rows(status(), {}))
+    view.happened(3.0, "worker-3 was killed [SIGKILL]")
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert text.count("expert 0 digits") == 1
+    assert "worker-3 was killed [SIGKILL]" in text
+
+
+def test_a_workspace_leaves_nothing_and_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, signal, os\nfrom lutetia.cli.workspace import workspace\n"
+        "with workspace(pathlib.Path(sys.argv[1])) as folder:\n    (folder / 'big').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "demo"])
+    assert len(list(tmp_path.iterdir())) == 1
+    with workspace(tmp_path / "demo") as folder:
+        assert [path for path in tmp_path.iterdir()] == [folder]
+        with workspace(tmp_path / "demo") as other:
+            assert folder.exists()
+            assert other != folder
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_folder_replaces_the_former_in_one_step(tmp_path: Path) -> None:
+    target = tmp_path / "demo"
+    for text in ("first", "second"):
+        finished = tmp_path / "finished"
+        finished.mkdir()
+        (finished / "report.md").write_text(text)
+        put_in_place(finished, target)
+        assert (target / "report.md").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_only_a_former_demo_is_replaced(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "absent", ("report.md",))
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="other files"):
+        check_replaceable(tmp_path, ("report.md",))
+    (tmp_path / "report.md").write_text("")
+    check_replaceable(tmp_path, ("report.md",))
+
+
+async def test_a_local_swarm_ends_its_processes_and_reports_failures(tmp_path: Path) -> None:
+    async with LocalSwarm(tmp_path) as swarm:
+        failed = await swarm.start("worker-1", ["join", "no ticket"])
+        assert await failed.process.wait() == 10
+        with pytest.raises(LutetiaError, match="worker-1 ended with exit code 10.*not a ticket"):
+            swarm.check()
+    async with LocalSwarm(tmp_path) as swarm:
+        member = await swarm.start("sleeper", ["help", "exit-codes"])
+        await member.process.wait()
+        swarm.check()
+    assert free_port() != 0
+
+
+def test_processes_of_a_swarm_die_with_their_killed_parent(tmp_path: Path) -> None:
+    """The swarm's owner is SIGKILLed; a command of it that would listen for a long time must be gone."""
+    code = (
+        "import asyncio, os, sys, pathlib, signal\nfrom lutetia.cli.local_swarm import LocalSwarm\n"
+        "async def main():\n"
+        "    async with LocalSwarm(pathlib.Path(sys.argv[1])) as swarm:\n"
+        "        swarm_environment = {'PYTHONSTARTUP': ''}\n"
+        "        member = await swarm.start('stays', ['swarm', 'status', sys.argv[2], '--timeout', '60'], swarm_environment)\n"
+        "        print(member.process.pid, flush=True)\n        await member.process.wait()\n"
+        "asyncio.run(main())"
+    )
+    from test_command_line import ticket  # a listener that never answers keeps the command waiting
+
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        parent = subprocess.Popen([sys.executable, "-c", code, tmp_path, ticket(port)], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        silent.settimeout(20)
+        connection, _ = silent.accept()
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert child not in psutil.wait_procs([child], timeout=5)[1]
+        connection.close()
+        parent.stdout.close()
