@@ -4,11 +4,16 @@ An expert keeps its diffusers class, config and weights untouched, so its folder
 between the classes is only how `forward` wants its arguments; one `Family` per class says so. Shapes of a call:
 `latents [B, C, F, H, W]`, `time [B]` in [0, 1] with 1 = noise, `tokens [B, L, D]`, `pooled [B, P]`.
 The null condition (dropped text, the unguided branch) is `tokens = 0, pooled = 0`.
+
+An expert whose config has more input than output channels is shown *position channels* beside the noisy latents (as models for
+image-to-video are shown their condition): its `in_channels` are C + P with P a multiple of 6. A model with rotary positions only,
+like Wan, cannot tell where in the frame it is while everything around is noise; fixed maps of frame, row and column tell it.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,7 +95,7 @@ def _call_ltx(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, poo
     patches = x.reshape(batch, channels, f, p_t, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
     everything = torch.ones(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
     out = model(patches, tokens, timestep, everything, num_frames=f, height=h, width=w, return_dict=False)[0]
-    return out.reshape(batch, f, h, w, channels, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape)
+    return out.reshape(batch, f, h, w, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, frames, height, width)
 
 
 def _patch_cogvideox(config: Any) -> Patch:
@@ -147,7 +152,27 @@ def _construct(spec: ExpertSpec) -> nn.Module:
 
 def call_expert(model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> Tensor:
     """The expert's raw prediction, shaped like the noisy latents `x_t [B, C, F, H, W]`, at its own schedule's time `t [B]`."""
-    return family_of(type(model).__name__).call(model, x_t, t * TIMESTEPS, tokens, pooled)
+    family = family_of(type(model).__name__)
+    extra = _input_channels(family, _config(model)) - x_t.shape[1]
+    if extra:
+        positions = position_channels(extra, *x_t.shape[2:], x_t.device, x_t.dtype)
+        x_t = torch.cat([x_t, positions.expand(len(x_t), -1, -1, -1, -1)], dim=1)
+    return family.call(model, x_t, t * TIMESTEPS, tokens, pooled)
+
+
+@lru_cache(maxsize=16)
+def position_channels(
+    count: int, frames: int, height: int, width: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`[count, F, H, W]`, count = 6 n: for frame, row and column from -1 to 1, `sin` and `cos` of pi/2, pi, 2 pi, … times it."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (frames, height, width)), indexing="ij")
+    waves = [
+        wave(math.pi * 2.0 ** (octave - 1) * axis)
+        for axis in axes
+        for octave in range(count // 6)
+        for wave in (torch.sin, torch.cos)
+    ]
+    return torch.stack(waves).to(device, dtype)
 
 
 def weight_schema(spec: ExpertSpec) -> Schema:
@@ -172,10 +197,15 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
     config = _config(build_meta(spec))
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
-    channels = latent.channels * (p_t * p_h * p_w if family.packed else 1)
+    volume = p_t * p_h * p_w if family.packed else 1
+    extra = _input_channels(family, config) - latent.channels
+    if config.in_channels % volume or extra < 0 or extra % 6:
+        raise ConfigError(
+            f"the expert's in_channels is {config.in_channels} but the run's latents have {latent.channels} channels; "
+            f"give it {latent.channels * volume}, or with position channels that plus a multiple of {6 * volume}"
+        )
     agreements = [
-        ("in_channels", config.in_channels, channels),
-        ("out_channels", config.out_channels or config.in_channels, channels),
+        ("out_channels", config.out_channels or config.in_channels, latent.channels * volume),
         (family.text_width, config[family.text_width], latent.text_width),
     ]
     if family.pooled_width:
@@ -190,6 +220,10 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
             raise ConfigError(
                 f"the expert's patch of {patch} does not divide the latent's {axis} of {size}; correct the expert config"
             )
+
+
+def _input_channels(family: Family, config: Any) -> int:
+    return config.in_channels // (math.prod(family.patch(config)) if family.packed else 1)
 
 
 def _config(model: nn.Module) -> Any:

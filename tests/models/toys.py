@@ -39,7 +39,9 @@ WAN = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])
 OWNER = Identity.derived("owner of toy runs")
 
 
-def toy_manifest(shards: int = 2, expert: ExpertSpec = WAN, experts: dict[int, ExpertSpec] | None = None, **fields: Any) -> Manifest:
+def toy_manifest(
+    shards: int = 2, expert: ExpertSpec = WAN, experts: dict[int, ExpertSpec] | None = None, **fields: Any
+) -> Manifest:
     """A run of `shards` shards; `fields` override the manifest's, an `optimisation` dictionary is merged."""
     blob = BlobRef(digest="0" * 64, size=1)
     optimisation = {"batch": 4, "learning_rate": 1e-3, "warmup_steps": 2, **fields.pop("optimisation", {})}

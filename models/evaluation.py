@@ -1,0 +1,66 @@
+"""The held-out loss of one expert: same clips, noise and times for every candidate, so that only the weights matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..protocol.manifest import Manifest
+from .data.shards import ShardData
+from .experts import build_expert, call_expert
+from .objectives import row_losses, times
+from .randomness import normals, stream
+from .states import read_weights
+from .training import initial_seed
+
+BINS = 10
+_ROWS = 32  # per forward pass; does not change which noise a row gets
+
+
+@dataclass(frozen=True)
+class HoldoutLoss:
+    """`loss`: mean over clips and noises at the run's own time distribution. `by_time`: means in ten equal bins of t, or None."""
+
+    loss: float
+    by_time: tuple[float | None, ...]
+
+
+@torch.no_grad()
+def holdout_loss(
+    manifest: Manifest,
+    shard: int,
+    weights: Path | None,
+    data: ShardData,
+    *,
+    noises: int = 4,
+    device: str | torch.device = "cpu",
+) -> HoldoutLoss:
+    """The loss of checkpoint `weights` (None: the shard's initial weights) on held-out `data`, `noises` times per clip.
+
+    Times are stratified over all rows, so the estimate varies little with the number of clips. Raises CheckpointRefused.
+    """
+    spec = manifest.expert_of(shard)
+    model = build_expert(spec, initial_seed(manifest, shard))
+    if weights is not None:
+        model.load_state_dict(read_weights(weights, manifest, shard))
+    model = model.to(device).eval()
+    count = len(data) * noises
+    draw = stream(manifest.run_id, shard, 0, 0, "holdout")
+    clips = torch.arange(len(data)).repeat_interleave(noises)
+    strata = torch.from_numpy(draw.permutation(count))
+    t = times(manifest.optimisation.time, (strata + torch.from_numpy(draw.random(count))) / count)
+    noise = normals(draw, (count, *data.latents.shape[1:]))
+    losses = torch.empty(count)
+    for rows in torch.arange(count).split(_ROWS):
+        tokens, pooled = data.tokens[clips[rows]].to(device), data.pooled[clips[rows]].to(device)
+        latents = data.latents[clips[rows]].to(device)
+
+        def answer(z, s, tokens=tokens, pooled=pooled):
+            return call_expert(model, z, s, tokens, pooled)
+
+        losses[rows] = row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).cpu()
+    bins = (t * BINS).long().clamp(0, BINS - 1)
+    by_time = tuple(losses[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
+    return HoldoutLoss(losses.double().mean().item(), by_time)

@@ -1,0 +1,58 @@
+"""Data order and noise are functions of their place, and every clip gets its turn."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lutetia.models.batches import batch_at
+from lutetia.models.randomness import clip_order, normals, stream
+from toys import toy_data, toy_manifest
+
+
+def test_stream_is_pinned_so_that_a_numpy_that_draws_otherwise_is_noticed() -> None:
+    draw = stream("run", 1, 2, 3, "noise")
+    assert [round(x, 6) for x in draw.standard_normal(3, dtype=np.float32).tolist()] == [-0.622001, 1.773108, 1.036408]
+    assert stream("run", 1, 2, 3, "order").permutation(6).tolist() == [4, 2, 5, 3, 1, 0]
+
+
+def test_purposes_and_places_draw_differently() -> None:
+    places = [("run", 0, 0, 0, "noise"), ("run", 0, 0, 0, "time"), ("run", 0, 0, 1, "noise"), ("run", 0, 1, 0, "noise")]
+    draws = {
+        tuple(normals(stream(*place), (4,)).tolist()) for place in [*places, ("run", 1, 0, 0, "noise"), ("nur", 0, 0, 0, "noise")]
+    }
+    assert len(draws) == 6
+
+
+@given(clips=st.integers(1, 40), first=st.integers(0, 300), count=st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_any_cut_of_the_order_is_the_same_order(clips: int, first: int, count: int) -> None:
+    whole = clip_order("run", 0, clips, 0, first + count)
+    assert (clip_order("run", 0, clips, first, count) == whole[first:]).all()
+    seen = np.bincount(whole, minlength=clips)
+    assert seen.max() - seen.min() <= 1
+
+
+def test_batches_replay_and_differ_between_steps() -> None:
+    manifest, data = toy_manifest(), toy_data()
+    a, again, b = (batch_at(manifest, 0, data, 1, step) for step in (2, 2, 3))
+    assert torch.equal(a.noise, again.noise)
+    assert torch.equal(a.time, again.time)
+    assert torch.equal(a.tokens, again.tokens)
+    assert not torch.equal(a.noise, b.noise)
+
+
+def test_text_is_dropped_to_zeros_in_about_the_asked_share_of_rows() -> None:
+    manifest = toy_manifest(optimisation={"text_dropout": 0.25})
+    batches = [batch_at(manifest, 0, toy_data(), 0, step) for step in range(200)]
+    dropped = torch.cat([(batch.tokens == 0).flatten(1).all(1) for batch in batches])
+    assert torch.equal(dropped, torch.cat([(batch.pooled == 0).all(1) for batch in batches]))
+    assert 0.19 < dropped.float().mean() < 0.31
+
+
+def test_times_follow_the_shifted_logit_normal() -> None:
+    manifest = toy_manifest(optimisation={"time": {"mean": 0.5, "std": 1.0, "shift": 3.0}})
+    t = torch.cat([batch_at(manifest, 0, toy_data(), 0, step).time for step in range(500)])
+    median = torch.tensor(0.5).sigmoid()
+    assert abs(t.median() - 3 * median / (1 + 2 * median)) < 0.02
+    assert t.min() > 0
+    assert t.max() < 1
