@@ -34,11 +34,11 @@ class ChunkTable:
     def chunk_size(self, index: int) -> int:
         return min(CHUNK, self.size - index * CHUNK)
 
-    def verify(self, index: int, chunk: bytes) -> None:
+    def verify(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
         """Raises IntegrityError when `chunk` is not the blob's chunk `index`."""
         expected = self.hashes[index * HASH : (index + 1) * HASH]
         if len(chunk) != self.chunk_size(index) or hashlib.sha256(chunk).digest() != expected:
-            raise IntegrityError(f"chunk {index} of blob {self.ref.digest[:12]} does not match its hash; fetch it from another peer")
+            raise IntegrityError(f"chunk {index} of blob {self.ref.digest[:12]} does not match its hash; ask another peer")
 
     @classmethod
     def checked(cls, ref: BlobRef, hashes: bytes) -> ChunkTable:

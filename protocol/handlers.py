@@ -1,0 +1,51 @@
+"""Running the handlers of inbound streams: each in its own task, so that a failing one ends its own stream and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ..system.errors import LutetiaError
+from .transport import Handler, Stream
+
+log = logging.getLogger("lutetia.protocol.handlers")
+
+
+class HandlerTasks:
+    """The handlers that run now, at most `limit` of them; further streams are refused until one ends."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self._limit = limit
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, protocol: str, handler: Handler, stream: Stream) -> bool:
+        """Answer `stream` in the background and close it at the end. False when too many are running already."""
+        if len(self._tasks) >= self._limit:
+            log.warning("refused a stream of %s from %s: %d are open", protocol, stream.peer_id, self._limit)
+            return False
+        task = asyncio.get_running_loop().create_task(_answer(handler, stream))
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, protocol, stream.peer_id))
+        return True
+
+    async def close(self) -> None:
+        """Cancel what still runs and wait until it has ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None], protocol: str, peer_id: str) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, (LutetiaError, OSError, EOFError, TimeoutError)):
+            log.info("stream %s of %s ended: %s", protocol, peer_id, error)
+        elif error is not None:
+            log.error("the handler of %s failed for %s", protocol, peer_id, exc_info=error)
+
+
+async def _answer(handler: Handler, stream: Stream) -> None:
+    try:
+        await handler(stream)
+    finally:
+        await stream.close()

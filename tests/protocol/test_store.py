@@ -1,0 +1,174 @@
+"""The blob store: whole or absent, durable in the right order, bounded, and resumable after a restart."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+from lutetia.protocol.blobs import CHUNK, ChunkTable
+from lutetia.protocol.store import BlobMissing, BlobStore
+from lutetia.system.errors import DiskError, IntegrityError
+
+DATA = os.urandom(2 * CHUNK + 12345)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs")
+
+
+def chunks_of(data: bytes) -> list[bytes]:
+    return [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+
+
+def test_bytes_and_files_of_equal_content_have_one_name(store: BlobStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA)
+    ref = store.add_bytes(DATA)
+    assert store.add_file(source) == ref == ChunkTable.of_bytes(DATA).ref
+    assert source.exists()
+    assert store.digests() == [ref.digest]
+    assert store.path(ref.digest).read_bytes() == DATA
+    assert store.table(ref.digest) == ChunkTable.of_bytes(DATA)
+    assert store.used_bytes() == len(DATA)
+
+
+def test_a_moved_file_is_taken(store: BlobStore, tmp_path: Path) -> None:
+    for _ in range(2):
+        source = tmp_path / "source"
+        source.write_bytes(DATA)
+        ref = store.add_file(source, move=True)
+        assert not source.exists()
+        assert store.path(ref.digest).read_bytes() == DATA
+
+
+def test_the_empty_blob(store: BlobStore) -> None:
+    ref = store.add_bytes(b"")
+    assert ref.size == 0
+    assert store.path(ref.digest).read_bytes() == b""
+
+
+def test_absent_and_removed_blobs_say_so(store: BlobStore) -> None:
+    ref = store.add_bytes(DATA)
+    store.remove(ref.digest)
+    store.remove(ref.digest)
+    assert not store.has(ref.digest)
+    with pytest.raises(BlobMissing, match="fetch it first"):
+        store.path(ref.digest)
+
+
+def test_damage_on_disk_is_named(store: BlobStore) -> None:
+    ref = store.add_bytes(DATA)
+    file = store.path(ref.digest)
+    file.write_bytes(DATA[:CHUNK] + b"x" + DATA[CHUNK + 1 :])
+    with pytest.raises(IntegrityError, match="chunk 1"):
+        store.verify(ref.digest)
+    file.with_name(ref.digest + ".table").write_bytes(b"short")
+    with pytest.raises(IntegrityError, match="table"):
+        store.table(ref.digest)
+
+
+def test_the_limit_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs", limit_bytes=3 * CHUNK)
+    store.add_bytes(DATA)
+    with pytest.raises(DiskError, match="raise the limit"):
+        store.add_bytes(DATA[1:])
+    with pytest.raises(DiskError):
+        store.partial(ChunkTable.of_bytes(DATA[2:]).ref)
+    assert len(store.digests()) == 1
+    assert list(store.partial_folder.iterdir()) == []
+
+
+def test_bytes_are_durable_before_they_get_their_name(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of the data, then the rename, then fsync of the folder; the table before all of it."""
+    story: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def traced_fsync(descriptor: int) -> None:
+        story.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "data")
+        fsync(descriptor)
+
+    def traced_replace(source: Path, target: Path) -> None:
+        story.append("name table" if str(target).endswith(".table") else "name blob")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "replace", traced_replace)
+    store.add_bytes(DATA)
+    assert story == ["data", "name table", "folder", "data", "name blob", "folder"]
+
+
+def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DiskError, match="no space left"):
+        store.add_bytes(DATA)
+    assert store.digests() == []
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_process_left_is_swept(store: BlobStore) -> None:
+    old, fresh = store.partial_folder / "incoming-dead", store.partial_folder / "incoming-live"
+    old.write_bytes(b"x")
+    fresh.write_bytes(b"x")
+    os.utime(old, (time.time() - 3600, time.time() - 3600))
+    BlobStore(store.root)
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_a_transfer_survives_a_restart(store: BlobStore) -> None:
+    table, chunks = ChunkTable.of_bytes(DATA), chunks_of(DATA)
+    first = store.partial(table.ref)
+    first.set_table(table)
+    first.write(0, chunks[0])
+    first.write(2, chunks[2])
+    first.close()
+    second = BlobStore(store.root).partial(table.ref)
+    assert second.has_table
+    assert second.missing() == [1]
+    assert second.arrived_bytes == len(chunks[0]) + len(chunks[2])
+    second.write(1, chunks[1])
+    assert store.finish(second).read_bytes() == DATA
+    assert list(store.partial_folder.iterdir()) == []
+
+
+def test_marks_that_outlived_their_bytes_are_not_believed(store: BlobStore) -> None:
+    table, chunks = ChunkTable.of_bytes(DATA), chunks_of(DATA)
+    first = store.partial(table.ref)
+    first.set_table(table)
+    for index, chunk in enumerate(chunks):
+        first.write(index, chunk)
+    first.close()
+    with first.data_file.open("r+b") as file:
+        file.seek(CHUNK + 5)
+        file.write(b"lost")
+    second = store.partial(table.ref)
+    assert second.missing() == [1]
+    with pytest.raises(IntegrityError, match="still lacks"):
+        store.finish(second)
+
+
+def test_a_wrong_chunk_never_counts(store: BlobStore) -> None:
+    table = ChunkTable.of_bytes(DATA)
+    partial = store.partial(table.ref)
+    with pytest.raises(IntegrityError, match="table"):
+        partial.write(0, DATA[:CHUNK])
+    partial.set_table(table)
+    with pytest.raises(IntegrityError, match="chunk 0"):
+        partial.write(0, DATA[1 : CHUNK + 1])
+    assert partial.missing() == [0, 1, 2]
+
+
+def test_two_processes_cannot_fetch_one_blob_into_one_store(store: BlobStore) -> None:
+    ref = ChunkTable.of_bytes(DATA).ref
+    held = store.partial(ref)
+    with pytest.raises(IntegrityError, match="another process"):
+        store.partial(ref)
+    held.discard()
+    store.partial(ref).discard()
