@@ -1,0 +1,27 @@
+"""Word to systemd about how a service stands: the sd_notify datagram. Without systemd nothing is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+
+def notify(state: str) -> bool:
+    """Send `state` (`READY=1`, `STATUS=…`, `STOPPING=1`, `WATCHDOG=1`) to the service manager; whether somebody was told."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return False
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.connect("\0" + address[1:] if address.startswith("@") else address)
+        link.send(state.encode())
+        return True
+    return False
+
+
+def watchdog_seconds() -> float | None:
+    """How often the service manager wants to hear `WATCHDOG=1`, halved as it advises; None where it does not watch us."""
+    microseconds, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
+    if not microseconds or (pid and int(pid) != os.getpid()):
+        return None
+    return int(microseconds) / 2e6

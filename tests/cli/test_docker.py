@@ -1,0 +1,88 @@
+"""Images, compose file and systemd unit: what they promise, and the verdict of their own tools where these are installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
+IMAGES = sorted(DOCKER.glob("Dockerfile.*"))
+UNIT = DOCKER / "lutetia-worker.service"
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
+def test_an_image_is_slim_pinned_and_unprivileged(image: Path) -> None:
+    text = image.read_text()
+    assert re.findall(r"^FROM (\S+)", text, re.M) == ["python:${PYTHON}-slim"] * 2
+    assert text.count("--constraint constraints.txt") == 2
+    assert re.findall(r"^USER (\S+)", text, re.M) == ["10001"]
+    assert "HEALTHCHECK" in text
+    assert "--json" in text.split("HEALTHCHECK")[1]
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
+def test_hadolint_finds_nothing(image: Path) -> None:
+    run = subprocess.run([tool("hadolint"), image], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_compose_describes_one_coordinator_and_two_workers() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert sorted(services) == ["coordinator", "worker-1", "worker-2"]
+    for name, service in services.items():
+        assert (DOCKER.parent / service["build"]["dockerfile"]).is_file()
+        assert service["cap_drop"] == ["ALL"]
+        assert service["read_only"]
+        assert any(volume.startswith("ticket:/ticket") for volume in service["volumes"]), name
+    for name in ("worker-1", "worker-2"):
+        assert services[name]["depends_on"]["coordinator"]["condition"] == "service_healthy"
+        assert services[name]["command"] == ["join", "/ticket/ticket.txt"]
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    docker = tool("docker")
+    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker has no compose plugin")
+    command = [docker, "compose", "--file", DOCKER / "compose.yaml", "config", "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LUTETIA_DATA": "/data"})
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_entry_script_is_sound() -> None:
+    script = DOCKER / "serve-run.sh"
+    assert script.stat().st_mode & 0o111
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+    run = subprocess.run([tool("shellcheck"), script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_the_unit_is_hardened() -> None:
+    settings = dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and not line.startswith("#"))
+    wanted = {
+        "Type": "notify", "KillMode": "control-group", "ProtectSystem": "strict", "NoNewPrivileges": "yes",
+        "StateDirectory": "lutetia", "DynamicUser": "yes", "CapabilityBoundingSet": "",
+    }  # fmt: skip
+    assert wanted.items() <= settings.items()
+    assert int(settings["TimeoutStopSec"]) >= 60  # a checkpoint is handed in after SIGTERM
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    analyze = tool("systemd-analyze")
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/lutetia/bin/lutetia", "/bin/true"))  # it is not installed here
+    run = subprocess.run([analyze, "verify", unit], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert UNIT.name not in run.stderr
