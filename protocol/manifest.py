@@ -193,7 +193,7 @@ class Manifest(Frozen):
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:
-            raise ValueError("batch must divide checkpoint_samples, and checkpoint_samples must divide samples_per_shard")
+            raise ValueError("batch must divide checkpoint_samples, which must divide samples_per_shard")
         for shard in self.shards:
             if shard.clips < self.optimisation.batch:
                 raise ValueError(
@@ -228,7 +228,7 @@ class SignedManifest(Frozen):
     @classmethod
     def sign(cls, manifest: Manifest, owner: Identity) -> SignedManifest:
         if owner.public_key != manifest.owner:
-            raise AuthorisationError("the manifest names another owner than the key that is to sign it; use the owner's identity")
+            raise AuthorisationError("the manifest names another owner than the signing key; use the owner's identity")
         return cls(manifest=manifest, signature=owner.sign(_SIGNING_DOMAIN + canonical(manifest)))
 
     def to_bytes(self) -> bytes:
@@ -245,18 +245,18 @@ def open_manifest(
     if len(data) > MAX_MANIFEST_BYTES:
         raise ConfigError(f"manifest of {len(data)} bytes is larger than {MAX_MANIFEST_BYTES}; refused")
     try:
-        signed = SignedManifest.model_validate_json(data)
+        signed = SignedManifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise ConfigError(f"manifest is malformed: {first_problem(error)}") from error
     manifest = signed.manifest
     if owner is not None and manifest.owner != owner:
-        raise AuthorisationError(f"manifest is signed by {manifest.owner[:16]}…, but the ticket pins {owner[:16]}…; refused")
+        raise AuthorisationError(f"manifest is signed by {manifest.owner[:16]}…, the ticket pins {owner[:16]}…; refused")
     if not verify(manifest.owner, _SIGNING_DOMAIN + canonical(manifest), signed.signature):
         raise AuthorisationError("the manifest's signature is wrong; refused")
     if run is not None and manifest.run_id != run:
         raise ConfigError(f"manifest is of run {manifest.run_id[:12]}, not of {run[:12]}; check the ticket")
     if manifest.version < at_least_version:
-        raise ConfigError(f"manifest version {manifest.version} is older than {at_least_version}, which was seen before; refused")
+        raise ConfigError(f"manifest version {manifest.version} is older than {at_least_version}, seen before; refused")
     if manifest.expires <= now:
         raise ConfigError(f"the manifest of run {manifest.run_id[:12]} has expired; ask its owner for a new version")
     return signed

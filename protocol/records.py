@@ -212,7 +212,7 @@ def open_record(
     if len(data) > MAX_RECORD_BYTES:
         raise RecordRefused(f"record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
     try:
-        envelope = _Envelope.model_validate_json(data)
+        envelope = _Envelope.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise RecordRefused(f"record is malformed: {first_problem(error)}") from error
     record = envelope.record

@@ -16,7 +16,9 @@ from .manifest import Digest, PublicKey, first_problem
 PREFIX = "lutetia1"
 MAX_TICKET_CHARACTERS = 8192
 
-Address = Annotated[str, Field(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/\d{1,5}/p2p/[A-Za-z0-9]+$", max_length=256)]
+Address = Annotated[
+    str, Field(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/\d{1,5}/p2p/[A-Za-z0-9]+$", max_length=256)
+]
 
 
 class Ticket(Frozen):
@@ -36,7 +38,9 @@ class Ticket(Frozen):
         """Raises ConfigError when the word is not a ticket, was cut short or mistyped."""
         text = text.strip()
         if not text.startswith(PREFIX):
-            raise ConfigError(f"this is not a ticket: it must start with {PREFIX!r}; paste the whole word that `lutetia run create` printed")
+            raise ConfigError(
+                f"this is not a ticket: it must start with {PREFIX!r}; paste the whole word that `lutetia run create` printed"
+            )
         if len(text) > MAX_TICKET_CHARACTERS:
             raise ConfigError(f"this ticket has {len(text)} characters, more than {MAX_TICKET_CHARACTERS}; refused")
         word = text[len(PREFIX) :].upper()
@@ -52,7 +56,7 @@ class Ticket(Frozen):
             document = inflate.decompress(body, 1 << 16)
             if inflate.unconsumed_tail:
                 raise ConfigError("the ticket unpacks to more than 64 KiB; refused")
-            return cls.model_validate_json(document)
+            return cls.model_validate_json(document, strict=True)
         except zlib.error as error:
             raise ConfigError("the ticket does not unpack; paste it whole") from error
         except ValidationError as error:

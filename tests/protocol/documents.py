@@ -20,14 +20,14 @@ def blob(letter: str = "0", size: int = 1) -> BlobRef:
     return BlobRef(digest=letter * 64, size=size)
 
 
-def manifest(shards: int = 2, **changes: Any) -> Manifest:
+def manifest(count: int = 2, **changes: Any) -> Manifest:
     latent = LatentSpec(
         channels=4, frames=2, height=4, width=4, vae="pixels", pixel_frames=2, pixel_height=4, pixel_width=4,
         text_encoder="builtin:words", text_tokens=4, text_width=8, pooled_width=8,
     )  # fmt: skip
     specs = tuple(
-        ShardSpec(index=k, name=f"shard {k}", train=blob(), holdout=blob(), clips=10, holdout_clips=4, prior=1 / shards)
-        for k in range(shards)
+        ShardSpec(index=k, name=f"shard {k}", train=blob(), holdout=blob(), clips=10, holdout_clips=4, prior=1 / count)
+        for k in range(count)
     )
     fields: dict[str, Any] = {
         "name": "a run", "owner": OWNER.public_key, "coordinators": (COORDINATOR.public_key,), "created": NOW,

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
 from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.records import AcceptanceRecord, ClaimRecord
-
-from hypothesis import given
-from hypothesis import strategies as st
 
 from .documents import COORDINATOR, NOW, RUN, blob
 

@@ -69,7 +69,9 @@ def test_nobody_but_a_coordinator_accepts() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "seconds"), [("node", 60), ("claim", 60), ("provider", 600), ("checkpoint", 21600), ("acceptance", 21600)])
+@pytest.mark.parametrize(
+    ("kind", "seconds"), [("node", 60), ("claim", 60), ("provider", 600), ("checkpoint", 21600), ("acceptance", 21600)]
+)
 def test_no_record_outlives_its_kind(kind: str, seconds: float) -> None:
     longest = NOW + seconds + LIMITS.maximum_clock_skew
     assert opened(sealed(kind, longest), kind, expires=longest)
