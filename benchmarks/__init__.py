@@ -1,1 +1,1 @@
-"""Measurements of Lutetia's budgets: `python -m benchmarks [NAME …]`. Ratios against an alternative in one run wherever possible."""
+"""Measurements of Lutetia's budgets: `python -m benchmarks [NAME …]`. Ratios in one run wherever possible."""

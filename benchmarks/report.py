@@ -52,7 +52,8 @@ class Machine:
         )
 
     def __str__(self) -> str:
-        return f"{self.processor}, {self.cores} cores, {self.memory_gib} GiB, {self.system}, Python {self.python}, lutetia {self.lutetia}"
+        hardware = f"{self.processor}, {self.cores} cores, {self.memory_gib} GiB"
+        return f"{hardware}, {self.system}, Python {self.python}, lutetia {self.lutetia}"
 
 
 def _processor() -> str:

@@ -67,7 +67,7 @@ class NodeRecord(_Record):
 
 
 class ClaimRecord(_Record):
-    """A peer's claim to train `shard` on top of accepted `epoch`. `released` takes an earlier claim back (a DHT cannot delete)."""
+    """A peer's claim to train `shard` on top of accepted `epoch`. `released` takes a claim back (a DHT cannot delete)."""
 
     kind: Literal["claim"] = "claim"
     shard: int = Field(ge=0)

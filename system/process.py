@@ -70,7 +70,7 @@ class Child:
 
 
 class ParentChannel:
-    """The child's side. Created first thing in the child's main: ties its life to the parent's, and keeps prints off the channel."""
+    """The child's side, made first thing in its main: ties its life to the parent's and keeps prints off the channel."""
 
     def __init__(self) -> None:
         parent = os.environ.get("LUTETIA_PARENT")
