@@ -77,7 +77,15 @@ class Tick:
     now: float
 
 
-Stimulus = Offered | Checked | LimitsKnown | Tick
+@dataclass(frozen=True)
+class Noted:
+    """Facts that need no decision: a router was trained, a mixture stitched."""
+
+    events: tuple[Event, ...]
+    now: float
+
+
+Stimulus = Offered | Checked | LimitsKnown | Tick | Noted
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,9 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
             turn.state = replace(turn.state, limits=stimulus.limits)
         case Tick():
             turn.forget_offers()
+        case Noted():
+            for event in stimulus.events:
+                turn.write(event)
         case _:
             assert_never(stimulus)
     turn.start_checks()

@@ -61,10 +61,11 @@ class SizeLimits:
     trace: int
 
     @classmethod
-    def of(cls, tensor_bytes: int, parameters: int, tensors: int, steps: int) -> SizeLimits:
-        """From the weight schema: the state holds parameters, EMA and at most two moments in float32, and some counters."""
-        header = _HEADER_ALLOWANCE + 1024 * tensors
-        return cls(tensor_bytes + header, 4 * 4 * parameters + 4 * header, _HEADER_ALLOWANCE + _TRACE_BYTES_PER_STEP * steps)
+    def of(cls, weights: tuple[int, int], state: tuple[int, int], steps: int) -> SizeLimits:
+        """From the manifest's weight schema: `weights` and `state` are (bytes, tensors), `steps` those of an epoch."""
+        trace = _HEADER_ALLOWANCE + _TRACE_BYTES_PER_STEP * steps
+        headers = [_HEADER_ALLOWANCE + 1024 * tensors for _, tensors in (weights, state)]
+        return cls(weights[0] + headers[0], state[0] + headers[1] + trace, trace)
 
 
 def entitled(record: CheckpointRecord, manifest: Manifest) -> Verdict | None:

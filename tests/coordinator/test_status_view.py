@@ -17,8 +17,8 @@ from lutetia.protocol.status_view import LiveView, Sighting, allowance, status
 
 def node(run: str, peer: Identity, now: float, state: NodeState = "training", since: float | None = None) -> Sighting[NodeRecord]:
     record = NodeRecord(
-        run=run, owner=peer.public_key, issued=now, peer_id=peer.peer_id, hardware=Hardware(device="cpu", memory_bytes=1, cores=2),
-        samples_per_second=1e9, software="0.1", state=state,
+        run=run, owner=peer.public_key, issued=now, peer_id=peer.peer_id,
+        hardware=Hardware(device="cpu", memory_bytes=1, cores=2), samples_per_second=1e9, software="0.1", state=state,
     )  # fmt: skip
     return Sighting(record, now + 6, now if since is None else since)
 

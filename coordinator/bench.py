@@ -1,0 +1,149 @@
+"""Where the judge sits: stimuli come in one by one, what they decide is written down first and carried out then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..protocol.events import CheckpointAccepted, CheckpointRefused, CheckpointSuperseded, Event
+from ..protocol.ledger_state import RunState
+from ..protocol.offers import OfferReply
+from ..protocol.records import AcceptanceRecord, CheckpointRecord
+from .judge import (
+    Action,
+    Answer,
+    Check,
+    Checked,
+    Discard,
+    JudgeState,
+    LimitsKnown,
+    Noted,
+    Publish,
+    Rules,
+    Stimulus,
+    Tick,
+    Write,
+    judge,
+)
+from .ladder import Limits, Tools, climb
+from .ledger import Ledger
+
+_log = logging.getLogger("lutetia.coordinator.bench")
+
+_AT_ONCE = 64
+_TICK_SECONDS = 1.0
+
+Waiting = asyncio.Future[OfferReply | None]
+
+
+class Hands(Tools, Protocol):
+    """What the bench needs besides the rungs. `keep` and `discard` block on the disk."""
+
+    async def limits(self) -> Limits: ...
+
+    def keep(self, record: CheckpointRecord) -> None: ...
+
+    def discard(self, record: CheckpointRecord) -> None: ...
+
+
+@dataclass
+class Bench:
+    """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state."""
+
+    rules: Rules
+    ledger: Ledger
+    hands: Hands
+    publish: Callable[[AcceptanceRecord], Awaitable[None]]
+    now: Callable[[], float]
+    changed: Callable[[RunState], None] = lambda state: None
+    state: JudgeState = field(init=False)
+    _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.state = JudgeState.restored(self.ledger.state)
+
+    async def hear(self, stimulus: Stimulus) -> OfferReply | None:
+        """Have `stimulus` judged; the reply, where it was an offer, comes once all that it decided is on disk."""
+        future: Waiting = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait((stimulus, future))
+        return await future
+
+    async def note(self, *events: Event) -> None:
+        """Append events that nobody has to decide on, in one transaction."""
+        await self.hear(Noted(events, self.now()))
+
+    async def run(self) -> None:
+        """Judge until cancelled. Raises DiskError when the ledger cannot be written: nobody has been told what it lacks."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tick())
+            group.create_task(self._learn_limits())
+            while True:
+                batch = [await self._inbox.get()]
+                while len(batch) < _AT_ONCE and not self._inbox.empty():
+                    batch.append(self._inbox.get_nowait())
+                await self._judge_batch(batch, group)
+
+    async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
+        """What comes in together is committed together: one write to the disk, however many acceptances."""
+        actions: list[Action] = []
+        replies: list[tuple[Waiting, OfferReply | None]] = []
+        for stimulus, waiting in batch:
+            self.state, taken = judge(self.rules, self.state, stimulus)
+            actions += taken
+            replies.append((waiting, next((action.reply for action in taken if isinstance(action, Answer)), None)))
+        await self._carry_out(actions, group)
+        for waiting, reply in replies:
+            if not waiting.done():
+                waiting.set_result(reply)
+
+    async def _carry_out(self, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
+        """Blobs safe, then the ledger, then the world."""
+        accepted = [action for action in actions if isinstance(action, Publish)]
+        for action in accepted:
+            await asyncio.to_thread(self.hands.keep, action.record)
+        if events := [action.event for action in actions if isinstance(action, Write)]:
+            await asyncio.to_thread(self.ledger.append, events)
+            for event in events:
+                _tell(event)
+            self.changed(self.state.run)
+        for action in accepted:
+            group.create_task(self._publish(action.acceptance))
+        for action in actions:
+            if isinstance(action, Check):
+                group.create_task(self._check(action))
+            elif isinstance(action, Discard):
+                await asyncio.to_thread(self.hands.discard, action.record)
+
+    async def _publish(self, acceptance: AcceptanceRecord) -> None:
+        await self.publish(acceptance)
+
+    async def _check(self, check: Check) -> None:
+        verdict = await climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        await self.hear(Checked(check.record, verdict, self.now()))
+
+    async def _learn_limits(self) -> None:
+        await self.hear(LimitsKnown(await self.hands.limits(), self.now()))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            await self.hear(Tick(self.now()))
+
+
+def _tell(event: Event) -> None:
+    match event:
+        case CheckpointAccepted(acceptance=given):
+            loss, before = given.holdout_loss, event.parent_loss
+            _log.info(
+                "shard %d epoch %d accepted from %s: %.4f after %.4f", given.shard, given.epoch, given.author[:8], loss, before
+            )
+        case CheckpointRefused():
+            facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.rung, event.text)
+            _log.info("shard %d epoch %d of %s is %s at rung %s: %s", *facts)
+        case CheckpointSuperseded():
+            _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
+        case _:
+            _log.debug("%s", event.kind)

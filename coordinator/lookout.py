@@ -1,0 +1,88 @@
+"""Watches the DHT: who is there, who claims what, and which results lie there that nobody offered by stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..protocol.manifest import Manifest
+from ..protocol.records import CheckpointRecord, ClaimRecord, NodeRecord, checkpoint_key, claim_key, node_keys
+from ..protocol.services import read_records
+from ..protocol.status_view import LiveView, Sighting
+from ..protocol.transport import Transport
+
+_log = logging.getLogger("lutetia.coordinator.lookout")
+
+_READS_AT_ONCE = 16
+
+Key = tuple[str, int]
+R = TypeVar("R", NodeRecord, ClaimRecord)
+
+
+@dataclass
+class Lookout:
+    """`view` is what was last seen; `found` is told of every checkpoint record at every look."""
+
+    transport: Transport
+    manifest: Manifest
+    found: Callable[[CheckpointRecord], Awaitable[None]]
+    view: LiveView = field(default_factory=LiveView)
+    _since: dict[Key, float] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Look four times per heartbeat until cancelled."""
+        pause = self.manifest.timing.heartbeat / 4
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.look_at_peers, pause))
+            group.create_task(self._repeat(self.look_at_checkpoints, pause))
+
+    async def _repeat(self, look: Callable[[], Awaitable[None]], pause: float) -> None:
+        while True:
+            try:
+                await look()
+            except (ConnectionError, TimeoutError) as error:
+                _log.warning("could not read the DHT (%s); trying again in %.1f s", error, pause)
+            await asyncio.sleep(pause)
+
+    async def look_at_peers(self) -> None:
+        """Refresh `view`."""
+        run, shards = self.manifest.run_id, range(len(self.manifest.shards))
+        nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
+        claims = [
+            item for item in await self._read(claim_key(run, shard) for shard in shards) if isinstance(item[0], ClaimRecord)
+        ]
+        known, now = self._since, self.transport.now()
+        self._since = {}
+        self.view = LiveView(
+            [self._sighting(record, expires, (record.owner, -1), known, now) for record, expires in nodes],
+            [self._sighting(record, expires, (record.owner, record.shard), known, now) for record, expires in claims],
+        )
+
+    def _sighting(self, record, expires: float, key: Key, known: dict[Key, float], now: float) -> Sighting:
+        self._since[key] = known.get(key, now)
+        return Sighting(record, expires, self._since[key])
+
+    async def look_at_checkpoints(self) -> None:
+        """Tell `found` of every result in the DHT."""
+        run = self.manifest.run_id
+        for record, _ in await self._read(checkpoint_key(run, shard) for shard in range(len(self.manifest.shards))):
+            if isinstance(record, CheckpointRecord):
+                await self.found(record)
+
+    async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:
+        """The live records under all `keys`."""
+        places = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def read(key: str) -> list[tuple[Any, float]]:
+            async with places:
+                return await read_records(self.transport, key)
+
+        return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
+
+
+def _holds(record: object) -> bool:
+    """A released claim counts as gone, so that claiming again begins anew."""
+    return isinstance(record, ClaimRecord) and record.state != "released"

@@ -1,0 +1,118 @@
+"""Where a run lives on its coordinator's disk, and the lock that keeps a second coordinator out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from ..protocol.canonical import Frozen
+from ..protocol.manifest import SignedManifest, first_problem, open_manifest
+from ..system.errors import ConfigError, IdentityError
+from ..system.files import disk_errors
+
+
+class Endpoint(Frozen):
+    """`coordinator.json`: where the coordinator listens, and what it announces besides, as fixed when the run was created."""
+
+    listen: str
+    announce: tuple[str, ...] = Field(default=(), max_length=8)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def ticket(self) -> Path:
+        return self.root / "ticket.txt"
+
+    @property
+    def endpoint(self) -> Path:
+        return self.root / "coordinator.json"
+
+    @property
+    def owner_key(self) -> Path:
+        return self.root / "owner.key"
+
+    @property
+    def coordinator_key(self) -> Path:
+        return self.root / "coordinator.key"
+
+    @property
+    def blobs(self) -> Path:
+        """Everything that is served to peers: shards, and the blobs of accepted checkpoints."""
+        return self.root / "blobs"
+
+    @property
+    def incoming(self) -> Path:
+        """What was fetched of results that are not decided yet."""
+        return self.root / "incoming"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.sqlite"
+
+    @property
+    def mixture(self) -> Path:
+        return self.root / "mixture"
+
+    @property
+    def gallery(self) -> Path:
+        return self.root / "gallery"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def network(self) -> Path:
+        """State of the transport."""
+        return self.root / "network"
+
+    def read_manifest(self, now: float) -> SignedManifest:
+        """Raises ConfigError (no run here, expired, malformed) or AuthorisationError."""
+        try:
+            data = self.manifest.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{self.root} holds no run ({error.strerror}: {self.manifest.name}); create one first") from error
+        return open_manifest(data, now=now)
+
+    def read_endpoint(self) -> Endpoint:
+        try:
+            return Endpoint.model_validate_json(self.endpoint.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.endpoint}: {error.strerror}; restore it from a backup") from error
+        except ValidationError as error:
+            raise ConfigError(f"{self.endpoint} is malformed: {first_problem(error)}; restore it from a backup") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held while a coordinator serves this folder; the kernel frees it when the process ends. Raises IdentityError."""
+        path = self.root / "coordinator.lock"
+        with disk_errors(path):
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise IdentityError(
+                    f"another coordinator (process {holder}) serves {self.root} already; stop it first, a run has one at a time"
+                ) from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,99 @@
+"""The network loop's side of a workshop: one child, one job at a time, started when first needed and again after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..system.errors import LutetiaError
+from ..system.process import Child, Message
+
+_log = logging.getLogger("lutetia.coordinator.workshop")
+
+_STOP_GRACE = 2.0
+
+
+class WorkshopRefused(LutetiaError):
+    """The job was carried out, and what it was given is wrong; `rung` is set when a checkpoint's file is."""
+
+    code, name = 50, "integrity"
+
+    def __init__(self, text: str, rung: str | None) -> None:
+        super().__init__(text)
+        self.rung = rung
+
+
+class WorkshopFailed(LutetiaError):
+    """The child crashed or took too long: nothing is known about the job."""
+
+    code, name = 70, "internal"
+
+
+class WorkshopClient:
+    """`ask` starts `python -m lutetia.coordinator.workshop` where none lives. `threads` and `nice` bound what it takes."""
+
+    def __init__(self, manifest: Path, *, name: str, threads: int, nice: int) -> None:
+        self._manifest, self._name = manifest, name
+        self._environment = {
+            variable: str(threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        }
+        self._environment["LUTETIA_WORKSHOP_NICE"] = str(nice)
+        self._child: Child | None = None
+        self._turn = asyncio.Lock()
+        self._ids = itertools.count(1)
+
+    @property
+    def pid(self) -> int | None:
+        """The living child's process id."""
+        return self._child.process.pid if self._child else None
+
+    async def ask(self, verb: str, *, limit: float, sign: Callable[[bytes], str] | None = None, **fields: Any) -> dict[str, Any]:
+        """Have one job done within `limit` seconds. `sign` answers what the job asks to have signed.
+
+        Raises WorkshopRefused, or WorkshopFailed when the child crashed or was killed for being too slow.
+        """
+        async with self._turn:
+            message = {"id": next(self._ids), "verb": verb, **fields}
+            try:
+                async with asyncio.timeout(limit):
+                    answer = await self._ask(message, sign)
+            except TimeoutError as error:
+                await self._end()
+                raise WorkshopFailed(f"the workshop took longer than {limit:.0f} s to {verb} and was ended") from error
+            except ConnectionError as error:
+                status = await self._end()
+                _log.warning("%s workshop ended with status %s during %s; it will be started again", self._name, status, verb)
+                raise WorkshopFailed(f"the workshop crashed (status {status}) during {verb}") from error
+            except asyncio.CancelledError:
+                await self._end()  # its answer would be taken for the next job's
+                raise
+        if "refused" in answer:
+            raise WorkshopRefused(answer["refused"]["text"], answer["refused"].get("rung"))
+        return answer["done"]
+
+    async def _ask(self, message: Message, sign: Callable[[bytes], str] | None) -> Message:
+        if self._child is None or self._child.process.returncode is not None:
+            self._child = await Child.start("lutetia.coordinator.workshop", str(self._manifest), environment=self._environment)
+            _log.info("started the %s workshop, process %d", self._name, self._child.process.pid)
+        child = self._child
+        await child.send(message)
+        async for answer in child.messages():
+            if "sign" in answer and sign:
+                await child.send({"signature": sign(answer["sign"].encode())})
+            elif answer.get("id") == message["id"]:
+                return answer
+        raise ConnectionError("the child ended")
+
+    async def _end(self) -> int | None:
+        child, self._child = self._child, None
+        return await child.kill() if child else None
+
+    async def close(self) -> None:
+        """End the child; a job in progress is lost."""
+        child, self._child = self._child, None
+        if child:
+            await child.stop(_STOP_GRACE)
