@@ -1,0 +1,75 @@
+"""Clips to judge: captioned pixels of one shape in memory, read by the same rule by which training reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...system.errors import DataError
+from ..data.clips import ClipShape, decode_clip
+from ..data.listing import read_listing
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Captioned clips of one shape: `frames` uint8 [N, F, H, W, 3]; `captions` and `kinds` have N entries, or kinds has none."""
+
+    frames: Tensor
+    captions: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = list(self.frames.shape)
+        if self.frames.dtype != torch.uint8 or len(shape) != 5 or shape[-1] != 3:
+            raise DataError(f"clips must be uint8 [N, F, H, W, 3], not {self.frames.dtype} {shape}; convert them")
+        if len(self.captions) != shape[0] or len(self.kinds) not in (0, shape[0]):
+            raise DataError(
+                f"{shape[0]} clips have {len(self.captions)} captions and {len(self.kinds)} kinds; give one of each per clip"
+            )
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def take(self, rows: Sequence[int] | Tensor) -> ClipSet:
+        """The clips `rows`, in that order."""
+        picked = torch.as_tensor(rows, dtype=torch.long)
+        captions = tuple(self.captions[i] for i in picked)
+        return ClipSet(self.frames[picked], captions, tuple(self.kinds[i] for i in picked) if self.kinds else ())
+
+    def with_frames(self, frames: Tensor) -> ClipSet:
+        """Other pixels under the same captions and kinds."""
+        return ClipSet(frames, self.captions, self.kinds)
+
+
+def read_clips(
+    folder: Path,
+    shape: ClipShape,
+    *,
+    split: Literal["train", "test"] | None = None,
+    first: int = 0,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ClipSet:
+    """Clips number `first` to `first + limit` (in the order of their names) of a folder with captions.
+
+    Raises DataError when the folder, or any clip among those asked for, cannot be used: a metric must not lose clips in silence.
+    """
+    listing = read_listing(folder)
+    if listing.bad:
+        raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have such faults)")
+    chosen = [clip for clip in listing.clips if split in (None, clip.split)]
+    chosen = chosen[first : None if limit is None else first + limit]
+    if not chosen:
+        raise DataError(f"{folder} has no clips of split {split or 'any'} from number {first}; check its metadata")
+    frames = np.empty((len(chosen), shape.frames, shape.height, shape.width, 3), np.uint8)
+    for number, clip in enumerate(chosen):
+        frames[number] = decode_clip(clip.path, shape)
+        if on_progress:
+            on_progress(number + 1, len(chosen))
+    return ClipSet(torch.from_numpy(frames), tuple(clip.caption for clip in chosen), tuple(clip.kind for clip in chosen))

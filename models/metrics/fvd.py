@@ -1,0 +1,152 @@
+"""Fréchet video distance and its companions, each with an interval, a floor and a cache.
+
+FVD proper compares I3D's logits of the clips themselves. It hardly notices wrong motion, so a companion compares the logits of
+frame-to-frame differences (`MotionView`), in which whatever stands still is grey and so the content of a scene counts for little.
+Of either view there are the plain distance at this N, the debiased one, the extrapolation to infinite N, the unbiased kernel
+distance, and the floor that two real sets reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ...protocol.canonical import Frozen
+from ...system.errors import DataError
+from .bootstrap import Figure, Statistic, nested, subsampling
+from .degrade import differences
+from .features import Extractor, FeatureCache, set_digest
+from .frechet import (
+    Gaussian,
+    frechet_at_infinity,
+    frechet_debiased,
+    frechet_of_rows,
+    gaussian,
+    load_gaussian,
+    polynomial_mmd,
+    save_gaussian,
+)
+
+Array = NDArray[np.float64]
+
+
+class MotionView:
+    """An extractor of clips that looks at frame-to-frame differences instead of frames: what stands still becomes grey."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.tag = f"differences/{extractor.tag}"
+
+    def __call__(self, clips: Tensor) -> dict[str, Tensor]:
+        return self.extractor(differences(clips))
+
+
+class Distances(Frozen):
+    """All distances of one set of clips from one real set. `floor` and `kernel_floor`: the same of real clips from real clips."""
+
+    plain: Figure
+    debiased: Figure
+    at_infinity: Figure
+    kernel: Figure
+    floor: Figure | None = None
+    kernel_floor: Figure | None = None
+
+
+def distances(
+    reference: ArrayLike, clips: ArrayLike, *, spare: ArrayLike | None = None, resamples: int = 60, seeds: Sequence[int] = ()
+) -> Distances:
+    """Distances of features [N, D] of clips from features [M, D] of reference clips.
+
+    `spare` are features of further real clips: the floor compares as many of them as there are clips with the reference. Without
+    them the floor compares two halves of the reference, at half the N and so too high: its `n` tells.
+    """
+    x, y = np.asarray(reference, np.float64), np.asarray(clips, np.float64)
+
+    def judged(statistic: Callable[[Array, Array], float], a: Array, b: Array, times: int = resamples) -> Figure:
+        return subsampling(lambda i, j: statistic(a[i], b[j]), [len(a), len(b)], resamples=times, seeds=seeds)
+
+    floor_x, floor_y = floor_pair(x, None if spare is None else np.asarray(spare, np.float64), len(y))
+    return Distances(
+        plain=judged(frechet_of_rows, x, y),
+        # each of these two is itself about a dozen distances
+        debiased=judged(frechet_debiased, x, y, max(12, resamples // 4)),
+        at_infinity=judged(frechet_at_infinity, x, y, max(12, resamples // 4)),
+        kernel=judged(polynomial_mmd, x, y),
+        floor=judged(frechet_of_rows, floor_x, floor_y),
+        kernel_floor=judged(polynomial_mmd, floor_x, floor_y),
+    )
+
+
+def floor_pair(reference: Array, spare: Array | None, wanted: int) -> tuple[Array, Array]:
+    """Two disjoint real sets for a floor: the reference and `wanted` spare clips, or else two halves of the reference."""
+    if spare is not None and len(spare) >= 2:
+        return reference, spare[:wanted]
+    if len(reference) < 4:
+        raise DataError(f"{len(reference)} real clips give no floor; use 4 or more")
+    order = np.random.default_rng(0).permutation(len(reference))
+    half = len(reference) // 2
+    return reference[order[:half]], reference[order[half : 2 * half]]
+
+
+def distance_ratio(
+    reference: ArrayLike,
+    first: ArrayLike | Sequence[ArrayLike],
+    second: ArrayLike | Sequence[ArrayLike],
+    *,
+    seeds: Sequence[int] = (),
+    statistic: Callable[[Array, Array], float] = frechet_of_rows,
+    resamples: int = 100,
+) -> Figure:
+    """distance(first) / distance(second), for instance FVD(monolith) / FVD(mixture), with an interval.
+
+    `first` and `second` [N, D] are made from the same prompts in the same order, and are resampled as pairs. Lists of them, one
+    per training seed, give the mean over seeds, and an interval that holds the spread between seeds as well.
+    """
+    x = np.asarray(reference, np.float64)
+    pairs = list(zip(_sets(first), _sets(second), strict=True))
+    count = len(pairs[0][0])
+    if any(len(a) != count or len(b) != count for a, b in pairs):
+        raise DataError("a ratio of distances needs equally many clips on both sides, from the same prompts; generate the rest")
+
+    def ratio_of(pair: tuple[Array, Array]) -> Statistic:
+        return lambda i, j: statistic(x[i], pair[0][j]) / statistic(x[i], pair[1][j])
+
+    sizes = [len(x), count]
+    if len(pairs) == 1:
+        return subsampling(ratio_of(pairs[0]), sizes, resamples=resamples, seeds=seeds)
+    return nested([ratio_of(pair) for pair in pairs], sizes, seeds=seeds, resamples=resamples)
+
+
+def reference_statistics(
+    cache: FeatureCache,
+    extractor: Extractor,
+    clips: Tensor,
+    name: str = "logits",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Gaussian:
+    """Mean and covariance of a reference set, computed once: kept beside the features under the digest of the clips."""
+    path = statistics_path(cache, extractor, clips, name)
+    if path is not None and path.is_file():
+        return load_gaussian(path)
+    statistics = gaussian(cache.extract(extractor, clips, on_progress)[name].numpy())
+    if path is not None:
+        save_gaussian(path, statistics)
+    return statistics
+
+
+def statistics_path(cache: FeatureCache, extractor: Extractor, clips: Tensor, name: str) -> Path | None:
+    """Where `reference_statistics` keeps those of `clips`; None without a cache folder."""
+    path = cache.path(extractor.tag, set_digest(clips))
+    return path.with_name(f"{path.stem}-{name}-statistics.safetensors") if path else None
+
+
+def _sets(features: ArrayLike | Sequence[ArrayLike]) -> list[Array]:
+    if isinstance(features, (list, tuple)):
+        return [np.asarray(one, np.float64) for one in features]
+    array = features.numpy() if isinstance(features, torch.Tensor) else np.asarray(features, np.float64)
+    return [np.asarray(array, np.float64)] if array.ndim == 2 else [np.asarray(one, np.float64) for one in array]
