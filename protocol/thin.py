@@ -45,7 +45,7 @@ def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_byt
     return answer.data
 
 
-async def _ask_all(addresses: tuple[str, ...], protocol: str, timeout: float, limit: int, answer: _Answer) -> None:
+async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, answer: _Answer) -> None:
     import trio
     from libp2p import new_host
 
@@ -53,10 +53,10 @@ async def _ask_all(addresses: tuple[str, ...], protocol: str, timeout: float, li
 
     async def ask(address: str) -> None:
         try:
-            with trio.fail_after(timeout):
+            with trio.fail_after(seconds):
                 answer.data = await _ask(host, address, protocol, limit)
         except Exception as error:  # noqa: BLE001 (py-libp2p raises many unrelated classes, and groups of them)
-            answer.failures[address] = _reason(error, timeout)
+            answer.failures[address] = _reason(error, seconds)
         else:
             nursery.cancel_scope.cancel()
 
@@ -89,14 +89,14 @@ async def _ask(host: Any, address: str, protocol: str, limit: int) -> bytes:
         await stream.close()
 
 
-def _reason(error: BaseException, timeout: float) -> str:
+def _reason(error: BaseException, seconds: float) -> str:
     """The innermost cause in a few words."""
     import trio
 
     while inner := (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__):
         error = inner
     if isinstance(error, trio.TooSlowError):
-        return f"no answer within {timeout:.0f} s"
+        return f"no answer within {seconds:.0f} s"
     text = str(error)
     for sign, reason in _REASONS.items():
         if sign in text:
