@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..system.errors import UsageError
 from .arguments import RunFolder, given, read_config, setting, settings_of
+from .output import JsonFlag, emit
+
+if TYPE_CHECKING:
+    from ..protocol.status import SwarmStatus
 
 app = typer.Typer(help="Serve a run: bootstrap peer, origin, judge, stitcher.", no_args_is_help=True)
 
@@ -17,12 +22,67 @@ def serve(
     run: RunFolder,
     config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "Settings as TOML; flags win.")] = None,
     listen: Annotated[str | None, setting("COORDINATOR_LISTEN", "Where to listen, if not at the run's own address.")] = None,
+    http: Annotated[str | None, setting("HTTP", "host:port for the status page, metrics and blobs over HTTP.")] = None,
+    stitch: Annotated[str | None, setting("STITCH", "refresh: after acceptances; end: only when all is done.")] = None,
+    threads: Annotated[int | None, setting("COORDINATOR_THREADS", "CPU threads for checks, router and samples.", min=1)] = None,
+    gallery: Annotated[
+        bool | None, setting("GALLERY", "Sample the fixed prompts after stitching.", "--gallery/--no-gallery")
+    ] = None,
     exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE", "End when all budgets are done and stitched.")] = False,
 ) -> None:
-    """Run the coordinator until Ctrl-C; started again it goes on where it was."""
+    """Run the coordinator until Ctrl-C.
+
+    Started again it goes on where it was.
+    """
     from ..coordinator.serve import serve_run
     from ..coordinator.settings import ServeSettings
     from .service import run_service
 
-    values = {**read_config(config), **given(listen=listen, exit_when_done=exit_when_done or None)}
-    run_service(serve_run(run, settings_of(ServeSettings, str(config or "options"), values)))
+    flags = given(
+        listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None
+    )
+    settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config), **flags})
+    run_service(serve_run(run, settings))
+
+
+@app.command("replay")
+def replay(
+    run: RunFolder,
+    at: Annotated[str | None, setting("REPLAY_AT", "ISO time or Unix seconds; the end without.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the run as its ledger says it was at a moment."""
+    from .render import render_status
+
+    moment = moment_of(at) if at else None
+    status = replayed(run, moment)
+    emit(status, as_json, lambda: render_status(status, status.time))
+
+
+def moment_of(text: str) -> float:
+    """Unix seconds of an ISO time (local without a zone) or of a number. Raises UsageError."""
+    from datetime import datetime
+
+    try:
+        return float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise UsageError(f"cannot read the time {text!r}; write it like 2026-11-20T19:00 or as Unix seconds") from error
+
+
+def replayed(run: Path, moment: float | None) -> SwarmStatus:
+    """The status that follows from the events up to `moment`; nothing live, so no claims and no nodes."""
+    import time
+
+    from ..coordinator.ledger import Ledger
+    from ..coordinator.run_folder import RunFolder as Folder
+    from ..protocol.status_view import LiveView, status
+
+    folder = Folder(run)
+    signed = folder.read_manifest(now=0.0)  # an expired run may still be looked at
+    ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
+    try:
+        last = max((row.time for row in ledger.rows()), default=time.time())
+        now = last if moment is None else moment
+        return status(ledger.replay(now), signed.manifest, LiveView(), now, software="replay")
+    finally:
+        ledger.close()

@@ -73,14 +73,10 @@ def _table(*rows: Sequence[object]) -> str:
 def _head(story: Story) -> str:
     total = sum(phase.seconds for phase in story.phases)
     when = datetime.fromtimestamp(story.status.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    tiny = (
-        "\n\nThis was the tiny preset: it shows that the parts work together; its clips are noise."
-        if story.preset == "tiny"
-        else ""
-    )
+    tiny = "\n\nThis was the tiny preset: its parts work together, its clips are noise." if story.preset == "tiny" else ""
     return (
         f"# A swarm trained {len(story.manifest.shards)} experts in {clock(total)} minutes\n\n"
-        f"Run `{story.manifest.run_id[:12]}` of {when}: one coordinator and {len(story.workers)} workers, each a process of its own, "
+        f"Run `{story.manifest.run_id[:12]}` of {when}: one coordinator and {len(story.workers)} workers, each a process, "
         "over libp2p on this machine's loopback. No gradient, parameter or activation passed between workers; each trained one "
         f"cluster of the clips, and a router learned which of them suits a noisy clip and its prompt.{tiny}"
     )

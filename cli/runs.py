@@ -23,15 +23,19 @@ def create(
     data: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
     folder: Annotated[Path, typer.Argument(help="Folder for the run's manifest, keys, blobs and ledger.", metavar="RUN")],
     config: Annotated[Path | None, setting("RUN_CONFIG", "Settings as TOML; flags win.")] = None,
+    preset: Annotated[
+        str | None, setting("RUN_PRESET", "demo or tiny: sensible settings for the demo's clips, or for tests.")
+    ] = None,
     name: Annotated[str | None, setting("RUN_NAME", "What people call the run.")] = None,
     address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, for the ticket.")] = None,
+    experts: Annotated[int | None, setting("RUN_EXPERTS", "Refuse data with another number of shards.", min=1)] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a signed manifest and a ticket for new volunteers."""
     from ..coordinator.create import create_run
     from ..coordinator.settings import RunSettings
 
-    values = {**read_config(config), **given(name=name, addresses=address)}
+    values = {**read_config(config), **given(preset=preset, name=name, addresses=address, experts=experts)}
     created = create_run(data, folder, settings_of(RunSettings, str(config or "options"), values))
     document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
     emit(document, as_json, lambda: created_text(document))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..protocol.status import SwarmStatus
 from ..system.errors import LutetiaError
-from ..system.files import write_atomic
 from .live import View, live_view, shard_rows
 from .local_swarm import LocalSwarm, free_port
 from .report import Phase
 from .takeover import Takeover, choose_victim
 from .watch import Watch
+from .words import clock
 from .workspace import check_replaceable, put_in_place, workspace
 
 if TYPE_CHECKING:
@@ -55,6 +52,7 @@ class Telling:
 
 async def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     """Fill `out` with mixture, samples, status and report. Raises UsageError where `out` holds something else."""
+    from .finish import finish
     from .presets import preset_of
     from .stages import make_run
 
@@ -62,19 +60,30 @@ async def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     plan = preset_of(preset)
     with workspace(out) as work, live_view() as view:
         telling = Telling(view)
-        made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling)
+        made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling.phase)
         async with LocalSwarm(work / "logs") as swarm:
-            with telling.phase("train experts in a swarm"):
-                act = _Act(telling, plan, swarm, Watch(made.folder, work))
+            act = Act(telling, plan, swarm, Watch(made.folder, work))
+            with telling.phase("train three experts in a swarm"):
                 await act.run(made.ticket)
-        finished = work / "finished"
-        _finish(finished, work, act, keep_run)
-        put_in_place(finished, out)
-    _closing_words(out, telling)
+        result = finish(work, made, act, telling, keep_run)
+        put_in_place(result, out)
+    closing_words(out, telling)
+
+
+def closing_words(out: Path, telling: Telling) -> None:
+    from .output import console
+
+    lines = (
+        f"done in {clock(telling.at())} minutes",
+        f"  look at   {out / 'samples.gif'}  (or samples.mp4)",
+        f"  read      {out / 'report.md'}",
+        f'  try       lutetia generate "a purple star spins" --mixture {out / "mixture"} --out clip.mp4',
+    )
+    console().print("\n".join(lines), markup=False)
 
 
 @dataclass
-class _Act:
+class Act:
     """The swarm's part: start, kill, takeover, wait for the mixture."""
 
     telling: Telling
@@ -104,7 +113,7 @@ class _Act:
         return status.router.epochs == tuple(shard.epochs for shard in status.shards)
 
     async def _until(self, condition, seconds: float) -> None:
-        """Look at the swarm and act on it until `condition` holds. Raises LutetiaError after `seconds` or when a process fails."""
+        """Look at the swarm and act on it until `condition` holds. Raises LutetiaError: too late, or a process failed."""
         deadline = time.monotonic() + seconds
         while True:
             self.swarm.check()
@@ -115,7 +124,9 @@ class _Act:
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise LutetiaError(f"the swarm was not done after {seconds:.0f} s; look at the logs with --keep-run, or give it more cores")
+                raise LutetiaError(
+                    f"the swarm was not done after {seconds:.0f} s; look at the logs with --keep-run, or give it more cores"
+                )
             await asyncio.sleep(LOOK_EVERY)
 
     def _step(self, status: SwarmStatus) -> None:
@@ -135,6 +146,12 @@ class _Act:
         self.swarm.members[name].kill()
         shard = status.shards[victim.shard or 0]
         self.takeover = Takeover(
-            victim.name, victim.owner, shard.shard, shard.name, shard.epoch, self.telling.at(), max(0, victim.samples - shard.samples)
+            victim.name,
+            victim.owner,
+            shard.shard,
+            shard.name,
+            shard.epoch,
+            self.telling.at(),
+            max(0, victim.samples - shard.samples),
         )
         self.telling.happened(self.takeover.steps()[0][1])

@@ -1,0 +1,43 @@
+"""What the demo makes and trains: the real demo, or a tiny one that takes seconds and is for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkerLimit:
+    """One worker and what slows it down."""
+
+    name: str
+    threads: int
+    duty: float
+
+    @property
+    def words(self) -> str:
+        threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{threads}, all of the time" if self.duty >= 1 else f"{threads}, {100 * self.duty:.0f} % of the time"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Clips, data settings (of BuildSettings), run settings (of RunSettings) and workers. Times in seconds."""
+
+    name: str
+    clips: int
+    frames: int
+    size: int
+    seed: int
+    build: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    workers: tuple[WorkerLimit, ...] = (
+        WorkerLimit("worker-1", 1, 1.0),
+        WorkerLimit("worker-2", 1, 0.7),
+        WorkerLimit("worker-3", 1, 0.45),
+    )
+    patience: float = 60.0
+    """How long the coordinator may take to come up."""
+    longest: float = 1800.0
+    """How long the swarm may take."""
