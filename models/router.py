@@ -1,0 +1,221 @@
+"""The router: which expert's data does this noisy latent come from? A small DiT classifier over (noisy latent, t, pooled text).
+
+The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the router
+must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors, never
+balanced), and its accuracy and calibration error are reported per bin of t. Near t = 1 a text-blind router can only know the priors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ..protocol.manifest import Manifest
+from ..system.errors import DataError
+from .data.shards import ShardData
+from .experts import TIMESTEPS
+from .randomness import normals, seed_of, stream
+
+MAX_PATCHES = 32  # keeps the router near a tenth of an expert's cost, also where experts are tiny
+TIME_BINS = 10
+_CALIBRATION_BINS = 15
+_REPORT_NOISES = 4
+
+
+class VideoRouter(ModelMixin, ConfigMixin):
+    """Logits over experts `[B, K]` from noisy latents `[B, C, F, H, W]`, flow time `[B]` and pooled text `[B, P]`.
+
+    `pooled_width` 0 makes it text-blind. Saves and loads like every diffusers model.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        experts: int,
+        channels: int,
+        latent_size: tuple[int, int, int],
+        patch_size: tuple[int, int, int],
+        pooled_width: int = 0,
+        hidden: int = 96,
+        layers: int = 3,
+    ) -> None:
+        super().__init__()
+        heads = max(1, hidden // 32)
+        patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
+        self.embed = nn.Conv3d(channels, hidden, tuple(patch_size), tuple(patch_size))
+        self.place = nn.Parameter(torch.randn(1, patches, hidden) * 0.02)
+        self.wave = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(64, hidden)
+        self.text = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, hidden)) if pooled_width else None
+        self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(2 * hidden, experts)
+
+    def forward(self, hidden_states: Tensor, time: Tensor, pooled: Tensor | None = None) -> Tensor:
+        condition = self.time(self.wave(time * TIMESTEPS).to(hidden_states.dtype))
+        if self.text is not None and pooled is not None:
+            condition = condition + self.text(pooled)
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2) + self.place
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(torch.cat([self.norm(x).mean(1), condition], dim=1))
+
+
+class _Block(nn.Module):
+    """A DiT block (adaLN-zero) at half the usual MLP width."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(hidden, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+        nn.init.zeros_(self.modulation[1].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.modulation[1].bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate1 * self.out(attended)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """On held-out clips drawn by the priors, with their text: overall and in ten equal bins of t. ECE: expected calibration error."""
+
+    accuracy: float
+    accuracy_by_time: tuple[float, ...]
+    ece: float
+    ece_by_time: tuple[float, ...]
+    loss: float
+    steps: int
+
+
+def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
+    """The run's router, freshly initialised."""
+    latent, spec = manifest.latent, manifest.router
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VideoRouter(
+            experts=len(manifest.shards),
+            channels=latent.channels,
+            latent_size=latent.shape[1:],
+            patch_size=_patch_size(latent.shape[1:]),
+            pooled_width=latent.pooled_width if spec.text_conditioned else 0,
+            hidden=spec.hidden,
+            layers=spec.layers,
+        )
+
+
+def train_router(
+    manifest: Manifest,
+    shards: Sequence[ShardData],
+    *,
+    seed: int,
+    steps: int | None = None,
+    holdouts: Sequence[ShardData] | None = None,
+    on_progress: Callable[[int, int, float], None] | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[VideoRouter, RouterReport]:
+    """Train the run's router on all shards' clips and report on `holdouts` (None: every tenth clip of `shards`, kept apart).
+
+    `on_progress` is told (steps done, steps, loss). Equal arguments, equal router on a CPU. Raises DataError when shards are missing.
+    """
+    if len(shards) != len(manifest.shards) or (holdouts is not None and len(holdouts) != len(shards)):
+        raise DataError(f"the router needs the data of all {len(manifest.shards)} shards, not of {len(shards)}; fetch the others")
+    if holdouts is None:
+        shards, holdouts = _split(shards)
+    spec, run = manifest.router, manifest.run_id
+    router = build_router(manifest, seed_of(run, seed, "router")).to(device)
+    steps = steps or max(1, spec.samples // spec.batch)
+    optimiser = torch.optim.AdamW(router.parameters(), lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        optimiser.param_groups[0]["lr"] = spec.learning_rate * rate
+        draw = stream(run, seed, 0, step, "router")
+        x_t, t, pooled, labels = _rows(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
+        logits = router(x_t.to(device), t.to(device), pooled.to(device))
+        loss = nn.functional.cross_entropy(logits, labels.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(router.parameters(), 1.0, foreach=True)
+        optimiser.step()
+        if on_progress:
+            on_progress(step + 1, steps, loss.item())
+    return router.eval(), report_router(manifest, router, holdouts, steps=steps)
+
+
+@torch.no_grad()
+def report_router(
+    manifest: Manifest, router: VideoRouter, holdouts: Sequence[ShardData], *, steps: int = 0
+) -> RouterReport:
+    """Accuracy and calibration of `router`; same clips, noise and times for every router of a run."""
+    count = max(256, _REPORT_NOISES * sum(len(holdout) for holdout in holdouts))
+    draw = stream(manifest.run_id, 0, 0, 0, "router report")
+    x_t, t, pooled, labels = _rows(manifest, holdouts, draw, count, text_dropout=0.0)
+    device = next(router.parameters()).device
+    parts = zip(x_t.split(64), t.split(64), pooled.split(64), strict=True)
+    logits = torch.cat([router(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
+    confidence, guess = logits.softmax(1).max(1)
+    right = (guess == labels).float()
+    bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    inside = [bins == b for b in range(TIME_BINS)]
+    return RouterReport(
+        accuracy=right.mean().item(),
+        accuracy_by_time=tuple(right[rows].mean().item() for rows in inside),
+        ece=_calibration_error(confidence, right),
+        ece_by_time=tuple(_calibration_error(confidence[rows], right[rows]) for rows in inside),
+        loss=nn.functional.cross_entropy(logits, labels).item(),
+        steps=steps,
+    )
+
+
+def _rows(
+    manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Generator, count: int, text_dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy latents, times (uniform, stratified), pooled texts and labels of `count` rows of the natural mixture."""
+    priors = np.array([shard.prior for shard in manifest.shards])
+    labels = draw.choice(len(shards), size=count, p=priors / priors.sum())
+    clips = [int(draw.integers(len(shards[label]))) for label in labels]
+    t = torch.from_numpy((draw.permutation(count) + draw.random(count)) / count).float()
+    kept = torch.from_numpy(draw.random(count) >= text_dropout)
+    latents = torch.stack([shards[label].latents[clip] for label, clip in zip(labels, clips, strict=True)])
+    pooled = torch.stack([shards[label].pooled[clip] for label, clip in zip(labels, clips, strict=True)])
+    noisy = torch.lerp(latents, normals(draw, tuple(latents.shape)), t.view(-1, 1, 1, 1, 1))
+    return noisy, t, pooled * kept[:, None], torch.from_numpy(labels)
+
+
+def _split(shards: Sequence[ShardData]) -> tuple[list[ShardData], list[ShardData]]:
+    def rows(shard: ShardData, kept: bool) -> list[int]:
+        return [row for row in range(len(shard)) if (row % 10 == 9) != kept or len(shard) < 10]
+
+    return [shard.take(rows(shard, True)) for shard in shards], [shard.take(rows(shard, False)) for shard in shards]
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """How far confidence and accuracy lie apart, over equal bins of confidence weighted by their share (Guo et al. 2017)."""
+    bins = (confidence * _CALIBRATION_BINS).long().clamp(0, _CALIBRATION_BINS - 1)
+    gaps = [((bins == b).float().mean(), (right - confidence)[bins == b]) for b in bins.unique().tolist()]
+    return sum((share * gap.mean().abs()).item() for share, gap in gaps)
+
+
+def _patch_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The patch that leaves at most MAX_PATCHES: the longest axis is divided by its smallest factor, again and again."""
+    counts, patch = list(size), [1, 1, 1]
+    while math.prod(counts) > MAX_PATCHES:
+        axis = max(range(3), key=lambda a: counts[a])
+        factor = next(n for n in range(2, counts[axis] + 1) if counts[axis] % n == 0)
+        patch[axis], counts[axis] = patch[axis] * factor, counts[axis] // factor
+    return patch[0], patch[1], patch[2]
