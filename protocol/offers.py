@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from .canonical import Frozen, canonical
+from .framing import read_message, write_message
 from .records import MAX_RECORD_BYTES, RecordRefused
 from .transport import Stream, Transport
 
@@ -19,7 +20,6 @@ OFFER = "/lutetia/offer/1"
 OFFER_TIMEOUT = 10.0
 _MAX_OFFER_BYTES = 2 * MAX_RECORD_BYTES + 256  # the sealed record is JSON inside a JSON string: quotes are escaped
 _MAX_REPLY_BYTES = 4096
-_LENGTH = 4
 
 Rung = Literal["signature", "lineage", "size", "transfer", "format", "numbers", "holdout", "audit"]
 """The acceptance ladder, cheapest first."""
@@ -58,8 +58,8 @@ async def offer_checkpoint(
         async with asyncio.timeout(OFFER_TIMEOUT):
             stream = await transport.open_stream(peer_id, OFFER, addresses)
             try:
-                await _write(stream, canonical(Offer(sealed=sealed.decode(), expires=expires)))
-                return OfferReply.model_validate_json(await _read(stream, _MAX_REPLY_BYTES))
+                await write_message(stream, canonical(Offer(sealed=sealed.decode(), expires=expires)))
+                return OfferReply.model_validate_json(await read_message(stream, _MAX_REPLY_BYTES))
             finally:
                 await stream.close()
     except TimeoutError as error:
@@ -74,12 +74,11 @@ async def serve_offers(transport: Transport, answer: Answer) -> None:
     async def handle(stream: Stream) -> None:
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
-                reply = await _answered(answer, stream.peer_id, await _read(stream, _MAX_OFFER_BYTES))
-                await _write(stream, canonical(reply))
+                reply = await _answered(answer, stream.peer_id, await read_message(stream, _MAX_OFFER_BYTES))
+                await write_message(stream, canonical(reply))
+                await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
         except (TimeoutError, ConnectionError):
             return  # the offering side went away or dawdled; it will offer again
-        finally:
-            await stream.close()
 
     await transport.serve(OFFER, handle)
 
@@ -91,14 +90,3 @@ async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:
         return OfferReply(verdict="invalid", rung="signature", text="the offer is malformed")
     except RecordRefused as error:
         return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
-
-
-async def _write(stream: Stream, data: bytes) -> None:
-    await stream.write(len(data).to_bytes(_LENGTH, "big") + data)
-
-
-async def _read(stream: Stream, limit: int) -> bytes:
-    size = int.from_bytes(await stream.read_exactly(_LENGTH), "big")
-    if size > limit:
-        raise ConnectionError(f"a message of {size} bytes is larger than {limit}; refused")
-    return await stream.read_exactly(size)

@@ -1,0 +1,97 @@
+"""An optional HTTP server beside the libp2p services: the same status, and the same blobs, for whoever can reach a port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse, HTMLResponse, Response
+
+from ..protocol.canonical import canonical
+from ..protocol.status import SwarmStatus
+from ..protocol.store import BlobStore
+from ..system.errors import UnreachableError
+from .metrics import metrics_text
+from .page import render_page
+
+_log = logging.getLogger("lutetia.coordinator.http")
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SAFE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore) -> FastAPI:
+    """`/`, `/status.json`, `/metrics` and `/blobs/{digest}` (with ranges); read-only."""
+    app = FastAPI(title="Lutetia coordinator", docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = metrics_text(produce)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(render_page(produce()), headers=_SAFE)
+
+    @app.get("/status.json")
+    async def status() -> Response:
+        return Response(canonical(produce()), media_type="application/json", headers=_SAFE)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8", headers=_SAFE)
+
+    @app.get("/blobs/{digest}")
+    async def blob(digest: str) -> FileResponse:
+        if not _DIGEST.fullmatch(digest) or not blobs.has(digest):
+            raise HTTPException(404, "no such blob here")
+        headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}
+        return FileResponse(blobs.path(digest), media_type="application/octet-stream", headers=headers)
+
+    return app
+
+
+class _QuietServer(uvicorn.Server):
+    """Leaves the process's signals to the coordinator."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(address: str) -> socket.socket:
+    """Listen on `host:port`. Raises UnreachableError when the port is taken or the host is not ours."""
+    parts = urlsplit(f"//{address}")
+    host, port = parts.hostname or "127.0.0.1", parts.port or 0
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UnreachableError(
+            f"cannot serve HTTP on {address}: {error.strerror}; choose another port or stop who holds it"
+        ) from error
+    return listener
+
+
+async def serve_http(listener: socket.socket, app: FastAPI) -> None:
+    """Serve until cancelled."""
+    server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    _log.info("HTTP on http://%s:%d", *listener.getsockname()[:2])
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await serving
+        raise
+    finally:
+        listener.close()

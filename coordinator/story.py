@@ -1,0 +1,109 @@
+"""The ledger told as sentences, one per event: `coordinator replay`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import assert_never
+
+from ..protocol.events import (
+    AuditDone,
+    AuditDue,
+    BaselineMeasured,
+    CheckpointAccepted,
+    CheckpointRefused,
+    CheckpointSeen,
+    CheckpointSuperseded,
+    CoordinatorStarted,
+    CoordinatorStopped,
+    Event,
+    ManifestPublished,
+    MixtureStitched,
+    RouterTrained,
+    RunCreated,
+    RunFinished,
+)
+from ..protocol.ledger_state import RunState
+from .ledger import Ledger
+from .run_folder import RunFolder
+
+
+def sentence(event: Event) -> str:
+    """What happened, in words."""
+    match event:
+        case RunCreated():
+            return f"run {event.name} ({event.run[:12]}) created: {event.shards} shards of {event.epochs} epochs"
+        case ManifestPublished():
+            return f"manifest version {event.version} published"
+        case CoordinatorStarted():
+            return f"coordinator started ({event.software})"
+        case CoordinatorStopped():
+            return "coordinator stopped"
+        case BaselineMeasured():
+            return f"shard {event.shard}: the initial model's held-out loss is {event.loss:.5f}"
+        case CheckpointSeen(record=record):
+            return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
+        case CheckpointAccepted(acceptance=given):
+            return (
+                f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "
+                f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+            )
+        case RouterTrained():
+            return f"router trained, {100 * event.accuracy:.1f} % right, for epochs {list(event.epochs)}"
+        case MixtureStitched():
+            return f"mixture {event.mixture[:12]} stitched from epochs {list(event.epochs)}"
+        case RunFinished():
+            return "run finished: every budget is done and the final mixture is stitched"
+        case _:
+            return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
+
+
+def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone) -> str:
+    match event:
+        case CheckpointRefused():
+            again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
+            return f"is {event.verdict} at rung {event.rung}: {event.text}{again}"
+        case CheckpointSuperseded():
+            return f"is superseded by {event.by[:12]}"
+        case AuditDue():
+            return f"is due for an audit ({event.streak} valid results in a row)"
+        case AuditDone():
+            return f"audit: {event.outcome}" + (f" ({event.text})" if event.text else "")
+        case _:
+            assert_never(event)
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """The ledger of a run's folder, verified; also while a coordinator serves it. Raises ConfigError or IntegrityError."""
+    return Ledger.open(RunFolder(folder).ledger)
+
+
+def read_events(folder: Path) -> Iterator[Event]:
+    """Every event of a run, oldest first."""
+    ledger = open_ledger(folder)
+    try:
+        for row in ledger.rows():
+            yield row.event()
+    finally:
+        ledger.close()
+
+
+def tell(folder: Path, until: float | None = None) -> Iterator[str]:
+    """One line per event up to `until` (Unix seconds), then one that sums up."""
+    state = RunState()
+    ledger = open_ledger(folder)
+    try:
+        for row in ledger.rows():
+            if until is not None and row.time > until:
+                break
+            yield f"{_clock(row.time)}  {sentence(row.event())}"
+        state = ledger.replay(until)
+    finally:
+        ledger.close()
+    counts = f"{state.accepted} results accepted, {state.rejected} invalid"
+    yield f"{state.events} events: {counts}, epochs {list(state.accepted_epochs)}"
+
+
+def _clock(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S")
