@@ -39,7 +39,7 @@ def read_ticket(text: str) -> Ticket:
     """The ticket itself, or the one in the file that `text` names. Raises ConfigError."""
     from ..protocol.ticket import PREFIX, Ticket
 
-    if not text.startswith(PREFIX) and (os.sep in text or Path(text).is_file()):
+    if not text.startswith(PREFIX) and len(text) < 256 and (os.sep in text or Path(text).is_file()):
         try:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:

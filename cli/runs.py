@@ -74,13 +74,12 @@ def load_manifest(source: str, timeout: float) -> Manifest:
     from ..system.errors import ConfigError
     from .arguments import read_ticket
 
-    path = Path(source)
-    if path.is_dir():
-        path = path / "manifest.json"
-    if source.startswith(PREFIX) or (path.is_file() and path.suffix == ".txt"):
+    if source.startswith(PREFIX) or source.endswith(".txt"):
         ticket = read_ticket(source)
         data = thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
         return open_manifest(data, now=time.time(), run=ticket.run, owner=ticket.owner).manifest
+    path = Path(source)
+    path = path / "manifest.json" if path.is_dir() else path
     try:
         return open_manifest(path.read_bytes(), now=time.time()).manifest
     except OSError as error:

@@ -29,6 +29,8 @@ def swarm_status(
 
 def fetch_status(ticket: str, timeout: float):
     """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
+    decoded = read_ticket(ticket)
+
     from pydantic import ValidationError
 
     from ..protocol.manifest import first_problem
@@ -37,7 +39,6 @@ def fetch_status(ticket: str, timeout: float):
     from ..protocol.thin import thin_document
     from ..system.errors import ConfigError, IntegrityError
 
-    decoded = read_ticket(ticket)
     try:
         status = SwarmStatus.model_validate_json(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
     except ValidationError as error:

@@ -46,13 +46,14 @@ def join(
 
     It goes on until the work is done, `lutetia finish` or `lutetia leave` is called, or Ctrl-C.
     """
+    word = read_ticket(ticket).encode()  # before the slow imports: a bad ticket is told at once
     from ..node.daemon import run_node
     from ..node.settings import NodeSettings
     from .service import run_service
 
     flags = given(state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty)
     source = str(config) if config else "options"
-    settings = settings_of(NodeSettings, source, {**read_config(config), **flags, "ticket": read_ticket(ticket).encode()})
+    settings = settings_of(NodeSettings, source, {**read_config(config), **flags, "ticket": word})
     run_service(run_node(settings))
 
 

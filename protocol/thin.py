@@ -36,7 +36,6 @@ def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_byt
     """
     import trio
 
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # its warnings are about our failed dials, which we report ourselves
     answer = _Answer()
     trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, answer)
     if answer.data is None:
@@ -49,6 +48,8 @@ async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, li
     import trio
     from libp2p import new_host
 
+    # Its complaints are about our failed dials, which we report ourselves. Importing it sets the level, so this comes after.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     host = new_host(listen_addrs=[])
 
     async def ask(address: str) -> None:

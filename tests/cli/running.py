@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.ticket import Ticket
 
-def lutetia(*arguments: str | Path, cwd: Path | None = None, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+
+def lutetia(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`lutetia ARGUMENTS` with this interpreter, away from the caller's own LUTETIA_ variables."""
     base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     return subprocess.run(
@@ -25,3 +30,9 @@ def failure(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert error["code"] == run.returncode
     assert "Traceback" not in run.stderr
     return error
+
+
+def ticket(port: int = 9) -> str:
+    """A well-formed ticket of a run that nobody serves on `port` of this machine."""
+    owner = Identity.derived("command line owner")
+    return Ticket(run="c" * 64, owner=owner.public_key, addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{owner.peer_id}",)).encode()

@@ -10,22 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from running import failure, lutetia
-
 from lutetia.protocol.identity import Identity
-from lutetia.protocol.ticket import Ticket
+from running import failure, lutetia, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "run create", "run show",
-    "coordinator serve", "coordinator replay", "data build", "data inspect", "data train-autoencoder", "generate", "identity show",
-    "identity export", "identity import", "doctor", "help exit-codes",
+    "coordinator serve", "coordinator replay", "data build", "data inspect", "data train-autoencoder", "generate",
+    "identity show", "identity export", "identity import", "doctor", "help exit-codes",
 )  # fmt: skip
 HELP_SECONDS = 0.3
-
-
-def ticket(port: int = 9) -> str:
-    owner = Identity.derived("command line owner")
-    return Ticket(run="c" * 64, owner=owner.public_key, addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{owner.peer_id}",)).encode()
 
 
 def test_help_names_every_command_quickly() -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
+import io
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
-from sample_documents import NOW, PEERS, shard, status
-
 from lutetia.cli.live import View, shard_rows
 from lutetia.cli.local_swarm import LocalSwarm, free_port
 from lutetia.cli.render import render_status
@@ -21,6 +18,9 @@ from lutetia.cli.takeover import Takeover, Worker, choose_victim
 from lutetia.cli.words import ago, clock, size, thousands
 from lutetia.cli.workspace import check_replaceable, put_in_place, workspace
 from lutetia.system.errors import LutetiaError, UsageError
+from rich.console import Console
+from running import ticket
+from sample_documents import NOW, PEERS, shard, status
 
 KEYS = [peer.public_key for peer in PEERS]
 
@@ -30,7 +30,7 @@ def worker(index: int, state: str = "training", speed: float = 10.0, **more: obj
 
 
 def printed(renderable: object) -> str:
-    console = Console(width=132, force_terminal=False, record=True, file=open(os.devnull, "w"))
+    console = Console(width=132, force_terminal=False, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
@@ -101,12 +101,13 @@ def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[
 def test_a_workspace_leaves_nothing_and_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, signal, os\nfrom lutetia.cli.workspace import workspace\n"
-        "with workspace(pathlib.Path(sys.argv[1])) as folder:\n    (folder / 'big').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)"
+        "with workspace(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'big').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "demo"])
     assert len(list(tmp_path.iterdir())) == 1
     with workspace(tmp_path / "demo") as folder:
-        assert [path for path in tmp_path.iterdir()] == [folder]
+        assert list(tmp_path.iterdir()) == [folder]
         with workspace(tmp_path / "demo") as other:
             assert folder.exists()
             assert other != folder
@@ -147,29 +148,25 @@ async def test_a_local_swarm_ends_its_processes_and_reports_failures(tmp_path: P
 
 
 def test_processes_of_a_swarm_die_with_their_killed_parent(tmp_path: Path) -> None:
-    """The swarm's owner is SIGKILLed; a command of it that would listen for a long time must be gone."""
+    """The swarm's owner is SIGKILLed; a command of it that waits for an answer is gone at once."""
     code = (
-        "import asyncio, os, sys, pathlib, signal\nfrom lutetia.cli.local_swarm import LocalSwarm\n"
+        "import asyncio, sys, pathlib\nfrom lutetia.cli.local_swarm import LocalSwarm\n"
         "async def main():\n"
         "    async with LocalSwarm(pathlib.Path(sys.argv[1])) as swarm:\n"
-        "        swarm_environment = {'PYTHONSTARTUP': ''}\n"
-        "        member = await swarm.start('stays', ['swarm', 'status', sys.argv[2], '--timeout', '60'], swarm_environment)\n"
+        "        member = await swarm.start('waits', ['swarm', 'status', sys.argv[2], '--timeout', '60'])\n"
         "        print(member.process.pid, flush=True)\n        await member.process.wait()\n"
         "asyncio.run(main())"
     )
-    from test_command_line import ticket  # a listener that never answers keeps the command waiting
-
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        parent = subprocess.Popen([sys.executable, "-c", code, tmp_path, ticket(port)], stdout=subprocess.PIPE, text=True)
+        silent.settimeout(20)
+        arguments = [sys.executable, "-c", code, tmp_path, ticket(silent.getsockname()[1])]
+        parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
         assert parent.stdout
         child = psutil.Process(int(parent.stdout.readline()))
-        silent.settimeout(20)
-        connection, _ = silent.accept()
+        connection, _ = silent.accept()  # the child is up and waits
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert child not in psutil.wait_procs([child], timeout=5)[1]
+        _, alive = psutil.wait_procs([child], timeout=5)
         connection.close()
         parent.stdout.close()
+    assert not alive

@@ -8,7 +8,6 @@ import socket
 from pathlib import Path
 
 import pytest
-
 from lutetia.cli.service import run_service
 from lutetia.system.notify import notify, watchdog_seconds
 

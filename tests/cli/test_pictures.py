@@ -7,9 +7,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
-from sample_documents import NOW, PEERS, manifest, status
-
 from lutetia.cli.curves import LossCurve, loss_curves
 from lutetia.cli.gallery import Row, compose, font, wrap, write_clip, write_gif, write_mp4
 from lutetia.cli.report import Phase, Story, write_report
@@ -18,6 +15,8 @@ from lutetia.protocol.events import BaselineMeasured, CheckpointAccepted
 from lutetia.protocol.manifest import BlobRef
 from lutetia.protocol.records import AcceptanceRecord
 from lutetia.system.errors import UsageError
+from PIL import Image
+from sample_documents import NOW, PEERS, manifest, status
 
 
 def clip(colour: tuple[int, int, int], frames: int = 4, side: int = 16) -> np.ndarray:
@@ -34,7 +33,9 @@ def test_the_gallery_puts_clips_side_by_side_below_their_prompt(rows: list[Row],
     pictures = compose(rows, ("real clip", "mixture", "expert 0 alone"), cell=64)
     assert len(pictures) == 4
     pixels = np.asarray(pictures[0])
-    found = [np.argwhere((abs(pixels.astype(int) - colour).sum(-1) < 12)) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
+    found = [
+        np.argwhere(abs(pixels.astype(int) - colour).sum(-1) < 12) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))
+    ]
     left = [places[:, 1].min() for places in found]
     assert all(len(places) == 2 * 64 * 64 for places in found)
     assert left[0] < left[1] < left[2]
@@ -74,9 +75,20 @@ def test_wrapped_text_fits() -> None:
 def acceptance(shard: int, epoch: int, loss: float) -> CheckpointAccepted:
     blob = BlobRef(digest="2" * 64, size=10)
     record = AcceptanceRecord(
-        run="b4" * 32, owner=PEERS[0].public_key, issued=NOW, shard=shard, epoch=epoch, checkpoint="3" * 64, parent=None, weights=blob,
-        state=blob, samples=1600 * epoch, author=PEERS[shard].public_key, tenure_until=NOW + 9, holdout_loss=loss,
-    )  # fmt: skip
+        run="b4" * 32,
+        owner=PEERS[0].public_key,
+        issued=NOW,
+        shard=shard,
+        epoch=epoch,
+        checkpoint="3" * 64,
+        parent=None,
+        weights=blob,
+        state=blob,
+        samples=1600 * epoch,
+        author=PEERS[shard].public_key,
+        tenure_until=NOW + 9,
+        holdout_loss=loss,
+    )
     return CheckpointAccepted(time=NOW + epoch, acceptance=record, parent_loss=1.0)
 
 
@@ -88,15 +100,32 @@ def test_curves_come_from_the_ledger() -> None:
 
 def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> None:
     takeover = Takeover("worker-3", PEERS[2].public_key, 2, "cameras", 2, 130.0, 640, 136.2, 137.0, "worker-1", 140.1, 171.3)
-    curves = [LossCurve(k, name, (0, 1, 2), (1.0, 0.8, 0.6), (0.0, 1.0, 2.0), ("", *[PEERS[k].public_key] * 2))
-              for k, name in enumerate(("digits", "shapes", "cameras"))]  # fmt: skip
+    curves = [
+        LossCurve(k, name, (0, 1, 2), (1.0, 0.8, 0.6), (0.0, 1.0, 2.0), ("", *[PEERS[k].public_key] * 2))
+        for k, name in enumerate(("digits", "shapes", "cameras"))
+    ]
     story = Story(
-        manifest(), status(), curves, [Phase("make clips", 12.2), Phase("train", 200.0)], takeover.steps(),
-        {peer.public_key: f"worker-{k + 1}" for k, peer in enumerate(PEERS)}, {"worker-1": "all of the time"}, takeover, single="expert 0",
-    )  # fmt: skip
+        manifest(),
+        status(),
+        curves,
+        [Phase("make clips", 12.2), Phase("train", 200.0)],
+        takeover.steps(),
+        {peer.public_key: f"worker-{k + 1}" for k, peer in enumerate(PEERS)},
+        {"worker-1": "all of the time"},
+        takeover,
+        single="expert 0",
+    )
     write_report(story, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    for words in ("3:32 minutes", "samples.gif", "| 2 | cameras | 500 |", "95.7 %", "worker-1 claimed expert 2", "640 samples", "cores"):
+    for words in (
+        "3:32 minutes",
+        "samples.gif",
+        "| 2 | cameras | 500 |",
+        "95.7 %",
+        "worker-1 claimed expert 2",
+        "640 samples",
+        "cores",
+    ):
         assert words in text
     for name in ("held-out-loss.png", "router-accuracy.png"):
         assert name in text
