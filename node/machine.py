@@ -1,0 +1,386 @@
+"""The node's decisions: `advance(rules, state, event) -> (state, actions)`. No clock, socket or randomness of its own.
+
+Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ publishing, and paused, draining, left. A node
+
+1. looks at the swarm and picks the free shard that fits best, ties by its own rendezvous hash (`protocol.claims`);
+2. waits its takeover delay, looks again, claims, waits one propagation delay, looks again, and yields if it lost;
+3. syncs the shard and its accepted state, trains, and offers its checkpoints one after another while it trains on;
+4. gives its own work up when somebody else's epoch was accepted (fenced), or when the shard has another rightful owner;
+5. holds no lease while it is paused, stuck on a full disk or gone.
+"""
+
+from __future__ import annotations
+
+from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
+from .messages import (
+    Action,
+    CheckpointReady,
+    Claim,
+    DiskFree,
+    DiskFull,
+    Event,
+    Joined,
+    Leave,
+    Look,
+    NetworkBack,
+    NetworkLost,
+    OfferAnswered,
+    Probe,
+    Probed,
+    ProbeFailed,
+    PublishClaim,
+    RenewRecords,
+    SwarmSeen,
+    SyncDone,
+    SyncFailed,
+    Tick,
+    TrainerExited,
+    TrainerProgress,
+    UserVerb,
+)
+from .state import Rules, State
+from .turn import Turn
+from .working import (
+    answered,
+    checkpoint_ready,
+    own_shard_seen,
+    release,
+    shard_synced,
+    start_sync,
+    sync_failed,
+    trainer_exited,
+    trainer_progress,
+    work_on,
+)
+
+
+def advance(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]:
+    """The whole machine. Deterministic: equal arguments, equal results."""
+    if state.phase == "left":
+        return state, []
+    turn = Turn(rules, state, event.now)
+    if state.work and event.now - state.last > 2 * rules.heartbeat:
+        turn.change(progress_at=event.now)  # the box slept, and its trainer with it
+    turn.set(last=event.now)
+    _absorb(turn, event)
+    if turn.state.phase not in ("joining", "left"):
+        _act(turn)
+    return turn.state, turn.actions
+
+
+def _absorb(turn: Turn, event: Event) -> None:
+    """Take the event's facts in."""
+    match event:
+        case Tick():
+            pass
+        case SwarmSeen(views=views):
+            _seen(turn, views)
+        case TrainerProgress():
+            trainer_progress(turn, event)
+        case CheckpointReady():
+            checkpoint_ready(turn, event)
+        case OfferAnswered():
+            answered(turn, event)
+        case TrainerExited():
+            if trainer_exited(turn, event) == "hardware" and turn.state.phase != "draining":
+                _probe(turn, "the device failed; probing again")
+        case SyncDone():
+            shard_synced(turn, event)
+        case SyncFailed():
+            sync_failed(turn, event)
+        case UserVerb():
+            _wish(turn, event)
+        case Joined():
+            turn.set(online=True)
+            _probe(turn, "finding out what this box can do")
+        case NetworkLost():
+            turn.set(online=False)
+            turn.warn("the network side is down; training goes on while it is rebuilt")
+        case NetworkBack():
+            turn.set(online=True, renew_at=turn.now, look_at=turn.now)
+            turn.info("the network side is back")
+        case Probed(fitness=fitness):
+            _probed(turn, dict(fitness))
+        case ProbeFailed(reason=reason):
+            failures = turn.state.probe_failures + 1
+            turn.set(
+                probe_failures=failures,
+                probe_at=turn.now + min(turn.rules.probe_again, turn.rules.backoff(failures + 2, "probe")),
+            )
+            turn.warn(f"probing the hardware failed: {reason}; trying again")
+        case DiskFull(text=text):
+            if turn.state.disk_full_since is None:
+                turn.set(disk_full_since=turn.now)
+                turn.warn(text)
+        case DiskFree():
+            if turn.state.disk_full_since is not None:
+                turn.set(disk_full_since=None, look_at=turn.now)
+                turn.info("the disk has space again; going on")
+
+
+def _act(turn: Turn) -> None:
+    """Do what is due now."""
+    state, now = turn.state, turn.now
+    if state.probe_at is not None and now >= state.probe_at:
+        turn.set(probe_at=None)
+        turn.do(Probe())
+    if state.pause_until is not None and now >= state.pause_until:
+        _wish(turn, UserVerb(now, "resume"))
+    if turn.state.work:
+        work_on(turn)
+    if turn.state.phase == "draining":
+        _drain(turn)
+    if turn.state.phase == "idle":
+        _idle(turn)
+    if turn.state.phase == "claiming":
+        _claim(turn)
+    if turn.state.phase != "left" and now >= turn.state.renew_at:
+        turn.set(renew_at=now + turn.rules.heartbeat)
+        if turn.state.online:
+            _heartbeat(turn)
+
+
+# --- hardware -------------------------------------------------------------------------------------------------------------
+
+
+def _probe(turn: Turn, why: str) -> None:
+    turn.enter("probing", why)
+    turn.do(Probe())
+
+
+def _probed(turn: Turn, fitness: dict[int, float]) -> None:
+    turn.set(fitness=fitness, probe_failures=0)
+    fits = any(value > 0 for value in fitness.values())
+    turn.set(probe_at=None if fits else turn.now + turn.rules.probe_again)
+    turn.set(look_at=turn.now)
+    if turn.state.phase != "probing":
+        return
+    if turn.state.wanted == "pause":
+        turn.enter("paused", "paused by the volunteer")
+    else:
+        turn.enter("idle", "looking for a shard" if fits else "no device of this box fits the run; probing again now and then")
+
+
+# --- looking and claiming -------------------------------------------------------------------------------------------------
+
+
+def _seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
+    state, known, looked = turn.state, dict(turn.state.views), dict(turn.state.looked)
+    for view in views:
+        old = known.get(view.shard)
+        if old and old.epoch > view.epoch:  # a stale replica: the claims are news, the acceptance is not
+            view = ShardView(view.shard, view.claims, old.acceptance)
+        known[view.shard], looked[view.shard] = view, turn.now
+    turn.set(views=known, looked=looked)
+    fresh = {view.shard for view in views}
+    if state.work and state.work.shard in fresh:
+        own_shard_seen(turn)
+    elif state.phase == "claiming" and state.target in fresh:
+        _target_seen(turn, known[state.target])
+    elif state.phase == "idle":
+        _choose(turn)
+
+
+def _strangers(turn: Turn, view: ShardView) -> ShardView:
+    """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
+    return ShardView(view.shard, tuple(c for c in view.claims if c.record.owner != turn.rules.owner), view.acceptance)
+
+
+def _open_views(turn: Turn) -> list[ShardView]:
+    """Shards with work left, fitting, and not given up lately; without our own claims."""
+    state, now = turn.state, turn.now
+    return [
+        _strangers(turn, view)
+        for view in state.views.values()
+        if view.epoch < turn.rules.epochs and state.fitness.get(view.shard, 0) > 0 and state.shunned.get(view.shard, 0) <= now
+    ]
+
+
+def _choose(turn: Turn) -> None:
+    """Go for the best free shard, or stand by."""
+    state, rules, now = turn.state, turn.rules, turn.now
+    views = _open_views(turn)
+    free = free_shards(views, rules.epochs, now) if state.disk_full_since is None else []
+    fitness = {view.shard: _fitness(turn, view) for view in free}
+    best = preferred_shard(rules.run, rules.owner, free, fitness)
+    if best is not None:
+        delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
+        turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay)
+        turn.enter("claiming", f"shard {best.shard} is free")
+        return
+    turn.set(look_at=_next_look(turn, views))
+    turn.because(_why_idle(turn, views))
+
+
+def _fitness(turn: Turn, view: ShardView) -> float:
+    """Hardware fit × work left, twice that for a shard of which we hold local work.
+
+    Work left counts in quarters: exact differences would send all newcomers to one shard.
+    """
+    epochs = turn.rules.epochs
+    quarters = -(-4 * (epochs - view.epoch) // epochs)
+    return turn.state.fitness[view.shard] * quarters * (2 if view.shard in turn.state.remembered else 1)
+
+
+def _why_idle(turn: Turn, views: list[ShardView]) -> str:
+    state = turn.state
+    if not any(value > 0 for value in state.fitness.values()):
+        return "no device of this box fits the run; probing again now and then"
+    if state.disk_full_since is not None:
+        return "the disk is full; free some space"
+    if len(state.views) == turn.rules.shards and all(view.epoch >= turn.rules.epochs for view in state.views.values()):
+        return "the run is complete; seeding its checkpoints"
+    return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
+
+
+def _next_look(turn: Turn, views: list[ShardView]) -> float:
+    """When the first claim that we saw may have expired, and at least once per lease."""
+    rules, now = turn.rules, turn.now
+    spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
+    expiries = [max((claim.expires for claim in view.live(now)), default=now + rules.lease) for view in views]
+    expiries += [until for until in turn.state.shunned.values() if until > now]
+    return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
+
+
+def _idle(turn: Turn) -> None:
+    """Look at what may have changed."""
+    state, rules, now = turn.state, turn.rules, turn.now
+    if not state.online or now < state.look_at:
+        return
+    due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard))
+    turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
+    if due:
+        turn.do(Look(due))
+    else:
+        _choose(turn)
+
+
+def _look_due(turn: Turn, shard: int) -> bool:
+    state, now = turn.state, turn.now
+    view, looked = state.views.get(shard), state.looked.get(shard, 0.0)
+    if view is None or now - looked >= turn.rules.lease:
+        return True
+    if view.epoch >= turn.rules.epochs:
+        return False
+    return not view.live(now)
+
+
+def _claim(turn: Turn) -> None:
+    """The steps of claiming that time brings; `_target_seen` has the others."""
+    state, rules, now = turn.state, turn.rules, turn.now
+    if now < state.act_at or state.target is None:
+        return
+    if not state.online:
+        turn.set(target=None, look_at=now)
+        turn.enter("idle", "the network went away while claiming")
+        return
+    stage = {"delay": "check", "settle": "judge"}.get(state.stage, state.stage)
+    turn.set(stage=stage, act_at=now + rules.heartbeat)
+    turn.do(Look((state.target,)))
+
+
+def _target_seen(turn: Turn, view: ShardView) -> None:
+    state, rules, now = turn.state, turn.rules, turn.now
+    if state.stage == "check":
+        if not free_shards([_strangers(turn, view)], rules.epochs, now):
+            _back_to_idle(turn, f"somebody else claimed shard {view.shard} first")
+            return
+        turn.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
+        turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
+    elif state.stage == "judge":
+        owner = shard_owner(rules.run, view, now)
+        if owner == rules.owner:
+            turn.set(target=None)
+            start_sync(turn, view.shard)
+        elif owner is None and state.judged < 3:  # our own claim is not visible yet
+            turn.set(stage="settle", judged=state.judged + 1, act_at=now + rules.propagation)
+        else:
+            turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "released")))
+            _back_to_idle(turn, f"lost shard {view.shard} to an equal claim")
+
+
+def _back_to_idle(turn: Turn, why: str) -> None:
+    rules = turn.rules
+    turn.set(target=None, look_at=turn.now + rules.propagation * (1 + rules.jitter("again", int(turn.now))))
+    turn.enter("idle", why)
+
+
+# --- heartbeat ------------------------------------------------------------------------------------------------------------
+
+
+def _heartbeat(turn: Turn) -> None:
+    """Renew our records; a lease that may have lapsed (a sleeping laptop, a lost network) is looked at before it is renewed."""
+    state, rules, now = turn.state, turn.rules, turn.now
+    work = state.work
+    if not work or not work.owned:
+        turn.do(RenewRecords(None))
+        return
+    stuck = state.disk_full_since is not None and now - state.disk_full_since > rules.stuck_after
+    lapsed = work.checking or now - state.renewed_at >= rules.lease
+    if stuck or lapsed:
+        turn.change(checking=True)
+        turn.do(RenewRecords(None))
+    else:
+        turn.set(renewed_at=now)
+        turn.do(RenewRecords(work.claim(state.phase == "draining")))
+    if not stuck:
+        turn.do(Look((work.shard,)))
+
+
+# --- the volunteer's wishes -----------------------------------------------------------------------------------------------
+
+
+def _wish(turn: Turn, event: UserVerb) -> None:
+    turn.set(wanted="run" if event.verb == "resume" else event.verb, pause_until=event.until if event.verb == "pause" else None)
+    phase = turn.state.phase
+    if event.verb == "leave" or (event.verb == "finish" and phase not in ("training", "publishing", "draining")):
+        _leave(turn, "leaving as asked")
+    elif event.verb == "finish" and phase in ("training", "publishing"):
+        turn.set(drain_until=None)
+        turn.enter("draining", "finishing the current checkpoint before leaving")
+    elif event.verb == "pause" and phase not in ("joining", "probing"):
+        _pause(turn)
+    elif event.verb == "resume":
+        turn.set(drain_until=None)
+        if phase == "paused":
+            turn.set(work=None, look_at=turn.now)
+            turn.enter("idle", "resumed; looking for a shard")
+        elif phase == "draining":
+            turn.enter("training", "finishing was called off")
+
+
+def _pause(turn: Turn) -> None:
+    """Stop training and let the lease go; checkpoints that are whole are still offered."""
+    until = turn.state.pause_until
+    work = turn.state.work
+    release(turn, save=True)
+    if work and work.pending:
+        turn.set(work=work)
+        turn.change(owned=False, trainer="off", waiting=False)
+    turn.set(target=None, drain_until=None)
+    turn.enter("paused", "paused by the volunteer" if until is None else f"paused for {until - turn.now:.0f} s by the volunteer")
+
+
+def _drain(turn: Turn) -> None:
+    """Leave once the last checkpoint is accepted, refused, or out of patience."""
+    state, work = turn.state, turn.state.work
+    if work is None:
+        _leave(turn, "finished; leaving")
+    elif work.trainer == "off":
+        if not work.pending:
+            _leave(turn, "the last checkpoint is accepted; leaving")
+        elif state.drain_until is None:
+            turn.set(drain_until=turn.now + max(turn.rules.patience, turn.rules.lease))
+            turn.because("waiting for the last checkpoint to be accepted")
+        elif turn.now >= state.drain_until:
+            _leave(turn, "the last checkpoint was not judged in time; leaving")
+
+
+def _leave(turn: Turn, why: str) -> None:
+    if turn.state.phase == "claiming" and turn.state.stage in ("settle", "judge") and turn.state.target is not None:
+        turn.do(PublishClaim(Claim(turn.state.target, 0, 0, "released")))
+    release(turn, save=True)
+    turn.set(target=None, pause_until=None, drain_until=None)
+    turn.enter("left", why)
+    turn.do(RenewRecords(None))
+    turn.do(Leave())

@@ -1,0 +1,59 @@
+"""One call of the state machine: the state as it changes, and the actions so far. Lives no longer than that call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..protocol.records import NodeState
+from .messages import Action, Report
+from .state import Rules, State, Work
+
+_WORTH_TELLING = frozenset({"idle", "training", "publishing", "paused", "draining"})
+"""Phases that the swarm should hear of at once, not with the next heartbeat."""
+
+
+class Turn:
+    """Collects what one event changes."""
+
+    def __init__(self, rules: Rules, state: State, now: float) -> None:
+        self.rules = rules
+        self.state = state
+        self.now = now
+        self.actions: list[Action] = []
+
+    def set(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+
+    def change(self, **changes: Any) -> None:
+        """Change the work in hand."""
+        assert self.state.work
+        self.state = replace(self.state, work=replace(self.state.work, **changes))
+
+    @property
+    def work(self) -> Work:
+        assert self.state.work
+        return self.state.work
+
+    def do(self, action: Action) -> None:
+        self.actions.append(action)
+
+    def enter(self, phase: NodeState, why: str) -> None:
+        """Change phase, and say why."""
+        changed = phase != self.state.phase
+        self.set(phase=phase, why=why, since=self.now if changed else self.state.since)
+        self.info(f"{phase}: {why}")
+        if changed and phase in _WORTH_TELLING:
+            self.set(renew_at=self.now)
+
+    def because(self, why: str) -> None:
+        """The phase stays; its reason may have changed."""
+        if why != self.state.why:
+            self.set(why=why)
+            self.info(f"{self.state.phase}: {why}")
+
+    def info(self, text: str) -> None:
+        self.do(Report("info", text))
+
+    def warn(self, text: str) -> None:
+        self.do(Report("warning", text))

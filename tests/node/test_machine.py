@@ -1,0 +1,573 @@
+"""The node's decisions, transition by transition."""
+
+from __future__ import annotations
+
+import pytest
+from lutetia.node import messages as m
+from lutetia.node.machine import advance
+from lutetia.node.state import Rules, State, next_wake
+from lutetia.protocol.claims import LiveClaim, ShardView
+
+from .paper_swarm import acceptance, claim_record
+
+ME, OTHER = "11" * 32, "22" * 32
+T = 1_800_000_000.0
+RULES = Rules("ab" * 32, ME, shards=2, epochs=4, heartbeat=20.0, propagation=1.0)
+
+
+def claimed(shard: int, owner: str, expires: float, state: str = "training", epoch: int = 0, accepted=None) -> ShardView:
+    record = claim_record(owner, m.Claim(shard, epoch, 0, state), T)  # type: ignore[arg-type]
+    return ShardView(shard, (LiveClaim(record, expires),), accepted)
+
+
+class Walk:
+    """A machine, and the clock in its hands."""
+
+    def __init__(self, rules: Rules = RULES) -> None:
+        self.rules, self.now, self.state = rules, T, State()
+        self.actions: list[m.Action] = []
+
+    def feed(self, event: m.Event) -> list[m.Action]:
+        self.state, self.actions = advance(self.rules, self.state, event)
+        return self.actions
+
+    def tick(self) -> list[m.Action]:
+        """On to the next thing that the machine waits for."""
+        due = next_wake(self.rules, self.state)
+        assert due is not None
+        self.now = max(self.now, due)
+        return self.feed(m.Tick(self.now))
+
+    def until(self, kind: type, limit: int = 20) -> m.Action:
+        """Tick until an action of `kind` comes."""
+        for _ in range(limit):
+            for action in self.tick():
+                if isinstance(action, kind):
+                    return action
+        raise AssertionError(f"no {kind.__name__} within {limit} ticks; {self.state.phase}: {self.state.why}")
+
+    def said(self, kind: type) -> list[m.Action]:
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    def idle(self, fitness: dict[int, float] | None = None) -> Walk:
+        self.feed(m.Joined(self.now))
+        self.feed(m.Probed(self.now, {0: 1.0, 1: 1.0} if fitness is None else fitness))
+        return self
+
+    def claiming(self) -> Walk:
+        self.idle({0: 1.0})
+        self.feed(m.SwarmSeen(self.now, (ShardView(0), ShardView(1))))
+        return self
+
+    def syncing(self) -> Walk:
+        self.claiming()
+        self.until(m.Look)
+        self.feed(m.SwarmSeen(self.now, (ShardView(0),)))
+        assert self.said(m.PublishClaim)
+        self.until(m.Look)
+        self.feed(m.SwarmSeen(self.now, (claimed(0, ME, self.now + 60, "claiming"),)))
+        assert self.state.phase == "syncing"
+        return self
+
+    def training(self) -> Walk:
+        self.syncing()
+        self.feed(m.SyncDone(self.now, 0, 0, None))
+        assert self.said(m.StartTrainer)
+        return self
+
+    def checkpoint(self, epoch: int, parent: str | None) -> list[m.Action]:
+        return self.feed(m.CheckpointReady(self.now, self.state.trainers, m.Candidate(0, epoch, f"d{epoch}", parent)))
+
+    def progress(self, epoch: int, waiting: bool = False) -> list[m.Action]:
+        return self.feed(m.TrainerProgress(self.now, self.state.trainers, epoch, epoch * 100, waiting))
+
+
+def test_joins_probes_looks_claims_settles_syncs_and_trains():
+    walk = Walk()
+    assert m.Probe() in walk.feed(m.Joined(T))
+    assert walk.state.phase == "probing"
+    actions = walk.feed(m.Probed(T, {0: 1.0, 1: 1.0}))
+    assert m.Look((0, 1)) in actions
+    assert walk.state.phase == "idle"
+    walk = Walk().training()
+    start = walk.said(m.StartTrainer)[0]
+    assert start == m.StartTrainer(1, 0, 0, None, until=3, shrink=0)
+
+
+def test_first_claim_says_claiming_and_the_heartbeat_after_winning_says_training():
+    walk = Walk().syncing()
+    renewals = walk.said(m.RenewRecords)
+    assert renewals == [m.RenewRecords(m.Claim(0, 0, 0, "training"))]
+
+
+def test_newcomer_never_contests_a_live_claim():
+    walk = Walk().idle()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 50))))
+    assert walk.state.phase == "idle"
+    assert "standing by" in walk.state.why
+    assert not walk.said(m.PublishClaim)
+
+
+def test_standby_looks_when_the_first_claim_may_have_expired_and_takes_over():
+    walk = Walk().idle()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 50))))
+    look = walk.until(m.Look)
+    assert look == m.Look((1,))
+    assert T + 50 <= walk.now < T + 51
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(1),)))
+    assert (walk.state.phase, walk.state.target) == ("claiming", 1)
+
+
+def test_looks_again_before_claiming_and_gives_way_to_whom_it_finds():
+    walk = Walk().claiming()
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60, "claiming"),)))
+    assert walk.state.phase == "idle"
+    assert not walk.said(m.PublishClaim)
+
+
+def test_loser_of_simultaneous_claims_yields_and_releases_its_claim():
+    walk = Walk().claiming()
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60, "training"),)))
+    assert walk.state.phase == "idle"
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
+
+
+def test_an_own_claim_that_is_not_visible_yet_is_waited_for():
+    walk = Walk().claiming()
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+    assert walk.state.phase == "claiming"
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
+    assert walk.state.phase == "syncing"
+
+
+def test_own_claim_of_an_earlier_daemon_is_no_obstacle():
+    walk = Walk().idle({0: 1.0})
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, T + 60), ShardView(1))))
+    assert walk.state.phase == "claiming"
+
+
+def test_remembered_local_work_is_preferred_and_claimed_without_delay():
+    walk = Walk()
+    walk.state = State(remembered=frozenset({1}))
+    walk.idle()
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
+    assert walk.state.target == 1
+    assert m.Look((1,)) in walk.actions, "checks at once"
+
+
+def test_heartbeat_renews_the_claim_and_looks_at_the_own_shard():
+    walk = Walk().training()
+    walk.progress(0)
+    renewal = walk.until(m.RenewRecords)
+    assert renewal == m.RenewRecords(m.Claim(0, 0, 0, "training"))
+    assert m.Look((0,)) in walk.actions
+
+
+def test_checkpoint_is_offered_while_training_goes_on():
+    walk = Walk().training()
+    walk.progress(1)
+    actions = walk.checkpoint(1, None)
+    assert m.PublishCheckpoint(m.Candidate(0, 1, "d1", None)) in actions
+    assert not walk.said(m.StopTrainer)
+    walk.checkpoint(2, "d1")
+    assert not walk.said(m.PublishCheckpoint), "the second waits for the verdict on the first"
+    actions = walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
+    assert m.Superseded(0, 1) in actions
+    assert m.AllowEpochs(4) in actions
+    assert m.PublishCheckpoint(m.Candidate(0, 2, "d2", "d1")) in actions
+
+
+def test_acceptance_seen_in_the_dht_counts_like_a_reply():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60, accepted=acceptance(0, 1, "d1", ME)),)))
+    assert (walk.state.work.epoch, walk.state.work.checkpoint, walk.state.work.pending) == (1, "d1", ())  # type: ignore[union-attr]
+
+
+def test_a_stale_replica_does_not_take_an_acceptance_back():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
+    assert walk.state.work
+    assert walk.state.work.epoch == 1
+    assert walk.state.phase == "training"
+
+
+def test_too_many_unjudged_checkpoints_hold_the_trainer_without_hot_loop():
+    walk = Walk().training()
+    for epoch, parent in ((1, None), (2, "d1"), (3, "d2")):
+        walk.progress(epoch, waiting=epoch == 3)
+        walk.checkpoint(epoch, parent)
+    walk.feed(m.OfferAnswered(walk.now, "d1", "unreachable"))
+    for _ in range(100):
+        walk.tick()
+        for action in walk.said(m.PublishCheckpoint):
+            walk.feed(m.OfferAnswered(walk.now, action.candidate.digest, "unreachable"))  # type: ignore[union-attr]
+    assert walk.now > T + 300, "time passes"
+    assert walk.state.work
+    assert walk.state.work.trainer == "on"
+    assert walk.state.phase == "training"
+
+
+def test_offers_are_repeated_with_growing_pauses():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    times = []
+    for _ in range(6):
+        walk.feed(m.OfferAnswered(walk.now, "d1", "unreachable"))
+        walk.progress(1)
+        walk.until(m.PublishCheckpoint, limit=100)
+        times.append(walk.now)
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > 15
+
+
+@pytest.mark.parametrize("owned_by_me", [True, False])
+def test_fenced_when_another_peers_epoch_is_accepted(owned_by_me: bool):
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    foreign = acceptance(0, 1, "x1", OTHER, tenure_until=walk.now + 600)
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME if owned_by_me else OTHER, walk.now + 60, accepted=foreign),)))
+    assert m.StopTrainer(save=False) in walk.actions
+    assert m.DiscardWork(0) in walk.actions
+    if owned_by_me:
+        assert m.Sync(0, 1, "x1") in walk.actions
+        assert walk.state.phase == "syncing"
+    else:
+        assert walk.state.phase == "idle"
+        assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
+    late = m.CheckpointReady(walk.now, 1, m.Candidate(0, 2, "d2", "d1"))
+    walk.feed(late)
+    assert not walk.state.work or not walk.state.work.pending, "what the stopped trainer still writes is void"
+
+
+def test_a_late_claimant_with_a_lower_hash_does_not_take_the_shard_from_its_holder():
+    for number in range(20):
+        walk = Walk().training()
+        late = f"{number:064x}"
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, late, walk.now + 60, "claiming"),)))
+        assert walk.state.phase == "training"
+
+
+def test_of_two_holders_after_a_partition_exactly_one_yields():
+    verdicts = []
+    for me, other in ((ME, OTHER), (OTHER, ME)):
+        walk = Walk(Rules("ab" * 32, me, shards=2, epochs=4, heartbeat=20.0, propagation=1.0))
+        walk.idle({0: 1.0})
+        walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
+        walk.until(m.Look)
+        walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+        walk.until(m.Look)
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, me, walk.now + 60),)))
+        walk.feed(m.SyncDone(walk.now, 0, 0, None))
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, other, walk.now + 60),)))
+        verdicts.append(walk.state.phase)
+    assert sorted(verdicts) == ["idle", "training"]
+
+
+def test_sleep_past_the_lease_looks_before_renewing():
+    walk = Walk().training()
+    walk.now += 1000  # the lid was closed
+    walk.feed(m.Tick(walk.now))
+    assert m.RenewRecords(None) in walk.actions
+    assert m.Look((0,)) in walk.actions
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60),)))
+    assert walk.state.phase == "idle"
+    assert walk.said(m.StopTrainer)
+
+
+def test_sleep_past_the_lease_goes_on_when_nobody_took_over():
+    walk = Walk().training()
+    walk.now += 299
+    walk.feed(m.Tick(walk.now))
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+    assert walk.state.phase == "training"
+    assert m.RenewRecords(m.Claim(0, 0, 0, "training")) in walk.actions
+
+
+def test_pause_releases_the_lease_and_resume_returns():
+    walk = Walk().training()
+    actions = walk.feed(m.UserVerb(walk.now, "pause", until=walk.now + 7200))
+    assert m.StopTrainer(save=True) in actions
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in actions
+    assert m.RenewRecords(None) in actions, "the swarm hears of it"
+    assert walk.state.phase == "paused"
+    for _ in range(10):
+        walk.tick()
+        assert not walk.said(m.PublishClaim)
+    walk.now = T + 7300
+    walk.feed(m.Tick(walk.now))
+    assert walk.state.phase == "idle"
+    assert 0 in walk.state.remembered
+
+
+def test_pause_while_joining_is_remembered():
+    walk = Walk()
+    walk.feed(m.UserVerb(T, "pause"))
+    walk.idle()
+    assert walk.state.phase == "paused"
+    walk.feed(m.UserVerb(walk.now, "resume"))
+    assert walk.state.phase == "idle"
+
+
+def test_checkpoints_that_are_whole_are_offered_while_paused():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    walk.feed(m.OfferAnswered(walk.now, "d1", "queued"))
+    walk.feed(m.UserVerb(walk.now, "pause"))
+    assert walk.until(m.PublishCheckpoint)
+    walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
+    assert walk.state.phase == "paused"
+    assert walk.state.work
+    assert not walk.state.work.pending
+    assert not walk.state.work.owned
+
+
+def test_finish_trains_to_the_next_checkpoint_waits_for_its_acceptance_and_leaves():
+    walk = Walk().training()
+    walk.progress(0)
+    actions = walk.feed(m.UserVerb(walk.now, "finish"))
+    assert m.AllowEpochs(1) in actions
+    assert walk.state.phase == "draining"
+    walk.progress(1, waiting=True)
+    actions = walk.checkpoint(1, None)
+    assert m.StopTrainer(save=False) in actions
+    assert m.PublishCheckpoint(m.Candidate(0, 1, "d1", None)) in actions
+    actions = walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
+    assert m.PublishClaim(m.Claim(0, 1, 100, "released")) in actions
+    assert actions[-2:] == [m.RenewRecords(None), m.Leave()]
+    assert walk.state.phase == "left"
+    assert walk.feed(m.Tick(walk.now)) == []
+
+
+def test_finish_does_not_wait_for_a_silent_coordinator_for_ever():
+    walk = Walk().training()
+    walk.feed(m.UserVerb(walk.now, "finish"))
+    walk.progress(1, waiting=True)
+    walk.checkpoint(1, None)
+    start = walk.now
+    for _ in range(100):
+        if walk.state.phase == "left":
+            break
+        walk.tick()
+        for action in walk.said(m.PublishCheckpoint):
+            walk.feed(m.OfferAnswered(walk.now, action.candidate.digest, "unreachable"))  # type: ignore[union-attr]
+    assert walk.state.phase == "left"
+    assert walk.now - start <= 61
+
+
+def test_finish_can_be_called_off():
+    walk = Walk().training()
+    walk.feed(m.UserVerb(walk.now, "finish"))
+    actions = walk.feed(m.UserVerb(walk.now, "resume"))
+    assert walk.state.phase == "training"
+    assert m.AllowEpochs(3) in actions
+
+
+@pytest.mark.parametrize("where", ["idle", "claiming", "syncing", "training"])
+def test_leave_ends_at_once_from_anywhere(where: str):
+    walk = getattr(Walk(), where)()
+    actions = walk.feed(m.UserVerb(walk.now, "leave"))
+    assert walk.state.phase == "left"
+    assert actions[-1] == m.Leave()
+    assert (m.StopTrainer(save=True) in actions) == (where == "training")
+
+
+def test_crashes_back_off_and_a_checkpoint_forgives_them():
+    walk = Walk().training()
+    waits = []
+    for _ in range(4):
+        walk.feed(m.TrainerExited(walk.now, walk.state.trainers, "crash"))
+        before = walk.now
+        walk.until(m.StartTrainer)
+        waits.append(walk.now - before)
+    assert [1 <= waits[0] < 1.3, 2 <= waits[1] < 2.6, 4 <= waits[2] < 5.1, 8 <= waits[3] < 10.1] == [True] * 4
+    walk.checkpoint(1, None)
+    assert walk.state.work
+    assert walk.state.work.crashes == 0
+
+
+def test_a_trainer_that_keeps_crashing_makes_the_node_give_the_shard_up():
+    walk = Walk().training()
+    for _ in range(RULES.crash_limit + 1):
+        if walk.state.phase != "training":
+            break
+        walk.feed(m.TrainerExited(walk.now, walk.state.trainers, "crash"))
+        if walk.state.phase == "training":
+            walk.until(m.StartTrainer, limit=40)
+    assert walk.state.phase == "idle"
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
+    assert walk.state.target != 0, "left alone for a while"
+
+
+def test_out_of_memory_halves_the_micro_batch():
+    walk = Walk().training()
+    walk.feed(m.TrainerExited(walk.now, 1, "out-of-memory"))
+    start = walk.until(m.StartTrainer)
+    assert isinstance(start, m.StartTrainer)
+    assert start.shrink == 1
+
+
+def test_exit_of_an_earlier_trainer_is_stale():
+    walk = Walk().training()
+    walk.feed(m.TrainerExited(walk.now, 1, "crash"))
+    walk.until(m.StartTrainer)
+    walk.feed(m.TrainerExited(walk.now, 1, "crash"))
+    assert walk.state.work
+    assert walk.state.work.trainer == "on"
+
+
+def test_bad_state_is_thrown_away_and_synced_again():
+    walk = Walk().training()
+    actions = walk.feed(m.TrainerExited(walk.now, 1, "bad-state", "moments do not match"))
+    assert m.DiscardWork(0) in actions
+    assert m.Sync(0, 0, None) in actions
+
+
+def test_bad_shard_is_left_alone():
+    walk = Walk().training()
+    walk.feed(m.TrainerExited(walk.now, 1, "bad-shard", "shard 0 cannot be read"))
+    assert walk.state.phase == "idle"
+    assert walk.state.shunned[0] > walk.now
+
+
+def test_a_lost_device_is_probed_again():
+    walk = Walk().training()
+    actions = walk.feed(m.TrainerExited(walk.now, 1, "hardware", "CUDA error"))
+    assert m.Probe() in actions
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in actions
+
+
+def test_a_hung_trainer_is_killed_and_restarted():
+    walk = Walk().training()
+    for _ in range(40):
+        walk.tick()
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
+        if m.StartTrainer in map(type, walk.actions) or walk.state.trainers == 2:
+            break
+    assert walk.state.trainers == 2
+    assert walk.now - T >= RULES.hang_after
+
+
+def test_full_disk_reports_once_and_keeps_the_trainer():
+    walk = Walk().training()
+    actions = walk.feed(m.DiskFull(walk.now, "the disk is full"))
+    assert m.Report("warning", "the disk is full") in actions
+    assert walk.feed(m.DiskFull(walk.now, "the disk is full")) == []
+    for _ in range(40):
+        walk.tick()
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
+    assert walk.state.work
+    assert walk.state.work.trainer == "on", "silence is no hang while the disk is full"
+    assert walk.state.work.checking, "but the lease is let go after a while"
+    walk.feed(m.DiskFree(walk.now))
+    walk.until(m.Look)
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
+    assert m.RenewRecords(m.Claim(0, 0, 0, "training")) in walk.actions
+
+
+def test_trainer_that_could_not_start_on_a_full_disk_starts_when_there_is_space():
+    walk = Walk().training()
+    walk.feed(m.TrainerExited(walk.now, 1, "disk-full", "no space"))
+    for _ in range(5):
+        walk.tick()
+        assert not walk.said(m.StartTrainer)
+    assert walk.feed(m.DiskFree(walk.now))
+    assert walk.said(m.StartTrainer)
+
+
+def test_refused_checkpoint_is_trained_again_once_then_the_shard_is_given_up():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    actions = walk.feed(m.OfferAnswered(walk.now, "d1", "invalid", "held-out loss is worse"))
+    assert m.DiscardWork(0) in actions
+    assert m.Sync(0, 0, None) in actions
+    walk.feed(m.SyncDone(walk.now, 0, 0, None))
+    walk.checkpoint(1, None)
+    walk.feed(m.OfferAnswered(walk.now, "d1", "invalid", "held-out loss is worse"))
+    assert walk.state.phase == "idle"
+    assert walk.state.shunned[0] > walk.now
+
+
+def test_sync_failures_back_off_then_give_up():
+    walk = Walk().syncing()
+    for _ in range(RULES.crash_limit - 1):
+        walk.feed(m.SyncFailed(walk.now, 0, "no provider"))
+        assert walk.until(m.Sync)
+    walk.feed(m.SyncFailed(walk.now, 0, "no provider"))
+    assert walk.state.phase == "idle"
+
+
+def test_sync_answer_of_an_older_epoch_is_ignored():
+    walk = Walk().syncing()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60, accepted=acceptance(0, 2, "x2", OTHER)),)))
+    assert m.Sync(0, 2, "x2") in walk.actions
+    walk.feed(m.SyncDone(walk.now, 0, 0, None))
+    assert walk.state.phase == "syncing"
+    walk.feed(m.SyncDone(walk.now, 0, 2, "x2"))
+    assert walk.said(m.StartTrainer)
+
+
+def test_recovered_checkpoints_are_offered_after_a_restart():
+    walk = Walk().syncing()
+    kept = (m.Candidate(0, 1, "d1", None), m.Candidate(0, 2, "d2", "d1"))
+    actions = walk.feed(m.SyncDone(walk.now, 0, 0, None, kept))
+    assert m.PublishCheckpoint(kept[0]) in actions
+    assert walk.state.work
+    assert walk.state.work.at == 2
+
+
+def test_done_budget_waits_for_acceptance_then_looks_for_other_work():
+    walk = Walk().syncing()
+    kept = tuple(m.Candidate(0, e, f"d{e}", f"d{e - 1}" if e > 1 else None) for e in (1, 2, 3))
+    walk.feed(m.SyncDone(walk.now, 0, 0, None, kept))
+    assert not walk.said(m.StartTrainer), "three wait already"
+    for epoch in (1, 2):
+        walk.feed(m.OfferAnswered(walk.now, f"d{epoch}", "accepted"))
+    walk.progress(4, waiting=True)
+    walk.checkpoint(4, "d3")
+    assert walk.state.phase == "publishing"
+    walk.feed(m.OfferAnswered(walk.now, "d3", "accepted"))
+    walk.feed(m.OfferAnswered(walk.now, "d4", "accepted"))
+    assert walk.state.phase == "idle"
+    done = ShardView(0, (), acceptance(0, 4, "d4", ME))
+    walk.feed(m.SwarmSeen(walk.now, (done, ShardView(1, (), acceptance(1, 4, "y4", OTHER)))))
+    assert "complete" in walk.state.why
+
+
+def test_training_goes_on_while_the_network_is_down():
+    walk = Walk().training()
+    walk.feed(m.NetworkLost(walk.now))
+    walk.progress(1)
+    actions = walk.checkpoint(1, None)
+    assert not any(isinstance(a, (m.PublishCheckpoint, m.StopTrainer, m.RenewRecords)) for a in actions)
+    actions = walk.feed(m.NetworkBack(walk.now + 5))
+    assert walk.said(m.PublishCheckpoint)
+    assert walk.said(m.RenewRecords)
+
+
+def test_box_that_fits_nothing_stands_by_and_probes_again():
+    walk = Walk().idle({0: 0.0, 1: 0.0})
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
+    assert walk.state.phase == "idle"
+    assert "no device" in walk.state.why
+    walk.until(m.Probe, limit=100)
+    walk.feed(m.Probed(walk.now, {0: 1.0, 1: 1.0}))
+    walk.until(m.Look)
+
+
+def test_failed_probe_is_repeated():
+    walk = Walk()
+    walk.feed(m.Joined(T))
+    walk.feed(m.ProbeFailed(walk.now, "timed out"))
+    assert walk.until(m.Probe)
