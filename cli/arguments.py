@@ -39,12 +39,19 @@ def read_ticket(text: str) -> Ticket:
     """The ticket itself, or the one in the file that `text` names. Raises ConfigError."""
     from ..protocol.ticket import PREFIX, Ticket
 
-    if not text.startswith(PREFIX) and len(text) < 256 and (os.sep in text or Path(text).is_file()):
+    if not text.startswith(PREFIX) and (os.sep in text or _is_file(text)):
         try:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read a ticket from {text}: {error}; give the ticket itself or its file") from error
     return Ticket.decode(text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than any file name: a mistyped ticket
+        return False
 
 
 def read_config(path: Path | None) -> dict[str, Any]:

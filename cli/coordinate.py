@@ -51,12 +51,18 @@ def replay(
     at: Annotated[str | None, setting("REPLAY_AT", "ISO time or Unix seconds; the end without.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the run as its ledger says it was at a moment."""
+    """Tell what happened up to a moment, and how the run stood then."""
+    from rich.console import Group
+
+    from ..coordinator.story import read_events, tell
+    from .output import plain
     from .render import render_status
 
     moment = moment_of(at) if at else None
     status = replayed(run, moment)
-    emit(status, as_json, lambda: render_status(status, status.time))
+    events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
+    document = {"events": events, "status": plain(status)}
+    emit(document, as_json, lambda: Group(*tell(run, moment), "", render_status(status, status.time)))
 
 
 def moment_of(text: str) -> float:

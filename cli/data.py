@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,8 @@ from .output import JsonFlag, emit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from ..models.data.description import DataDescription
 
 app = typer.Typer(help="Turn captioned clips into shards, and look at them.", no_args_is_help=True)
 
@@ -45,29 +47,30 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """Show shards, their sizes and words."""
-    document = read_data(folder)
-    emit(document, as_json, lambda: render_data(document))
+    from ..models.data.description import read_data
+
+    description = read_data(folder)
+    emit(description, as_json, lambda: render_data(description))
 
 
-def read_data(folder: Path) -> dict[str, Any]:
-    """`data.json` of a built folder. Raises DataError."""
-    import json
-
-    from ..system.errors import DataError
-
-    path = folder / "data.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it with lutetia data build CLIPS {folder}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; build the data again") from error
-
-
-def render_data(document: dict[str, Any]) -> RenderableType:
+def render_data(description: DataDescription) -> RenderableType:
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("SHARD", "CLUSTER", "CLIPS", "HELD OUT", "PRIOR", box=None, pad_edge=False, header_style="bold")
-    for index, shard in enumerate(document["shards"]):
-        table.add_row(f"{index:03d}", shard["name"], str(shard["clips"]), str(shard["holdout_clips"]), f"{shard['prior']:.3f}")
-    return table
+    from .words import size
+
+    latent = description.latent
+    head = Text(
+        f"{latent.pixel_frames} frames of {latent.pixel_width}×{latent.pixel_height} at {latent.fps:g}/s, "
+        f"latents {latent.shape} by {latent.vae}, text by {latent.text_encoder}\n"
+    )
+    columns = "SHARD", "CLUSTER", "CLIPS", "HELD OUT", "TEST", "PRIOR", "SIZE", "WORDS"
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for shard in description.shards:
+        table.add_row(
+            f"{shard.index:03d}", shard.name, str(shard.train.clips), str(shard.holdout.clips),
+            str(shard.test.clips) if shard.test else "-", f"{shard.prior:.3f}", size(shard.train.blob.size),
+            ", ".join(shard.keywords[:6]),
+        )  # fmt: skip
+    return Group(head, table)

@@ -54,13 +54,9 @@ def finish(work: Path, made: MadeRun, act: Act, telling: Telling, keep_run: bool
 
 def curves_of(run: RunFolder, manifest: Manifest) -> list[LossCurve]:
     """Held-out losses as the ledger has them."""
-    from ..coordinator.ledger import Ledger
+    from ..coordinator.story import read_events
 
-    ledger = Ledger.open(run.ledger, manifest.run_id)
-    try:
-        return loss_curves([row.event() for row in ledger.rows()], [shard.name for shard in manifest.shards])
-    finally:
-        ledger.close()
+    return loss_curves(read_events(run.root), [shard.name for shard in manifest.shards])
 
 
 @dataclass(frozen=True)
