@@ -1,0 +1,98 @@
+"""The control socket and the lock of a state folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lutetia.node.control import SOCKET, Request, ask, serve_control
+from lutetia.node.lock import PIDFILE, state_lock
+from lutetia.system.errors import DiskError, IdentityError, UnreachableError, UsageError
+
+
+async def echo(request: Request) -> dict[str, Any]:
+    if request.verb == "leave":
+        raise DiskError("no room to leave")
+    return request.model_dump()
+
+
+async def test_asks_and_answers(tmp_path: Path):
+    async with serve_control(tmp_path, echo):
+        assert await ask(tmp_path, "pause", seconds=60) == {"verb": "pause", "seconds": 60.0}
+        assert stat.S_IMODE((tmp_path / SOCKET).stat().st_mode) == 0o600
+    assert not (tmp_path / SOCKET).exists()
+
+
+async def test_deep_folder(tmp_path: Path):
+    deep = tmp_path / ("d" * 80) / ("e" * 80)
+    deep.mkdir(parents=True)
+    async with serve_control(deep, echo):
+        assert (await ask(deep, "status"))["verb"] == "status"
+
+
+async def test_refusals_are_one_sentence(tmp_path: Path):
+    async with serve_control(tmp_path, echo):
+        with pytest.raises(UsageError, match="verb"):
+            await ask(tmp_path, "dance")
+        with pytest.raises(UsageError, match="seconds"):
+            await ask(tmp_path, "pause", seconds=-1)
+        with pytest.raises(UsageError, match="no room"):
+            await ask(tmp_path, "leave")
+
+
+async def test_nobody_home(tmp_path: Path):
+    with pytest.raises(UnreachableError, match="no daemon runs"):
+        await ask(tmp_path, "status")
+    (tmp_path / SOCKET).touch()
+    with pytest.raises(UnreachableError, match="no daemon runs"):
+        await ask(tmp_path, "status")
+
+
+async def test_stale_socket_of_a_killed_daemon_is_replaced(tmp_path: Path):
+    (tmp_path / SOCKET).touch()
+    async with serve_control(tmp_path, echo):
+        assert await ask(tmp_path, "status")
+
+
+async def test_garbage_and_silence_do_not_harm_others(tmp_path: Path):
+    async with serve_control(tmp_path, echo):
+        _, silent = await asyncio.open_unix_connection(tmp_path / SOCKET)
+        _, noisy = await asyncio.open_unix_connection(tmp_path / SOCKET)
+        noisy.write(b"x" * 100_000)
+        assert await ask(tmp_path, "status")
+        silent.close()
+        noisy.close()
+
+
+def test_second_daemon_on_a_folder_is_told_the_pid_of_the_first(tmp_path: Path):
+    with state_lock(tmp_path), pytest.raises(IdentityError, match=rf"pid {os.getpid()}\b"), state_lock(tmp_path):
+        pass
+    with state_lock(tmp_path):
+        assert (tmp_path / PIDFILE).read_text() == f"{os.getpid()}\n"
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path):
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from lutetia.node.lock import state_lock
+        with state_lock(Path({str(tmp_path)!r})):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert (tmp_path / PIDFILE).exists()
+    with state_lock(tmp_path):
+        pass
+
+
+def test_asking_imports_neither_torch_nor_hivemind():
+    script = "import sys, lutetia.node.control; print([m for m in ('torch', 'hivemind', 'diffusers') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
