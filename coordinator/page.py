@@ -34,8 +34,8 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
         f"<title>{escape(status.name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(status.name)}</h1><p>{facts}</p>"
         f"{_shards(status)}{_nodes(status)}{_refusals(status)}"
-        f'<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. The same as <a href="status.json">JSON</a> '
-        'and as <a href="metrics">metrics</a>.</p></body></html>'
+        f"<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. The same as "
+        '<a href="status.json">JSON</a> and as <a href="metrics">metrics</a>.</p></body></html>'
     )
 
 

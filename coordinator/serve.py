@@ -1,0 +1,278 @@
+"""`coordinator serve`: bootstrap peer, origin of blobs, judge, stitcher and reporter of one run, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from ..protocol.canonical import canonical
+from ..protocol.events import CoordinatorStarted, CoordinatorStopped
+from ..protocol.identity import Identity, peer_id_of
+from ..protocol.ledger_state import RunState
+from ..protocol.manifest import Manifest, SignedManifest
+from ..protocol.offers import Offer, OfferReply, serve_offers
+from ..protocol.records import AcceptanceRecord, CheckpointRecord, RecordLimits, RecordRefused, open_record, read_envelope
+from ..protocol.services import (
+    HELLO,
+    MANIFEST,
+    PROTOCOL_VERSION,
+    STATUS,
+    Hello,
+    publish,
+    record_check,
+    serve_document,
+)
+from ..protocol.status import SwarmStatus
+from ..protocol.status_view import status as status_of
+from ..protocol.store import BlobStore
+from ..protocol.transfer import serve_blobs
+from ..protocol.transport import Transport
+from ..system.errors import AuthorisationError, LutetiaError, UnreachableError
+from ..system.files import write_atomic
+from .bench import Bench
+from .http import bind, build_app, serve_http
+from .judge import Offered, Rules
+from .ledger import Ledger
+from .lookout import Lookout
+from .run_folder import RunFolder
+from .settings import ServeSettings
+from .stitching import Stitcher
+from .tools import NetworkTools
+from .workshop_client import WorkshopClient
+
+_log = logging.getLogger("lutetia.coordinator.serve")
+
+_STATUS_SECONDS = 2.0
+_FRESH_SECONDS = 0.5
+_ALIVE_SECONDS = 2.0
+
+Connect = Callable[[Manifest, Identity, RunFolder, ServeSettings], Awaitable[Transport]]
+
+
+async def connect(manifest: Manifest, identity: Identity, folder: RunFolder, settings: ServeSettings) -> Transport:
+    """The real network, on the address that the ticket names. Raises UnreachableError when its port is taken."""
+    from ..protocol.transport_hivemind import connect_hivemind
+
+    endpoint = folder.read_endpoint()
+    return await connect_hivemind(
+        identity,
+        listen=settings.listen or endpoint.listen,
+        check=record_check(manifest, time.time),
+        announce=settings.announce or endpoint.announce,
+        state_folder=folder.network,
+    )
+
+
+async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:
+    """Serve the run in `root` until SIGTERM, SIGINT or, with `exit_when_done`, its end; started again it goes on where it was.
+
+    Raises ConfigError, IdentityError (another coordinator serves it), AuthorisationError, IntegrityError (ledger),
+    UnreachableError (a port is taken, the network process died) or DiskError.
+    """
+    settings = settings or ServeSettings()
+    folder = RunFolder(root)
+    signed = folder.read_manifest(time.time())
+    with folder.locked(), contextlib.ExitStack() as stack:
+        identity = Identity.load(folder.coordinator_key)
+        if identity.public_key not in signed.manifest.coordinators:
+            raise AuthorisationError(
+                f"{folder.coordinator_key} is no coordinator of this run; use the key that the manifest names"
+            )
+        listener = stack.enter_context(bind(settings.http)) if settings.http else None
+        ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
+        stack.callback(ledger.close)
+        transport = await connecting(signed.manifest, identity, folder, settings)
+        try:
+            await _Service(folder, signed, identity, ledger, transport, settings).serve(listener)
+        finally:
+            await transport.close()
+
+
+@dataclass
+class _Service:
+    """One run being served."""
+
+    folder: RunFolder
+    signed: SignedManifest
+    identity: Identity
+    ledger: Ledger
+    transport: Transport
+    settings: ServeSettings
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.manifest = self.signed.manifest
+        self.software = version("lutetia")
+        self.limits = RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
+        self.blobs = BlobStore(self.folder.blobs)
+        self.incoming = _restored_incoming(self.folder, self.blobs, self.ledger.state)
+        self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")])
+        self.checking, self.making = (self._workshop(name) for name in ("checking", "making"))
+        tools = NetworkTools(
+            self.transport, self.manifest, self.blobs, self.incoming, self.checking, self.settings.slowest_bytes_per_second
+        )
+        self.bench = Bench(self._rules(), self.ledger, tools, self._publish, self.transport.now, self._changed)
+        self.lookout = Lookout(self.transport, self.manifest, self._found)
+        self.stitcher = Stitcher(
+            self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
+            self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
+        )  # fmt: skip
+        self._status: tuple[float, SwarmStatus] | None = None
+
+    def _workshop(self, name: str) -> WorkshopClient:
+        """Checks and stitching have one each, so that a long training of the router delays no acceptance."""
+        return WorkshopClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
+
+    def _rules(self) -> Rules:
+        secret = hashlib.sha256(b"lutetia-audit-lottery" + self.identity.seed).digest()
+        return Rules(
+            self.manifest, self.identity.public_key, secret,
+            offers_per_minute=self.settings.offers_per_minute, checks_at_once=self.settings.checks_at_once,
+        )  # fmt: skip
+
+    async def serve(self, listener: socket.socket | None) -> None:
+        """Everything at once; the first failure, or the request to stop, ends all of it."""
+        try:
+            with _signals(self.stopping), _one_error():
+                async with asyncio.TaskGroup() as group:
+                    works = [self.bench.run(), self.lookout.run(), self.stitcher.run()]
+                    works.append(_every(_STATUS_SECONDS, self._write_status))
+                    works.append(_every(_ALIVE_SECONDS, self._check_alive))
+                    works.append(_every(self.manifest.timing.lease, self._renew))
+                    if listener:
+                        works.append(serve_http(listener, build_app(self.status, self.blobs)))
+                    tasks = [group.create_task(work) for work in works]
+                    await self._offer_services()
+                    self._changed(self.ledger.state)
+                    _log.info("serving run %s at %s", self.manifest.run_id[:12], ", ".join(self.transport.addresses()))
+                    await self.stopping.wait()
+                    for task in tasks:
+                        task.cancel()
+            self.ledger.append([CoordinatorStopped(time=self.transport.now())])
+            await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+        finally:
+            await asyncio.gather(self.checking.close(), self.making.close())
+
+    async def _offer_services(self) -> None:
+        await serve_document(self.transport, HELLO, lambda: canonical(self._hello()))
+        await serve_document(self.transport, MANIFEST, self.signed.to_bytes)
+        await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
+        await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
+        await serve_offers(self.transport, self._answer)
+
+    def _hello(self) -> Hello:
+        return Hello(
+            run=self.manifest.run_id, protocol=PROTOCOL_VERSION, software=f"lutetia {self.software}",
+            clock=self.transport.now(), manifest_version=self.manifest.version,
+        )  # fmt: skip
+
+    def status(self) -> SwarmStatus:
+        """The status document; made anew at most twice a second."""
+        now = self.transport.now()
+        if self._status is None or not 0 <= now - self._status[0] < _FRESH_SECONDS:
+            document = status_of(self.bench.state.run, self.manifest, self.lookout.view, now, software=self.software)
+            self._status = (now, document)
+        return self._status[1]
+
+    async def _answer(self, peer_id: str, offer: Offer) -> OfferReply:
+        """The offer stream. Results are offered by their owners, so that nobody spends another peer's patience."""
+        data, now = offer.sealed.encode(), self.transport.now()
+        owner = read_envelope(data).owner
+        record = open_record(data, key=None, subkey=owner, expires=offer.expires, now=now, limits=self.limits)
+        if not isinstance(record, CheckpointRecord):
+            raise RecordRefused(f"a {record.kind} record is no result")
+        if peer_id_of(owner) != peer_id:
+            raise RecordRefused("a result is offered by its owner, over its owner's own connection")
+        reply = await self.bench.hear(Offered(record, now))
+        assert reply is not None
+        return reply
+
+    async def _found(self, record: CheckpointRecord) -> None:
+        await self.bench.hear(Offered(record, self.transport.now(), "poll"))
+
+    def _changed(self, state: RunState) -> None:
+        self._status = None
+        self.stitcher.wake()
+        if state.finished and self.settings.exit_when_done:
+            # two heartbeats, in which peers hear of the last acceptance
+            asyncio.get_running_loop().call_later(2 * self.manifest.timing.heartbeat, self.stopping.set)
+
+    async def _publish(self, acceptance: AcceptanceRecord) -> None:
+        renewed = acceptance.model_copy(update={"issued": self.transport.now()})
+        if not await publish(self.transport, self.identity, renewed, self.limits.longest("acceptance")):
+            _log.warning("nobody took the acceptance of shard %d; it is published again", acceptance.shard)
+
+    async def _renew(self) -> None:
+        """Every lease, so that peers who just joined hold the acceptances too."""
+        for shard in self.bench.state.run.shards.values():
+            if shard.acceptance:
+                await self._publish(shard.acceptance)
+
+    async def _write_status(self) -> None:
+        await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+
+    async def _check_alive(self) -> None:
+        """Without its network process the coordinator is of no use: end, and let the service manager start it again."""
+        if not self.transport.alive():
+            raise UnreachableError("the libp2p process of the coordinator has ended; start the coordinator again")
+
+
+async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await action()
+        await asyncio.sleep(seconds)
+
+
+def _restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> BlobStore:
+    """The store of undecided results: what was accepted just before a crash is kept, what nobody waits for is removed."""
+    incoming = BlobStore(folder.incoming)
+    waiting = [candidate.record for shard in state.shards.values() for candidate in shard.candidates.values()]
+    for shard in state.shards.values():
+        for ref in (shard.acceptance.weights, shard.acceptance.state) if shard.acceptance else ():
+            if not blobs.has(ref.digest) and incoming.has(ref.digest):
+                blobs.adopt(incoming.path(ref.digest), incoming.table(ref.digest))
+    if not waiting:
+        shutil.rmtree(folder.incoming)
+        return BlobStore(folder.incoming)
+    wanted = {ref.digest for record in waiting for ref in (record.weights, record.state, record.trace)}
+    for digest in incoming.digests():
+        if digest not in wanted:
+            incoming.remove(digest)
+    return incoming
+
+
+@contextlib.contextmanager
+def _signals(stopping: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for an orderly end."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        expected = group.subgroup(LutetiaError)
+        while isinstance(expected, BaseExceptionGroup):
+            expected = expected.exceptions[0]
+        if expected is None:
+            raise
+        raise expected from group
