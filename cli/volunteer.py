@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..system.errors import UsageError
-from .arguments import StateFolder, TicketArgument, given, read_config, read_ticket, setting, settings_of
+from .arguments import StateFolder, TicketArgument, given, read_ticket, setting
 from .output import JsonFlag, emit, say
 
 if TYPE_CHECKING:
@@ -48,12 +49,11 @@ def join(
     """
     word = read_ticket(ticket).encode()  # before the slow imports: a bad ticket is told at once
     from ..node.daemon import run_node
-    from ..node.settings import NodeSettings
+    from ..node.settings import load_settings
     from .service import run_service
 
     flags = given(state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty)
-    source = str(config) if config else "options"
-    settings = settings_of(NodeSettings, source, {**read_config(config), **flags, "ticket": word})
+    settings, _ = load_settings({**flags, "ticket": word}, config)
     run_service(run_node(settings))
 
 
@@ -69,7 +69,7 @@ def _ask(state_folder: Path | None, verb: str, **arguments: Any) -> dict[str, An
 def status(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
     """Show what this box does and whether it counts."""
     document = _ask(state_folder, "status")
-    emit(document, as_json, lambda: render_local(document))
+    emit(document, as_json, lambda: render_local(document, time.time()))
 
 
 def pause(
@@ -101,12 +101,33 @@ def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
     emit(answer, as_json, lambda: say("leaving"))
 
 
-def render_local(document: dict[str, Any]) -> RenderableType:
-    """The daemon's own words as a two-column table."""
+def render_local(document: dict[str, Any], now: float) -> RenderableType:
+    """What the daemon does, in its own words, and whether it counts."""
     from rich.table import Table
 
+    from .words import ago, number, short, short_peer
+
+    def since(moment: float | None) -> str:
+        return f"{ago(now - moment)} ago" if moment else "-"
+
+    work = "-"
+    if document["shard"] is not None:
+        done = f"epoch {document['epoch']} of {document['epochs']}, step {document['step'] or 0} of {document['steps'] or '?'}"
+        speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
+        work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, loss {number(document['loss'])}, {speed}"
+    counting = f"{document['accepted']} accepted ({document['accepted_today']} today), {document['refused']} refused"
+    rows = {
+        "you": f"{short_peer(document['peer_id'])}   {short(document['owner'], 16)}   on {document['device'] or 'a device not yet probed'}",
+        "state": f"{document['state']} for {ago(now - document['since'])}: {document['reason']}",
+        "run": f"{document['name'] or '-'}   {short(document['run'], 12)}   {'online' if document['online'] else 'offline'}",
+        "work": work,
+        "counts": f"{counting}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
+        "due": f"in {ago(document['due'] - now)}" if document["due"] else "",
+        "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] else "",
+        "problem": document["problem"] or "",
+    }
     table = Table.grid(padding=(0, 3))
-    for key, value in document.items():
-        if value not in (None, "", [], {}):
-            table.add_row(key.replace("_", " "), str(value))
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, value)
     return table
