@@ -1,0 +1,35 @@
+"""Why an address cannot be reached: the name, the port, the silence or the wrong peer, each told apart by trying."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+
+PROBE_TIMEOUT = 3.0
+_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)(?:/p2p/(\w+))?")
+_WRONG_PEER = re.compile(r"peer id mismatch|remote key matches (\w+)|but remote key|PeerIDMismatch")
+
+
+async def why_unreachable(address: str, said: str) -> str:
+    """A few words for a person. `said` is what the library reported when it dialled `address`; a plain TCP connect does the rest."""
+    match = _ADDRESS.match(address)
+    if match is None:
+        return "not an address of the form /ip4/HOST/tcp/PORT/p2p/ID"
+    family = {"ip4": socket.AF_INET, "dns4": socket.AF_INET, "ip6": socket.AF_INET6, "dns6": socket.AF_INET6}.get(match[1], 0)
+    wrong = _WRONG_PEER.search(said)
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            _, writer = await asyncio.open_connection(match[2], int(match[3]), family=family)
+    except TimeoutError:
+        return f"no answer within {PROBE_TIMEOUT:.0f} s (host down, or a firewall drops packets)"
+    except socket.gaierror:
+        return f"the name {match[2]} does not resolve (DNS)"
+    except ConnectionRefusedError:
+        return "connection refused (nothing listens there)"
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    writer.close()
+    if wrong:
+        return f"wrong peer id: somebody else answers there{f' ({wrong[1]})' if wrong[1] else ''}"
+    return f"something answers there that is no peer of ours ({said[:120].strip() or 'no libp2p'})"

@@ -1,0 +1,192 @@
+"""One p2pd process: started under our identity on a free port, killed by the kernel with us, its sockets in a private folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import ipaddress
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..system.errors import IdentityError, UnreachableError
+from ..system.files import disk_errors, write_atomic
+from ..system.tether import command
+from .identity import Identity
+from .transport_hivemind_control import Control
+from .transport_hivemind_library import P2PD
+
+log = logging.getLogger("lutetia.protocol.transport_hivemind")
+
+START_TIMEOUT = 20.0
+_LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a peer is to be found from outside: UPnP, AutoNAT with hole punching, circuit relays."""
+
+    nat_port_map: bool = True
+    auto_nat: bool = True
+    relay: bool = True
+    auto_relay: bool = False
+    trusted_relays: tuple[str, ...] = ()
+    no_listen: bool = False
+
+    @classmethod
+    def of(cls, listen: str) -> Reach:
+        """Everything off where only this machine can connect: nothing outside is asked, and tests stay on loopback."""
+        host = listen.split("/")[2] if listen.count("/") >= 2 else ""
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host).is_loopback:
+                return cls(nat_port_map=False, auto_nat=False, relay=False)
+        return cls()
+
+    def arguments(self) -> list[str]:
+        switches = {"natPortMap": self.nat_port_map, "autonat": self.auto_nat, "relay": self.relay, "autoRelay": self.auto_relay}
+        arguments = [f"-{name}={int(on)}" for name, on in switches.items()]
+        if self.trusted_relays:
+            arguments.append("-trustedRelays=" + ",".join(self.trusted_relays))
+        return [*arguments, "-noListenAddrs"] if self.no_listen else arguments
+
+
+class Daemon:
+    """A running p2pd and the `control` over it. Make it with `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str) -> None:
+        self.process = process
+        self.control = Control(str(sockets.path), peer_id)
+        self._sockets = sockets
+        self._output: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, identity: Identity, listen: str, state_folder: Path, reach: Reach | None = None, announce: Sequence[str] = ()
+    ) -> Daemon:
+        """Start p2pd under `identity`. Raises UnreachableError when the listen address cannot be had."""
+        _require_free(listen)
+        sockets = _SocketFolder(state_folder)
+        key = sockets.path / "identity"
+        write_atomic(key, identity.libp2p_bytes(), mode=0o600)
+        arguments = [
+            f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
+            "-idleTimeout=60s", "-tls=1", *(reach or Reach.of(listen)).arguments(),
+        ]  # fmt: skip
+        if announce:
+            arguments.append("-announceAddrs=" + ",".join(announce))
+        process = await asyncio.create_subprocess_exec(
+            *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
+        )  # fmt: skip
+        daemon = cls(process, sockets, identity.peer_id)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await daemon._wait_until_ready(listen)
+        except TimeoutError as error:
+            await daemon.close()
+            raise UnreachableError(f"p2pd did not start within {START_TIMEOUT:.0f} s; is this machine overloaded?") from error
+        except BaseException:
+            await daemon.close()
+            raise
+        finally:
+            key.unlink(missing_ok=True)
+        return daemon
+
+    @property
+    def running(self) -> bool:
+        return self.process.returncode is None
+
+    async def close(self) -> None:
+        """End the handlers and p2pd, and remove its folder. Idempotent."""
+        await self.control.close()
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+        try:
+            async with asyncio.timeout(5):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        if self._output:
+            await asyncio.gather(self._output, return_exceptions=True)
+        self._sockets.remove()
+
+    async def _wait_until_ready(self, listen: str) -> None:
+        assert self.process.stdout
+        said = []
+        while line := (await self.process.stdout.readline()).decode(errors="replace").strip():
+            said.append(line)
+            if line.startswith("Peer ID:"):
+                self._output = asyncio.create_task(self._log_output(self.process.stdout))
+                return
+        raise UnreachableError(_why_not_listening(listen, " ".join(said)))
+
+    async def _log_output(self, output: asyncio.StreamReader) -> None:
+        async for line in output:
+            log.debug("p2pd: %s", line.decode(errors="replace").strip())
+
+
+class _SocketFolder:
+    """A private folder for sockets. Its name depends on the state folder alone, so that the next start clears it."""
+
+    def __init__(self, state_folder: Path) -> None:
+        """Raises IdentityError while another process uses `state_folder`."""
+        home = state_folder.resolve()
+        self.path = home / "p2pd"
+        if len(os.fsencode(self.path / "control.sock")) > _LONGEST_SOCKET_PATH:
+            name = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+            self.path = Path(tempfile.gettempdir()) / f"lutetia-{os.getuid()}-{name}"
+            log.info("p2pd's sockets are in %s, because the path of the state folder is too long for them", self.path)
+        with disk_errors(self.path):
+            home.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(home / "p2pd.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._claim(home)
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        """Clear the folder and let others use the state folder. Idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _claim(self, home: Path) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise IdentityError(f"another process uses the state folder {home}; stop it or choose another folder") from error
+
+
+def _require_free(listen: str) -> None:
+    """Refuse a taken port before p2pd starts: two p2pd of one user would share it (SO_REUSEPORT) and steal each other's peers."""
+    match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d+)", listen)
+    if match is None:
+        raise UnreachableError(f"cannot listen on {listen}; give an address such as /ip4/0.0.0.0/tcp/41000")
+    family = socket.AF_INET if match[1] == "4" else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((match[2], int(match[3])))
+        except (OSError, OverflowError) as error:
+            raise UnreachableError(_why_not_listening(listen, str(error))) from error
+
+
+def _why_not_listening(listen: str, said: str) -> str:
+    if "in use" in said:
+        return f"cannot listen on {listen}: another program holds the port; stop it or choose another port with --listen"
+    if "assign" in said:
+        return f"cannot listen on {listen}: this machine has no such address; choose one of its own or /ip4/0.0.0.0/tcp/0"
+    if "ermission" in said:
+        return f"cannot listen on {listen}: not permitted; choose a port above 1023"
+    return f"cannot listen on {listen}: {said or 'p2pd ended without a word'}; choose another address with --listen"

@@ -1,0 +1,89 @@
+"""hivemind's DHT and p2pd bindings, without the rest of hivemind.
+
+`import hivemind` also imports its averagers and optimisers, and with them torch and scipy: 3 s and 280 MB. The DHT needs none of
+them (0.3 s, 40 MB). So the package and two of its folders are registered as plain namespaces first, filled with what the DHT
+takes from them. A process that has imported hivemind before keeps that; a release that is laid out otherwise is imported whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import types
+from typing import Any
+
+log = logging.getLogger("lutetia.protocol.transport_hivemind")
+
+_UTILITIES = ("logging", "serializer", "timed_storage", "asyncio")
+
+
+def _share_key_schema() -> None:
+    """hivemind and py-libp2p both register the protobuf schema crypto.pb, which protobuf refuses: let hivemind use libp2p's."""
+    if "libp2p" in sys.modules:
+        sys.modules["hivemind.proto.crypto_pb2"] = importlib.import_module("libp2p.crypto.pb.crypto_pb2")
+
+
+def _import_lightly() -> None:
+    spec = importlib.util.find_spec("hivemind")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("hivemind is not installed; install lutetia with its dependencies (on Windows there is no hivemind)")
+    root = spec.submodule_search_locations[0]
+    for name in ("hivemind", "hivemind.utils", "hivemind.dht"):
+        package = types.ModuleType(name)
+        package.__path__ = ["/".join([root, *name.split(".")[1:]])]
+        sys.modules[name] = package
+    for name in _UTILITIES:
+        module = importlib.import_module(f"hivemind.utils.{name}")
+        vars(sys.modules["hivemind.utils"]).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
+    importlib.import_module("hivemind.dht.node")
+
+
+def _import() -> None:
+    _share_key_schema()
+    if "hivemind" in sys.modules:
+        return
+    before = set(sys.modules)
+    try:
+        _import_lightly()
+    except (ImportError, AttributeError) as error:
+        log.warning("hivemind is laid out in a new way (%s); importing all of it, which takes longer", error)
+        for name in [name for name in set(sys.modules) - before if name.partition(".")[0] == "hivemind"]:
+            del sys.modules[name]
+
+
+_import()
+
+from hivemind.dht.node import DHTNode  # noqa: E402
+from hivemind.dht.protocol import DHTProtocol  # noqa: E402
+from hivemind.dht.routing import DHTID  # noqa: E402
+from hivemind.dht.storage import DictionaryDHTValue  # noqa: E402
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase  # noqa: E402
+from hivemind.hivemind_cli import __path__ as _binaries  # noqa: E402
+from hivemind.p2p import P2P, PeerID  # noqa: E402
+from hivemind.proto import p2pd_pb2 as _p2pd_pb2  # noqa: E402
+from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
+from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
+from hivemind.utils.timed_storage import ValueWithExpiration  # noqa: E402
+
+use_hivemind_log_handler("nowhere")
+logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
+P2PD = f"{_binaries[0]}/p2pd"
+messages: Any = _p2pd_pb2
+"""The protobuf messages of p2pd's control socket, whose classes are made at import."""
+
+__all__ = [
+    "DHTID",
+    "P2P",
+    "P2PD",
+    "DHTNode",
+    "DHTProtocol",
+    "DHTRecord",
+    "DictionaryDHTValue",
+    "Multiaddr",
+    "PeerID",
+    "RecordValidatorBase",
+    "ValueWithExpiration",
+    "messages",
+]
