@@ -1,0 +1,48 @@
+"""Contact sheets: one picture per cluster, so that a person sees what an expert will learn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ...system.files import write_atomic
+from .clips import Frames
+
+_COLUMNS, _SIDE, _STRIP, _MARGIN, _LINE = 4, 72, 3, 6, 12
+SHEET_CLIPS = 24
+
+
+def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Sequence[str]) -> None:
+    """A PNG with, for each clip, its first, middle and last frame over its caption; up to 24 clips."""
+    cell_width, cell_height = _STRIP * _SIDE + _MARGIN, _SIDE + _LINE + _MARGIN
+    rows = -(-len(clips) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN, rows * cell_height + 2 * _LINE), (24, 24, 28))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _LINE // 3), _drawable(title), fill=(255, 255, 255))
+    for place, (frames, caption) in enumerate(zip(clips, captions, strict=True)):
+        row, column = divmod(place, _COLUMNS)
+        left, top = _MARGIN + column * cell_width, 2 * _LINE + row * cell_height
+        for part, index in enumerate(np.linspace(0, len(frames) - 1, _STRIP).round().astype(int)):
+            sheet.paste(_thumbnail(frames[index]), (left + part * _SIDE, top))
+        draw.text((left, top + _SIDE), _drawable(caption)[:38], fill=(200, 200, 200))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def _thumbnail(picture: Frames) -> Image.Image:
+    image = Image.fromarray(picture)
+    image.thumbnail((_SIDE, _SIDE))
+    if max(image.size) < _SIDE:
+        scale = _SIDE / max(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
+    return image
+
+
+def _drawable(text: str) -> str:
+    """What Pillow's built-in font can draw."""
+    return text.encode("latin-1", "replace").decode("latin-1")
