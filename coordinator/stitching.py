@@ -1,7 +1,7 @@
 """When the mixture is made anew, and the making itself: router, stitch, gallery, all in a workshop of their own.
 
-The router tells the clusters' *data* apart and never sees an expert, so it is trained once, as soon as every shard has shown an
-accepted result, and serves every mixture of the manifest's data after that.
+The router tells the clusters' *data* apart and never sees an expert, so it is trained once, as soon as the first result was
+accepted, and serves every mixture of the manifest's data after that. Shards without an accepted result are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
 
 _log = logging.getLogger("lutetia.coordinator.stitching")
 
+_MIXTURE_DOMAIN = b"lutetia-mixture-1\n"  # what models.mixture_document signs
 _ROUTER_LIMIT, _STITCH_LIMIT, _GALLERY_LIMIT = 6 * 3600.0, 3600.0, 6 * 3600.0
 _RETRY_SECONDS = 30.0
 
@@ -33,9 +34,9 @@ Step = Literal["router", "mixture", "finish", "nothing"]
 def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool) -> Step:
     """What is to be made now. `rested`: the last mixture is old enough for a new one before the end."""
     epochs = state.accepted_epochs
-    if not epochs or not all(epochs):
+    if not any(epochs):
         return "nothing"
-    if state.router is None:
+    if state.router is None and len(epochs) > 1:
         return "router"
     if state.mixture is None or state.mixture.epochs != epochs:
         due = state.budgets_done or (when == "refresh" and rested)
@@ -103,20 +104,27 @@ class Stitcher:
     async def _stitch(self, state: RunState) -> list[Event]:
         accepted = [state.shards[index].acceptance for index in range(len(state.shards))]
         router = state.router
-        assert router is not None
         given = [acceptance for acceptance in accepted if acceptance is not None]
         answer = await self.workshop.ask(
-            "stitch", limit=_STITCH_LIMIT, sign=self.coordinator.sign, folder=str(self.folder.mixture),
+            "stitch", limit=_STITCH_LIMIT, sign=self._sign, folder=str(self.folder.mixture),
             weights=[str(self.blobs.path(acceptance.weights.digest)) for acceptance in given],
             accepted=[acceptance.model_dump(mode="json") for acceptance in given],
-            router=str(self.blobs.path(router.router.digest)),
+            router=str(self.blobs.path(router.router.digest)) if router else None,
         )  # fmt: skip
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer["digest"][:12], list(epochs))
         if self.gallery and self.manifest.sampling.prompts:
             await self._sample()
-        serving = router.model_copy(update={"time": self.now(), "epochs": epochs})
-        return [serving, MixtureStitched(time=self.now(), epochs=epochs, mixture=answer["digest"])]
+        stitched = MixtureStitched(time=self.now(), epochs=epochs, mixture=answer["digest"])
+        if router is None:
+            return [stitched]
+        return [router.model_copy(update={"time": self.now(), "epochs": epochs}), stitched]
+
+    def _sign(self, message: bytes) -> str:
+        """The workshop reads strangers' files: whatever it asks for, nothing but a mixture's description gets a signature."""
+        if not message.startswith(_MIXTURE_DOMAIN):
+            raise WorkshopFailed("the workshop asked for a signature that is none of its business")
+        return self.coordinator.sign(message)
 
     async def _sample(self) -> None:
         """Pictures are a courtesy: without them the mixture still counts."""

@@ -7,20 +7,25 @@ parent starts a new one.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.manifest import Manifest, SignedManifest
+from ..protocol.records import AcceptanceRecord
 from ..system.errors import LutetiaError
+from ..system.files import replace_folder
 from ..system.process import Message, ParentChannel
 
 if TYPE_CHECKING:
     from ..models.data.shards import ShardData
 
+_GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _NUMBER_REASONS = ("non-finite", "norm")
 
 
@@ -30,6 +35,13 @@ class Workshop:
     def __init__(self, manifest: Manifest, channel: ParentChannel) -> None:
         self.manifest = manifest
         self._channel = channel
+        self._messages = channel.messages()
+        self._holdouts: dict[str, ShardData] = {}
+
+    def run(self) -> None:
+        """Take jobs until the parent closes the channel."""
+        for message in self._messages:
+            self._channel.send(_answer(self, message))
 
     def limits(self) -> dict[str, Any]:
         """Per shard: most bytes of weights, training state and trace."""
@@ -66,6 +78,40 @@ class Workshop:
         result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout))
         return {"loss": result.loss, "by_time": list(result.by_time)}
 
+    def router(self, train: list[str], holdout: list[str], out: str) -> dict[str, Any]:
+        """Train the router on all shards and write it to `out`."""
+        from ..models.data.shards import load_shard
+        from ..models.router import train_router, write_router
+
+        shards, holdouts = ([load_shard(Path(path), self.manifest.latent) for path in paths] for paths in (train, holdout))
+        router, report = train_router(self.manifest, shards, seed=0, holdouts=holdouts)
+        write_router(router, Path(out))
+        return {"accuracy": report.accuracy, "accuracy_by_time": list(report.accuracy_by_time), "ece": report.ece}
+
+    def stitch(self, folder: str, weights: list[str], accepted: list[dict[str, Any]], router: str | None) -> dict[str, Any]:
+        """Replace the mixture folder; the parent signs its description, since no key enters this process."""
+        from ..models.stitch import stitch
+
+        digest = stitch(
+            Path(folder), self.manifest, [Path(path) for path in weights], Path(router) if router else None,
+            [AcceptanceRecord.model_validate(record, strict=False) for record in accepted], self._signed_by_parent,
+        )  # fmt: skip
+        return {"digest": digest}
+
+    def _signed_by_parent(self, message: bytes) -> str:
+        self._channel.send({"sign": message.decode()})
+        return next(self._messages)["signature"]
+
+    def gallery(self, mixture: str, out: str) -> dict[str, Any]:
+        """Sample the manifest's prompts, each from its own fixed noise, and replace the folder `out`."""
+        from ..models.pipeline import load_pipeline
+
+        pipeline = load_pipeline(mixture, experts_in_memory=2)
+        prompts = list(self.manifest.sampling.prompts)
+        frames, _ = pipeline(prompts, seed=0, return_dict=False)
+        write_gallery(Path(out), prompts, frames, pipeline.fps)
+        return {"clips": len(prompts)}
+
     def _holdout(self, path: str) -> ShardData:
         from ..models.data.shards import load_shard
 
@@ -75,9 +121,25 @@ class Workshop:
             self._holdouts[path] = load_shard(Path(path), self.manifest.latent)
         return self._holdouts[path]
 
-    @cached_property
-    def _holdouts(self) -> dict[str, ShardData]:
-        return {}
+
+def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:
+    """One GIF per prompt from uint8 `frames` [N, F, H, W, 3], and `gallery.json` that names them."""
+    from PIL import Image
+
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        listed = []
+        for index, (prompt, clip) in enumerate(zip(prompts, frames, strict=True)):
+            factor = max(1, _GALLERY_PIXELS // max(clip.shape[1:3]))
+            pictures = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), 0) for frame in clip]
+            name = f"{index:03d}.gif"
+            pictures[0].save(part / name, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+            listed.append({"prompt": prompt, "file": name, "seed": index})
+        (part / "gallery.json").write_text(json.dumps({"clips": listed}, indent=1, ensure_ascii=False))
+        part.chmod(0o755)
+        replace_folder(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -107,10 +169,7 @@ def main() -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     manifest = SignedManifest.model_validate_json(Path(sys.argv[1]).read_bytes()).manifest
-    shop = Workshop(manifest, channel)
-    channel.send({"ready": os.getpid()})
-    for message in channel.messages():
-        channel.send(_answer(shop, message))
+    Workshop(manifest, channel).run()
 
 
 if __name__ == "__main__":
