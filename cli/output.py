@@ -33,14 +33,14 @@ def plain(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
     return dict(document) if isinstance(document, Mapping) else document.model_dump(mode="json")
 
 
-def emit(
-    document: BaseModel | Mapping[str, Any], as_json: bool, view: Callable[[], RenderableType | None], say: Console | None = None
-) -> None:
-    """Print `document` as JSON, or what `view` makes of it for people."""
+def emit(document: BaseModel | Mapping[str, Any], as_json: bool, view: Callable[[], RenderableType | None]) -> None:
+    """Print `document` as JSON, or what `view` makes of it for people. Text is never wrapped, so that it can be pasted."""
     if as_json:
         print(json.dumps(plain(document), indent=2, ensure_ascii=False))
-    elif (renderable := view()) is not None:
-        (say or console()).print(renderable)
+    elif isinstance(renderable := view(), str):
+        print(renderable)
+    elif renderable is not None:
+        console().print(renderable)
 
 
 def say(text: str) -> None:

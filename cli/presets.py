@@ -37,7 +37,37 @@ class Preset:
         WorkerLimit("worker-2", 1, 0.7),
         WorkerLimit("worker-3", 1, 0.45),
     )
-    patience: float = 60.0
+    patience: float = 120.0
     """How long the coordinator may take to come up."""
     longest: float = 1800.0
     """How long the swarm may take."""
+
+
+_TINY = Preset(
+    name="tiny",
+    clips=72,
+    frames=8,
+    size=32,
+    seed=0,
+    build={"experts": 3, "frames": 8, "height": 16, "width": 16, "latents": "pixels", "smallest": 4, "seed": 0},
+    run={
+        "preset": "tiny",
+        "name": "tiny demo",
+        "samples_per_shard": 960,
+        "checkpoint_samples": 160,
+        "sampling": {
+            "steps": 2,
+            "guidance": 1.0,
+            "prompts": ("a red handwritten three moves to the left", "a purple star spins", "the camera zooms in on a cat"),
+        },
+    },
+)
+
+
+def preset_of(name: str) -> Preset:
+    """The preset called `demo` or `tiny`."""
+    if name == "tiny":
+        return _TINY
+    from ..models.data import recipe
+
+    return Preset(name="demo", run={"preset": "demo", "name": "demo"}, build=recipe.DATA, **recipe.CLIPS)

@@ -41,14 +41,11 @@ def create(
     emit(document, as_json, lambda: created_text(document))
 
 
-def created_text(document: dict[str, Any]) -> RenderableType:
-    from rich.text import Text
-
-    return Text(
+def created_text(document: dict[str, Any]) -> str:
+    return (
         f"Run {document['run'][:12]} is in {document['folder']}. Keep owner.key there safe: it signs the run.\n"
         f"Start its coordinator:  lutetia coordinator serve {document['folder']}\n"
-        f"Volunteers join with:   lutetia join {document['ticket']}\n",
-        overflow="fold",
+        f"Volunteers join with:   lutetia join {document['ticket']}"
     )
 
 

@@ -32,7 +32,7 @@ def make_run(work: Path, preset: Preset, address: str, phase: Callable[[str], Ab
     with phase(f"draw {preset.clips} captioned clips as mp4 files"):
         make_clips(clips, preset.clips, preset.seed, preset.frames, preset.size)
     with phase("build shards: decode, encode, cluster"):
-        build_data(clips, data, settings_of(BuildSettings, "demo preset", dict(preset.build)), lambda *_: None)
+        build_data(clips, data, settings_of(BuildSettings, "demo preset", {**preset.build, "cache": work / "cache"}))
     with phase("create the run: manifest, keys, ticket"):
         settings = settings_of(RunSettings, "demo preset", {**preset.run, "addresses": (address,)})
         created = create_run(data, folder, settings)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from ..protocol.status import SwarmStatus
 from ..system.errors import LutetiaError
+from ..system.files import replace_folder
 from .live import View, live_view, shard_rows
 from .local_swarm import LocalSwarm, free_port
 from .report import Phase
 from .takeover import Takeover, choose_victim
 from .watch import Watch
 from .words import clock
-from .workspace import check_replaceable, put_in_place, workspace
+from .workspace import check_replaceable, workspace
 
 if TYPE_CHECKING:
     from .presets import Preset
@@ -66,7 +67,7 @@ async def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
             with telling.phase("train three experts in a swarm"):
                 await act.run(made.ticket)
         result = finish(work, made, act, telling, keep_run)
-        put_in_place(result, out)
+        replace_folder(result, out)
     closing_words(out, telling)
 
 

@@ -116,8 +116,9 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
         work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, loss {number(document['loss'])}, {speed}"
     counting = f"{document['accepted']} accepted ({document['accepted_today']} today), {document['refused']} refused"
+    device = document["device"] or "a device not yet probed"
     rows = {
-        "you": f"{short_peer(document['peer_id'])}   {short(document['owner'], 16)}   on {document['device'] or 'a device not yet probed'}",
+        "you": f"{short_peer(document['peer_id'])}   {short(document['owner'], 16)}   on {device}",
         "state": f"{document['state']} for {ago(now - document['since'])}: {document['reason']}",
         "run": f"{document['name'] or '-'}   {short(document['run'], 12)}   {'online' if document['online'] else 'offline'}",
         "work": work,

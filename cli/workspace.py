@@ -1,22 +1,19 @@
-"""A private working folder beside the place where the result goes, and the swap of the finished result into that place."""
+"""A private working folder beside the place where a result goes, gone afterwards whatever happens."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..system.errors import UsageError
-from ..system.files import disk_errors, fsync_folder
+from ..system.files import disk_errors
 
 _LOCK = "in-use"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -60,24 +57,3 @@ def check_replaceable(target: Path, marks: tuple[str, ...]) -> None:
         raise UsageError(f"{target} is a file; choose another --out")
     if any(target.iterdir()) and not all((target / mark).exists() for mark in marks):
         raise UsageError(f"{target} holds other files, which would be replaced; choose another --out or remove it")
-
-
-def put_in_place(finished: Path, target: Path) -> None:
-    """Let `finished` become `target` in one step: readers see the old folder or the new one, never a mixture of both."""
-    with disk_errors(target):
-        if target.exists() and _exchange(finished, target):
-            shutil.rmtree(finished)
-        else:
-            if target.exists():
-                os.rename(target, finished.with_name(f"{finished.name}.old"))
-            os.rename(finished, target)
-            shutil.rmtree(finished.with_name(f"{finished.name}.old"), ignore_errors=True)
-        fsync_folder(target.absolute().parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths atomically (Linux renameat2). False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform.startswith("linux") else None
-    if renameat2 is None:
-        return False
-    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

@@ -16,7 +16,7 @@ from lutetia.cli.local_swarm import LocalSwarm, free_port
 from lutetia.cli.render import render_status
 from lutetia.cli.takeover import Takeover, Worker, choose_victim
 from lutetia.cli.words import ago, clock, size, thousands
-from lutetia.cli.workspace import check_replaceable, put_in_place, workspace
+from lutetia.cli.workspace import check_replaceable, workspace
 from lutetia.system.errors import LutetiaError, UsageError
 from rich.console import Console
 from running import ticket
@@ -112,17 +112,6 @@ def test_a_workspace_leaves_nothing_and_sweeps_what_a_killed_one_left(tmp_path: 
             assert folder.exists()
             assert other != folder
     assert not list(tmp_path.iterdir())
-
-
-def test_a_finished_folder_replaces_the_former_in_one_step(tmp_path: Path) -> None:
-    target = tmp_path / "demo"
-    for text in ("first", "second"):
-        finished = tmp_path / "finished"
-        finished.mkdir()
-        (finished / "report.md").write_text(text)
-        put_in_place(finished, target)
-        assert (target / "report.md").read_text() == text
-        assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_only_a_former_demo_is_replaced(tmp_path: Path) -> None:
