@@ -1,8 +1,9 @@
 """The router: which expert's data does this noisy latent come from? A small DiT classifier over (noisy latent, t, pooled text).
 
-The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the router
-must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors, never
-balanced), and its accuracy and calibration error are reported per bin of t. Near t = 1 a text-blind router can only know the priors.
+The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the
+router must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors,
+never balanced), and its accuracy and calibration error are reported per bin of t. Near t = 1 a text-blind router can only know
+the priors.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..protocol.manifest import Manifest
-from ..system.errors import DataError
+from ..system.errors import DataError, IntegrityError
 from .data.shards import ShardData
 from .experts import TIMESTEPS
 from .randomness import normals, seed_of, stream
+from .tensorfiles import write_tensors
 
 MAX_PATCHES = 32  # keeps the router near a tenth of an expert's cost, also where experts are tiny
 TIME_BINS = 10
@@ -50,7 +55,8 @@ class VideoRouter(ModelMixin, ConfigMixin):
         super().__init__()
         heads = max(1, hidden // 32)
         patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
-        self.embed = nn.Conv3d(channels, hidden, tuple(patch_size), tuple(patch_size))
+        p_t, p_h, p_w = patch_size  # a list when it comes from a file
+        self.embed = nn.Conv3d(channels, hidden, (p_t, p_h, p_w), (p_t, p_h, p_w))
         self.place = nn.Parameter(torch.randn(1, patches, hidden) * 0.02)
         self.wave = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(64, hidden)
@@ -93,7 +99,7 @@ class _Block(nn.Module):
 
 @dataclass(frozen=True)
 class RouterReport:
-    """On held-out clips drawn by the priors, with their text: overall and in ten equal bins of t. ECE: expected calibration error."""
+    """On held-out clips drawn by the priors, with their text: overall and in ten equal bins of t. ece: calibration error."""
 
     accuracy: float
     accuracy_by_time: tuple[float, ...]
@@ -119,6 +125,21 @@ def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
         )
 
 
+def write_router(router: VideoRouter, path: Path) -> None:
+    """The router's weights in one file that is whole or absent. Raises DiskError."""
+    write_tensors(path, {name: tensor.cpu() for name, tensor in router.state_dict().items()})
+
+
+def read_router(manifest: Manifest, path: Path) -> VideoRouter:
+    """The run's router with the weights of `write_router`. Raises IntegrityError when they are another model's."""
+    router = build_router(manifest)
+    try:
+        router.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise IntegrityError(f"{path.name} is not the router of this run; train it again") from error
+    return router.eval()
+
+
 def train_router(
     manifest: Manifest,
     shards: Sequence[ShardData],
@@ -131,14 +152,15 @@ def train_router(
 ) -> tuple[VideoRouter, RouterReport]:
     """Train the run's router on all shards' clips and report on `holdouts` (None: every tenth clip of `shards`, kept apart).
 
-    `on_progress` is told (steps done, steps, loss). Equal arguments, equal router on a CPU. Raises DataError when shards are missing.
+    `on_progress` is told (steps done, steps, loss). Equal arguments, equal router on a CPU. Raises DataError for missing shards.
     """
     if len(shards) != len(manifest.shards) or (holdouts is not None and len(holdouts) != len(shards)):
         raise DataError(f"the router needs the data of all {len(manifest.shards)} shards, not of {len(shards)}; fetch the others")
     if holdouts is None:
         shards, holdouts = _split(shards)
     spec, run = manifest.router, manifest.run_id
-    router = build_router(manifest, seed_of(run, seed, "router")).to(device)
+    router = build_router(manifest, seed_of(run, seed, "router"))
+    nn.Module.to(router, device)
     steps = steps or max(1, spec.samples // spec.batch)
     optimiser = torch.optim.AdamW(router.parameters(), lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     for step in range(steps):
@@ -158,9 +180,7 @@ def train_router(
 
 
 @torch.no_grad()
-def report_router(
-    manifest: Manifest, router: VideoRouter, holdouts: Sequence[ShardData], *, steps: int = 0
-) -> RouterReport:
+def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[ShardData], *, steps: int = 0) -> RouterReport:
     """Accuracy and calibration of `router`; same clips, noise and times for every router of a run."""
     count = max(256, _REPORT_NOISES * sum(len(holdout) for holdout in holdouts))
     draw = stream(manifest.run_id, 0, 0, 0, "router report")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,3 +64,32 @@ def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` to `target` so that a reader sees the old file or the new one, never a part."""
     with atomic_path(target, mode) as temporary:
         temporary.write_bytes(data)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the folder `new` (same parent) in the place of `target`, durably, and remove what was there.
+
+    On Linux a reader finds one whole folder or the other; elsewhere there is none for a moment.
+    """
+    with disk_errors(target):
+        for folder, _, _ in os.walk(new):
+            fsync_folder(Path(folder))
+        if not target.exists():
+            os.rename(new, target)
+        elif _exchange(new, target):
+            shutil.rmtree(new)
+        else:
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+            os.rename(target, old / target.name)
+            os.rename(new, target)
+            shutil.rmtree(old)
+        fsync_folder(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths at once by renameat2 (Linux, most file systems). False where that is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_current_folder, exchange = -100, 2
+    return rename is not None and rename(at_current_folder, os.fsencode(a), at_current_folder, os.fsencode(b), exchange) == 0

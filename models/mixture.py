@@ -1,0 +1,261 @@
+"""The mixture: K experts and a router that together are one denoiser.
+
+`u(x_t, t, c) = sum_k p(k | x_t, t, c) u_k(x_t, t, c)` is exact when p is the router's calibrated posterior, u_k expert k's flow;
+what an expert predicts (velocity, x0, eps) and on which noise path does not matter, since all are turned into velocities first.
+In practice experts are unreliable on others' data, so few of them are asked: `top1`, `top2` (renormalised), `full`, or `sticky`
+(one draw from p(k | c) per clip at t = 1, kept to the end: exact in theory, and one expert in memory per clip).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ..system.errors import ConfigError, IntegrityError, UsageError
+from .experts import TIMESTEPS, call_expert, family_of
+from .objectives import velocity
+from .randomness import stream
+from .router import VideoRouter
+
+Mode = Literal["top1", "top2", "full", "sticky"]
+Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
+
+log = logging.getLogger("lutetia.models.mixture")
+
+
+def routing_weights(probabilities: Tensor, mode: Mode) -> Tensor:
+    """Weights `[B, K]` of the experts' velocities from the router's posterior `[B, K]`; rows sum to one. Not for `sticky`."""
+    if mode == "full":
+        return probabilities
+    kept = min({"top1": 1, "top2": 2}[mode], probabilities.shape[1])
+    best, index = probabilities.topk(kept, dim=1)
+    return torch.zeros_like(probabilities).scatter(1, index, best / best.sum(1, keepdim=True))
+
+
+def draw_experts(probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
+    """One expert per row, drawn from `probabilities [B, K]` by the row's own seed, as one-hot weights."""
+    uniforms = torch.tensor([stream("sticky", 0, 0, seed, "expert").random() for seed in seeds], dtype=torch.float64)
+    below = probabilities.double().cpu().cumsum(1) < uniforms[:, None]
+    chosen = below.sum(1).clamp(max=probabilities.shape[1] - 1)
+    return nn.functional.one_hot(chosen, probabilities.shape[1]).to(probabilities)
+
+
+def combine(
+    experts: Callable[[int], Denoiser], weights: Tensor, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None
+) -> Tensor:
+    """The weighted sum of the experts' velocities; each expert is called once, with the rows that want it."""
+    total = torch.zeros_like(x_t)
+    for expert in weights.any(0).nonzero().flatten().tolist():
+        rows = weights[:, expert].nonzero().flatten()
+        if len(rows) == len(x_t):
+            found = experts(expert)(x_t, t, tokens, pooled)
+            rows = slice(None)
+        else:
+            found = experts(expert)(x_t[rows], t[rows], tokens[rows], None if pooled is None else pooled[rows])
+        total[rows] += found * weights[rows, expert].to(found.dtype).view(-1, *[1] * (x_t.ndim - 1))
+    return total
+
+
+class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
+    """Experts and router behind the `forward` of `WanTransformer3DModel`: it takes that class's place in a diffusers pipeline.
+
+    `experts`: one entry per shard with `folder` (beside this model's own; None where no checkpoint is accepted yet: never routed
+    to), `class_name`, `prediction`, `noise_schedule`. Router and experts are found by `from_pretrained` or given by `attach`.
+    Experts are read on first use; of more than `experts_in_memory` (None: no limit) the least recently used one is dropped.
+    """
+
+    experts_in_memory: int | None = None
+
+    @register_to_config
+    def __init__(
+        self,
+        experts: Sequence[dict[str, Any]],
+        mode: Mode = "top1",
+        in_channels: int = 16,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        text_conditioned: bool = True,
+        digest: str | None = None,
+    ) -> None:
+        super().__init__()
+        for expert in experts:
+            family_of(expert["class_name"])
+        self.router: nn.Module | None = None
+        self._read: Callable[[int], Denoiser] | None = None
+        self._held: OrderedDict[int, Denoiser] = OrderedDict()
+        self._available = torch.tensor([expert["folder"] is not None for expert in experts])
+        self._kept: tuple[float, Tensor] | None = None  # sticky: time of the last call and its weights
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)  # gives an empty mixture a device and a dtype
+
+    def attach(self, router: nn.Module | None, read: Callable[[int], Denoiser]) -> MixtureTransformer:
+        """Give it a router (None: only for one expert) and a way to read expert k. Returns itself."""
+        self.router, self._read = router, read
+        self._held.clear()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MixtureTransformer:  # pyright: ignore
+        """From the `transformer` folder of a mixture, with router and experts beside it. Heeds diffusers' option `torch_dtype`.
+
+        Raises ConfigError when the folder or one that it names is missing.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds no mixture (config.json is missing); name the folder that was stitched or fetched")
+        mixture = cls.from_config(json.loads((folder / "config.json").read_text()))
+        assert isinstance(mixture, MixtureTransformer)
+        for expert in mixture.config["experts"]:
+            if expert["folder"] and not (folder.parent / expert["folder"] / "config.json").is_file():
+                raise ConfigError(f"the mixture {folder.parent} lacks the folder {expert['folder']}; fetch the mixture again")
+        router = None
+        if (folder.parent / "router").is_dir():
+            router = VideoRouter.from_pretrained(folder.parent / "router", low_cpu_mem_usage=False)
+        mixture.attach(router, _FolderExperts(folder.parent, mixture))
+        dtype = options.get("torch_dtype") or options.get("dtype")
+        if isinstance(dtype, torch.dtype):
+            nn.Module.to(mixture, dtype=dtype)
+        return mixture
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        pooled_projections: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The velocity at `hidden_states [B, C, F, H, W]`, `timestep [B]` in 0..1000.
+
+        `weights [B, K]` are a routing decision made by `route`. Without them the router decides here, by `attention_kwargs`:
+        `routing_text` (pooled text for the router, the same for both branches of guidance, so that they share the decision),
+        `mode`, `seeds`. `pooled_projections` is for experts that take pooled text.
+        """
+        if encoder_hidden_states_image is not None:
+            raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
+        t = (timestep / TIMESTEPS).to(hidden_states.dtype).expand(len(hidden_states))
+        if weights is None:
+            weights = self.route(hidden_states, t, **{"pooled": None, **_routing_options(attention_kwargs)})
+        found = combine(self.expert, weights, hidden_states, t, encoder_hidden_states, pooled_projections)
+        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+
+    @torch.no_grad()
+    def route(
+        self, x_t: Tensor, t: Tensor, pooled: Tensor | None = None, mode: Mode | None = None, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """The experts' weights `[B, K]` at `x_t`, `t [B]` for pooled texts `[B, P]`. Raises UsageError on an unknown mode.
+
+        `sticky` draws by `seeds` (default 0, 1, …) whenever time has gone up since the last call, which is when new clips begin.
+        """
+        mode = cast(Mode, mode or self.config["mode"])
+        if mode not in get_args(Mode):
+            raise UsageError(f"there is no routing mode {mode!r}; use one of {', '.join(get_args(Mode))}")
+        if mode != "sticky":
+            return routing_weights(self.probabilities(x_t, t, pooled), mode)
+        now = t.max().item()
+        if self._kept is None or now > self._kept[0] or len(self._kept[1]) != len(x_t):
+            drawn = draw_experts(self.probabilities(x_t, torch.ones_like(t), pooled), seeds or range(len(x_t)))
+        else:
+            drawn = self._kept[1]
+        self._kept = now, drawn
+        return drawn
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MixtureTransformer:
+        """Moved to another device or dtype: experts are read anew, there, when they are next wanted."""
+        self._held.clear()
+        return super()._apply(fn, recurse)
+
+    @property
+    def count(self) -> int:
+        """How many experts the run has, also such as have no accepted checkpoint yet."""
+        return len(self._available)
+
+    def begin(self) -> None:
+        """Forget what `sticky` drew: new clips begin, even if time does not show it."""
+        self._kept = None
+
+    def probabilities(self, x_t: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
+        """The router's posterior `[B, K]` over the experts that exist."""
+        if self.count == 1:
+            return x_t.new_ones(len(x_t), 1)
+        if self.router is None:
+            raise ConfigError(f"this mixture of {self.count} experts has no router; fetch or stitch it again")
+        if self.config["text_conditioned"] and pooled is None:
+            raise UsageError("the router needs the prompt: pass attention_kwargs={'routing_text': pooled text [B, P]}")
+        logits = self.router(x_t, t, pooled)
+        return logits.masked_fill(~self._available.to(logits.device), -torch.inf).softmax(1)
+
+    def expert(self, index: int) -> Denoiser:
+        """Expert `index`, read on first use."""
+        if index in self._held:
+            self._held.move_to_end(index)
+            return self._held[index]
+        if self._read is None:
+            raise ConfigError("this mixture has no experts attached; load it with from_pretrained")
+        cap = self.experts_in_memory
+        while cap is not None and len(self._held) >= max(1, cap):
+            dropped, _ = self._held.popitem(last=False)
+            log.info("expert %d leaves memory: at most %d are held", dropped, cap)
+        self._held[index] = self._read(index)
+        return self._held[index]
+
+
+class _FolderExperts:
+    """Reads experts of a mixture folder by their own diffusers classes, onto the mixture's device in its dtype."""
+
+    def __init__(self, folder: Path, mixture: MixtureTransformer) -> None:
+        self._folder, self._mixture = folder, mixture
+        self._entries = mixture.config["experts"]
+        self._digest = mixture.config["digest"]
+
+    def __call__(self, index: int) -> Denoiser:
+        entry = self._entries[index]
+        self._check_unchanged()
+        expert_class = getattr(diffusers, entry["class_name"])
+        model = expert_class.from_pretrained(self._folder / entry["folder"], torch_dtype=self._mixture.dtype).eval()
+        model.to(self._mixture.device)
+        log.info("read expert %d (%s) from %s", index, entry["class_name"], entry["folder"])
+        return module_denoiser(model, entry["prediction"], entry["noise_schedule"])
+
+    def _check_unchanged(self) -> None:
+        """A mixture folder may be replaced by a newer one while this one is in use; never mix experts of two."""
+        config = json.loads((self._folder / "transformer" / "config.json").read_text())
+        if config.get("digest") != self._digest:
+            raise IntegrityError(f"the mixture {self._folder} was replaced by a newer one while in use; load it again")
+
+
+def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
+    """A diffusers expert as a denoiser that answers in velocities, wherever its inputs are."""
+
+    def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+        if next(model.parameters()).device != x_t.device:
+            model.to(x_t.device)
+        return velocity(prediction, noise_schedule, lambda z, s: call_expert(model, z, s, tokens, pooled), x_t, t)
+
+    return denoise
+
+
+def _routing_options(attention_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    options = dict(attention_kwargs or {})
+    if "routing_text" in options:
+        options["pooled"] = options.pop("routing_text")
+    unknown = options.keys() - {"pooled", "mode", "seeds", "scale"}
+    if unknown:
+        raise UsageError(f"attention_kwargs {sorted(unknown)} mean nothing to a mixture; use routing_text, mode, seeds")
+    options.pop("scale", None)
+    return options

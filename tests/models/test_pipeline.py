@@ -1,0 +1,128 @@
+"""The pipeline as a stranger uses it: stock diffusers in a process that knows lutetia only as an installed package."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
+from lutetia.models.router import build_router
+from lutetia.models.stitch import stitch
+from lutetia.models.training import ExpertTrainer, write_weights
+from lutetia.protocol.manifest import ExpertSpec, LatentSpec
+from lutetia.system.errors import UsageError
+from toys import CONFIGS, toy_data, toy_manifest
+
+PIXELS = LatentSpec(
+    channels=3, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8, fps=6,
+    text_encoder="builtin:words", text_tokens=6, text_width=64, pooled_width=64,
+)  # fmt: skip
+WAN_PIXELS = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A mixture of two experts on pixels with the weight-free text encoder; also shows position channels."""
+    root = tmp_path_factory.mktemp("pipeline")
+    manifest = toy_manifest(expert=WAN_PIXELS, latent=PIXELS, sampling={"steps": 2, "guidance": 2.0})
+    files = [root / f"w{shard}" for shard in range(2)]
+    for shard, file in enumerate(files):
+        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=PIXELS)).snapshot(), file)
+    stitch(root / "mixture", manifest, files, build_router(manifest))
+    return root / "mixture"
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> LutetiaPipeline:
+    return load_pipeline(folder)
+
+
+def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, pipe, tmp_path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).parent / "pipeline_child.py"), str(folder)]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    about, digest = done.stdout.split("\n")[:2]
+    assert about == "lutetia.models.pipeline uint8 2 4 8 8 3 3 2 2"
+    ours = pipe(["a red ball", "a blue ball"], num_inference_steps=3, seed=5).frames
+    assert hashlib.sha256(ours.tobytes()).hexdigest() == digest
+    assert "Error" not in done.stderr
+
+
+def test_a_prompt_and_its_seed_give_the_same_clip_in_any_batch(pipe) -> None:
+    both = pipe(["a red ball", "a blue ball"], seed=5, output_type="latent").frames
+    alone = pipe("a blue ball", seed=6, output_type="latent").frames
+    assert torch.allclose(both[1:], alone, atol=1e-4)
+    other = pipe("a blue ball", seed=7, output_type="latent").frames
+    assert not torch.allclose(other, alone, atol=0.1)
+
+
+def test_defaults_are_the_runs_and_can_be_overridden(pipe) -> None:
+    result = pipe("a ball", seed=1)
+    assert result.routing.shape == (2, 1, 2)
+    assert ((result.routing == 0) | (result.routing == 1)).all()
+    full = pipe("a ball", 3, 1.0, mode="full", seed=1)
+    assert full.routing.shape == (3, 1, 2)
+    assert torch.allclose(full.routing.sum(-1), torch.ones(3, 1))
+    assert pipe("a ball", seed=1, expert=1).routing[..., 1].eq(1).all()
+    sticky = pipe(["a ball"] * 4, 4, mode="sticky", seed=1).routing
+    assert (sticky == sticky[:1]).all()
+    assert pipe.fps == 6
+
+
+def test_outputs_and_noise_sources(pipe) -> None:
+    pictures = pipe("a ball", seed=1, output_type="pil").frames
+    frames, routing = pipe("a ball", seed=1, return_dict=False)
+    assert len(pictures) == 1
+    assert len(pictures[0]) == 4
+    assert (np.asarray(pictures[0][0]) == frames[0, 0]).all()
+    assert routing.shape == (2, 1, 2)
+    drawn = [pipe("a ball", generator=torch.Generator().manual_seed(3), output_type="latent").frames for _ in range(2)]
+    assert torch.equal(*drawn)
+    noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pipe("a ball", latents=noise, output_type="latent").frames, drawn[0])
+
+
+def test_one_expert_in_memory_gives_the_same_clips(folder, pipe) -> None:
+    frugal = load_pipeline(folder, experts_in_memory=1)
+    options = {"mode": "full", "seed": 2, "output_type": "latent"}
+    assert torch.equal(frugal("a ball", **options).frames, pipe("a ball", **options).frames)
+    assert len(frugal.transformer._held) == 1
+
+
+def test_half_precision_and_saving(folder, pipe, tmp_path) -> None:
+    rough = load_pipeline(folder, dtype=torch.bfloat16)
+    clip = rough("a ball", seed=2, output_type="latent").frames
+    assert clip.dtype == torch.float32
+    assert (clip - pipe("a ball", seed=2, output_type="latent").frames).abs().mean() < 0.1
+    pipe.save_pretrained(tmp_path / "copy")
+    again = load_pipeline(tmp_path / "copy")("a ball", seed=2, output_type="latent").frames
+    assert torch.equal(again, pipe("a ball", seed=2, output_type="latent").frames)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prompt": []}, "no prompt was given"),
+        ({"prompt": ["a ball", "  "]}, "prompt 2 is empty"),
+        ({"prompt": "one two three four five six seven"}, "prompt 1 has 7 tokens, but this mixture reads 6"),
+        ({"prompt": "x" * 2001}, "prompt 1 has 2001 characters"),
+        ({"prompt": "a", "num_frames": 16}, "makes clips of frames 4, not 16"),
+        ({"prompt": "a", "height": 64}, "makes clips of height 8, not 64"),
+        ({"prompt": "a", "num_inference_steps": 0}, "0 steps cannot make a clip"),
+        ({"prompt": "a", "expert": 2}, r"no expert 2; it has \[0, 1\]"),
+        ({"prompt": "a", "mode": "best"}, "no routing mode 'best'"),
+        ({"prompt": "a", "output_type": "mp4"}, "no output type 'mp4'"),
+        ({"prompt": "a", "latents": torch.zeros(1, 3, 4, 8, 9)}, r"latents must have shape \[1, 3, 4, 8, 8\]"),
+    ],
+)
+def test_bad_input_is_one_sentence(pipe, arguments, says) -> None:
+    with pytest.raises(UsageError, match=says) as refusal:
+        pipe(**arguments)
+    assert "\n" not in str(refusal.value)
