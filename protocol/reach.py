@@ -11,8 +11,22 @@ _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)(?:/p2p/(\w+))
 _WRONG_PEER = re.compile(r"peer id mismatch|remote key matches (\w+)|but remote key|PeerIDMismatch")
 
 
+async def answers(address: str) -> bool:
+    """Whether anything accepts a TCP connection there."""
+    match = _ADDRESS.match(address)
+    if match is None:
+        return False
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            _, writer = await asyncio.open_connection(match[2], int(match[3]))
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
 async def why_unreachable(address: str, said: str) -> str:
-    """A few words for a person. `said` is what the library reported when it dialled `address`; a plain TCP connect does the rest."""
+    """A few words for a person. `said` is what the library reported when it dialled; a plain TCP connect tells the rest."""
     match = _ADDRESS.match(address)
     if match is None:
         return "not an address of the form /ip4/HOST/tcp/PORT/p2p/ID"

@@ -1,96 +1,112 @@
-"""Small documents that peers ask each other for, and records put into and read from the DHT. All bounded in size and time."""
+"""What a peer does on the network, over any transport: publish and read records, offer and ask documents, join a swarm."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
-from pydantic import Field
+from .documents import (
+    HELLO,
+    MANIFEST,
+    PROTOCOL_VERSION,
+    STATUS,
+    Hello,
+    ask_document,
+    serve_document,
+    serve_introduction,
+    software_version,
+)
+from .identity import Identity, peer_id_of
+from .joining import join_swarm
+from .manifest import Manifest
+from .peer_cache import PeerCache
+from .records import NodeRecord, Record, RecordLimits, RecordRefused, open_record, read_envelope, seal
+from .transport import RecordCheck, Transport
 
-from .canonical import Frozen
-from .framing import read_message, write_message
-from .identity import Identity
-from .manifest import Digest, Manifest
-from .records import Record, RecordLimits, RecordRefused, Word, open_record, read_envelope, seal
-from .transport import RecordCheck, Stream, Transport
+__all__ = [
+    "HELLO",
+    "MANIFEST",
+    "PROTOCOL_VERSION",
+    "STATUS",
+    "Hello",
+    "PeerCache",
+    "ask_document",
+    "join_swarm",
+    "publish",
+    "read_records",
+    "record_check",
+    "serve_document",
+    "serve_introduction",
+    "software_version",
+]
 
 log = logging.getLogger("lutetia.protocol.services")
 
-HELLO, MANIFEST, STATUS = "/lutetia/hello/1", "/lutetia/manifest/1", "/lutetia/status/1"
-PROTOCOL_VERSION = 1
-MAX_HELLO_BYTES = 4096
-DOCUMENT_SECONDS = 10.0
+_last_expiry: WeakKeyDictionary[Transport, dict[str, float]] = WeakKeyDictionary()
+_STEP = 0.001
 
 
-class Hello(Frozen):
-    """Who is there: same run, same protocol, how late is it there (Unix seconds)?"""
+async def publish(transport: Transport, identity: Identity, record: Record, ttl: float) -> bool:
+    """Seal `record` and store it for `ttl` seconds. False when no peer took it.
 
-    run: Digest
-    protocol: int = Field(ge=0)
-    software: Word
-    clock: float
-    manifest_version: int = Field(ge=1)
-
-
-async def serve_document(transport: Transport, protocol: str, produce: Callable[[], bytes]) -> None:
-    """Send `produce()` to whoever opens a stream of `protocol`; a peer that does not take it in time is cut off."""
-
-    async def handle(stream: Stream) -> None:
-        try:
-            async with asyncio.timeout(DOCUMENT_SECONDS):
-                await write_message(stream, produce())
-                await stream.read_exactly(1)  # the receiver's close: ours would cut off what is still under way
-        except (TimeoutError, ConnectionError):
-            return
-
-    await transport.serve(protocol, handle)
+    The DHT keeps of each owner the record that expires last. So a record never gets an earlier expiry than the one it replaces: a
+    shorter `ttl` cannot take an earlier record back. For node records it also looks whether another box uses this identity, and
+    says so in the log.
+    """
+    expiries = _last_expiry.setdefault(transport, {})
+    key = record.key()
+    if isinstance(record, NodeRecord):
+        await _warn_of_a_double(transport, key, record, expiries.get(key))
+    expires = max(transport.now() + ttl, expiries.get(key, 0.0) + _STEP)
+    expiries[key] = expires
+    return await transport.store(key, record.owner, seal(record, identity, expires), expires)
 
 
-async def ask_document(
-    transport: Transport,
-    peer_id: str,
-    protocol: str,
-    addresses: Sequence[str] = (),
-    limit_bytes: int = 1 << 20,
-    seconds: float = DOCUMENT_SECONDS,
-) -> bytes:
-    """What `peer_id` sends on `protocol`. Raises ConnectionError when it is away, too slow, or sends more than `limit_bytes`."""
-    try:
-        async with asyncio.timeout(seconds):
-            stream = await transport.open_stream(peer_id, protocol, addresses)
-            try:
-                return await read_message(stream, limit_bytes)
-            finally:
-                await stream.close()
-    except TimeoutError as error:
-        raise ConnectionError(f"{peer_id} did not answer {protocol} within {seconds:.0f} s") from error
+async def read_records(transport: Transport, key: str) -> list[tuple[Record, float]]:
+    """The live records under `key` with their expiry, ordered by owner. Raises ConnectionError when this peer is offline."""
+    found = await transport.get(key)
+    return [(read_envelope(found[owner].value), found[owner].expires) for owner in sorted(found)]
 
 
 def record_check(manifest: Manifest, now: Callable[[], float]) -> RecordCheck:
-    """The check that every peer of the run applies to records, on store and on read."""
+    """The check of every record of this run: `open_record`, and what the manifest says of runs, shards and the allowlist."""
     limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
-    allowed = None if manifest.allowlist is None else {*manifest.allowlist, *manifest.coordinators}
+    run, coordinators, shards = manifest.run_id, manifest.coordinators, len(manifest.shards)
+    allowed = None if manifest.allowlist is None else {*manifest.allowlist, *coordinators}
 
     def check(key: str | None, subkey: str, value: bytes, expires: float) -> str:
         record = open_record(
-            value, key=key, subkey=subkey, expires=expires, now=now(), limits=limits, coordinators=manifest.coordinators
-        )
-        if record.run != manifest.run_id:
-            raise RecordRefused(f"record is of run {record.run[:12]}, not of {manifest.run_id[:12]}")
+            value, key=key, subkey=subkey, expires=expires, now=now(), limits=limits, coordinators=coordinators
+        )  # fmt: skip
+        if record.run != run:
+            raise RecordRefused(f"record is of run {record.run[:12]}, not of {run[:12]}")
         if allowed is not None and record.owner not in allowed:
-            raise RecordRefused(f"peer {record.owner[:16]}… is not on the run's allowlist")
+            raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
+        if (getattr(record, "shard", None) or 0) >= shards:
+            raise RecordRefused(f"the run has {shards} shards and no such one")
+        _check_addresses(record)
         return record.key()
 
     return check
 
 
-async def publish(transport: Transport, identity: Identity, record: Record, ttl: float) -> bool:
-    """Sign `record` and file it for `ttl` seconds. False when nobody took it."""
-    expires = transport.now() + ttl
-    return await transport.store(record.key(), record.owner, seal(record, identity, expires), expires)
+def _check_addresses(record: Record) -> None:
+    """A record may only send others to its owner."""
+    peer_id = getattr(record, "peer_id", None)
+    if peer_id is None:
+        return
+    own = peer_id_of(record.owner)
+    if peer_id != own or not all(address.endswith(f"/p2p/{own}") for address in getattr(record, "addresses", ())):
+        raise RecordRefused(f"record of peer {own} names another peer")
 
 
-async def read_records(transport: Transport, key: str) -> list[tuple[Record, float]]:
-    """The live records under `key` with their expiry; the transport has checked them."""
-    return [(read_envelope(stored.value), stored.expires) for stored in (await transport.get(key)).values()]
+async def _warn_of_a_double(transport: Transport, key: str, record: NodeRecord, ours: float | None) -> None:
+    """Compare what the DHT holds under our name with what we stored last."""
+    stored = (await transport.get(key)).get(record.owner)
+    if ours is not None and stored is not None and stored.expires > ours:
+        other = read_envelope(stored.value)
+        log.error(
+            "another box is online under this identity (it published %s); give every box its own identity, or both lose work",
+            getattr(other, "addresses", ()),
+        )

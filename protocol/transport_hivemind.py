@@ -17,6 +17,7 @@ from .transport import Handler, RecordCheck, Stored, Stream, Transport
 from .transport_hivemind_control import DIAL_TIMEOUT
 from .transport_hivemind_daemon import Daemon, Reach
 from .transport_hivemind_dht import Dht
+from .waiting import gather_quickly
 
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
 
@@ -60,9 +61,10 @@ class HivemindTransport(Transport):
         self._maintenance = asyncio.create_task(self._keep_connected())
 
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
-        """Dial all at once; returns for each address that failed why it did."""
-        reasons = await asyncio.gather(*(self._dial(address) for address in addresses))
-        return {address: reason for address, reason in zip(addresses, reasons, strict=True) if reason}
+        """Dial all at once; returns for each address that failed why it did. After the first success laggards are left."""
+        reasons = await gather_quickly([self._dial(address) for address in addresses], lambda reason: reason == "")
+        given = ("no answer yet" if reason is None else reason for reason in reasons)
+        return {address: reason for address, reason in zip(addresses, given, strict=True) if reason}
 
     def now(self) -> float:
         return time.time()

@@ -1,0 +1,30 @@
+"""Waiting for many answers without waiting for the slowest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+GRACE = 1.0
+
+
+async def gather_quickly(
+    calls: Sequence[Coroutine[Any, Any, T]], good: Callable[[T], bool], grace: float = GRACE
+) -> list[T | None]:
+    """The results in order. Once one is `good`, the others get `grace` seconds more; those still out are cancelled and None."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        waiting: set[asyncio.Future[T]] = set(tasks)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if any(good(task.result()) for task in done):
+                break
+        if waiting:
+            await asyncio.wait(waiting, timeout=grace)
+        return [task.result() if task.done() else None for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
