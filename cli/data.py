@@ -74,3 +74,25 @@ def render_data(description: DataDescription) -> RenderableType:
             ", ".join(shard.keywords[:6]),
         )  # fmt: skip
     return Group(head, table)
+
+
+@app.command("train-autoencoder")
+def train_autoencoder(
+    out: Annotated[Path, typer.Argument(help="Folder for its weights; nothing else may be in it.", metavar="OUT")],
+    steps: Annotated[int, setting("AUTOENCODER_STEPS", "Training steps.", min=1)] = 5000,
+    seed: Annotated[int, setting("AUTOENCODER_SEED", "Seed of weights and pictures.")] = 0,
+    bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster where the processor multiplies bfloat16 (AMX).")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train the small autoencoder that ships as builtin:demo, from scratch.
+
+    It sees single frames of rule-made clips only: motion and text are left to the swarm's experts.
+    """
+    from ..models.data import stand_in
+    from .progress import progress
+
+    with progress("training the autoencoder") as on_progress:
+        report = stand_in.train_autoencoder(
+            out, seed, steps=steps, bfloat16=bfloat16, on_progress=lambda done, total, _: on_progress("steps", done, total)
+        )
+    emit(report, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in report.items()))

@@ -27,8 +27,6 @@ def demo(
     A coordinator and three workers run as real processes, one worker is killed
     midway, and clips of the finished mixture go to OUT.
     """
-    import asyncio
-
     from .story import run_demo
 
-    asyncio.run(run_demo(out, keep_run=keep_run, preset=preset))
+    run_demo(out, keep_run=keep_run, preset=preset)

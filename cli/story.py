@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from .workspace import check_replaceable, workspace
 
 if TYPE_CHECKING:
     from .presets import Preset
+    from .stages import MadeRun
 
 MARKS = ("report.md", "status.json", "samples.gif")
 LOOK_EVERY = 0.5  # seconds
@@ -51,7 +52,7 @@ class Telling:
         self.view.happened(self.at(), sentence)
 
 
-async def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
+def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     """Fill `out` with mixture, samples, status and report. Raises UsageError where `out` holds something else."""
     from .finish import finish
     from .presets import preset_of
@@ -62,13 +63,18 @@ async def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     with workspace(out) as work, live_view() as view:
         telling = Telling(view)
         made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling.phase)
-        async with LocalSwarm(work / "logs") as swarm:
-            act = Act(telling, plan, swarm, Watch(made.folder, work))
-            with telling.phase("train three experts in a swarm"):
-                await act.run(made.ticket)
-        result = finish(work, made, act, telling, keep_run)
-        replace_folder(result, out)
+        with telling.phase("train three experts in a swarm"):
+            act = asyncio.run(perform(telling, plan, made, work))
+        replace_folder(finish(work, made, act, telling, keep_run), out)
     closing_words(out, telling)
+
+
+async def perform(telling: Telling, plan: Preset, made: MadeRun, work: Path) -> Act:
+    """The swarm from its first process to its last."""
+    async with LocalSwarm(work / "logs") as swarm:
+        act = Act(telling, plan, swarm, Watch(made.folder, work))
+        await act.run(made.ticket)
+    return act
 
 
 def closing_words(out: Path, telling: Telling) -> None:
@@ -95,7 +101,8 @@ class Act:
     status: SwarmStatus | None = None
 
     async def run(self, ticket: str) -> None:
-        await self.swarm.start(COORDINATOR, ["coordinator", "serve", str(self.watch.run)])
+        serve = ["coordinator", "serve", str(self.watch.run), "--stitch", "end", "--no-gallery", "--exit-when-done"]
+        coordinator = await self.swarm.start(COORDINATOR, serve)
         await self._until(lambda: self.status is not None, self.plan.patience)
         self.telling.happened("the coordinator is up")
         for limit in self.plan.workers:
@@ -104,16 +111,10 @@ class Act:
             arguments += ["--device", "cpu", "--threads", str(limit.threads), "--duty", str(limit.duty)]
             await self.swarm.start(limit.name, arguments)
             self.telling.happened(f"{limit.name} joins ({limit.words})")
-        await self._until(self._stitched, self.plan.longest)
+        await self._until(lambda: not coordinator.running, self.plan.longest)
         self.telling.happened("all budgets are done, the router is trained, the mixture is stitched")
 
-    def _stitched(self) -> bool:
-        status = self.status
-        if status is None or not status.done or status.mixture is None or status.router is None:
-            return False
-        return status.router.epochs == tuple(shard.epochs for shard in status.shards)
-
-    async def _until(self, condition, seconds: float) -> None:
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Look at the swarm and act on it until `condition` holds. Raises LutetiaError: too late, or a process failed."""
         deadline = time.monotonic() + seconds
         while True:

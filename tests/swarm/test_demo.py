@@ -1,0 +1,134 @@
+"""The whole demo with its tiny preset, by real processes over libp2p: what it leaves in its folder, and what it leaves nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import psutil
+import pytest
+from leftovers import family, litter
+from PIL import Image
+from running import lutetia
+
+from lutetia.protocol.status import SwarmStatus
+
+CHILD = {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    out: Path
+    printed: str
+    litter: set[str]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """One demo, kept whole; the tests below look at it."""
+    folder, before = tmp_path_factory.mktemp("demo"), litter()
+    run = lutetia("demo", "--preset", "tiny", "--out", "demo", "--keep-run", cwd=folder, timeout=170)
+    assert run.returncode == 0, run.stderr + run.stdout
+    return Demo(folder / "demo", run.stdout, litter() - before)
+
+
+@pytest.mark.timeout(180)
+def test_the_demo_writes_everything_it_promises(demo: Demo) -> None:
+    names = {path.name for path in demo.out.iterdir()}
+    assert names >= {
+        "mixture",
+        "samples.gif",
+        "samples.mp4",
+        "status.json",
+        "report.md",
+        "held-out-loss.png",
+        "router-accuracy.png",
+        "run",
+    }
+    assert [path.name for path in demo.out.parent.iterdir()] == ["demo"]
+    with Image.open(demo.out / "samples.gif") as gif, av.open(str(demo.out / "samples.mp4")) as mp4:
+        assert gif.n_frames == 8  # pyright: ignore[reportAttributeAccessIssue]
+        assert mp4.streams.video[0].width == gif.width
+    status = SwarmStatus.model_validate_json((demo.out / "status.json").read_bytes())
+    assert status.done
+    assert status.router is not None
+    assert len(status.router.accuracy_by_time) == 10
+
+
+def test_the_killed_workers_shard_was_taken_over(demo: Demo) -> None:
+    report = (demo.out / "report.md").read_text()
+    assert "was killed (SIGKILL)" in report
+    times = [float(number) for number in re.findall(r"^\| (\d+\.\d) \|", report, re.M)]
+    assert len(times) == 5, report  # killed, lease out, claimed, training, accepted
+    assert times == sorted(times)
+    killed = re.search(r"(worker-\d) was killed", report)
+    heir = re.search(r"(worker-\d) trains expert", report)
+    assert killed
+    assert heir
+    assert killed[1] != heir[1]
+    assert f"{killed[1]}, then {heir[1]}" in report  # the table of experts: who trained it
+
+
+def test_the_mixture_loads_in_a_fresh_process(demo: Demo, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\nfrom diffusers import DiffusionPipeline, WanTransformer3DModel\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "frames = pipe(['a purple star spins'], seed=0).frames\n"
+        "WanTransformer3DModel.from_pretrained(sys.argv[1] + '/expert_000')\nprint(frames.shape, frames.dtype)"
+    )
+    arguments = [sys.executable, "-c", code, str(demo.out / "mixture")]
+    run = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **CHILD})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "(1, 8, 16, 16, 3) uint8"
+
+
+def test_generate_tells_which_experts_it_used(demo: Demo, tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    run = lutetia("generate", "a purple star spins", "--mixture", demo.out / "mixture", "--out", out, "--json")
+    document = json.loads(run.stdout)
+    assert document["files"] == [str(out)]
+    assert len(document["experts"][0]) == 2  # steps
+    with av.open(str(out)) as container:
+        assert len(list(container.decode(video=0))) == 8
+
+
+def test_the_ledger_replays_to_the_end_that_was_reported(demo: Demo) -> None:
+    replayed = json.loads(lutetia("coordinator", "replay", demo.out / "run" / "run", "--json").stdout)
+    status = json.loads((demo.out / "status.json").read_text())
+    assert replayed["status"]["mixture"] == status["mixture"]
+    assert [shard["epoch"] for shard in replayed["status"]["shards"]] == [shard["epoch"] for shard in status["shards"]]
+    assert replayed["events"][0]["kind"] == "run-created"
+    assert replayed["events"][-1]["kind"] in ("run-finished", "coordinator-stopped")
+
+
+def test_nothing_is_left(demo: Demo) -> None:
+    assert not demo.litter
+    assert not family((str(demo.out.parent),))
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "sigkill"])
+def test_a_demo_that_is_stopped_takes_its_processes_along(end: signal.Signals, tmp_path: Path) -> None:
+    before = litter()
+    command = [sys.executable, "-m", "lutetia.cli", "demo", "--preset", "tiny", "--out", tmp_path / "demo"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **CHILD})
+    assert process.stdout
+    for line in process.stdout:
+        if "worker-3 joins" in line:
+            break
+    family_before = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(end)
+    process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(family_before, timeout=10)
+    assert not alive
+    assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL)
+    assert len(family_before) >= 4
+    assert not litter() - before
+    if end == signal.SIGINT:
+        assert not list(tmp_path.iterdir())
