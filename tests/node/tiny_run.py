@@ -1,0 +1,101 @@
+"""A run of two tiny experts on disk: signed manifest and shards, as a node finds them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.node.assignment import Assignment
+from lutetia.node.workfolder import WorkFolder
+from lutetia.protocol.blobs import ChunkTable
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
+from lutetia.system.process import Child
+
+OWNER = Identity.derived("owner of tiny runs")
+COORDINATOR = Identity.derived("coordinator of tiny runs")
+LATENT = LatentSpec(
+    channels=4, frames=2, height=4, width=4, vae="pixels", pixel_frames=2, pixel_height=4, pixel_width=4,
+    text_encoder="builtin:words", text_tokens=3, text_width=16, pooled_width=16,
+)  # fmt: skip
+EXPERT = ExpertSpec(
+    config={
+        "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32,
+    }
+)  # fmt: skip
+
+
+def tiny_shard(index: int, clips: int = 8) -> ShardData:
+    draw = torch.Generator().manual_seed(index)
+    return ShardData(
+        latents=torch.randn(clips, *LATENT.shape, generator=draw) * 0.3 + index,
+        tokens=torch.randn(clips, LATENT.text_tokens, LATENT.text_width, generator=draw),
+        pooled=torch.randn(clips, LATENT.pooled_width, generator=draw),
+        captions=[f"clip {number}" for number in range(clips)],
+        kinds=["tiny"] * clips,
+    )
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def data(self, shard: int) -> Path:
+        return self.folder / f"{shard}.train.safetensors"
+
+    def work(self, name: str, shard: int = 0) -> WorkFolder:
+        return WorkFolder(self.folder / name, self.manifest.run_id, shard)
+
+    def assignment(self, work: WorkFolder, **fields: Any) -> Assignment:
+        values: dict[str, Any] = {
+            "manifest": self.manifest_file, "shard": work.shard, "data": self.data(work.shard), "folder": work.path,
+            "epoch": 0, "parent": None, "until": self.manifest.epochs, "threads": 1,
+        }  # fmt: skip
+        return Assignment(**{**values, **fields})
+
+
+def make_run(folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, heartbeat: float = 1.0, **fields: Any) -> TinyRun:
+    """Write a run to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for index in range(2):
+        refs = {}
+        for split in ("train", "holdout"):
+            path = folder / f"{index}.{split}.safetensors"
+            write_shard(path, tiny_shard(index), ShardMetadata(latent=LATENT, name=f"kind {index}", split=split))
+            refs[split] = ChunkTable.of_file(path).ref
+        shards.append(ShardSpec(index=index, name=f"kind {index}", clips=8, holdout_clips=8, prior=0.5, **refs))
+    now = time.time()
+    manifest = Manifest(
+        name="tiny", owner=OWNER.public_key, coordinators=(COORDINATOR.public_key,), created=now - 10, expires=now + 86_400,
+        latent=LATENT, expert=EXPERT, shards=tuple(shards), samples_per_shard=epochs * steps * batch,
+        checkpoint_samples=steps * batch, optimisation=Optimisation(batch=batch, warmup_steps=2),
+        timing=Timing(heartbeat=heartbeat), **fields,
+    )  # fmt: skip
+    run = TinyRun(folder, manifest)
+    run.manifest_file.write_bytes(SignedManifest.sign(manifest, OWNER).to_bytes())
+    return run
+
+
+async def start_trainer(assignment: Assignment) -> Child:
+    child = await Child.start("lutetia.node.trainer", environment={"OMP_NUM_THREADS": "1"})
+    await child.send({"do": "start", "assignment": assignment.model_dump(mode="json")})
+    return child
+
+
+async def hear(child: Child, say: str, **fields: Any) -> dict[str, Any]:
+    """The next message `say` with these fields. Raises AssertionError when the child ends first."""
+    async for message in child.messages():
+        if message["say"] == say and all(message.get(name) == value for name, value in fields.items()):
+            return message
+    raise AssertionError(f"the trainer ended without saying {say}")
