@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...system.errors import DataError
 from ..data.clips import ClipShape, decode_clip
-from ..data.listing import read_listing
+from ..data.listing import ClipSource, read_listing
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class ClipSet:
         return ClipSet(frames, self.captions, self.kinds)
 
 
+def ordered(clips: Sequence[ClipSource], seed: int | None, stratified: bool = False) -> list[ClipSource]:
+    """By name, or with a `seed` at random: the first n are then a sample of the natural mixture of kinds.
+
+    `stratified`: the kinds take turns, so that the first n hold equally many of each as long as they last.
+    """
+    order = range(len(clips)) if seed is None else np.random.default_rng(seed).permutation(len(clips))
+    mixed = [clips[i] for i in order]
+    if not stratified:
+        return mixed
+    turn: Counter[str] = Counter()
+    turns = []
+    for clip in mixed:
+        turns.append(turn[clip.kind])
+        turn[clip.kind] += 1
+    return [clip for _, clip in sorted(zip(turns, mixed, strict=True), key=lambda pair: pair[0])]
+
+
 def read_clips(
     folder: Path,
     shape: ClipShape,
@@ -54,16 +72,18 @@ def read_clips(
     split: Literal["train", "test"] | None = None,
     first: int = 0,
     limit: int | None = None,
+    seed: int | None = None,
+    stratified: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ClipSet:
-    """Clips number `first` to `first + limit` (in the order of their names) of a folder with captions.
+    """Clips number `first` to `first + limit` of a folder with captions, in the order of `ordered`.
 
     Raises DataError when the folder, or any clip among those asked for, cannot be used: a metric must not lose clips in silence.
     """
     listing = read_listing(folder)
     if listing.bad:
         raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have such faults)")
-    chosen = [clip for clip in listing.clips if split in (None, clip.split)]
+    chosen = ordered([clip for clip in listing.clips if split in (None, clip.split)], seed, stratified)
     chosen = chosen[first : None if limit is None else first + limit]
     if not chosen:
         raise DataError(f"{folder} has no clips of split {split or 'any'} from number {first}; check its metadata")

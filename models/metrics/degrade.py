@@ -51,12 +51,6 @@ def shuffled_captions(clips: ClipSet, seed: int) -> ClipSet:
     return ClipSet(clips.frames, tuple(captions), clips.kinds)
 
 
-def differences(frames: Tensor) -> Tensor:
-    """Frame-to-frame change about mid grey, uint8 [N, F, H, W, 3] to [N, F-1, H, W, 3]: what stands still turns grey."""
-    half = (frames[:, 1:].to(torch.int16) - frames[:, :-1].to(torch.int16)).div(2, rounding_mode="floor")
-    return (half + 128).to(torch.uint8)
-
-
 def _moved(count: int, generator: torch.Generator) -> Tensor:
     """A random permutation other than the identity."""
     order = torch.randperm(count, generator=generator)

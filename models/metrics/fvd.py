@@ -1,9 +1,8 @@
 """Fréchet video distance and its companions, each with an interval, a floor and a cache.
 
-FVD proper compares I3D's logits of the clips themselves. It hardly notices wrong motion, so a companion compares the logits of
-frame-to-frame differences (`MotionView`), in which whatever stands still is grey and so the content of a scene counts for little.
-Of either view there are the plain distance at this N, the debiased one, the extrapolation to infinite N, the unbiased kernel
-distance, and the floor that two real sets reach.
+FVD proper compares I3D's logits. It hardly notices wrong motion, so a companion compares fields of optical flow (`motion.py`).
+Of either there are the plain distance at this N, the debiased one, the extrapolation to infinite N, the unbiased kernel distance,
+and the floor that two real sets reach.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import Tensor
 from ...protocol.canonical import Frozen
 from ...system.errors import DataError
 from .bootstrap import Figure, Statistic, nested, subsampling
-from .degrade import differences
 from .features import Extractor, FeatureCache, set_digest
 from .frechet import (
     Gaussian,
@@ -33,17 +31,6 @@ from .frechet import (
 )
 
 Array = NDArray[np.float64]
-
-
-class MotionView:
-    """An extractor of clips that looks at frame-to-frame differences instead of frames: what stands still becomes grey."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self.tag = f"differences/{extractor.tag}"
-
-    def __call__(self, clips: Tensor) -> dict[str, Tensor]:
-        return self.extractor(differences(clips))
 
 
 class Distances(Frozen):

@@ -1,0 +1,209 @@
+"""All metrics of a report, set up once on real clips and then asked about any number of generated sets.
+
+What is fitted (the retrieval probe, the word classifier) is fitted on real training clips; what is compared with (the reference
+of the distances, the candidate prompts) are held-out real clips. Generated clips never change a judge.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...protocol.canonical import Frozen
+from ...system.errors import ConfigError, DataError
+from .agreement import PROBE_NAME, fit_probe, retrieve
+from .bootstrap import Figure, mean
+from .classifier import CLASSIFIER_NAME, classify, fit_classifier
+from .clip import AestheticHead, Clip
+from .clips import ClipSet
+from .efficientnet import EfficientNetExtractor
+from .features import Extractor, FeatureCache
+from .fvd import distances
+from .i3d import I3DExtractor
+from .motion import MotionExtractor
+from .sentences import MiniLM
+
+Better = Literal["lower", "higher", "neither"]
+Name = Literal["fvd", "motion", "retrieval", "classifier", "clip"]
+Array = NDArray[np.float64]
+Step = Callable[[str, int, int], None]
+logger = logging.getLogger("lutetia.models.metrics.judges")
+
+
+class Entry(Frozen):
+    """One line of a report. `real`: the same metric on real held-out clips, or for distances the real-vs-real floor."""
+
+    name: str
+    better: Better
+    figure: Figure
+    real: Figure | None = None
+    note: str = ""
+
+
+class JudgeSettings(Frozen):
+    """Where weights lie (None: the assets), and what to leave out. `clip` and `aesthetic` are the user's and have no default."""
+
+    metrics: tuple[Name, ...] = ("fvd", "motion", "retrieval", "classifier", "clip")
+    cache: Path | None = None
+    i3d: Path | None = None
+    efficientnet: Path | None = None
+    minilm: Path | None = None
+    clip: str | None = None
+    aesthetic: Path | None = None
+    device: str = "cpu"
+    resamples: int = 60
+
+
+class Judges:
+    """The metrics that this machine has weights for. `left_out` says of the others why."""
+
+    def __init__(
+        self, fit: ClipSet, reference: ClipSet, spare: ClipSet | None, settings: JudgeSettings, on_progress: Step | None = None
+    ) -> None:
+        """`fit`: real training clips. `reference`: real held-out clips, whose captions are the candidates too. `spare`: further
+        real held-out clips for floors and for the scores of real clips; without them floors come from halves of the reference.
+        """
+        self.settings, self.reference, self.spare, self.on_progress = settings, reference, spare, on_progress
+        self.cache = FeatureCache(settings.cache)
+        self.candidates = tuple(dict.fromkeys(reference.captions + (spare.captions if spare else ())))
+        self.left_out: dict[str, str] = {}
+        self._judges: list[Callable[[ClipSet, tuple[int, ...]], list[Entry]]] = []
+        makers: dict[Name, Callable[[ClipSet], Callable[[ClipSet, tuple[int, ...]], list[Entry]]]] = {
+            "fvd": self._fvd,
+            "motion": self._motion,
+            "retrieval": self._retrieval,
+            "classifier": self._classifier,
+            "clip": self._clip,
+        }
+        for name in settings.metrics:
+            try:
+                self._judges.append(makers[name](fit))
+            except (DataError, ConfigError) as error:
+                self.left_out[name] = str(error)
+                logger.warning("metric %s is left out: %s", name, error)
+
+    def judge(self, clips: ClipSet, seeds: Sequence[int] = ()) -> list[Entry]:
+        """Every metric's entries for `clips`, whose captions must be among the reference's (or the spare clips')."""
+        return [entry for judge in self._judges for entry in judge(clips, tuple(seeds))]
+
+    def features(self, extractor: Extractor, clips: ClipSet, name: str, what: str) -> Array:
+        """Cached features [N, D]."""
+        report = self.on_progress
+        step = (lambda done, total: report(what, done, total)) if report else None
+        return self.cache.extract(extractor, clips.frames, step)[name].double().numpy()
+
+    def _distance(
+        self, extractor: Extractor, key: str, label: str, note: str
+    ) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        reference = self.features(extractor, self.reference, key, label)
+        spare = self.features(extractor, self.spare, key, label) if self.spare else None
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            rows = self.features(extractor, clips, key, label)
+            found = distances(reference, rows, spare=spare, resamples=self.settings.resamples, seeds=seeds)
+            return [
+                Entry(name=label, better="lower", figure=found.plain, real=found.floor, note=note),
+                Entry(
+                    name=f"{label}, debiased", better="lower", figure=found.debiased, note="0 for equal distributions at any N"
+                ),
+                Entry(name=f"{label}, N to infinity", better="lower", figure=found.at_infinity, note="too high where N < 400"),
+                Entry(name=f"{label}, kernel distance", better="lower", figure=found.kernel, real=found.kernel_floor),
+            ]
+
+        return judge
+
+    def _fvd(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        self.i3d = I3DExtractor(self.settings.i3d, self.settings.device)
+        return self._distance(self.i3d, "logits", "FVD", "I3D Kinetics-400 logits, 224 px; compare at equal N only")
+
+    def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        extractor = MotionExtractor()
+        note = f"Fréchet distance of optical-flow fields ({extractor.method}); colours and shapes do not enter"
+        distance = self._distance(extractor, "field", "motion distance", note)
+        real = mean(self.features(extractor, self.reference, "speed", "motion")[:, 0])
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            speed = mean(self.features(extractor, clips, "speed", "motion")[:, 0], seeds=seeds)
+            size = f"{clips.frames.shape[3]}x{clips.frames.shape[2]} px, {extractor.method}"
+            return [*distance(clips, seeds), Entry(name="motion, px/frame", better="neither", figure=speed, real=real, note=size)]
+
+        return judge
+
+    def _retrieval(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        extractor, encode = I3DExtractor(self.settings.i3d, self.settings.device), MiniLM(self.settings.minilm)
+        probe = fit_probe(self.features(extractor, fit, "pooled", PROBE_NAME), encode(fit.captions).numpy())
+        vectors = encode(self.candidates).numpy()
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            rows = self.features(extractor, clips, "pooled", PROBE_NAME)
+            real_rows = self.features(extractor, self._real, "pooled", PROBE_NAME)
+            found = retrieve(probe, rows, clips.captions, self.candidates, vectors, seeds)
+            real = retrieve(probe, real_rows, self._real.captions, self.candidates, vectors)
+            note = f"stand-in, not CLIP; fitted on {probe.pairs} real pairs; {found.candidates} candidates"
+            return [
+                Entry(name=f"{PROBE_NAME}, {label}", better="higher", figure=figure, real=of_real, note=note)
+                for label, figure, of_real in (
+                    ("R@1", found.recall_1, real.recall_1),
+                    ("R@5", found.recall_5, real.recall_5),
+                    ("MRR", found.mrr, real.mrr),
+                )
+            ]
+
+        return judge
+
+    def _classifier(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        extractor = EfficientNetExtractor(self.settings.efficientnet, self.settings.device)
+
+        def rows_of(clips: ClipSet) -> Array:
+            parts = [self.features(extractor, clips, part, CLASSIFIER_NAME) for part in ("mean", "deviation")]
+            return np.concatenate(parts, axis=1)
+
+        classifier = fit_classifier(rows_of(fit), fit.captions)
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            found = classify(classifier, rows_of(clips), clips.captions, self.candidates, seeds)
+            real = classify(classifier, rows_of(self._real), self._real.captions, self.candidates)
+            note = (
+                f"{len(classifier.vocabulary)} words, fitted on {classifier.pairs} real pairs; {len(self.candidates)} candidates"
+            )
+            named = (
+                (f"{CLASSIFIER_NAME}, R@1", found.retrieval.recall_1, real.retrieval.recall_1),
+                (f"{CLASSIFIER_NAME}, R@5", found.retrieval.recall_5, real.retrieval.recall_5),
+                ("words of the prompt, balanced accuracy", found.words, real.words),
+            )
+            return [Entry(name=name, better="higher", figure=a, real=b, note=note) for name, a, b in named]
+
+        return judge
+
+    def _clip(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+        ref = self.settings.clip
+        if ref is None:
+            raise ConfigError("no CLIP is named; give a folder or hub id, for instance openai/clip-vit-large-patch14")
+        clip = Clip(ref, self.settings.device)
+        head = AestheticHead(self.settings.aesthetic) if self.settings.aesthetic else None
+
+        def scores(clips: ClipSet, seeds: tuple[int, ...]) -> list[Figure]:
+            flat = self.cache.extract(clip, clips.frames)["frames"]
+            images = flat.unflatten(1, (min(clip.frames, clips.frames.shape[1]), -1))
+            found = [clip.similarity(images, clip.text(clips.captions))] + ([head(images)] if head else [])
+            return [mean(values.numpy(), seeds=seeds) for values in found]
+
+        real = scores(self._real, ())
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            names = ("CLIP text-video similarity", "aesthetic score")
+            return [
+                Entry(name=name, better="higher", figure=figure, real=of_real, note=ref)
+                for name, figure, of_real in zip(names, scores(clips, seeds), real, strict=False)
+            ]
+
+        return judge
+
+    @property
+    def _real(self) -> ClipSet:
+        return self.spare or self.reference

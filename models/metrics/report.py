@@ -1,0 +1,173 @@
+"""`lutetia evaluate MIXTURE DATA`: sample the held-out prompts, judge the clips, write down each figure and what it means."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ...protocol.canonical import Frozen
+from ...system.errors import DataError
+from ..data.clips import ClipShape
+from ..data.listing import METADATA_NAMES
+from .clips import ClipSet, read_clips
+from .generated import MixtureSampler, Sampling, generate
+from .judges import Entry, Judges, JudgeSettings
+from .routing import Routing, routing_figures
+
+Progress = Callable[[str, int, int], None]
+MIN_CLIPS = 20
+
+
+class EvaluateSettings(Frozen):
+    """How much to judge and by what. `clips` prompts and as many real clips; `spare` more real clips make the floors at equal N.
+
+    `shape` says how real clips are cut in time and space, as when the run's data were built; by default the middle of each. It is
+    required where the clips to judge are a folder of video files.
+    """
+
+    clips: int = Field(default=256, ge=MIN_CLIPS)
+    spare: int = Field(default=256, ge=0)
+    fit_clips: int = Field(default=1000, ge=MIN_CLIPS)
+    seed: int = 0
+    prompts: Literal["natural", "stratified"] = "natural"
+    shape: ClipShape | None = None
+    sampling: Sampling = Sampling()
+    judges: JudgeSettings = JudgeSettings()
+
+
+class MetricsReport(Frozen):
+    """What `evaluate` found. `left_out`: metric to the reason why it is missing."""
+
+    judged: str
+    data: str
+    clips: int
+    reference_clips: int
+    spare_clips: int
+    fit_clips: int
+    shape: str
+    seed: int
+    prompts: str
+    sampling: Sampling | None
+    entries: tuple[Entry, ...]
+    routing: Routing | None
+    left_out: dict[str, str]
+    hardware: str
+    seconds: float
+
+    def markdown(self) -> str:
+        """The report as a table, best read beside another one of the same data and settings."""
+        what = f"{self.clips} clips of {self.shape} against {self.reference_clips} held-out real ones ({self.prompts} prompts)"
+        lines = [f"# {self.judged} on {self.data}", "", f"{what}, seed {self.seed}; {self.hardware}; {self.seconds:.0f} s.", ""]
+        lines += ["| metric | figure (95 % interval) | real clips | note |", "|---|---|---|---|"]
+        arrows = {"lower": " ↓", "higher": " ↑", "neither": ""}
+        for entry in self.entries:
+            real = f"{entry.real} (N = {entry.real.n})" if entry.real else "–"
+            lines.append(f"| {entry.name}{arrows[entry.better]} | {entry.figure} | {real} | {entry.note} |")
+        if self.routing:
+            load = ", ".join(f"{share:.1%}" for share in self.routing.load)
+            lines += ["", f"Routing: load {load}; balance {self.routing.balance:.2f} (1 is even); entropy of a decision "]
+            lines[-1] += f"{self.routing.entropy:.3f} nats; {self.routing.switches:.1f} changes of expert per clip."
+        lines += [f"\nLeft out: {name}: {reason}." for name, reason in self.left_out.items()]
+        return "\n".join(lines) + "\n"
+
+
+def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress: Progress | None = None) -> MetricsReport:
+    """Judge the mixture in the folder `mixture` by the clips of the folder `data` (videos, captions and splits).
+
+    Prompts, reference and candidates come from the split `test`, the probes are fitted on the split `train`. `mixture` may also
+    be a folder of videos with captions: these are then judged as they are. Raises DataError where there are too few clips.
+    """
+    begun = time.monotonic()
+    step = on_progress or (lambda what, done, total: None)
+    stratified = settings.prompts == "stratified"
+    if any((mixture / name).is_file() for name in METADATA_NAMES):
+        if settings.shape is None:
+            raise DataError(f"{mixture} is a folder of videos; say into which shape (frames, fps, size) to bring them")
+        shape, sampling, sampler = settings.shape, None, None
+    else:
+        sampling, sampler = settings.sampling, MixtureSampler(mixture, settings.sampling, settings.judges.device)
+        shape = _agreed(settings.shape, sampler.shape)
+
+    def read(split: Literal["train", "test"], first: int, limit: int, what: str) -> ClipSet:
+        return read_clips(
+            data, shape, split=split, first=first, limit=limit, seed=settings.seed, stratified=stratified and split == "test",
+            on_progress=lambda done, total: step(what, done, total),
+        )  # fmt: skip
+
+    reference = read("test", 0, settings.clips, "reading real clips")
+    if len(reference) < MIN_CLIPS:
+        raise DataError(f"{data} has {len(reference)} clips of split test, fewer than {MIN_CLIPS}; hold more clips out")
+    spare = _or_none(lambda: read("test", settings.clips, settings.spare, "reading further real clips"), settings.spare)
+    fit = read("train", 0, settings.fit_clips, "reading clips to fit the probes on")
+    routing = None
+    if sampler is None:
+        judged = _known(read_clips(mixture, shape, limit=settings.clips), reference, mixture)
+    else:
+        judged, weights = generate(sampler, reference, settings.sampling, settings.seed, settings.judges.cache, step)
+        routing = routing_figures(weights)
+    judges = Judges(fit, reference, spare, settings.judges, on_progress)
+    return MetricsReport(
+        judged=mixture.name,
+        data=data.name,
+        clips=len(judged),
+        reference_clips=len(reference),
+        spare_clips=len(spare) if spare else 0,
+        fit_clips=len(fit),
+        shape=f"{shape.frames} x {shape.height} x {shape.width} px at {shape.fps:g} fps",
+        seed=settings.seed,
+        prompts=settings.prompts,
+        sampling=sampling,
+        entries=tuple(judges.judge(judged, (settings.seed,))),
+        routing=routing,
+        left_out=judges.left_out,
+        hardware=hardware(),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def hardware() -> str:
+    """The device in words, as it stands beside every figure."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cores, CPU ({platform.machine()})"
+
+
+def _agreed(asked: ClipShape | None, made: ClipShape) -> ClipShape:
+    """The user's way of cutting real clips, if it gives clips of the mixture's size."""
+    if asked is None:
+        return made
+    for name in ("frames", "height", "width"):
+        if getattr(asked, name) != getattr(made, name):
+            raise DataError(
+                f"the mixture makes clips of {name} {getattr(made, name)}, not {getattr(asked, name)}; judge at its own size"
+            )
+    return asked
+
+
+def _or_none(read: Callable[[], ClipSet], wanted: int) -> ClipSet | None:
+    """Spare clips where there are any: a small test split leaves none, and floors then come from halves of the reference."""
+    if wanted < 2:
+        return None
+    try:
+        found = read()
+    except DataError:
+        return None
+    return found if len(found) >= 2 else None
+
+
+def _known(clips: ClipSet, reference: ClipSet, folder: Path) -> ClipSet:
+    """The clips whose captions are prompts of the reference. Raises DataError when there are too few to judge."""
+    known = set(reference.captions)
+    rows = [number for number, caption in enumerate(clips.captions) if caption in known]
+    if len(rows) < MIN_CLIPS:
+        raise DataError(
+            f"{len(rows)} clips of {folder} have captions of the held-out clips, fewer than {MIN_CLIPS}; sample those prompts"
+        )
+    return clips.take(rows)
