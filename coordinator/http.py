@@ -74,17 +74,18 @@ def bind(address: str) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
-        raise UnreachableError(
-            f"cannot serve HTTP on {address}: {error.strerror}; choose another port or stop who holds it"
-        ) from error
+        reason = (error.strerror or str(error)).lower()
+        raise UnreachableError(f"cannot serve HTTP on {address}: {reason}; choose another port or stop who holds it") from error
     return listener
 
 
 async def serve_http(listener: socket.socket, app: FastAPI) -> None:
     """Serve until cancelled."""
-    server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    server = _QuietServer(config)
     _log.info("HTTP on http://%s:%d", *listener.getsockname()[:2])
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

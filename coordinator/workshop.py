@@ -62,13 +62,14 @@ class Workshop:
             limits[str(shard.index)] = known[name]
         return {"shards": limits}
 
-    def inspect(self, shard: int, weights: str, state: str) -> dict[str, Any]:
-        """Weights and training state must be exactly what the manifest says."""
+    def inspect(self, shard: int, epoch: int, weights: str, state: str) -> dict[str, Any]:
+        """Weights and training state must be exactly what the manifest says, and belong together."""
         from ..models.checkpoints import check_state, check_weights
 
         spec = self.manifest.expert_of(shard)
         check_weights(Path(weights), spec)
         check_state(Path(state), spec, self.manifest.optimisation)
+        _check_agreement(self.manifest, shard, epoch, Path(weights), Path(state))
         return {}
 
     def loss(self, shard: int, weights: str | None, holdout: str) -> dict[str, Any]:
@@ -120,6 +121,31 @@ class Workshop:
                 self._holdouts.clear()
             self._holdouts[path] = load_shard(Path(path), self.manifest.latent)
         return self._holdouts[path]
+
+
+def _check_agreement(manifest: Manifest, shard: int, epoch: int, weights: Path, state: Path) -> None:
+    """The state must start this shard's next epoch, and its averages be the published weights: whoever goes on needs both.
+
+    Tensor by tensor, so that large experts fit a small coordinator. Raises CheckpointRefused.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from ..models.checkpoints import CheckpointRefused
+    from ..models.tensorfiles import read_document
+
+    with safe_open(state, framework="pt") as states, safe_open(weights, framework="pt") as published:
+        try:
+            place = read_document(states.metadata())
+        except ValueError as error:
+            raise CheckpointRefused("header", "the state does not say where it belongs; refused") from error
+        said = (place.get("run"), place.get("shard"), place.get("epoch"), place.get("step"))
+        if said != (manifest.run_id, shard, epoch, 0):
+            raise CheckpointRefused("header", f"the state is of shard {said[1]}, epoch {said[2]}, step {said[3]}; refused")
+        for name in states.keys():  # noqa: SIM118 (not a dictionary)
+            own = name.removeprefix("ema.")
+            if own != name and not torch.equal(states.get_tensor(name), published.get_tensor(own)):
+                raise CheckpointRefused("norm", f"{own} in the state's averages is not the published one; refused")
 
 
 def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:

@@ -1,0 +1,241 @@
+"""The workshop on real files: each wrong checkpoint is refused at its rung, and a crash or hang is survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+from lutetia.coordinator.create import create_run
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.settings import RunSettings
+from lutetia.coordinator.workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
+from lutetia.models.mixture_document import read_mixture, verify_mixture
+from lutetia.models.states import write_state, write_weights
+from lutetia.models.training import ExpertTrainer
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import BlobRef, Manifest
+from lutetia.protocol.records import AcceptanceRecord
+from safetensors.torch import load_file, save_file
+from tinydata import build_tiny, clips
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+LIMIT = 120.0
+
+
+@dataclass
+class Site:
+    """A tiny run, one trained epoch of each shard, and a living workshop."""
+
+    run: RunFolder
+    manifest: Manifest
+    files: Path
+    shop: WorkshopClient
+
+    def weights(self, shard: int = 0) -> Path:
+        return self.files / f"{shard}.weights.safetensors"
+
+    def state(self, shard: int = 0) -> Path:
+        return self.files / f"{shard}.state.safetensors"
+
+    def holdout(self, shard: int = 0) -> str:
+        digest = self.manifest.shards[shard].holdout.digest
+        return str(self.run.blobs / digest[:2] / digest)
+
+    async def inspect(self, weights: Path, state: Path, shard: int = 0, epoch: int = 1) -> None:
+        await self.shop.ask("inspect", limit=LIMIT, shard=shard, epoch=epoch, weights=str(weights), state=str(state))
+
+
+def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = ExpertTrainer(manifest, shard, clips(shard, 6, 5))
+    while not trainer.at_epoch_end:
+        trainer.step()
+    snapshot = trainer.snapshot()
+    write_weights(snapshot, folder / f"{shard}.weights.safetensors")
+    write_state(snapshot, folder / f"{shard}.state.safetensors")
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    root = tmp_path_factory.mktemp("workshop")
+    created = create_run(build_tiny(root / "data"), root / "run", RunSettings(preset="tiny"))
+    (root / "files").mkdir()
+    for shard in range(2):
+        train_epoch(created.manifest, shard, root / "files")
+    run = RunFolder(created.folder)
+    shop = WorkshopClient(run.manifest, name="test", threads=1, nice=3)
+    yield Site(run, created.manifest, root / "files", shop)
+    await shop.close()
+
+
+async def test_a_right_checkpoint_passes_and_improves_on_the_initial_model(site: Site):
+    limits = await site.shop.ask("limits", limit=LIMIT)
+    size, tensors = limits["shards"]["0"]["weights"]
+    assert site.weights().stat().st_size - 1024 * tensors < size <= site.weights().stat().st_size
+    assert site.state().stat().st_size < limits["shards"]["0"]["state"][0] + (1 << 20)
+    await site.inspect(site.weights(), site.state())
+    before = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=None, holdout=site.holdout())
+    after = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=str(site.weights()), holdout=site.holdout())
+    again = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=str(site.weights()), holdout=site.holdout())
+    assert after["loss"] < before["loss"]
+    assert after == again, "same noise, same timesteps"
+    assert site.shop.pid
+    assert psutil.Process(site.shop.pid).nice() >= 3
+
+
+def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
+    """Weights and state with one thing wrong."""
+    weights, state, metadata = load_file(site.weights()), load_file(site.state()), header_of(site.state())
+    name = sorted(weights)[0]
+    good = {key: value.clone() for key, value in weights.items()}
+    match kind:
+        case "missing":
+            del good[name]
+        case "extra":
+            good["backdoor"] = torch.zeros(3)
+        case "nan":
+            good[name].view(-1)[0] = float("nan")
+        case "infinite":
+            good[name].view(-1)[0] = float("inf")
+        case "huge":
+            good[name] *= 1e6
+        case "shape":
+            good[name] = good[name].reshape(-1)[:-1].clone()
+        case "dtype":
+            good[name] = good[name].double()
+        case "state of another epoch":
+            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "epoch": 2})
+        case "state of another shard":
+            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "shard": 1})
+        case "other averages":
+            state["ema." + name] = state["ema." + name] + 1e-3
+        case "nan in state":
+            state["param." + name].view(-1)[0] = float("nan")
+        case "empty state":
+            state = {}
+    save_file(good, folder / "w.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "s.safetensors", metadata=metadata)
+    return folder / "w.safetensors", folder / "s.safetensors"
+
+
+def header_of(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rung", "words"),
+    [
+        ("missing", "format", "lacks 1 tensors"),
+        ("extra", "format", "backdoor"),
+        ("nan", "numbers", "NaN or infinity"),
+        ("infinite", "numbers", "NaN or infinity"),
+        ("huge", "numbers", "root mean square"),
+        ("shape", "format", "has shape"),
+        ("dtype", "format", "F64 instead of F32"),
+        ("state of another epoch", "format", "epoch 2"),
+        ("state of another shard", "format", "shard 1"),
+        ("other averages", "numbers", "not the published one"),
+        ("nan in state", "numbers", "NaN or infinity"),
+        ("empty state", "format", "lacks"),
+    ],
+)
+async def test_each_wrong_checkpoint_is_refused_at_its_rung(site: Site, tmp_path: Path, kind: str, rung: str, words: str):
+    weights, state = mutated(site, kind, tmp_path)
+    with pytest.raises(WorkshopRefused, match=words) as caught:
+        await site.inspect(weights, state)
+    assert caught.value.rung == rung
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 7,
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (100).to_bytes(8, "little") + b"{" * 100,
+        (2).to_bytes(8, "little") + b"[]",
+        (1 << 20).to_bytes(8, "little") + b'{"a":' * (1 << 18),
+        b"not safetensors at all, but long enough to look at",
+    ],
+)
+async def test_header_bombs_are_refused_and_the_workshop_lives(site: Site, tmp_path: Path, data: bytes):
+    bomb = tmp_path / "bomb.safetensors"
+    bomb.write_bytes(data)
+    pid = site.shop.pid
+    with pytest.raises(WorkshopRefused) as caught:
+        await site.inspect(bomb, site.state())
+    assert caught.value.rung == "format"
+    assert site.shop.pid == pid
+
+
+async def test_router_mixture_and_gallery_are_made_and_signed_by_the_parent(site: Site, tmp_path: Path):
+    shards = site.manifest.shards
+    trains = [str(site.run.blobs / s.train.digest[:2] / s.train.digest) for s in shards]
+    holdouts = [site.holdout(shard) for shard in range(2)]
+    router = tmp_path / "router.safetensors"
+    report = await site.shop.ask("router", limit=LIMIT, out=str(router), train=trains, holdout=holdouts)
+    assert 0 <= report["accuracy"] <= 1
+    assert len(report["accuracy_by_time"]) == 10
+    coordinator = Identity.load(site.run.coordinator_key)
+    accepted = [acceptance(site, coordinator, shard).model_dump(mode="json") for shard in range(2)]
+    weights = [str(site.weights(shard)) for shard in range(2)]
+    asked: list[bytes] = []
+
+    def sign(message: bytes) -> str:
+        asked.append(message)
+        return coordinator.sign(message)
+
+    folder = tmp_path / "mixture"
+    answer = await site.shop.ask(
+        "stitch", limit=LIMIT, sign=sign, folder=str(folder), weights=weights, accepted=accepted, router=str(router)
+    )
+    assert len(asked) == 1
+    assert read_mixture(folder).mixture.digest == answer["digest"]
+    assert verify_mixture(folder, site.manifest.coordinators).digest == answer["digest"]
+    await site.shop.ask("gallery", limit=LIMIT, mixture=str(folder), out=str(tmp_path / "gallery"))
+    listed = json.loads((tmp_path / "gallery" / "gallery.json").read_text())["clips"]
+    assert [(clip["prompt"], (tmp_path / "gallery" / clip["file"]).read_bytes()[:4]) for clip in listed] == [
+        (prompt, b"GIF8") for prompt in site.manifest.sampling.prompts
+    ]
+
+
+def acceptance(site: Site, coordinator: Identity, shard: int) -> AcceptanceRecord:
+    from lutetia.protocol.blobs import ChunkTable
+
+    weights, state = (ChunkTable.of_file(path).ref for path in (site.weights(shard), site.state(shard)))
+    assert isinstance(weights, BlobRef)
+    return AcceptanceRecord(
+        run=site.manifest.run_id, owner=coordinator.public_key, issued=0.0, shard=shard, epoch=1, checkpoint=f"{shard:064x}",
+        parent=None, weights=weights, state=state, samples=8, author=coordinator.public_key, tenure_until=0.0, holdout_loss=1.0,
+    )  # fmt: skip
+
+
+async def test_a_crash_is_survived(site: Site):
+    await site.shop.ask("limits", limit=LIMIT)
+    pid = site.shop.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkshopFailed, match="crashed"):
+        await site.inspect(site.weights(), site.state())
+    await site.inspect(site.weights(), site.state())
+    assert site.shop.pid not in (None, pid)
+
+
+async def test_a_hang_is_ended(site: Site):
+    await site.shop.ask("limits", limit=LIMIT)
+    pid = site.shop.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(WorkshopFailed, match="longer than 1 s"):
+        await site.shop.ask("limits", limit=1.0)
+    assert not psutil.pid_exists(pid)
