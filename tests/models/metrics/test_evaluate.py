@@ -1,0 +1,193 @@
+"""`evaluate` from a folder of videos and a mixture to a report, and what it keeps and refuses on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from lutetia.models.data.clips import ClipShape
+from lutetia.models.evaluation import HoldoutLoss
+from lutetia.models.metrics.clips import ClipSet, read_clips
+from lutetia.models.metrics.generated import Sampling, generate
+from lutetia.models.metrics.judges import JudgeSettings
+from lutetia.models.metrics.report import EvaluateSettings, MetricsReport, evaluate
+from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
+from lutetia.models.router import RouterReport, build_router
+from lutetia.models.stitch import stitch
+from lutetia.models.training import ExpertTrainer, write_weights
+from lutetia.protocol.manifest import ExpertSpec, LatentSpec
+from lutetia.system.errors import DataError
+from toys import CONFIGS, toy_data, toy_manifest
+
+SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
+
+
+def write_videos(folder: Path, clips: ClipSet, splits: Sequence[str], first: int = 0) -> Path:
+    """The clips as lossless-looking mp4 with metadata, appended to what the folder holds."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "metadata.jsonl").open("a") as metadata:
+        for number, (clip, caption, split) in enumerate(zip(clips.frames, clips.captions, splits, strict=True), first):
+            name = f"clip_{number:04d}.mp4"
+            with av.open(str(folder / name), "w") as out:
+                stream = out.add_stream("libx264", rate=8)
+                stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv444p"
+                stream.options = {"crf": "4", "preset": "ultrafast"}
+                for frame in clip:
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+                out.mux(stream.encode())
+            row = {"file_name": name, "caption": caption, "split": split, "kind": caption.split()[1]}
+            metadata.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, squares: Callable[..., ClipSet]) -> Path:
+    """Real clips: 24 to fit on, 44 held out."""
+    return write_videos(tmp_path_factory.mktemp("data") / "real", squares(68, seed=3), ["train"] * 24 + ["test"] * 44)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two untrained experts on pixels of the same size."""
+    root = tmp_path_factory.mktemp("mixture")
+    latent = LatentSpec(
+        channels=3, frames=10, height=32, width=32, vae="pixels", pixel_frames=10, pixel_height=32, pixel_width=32, fps=8,
+        text_encoder="builtin:words", text_tokens=6, text_width=64, pooled_width=64,
+    )  # fmt: skip
+    config = {**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64, "patch_size": [2, 8, 8]}
+    manifest = toy_manifest(expert=ExpertSpec(config=config), latent=latent, sampling={"steps": 2, "guidance": 1.0})
+    for shard in range(2):
+        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=latent)).snapshot(), root / f"w{shard}")
+    stitch(root / "toy", manifest, [root / "w0", root / "w1"], build_router(manifest))
+    return root / "toy"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSettings:
+    """Only what needs no weights: the flow."""
+    monkeypatch.setenv("LUTETIA_ASSETS", str(tmp_path / "no assets"))
+    judges = JudgeSettings(cache=tmp_path / "cache", resamples=12)
+    return EvaluateSettings(clips=22, spare=22, fit_clips=24, judges=judges)
+
+
+def test_a_mixture_is_judged_and_all_that_is_missing_is_named(mixture: Path, data: Path, settings: EvaluateSettings) -> None:
+    steps: list[tuple[str, int, int]] = []
+    report = evaluate(mixture, data, settings, lambda what, done, total: steps.append((what, done, total)))
+    names = {entry.name: entry for entry in report.entries}
+    assert {"motion distance", "motion distance, debiased", "motion distance, kernel distance", "motion, px/frame"} <= set(names)
+    distance = names["motion distance"]
+    assert distance.real is not None
+    assert distance.figure.value > distance.real.value  # untrained: noise
+    assert distance.real.n == distance.figure.n == 22
+    assert names["motion distance, debiased"].figure.low > 0
+    assert set(report.left_out) == {"fvd", "retrieval", "classifier", "clip"}
+    assert "i3d_kinetics400_rgb.safetensors do not exist" in report.left_out["fvd"]
+    assert "no CLIP is named" in report.left_out["clip"]
+    assert report.routing is not None
+    assert sum(report.routing.load) == pytest.approx(1)
+    assert ("sampling", 22, 22) in steps
+    assert MetricsReport.model_validate_json(report.model_dump_json()) == report
+    text = report.markdown()
+    assert "| motion distance ↓ |" in text
+    assert "Left out: fvd: " in text
+    again = evaluate(mixture, data, settings)
+    assert again.entries == report.entries
+
+
+def test_real_videos_lie_at_the_floor(
+    data: Path, squares: Callable[..., ClipSet], tmp_path: Path, settings: EvaluateSettings
+) -> None:
+    held = read_clips(data, SHAPE, split="test", limit=22, seed=0)
+    other = squares(400, seed=9)
+    rows = [other.captions.index(caption) for caption in held.captions]
+    videos = write_videos(tmp_path / "videos", other.take(rows), [""] * 22)
+    report = evaluate(videos, data, settings.model_copy(update={"shape": SHAPE}))
+    names = {entry.name: entry for entry in report.entries}
+    assert names["motion distance, debiased"].figure.low < 0
+    assert report.sampling is None
+    assert report.routing is None
+    with pytest.raises(DataError, match=r"say into which shape"):
+        evaluate(videos, data, settings)
+
+
+def test_too_few_or_foreign_clips_are_refused(
+    data: Path, mixture: Path, tmp_path: Path, squares: Callable[..., ClipSet], settings
+) -> None:
+    few = write_videos(tmp_path / "few", squares(5), ["test"] * 5)
+    with pytest.raises(DataError, match=r"5 clips of split test, fewer than 20"):
+        evaluate(mixture, few, settings)
+    with pytest.raises(DataError, match=r"clips of height 32, not 64"):
+        evaluate(mixture, data, settings.model_copy(update={"shape": ClipShape(frames=10, height=64, width=32)}))
+    foreign = squares(22)
+    named = ClipSet(foreign.frames, tuple(f"a thing {number}" for number in range(22)))
+    videos = write_videos(tmp_path / "foreign", named, [""] * 22)
+    with pytest.raises(DataError, match=r"0 clips of .* have captions of the held-out clips"):
+        evaluate(videos, data, settings.model_copy(update={"shape": SHAPE}))
+
+
+def test_reading_is_natural_stratified_and_complete(data: Path) -> None:
+    natural = read_clips(data, SHAPE, split="test", limit=12, seed=1)
+    assert read_clips(data, SHAPE, split="test", limit=12, seed=1).captions == natural.captions
+    assert read_clips(data, SHAPE, split="test", limit=12, seed=2).captions != natural.captions
+    even = read_clips(data, SHAPE, split="test", limit=8, seed=1, stratified=True)
+    assert sorted(even.kinds) == sorted(["blue", "green", "red", "white"] * 2)
+    rest = read_clips(data, SHAPE, split="test", first=12, seed=1)
+    assert len(natural) + len(rest) == 44
+    with pytest.raises(DataError, match=r"no clips of split test from number 44"):
+        read_clips(data, SHAPE, split="test", first=44)
+
+
+class Counting:
+    """A sampler whose clips are as bright as their seed."""
+
+    tag, shape, asked = "counting", SHAPE, 0
+
+    def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked += len(prompts)
+        bright = (torch.arange(len(prompts)) + seed) % 251
+        clips = bright.view(-1, 1, 1, 1, 1).expand(-1, 10, 32, 32, 3).to(torch.uint8)
+        return clips.contiguous(), torch.full((2, len(prompts), 2), 0.5)
+
+
+def test_sampling_goes_on_where_it_was_cut(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
+    prompts, sampling = squares(10), Sampling(batch=4)
+
+    class Cut(Counting):
+        def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.asked == 8:
+                raise KeyboardInterrupt
+            return super().__call__(prompts, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(Cut(), prompts, sampling, 0, tmp_path)
+    rest = Counting()
+    clips, routing = generate(rest, prompts, sampling, 0, tmp_path)
+    assert rest.asked == 2
+    assert clips.frames[:, 0, 0, 0, 0].tolist() == list(range(10))
+    assert clips.captions == prompts.captions
+    assert routing.shape == (2, 10, 2)
+    other = Counting()
+    generate(other, prompts, sampling.model_copy(update={"guidance": 2.0}), 0, tmp_path)
+    assert other.asked == 10
+
+
+def test_routing_figures_and_tables() -> None:
+    weights = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]]])
+    routing = routing_figures(weights)
+    assert routing.load == (0.75, 0.25)
+    assert routing.balance == pytest.approx(0.8113, abs=1e-4)
+    assert routing.entropy == pytest.approx(0)
+    assert routing.switches == 0.5
+    with pytest.raises(DataError, match=r"\[steps, clips, experts\]"):
+        routing_figures(torch.zeros(3, 2))
+    losses = loss_table({"monolith": HoldoutLoss(0.5, (0.25, None)), "expert 0": HoldoutLoss(0.4, (0.2, 0.6))})
+    assert "| held-out loss | all t | 0.0–0.5 | 0.5–1.0 |" in losses
+    assert "| monolith | 0.5000 | 0.2500 | – |" in losses
+    report = RouterReport(0.9, (1.0, 0.8), 0.02, (0.01, 0.03), 0.3, 100)
+    assert "| router: accuracy | 0.900 | 1.000 | 0.800 |" in router_table({"router": report})
+    assert np.isfinite(report.loss)
