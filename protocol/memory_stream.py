@@ -26,7 +26,7 @@ class Pipe:
         self._ended: str | None = None
         self._changed: asyncio.Future[None] | None = None
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         while self._unread >= WINDOW and self._ended is None:
             await self._change()
         if self._ended is not None:
@@ -91,7 +91,7 @@ class MemoryStream(Stream):
             raise ConnectionError("this stream was closed")
         return await self._inbound.read_exactly(count)
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         await self._outbound.write(data)
 
     async def close(self) -> None:

@@ -6,10 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from ..system.errors import IntegrityError
-from ..system.files import disk_errors, write_atomic
+from ..system.files import disk_errors
 from .blobs import CHUNK, ChunkTable, chunk_count
 from .manifest import BlobRef
 
@@ -26,7 +27,9 @@ class PartialBlob:
         self.folder, self.ref = folder, ref
         self.data_file, self._marks_file, self._table_file = folder / "data", folder / "arrived", folder / "table"
         self._table: ChunkTable | None = None
+        self._writing = threading.Lock()  # closing waits for a write in another thread: its descriptor may be reused at once
         self._arrived = bytearray(chunk_count(ref.size))
+        self._data = self._marks = -1
         fresh = not self.data_file.exists()
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,8 @@ class PartialBlob:
 
     def set_table(self, table: ChunkTable) -> None:
         """Keep the table, which the caller has checked against the blob's name."""
-        write_atomic(self._table_file, table.hashes)
+        with disk_errors(self._table_file):
+            self._table_file.write_bytes(table.hashes)  # a torn one is noticed after a restart: it is checked by name again
         self._table = table
 
     def missing(self) -> list[int]:
@@ -75,17 +79,20 @@ class PartialBlob:
     def write(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
         """Verify a chunk and keep it. Raises IntegrityError (wrong bytes) or DiskError; then nothing counts as arrived."""
         self.table.verify(index, chunk)
-        with disk_errors(self.data_file):
+        with self._writing, disk_errors(self.data_file):
+            if self._data < 0 or self._arrived[index]:
+                return
             _write_at(self._data, chunk, index * CHUNK)
             _write_at(self._marks, b"\1", index)
-        self._arrived[index] = 1
+            self._arrived[index] = 1
 
     def close(self) -> None:
-        """Let go of the files; what has arrived stays for the next attempt. Idempotent."""
-        for descriptor in (self._data, self._marks):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._data = self._marks = -1
+        """Let go of the files; what has arrived stays for the next attempt, later writes are dropped. Idempotent."""
+        with self._writing:
+            for descriptor in (self._data, self._marks):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._data = self._marks = -1
 
     def discard(self) -> None:
         """Remove the transfer from disk."""

@@ -28,7 +28,7 @@ class Stream(ABC):
         """Exactly `count` bytes. Raises ConnectionError when the stream ends before."""
 
     @abstractmethod
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Send `data`; waits while the receiver is slow (back-pressure)."""
 
     @abstractmethod

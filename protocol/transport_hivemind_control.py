@@ -34,7 +34,7 @@ class DaemonStream(Stream):
             early = count - len(error.partial)
             raise ConnectionError(f"the stream of {self.peer_id} ended {early} bytes early") from error
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         if self._writer.is_closing():
             raise ConnectionError(f"the stream to {self.peer_id} is closed")
         self._writer.write(data)

@@ -1,0 +1,191 @@
+"""The stream `/lutetia/blob/1`. Several requests may follow each other on one stream.
+
+    request   32 bytes digest, 4 bytes first chunk, 4 bytes count (0: the chunk table)
+    answer    1 byte status, 8 bytes length, that many bytes
+    receiver  1 byte, once everything has arrived
+
+All numbers are big-endian. A receiver knows from the blob's name and size how long each answer must be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from .blobs import CHUNK, HASH, chunk_count
+from .manifest import BlobRef
+from .store import BlobMissing, BlobStore
+from .transport import Stream
+
+BLOB = "/lutetia/blob/1"
+OK, ABSENT, BUSY, MALFORMED = range(4)
+ACK = b"\x06"
+REQUEST_BYTES = 40
+ANSWER_BYTES = 9
+PIECE = 1 << 18
+
+MAX_STREAMS = 64
+MAX_STREAMS_PER_PEER = 8
+STALL_TIMEOUT = 20.0
+"""Seconds without PIECE bytes of progress, after which a peer has stalled: 13 KiB/s is the slowest that is served or used."""
+IDLE_TIMEOUT = 60.0
+
+
+class Refused(ConnectionError):
+    """The provider answered that it will not serve this; `status` says why."""
+
+    def __init__(self, status: int) -> None:
+        reasons = {ABSENT: "does not hold it", BUSY: "is busy", MALFORMED: "does not understand the request"}
+        super().__init__(reasons.get(status, f"answered with status {status}"))
+        self.status = status
+
+
+class RateLimit:
+    """At most `bytes_per_second` over all streams together; None is no limit."""
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+
+    async def take(self, count: int) -> None:
+        if self._rate:
+            now = asyncio.get_running_loop().time()
+            self._free_at = max(self._free_at, now) + count / self._rate
+            await asyncio.sleep(self._free_at - now)
+
+
+class BlobServer:
+    """Answers blob streams from a store."""
+
+    def __init__(self, store: BlobStore, rate: RateLimit) -> None:
+        self._store, self._rate = store, rate
+        self._streams: Counter[str] = Counter()
+
+    async def answer(self, stream: Stream) -> None:
+        """The handler: requests until the peer closes, stalls, or has had too many streams."""
+        peer = stream.peer_id
+        if self._streams.total() >= MAX_STREAMS or self._streams[peer] >= MAX_STREAMS_PER_PEER:
+            await _refuse(stream, BUSY)
+            return
+        self._streams[peer] += 1
+        try:
+            while await self._answer_one(stream):
+                pass
+        finally:
+            self._streams[peer] -= 1
+            self._streams += Counter()  # forget peers without a stream
+
+    async def _answer_one(self, stream: Stream) -> bool:
+        async with asyncio.timeout(IDLE_TIMEOUT):
+            request = await stream.read_exactly(REQUEST_BYTES)
+        digest, first, count = request[:32].hex(), int.from_bytes(request[32:36], "big"), int.from_bytes(request[36:], "big")
+        try:
+            size = self._store.path(digest).stat().st_size
+        except (BlobMissing, FileNotFoundError):
+            await _refuse(stream, ABSENT)
+            return False
+        if count == 0:
+            await self._send_table(stream, digest)
+        elif first + count <= chunk_count(size):
+            await self._send_chunks(stream, digest, size, first, count)
+        else:
+            await _refuse(stream, MALFORMED)
+            return False
+        async with asyncio.timeout(STALL_TIMEOUT):
+            return await stream.read_exactly(1) == ACK
+
+    async def _send_table(self, stream: Stream, digest: str) -> None:
+        hashes = self._store.table(digest).hashes
+        await stream.write(bytes([OK]) + len(hashes).to_bytes(8, "big"))
+        await self._send(stream, hashes)
+
+    async def _send_chunks(self, stream: Stream, digest: str, size: int, first: int, count: int) -> None:
+        length = min(size, (first + count) * CHUNK) - first * CHUNK
+        await stream.write(bytes([OK]) + length.to_bytes(8, "big"))
+        async with aclosing(self._read_ahead(digest, first, count)) as chunks:
+            async for chunk in chunks:
+                await self._send(stream, chunk)
+
+    async def _read_ahead(self, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
+        """Read chunk n+1 from disk, in a thread, while chunk n is sent."""
+        coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, first))
+        try:
+            for index in range(first + 1, first + count + 1):
+                chunk = await coming
+                if index < first + count:
+                    coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, index))
+                yield chunk
+        finally:
+            coming.cancel()
+
+    async def _send(self, stream: Stream, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            await self._rate.take(len(piece))
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await stream.write(piece)
+
+
+class BlobClient:
+    """The asking side of one stream. Methods raise ConnectionError: refused, cut, stalled or lying about lengths."""
+
+    def __init__(self, stream: Stream, ref: BlobRef) -> None:
+        self._stream, self._ref = stream, ref
+        self._owed = b""
+
+    async def table(self) -> bytes:
+        """The chunk hashes, unverified."""
+        await self._ask(0, 0, HASH * chunk_count(self._ref.size))
+        data = await self.read(HASH * chunk_count(self._ref.size))
+        self._owed = ACK
+        return bytes(data)
+
+    async def ask_chunks(self, first: int, count: int) -> None:
+        """Then `read` each chunk, and say `finished`."""
+        await self._ask(first, count, min(self._ref.size, (first + count) * CHUNK) - first * CHUNK)
+
+    def finished(self) -> None:
+        """All that was asked for has been read. The next request carries the word to the provider, or `close` does."""
+        self._owed = ACK
+
+    async def read(self, count: int) -> bytearray:
+        """The next `count` bytes of the answer."""
+        data = bytearray(count)
+        for start in range(0, count, PIECE):
+            data[start : start + PIECE] = await self._read_piece(min(PIECE, count - start))
+        return data
+
+    async def close(self) -> None:
+        """End the stream, with the acknowledgement if it is owed."""
+        try:
+            if self._owed:
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await self._stream.write(self._owed)
+        finally:
+            await self._stream.close()
+
+    async def _ask(self, first: int, count: int, expected: int) -> None:
+        request = bytes.fromhex(self._ref.digest) + first.to_bytes(4, "big") + count.to_bytes(4, "big")
+        owed, self._owed = self._owed, b""
+        await self._stream.write(owed + request)
+        header = await self._read_piece(ANSWER_BYTES)
+        if header[0] != OK:
+            raise Refused(header[0])
+        if (length := int.from_bytes(header[1:], "big")) != expected:
+            raise ConnectionError(f"announced {length} bytes instead of {expected}")
+
+    async def _read_piece(self, count: int) -> bytes:
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT):
+                return await self._stream.read_exactly(count)
+        except TimeoutError as error:
+            raise ConnectionError(f"stalled for {STALL_TIMEOUT:.0f} s") from error
+
+
+async def _refuse(stream: Stream, status: int) -> None:
+    async with asyncio.timeout(STALL_TIMEOUT):
+        await stream.write(bytes([status]) + bytes(8))
+        await stream.read_exactly(1)
