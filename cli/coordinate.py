@@ -34,14 +34,15 @@ def serve(
 
     Started again it goes on where it was.
     """
-    from ..coordinator.serve import serve_run
     from ..coordinator.settings import ServeSettings
-    from .service import run_service
 
     flags = given(
         listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None
     )
     settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config), **flags})
+    from ..coordinator.serve import serve_run
+    from .service import run_service
+
     run_service(serve_run(run, settings))
 
 

@@ -81,7 +81,7 @@ class LocalSwarm:
             if code and not member.killed:
                 problem = UnreachableError if code == UnreachableError.code else LutetiaError
                 words = member.last_words() or "it said nothing"
-                raise problem(f"{member.name} ended with exit code {code}: {words}; its log is {member.log}")
+                raise problem(f"{member.name} ended with exit code {code}: {words}")
 
     async def stop(self, *names: str) -> None:
         """SIGTERM them together, SIGKILL the group of whoever is still there after the grace."""

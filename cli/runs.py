@@ -32,11 +32,13 @@ def create(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a signed manifest and a ticket for new volunteers."""
-    from ..coordinator.create import create_run
     from ..coordinator.settings import RunSettings
 
     values = {**read_config(config), **given(preset=preset, name=name, addresses=address, experts=experts)}
-    created = create_run(data, folder, settings_of(RunSettings, str(config or "options"), values))
+    settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports
+    from ..coordinator.create import create_run
+
+    created = create_run(data, folder, settings)
     document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
     emit(document, as_json, lambda: created_text(document))
 

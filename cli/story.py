@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ..system.errors import LutetiaError
 from ..system.files import replace_folder
 from .live import View, live_view, shard_rows
 from .local_swarm import LocalSwarm, free_port
+from .output import say
 from .report import Phase
 from .takeover import Takeover, choose_victim
 from .watch import Watch
@@ -63,10 +65,22 @@ def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     with workspace(out) as work, live_view() as view:
         telling = Telling(view)
         made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling.phase)
-        with telling.phase("train three experts in a swarm"):
+        with telling.phase("train three experts in a swarm"), _logs_kept(work / "logs", out):
             act = asyncio.run(perform(telling, plan, made, work))
         replace_folder(finish(work, made, act, telling, keep_run), out)
     closing_words(out, telling)
+
+
+@contextmanager
+def _logs_kept(logs: Path, out: Path) -> Iterator[None]:
+    """When the swarm fails, put the logs of its processes beside `out`."""
+    try:
+        yield
+    except LutetiaError:
+        kept = out.with_name(f"{out.name}.logs")
+        shutil.copytree(logs, kept, dirs_exist_ok=True)
+        say(f"the logs of the swarm's processes are in {kept}")
+        raise
 
 
 async def perform(telling: Telling, plan: Preset, made: MadeRun, work: Path) -> Act:
@@ -126,9 +140,7 @@ class Act:
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise LutetiaError(
-                    f"the swarm was not done after {seconds:.0f} s; look at the logs with --keep-run, or give it more cores"
-                )
+                raise LutetiaError(f"the swarm was not done after {seconds:.0f} s; its logs say why, or it needs more cores")
             await asyncio.sleep(LOOK_EVERY)
 
     def _step(self, status: SwarmStatus) -> None:

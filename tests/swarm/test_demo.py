@@ -1,4 +1,4 @@
-"""The whole demo with its tiny preset, by real processes over libp2p: what it leaves in its folder, and what it leaves nowhere."""
+"""The whole demo with its tiny preset, by real processes over libp2p: what it writes, and that nothing is left of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import av
 import psutil
 import pytest
 from leftovers import family, litter
+from lutetia.protocol.status import SwarmStatus
 from PIL import Image
 from running import lutetia
-
-from lutetia.protocol.status import SwarmStatus
 
 CHILD = {"OMP_NUM_THREADS": "1"}
 
