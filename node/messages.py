@@ -239,9 +239,10 @@ class PublishCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class DiscardWork:
-    """Unaccepted checkpoints and local states of this shard are void; remove them."""
+    """Our work on this shard beyond accepted `epoch` is void: remove it. None: trust nothing of ours, check what was fetched."""
 
     shard: int
+    epoch: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The shard in work on disk: whole checkpoints of our own, and the newest local state, each naming what it descends from.
 
-A shard's folder holds `epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json` (the folder gets its name when all is
-written; the tensors move into the blob store when they are published), and `local-4-17.safetensors` with `local.json`, its name.
+A shard's folder holds `epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json` (the folder gets its name when all
+is written; when it is published, the blob store links to the same files), and `local-4-17.safetensors`, named by `local.json`.
 """
 
 from __future__ import annotations

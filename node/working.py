@@ -156,7 +156,7 @@ def _void(turn: Turn) -> None:
         turn.do(StopTrainer(save=False))
     turn.set(remembered=turn.state.remembered - {turn.work.shard})
     turn.change(trainer="off", pending=(), offering=None)
-    turn.do(DiscardWork(turn.work.shard))
+    turn.do(DiscardWork(turn.work.shard, turn.work.epoch))
 
 
 def _accepted(turn: Turn, epoch: int, digest: str) -> None:
@@ -222,7 +222,7 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
         _give_up(turn, f"the trainer failed {crashes} times in a row, last: {text}", save=True, seconds=10 * rules.lease)
     elif reason == "bad-state":
         turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; starting from the accepted one")
-        turn.do(DiscardWork(work.shard))
+        turn.do(DiscardWork(work.shard, None))
         start_sync(turn, work.shard)
         turn.change(crashes=crashes)
     else:
@@ -338,7 +338,7 @@ def _budget(turn: Turn) -> None:
     """The shard's last epoch: wait for its acceptance, then look for other work."""
     work, epochs = turn.work, turn.rules.epochs
     if work.epoch >= epochs:
-        turn.do(DiscardWork(work.shard))
+        turn.do(DiscardWork(work.shard, work.epoch))
         _to_idle(turn, f"shard {work.shard} is done", save=False)
     elif work.newest >= epochs and work.trainer == "off" and turn.state.phase == "training":
         turn.enter("publishing", f"shard {work.shard} is trained; waiting for its last checkpoints to be accepted")

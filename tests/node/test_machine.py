@@ -239,7 +239,7 @@ def test_fenced_when_another_peers_epoch_is_accepted(owned_by_me: bool):
     foreign = acceptance(0, 1, "x1", OTHER, tenure_until=walk.now + 600)
     walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME if owned_by_me else OTHER, walk.now + 60, accepted=foreign),)))
     assert m.StopTrainer(save=False) in walk.actions
-    assert m.DiscardWork(0) in walk.actions
+    assert m.DiscardWork(0, 0) in walk.actions
     if owned_by_me:
         assert m.Sync(0, 1, "x1") in walk.actions
         assert walk.state.phase == "syncing"
@@ -430,7 +430,7 @@ def test_exit_of_an_earlier_trainer_is_stale():
 def test_bad_state_is_thrown_away_and_synced_again():
     walk = Walk().training()
     actions = walk.feed(m.TrainerExited(walk.now, 1, "bad-state", "moments do not match"))
-    assert m.DiscardWork(0) in actions
+    assert m.DiscardWork(0, None) in actions
     assert m.Sync(0, 0, None) in actions
 
 
@@ -490,7 +490,7 @@ def test_refused_checkpoint_is_trained_again_once_then_the_shard_is_given_up():
     walk = Walk().training()
     walk.checkpoint(1, None)
     actions = walk.feed(m.OfferAnswered(walk.now, "d1", "invalid", "held-out loss is worse"))
-    assert m.DiscardWork(0) in actions
+    assert m.DiscardWork(0, 0) in actions
     assert m.Sync(0, 0, None) in actions
     walk.feed(m.SyncDone(walk.now, 0, 0, None))
     walk.checkpoint(1, None)

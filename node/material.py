@@ -1,0 +1,231 @@
+"""What a shard's training needs and leaves on disk: blobs fetched and kept, own checkpoints offered, old ones removed.
+
+Layout of the state folder: `identity.key`, `daemon.pid`, `control.sock`, `contributions.json`, `blobs/`, and per run
+`runs/<run>/{manifest.json, peers.json, probe.json, work/<shard>/…}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..protocol.canonical import Frozen, canonical
+from ..protocol.manifest import BlobRef, Digest, Manifest
+from ..protocol.records import AcceptanceRecord
+from ..protocol.store import BlobStore
+from ..system.errors import IntegrityError
+from ..system.files import disk_errors, write_atomic
+from .workfolder import FILES, Kept, Resume, WorkFolder, chain, resume_point
+
+log = logging.getLogger("lutetia.node.material")
+
+BASE = "base.json"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things of one run lie in the state folder."""
+
+    state: Path
+    run: str
+
+    @property
+    def folder(self) -> Path:
+        return self.state / "runs" / self.run[:16]
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"  # written by `join_swarm`
+
+    @property
+    def finding(self) -> Path:
+        return self.folder / "probe.json"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def blobs(self) -> Path:
+        return self.state / "blobs"
+
+
+class Base(Frozen):
+    """The accepted checkpoint on which a shard's work stands."""
+
+    epoch: int
+    checkpoint: Digest
+    weights: BlobRef
+    state: BlobRef
+
+
+@dataclass(frozen=True)
+class Start:
+    """Files from which a trainer starts."""
+
+    place: Resume
+    weights: Path | None
+    state: Path | None
+
+
+class Material:
+    """The files of one run's work. Methods block on the disk."""
+
+    def __init__(self, places: Places, manifest: Manifest, store: BlobStore) -> None:
+        self.places, self.manifest, self.store = places, manifest, store
+
+    def work(self, shard: int) -> WorkFolder:
+        return WorkFolder(self.places.work, self.manifest.run_id, shard)
+
+    # --- bases --------------------------------------------------------------------------------------------------------------
+
+    def base(self, shard: int, epoch: int, checkpoint: str | None, accepted: AcceptanceRecord | None) -> Base | None:
+        """The blobs of accepted (`epoch`, `checkpoint`): our own, or as the acceptance or an earlier sync named them."""
+        for kept in self.work(shard).kept():
+            if (kept.epoch, kept.digest) == (epoch, checkpoint):
+                return Base(epoch=epoch, checkpoint=kept.digest, weights=kept.weights, state=kept.state)
+        if accepted and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint):
+            return Base(epoch=epoch, checkpoint=accepted.checkpoint, weights=accepted.weights, state=accepted.state)
+        known = self._known_base(shard)
+        return known if known and (known.epoch, known.checkpoint) == (epoch, checkpoint) else None
+
+    def _known_base(self, shard: int) -> Base | None:
+        with contextlib.suppress(OSError, ValidationError):
+            return Base.model_validate_json((self.work(shard).path / BASE).read_bytes())
+        return None
+
+    def set_base(self, shard: int, base: Base) -> None:
+        """Remember what was fetched; what was fetched before it is not needed any more."""
+        old = self._known_base(shard)
+        if old and old != base:
+            for ref in (old.weights, old.state):
+                if ref not in (base.weights, base.state):
+                    self.store.remove(ref.digest)
+        write_atomic(self.work(shard).path / BASE, canonical(base))
+
+    # --- own checkpoints ----------------------------------------------------------------------------------------------------
+
+    def pending(self, shard: int, epoch: int, checkpoint: str | None) -> list[Kept]:
+        """Own whole checkpoints on top of (`epoch`, `checkpoint`); the rest of the chain after a damaged one is dropped."""
+        work = self.work(shard)
+        work.sweep()
+        own = chain(epoch, checkpoint, work.kept())
+        for index, kept in enumerate(own):
+            if not all(self._file(kept, name).is_file() for name in FILES):
+                log.warning("checkpoint %d of shard %d is damaged on disk; it is trained again", kept.epoch, shard)
+                for lost in own[index:]:
+                    work.drop_epoch(lost.epoch)
+                return own[:index]
+        return own
+
+    def _file(self, kept: Kept, name: str) -> Path:
+        return self.work(kept.shard).epoch_folder(kept.epoch) / f"{name}.safetensors"
+
+    def start(self, shard: int, epoch: int, checkpoint: str | None, base: Base | None) -> Start:
+        """The newest place to train from, and its files."""
+        work = self.work(shard)
+        place = resume_point(epoch, checkpoint, self.pending(shard, epoch, checkpoint), work.local())
+        if place.kept:
+            return Start(place, self._file(place.kept, "weights"), self._file(place.kept, "state"))
+        if base:
+            return Start(place, self.store.path(base.weights.digest), self.store.path(base.state.digest))
+        init = self.manifest.expert_of(shard).init
+        return Start(place, self.store.path(init.digest) if init else None, None)
+
+    def into_store(self, kept: Kept, keep: Collection[str]) -> None:
+        """Make a checkpoint's files servable; they share the disk space of the work folder. Raises DiskError, IntegrityError."""
+        self.make_room(sum(ref.size for ref in kept.refs if not self.store.has(ref.digest)), keep)
+        for name, ref in zip(FILES, kept.refs, strict=True):
+            if self.store.has(ref.digest):
+                continue
+            path = self._file(kept, name)
+            link = path.with_name(f".{path.name}.part")
+            with disk_errors(link):
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(path, link)
+                except OSError:  # a file system without hard links
+                    found = self.store.add_file(path)
+                else:
+                    found = self.store.add_file(link, move=True)
+            if found != ref:
+                self.store.remove(found.digest)
+                raise IntegrityError(f"{path} was damaged on disk; checkpoint {kept.epoch} of shard {kept.shard} is lost")
+
+    # --- housekeeping -------------------------------------------------------------------------------------------------------
+
+    def superseded(self, shard: int, epoch: int) -> None:
+        """Epoch `epoch` of ours was accepted: our older checkpoints, and the base that we had fetched, may go."""
+        work = self.work(shard)
+        kept = work.kept()
+        needed = {ref.digest for item in kept if item.epoch >= epoch for ref in item.refs}
+        for item in kept:
+            if item.epoch < epoch:
+                for ref in item.refs:
+                    if ref.digest not in needed:
+                        self.store.remove(ref.digest)
+                work.drop_epoch(item.epoch)
+        old = self._known_base(shard)
+        if old and old.epoch < epoch:
+            for ref in (old.weights, old.state):
+                if ref.digest not in needed:
+                    self.store.remove(ref.digest)
+            (work.path / BASE).unlink(missing_ok=True)
+
+    def discard(self, shard: int, epoch: int | None) -> None:
+        """Our work beyond accepted `epoch` is void; an accepted checkpoint of our own stays, for it is served.
+
+        With None nothing is trusted: blobs of this shard that were fetched and do not match their name go, too.
+        """
+        work = self.work(shard)
+        work.drop_local()
+        for kept in work.kept():
+            if epoch is None or kept.epoch > epoch:
+                for ref in kept.refs:
+                    self.store.remove(ref.digest)
+                work.drop_epoch(kept.epoch)
+        if epoch is None:
+            self._check_fetched(shard)
+
+    def _check_fetched(self, shard: int) -> None:
+        base = self._known_base(shard)
+        for ref in (self.manifest.shards[shard].train, *((base.weights, base.state) if base else ())):
+            try:
+                if self.store.has(ref.digest):
+                    self.store.verify(ref.digest)
+            except IntegrityError as error:
+                log.warning("%s; it is fetched again", error)
+                self.store.remove(ref.digest)
+
+    def held(self) -> dict[str, int]:
+        """Blobs that this box's work rests on, and their sizes: own checkpoints, bases, shards in work. To be kept and served."""
+        found: dict[str, int] = {}
+        for path in sorted(self.places.work.glob("[0-9]*")):
+            shard = int(path.name)
+            base = self._known_base(shard)
+            refs = [ref for kept in self.work(shard).kept() for ref in kept.refs]
+            refs += [base.weights, base.state] if base else []
+            refs.append(self.manifest.shards[shard].train)
+            found |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
+        return found
+
+    def make_room(self, need: int, keep: Collection[str]) -> None:
+        """Under a disk limit, remove blobs that nothing rests on, oldest first, until `need` more bytes fit (or none is left)."""
+        limit = self.store.limit_bytes
+        if limit is None or need == 0:
+            return
+        spare = [digest for digest in self.store.digests() if digest not in keep]
+        spare.sort(key=lambda digest: self.store.path(digest).stat().st_mtime)
+        used = self.store.used_bytes()
+        for digest in spare:
+            if used + need <= limit:
+                return
+            used -= self.store.path(digest).stat().st_size
+            self.store.remove(digest)
+            log.info("removed blob %s to stay within the disk limit", digest[:12])
