@@ -125,7 +125,8 @@ class LutetiaPipeline(DiffusionPipeline):
         """One clip per prompt, by Euler steps over the scheduler's time grid.
 
         Prompt i starts from noise of `seed + i`, the same in any batch and on any device; or from `generator`, or from `latents`.
-        Returns LutetiaPipelineOutput, or its two fields as a tuple. `mode` routes (top1, top2, full, sticky); `expert` asks that one alone. What is None is the mixture's own choice.
+        `mode` routes (top1, top2, full, sticky); `expert` asks that one alone. What is None is the mixture's own choice.
+        Returns LutetiaPipelineOutput, or its two fields as a tuple.
         Raises UsageError for empty or overlong prompts and for sizes that the mixture does not make.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -212,9 +213,7 @@ class LutetiaPipeline(DiffusionPipeline):
         own = self.spec.pixel_frames, self.spec.pixel_height, self.spec.pixel_width
         for name, asked, makes in zip(("frames", "height", "width"), size, own, strict=True):
             if asked is not None and asked != makes:
-                raise UsageError(
-                    f"this mixture makes clips of {name} {makes}, not {asked}; leave it out or train a run of that size"
-                )
+                raise UsageError(f"this mixture makes clips of {name} {makes}, not {asked}; leave {name} out")
         for number, text in enumerate(prompts, 1):
             self._check_prompt(number, text)
 

@@ -60,7 +60,7 @@ class VideoRouter(ModelMixin, ConfigMixin):
         self.place = nn.Parameter(torch.randn(1, patches, hidden) * 0.02)
         self.wave = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(64, hidden)
-        self.text = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, hidden)) if pooled_width else None
+        self.text = nn.Sequential(nn.RMSNorm(pooled_width, eps=1e-6), nn.Linear(pooled_width, hidden)) if pooled_width else None
         self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(2 * hidden, experts)

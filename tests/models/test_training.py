@@ -2,16 +2,19 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lutetia.models.batches import batch_at
 from lutetia.models.experts import build_expert
 from lutetia.models.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
-from lutetia.models.training import ExpertTrainer, TrainingDiverged, write_state, write_weights
+from lutetia.models.training import ExpertTrainer, TrainingDiverged, _Batches, write_state, write_weights
 from lutetia.protocol.manifest import Optimisation
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from toys import CONFIGS, WAN, toy_data, toy_manifest
@@ -30,9 +33,12 @@ def weights_bytes(trainer: ExpertTrainer, folder: Path) -> bytes:
 
 def child(folder: Path, optimizer: str, micro_batch: int) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     command = [sys.executable, str(HERE / "trainer_child.py"), str(folder), optimizer, str(micro_batch)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+
+
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> None:
@@ -217,6 +223,29 @@ def test_what_cannot_be_resumed_is_refused(tmp_path) -> None:
         ExpertTrainer(manifest, 1, toy_data()).restore(0, state=tmp_path / "middle")
     with pytest.raises(DataError, match="has 3 clips, fewer than a batch of 4"):
         ExpertTrainer(manifest, 0, toy_data(3))
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a file system of its own")
+def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
+    """On a tmpfs of 600 kB, which has room for one state and not for the next one beside it."""
+    mount = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" "$1" "$2"'
+    child = [sys.executable, str(HERE / "full_disk_child.py"), str(tmp_path)]
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, *child]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+    assert done.returncode == 0, done.stderr
+    assert "no space left on device; free space" in done.stdout
+    assert done.stdout.strip().endswith("1")
+
+
+def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
+    manifest, data = toy_manifest(), toy_data()
+    ahead = _Batches(SimpleNamespace(manifest=manifest, shard=0, data=data, device=torch.device("cuda")))  # pyright: ignore
+    for epoch, step in [(0, 0), (0, 1), (0, 5), (1, 0), (1, 1), (0, 3)]:
+        made, expected = ahead.take(epoch, step), batch_at(manifest, 0, data, epoch, step)
+        assert torch.equal(made.noise, expected.noise)
+        assert torch.equal(made.latents, expected.latents)
 
 
 def test_divergence_is_said() -> None:
