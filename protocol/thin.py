@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..system.errors import BootstrapError
+from .documents import ACK
 from .framing import read_framed
 from .status import MAX_STATUS_BYTES
 from .ticket import Ticket
@@ -85,7 +86,9 @@ async def _ask(host: Any, address: str, protocol: str, limit: int) -> bytes:
         return bytes(data)
 
     try:
-        return await read_framed(read_exactly, limit)
+        document = await read_framed(read_exactly, limit)
+        await stream.write(ACK)
+        return document
     finally:
         await stream.close()
 
