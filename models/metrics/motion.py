@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...system.errors import ConfigError
+from ...system.errors import ConfigError, DataError
 from .bootstrap import Figure, mean
 
 Method = Literal["farneback", "ilk"]
@@ -50,7 +50,9 @@ class MotionExtractor:
         self.tag = f"flow-{self.method}-{GRID}-1"
 
     def __call__(self, clips: Tensor) -> dict[str, Tensor]:
-        """uint8 [N, F, H, W, 3] with F >= 3 to {"speed": [N, 1], "field": [N, 80]}."""
+        """uint8 [N, F, H, W, 3] to {"speed": [N, 1], "field": [N, 80]}. Raises DataError below 3 frames."""
+        if clips.shape[1] < 3:
+            raise DataError(f"a clip of {clips.shape[1]} frames has no motion to measure, which takes 3; make longer clips")
         flows = [self._flow(clip) for clip in clips]
         return {
             "speed": torch.stack([flow.norm(dim=1).mean().view(1) for flow in flows]),

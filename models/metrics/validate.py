@@ -173,7 +173,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, maker, "lpc", folder, "--n", str(COUNT)], check=True)
         clips = read_clips(Path(folder), SHAPE)
-    sys.stdout.write(run(clips, FeatureCache(arguments.cache), lambda what: print(what, file=sys.stderr, flush=True)))
+    sys.stdout.write(run(clips, FeatureCache(arguments.cache), _tell))
+
+
+def _tell(what: str) -> None:
+    sys.stderr.write(f"{what}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lutetia.models.metrics.agreement import fit_probe, load_probe, rank, retrie
 from lutetia.models.metrics.classifier import classify, fit_classifier, words
 from lutetia.models.metrics.clip import AestheticHead, Clip, spread
 from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.metrics.judges import Judges, JudgeSettings
 from lutetia.models.metrics.sentences import MiniLM
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from safetensors.torch import save_file
@@ -118,6 +119,18 @@ def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., 
     )
     cosine = reference.logits_per_image.item() / clip.model.logit_scale.exp().item()
     assert float(images[0, 0] @ text[0]) == pytest.approx(cosine, abs=1e-5)
+
+
+def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
+    save_file({"weight": torch.randn(1, 8), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
+    settings = JudgeSettings(metrics=("clip",), clip=str(tiny_clip), aesthetic=tmp_path / "head.safetensors", cache=tmp_path)
+    clips = squares(6)
+    judges = Judges(clips, clips, None, settings)
+    similarity, aesthetic = judges.judge(clips)
+    assert (similarity.name, aesthetic.name) == ("CLIP text-video similarity", "aesthetic score")
+    assert similarity.real == similarity.figure
+    assert -1 <= similarity.figure.low <= similarity.figure.high <= 1
+    assert 3 < aesthetic.figure.value < 7
 
 
 def test_a_folder_without_clip_is_one_sentence(tmp_path: Path) -> None:

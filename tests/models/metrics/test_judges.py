@@ -1,0 +1,94 @@
+"""How the metrics are put together into the entries of a report, with extractors that are quick to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lutetia.models.metrics import judges as room
+from lutetia.models.metrics.assets import I3D_FILE
+from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.metrics.degrade import frozen, noisy, shuffled_captions
+from lutetia.models.metrics.judges import Judges, JudgeSettings
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Looks:
+    """Stands for I3D and EfficientNet: where the square is in the first and last frame, and its colour."""
+
+    tag = "looks"
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __call__(self, clips: Tensor) -> dict[str, Tensor]:
+        ends = clips[:, [0, -1]].float().permute(0, 1, 4, 2, 3).flatten(0, 1)
+        cells = F.avg_pool2d(ends, 8).unflatten(0, (-1, 2)).flatten(1) / 25
+        colour = clips.float().amax(dim=(1, 2, 3)) / 25
+        steps = cells[:, cells.shape[1] // 2 :] - cells[:, : cells.shape[1] // 2]
+        rows = torch.cat([cells, colour, steps], dim=1)
+        return {"logits": rows, "pooled": rows, "mean": rows, "deviation": steps}
+
+
+class Bag:
+    """Stands for the sentence encoder: which words a sentence has."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __call__(self, sentences: Sequence[str]) -> Tensor:
+        vocabulary = ("red", "green", "blue", "white", "left", "right", "up", "down")
+        return torch.tensor([[float(word in sentence.split()) for word in vocabulary] for sentence in sentences])
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch, squares: Callable[..., ClipSet]) -> Judges:
+    for name, fake in (("I3DExtractor", Looks), ("EfficientNetExtractor", Looks), ("MiniLM", Bag)):
+        monkeypatch.setattr(room, name, fake)
+    settings = JudgeSettings(metrics=("fvd", "retrieval", "classifier"), resamples=12)
+    return Judges(squares(300, seed=1), squares(60, seed=2), squares(60, seed=3), settings)
+
+
+def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+    assert ready.left_out == {}
+    clips = squares(60, seed=4)
+    good = {entry.name: entry for entry in ready.judge(clips, seeds=(4, 5))}
+    assert len(good) == 4 + 3 + 3
+    assert all(entry.figure.seeds == (4, 5) for entry in good.values())
+    retrieval = good[f"{room.PROBE_NAME}, R@1"]
+    assert "stand-in, not CLIP" in retrieval.note
+    assert retrieval.real is not None
+    assert retrieval.figure.value == pytest.approx(retrieval.real.value, abs=0.25)
+    assert retrieval.figure.low > 0.5
+    assert good[f"{room.CLASSIFIER_NAME}, R@1"].figure.low > 0.3
+    assert good["FVD, debiased"].figure.low < 0
+    noise = {entry.name: entry for entry in ready.judge(noisy(clips, 40, 0))}
+    assert noise["FVD"].figure.low > good["FVD"].figure.high
+    assert noise["FVD, kernel distance"].figure.low > good["FVD, kernel distance"].figure.high
+    still = {entry.name: entry for entry in ready.judge(frozen(clips))}
+    swapped = {entry.name: entry for entry in ready.judge(shuffled_captions(clips, 0))}
+    for worse in (still, swapped):
+        assert worse[f"{room.PROBE_NAME}, R@1"].figure.high < retrieval.figure.low
+    assert swapped["FVD"].figure.value == good["FVD"].figure.value
+
+
+def test_without_spare_clips_the_floor_tells_its_n(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+    alone = Judges(squares(300, seed=1), squares(60, seed=2), None, JudgeSettings(metrics=("fvd",), resamples=12))
+    entry = alone.judge(squares(60, seed=4))[0]
+    assert entry.real is not None
+    assert (entry.figure.n, entry.real.n) == (60, 30)
+    paired = ready.judge(squares(60, seed=4))[0]
+    assert paired.real is not None
+    assert paired.real.n == 60
+    assert paired.real.value < entry.real.value
+
+
+def test_short_clips_leave_fvd_out_with_its_reason(
+    squares: Callable[..., ClipSet], asset_or_skip: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTETIA_ASSETS", str(asset_or_skip(I3D_FILE).parent))
+    short = squares(24, frames=8)
+    judges = Judges(short, short, None, JudgeSettings(metrics=("fvd",)))
+    assert judges.left_out["fvd"].startswith("a clip of 8 frames is too short for I3D, which needs 10")
+    assert judges.judge(short) == []
