@@ -139,24 +139,27 @@ class BlobClient:
     async def table(self) -> bytes:
         """The chunk hashes, unverified."""
         await self._ask(0, 0, HASH * chunk_count(self._ref.size))
-        data = await self.read(HASH * chunk_count(self._ref.size))
+        data = bytearray(HASH * chunk_count(self._ref.size))
+        await self.read_into(memoryview(data))
         self._owed = ACK
         return bytes(data)
 
     async def ask_chunks(self, first: int, count: int) -> None:
-        """Then `read` each chunk, and say `finished`."""
+        """Then `read_into` for each chunk, and say `finished`."""
         await self._ask(first, count, min(self._ref.size, (first + count) * CHUNK) - first * CHUNK)
 
     def finished(self) -> None:
         """All that was asked for has been read. The next request carries the word to the provider, or `close` does."""
         self._owed = ACK
 
-    async def read(self, count: int) -> bytearray:
-        """The next `count` bytes of the answer."""
-        data = bytearray(count)
-        for start in range(0, count, PIECE):
-            data[start : start + PIECE] = await self._read_piece(min(PIECE, count - start))
-        return data
+    async def read_into(self, target: memoryview) -> None:
+        """The next bytes of the answer; no PIECE of them may take longer than STALL_TIMEOUT."""
+        try:
+            for start in range(0, len(target), PIECE):
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await self._stream.read_into(target[start : start + PIECE])
+        except TimeoutError as error:
+            raise ConnectionError(f"stalled for {STALL_TIMEOUT:.0f} s") from error
 
     async def close(self) -> None:
         """End the stream, with the acknowledgement if it is owed."""
@@ -171,18 +174,12 @@ class BlobClient:
         request = bytes.fromhex(self._ref.digest) + first.to_bytes(4, "big") + count.to_bytes(4, "big")
         owed, self._owed = self._owed, b""
         await self._stream.write(owed + request)
-        header = await self._read_piece(ANSWER_BYTES)
+        header = bytearray(ANSWER_BYTES)
+        await self.read_into(memoryview(header))
         if header[0] != OK:
             raise Refused(header[0])
         if (length := int.from_bytes(header[1:], "big")) != expected:
             raise ConnectionError(f"announced {length} bytes instead of {expected}")
-
-    async def _read_piece(self, count: int) -> bytes:
-        try:
-            async with asyncio.timeout(STALL_TIMEOUT):
-                return await self._stream.read_exactly(count)
-        except TimeoutError as error:
-            raise ConnectionError(f"stalled for {STALL_TIMEOUT:.0f} s") from error
 
 
 async def _refuse(stream: Stream, status: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..system.errors import IntegrityError
 from .blob_plan import Plan, Span
 from .blob_stream import ABSENT, BLOB, MALFORMED, BlobClient, Refused
-from .blobs import ChunkTable
+from .blobs import CHUNK, ChunkTable
 from .manifest import BlobRef
 from .partial import PartialBlob
 from .transport import Transport
@@ -132,12 +132,14 @@ class Worker:
     async def _fetch_span(self, client: BlobClient, plan: Plan, span: Span) -> bool:
         """Read chunk n+1 while chunk n is verified and written in a thread. False: the stream still carries unwanted bytes."""
         asked, table, loop = span.end, self._transfer.partial.table, asyncio.get_running_loop()
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]  # one is read into while the other is kept
         keeping: asyncio.Task[None] | None = None
         try:
             await client.ask_chunks(span.next, span.left)
             while span.left:
                 index = span.next
-                chunk = await client.read(table.chunk_size(index))
+                chunk = buffers[index % 2][: table.chunk_size(index)]
+                await client.read_into(chunk)
                 plan.advance(span, loop.time())
                 if keeping:
                     await keeping
@@ -154,7 +156,7 @@ class Worker:
             client.finished()
         return span.next == asked
 
-    async def _keep(self, plan: Plan, span: Span, index: int, chunk: bytearray) -> None:
+    async def _keep(self, plan: Plan, span: Span, index: int, chunk: memoryview) -> None:
         await asyncio.to_thread(self._transfer.partial.write, index, chunk)
         self._failures = 0
         if plan.is_missing(index):

@@ -27,6 +27,10 @@ class Stream(ABC):
     async def read_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises ConnectionError when the stream ends before."""
 
+    async def read_into(self, target: memoryview) -> None:
+        """Fill `target`, like `read_exactly`; backends that can do it without copies override it."""
+        target[:] = await self.read_exactly(len(target))
+
     @abstractmethod
     async def write(self, data: bytes | memoryview) -> None:
         """Send `data`; waits while the receiver is slow (back-pressure)."""

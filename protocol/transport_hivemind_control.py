@@ -13,38 +13,30 @@ from typing import Any
 from .handlers import HandlerTasks
 from .transport import Handler, Stream
 from .transport_hivemind_library import Multiaddr, PeerID, messages
+from .transport_hivemind_wire import Wire
 
 DIAL_TIMEOUT = 8.0
 CONTROL_TIMEOUT = 10.0
-READ_LIMIT = 4 << 20
-LINGER = 30.0
 
 
 class DaemonStream(Stream):
     """A libp2p stream as p2pd passes it on."""
 
-    def __init__(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, peer_id: str, wire: Wire) -> None:
         self.peer_id = peer_id
-        self._reader, self._writer = reader, writer
+        self._wire = wire
 
     async def read_exactly(self, count: int) -> bytes:
-        try:
-            return await self._reader.readexactly(count)
-        except asyncio.IncompleteReadError as error:
-            early = count - len(error.partial)
-            raise ConnectionError(f"the stream of {self.peer_id} ended {early} bytes early") from error
+        return await self._wire.read_exactly(count)
+
+    async def read_into(self, target: memoryview) -> None:
+        await self._wire.read_into(target)
 
     async def write(self, data: bytes | memoryview) -> None:
-        if self._writer.is_closing():
-            raise ConnectionError(f"the stream to {self.peer_id} is closed")
-        self._writer.write(data)
-        await self._writer.drain()
+        await self._wire.write(data)
 
     async def close(self) -> None:
-        """What was written still goes out, for at most LINGER seconds."""
-        if not self._writer.is_closing() and self._writer.transport.get_write_buffer_size():
-            asyncio.get_running_loop().call_later(LINGER, self._writer.transport.abort)
-        self._writer.close()
+        self._wire.close()
 
 
 class Control:
@@ -55,6 +47,7 @@ class Control:
         self._folder = folder
         self._handlers: dict[str, Handler] = {}
         self._tasks = HandlerTasks()
+        self._greeting: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Server | None = None
 
     @property
@@ -83,20 +76,21 @@ class Control:
         """Raises ConnectionError when the peer cannot be reached or does not speak `protocol`."""
         peer = PeerID.from_base58(peer_id).to_bytes()
         opening = messages.StreamOpenRequest(peer=peer, proto=[protocol], timeout=max(1, int(seconds)))
-        reader, writer = await self._connection()
+        wire = await self._connection()
         try:
             async with _time_limit(seconds + 1, f"peer {peer_id} did not answer"):
-                await _request(reader, writer, messages.Request(type=messages.Request.STREAM_OPEN, streamOpen=opening))
+                await _request(wire, messages.Request(type=messages.Request.STREAM_OPEN, streamOpen=opening))
         except BaseException:
-            writer.close()
+            wire.close()
             raise
-        return DaemonStream(peer_id, reader, writer)
+        return DaemonStream(peer_id, wire)
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of `protocol`; serving it again replaces the handler."""
         path = f"{self._folder}/streams.sock"
         if self._listener is None:
-            self._listener = await asyncio.start_unix_server(self._inbound, path, limit=READ_LIMIT)
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_unix_server(lambda: Wire(self._connected), path)
         if protocol not in self._handlers:
             address = Multiaddr(f"/unix{path}").to_bytes()
             request = messages.StreamHandlerRequest(addr=address, proto=[protocol], balanced=False)
@@ -109,33 +103,40 @@ class Control:
             self._listener.close()
         await self._tasks.close()
 
-    async def _inbound(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """p2pd connects once per inbound stream and says first whose it is."""
+    def _connected(self, wire: Wire) -> None:
+        """p2pd connects once per inbound stream."""
+        task = asyncio.get_running_loop().create_task(self._inbound(wire))
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+
+    async def _inbound(self, wire: Wire) -> None:
+        """It says first whose stream it is, and for what."""
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT):
-                info = messages.StreamInfo.FromString(await _read_message(reader))
-        except (TimeoutError, OSError, EOFError):
-            writer.close()
+                info = messages.StreamInfo.FromString(await _read_message(wire))
+        except (TimeoutError, OSError):
+            wire.close()
             return
         handler = self._handlers.get(info.proto)
-        stream = DaemonStream(PeerID(info.peer).to_base58(), reader, writer)
+        stream = DaemonStream(PeerID(info.peer).to_base58(), wire)
         if handler is None or not self._tasks.start(info.proto, handler, stream):
-            writer.close()
+            wire.close()
 
     async def _ask(self, request: Any, seconds: float = CONTROL_TIMEOUT) -> Any:
-        reader, writer = await self._connection()
+        wire = await self._connection()
         try:
             async with _time_limit(seconds, "p2pd did not answer"):
-                return await _request(reader, writer, request)
+                return await _request(wire, request)
         finally:
-            writer.close()
+            wire.close()
 
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self) -> Wire:
         """Raises ConnectionError when p2pd is gone."""
         try:
-            return await asyncio.open_unix_connection(f"{self._folder}/control.sock", limit=READ_LIMIT)
+            _, wire = await asyncio.get_running_loop().create_unix_connection(Wire, f"{self._folder}/control.sock")
         except FileNotFoundError as error:
             raise ConnectionError("p2pd has ended") from error
+        return wire
 
 
 @contextlib.asynccontextmanager
@@ -148,28 +149,24 @@ async def _time_limit(seconds: float, sentence: str) -> AsyncIterator[None]:
         raise ConnectionError(f"{sentence} within {seconds:.0f} s") from error
 
 
-async def _request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Any) -> Any:
+async def _request(wire: Wire, request: Any) -> Any:
     message = request.SerializeToString()
-    writer.write(_varint(len(message)) + message)
-    await writer.drain()
-    try:
-        response = messages.Response.FromString(await _read_message(reader))
-    except EOFError as error:
-        raise ConnectionError("p2pd hung up") from error
+    await wire.write(_varint(len(message)) + message)
+    response = messages.Response.FromString(await _read_message(wire))
     if response.type == messages.Response.ERROR:
         raise ConnectionError(response.error.msg)
     return response
 
 
-async def _read_message(reader: asyncio.StreamReader) -> bytes:
+async def _read_message(wire: Wire) -> bytes:
     size = shift = 0
     while True:
-        byte = (await reader.readexactly(1))[0]
+        byte = (await wire.read_exactly(1))[0]
         size |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
             break
-    return await reader.readexactly(size)
+    return await wire.read_exactly(size)
 
 
 def _varint(number: int) -> bytes:
