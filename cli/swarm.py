@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .arguments import TicketArgument, read_ticket, setting
 from .output import JsonFlag, emit
 
-app = typer.Typer(help="Ask a run how it stands; works without joining.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ..protocol.status import SwarmStatus
+
+app = typer.Typer(help="Ask a run how it stands, or fetch its model.", no_args_is_help=True)
 
 
 @app.command("status")
@@ -27,7 +31,7 @@ def swarm_status(
     emit(status, as_json, lambda: render_status(status, time.time()))
 
 
-def fetch_status(ticket: str, timeout: float):
+def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
     """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
     decoded = read_ticket(ticket)
 
@@ -48,3 +52,21 @@ def fetch_status(ticket: str, timeout: float):
     if status.run != decoded.run:
         raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
     return status
+
+
+@app.command("fetch")
+def fetch(
+    ticket: TicketArgument,
+    out: Annotated[Path, setting("FETCH_OUT", "Folder for the mixture; a former mixture there is replaced.")] = Path("mixture"),
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress that are too many.", min=0.1)] = 20.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fetch the run's newest mixture, verified against its signatures."""
+    from .fetching import fetch_mixture
+    from .progress import progress
+
+    decoded = read_ticket(ticket)
+    with progress("fetching the mixture") as on_progress:
+        mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
+    document = {"folder": str(out), "mixture": mixture.digest, "run": mixture.run, "files": len(mixture.files)}
+    emit(document, as_json, lambda: f"mixture {mixture.digest[:12]} is in {out}; next: lutetia generate PROMPT --mixture {out}")

@@ -13,6 +13,8 @@ from .transport import Stream, Transport
 HELLO = "/lutetia/hello/1"
 MANIFEST = "/lutetia/manifest/1"
 STATUS = "/lutetia/status/1"
+MIXTURE = "/lutetia/mixture/1"
+"""The signed description of the last mixture (`mixture.json`), empty before there is one; its files are served as blobs."""
 PROTOCOL_VERSION = 1
 
 MAX_DOCUMENT_BYTES = 4 << 20

@@ -14,7 +14,7 @@ from lutetia.protocol.identity import Identity
 from running import failure, lutetia, ticket
 
 COMMANDS = (
-    "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "run create", "run show",
+    "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",
     "coordinator serve", "coordinator replay", "data build", "data inspect", "data train-autoencoder", "generate",
     "identity show", "identity export", "identity import", "doctor", "help exit-codes",
 )  # fmt: skip

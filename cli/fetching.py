@@ -1,0 +1,61 @@
+"""A run's mixture over py-libp2p: description, files, signatures, and only then the folder that the user named."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..models.mixture_document import FILE, MixtureDocument, SignedMixture, verify_mixture
+from ..protocol.documents import MANIFEST, MIXTURE
+from ..protocol.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
+from ..protocol.thin import thin_document
+from ..protocol.thin_fetch import thin_blobs
+from ..protocol.ticket import Ticket
+from ..system.errors import IntegrityError, UnreachableError
+from ..system.files import replace_folder
+from .workspace import check_replaceable, workspace
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
+_MOST_BYTES, _MOST_FILES = 1 << 40, 100_000
+
+
+def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> MixtureDocument:
+    """Put the newest mixture of the ticket's run into `out`, whole or not at all.
+
+    Raises BootstrapError or UnreachableError (nobody serves it, or there is none yet), AuthorisationError (signature),
+    IntegrityError (bytes), UsageError (`out` holds something else) or DiskError.
+    """
+    check_replaceable(out, (FILE,))
+    manifest = open_manifest(
+        thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
+    ).manifest
+    data = thin_document(ticket, MIXTURE, timeout)
+    if not data:
+        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; look at lutetia swarm status and try again later")
+    described = read_description(data)
+    with workspace(out) as work:
+        folder = work / "mixture"
+        folder.mkdir()
+        (folder / FILE).write_bytes(data)
+        thin_blobs(ticket, {folder / name: ref for name, ref in described.files.items()}, timeout, on_bytes)
+        document = verify_mixture(folder, manifest.coordinators)
+        replace_folder(folder, out)
+    return document
+
+
+def read_description(data: bytes) -> MixtureDocument:
+    """The description, not yet verified, if it is safe to act on. Raises IntegrityError."""
+    try:
+        document = SignedMixture.model_validate_json(data).mixture
+    except ValidationError as error:
+        raise IntegrityError(f"the mixture's description is malformed: {first_problem(error)}; ask another peer") from error
+    bad = next((name for name in document.files if not _SAFE_NAME.fullmatch(name)), None)
+    if bad is not None:
+        raise IntegrityError(f"the mixture's description names the file {bad!r}, which would leave its folder; refused")
+    if len(document.files) > _MOST_FILES or sum(ref.size for ref in document.files.values()) > _MOST_BYTES:
+        raise IntegrityError("the mixture's description names more than fits anywhere; refused")
+    return document
