@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,12 +141,14 @@ def _reduce(vectors: Vectors) -> Vectors:
 
 def _fine(vectors: Vectors, number: int, seed: int) -> Labels:
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     large = len(vectors) > _MINI_BATCH_BEYOND
     options: dict[str, Any] = {"n_clusters": number, "n_init": 1 if large else 2, "random_state": seed}
     chosen = MiniBatchKMeans(**options, batch_size=8192) if large else KMeans(**options)
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than centroids: some stay empty
         labels = chosen.fit_predict(vectors)
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)  # empty ones vanish
 

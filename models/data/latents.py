@@ -6,9 +6,11 @@ of a diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or causal
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,18 @@ def demo_autoencoder() -> Path:
     return Path(__file__).parent / "weights" / "demo_autoencoder"
 
 
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keep a library from warning of config entries that it does not know, such as the latents' statistics."""
+    chosen = logging.getLogger(logger)
+    before = chosen.level
+    chosen.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        chosen.setLevel(before)
+
+
 class PixelLatents(Latents):
     """No autoencoder: three channels in -1..1."""
 
@@ -150,7 +164,7 @@ class AutoencoderLatents(Latents):
     def module(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         import diffusers
 
-        with hub_errors("latents", self._model):
+        with hub_errors("latents", self._model), _quiet("diffusers.configuration_utils"):
             model = getattr(diffusers, self.class_name).from_pretrained(
                 self._model.location, use_safetensors=True, low_cpu_mem_usage=False, **self._model.options
             )

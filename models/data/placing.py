@@ -69,8 +69,6 @@ def feature_vectors(
 def place_clips(prepared: PreparedClips, vectors: Vectors, settings: ClusterSettings, holdout: float) -> Placement:
     """Cluster the training clips, split off holdouts, and put each test clip where its look belongs. Deterministic."""
     training = _training_rows(prepared.clips)
-    if not training:
-        raise DataError("no clip is left for training; check the split column of the metadata")
     digests, kinds = [prepared.digests[row] for row in training], [prepared.clips[row].kind for row in training]
     found = cluster(vectors[training], digests, kinds, settings)
     report = summarise(found, vectors[training], [prepared.clips[row].caption for row in training], kinds)
@@ -89,11 +87,14 @@ def place_clips(prepared: PreparedClips, vectors: Vectors, settings: ClusterSett
 
 
 def _training_rows(clips: Sequence[ClipSource]) -> list[int]:
-    return [row for row, clip in enumerate(clips) if clip.split == "train"]
+    rows = [row for row, clip in enumerate(clips) if clip.split == "train"]
+    if not rows:
+        raise DataError("no clip is left for training; check the split column of the metadata")
+    return rows
 
 
 def _held_out(digests: Sequence[str], share: float, name: str) -> set[str]:
-    """Which contents are held out: those whose rank is below `share`, whatever the clusters, so that studies with different numbers
+    """Which contents are held out: those whose rank is below `share`, whatever the clusters, so that studies with other numbers
     of clusters hold out the same clips; and in small clusters the lowest ranks, up to eight but at most a quarter.
     """
     order = sorted(set(digests), key=_holdout_rank)

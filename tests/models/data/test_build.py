@@ -1,0 +1,241 @@
+"""The whole path on real mp4 files: shards, holdouts, test split, cache, interruption, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lutetia.models.data.build import BuildReport, BuildSettings, build_data
+from lutetia.models.data.description import read_data
+from lutetia.models.data.latents import load_latents
+from lutetia.models.data.output import output_folder
+from lutetia.models.data.shards import load_shard, read_shard_metadata
+from lutetia.protocol.blobs import ChunkTable
+from lutetia.system.errors import ConfigError, DataError, LutetiaError
+from PIL import Image
+
+from .building_child import SMALL
+from .clipmaker import look, make_folder, write_rows, write_video
+
+COUNTS = {"ball": 30, "bars": 24, "noise": 18}
+TEST_CLIPS = (0, 1, 30, 31, 54)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("clips"), COUNTS, TEST_CLIPS)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def built(clips: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
+    return build_data(clips, tmp_path_factory.mktemp("built") / "data", BuildSettings(**SMALL, cache=cache))
+
+
+def settings(cache: Path, **changes: Any) -> BuildSettings:
+    return BuildSettings.model_validate({**SMALL, "cache": cache, **changes})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_natural_kinds_become_shards(built: BuildReport) -> None:
+    description = read_data(built.out)
+    assert description == built.description
+    assert [shard.name for shard in description.shards] == ["ball", "bars", "noise"]
+    assert description.clustering.purity == 1.0
+    assert sum(shard.prior for shard in description.shards) == pytest.approx(1)
+    assert [shard.prior for shard in description.shards] == pytest.approx([28 / 67, 22 / 67, 17 / 67])
+    assert (built.train + built.holdout, built.test) == (67, 5)
+    for shard in description.shards:
+        for file in (shard.train, shard.holdout, shard.test):
+            assert file is not None
+            assert ChunkTable.of_file(built.out / file.path).ref == file.blob
+            data = load_shard(built.out / file.path, description.latent)
+            assert len(data) == file.clips
+            assert set(data.kinds) == {shard.name}
+
+
+def test_latents_are_normalised_and_decode_to_the_clips(built: BuildReport) -> None:
+    spec = built.description.latent
+    shards = [load_shard(built.out / shard.train.path, spec) for shard in built.description.shards]
+    latents = torch.cat([shard.latents for shard in shards])
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(3), atol=2e-3, rtol=0)
+    lines = [json.loads(line) for line in (built.out / "clips.jsonl").read_text().splitlines()]
+    number = {line["sha256"]: int(line["file_name"].split("-")[1][:3]) for line in lines}
+    source = read_shard_metadata(built.out / "shards/000.train.safetensors").sources[0]
+    decoded = load_latents("pixels", spec).decode(shards[0].latents[:1])[0]
+    assert np.abs(decoded.astype(int) - look("ball", number[source])).mean() < 3
+
+
+def test_no_file_is_on_two_sides(built: BuildReport) -> None:
+    sides: dict[str, set[str]] = {"train": set(), "holdout": set(), "test": set()}
+    for shard in built.description.shards:
+        for file in filter(None, (shard.train, shard.holdout, shard.test)):
+            sides[file.path.split(".")[1]] |= set(read_shard_metadata(built.out / file.path).sources)
+    assert not sides["train"] & sides["holdout"]
+    assert not (sides["train"] | sides["holdout"]) & sides["test"]
+    lines = [json.loads(line) for line in (built.out / "clips.jsonl").read_text().splitlines()]
+    assert {line["sha256"] for line in lines if line["split"] == "test"} == sides["test"]
+    assert len(lines) == 72
+
+
+def test_every_cluster_has_a_contact_sheet(built: BuildReport) -> None:
+    for name in ("000-ball", "001-bars", "002-noise"):
+        with Image.open(built.out / f"sheets/{name}.png") as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("RGB")).std() > 20
+
+
+def test_the_same_folder_gives_the_same_bytes_and_the_second_time_from_the_cache(
+    clips: Path, cache: Path, built: BuildReport, tmp_path: Path
+) -> None:
+    again = build_data(clips, tmp_path / "again", settings(cache))
+    assert again.cached == 72
+    fresh = build_data(clips, tmp_path / "fresh", settings(tmp_path / "cache", workers=1))
+    assert fresh.cached == 0
+    assert content(again.out) == content(fresh.out) == content(built.out)
+
+
+def test_what_is_held_out_stays_so_with_more_clusters(clips: Path, cache: Path, tmp_path: Path) -> None:
+    held = []
+    for experts in (1, 2):
+        build_data(clips, tmp_path / str(experts), settings(cache, experts=experts, holdout=0.3, largest_share=1.0))
+        lines = [json.loads(line) for line in (tmp_path / str(experts) / "clips.jsonl").read_text().splitlines()]
+        held.append({line["file_name"] for line in lines if line["split"] == "holdout"})
+    assert held[0]
+    assert held[0] <= held[1]
+    assert len(held[1]) <= len(held[0]) + 5  # small clusters get a few more
+
+
+@pytest.mark.parametrize(("stage", "count"), [("clips", 70), ("captions", 3), ("shards", 2)])
+def test_a_killed_build_leaves_nothing_and_the_next_goes_on(
+    clips: Path, built: BuildReport, tmp_path: Path, stage: str, count: int
+) -> None:
+    child = Path(__file__).with_name("building_child.py")
+    arguments = [str(clips), str(tmp_path / "out"), str(tmp_path / "cache"), stage, str(count)]
+    ended = subprocess.run([sys.executable, str(child), *arguments], env={"OMP_NUM_THREADS": "1", "PATH": ""}, timeout=120)
+    assert ended.returncode == -9
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").glob(".*")) or stage == "clips"
+    report = build_data(clips, tmp_path / "out", settings(tmp_path / "cache"))
+    assert report.cached >= 64
+    assert content(report.out) == content(built.out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_an_interrupted_build_leaves_the_earlier_result(clips: Path, cache: Path, tmp_path: Path) -> None:
+    build_data(clips, tmp_path / "out", settings(cache))
+    before = content(tmp_path / "out")
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "shards":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_data(clips, tmp_path / "out", settings(cache, seed=1, experts=2), interrupt)
+    assert content(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    build_data(clips, tmp_path / "out", settings(cache, experts=2))
+    assert len(read_data(tmp_path / "out").shards) == 2
+
+
+def test_foreign_folders_are_never_overwritten(clips: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="is not empty and holds thesis.txt, which no build wrote; name a new folder"):
+        build_data(clips, tmp_path / "mine", settings(cache))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is no folder"):
+        build_data(clips, tmp_path / "file", settings(cache))
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_two_builds_do_not_write_one_folder(clips: Path, cache: Path, tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out"), pytest.raises(DataError, match="another build is writing .*out; wait for it"):
+        build_data(clips, tmp_path / "out", settings(cache))
+
+
+@pytest.fixture
+def spoilt(clips: Path, tmp_path: Path) -> Path:
+    """The clips, one of them undecodable and one without a caption."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(clips, folder)
+    (folder / "ball-003.mp4").write_bytes(b"not a video")
+    write_video(folder / "zz.mp4", look("ball", 99))
+    return folder
+
+
+def test_bad_clips_are_refused_by_name_or_left_out_and_reported(spoilt: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="zz.mp4 has no caption; add a row .*; or leave such clips out with --skip-bad"):
+        build_data(spoilt, tmp_path / "out", settings(cache))
+    (spoilt / "zz.mp4").unlink()
+    with pytest.raises(DataError, match="ball-003.mp4 cannot be decoded .*; or leave such clips out with --skip-bad"):
+        build_data(spoilt, tmp_path / "out", settings(cache))
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+    report = build_data(spoilt, tmp_path / "out", settings(cache, skip_bad=True))
+    assert [name for name, _ in report.skipped] == ["ball-003.mp4"]
+    assert (report.train + report.holdout, report.description.skipped) == (66, 1)
+    assert "cannot be decoded" in json.loads((report.out / "clips.jsonl").read_text().splitlines()[-1])["left_out"]
+
+
+def test_a_training_copy_of_a_test_clip_is_left_out(clips: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    shutil.copy(folder / "ball-000.mp4", folder / "copy.mp4")
+    (folder / "copy.txt").write_text("a red ball rolls")
+    report = build_data(folder, tmp_path / "out", settings(cache))
+    assert (report.repeated, report.test, report.train + report.holdout) == (1, 5, 67)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"experts": 9}, DataError, "67 clips are too few for 9 experts of at least 12 clips each; use at most 5 experts"),
+        ({"frames": 12}, DataError, r"ball-000.mp4 is too short: 1.00 s instead of 1.50 s \(12 frames at 8 fps\)"),
+        ({"latents": "builtin:vae"}, ConfigError, "there are no latents 'builtin:vae'"),
+        ({"text": "builtin:vae"}, ConfigError, "there is no text encoder 'builtin:vae'"),
+        ({"normalisation": "shipped"}, ConfigError, "latents 'pixels' come without mean and std"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(
+    clips: Path, cache: Path, tmp_path: Path, changes: dict[str, object], error: type[LutetiaError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        build_data(clips, tmp_path / "out", settings(cache, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_that_are_all_for_testing_are_refused(tmp_path: Path, cache: Path) -> None:
+    write_video(tmp_path / "clips/a.mp4", look("ball", 0))
+    write_rows(tmp_path / "clips", [{"file_name": "a.mp4", "caption": "x", "split": "test"}])
+    with pytest.raises(DataError, match="no clip is left for training"):
+        build_data(tmp_path / "clips", tmp_path / "out", settings(cache))
+
+
+def test_built_data_that_were_changed_are_refused(built: BuildReport, tmp_path: Path) -> None:
+    shutil.copytree(built.out, tmp_path / "data")
+    (tmp_path / "data/shards/001.holdout.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match="001.holdout.safetensors is not the file that data.json describes"):
+        read_data(tmp_path / "data")
+    (tmp_path / "data/shards/001.holdout.safetensors").unlink()
+    with pytest.raises(DataError, match=r"001.holdout.safetensors is missing; build the data again"):
+        read_data(tmp_path / "data")
+    (tmp_path / "data/data.json").write_text("{}")
+    with pytest.raises(DataError, match=r"data.json cannot be read \(latent: Field required\)"):
+        read_data(tmp_path / "data")
+    with pytest.raises(DataError, match="holds no data.json; name a folder that `lutetia data build` wrote"):
+        read_data(tmp_path)
