@@ -154,3 +154,9 @@ class Network:
         origins = [Provider(peer, addresses) for peer, addresses in self.coordinators]
         known = {origin.peer_id for origin in origins}
         return [*(provider for provider in found if provider.peer_id not in known), *origins]
+
+    def moved(self, transport: Transport) -> None:
+        """The network side was built anew: what was announced from the old place is to be said again."""
+        self.transport = transport
+        self._announced.clear()
+        self._recorded.clear()

@@ -1,0 +1,61 @@
+"""What this box has contributed, over all its daemons: the answer to "is it counting?"."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..protocol.canonical import Frozen, canonical
+from ..system.files import write_atomic
+
+_REMEMBERED = 2 * 86_400.0
+
+
+class _Book(Frozen):
+    accepted: int = 0
+    refused: int = 0
+    last_accepted: float | None = None
+    recent: tuple[float, ...] = ()
+
+
+class Contributions:
+    """Accepted and refused checkpoints of one run, kept in a small file. Times are Unix seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._book = _Book()
+        with contextlib.suppress(OSError, ValidationError):
+            self._book = _Book.model_validate_json(path.read_bytes())
+
+    @property
+    def accepted(self) -> int:
+        return self._book.accepted
+
+    @property
+    def refused(self) -> int:
+        return self._book.refused
+
+    @property
+    def last_accepted(self) -> float | None:
+        return self._book.last_accepted
+
+    def today(self, now: float) -> int:
+        """Accepted since local midnight."""
+        midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+        return sum(at >= midnight for at in self._book.recent)
+
+    def count_accepted(self, now: float) -> None:
+        recent = (*(at for at in self._book.recent if now - at < _REMEMBERED), now)
+        self._book = self._book.model_copy(update={"accepted": self.accepted + 1, "last_accepted": now, "recent": recent})
+        self._save()
+
+    def count_refused(self) -> None:
+        self._book = self._book.model_copy(update={"refused": self.refused + 1})
+        self._save()
+
+    def _save(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not stop training over a statistic
+            write_atomic(self.path, canonical(self._book))

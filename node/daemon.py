@@ -1,0 +1,175 @@
+"""The daemon of a volunteer's box: from a ticket to training that counts, until it is finished or told to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..protocol.identity import Identity
+from ..protocol.manifest import Manifest, SignedManifest
+from ..protocol.services import join_swarm, software_version
+from ..protocol.store import BlobStore
+from ..protocol.transfer import serve_blobs
+from ..protocol.transport import Transport
+from ..system.notify import notify
+from .contributions import Contributions
+from .control import LocalStatus, Request, serve_control
+from .lock import state_lock
+from .material import Material, Places
+from .messages import UserVerb
+from .network import Network
+from .settings import NodeSettings
+from .shell import Shell
+
+log = logging.getLogger("lutetia.node.daemon")
+
+IDENTITY = "identity.key"
+
+
+async def run_node(settings: NodeSettings) -> None:
+    """Join the ticket's run and work for it. Returns when the node has left.
+
+    Raises ConfigError (ticket, manifest), IdentityError (two daemons, bad key), BootstrapError, UnreachableError or
+    AuthorisationError when it cannot join.
+    """
+    ticket = settings.decoded_ticket
+    with state_lock(settings.state_folder):
+        daemon = Daemon(settings, _identity(settings))
+        async with serve_control(settings.state_folder, daemon.answer):
+            with daemon.signals():
+                log.info("joining run %s as %s", ticket.run[:12], daemon.identity.peer_id)
+                await daemon.run()
+    log.info("left the run; nothing of it is left running")
+
+
+def _identity(settings: NodeSettings) -> Identity:
+    """The key of this box; the first time, what a volunteer should know about it."""
+    path = settings.state_folder / IDENTITY
+    new = not path.exists()
+    identity = Identity.load_or_create(path)
+    if new:
+        log.info("this box is now %s; its secret key is %s", identity.peer_id, path)
+        log.info(
+            "back it up with `lutetia identity export FILE`: whoever has the key is this box, and without it its record is lost"
+        )
+        log.info("others see: addresses, device, speed, software version, and the checkpoints made here; nothing else is sent")
+        log.info(
+            "stop with Ctrl-C or `lutetia finish` (hands the checkpoint under way in), `lutetia pause --for 2h`, `lutetia leave`"
+        )
+    return identity
+
+
+class Daemon:
+    """What lives as long as the process: identity, control, signals; the shell as soon as the network and manifest are known."""
+
+    def __init__(self, settings: NodeSettings, identity: Identity) -> None:
+        self.settings, self.identity = settings, identity
+        self.started = time.time()
+        self.ending = asyncio.Event()
+        self.shell: Shell | None = None
+        self._verbs: list[UserVerb] = []
+        self._signals = 0
+
+    async def run(self) -> None:
+        """Join, work, leave."""
+        places = Places(self.settings.state_folder, self.settings.decoded_ticket.run)
+        joining = asyncio.create_task(self.join(places))
+        ending = asyncio.create_task(self.ending.wait())
+        try:
+            await asyncio.wait([joining, ending], return_when=asyncio.FIRST_COMPLETED)
+            if not joining.done():
+                return
+            transport, signed = joining.result()
+        finally:
+            for task in (joining, ending):
+                task.cancel()
+            await asyncio.gather(joining, ending, return_exceptions=True)
+        try:
+            await self._work(transport, signed.manifest, places)
+        finally:
+            await (self.shell.network.transport if self.shell else transport).close()
+
+    async def join(self, places: Places) -> tuple[Transport, SignedManifest]:
+        """Also used to come back after p2pd has died."""
+        settings = self.settings
+        return await join_swarm(
+            self.identity, settings.decoded_ticket,
+            listen=settings.listen, announce=settings.announce, state_folder=places.folder,
+        )  # fmt: skip
+
+    async def _work(self, transport: Transport, manifest: Manifest, places: Places) -> None:
+        store = await asyncio.to_thread(BlobStore, places.blobs, self.settings.disk_limit)
+        network = Network(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
+        contributions = Contributions(places.folder / "contributions.json")
+        self.shell = Shell(self.settings, network, Material(places, manifest, store), contributions, self.rejoined)
+        await self.serve(transport, store)
+        notify(f"READY=1\nSTATUS=joined run {manifest.name}")
+        for verb in self._verbs:
+            self.shell.early(verb)
+        await self.shell.run()
+
+    async def serve(self, transport: Transport, store: BlobStore) -> None:
+        await serve_blobs(transport, store, self.settings.upload_rate)
+
+    async def rejoined(self) -> Transport:
+        """A new transport instead of the dead one. Raises LutetiaError when that does not work now."""
+        assert self.shell
+        transport, _ = await self.join(self.shell.material.places)
+        await self.serve(transport, self.shell.network.store)
+        return transport
+
+    # --- what the volunteer says ------------------------------------------------------------------------------------------
+
+    def say(self, event: UserVerb) -> None:
+        if self.shell:
+            self.shell.feed(event)
+        elif event.verb in ("finish", "leave"):
+            self.ending.set()
+        else:
+            self._verbs.append(event)
+
+    async def answer(self, request: Request) -> dict[str, Any]:
+        """What the control socket says."""
+        if request.verb != "status":
+            now = time.time()
+            self.say(UserVerb(now, request.verb, now + request.seconds if request.seconds else None))
+        return self.status().model_dump(mode="json")
+
+    def status(self) -> LocalStatus:
+        fields: dict[str, Any] = {"state": "joining", "reason": "joining the network", "since": self.started}
+        if self.shell:
+            fields = self.shell.describe()
+        return LocalStatus(
+            owner=self.identity.public_key, peer_id=self.identity.peer_id, pid=os.getpid(),
+            software=software_version(), started=self.started, **fields,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT means finish, the second leave now."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _signalled(self) -> None:
+        self._signals += 1
+        now = time.time()
+        if self._signals > 1:
+            self.say(UserVerb(now, "leave"))
+            return
+        within = self.settings.stop_within
+        log.info("asked to stop: finishing the checkpoint under way within %.0f s; Ctrl-C again leaves at once", within)
+        self.say(UserVerb(now, "finish"))
+        asyncio.get_running_loop().call_later(within, lambda: self.say(UserVerb(time.time(), "leave")))

@@ -1,0 +1,76 @@
+"""The daemon's side of probing: a child that may crash or hang, a time box, and a memory of what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+
+from pydantic import ValidationError
+
+from ..protocol.canonical import canonical
+from ..protocol.manifest import Manifest
+from ..system.errors import HardwareError
+from ..system.files import write_atomic
+from ..system.process import Child
+from .material import Places
+from .probe import SECONDS, Finding, Question, question_digest
+from .settings import NodeSettings
+
+log = logging.getLogger("lutetia.node.prober")
+
+
+class Prober:
+    """The first `find` may reuse what an earlier daemon found on the same question (manifest, wishes, software); later ones ask
+    the probe, for the hardware may have changed.
+    """
+
+    def __init__(self, settings: NodeSettings, places: Places) -> None:
+        self.settings, self.places = settings, places
+        self.finding: Finding | None = None
+        self._first = True
+
+    async def find(self, manifest: Manifest) -> Finding:
+        """Raises HardwareError when the device is missing, or the probe crashed or took too long."""
+        settings = self.settings
+        free = shutil.disk_usage(settings.state_folder).free
+        question = Question(
+            manifest=self.places.manifest, device=settings.device, precision=settings.precision,
+            micro_batch=settings.micro_batch, threads=settings.threads,
+            free_disk=min(free, settings.disk_limit) if settings.disk_limit else free,
+        )  # fmt: skip
+        first, self._first = self._first, False
+        self.finding = await asyncio.to_thread(self._remembered, question, manifest) if first else None
+        if self.finding is None:
+            self.finding = await self._ask(question)
+            await asyncio.to_thread(self._remember, self.finding)
+        return self.finding
+
+    def _remembered(self, question: Question, manifest: Manifest) -> Finding | None:
+        with contextlib.suppress(OSError, ValidationError):
+            finding = Finding.model_validate_json(self.places.finding.read_bytes())
+            fits = any(fit.fitness > 0 for fit in finding.shards.values())
+            if fits and finding.question == question_digest(question) and question.free_disk >= manifest.hardware.disk_bytes:
+                log.info("this box was probed before: %s; %s", finding.device, finding.precision_reason)
+                return finding
+        return None
+
+    def _remember(self, finding: Finding) -> None:
+        with contextlib.suppress(OSError):
+            write_atomic(self.places.finding, canonical(finding))
+
+    async def _ask(self, question: Question) -> Finding:
+        child = await Child.start("lutetia.node.probe")
+        try:
+            async with asyncio.timeout(SECONDS):
+                await child.send({"do": "probe", "question": question.model_dump(mode="json")})
+                async for message in child.messages():
+                    if message["say"] == "probe":
+                        return Finding.model_validate(message["finding"])
+                    raise HardwareError(message["text"])
+        except TimeoutError as error:
+            raise HardwareError(f"probing the hardware took longer than {SECONDS:.0f} s; look at the driver") from error
+        finally:
+            await child.kill()
+        raise HardwareError(f"the probe of the hardware crashed (exit code {child.process.returncode}); look at the log")

@@ -1,0 +1,373 @@
+"""The thin shell around the state machine: carries its actions out, and tells it what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from ..protocol.manifest import BlobRef
+from ..protocol.transport import Transport
+from ..system.errors import DiskError, IntegrityError, LutetiaError, UnreachableError
+from ..system.notify import notify
+from . import messages as m
+from .assignment import Assignment
+from .contributions import Contributions
+from .hands import Hands
+from .machine import advance
+from .material import Material
+from .network import Network
+from .prober import Prober
+from .settings import NodeSettings
+from .state import Rules, State, next_wake
+from .workfolder import remembered_shards
+
+log = logging.getLogger("lutetia.node.shell")
+
+_ALIVE_SECONDS = 1.0
+_DISK_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 5.0
+
+
+class Shell:
+    """One node at work. Made when the network is up; `run` returns when it has left."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        network: Network,
+        material: Material,
+        contributions: Contributions,
+        rejoin: Callable[[], Awaitable[Transport]],
+    ) -> None:
+        self.settings, self.network, self.material, self.contributions = settings, network, material, contributions
+        self.manifest = network.manifest
+        self.rules = Rules.of(self.manifest, network.identity.public_key)
+        remembered = remembered_shards(material.places.work, self.manifest.run_id)
+        self.state = State(since=time.time(), remembered=remembered)
+        self.hands = Hands(self.feed, time.time, settings.threads)
+        self.prober = Prober(settings, material.places)
+        self.left = asyncio.Event()
+        self.problem: str | None = None
+        self._rejoin = rejoin
+        self._early: list[m.UserVerb] = []
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._order = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.Task[None] | None = None
+        self._disk: asyncio.Task[None] | None = None
+
+    def early(self, verb: m.UserVerb) -> None:
+        """What the volunteer said before there was a shell."""
+        self._early.append(verb)
+
+    async def run(self) -> None:
+        try:
+            with one_error():
+                async with asyncio.TaskGroup() as self._group:
+                    watch = self._group.create_task(self._watch_network())
+                    for verb in self._early:
+                        self.feed(verb)
+                    self.feed(m.Joined(time.time()))
+                    await self.left.wait()
+                    for task in [watch, *self._tasks]:
+                        task.cancel()
+        finally:
+            if self._timer:
+                self._timer.cancel()
+            await self.hands.close()
+
+    # --- the machine --------------------------------------------------------------------------------------------------------
+
+    def feed(self, event: m.Event) -> None:
+        """Let the machine decide, and begin what it asks for."""
+        if self._group is None or self.left.is_set():
+            return
+        before = self.state
+        self.state, actions = advance(self.rules, before, event)
+        for action in actions:
+            self._do(action)
+        if self.state.phase != before.phase:
+            notify(f"STATUS={self.state.phase}: {self.state.why}")
+        if self._syncing and self.state.phase != "syncing":
+            self._syncing.cancel()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Wake up when the machine wants; at least once a heartbeat, for clocks jump."""
+        if self._timer:
+            self._timer.cancel()
+        due = next_wake(self.rules, self.state)
+        if due is not None:
+            wait = min(max(0.0, due - time.time()), self.rules.heartbeat)
+            self._timer = asyncio.get_running_loop().call_later(wait, lambda: self.feed(m.Tick(time.time())))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._group
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _ordered(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run after everything that was ordered before: a discard never overtakes the stop before it."""
+
+        async def turn() -> None:
+            async with self._order:  # first come, first served
+                await work
+
+        self._spawn(turn())
+
+    def _do(self, action: m.Action) -> None:
+        match action:
+            case m.Report(level=level, text=text):
+                log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
+                self.problem = text if level == "warning" else self.problem
+            case m.Probe():
+                self._spawn(self._probe())
+            case m.Look(shards=shards):
+                self._spawn(self._look(shards))
+            case m.PublishClaim(claim=claim):
+                self._spawn(self._publish_claim(claim))
+            case m.RenewRecords(claim=claim):
+                self._spawn(self._renew(claim))
+            case m.Sync():
+                self._ordered(self._begin_sync(action))
+            case m.StartTrainer():
+                self._ordered(self._start_trainer(action))
+            case m.AllowEpochs(until=until):
+                self._ordered(self.hands.allow(until))
+            case m.StopTrainer(save=save):
+                self._ordered(self.hands.stop(save=save))
+            case m.PublishCheckpoint(candidate=candidate):
+                self._spawn(self._publish_checkpoint(candidate))
+            case m.DiscardWork(shard=shard, epoch=epoch):
+                self._ordered(asyncio.to_thread(self.material.discard, shard, epoch))
+            case m.Superseded(shard=shard, epoch=epoch):
+                self.contributions.count_accepted(time.time())
+                self.problem = None
+                self._ordered(asyncio.to_thread(self.material.superseded, shard, epoch))
+            case m.Leave():
+                self._spawn(self._leave())
+
+    # --- network ------------------------------------------------------------------------------------------------------------
+
+    async def _look(self, shards: tuple[int, ...]) -> None:
+        if self.state.phase == "claiming":
+            await self.hands.warm()
+        views = await self.network.look(shards)
+        if views:
+            self.feed(m.SwarmSeen(time.time(), views))
+
+    async def _publish_claim(self, claim: m.Claim) -> None:
+        with _offline("claim"):
+            await self.network.publish_claim(claim)
+
+    async def _renew(self, claim: m.Claim | None) -> None:
+        with _offline("records"):
+            if claim:
+                await self.network.publish_claim(claim)
+            report, finding, work = self.hands.report, self.prober.finding, self.state.work
+            if finding:
+                rate = report.rate if report and report.rate else finding.samples_per_second
+                await self.network.publish_node(self.state.phase, finding.hardware, rate, work.shard if work else None)
+            if self.state.phase != "left":
+                await self.network.announce(await asyncio.to_thread(self.material.held))
+
+    async def _watch_network(self) -> None:
+        """p2pd may die; then the network side is built anew while training goes on."""
+        while True:
+            await asyncio.sleep(_ALIVE_SECONDS)
+            if not self.network.transport.alive():
+                self.feed(m.NetworkLost(time.time()))
+                await self.network.transport.close()
+                await self._come_back()
+                self.feed(m.NetworkBack(time.time()))
+
+    async def _come_back(self) -> None:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                self.network.moved(await self._rejoin())
+            except (LutetiaError, ConnectionError) as error:
+                wait = self.rules.backoff(attempt, "rejoin")
+                self.problem = str(error)
+                log.warning("cannot go back on the network: %s; trying again in %.0f s", error, wait)
+                await asyncio.sleep(wait)
+            else:
+                return
+
+    # --- hardware, data, trainer --------------------------------------------------------------------------------------------
+
+    async def _probe(self) -> None:
+        try:
+            finding = await self.prober.find(self.manifest)
+        except LutetiaError as error:
+            self.feed(m.ProbeFailed(time.time(), str(error)))
+        else:
+            self.feed(m.Probed(time.time(), finding.fitness))
+
+    async def _begin_sync(self, action: m.Sync) -> None:
+        """Fetching may take long: it does not keep later orders waiting."""
+        if self._syncing:
+            self._syncing.cancel()
+        self._syncing = self._spawn(self._sync(action))
+
+    async def _sync(self, action: m.Sync) -> None:
+        shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
+        try:
+            await self._fetch(self.manifest.shards[shard].train)
+            if epoch:
+                accepted = self.network.acceptances.get(shard)
+                base = await asyncio.to_thread(self.material.base, shard, epoch, checkpoint, accepted)
+                if base is None:
+                    raise UnreachableError(
+                        f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it"
+                    )
+                await self._fetch(base.weights)
+                await self._fetch(base.state)
+                await asyncio.to_thread(self.material.set_base, shard, base)
+            elif init := self.manifest.expert_of(shard).init:
+                await self._fetch(init)
+            kept = await asyncio.to_thread(self.material.pending, shard, epoch, checkpoint)
+        except DiskError as error:
+            self._disk_full(str(error))
+            self.feed(m.SyncFailed(time.time(), shard, str(error)))
+        except (LutetiaError, ConnectionError) as error:
+            self.feed(m.SyncFailed(time.time(), shard, str(error)))
+        else:
+            self.feed(m.SyncDone(time.time(), shard, epoch, checkpoint, tuple(item.candidate for item in kept)))
+
+    async def _fetch(self, ref: BlobRef) -> None:
+        held = await asyncio.to_thread(self.material.held)
+        await asyncio.to_thread(self.material.make_room, ref.size, held)
+        await self.network.fetch(ref)
+
+    async def _start_trainer(self, action: m.StartTrainer) -> None:
+        finding = self.prober.finding
+        assert finding
+        if action.shrink:
+            await asyncio.to_thread(self.material.work(action.shard).drop_local)  # its epoch was begun with another split
+        accepted = self.network.acceptances.get(action.shard)
+        base = await asyncio.to_thread(self.material.base, action.shard, action.epoch, action.checkpoint, accepted)
+        start = await asyncio.to_thread(self.material.start, action.shard, action.epoch, action.checkpoint, base)
+        whole = finding.shards[action.shard].micro_batch or self.manifest.optimisation.batch
+        work = self.material.work(action.shard)
+        work.path.mkdir(parents=True, exist_ok=True)
+        assignment = Assignment(
+            manifest=self.material.places.manifest, shard=action.shard,
+            data=self.network.store.path(self.manifest.shards[action.shard].train.digest), folder=work.path,
+            epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
+            local=start.place.local, until=action.until, device=finding.device, precision=finding.precision,
+            micro_batch=max(1, whole >> action.shrink), threads=self.settings.threads, duty=self.settings.duty,
+            save_every=self.settings.save_every,
+        )  # fmt: skip
+        log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
+        await self.hands.start(action.run, assignment)
+
+    async def _publish_checkpoint(self, candidate: m.Candidate) -> None:
+        verdict: m.Verdict = "unreachable"
+        text, after = "", None
+        try:
+            kept = await asyncio.to_thread(self._kept, candidate)
+            await asyncio.to_thread(self.material.into_store, kept, self.material.held())
+            await self.network.announce([ref.digest for ref in kept.refs])
+            reply = await self.network.offer(kept)
+            verdict, text, after = reply.verdict, reply.text, reply.retry_after
+        except DiskError as error:
+            self._disk_full(str(error))
+            text = str(error)
+        except IntegrityError as error:
+            verdict, text = "invalid", str(error)
+        except ConnectionError as error:
+            text = str(error)
+        if verdict == "invalid":
+            self.contributions.count_refused()
+        self.feed(m.OfferAnswered(time.time(), candidate.digest, verdict, text, after))
+
+    def _kept(self, candidate: m.Candidate):
+        for kept in self.material.work(candidate.shard).kept():
+            if kept.digest == candidate.digest:
+                return kept
+        raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more; train it again")
+
+    # --- disk, leaving, telling ---------------------------------------------------------------------------------------------
+
+    def _disk_full(self, text: str) -> None:
+        self.feed(m.DiskFull(time.time(), text))
+        if self._disk is None or self._disk.done():
+            self._disk = self._spawn(self._wait_for_disk())
+
+    async def _wait_for_disk(self) -> None:
+        """There is hope when there is more space than when it failed."""
+        folder = self.settings.state_folder
+        free = shutil.disk_usage(folder).free
+        while True:
+            await asyncio.sleep(_DISK_SECONDS)
+            if shutil.disk_usage(folder).free > free:
+                break
+        self.feed(m.DiskFree(time.time()))
+
+    async def _leave(self) -> None:
+        """When the trainer has ended and the swarm knows, or does not hear us."""
+        async with self._order:
+            pass
+        last = {task for task in self._tasks if task is not asyncio.current_task()} - {self._disk, self._syncing}
+        if last:
+            await asyncio.wait(last, timeout=_LAST_WORDS_SECONDS)
+        self.left.set()
+
+    def describe(self) -> dict[str, Any]:
+        """The shell's part of the local status."""
+        state, work, report, finding, now = self.state, self.state.work, self.hands.report, self.prober.finding, time.time()
+        counts = self.contributions
+        document: dict[str, Any] = {
+            "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
+            "name": self.manifest.name, "online": state.online, "problem": self.problem, "paused_until": state.pause_until,
+            "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
+            "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
+        }  # fmt: skip
+        if finding:
+            document |= {"device": finding.device, "precision": finding.precision_reason}
+        if work:
+            document |= {
+                "shard": work.shard, "shard_name": self.manifest.shards[work.shard].name, "epoch": work.epoch,
+                "epochs": self.manifest.epochs, "pending": len(work.pending), "samples": work.samples,
+            }  # fmt: skip
+        if work and report:
+            rate = report.rate or None
+            left = (self.manifest.steps_per_epoch - report.step) * self.manifest.optimisation.batch
+            document |= {
+                "step": report.step, "steps": report.steps or None, "samples": report.samples, "loss": report.loss,
+                "samples_per_second": rate, "due": now + left / rate if rate else None,
+            }  # fmt: skip
+        return document
+
+
+@contextlib.contextmanager
+def _offline(what: str):
+    """Without network nothing can be told; the machine knows, and tries again with the next heartbeat."""
+    try:
+        yield
+    except ConnectionError as error:
+        log.info("could not publish %s: %s", what, error)
+
+
+@contextlib.contextmanager
+def one_error():
+    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        expected = group.subgroup(LutetiaError)
+        while isinstance(expected, BaseExceptionGroup):
+            expected = expected.exceptions[0]
+        if expected is None:
+            raise
+        raise expected from group
