@@ -88,9 +88,9 @@ def lineage(record: CheckpointRecord, shard: ShardLedger, manifest: Manifest) ->
         return Verdict(
             "invalid", "lineage", f"its parent is {parent}, but epoch {shard.epoch} of shard {record.shard} is {accepted}"
         )
-    if record.samples not in (manifest.checkpoint_samples, record.epoch * manifest.checkpoint_samples):
-        needed = manifest.checkpoint_samples
-        return Verdict("invalid", "lineage", f"it was trained on {record.samples} samples; an epoch has {needed}")
+    if record.samples != (needed := record.epoch * manifest.checkpoint_samples):
+        text = f"it says {record.samples} samples of its shard; after {record.epoch} epochs they are {needed}"
+        return Verdict("invalid", "lineage", text)
     return None
 
 

@@ -81,6 +81,11 @@ class RunFolder:
         """State of the transport."""
         return self.root / "network"
 
+    @property
+    def peers(self) -> Path:
+        """Addresses of peers met, for coming back after a restart."""
+        return self.root / "peers.json"
+
     def read_manifest(self, now: float) -> SignedManifest:
         """Raises ConfigError (no run here, expired, malformed) or AuthorisationError."""
         try:

@@ -10,9 +10,8 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from ..protocol.canonical import canonical
@@ -21,23 +20,15 @@ from ..protocol.identity import Identity, peer_id_of
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import Manifest, SignedManifest
 from ..protocol.offers import Offer, OfferReply, serve_offers
+from ..protocol.peer_cache import PeerCache
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, RecordLimits, RecordRefused, open_record, read_envelope
-from ..protocol.services import (
-    HELLO,
-    MANIFEST,
-    PROTOCOL_VERSION,
-    STATUS,
-    Hello,
-    publish,
-    record_check,
-    serve_document,
-)
+from ..protocol.services import STATUS, publish, record_check, serve_document, serve_introduction, software_version
 from ..protocol.status import SwarmStatus
 from ..protocol.status_view import status as status_of
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
-from ..system.errors import AuthorisationError, LutetiaError, UnreachableError
+from ..system.errors import AuthorisationError, BootstrapError, LutetiaError, UnreachableError
 from ..system.files import write_atomic
 from .bench import Bench
 from .http import bind, build_app, serve_http
@@ -60,17 +51,25 @@ Connect = Callable[[Manifest, Identity, RunFolder, ServeSettings], Awaitable[Tra
 
 
 async def connect(manifest: Manifest, identity: Identity, folder: RunFolder, settings: ServeSettings) -> Transport:
-    """The real network, on the address that the ticket names. Raises UnreachableError when its port is taken."""
+    """The real network, on the address that the ticket names; after a restart through the peers met before.
+
+    Raises UnreachableError when the port is taken.
+    """
     from ..protocol.transport_hivemind import connect_hivemind
 
     endpoint = folder.read_endpoint()
-    return await connect_hivemind(
-        identity,
-        listen=settings.listen or endpoint.listen,
-        check=record_check(manifest, time.time),
-        announce=settings.announce or endpoint.announce,
-        state_folder=folder.network,
-    )
+
+    async def join(bootstrap: Sequence[str]) -> Transport:
+        return await connect_hivemind(
+            identity, listen=settings.listen or endpoint.listen, check=record_check(manifest, time.time), bootstrap=bootstrap,
+            announce=settings.announce or endpoint.announce, state_folder=folder.network,
+        )  # fmt: skip
+
+    try:
+        return await join(PeerCache(folder.peers).load())
+    except BootstrapError as error:
+        _log.info("none of the peers met before is there, so this coordinator begins alone: %s", error)
+        return await join(())
 
 
 async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:
@@ -112,7 +111,7 @@ class _Service:
 
     def __post_init__(self) -> None:
         self.manifest = self.signed.manifest
-        self.software = version("lutetia")
+        self.software = software_version()
         self.limits = RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
         self.blobs = BlobStore(self.folder.blobs)
         self.incoming = _restored_incoming(self.folder, self.blobs, self.ledger.state)
@@ -149,6 +148,7 @@ class _Service:
                     works.append(_every(_STATUS_SECONDS, self._write_status))
                     works.append(_every(_ALIVE_SECONDS, self._check_alive))
                     works.append(_every(self.manifest.timing.lease, self._renew))
+                    works.append(_every(self.manifest.timing.lease, self._remember_peers))
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))
                     tasks = [group.create_task(work) for work in works]
@@ -164,17 +164,10 @@ class _Service:
             await asyncio.gather(self.checking.close(), self.making.close())
 
     async def _offer_services(self) -> None:
-        await serve_document(self.transport, HELLO, lambda: canonical(self._hello()))
-        await serve_document(self.transport, MANIFEST, self.signed.to_bytes)
+        await serve_introduction(self.transport, lambda: self.signed)
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
         await serve_offers(self.transport, self._answer)
-
-    def _hello(self) -> Hello:
-        return Hello(
-            run=self.manifest.run_id, protocol=PROTOCOL_VERSION, software=f"lutetia {self.software}",
-            clock=self.transport.now(), manifest_version=self.manifest.version,
-        )  # fmt: skip
 
     def status(self) -> SwarmStatus:
         """The status document; made anew at most twice a second."""
@@ -220,6 +213,12 @@ class _Service:
 
     async def _write_status(self) -> None:
         await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+
+    async def _remember_peers(self) -> None:
+        nodes = [node.record for node in self.lookout.view.nodes]
+        if nodes:
+            cache = PeerCache(self.folder.peers)
+            await asyncio.to_thread(cache.remember_nodes, nodes, except_peer=self.transport.peer_id)
 
     async def _check_alive(self) -> None:
         """Without its network process the coordinator is of no use: end, and let the service manager start it again."""

@@ -69,14 +69,8 @@ class NetworkTools:
 
     async def inspect(self, record: CheckpointRecord) -> None:
         """Rungs `format` and `numbers`."""
-        await self._ask(
-            "format",
-            "inspect",
-            _INSPECT_LIMIT,
-            shard=record.shard,
-            weights=self._path(record.weights),
-            state=self._path(record.state),
-        )
+        files = {"weights": self._path(record.weights), "state": self._path(record.state)}
+        await self._ask("format", "inspect", _INSPECT_LIMIT, shard=record.shard, epoch=record.epoch, **files)
 
     async def baseline(self, shard: int) -> float:
         """Held-out loss of the initial model."""

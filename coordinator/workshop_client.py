@@ -65,7 +65,7 @@ class WorkshopClient:
                 await self._end()
                 raise WorkshopFailed(f"the workshop took longer than {limit:.0f} s to {verb} and was ended") from error
             except ConnectionError as error:
-                status = await self._end()
+                status = await self._end(_STOP_GRACE)
                 _log.warning("%s workshop ended with status %s during %s; it will be started again", self._name, status, verb)
                 raise WorkshopFailed(f"the workshop crashed (status {status}) during {verb}") from error
             except asyncio.CancelledError:
@@ -88,12 +88,10 @@ class WorkshopClient:
                 return answer
         raise ConnectionError("the child ended")
 
-    async def _end(self) -> int | None:
+    async def _end(self, grace: float = 0.0) -> int | None:
         child, self._child = self._child, None
-        return await child.kill() if child else None
+        return await child.stop(grace) if child else None
 
     async def close(self) -> None:
         """End the child; a job in progress is lost."""
-        child, self._child = self._child, None
-        if child:
-            await child.stop(_STOP_GRACE)
+        await self._end(_STOP_GRACE)

@@ -55,7 +55,8 @@ def make_record(
     name = f"{peer.public_key}{shard}{epoch}{text}"
     fields: dict[str, object] = {
         "run": manifest.run_id, "owner": peer.public_key, "issued": START, "shard": shard, "epoch": epoch, "parent": parent,
-        "weights": blob("w" + name), "state": blob("s" + name), "trace": blob("t" + name), "samples": manifest.checkpoint_samples,
+        "weights": blob("w" + name), "state": blob("s" + name), "trace": blob("t" + name),
+        "samples": epoch * manifest.checkpoint_samples,
         "loss": 0.5, "peer_id": peer.peer_id,
     }  # fmt: skip
     return CheckpointRecord(**{**fields, **changes})  # pyright: ignore[reportArgumentType]

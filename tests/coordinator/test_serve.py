@@ -1,0 +1,155 @@
+"""The whole service over real libp2p on loopback: judged, killed, restarted, finished, ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from lutetia.coordinator.create import CreatedRun, create_run
+from lutetia.coordinator.ledger import Ledger
+from lutetia.coordinator.serve import serve_run
+from lutetia.coordinator.settings import RunSettings, ServeSettings
+from lutetia.coordinator.story import tell
+from lutetia.models.mixture_document import verify_mixture
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.records import seal
+from lutetia.protocol.ticket import Ticket
+from lutetia.system.errors import ConfigError, IdentityError, UnreachableError
+from tinydata import build_tiny
+from volunteer import Coordinator, Volunteer, free_port, joined, until
+
+
+def make_run(root: Path) -> CreatedRun:
+    settings = RunSettings(preset="tiny", name="loopback", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=16)
+    return create_run(build_tiny(root / "data"), root / "run", settings)
+
+
+async def up(coordinator: Coordinator) -> None:
+    """Wait for the first status of a (re)started coordinator."""
+    (coordinator.folder / "status.json").unlink(missing_ok=True)
+
+    async def written() -> bool:
+        assert coordinator.process.returncode is None, "the coordinator ended"
+        return (coordinator.folder / "status.json").exists()
+
+    await until(written, "the coordinator's first status")
+
+
+async def test_the_life_of_a_run(tmp_path: Path):
+    run = make_run(tmp_path)
+    http = free_port()
+    settings = json.dumps({"http": f"127.0.0.1:{http}", "refresh_seconds": 0.5})
+    coordinator = await Coordinator.start(run.folder, settings)
+    await up(coordinator)
+    async with (
+        joined("ann", Ticket.decode(run.ticket), tmp_path) as ann,
+        joined("bob", Ticket.decode(run.ticket), tmp_path) as bob,
+    ):
+        assert [shard.state for shard in (await ann.status()).shards] == ["unclaimed", "unclaimed"]
+        await refusals(ann, bob)
+        first = ann.train(0)
+        assert (await ann.offer(first)).verdict == "queued"
+        assert (await ann.verdict(first)).verdict == "accepted"
+        await published(ann, 0, 1)
+        by_poll = bob.train(1)
+        await bob.file(by_poll)
+        await published(ann, 1, 1)
+        assert (await bob.verdict(by_poll)).verdict == "accepted"
+
+        last = ann.train(0)
+        assert (await ann.offer(last)).verdict == "queued"
+        await coordinator.end(signal.SIGKILL)
+        before = list(tell(run.folder))
+        coordinator = await Coordinator.start(run.folder, settings)
+        await up(coordinator)
+        await published(bob, 0, 2)  # nobody offered it again: the ledger remembered
+        assert list(tell(run.folder))[: len(before) - 1] == before[:-1]
+        assert (await ann.verdict(last)).verdict == "accepted"
+
+        final = bob.train(1)
+        assert (await bob.verdict(final)).verdict == "accepted"
+        await until(lambda: finished(ann), "the final mixture")
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{http}/status.json")).json()["finished"]
+    assert await coordinator.end(signal.SIGTERM) == 0
+    check_the_end(run, coordinator, http)
+
+
+async def refusals(ann: Volunteer, bob: Volunteer) -> None:
+    """What a stranger may try before any honest work is there."""
+
+    def poison(tensors) -> None:
+        tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
+
+    bad = bob.train(0, poison)
+    forged = seal(bad, Identity.derived("mallory"), ann.transport.now() + 600)
+    reply = await bob.offer(bad, forged)
+    assert (reply.verdict, reply.rung) == ("invalid", "signature")
+    reply = await ann.offer(bad, seal(bad, bob.identity, ann.transport.now() + 600))
+    assert (reply.verdict, reply.rung) == ("invalid", "signature"), "another peer's result over my connection"
+    reply = await bob.verdict(bad)
+    assert (reply.verdict, reply.rung) == ("invalid", "numbers")
+    assert "NaN" in reply.text
+    status = await ann.status()
+    assert [(refusal.rung, refusal.verdict) for refusal in status.refusals] == [("numbers", "invalid")]
+    bob.trainers.clear()
+
+
+async def published(peer: Volunteer, shard: int, epoch: int) -> None:
+    async def there() -> bool:
+        return [acceptance.epoch for acceptance in await peer.accepted(shard)] == [epoch]
+
+    await until(there, f"the acceptance of epoch {epoch} of shard {shard} in the DHT")
+
+
+async def finished(peer: Volunteer) -> bool:
+    return (await peer.status()).finished
+
+
+def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
+    status = coordinator.status()
+    assert status.finished
+    assert status.mixture_epochs == (2, 2)
+    assert status.router is not None
+    assert status.router.epochs == (2, 2)
+    assert [shard.audit for shard in status.shards] == ["not carried out"] * 2
+    assert verify_mixture(run.folder / "mixture", run.manifest.coordinators).digest == status.mixture
+    assert (run.folder / "gallery" / "000.gif").exists()
+    assert list((run.folder / "incoming").glob("??/*")) == [], "nothing undecided is left"
+    ledger = Ledger.open(run.folder / "ledger.sqlite", run.run)
+    assert ledger.state.accepted == 4
+    assert ledger.state.finished
+    ledger.close()
+    for port in (http, int(Ticket.decode(run.ticket).addresses[0].split("/")[4])):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert [entry.name for entry in run.folder.iterdir() if entry.name.endswith(".part")] == []
+
+
+async def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
+    run = make_run(tmp_path)
+    port = int(Ticket.decode(run.ticket).addresses[0].split("/")[4])
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(UnreachableError, match=str(port)) as caught:
+            await serve_run(run.folder)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UnreachableError, match="cannot serve HTTP"):
+            await serve_run(run.folder, ServeSettings(http=f"127.0.0.1:{port}"))
+    with pytest.raises(ConfigError, match="holds no run"):
+        await serve_run(tmp_path)
+
+
+async def test_two_coordinators_on_one_folder(tmp_path: Path):
+    run = make_run(tmp_path)
+    coordinator = await Coordinator.start(run.folder)
+    await up(coordinator)
+    with pytest.raises(IdentityError, match=f"process {coordinator.process.pid}"):
+        await serve_run(run.folder)
+    assert await coordinator.end(signal.SIGINT) == 0
