@@ -37,6 +37,12 @@ class Preset:
         WorkerLimit("worker-2", 1, 0.7),
         WorkerLimit("worker-3", 1, 0.45),
     )
+
+    @property
+    def slowest_first(self) -> list[str]:
+        """The workers' names by speed."""
+        return [limit.name for limit in sorted(self.workers, key=lambda limit: limit.threads * limit.duty)]
+
     patience: float = 120.0
     """How long the coordinator may take to come up."""
     longest: float = 1800.0
@@ -53,8 +59,8 @@ _TINY = Preset(
     run={
         "preset": "tiny",
         "name": "tiny demo",
-        "samples_per_shard": 960,
-        "checkpoint_samples": 160,
+        "samples_per_shard": 320,
+        "checkpoint_samples": 80,
         "sampling": {
             "steps": 2,
             "guidance": 1.0,

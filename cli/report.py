@@ -59,7 +59,7 @@ def write_report(story: Story, folder: Path) -> None:
         _kill(story),
         _phases(story),
         _machine(),
-        _onward(),
+        _onward(story),
     )
     write_atomic(folder / "report.md", ("\n\n".join(filter(None, sections)) + "\n").encode())
 
@@ -85,7 +85,7 @@ def _head(story: Story) -> str:
 def _samples(story: Story) -> str:
     return (
         "## Samples\n\n![real clip, mixture and single expert for every prompt](samples.gif)\n\n"
-        "Per prompt: a real clip that was held out of training, the mixture's clip, and the clip of "
+        "Per prompt: the held-out real clip with the nearest caption, the mixture's clip, and the clip of "
         f"{story.single} alone from the same noise. The same as video: [samples.mp4](samples.mp4). "
         "The prompts stand in the run's manifest since before the training."
     )
@@ -150,15 +150,17 @@ def machine() -> str:
     return f"{processor}, {cores} cores, {size(psutil.virtual_memory().total)} memory, {system}"
 
 
-def _onward() -> str:
-    return """## Go on
+def _onward(story: Story) -> str:
+    prompt = story.prompts[0] if story.prompts else "a purple star spins"
+    return f"""## Go on
 
 ```sh
-lutetia generate "a red handwritten three moves to the left" --mixture mixture --out clip.mp4
+lutetia generate "{prompt}" --mixture mixture --out clip.mp4
 ```
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("mixture", trust_remote_code=True)
+clips = pipeline(["{prompt}"], seed=0).frames  # uint8 [clips, frames, height, width, 3]
 ```"""

@@ -147,7 +147,7 @@ class Act:
         workers = self.watch.workers
         self.telling.view.show(self.telling.at(), shard_rows(status, workers))
         if self.takeover is None:
-            if victim := choose_victim(status, workers):
+            if victim := choose_victim(status, workers, self.plan.slowest_first):
                 self._kill(status, victim.name)
         elif not self.takeover.complete:
             before = len(self.takeover.steps())

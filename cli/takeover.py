@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..protocol.status import ShardStatus, SwarmStatus
@@ -73,21 +73,21 @@ class Takeover:
         return [(at, text) for at, text in told if at is not None]
 
 
-def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker]) -> Worker | None:
+def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker], slowest_first: Sequence[str]) -> Worker | None:
     """The worker to kill now, or None while it is too early.
 
-    It is the slowest one that trains a shard with accepted work behind it and work ahead. The time is right when another worker
-    is free to take over, at the latest when two thirds of the shard's budget or all but its last epoch are done.
+    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and work ahead. The time is
+    right when another worker is free to take over, at the latest when two thirds of the shard's budget or all but its last epoch
+    are done.
     """
-    busy = {worker.shard: worker for worker in workers.values() if worker.state in ("training", "publishing")}
-    candidates = [
-        (worker.samples_per_second, worker.name, shard)
-        for shard in status.shards
-        if (worker := busy.get(shard.shard)) and worker.owner == shard.owner and 1 <= shard.epoch < shard.epochs
-    ]
-    if not candidates:
-        return None
-    _, name, shard = min(candidates, key=lambda entry: entry[:2])
-    free = any(other.state == "idle" and other.name != name for other in workers.values())
-    last_chance = 3 * shard.epoch >= 2 * shard.epochs or shard.epoch == shard.epochs - 1
-    return busy[shard.shard] if free or last_chance else None
+    holders = {worker.name: (worker, status.shards[worker.shard]) for worker in workers.values() if worker.shard is not None}
+    for name in slowest_first:
+        worker, shard = holders.get(name, (None, None))
+        if worker is None or shard is None or shard.owner != worker.owner or not 1 <= shard.epoch < shard.epochs:
+            continue
+        if worker.state not in ("training", "publishing"):
+            continue
+        free = any(other.state == "idle" and other.name != name for other in workers.values())
+        last_chance = 3 * shard.epoch >= 2 * shard.epochs or shard.epoch == shard.epochs - 1
+        return worker if free or last_chance else None
+    return None

@@ -17,6 +17,7 @@ from lutetia.cli.render import render_status
 from lutetia.cli.takeover import Takeover, Worker, choose_victim
 from lutetia.cli.words import ago, clock, size, thousands
 from lutetia.cli.workspace import check_replaceable, workspace
+from lutetia.protocol.status import SwarmStatus
 from lutetia.system.errors import LutetiaError, UsageError
 from rich.console import Console
 from running import ticket
@@ -51,17 +52,23 @@ def test_words_for_numbers() -> None:
     assert [size(10), size(2048), thousands(1234567)] == ["10 B", "2.0 KiB", "1 234 567"]
 
 
+SLOWEST_FIRST = ["worker-3", "worker-2", "worker-1"]
+
+
 def test_the_slowest_dies_once_somebody_is_free() -> None:
+    def victim(swarm: SwarmStatus, *workers: Worker) -> str | None:
+        chosen = choose_victim(swarm, {worker.owner: worker for worker in workers}, SLOWEST_FIRST)
+        return chosen and chosen.name
+
     busy = status(*(shard(k, 3, "training", KEYS[k]) for k in range(3)))
-    speeds = {KEYS[k]: worker(k, speed=10.0 - k) for k in range(3)}
-    assert choose_victim(busy, speeds) is None
-    free = {**speeds, KEYS[0]: worker(0, "idle", shard=None)}
-    victim = choose_victim(status(shard(0, 6, "done"), shard(1, 4, "training", KEYS[1]), shard(2, 2, "training", KEYS[2])), free)
-    assert victim is not None
-    assert victim.name == "worker-3"
+    assert victim(busy, worker(0), worker(1), worker(2)) is None
+    free = status(shard(0, 6, "done"), shard(1, 4, "training", KEYS[1]), shard(2, 2, "training", KEYS[2]))
+    assert victim(free, worker(0, "idle", shard=None), worker(1), worker(2)) == "worker-3"
+    assert victim(free, worker(0, "idle", shard=None), worker(1), worker(2, "syncing")) == "worker-2"
     late = status(*(shard(k, 4, "training", KEYS[k]) for k in range(3)))
-    assert choose_victim(late, speeds) is not None  # two thirds are done: the last chance
-    assert choose_victim(status(*(shard(k, 0, "training", KEYS[k]) for k in range(3))), free) is None  # nothing to go on from
+    assert victim(late, worker(0), worker(1), worker(2)) == "worker-3"  # two thirds are done: the last chance
+    early = status(*(shard(k, 0, "training", KEYS[k]) for k in range(3)))
+    assert victim(early, worker(0, "idle", shard=None), worker(1), worker(2)) is None  # nothing to go on from
 
 
 def test_a_takeover_is_told_step_by_step() -> None:
