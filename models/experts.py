@@ -221,6 +221,22 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
                 f"the expert's patch of {patch} does not divide the latent's {axis} of {size}; correct the expert config"
             )
 
+    try:
+        _rehearse(spec, latent)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(f"{spec.class_name} cannot take the run's latents: {reason}; correct the expert config") from error
+
+
+@torch.no_grad()
+def _rehearse(spec: ExpertSpec, latent: LatentSpec) -> None:
+    """One forward pass without memory or arithmetic, which finds the misfits that no rule above names."""
+    with torch.device("meta"):
+        x, t, text = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.text_tokens, latent.text_width)
+        out = call_expert(_construct(spec), x, t, text, torch.empty(1, latent.pooled_width))
+    if out.shape != x.shape:
+        raise ValueError(f"it answers with shape {list(out.shape[1:])} instead of {list(x.shape[1:])}")
+
 
 def _input_channels(family: Family, config: Any) -> int:
     return config.in_channels // (math.prod(family.patch(config)) if family.packed else 1)

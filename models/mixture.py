@@ -48,7 +48,7 @@ def routing_weights(probabilities: Tensor, mode: Mode) -> Tensor:
 def draw_experts(probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
     """One expert per row, drawn from `probabilities [B, K]` by the row's own seed, as one-hot weights."""
     uniforms = torch.tensor([stream("sticky", 0, 0, seed, "expert").random() for seed in seeds], dtype=torch.float64)
-    below = probabilities.double().cpu().cumsum(1) < uniforms[:, None]
+    below = probabilities.double().cpu().cumsum(1) <= uniforms[:, None]
     chosen = below.sum(1).clamp(max=probabilities.shape[1] - 1)
     return nn.functional.one_hot(chosen, probabilities.shape[1]).to(probabilities)
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..protocol.manifest import Manifest
@@ -46,7 +47,8 @@ class ExpertTrainer:
     """Trains shard `shard` of `manifest` on `data`, from its seeded initial weights until `restore` says otherwise.
 
     `micro_batch` splits a batch to fit the memory; the result is the same up to floating-point error. `precision` is the dtype of
-    the forward pass; weights and moments are float32. Raises ConfigError (expert does not fit) or DataError (too few clips).
+    the forward pass; weights and moments are float32. `gradient_checkpointing` trades time for memory, not results.
+    Raises ConfigError (the expert does not fit the run's latents) or DataError (fewer clips than a batch).
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ExpertTrainer:
         device: str | torch.device = "cpu",
         micro_batch: int | None = None,
         precision: Precision = "float32",
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.manifest, self.shard, self.data = manifest, shard, data
         self.spec = manifest.expert_of(shard)
@@ -71,6 +74,8 @@ class ExpertTrainer:
             batch = manifest.optimisation.batch
             raise DataError(f"shard {shard} has {len(data)} clips, fewer than a batch of {batch}; use fewer experts")
         self.model = build_expert(self.spec, initial_seed(manifest, shard)).to(self.device).train()
+        if gradient_checkpointing:
+            cast(ModelMixin, self.model).enable_gradient_checkpointing()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimiser = Optimiser(self.model, manifest.optimisation)
         self._ema = Ema(self.model)

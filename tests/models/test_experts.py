@@ -94,6 +94,7 @@ def test_position_channels_let_a_rotary_model_know_where_it_is() -> None:
         ("WanTransformer3DModel", {"out_channels": 8}, "out_channels is 8 but the run's data need 4"),
         ("WanTransformer3DModel", {"text_dim": 8}, "text_dim is 8 but the run's data need 16"),
         ("WanTransformer3DModel", {"patch_size": [1, 3, 3]}, "patch of 3 does not divide the latent's height of 8"),
+        ("WanTransformer3DModel", {"rope_max_seq_len": 1}, "cannot take the run's latents"),
         ("CogVideoXTransformer3DModel", {"max_text_seq_length": 226}, "max_text_seq_length is 226"),
         ("HunyuanVideoTransformer3DModel", {"pooled_projection_dim": 768}, "pooled_projection_dim is 768"),
     ],

@@ -133,6 +133,11 @@ def test_dropout_inside_the_model_replays_too(tmp_path) -> None:
     assert steps(a, 2) == steps(b, 2)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    plain, frugal = (ExpertTrainer(toy_manifest(), 0, toy_data(), gradient_checkpointing=frugal) for frugal in (False, True))
+    assert steps(plain, 3) == pytest.approx(steps(frugal, 3), rel=1e-6)
+
+
 def test_bfloat16_trains_close_to_float32() -> None:
     exact, rough = (ExpertTrainer(toy_manifest(), 0, toy_data(), precision=p) for p in ("float32", "bfloat16"))
     assert steps(exact, 3) == pytest.approx(steps(rough, 3), rel=0.03)
