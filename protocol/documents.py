@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from .canonical import Frozen, canonical
+from .framing import read_message, write_message
 from .manifest import Digest, SignedManifest
 from .transport import Stream, Transport
 
@@ -20,7 +21,6 @@ PROTOCOL_VERSION = 1
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_HELLO_BYTES = 4096
 SERVE_TIMEOUT = 30.0
-LENGTH = 4
 ACK = b"\x06"
 
 
@@ -47,9 +47,8 @@ async def serve_document(transport: Transport, protocol: str, produce: Callable[
 
     async def answer(stream: Stream) -> None:
         async with asyncio.timeout(SERVE_TIMEOUT):
-            data = produce()
-            await stream.write(len(data).to_bytes(LENGTH, "big") + data)
-            await stream.read_exactly(1)
+            await write_message(stream, produce())
+            await stream.read_exactly(1)  # closing before it has all arrived could cut it short
 
     await transport.serve(protocol, answer)
 
@@ -67,10 +66,7 @@ async def ask_document(
         async with asyncio.timeout(timeout):
             stream = await transport.open_stream(peer_id, protocol, addresses)
             try:
-                size = int.from_bytes(await stream.read_exactly(LENGTH), "big")
-                if size > limit_bytes:
-                    raise ConnectionError(f"peer {peer_id} offers {size} bytes for {protocol}, more than {limit_bytes}; refused")
-                data = await stream.read_exactly(size)
+                data = await read_message(stream, limit_bytes)
                 await stream.write(ACK)
                 return data
             finally:

@@ -6,22 +6,13 @@ proved the key that the ticket names.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..system.errors import BootstrapError
 from .documents import ACK
 from .framing import read_framed
 from .status import MAX_STATUS_BYTES
 from .ticket import Ticket
-
-_REASONS = {
-    "fail to open connection": "nobody answers there",
-    "upgrade security": "another peer than the ticket names answers there",
-    "protocols not supported": "that peer does not offer this",
-}
-"""What py-libp2p's messages mean to a person."""
 
 
 @dataclass
@@ -47,62 +38,29 @@ def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_byt
 
 async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, answer: _Answer) -> None:
     import trio
-    from libp2p import new_host
-
-    # Its complaints are about our failed dials, which we report ourselves. Importing it sets the level, so this comes after.
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
-    host = new_host(listen_addrs=[])
 
     async def ask(address: str) -> None:
         try:
             with trio.fail_after(seconds):
-                answer.data = await _ask(host, address, protocol, limit)
-        except Exception as error:  # noqa: BLE001 (py-libp2p raises many unrelated classes, and groups of them)
-            answer.failures[address] = _reason(error, seconds)
+                answer.data = await _ask(address, protocol, limit)
+        except trio.TooSlowError:
+            answer.failures[address] = f"no answer within {seconds:.0f} s"
+        except ConnectionError as error:
+            answer.failures[address] = str(error)
         else:
             nursery.cancel_scope.cancel()
 
-    async with host.run(listen_addrs=[]), trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
         for address in addresses:
             nursery.start_soon(ask, address)
 
 
-async def _ask(host: Any, address: str, protocol: str, limit: int) -> bytes:
-    from libp2p.custom_types import TProtocol
-    from libp2p.peer.peerinfo import info_from_p2p_addr
-    from multiaddr import Multiaddr
+async def _ask(address: str, protocol: str, limit: int) -> bytes:
+    from .thin_dial import dial
 
-    peer = info_from_p2p_addr(Multiaddr(address))
-    await host.connect(peer)
-    stream = await host.new_stream(peer.peer_id, [TProtocol(protocol)])
-
-    async def read_exactly(count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = await stream.read(min(count - len(data), 1 << 16))
-            if not part:
-                raise ConnectionError("the answer was cut short")
-            data += part
-        return bytes(data)
-
-    try:
-        document = await read_framed(read_exactly, limit)
+    async with dial(address) as connection:
+        stream = await connection.open_stream(protocol)
+        document = await read_framed(stream.read_exactly, limit)
         await stream.write(ACK)
-        return document
-    finally:
         await stream.close()
-
-
-def _reason(error: BaseException, seconds: float) -> str:
-    """The innermost cause in a few words."""
-    import trio
-
-    while inner := (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__):
-        error = inner
-    if isinstance(error, trio.TooSlowError):
-        return f"no answer within {seconds:.0f} s"
-    text = str(error)
-    for sign, reason in _REASONS.items():
-        if sign in text:
-            return reason
-    return text.splitlines()[0] if text else type(error).__name__
+    return document

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,7 +14,7 @@ from .manifest import BlobRef
 from .ticket import Ticket
 
 if TYPE_CHECKING:
-    from libp2p.host.basic_host import BasicHost
+    from .thin_dial import ThinStream
 
 BLOB = "/lutetia/blob/1"
 _ACK, _OK = b"\x06", 0
@@ -44,57 +44,48 @@ def thin_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 2
 async def _fetch_from_any(
     addresses: tuple[str, ...], files: dict[Path, BlobRef], patience: float, on_bytes: OnBytes, failures: dict[str, Any]
 ) -> None:
-    from libp2p import new_host
-
-    host = new_host(listen_addrs=[])
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # its complaints are reported by us
-    async with host.run(listen_addrs=[]):
-        for address in addresses:
-            try:
-                await _Session(host, patience, on_bytes).fetch(address, files)
-                return
-            except* LutetiaError as group:
-                failures[address] = group.exceptions[0]  # pyright: ignore[reportArgumentType]
-            except* (OSError, EOFError) as group:
-                failures[address] = str(group.exceptions[0]) or type(group.exceptions[0]).__name__
+    for address in addresses:
+        try:
+            await _Session(patience, on_bytes).fetch(address, files)
+            return
+        except (UnreachableError, IntegrityError) as error:
+            failures[address] = error
+        except ConnectionError as error:
+            failures[address] = str(error)
 
 
 class _Session:
-    """One host's transfers from one peer."""
+    """Transfers from one peer."""
 
-    def __init__(self, host: BasicHost | Any, timeout: float, on_bytes: OnBytes) -> None:
-        self._host, self._timeout, self._on_bytes = host, timeout, on_bytes
+    def __init__(self, timeout: float, on_bytes: OnBytes) -> None:
+        self._timeout, self._on_bytes = timeout, on_bytes
         self._done = self._total = 0
 
     async def fetch(self, address: str, files: dict[Path, BlobRef]) -> None:
         import trio
-        from libp2p.custom_types import TProtocol
-        from libp2p.exceptions import BaseLibp2pError
-        from libp2p.peer.peerinfo import info_from_p2p_addr
-        from multiaddr import Multiaddr
 
-        peer = info_from_p2p_addr(Multiaddr(address))
+        from .thin_dial import dial
+
         self._total = sum(ref.size for ref in files.values())
         try:
-            with trio.fail_after(self._timeout):
-                await self._host.connect(peer)
-                stream = await self._host.new_stream(peer.peer_id, [TProtocol(BLOB)])
-            for path, ref in files.items():
-                await self._fetch_one(stream, path, ref)
-            await stream.close()
+            with trio.fail_after(self._timeout) as limit:
+                async with dial(address) as connection:
+                    stream = await connection.open_stream(BLOB)
+                    limit.deadline = math.inf  # from here on, `_read` limits the time without progress
+                    for path, ref in files.items():
+                        await self._fetch_one(stream, path, ref)
+                    await stream.close()
         except trio.TooSlowError as error:
             raise UnreachableError(f"no answer within {self._timeout:.0f} s") from error
-        except BaseLibp2pError as error:
-            raise UnreachableError(str(error).splitlines()[0] or type(error).__name__) from error
 
-    async def _fetch_one(self, stream: Any, path: Path, ref: BlobRef) -> None:
+    async def _fetch_one(self, stream: ThinStream, path: Path, ref: BlobRef) -> None:
         table = ChunkTable.checked(ref, await self._ask(stream, ref, 0, 0, HASH * chunk_count(ref.size)))
         await stream.write(_ACK)
         with atomic_path(path) as part, part.open("wb") as file:
             for first in range(0, table.count, _BATCH):
                 await self._fetch_chunks(stream, ref, table, first, file)
 
-    async def _fetch_chunks(self, stream: Any, ref: BlobRef, table: ChunkTable, first: int, file: BinaryIO) -> None:
+    async def _fetch_chunks(self, stream: ThinStream, ref: BlobRef, table: ChunkTable, first: int, file: BinaryIO) -> None:
         count = min(_BATCH, table.count - first)
         sizes = [table.chunk_size(index) for index in range(first, first + count)]
         await self._ask(stream, ref, first, count, sum(sizes), read=False)
@@ -106,7 +97,7 @@ class _Session:
             self._on_bytes(self._done, self._total)
         await stream.write(_ACK)
 
-    async def _ask(self, stream: Any, ref: BlobRef, first: int, count: int, expected: int, read: bool = True) -> bytes:
+    async def _ask(self, stream: ThinStream, ref: BlobRef, first: int, count: int, expected: int, read: bool = True) -> bytes:
         await stream.write(bytes.fromhex(ref.digest) + first.to_bytes(4, "big") + count.to_bytes(4, "big"))
         header = await self._read(stream, 9)
         if header[0] != _OK:
@@ -115,15 +106,12 @@ class _Session:
             raise IntegrityError(f"it announced a wrong length for blob {ref.digest[:12]}")
         return await self._read(stream, expected) if read else b""
 
-    async def _read(self, stream: Any, count: int) -> bytes:
-        """Exactly `count` bytes; `timeout` seconds without any are too many."""
+    async def _read(self, stream: ThinStream, count: int) -> bytes:
+        """Exactly `count` bytes; `timeout` seconds without a further _PIECE are too many."""
         import trio
 
         data = bytearray()
         while len(data) < count:
             with trio.fail_after(self._timeout):
-                part = await stream.read(min(_PIECE, count - len(data)))
-            if not part:
-                raise UnreachableError("the stream ended early")
-            data += part
+                data += await stream.read_exactly(min(_PIECE, count - len(data)))
         return bytes(data)
