@@ -1,0 +1,73 @@
+"""A served run with the demo's expert for benchmarks, as real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lutetia.cli.local_swarm import LocalSwarm, free_port
+from lutetia.coordinator.create import create_run
+from lutetia.coordinator.settings import RunSettings
+from lutetia.models.data import recipe
+from lutetia.models.data.build import BuildSettings, build_data
+from lutetia.models.data.made import make_clips
+from lutetia.models.data.shards import ShardData, load_shard
+from lutetia.node.control import ask
+from lutetia.protocol.manifest import Manifest, SignedManifest
+from lutetia.system.errors import UnreachableError
+
+CLIPS = 160
+POLL = 0.1
+
+
+@dataclass
+class Site:
+    """A run's folder, manifest, training data and the processes around it."""
+
+    folder: Path
+    ticket: str
+    manifest: Manifest
+    data: ShardData
+    swarm: LocalSwarm
+
+    async def join(self, name: str) -> Path:
+        """Start a worker with one thread; returns its state folder."""
+        state = self.folder / name
+        arguments = ["join", self.ticket, "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1"]
+        await self.swarm.start(name, arguments)
+        return state
+
+    async def until(self, state: Path, condition) -> dict[str, Any]:
+        """The worker's first local status for which `condition` holds."""
+        while True:
+            self.swarm.check()
+            with contextlib.suppress(UnreachableError):
+                status = await ask(state, "status")
+                if condition(status):
+                    return status
+            await asyncio.sleep(POLL)
+
+
+@contextlib.asynccontextmanager
+async def site(**run: Any) -> AsyncIterator[Site]:
+    """One shard of the demo's clips, the demo's expert, its coordinator serving; `run` overrides settings of the run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_clips(folder / "clips", CLIPS, 0, recipe.CLIPS["frames"], recipe.CLIPS["size"])
+        build_data(folder / "clips", folder / "data", BuildSettings(**{**recipe.DATA, "experts": 1, "cache": folder / "cache"}))
+        address = f"127.0.0.1:{free_port()}"
+        created = create_run(folder / "data", folder / "run", RunSettings(preset="demo", experts=1, addresses=(address,), **run))
+        manifest = SignedManifest.model_validate(json.loads((folder / "run/manifest.json").read_bytes())).manifest
+        data = load_shard(next((folder / "data/shards").glob("*train*")), manifest.latent)
+        async with LocalSwarm(folder / "logs") as swarm:
+            await swarm.start("coordinator", ["coordinator", "serve", str(folder / "run")])
+            while not (folder / "run/status.json").exists():
+                swarm.check()
+                await asyncio.sleep(POLL)
+            yield Site(folder, created.ticket, manifest, data, swarm)
