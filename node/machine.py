@@ -283,7 +283,8 @@ def _target_seen(turn: Turn, view: ShardView) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     if state.stage == "check":
         if not free_shards([_strangers(turn, view)], rules.epochs, now):
-            _back_to_idle(turn, f"somebody else claimed shard {view.shard} first")
+            done = view.epoch >= rules.epochs
+            _back_to_idle(turn, f"shard {view.shard} is done" if done else f"somebody else claimed shard {view.shard} first")
             return
         turn.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
         turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))

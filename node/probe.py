@@ -23,6 +23,7 @@ from ..protocol.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
 from ..protocol.records import Hardware
 from ..system.errors import HardwareError, LutetiaError
 from ..system.process import ParentChannel
+from .childlog import log_to_stderr
 
 log = logging.getLogger("lutetia.node.probe")
 
@@ -229,8 +230,7 @@ def question_digest(question: Question) -> str:
 
 def main() -> NoReturn:
     channel = ParentChannel()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("lutetia").setLevel(logging.INFO)
+    log_to_stderr()
     for message in channel.messages():
         try:
             finding = find(Question.model_validate(message["question"]))

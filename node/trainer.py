@@ -7,7 +7,6 @@ which its exit code repeats (`assignment.EXIT_CODES`). Heavy imports come before
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import NoReturn
 
 from ..system.process import ParentChannel
 from .assignment import EXIT_CODES
+from .childlog import log_to_stderr
 
 NICENESS = 5  # the daemon's heartbeats go before training
 
@@ -25,9 +25,7 @@ def main() -> NoReturn:
     channel = ParentChannel()  # before the heavy imports: they take seconds in which the daemon may die
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager may tell all processes; the daemon decides what it means
     os.nice(NICENESS)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+    log_to_stderr()
     code = EXIT_CODES["crash"]
     try:
         from .trainer_loop import work

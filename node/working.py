@@ -52,7 +52,8 @@ def release(turn: Turn, *, save: bool) -> None:
     if work.owned:
         turn.do(PublishClaim(Claim(work.shard, work.epoch, work.samples, "released")))
     remembered = turn.state.remembered
-    turn.set(work=None, remembered=remembered | {work.shard} if save else remembered - {work.shard})
+    views = {shard: view for shard, view in turn.state.views.items() if shard != work.shard}  # much may have changed: look anew
+    turn.set(work=None, views=views, remembered=remembered | {work.shard} if save else remembered - {work.shard})
 
 
 def _give_up(turn: Turn, why: str, *, save: bool, seconds: float) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lutetia.node.assignment import EXIT_CODES
+from lutetia.node.messages import Exit
 from lutetia.node.workfolder import Resume, WorkFolder, resume_point
 
+from .small_disk import disk_free, small_disk
 from .tiny_run import TinyRun, hear, make_run, start_trainer
+from .toy_coordinator import all_gone
+
+pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minutes on a busy one
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,11 @@ async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Pa
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(b"no tensors here")
     work = run.work("bad")
-    for fields, reason in (({"data": junk}, "bad-shard"), ({"epoch": 1, "weights": junk, "state": junk}, "bad-state")):
+    cases: list[tuple[dict, Exit]] = [
+        ({"data": junk}, "bad-shard"),
+        ({"epoch": 1, "weights": junk, "state": junk}, "bad-state"),
+    ]
+    for fields, reason in cases:
         child = await start_trainer(run.assignment(work, **fields))
         message = await hear(child, "exit")
         assert message["reason"] == reason, message
@@ -147,19 +155,6 @@ async def test_two_starts_share_nothing_but_the_folder_and_terminate_signals_are
     child.process.send_signal(signal.SIGINT)
     await hear(child, "checkpoint")
     await child.kill()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a small tmpfs")
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: TinyRun, uninterrupted: WorkFolder, tmp_path: Path):
@@ -182,26 +177,19 @@ async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: Tiny
             assert files(work, epoch) == files(uninterrupted, epoch)
 
 
-def disk_free(folder: Path) -> int:
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize
-
-
-async def test_ends_with_its_parent(run: TinyRun, tmp_path: Path):
-    script = (
-        "import asyncio, json, sys\n"
-        "from lutetia.system.process import Child\n"
-        "async def main():\n"
-        "    child = await Child.start('lutetia.node.trainer')\n"
-        "    print(child.process.pid, flush=True)\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+async def test_ends_with_its_parent_even_while_it_imports():
+    script = """
+        import asyncio
+        from lutetia.system.process import Child
+        async def main():
+            child = await Child.start('lutetia.node.trainer')
+            print(child.process.pid, flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(script), stdout=subprocess.PIPE)
     assert parent.stdout
     pid = int(await parent.stdout.readline())
     parent.kill()
     await parent.wait()
-    async with asyncio.timeout(10):
-        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
-            await asyncio.sleep(0.02)
+    await all_gone({pid})
