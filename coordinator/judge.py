@@ -185,7 +185,8 @@ class _Turn:
             return OfferReply(verdict="invalid", rung="lineage", text=f"the run has no shard {record.shard}")
         if offer.via == "offer" and (wait := self._over_rate(record.owner)):
             return OfferReply(verdict="busy", text="too many offers from this peer", retry_after=wait)
-        if reply := _standing(self.state.run, shard, record):
+        reply = _standing(self.state.run, shard, record)
+        if reply and not (reply.verdict == "inconclusive" and self._may_try_again(shard, offer)):
             return reply
         if record.epoch > shard.epoch + 1:
             text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
@@ -198,6 +199,15 @@ class _Turn:
         self.write(CheckpointSeen(time=self.now, record=record, via=offer.via))
         self.state = replace(self.state, pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
+
+    def _may_try_again(self, shard: ShardLedger, offer: Offered) -> bool:
+        """A result that was given up as inconclusive is taken up again when its owner insists, after a while."""
+        given_up = shard.judged[offer.record.owner, offer.record.digest]
+        return offer.via == "offer" and self.now - given_up.time >= self._patience
+
+    @property
+    def _patience(self) -> float:
+        return self.rules.retry_delay * 2**self.rules.attempts
 
     def _over_rate(self, owner: str) -> float | None:
         """Seconds to wait when `owner` offered too often within the last minute; counts this offer otherwise."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..protocol.canonical import canonical
-from ..protocol.events import CoordinatorStarted, CoordinatorStopped
+from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped
 from ..protocol.identity import Identity, peer_id_of
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import Manifest, SignedManifest
@@ -118,8 +118,10 @@ class _Service:
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")])
         self.checking, self.making = (self._workshop(name) for name in ("checking", "making"))
         tools = NetworkTools(
-            self.transport, self.manifest, self.blobs, self.incoming, self.checking, self.settings.slowest_bytes_per_second
-        )
+            self.transport, self.manifest, self.blobs, self.incoming, self.checking, self.settings.slowest_bytes_per_second,
+            _accepted_states(self.ledger),
+        )  # fmt: skip
+        tools.forget_old_states()
         self.bench = Bench(self._rules(), self.ledger, tools, self._publish, self.transport.now, self._changed)
         self.lookout = Lookout(self.transport, self.manifest, self._found)
         self.stitcher = Stitcher(
@@ -230,6 +232,16 @@ async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
     while True:
         await action()
         await asyncio.sleep(seconds)
+
+
+def _accepted_states(ledger: Ledger) -> dict[int, list[str]]:
+    """Per shard the digests of all training states that were ever accepted, oldest first."""
+    states: dict[int, list[str]] = {}
+    for row in ledger.rows():
+        event = row.event()
+        if isinstance(event, CheckpointAccepted):
+            states.setdefault(event.acceptance.shard, []).append(event.acceptance.state.digest)
+    return states
 
 
 def _restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> BlobStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from ..protocol.manifest import BlobRef, Manifest
@@ -15,7 +15,7 @@ from ..protocol.services import read_records
 from ..protocol.store import BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
-from ..system.errors import IntegrityError, UnreachableError
+from ..system.errors import DiskError, IntegrityError, UnreachableError
 from .ladder import SizeLimits, Stopped
 from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
 
@@ -24,11 +24,15 @@ _log = logging.getLogger("lutetia.coordinator.tools")
 _FETCH_GRACE = 30.0
 _INSPECT_LIMIT, _LOSS_LIMIT = 300.0, 900.0
 _MAX_PROVIDERS = 8
+KEPT_STATES = 3
 
 
 @dataclass
 class NetworkTools:
-    """Fetches candidates into `incoming`, so that nothing undecided is ever served, and has them looked at by `workshop`."""
+    """Fetches candidates into `incoming`, so that nothing undecided is ever served, and has them looked at by `workshop`.
+
+    `states`: per shard the digests of accepted training states that may still be held, oldest first.
+    """
 
     transport: Transport
     manifest: Manifest
@@ -36,6 +40,7 @@ class NetworkTools:
     incoming: BlobStore
     workshop: WorkshopClient
     slowest_bytes_per_second: float
+    states: dict[int, list[str]] = field(default_factory=dict)
 
     async def limits(self) -> dict[int, SizeLimits]:
         """Size limits of every shard, from the manifest's weight schema."""
@@ -57,7 +62,9 @@ class NetworkTools:
                     await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))
             except TimeoutError as error:
                 raise Stopped("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
-            except (UnreachableError, IntegrityError) as error:
+            except (UnreachableError, IntegrityError, DiskError) as error:
+                if isinstance(error, DiskError):
+                    _log.error("cannot take in results: %s", error)
                 raise Stopped("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error
 
     async def _providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:
@@ -101,11 +108,27 @@ class NetworkTools:
         return str(store.path(ref.digest))
 
     def keep(self, record: CheckpointRecord) -> None:
-        """The result was accepted: its blobs are served from now on. Blocks on the disk."""
+        """The result was accepted: its blobs are served from now on. Blocks on the disk.
+
+        Weights and traces are kept for good. Training states, several times as large, are needed only to go on: those of the
+        last KEPT_STATES epochs of a shard stay.
+        """
         for ref in (record.weights, record.state, record.trace):
             if not self.blobs.has(ref.digest):
                 self.blobs.adopt(self.incoming.path(ref.digest), self.incoming.table(ref.digest))
                 self.incoming.remove(ref.digest)
+        states = self.states.setdefault(record.shard, [])
+        states.append(record.state.digest)
+        self.forget_old_states()
+
+    def forget_old_states(self) -> None:
+        """Remove the training states that nobody goes on from any more."""
+        recent = {digest for states in self.states.values() for digest in states[-KEPT_STATES:]}
+        for states in self.states.values():
+            for digest in states[:-KEPT_STATES]:
+                if digest not in recent:
+                    self.blobs.remove(digest)
+            del states[:-KEPT_STATES]
 
     def discard(self, record: CheckpointRecord) -> None:
         """The result is out: forget what was fetched of it."""

@@ -144,8 +144,14 @@ def test_an_inconclusive_check_is_retried_with_back_off_and_then_given_up():
     actions = c.hears(Checked(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
     assert any(isinstance(action, Discard) for action in actions)
     assert c.offer(result).verdict == "inconclusive"
+    assert c.offer(result, "poll").verdict == "inconclusive"
     assert c.state.run.rejected == 0
     assert not c.state.pending
+    c.now += 41
+    assert c.offer(result, "poll").verdict == "inconclusive", "lying in the DHT is not insisting"
+    assert c.offer(result).verdict == "queued"
+    c.verdict(result)
+    assert c.offer(result).verdict == "accepted"
 
 
 def test_a_peer_that_offers_too_often_waits():

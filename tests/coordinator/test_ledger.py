@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import statistics
 import time
 from pathlib import Path
 
@@ -210,9 +211,9 @@ def test_a_hundred_acceptances_a_second(tmp_path: Path):
     """Pure decision and durable ledger together; what comes in together is committed together, as the service does it."""
     c = court(shards=8, epochs=40, rules={"offers_per_minute": 10_000})
     ledger = Ledger.create(tmp_path / "ledger.sqlite", c.events[0])  # pyright: ignore[reportArgumentType]
-    began, done = time.perf_counter(), 0
+    took, done = [], 0
     for _ in range(25):
-        before = len(c.events)
+        began, before = time.perf_counter(), len(c.events)
         for shard in range(8):
             state = c.state.run.shards[shard]
             record = make_record(c.manifest, PEERS[done % 6], shard, state.epoch + 1, state.accepted, text=str(done))
@@ -220,9 +221,10 @@ def test_a_hundred_acceptances_a_second(tmp_path: Path):
             c.verdict(record)
             done += 1
         ledger.append(c.events[before:])
-    took = time.perf_counter() - began
+        took.append(time.perf_counter() - began)
     assert ledger.state == c.state.run
     assert c.state.run.accepted == done == 200
-    assert done / took >= 100, f"{done / took:.0f} acceptances per second"
+    rate = 8 / statistics.median(took)
+    assert rate >= 100, f"{rate:.0f} acceptances per second"
     assert not any(isinstance(action, Discard) for action in c.actions)
     ledger.close()
