@@ -76,4 +76,5 @@ def preset_of(name: str) -> Preset:
         return _TINY
     from ..models.data import recipe
 
-    return Preset(name="demo", run={"preset": "demo", "name": "demo"}, build=recipe.DATA, **recipe.CLIPS)
+    run = {"preset": "demo", "name": "demo", "timing": {"heartbeat": 2.0, "tenure": 120.0}}
+    return Preset(name="demo", run=run, build=recipe.DATA, **recipe.CLIPS)

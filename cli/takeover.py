@@ -76,9 +76,9 @@ class Takeover:
 def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker], slowest_first: Sequence[str]) -> Worker | None:
     """The worker to kill now, or None while it is too early.
 
-    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and work ahead. The time is
-    right when another worker is free to take over, at the latest when two thirds of the shard's budget or all but its last epoch
-    are done.
+    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and work ahead. The time
+    is right when another worker is free to take over, at the latest when two thirds of the shard's budget or all but its last
+    epoch are done.
     """
     holders = {worker.name: (worker, status.shards[worker.shard]) for worker in workers.values() if worker.shard is not None}
     for name in slowest_first:

@@ -33,12 +33,12 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """One demo, kept whole; the tests below look at it."""
     folder, before = tmp_path_factory.mktemp("demo"), litter()
-    run = lutetia("demo", "--preset", "tiny", "--out", "demo", "--keep-run", cwd=folder, timeout=170)
+    run = lutetia("demo", "--preset", "tiny", "--out", "demo", "--keep-run", cwd=folder, timeout=480)
     assert run.returncode == 0, run.stderr + run.stdout
     return Demo(folder / "demo", run.stdout, litter() - before)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 def test_the_demo_writes_everything_it_promises(demo: Demo) -> None:
     names = {path.name for path in demo.out.iterdir()}
     assert names >= {
