@@ -1,4 +1,4 @@
-"""Runs in an empty directory: nothing but installed packages can be imported. Prints what the stock loader made of the folder."""
+"""Runs in an empty directory: nothing but installed packages can be imported. Prints what stock diffusers made of each folder."""
 
 import hashlib
 import os
@@ -6,11 +6,12 @@ import sys
 
 from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-folder = sys.argv[1]
 assert os.listdir(".") == []
 assert "lutetia" not in sys.modules
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-result = pipe(["a red ball", "a blue ball"], num_inference_steps=3, seed=5)  # pyright: ignore[reportCallIssue]
-print(type(pipe).__module__, result.frames.dtype, *result.frames.shape, *result.routing.shape)
-print(hashlib.sha256(result.frames.tobytes()).hexdigest())
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(["a red ball", "a blue ball"], num_inference_steps=3, seed=5)  # pyright: ignore[reportCallIssue]
+    vae = type(pipe.vae).__name__  # pyright: ignore[reportAttributeAccessIssue]
+    print(type(pipe).__module__, vae, result.frames.dtype, *result.frames.shape, *result.routing.shape)
+    print(hashlib.sha256(result.frames.tobytes()).hexdigest())

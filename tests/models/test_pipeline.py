@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
 from lutetia.models.router import build_router
 from lutetia.models.stitch import stitch
@@ -41,18 +43,49 @@ def pipe(folder) -> LutetiaPipeline:
     return load_pipeline(folder)
 
 
-def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, pipe, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory) -> Path:
+    """A mixture of one expert whose autoencoder was a local folder, which is gone now."""
+    root = tmp_path_factory.mktemp("compressed")
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    autoencoder.save_pretrained(root / "autoencoder")
+    size = {"pixel_height": 16, "pixel_width": 16, "mean": (0.5,) * 4, "std": (2.0,) * 4}
+    latent = PIXELS.model_copy(update={"channels": 4, "vae": str(root / "autoencoder"), **size})
+    spec = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "text_dim": 64})
+    manifest = toy_manifest(1, expert=spec, latent=latent, sampling={"steps": 2})
+    write_weights(ExpertTrainer(manifest, 0, toy_data(latent=latent)).snapshot(), root / "weights")
+    stitch(root / "mixture", manifest, [root / "weights"], None)
+    shutil.rmtree(root / "autoencoder")
+    return root / "mixture"
+
+
+def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compressed, tmp_path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "pipeline_child.py"), str(folder)]
-    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(Path(__file__).parent / "pipeline_child.py"), str(folder), str(compressed)]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    about, digest = done.stdout.split("\n")[:2]
-    assert about == "lutetia.models.pipeline uint8 2 4 8 8 3 3 2 2"
-    ours = pipe(["a red ball", "a blue ball"], num_inference_steps=3, seed=5).frames
-    assert hashlib.sha256(ours.tobytes()).hexdigest() == digest
     assert "Error" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "lutetia.models.pipeline NoneType uint8 2 4 8 8 3 3 2 2"
+    assert lines[2] == "lutetia.models.pipeline AutoencoderTiny uint8 2 4 16 16 3 3 2 1"
+    for place, theirs in ((folder, lines[1]), (compressed, lines[3])):
+        ours = load_pipeline(place)(["a red ball", "a blue ball"], num_inference_steps=3, seed=5).frames
+        assert hashlib.sha256(ours.tobytes()).hexdigest() == theirs
+
+
+def test_frames_are_decoded_by_the_component_from_latents_as_they_were_normalised(compressed) -> None:
+    pipe = load_pipeline(compressed)
+    assert pipe.decoder.module is pipe.vae
+    latents = pipe("a ball", seed=1, output_type="latent").frames
+    with torch.no_grad():
+        pictures = pipe.vae.decode((latents * 2 + 0.5)[0].transpose(0, 1)).sample
+    expected = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+    assert (pipe("a ball", seed=1).frames[0] == expected.numpy()).all()
 
 
 def test_a_prompt_and_its_seed_give_the_same_clip_in_any_batch(pipe) -> None:
