@@ -35,12 +35,14 @@ Latency = float | Callable[[random.Random, str, str], float]
 class MemoryNetwork:
     """Peers and the lines between them.
 
-    `loss` is the share of packets lost: a lost request times out, a lost packet of a stream is sent again.
+    `loss` is the share of packets lost: a lost request times out (after `timeout` seconds), a lost packet of a stream is resent.
     """
 
-    def __init__(self, seed: int = 0, latency: Latency = 0.02, loss: float = 0.0, replicas: int = 5) -> None:
+    def __init__(
+        self, seed: int = 0, latency: Latency = 0.02, loss: float = 0.0, replicas: int = 5, timeout: float = RPC_TIMEOUT
+    ) -> None:
         self.random = random.Random(seed)
-        self.loss, self.replicas = loss, replicas
+        self.loss, self.replicas, self.timeout = loss, replicas, timeout
         self._latency = latency
         self._peers: dict[str, MemoryTransport] = {}
         self._ring: list[tuple[int, str]] = []
@@ -253,10 +255,10 @@ class MemoryTransport(Transport):
         for peer in peers:
             trip = 2 * (self._network.delay(self.peer_id, peer.peer_id) + self._network.delay(peer.peer_id, self.peer_id))
             lost = self._network.lost() or self._network.lost()
-            longest = max(longest, RPC_TIMEOUT if lost else trip)
-            if not lost and trip < RPC_TIMEOUT:
+            longest = max(longest, self._network.timeout if lost else trip)
+            if not lost and trip < self._network.timeout:
                 answered.append(peer)
-        await asyncio.sleep(min(longest, RPC_TIMEOUT))
+        await asyncio.sleep(min(longest, self._network.timeout))
         self._require_alive()
         return [peer for peer in answered if peer.alive() and self._network.together(peer.peer_id, self.peer_id)]
 
@@ -266,8 +268,8 @@ class MemoryTransport(Transport):
             if self._network.reachable(self.peer_id, peer_id) and not self._network.lost():
                 await asyncio.sleep(self._network.delay(self.peer_id, peer_id) + self._network.delay(peer_id, self.peer_id))
                 return
-            await asyncio.sleep(RPC_TIMEOUT / 4)
-        raise ConnectionError(f"peer {peer_id} could not be dialled: no answer within {RPC_TIMEOUT:.0f} s")
+            await asyncio.sleep(self._network.timeout / 4)
+        raise ConnectionError(f"peer {peer_id} could not be dialled: no answer within {self._network.timeout:.1f} s")
 
     def _require_alive(self) -> None:
         if not self._alive:
