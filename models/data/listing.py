@@ -1,7 +1,8 @@
 """What a user's folder of clips holds: one caption per clip, from `metadata.jsonl`, `metadata.csv` or same-named `.txt` files.
 
-A row has `file_name` (relative to the folder) and `caption` or `text`; optionally `kind` (the user's own label) and `split`
-(`train`, or `test` for clips that training and clustering must never see; `validation` counts as `test`).
+Each folder may have one metadata file. A row has `file_name` (relative to that file's folder) and `caption` or `text`; optionally
+`kind` (the user's own label) and `split` (`train`, or `test` for clips that training and clustering must never see; `validation`
+counts as `test`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ...system.errors import DataError
 
@@ -56,63 +57,86 @@ class Listing:
 def read_listing(folder: Path) -> Listing:
     """All clips below `folder` (hidden files apart) with their captions. Nothing is decoded yet.
 
-    Raises DataError when the folder, or its metadata file as a whole, is unusable; faults of single clips are in `bad`.
+    Raises DataError when the folder, or a metadata file as a whole, is unusable; faults of single clips are in `bad`.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of clips; name a folder with videos and their captions")
-    videos = _videos(folder)
-    tables = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise DataError(f"{folder} holds both metadata.jsonl and metadata.csv; remove one, so that each clip has one caption")
     listing = Listing()
-    seen = _read_table(folder, tables[0], listing) if tables else set[str]()
-    for name in sorted(videos.keys() - seen):
-        _add_from_text_file(name, videos[name], tables, listing)
+    rows = [row for table in _tables(folder) for row in _rows_of(folder, table)]
+    _read_rows(folder, rows, listing)
+    videos = _visible(folder, lambda path: path.suffix.lower() in VIDEO_SUFFIXES)
+    for name in sorted(videos.keys() - {row.name for row in rows}):
+        _add_from_text_file(folder, name, listing)
     if not listing.clips and not listing.bad:
         raise DataError(f"{folder} holds no clips ({', '.join(sorted(s[1:] for s in VIDEO_SUFFIXES))}); name another folder")
     listing.clips.sort(key=lambda clip: clip.name)
     return listing
 
 
-def _videos(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if path.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in relative.parts):
-            found[relative.as_posix()] = path
+@dataclass(frozen=True)
+class _Row:
+    """A row of a metadata file. `name` is relative to the folder of clips, `given` as it was written, relative to `base`."""
+
+    name: str
+    given: str
+    base: Path
+    where: str
+    values: dict[str, Any]
+
+
+def _visible(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
+    """Files below `folder` by relative name, without those that are hidden or in hidden folders."""
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if wanted(path)}
+    return {name.as_posix(): path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)}
+
+
+def _tables(folder: Path) -> list[Path]:
+    """The metadata files: one at most in each folder, whose rows are relative to that folder."""
+    found = _visible(folder, lambda path: path.name in METADATA_NAMES and path.is_file())
+    parents = Counter(path.parent for path in found.values())
+    for parent, count in parents.items():
+        if count > 1:
+            raise DataError(f"{parent} holds both metadata.jsonl and metadata.csv; remove one, so that each clip has one caption")
+    return [found[name] for name in sorted(found)]
+
+
+def _rows_of(folder: Path, table: Path) -> list[_Row]:
+    """Raises DataError when the file has no rows or cannot be read."""
+    prefix, found = table.parent.relative_to(folder), []
+    for number, values in _parse(table):
+        given = str(values.get("file_name") or "")
+        name = (prefix / PurePosixPath(given)).as_posix() if given else ""
+        found.append(_Row(name, given, table.parent, f"{(prefix / table.name).as_posix()} line {number}", values))
+    if not found:
+        raise DataError(f"{table} has no rows; write one per clip with file_name and caption")
     return found
 
 
-def _read_table(folder: Path, table: Path, listing: Listing) -> set[str]:
-    """Fill `listing` from the metadata file; returns every file name that it speaks of."""
-    rows = list(_rows(table))
-    if not rows:
-        raise DataError(f"{table} has no rows; write one per clip with file_name and caption")
-    counts = Counter(str(row.get("file_name") or "") for _, row in rows)
-    root = folder.resolve()
-    reported: set[str] = set()
-    for number, row in rows:
-        name = str(row.get("file_name") or "")
-        where = f"{table.name} line {number}"
-        if counts[name] > 1 and name:
-            if name not in reported:
-                reason = f"{where}: {name} is listed {counts[name]} times; keep one row per file"
-                listing.bad.append(BadClip(name, reason))
-                reported.add(name)
+def _read_rows(folder: Path, rows: list[_Row], listing: Listing) -> None:
+    counts = Counter(row.name for row in rows)
+    root, reported = folder.resolve(), set[str]()
+    for row in rows:
+        if row.name and counts[row.name] > 1:
+            if row.name not in reported:
+                reason = f"{row.where}: {row.given} is listed {counts[row.name]} times; keep one row per file"
+                listing.bad.append(BadClip(row.name, reason))
+                reported.add(row.name)
             continue
-        clip = _clip_of_row(root, folder, name, row, where)
-        (listing.bad if isinstance(clip, BadClip) else listing.clips).append(cast(Any, clip))
-    return set(counts)
+        clip = _clip_of_row(root, row)
+        if isinstance(clip, BadClip):
+            listing.bad.append(clip)
+        else:
+            listing.clips.append(clip)
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parse(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row). Raises DataError naming the line that cannot be read."""
     try:
         text = table.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {table}: {error}; save it as UTF-8") from error
     if table.suffix == ".csv":
-        yield from _csv_rows(table, text)
+        yield from _parse_csv(table, text)
         return
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -126,7 +150,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parse_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
         if "file_name" not in (reader.fieldnames or ()):
@@ -141,13 +165,14 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{table} line {reader.line_num} is not CSV ({error}); put captions with commas in quotes") from error
 
 
-def _clip_of_row(root: Path, folder: Path, name: str, row: dict[str, Any], where: str) -> ClipSource | BadClip:
+def _clip_of_row(root: Path, row: _Row) -> ClipSource | BadClip:
     """The clip that a metadata row describes, or why it cannot be used."""
-    if not name:
-        return BadClip(where, f"{where} names no file; give it a file_name")
-    problem = _path_problem(root, folder, name)
-    caption = row.get("caption") or row.get("text") or ""
-    kind, split = row.get("kind") or "", str(row.get("split") or "").strip().lower()
+    if not row.given:
+        return BadClip(row.where, f"{row.where} names no file; give it a file_name")
+    values = row.values
+    problem = _path_problem(root, row)
+    caption = values.get("caption") or values.get("text") or ""
+    kind, split = values.get("kind") or "", str(values.get("split") or "").strip().lower()
     if problem is None and (not isinstance(caption, str) or not isinstance(kind, str)):
         problem = "has a caption or kind that is not text; write both as strings"
     if problem is None:
@@ -155,20 +180,20 @@ def _clip_of_row(root: Path, folder: Path, name: str, row: dict[str, Any], where
     if problem is None and split not in _SPLITS:
         problem = f"has the split {split[:20]!r}; write train, validation or test"
     if problem:
-        return BadClip(name, f"{where}: {name} {problem}")
-    return ClipSource(PurePosixPath(name).as_posix(), folder / name, _tidy(caption), _tidy(kind), _SPLITS[split])
+        return BadClip(row.name, f"{row.where}: {row.given[:200]} {problem}")
+    return ClipSource(row.name, row.base / row.given, _tidy(caption), _tidy(kind), _SPLITS[split])
 
 
-def _path_problem(root: Path, folder: Path, name: str) -> str | None:
-    """Why `name` must not be opened: metadata may come from strangers and must not reach outside their folder."""
-    if "\0" in name or "\\" in name or len(name) > 1024:
+def _path_problem(root: Path, row: _Row) -> str | None:
+    """Why the file must not be opened: metadata may come from strangers and must not reach outside their folder."""
+    if "\0" in row.given or "\\" in row.given or len(row.given) > 1024:
         return "is not a plain relative path; use forward slashes"
-    pure = PurePosixPath(name)
+    pure = PurePosixPath(row.given)
     if pure.is_absolute() or ".." in pure.parts:
         return "lies outside the folder; use a path relative to the folder"
     if pure.suffix.lower() not in VIDEO_SUFFIXES:
         return f"is no video that can be read here; use {', '.join(sorted(VIDEO_SUFFIXES))}"
-    path = folder / name
+    path = row.base / row.given
     if not path.is_file():
         return "does not exist; remove the row or add the file"
     if not path.resolve().is_relative_to(root):
@@ -184,11 +209,11 @@ def _caption_problem(caption: str) -> str | None:
     return None
 
 
-def _add_from_text_file(name: str, path: Path, tables: list[Path], listing: Listing) -> None:
+def _add_from_text_file(folder: Path, name: str, listing: Listing) -> None:
     """A clip that no metadata row speaks of: its caption is the same-named `.txt` file."""
+    path, root = folder / name, folder.resolve()
     text_file = path.with_suffix(".txt")
-    root = next(parent for parent in path.parents if path.relative_to(parent).as_posix() == name).resolve()
-    if not path.resolve().is_relative_to(root) or (text_file.exists() and not text_file.resolve().is_relative_to(root)):
+    if not all(each.resolve().is_relative_to(root) for each in (path, text_file)):
         listing.bad.append(BadClip(name, f"{name} is a link that leads outside the folder; copy the file into it"))
         return
     try:
@@ -197,11 +222,9 @@ def _add_from_text_file(name: str, path: Path, tables: list[Path], listing: List
         listing.bad.append(BadClip(name, f"the caption {text_file.name} of {name} cannot be read ({error}); save it as UTF-8"))
         return
     if not caption.strip():
-        rows = f"a row in {tables[0].name}" if tables else "a row in metadata.jsonl"
-        listing.bad.append(BadClip(name, f"{name} has no caption; add {rows} or a file {text_file.name} beside it"))
-        return
-    problem = _caption_problem(caption)
-    if problem:
+        reason = f"{name} has no caption; add a row in metadata.jsonl or metadata.csv, or a file {text_file.name} beside it"
+        listing.bad.append(BadClip(name, reason))
+    elif problem := _caption_problem(caption):
         listing.bad.append(BadClip(name, f"{name} {problem}"))
     else:
         listing.clips.append(ClipSource(name, path, _tidy(caption)))

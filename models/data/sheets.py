@@ -28,7 +28,7 @@ def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Seque
         left, top = _MARGIN + column * cell_width, 2 * _LINE + row * cell_height
         for part, index in enumerate(np.linspace(0, len(frames) - 1, _STRIP).round().astype(int)):
             sheet.paste(_thumbnail(frames[index]), (left + part * _SIDE, top))
-        draw.text((left, top + _SIDE), _drawable(caption)[:38], fill=(200, 200, 200))
+        draw.text((left, top + _SIDE), _fitted(draw, _drawable(caption), _STRIP * _SIDE), fill=(200, 200, 200))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
@@ -41,6 +41,13 @@ def _thumbnail(picture: Frames) -> Image.Image:
         scale = _SIDE / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
     return image
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """`text`, cut where it would be wider than `width` pixels."""
+    while len(text) > 3 and draw.textlength(text) > width:
+        text = text[: -4 if text.endswith("...") else -1].rstrip() + "..."
+    return text
 
 
 def _drawable(text: str) -> str:

@@ -57,6 +57,16 @@ def test_a_clip_outside_the_metadata_may_have_its_text_file(folder: Path) -> Non
     assert [clip.caption for clip in read_listing(rows(folder, A)).clips] == ["a dog runs", "a cat"]
 
 
+def test_each_folder_may_have_its_own_metadata(folder: Path) -> None:
+    (folder / "deep/metadata.csv").write_text("file_name,caption\nb.gif,a cat\n")
+    listing = read_listing(rows(folder, A))
+    assert [(clip.name, clip.caption, clip.path) for clip in listing.clips][1] == ("deep/b.gif", "a cat", folder / "deep/b.gif")
+    (bad,) = read_listing(rows(folder, A, B)).bad
+    assert bad.reason == "deep/metadata.csv line 2: b.gif is listed 2 times; keep one row per file"
+    (folder / "deep/metadata.csv").write_text("file_name,caption\n../a.mp4,a cat\n")
+    assert any("lies outside the folder" in bad.reason for bad in read_listing(folder).bad)
+
+
 def test_hidden_files_are_no_clips(folder: Path) -> None:
     (folder / ".hidden.mp4").write_bytes(b"x")
     (folder / ".cache").mkdir()
@@ -90,7 +100,7 @@ def test_a_faulty_row_is_named_with_its_line_and_a_remedy(folder: Path, row: dic
 
 def test_a_clip_without_any_caption_is_named(folder: Path) -> None:
     (bad,) = read_listing(rows(folder, A)).bad
-    assert bad.reason == "deep/b.gif has no caption; add a row in metadata.jsonl or a file b.txt beside it"
+    assert bad.reason == "deep/b.gif has no caption; add a row in metadata.jsonl or metadata.csv, or a file b.txt beside it"
 
 
 def test_a_file_listed_twice_is_named_once_and_not_used(folder: Path) -> None:
