@@ -43,6 +43,7 @@ class Hands:
         self._child: Child | None = None
         self._listener: asyncio.Task[None] | None = None
         self._warm: Child | None = None
+        self._spawning = asyncio.Lock()
         self._cooling: asyncio.TimerHandle | None = None
         self._stopping = False
         self.report: Report | None = None
@@ -51,21 +52,29 @@ class Hands:
 
     async def warm(self) -> None:
         """Have a child ready for the next start; it goes away if that does not come soon."""
-        if self._cooling:
-            self._cooling.cancel()
-        if self._warm is None or self._warm.process.returncode is not None:
-            self._warm = await Child.start(_MODULE, environment=self._environment)
+        async with self._spawning:
+            self.keep_warm(await self._warm_or_new())
+
+    def keep_warm(self, child: Child) -> None:
+        """`child` has nothing to do: it may wait a while for the next start."""
+        self._warm = child
         loop = asyncio.get_running_loop()
         self._cooling = loop.call_later(WARM_SECONDS, lambda: loop.create_task(self.cool()))
 
     async def cool(self) -> None:
+        """No child waits."""
         if self._cooling:
             self._cooling.cancel()
         if self._warm:
             child, self._warm = self._warm, None
             await child.kill()
 
-    async def _take_child(self) -> Child:
+    async def take(self) -> Child:
+        """The warm child, or a new one; whoever takes it answers for it."""
+        async with self._spawning:
+            return await self._warm_or_new()
+
+    async def _warm_or_new(self) -> Child:
         if self._cooling:
             self._cooling.cancel()
         child, self._warm = self._warm, None
@@ -78,7 +87,7 @@ class Hands:
     async def start(self, run: int, assignment: Assignment) -> None:
         """Start trainer number `run`; what becomes of it comes as events."""
         await self.stop(save=False)
-        self._child, self._stopping = await self._take_child(), False
+        self._child, self._stopping = await self.take(), False
         self.report = Report(epoch=assignment.epoch)
         self._listener = asyncio.create_task(self._listen(run, self._child))
         await self._send({"do": "start", "assignment": assignment.model_dump(mode="json")})

@@ -61,11 +61,27 @@ def advance(rules: Rules, state: State, event: Event) -> tuple[State, list[Actio
     turn = Turn(rules, state, event.now)
     if state.work and event.now - state.last > 2 * rules.heartbeat:
         turn.change(progress_at=event.now)  # the box slept, and its trainer with it
+    if event.now < state.last:
+        _clock_went_back(turn)
     turn.set(last=event.now)
     _absorb(turn, event)
     if turn.state.phase not in ("joining", "left"):
         _act(turn)
     return turn.state, turn.actions
+
+
+def _clock_went_back(turn: Turn) -> None:
+    """Nothing that was due soon may now be due in hours."""
+    state, soon = turn.state, turn.now + turn.rules.heartbeat
+    turn.set(
+        renew_at=min(state.renew_at, soon), renewed_at=min(state.renewed_at, turn.now), look_at=min(state.look_at, soon),
+        act_at=min(state.act_at, soon), looked={},
+    )  # fmt: skip
+    if work := turn.state.work:
+        turn.change(
+            progress_at=min(work.progress_at, turn.now), restart_at=min(work.restart_at, soon), offer_at=min(work.offer_at, soon),
+            sync_at=None if work.sync_at is None else min(work.sync_at, soon),
+        )  # fmt: skip
 
 
 def _absorb(turn: Turn, event: Event) -> None:

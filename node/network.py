@@ -53,6 +53,7 @@ class Network:
     store: BlobStore
     operator: str | None = None
     acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
+    _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
     _announced: dict[str, float] = field(default_factory=dict)
     _recorded: dict[str, float] = field(default_factory=dict)
 
@@ -96,8 +97,9 @@ class Network:
             run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
             shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
         )  # fmt: skip
-        if not await publish(self.transport, self.identity, record, self.limits.longest("claim")):
-            log.warning("no peer took our claim on shard %d", claim.shard)
+        async with self._claiming:  # one after another, or the DHT refuses the one that is overtaken
+            if not await publish(self.transport, self.identity, record, self.limits.longest("claim")):
+                log.warning("no peer took our claim on shard %d", claim.shard)
 
     async def publish_node(self, state: NodeState, hardware: Hardware, rate: float, shard: int | None) -> None:
         record = NodeRecord(

@@ -1,6 +1,5 @@
-"""`python -m lutetia.node.probe`: what this box can do for a run, found by trying it, in a process that may crash or hang.
-
-It hears one `probe` (a Question) and says one `probe` (a Finding) or `failed`. The daemon gives it `SECONDS`.
+"""What this box can do for a run, found by trying it. Runs in a trainer child, which may crash or hang: `trainer_loop` answers
+the daemon's `probe` with it. The same child then waits for work, warm.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import psutil
 from pydantic import Field
@@ -22,8 +21,6 @@ from ..protocol.canonical import Frozen
 from ..protocol.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
 from ..protocol.records import Hardware
 from ..system.errors import HardwareError, LutetiaError
-from ..system.process import ParentChannel
-from .childlog import log_to_stderr
 
 log = logging.getLogger("lutetia.node.probe")
 
@@ -226,21 +223,3 @@ def question_digest(question: Question) -> str:
     parts = [question.manifest.read_bytes().hex(), question.model_dump_json(exclude={"free_disk", "manifest"})]
     parts += [importlib.metadata.version(name) for name in ("torch", "diffusers")]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
-
-
-def main() -> NoReturn:
-    channel = ParentChannel()
-    log_to_stderr()
-    for message in channel.messages():
-        try:
-            finding = find(Question.model_validate(message["question"]))
-        except LutetiaError as error:
-            channel.send({"say": "failed", "code": error.code, "text": str(error)})
-        else:
-            channel.send({"say": "probe", "finding": finding.model_dump(mode="json")})
-        break
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

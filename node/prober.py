@@ -1,4 +1,4 @@
-"""The daemon's side of probing: a child that may crash or hang, a time box, and a memory of what was found."""
+"""The daemon's side of probing: a trainer child that may crash or hang, a time box, and a memory of what was found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..protocol.canonical import canonical
 from ..protocol.manifest import Manifest
 from ..system.errors import HardwareError
 from ..system.files import write_atomic
-from ..system.process import Child
+from .hands import Hands
 from .material import Places
 from .probe import SECONDS, Finding, Question, question_digest
 from .settings import NodeSettings
@@ -26,8 +26,8 @@ class Prober:
     the probe, for the hardware may have changed.
     """
 
-    def __init__(self, settings: NodeSettings, places: Places) -> None:
-        self.settings, self.places = settings, places
+    def __init__(self, settings: NodeSettings, places: Places, hands: Hands) -> None:
+        self.settings, self.places, self.hands = settings, places, hands
         self.finding: Finding | None = None
         self._first = True
 
@@ -61,16 +61,24 @@ class Prober:
             write_atomic(self.places.finding, canonical(finding))
 
     async def _ask(self, question: Question) -> Finding:
-        child = await Child.start("lutetia.node.probe")
+        child = await self.hands.take()
+        finding: Finding | None = None
         try:
             async with asyncio.timeout(SECONDS):
                 await child.send({"do": "probe", "question": question.model_dump(mode="json")})
-                async for message in child.messages():
-                    if message["say"] == "probe":
-                        return Finding.model_validate(message["finding"])
-                    raise HardwareError(message["text"])
+                message = await anext(child.messages(), None)
+            if message and message["say"] == "finding":
+                finding = Finding.model_validate(message["finding"])
         except TimeoutError as error:
             raise HardwareError(f"probing the hardware took longer than {SECONDS:.0f} s; look at the driver") from error
+        except ConnectionError as error:
+            raise HardwareError("the probe of the hardware crashed; look at the log") from error
         finally:
-            await child.kill()
-        raise HardwareError(f"the probe of the hardware crashed (exit code {child.process.returncode}); look at the log")
+            if finding:
+                self.hands.keep_warm(child)
+            else:
+                await child.kill()
+        if finding is None:
+            crashed = f"the probe crashed (exit code {child.process.returncode}); look at the log"
+            raise HardwareError(message["text"] if message else crashed)
+        return finding

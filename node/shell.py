@@ -50,7 +50,7 @@ class Shell:
         remembered = remembered_shards(material.places.work, self.manifest.run_id)
         self.state = State(since=time.time(), remembered=remembered)
         self.hands = Hands(self.feed, time.time, settings.threads)
-        self.prober = Prober(settings, material.places)
+        self.prober = Prober(settings, material.places, self.hands)
         self.left = asyncio.Event()
         self.problem: str | None = None
         self._rejoin = rejoin
@@ -289,7 +289,7 @@ class Shell:
             text = str(error)
         if verdict == "invalid":
             self.contributions.count_refused()
-        self.feed(m.OfferAnswered(time.time(), candidate.digest, verdict, text, after))
+        self.feed(m.OfferAnswered(time.time(), candidate.digest, verdict, " ".join(text.split()), after))
 
     def _kept(self, candidate: m.Candidate):
         for kept in self.material.work(candidate.shard).kept():

@@ -89,6 +89,8 @@ class Work:
     """The epoch on top of which the trainer works."""
     samples: int = 0
     until: int = 0
+    drain: int | None = None
+    """Where the trainer is to end when the node is to leave."""
     waiting: bool = False
     progress_at: float = 0.0
     started_at: float = 0.0

@@ -1,8 +1,9 @@
 """The trainer child: `python -m lutetia.node.trainer`. It trains one shard and talks to the daemon in JSON lines.
 
-It hears `start` (an Assignment), `allow` (until), `duty` (share), `stop` (save); the end of the channel means stop with save.
-It says `ready`, `progress` (at most four a second), `saved`, `checkpoint`, `disk` (full or not) and at last `exit` with a reason,
-which its exit code repeats (`assignment.EXIT_CODES`). Heavy imports come before `start` is read: a waiting child is warm.
+It hears `probe` (a Question), `start` (an Assignment), `allow` (until), `duty` (share) and `stop` (save); the end of the channel
+means stop with save. It says `finding` or `failed`, `ready`, `progress` (at most four a second), `saved`, `checkpoint`, `disk`
+(full or not) and at last `exit` with a reason, which its exit code repeats (`assignment.EXIT_CODES`).
+A child that waits for `start` is warm.
 """
 
 from __future__ import annotations

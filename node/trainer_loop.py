@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from ..system.process import ParentChannel
 from .assignment import PROGRESS_SECONDS, Assignment
 from .failures import Ended, reason_of
 from .messages import Exit
+from .probe import Question, find
 from .workfolder import WorkFolder
 from .writer import CheckpointWriter
 
@@ -32,17 +34,20 @@ class Orders:
         self.until, self.duty = 0, 1.0
         self.stopping, self.save = False, True
         self._changed = threading.Condition()
-        self._messages = channel.messages()
+        self._channel, self._messages = channel, channel.messages()
 
     def assignment(self) -> Assignment | None:
-        """The first message; None when the daemon wants nothing."""
+        """What to train, after any probes; None when the daemon wants nothing."""
         for message in self._messages:
-            if message.get("do") == "start":
-                assignment = Assignment.model_validate(message["assignment"])
-                self.until, self.duty = assignment.until, assignment.duty
-                return assignment
-            if message.get("do") == "stop":
-                return None
+            match message.get("do"):
+                case "probe":
+                    self._channel.send(answer(message["question"]))
+                case "start":
+                    assignment = Assignment.model_validate(message["assignment"])
+                    self.until, self.duty = assignment.until, assignment.duty
+                    return assignment
+                case "stop":
+                    return None
         return None
 
     def listen(self) -> None:
@@ -159,6 +164,14 @@ class _Rate:
     def value(self) -> float:
         (start, before), (end, after) = self._marks[0], self._marks[-1]
         return (after - before) / (end - start) if end > start else 0.0
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a `probe`."""
+    try:
+        return {"say": "finding", "finding": find(Question.model_validate(question)).model_dump(mode="json")}
+    except LutetiaError as error:
+        return {"say": "failed", "text": str(error)}
 
 
 def build(assignment: Assignment) -> ExpertTrainer:

@@ -231,20 +231,23 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
 
 
 def _until(turn: Turn) -> int:
-    """The epoch below which the trainer may work."""
-    work, rules = turn.work, turn.rules
-    most = work.most(rules)
+    """The epoch below which the trainer may work. A leaving node ends the epoch under way, and no other."""
+    work = turn.work
+    most = work.most(turn.rules)
     if turn.state.phase != "draining":
+        if work.drain is not None:  # called off
+            turn.change(drain=None)
         return most
-    if work.waiting:  # it stands between two epochs: no new one
-        return work.at
-    return min(most, work.at + 1)
+    if work.drain is None:
+        turn.change(drain=work.at if work.waiting else work.at + 1)
+    return min(most, turn.work.drain or 0)
 
 
 def _train_on(turn: Turn) -> None:
     """Start, hold, restart or end the trainer as the lineage asks."""
-    state, rules, now, work = turn.state, turn.rules, turn.now, turn.work
+    state, rules, now = turn.state, turn.rules, turn.now
     until = _until(turn)
+    work = turn.work
     if work.trainer == "on":
         if until != work.until:
             turn.change(until=until, progress_at=now, waiting=work.waiting and until <= work.at)

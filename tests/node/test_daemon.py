@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from lutetia.node.control import ask
-from lutetia.protocol.identity import Identity
 from lutetia.protocol.records import claim_key, node_key
 from lutetia.system.errors import IdentityError
 
@@ -38,79 +37,95 @@ async def child(daemon: DaemonProcess, word: str) -> set[int]:
 
 
 async def test_a_volunteers_day(coordinator: ToyCoordinator, tmp_path: Path):
-    daemon = await DaemonProcess.start(coordinator, tmp_path / "box", "--duty", "0.5")
-    status = await daemon.until(state="training", step=lambda step: step)
-    assert status["device"] == "cpu"
-    assert status["precision"] == "float32: CPU"
-    assert "secret key" in daemon.words()
+    async with DaemonProcess.running(coordinator, tmp_path / "box", "--duty", "0.5") as daemon:
+        status = await daemon.until(state="training", step=lambda step: step)
+        assert status["device"] == "cpu"
+        assert status["precision"] == "float32: CPU"
+        assert "secret key" in daemon.words()
+        await refuse_a_second(coordinator, daemon)
+        await daemon.until(accepted_today=lambda count: count >= 1)
+        await pause_and_resume(coordinator, daemon, status["shard"])
+        await lose_p2pd(daemon)
+        await finish(coordinator, daemon)
 
-    second = await DaemonProcess.start(coordinator, tmp_path / "box")
-    assert await second.ended() == IdentityError.code
-    assert f"pid {daemon.process.pid}" in second.words()
 
-    await daemon.until(accepted_today=lambda count: count >= 1)
+async def refuse_a_second(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
+    async with DaemonProcess.running(coordinator, daemon.state) as second:
+        assert await second.ended() == IdentityError.code
+        assert f"pid {daemon.process.pid}" in second.words()
+
+
+async def pause_and_resume(coordinator: ToyCoordinator, daemon: DaemonProcess, shard: int) -> None:
+    trainer = await child(daemon, "node.trainer")
     await ask(daemon.state, "pause")
     await daemon.until(state="paused", shard=None)
-    shard, run = status["shard"], coordinator.run.manifest.run_id
-    owner = Identity.load(daemon.state / "identity.key").public_key
-
-    async def released() -> bool:
-        return [claim.state for claim in await coordinator.records(claim_key(run, shard))] == ["released"]
-
-    await eventually(released)
-    await all_gone(await child(daemon, "node.trainer"))
+    await eventually(lambda: claims_are(coordinator, shard, "released"))
+    await all_gone(trainer)
     await ask(daemon.state, "resume")
-    status = await daemon.until(state="training", shard=shard, step=lambda step: step)
+    await daemon.until(state="training", shard=shard, step=lambda step: step)
 
+
+async def claims_are(coordinator: ToyCoordinator, shard: int, state: str) -> bool:
+    key = claim_key(coordinator.run.manifest.run_id, shard)
+    return [claim.state for claim in await coordinator.records(key)] == [state]
+
+
+async def lose_p2pd(daemon: DaemonProcess) -> None:
+    (trainer,) = await child(daemon, "node.trainer")
     (p2pd,) = await child(daemon, "p2pd")
     os.kill(p2pd, signal.SIGKILL)
     await daemon.until(online=False)
-    (trainer,) = await child(daemon, "node.trainer")
     status = await daemon.until(online=True, state="training")
     assert await child(daemon, "node.trainer") == {trainer}, "training went on"
     await daemon.until(accepted=lambda count: count > status["accepted"])
 
+
+async def finish(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
+    status = await ask(daemon.state, "status")
     family = children_of(daemon.process.pid)
     await ask(daemon.state, "finish")
     assert await daemon.ended() == 0, daemon.words()
     assert not running(family)
-    assert [node.state for node in await coordinator.records(node_key(run, owner))] == ["left"]
-    assert await released()
+    key = node_key(coordinator.run.manifest.run_id, status["owner"])
+    assert [node.state for node in await coordinator.records(key)] == ["left"]
+    assert await claims_are(coordinator, status["shard"], "released")
+    accepted = coordinator.accepted[status["shard"]]
+    assert len(accepted) <= status["epoch"] + status["pending"] + 2, "it finished the epoch under way and no other"
     assert not list(daemon.state.glob("*.sock"))
 
 
 async def test_killed_daemon_leaves_nothing_running_and_the_next_one_goes_on(coordinator: ToyCoordinator, tmp_path: Path):
     coordinator.judging = False
-    daemon = await DaemonProcess.start(coordinator, tmp_path / "box", "--duty", "0.3")
-    await daemon.until(state="training", pending=1, step=lambda step: step)
-    family = children_of(daemon.process.pid)
-    assert len(family) >= 2
-    daemon.process.kill()
-    await daemon.process.wait()
-    await all_gone(family)
-
+    async with DaemonProcess.running(coordinator, tmp_path / "box") as daemon:
+        await daemon.until(state="training", pending=lambda count: count >= 1, step=lambda step: step)
+        family = children_of(daemon.process.pid)
+        assert len(family) >= 2
+        daemon.process.kill()
+        await daemon.process.wait()
+        await all_gone(family)
     coordinator.judging = True
-    again = await DaemonProcess.start(coordinator, tmp_path / "box", "--duty", "0.3")
-    await again.until(state="training", accepted=lambda count: count >= 2)
-    assert "this box was probed before" in again.words()
-    assert "starts from local, epoch 1" in again.words() or "starts from kept, epoch 1" in again.words()
-    again.process.send_signal(signal.SIGTERM)
-    assert await again.ended() == 0
+    async with DaemonProcess.running(coordinator, tmp_path / "box") as again:
+        await again.until(state="training", accepted=lambda count: count >= 2)
+        words = again.words()
+        assert "this box was probed before" in words
+        assert "starts from local" in words or "starts from kept" in words
+        again.process.send_signal(signal.SIGTERM)
+        assert await again.ended() == 0
     lineage = next(iter(coordinator.accepted.values()))
     assert [record.epoch for record in lineage] == list(range(1, len(lineage) + 1))
 
 
 async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(coordinator: ToyCoordinator, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
-        daemon = await DaemonProcess.start(coordinator, disk / "box", "--duty", "0.5")
-        status = await daemon.until(state="training", accepted=lambda count: count >= 1)
-        ballast = disk / "ballast"
-        ballast.write_bytes(b"x" * (disk_free(disk) - 20_000))
-        status = await daemon.until(problem=lambda text: text and "no space left" in text)
-        assert status["problem"].count("\n") == 0
-        assert str(disk) in status["problem"]
-        assert daemon.process.returncode is None
-        ballast.unlink()
-        await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
-        await ask(daemon.state, "leave")
-        assert await daemon.ended() == 0, daemon.words()
+        async with DaemonProcess.running(coordinator, disk / "box") as daemon:
+            status = await daemon.until(state="training", accepted=lambda count: count >= 1)
+            ballast = disk / "ballast"
+            ballast.write_bytes(b"x" * (disk_free(disk) - 20_000))
+            status = await daemon.until(problem=lambda text: text and "no space left" in text)
+            assert status["problem"].count("\n") == 0
+            assert str(disk) in status["problem"]
+            assert daemon.process.returncode is None
+            ballast.unlink()
+            await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
+            await ask(daemon.state, "leave")
+            assert await daemon.ended() == 0, daemon.words()

@@ -339,6 +339,7 @@ def test_finish_trains_to_the_next_checkpoint_waits_for_its_acceptance_and_leave
     actions = walk.feed(m.UserVerb(walk.now, "finish"))
     assert m.AllowEpochs(1) in actions
     assert walk.state.phase == "draining"
+    assert not any(isinstance(action, m.AllowEpochs) for action in walk.progress(1)), "the end does not move"
     walk.progress(1, waiting=True)
     actions = walk.checkpoint(1, None)
     assert m.StopTrainer(save=False) in actions
@@ -571,3 +572,25 @@ def test_failed_probe_is_repeated():
     walk.feed(m.Joined(T))
     walk.feed(m.ProbeFailed(walk.now, "timed out"))
     assert walk.until(m.Probe)
+
+
+def test_finish_between_two_epochs_begins_no_new_one():
+    walk = Walk().training()
+    walk.progress(3, waiting=True)
+    for epoch, parent in ((1, None), (2, "d1"), (3, "d2")):
+        walk.checkpoint(epoch, parent)
+    actions = walk.feed(m.UserVerb(walk.now, "finish"))
+    assert m.StopTrainer(save=False) in actions
+
+
+@pytest.mark.parametrize("where", ["idle", "training"])
+def test_a_clock_that_is_set_back_delays_nothing_for_long(where: str):
+    walk = getattr(Walk(), where)()
+    walk.now -= 10_000
+    walk.feed(m.Tick(walk.now))
+    due = next_wake(walk.rules, walk.state)
+    assert due is not None
+    assert due <= walk.now + RULES.heartbeat
+    walk.until(m.RenewRecords)
+    walk.until(m.Look)
+    assert walk.now <= T - 10_000 + 3 * RULES.heartbeat

@@ -78,7 +78,7 @@ def make_run(folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, 
     now = time.time()
     manifest = Manifest(
         name="tiny", owner=OWNER.public_key, coordinators=(COORDINATOR.public_key,), created=now - 10, expires=now + 86_400,
-        latent=LATENT, expert=EXPERT, shards=tuple(shards), samples_per_shard=epochs * steps * batch,
+        latent=LATENT, expert=fields.pop("expert", EXPERT), shards=tuple(shards), samples_per_shard=epochs * steps * batch,
         checkpoint_samples=steps * batch, optimisation=Optimisation(batch=batch, warmup_steps=2),
         timing=Timing(heartbeat=heartbeat), **fields,
     )  # fmt: skip

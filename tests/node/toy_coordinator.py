@@ -93,6 +93,18 @@ class DaemonProcess:
     log: Path
 
     @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, coordinator: ToyCoordinator, state: Path, *flags: str) -> AsyncIterator[DaemonProcess]:
+        """It does not outlive the block."""
+        daemon = await cls.start(coordinator, state, *flags)
+        try:
+            yield daemon
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                daemon.process.kill()
+            await daemon.process.wait()
+
+    @classmethod
     async def start(cls, coordinator: ToyCoordinator, state: Path, *flags: str) -> DaemonProcess:
         log = state.parent / f"{state.name}.log"
         arguments = ["join", coordinator.ticket.encode(), "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0"]
@@ -104,7 +116,7 @@ class DaemonProcess:
             )  # fmt: skip
         return cls(process, state, log)
 
-    async def until(self, seconds: float = 150.0, **wanted: Any) -> dict[str, Any]:
+    async def until(self, seconds: float = 400.0, **wanted: Any) -> dict[str, Any]:
         """The first status in which every field is as wanted (or, for a callable, makes it true)."""
         status: dict[str, Any] = {}
         try:
