@@ -129,6 +129,7 @@ class _Service:
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
         )  # fmt: skip
         self._status: tuple[float, SwarmStatus] | None = None
+        self._news = asyncio.Event()
 
     def _workshop(self, name: str) -> WorkshopClient:
         """Checks and stitching have one each, so that a long training of the router delays no acceptance."""
@@ -147,7 +148,7 @@ class _Service:
             with _signals(self.stopping), _one_error():
                 async with asyncio.TaskGroup() as group:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run()]
-                    works.append(_every(_STATUS_SECONDS, self._write_status))
+                    works.append(self._keep_status_file())
                     works.append(_every(_ALIVE_SECONDS, self._check_alive))
                     works.append(_every(self.manifest.timing.lease, self._renew))
                     works.append(_every(self.manifest.timing.lease, self._remember_peers))
@@ -197,6 +198,7 @@ class _Service:
 
     def _changed(self, state: RunState) -> None:
         self._status = None
+        self._news.set()
         self.stitcher.wake()
         if state.finished and self.settings.exit_when_done:
             # two heartbeats, in which peers hear of the last acceptance
@@ -213,8 +215,15 @@ class _Service:
             if shard.acceptance:
                 await self._publish(shard.acceptance)
 
-    async def _write_status(self) -> None:
-        await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+    async def _keep_status_file(self) -> None:
+        """Written every two seconds, and soon after each event."""
+        while True:
+            self._news.clear()
+            await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+            await asyncio.sleep(_FRESH_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_SECONDS - _FRESH_SECONDS):
+                    await self._news.wait()
 
     async def _remember_peers(self) -> None:
         nodes = [node.record for node in self.lookout.view.nodes]

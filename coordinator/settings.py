@@ -80,7 +80,7 @@ TINY: dict[str, Any] = {
     "holdout_tolerance": 1.0,
     "router": RouterSpec(hidden=16, layers=1, samples=64, batch=8),
     "sampling": SamplingSpec(steps=2, guidance=1.0, prompts=("a moving thing",)),
-    "timing": Timing(heartbeat=1.0, tenure=30.0),
+    "timing": Timing(heartbeat=2.0, tenure=60.0),
 }
 """A run of seconds that shows that the parts work together; its clips are noise."""
 

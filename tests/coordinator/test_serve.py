@@ -23,9 +23,9 @@ from tinydata import build_tiny
 from volunteer import Coordinator, Volunteer, free_port, joined, until
 
 
-def make_run(root: Path) -> CreatedRun:
+def make_run(root: Path, shards: int = 2) -> CreatedRun:
     settings = RunSettings(preset="tiny", name="loopback", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=16)
-    return create_run(build_tiny(root / "data"), root / "run", settings)
+    return create_run(build_tiny(root / "data", shards), root / "run", settings)
 
 
 async def up(coordinator: Coordinator) -> None:
@@ -39,6 +39,7 @@ async def up(coordinator: Coordinator) -> None:
     await until(written, "the coordinator's first status")
 
 
+@pytest.mark.timeout(400)
 async def test_the_life_of_a_run(tmp_path: Path):
     run = make_run(tmp_path)
     http = free_port()

@@ -31,7 +31,7 @@ from lutetia.protocol.transport import Transport
 from safetensors.torch import load_file, save_file
 from tinydata import clips
 
-PATIENCE = 150.0
+PATIENCE = 300.0
 _SERVE = """
 import asyncio, json, logging, sys
 from pathlib import Path
