@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..protocol.manifest import Optimisation
+from .muon import Muon
 
 LAST_RATE = 0.02  # the cosine ends at this share of the peak
-MUON_RATE = 5.0  # Muon's learning rate over AdamW's, with torch's `original` scaling
+MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one dial fits both
 
 
 def learning_rate(optimisation: Optimisation, step: int, steps: int) -> float:
@@ -47,7 +48,7 @@ class Optimiser:
         self._parts["adamw"] = torch.optim.AdamW(rest, betas=betas, weight_decay=decay, fused=True), 1.0
         if matrices:
             hidden = [parameters[name] for name in parameters if name in matrices]
-            self._parts["muon"] = torch.optim.Muon(hidden, weight_decay=decay), MUON_RATE
+            self._parts["muon"] = Muon(hidden, weight_decay=decay), MUON_RATE
 
     def step(self, rate: float) -> None:
         """Update from the gradients with learning rate `rate`, then drop the gradients."""

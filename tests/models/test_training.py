@@ -13,6 +13,7 @@ import pytest
 import torch
 from lutetia.models.batches import batch_at
 from lutetia.models.experts import build_expert
+from lutetia.models.muon import Muon, orthogonalise
 from lutetia.models.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
 from lutetia.models.training import ExpertTrainer, TrainingDiverged, _Batches, write_state, write_weights
 from lutetia.protocol.manifest import Optimisation
@@ -182,6 +183,24 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
     assert "blocks.0.attn1.to_q.weight" in hidden
     assert "blocks.0.ffn.net.2.weight" in hidden
     assert not any("embed" in name or name.startswith("proj_out") or name.endswith("bias") for name in hidden)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32)])
+def test_muon_is_torchs_muon_in_better_precision(shape) -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape) * k) for k in (1.0, 2.0)] for _ in range(2))
+    pair = Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimiser in pair:
+            optimiser.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 0.02
+    singular = torch.linalg.svdvals(orthogonalise(torch.randn(3, *shape, generator=generator)))
+    assert singular.min() > 0.3
+    assert singular.max() < 1.3
 
 
 def test_warm_start_takes_given_weights_and_new_moments(tmp_path) -> None:
