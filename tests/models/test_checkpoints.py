@@ -149,8 +149,13 @@ def test_states_pass_and_foreign_tensors_in_them_do_not(optimizer, tmp_path) -> 
         check_state(tmp_path / "state", WAN, Optimisation(optimizer=optimizer))
 
 
-def test_holdout_loss_is_deterministic_and_tells_a_trained_expert_from_its_start(tmp_path) -> None:
-    manifest = toy_manifest(samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
+KINDS = [("velocity", "linear"), ("sample", "linear"), ("epsilon", "vp_cosine"), ("velocity", "vp_cosine")]
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), KINDS)
+def test_holdout_loss_is_deterministic_and_tells_a_trained_expert_from_its_start(prediction, schedule, tmp_path) -> None:
+    spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
+    manifest = toy_manifest(expert=spec, samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
     holdout = toy_data(6, seed=9, offset=1.0)
     trainer = ExpertTrainer(manifest, 0, toy_data(offset=1.0))
     for _ in range(60):
