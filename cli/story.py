@@ -123,7 +123,7 @@ class Act:
             folder = self.watch.add(limit.name)
             arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
             arguments += ["--device", "cpu", "--threads", str(limit.threads), "--duty", str(limit.duty)]
-            await self.swarm.start(limit.name, arguments)
+            await self.swarm.start(limit.name, arguments, {"LUTETIA_STOP_WITHIN": "0"})  # the demo ends at once
             self.telling.happened(f"{limit.name} joins ({limit.words})")
         await self._until(lambda: not coordinator.running, self.plan.longest)
         self.telling.happened("all budgets are done, the router is trained, the mixture is stitched")

@@ -14,7 +14,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..models.mixture_document import FILE as MIXTURE_FILE
 from ..protocol.canonical import canonical
+from ..protocol.documents import MIXTURE
 from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped
 from ..protocol.identity import Identity, peer_id_of
 from ..protocol.ledger_state import RunState
@@ -169,8 +171,14 @@ class _Service:
     async def _offer_services(self) -> None:
         await serve_introduction(self.transport, lambda: self.signed)
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
+        await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
         await serve_offers(self.transport, self._answer)
+
+    def _mixture(self) -> bytes:
+        """The signed description of the last mixture; nothing before there is one."""
+        path = self.folder.mixture / MIXTURE_FILE
+        return path.read_bytes() if path.exists() else b""
 
     def status(self) -> SwarmStatus:
         """The status document; made anew at most twice a second."""

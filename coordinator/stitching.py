@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..models.mixture_document import read_mixture
 from ..protocol.events import Event, MixtureStitched, RouterTrained, RunFinished
 from ..protocol.identity import Identity
 from ..protocol.ledger_state import RunState
@@ -111,6 +112,7 @@ class Stitcher:
             accepted=[acceptance.model_dump(mode="json") for acceptance in given],
             router=str(self.blobs.path(router.router.digest)) if router else None,
         )  # fmt: skip
+        await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer["digest"][:12], list(epochs))
         if self.gallery and self.manifest.sampling.prompts:
@@ -119,6 +121,11 @@ class Stitcher:
         if router is None:
             return [stitched]
         return [router.model_copy(update={"time": self.now(), "epochs": epochs}), stitched]
+
+    def _offer_files(self) -> None:
+        """Serve every file of the mixture as a blob; the experts' weights are served already."""
+        for name in read_mixture(self.folder.mixture).mixture.files:
+            self.blobs.add_file(self.folder.mixture / name)
 
     def _sign(self, message: bytes) -> str:
         """The workshop reads strangers' files: whatever it asks for, nothing but a mixture's description gets a signature."""

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def lutetia(
-    *arguments: str | Path, cwd: Path | None = None, timeout: float = 60, **environment: str
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`lutetia ARGUMENTS` with this interpreter, away from the caller's own LUTETIA_ variables."""
     base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
