@@ -17,6 +17,7 @@ import pytest
 from leftovers import family, litter
 from lutetia.protocol.status import SwarmStatus
 from PIL import Image
+from processes import command, until
 from running import lutetia
 
 CHILD = {"OMP_NUM_THREADS": "1"}
@@ -27,6 +28,10 @@ class Demo:
     out: Path
     printed: str
     litter: set[str]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,17 @@ def test_the_ledger_replays_to_the_end_that_was_reported(demo: Demo) -> None:
     assert [shard["epoch"] for shard in replayed["status"]["shards"]] == [shard["epoch"] for shard in status["shards"]]
     assert replayed["events"][0]["kind"] == "run-created"
     assert replayed["events"][-1]["kind"] in ("run-finished", "coordinator-stopped")
+
+
+def test_a_restarted_coordinator_serves_the_finished_mixture(demo: Demo, tmp_path: Path) -> None:
+    run, log = demo.out / "run" / "run", tmp_path / "coordinator.log"
+    with command(log, "coordinator", "serve", run, "--no-gallery"):
+        until(lambda: "serving run" in log.read_text())
+        fetched = lutetia("swarm", "fetch", run / "ticket.txt", "--out", tmp_path / "mixture", "--json")
+        assert fetched.returncode == 0, fetched.stderr
+        status = json.loads(lutetia("swarm", "status", run / "ticket.txt", "--json").stdout)
+    assert json.loads(fetched.stdout)["mixture"] == status["mixture"]
+    assert contents(tmp_path / "mixture") == contents(demo.out / "mixture")
 
 
 def test_nothing_is_left(demo: Demo) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from leftovers import family, listening, litter
 from lutetia.models.data.made import make_clips
 from lutetia.protocol.ticket import Ticket
+from processes import command, until
 from running import failure, lutetia, processor_time
 
 CONFIG = 'frames = 8\nheight = 16\nwidth = 16\nlatents = "pixels"\nsmallest = 4\n'
@@ -38,28 +38,6 @@ class Site:
     @property
     def worker(self) -> Path:
         return self.folder / "worker"
-
-
-def until(condition: Callable[[], Any], seconds: float = 400.0) -> None:
-    """Ask again and again (every question is a process of its own, so there is no pause between)."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-
-
-@contextlib.contextmanager
-def command(log: Path, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A `lutetia` command that stays, ended by SIGTERM."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid()), "LUTETIA_STOP_WITHIN": "0"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lutetia.cli", *map(str, arguments)], stdout=output, stderr=output, text=True, env=environment
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(100)
 
 
 def free_port() -> int:
