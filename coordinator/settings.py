@@ -20,7 +20,6 @@ from ..protocol.manifest import (
     SamplingSpec,
     Timing,
 )
-from ..system.errors import ConfigError
 
 HostPort = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
 """`host:port`; an IPv6 address stands in brackets."""
@@ -55,7 +54,7 @@ class RunSettings(_Settings):
     valid_days: Positive = 365.0
 
     def resolved(self) -> RunSettings:
-        """With the preset's values where nothing was set. Raises ConfigError for a preset that this installation lacks."""
+        """With the preset's values where nothing was set."""
         if self.preset is None:
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -66,10 +65,8 @@ def preset(name: Literal["tiny", "demo"]) -> dict[str, Any]:
     """The values of a named preset, as keyword arguments of RunSettings."""
     if name == "tiny":
         return dict(TINY)
-    try:
-        from ..models.data import recipe  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError as error:
-        raise ConfigError("this installation has no demo recipe; install lutetia[demo] or choose another preset") from error
+    from ..models.data import recipe
+
     return dict(recipe.RUN)
 
 
@@ -86,10 +83,10 @@ TINY: dict[str, Any] = {
 
 
 def small_expert(latent: LatentSpec) -> ExpertSpec:
-    """A Wan transformer of about 4 million parameters that takes `latent`."""
-    patch = [1, *(2 if size % 2 == 0 and size > 4 else 1 for size in (latent.height, latent.width))]
+    """A Wan transformer of about 4 million parameters that takes `latent`, shown where it is by 18 position channels."""
+    patch = [2 if size % 2 == 0 and size > 4 else 1 for size in (latent.frames, latent.height, latent.width)]
     config = {
-        "patch_size": patch, "num_attention_heads": 4, "attention_head_dim": 48, "in_channels": latent.channels + 12,
+        "patch_size": patch, "num_attention_heads": 4, "attention_head_dim": 48, "in_channels": latent.channels + 18,
         "out_channels": latent.channels, "text_dim": latent.text_width, "freq_dim": 128, "ffn_dim": 768, "num_layers": 6,
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 128,
     }  # fmt: skip

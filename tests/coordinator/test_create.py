@@ -87,6 +87,16 @@ def test_wrong_wishes_are_one_sentence_and_leave_nothing(data: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_set_wins_over_the_preset():
+    from lutetia.models.data import recipe
+
+    demo = RunSettings(preset="demo", samples_per_shard=16 * recipe.RUN["checkpoint_samples"]).resolved()
+    assert demo.samples_per_shard == 16 * recipe.RUN["checkpoint_samples"]
+    assert demo.checkpoint_samples == recipe.RUN["checkpoint_samples"]
+    assert demo.sampling.prompts == recipe.PROMPTS
+    assert demo.name == "demo"
+
+
 def test_an_existing_run_is_never_overwritten(data: Path, tmp_path: Path):
     folder = tmp_path / "run"
     create_run(data, folder, TINY)
