@@ -115,7 +115,7 @@ def test_the_ledger_replays_to_the_end_that_was_reported(demo: Demo) -> None:
 def test_a_restarted_coordinator_serves_the_finished_mixture(demo: Demo, tmp_path: Path) -> None:
     run, log = demo.out / "run" / "run", tmp_path / "coordinator.log"
     with command(log, "coordinator", "serve", run, "--no-gallery"):
-        until(lambda: "serving run" in log.read_text())
+        until(lambda: lutetia("swarm", "status", run / "ticket.txt").returncode == 0)
         fetched = lutetia("swarm", "fetch", run / "ticket.txt", "--out", tmp_path / "mixture", "--json")
         assert fetched.returncode == 0, fetched.stderr
         status = json.loads(lutetia("swarm", "status", run / "ticket.txt", "--json").stdout)
