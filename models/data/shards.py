@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ...protocol.canonical import Frozen, canonical
@@ -82,7 +82,7 @@ def write_shard(path: Path, data: ShardData, metadata: ShardMetadata) -> None:
         )
     with atomic_path(path) as temporary:
         # one key only: safetensors writes several in the random order of a hash map, and equal data must have equal digests
-        save_file(halves, temporary, metadata={"lutetia": text})
+        temporary.write_bytes(save(halves, metadata={"lutetia": text}))  # its own writer hides that a disk is full
 
 
 def read_shard_metadata(path: Path) -> ShardMetadata:
