@@ -77,4 +77,5 @@ def preset_of(name: str) -> Preset:
     from ..models.data import recipe
 
     run = {"preset": "demo", "name": "demo", "timing": {"heartbeat": 2.0, "tenure": 120.0}}
-    return Preset(name="demo", run=run, build=recipe.DATA, **recipe.CLIPS)
+    drawn = recipe.CLIPS
+    return Preset("demo", drawn["clips"], drawn["frames"], drawn["size"], drawn["seed"], build=recipe.DATA, run=run)

@@ -18,7 +18,7 @@ from leftovers import family, litter
 from lutetia.protocol.status import SwarmStatus
 from PIL import Image
 from processes import command, until
-from running import lutetia
+from running import lutetia  # pyright: ignore[reportMissingImports]
 
 CHILD = {"OMP_NUM_THREADS": "1"}
 

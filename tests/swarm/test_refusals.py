@@ -19,7 +19,7 @@ from leftovers import family, listening, litter
 from lutetia.models.data.made import make_clips
 from lutetia.protocol.ticket import Ticket
 from processes import command, until
-from running import failure, lutetia, processor_time
+from running import failure, lutetia, processor_time  # pyright: ignore[reportMissingImports]
 
 CONFIG = 'frames = 8\nheight = 16\nwidth = 16\nlatents = "pixels"\nsmallest = 4\n'
 SLOW = "samples_per_shard = 160000\ncheckpoint_samples = 8000\n"  # nothing is accepted while these tests run
