@@ -20,6 +20,7 @@ from ...system.errors import DataError
 from .agreement import Retrieval, rank, summarise
 from .bootstrap import Figure, mean
 
+WORDS_NAME = "words of the prompt, balanced accuracy"
 CLASSIFIER_NAME = "retrieval (word classifier on EfficientNet-lite0)"
 MIN_PAIRS = 20
 COMPONENTS = 128
@@ -90,10 +91,11 @@ def fit_classifier(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`retrieval` of whole prompts, and `words`: balanced accuracy over the vocabulary, per clip (chance 0.5)."""
+    """`retrieval` of whole prompts; `words`: balanced accuracy over the vocabulary (chance 0.5), the mean of `per_clip` [N]."""
 
     retrieval: Retrieval
     words: Figure
+    per_clip: Array
 
 
 def classify(
@@ -114,4 +116,5 @@ def classify(
     said = classifier.log_odds(features) > 0
     found = (said & present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
     refused = (~said & ~present).sum(axis=1) / np.maximum((~present).sum(axis=1), 1)
-    return Accuracy(summarise(ranks, len(distinct), seeds), mean((found + refused) / 2, seeds=seeds))
+    balanced = (found + refused) / 2
+    return Accuracy(summarise(ranks, len(distinct), seeds), mean(balanced, seeds=seeds), balanced)

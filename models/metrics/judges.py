@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...protocol.canonical import Frozen
 from ...system.errors import ConfigError, DataError
-from .agreement import PROBE_NAME, fit_probe, retrieve
+from .agreement import PROBE_NAME, Retrieval, fit_probe, retrieve
 from .bootstrap import Figure, mean
-from .classifier import CLASSIFIER_NAME, classify, fit_classifier
+from .classifier import CLASSIFIER_NAME, WORDS_NAME, Accuracy, classify, fit_classifier
 from .clip import AestheticHead, Clip
 from .clips import ClipSet
 from .efficientnet import EfficientNetExtractor
@@ -59,8 +60,19 @@ class JudgeSettings(Frozen):
     resamples: int = 60
 
 
+class View(NamedTuple):
+    """What a distance compares: `reference` features [M, D] with `features` [N, D] of clips."""
+
+    reference: Array
+    features: Callable[[ClipSet], Array]
+
+
 class Judges:
-    """The metrics that this machine has weights for. `left_out` says of the others why."""
+    """The metrics that this machine has weights for. `left_out` says of the others why.
+
+    `views` (for distances, lower is better) and `values` (one number per clip, higher is better) are the parts of which
+    comparisons of two sides are made, see `compare.py`.
+    """
 
     def __init__(
         self, fit: ClipSet, reference: ClipSet, spare: ClipSet | None, settings: JudgeSettings, on_progress: Step | None = None
@@ -72,6 +84,8 @@ class Judges:
         self.cache = FeatureCache(settings.cache)
         self.candidates = tuple(dict.fromkeys(reference.captions + (spare.captions if spare else ())))
         self.left_out: dict[str, str] = {}
+        self.views: dict[str, View] = {}
+        self.values: dict[str, Callable[[ClipSet], Array]] = {}
         self._judges: list[Callable[[ClipSet, tuple[int, ...]], list[Entry]]] = []
         makers: dict[Name, Callable[[ClipSet], Callable[[ClipSet, tuple[int, ...]], list[Entry]]]] = {
             "fvd": self._fvd,
@@ -102,6 +116,8 @@ class Judges:
     ) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
         reference = self.features(extractor, self.reference, key, label)
         spare = self.features(extractor, self.spare, key, label) if self.spare else None
+
+        self.views[label] = View(reference, lambda clips: self.features(extractor, clips, key, label))
 
         def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
             rows = self.features(extractor, clips, key, label)
@@ -139,11 +155,16 @@ class Judges:
         probe = fit_probe(self.features(extractor, fit, "pooled", PROBE_NAME), encode(fit.captions).numpy())
         vectors = encode(self.candidates).numpy()
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def found_in(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Retrieval:
             rows = self.features(extractor, clips, "pooled", PROBE_NAME)
-            real_rows = self.features(extractor, self._real, "pooled", PROBE_NAME)
-            found = retrieve(probe, rows, clips.captions, self.candidates, vectors, seeds)
-            real = retrieve(probe, real_rows, self._real.captions, self.candidates, vectors)
+            return retrieve(probe, rows, clips.captions, self.candidates, vectors, seeds)
+
+        self.values[f"{PROBE_NAME}, R@1"] = lambda clips: (found_in(clips).ranks <= 1).astype(float)
+        self.values[f"{PROBE_NAME}, MRR"] = lambda clips: 1 / found_in(clips).ranks
+        real = found_in(self._real)
+
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+            found = found_in(clips, seeds)
             note = f"stand-in, not CLIP; fitted on {probe.pairs} real pairs; {found.candidates} candidates"
             return [
                 Entry(name=f"{PROBE_NAME}, {label}", better="higher", figure=figure, real=of_real, note=note)
@@ -165,16 +186,22 @@ class Judges:
 
         classifier = fit_classifier(rows_of(fit), fit.captions)
 
+        def found_in(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Accuracy:
+            return classify(classifier, rows_of(clips), clips.captions, self.candidates, seeds)
+
+        self.values[f"{CLASSIFIER_NAME}, R@1"] = lambda clips: (found_in(clips).retrieval.ranks <= 1).astype(float)
+        self.values[WORDS_NAME] = lambda clips: found_in(clips).per_clip
+        real = found_in(self._real)
+
         def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
-            found = classify(classifier, rows_of(clips), clips.captions, self.candidates, seeds)
-            real = classify(classifier, rows_of(self._real), self._real.captions, self.candidates)
+            found = found_in(clips, seeds)
             note = (
                 f"{len(classifier.vocabulary)} words, fitted on {classifier.pairs} real pairs; {len(self.candidates)} candidates"
             )
             named = (
                 (f"{CLASSIFIER_NAME}, R@1", found.retrieval.recall_1, real.retrieval.recall_1),
                 (f"{CLASSIFIER_NAME}, R@5", found.retrieval.recall_5, real.retrieval.recall_5),
-                ("words of the prompt, balanced accuracy", found.words, real.words),
+                (WORDS_NAME, found.words, real.words),
             )
             return [Entry(name=name, better="higher", figure=a, real=b, note=note) for name, a, b in named]
 
@@ -187,19 +214,22 @@ class Judges:
         clip = Clip(ref, self.settings.device)
         head = AestheticHead(self.settings.aesthetic) if self.settings.aesthetic else None
 
-        def scores(clips: ClipSet, seeds: tuple[int, ...]) -> list[Figure]:
+        def images(clips: ClipSet) -> Tensor:
             flat = self.cache.extract(clip, clips.frames)["frames"]
-            images = flat.unflatten(1, (min(clip.frames, clips.frames.shape[1]), -1))
-            found = [clip.similarity(images, clip.text(clips.captions))] + ([head(images)] if head else [])
-            return [mean(values.numpy(), seeds=seeds) for values in found]
+            return flat.unflatten(1, (min(clip.frames, clips.frames.shape[1]), -1))
 
-        real = scores(self._real, ())
+        scores: dict[str, Callable[[ClipSet], Array]] = {
+            "CLIP text-video similarity": lambda clips: clip.similarity(images(clips), clip.text(clips.captions)).double().numpy()
+        }
+        if head:
+            scores["aesthetic score"] = lambda clips: head(images(clips)).double().numpy()
+        self.values.update(scores)
+        real = {name: mean(score(self._real)) for name, score in scores.items()}
 
         def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
-            names = ("CLIP text-video similarity", "aesthetic score")
             return [
-                Entry(name=name, better="higher", figure=figure, real=of_real, note=ref)
-                for name, figure, of_real in zip(names, scores(clips, seeds), real, strict=False)
+                Entry(name=name, better="higher", figure=mean(score(clips), seeds=seeds), real=real[name], note=ref)
+                for name, score in scores.items()
             ]
 
         return judge

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from lutetia.models.metrics import judges as room
+from lutetia.models.metrics.agreement import PROBE_NAME
 from lutetia.models.metrics.assets import I3D_FILE
 from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.metrics.compare import compare, comparison_table
 from lutetia.models.metrics.degrade import frozen, noisy, shuffled_captions
 from lutetia.models.metrics.judges import Judges, JudgeSettings
+from lutetia.system.errors import DataError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,3 +95,24 @@ def test_short_clips_leave_fvd_out_with_its_reason(
     judges = Judges(short, short, None, JudgeSettings(metrics=("fvd",)))
     assert judges.left_out["fvd"].startswith("a clip of 8 frames is too short for I3D, which needs 10")
     assert judges.judge(short) == []
+
+
+def test_two_sides_are_compared_prompt_by_prompt(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+    prompts = squares(60, seed=4)
+    worse = [noisy(prompts, 40, seed) for seed in (0, 1)]
+    better = [noisy(prompts, 5, seed) for seed in (0, 1)]
+    rows = {row.name: row for row in compare(ready, worse, better, seeds=(0, 1), resamples=20)}
+    assert rows["FVD"].ratio is not None
+    assert rows["FVD"].ratio.low > 1.2
+    assert rows["FVD"].ratio.method == "nested"
+    assert rows["FVD"].second_is == rows["FVD, debiased"].second_is == "better"
+    assert rows["FVD, debiased"].ratio is None
+    same = compare(ready, better[:1], better[:1], seeds=(0,), resamples=12)
+    assert {row.second_is for row in same} == {"not told apart"}
+    still = {row.name: row for row in compare(ready, better[:1], [frozen(prompts)], seeds=(0,), resamples=40)}
+    assert still[f"{PROBE_NAME}, R@1"].second_is == "worse"
+    assert "| FVD ↓ |" in comparison_table(tuple(rows.values()), "monolith", "mixture")
+    with pytest.raises(DataError, match=r"not made from the same prompts"):
+        compare(ready, worse[:1], [squares(60, seed=5)], seeds=(0,))
+    with pytest.raises(DataError, match=r"2 and 1 sets of clips for 2 seeds"):
+        compare(ready, worse, better[:1], seeds=(0, 1))
