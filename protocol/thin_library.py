@@ -8,6 +8,7 @@ namespaces. A process that has imported py-libp2p before keeps that; a release t
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import sys
@@ -28,21 +29,15 @@ _NEEDED = (
 )
 
 
-def _share_key_schema() -> None:
-    """py-libp2p and hivemind both register the protobuf schema crypto.pb, which protobuf refuses: use the one that is there."""
-    if "hivemind.proto.crypto_pb2" in sys.modules:
-        sys.modules["libp2p.crypto.pb.crypto_pb2"] = sys.modules["hivemind.proto.crypto_pb2"]
-
-
 def _import_lightly() -> None:
     spec = importlib.util.find_spec("libp2p")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("py-libp2p is not installed; install lutetia with its dependencies")
     root = spec.submodule_search_locations[0]
     for name in _PACKAGES:
-        package = types.ModuleType(name)
-        package.__path__ = ["/".join([root, *name.split(".")[1:]])]
-        sys.modules[name] = package
+        place = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        place.submodule_search_locations = ["/".join([root, *name.split(".")[1:]])]
+        sys.modules[name] = importlib.util.module_from_spec(place)
     quic = types.ModuleType("libp2p.transport.quic.stream")  # one annotation names its class
     quic.QUICStream = type("QUICStream", (), {})  # type: ignore[attr-defined]
     sys.modules[quic.__name__] = quic
@@ -51,7 +46,6 @@ def _import_lightly() -> None:
 
 
 def _import() -> None:
-    _share_key_schema()
     if "libp2p" in sys.modules:
         return
     before = set(sys.modules)

@@ -8,21 +8,33 @@ takes from them. A process that has imported hivemind before keeps that; a relea
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
+import os
 import sys
-import types
 from typing import Any
 
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
 
+_SCHEMA = "libp2p.crypto.pb.crypto_pb2"
 _UTILITIES = ("logging", "serializer", "timed_storage", "asyncio")
 
 
 def _share_key_schema() -> None:
-    """hivemind and py-libp2p both register the protobuf schema crypto.pb, which protobuf refuses: let hivemind use libp2p's."""
-    if "libp2p" in sys.modules:
-        sys.modules["hivemind.proto.crypto_pb2"] = importlib.import_module("libp2p.crypto.pb.crypto_pb2")
+    """hivemind and py-libp2p both register the protobuf schema crypto.pb, which protobuf refuses.
+
+    libp2p's is the newer copy of the same: where it is installed, both use that one, whichever is imported first.
+    """
+    spec = importlib.util.find_spec("libp2p")
+    if _SCHEMA not in sys.modules and spec and spec.submodule_search_locations:
+        path = f"{spec.submodule_search_locations[0]}/crypto/pb/crypto_pb2.py"
+        schema = importlib.util.spec_from_file_location(_SCHEMA, path)
+        if schema and schema.loader and os.path.exists(path):
+            sys.modules[_SCHEMA] = importlib.util.module_from_spec(schema)
+            schema.loader.exec_module(sys.modules[_SCHEMA])
+    if _SCHEMA in sys.modules:
+        sys.modules["hivemind.proto.crypto_pb2"] = sys.modules[_SCHEMA]
 
 
 def _import_lightly() -> None:
@@ -31,9 +43,9 @@ def _import_lightly() -> None:
         raise ImportError("hivemind is not installed; install lutetia with its dependencies (on Windows there is no hivemind)")
     root = spec.submodule_search_locations[0]
     for name in ("hivemind", "hivemind.utils", "hivemind.dht"):
-        package = types.ModuleType(name)
-        package.__path__ = ["/".join([root, *name.split(".")[1:]])]
-        sys.modules[name] = package
+        place = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        place.submodule_search_locations = ["/".join([root, *name.split(".")[1:]])]
+        sys.modules[name] = importlib.util.module_from_spec(place)
     for name in _UTILITIES:
         module = importlib.import_module(f"hivemind.utils.{name}")
         vars(sys.modules["hivemind.utils"]).update({k: v for k, v in vars(module).items() if not k.startswith("_")})

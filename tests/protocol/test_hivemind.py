@@ -1,0 +1,269 @@
+"""What only real p2pd processes can show: how they start, why they do not, and that they never stay behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from lutetia.protocol import reach, transport_hivemind_daemon
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import Manifest
+from lutetia.protocol.records import claim_key
+from lutetia.protocol.services import publish
+from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
+from lutetia.protocol.transport_hivemind_daemon import Reach
+from lutetia.protocol.transport_hivemind_dht import _own_expiry
+from lutetia.protocol.transport_hivemind_library import DictionaryDHTValue, ValueWithExpiration
+from lutetia.system.errors import BootstrapError, IdentityError, UnreachableError
+
+from .documents import records
+from .networks import LOOPBACK, honest, manifest_of_now, until
+
+ANNA, BEN = Identity.derived("anna"), Identity.derived("ben")
+NOBODY = Identity.derived("nobody").peer_id
+
+
+async def peer(
+    name: str, folder: Path, run: Manifest, listen: str = LOOPBACK, bootstrap: list[str] | None = None
+) -> HivemindTransport:
+    return await connect_hivemind(
+        Identity.derived(name), listen=listen, bootstrap=bootstrap or [], check=honest(run), state_folder=folder / name
+    )
+
+
+def litter() -> set[str]:
+    return {path.name for pattern in ("hivemind-*", "lutetia-*") for path in Path(tempfile.gettempdir()).glob(pattern)}
+
+
+async def test_a_taken_port_is_named_with_its_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        listen = f"/ip4/127.0.0.1/tcp/{holder.getsockname()[1]}"
+        with pytest.raises(UnreachableError, match=rf"{listen}: another program holds the port; .*--listen"):
+            await peer("anna", tmp_path, manifest_of_now(), listen)
+    assert list((tmp_path / "anna").glob("p2pd/*")) == []
+
+
+async def test_two_peers_cannot_share_a_port_or_a_state_folder(tmp_path: Path) -> None:
+    """p2pd itself would let them: it listens with SO_REUSEPORT."""
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    try:
+        with pytest.raises(UnreachableError, match="holds the port"):
+            await peer("ben", tmp_path, run, anna.addresses()[0].partition("/p2p/")[0])
+        with pytest.raises(IdentityError, match="another process uses the state folder"):
+            await peer("anna", tmp_path, run)
+        assert anna.alive()
+        assert await anna.get(claim_key(run.run_id, 0)) == {}
+    finally:
+        await anna.close()
+    await (await peer("anna", tmp_path, run)).close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "says"),
+    [
+        ("/ip4/198.51.100.7/tcp/0", "no such address"),
+        ("/ip4/127.0.0.1/udp/0/quic-v1", "give an address such as"),
+        ("/ip4/127.0.0.1/tcp/99999", "cannot listen on"),
+    ],
+)
+async def test_an_impossible_address_is_refused(tmp_path: Path, listen: str, says: str) -> None:
+    with pytest.raises(UnreachableError, match=says):
+        await peer("anna", tmp_path, manifest_of_now(), listen)
+
+
+async def test_when_all_bootstraps_are_down_each_is_named_with_its_reason(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    refused, wrong = f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}", anna.addresses()[0].replace(anna.peer_id, BEN.peer_id)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        deaf = f"/ip4/127.0.0.1/tcp/{stranger.getsockname()[1]}/p2p/{ANNA.peer_id}"
+        with pytest.raises(BootstrapError) as caught:
+            await peer("cleo", tmp_path, run, bootstrap=[refused, wrong, deaf])
+    text = str(caught.value)
+    assert f"{refused}: connection refused" in text
+    assert f"{wrong}: wrong peer id" in text
+    assert f"{deaf}: something answers there that is no peer of ours" in text
+    assert caught.value.code == 30
+    await anna.close()
+
+
+async def test_one_bootstrap_that_lives_is_enough(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    ben = await peer("ben", tmp_path, run, bootstrap=[f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}", *anna.addresses()])
+    assert await ben.neighbours() == [anna.peer_id]
+    await ben.close()
+    await anna.close()
+
+
+async def test_its_own_address_among_the_bootstraps_is_no_obstacle(tmp_path: Path) -> None:
+    """As when a coordinator starts with its own ticket."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    own = f"/ip4/127.0.0.1/tcp/{port}/p2p/{ANNA.peer_id}"
+    anna = await peer("anna", tmp_path, manifest_of_now(), own.partition("/p2p/")[0], bootstrap=[own])
+    assert anna.addresses() == [own]
+    await anna.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (socket.gaierror(-2, "no name"), "does not resolve"),
+        (OSError(113, "No route to host"), "no route to host"),
+        (None, "no answer within"),
+    ],
+)
+async def test_each_kind_of_silence_has_its_words(failure: OSError | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        if failure:
+            raise failure
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    monkeypatch.setattr(reach, "PROBE_TIMEOUT", 0.05)
+    assert says in await reach.why_unreachable(f"/dns4/swarm.example/tcp/4001/p2p/{NOBODY}", "dial failed")
+
+
+async def test_when_its_p2pd_dies_the_peer_knows(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    os.kill(anna._daemon.process.pid, signal.SIGKILL)
+
+    async def noticed() -> bool:
+        return not anna.alive()
+
+    await until(noticed)
+    with pytest.raises(ConnectionError, match="p2pd has ended"):
+        await anna.get(claim_key(run.run_id, 0))
+    await anna.close()
+
+
+def test_p2pd_does_not_outlive_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
+    before = litter()
+    child = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("lonely_child.py"), tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout
+    pid, address = child.stdout.readline().split()
+    p2pd = psutil.Process(int(pid))
+    assert p2pd.name() == "p2pd"
+    assert not list(tmp_path.rglob("identity"))
+    child.kill()
+    child.wait()
+    gone, alive = psutil.wait_procs([p2pd], timeout=5)
+    assert not alive or alive[0].status() == psutil.STATUS_ZOMBIE
+    port = int(address.split("/")[4])
+    with socket.create_server(("127.0.0.1", port)):  # its port is free again
+        pass
+    assert litter() == before
+
+    async def start_again() -> None:
+        await (await peer("", tmp_path, manifest_of_now())).close()
+
+    asyncio.run(start_again())
+    assert not list(tmp_path.rglob("*.sock"))
+
+
+async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
+    before = litter()
+    anna = await peer("anna", tmp_path, manifest_of_now())
+    await anna.serve("/test/any", lambda stream: stream.close())
+    await anna.close()
+    assert [path.name for path in (tmp_path / "anna").iterdir()] == ["p2pd.lock"]
+    assert litter() == before
+
+
+async def test_a_long_state_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """Unix sockets have short names."""
+    run, before = manifest_of_now(), litter()
+    anna = await peer("anna", tmp_path / ("long" * 30), run)
+    try:
+        assert await anna.get(claim_key(run.run_id, 0)) == {}
+        assert len(litter() - before) == 1
+    finally:
+        await anna.close()
+    assert litter() == before
+
+
+async def test_a_bootstrap_peer_that_comes_back_is_found_again(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    listen = anna.addresses()[0].partition("/p2p/")[0]
+    ben = await peer("ben", tmp_path, run, bootstrap=anna.addresses())
+    await anna.close()
+    await ben._maintain()
+    assert await ben.neighbours() == []
+    anna = await peer("anna", tmp_path, run, listen)
+
+    async def together() -> bool:
+        await ben._maintain()
+        return await ben.neighbours() == [anna.peer_id] and await anna.neighbours() == [ben.peer_id]
+
+    await until(together)
+    claim = records(BEN, run.run_id)["claim"].model_copy(update={"issued": time.time()})
+    assert await publish(ben, BEN, claim, 30)
+    assert BEN.public_key in await anna.get(claim.key())
+    await ben.close()
+    await anna.close()
+
+
+@pytest.mark.parametrize("listen", [LOOPBACK, "/ip6/::1/tcp/0", "/ip4/127.8.8.8/tcp/4000"])
+def test_on_loopback_nothing_outside_is_asked(listen: str) -> None:
+    assert Reach.of(listen) == Reach(nat_port_map=False, auto_nat=False, relay=False)
+    assert {"-natPortMap=0", "-autonat=0", "-relay=0", "-autoRelay=0"} == set(Reach.of(listen).arguments())
+
+
+def test_elsewhere_a_peer_tries_to_be_reachable() -> None:
+    arguments = Reach.of("/ip4/0.0.0.0/tcp/0").arguments()
+    assert {"-natPortMap=1", "-autonat=1", "-relay=1"} <= set(arguments)
+    assert "-trustedRelays=/a,/b" in Reach(trusted_relays=("/a", "/b")).arguments()
+
+
+def test_a_peer_cannot_end_a_search_by_claiming_to_live_for_ever() -> None:
+    answer = DictionaryDHTValue()
+    answer.store("owner", b"value", time.time() + 30)
+    (_, (_, expires)), *_ = answer.items()
+    believed = _own_expiry(ValueWithExpiration(answer, float("inf")))
+    assert believed.expiration_time == expires
+    assert _own_expiry(ValueWithExpiration(DictionaryDHTValue(), float("inf"))) is None
+    assert _own_expiry(ValueWithExpiration(b"no records", float("inf"))) is None
+
+
+def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
+    code = """if True:
+        import sys, psutil, lutetia.protocol.transport_hivemind
+        print([m for m in ("torch", "scipy", "numpy", "hivemind.averaging", "hivemind.moe") if m in sys.modules])
+        print(psutil.Process().memory_info().rss >> 20)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, megabytes = run.stdout.splitlines()
+    assert loaded == "[]"
+    assert int(megabytes) < 120
+
+
+@pytest.mark.parametrize("first", ["thin_library", "transport_hivemind"])
+def test_both_libp2p_libraries_fit_into_one_process(first: str) -> None:
+    second = {"thin_library": "transport_hivemind", "transport_hivemind": "thin_library"}[first]
+    code = f"import lutetia.protocol.{first}, lutetia.protocol.{second}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_a_p2pd_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nexec sleep 60\n")
+    mute.chmod(0o755)
+    monkeypatch.setattr(transport_hivemind_daemon, "P2PD", str(mute))
+    monkeypatch.setattr(transport_hivemind_daemon, "START_TIMEOUT", 0.5)
+    with pytest.raises(UnreachableError, match="did not start within"):
+        await peer("anna", tmp_path, manifest_of_now())
+    assert not list((tmp_path / "anna").glob("p2pd/*"))
