@@ -13,6 +13,7 @@ from .output import JsonFlag, emit
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ..models.data.build import BuildReport
     from ..models.data.description import DataDescription
 
 app = typer.Typer(help="Turn captioned clips into shards, and look at them.", no_args_is_help=True)
@@ -26,6 +27,13 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder for shards/ and data.json.", metavar="OUT")],
     config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags win.")] = None,
     experts: Annotated[int | None, setting("EXPERTS", "Number of shards, one expert each.", min=1)] = None,
+    frames: Annotated[int | None, setting("FRAMES", "Frames of a clip.", min=1)] = None,
+    fps: Annotated[float | None, setting("FPS", "Frames per second of a clip.", min=0.01)] = None,
+    size: Annotated[int | None, setting("SIZE", "Height and width in pixels.", min=8)] = None,
+    latents: Annotated[str | None, setting("LATENTS", "Autoencoder: builtin:demo, pixels, folder or hub id.")] = None,
+    text: Annotated[str | None, setting("TEXT", "Text encoder: builtin:words, folder or hub id.")] = None,
+    features: Annotated[str | None, setting("FEATURES", "What clusters are found by.")] = None,
+    skip_bad: Annotated[bool | None, setting("SKIP_BAD", "Leave unusable clips out and list them.", "--skip-bad")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Decode, encode and cluster clips into shards.
@@ -35,10 +43,19 @@ def build(
     from ..models.data.build import BuildSettings, build_data
     from .progress import progress
 
-    settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config), **given(experts=experts)})
+    flags = given(
+        experts=experts, frames=frames, fps=fps, height=size, width=size, latents=latents, text=text, features=features,
+        skip_bad=skip_bad,
+    )  # fmt: skip
+    settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config), **flags})
     with progress("building shards") as on_progress:
         report = build_data(folder, out, settings, on_progress)
-    emit(report, as_json, lambda: f"shards are in {out}; next: lutetia run create {out} RUN")
+    emit(report, as_json, lambda: _built(report, out))
+
+
+def _built(report: BuildReport, out: Path) -> str:
+    left_out = [f"left out: {reason}" for _, reason in report.skipped]
+    return "\n".join([*left_out, f"shards are in {out}; next: lutetia run create {out} RUN"])
 
 
 @app.command("inspect")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -116,9 +117,15 @@ def main() -> None:
     """Run the command line; always ends by SystemExit."""
     arguments = sys.argv[1:]
     with _Reported(json_wanted(arguments)):
+        signal.signal(signal.SIGTERM, _leave_tidily)
         _tie_to_parent()
         code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
         raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _leave_tidily(number: int, frame: object) -> NoReturn:
+    """SIGTERM as an exception, so that every working folder and child is cleaned up; services replace this by their own."""
+    raise SystemExit(128 + number)
 
 
 def _tie_to_parent() -> None:
