@@ -12,24 +12,10 @@ from ..protocol.events import CheckpointAccepted, CheckpointRefused, CheckpointS
 from ..protocol.ledger_state import RunState
 from ..protocol.offers import OfferReply
 from ..protocol.records import AcceptanceRecord, CheckpointRecord
-from .judge import (
-    Action,
-    Answer,
-    Check,
-    Checked,
-    Discard,
-    JudgeState,
-    LimitsKnown,
-    Noted,
-    Publish,
-    Rules,
-    Stimulus,
-    Tick,
-    Write,
-    judge,
-)
+from .judge import JudgeState, Rules, judge
 from .ladder import Limits, Tools, climb
 from .ledger import Ledger
+from .messages import Action, Answer, Check, Checked, Discard, LimitsKnown, Noted, Publish, Stimulus, Tick, Write
 
 _log = logging.getLogger("lutetia.coordinator.bench")
 

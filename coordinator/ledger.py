@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Ledger:
         self._connection = connection
         self._chain = _START
         self._count = 0
+        self._writing = threading.Lock()
         self.state = RunState()
 
     @classmethod
@@ -100,22 +102,29 @@ class Ledger:
             )
 
     def append(self, events: Iterable[Event]) -> RunState:
-        """Write `events` in one transaction and return the state after them. Acceptances are on disk when this returns."""
-        state, chain, count, rows = self.state, self._chain, self._count, []
-        durable = False
-        for event in events:
-            state = apply(state, event)
-            text, count = canonical(event).decode(), count + 1
-            chain = _link(chain, event.time, text)
-            rows.append((count, event.time, text, chain))
-            durable = durable or isinstance(event, CheckpointAccepted | RunCreated)
+        """Write `events` in one transaction and return the state after them. Acceptances are on disk when this returns.
+
+        May be called from any thread. Raises LedgerOutOfOrder or DiskError; then nothing was written.
+        """
+        with self._writing:
+            state, chain, count, rows = self.state, self._chain, self._count, []
+            durable = False
+            for event in events:
+                state = apply(state, event)
+                text, count = canonical(event).decode(), count + 1
+                chain = _link(chain, event.time, text)
+                rows.append((count, event.time, text, chain))
+                durable = durable or isinstance(event, CheckpointAccepted | RunCreated)
+            self._insert(rows, durable)
+            self.state, self._chain, self._count = state, chain, count
+            return state
+
+    def _insert(self, rows: list[tuple[int, float, str, bytes]], durable: bool) -> None:
         with _sqlite_errors(self.path):
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
-        self.state, self._chain, self._count = state, chain, count
-        return state
 
     def rows(self) -> Iterator[Row]:
         """Every line, verified against the chain. Raises IntegrityError at the first that does not add up."""

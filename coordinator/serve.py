@@ -30,13 +30,14 @@ from ..protocol.status_view import status as status_of
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
-from ..system.errors import AuthorisationError, BootstrapError, LutetiaError, UnreachableError
+from ..system.errors import AuthorisationError, BootstrapError, DiskError, LutetiaError, UnreachableError
 from ..system.files import write_atomic
 from .bench import Bench
 from .http import bind, build_app, serve_http
-from .judge import Offered, Rules
+from .judge import Rules
 from .ledger import Ledger
 from .lookout import Lookout
+from .messages import Offered
 from .run_folder import RunFolder
 from .settings import ServeSettings
 from .stitching import Stitcher
@@ -214,7 +215,12 @@ class _Service:
 
     async def _publish(self, acceptance: AcceptanceRecord) -> None:
         renewed = acceptance.model_copy(update={"issued": self.transport.now()})
-        if not await publish(self.transport, self.identity, renewed, self.limits.longest("acceptance")):
+        try:
+            taken = await publish(self.transport, self.identity, renewed, self.limits.longest("acceptance"))
+        except ConnectionError as error:
+            _log.warning("cannot publish into the DHT: %s", error)
+            taken = False
+        if not taken:
             _log.warning("nobody took the acceptance of shard %d; it is published again", acceptance.shard)
 
     async def _renew(self) -> None:
@@ -227,7 +233,10 @@ class _Service:
         """Written every two seconds, and soon after each event."""
         while True:
             self._news.clear()
-            await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+            try:
+                await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+            except DiskError as error:
+                _log.error("%s", error)  # the run does not depend on this file
             await asyncio.sleep(_FRESH_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_SECONDS - _FRESH_SECONDS):

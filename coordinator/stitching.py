@@ -78,6 +78,8 @@ class Stitcher:
                 continue
             try:
                 await self.bench.note(*await self._make(step, state))
+                if step == "mixture" and self.gallery and self.manifest.sampling.prompts:
+                    await self._sample()
             except (WorkshopFailed, WorkshopRefused) as error:
                 _log.warning("could not make the %s: %s; trying again in %.0f s", step, error, _RETRY_SECONDS)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -115,8 +117,6 @@ class Stitcher:
         await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer["digest"][:12], list(epochs))
-        if self.gallery and self.manifest.sampling.prompts:
-            await self._sample()
         stitched = MixtureStitched(time=self.now(), epochs=epochs, mixture=answer["digest"])
         if router is None:
             return [stitched]

@@ -62,7 +62,7 @@ class NetworkTools:
                     await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))
             except TimeoutError as error:
                 raise Stopped("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
-            except (UnreachableError, IntegrityError, DiskError) as error:
+            except (UnreachableError, IntegrityError, DiskError, ConnectionError) as error:
                 if isinstance(error, DiskError):
                     _log.error("cannot take in results: %s", error)
                 raise Stopped("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.judge import Action, Answer, Check, Checked, JudgeState, Offered, Rules, Stimulus, Write, judge
+from lutetia.coordinator.judge import JudgeState, Rules, judge
 from lutetia.coordinator.ladder import SizeLimits, Verdict
+from lutetia.coordinator.messages import Action, Answer, Check, Checked, Offered, Stimulus, Write
 from lutetia.protocol.events import Event, RunCreated
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.ledger_state import RunState, apply

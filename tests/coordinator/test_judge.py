@@ -8,8 +8,9 @@ import pytest
 from courtroom import PEERS, court, limits_of, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.coordinator.judge import Check, Checked, Discard, JudgeState, LimitsKnown, Publish, Tick
+from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict, lottery
+from lutetia.coordinator.messages import Check, Checked, Discard, LimitsKnown, Publish, Tick
 from lutetia.protocol.events import AuditDone, CheckpointAccepted, CheckpointRefused
 from lutetia.protocol.ledger_state import RunState, apply, audit_due
 

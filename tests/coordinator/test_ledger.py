@@ -11,9 +11,9 @@ import pytest
 from courtroom import COORDINATOR, PEERS, START, court, first_event, make_manifest, make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lutetia.coordinator.judge import Checked, Discard
 from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.ledger import Ledger
+from lutetia.coordinator.messages import Checked, Discard
 from lutetia.protocol.canonical import canonical
 from lutetia.protocol.events import (
     CheckpointAccepted,

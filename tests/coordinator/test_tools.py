@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from courtroom import COORDINATOR, PEERS, START, first_event, limits_of, make_manifest, make_record
 from lutetia.coordinator.bench import Bench
-from lutetia.coordinator.judge import Offered, Rules
+from lutetia.coordinator.judge import Rules
 from lutetia.coordinator.ladder import Limits, Stopped
 from lutetia.coordinator.ledger import Ledger
+from lutetia.coordinator.messages import Offered
 from lutetia.coordinator.stitching import next_step
 from lutetia.coordinator.tools import KEPT_STATES, NetworkTools
 from lutetia.protocol.events import MixtureStitched, RouterTrained
