@@ -150,6 +150,8 @@ class Material:
                 link.unlink(missing_ok=True)
                 try:
                     os.link(path, link)
+                except FileNotFoundError as error:
+                    raise IntegrityError(f"{path} is missing; checkpoint {kept.epoch} of shard {kept.shard} is lost") from error
                 except OSError:  # a file system without hard links
                     found = self.store.add_file(path)
                 else:

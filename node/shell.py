@@ -8,11 +8,13 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
-from ..protocol.manifest import BlobRef
+from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.transport import Transport
 from ..system.errors import DiskError, IntegrityError, LutetiaError, UnreachableError
+from ..system.files import disk_errors
 from ..system.notify import notify
 from . import messages as m
 from .assignment import Assignment
@@ -24,7 +26,7 @@ from .network import Network
 from .prober import Prober
 from .settings import NodeSettings
 from .state import Rules, State, next_wake
-from .workfolder import remembered_shards
+from .workfolder import Kept, remembered_shards
 
 log = logging.getLogger("lutetia.node.shell")
 
@@ -211,6 +213,7 @@ class Shell:
         except LutetiaError as error:
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
+            self.rules = patient_rules(self.rules, self.manifest, finding.samples_per_second * self.settings.duty)
             self.feed(m.Probed(time.time(), finding.fitness))
 
     async def _begin_sync(self, action: m.Sync) -> None:
@@ -250,33 +253,41 @@ class Shell:
         await self.network.fetch(ref)
 
     async def _start_trainer(self, action: m.StartTrainer) -> None:
-        finding = self.prober.finding
+        try:
+            assignment = await asyncio.to_thread(self._assignment, action)
+        except LutetiaError as error:
+            reason: m.Exit = "disk-full" if isinstance(error, DiskError) else "bad-state"
+            self.feed(m.TrainerExited(time.time(), action.run, reason, str(error)))
+        else:
+            await self.hands.start(action.run, assignment)
+
+    def _assignment(self, action: m.StartTrainer) -> Assignment:
+        """From the newest state that descends from the accepted one. Blocks on the disk; raises IntegrityError or DiskError."""
+        shard, finding, settings = action.shard, self.prober.finding, self.settings
         assert finding
+        work = self.material.work(shard)
         if action.shrink:
-            await asyncio.to_thread(self.material.work(action.shard).drop_local)  # its epoch was begun with another split
-        accepted = self.network.acceptances.get(action.shard)
-        base = await asyncio.to_thread(self.material.base, action.shard, action.epoch, action.checkpoint, accepted)
-        start = await asyncio.to_thread(self.material.start, action.shard, action.epoch, action.checkpoint, base)
-        whole = finding.shards[action.shard].micro_batch or self.manifest.optimisation.batch
-        work = self.material.work(action.shard)
-        work.path.mkdir(parents=True, exist_ok=True)
-        assignment = Assignment(
-            manifest=self.material.places.manifest, shard=action.shard,
-            data=self.network.store.path(self.manifest.shards[action.shard].train.digest), folder=work.path,
+            work.drop_local()  # its epoch was begun with another split
+        base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
+        start = self.material.start(shard, action.epoch, action.checkpoint, base)
+        with disk_errors(work.path):
+            work.path.mkdir(parents=True, exist_ok=True)
+        log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
+        whole = finding.shards[shard].micro_batch or self.manifest.optimisation.batch
+        return Assignment(
+            manifest=self.material.places.manifest, shard=shard,
+            data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, until=action.until, device=finding.device, precision=finding.precision,
-            micro_batch=max(1, whole >> action.shrink), threads=self.settings.threads, duty=self.settings.duty,
-            save_every=self.settings.save_every,
+            micro_batch=max(1, whole >> action.shrink), threads=settings.threads, duty=settings.duty,
+            save_every=settings.save_every,
         )  # fmt: skip
-        log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
-        await self.hands.start(action.run, assignment)
 
     async def _publish_checkpoint(self, candidate: m.Candidate) -> None:
         verdict: m.Verdict = "unreachable"
         text, after = "", None
         try:
-            kept = await asyncio.to_thread(self._kept, candidate)
-            await asyncio.to_thread(self.material.into_store, kept, self.material.held())
+            kept = await asyncio.to_thread(self._servable, candidate)
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, reply.text, reply.retry_after
@@ -291,9 +302,11 @@ class Shell:
             self.contributions.count_refused()
         self.feed(m.OfferAnswered(time.time(), candidate.digest, verdict, " ".join(text.split()), after))
 
-    def _kept(self, candidate: m.Candidate):
+    def _servable(self, candidate: m.Candidate) -> Kept:
+        """The checkpoint, after its files went into the store. Blocks on the disk; raises IntegrityError or DiskError."""
         for kept in self.material.work(candidate.shard).kept():
             if kept.digest == candidate.digest:
+                self.material.into_store(kept, self.material.held())
                 return kept
         raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more; train it again")
 
@@ -348,6 +361,12 @@ class Shell:
                 "samples_per_second": rate, "due": now + left / rate if rate else None,
             }  # fmt: skip
         return document
+
+
+def patient_rules(rules: Rules, manifest: Manifest, rate: float) -> Rules:
+    """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second."""
+    longest = 20 * manifest.optimisation.batch / rate if rate > 0 else 0.0
+    return replace(rules, hang_after=max(Rules.hang_after, longest))
 
 
 @contextlib.contextmanager

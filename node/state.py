@@ -17,7 +17,7 @@ CROWD = 10_000
 """Standbys of one shard up to which a takeover stays cheap (see `takeover_delay`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rules:
     """The run's constants as one node needs them. Times in seconds."""
 

@@ -44,9 +44,11 @@ class Child:
 
     async def send(self, message: Message) -> None:
         """Raises ConnectionError when the child has ended."""
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        await self.process.stdin.drain()
+        stdin = self.process.stdin
+        if stdin is None or stdin.is_closing():  # uvloop would raise a RuntimeError
+            raise ConnectionResetError("the child has ended")
+        stdin.write(json.dumps(message).encode() + b"\n")
+        await stdin.drain()
 
     async def messages(self) -> AsyncIterator[Message]:
         """What the child says, until it ends."""

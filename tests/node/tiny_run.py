@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,15 @@ def make_run(folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, 
     return run
 
 
-async def start_trainer(assignment: Assignment) -> Child:
+@contextlib.asynccontextmanager
+async def a_trainer(assignment: Assignment) -> AsyncIterator[Child]:
+    """A trainer child at work; it does not outlive the block."""
     child = await Child.start("lutetia.node.trainer", environment={"OMP_NUM_THREADS": "1"})
-    await child.send({"do": "start", "assignment": assignment.model_dump(mode="json")})
-    return child
+    try:
+        await child.send({"do": "start", "assignment": assignment.model_dump(mode="json")})
+        yield child
+    finally:
+        await child.kill()
 
 
 async def hear(child: Child, say: str, **fields: Any) -> dict[str, Any]:
