@@ -33,6 +33,7 @@ log = logging.getLogger("lutetia.protocol.joining")
 
 MANIFEST_FILE = "manifest.json"
 PEERS_FILE = "peers.json"
+REMEMBER_PERIOD = 120.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ async def _enter(transport: HivemindTransport, identity: Identity, ticket: Ticke
     await _refuse_a_double(transport, identity, signed.manifest.run_id, state_folder)
     await serve_introduction(transport, lambda: signed)
     cache.remember(address for address in reachable if _peer_of(address) in friends)
-    await _remember_nodes(transport, signed.manifest.run_id, cache)
+    await remember_nodes(transport, signed.manifest.run_id, cache)
+    transport.every(REMEMBER_PERIOD, lambda: remember_nodes(transport, signed.manifest.run_id, cache))
     return signed
 
 
@@ -222,7 +224,8 @@ async def _proves_identity(addresses: Sequence[str], peer_id: str, state_folder:
         await stranger.close()
 
 
-async def _remember_nodes(transport: Transport, run: str, cache: PeerCache) -> None:
+async def remember_nodes(transport: Transport, run: str, cache: PeerCache) -> None:
+    """Note the addresses of the nodes that are online now, for a later join without the ticket's bootstrap peers."""
     found = await asyncio.gather(*(transport.get(key) for key in node_keys(run)))
     records = [read_envelope(stored.value) for values in found for stored in values.values()]
     cache.remember_nodes(records, except_peer=transport.peer_id)

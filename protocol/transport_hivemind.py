@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from ..system.errors import BootstrapError
@@ -33,7 +33,7 @@ class HivemindTransport(Transport):
         self._daemon, self._addresses = daemon, addresses
         self._dht: Dht | None = None
         self._bootstrap: tuple[str, ...] = ()
-        self._maintenance: asyncio.Task[None] | None = None
+        self._periodic: list[asyncio.Task[None]] = []
         self._closed = False
 
     @classmethod
@@ -58,7 +58,7 @@ class HivemindTransport(Transport):
                 raise BootstrapError(bootstrap_sentence(refused))
             await self._meet_all({_peer_of(address) for address in self._bootstrap if address not in refused})
             await self._dht.look_around()
-        self._maintenance = asyncio.create_task(self._keep_connected())
+        self.every(MAINTENANCE_PERIOD, self._maintain)
 
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
         """Dial all at once; returns for each address that failed why it did. After the first success laggards are left."""
@@ -102,12 +102,16 @@ class HivemindTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
-        if self._maintenance:
-            self._maintenance.cancel()
-            await asyncio.gather(self._maintenance, return_exceptions=True)
+        for task in self._periodic:
+            task.cancel()
+        await asyncio.gather(*self._periodic, return_exceptions=True)
         if self._dht:
             await self._dht.close()
         await self._daemon.close()
+
+    def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
+        """Do `action` every `period` seconds for as long as this peer is online; its ConnectionErrors are passed over."""
+        self._periodic.append(asyncio.get_running_loop().create_task(self._repeat(period, action)))
 
     async def neighbours(self) -> list[str]:
         """Peer ids in the DHT's routing table, for reports and tests."""
@@ -126,17 +130,17 @@ class HivemindTransport(Transport):
         met = await asyncio.gather(*(dht.meet(peer_id) for peer_id in sorted(peer_ids)))
         log.info("entered the DHT through %d of %d peers", sum(met), len(met))
 
-    async def _keep_connected(self) -> None:
-        """Every MAINTENANCE_PERIOD: drop dead neighbours, return to lost bootstrap peers, learn our own addresses anew."""
+    async def _repeat(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(MAINTENANCE_PERIOD)
+            await asyncio.sleep(period)
             if not self._daemon.running:
                 log.error("p2pd ended with status %s; this peer is off the network", self._daemon.process.returncode)
                 return
             with contextlib.suppress(ConnectionError):
-                await self._maintain()
+                await action()
 
     async def _maintain(self) -> None:
+        """Drop dead neighbours, return to lost bootstrap peers, learn our own addresses anew."""
         dht = self._require_dht()
         neighbours = dht.neighbours()
         for peer_id in random.sample(neighbours, min(_PINGS_PER_ROUND, len(neighbours))):

@@ -1,0 +1,216 @@
+"""Documents, records and their check over any transport, on the simulated network."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lutetia.protocol.documents import MAX_DOCUMENT_BYTES, SERVE_TIMEOUT
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import SignedManifest
+from lutetia.protocol.peer_cache import MAX_PEERS, PeerCache
+from lutetia.protocol.records import NodeRecord, Record, RecordRefused, claim_key, seal
+from lutetia.protocol.services import (
+    HELLO,
+    MANIFEST,
+    Hello,
+    ask_document,
+    publish,
+    read_records,
+    record_check,
+    serve_document,
+    serve_introduction,
+)
+from lutetia.protocol.transport import Stream
+from lutetia.protocol.transport_memory import MemoryNetwork, MemoryTransport
+from lutetia.protocol.virtual_time import run_virtual
+from lutetia.protocol.waiting import gather_quickly
+
+from .documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
+
+RUN = manifest(4)
+KINDS = sorted(records())
+
+
+def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[None]]) -> Callable[[], None]:
+    """Two peers of the run, at the moment when the test documents are dated."""
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        check = record_check(RUN, network.now)
+        await scenario(network.peer(PEER, check), network.peer(STRANGER, check))
+
+    def test() -> None:
+        run_virtual(main, NOW)
+
+    test.__name__, test.__doc__ = scenario.__name__, scenario.__doc__
+    return test
+
+
+@simulated
+async def test_a_document_is_made_when_it_is_asked_for(peer: MemoryTransport, other: MemoryTransport) -> None:
+    await serve_document(peer, "/test/time", lambda: str(peer.now()).encode())
+    first = await ask_document(other, peer.peer_id, "/test/time")
+    await asyncio.sleep(5)
+    assert float(await ask_document(other, peer.peer_id, "/test/time")) > float(first) + 5
+
+
+@simulated
+async def test_documents_are_bounded_in_size(peer: MemoryTransport, other: MemoryTransport) -> None:
+    await serve_document(peer, "/test/large", lambda: bytes(100))
+    await serve_document(peer, "/test/whole", lambda: bytes(MAX_DOCUMENT_BYTES))
+    with pytest.raises(ConnectionError, match="larger than 99"):
+        await ask_document(other, peer.peer_id, "/test/large", limit_bytes=99)
+    assert len(await ask_document(other, peer.peer_id, "/test/whole")) == MAX_DOCUMENT_BYTES
+
+    async def boast(stream: Stream) -> None:
+        await stream.write(b"\xff\xff\xff\xff")
+        await stream.read_exactly(1)
+
+    await peer.serve("/test/boast", boast)
+    with pytest.raises(ConnectionError, match="refused"):
+        await ask_document(other, peer.peer_id, "/test/boast")
+
+
+@simulated
+async def test_documents_are_bounded_in_time(peer: MemoryTransport, other: MemoryTransport) -> None:
+    await peer.serve("/test/silent", lambda stream: asyncio.sleep(3600))
+    start = peer.now()
+    with pytest.raises(ConnectionError, match="did not answer /test/silent within 10 s"):
+        await ask_document(other, peer.peer_id, "/test/silent")
+    assert peer.now() - start == pytest.approx(10)
+    await serve_document(peer, "/test/taken", lambda: bytes(10))
+    stream = await other.open_stream(peer.peer_id, "/test/taken")
+    await stream.read_exactly(14)
+    with pytest.raises(ConnectionError):  # who does not acknowledge is cut off
+        await stream.read_exactly(1)
+    assert peer.now() - start < 12 + SERVE_TIMEOUT
+
+
+@simulated
+async def test_a_peer_introduces_itself(peer: MemoryTransport, other: MemoryTransport) -> None:
+    signed = SignedManifest.sign(RUN, OWNER)
+    await serve_introduction(peer, lambda: signed)
+    hello = Hello.model_validate_json(await ask_document(other, peer.peer_id, HELLO))
+    assert (hello.run, hello.manifest_version, hello.protocol) == (RUN.run_id, 1, 1)
+    assert hello.clock == pytest.approx(peer.now(), abs=1)
+    assert SignedManifest.model_validate_json(await ask_document(other, peer.peer_id, MANIFEST)) == signed
+
+
+@simulated
+async def test_records_are_published_and_read_in_the_order_of_their_owners(peer: MemoryTransport, other: MemoryTransport) -> None:
+    for author, transport in ((PEER, peer), (STRANGER, other)):
+        assert await publish(transport, author, records(author, RUN.run_id)["claim"], 30)
+    found = await read_records(other, claim_key(RUN.run_id, 3))
+    assert [record.owner for record, _ in found] == sorted([PEER.public_key, STRANGER.public_key])
+    assert all(expires == pytest.approx(NOW + 30, abs=1) for _, expires in found)
+
+
+@simulated
+async def test_each_publication_replaces_the_one_before(peer: MemoryTransport, other: MemoryTransport) -> None:
+    claim = records(PEER, RUN.run_id)["claim"]
+    for samples, ttl in ((1, 40.0), (2, 20.0), (3, 20.0)):
+        assert await publish(peer, PEER, claim.model_copy(update={"samples": samples}), ttl)
+    ((record, _),) = await read_records(other, claim.key())
+    assert getattr(record, "samples", None) == 3
+
+
+@simulated
+async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
+    complaints: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: complaints.append(record.getMessage())
+    logging.getLogger("lutetia.protocol.services").addHandler(handler)
+    ours = records(PEER, RUN.run_id)["node"]
+    for _ in range(3):
+        await publish(peer, PEER, ours, 30)
+        await asyncio.sleep(1)
+    assert complaints == []
+    await publish(other, PEER, ours, 30)  # a copied key
+    await publish(peer, PEER, ours, 30)
+    assert len(complaints) == 1
+    assert "another box is online under this identity" in complaints[0]
+
+
+def checked(record: Record, author: Identity, expires: float = NOW + 30, **changes: Any) -> str:
+    return record_check(manifest(4, **changes), lambda: NOW)(None, record.owner, seal(record, author, expires), expires)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_this_run_passes_and_of_another_run_does_not(kind: str) -> None:
+    author = COORDINATOR if kind == "acceptance" else PEER
+    record = records(PEER, RUN.run_id)[kind]
+    assert checked(record, author) == record.key()
+    with pytest.raises(RecordRefused, match="not of"):
+        checked(records()[kind], author)
+
+
+def test_the_allowlist_is_kept() -> None:
+    guarded = manifest(4, allowlist=(PEER.public_key,))
+    check = record_check(guarded, lambda: NOW)
+    for author, kind in ((PEER, "claim"), (COORDINATOR, "acceptance")):
+        record = records(author, guarded.run_id)[kind]
+        assert check(None, record.owner, seal(record, author, NOW + 30), NOW + 30) == record.key()
+    record = records(STRANGER, guarded.run_id)["claim"]
+    with pytest.raises(RecordRefused, match="allowlist"):
+        check(None, record.owner, seal(record, STRANGER, NOW + 30), NOW + 30)
+
+
+def test_a_shard_that_the_run_does_not_have_is_refused() -> None:
+    record = records(PEER, RUN.run_id)["claim"].model_copy(update={"shard": 4})
+    with pytest.raises(RecordRefused, match="4 shards"):
+        checked(record, PEER)
+
+
+@pytest.mark.parametrize("kind", ["node", "checkpoint", "provider"])
+def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
+    record = records(PEER, RUN.run_id)[kind]
+    for changes in (
+        {"peer_id": STRANGER.peer_id},
+        {"addresses": (f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}",)},
+    ):
+        with pytest.raises(RecordRefused, match="names another peer"):
+            checked(record.model_copy(update=changes), PEER)
+
+
+def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
+    cache = PeerCache(tmp_path / "peers.json")
+    assert cache.load() == []
+    addresses = [
+        f"/ip4/127.0.0.1/tcp/{number}/p2p/{Identity.derived(str(number)).peer_id}" for number in range(1, MAX_PEERS + 11)
+    ]
+    for start in range(0, len(addresses), 10):
+        cache.remember(addresses[start : start + 10])
+    assert len(cache.load()) == MAX_PEERS
+    assert cache.load()[:4] == addresses[70:74]
+    assert addresses[0] not in cache.load()
+    cache.path.write_text('["nonsense"]')
+    assert cache.load() == []
+    node = records()["node"]
+    assert isinstance(node, NodeRecord)
+    cache.remember_nodes([node, node.model_copy(update={"state": "left"}), records()["claim"]], except_peer=STRANGER.peer_id)
+    assert cache.load() == list(node.addresses)
+    cache.remember_nodes([records(STRANGER)["node"]], except_peer=STRANGER.peer_id)
+    assert cache.load() == list(node.addresses)
+
+
+def test_the_quick_do_not_wait_for_the_slow() -> None:
+    async def after(seconds: float) -> float:
+        await asyncio.sleep(seconds)
+        return seconds
+
+    async def main() -> tuple[list[float | None], list[float | None], float]:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        some = await gather_quickly([after(1), after(60), after(1.5)], lambda seconds: seconds >= 1, grace=1.0)
+        took = loop.time() - start
+        return some, await gather_quickly([after(1), after(2)], lambda seconds: False), took
+
+    some, every, took = run_virtual(main)
+    assert some == [1, None, 1.5]
+    assert every == [1, 2]
+    assert took == pytest.approx(2.0)

@@ -1,0 +1,114 @@
+"""The client that is no peer: quick, without hivemind or torch, and sure of whom it talks to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from lutetia.protocol.services import STATUS, serve_document
+from lutetia.protocol.store import BlobStore
+from lutetia.protocol.ticket import Ticket
+from lutetia.protocol.transfer import serve_blobs
+from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
+
+from .documents import COORDINATOR, OWNER, RUN, STRANGER
+from .networks import LOOPBACK
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DOCUMENT = bytes(range(256)) * 1500
+ASK = """
+import json, resource, sys, time
+from lutetia.protocol.thin import thin_document
+from lutetia.protocol.ticket import Ticket
+from lutetia.system.errors import LutetiaError
+ticket, protocol, limit = json.loads(sys.argv[1])
+answer = {}
+try:
+    answer["size"] = len(thin_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
+except LutetiaError as error:
+    answer["error"], answer["code"] = str(error), error.code
+answer["heavy"] = [name for name in ("hivemind", "torch", "aioquic.quic.connection", "httpx", "grpc") if name in sys.modules]
+used = resource.getrusage(resource.RUSAGE_SELF)
+answer["seconds"] = used.ru_utime + used.ru_stime
+print(json.dumps(answer))
+"""
+FETCH = """
+import json, sys
+from pathlib import Path
+from lutetia.protocol.manifest import BlobRef
+from lutetia.protocol.thin_fetch import thin_blobs
+from lutetia.protocol.ticket import Ticket
+ticket, path, digest, size = json.loads(sys.argv[1])
+thin_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def peer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[HivemindTransport]:
+    folder = tmp_path_factory.mktemp("peer")
+    transport = await connect_hivemind(COORDINATOR, listen=LOOPBACK, check=lambda *_: "", state_folder=folder)
+    await serve_document(transport, STATUS, lambda: DOCUMENT)
+    await serve_blobs(transport, BlobStore(folder / "blobs"))
+    yield transport
+    await transport.close()
+
+
+def ticket(*addresses: str) -> str:
+    return Ticket(run=RUN, owner=OWNER.public_key, addresses=addresses).encode()
+
+
+def command(code: str, *arguments: Any) -> list[str]:
+    return [sys.executable, "-c", code, json.dumps(arguments)]
+
+
+async def run(line: list[str]) -> str:
+    """Run a process while this one's loop goes on answering it."""
+    import asyncio
+
+    process = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
+
+
+async def ask(*addresses: str, protocol: str = STATUS, limit: int = 1 << 20) -> dict[str, Any]:
+    return json.loads(await run(command(ASK, ticket(*addresses), protocol, limit)))
+
+
+async def test_a_document_in_less_than_two_seconds_without_anything_heavy(peer: HivemindTransport) -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
+    answer = await ask(dead, *peer.addresses())
+    assert answer["size"] == len(DOCUMENT)
+    assert answer["heavy"] == []
+    assert answer["seconds"] < 1.6, "the whole command has two seconds, and python itself and the table take their part"
+
+
+async def test_each_address_is_named_with_its_reason(peer: HivemindTransport) -> None:
+    refused = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
+    wrong = peer.addresses()[0].replace(peer.peer_id, STRANGER.peer_id)
+    answer = await ask(refused, wrong)
+    assert answer["code"] == 30
+    assert f"{refused}: connection refused" in answer["error"]
+    assert f"{wrong}: another peer than the address names answers there" in answer["error"]
+
+
+async def test_a_document_that_is_not_offered_or_too_large_is_refused(peer: HivemindTransport) -> None:
+    assert "does not offer this" in (await ask(*peer.addresses(), protocol="/test/none"))["error"]
+    assert "larger than 1000" in (await ask(*peer.addresses(), limit=1000))["error"]
+
+
+async def test_blobs_come_verified_from_real_p2pd(peer: HivemindTransport, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    data = time.time_ns().to_bytes(8, "big") * (3 << 17)
+    ref = store.add_bytes(data)
+    await serve_blobs(peer, store)
+    await run(command(FETCH, ticket(*peer.addresses()), str(tmp_path / "fetched"), ref.digest, ref.size))
+    assert (tmp_path / "fetched").read_bytes() == data
