@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from ..system.errors import LutetiaError
 from .canonical import Frozen, canonical, digest_of
@@ -16,6 +17,7 @@ from .ticket import Address
 
 MAX_RECORD_BYTES = 4096
 NODE_BUCKETS = 16
+_REMEMBERED = 8192  # records whose signatures are known: about 20 MB
 _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
 NodeState = Literal["joining", "probing", "idle", "claiming", "syncing", "training", "publishing", "paused", "draining", "left"]
@@ -136,7 +138,6 @@ class AcceptanceRecord(_Record):
 
 
 Record = Annotated[NodeRecord | ClaimRecord | CheckpointRecord | ProviderRecord | AcceptanceRecord, Field(discriminator="kind")]
-_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 
 def node_bucket(owner: str) -> int:
@@ -212,10 +213,9 @@ def open_record(
     if len(data) > MAX_RECORD_BYTES:
         raise RecordRefused(f"record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
     try:
-        envelope = _Envelope.model_validate_json(data, strict=True)
+        record = _parsed(data).record
     except ValidationError as error:
         raise RecordRefused(f"record is malformed: {first_problem(error)}") from error
-    record = envelope.record
     if key is not None and record.key() != key:
         raise RecordRefused(f"record of {record.key()} was filed under {key}")
     if record.owner != subkey:
@@ -223,7 +223,7 @@ def open_record(
     _check_clock(record.kind, record.issued, expires, now, limits)
     if record.kind == "acceptance" and record.owner not in coordinators:
         raise RecordRefused(f"acceptance by {record.owner[:16]}…, who is no coordinator of this run")
-    if not verify(record.owner, _signed_bytes(record, expires), envelope.signature):
+    if not _signature_holds(data, expires):
         raise RecordRefused("record's signature is wrong")
     return record
 
@@ -239,4 +239,16 @@ def _check_clock(kind: str, issued: float, expires: float, now: float, limits: R
 
 def read_envelope(data: bytes) -> Record:
     """The record inside bytes that `open_record` has checked before."""
-    return _RECORD.validate_python(_Envelope.model_validate_json(data).record)
+    return _parsed(data).record
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _parsed(data: bytes) -> _Envelope:
+    """A reader meets one record many times: from every replica, at every look. Only what depends on the clock is checked anew."""
+    return _Envelope.model_validate_json(data, strict=True)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _signature_holds(data: bytes, expires: float) -> bool:
+    envelope = _parsed(data)
+    return verify(envelope.record.owner, _signed_bytes(envelope.record, expires), envelope.signature)
