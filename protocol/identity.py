@@ -28,7 +28,7 @@ def _base58(data: bytes) -> str:
 
 
 def peer_id_of(public_key: str) -> str:
-    """The libp2p peer id of an Ed25519 public key (hex): base58 of the identity multihash of its protobuf (libp2p peer-ids spec)."""
+    """The libp2p peer id of an Ed25519 public key (hex): base58 of its protobuf's identity multihash (libp2p peer-ids spec)."""
     encoded = _PROTOBUF_ED25519 + b"\x20" + bytes.fromhex(public_key)
     return _base58(b"\x00" + bytes([len(encoded)]) + encoded)
 
