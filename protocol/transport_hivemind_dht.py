@@ -38,6 +38,7 @@ RPC_TIMEOUT = 3.0
 LOOKUP_TIMEOUT = 30.0
 MAX_RECORDS_PER_KEY = 4096
 MAX_KEYS = 1 << 17
+MAX_NEIGHBOURS = 40
 
 
 class _Validator(RecordValidatorBase):
@@ -95,7 +96,7 @@ class _Node(DHTNode):
 
     async def _call_find_with_blacklist(self, peer_id: PeerID, keys: Collection[DHTID]) -> Any:
         response = await super()._call_find_with_blacklist(peer_id, keys)
-        return response and {key: (_own_expiry(found), peers) for key, (found, peers) in response.items()}
+        return response and {key: (_own_expiry(found), _believable(peers)) for key, (found, peers) in response.items()}
 
 
 def _pack(value: str | bytes) -> bytes:
@@ -115,6 +116,11 @@ def _own_expiry(found: Any) -> Any:
         return None
     latest = max((expires for _, (_, expires) in found.value.items()), default=None)
     return None if latest is None else ValueWithExpiration(found.value, latest)
+
+
+def _believable(peers: dict[DHTID, PeerID]) -> dict[DHTID, PeerID]:
+    """The neighbours that a peer names, as far as they sit where it says and are not too many."""
+    return {node_id: peer_id for node_id, peer_id in list(peers.items())[:MAX_NEIGHBOURS] if node_id == place_of(peer_id)}
 
 
 class Dht:

@@ -21,8 +21,8 @@ from lutetia.protocol.records import claim_key
 from lutetia.protocol.services import publish
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
 from lutetia.protocol.transport_hivemind_daemon import Reach
-from lutetia.protocol.transport_hivemind_dht import _own_expiry
-from lutetia.protocol.transport_hivemind_library import DictionaryDHTValue, ValueWithExpiration
+from lutetia.protocol.transport_hivemind_dht import _believable, _own_expiry, place_of
+from lutetia.protocol.transport_hivemind_library import DHTID, DictionaryDHTValue, PeerID, ValueWithExpiration
 from lutetia.system.errors import BootstrapError, IdentityError, UnreachableError
 
 from .documents import records
@@ -238,6 +238,14 @@ def test_a_peer_cannot_end_a_search_by_claiming_to_live_for_ever() -> None:
     assert believed.expiration_time == expires
     assert _own_expiry(ValueWithExpiration(DictionaryDHTValue(), float("inf"))) is None
     assert _own_expiry(ValueWithExpiration(b"no records", float("inf"))) is None
+
+
+def test_neighbours_are_believed_only_where_they_belong() -> None:
+    honest_peers = [PeerID.from_base58(Identity.derived(str(number)).peer_id) for number in range(60)]
+    named = {place_of(peer): peer for peer in honest_peers}
+    named[DHTID.generate(source=b"beside the key")] = PeerID.from_base58(NOBODY)
+    assert _believable(dict(reversed(named.items()))).keys() <= {place_of(peer) for peer in honest_peers}
+    assert len(_believable(named)) == 40
 
 
 def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
