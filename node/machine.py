@@ -216,7 +216,9 @@ def _choose(turn: Turn) -> None:
     """Go for the best free shard, or stand by."""
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
-    free = free_shards(views, rules.epochs, now) if state.disk_full_since is None else []
+    free = [] if state.disk_full_since is not None else free_shards(views, rules.epochs, now)
+    guessed = [view for view in free if view.live(state.looked.get(view.shard, 0.0))]  # its claim has run out since we looked
+    free = [view for view in free if view not in guessed]
     fitness = {view.shard: _fitness(turn, view) for view in free}
     best = preferred_shard(rules.run, rules.owner, free, fitness)
     if best is not None:
@@ -224,7 +226,7 @@ def _choose(turn: Turn) -> None:
         turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay)
         turn.enter("claiming", f"shard {best.shard} is free")
         return
-    turn.set(look_at=_next_look(turn, views))
+    turn.set(look_at=now if guessed else _next_look(turn, views))
     turn.because(_why_idle(turn, views))
 
 
@@ -267,8 +269,8 @@ def _idle(turn: Turn) -> None:
     turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
     if due:
         turn.do(Look(due))
-    else:
-        _choose(turn)
+        return
+    _choose(turn)
 
 
 def _look_due(turn: Turn, shard: int) -> bool:
@@ -278,7 +280,7 @@ def _look_due(turn: Turn, shard: int) -> bool:
         return True
     if view.epoch >= turn.rules.epochs:
         return False
-    return not view.live(now)
+    return all(claim.record.owner == turn.rules.owner for claim in view.live(now))
 
 
 def _claim(turn: Turn) -> None:

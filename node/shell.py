@@ -160,8 +160,6 @@ class Shell:
     # --- network ------------------------------------------------------------------------------------------------------------
 
     async def _look(self, shards: tuple[int, ...]) -> None:
-        if self.state.phase == "claiming":
-            await self.hands.warm()
         views = await self.network.look(shards)
         if views:
             self.feed(m.SwarmSeen(time.time(), views))
@@ -169,6 +167,8 @@ class Shell:
     async def _publish_claim(self, claim: m.Claim) -> None:
         with _offline("claim"):
             await self.network.publish_claim(claim)
+        if claim.state == "claiming":  # a child may import its libraries while the claim settles
+            await self.hands.warm()
 
     async def _renew(self, claim: m.Claim | None) -> None:
         with _offline("records"):

@@ -82,7 +82,7 @@ def shard_synced(turn: Turn, event: SyncDone) -> None:
         return  # the answer to an older wish
     turn.change(pending=event.pending, sync_failures=0, sync_at=None, restart_at=turn.now, offer_at=turn.now)
     turn.set(remembered=turn.state.remembered | {event.shard})
-    turn.enter("training", f"training shard {event.shard} on top of epoch {turn.work.newest}")
+    turn.enter("training", f"training shard {event.shard}, begun on top of epoch {turn.work.newest}")
 
 
 def sync_failed(turn: Turn, event: SyncFailed) -> None:
