@@ -19,6 +19,12 @@ DIAL_TIMEOUT = 8.0
 CONTROL_TIMEOUT = 10.0
 
 
+def useful(addresses: list[str]) -> list[str]:
+    """Without those of this machine alone, where there are others: whoever reads them elsewhere would dial itself."""
+    outside = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return outside or addresses
+
+
 class DaemonStream(Stream):
     """A libp2p stream as p2pd passes it on."""
 
@@ -58,7 +64,7 @@ class Control:
     async def addresses(self) -> list[str]:
         """The multiaddrs, with peer id, that p2pd believes it can be dialled under."""
         response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
-        return [f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs]
+        return useful([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
 
     async def connected(self) -> list[str]:
         """The ids of all peers with a live connection."""
@@ -101,6 +107,8 @@ class Control:
         """Stop listening and cancel the handlers. Idempotent."""
         if self._listener:
             self._listener.close()
+        for greeting in self._greeting:
+            greeting.cancel()
         await self._tasks.close()
 
     def _connected(self, wire: Wire) -> None:

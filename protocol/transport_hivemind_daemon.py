@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,29 +137,44 @@ class Daemon:
 
 
 class _SocketFolder:
-    """A private folder for sockets. Its name depends on the state folder alone, so that the next start clears it."""
+    """A private folder for sockets inside the state folder, cleared at every start: a killed process cannot clear its own.
+
+    `path` names it in few enough bytes for a socket: where the real path is too long, through this process's open descriptor.
+    """
 
     def __init__(self, state_folder: Path) -> None:
         """Raises IdentityError while another process uses `state_folder`."""
         home = state_folder.resolve()
-        self.path = home / "p2pd"
-        if len(os.fsencode(self.path / "control.sock")) > _LONGEST_SOCKET_PATH:
-            name = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
-            self.path = Path(tempfile.gettempdir()) / f"lutetia-{os.getuid()}-{name}"
-            log.info("p2pd's sockets are in %s, because the path of the state folder is too long for them", self.path)
-        with disk_errors(self.path):
+        self._folder, self._descriptor = home / "p2pd", -1
+        with disk_errors(self._folder):
             home.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(home / "p2pd.lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._claim(home)
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(mode=0o700)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(mode=0o700)
+        self.path = self._folder
+        if len(os.fsencode(self._folder / "control.sock")) > _LONGEST_SOCKET_PATH:
+            self.path = self._short_path()
 
     def remove(self) -> None:
         """Clear the folder and let others use the state folder. Idempotent."""
         if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            elif self.path != self._folder:
+                self.path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = -1
+
+    def _short_path(self) -> Path:
+        if sys.platform.startswith("linux"):
+            self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+            return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        link = Path(tempfile.gettempdir()) / f"lutetia-{hashlib.sha256(os.fsencode(self._folder)).hexdigest()[:16]}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self._folder)
+        return link
 
     def _claim(self, home: Path) -> None:
         try:

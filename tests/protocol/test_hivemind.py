@@ -20,6 +20,7 @@ from lutetia.protocol.manifest import Manifest
 from lutetia.protocol.records import claim_key
 from lutetia.protocol.services import publish
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
+from lutetia.protocol.transport_hivemind_control import useful
 from lutetia.protocol.transport_hivemind_daemon import Reach
 from lutetia.protocol.transport_hivemind_dht import _believable, _own_expiry, place_of
 from lutetia.protocol.transport_hivemind_library import DHTID, DictionaryDHTValue, PeerID, ValueWithExpiration
@@ -187,13 +188,19 @@ async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
 async def test_a_long_state_folder_is_no_obstacle(tmp_path: Path) -> None:
     """Unix sockets have short names."""
     run, before = manifest_of_now(), litter()
-    anna = await peer("anna", tmp_path / ("long" * 30), run)
+    folder = tmp_path / ("long" * 30)
+    anna = await peer("anna", folder, run)
+    ben = await peer("ben", folder, run, bootstrap=anna.addresses())
     try:
-        assert await anna.get(claim_key(run.run_id, 0)) == {}
-        assert len(litter() - before) == 1
+        await anna.serve("/test/hello", lambda stream: stream.write(b"hello"))
+        stream = await ben.open_stream(anna.peer_id, "/test/hello")
+        assert await stream.read_exactly(5) == b"hello"
+        await stream.close()
     finally:
+        await ben.close()
         await anna.close()
     assert litter() == before
+    assert {path.name for path in folder.rglob("*")} == {"anna", "ben", "p2pd.lock"}
 
 
 async def test_a_bootstrap_peer_that_comes_back_is_found_again(tmp_path: Path) -> None:
@@ -238,6 +245,12 @@ def test_a_peer_cannot_end_a_search_by_claiming_to_live_for_ever() -> None:
     assert believed.expiration_time == expires
     assert _own_expiry(ValueWithExpiration(DictionaryDHTValue(), float("inf"))) is None
     assert _own_expiry(ValueWithExpiration(b"no records", float("inf"))) is None
+
+
+def test_addresses_of_this_machine_alone_are_kept_to_itself() -> None:
+    here, lan = ["/ip4/127.0.0.1/tcp/1/p2p/X", "/ip6/::1/tcp/1/p2p/X"], "/ip4/192.0.2.7/tcp/1/p2p/X"
+    assert useful([*here, lan]) == [lan]
+    assert useful(here) == here
 
 
 def test_neighbours_are_believed_only_where_they_belong() -> None:
