@@ -199,6 +199,8 @@ def _seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
 
 def _strangers(turn: Turn, view: ShardView) -> ShardView:
     """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
+    if all(claim.record.owner != turn.rules.owner for claim in view.claims):
+        return view
     return ShardView(view.shard, tuple(c for c in view.claims if c.record.owner != turn.rules.owner), view.acceptance)
 
 
@@ -265,7 +267,9 @@ def _idle(turn: Turn) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     if not state.online or now < state.look_at:
         return
-    due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard))
+    due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now))
+    if due:  # together with those that are due soon: fewer and larger looks
+        due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now + rules.heartbeat / 4))
     turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
     if due:
         turn.do(Look(due))
@@ -273,14 +277,15 @@ def _idle(turn: Turn) -> None:
     _choose(turn)
 
 
-def _look_due(turn: Turn, shard: int) -> bool:
-    state, now = turn.state, turn.now
-    view, looked = state.views.get(shard), state.looked.get(shard, 0.0)
-    if view is None or now - looked >= turn.rules.lease:
+def _look_due(turn: Turn, shard: int, when: float) -> bool:
+    """Whether `when` our picture of the shard may be out of date."""
+    state, rules = turn.state, turn.rules
+    view = state.views.get(shard)
+    if view is None or when - state.looked.get(shard, 0.0) >= rules.lease:
         return True
-    if view.epoch >= turn.rules.epochs:
+    if view.epoch >= rules.epochs:
         return False
-    return all(claim.record.owner == turn.rules.owner for claim in view.live(now))
+    return all(claim.record.owner == rules.owner for claim in view.live(when))
 
 
 def _claim(turn: Turn) -> None:

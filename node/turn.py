@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ..protocol.records import NodeState
 from .messages import Action, Report
-from .state import Rules, State, Work
+from .state import Rules, State, Work, evolve
 
 _WORTH_TELLING = frozenset({"idle", "training", "publishing", "paused", "draining"})
 """Phases that the swarm should hear of at once, not with the next heartbeat."""
@@ -23,12 +22,12 @@ class Turn:
         self.actions: list[Action] = []
 
     def set(self, **changes: Any) -> None:
-        self.state = replace(self.state, **changes)
+        self.state = evolve(self.state, **changes)
 
     def change(self, **changes: Any) -> None:
         """Change the work in hand."""
         assert self.state.work
-        self.state = replace(self.state, work=replace(self.state.work, **changes))
+        self.state = evolve(self.state, work=evolve(self.state.work, **changes))
 
     @property
     def work(self) -> Work:
