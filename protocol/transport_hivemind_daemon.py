@@ -28,6 +28,8 @@ from .transport_hivemind_library import P2PD
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
 
 START_TIMEOUT = 20.0
+_IDLE_TIMEOUT = "0s" if sys.platform.startswith("linux") else "60s"
+"""How long p2pd lives without a DHT client; where the kernel does not tie it to us, that is what ends it."""
 _LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
 
 
@@ -79,7 +81,7 @@ class Daemon:
         write_atomic(key, identity.libp2p_bytes(), mode=0o600)
         arguments = [
             f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
-            "-idleTimeout=60s", "-tls=1", *(reach or Reach.of(listen)).arguments(),
+            f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reach.of(listen)).arguments(),
         ]  # fmt: skip
         if announce:
             arguments.append("-announceAddrs=" + ",".join(announce))
