@@ -118,6 +118,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     with _Reported(json_wanted(arguments)):
         signal.signal(signal.SIGTERM, _leave_tidily)
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings speak to programmers, not to volunteers
         _tie_to_parent()
         code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
         raise SystemExit(code if isinstance(code, int) else 0)

@@ -34,8 +34,8 @@ class Preset:
     run: Mapping[str, Any] = field(default_factory=dict)
     workers: tuple[WorkerLimit, ...] = (
         WorkerLimit("worker-1", 1, 1.0),
-        WorkerLimit("worker-2", 1, 0.7),
-        WorkerLimit("worker-3", 1, 0.45),
+        WorkerLimit("worker-2", 1, 0.85),
+        WorkerLimit("worker-3", 1, 0.55),
     )
 
     @property
