@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -94,24 +95,30 @@ async def finish(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
     assert not list(daemon.state.glob("*.sock"))
 
 
-async def test_killed_daemon_leaves_nothing_running_and_the_next_one_goes_on(coordinator: ToyCoordinator, tmp_path: Path):
-    coordinator.judging = False
-    async with DaemonProcess.running(coordinator, tmp_path / "box") as daemon:
-        await daemon.until(state="training", pending=lambda count: count >= 1, step=lambda step: step)
+async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_running_and_the_next_daemon_goes_on(tmp_path: Path):
+    run = make_run(tmp_path / "run", epochs=50, steps=100, heartbeat=2.0)
+    async with contextlib.AsyncExitStack() as stack:
+        async with toy_coordinator(run, tmp_path / "coordinator") as before:
+            address = before.ticket.addresses[0].partition("/p2p/")[0]
+            daemon = await stack.enter_async_context(DaemonProcess.running(before, tmp_path / "box"))
+            await daemon.until(state="training", accepted=lambda count: count >= 1)
+        await daemon.until(state="training", pending=lambda count: count >= 2, online=True)
         family = children_of(daemon.process.pid)
         assert len(family) >= 2
         daemon.process.kill()
         await daemon.process.wait()
         await all_gone(family)
-    coordinator.judging = True
-    async with DaemonProcess.running(coordinator, tmp_path / "box") as again:
-        await again.until(state="training", accepted=lambda count: count >= 2)
-        words = again.words()
-        assert "this box was probed before" in words
-        assert "starts from local" in words or "starts from kept" in words
-        again.process.send_signal(signal.SIGTERM)
-        assert await again.ended() == 0
-    lineage = next(iter(coordinator.accepted.values()))
+    async with toy_coordinator(run, tmp_path / "coordinator", address) as after:
+        after.accepted = before.accepted
+        reached = after.epoch
+        async with DaemonProcess.running(after, tmp_path / "box") as again:
+            await again.until(state="training", accepted=lambda count: count >= reached + 3)
+            words = again.words()
+            assert "this box was probed before" in words
+            assert "starts from local" in words or "starts from kept" in words
+            again.process.send_signal(signal.SIGTERM)
+            assert await again.ended() == 0
+    lineage = next(iter(after.accepted.values()))
     assert [record.epoch for record in lineage] == list(range(1, len(lineage) + 1))
 
 

@@ -39,6 +39,10 @@ class ToyCoordinator:
     def ticket(self) -> Ticket:
         return Ticket(run=self.run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(self.transport.addresses()))
 
+    @property
+    def epoch(self) -> int:
+        return max((len(lineage) for lineage in self.accepted.values()), default=0)
+
     async def answer(self, peer_id: str, offer: Offer) -> OfferReply:
         record = read_envelope(offer.sealed.encode())
         assert isinstance(record, CheckpointRecord)
@@ -67,9 +71,9 @@ class ToyCoordinator:
 
 
 @contextlib.asynccontextmanager
-async def toy_coordinator(run: TinyRun, folder: Path) -> AsyncIterator[ToyCoordinator]:
+async def toy_coordinator(run: TinyRun, folder: Path, listen: str = "/ip4/127.0.0.1/tcp/0") -> AsyncIterator[ToyCoordinator]:
     check = record_check(run.manifest, time.time)
-    transport = await connect_hivemind(COORDINATOR, listen="/ip4/127.0.0.1/tcp/0", check=check, state_folder=folder)
+    transport = await connect_hivemind(COORDINATOR, listen=listen, check=check, state_folder=folder)
     try:
         store = BlobStore(folder / "blobs")
         for shard in run.manifest.shards:
