@@ -11,7 +11,7 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 
 from __future__ import annotations
 
-from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
+from .choosing import go_on_claiming, look_around, swarm_seen
 from .messages import (
     Action,
     CheckpointReady,
@@ -43,10 +43,8 @@ from .turn import Turn
 from .working import (
     answered,
     checkpoint_ready,
-    own_shard_seen,
     release,
     shard_synced,
-    start_sync,
     sync_failed,
     trainer_exited,
     trainer_progress,
@@ -90,7 +88,7 @@ def _absorb(turn: Turn, event: Event) -> None:
         case Tick():
             pass
         case SwarmSeen(views=views):
-            _seen(turn, views)
+            swarm_seen(turn, views)
         case TrainerProgress():
             trainer_progress(turn, event)
         case CheckpointReady():
@@ -147,9 +145,9 @@ def _act(turn: Turn) -> None:
     if turn.state.phase == "draining":
         _drain(turn)
     if turn.state.phase == "idle":
-        _idle(turn)
+        look_around(turn)
     if turn.state.phase == "claiming":
-        _claim(turn)
+        go_on_claiming(turn)
     if turn.state.phase != "left" and now >= turn.state.renew_at:
         turn.set(renew_at=now + turn.rules.heartbeat)
         if turn.state.online:
@@ -175,158 +173,6 @@ def _probed(turn: Turn, fitness: dict[int, float]) -> None:
         turn.enter("paused", "paused by the volunteer")
     else:
         turn.enter("idle", "looking for a shard" if fits else "no device of this box fits the run; probing again now and then")
-
-
-# --- looking and claiming -------------------------------------------------------------------------------------------------
-
-
-def _seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
-    state, known, looked = turn.state, dict(turn.state.views), dict(turn.state.looked)
-    for view in views:
-        old = known.get(view.shard)
-        if old and old.epoch > view.epoch:  # a stale replica: the claims are news, the acceptance is not
-            view = ShardView(view.shard, view.claims, old.acceptance)
-        known[view.shard], looked[view.shard] = view, turn.now
-    turn.set(views=known, looked=looked)
-    fresh = {view.shard for view in views}
-    if state.work and state.work.shard in fresh:
-        own_shard_seen(turn)
-    elif state.phase == "claiming" and state.target in fresh:
-        _target_seen(turn, known[state.target])
-    elif state.phase == "idle":
-        _choose(turn)
-
-
-def _strangers(turn: Turn, view: ShardView) -> ShardView:
-    """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
-    if all(claim.record.owner != turn.rules.owner for claim in view.claims):
-        return view
-    return ShardView(view.shard, tuple(c for c in view.claims if c.record.owner != turn.rules.owner), view.acceptance)
-
-
-def _open_views(turn: Turn) -> list[ShardView]:
-    """Shards with work left, fitting, and not given up lately; without our own claims."""
-    state, now = turn.state, turn.now
-    return [
-        _strangers(turn, view)
-        for view in state.views.values()
-        if view.epoch < turn.rules.epochs and state.fitness.get(view.shard, 0) > 0 and state.shunned.get(view.shard, 0) <= now
-    ]
-
-
-def _choose(turn: Turn) -> None:
-    """Go for the best free shard, or stand by."""
-    state, rules, now = turn.state, turn.rules, turn.now
-    views = _open_views(turn)
-    free = [] if state.disk_full_since is not None else free_shards(views, rules.epochs, now)
-    guessed = [view for view in free if view.live(state.looked.get(view.shard, 0.0))]  # its claim has run out since we looked
-    free = [view for view in free if view not in guessed]
-    fitness = {view.shard: _fitness(turn, view) for view in free}
-    best = preferred_shard(rules.run, rules.owner, free, fitness)
-    if best is not None:
-        delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
-        turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay)
-        turn.enter("claiming", f"shard {best.shard} is free")
-        return
-    turn.set(look_at=now if guessed else _next_look(turn, views))
-    turn.because(_why_idle(turn, views))
-
-
-def _fitness(turn: Turn, view: ShardView) -> float:
-    """Hardware fit × work left, twice that for a shard of which we hold local work.
-
-    Work left counts in quarters: exact differences would send all newcomers to one shard.
-    """
-    epochs = turn.rules.epochs
-    quarters = -(-4 * (epochs - view.epoch) // epochs)
-    return turn.state.fitness[view.shard] * quarters * (2 if view.shard in turn.state.remembered else 1)
-
-
-def _why_idle(turn: Turn, views: list[ShardView]) -> str:
-    state = turn.state
-    if not any(value > 0 for value in state.fitness.values()):
-        return "no device of this box fits the run; probing again now and then"
-    if state.disk_full_since is not None:
-        return "the disk is full; free some space"
-    if len(state.views) == turn.rules.shards and all(view.epoch >= turn.rules.epochs for view in state.views.values()):
-        return "the run is complete; seeding its checkpoints"
-    return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
-
-
-def _next_look(turn: Turn, views: list[ShardView]) -> float:
-    """When the first claim that we saw may have expired, and at least once per lease."""
-    rules, now = turn.rules, turn.now
-    spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
-    expiries = [max((claim.expires for claim in view.live(now)), default=now + rules.lease) for view in views]
-    expiries += [until for until in turn.state.shunned.values() if until > now]
-    return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
-
-
-def _idle(turn: Turn) -> None:
-    """Look at what may have changed."""
-    state, rules, now = turn.state, turn.rules, turn.now
-    if not state.online or now < state.look_at:
-        return
-    due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now))
-    if due:  # together with those that are due soon: fewer and larger looks
-        due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now + rules.heartbeat / 4))
-    turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
-    if due:
-        turn.do(Look(due))
-        return
-    _choose(turn)
-
-
-def _look_due(turn: Turn, shard: int, when: float) -> bool:
-    """Whether `when` our picture of the shard may be out of date."""
-    state, rules = turn.state, turn.rules
-    view = state.views.get(shard)
-    if view is None or when - state.looked.get(shard, 0.0) >= rules.lease:
-        return True
-    if view.epoch >= rules.epochs:
-        return False
-    return all(claim.record.owner == rules.owner for claim in view.live(when))
-
-
-def _claim(turn: Turn) -> None:
-    """The steps of claiming that time brings; `_target_seen` has the others."""
-    state, rules, now = turn.state, turn.rules, turn.now
-    if now < state.act_at or state.target is None:
-        return
-    if not state.online:
-        turn.set(target=None, look_at=now)
-        turn.enter("idle", "the network went away while claiming")
-        return
-    stage = {"delay": "check", "settle": "judge"}.get(state.stage, state.stage)
-    turn.set(stage=stage, act_at=now + rules.heartbeat)
-    turn.do(Look((state.target,)))
-
-
-def _target_seen(turn: Turn, view: ShardView) -> None:
-    state, rules, now = turn.state, turn.rules, turn.now
-    if state.stage == "check":
-        if not free_shards([_strangers(turn, view)], rules.epochs, now):
-            done = view.epoch >= rules.epochs
-            _back_to_idle(turn, f"shard {view.shard} is done" if done else f"somebody else claimed shard {view.shard} first")
-            return
-        turn.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
-        turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
-    elif state.stage == "judge":
-        owner = shard_owner(rules.run, view, now)
-        if owner == rules.owner:
-            turn.set(target=None)
-            start_sync(turn, view.shard)
-        elif owner is None and state.judged < 3:  # our own claim is not visible yet
-            turn.set(stage="settle", judged=state.judged + 1, act_at=now + rules.propagation)
-        else:
-            turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "released")))
-            _back_to_idle(turn, f"lost shard {view.shard} to an equal claim")
-
-
-def _back_to_idle(turn: Turn, why: str) -> None:
-    rules = turn.rules
-    turn.set(target=None, look_at=turn.now + rules.propagation * (1 + rules.jitter("again", int(turn.now))))
-    turn.enter("idle", why)
 
 
 # --- heartbeat ------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from ..protocol.manifest import BlobRef, Manifest
+from ..protocol.manifest import Manifest
 from ..protocol.transport import Transport
-from ..system.errors import DiskError, IntegrityError, LutetiaError, UnreachableError
-from ..system.files import disk_errors
+from ..system.errors import LutetiaError
 from ..system.notify import notify
 from . import messages as m
 from .assignment import Assignment
+from .chores import Chores
 from .contributions import Contributions
 from .hands import Hands
 from .machine import advance
@@ -26,7 +26,7 @@ from .network import Network
 from .prober import Prober
 from .settings import NodeSettings
 from .state import Rules, State, next_wake
-from .workfolder import Kept, remembered_shards
+from .workfolder import remembered_shards
 
 log = logging.getLogger("lutetia.node.shell")
 
@@ -53,6 +53,7 @@ class Shell:
         self.state = State(since=time.time(), remembered=remembered)
         self.hands = Hands(self.feed, time.time, settings.threads)
         self.prober = Prober(settings, material.places, self.hands)
+        self.chores = Chores(settings, network, material, self.prober)
         self.left = asyncio.Event()
         self.problem: str | None = None
         self._rejoin = rejoin
@@ -223,92 +224,27 @@ class Shell:
         self._syncing = self._spawn(self._sync(action))
 
     async def _sync(self, action: m.Sync) -> None:
-        shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
-        try:
-            await self._fetch(self.manifest.shards[shard].train)
-            if epoch:
-                accepted = self.network.acceptances.get(shard)
-                base = await asyncio.to_thread(self.material.base, shard, epoch, checkpoint, accepted)
-                if base is None:
-                    raise UnreachableError(
-                        f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it"
-                    )
-                await self._fetch(base.weights)
-                await self._fetch(base.state)
-                await asyncio.to_thread(self.material.set_base, shard, base)
-            elif init := self.manifest.expert_of(shard).init:
-                await self._fetch(init)
-            kept = await asyncio.to_thread(self.material.pending, shard, epoch, checkpoint)
-        except DiskError as error:
-            self._disk_full(str(error))
-            self.feed(m.SyncFailed(time.time(), shard, str(error)))
-        except (LutetiaError, ConnectionError) as error:
-            self.feed(m.SyncFailed(time.time(), shard, str(error)))
-        else:
-            self.feed(m.SyncDone(time.time(), shard, epoch, checkpoint, tuple(item.candidate for item in kept)))
-
-    async def _fetch(self, ref: BlobRef) -> None:
-        held = await asyncio.to_thread(self.material.held)
-        await asyncio.to_thread(self.material.make_room, ref.size, held)
-        await self.network.fetch(ref)
+        self._told(await self.chores.sync(action))
 
     async def _start_trainer(self, action: m.StartTrainer) -> None:
-        try:
-            assignment = await asyncio.to_thread(self._assignment, action)
-        except LutetiaError as error:
-            reason: m.Exit = "disk-full" if isinstance(error, DiskError) else "bad-state"
-            self.feed(m.TrainerExited(time.time(), action.run, reason, str(error)))
-        else:
+        assignment = await self.chores.assignment(action)
+        if isinstance(assignment, Assignment):
             await self.hands.start(action.run, assignment)
-
-    def _assignment(self, action: m.StartTrainer) -> Assignment:
-        """From the newest state that descends from the accepted one. Blocks on the disk; raises IntegrityError or DiskError."""
-        shard, finding, settings = action.shard, self.prober.finding, self.settings
-        assert finding
-        work = self.material.work(shard)
-        if action.shrink:
-            work.drop_local()  # its epoch was begun with another split
-        base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
-        start = self.material.start(shard, action.epoch, action.checkpoint, base)
-        with disk_errors(work.path):
-            work.path.mkdir(parents=True, exist_ok=True)
-        log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
-        whole = finding.shards[shard].micro_batch or self.manifest.optimisation.batch
-        return Assignment(
-            manifest=self.material.places.manifest, shard=shard,
-            data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
-            epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
-            local=start.place.local, until=action.until, device=finding.device, precision=finding.precision,
-            micro_batch=max(1, whole >> action.shrink), threads=settings.threads, duty=settings.duty,
-            save_every=settings.save_every,
-        )  # fmt: skip
+        else:
+            self._told(assignment)
 
     async def _publish_checkpoint(self, candidate: m.Candidate) -> None:
-        verdict: m.Verdict = "unreachable"
-        text, after = "", None
-        try:
-            kept = await asyncio.to_thread(self._servable, candidate)
-            await self.network.announce([ref.digest for ref in kept.refs])
-            reply = await self.network.offer(kept)
-            verdict, text, after = reply.verdict, reply.text, reply.retry_after
-        except DiskError as error:
-            self._disk_full(str(error))
-            text = str(error)
-        except IntegrityError as error:
-            verdict, text = "invalid", str(error)
-        except ConnectionError as error:
-            text = str(error)
-        if verdict == "invalid":
+        answer = await self.chores.publish(candidate)
+        if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
             self.contributions.count_refused()
-        self.feed(m.OfferAnswered(time.time(), candidate.digest, verdict, " ".join(text.split()), after))
+        self._told(answer)
 
-    def _servable(self, candidate: m.Candidate) -> Kept:
-        """The checkpoint, after its files went into the store. Blocks on the disk; raises IntegrityError or DiskError."""
-        for kept in self.material.work(candidate.shard).kept():
-            if kept.digest == candidate.digest:
-                self.material.into_store(kept, self.material.held())
-                return kept
-        raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more; train it again")
+    def _told(self, event: m.Event) -> None:
+        """A chore's outcome; a full disk is watched beside it."""
+        if self.chores.disk_problem:
+            text, self.chores.disk_problem = self.chores.disk_problem, None
+            self._disk_full(text)
+        self.feed(event)
 
     # --- disk, leaving, telling ---------------------------------------------------------------------------------------------
 

@@ -33,13 +33,15 @@ _HEALTHY = 600.0
 # --- taking a shard up, and letting it go ---------------------------------------------------------------------------------
 
 
-def start_sync(turn: Turn, shard: int) -> None:
-    """The shard is ours: fetch its data and the accepted state."""
+def start_sync(turn: Turn, shard: int, known: tuple[int, str | None] = (0, None)) -> None:
+    """The shard is ours: fetch its data and the accepted state. `known`: an acceptance that the DHT may not show yet."""
     view = turn.state.views.get(shard) or ShardView(shard)
-    checkpoint = view.acceptance.checkpoint if view.acceptance else None
-    turn.set(work=Work(shard, view.epoch, checkpoint, at=view.epoch, sync_at=None), renew_at=turn.now)
-    turn.enter("syncing", f"fetching shard {shard} at epoch {view.epoch}")
-    turn.do(Sync(shard, view.epoch, checkpoint))
+    epoch, checkpoint = max(
+        known, (view.epoch, view.acceptance.checkpoint if view.acceptance else None), key=lambda pair: pair[0]
+    )
+    turn.set(work=Work(shard, epoch, checkpoint, at=epoch), renew_at=turn.now)
+    turn.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
+    turn.do(Sync(shard, epoch, checkpoint))
 
 
 def release(turn: Turn, *, save: bool) -> None:
@@ -224,7 +226,7 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
     elif reason == "bad-state":
         turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; starting from the accepted one")
         turn.do(DiscardWork(work.shard, None))
-        start_sync(turn, work.shard)
+        start_sync(turn, work.shard, (work.epoch, work.checkpoint))
         turn.change(crashes=crashes)
     else:
         turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
@@ -319,7 +321,7 @@ def _rejected(turn: Turn, text: str) -> None:
     elif turn.state.phase == "draining" or not work.owned:
         release(turn, save=False)
     else:
-        start_sync(turn, work.shard)
+        start_sync(turn, work.shard, (work.epoch, work.checkpoint))
 
 
 def work_on(turn: Turn) -> None:

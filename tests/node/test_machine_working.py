@@ -1,174 +1,13 @@
-"""The node's decisions, transition by transition."""
+"""The node's decisions with a shard in its hands, transition by transition."""
 
 from __future__ import annotations
 
 import pytest
 from lutetia.node import messages as m
-from lutetia.node.machine import advance
-from lutetia.node.state import Rules, State, next_wake
-from lutetia.protocol.claims import LiveClaim, ShardView
+from lutetia.protocol.claims import ShardView
 
-from .paper_swarm import acceptance, claim_record
-
-ME, OTHER = "11" * 32, "22" * 32
-T = 1_800_000_000.0
-RULES = Rules("ab" * 32, ME, shards=2, epochs=4, heartbeat=20.0, propagation=1.0)
-
-
-def claimed(shard: int, owner: str, expires: float, state: str = "training", epoch: int = 0, accepted=None) -> ShardView:
-    record = claim_record(owner, m.Claim(shard, epoch, 0, state), T)  # type: ignore[arg-type]
-    return ShardView(shard, (LiveClaim(record, expires),), accepted)
-
-
-class Walk:
-    """A machine, and the clock in its hands."""
-
-    def __init__(self, rules: Rules = RULES) -> None:
-        self.rules, self.now, self.state = rules, T, State()
-        self.actions: list[m.Action] = []
-
-    def feed(self, event: m.Event) -> list[m.Action]:
-        self.state, self.actions = advance(self.rules, self.state, event)
-        return self.actions
-
-    def tick(self) -> list[m.Action]:
-        """On to the next thing that the machine waits for."""
-        due = next_wake(self.rules, self.state)
-        assert due is not None
-        self.now = max(self.now, due)
-        return self.feed(m.Tick(self.now))
-
-    def until(self, kind: type, limit: int = 20) -> m.Action:
-        """Tick until an action of `kind` comes."""
-        for _ in range(limit):
-            for action in self.tick():
-                if isinstance(action, kind):
-                    return action
-        raise AssertionError(f"no {kind.__name__} within {limit} ticks; {self.state.phase}: {self.state.why}")
-
-    def said(self, kind: type) -> list[m.Action]:
-        return [action for action in self.actions if isinstance(action, kind)]
-
-    def idle(self, fitness: dict[int, float] | None = None) -> Walk:
-        self.feed(m.Joined(self.now))
-        self.feed(m.Probed(self.now, {0: 1.0, 1: 1.0} if fitness is None else fitness))
-        return self
-
-    def claiming(self) -> Walk:
-        self.idle({0: 1.0})
-        self.feed(m.SwarmSeen(self.now, (ShardView(0), ShardView(1))))
-        return self
-
-    def syncing(self) -> Walk:
-        self.claiming()
-        self.until(m.Look)
-        self.feed(m.SwarmSeen(self.now, (ShardView(0),)))
-        assert self.said(m.PublishClaim)
-        self.until(m.Look)
-        self.feed(m.SwarmSeen(self.now, (claimed(0, ME, self.now + 60, "claiming"),)))
-        assert self.state.phase == "syncing"
-        return self
-
-    def training(self) -> Walk:
-        self.syncing()
-        self.feed(m.SyncDone(self.now, 0, 0, None))
-        assert self.said(m.StartTrainer)
-        return self
-
-    def checkpoint(self, epoch: int, parent: str | None) -> list[m.Action]:
-        return self.feed(m.CheckpointReady(self.now, self.state.trainers, m.Candidate(0, epoch, f"d{epoch}", parent)))
-
-    def progress(self, epoch: int, waiting: bool = False) -> list[m.Action]:
-        return self.feed(m.TrainerProgress(self.now, self.state.trainers, epoch, epoch * 100, waiting))
-
-
-def test_joins_probes_looks_claims_settles_syncs_and_trains():
-    walk = Walk()
-    assert m.Probe() in walk.feed(m.Joined(T))
-    assert walk.state.phase == "probing"
-    actions = walk.feed(m.Probed(T, {0: 1.0, 1: 1.0}))
-    assert m.Look((0, 1)) in actions
-    assert walk.state.phase == "idle"
-    walk = Walk().training()
-    start = walk.said(m.StartTrainer)[0]
-    assert start == m.StartTrainer(1, 0, 0, None, until=3, shrink=0)
-
-
-def test_first_claim_says_claiming_and_the_heartbeat_after_winning_says_training():
-    walk = Walk().syncing()
-    renewals = walk.said(m.RenewRecords)
-    assert renewals == [m.RenewRecords(m.Claim(0, 0, 0, "training"))]
-
-
-def test_newcomer_never_contests_a_live_claim():
-    walk = Walk().idle()
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 50))))
-    assert walk.state.phase == "idle"
-    assert "standing by" in walk.state.why
-    assert not walk.said(m.PublishClaim)
-
-
-def test_standby_looks_when_the_first_claim_may_have_expired_and_takes_over():
-    walk = Walk().idle()
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 50))))
-    look = walk.until(m.Look)
-    assert look == m.Look((1,))
-    assert T + 50 <= walk.now < T + 51
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(1),)))
-    assert (walk.state.phase, walk.state.target) == ("claiming", 1)
-
-
-def test_looks_again_before_claiming_and_gives_way_to_whom_it_finds():
-    walk = Walk().claiming()
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60, "claiming"),)))
-    assert walk.state.phase == "idle"
-    assert not walk.said(m.PublishClaim)
-
-
-def test_loser_of_simultaneous_claims_yields_and_releases_its_claim():
-    walk = Walk().claiming()
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60, "training"),)))
-    assert walk.state.phase == "idle"
-    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
-
-
-def test_an_own_claim_that_is_not_visible_yet_is_waited_for():
-    walk = Walk().claiming()
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
-    assert walk.state.phase == "claiming"
-    walk.until(m.Look)
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
-    assert walk.state.phase == "syncing"
-
-
-def test_own_claim_of_an_earlier_daemon_is_no_obstacle():
-    walk = Walk().idle({0: 1.0})
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, T + 60), ShardView(1))))
-    assert walk.state.phase == "claiming"
-
-
-def test_remembered_local_work_is_preferred_and_claimed_without_delay():
-    walk = Walk()
-    walk.state = State(remembered=frozenset({1}))
-    walk.idle()
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
-    assert walk.state.target == 1
-    assert m.Look((1,)) in walk.actions, "checks at once"
-
-
-def test_heartbeat_renews_the_claim_and_looks_at_the_own_shard():
-    walk = Walk().training()
-    walk.progress(0)
-    renewal = walk.until(m.RenewRecords)
-    assert renewal == m.RenewRecords(m.Claim(0, 0, 0, "training"))
-    assert m.Look((0,)) in walk.actions
+from .paper_swarm import acceptance
+from .walk import ME, OTHER, RULES, T, Walk, claimed
 
 
 def test_checkpoint_is_offered_while_training_goes_on():
@@ -251,50 +90,6 @@ def test_fenced_when_another_peers_epoch_is_accepted(owned_by_me: bool):
     assert not walk.state.work or not walk.state.work.pending, "what the stopped trainer still writes is void"
 
 
-def test_a_late_claimant_with_a_lower_hash_does_not_take_the_shard_from_its_holder():
-    for number in range(20):
-        walk = Walk().training()
-        late = f"{number:064x}"
-        walk.feed(m.SwarmSeen(walk.now, (claimed(0, late, walk.now + 60, "claiming"),)))
-        assert walk.state.phase == "training"
-
-
-def test_of_two_holders_after_a_partition_exactly_one_yields():
-    verdicts = []
-    for me, other in ((ME, OTHER), (OTHER, ME)):
-        walk = Walk(Rules("ab" * 32, me, shards=2, epochs=4, heartbeat=20.0, propagation=1.0))
-        walk.idle({0: 1.0})
-        walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
-        walk.until(m.Look)
-        walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
-        walk.until(m.Look)
-        walk.feed(m.SwarmSeen(walk.now, (claimed(0, me, walk.now + 60),)))
-        walk.feed(m.SyncDone(walk.now, 0, 0, None))
-        walk.feed(m.SwarmSeen(walk.now, (claimed(0, other, walk.now + 60),)))
-        verdicts.append(walk.state.phase)
-    assert sorted(verdicts) == ["idle", "training"]
-
-
-def test_sleep_past_the_lease_looks_before_renewing():
-    walk = Walk().training()
-    walk.now += 1000  # the lid was closed
-    walk.feed(m.Tick(walk.now))
-    assert m.RenewRecords(None) in walk.actions
-    assert m.Look((0,)) in walk.actions
-    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, walk.now + 60),)))
-    assert walk.state.phase == "idle"
-    assert walk.said(m.StopTrainer)
-
-
-def test_sleep_past_the_lease_goes_on_when_nobody_took_over():
-    walk = Walk().training()
-    walk.now += 299
-    walk.feed(m.Tick(walk.now))
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
-    assert walk.state.phase == "training"
-    assert m.RenewRecords(m.Claim(0, 0, 0, "training")) in walk.actions
-
-
 def test_pause_releases_the_lease_and_resume_returns():
     walk = Walk().training()
     actions = walk.feed(m.UserVerb(walk.now, "pause", until=walk.now + 7200))
@@ -309,15 +104,6 @@ def test_pause_releases_the_lease_and_resume_returns():
     walk.feed(m.Tick(walk.now))
     assert walk.state.phase == "idle"
     assert 0 in walk.state.remembered
-
-
-def test_pause_while_joining_is_remembered():
-    walk = Walk()
-    walk.feed(m.UserVerb(T, "pause"))
-    walk.idle()
-    assert walk.state.phase == "paused"
-    walk.feed(m.UserVerb(walk.now, "resume"))
-    assert walk.state.phase == "idle"
 
 
 def test_checkpoints_that_are_whole_are_offered_while_paused():
@@ -557,23 +343,6 @@ def test_training_goes_on_while_the_network_is_down():
     assert walk.said(m.RenewRecords)
 
 
-def test_box_that_fits_nothing_stands_by_and_probes_again():
-    walk = Walk().idle({0: 0.0, 1: 0.0})
-    walk.feed(m.SwarmSeen(walk.now, (ShardView(0), ShardView(1))))
-    assert walk.state.phase == "idle"
-    assert "no device" in walk.state.why
-    walk.until(m.Probe, limit=100)
-    walk.feed(m.Probed(walk.now, {0: 1.0, 1: 1.0}))
-    walk.until(m.Look)
-
-
-def test_failed_probe_is_repeated():
-    walk = Walk()
-    walk.feed(m.Joined(T))
-    walk.feed(m.ProbeFailed(walk.now, "timed out"))
-    assert walk.until(m.Probe)
-
-
 def test_finish_between_two_epochs_begins_no_new_one():
     walk = Walk().training()
     walk.progress(3, waiting=True)
@@ -581,16 +350,3 @@ def test_finish_between_two_epochs_begins_no_new_one():
         walk.checkpoint(epoch, parent)
     actions = walk.feed(m.UserVerb(walk.now, "finish"))
     assert m.StopTrainer(save=False) in actions
-
-
-@pytest.mark.parametrize("where", ["idle", "training"])
-def test_a_clock_that_is_set_back_delays_nothing_for_long(where: str):
-    walk = getattr(Walk(), where)()
-    walk.now -= 10_000
-    walk.feed(m.Tick(walk.now))
-    due = next_wake(walk.rules, walk.state)
-    assert due is not None
-    assert due <= walk.now + RULES.heartbeat
-    walk.until(m.RenewRecords)
-    walk.until(m.Look)
-    assert walk.now <= T - 10_000 + 3 * RULES.heartbeat
