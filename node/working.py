@@ -36,9 +36,8 @@ _HEALTHY = 600.0
 def start_sync(turn: Turn, shard: int, known: tuple[int, str | None] = (0, None)) -> None:
     """The shard is ours: fetch its data and the accepted state. `known`: an acceptance that the DHT may not show yet."""
     view = turn.state.views.get(shard) or ShardView(shard)
-    epoch, checkpoint = max(
-        known, (view.epoch, view.acceptance.checkpoint if view.acceptance else None), key=lambda pair: pair[0]
-    )
+    shown = view.epoch, view.acceptance.checkpoint if view.acceptance else None
+    epoch, checkpoint = known if known[0] >= shown[0] else shown
     turn.set(work=Work(shard, epoch, checkpoint, at=epoch), renew_at=turn.now)
     turn.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
     turn.do(Sync(shard, epoch, checkpoint))
