@@ -123,7 +123,7 @@ def check_memory() -> Finding:
 
 def check_device() -> Finding:
     """Torch and the driver, in a child process: a broken driver may hang."""
-    code = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ['cpu'])"
+    code = "import torch; print(', '.join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or 'cpu')"
     try:
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,26 +41,32 @@ class Batch:
         return len(self.time)
 
 
-def batch_at(manifest: Manifest, shard: int, data: ShardData, epoch: int, step: int) -> Batch:
-    """The batch of `step` (0, 1, …) of `epoch`. Made on the CPU in float32, so that it is the same wherever it is replayed.
+class Batches:
+    """The batches of one shard's run. Made on the CPU in float32, so that they are the same wherever they are replayed."""
 
-    Times are stratified: row i's uniform lies in the i-th of B equal strata, which leaves every row's distribution as it is
-    (rows are in random order) and takes most of the variance out of a small batch's loss.
-    """
-    run, size = manifest.run_id, manifest.optimisation.batch
-    order = clip_order(run, shard, len(data), (epoch * manifest.steps_per_epoch + step) * size, size)
-    clips = torch.from_numpy(order)
-    latents = data.latents[clips]
-    jitter = stream(run, shard, epoch, step, "time").random(size)
-    uniforms = (torch.arange(size) + torch.from_numpy(jitter)) / size
-    kept = torch.from_numpy(stream(run, shard, epoch, step, "text").random(size) >= manifest.optimisation.text_dropout)
-    return Batch(
-        latents=latents,
-        noise=normals(stream(run, shard, epoch, step, "noise"), tuple(latents.shape)),
-        time=times(manifest.optimisation.time, uniforms),
-        tokens=data.tokens[clips] * kept[:, None, None],  # dropped text is the null condition: zeros
-        pooled=data.pooled[clips] * kept[:, None],
-    )
+    def __init__(self, manifest: Manifest, shard: int, data: ShardData) -> None:
+        self._run, self._shard, self._data = manifest.run_id, shard, data
+        self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
+
+    def at(self, epoch: int, step: int) -> Batch:
+        """The batch of `step` (0, 1, …) of `epoch`.
+
+        Times are stratified: row i's uniform lies in the i-th of B equal strata, which leaves every row's distribution as it is
+        (rows are in random order) and takes most of the variance out of a small batch's loss.
+        """
+        size, place = self._settings.batch, (self._run, self._shard, epoch, step)
+        order = clip_order(self._run, self._shard, len(self._data), (epoch * self._steps + step) * size, size)
+        clips = torch.from_numpy(order)
+        latents = self._data.latents[clips]
+        jitter, fate = stream(*place, "rows").random((2, size))
+        kept = torch.from_numpy((fate >= self._settings.text_dropout).astype(np.float32))
+        return Batch(
+            latents=latents,
+            noise=normals(stream(*place, "noise"), tuple(latents.shape)),
+            time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
+            tokens=self._data.tokens[clips].mul_(kept[:, None, None]),  # dropped text is the null condition: zeros
+            pooled=self._data.pooled[clips].mul_(kept[:, None]),
+        )
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

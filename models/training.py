@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..protocol.manifest import Manifest
 from ..system.errors import ConfigError, DataError, IntegrityError, LutetiaError
-from .batches import Batch, batch_at
+from .batches import Batch, Batches
 from .checkpoints import CheckpointRefused
 from .data.shards import ShardData
 from .experts import build_expert, call_expert, check_fits
@@ -80,7 +80,7 @@ class ExpertTrainer:
         self._optimiser = Optimiser(self.model, manifest.optimisation)
         self._ema = Ema(self.model)
         self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
-        self._batches = _Batches(self)
+        self._batches = _Ahead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
 
     @property
     def at_epoch_end(self) -> bool:
@@ -210,22 +210,21 @@ class ExpertTrainer:
         self.epoch, self.step_in_epoch, self.trace = epoch, step, trace
 
 
-class _Batches:
+class _Ahead:
     """Makes batches; for an accelerator one ahead in a thread, so that the device never waits for random numbers."""
 
-    def __init__(self, trainer: ExpertTrainer) -> None:
-        self._arguments = trainer.manifest, trainer.shard, trainer.data
-        self._steps = trainer.manifest.steps_per_epoch
-        self._pool = ThreadPoolExecutor(1, "batches") if trainer.device.type != "cpu" else None
+    def __init__(self, batches: Batches, steps: int, device: torch.device) -> None:
+        self._batches, self._steps = batches, steps
+        self._pool = ThreadPoolExecutor(1, "batches") if device.type != "cpu" else None
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def take(self, epoch: int, step: int) -> Batch:
         if self._pool is None:
-            return batch_at(*self._arguments, epoch, step)
+            return self._batches.at(epoch, step)
         ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == (epoch, step) else batch_at(*self._arguments, epoch, step)
+        batch = ahead[1].result() if ahead and ahead[0] == (epoch, step) else self._batches.at(epoch, step)
         following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
-        self._ahead = following, self._pool.submit(batch_at, *self._arguments, *following)
+        self._ahead = following, self._pool.submit(self._batches.at, *following)
         return batch
 
 

@@ -79,7 +79,11 @@ class BlobServer:
 
     async def _answer_one(self, stream: Stream) -> bool:
         async with asyncio.timeout(IDLE_TIMEOUT):
-            request = await stream.read_exactly(REQUEST_BYTES)
+            try:
+                request = await stream.read_exactly(1)
+            except ConnectionError:
+                return False  # between two requests that is how a client ends
+            request += await stream.read_exactly(REQUEST_BYTES - 1)
         digest, first, count = request[:32].hex(), int.from_bytes(request[32:36], "big"), int.from_bytes(request[36:], "big")
         try:
             size = self._store.path(digest).stat().st_size

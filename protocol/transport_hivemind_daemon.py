@@ -88,6 +88,7 @@ class Daemon:
         process = await asyncio.create_subprocess_exec(
             *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
+            start_new_session=True,  # Ctrl-C is for us: the network must outlive it by a farewell
         )  # fmt: skip
         daemon = cls(process, sockets, identity.peer_id)
         try:

@@ -72,7 +72,7 @@ def test_the_entry_script_is_sound() -> None:
 def test_the_unit_is_hardened() -> None:
     settings = dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and not line.startswith("#"))
     wanted = {
-        "Type": "notify", "KillMode": "control-group", "ProtectSystem": "strict", "NoNewPrivileges": "yes",
+        "Type": "notify", "KillMode": "mixed", "ProtectSystem": "strict", "NoNewPrivileges": "yes",
         "StateDirectory": "lutetia", "DynamicUser": "yes", "CapabilityBoundingSet": "",
     }  # fmt: skip
     assert wanted.items() <= settings.items()

@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lutetia.models.batches import batch_at
+from lutetia.models.batches import Batches
 from lutetia.models.experts import build_expert
 from lutetia.models.muon import Muon, orthogonalise
 from lutetia.models.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
-from lutetia.models.training import ExpertTrainer, TrainingDiverged, _Batches, write_state, write_weights
+from lutetia.models.training import ExpertTrainer, TrainingDiverged, _Ahead, write_state, write_weights
 from lutetia.protocol.manifest import Optimisation
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from toys import CONFIGS, WAN, toy_data, toy_manifest
@@ -265,9 +264,10 @@ def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
 
 def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
     manifest, data = toy_manifest(), toy_data()
-    ahead = _Batches(SimpleNamespace(manifest=manifest, shard=0, data=data, device=torch.device("cuda")))  # pyright: ignore
+    batches = Batches(manifest, 0, data)
+    ahead = _Ahead(batches, manifest.steps_per_epoch, torch.device("cuda"))
     for epoch, step in [(0, 0), (0, 1), (0, 5), (1, 0), (1, 1), (0, 3)]:
-        made, expected = ahead.take(epoch, step), batch_at(manifest, 0, data, epoch, step)
+        made, expected = ahead.take(epoch, step), batches.at(epoch, step)
         assert torch.equal(made.noise, expected.noise)
         assert torch.equal(made.latents, expected.latents)
 
