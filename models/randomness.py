@@ -40,12 +40,12 @@ def clip_order(run: str, shard: int, clips: int, first: int, count: int) -> np.n
 
     So after any number of samples no clip has been seen more than one time oftener than another.
     """
-    number, place = divmod(first, clips)
+    whole, place = divmod(first, clips)
     if place + count <= clips:
-        return _pass_order(run, shard, number, clips)[place : place + count]
+        return _pass_order(run, shard, whole, clips)[place : place + count]
     samples = np.arange(first, first + count)
     order = np.empty(count, dtype=np.int64)
-    for number in range(number, (first + count - 1) // clips + 1):
+    for number in range(whole, (first + count - 1) // clips + 1):
         inside = samples // clips == number
         order[inside] = _pass_order(run, shard, number, clips)[samples[inside] % clips]
     return order
