@@ -12,8 +12,8 @@ from .report import Row
 from .swarm import Site, site
 
 ROUNDS = 3
-SECONDS = 40.0
-BARE_STEPS = 200
+SECONDS = 30.0
+BARE_STEPS = 150
 
 
 def _bare(place: Site) -> float:

@@ -132,7 +132,10 @@ def test_nothing_is_left(demo: Demo) -> None:
 def test_a_demo_that_is_stopped_takes_its_processes_along(end: signal.Signals, tmp_path: Path) -> None:
     before = litter()
     command = [sys.executable, "-m", "lutetia.cli", "demo", "--preset", "tiny", "--out", tmp_path / "demo"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **CHILD})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **CHILD},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores Ctrl-C for us
+    )  # fmt: skip
     assert process.stdout
     for line in process.stdout:
         if "worker-3 joins" in line:
