@@ -88,8 +88,8 @@ RUN: dict[str, Any] = {
     "experts": DATA["experts"],
     "expert": EXPERT,
     "optimisation": OPTIMISATION,
-    "samples_per_shard": 7680,
-    "checkpoint_samples": 960,
+    "samples_per_shard": 9600,
+    "checkpoint_samples": 1200,
     "router": ROUTER,
     "sampling": SAMPLING,
 }
