@@ -11,7 +11,7 @@ from lutetia.models.experts import build_expert, call_expert
 from .report import Row
 from .swarm import Site, site
 
-ROUNDS = 3
+ROUNDS = 2
 SECONDS = 30.0
 BARE_STEPS = 150
 
@@ -49,7 +49,10 @@ async def _under_daemon(place: Site, state) -> float:
 
 async def _measure() -> list[Row]:
     ratios, bare, daemon, firsts = [], [], [], []
-    settings = {"optimisation": {"optimizer": "adamw", "batch": 8}, "samples_per_shard": 480_000, "checkpoint_samples": 960}
+    settings = {
+        "optimisation": {"optimizer": "adamw", "batch": 8}, "samples_per_shard": 480_000, "checkpoint_samples": 960,
+        "timing": {"heartbeat": 2.0, "tenure": 60.0},
+    }  # fmt: skip
     async with site(**settings) as place:
         for number in range(ROUNDS):
             bare.append(await asyncio.to_thread(_bare, place))

@@ -40,7 +40,7 @@ class Site:
         """Start a worker with one thread; returns its state folder."""
         state = self.folder / name
         arguments = ["join", self.ticket, "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1"]
-        await self.swarm.start(name, arguments)
+        await self.swarm.start(name, arguments, {"LUTETIA_STOP_WITHIN": "0"})
         return state
 
     async def until(self, state: Path, condition) -> dict[str, Any]:

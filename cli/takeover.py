@@ -47,6 +47,10 @@ class Takeover:
     def seen(self, at: float, shard: ShardStatus, workers: Mapping[str, Worker]) -> Takeover:
         """What is known after a look at the shard and at the surviving workers (by owner) at time `at`."""
         now = self
+        done = shard.epoch >= shard.epochs
+        if now.training is None and self.epoch < shard.epoch and not done:  # the victim had handed this one in before it died
+            handed_in = (shard.epoch - self.epoch) * shard.samples // shard.epoch
+            now = replace(now, epoch=shard.epoch, samples_lost=max(0, self.samples_lost - handed_in))
         gone = shard.owner != self.victim_owner
         if now.expired is None and gone:
             now = replace(now, expired=at)
@@ -56,7 +60,7 @@ class Takeover:
         heir = next((worker for worker in workers.values() if worker.name == now.heir), None)
         if now.claimed is not None and now.training is None and heir and heir.shard == self.shard and heir.step > 0:
             now = replace(now, training=at)
-        if now.accepted is None and now.claimed is not None and shard.epoch > self.epoch:
+        if now.accepted is None and now.claimed is not None and shard.epoch > now.epoch and (now.training is not None or done):
             now = replace(now, accepted=at, training=now.training if now.training is not None else at)
         return now
 

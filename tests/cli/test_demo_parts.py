@@ -86,6 +86,13 @@ def test_a_takeover_is_told_step_by_step() -> None:
     assert [at for at, _ in seen.steps()] == [100.0, 106.0, 107.0, 109.0, 120.0]
 
 
+def test_a_checkpoint_that_the_victim_had_handed_in_is_not_its_heirs() -> None:
+    takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=1700)
+    seen = takeover.seen(107.0, shard(2, 3, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    assert (seen.epoch, seen.claimed, seen.training, seen.accepted) == (3, 107.0, None, None)
+    assert seen.samples_lost == 100  # an epoch is 1,600 samples here
+
+
 def test_rows_join_accepted_work_with_what_workers_say() -> None:
     rows = shard_rows(status(), {KEYS[0]: worker(0, samples=5600, loss=0.5, speed=40.0)})
     assert rows[0].share == pytest.approx(5600 / 9600)
