@@ -17,12 +17,13 @@ from functools import cache
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]  # [frames, height, width, 3]
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating[Any]]
 
 KINDS: dict[str, float] = {"digit": 0.45, "shape": 0.30, "camera": 0.25}
 FPS = 8
@@ -227,11 +228,11 @@ def _digit_glyphs() -> tuple[Plane, ...]:
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    padded = np.pad(digits.images.astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
-    large = zoom(padded, (1, 6.4, 6.4), order=3, mode="grid-constant", grid_mode=True)
+    pixels, targets = load_digits(return_X_y=True)
+    padded = np.pad(pixels.reshape(-1, 8, 8).astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
+    large = np.asarray(zoom(padded, (1, 6.4, 6.4), order=3, mode="grid-constant", grid_mode=True))
     masks = np.clip((large - 0.38) / 0.22, 0, 1).astype(np.float32)
-    return tuple(_typical(masks[digits.target == number]) for number in range(10))
+    return tuple(_typical(masks[targets == number]) for number in range(10))
 
 
 def _typical(masks: Plane, share: float = 0.3) -> Plane:
@@ -275,7 +276,7 @@ def _photograph(subject: str, height: int) -> Plane:
     return np.asarray(scaled, np.float32)
 
 
-def _turn(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
+def _turn(x: Plane, y: Plane, angle: float | np.floating[Any]) -> tuple[Plane, Plane]:
     cos, sin = np.cos(angle), np.sin(angle)
     return x * cos + y * sin, y * cos - x * sin
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
 from . import made
@@ -84,7 +84,7 @@ def build_autoencoder() -> AutoencoderTiny:
 @torch.no_grad()
 def latent_statistics(model: AutoencoderTiny, pictures: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per latent channel over `pictures`, uint8 [N, 3, H, W]."""
-    latents = torch.cat([model.encode(_to_signal(part)).latents for part in pictures.split(64)])
+    latents = torch.cat([model.encode(_to_signal(part), return_dict=False)[0] for part in pictures.split(64)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     return [round(value, 5) for value in mean.tolist()], [round(value, 5) for value in std.tolist()]
 
@@ -95,7 +95,7 @@ def reconstruction_psnr(model: AutoencoderTiny, pictures: Tensor, kinds: list[st
     ratios = []
     for part in pictures.split(64):
         signal = _to_signal(part)
-        rebuilt = model.decode(model.encode(signal).latents).sample.clamp(-1, 1)
+        rebuilt = model.decode(model.encode(signal, return_dict=False)[0], return_dict=False)[0].clamp(-1, 1)
         ratios.append(-10 * torch.log10(((rebuilt - signal) / 2).square().mean((1, 2, 3)).clamp_min(1e-10)))
     together = torch.cat(ratios).numpy()
     return {kind: round(float(together[np.array(kinds) == kind].mean()), 2) for kind in made.KINDS}
