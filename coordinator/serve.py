@@ -30,7 +30,7 @@ from ..protocol.status_view import status as status_of
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
-from ..system.errors import AuthorisationError, BootstrapError, DiskError, LutetiaError, UnreachableError
+from ..system.errors import AuthorisationError, BootstrapError, DiskError, UnreachableError, one_error
 from ..system.files import write_atomic
 from .bench import Bench
 from .http import bind, build_app, serve_http
@@ -148,7 +148,7 @@ class _Service:
     async def serve(self, listener: socket.socket | None) -> None:
         """Everything at once; the first failure, or the request to stop, ends all of it."""
         try:
-            with _signals(self.stopping), _one_error():
+            with _signals(self.stopping), one_error():
                 async with asyncio.TaskGroup() as group:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run()]
                     works.append(self._keep_status_file())
@@ -299,17 +299,3 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-@contextlib.contextmanager
-def _one_error() -> Iterator[None]:
-    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        expected = group.subgroup(LutetiaError)
-        while isinstance(expected, BaseExceptionGroup):
-            expected = expected.exceptions[0]
-        if expected is None:
-            raise
-        raise expected from group

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..protocol.manifest import Manifest
 from ..protocol.transport import Transport
-from ..system.errors import LutetiaError
+from ..system.errors import LutetiaError, one_error
 from ..system.notify import notify
 from . import messages as m
 from .assignment import Assignment
@@ -312,17 +312,3 @@ def _offline(what: str):
         yield
     except ConnectionError as error:
         log.info("could not publish %s: %s", what, error)
-
-
-@contextlib.contextmanager
-def one_error():
-    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        expected = group.subgroup(LutetiaError)
-        while isinstance(expected, BaseExceptionGroup):
-            expected = expected.exceptions[0]
-        if expected is None:
-            raise
-        raise expected from group

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -79,3 +81,17 @@ EXIT_CODES: dict[int, str] = {
         BootstrapError, UnreachableError, AuthorisationError, IntegrityError, LutetiaError,
     )
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        expected = group.subgroup(LutetiaError)
+        while isinstance(expected, BaseExceptionGroup):
+            expected = expected.exceptions[0]
+        if expected is None:
+            raise
+        raise expected from group
