@@ -20,12 +20,12 @@ from pydantic import Field
 from ..protocol.canonical import Frozen
 from ..protocol.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
 from ..protocol.records import Hardware
-from ..system.errors import HardwareError, LutetiaError
+from ..system.errors import LutetiaError
+from .accelerators import Accelerators, Precision, choose_device, choose_precision
 
 log = logging.getLogger("lutetia.node.probe")
 
 SECONDS = 300.0
-Precision = Literal["float32", "bfloat16"]
 
 
 class Question(Frozen):
@@ -61,44 +61,6 @@ class Finding(Frozen):
     @property
     def fitness(self) -> dict[int, float]:
         return {shard: fit.fitness for shard, fit in self.shards.items()}
-
-
-def choose_device(wanted: str) -> tuple[str, str]:
-    """(device, reason). Raises HardwareError when the wanted one is not there."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    mps = torch.backends.mps.is_available()
-    if wanted == "auto":
-        if cuda:
-            return "cuda:0", f"cuda:0: {torch.cuda.get_device_name(0)}"
-        return ("mps", "mps: Apple GPU") if mps else ("cpu", "cpu: no accelerator that torch can use")
-    if wanted.startswith("cuda"):
-        number = int(wanted.partition(":")[2] or 0)
-        if not cuda or number >= torch.cuda.device_count():
-            found = torch.cuda.device_count() if cuda else 0
-            raise HardwareError(
-                f"device {wanted} was asked for, but torch sees {found} CUDA devices; check the driver, or use cpu"
-            )
-        return f"cuda:{number}", f"cuda:{number}: asked for"
-    if wanted == "mps" and not mps:
-        raise HardwareError("device mps was asked for, but torch sees no Apple GPU; use cpu")
-    return wanted, f"{wanted}: asked for"
-
-
-def choose_precision(device: str, wanted: str) -> tuple[Precision, str]:
-    """(dtype of the forward pass, reason)."""
-    import torch
-
-    if wanted == "float32":
-        return "float32", "float32: asked for"
-    if wanted == "bfloat16":
-        return "bfloat16", "bfloat16: asked for"
-    if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability(torch.device(device))
-        word = f"CUDA SM {major}{minor}"
-        return ("bfloat16", f"bfloat16: {word}") if major >= 8 else ("float32", f"float32: {word} has no bfloat16")
-    return "float32", f"float32: {'CPU' if device == 'cpu' else device}"
 
 
 def describe(device: str) -> Hardware:
@@ -151,8 +113,9 @@ def find(question: Question) -> Finding:
     if question.threads:
         torch.set_num_threads(question.threads)
     manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
-    device, device_reason = choose_device(question.device)
-    precision, precision_reason = choose_precision(device, question.precision)
+    accelerators = Accelerators.seen()
+    device, device_reason = choose_device(question.device, accelerators)
+    precision, precision_reason = choose_precision(device, question.precision, accelerators)
     hardware = describe(device)
     log.info("device %s; precision %s", device_reason, precision_reason)
     unmet = unmet_need(manifest.hardware, hardware, question.free_disk)

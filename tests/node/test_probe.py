@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lutetia.node.accelerators import Accelerators, CudaDevice, choose_device, choose_precision
 from lutetia.node.failures import Ended, reason_of
-from lutetia.node.probe import Question, choose_device, choose_precision, find, largest_working, question_digest, unmet_need
+from lutetia.node.probe import Question, find, largest_working, question_digest, unmet_need
 from lutetia.protocol.manifest import ExpertSpec, HardwareNeeds
 from lutetia.protocol.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
@@ -29,26 +30,34 @@ def test_largest_micro_batch_that_works():
     assert tried[-5:] == [16, 8, 4, 2, 1]
 
 
-def test_device_and_precision_say_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device("auto") == ("cpu", "cpu: no accelerator that torch can use")
-    assert choose_precision("cpu", "auto") == ("float32", "float32: CPU")
-    assert choose_precision("cpu", "bfloat16") == ("bfloat16", "bfloat16: asked for")
+NOTHING = Accelerators()
+TWO_GPUS = Accelerators(cuda=(CudaDevice("NVIDIA H100", (9, 0)), CudaDevice("Tesla T4", (7, 5))))
+
+
+def test_without_an_accelerator_it_is_the_cpu():
+    assert choose_device("auto", NOTHING) == ("cpu", "cpu: no accelerator that torch can use")
+    assert choose_precision("cpu", "auto", NOTHING) == ("float32", "float32: CPU")
+    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: asked for")
     for wanted in ("cuda", "cuda:3", "mps"):
         with pytest.raises(HardwareError, match=wanted):
-            choose_device(wanted)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Toy GPU")
-    assert choose_device("auto") == ("cuda:0", "cuda:0: Toy GPU")
-    assert choose_device("cuda:1")[0] == "cuda:1"
-    for capability, found in (
-        ((9, 0), ("bfloat16", "bfloat16: CUDA SM 90")),
-        ((7, 5), ("float32", "float32: CUDA SM 75 has no bfloat16")),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert choose_precision("cuda:0", "auto") == found
+            choose_device(wanted, NOTHING)
+
+
+def test_device_and_precision_follow_the_accelerators():
+    assert choose_device("auto", TWO_GPUS) == ("cuda:0", "cuda:0: NVIDIA H100")
+    assert choose_device("cuda:1", TWO_GPUS)[0] == "cuda:1"
+    assert choose_precision("cuda:0", "auto", TWO_GPUS) == ("bfloat16", "bfloat16: CUDA SM 90")
+    assert choose_precision("cuda:1", "auto", TWO_GPUS) == ("float32", "float32: CUDA SM 75 has no bfloat16")
+    assert choose_device("auto", Accelerators(mps=True)) == ("mps", "mps: Apple GPU")
+    with pytest.raises(HardwareError, match="sees 2 CUDA devices"):
+        choose_device("cuda:2", TWO_GPUS)
+
+
+def test_what_torch_sees_here_can_be_used():
+    seen = Accelerators.seen()
+    device, _ = choose_device("auto", seen)
+    assert torch.ones(2, device=device).sum().item() == 2
+    assert len(seen.cuda) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def test_needs_of_the_run():
