@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ UNIT = DOCKER / "lutetia-worker.service"
 
 
 def tool(name: str) -> str:
-    path = shutil.which(name)
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if path is None:
         pytest.skip(f"{name} is not installed")
     return path
