@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME …] [--json]`: run all or the named benchmarks and print their tables."""
+"""`python -m benchmarks [NAME …] [--json]`: run all or the named benchmarks and print their tables.
+
+A study is started by its name alone and has options of its own: `python -m benchmarks fuzz --help`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,15 @@ import sys
 from . import __path__ as folder
 from .report import Machine, Row, as_json, markdown
 
-NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if module.name not in {"__main__", "report", "swarm"})
+STUDIES = ("fuzz",)
+_PARTS = {"__main__", "report", "swarm", "audit_child", *STUDIES}
+NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg and module.name not in _PARTS)
 
 
 def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] in STUDIES:
+        importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(NAMES)} (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
