@@ -220,7 +220,7 @@ def open_record(
         raise RecordRefused(f"record of {record.key()} was filed under {key}")
     if record.owner != subkey:
         raise RecordRefused(f"record of owner {record.owner[:16]}… was filed under {subkey[:16]}…")
-    _check_clock(record.kind, record.issued, expires, now, limits)
+    check_times(record.kind, record.issued, expires, now, limits)
     if record.kind == "acceptance" and record.owner not in coordinators:
         raise RecordRefused(f"acceptance by {record.owner[:16]}…, who is no coordinator of this run")
     if not _signature_holds(data, expires):
@@ -228,7 +228,8 @@ def open_record(
     return record
 
 
-def _check_clock(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
+def check_times(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
+    """Raises RecordRefused: dated in the future, expired, or wanting to live too long. All times are Unix seconds."""
     if issued > now + limits.maximum_clock_skew:
         raise RecordRefused(f"record is dated {issued - now:.0f} s in the future")
     if expires <= now:
