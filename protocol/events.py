@@ -35,12 +35,14 @@ class RunCreated(_Event):
 
 
 class ManifestPublished(_Event):
-    """Peers are given this version of the manifest from now on."""
+    """Peers are given this version of the manifest from now on; `epochs` is its budget, `coordinator` who serves it."""
 
     kind: Literal["manifest-published"] = "manifest-published"
     version: int = Field(ge=1)
     digest: Digest
     expires: float
+    epochs: int | None = Field(default=None, ge=1)
+    coordinator: PublicKey | None = None
 
 
 class CoordinatorStarted(_Event):

@@ -101,6 +101,7 @@ class RunState:
     coordinator: str = ""
     epochs: int = 0
     manifest_version: int = 0
+    manifest: str = ""
     shards: Table[int, ShardLedger] = field(default_factory=Table)
     peers: Table[str, PeerLedger] = field(default_factory=Table)
     router: RouterTrained | None = None
@@ -138,7 +139,7 @@ def _changed(state: RunState, event: Event) -> RunState:
         case RunCreated():
             return _created(state, event)
         case ManifestPublished():
-            return replace(state, manifest_version=event.version)
+            return _published(state, event)
         case BaselineMeasured():
             return _with_shard(state, event.shard, replace(_shard(state, event.shard), baseline=event.loss))
         case CheckpointSeen():
@@ -186,6 +187,15 @@ def _created(state: RunState, event: RunCreated) -> RunState:
     return RunState(
         run=event.run, name=event.name, owner=event.owner, coordinator=event.coordinator, epochs=event.epochs, shards=shards
     )
+
+
+def _published(state: RunState, event: ManifestPublished) -> RunState:
+    """A raised budget makes a finished run go on."""
+    epochs = event.epochs or state.epochs
+    return replace(
+        state, manifest_version=event.version, manifest=event.digest, epochs=epochs,
+        coordinator=event.coordinator or state.coordinator, finished=state.finished and epochs <= state.epochs,
+    )  # fmt: skip
 
 
 def _seen(state: RunState, event: CheckpointSeen) -> RunState:
