@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,16 +54,7 @@ class Lookout:
         claims = [
             item for item in await self._read(claim_key(run, shard) for shard in shards) if isinstance(item[0], ClaimRecord)
         ]
-        known, now = self._since, self.transport.now()
-        self._since = {}
-        self.view = LiveView(
-            [self._sighting(record, expires, (record.owner, -1), known, now) for record, expires in nodes],
-            [self._sighting(record, expires, (record.owner, record.shard), known, now) for record, expires in claims],
-        )
-
-    def _sighting(self, record, expires: float, key: Key, known: dict[Key, float], now: float) -> Sighting:
-        self._since[key] = known.get(key, now)
-        return Sighting(record, expires, self._since[key])
+        self.view, self._since = sighted(nodes, claims, self._since, self.transport.now())
 
     async def look_at_checkpoints(self) -> None:
         """Tell `found` of every result in the DHT."""
@@ -83,6 +74,19 @@ class Lookout:
         return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
 
 
-def _holds(record: object) -> bool:
-    """A released claim counts as gone, so that claiming again begins anew."""
-    return isinstance(record, ClaimRecord) and record.state != "released"
+def sighted(
+    nodes: Iterable[tuple[NodeRecord, float]], claims: Iterable[tuple[ClaimRecord, float]], known: Mapping[Key, float], now: float
+) -> tuple[LiveView, dict[Key, float]]:
+    """The view of what was found with its expiries, and since when each has been seen; `known` is that of the look before.
+
+    A released claim counts as gone, so that claiming again begins anew.
+    """
+    since: dict[Key, float] = {}
+
+    def sighting(record: R, expires: float, key: Key) -> Sighting[R]:
+        since[key] = known.get(key, now)
+        return Sighting(record, expires, since[key])
+
+    peers = [sighting(record, expires, (record.owner, -1)) for record, expires in nodes]
+    held = [sighting(record, expires, (record.owner, record.shard)) for record, expires in claims if record.state != "released"]
+    return LiveView(peers, held), since
