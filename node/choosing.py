@@ -27,18 +27,19 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
 
 def _strangers(turn: Turn, view: ShardView) -> ShardView:
     """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
-    if all(claim.record.owner != turn.rules.owner for claim in view.claims):
+    if turn.rules.owner not in view.claimants:
         return view
     return ShardView(view.shard, tuple(c for c in view.claims if c.record.owner != turn.rules.owner), view.acceptance)
 
 
 def _open_views(turn: Turn) -> list[ShardView]:
     """Shards with work left, fitting, and not given up lately; without our own claims."""
-    state, now = turn.state, turn.now
+    state, now, epochs, owner = turn.state, turn.now, turn.rules.epochs, turn.rules.owner
+    fitness, shunned = state.fitness, state.shunned
     return [
-        _strangers(turn, view)
+        view if owner not in view.claimants else _strangers(turn, view)
         for view in state.views.values()
-        if view.epoch < turn.rules.epochs and state.fitness.get(view.shard, 0) > 0 and state.shunned.get(view.shard, 0) <= now
+        if view.epoch < epochs and fitness.get(view.shard, 0) > 0 and shunned.get(view.shard, 0) <= now
     ]
 
 
@@ -47,7 +48,7 @@ def _choose(turn: Turn) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
     free = [] if state.disk_full_since is not None else free_shards(views, rules.epochs, now)
-    guessed = [view for view in free if view.live(state.looked.get(view.shard, 0.0))]  # its claim has run out since we looked
+    guessed = [view for view in free if view.held_until > state.looked.get(view.shard, 0.0)]  # its claim has run out since we looked
     free = [view for view in free if view not in guessed]
     fitness = {view.shard: _fitness(turn, view) for view in free}
     best = preferred_shard(rules.run, rules.owner, free, fitness)
@@ -85,7 +86,7 @@ def _next_look(turn: Turn, views: list[ShardView]) -> float:
     """When the first claim that we saw may have expired, and at least once per lease."""
     rules, now = turn.rules, turn.now
     spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
-    expiries = [max((claim.expires for claim in view.live(now)), default=now + rules.lease) for view in views]
+    expiries = [view.held_until if view.held_until > now else now + rules.lease for view in views]
     expiries += [until for until in turn.state.shunned.values() if until > now]
     return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
 
@@ -95,9 +96,9 @@ def look_around(turn: Turn) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     if not state.online or now < state.look_at:
         return
-    due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now))
+    due = _looks_due(turn, now)
     if due:  # together with those that are due soon: fewer and larger looks
-        due = tuple(shard for shard in range(rules.shards) if _look_due(turn, shard, now + rules.heartbeat / 4))
+        due = _looks_due(turn, now + rules.heartbeat / 4)
     turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
     if due:
         turn.do(Look(due))
@@ -105,15 +106,19 @@ def look_around(turn: Turn) -> None:
     _choose(turn)
 
 
-def _look_due(turn: Turn, shard: int, when: float) -> bool:
-    """Whether `when` our picture of the shard may be out of date."""
-    state, rules = turn.state, turn.rules
-    view = state.views.get(shard)
-    if view is None or when - state.looked.get(shard, 0.0) >= rules.lease:
-        return True
-    if view.epoch >= rules.epochs:
-        return False
-    return all(claim.record.owner == rules.owner for claim in view.live(when))
+def _looks_due(turn: Turn, when: float) -> tuple[int, ...]:
+    """The shards of which our picture may be out of date `when`: never or long ago seen, or with claims that will have run out."""
+    state, epochs, owner = turn.state, turn.rules.epochs, turn.rules.owner
+    views, looked, old, due = state.views, state.looked, when - turn.rules.lease, []
+    for shard in range(turn.rules.shards):
+        view = views.get(shard)
+        if view is None or looked.get(shard, 0.0) <= old:
+            due.append(shard)
+        elif view.epoch < epochs:
+            others = view if owner not in view.claimants else _strangers(turn, view)
+            if others.held_until <= when:
+                due.append(shard)
+    return tuple(due)
 
 
 def go_on_claiming(turn: Turn) -> None:
