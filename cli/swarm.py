@@ -35,23 +35,31 @@ def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
     """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
     decoded = read_ticket(ticket)
 
+    from ..protocol.services import STATUS
+    from ..protocol.status import MAX_STATUS_BYTES
+    from ..protocol.thin import thin_document
+    from ..system.errors import ConfigError
+
+    status = read_status(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
+    if status.run != decoded.run:
+        raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
+    return status
+
+
+def read_status(data: bytes) -> SwarmStatus:
+    """The status that a coordinator sent. Raises IntegrityError when it is none."""
     from pydantic import ValidationError
 
     from ..protocol.manifest import first_problem
-    from ..protocol.services import STATUS
-    from ..protocol.status import MAX_STATUS_BYTES, SwarmStatus
-    from ..protocol.thin import thin_document
-    from ..system.errors import ConfigError, IntegrityError
+    from ..protocol.status import SwarmStatus
+    from ..system.errors import IntegrityError
 
     try:
-        status = SwarmStatus.model_validate_json(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
+        return SwarmStatus.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(
             f"the coordinator's status is malformed: {first_problem(error)}; update lutetia on one of the two sides"
         ) from error
-    if status.run != decoded.run:
-        raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
-    return status
 
 
 @app.command("fetch")

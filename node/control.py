@@ -47,6 +47,7 @@ class LocalStatus(Frozen):
     peer_id: str
     run: str | None = None
     name: str | None = None
+    manifest_version: int | None = None
     shard: int | None = None
     shard_name: str | None = None
     epoch: int | None = None
@@ -72,6 +73,19 @@ class LocalStatus(Frozen):
     pid: int
     software: str
     started: float
+
+
+class _Refusal(Frozen):
+    code: int
+    message: str
+
+
+class _Reply(Frozen):
+    """The line that comes back: `answer` if `ok`, else `error`."""
+
+    ok: bool
+    answer: dict[str, Any] | None = None
+    error: _Refusal | None = None
 
 
 Answer = Callable[[Request], Awaitable[dict[str, Any]]]
@@ -131,14 +145,28 @@ async def serve_control(folder: Path, answer: Answer):
         (folder / SOCKET).unlink(missing_ok=True)
 
 
+def read_request(line: bytes) -> Request:
+    """Raises UsageError when `line` asks for nothing that the daemon knows."""
+    try:
+        return Request.model_validate_json(line)
+    except ValidationError as error:
+        raise UsageError(f"the daemon does not understand: {first_problem(error)}") from error
+
+
+def read_answer(line: bytes) -> dict[str, Any]:
+    """What the daemon answered. Raises UsageError when it refused, UnreachableError when whoever answers is no daemon of ours."""
+    try:
+        reply = _Reply.model_validate_json(line)
+    except ValidationError as error:
+        raise UnreachableError(f"the daemon's answer is malformed ({first_problem(error)}); restart it") from error
+    if reply.ok and reply.answer is not None:
+        return reply.answer
+    raise UsageError(reply.error.message if reply.error else "the daemon refused without a reason; look at its log")
+
+
 async def _answered(answer: Answer, line: bytes) -> dict[str, Any]:
     try:
-        return {"ok": True, "answer": await answer(Request.model_validate_json(line))}
-    except ValidationError as error:
-        return {
-            "ok": False,
-            "error": {"code": UsageError.code, "message": f"the daemon does not understand: {first_problem(error)}"},
-        }
+        return {"ok": True, "answer": await answer(read_request(line))}
     except LutetiaError as error:
         return {"ok": False, "error": {"code": error.code, "message": str(error)}}
 
@@ -153,15 +181,14 @@ async def ask(state_folder: Path, verb: str, **arguments: Any) -> dict[str, Any]
                 line = await reader.readline()
             finally:
                 writer.close()
-        document = json.loads(line)
     except TimeoutError as error:
         raise UnreachableError(f"the daemon of {state_folder} did not answer within {_SECONDS:.0f} s; look at its log") from error
     except (OSError, ValueError) as error:
         text = f"no daemon runs on {state_folder}; start it with `lutetia join TICKET`, or name its folder with --state-folder"
         raise UnreachableError(text) from error
-    if not document["ok"]:
-        raise UsageError(document["error"]["message"])
-    return document["answer"]
+    if not line:
+        raise UnreachableError(f"the daemon of {state_folder} hung up; look at its log")
+    return read_answer(line)
 
 
 async def _connect(folder: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -6,12 +6,31 @@ import contextlib
 from collections.abc import Iterator
 from typing import ClassVar
 
+_LONGEST = 2000
+
+
+def plain(text: str) -> str:
+    """`text` on one line, with what does not print escaped, and cut at 2000 characters.
+
+    An error may quote a stranger; it must not let him write to the reader's terminal or forge lines of a log.
+    """
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _escaped(letter: str) -> str:
+    return " " if letter == "\n" else letter.encode("unicode_escape").decode()
+
 
 class LutetiaError(Exception):
     """Base of all expected failures. `str(error)` is the whole sentence; `code` is the process's exit code."""
 
     code: ClassVar[int] = 70
     name: ClassVar[str] = "internal"
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class UsageError(LutetiaError):

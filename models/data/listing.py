@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from ...system.errors import DataError
+from ...system.errors import DataError, plain
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif", ".webp"})
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -44,6 +44,10 @@ class BadClip:
 
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", plain(self.name))
+        object.__setattr__(self, "reason", plain(self.reason))
 
 
 @dataclass
