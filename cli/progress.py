@@ -1,38 +1,66 @@
-"""Progress of one long step: a bar on a terminal, a line every ten per cent elsewhere."""
+"""Progress of one long step: a bar on a terminal, a line every ten per cent elsewhere; both with rate and time left."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
-OnProgress = Callable[..., None]
+OnProgress = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield `report(stage, done, total)`; everything goes to stderr."""
+def progress(title: str) -> Iterator[OnProgress]:
+    """Yield `report(stage, done, total)`; everything goes to stderr. Each stage has a rate and an end of its own."""
     from .output import console
 
     out = console(stderr=True)
     if not out.is_terminal:
-        yield _lines(title)
+        yield Lines(title)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=out, transient=True) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda stage, done, total: bars.update(task, description=f"{title}: {stage}", completed=done, total=total)
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{title}: {stage}", total=total, rate="")
+            speed = bars.tasks[tasks[stage]].speed
+            bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.3g}/s" if speed else "", visible=done < total)
+
+        yield report
 
 
-def _lines(title: str) -> Callable[[str, int, int], None]:
-    last: dict[str, int] = {}
+class Lines:
+    """A line at the first and the last item of a stage and every tenth between."""
 
-    def report(stage: str, done: int, total: int) -> None:
+    def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title, self._clock = title, clock
+        self._last: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
         tenth = 10 * done // max(1, total)
-        if tenth != last.get(stage):
-            last[stage] = tenth
-            print(f"{title}: {stage} {done}/{total}", file=sys.stderr, flush=True)
+        if tenth == self._last.get(stage):
+            return
+        self._last[stage] = tenth
+        began, first = self._began.setdefault(stage, (self._clock(), done))
+        print(f"{self._title}: {stage} {done}/{total}{self._pace(began, first, done, total)}", file=sys.stderr, flush=True)
 
-    return report
+    def _pace(self, began: float, first: int, done: int, total: int) -> str:
+        """Rate since the stage was first heard of, and what is left at that rate; nothing while neither is known."""
+        seconds = self._clock() - began
+        if done <= first or seconds <= 0:
+            return ""
+        rate = (done - first) / seconds
+        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
+        return f" ({rate:.3g}/s{left})"

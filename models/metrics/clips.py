@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,23 +70,26 @@ def read_clips(
     shape: ClipShape,
     *,
     split: Literal["train", "test"] | None = None,
+    captions: Container[str] | None = None,
     first: int = 0,
     limit: int | None = None,
     seed: int | None = None,
     stratified: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ClipSet:
-    """Clips number `first` to `first + limit` of a folder with captions, in the order of `ordered`.
+    """Clips number `first` to `first + limit` of a folder with captions, in the order of `ordered`; with `captions` only those.
 
     Raises DataError when the folder, or any clip among those asked for, cannot be used: a metric must not lose clips in silence.
     """
     listing = read_listing(folder)
     if listing.bad:
         raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have such faults)")
-    chosen = ordered([clip for clip in listing.clips if split in (None, clip.split)], seed, stratified)
+    wanted = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
+    chosen = ordered(wanted, seed, stratified)
     chosen = chosen[first : None if limit is None else first + limit]
     if not chosen:
-        raise DataError(f"{folder} has no clips of split {split or 'any'} from number {first}; check its metadata")
+        what = f"clips of split {split or 'any'}" + (" with the wanted captions" if captions is not None else "")
+        raise DataError(f"{folder} has no {what} from number {first}; check its metadata")
     frames = np.empty((len(chosen), shape.frames, shape.height, shape.width, 3), np.uint8)
     for number, clip in enumerate(chosen):
         frames[number] = decode_clip(clip.path, shape)

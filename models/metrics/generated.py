@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...protocol.canonical import Frozen, canonical
+from ...protocol.canonical import Frozen, canonical, digest_of
 from ...system.files import atomic_path
 from ..data.clips import ClipShape
+from ..sampling import initial_noise
 from .clips import ClipSet
 
 
@@ -25,13 +26,14 @@ class Sampling(Frozen):
     steps: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=0)
     mode: Literal["top1", "top2", "full", "sticky"] | None = None
+    expert: int | None = Field(default=None, ge=0, description="this expert alone, whatever the router says")
     batch: int = Field(default=8, ge=1)
 
 
 class Sampler(Protocol):
     """Prompts to frames uint8 [N, F, H, W, 3] and the experts' weights [steps, N, K]; prompt i starts from noise `seed + i`.
 
-    `tag` changes with the mixture; `shape` is that of the clips.
+    `tag` changes with the mixture and with how it is asked; `shape` is that of the clips.
     """
 
     tag: str
@@ -41,21 +43,40 @@ class Sampler(Protocol):
 
 
 class MixtureSampler:
-    """A stitched mixture folder as a sampler. Raises ConfigError when the folder holds none."""
+    """A stitched mixture folder as a sampler. Raises ConfigError when the folder holds none.
 
-    def __init__(self, folder: Path, sampling: Sampling, device: str = "cpu") -> None:
+    With `oracle`, prompt to expert, each prompt goes to the expert of its cluster instead of where the router would send it.
+    """
+
+    def __init__(self, folder: Path, sampling: Sampling, device: str = "cpu", oracle: Mapping[str, int] | None = None) -> None:
         from ..mixture_document import read_mixture
         from ..pipeline import load_pipeline
 
-        self.tag = read_mixture(folder).mixture.digest
-        self.pipeline, self.sampling = load_pipeline(folder, device=device), sampling
+        self.tag = read_mixture(folder).mixture.digest + (f"/oracle-{digest_of(dict(oracle))}" if oracle else "")
+        self.pipeline, self.sampling, self.oracle = load_pipeline(folder, device=device), sampling, oracle
         spec = self.pipeline.spec
         self.shape = ClipShape(frames=spec.pixel_frames, fps=spec.fps, height=spec.pixel_height, width=spec.pixel_width)
 
     def __call__(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+        seeds = list(range(seed, seed + len(prompts)))
+        if self.oracle is None:
+            return self._ask(prompts, seeds, self.sampling.expert)
+        chosen = [self.oracle[prompt] for prompt in prompts]
+        frames, routing = {}, {}
+        for expert in sorted(set(chosen)):
+            rows = [row for row, own in enumerate(chosen) if own == expert]
+            clips, weights = self._ask([prompts[row] for row in rows], [seeds[row] for row in rows], expert)
+            frames.update(zip(rows, clips, strict=True))
+            routing.update(zip(rows, weights.unbind(1), strict=True))
+        order = range(len(prompts))
+        return torch.stack([frames[row] for row in order]), torch.stack([routing[row] for row in order], dim=1)
+
+    def _ask(self, prompts: Sequence[str], seeds: Sequence[int], expert: int | None) -> tuple[Tensor, Tensor]:
+        asked = self.sampling
         output: Any = self.pipeline(
-            list(prompts), self.sampling.steps, self.sampling.guidance, mode=self.sampling.mode, seed=seed
-        )
+            list(prompts), asked.steps, asked.guidance, mode=asked.mode, expert=expert, seed=seeds[0],
+            latents=initial_noise(self.pipeline.spec.shape, seeds),
+        )  # fmt: skip
         return torch.from_numpy(output.frames), output.routing
 
 

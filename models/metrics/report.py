@@ -15,11 +15,12 @@ from pydantic import Field
 from ...protocol.canonical import Frozen
 from ...system.errors import DataError
 from ..data.clips import ClipShape
-from ..data.listing import METADATA_NAMES
+from ..data.listing import METADATA_NAMES, read_listing
 from .clips import ClipSet, read_clips
 from .generated import MixtureSampler, Sampling, generate
+from .heldout import TimedLoss, flow_losses
 from .judges import Entry, Judges, JudgeSettings
-from .routing import Routing, routing_figures
+from .routing import Routing, loss_table, routing_figures
 
 Progress = Callable[[str, int, int], None]
 MIN_CLIPS = 20
@@ -29,7 +30,8 @@ class EvaluateSettings(Frozen):
     """How much to judge and by what. `clips` prompts and as many real clips; `spare` more real clips make the floors at equal N.
 
     `shape` says how real clips are cut in time and space, as when the run's data were built; by default the middle of each. It is
-    required where the clips to judge are a folder of video files.
+    required where the clips to judge are a folder of video files. `loss_clips`: held-out clips for the loss by timestep.
+    `complete`: refuse to judge at all where one of the metrics asked for cannot be had, instead of naming it as left out.
     """
 
     clips: int = Field(default=256, ge=MIN_CLIPS)
@@ -37,6 +39,8 @@ class EvaluateSettings(Frozen):
     fit_clips: int = Field(default=1000, ge=MIN_CLIPS)
     seed: int = 0
     prompts: Literal["natural", "stratified"] = "natural"
+    loss_clips: int = Field(default=256, ge=0)
+    complete: bool = False
     shape: ClipShape | None = None
     sampling: Sampling = Sampling()
     judges: JudgeSettings = JudgeSettings()
@@ -57,6 +61,7 @@ class MetricsReport(Frozen):
     sampling: Sampling | None
     entries: tuple[Entry, ...]
     routing: Routing | None
+    losses: dict[str, TimedLoss] = {}
     left_out: dict[str, str]
     hardware: str
     seconds: float
@@ -74,6 +79,8 @@ class MetricsReport(Frozen):
             load = ", ".join(f"{share:.1%}" for share in self.routing.load)
             lines += ["", f"Routing: load {load}; balance {self.routing.balance:.2f} (1 is even); entropy of a decision "]
             lines[-1] += f"{self.routing.entropy:.3f} nats; {self.routing.switches:.1f} changes of expert per clip."
+        if self.losses:
+            lines += ["", loss_table(self.losses).rstrip()]
         lines += [f"\nLeft out: {name}: {reason}." for name, reason in self.left_out.items()]
         return "\n".join(lines) + "\n"
 
@@ -106,13 +113,21 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
         raise DataError(f"{data} has {len(reference)} clips of split test, fewer than {MIN_CLIPS}; hold more clips out")
     spare = _or_none(lambda: read("test", settings.clips, settings.spare, "reading further real clips"), settings.spare)
     fit = read("train", 0, settings.fit_clips, "reading clips to fit the probes on")
-    routing = None
+    judges = Judges(fit, reference, spare, settings.judges, on_progress)
+    if settings.complete and judges.left_out:
+        name, reason = next(iter(judges.left_out.items()))
+        raise DataError(f"the metric {name} cannot be measured: {reason}; or leave it out of the metrics asked for")
+    routing, losses = None, {}
     if sampler is None:
-        judged = _known(read_clips(mixture, shape, limit=settings.clips), reference, mixture)
+        judged = _known(mixture, shape, settings.clips, reference)
     else:
         judged, weights = generate(sampler, reference, settings.sampling, settings.seed, settings.judges.cache, step)
         routing = routing_figures(weights)
-    judges = Judges(fit, reference, spare, settings.judges, on_progress)
+        if settings.loss_clips:
+            losses = flow_losses(
+                sampler.pipeline, reference.take(range(min(settings.loss_clips, len(reference)))), seed=settings.seed,
+                on_progress=lambda done, total: step("loss by timestep", done, total),
+            )  # fmt: skip
     return MetricsReport(
         judged=mixture.name,
         data=data.name,
@@ -126,6 +141,7 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
         sampling=sampling,
         entries=tuple(judges.judge(judged, (settings.seed,))),
         routing=routing,
+        losses=losses,
         left_out=judges.left_out,
         hardware=hardware(),
         seconds=time.monotonic() - begun,
@@ -162,12 +178,12 @@ def _or_none(read: Callable[[], ClipSet], wanted: int) -> ClipSet | None:
     return found if len(found) >= 2 else None
 
 
-def _known(clips: ClipSet, reference: ClipSet, folder: Path) -> ClipSet:
-    """The clips whose captions are prompts of the reference. Raises DataError when there are too few to judge."""
-    known = set(reference.captions)
-    rows = [number for number, caption in enumerate(clips.captions) if caption in known]
-    if len(rows) < MIN_CLIPS:
+def _known(folder: Path, shape: ClipShape, limit: int, reference: ClipSet) -> ClipSet:
+    """The folder's clips whose captions are prompts of the reference. Raises DataError when there are too few to judge."""
+    prompts = frozenset(reference.captions)
+    found = sum(clip.caption in prompts for clip in read_listing(folder).clips)
+    if found < MIN_CLIPS:
         raise DataError(
-            f"{len(rows)} clips of {folder} have captions of the held-out clips, fewer than {MIN_CLIPS}; sample those prompts"
+            f"{found} clips of {folder} have captions of the held-out clips, fewer than {MIN_CLIPS}; sample those prompts"
         )
-    return clips.take(rows)
+    return read_clips(folder, shape, captions=prompts, limit=limit)
