@@ -1,4 +1,4 @@
-"""`lutetia run create|show`."""
+"""`lutetia run create|show|upgrade`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import given, read_config, setting, settings_of
+from .arguments import RunFolder, given, read_config, setting, settings_of
 from .output import JsonFlag, emit
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..protocol.manifest import Manifest
 
-app = typer.Typer(help="Create a training run, or show what one is.", no_args_is_help=True)
+app = typer.Typer(help="Create a training run, show what one is, or change one that is under way.", no_args_is_help=True)
 
 
 @app.command("create")
@@ -49,6 +49,55 @@ def created_text(document: dict[str, Any]) -> str:
         f"Start its coordinator:  lutetia coordinator serve {document['folder']}\n"
         f"Volunteers join with:   lutetia join {document['ticket']}"
     )
+
+
+OwnerKey = Annotated[Path | None, setting("OWNER_KEY", "The owner's key, where it is not in the run's folder.")]
+
+
+@app.command("upgrade")
+def upgrade(
+    run: RunFolder,
+    changes: Annotated[
+        list[str] | None, setting("UPGRADE_SET", "What to change, like samples_per_shard=128000; may be repeated.", "--set")
+    ] = None,
+    config: Annotated[Path | None, setting("UPGRADE_CONFIG", "Changes as TOML; --set wins.")] = None,
+    owner_key: OwnerKey = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Sign a new version of the manifest; a coordinator that serves the run and all its peers take it up without a pause.
+
+    What may change: samples_per_shard, holdout_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist, valid_days.
+    """
+    from ..coordinator.run_folder import RunFolder as Folder
+    from ..coordinator.upgrading import upgrade_run
+
+    wanted = {**flattened(read_config(config)), **dict(assignment(text) for text in changes or ())}
+    done = upgrade_run(Folder(run), wanted, owner_key)
+    document = {"run": done.new.run_id, "version": done.new.version, "changed": sorted(wanted), "epochs": done.new.epochs}
+    emit(document, as_json, lambda: f"Version {done.new.version} of run {done.new.name} is signed: {', '.join(sorted(wanted))}.")
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """`name=value` with a TOML value, or a bare word as text. Raises UsageError."""
+    import tomllib
+
+    from ..system.errors import UsageError
+
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise UsageError(f"cannot read {text!r}; write it like samples_per_shard=128000 or timing.heartbeat=10.0")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def flattened(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tables key by key: `{"timing": {"tenure": 60}}` changes `timing.tenure` and nothing else of the table."""
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        found |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 @app.command("show")

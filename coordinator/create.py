@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..models.data.description import DataDescription, DataFile, read_data
-from ..protocol.canonical import canonical, digest_of
-from ..protocol.events import ManifestPublished, RunCreated
+from ..protocol.canonical import canonical
+from ..protocol.events import RunCreated
 from ..protocol.identity import Identity
 from ..protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec, SignedManifest, first_problem
 from ..protocol.store import BlobStore
@@ -24,6 +24,7 @@ from ..system.files import disk_errors, fsync_folder, write_atomic
 from .ledger import Ledger
 from .run_folder import Endpoint, RunFolder
 from .settings import RunSettings, small_expert, tiny_expert
+from .upgrading import published
 
 _DAY = 86400.0
 
@@ -138,9 +139,8 @@ def _begin_ledger(run: RunFolder, manifest: Manifest) -> None:
         time=when, run=manifest.run_id, name=manifest.name, owner=manifest.owner, coordinator=manifest.coordinators[0],
         shards=len(manifest.shards), epochs=manifest.epochs,
     )  # fmt: skip
-    published = ManifestPublished(time=when, version=manifest.version, digest=digest_of(manifest), expires=manifest.expires)
     ledger = Ledger.create(run.ledger, created)
-    ledger.append([published])
+    ledger.append([published(manifest, manifest.coordinators[0], when)])
     ledger.close()
 
 

@@ -34,13 +34,13 @@ class Lookout:
 
     async def run(self) -> None:
         """Look four times per heartbeat until cancelled."""
-        pause = self.manifest.timing.heartbeat / 4
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat(self.look_at_peers, pause))
-            group.create_task(self._repeat(self.look_at_checkpoints, pause))
+            group.create_task(self._repeat(self.look_at_peers))
+            group.create_task(self._repeat(self.look_at_checkpoints))
 
-    async def _repeat(self, look: Callable[[], Awaitable[None]], pause: float) -> None:
+    async def _repeat(self, look: Callable[[], Awaitable[None]]) -> None:
         while True:
+            pause = self.manifest.timing.heartbeat / 4
             try:
                 await look()
             except (ConnectionError, TimeoutError) as error:

@@ -34,6 +34,10 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.root / "manifest.json"
 
+    def version(self, number: int) -> Path:
+        """Where a version of the manifest is kept after a newer one took its place."""
+        return self.root / "manifests" / f"{number:04d}.json"
+
     @property
     def ticket(self) -> Path:
         return self.root / "ticket.txt"

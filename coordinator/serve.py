@@ -20,7 +20,8 @@ from ..protocol.documents import MIXTURE
 from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped
 from ..protocol.identity import Identity, peer_id_of
 from ..protocol.ledger_state import RunState
-from ..protocol.manifest import Manifest, SignedManifest
+from ..protocol.live_manifest import LiveManifest
+from ..protocol.manifest import Manifest
 from ..protocol.offers import Offer, OfferReply, serve_offers
 from ..protocol.peer_cache import PeerCache
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, RecordLimits, RecordRefused, open_record, read_envelope
@@ -42,6 +43,7 @@ from .run_folder import RunFolder
 from .settings import ServeSettings
 from .stitching import Stitcher
 from .tools import NetworkTools
+from .upgrading import Herald, ManifestWatch, check_version, published
 from .workshop_client import WorkshopClient
 
 _log = logging.getLogger("lutetia.coordinator.serve")
@@ -50,11 +52,13 @@ _STATUS_SECONDS = 2.0
 _FRESH_SECONDS = 0.5
 _ALIVE_SECONDS = 2.0
 
-Connect = Callable[[Manifest, Identity, RunFolder, ServeSettings], Awaitable[Transport]]
+Connect = Callable[[LiveManifest, Identity, RunFolder, ServeSettings], Awaitable[Transport]]
 
 
-async def connect(manifest: Manifest, identity: Identity, folder: RunFolder, settings: ServeSettings) -> Transport:
+async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, settings: ServeSettings) -> Transport:
     """The real network, on the address that the ticket names; after a restart through the peers met before.
+
+    Records are checked by the newest version that `live` has at that moment.
 
     Raises UnreachableError when the port is taken.
     """
@@ -64,7 +68,7 @@ async def connect(manifest: Manifest, identity: Identity, folder: RunFolder, set
 
     async def join(bootstrap: Sequence[str]) -> Transport:
         return await connect_hivemind(
-            identity, listen=settings.listen or endpoint.listen, check=record_check(manifest, time.time), bootstrap=bootstrap,
+            identity, listen=settings.listen or endpoint.listen, check=record_check(live, time.time), bootstrap=bootstrap,
             announce=settings.announce or endpoint.announce, state_folder=folder.network,
         )  # fmt: skip
 
@@ -93,9 +97,12 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         listener = stack.enter_context(bind(settings.http)) if settings.http else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
         stack.callback(ledger.close)
-        transport = await connecting(signed.manifest, identity, folder, settings)
+        newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
+        if newer:
+            ledger.append([published(signed.manifest, identity.public_key, time.time())])
+        transport = await connecting(live, identity, folder, settings)
         try:
-            await _Service(folder, signed, identity, ledger, transport, settings).serve(listener)
+            await _Service(folder, live, identity, ledger, transport, settings).serve(listener)
         finally:
             await transport.close()
 
@@ -105,7 +112,7 @@ class _Service:
     """One run being served."""
 
     folder: RunFolder
-    signed: SignedManifest
+    live: LiveManifest
     identity: Identity
     ledger: Ledger
     transport: Transport
@@ -113,19 +120,19 @@ class _Service:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.manifest = self.signed.manifest
         self.software = software_version()
-        self.limits = RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
+        self.herald = Herald(self.transport, self.live)
+        self.watch = ManifestWatch(self.folder, self.live, self.identity, self._upgraded)
         self.blobs = BlobStore(self.folder.blobs)
         self.incoming = _restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")])
         self.checking, self.making = (self._workshop(name) for name in ("checking", "making"))
-        tools = NetworkTools(
+        self.tools = NetworkTools(
             self.transport, self.manifest, self.blobs, self.incoming, self.checking, self.settings.slowest_bytes_per_second,
             _accepted_states(self.ledger),
         )  # fmt: skip
-        tools.forget_old_states()
-        self.bench = Bench(self._rules(), self.ledger, tools, self._publish, self.transport.now, self._changed)
+        self.tools.forget_old_states()
+        self.bench = Bench(self._rules(), self.ledger, self.tools, self._publish, self.transport.now, self._changed)
         self.lookout = Lookout(self.transport, self.manifest, self._found)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
@@ -133,6 +140,33 @@ class _Service:
         )  # fmt: skip
         self._status: tuple[float, SwarmStatus] | None = None
         self._news = asyncio.Event()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest version."""
+        return self.live()
+
+    @property
+    def limits(self) -> RecordLimits:
+        return RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
+
+    def _lease(self) -> float:
+        return self.manifest.timing.lease
+
+    async def _upgraded(self) -> None:
+        """A newer version of the manifest lies in the folder: everything here goes on under it, and peers hear of it."""
+        manifest = self.manifest
+        await self.bench.note(published(manifest, self.identity.public_key, self.transport.now()))
+        self.bench.rules = self._rules()
+        self.tools.manifest = self.lookout.manifest = self.stitcher.manifest = manifest
+        for workshop in (self.checking, self.making):
+            workshop.renew()
+        self._changed(self.bench.state.run)
+        _log.info("serving version %d of the manifest: %d epochs", manifest.version, manifest.epochs)
+        await self._tell_peers()
+
+    async def _tell_peers(self) -> None:
+        await self.herald.tell([node.record for node in self.lookout.view.nodes])
 
     def _workshop(self, name: str) -> WorkshopClient:
         """Checks and stitching have one each, so that a long training of the router delays no acceptance."""
@@ -150,11 +184,11 @@ class _Service:
         try:
             with _signals(self.stopping), one_error():
                 async with asyncio.TaskGroup() as group:
-                    works = [self.bench.run(), self.lookout.run(), self.stitcher.run()]
+                    works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
-                    works.append(_every(_ALIVE_SECONDS, self._check_alive))
-                    works.append(_every(self.manifest.timing.lease, self._renew))
-                    works.append(_every(self.manifest.timing.lease, self._remember_peers))
+                    works.append(_every(lambda: _ALIVE_SECONDS, self._check_alive))
+                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers)]
+                    works.append(_every(lambda: self.manifest.timing.heartbeat, self._tell_peers))
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))
                     tasks = [group.create_task(work) for work in works]
@@ -170,7 +204,7 @@ class _Service:
             await asyncio.gather(self.checking.close(), self.making.close())
 
     async def _offer_services(self) -> None:
-        await serve_introduction(self.transport, lambda: self.signed)
+        await serve_introduction(self.transport, lambda: self.live.signed)
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
@@ -254,10 +288,10 @@ class _Service:
             raise UnreachableError("the libp2p process of the coordinator has ended; start the coordinator again")
 
 
-async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+async def _every(seconds: Callable[[], float], action: Callable[[], Awaitable[None]]) -> None:
     while True:
         await action()
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds())
 
 
 def _accepted_states(ledger: Ledger) -> dict[int, list[str]]:

@@ -45,6 +45,7 @@ class WorkshopClient:
         self._child: Child | None = None
         self._turn = asyncio.Lock()
         self._ids = itertools.count(1)
+        self._stale = False
 
     @property
     def pid(self) -> int | None:
@@ -76,6 +77,9 @@ class WorkshopClient:
         return answer["done"]
 
     async def _ask(self, message: Message, sign: Callable[[bytes], str] | None) -> Message:
+        if self._stale:
+            self._stale = False
+            await self._end(_STOP_GRACE)
         if self._child is None or self._child.process.returncode is not None:
             self._child = await Child.start("lutetia.coordinator.workshop", str(self._manifest), environment=self._environment)
             _log.info("started the %s workshop, process %d", self._name, self._child.process.pid)
@@ -91,6 +95,10 @@ class WorkshopClient:
     async def _end(self, grace: float = 0.0) -> int | None:
         child, self._child = self._child, None
         return await child.stop(grace) if child else None
+
+    def renew(self) -> None:
+        """The next job is for a new child, which reads the manifest anew."""
+        self._stale = True
 
     async def close(self) -> None:
         """End the child; a job in progress is lost."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..protocol.identity import Identity
-from ..protocol.manifest import Manifest, SignedManifest
-from ..protocol.services import join_swarm, software_version
+from ..protocol.live_manifest import LiveManifest
+from ..protocol.services import enter_swarm, software_version
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
@@ -24,6 +24,7 @@ from .lock import state_lock
 from .material import Material, Places
 from .messages import UserVerb
 from .network import Network
+from .news import News
 from .settings import NodeSettings
 from .shell import Shell
 
@@ -73,6 +74,7 @@ class Daemon:
         self.started = time.time()
         self.ending = asyncio.Event()
         self.shell: Shell | None = None
+        self.news: News | None = None
         self._verbs: list[UserVerb] = []
         self._signals = 0
 
@@ -85,43 +87,50 @@ class Daemon:
             await asyncio.wait([joining, ending], return_when=asyncio.FIRST_COMPLETED)
             if not joining.done():
                 return
-            transport, signed = joining.result()
+            transport, live = joining.result()
         finally:
             for task in (joining, ending):
                 task.cancel()
             await asyncio.gather(joining, ending, return_exceptions=True)
         try:
-            await self._work(transport, signed.manifest, places)
+            await self._work(transport, live, places)
         finally:
             await (self.shell.network.transport if self.shell else transport).close()
 
-    async def join(self, places: Places) -> tuple[Transport, SignedManifest]:
-        """Also used to come back after p2pd has died."""
+    async def join(self, places: Places, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
+        """Also used to come back after p2pd has died, then with the manifest known so far."""
         settings = self.settings
-        return await join_swarm(
+        return await enter_swarm(
             self.identity, settings.decoded_ticket,
-            listen=settings.listen, announce=settings.announce, state_folder=places.folder,
+            listen=settings.listen, announce=settings.announce, state_folder=places.folder, live=live,
         )  # fmt: skip
 
-    async def _work(self, transport: Transport, manifest: Manifest, places: Places) -> None:
+    async def _work(self, transport: Transport, live: LiveManifest, places: Places) -> None:
+        manifest = live()
         store = await asyncio.to_thread(BlobStore, places.blobs, self.settings.disk_limit)
         network = Network(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
         contributions = Contributions(places.folder / "contributions.json")
-        self.shell = Shell(self.settings, network, Material(places, manifest, store), contributions, self.rejoined)
+        shell = Shell(self.settings, network, Material(places, manifest, store), contributions, self.rejoined)
+        self.news = News(network, live, lambda: shell.upgrade(live()))
+        self.shell = shell
         await self.serve(transport, store)
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._verbs:
             self.shell.early(verb)
-        await self.shell.run()
+        await shell.run(self.news.run())
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
+        assert self.news
         await serve_blobs(transport, store, self.settings.upload_rate)
+        await self.news.serve(transport)
 
     async def rejoined(self) -> Transport:
         """A new transport instead of the dead one. Raises LutetiaError when that does not work now."""
         assert self.shell
-        transport, _ = await self.join(self.shell.material.places)
+        assert self.news
+        transport, live = await self.join(self.shell.material.places, self.news.live)
         await self.serve(transport, self.shell.network.store)
+        self.shell.upgrade(live())
         return transport
 
     # --- what the volunteer says ------------------------------------------------------------------------------------------

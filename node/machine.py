@@ -22,6 +22,7 @@ from .messages import (
     Joined,
     Leave,
     Look,
+    ManifestChanged,
     NetworkBack,
     NetworkLost,
     OfferAnswered,
@@ -43,6 +44,7 @@ from .turn import Turn
 from .working import (
     answered,
     checkpoint_ready,
+    manifest_changed,
     release,
     shard_synced,
     sync_failed,
@@ -126,6 +128,10 @@ def _absorb(turn: Turn, event: Event) -> None:
             if turn.state.disk_full_since is None:
                 turn.set(disk_full_since=turn.now)
                 turn.warn(text)
+        case ManifestChanged(version=version, training=training):
+            turn.info(f"the run goes on under version {version} of its manifest")
+            turn.set(look_at=turn.now, renew_at=turn.now)
+            manifest_changed(turn, training)
         case DiskFree():
             if turn.state.disk_full_since is not None:
                 turn.set(disk_full_since=None, look_at=turn.now)

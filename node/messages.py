@@ -147,9 +147,18 @@ class DiskFree:
     now: float
 
 
+@dataclass(frozen=True, slots=True)
+class ManifestChanged:
+    """A newer version of the manifest counts from now on; the rules are its. `training`: trainers would take other steps."""
+
+    now: float
+    version: int
+    training: bool = False
+
+
 Event = (
     Tick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | SyncDone | SyncFailed
-    | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree
+    | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
 )  # fmt: skip
 
 

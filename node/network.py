@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..protocol.claims import LiveClaim, ShardView, latest_acceptance
-from ..protocol.identity import Identity, peer_id_of
+from ..protocol.identity import Identity
+from ..protocol.joining import coordinator_addresses
 from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.offers import OfferReply, offer_checkpoint
 from ..protocol.records import (
@@ -58,11 +59,13 @@ class Network:
     _recorded: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.limits = RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
-        self.coordinators = [
-            (peer, tuple(address for address in self.ticket.addresses if address.endswith(f"/p2p/{peer}")))
-            for peer in map(peer_id_of, self.manifest.coordinators)
-        ]
+        self.upgrade(self.manifest)
+
+    def upgrade(self, manifest: Manifest) -> None:
+        """Go on under this version of the manifest."""
+        self.manifest = manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self.coordinators = list(coordinator_addresses(manifest, self.ticket).items())
 
     @property
     def addresses(self) -> tuple[str, ...]:

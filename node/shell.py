@@ -13,6 +13,7 @@ from typing import Any
 
 from ..protocol.manifest import Manifest
 from ..protocol.transport import Transport
+from ..protocol.upgrade import training_changed
 from ..system.errors import LutetiaError, one_error
 from ..system.notify import notify
 from . import messages as m
@@ -69,21 +70,35 @@ class Shell:
         """What the volunteer said before there was a shell."""
         self._early.append(verb)
 
-    async def run(self) -> None:
+    async def run(self, *companions: Coroutine[Any, Any, None]) -> None:
+        """Until the node has left; `companions` run beside it and end with it."""
         try:
             with one_error():
                 async with asyncio.TaskGroup() as self._group:
-                    watch = self._group.create_task(self._watch_network())
+                    beside = [self._group.create_task(work) for work in (self._watch_network(), *companions)]
                     for verb in self._early:
                         self.feed(verb)
                     self.feed(m.Joined(time.time()))
                     await self.left.wait()
-                    for task in [watch, *self._tasks]:
+                    for task in [*beside, *self._tasks]:
                         task.cancel()
         finally:
             if self._timer:
                 self._timer.cancel()
             await self.hands.close()
+
+    def upgrade(self, manifest: Manifest) -> None:
+        """Go on under a newer version of the manifest; nothing that was done is lost."""
+        old = self.manifest
+        if manifest.version <= old.version:
+            return
+        self.manifest = self.material.manifest = self.chores.manifest = manifest
+        self.network.upgrade(manifest)
+        rate = self.prober.finding.samples_per_second if self.prober.finding else 0.0
+        self.rules = patient_rules(Rules.of(manifest, self.network.identity.public_key), manifest, rate * self.settings.duty)
+        self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
+        if manifest.hardware != old.hardware and self._group:
+            self._spawn(self._probe())
 
     # --- the machine --------------------------------------------------------------------------------------------------------
 
@@ -278,7 +293,8 @@ class Shell:
         counts = self.contributions
         document: dict[str, Any] = {
             "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
-            "name": self.manifest.name, "online": state.online, "problem": self.problem, "paused_until": state.pause_until,
+            "name": self.manifest.name, "manifest_version": self.manifest.version, "online": state.online,
+            "problem": self.problem, "paused_until": state.pause_until,
             "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
             "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
         }  # fmt: skip

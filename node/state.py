@@ -103,6 +103,8 @@ class Work:
     until: int = 0
     drain: int | None = None
     """Where the trainer is to end when the node is to leave."""
+    relay: int | None = None
+    """Where the trainer, begun under an older manifest, hands over to one that reads the new: no epoch is trained by two."""
     waiting: bool = False
     progress_at: float = 0.0
     started_at: float = 0.0

@@ -231,10 +231,21 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
         turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
 
 
+def manifest_changed(turn: Turn, training: bool) -> None:
+    """A trainer at work ends its epoch as it began it; where the new version changes training, another takes the next one."""
+    work = turn.state.work
+    if work and training and work.trainer == "on":
+        turn.change(relay=work.at if work.waiting else work.at + 1)
+    if work and turn.state.phase == "publishing" and work.may_train(turn.rules):
+        turn.enter("training", f"the budget was raised: training shard {work.shard} on")
+
+
 def _until(turn: Turn) -> int:
     """The epoch below which the trainer may work. A leaving node ends the epoch under way, and no other."""
     work = turn.work
     most = work.most(turn.rules)
+    if work.relay is not None and work.trainer == "on":
+        most = min(most, work.relay)
     if turn.state.phase != "draining":
         if work.drain is not None:  # called off
             turn.change(drain=None)
@@ -260,7 +271,7 @@ def _train_on(turn: Turn) -> None:
     elif state.phase == "training" and work.may_train(rules) and state.disk_full_since is None and now >= work.restart_at:
         number = state.trainers + 1
         turn.set(trainers=number)
-        turn.change(trainer="on", at=work.newest, until=until, waiting=False, progress_at=now, started_at=now)
+        turn.change(trainer="on", at=work.newest, until=until, relay=None, waiting=False, progress_at=now, started_at=now)
         turn.do(StartTrainer(number, work.shard, work.epoch, work.checkpoint, until, work.shrink))
 
 
@@ -273,9 +284,9 @@ def _silent(turn: Turn) -> bool:
 def _end_trainer_when_due(turn: Turn, until: int) -> None:
     work, state = turn.work, turn.state
     whole = work.newest >= until  # all that it may do is written
-    if whole and (state.phase == "draining" or until >= turn.rules.epochs):
+    if whole and (state.phase == "draining" or until >= turn.rules.epochs or work.relay is not None):
         turn.do(StopTrainer(save=False))
-        turn.change(trainer="off", waiting=False)
+        turn.change(trainer="off", waiting=False, restart_at=turn.now)
 
 
 # --- offers ---------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ from pydantic import ValidationError
 from ..system.errors import BootstrapError, ConfigError, IdentityError, LutetiaError
 from ..system.files import write_atomic
 from .documents import HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document, serve_introduction
-from .identity import Identity
-from .manifest import MAX_MANIFEST_BYTES, SignedManifest, open_manifest
+from .identity import Identity, peer_id_of
+from .live_manifest import LiveManifest
+from .manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
 from .peer_cache import PeerCache
 from .reach import answers
 from .records import NodeRecord, node_key, node_keys, read_envelope
 from .ticket import Ticket
 from .transport import Transport
+from .upgrade import check_upgrade
 from .waiting import gather_quickly
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Met:
     doubt: float
 
 
-async def join_swarm(
+async def enter_swarm(
     identity: Identity,
     ticket: Ticket,
     *,
@@ -55,11 +57,13 @@ async def join_swarm(
     state_folder: Path,
     announce: Sequence[str] = (),
     reach: Reach | None = None,
-) -> tuple[HivemindTransport, SignedManifest]:
+    live: LiveManifest | None = None,
+) -> tuple[HivemindTransport, LiveManifest]:
     """Go on the network of `ticket`'s run as `identity`, with every record checked against the run's newest manifest.
 
     The ticket's addresses and the peers met in earlier sessions are dialled together, so a join works while one of them lives.
     The manifest is verified against the keys that the ticket pins and cached in `state_folder`; one older than that is refused.
+    What this peer serves and checks records by follows the manifest that is returned (`live` itself where it was given).
 
     Raises BootstrapError (nobody answers; each address with its reason), ConfigError (another run or protocol, expired or older
     manifest, this clock is wrong), AuthorisationError (manifest by another key), IdentityError (this identity is online
@@ -71,38 +75,64 @@ async def join_swarm(
         identity, listen=listen, state_folder=state_folder, announce=announce, reach=reach
     )  # fmt: skip
     try:
-        signed = await _enter(transport, identity, ticket, state_folder)
+        live = await _enter(transport, identity, ticket, state_folder, live)
     except BaseException:
         await transport.close()
         raise
-    return transport, signed
+    return transport, live
 
 
-async def _enter(transport: HivemindTransport, identity: Identity, ticket: Ticket, state_folder: Path) -> SignedManifest:
+async def join_swarm(
+    identity: Identity, ticket: Ticket, *, listen: str = "/ip4/0.0.0.0/tcp/0", state_folder: Path
+) -> tuple[HivemindTransport, SignedManifest]:
+    """`enter_swarm` for a visit: with the manifest as it is now."""
+    transport, live = await enter_swarm(identity, ticket, listen=listen, state_folder=state_folder)
+    return transport, live.signed
+
+
+async def _enter(
+    transport: HivemindTransport, identity: Identity, ticket: Ticket, state_folder: Path, live: LiveManifest | None
+) -> LiveManifest:
     from .services import record_check
 
-    cache = PeerCache(state_folder / PEERS_FILE)
-    reachable = await _dial(transport, ticket, cache)
+    cache, cached = PeerCache(state_folder / PEERS_FILE), state_folder / MANIFEST_FILE
+    reachable = await _dial(transport, ticket, cache, _load_cached(cached, ticket))
     met = await _meet(transport, ticket, reachable)
-    signed = choose_manifest(ticket, met, state_folder / MANIFEST_FILE, transport.now())
+    signed = choose_manifest(ticket, met, cached, transport.now())
     check_clock(met, signed.manifest.timing.maximum_clock_skew)
+    if live is None:
+        live = LiveManifest(signed, cached)
+    elif signed.manifest.version > live.version:
+        live.signed = signed
+    newest, run = live, signed.manifest.run_id
     friends = {peer.peer_id for peer in met}
-    await transport.enter_dht(
-        record_check(signed.manifest, transport.now), [a for a in reachable if _peer_of(a) in friends]
-    )  # fmt: skip
-    await _refuse_a_double(transport, identity, signed.manifest.run_id, state_folder)
-    await serve_introduction(transport, lambda: signed)
+    await transport.enter_dht(record_check(newest, transport.now), [a for a in reachable if _peer_of(a) in friends])
+    await _refuse_a_double(transport, identity, run, state_folder)
+    await serve_introduction(transport, lambda: newest.signed)
     cache.remember(address for address in reachable if _peer_of(address) in friends)
-    await remember_nodes(transport, signed.manifest.run_id, cache)
-    transport.every(REMEMBER_PERIOD, lambda: remember_nodes(transport, signed.manifest.run_id, cache))
-    return signed
+    await remember_nodes(transport, run, cache)
+    transport.every(REMEMBER_PERIOD, lambda: remember_nodes(transport, run, cache))
+    return newest
 
 
-async def _dial(transport: HivemindTransport, ticket: Ticket, cache: PeerCache) -> list[str]:
+def coordinator_addresses(manifest: Manifest, ticket: Ticket) -> dict[str, tuple[str, ...]]:
+    """Peer id of each coordinator -> where to dial it: as the ticket says, or, of a coordinator whose key is newer than the
+    ticket, at the ticket's places.
+    """
+    places = tuple(dict.fromkeys(address.rpartition("/p2p/")[0] for address in ticket.addresses))
+    found: dict[str, tuple[str, ...]] = {}
+    for peer in map(peer_id_of, manifest.coordinators):
+        own = tuple(address for address in ticket.addresses if _peer_of(address) == peer)
+        found[peer] = own or tuple(f"{place}/p2p/{peer}" for place in places)
+    return found
+
+
+async def _dial(transport: HivemindTransport, ticket: Ticket, cache: PeerCache, known: SignedManifest | None) -> list[str]:
     """The addresses that answer. Raises BootstrapError."""
     from .transport_hivemind import bootstrap_sentence
 
-    wanted = [a for a in dict.fromkeys([*ticket.addresses, *cache.load()]) if _peer_of(a) != transport.peer_id]
+    rotated = [a for found in coordinator_addresses(known.manifest, ticket).values() for a in found] if known else []
+    wanted = [a for a in dict.fromkeys([*ticket.addresses, *rotated, *cache.load()]) if _peer_of(a) != transport.peer_id]
     if not wanted:
         raise BootstrapError("every address of the ticket is this peer's own; join with another identity than the coordinator's")
     refused = await transport.dial_each(wanted)
@@ -160,7 +190,10 @@ def choose_manifest(ticket: Ticket, met: Sequence[Met], cached: Path, now: float
     problem: LutetiaError | None = None
     for peer in met:
         try:
-            offered.append(open_manifest(peer.manifest, now=now, run=ticket.run, owner=ticket.owner, at_least_version=least))
+            found = open_manifest(peer.manifest, now=now, run=ticket.run, owner=ticket.owner, at_least_version=least)
+            if known and found.manifest.version > least:
+                check_upgrade(known.manifest, found.manifest)
+            offered.append(found)
         except LutetiaError as error:
             log.warning("peer %s offers a manifest that is refused: %s", peer.peer_id, error)
             problem = error

@@ -18,7 +18,7 @@ from .documents import (
     software_version,
 )
 from .identity import Identity, peer_id_of
-from .joining import join_swarm
+from .joining import enter_swarm, join_swarm
 from .manifest import Manifest
 from .peer_cache import PeerCache
 from .records import NodeRecord, Record, RecordLimits, RecordRefused, open_record, read_envelope, seal
@@ -32,6 +32,7 @@ __all__ = [
     "Hello",
     "PeerCache",
     "ask_document",
+    "enter_swarm",
     "join_swarm",
     "publish",
     "read_records",
@@ -69,26 +70,46 @@ async def read_records(transport: Transport, key: str) -> list[tuple[Record, flo
     return [(read_envelope(found[owner].value), found[owner].expires) for owner in sorted(found)]
 
 
-def record_check(manifest: Manifest, now: Callable[[], float]) -> RecordCheck:
-    """The check of every record of this run: `open_record`, and what the manifest says of runs, shards and the allowlist."""
-    limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
-    run, coordinators, shards = manifest.run_id, manifest.coordinators, len(manifest.shards)
-    allowed = None if manifest.allowlist is None else {*manifest.allowlist, *coordinators}
+def record_check(manifest: Manifest | Callable[[], Manifest], now: Callable[[], float]) -> RecordCheck:
+    """The check of every record of this run: `open_record`, and what the manifest says of runs, shards and the allowlist.
+
+    Given a function, each record is checked by the manifest that it gives at that moment.
+    """
+    current = manifest if callable(manifest) else lambda: manifest
+    rules = _Rules(current())
 
     def check(key: str | None, subkey: str, value: bytes, expires: float) -> str:
+        nonlocal rules
+        if rules.manifest is not current():
+            rules = _Rules(current())
+        trusted = rules.manifest.coordinators
         record = open_record(
-            value, key=key, subkey=subkey, expires=expires, now=now(), limits=limits, coordinators=coordinators
+            value, key=key, subkey=subkey, expires=expires, now=now(), limits=rules.limits, coordinators=trusted
         )  # fmt: skip
-        if record.run != run:
-            raise RecordRefused(f"record is of run {record.run[:12]}, not of {run[:12]}")
-        if allowed is not None and record.owner not in allowed:
-            raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
-        if (getattr(record, "shard", None) or 0) >= shards:
-            raise RecordRefused(f"the run has {shards} shards and no such one")
-        _check_addresses(record)
+        rules.check(record)
         return record.key()
 
     return check
+
+
+class _Rules:
+    """What one version of the manifest says of records."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self._run, self._shards = manifest.run_id, len(manifest.shards)
+        self._allowed = None if manifest.allowlist is None else {*manifest.allowlist, *manifest.coordinators}
+
+    def check(self, record: Record) -> None:
+        """Raises RecordRefused."""
+        if record.run != self._run:
+            raise RecordRefused(f"record is of run {record.run[:12]}, not of {self._run[:12]}")
+        if self._allowed is not None and record.owner not in self._allowed:
+            raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
+        if (getattr(record, "shard", None) or 0) >= self._shards:
+            raise RecordRefused(f"the run has {self._shards} shards and no such one")
+        _check_addresses(record)
 
 
 def _check_addresses(record: Record) -> None:

@@ -1,0 +1,87 @@
+"""How a running node learns of newer versions of its manifest: it is told, and asks once per lease besides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..protocol.live_manifest import NEWS, LiveManifest, fetch_newer, read_news, version_at
+from ..protocol.records import NodeRecord, node_keys
+from ..protocol.services import read_records
+from ..protocol.transport import Stream, Transport
+from ..system.errors import LutetiaError
+from .network import Network
+
+log = logging.getLogger("lutetia.node.news")
+
+
+class News:
+    """Keeps `live` at the newest version that the swarm has; `heard` is called after each change."""
+
+    def __init__(self, network: Network, live: LiveManifest, heard: Callable[[], None]) -> None:
+        self.network, self.live, self._heard = network, live, heard
+        self._fetching = asyncio.Lock()
+
+    async def serve(self, transport: Transport) -> None:
+        """Answer those who tell us of a version."""
+        await transport.serve(NEWS, self._told)
+
+    async def _told(self, stream: Stream) -> None:
+        """Anybody may tell: what counts is the owner's signature on what is fetched, one fetch at a time."""
+        version = await read_news(stream)
+        if version > self.live.version and not self._fetching.locked():
+            await self._fetch(stream.peer_id, ())
+
+    async def run(self) -> None:
+        """Ask once per lease, not all peers at once, until cancelled."""
+        share = int(self.network.identity.public_key[:8], 16) / 16**8
+        turn = 0
+        while True:
+            await asyncio.sleep(self.network.manifest.timing.lease * (0.75 + 0.5 * share))
+            turn += 1
+            await self._ask_around(turn)
+
+    async def _ask_around(self, turn: int) -> None:
+        """The coordinators; one other peer when none of them answers, so that news spread without them too."""
+        for peer, addresses in self.network.coordinators:
+            if await self._ask(peer, addresses):
+                return
+        for peer, addresses in await self._another(turn):
+            await self._ask(peer, addresses)
+
+    async def _ask(self, peer: str, addresses: tuple[str, ...]) -> bool:
+        """Whether it answered."""
+        try:
+            run, version = await version_at(self.network.transport, peer, addresses)
+        except ConnectionError as error:
+            log.debug("cannot ask %s for its manifest's version: %s", peer, error)
+            return False
+        if run == self.live().run_id and version > self.live.version:
+            await self._fetch(peer, addresses)
+        return True
+
+    async def _another(self, turn: int) -> list[tuple[str, tuple[str, ...]]]:
+        """Each time another peer of those that the DHT shows."""
+        found: list[NodeRecord] = []
+        try:
+            keys = node_keys(self.live().run_id)
+            for records in await asyncio.gather(*(read_records(self.network.transport, key) for key in keys)):
+                found += [record for record, _ in records if isinstance(record, NodeRecord)]
+        except ConnectionError:
+            return []
+        others = [record for record in found if record.peer_id != self.network.identity.peer_id and record.state != "left"]
+        if not others:
+            return []
+        chosen = others[turn % len(others)]
+        return [(chosen.peer_id, chosen.addresses)]
+
+    async def _fetch(self, peer: str, addresses: tuple[str, ...]) -> None:
+        async with self._fetching:
+            try:
+                newer = await fetch_newer(self.network.transport, self.live, peer, addresses)
+            except (LutetiaError, ConnectionError) as error:
+                log.warning("peer %s offers a manifest that is refused: %s", peer, error)
+                return
+        if newer:
+            self._heard()

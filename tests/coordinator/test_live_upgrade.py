@@ -1,0 +1,133 @@
+"""A run that is under way gets a new version of its manifest: real coordinator, real node, nobody restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lutetia.coordinator.create import CreatedRun
+from lutetia.coordinator.ledger import Ledger
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.serve import serve_run
+from lutetia.coordinator.upgrading import upgrade_run
+from lutetia.node.control import ask
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.joining import MANIFEST_FILE
+from lutetia.protocol.services import join_swarm
+from lutetia.protocol.ticket import Ticket
+from lutetia.system.errors import AuthorisationError, ConfigError, LutetiaError
+from test_serve import make_run, up
+from test_with_node import start_node
+from volunteer import Coordinator, until
+
+
+async def command(*words: str) -> tuple[int, dict[str, Any]]:
+    """`lutetia … --json` in a process of its own: exit code and document."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "lutetia.cli", *words, "--json", stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    return process.returncode or 0, json.loads(output)
+
+
+async def node_says(folder: Path) -> dict[str, Any]:
+    try:
+        return await ask(folder, "status")
+    except LutetiaError:
+        return {"state": "not there yet", "manifest_version": None}
+
+
+@pytest.mark.timeout(600)
+async def test_a_finished_run_trains_on_when_its_budget_is_raised(tmp_path: Path):
+    run = make_run(tmp_path, shards=1)
+    coordinator = await Coordinator.start(run.folder, json.dumps({"stitch": "end", "gallery": False}))
+    await up(coordinator)
+    node = await start_node(run.ticket, tmp_path / "node")
+
+    async def finished_with(accepted: int) -> bool:
+        assert node.returncode is None
+        status = coordinator.status()
+        return status.finished and status.accepted == accepted
+
+    async def idle_under(version: int) -> bool:
+        said = await node_says(tmp_path / "node")
+        return (said["state"], said["manifest_version"]) == ("idle", version)
+
+    try:
+        await until(lambda: finished_with(2), "the end of the first budget")
+        await until(lambda: idle_under(1), "the node to stand by")
+        assert await command("run", "upgrade", str(run.folder), "--set", "checkpoint_samples=4") == (
+            10,
+            {"error": {"name": "config", "code": 10, "message": refusal("checkpoint_samples")}},
+        )
+        code, said = await command("run", "upgrade", str(run.folder), "--set", "samples_per_shard=32")
+        assert (code, said["version"], said["epochs"]) == (0, 2, 4)
+        await until(lambda: finished_with(4), "the end of the raised budget")
+        await until(lambda: idle_under(2), "the node to stand by again")
+        check_ledger(run)
+        await refuse_the_older_version(run, tmp_path)
+    finally:
+        for process in (node, coordinator.process):
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(node.wait(), 60) == 0
+        assert await asyncio.wait_for(coordinator.process.wait(), 60) == 0
+
+
+def refusal(field: str) -> str:
+    return f"{field} cannot change in a run: accepted epochs would no longer follow from one another; create a new run for that"
+
+
+def check_ledger(run: CreatedRun) -> None:
+    ledger = Ledger.open(run.folder / "ledger.sqlite", run.run)
+    kinds = [row.event().kind for row in ledger.rows()]
+    ledger.close()
+    assert kinds.count("manifest-published") == 2
+    assert kinds.count("coordinator-started") == 1, "nobody was restarted"
+    assert kinds.count("run-finished") == 2
+    state = ledger.state
+    assert (state.epochs, state.manifest_version, state.finished) == (4, 2, True)
+    assert RunFolder(run.folder).version(1).exists(), "the version before is kept"
+
+
+async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
+    """Somebody puts version 1 back: the coordinator goes on with version 2, and so does a box that has seen it."""
+    folder = RunFolder(run.folder)
+    newest = folder.manifest.read_bytes()
+    visit = root / "visit"
+    transport, signed = await join_swarm(
+        Identity.derived("visitor"), Ticket.decode(run.ticket), listen="/ip4/127.0.0.1/tcp/0", state_folder=visit
+    )
+    await transport.close()
+    assert signed.manifest.version == 2
+    assert (visit / MANIFEST_FILE).read_bytes() == newest
+    folder.manifest.write_bytes(folder.version(1).read_bytes())
+    with pytest.raises(ConfigError, match=r"version 1, older than version 2 that the ledger has published"):
+        await serve_run_beside(run.folder)
+    folder.manifest.write_bytes(newest)
+
+
+async def serve_run_beside(folder: Path) -> None:
+    """What a coordinator on a copy of this folder would say; the running one holds the lock of its own."""
+    from shutil import copytree, ignore_patterns
+
+    copy = folder.with_name("copy")
+    copytree(folder, copy, ignore=ignore_patterns("*.lock", "network"))
+    await serve_run(copy)
+
+
+def test_only_the_owner_upgrades(tmp_path: Path):
+    run = make_run(tmp_path, shards=1)
+    stranger = tmp_path / "stranger.key"
+    Identity.derived("mallory").save(stranger)
+    before = (run.folder / "manifest.json").read_bytes()
+    with pytest.raises(AuthorisationError, match="another owner"):
+        upgrade_run(RunFolder(run.folder), {"holdout_tolerance": 9.0}, stranger)
+    with pytest.raises(ConfigError, match="nothing is to be changed"):
+        upgrade_run(RunFolder(run.folder), {})
+    assert (run.folder / "manifest.json").read_bytes() == before
