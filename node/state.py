@@ -42,7 +42,9 @@ class Rules:
     patience: float = 60.0
     """How long a leaving node waits for the verdict on its last checkpoint."""
     hang_after: float = 300.0
-    """Silence after which a trainer counts as hung."""
+    """Silence after which a trainer that has begun counts as hung."""
+    start_within: float = 300.0
+    """How long a trainer may take to begin: it imports its libraries first."""
     stuck_after: float = 300.0
     """Full disk after which the lease is let go."""
     probe_again: float = 300.0
@@ -129,6 +131,15 @@ class Work:
     def may_train(self, rules: Rules) -> bool:
         return self.newest < self.most(rules)
 
+    @property
+    def begun(self) -> bool:
+        """Whether the trainer has said anything since it was started."""
+        return self.progress_at > self.started_at
+
+    def silent_from(self, rules: Rules) -> float:
+        """When the trainer counts as hung if it says nothing until then."""
+        return self.progress_at + (rules.hang_after if self.begun else max(rules.hang_after, rules.start_within))
+
     def claim(self, draining: bool) -> Claim:
         return Claim(self.shard, self.epoch, self.samples, "draining" if draining else "training")
 
@@ -198,7 +209,7 @@ def _work_times(rules: Rules, state: State, work: Work) -> list[float]:
     if state.phase == "training" and work.trainer == "off" and work.may_train(rules) and state.disk_full_since is None:
         times.append(work.restart_at)
     if work.trainer == "on" and not work.waiting and state.disk_full_since is None:
-        times.append(work.progress_at + rules.hang_after)
+        times.append(work.silent_from(rules))
     if work.pending and work.offering is None and state.online:
         times.append(work.offer_at)
     return times

@@ -262,12 +262,13 @@ def _train_on(turn: Turn) -> None:
     work = turn.work
     if work.trainer == "on":
         if until != work.until:
-            turn.change(until=until, progress_at=now, waiting=work.waiting and until <= work.at)
+            heard = now if work.begun else work.progress_at
+            turn.change(until=until, progress_at=heard, waiting=work.waiting and until <= work.at)
             turn.do(AllowEpochs(until))
         _end_trainer_when_due(turn, until)
         if turn.work.trainer == "on" and _silent(turn):
             turn.do(StopTrainer(save=False))
-            _trainer_failed(turn, "crash", f"no sign of life for {rules.hang_after:.0f} s")
+            _trainer_failed(turn, "crash", f"no sign of life for {now - turn.work.progress_at:.0f} s")
     elif state.phase == "training" and work.may_train(rules) and state.disk_full_since is None and now >= work.restart_at:
         number = state.trainers + 1
         turn.set(trainers=number)
@@ -278,7 +279,7 @@ def _train_on(turn: Turn) -> None:
 def _silent(turn: Turn) -> bool:
     """Whether the trainer hangs: it has nothing to wait for, and says nothing."""
     waits = turn.work.waiting or turn.state.disk_full_since is not None
-    return not waits and turn.now - turn.work.progress_at >= turn.rules.hang_after
+    return not waits and turn.now >= turn.work.silent_from(turn.rules)
 
 
 def _end_trainer_when_due(turn: Turn, until: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from lutetia.node import messages as m
 from lutetia.protocol.claims import ShardView
@@ -244,6 +246,17 @@ def test_a_hung_trainer_is_killed_and_restarted():
             break
     assert walk.state.trainers == 2
     assert walk.now - T >= RULES.hang_after
+
+
+def test_a_trainer_that_has_not_begun_is_given_time_to_import_its_libraries():
+    walk = Walk(replace(RULES, hang_after=5.0)).training()
+    walk.now += 60
+    walk.feed(m.Tick(walk.now))
+    assert not walk.said(m.StopTrainer)
+    walk.progress(0)
+    walk.now += 6
+    walk.feed(m.Tick(walk.now))
+    assert walk.said(m.StopTrainer), "but once it has begun, silence counts"
 
 
 def test_full_disk_reports_once_and_keeps_the_trainer():
