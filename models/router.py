@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..protocol.manifest import Manifest
+from ..protocol.manifest import LatentSpec, Manifest, RouterSpec
 from ..system.errors import DataError, IntegrityError
 from .data.shards import ShardData
 from .experts import TIMESTEPS
@@ -111,11 +111,15 @@ class RouterReport:
 
 def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
     """The run's router, freshly initialised."""
-    latent, spec = manifest.latent, manifest.router
+    return router_of(manifest.latent, manifest.router, len(manifest.shards), seed)
+
+
+def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0) -> VideoRouter:
+    """A router among `experts` for such latents, freshly initialised."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VideoRouter(
-            experts=len(manifest.shards),
+            experts=experts,
             channels=latent.channels,
             latent_size=latent.shape[1:],
             patch_size=_patch_size(latent.shape[1:]),

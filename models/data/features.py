@@ -1,9 +1,10 @@
 """Clip features: what makes two clips belong to the same cluster.
 
 `builtin` needs no weights: colours, layout, texture and motion of the frames, and the latents' statistics. `text` is the pooled
-text embedding. Anything else is a folder or hub id of a DINOv2 model (`Dinov2Model` of transformers), averaged over a few frames.
-Several are joined by `+`, each with equal weight. The default, `builtin+text`, found the natural kinds of a union of three sets
-with purity 0.99 to 1.00, where `builtin` alone reached 0.7 to 0.9 and latents alone 0.7 to 0.8.
+text embedding. `i3d` and `efficientnet` are the networks of the metrics (the assets' weights, or `i3d:FILE`). Anything else is a
+folder or hub id of a DINOv2 model (`Dinov2Model` of transformers), averaged over a few frames. Several are joined by `+`, each
+with equal weight. The default, `builtin+text`, found the natural kinds of a union of three sets with purity 0.99 to 1.00, where
+`builtin` alone reached 0.7 to 0.9 and latents alone 0.7 to 0.8.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from .clips import Frames
 from .hub import ModelRef, fingerprint, hub_errors, parse_ref, read_config
 
 Vector = NDArray[np.float32]
+Network = Literal["i3d", "efficientnet"]
 BUILTIN_FEATURES = ("builtin", "text")
+NETWORKS = ("i3d", "efficientnet")
 _GRID = 16  # frames are averaged down to this before colours, layout and motion are measured
 _DINO_FRAMES = 4
 
@@ -57,7 +60,10 @@ def wants_text(ref: str) -> bool:
 def _load(name: str, device: str) -> Features:
     if name == "builtin":
         return BuiltinFeatures()
-    return Dinov2Features(name, parse_ref(name, "features", BUILTIN_FEATURES), device)
+    network, _, file = name.partition(":")
+    if network in NETWORKS:
+        return NetworkFeatures(name, cast(Network, network), Path(file).expanduser() if file else None, device)
+    return Dinov2Features(name, parse_ref(name, "features", (*BUILTIN_FEATURES, *NETWORKS)), device)
 
 
 class Joiner:
@@ -133,6 +139,36 @@ def _latent_statistics(latents: Tensor) -> Tensor:
     return torch.cat([latents.mean((1, 2, 3)), latents.std((1, 2, 3)), change])
 
 
+class NetworkFeatures(Features):
+    """I3D's pooled features of the clip (1,024, needs 10 frames), or EfficientNet-lite0's averaged over its frames (1,280).
+
+    Beware: FVD is measured by I3D and the word classifier by EfficientNet. Clusters found by the same network may flatter it.
+    """
+
+    def __init__(self, name: str, network: Network, weights: Path | None = None, device: str = "cpu") -> None:
+        """Raises DataError where the weights are missing, before any clip is read."""
+        from ..metrics.assets import EFFICIENTNET_FILE, I3D_FILE, asset
+
+        self.name, self._network, self._device = name, network, device
+        self._weights = asset(I3D_FILE if network == "i3d" else EFFICIENTNET_FILE, weights)
+
+    @cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._extractor.tag
+
+    @cached_property
+    def _extractor(self) -> Any:
+        from ..metrics.efficientnet import EfficientNetExtractor
+        from ..metrics.i3d import I3DExtractor
+
+        made = I3DExtractor if self._network == "i3d" else EfficientNetExtractor
+        return made(self._weights, self._device)
+
+    def of(self, frames: Frames, latents: Tensor) -> Vector:
+        found = self._extractor(torch.from_numpy(np.ascontiguousarray(frames))[None])
+        return found["pooled" if self._network == "i3d" else "mean"][0].numpy()
+
+
 class Dinov2Features(Features):
     """Mean over a few frames of DINOv2's pooled (class token) output, input 224×224 and ImageNet-normalised."""
 
@@ -140,7 +176,7 @@ class Dinov2Features(Features):
         self.name, self._model, self._device = ref, model, device
         config = read_config("features", model)
         if config.get("model_type") != "dinov2":
-            known = ", ".join(BUILTIN_FEATURES)
+            known = ", ".join((*BUILTIN_FEATURES, *NETWORKS))
             raise ConfigError(f"features {ref!r} are of type {config.get('model_type')}; use {known} or a dinov2 model")
         self._side = 16 * int(config.get("patch_size", 14))
 

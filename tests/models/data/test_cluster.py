@@ -14,7 +14,9 @@ from lutetia.models.data.cluster_report import keywords, summarise
 from lutetia.models.data.features import BuiltinFeatures, Joiner, load_features, wants_text
 from lutetia.models.data.latents import load_latents
 from lutetia.models.data.text import load_text_encoder
+from lutetia.models.metrics.assets import I3D_FILE
 from lutetia.system.errors import ConfigError, DataError
+from small_networks import write_assets
 
 from .clipmaker import WORDS, look
 
@@ -155,12 +157,12 @@ def test_features_are_named_by_reference(tmp_path: Path) -> None:
     vector = dino.of(clip, torch.zeros(3, 8, 4, 4))
     assert (vector.shape, vector.dtype) == ((16,), np.float32)
     assert np.abs(vector - dino.of(look("bars", 0), torch.zeros(3, 8, 4, 4))).max() > 1e-3
-    with pytest.raises(ConfigError, match="no existing folder and no hub id; use builtin, text"):
+    with pytest.raises(ConfigError, match="no existing folder and no hub id; use builtin, text, i3d, efficientnet"):
         load_features("colour")
     transformers.BertModel(
         transformers.BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ConfigError, match="of type bert; use builtin, text or a dinov2 model"):
+    with pytest.raises(ConfigError, match="of type bert; use builtin, text, i3d, efficientnet or a dinov2 model"):
         load_features(str(tmp_path / "bert"))
 
 
@@ -176,3 +178,22 @@ def test_blocks_weigh_the_same_whatever_their_width_and_scale() -> None:
 def test_words_separate_what_captions_say() -> None:
     pooled = load_text_encoder("builtin:words", 6).encode(list(WORDS.values()))[1].numpy()
     assert np.linalg.matrix_rank(pooled) == 3
+
+
+def test_networks_of_the_metrics_are_features_by_the_same_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTETIA_ASSETS", str(write_assets(tmp_path / "assets", ["a"])))
+    video, image = load_features("i3d+efficientnet+text")
+    assert wants_text("i3d+efficientnet+text")
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 255, (10, 16, 16, 3), np.uint8)
+    found = video.of(clip, torch.zeros(1, 1, 1, 1))
+    assert found.shape == (64,)
+    assert np.array_equal(found, video.of(clip, torch.zeros(1, 1, 1, 1)))
+    assert image.of(clip, torch.zeros(1, 1, 1, 1)).shape == (1280,)
+    assert video.fingerprint != image.fingerprint
+    (named,) = load_features(f"i3d:{tmp_path / 'assets' / I3D_FILE}")
+    assert named.fingerprint == video.fingerprint  # the weights count, not where they lie
+    with pytest.raises(DataError, match=r"a clip of 8 frames is too short for I3D, which needs 10"):
+        video.of(clip[:8], torch.zeros(1, 1, 1, 1))
+    with pytest.raises(DataError, match=r"gone.safetensors do not exist"):
+        load_features(f"efficientnet:{tmp_path / 'gone.safetensors'}")
