@@ -1,4 +1,4 @@
-"""What every parser owes: to take the bytes, or to refuse them by a typed error of one plain sentence, in bounded time and memory."""
+"""What every parser owes: to take the bytes or refuse them by a typed error of one plain sentence, in bounded time and memory."""
 
 from __future__ import annotations
 

@@ -79,6 +79,6 @@ def _replaced(node: Any, random: Random) -> Any:
         if node and random.random() < 0.3:
             place = random.randrange(len(node))
             return node[:place] + random.choice("0aZ/.\\\n\0é-: ") + node[place + random.randrange(2) :]
-    if isinstance(node, (int, float)) and not isinstance(node, bool) and random.random() < 0.4:
+    if isinstance(node, (int, float)) and not isinstance(node, bool) and abs(node) < 1e300 and random.random() < 0.4:
         return random.choice((node + 1, node - 1, -node, node * 2, node / 3, float(node), 10 * node))
     return random.choice(AWKWARD)

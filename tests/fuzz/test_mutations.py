@@ -1,0 +1,33 @@
+"""Any bytes are parsed or refused by a typed error of one plain sentence, in bounded time and memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from strategies import mutations
+
+from benchmarks.fuzzing.targets import LIGHT, NAMES, TENSOR_NAMES, target
+
+MOST_SECONDS = 5.0  # of processor time: the machine may be busy
+EXAMPLES = {**dict.fromkeys(LIGHT, 60), **dict.fromkeys(TENSOR_NAMES, 25), "ledger": 40, "state": 10, "state-header": 15}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mutations_are_parsed_or_refused(name: str) -> None:
+    parser = target(name)
+
+    @settings(max_examples=EXAMPLES[name], deadline=None, suppress_health_check=list(HealthCheck))
+    @given(mutations(name))
+    def check(data: bytes) -> None:
+        begun = time.process_time()
+        parser.hold(data)
+        assert time.process_time() - begun < MOST_SECONDS
+
+    check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_seed_is_real(name: str) -> None:
+    assert target(name).hold(target(name).seeds()[0]) in ("taken", "refused")
