@@ -1,0 +1,209 @@
+"""The plan of a study, before anything runs: which trainings with which budgets, and what of them is sampled and judged.
+
+A *training* is one run of the swarm: K shards of one way of clustering, one expert class, one batch, one budget, one seed. A
+*reading* is a set of clips to judge: a training at some epoch, asked in some way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from ...protocol.canonical import Frozen
+from ...protocol.manifest import ExpertSpec, LatentSpec
+from ...system.errors import ConfigError
+from ..mixture import Mode
+from .config import Prompts, StudyConfig
+from .flops import Cost, expert_cost, router_cost
+
+Tier = Literal["headline", "control"]
+Method = Literal["kmeans", "random", "kinds"]
+Route = Literal["router", "text-blind", "oracle"]
+
+
+class Training(Frozen):
+    """One run of the swarm. `flops` is the whole: all experts' samples and the router's."""
+
+    name: str
+    tier: Tier
+    arm: str
+    seed: int
+    method: Method
+    experts: int
+    expert: ExpertSpec
+    batch: int
+    samples_per_shard: int
+    checkpoint_samples: int
+    flops_per_sample: int
+    router_flops: int
+    parameters: int = Field(description="of all experts together, without the router")
+    active_parameters: int = Field(description="of one expert: what a top-1 step runs")
+
+    @property
+    def data(self) -> str:
+        """The name of its built data: trainings that cluster alike share them."""
+        return f"{self.method}-{self.experts}"
+
+    @property
+    def epochs(self) -> int:
+        return self.samples_per_shard // self.checkpoint_samples
+
+    @property
+    def flops(self) -> int:
+        return self.flops_at(self.epochs)
+
+    def flops_at(self, epoch: int) -> int:
+        """Spent when every shard has `epoch` accepted checkpoints; the router counts in full from the start."""
+        return self.experts * self.checkpoint_samples * epoch * self.flops_per_sample + self.router_flops
+
+
+class Reading(Frozen):
+    """Clips to judge: of `training` when it had `epoch` checkpoints, routed by `route` and `mode`, or `expert` alone."""
+
+    training: str
+    epoch: int
+    prompts: Prompts
+    clips: int
+    route: Route = "router"
+    mode: Mode | None = None
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        how = self.route if self.expert is None else f"expert-{self.expert}"
+        return f"{self.training}-e{self.epoch}-{how}-{self.mode or 'own'}-{self.prompts}"
+
+
+class Plan(Frozen):
+    """All trainings and all readings, in the order in which they are best carried out: what the headline needs comes first."""
+
+    trainings: tuple[Training, ...]
+    readings: tuple[Reading, ...]
+
+    def training(self, name: str) -> Training:
+        return next(training for training in self.trainings if training.name == name)
+
+    def of(self, tier: Tier, arm: str) -> list[Training]:
+        """The trainings of an arm, by seed."""
+        return [training for training in self.trainings if (training.tier, training.arm) == (tier, arm)]
+
+
+def plan_study(config: StudyConfig, latent: LatentSpec) -> Plan:
+    """Budgets such that no arm of a tier spends more FLOPs than its monolith, nor less by more than a step per checkpoint. Raises ConfigError where the budget is too small for that."""
+    costs = _Costs(config, latent)
+    trainings = [*_headline(config, costs), *_controls(config, costs)]
+    readings = [reading for training in trainings for reading in _readings(config, training)]
+    return Plan(trainings=tuple(trainings), readings=tuple(readings))
+
+
+class _Costs:
+    """Costs of what the study's arms are made of, each counted once."""
+
+    def __init__(self, config: StudyConfig, latent: LatentSpec) -> None:
+        self.config, self.latent = config, latent
+        self._known: dict[str, Cost] = {}
+
+    def expert(self, spec: ExpertSpec) -> Cost:
+        key = spec.model_dump_json()
+        if key not in self._known:
+            self._known[key] = expert_cost(spec, self.latent)
+        return self._known[key]
+
+    def router(self, experts: int) -> int:
+        """FLOPs of training the router among `experts`."""
+        if experts == 1:
+            return 0
+        spec = self.config.router
+        return router_cost(spec, self.latent, experts).training * (spec.samples // spec.batch) * spec.batch
+
+    def budget(self, tier: Tier) -> int:
+        share = 1.0 if tier == "headline" else self.config.controls.share
+        return round(self.config.samples * share) * self.expert(self.config.expert).training
+
+
+def _training(
+    costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
+    method: Method = "kmeans",
+) -> Training:  # fmt: skip
+    """The training whose samples use up the tier's budget, to the whole checkpoint."""
+    spec = spec or costs.config.expert
+    cost, router, points = costs.expert(spec), costs.router(experts), costs.config.checkpoints
+    affordable = (costs.budget(tier) - router) / (experts * cost.training)
+    steps = int(affordable / batch / points)  # never above the budget
+    if steps < 1:
+        raise ConfigError(
+            f"the budget of the {tier} tier leaves arm {arm} fewer than {points} steps of {batch} clips beside its router; "
+            "use more samples, fewer checkpoints or a smaller router"
+        )
+    return Training(
+        name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method="random" if experts == 1 else method,
+        experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
+        flops_per_sample=cost.training, router_flops=router, parameters=experts * cost.parameters,
+        active_parameters=cost.parameters,
+    )  # fmt: skip
+
+
+def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Iterator[Training]:
+    experts, batch = config.data.experts, config.optimisation.batch
+    yield _training(costs, tier, "monolith", seed, experts=1, batch=batch)
+    method: Method = config.data.method
+    yield _training(costs, tier, "mixture", seed, experts=experts, batch=batch // experts, method=method)
+
+
+def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
+    for seed in config.seeds:
+        yield from _pair(config, costs, "headline", seed)
+
+
+def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
+    controls, experts, batch = config.controls, config.data.experts, config.optimisation.batch
+    if not controls.arms and not controls.expert_counts:
+        return
+    small = batch // experts
+    for seed in controls.seeds:
+        yield from _pair(config, costs, "control", seed)
+        for arm in controls.arms:
+            match arm:
+                case "small-batch":
+                    yield _training(costs, "control", arm, seed, experts=1, batch=small)
+                case "random" | "kinds":
+                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, method=arm)
+                case "wide":
+                    yield _training(costs, "control", arm, seed, experts=1, batch=batch, spec=config.wide)
+                case "narrow":
+                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, spec=config.narrow)
+                case _:
+                    continue  # asks the control mixture in another way: see _readings
+        for count in controls.expert_counts:
+            if count != experts:
+                yield _training(costs, "control", f"{count}-experts", seed, experts=count, batch=batch // count)
+
+
+def _readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
+    judging, last = config.judging, training.epochs
+    first, *others = judging.prompts
+    if training.tier == "headline":
+        yield Reading(training=training.name, epoch=last, prompts=first, clips=judging.clips)
+        for prompts in others:
+            yield Reading(training=training.name, epoch=last, prompts=prompts, clips=judging.clips)
+        for epoch in range(1, last):
+            yield Reading(training=training.name, epoch=epoch, prompts=first, clips=judging.curve_clips)
+        return
+    clips, name = config.controls.clips, training.name
+    yield Reading(training=name, epoch=last, prompts=first, clips=clips)
+    if training.arm != "mixture":
+        return
+    arms = config.controls.arms
+    if "modes" in arms:
+        modes: tuple[Mode, ...] = ("top1", "top2", "full", "sticky")
+        for mode in modes:
+            if mode != config.sampling.mode:
+                yield Reading(training=name, epoch=last, prompts=first, clips=clips, mode=mode)
+    for route in ("text-blind", "oracle"):
+        if route in arms:
+            yield Reading(training=name, epoch=last, prompts=first, clips=clips, route=route)
+    if "experts" in arms:
+        for expert in range(training.experts):
+            yield Reading(training=name, epoch=last, prompts=first, clips=clips, expert=expert)
