@@ -27,6 +27,7 @@ from .settings import RunSettings, small_expert, tiny_expert
 from .upgrading import published
 
 _DAY = 86400.0
+_EPOCH = 1_767_225_600.0  # 2026-01-01, the birth of all seeded runs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,26 @@ class CreatedRun:
     manifest: Manifest
 
 
-def create_run(data: Path, folder: Path, settings: RunSettings | None = None) -> CreatedRun:
+@dataclass(frozen=True)
+class Birth:
+    """What makes one run differ from another of equal settings: its keys and its time of birth (Unix seconds)."""
+
+    owner: Identity
+    coordinator: Identity
+    time: float
+
+    @classmethod
+    def now(cls) -> Birth:
+        """Fresh keys, as every real run has them."""
+        return cls(Identity.generate(), Identity.generate(), time.time())
+
+    @classmethod
+    def of_seed(cls, seed: str) -> Birth:
+        """The same keys for the same seed, so that equal data give equal weights. Anybody can forge them: loopback only."""
+        return cls(Identity.derived(f"owner|{seed}"), Identity.derived(f"coordinator|{seed}"), _EPOCH)
+
+
+def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: Birth | None = None) -> CreatedRun:
     """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
 
     Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, expert does not fit, unknown
@@ -51,8 +71,9 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None) ->
         raise ConfigError(f"{folder} exists already; a run is never overwritten, name a new folder")
     description = read_data(data)
     _check_experts(settings, description)
-    owner, coordinator = Identity.generate(), Identity.generate()
-    manifest = _manifest(settings, description, owner, coordinator, time.time())
+    birth = birth or Birth.now()
+    owner, coordinator = birth.owner, birth.coordinator
+    manifest = _manifest(settings, description, owner, coordinator, birth.time)
     _check_expert(manifest)
     with disk_errors(folder):
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,10 @@ class DrawnClips(Frozen):
 class Controls(Frozen):
     """What could explain a gain, at `share` of the headline's budget, against a monolith and a mixture of that budget too.
 
-    small-batch: a monolith at batch B/K for K times the steps. random: clusters that mean nothing. kinds: clusters by the clips'
-    own kinds. text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes: top1, top2,
-    full, sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the parameters at equal
-    compute. narrow: experts of 1/K of the parameters each, so that all together have as many as the monolith, at equal compute.
+    small-batch: a monolith at batch B/K for K times the steps. random: clusters that mean nothing. kinds: clusters by the
+    clips' own kinds. text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes:
+    top1, top2, full, sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the
+    parameters. narrow: experts of 1/K of the parameters each, so that all together have as many as the monolith.
     """
 
     share: float = Field(default=0.25, gt=0, le=1)
@@ -94,7 +94,7 @@ class Machines(Frozen):
 class StudyConfig(Frozen):
     """A whole study. `data.experts` is K of the mixture, `optimisation.batch` the monolith's batch, of which each expert has 1/K.
 
-    `samples`: what the monolith sees; every other arm gets the same FLOPs, the router's included. `checkpoints`: points of a curve.
+    `samples`: what the monolith sees; every other arm gets the same FLOPs, the router's included. `checkpoints`: of a curve.
     """
 
     name: Name

@@ -91,7 +91,10 @@ class Plan(Frozen):
 
 
 def plan_study(config: StudyConfig, latent: LatentSpec) -> Plan:
-    """Budgets such that no arm of a tier spends more FLOPs than its monolith, nor less by more than a step per checkpoint. Raises ConfigError where the budget is too small for that."""
+    """Budgets such that no arm spends more FLOPs than the tier's budget, nor less by more than a step per checkpoint.
+
+    Raises ConfigError where the budget is too small for that.
+    """
     costs = _Costs(config, latent)
     trainings = [*_headline(config, costs), *_controls(config, costs)]
     readings = [reading for training in trainings for reading in _readings(config, training)]
