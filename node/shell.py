@@ -15,6 +15,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.transport import Transport
 from ..protocol.upgrade import training_changed
 from ..system.errors import LutetiaError, one_error
+from ..system.files import takes_writes
 from ..system.notify import notify
 from . import messages as m
 from .assignment import Assignment
@@ -95,7 +96,7 @@ class Shell:
         self.manifest = self.material.manifest = self.chores.manifest = manifest
         self.network.upgrade(manifest)
         rate = self.prober.finding.samples_per_second if self.prober.finding else 0.0
-        self.rules = patient_rules(Rules.of(manifest, self.network.identity.public_key), manifest, rate * self.settings.duty)
+        self.rules = patient_rules(Rules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
         self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
         if manifest.hardware != old.hardware and self._group:
             self._spawn(self._probe())
@@ -229,7 +230,7 @@ class Shell:
         except LutetiaError as error:
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
-            self.rules = patient_rules(self.rules, self.manifest, finding.samples_per_second * self.settings.duty)
+            self.rules = patient_rules(self.rules, self.manifest, self.settings, finding.samples_per_second)
             self.feed(m.Probed(time.time(), finding.fitness))
 
     async def _begin_sync(self, action: m.Sync) -> None:
@@ -269,12 +270,12 @@ class Shell:
             self._disk = self._spawn(self._wait_for_disk())
 
     async def _wait_for_disk(self) -> None:
-        """There is hope when there is more space than when it failed."""
+        """There is hope when there is more space than when it failed, or when a disk that took no writes takes one."""
         folder = self.settings.state_folder
-        free = shutil.disk_usage(folder).free
+        free, refused = shutil.disk_usage(folder).free, not await asyncio.to_thread(takes_writes, folder)
         while True:
             await asyncio.sleep(_DISK_SECONDS)
-            if shutil.disk_usage(folder).free > free:
+            if shutil.disk_usage(folder).free > free or (refused and await asyncio.to_thread(takes_writes, folder)):
                 break
         self.feed(m.DiskFree(time.time()))
 
@@ -315,10 +316,11 @@ class Shell:
         return document
 
 
-def patient_rules(rules: Rules, manifest: Manifest, rate: float) -> Rules:
-    """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second."""
-    longest = 20 * manifest.optimisation.batch / rate if rate > 0 else 0.0
-    return replace(rules, hang_after=max(Rules.hang_after, longest))
+def patient_rules(rules: Rules, manifest: Manifest, settings: NodeSettings, rate: float) -> Rules:
+    """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second at full duty."""
+    pace = rate * settings.duty
+    longest = 20 * manifest.optimisation.batch / pace if pace > 0 else 0.0
+    return replace(rules, hang_after=max(settings.hang_after, longest))
 
 
 @contextlib.contextmanager

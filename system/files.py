@@ -66,6 +66,18 @@ def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
         temporary.write_bytes(data)
 
 
+def takes_writes(folder: Path) -> bool:
+    """Whether a small file can be written in `folder`; it is not kept."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    return True
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Put the folder `new` (same parent) in the place of `target`, durably, and remove what was there.
 
