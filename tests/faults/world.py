@@ -1,0 +1,251 @@
+"""A run with its coordinators and boxes, all real processes, and the invariants that hold whatever happens to them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lutetia.coordinator.create import CreatedRun, create_run
+from lutetia.coordinator.settings import RunSettings, tiny_expert
+from lutetia.models.checkpoints import check_state, check_weights
+from lutetia.node.control import ask
+from lutetia.protocol.events import CheckpointAccepted, Event, read_event
+from lutetia.protocol.manifest import ExpertSpec, Optimisation, Timing
+from lutetia.protocol.records import AcceptanceRecord
+from lutetia.protocol.status import ShardStatus, SwarmStatus
+from lutetia.protocol.store import BlobStore
+from lutetia.system.errors import LutetiaError
+
+from ..coordinator.tinydata import build_tiny, latent_spec
+from .processes import PATIENCE, Member, litter, relatives, start, until
+
+HEARTBEAT = 2.0
+LEASE = 3 * HEARTBEAT
+STEPS = 20
+EPOCHS = 4000
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_run(folder: Path, address: str, *, shards: int = 1, bulky: bool = False, **settings: Any) -> CreatedRun:
+    """A run of small experts that goes on for hours. With `bulky`, a training state is of several chunks (2.6 MB, else 0.2)."""
+    data = build_tiny(folder / "data", shards)
+    fields: dict[str, Any] = {
+        "name": "faults", "addresses": (address,), "samples_per_shard": EPOCHS * STEPS * 2, "checkpoint_samples": STEPS * 2,
+        "optimisation": Optimisation(batch=2, learning_rate=1e-4, warmup_steps=2, ema_decay=0.5), "holdout_tolerance": 10.0,
+        "timing": Timing(heartbeat=HEARTBEAT, tenure=60.0), "expert": bulky_expert() if bulky else None,
+    }  # fmt: skip
+    return create_run(data, folder / "disk" / "run", RunSettings(preset="tiny", **{**fields, **settings}))
+
+
+def bulky_expert() -> ExpertSpec:
+    """Many parameters and little arithmetic."""
+    config = tiny_expert(latent_spec()).config
+    return ExpertSpec(config={**config, "ffn_dim": 4096})
+
+
+def events(run: Path) -> list[Event]:
+    """The ledger as it stands on disk, read beside whoever writes it."""
+    with contextlib.closing(sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True, timeout=30)) as connection:
+        return [read_event(text) for (text,) in connection.execute("SELECT event FROM events ORDER BY id")]
+
+
+def acceptances(run: Path, shard: int = 0) -> list[AcceptanceRecord]:
+    """Of one shard, oldest first."""
+    given = [event.acceptance for event in events(run) if isinstance(event, CheckpointAccepted)]
+    return [acceptance for acceptance in given if acceptance.shard == shard]
+
+
+class Coordinator(Member):
+    """`lutetia coordinator serve`."""
+
+    run: Path
+
+    def status(self) -> SwarmStatus:
+        return SwarmStatus.model_validate_json((self.run / "status.json").read_bytes())
+
+    def shard(self, shard: int = 0) -> ShardStatus:
+        return self.status().shards[shard]
+
+    def health(self, owner: str) -> str | None:
+        return next((node.health for node in self.status().nodes if node.owner == owner), None)
+
+    async def accepts(self, more: int = 1, *, author: str | None = None, shard: int = 0, seconds: float = PATIENCE) -> None:
+        """Until `more` further results (of `author`) are accepted."""
+
+        def count() -> int:
+            return sum(author in (None, one.author) for one in acceptances(self.run, shard))
+
+        goal = count() + more
+        await until(lambda: self.alive() and count() >= goal, f"{more} acceptances of {author or 'anybody'}", seconds)
+
+    def alive(self) -> bool:
+        assert self.running, f"the coordinator ended: {self.words()[-3000:]}"
+        return True
+
+
+class Box(Member):
+    """`lutetia join` on a state folder of its own."""
+
+    state: Path
+
+    @property
+    def work(self) -> Path:
+        """The folder of its work on shard 0."""
+        return next(self.state.glob("runs/*/work"), self.state / "none") / "0000"
+
+    async def status(self) -> dict[str, Any]:
+        """The local status; empty while the daemon does not answer."""
+        with contextlib.suppress(LutetiaError, OSError):
+            return await ask(self.state, "status")
+        return {}
+
+    async def until(self, seconds: float = PATIENCE, **wanted: Any) -> dict[str, Any]:
+        """The first local status in which every field is as wanted (or, for a callable, makes it true)."""
+        last: dict[str, Any] = {}
+
+        async def come() -> dict[str, Any] | None:
+            nonlocal last
+            assert self.running, f"{self.name} ended: {self.words()[-3000:]}"
+            last = await self.status() or last
+            fits = all(want(last.get(key)) if callable(want) else last.get(key) == want for key, want in wanted.items())
+            return last if last and fits else None
+
+        try:
+            return await until(come, f"{self.name} to be {wanted}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nlast: {last}\n{self.words()[-3000:]}") from error
+
+    async def says(self, text: str, start: int = 0) -> None:
+        """Until its log has `text`."""
+        await until(lambda: text in self.words(start), f"{self.name} to say {text!r}")
+
+
+@dataclass
+class World:
+    """One run under `folder`. Its processes are started here and ended by `close`, which also looks for what they left."""
+
+    folder: Path
+    run: CreatedRun
+    members: dict[str, Member] = field(default_factory=dict)
+    runs: list[Path] = field(default_factory=list)
+
+    async def coordinator(
+        self, run: Path | None = None, *, name: str = "coordinator", settings: str = "", prefix: Sequence[str] = (),
+        flags: Sequence[str] = (), ready: bool = True,
+    ) -> Coordinator:  # fmt: skip
+        """Serve `run` (by default the world's own); returns when its first status is there."""
+        run = run or self.run.folder
+        config = self.folder / f"{name}.toml"
+        config.write_text(f'stitch = "end"\ngallery = false\noffers_per_minute = 1000\n{settings}')
+        (run / "status.json").unlink(missing_ok=True)
+        member = await start(name, self.folder, ["coordinator", "serve", run, "--config", config, *flags], prefix=prefix)
+        member.__class__ = Coordinator
+        assert isinstance(member, Coordinator)
+        member.run = run
+        self.members[name] = member
+        self.runs = list(dict.fromkeys([*self.runs, run]))
+        if ready:
+            await until(lambda: member.alive() and (run / "status.json").exists(), "the coordinator's first status")
+        return member
+
+    async def box(
+        self, name: str, *flags: str, state: Path | None = None, listen: str = LOOPBACK, prefix: Sequence[str] = (),
+        program: Sequence[str | Path] = ("-m", "lutetia.cli"), environment: Mapping[str, str] | None = None,
+    ) -> Box:  # fmt: skip
+        """A box joins, or comes back with the state that it had."""
+        state = state or self.folder / name
+        arguments = ["join", self.run.ticket, "--state-folder", state, "--listen", listen, "--device", "cpu", "--threads", "1"]
+        pace = () if "--duty" in flags else ("--duty", "0.2")
+        member = await start(
+            name, self.folder, [*arguments, *pace, *flags], {"LUTETIA_SAVE_EVERY": "1", **(environment or {})}, prefix, program
+        )
+        member.__class__ = Box
+        assert isinstance(member, Box)
+        member.state = state
+        self.members[name] = member
+        return member
+
+    def check(self) -> None:
+        """I1 and I6, wherever the run stands now; I2 and I3 for what was accepted last."""
+        for run in self.runs:
+            check_lineage(run)
+            check_bytes(run, self)
+            check_health(run)
+
+    async def close(self) -> None:
+        """End everything, then I5: no process, socket or half-written file is left."""
+        try:
+            for member in self.members.values():
+                if member.running:
+                    member.signal_all(signal.SIGCONT)
+                    await member.end(signal.SIGTERM if isinstance(member, Coordinator) else signal.SIGKILL)
+            for run in self.runs:
+                check_lineage(run)
+            await until(
+                lambda: not relatives(self.folder), f"no process of {self.folder} to be left: {relatives(self.folder)}", 20
+            )
+        finally:
+            for member in self.members.values():
+                if member.running:
+                    for one in member.family():
+                        one.kill()
+                    await member.process.wait()
+
+
+def check_lineage(run: Path) -> None:
+    """I1: one accepted checkpoint per (shard, epoch), each on its predecessor."""
+    lineages: dict[int, list[AcceptanceRecord]] = defaultdict(list)
+    for event in events(run):
+        if isinstance(event, CheckpointAccepted):
+            lineages[event.acceptance.shard].append(event.acceptance)
+    for lineage in lineages.values():
+        assert [one.epoch for one in lineage] == list(range(1, len(lineage) + 1))
+        assert [one.parent for one in lineage] == [None, *(one.checkpoint for one in lineage[:-1])]
+
+
+def check_bytes(run: Path, world: World) -> None:
+    """I2 and I3: what was accepted last is here whole, hashes to its name and has the manifest's shapes."""
+    manifest, store = world.run.manifest, BlobStore(run / "blobs")
+    for shard in range(len(manifest.shards)):
+        if lineage := acceptances(run, shard):
+            last = lineage[-1]
+            store.verify(last.weights.digest)
+            store.verify(last.state.digest)
+            check_weights(store.path(last.weights.digest), manifest.expert_of(shard))
+            check_state(store.path(last.state.digest), manifest.expert_of(shard), manifest.optimisation)
+
+
+def check_health(run: Path) -> None:
+    """I6: nobody is called working whose last accepted work is older than what is due."""
+    status = SwarmStatus.model_validate_json((run / "status.json").read_bytes())
+    for node in status.nodes:
+        if node.health == "working":
+            assert node.last_accepted is not None
+            assert node.shard is not None
+            due = status.shards[node.shard].due
+            assert due is None or status.time <= due + 1
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, address: str | None = None, **settings: Any) -> AsyncIterator[World]:
+    """A run without processes yet; none is left at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = World(folder, make_run(folder, address or f"127.0.0.1:{free_port()}", **settings))
+    try:
+        yield place
+    finally:
+        await place.close()
+    assert not litter(folder / "tmp"), litter(folder / "tmp")
