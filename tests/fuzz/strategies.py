@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from random import Random
@@ -112,14 +111,10 @@ def _consistent(value: Json) -> Json:
     count, batch = len(value["shards"]), value["optimisation"]["batch"]
     for index, shard in enumerate(value["shards"]):
         shard |= {"index": index, "prior": 1 / count, "clips": max(shard["clips"], batch)}
-    latent = value["latent"]
-    statistics = math.isfinite(latent["channels"]) and latent["channels"] <= 8
-    latent |= {"mean": [0.5] * latent["channels"], "std": [1.5] * latent["channels"]} if statistics else {"mean": [], "std": []}
-    value |= {
-        "checkpoint_samples": 2 * batch,
-        "samples_per_shard": 6 * batch,
-        "expires": value["created"] + abs(value["created"]) + 1,
-    }
+    latent, created = value["latent"], value["created"]
+    channels = latent["channels"] if latent["channels"] <= 8 else 0
+    latent |= {"mean": [0.5] * channels, "std": [1.5] * channels}
+    value |= {"checkpoint_samples": 2 * batch, "samples_per_shard": 6 * batch, "expires": created + abs(created) + 1}
     value["run"] = None if value["version"] == 1 else value.get("run") or "a" * 64
     return value
 

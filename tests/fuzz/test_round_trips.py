@@ -43,9 +43,10 @@ def test_a_document_that_fits_its_schema_survives(name: str) -> None:
     def check(data: bytes) -> None:
         try:
             document = kind.model_validate_json(data)
-        except ValidationError as error:  # what the schema cannot say: a cross-check between fields
-            assert "Value error" in str(error)
-            return
+        except ValidationError as error:
+            if any(problem["type"] != "value_error" for problem in error.errors()):
+                raise
+            return  # a cross-check between fields, which a schema cannot say
         again = kind.model_validate_json(canonical(document))
         assert again == document
         assert canonical(again) == canonical(document)
