@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "unclaimed": "red", "overdue": "red"}
-_HEALTH_STYLE = {"working": "green", "starting": "yellow", "standby": "cyan", "paused": "yellow", "overdue": "red"}
+_HEALTH_STYLE = {
+    "working": "green", "starting": "yellow", "standby": "cyan", "paused": "yellow", "overdue": "red", "quarantined": "red",
+}  # fmt: skip
 STALE_AFTER = 60.0  # seconds after which a status document says nothing about now
 
 

@@ -8,14 +8,37 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..protocol.events import CheckpointAccepted, CheckpointRefused, CheckpointSuperseded, Event
+from ..protocol.events import (
+    AuditDone,
+    CheckpointAccepted,
+    CheckpointRefused,
+    CheckpointSuperseded,
+    Event,
+    LineageRolledBack,
+    PeerQuarantined,
+)
 from ..protocol.ledger_state import RunState
 from ..protocol.offers import OfferReply
-from ..protocol.records import AcceptanceRecord, CheckpointRecord
+from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from .judge import JudgeState, Rules, judge
-from .ladder import Limits, Tools, climb
+from .ladder import Limits, Replayed, Tools, climb
 from .ledger import Ledger
-from .messages import Action, Answer, Check, Checked, Discard, LimitsKnown, Noted, Publish, Stimulus, Tick, Write
+from .messages import (
+    Action,
+    Answer,
+    Audit,
+    Audited,
+    Check,
+    Checked,
+    Discard,
+    LimitsKnown,
+    Noted,
+    Proclaim,
+    Publish,
+    Stimulus,
+    Tick,
+    Write,
+)
 
 _log = logging.getLogger("lutetia.coordinator.bench")
 
@@ -26,9 +49,13 @@ Waiting = asyncio.Future[OfferReply | None]
 
 
 class Hands(Tools, Protocol):
-    """What the bench needs besides the rungs. `keep` and `discard` block on the disk."""
+    """What the bench needs besides the rungs. `keep`, `discard` and `forget` block on the disk."""
 
     async def limits(self) -> Limits: ...
+
+    async def replay(self, audit: Audit) -> Replayed: ...
+
+    def forget(self, run: RunState) -> None: ...
 
     def keep(self, record: CheckpointRecord) -> None: ...
 
@@ -42,7 +69,7 @@ class Bench:
     rules: Rules
     ledger: Ledger
     hands: Hands
-    publish: Callable[[AcceptanceRecord], Awaitable[None]]
+    publish: Callable[[AcceptanceRecord | ResetRecord], Awaitable[None]]
     now: Callable[[], float]
     changed: Callable[[RunState], None] = lambda state: None
     state: JudgeState = field(init=False)
@@ -95,20 +122,29 @@ class Bench:
             for event in events:
                 _tell(event)
             self.changed(self.state.run)
-        for action in accepted:
-            group.create_task(self._publish(action.acceptance))
         for action in actions:
-            if isinstance(action, Check):
-                group.create_task(self._check(action))
-            elif isinstance(action, Discard):
-                await asyncio.to_thread(self.hands.discard, action.record)
+            match action:
+                case Publish(acceptance=record) | Proclaim(record=record):
+                    group.create_task(self._publish(record))
+                case Check():
+                    group.create_task(self._check(action))
+                case Audit():
+                    group.create_task(self._audit(action))
+                case Discard(record=record):
+                    await asyncio.to_thread(self.hands.discard, record)
+        if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
+            await asyncio.to_thread(self.hands.forget, self.state.run)
 
-    async def _publish(self, acceptance: AcceptanceRecord) -> None:
-        await self.publish(acceptance)
+    async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
+        await self.publish(record)
 
     async def _check(self, check: Check) -> None:
         verdict = await climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
         await self.hear(Checked(check.record, verdict, self.now()))
+
+    async def _audit(self, audit: Audit) -> None:
+        done = await self.hands.replay(audit)
+        await self.hear(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
 
     async def _learn_limits(self) -> None:
         await self.hear(LimitsKnown(await self.hands.limits(), self.now()))
@@ -131,5 +167,12 @@ def _tell(event: Event) -> None:
             _log.info("shard %d epoch %d of %s is %s at rung %s: %s", *facts)
         case CheckpointSuperseded():
             _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
+        case AuditDone():
+            facts = (event.shard, event.epoch, event.owner[:8], event.outcome, event.text)
+            _log.info("audit of shard %d epoch %d of %s: %s, %s", *facts)
+        case PeerQuarantined():
+            _log.warning("peer %s is quarantined: %s", event.owner, event.text)
+        case LineageRolledBack():
+            _log.warning("shard %d goes on from epoch %d again; %d epochs are void", event.shard, event.epoch, event.dropped)
         case _:
             _log.debug("%s", event.kind)

@@ -6,59 +6,42 @@ that did not climb the whole ladder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import assert_never
 
 from ..protocol.events import (
-    AuditDone,
-    AuditDue,
     BaselineMeasured,
     CheckpointAccepted,
     CheckpointRefused,
     CheckpointSeen,
     CheckpointSuperseded,
-    Event,
 )
-from ..protocol.ledger_state import Candidate, RunState, ShardLedger, apply, audit_due
-from ..protocol.manifest import Manifest
+from ..protocol.ledger_state import Candidate, RunState, ShardLedger
 from ..protocol.offers import OfferReply
 from ..protocol.persistent import Table
 from ..protocol.records import AcceptanceRecord, CheckpointRecord
-from .ladder import Limits, Verdict, entitled, lineage, lottery, sizes
-from .messages import Action, Answer, Check, Checked, Discard, LimitsKnown, Noted, Offered, Publish, Stimulus, Tick, Write
+from .auditing import audited, build_of, consider, start_audit
+from .ladder import Verdict, entitled, lineage, sizes
+from .messages import (
+    Action,
+    Answer,
+    Audited,
+    Check,
+    Checked,
+    Discard,
+    LimitsKnown,
+    Noted,
+    Offered,
+    Publish,
+    Stimulus,
+    Tick,
+)
+from .turn import JudgeState, Rules, Turn, refusal
+
+__all__ = ["JudgeState", "Rules", "judge"]
 
 _MINUTE = 60.0
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What does not change while the service runs. `secret` makes audits unforeseeable."""
-
-    manifest: Manifest
-    coordinator: str
-    secret: bytes
-    offers_per_minute: int = 30
-    candidates_per_shard: int = 16
-    checks_at_once: int = 4
-    attempts: int = 4
-    retry_delay: float = 5.0
-
-
-@dataclass(frozen=True)
-class JudgeState:
-    """The run, and what is lost at a restart without harm. `pending`: shards with candidates; `checking`: shards under check."""
-
-    run: RunState
-    limits: Limits | None = None
-    pending: frozenset[int] = frozenset()
-    checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
-    offers: Table[str, tuple[float, ...]] = field(default_factory=Table)
-
-    @classmethod
-    def restored(cls, run: RunState) -> JudgeState:
-        """After a restart every candidate that had no final verdict is judged again."""
-        return cls(run, pending=frozenset(index for index, shard in run.shards.items() if shard.candidates))
 
 
 def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
@@ -71,6 +54,8 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
             turn.checked(stimulus.record, stimulus.verdict)
         case LimitsKnown():
             turn.state = replace(turn.state, limits=stimulus.limits)
+        case Audited():
+            audited(turn, stimulus)
         case Tick():
             turn.forget_offers()
         case Noted():
@@ -79,19 +64,12 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
         case _:
             assert_never(stimulus)
     turn.start_checks()
+    start_audit(turn)
     return turn.state, tuple(turn.actions)
 
 
-class _Turn:
-    """One call of `judge`: collects events and actions."""
-
-    def __init__(self, rules: Rules, state: JudgeState, now: float) -> None:
-        self.rules, self.state, self.now = rules, state, now
-        self.actions: list[Action] = []
-
-    def write(self, event: Event) -> None:
-        self.state = replace(self.state, run=apply(self.state.run, event))
-        self.actions.append(Write(event))
+class _Turn(Turn):
+    """One call of `judge`."""
 
     # offers
 
@@ -102,6 +80,8 @@ class _Turn:
             return OfferReply(verdict="invalid", rung="lineage", text=f"the run has no shard {record.shard}")
         if offer.via == "offer" and (wait := self._over_rate(record.owner)):
             return OfferReply(verdict="busy", text="too many offers from this peer", retry_after=wait)
+        if record.owner in self.run.quarantined:
+            return OfferReply(verdict="invalid", rung="quarantine", text=_why_quarantined(self.run, record.owner))
         reply = _standing(self.state.run, shard, record)
         if reply and not (reply.verdict == "inconclusive" and self._may_try_again(shard, offer)):
             return reply
@@ -135,7 +115,7 @@ class _Turn:
         return None
 
     def _refused_at_once(self, record: CheckpointRecord, bad: Verdict) -> OfferReply:
-        self.write(_refusal(record, bad, self.now))
+        self.write(refusal(record, bad, self.now))
         return OfferReply(verdict="invalid", rung=bad.rung, text=bad.text)
 
     def forget_offers(self) -> None:
@@ -192,10 +172,10 @@ class _Turn:
         again_at = None
         if verdict.outcome == "inconclusive" and candidate.attempts + 1 < self.rules.attempts:
             again_at = self.now + self.rules.retry_delay * 2**candidate.attempts
-        self.write(_refusal(record, verdict, self.now, again_at))
+        self.write(refusal(record, verdict, self.now, again_at))
         if again_at is None:
             self.actions.append(Discard(record))
-        self._tidy(record.shard)
+        self.tidy(record.shard)
 
     def _accepted(self, record: CheckpointRecord, verdict: Verdict) -> None:
         shard = self.state.run.shards[record.shard]
@@ -206,9 +186,10 @@ class _Turn:
             or verdict.parent_loss is None
         ):
             raise AssertionError(f"the ladder let through epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
-        acceptance = _acceptance(self.rules, record, verdict.loss, self.now)
-        self.write(CheckpointAccepted(time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss))
-        self._audit(record, self.state.run.peer(record.owner).streak - 1)
+        acceptance = _acceptance(self.rules, record, shard.term, verdict.loss, self.now)
+        build = build_of(record, self.rules.manifest)
+        self.write(CheckpointAccepted(time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build))
+        consider(self, record)
         self.actions.append(Publish(acceptance, record))
         for other in tuple(self.state.run.shards[record.shard].candidates.values()):
             late = other.record
@@ -218,32 +199,23 @@ class _Turn:
                 )
             )
             self.actions.append(Discard(late))
-        self._tidy(record.shard)
+        self.tidy(record.shard)
 
-    def _audit(self, record: CheckpointRecord, streak: int) -> None:
-        """The last rung. Nobody replays training yet: the ledger says so instead of counting it as passed."""
-        if not audit_due(streak, self.rules.manifest.audit.streak, lottery(self.rules.secret, record.digest)):
-            return
-        result = {
-            "time": self.now,
-            "shard": record.shard,
-            "epoch": record.epoch,
-            "owner": record.owner,
-            "checkpoint": record.digest,
-        }
-        self.write(AuditDue(**result, streak=streak))
-        self.write(AuditDone(**result, outcome="not carried out", text="no peer carries out audits yet"))
 
-    def _tidy(self, index: int) -> None:
-        if not self.state.run.shards[index].candidates:
-            self.state = replace(self.state, pending=self.state.pending - {index})
+def _why_quarantined(run: RunState, owner: str) -> str:
+    why = run.quarantined[owner]
+    what = f"an audit found its epoch {why.epoch} of shard {why.shard} invalid ({why.text[:600]})"
+    return f"this peer is quarantined: {what}; ask the run's operator"
 
 
 def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
     """How a result stands that is decided or waiting already; None for a new one."""
     digest = record.digest
-    if run.peer(record.owner).checkpoint == digest:
+    if run.peer(record.owner).checkpoint == digest and shard.link(digest):
         return OfferReply(verdict="accepted")
+    if shard.term and record.epoch > shard.epoch and (record.epoch > shard.epoch + 1 or record.parent != shard.accepted):
+        text = f"shard {record.shard} was rolled back to epoch {shard.epoch}; sync it and go on from there"
+        return OfferReply(verdict="superseded", text=text)
     if record.epoch <= shard.epoch:
         text = f"epoch {shard.epoch} of shard {record.shard} was accepted from another result; sync it and go on from there"
         return OfferReply(verdict="superseded", text=text)
@@ -258,17 +230,9 @@ def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> Of
     return None
 
 
-def _refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: float | None = None) -> CheckpointRefused:
-    assert verdict.outcome != "valid"
-    return CheckpointRefused(
-        time=now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
-        verdict=verdict.outcome, rung=verdict.rung, text=verdict.text[:1000], again_at=again_at,
-    )  # fmt: skip
-
-
-def _acceptance(rules: Rules, record: CheckpointRecord, loss: float, now: float) -> AcceptanceRecord:
+def _acceptance(rules: Rules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
     return AcceptanceRecord(
         run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
         parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
-        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss,
+        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss, term=term,
     )  # fmt: skip

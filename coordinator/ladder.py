@@ -7,19 +7,19 @@
     format     safetensors with exactly the manifest's names, shapes and dtypes
     numbers    finite, and within norm bounds
     holdout    held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
-    audit      replayed by somebody else, where the adaptive rule wants it; nobody carries audits out yet, and that is said
+    audit      after the acceptance, where the adaptive rule wants it: replayed from the parent, losses compared (`auditing`)
 
 Rungs up to `size` and the comparison of losses are pure; the others are carried out by `Tools`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ..protocol.audits import Finding
 from ..protocol.identity import peer_id_of
 from ..protocol.ledger_state import ShardLedger
 from ..protocol.manifest import Manifest
@@ -117,9 +117,13 @@ def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict
     return Verdict("valid", "holdout", "", loss, parent_loss)
 
 
-def lottery(secret: bytes, checkpoint: str) -> float:
-    """Uniform in [0, 1) for each checkpoint; nobody without the coordinator's secret can foresee it."""
-    return int.from_bytes(hashlib.sha256(b"audit" + secret + checkpoint.encode()).digest()[:7], "big") / (1 << 56)
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """How a replay came out after `seconds`. `again`: whether trying again can bring more, where nothing was concluded."""
+
+    finding: Finding
+    seconds: float = 0.0
+    again: bool = True
 
 
 class Tools(Protocol):

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..protocol.canonical import canonical
-from ..protocol.events import CheckpointAccepted, Event, RunCreated, read_event
+from ..protocol.events import CheckpointAccepted, Event, LineageRolledBack, RunCreated, read_event
 from ..protocol.ledger_state import RunState, apply
 from ..system.errors import ConfigError, DiskError, IntegrityError
 
@@ -114,7 +114,7 @@ class Ledger:
                 text, count = canonical(event).decode(), count + 1
                 chain = _link(chain, event.time, text)
                 rows.append((count, event.time, text, chain))
-                durable = durable or isinstance(event, CheckpointAccepted | RunCreated)
+                durable = durable or isinstance(event, CheckpointAccepted | LineageRolledBack | RunCreated)
             self._insert(rows, durable)
             self.state, self._chain, self._count = state, chain, count
             return state
@@ -179,9 +179,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's failures as one sentence."""
+    """SQLite's failures as one sentence. Its words for damage quote the damaged bytes, which need not be text."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"the ledger {path} is damaged (what should be text is none); restore it from a backup") from error
     except sqlite3.DatabaseError as error:
         text = str(error)
         if "not a database" in text or "malformed" in text or "no such table" in text:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..protocol.audits import Finding
 from ..protocol.events import Event
+from ..protocol.ledger_state import Link, PendingAudit
 from ..protocol.offers import OfferReply
-from ..protocol.records import AcceptanceRecord, CheckpointRecord
+from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from .ladder import Limits, Verdict
 
 
@@ -27,6 +29,21 @@ class Checked:
     record: CheckpointRecord
     verdict: Verdict
     now: float
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What a replay of accepted `checkpoint` came to. `by`: the peer that replayed it, None the coordinator itself.
+
+    `again`: whether trying again can bring more, where nothing was concluded.
+    """
+
+    checkpoint: str
+    finding: Finding
+    now: float
+    seconds: float = 0.0
+    by: str | None = None
+    again: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Noted:
     now: float
 
 
-Stimulus = Offered | Checked | LimitsKnown | Tick | Noted
+Stimulus = Offered | Checked | Audited | LimitsKnown | Tick | Noted
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,26 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Replay this accepted epoch from `parent` (None: from the beginning) and come back with `Audited`."""
+
+    audit: PendingAudit
+    link: Link
+    parent: AcceptanceRecord | None
+
+
+@dataclass(frozen=True)
+class Proclaim:
+    """A shard was rolled back: publish where it stands now."""
+
+    record: AcceptanceRecord | ResetRecord
+
+
+@dataclass(frozen=True)
 class Discard:
     """The candidate is out: what was fetched of it may go."""
 
     record: CheckpointRecord
 
 
-Action = Write | Answer | Check | Publish | Discard
+Action = Write | Answer | Check | Publish | Audit | Proclaim | Discard

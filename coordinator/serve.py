@@ -24,7 +24,17 @@ from ..protocol.live_manifest import LiveManifest
 from ..protocol.manifest import Manifest
 from ..protocol.offers import Offer, OfferReply, serve_offers
 from ..protocol.peer_cache import PeerCache
-from ..protocol.records import AcceptanceRecord, CheckpointRecord, RecordLimits, RecordRefused, open_record, read_envelope
+from ..protocol.records import (
+    MAX_QUARANTINED,
+    AcceptanceRecord,
+    CheckpointRecord,
+    QuarantineRecord,
+    RecordLimits,
+    RecordRefused,
+    ResetRecord,
+    open_record,
+    read_envelope,
+)
 from ..protocol.services import STATUS, publish, record_check, serve_document, serve_introduction, software_version
 from ..protocol.status import SwarmStatus
 from ..protocol.status_view import status as status_of
@@ -33,6 +43,7 @@ from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
 from ..system.errors import AuthorisationError, BootstrapError, DiskError, UnreachableError, one_error
 from ..system.files import write_atomic
+from .auditing import standing
 from .bench import Bench
 from .http import bind, build_app, serve_http
 from .judge import Rules
@@ -126,13 +137,13 @@ class _Service:
         self.blobs = BlobStore(self.folder.blobs)
         self.incoming = _restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")])
-        self.checking, self.making = (self._workshop(name) for name in ("checking", "making"))
+        self.checking, self.making, self.auditing = (self._workshop(name) for name in ("checking", "making", "auditing"))
         self.tools = NetworkTools(
-            self.transport, self.manifest, self.blobs, self.incoming, self.checking, self.settings.slowest_bytes_per_second,
-            _accepted_states(self.ledger),
+            self.transport, self.manifest, self.blobs, self.incoming, self.checking,
+            self.auditing, self.settings.slowest_bytes_per_second, _accepted_states(self.ledger), self.settings.kept_states,
         )  # fmt: skip
-        self.tools.forget_old_states()
-        self.bench = Bench(self._rules(), self.ledger, self.tools, self._publish, self.transport.now, self._changed)
+        self.tools.forget(self.ledger.state)
+        self.bench = Bench(self._rules(), self.ledger, self.tools, self._announce, self.transport.now, self._changed)
         self.lookout = Lookout(self.transport, self.manifest, self._found)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
@@ -159,7 +170,7 @@ class _Service:
         await self.bench.note(published(manifest, self.identity.public_key, self.transport.now()))
         self.bench.rules = self._rules()
         self.tools.manifest = self.lookout.manifest = self.stitcher.manifest = manifest
-        for workshop in (self.checking, self.making):
+        for workshop in (self.checking, self.making, self.auditing):
             workshop.renew()
         self._changed(self.bench.state.run)
         _log.info("serving version %d of the manifest: %d epochs", manifest.version, manifest.epochs)
@@ -169,7 +180,7 @@ class _Service:
         await self.herald.tell([node.record for node in self.lookout.view.nodes])
 
     def _workshop(self, name: str) -> WorkshopClient:
-        """Checks and stitching have one each, so that a long training of the router delays no acceptance."""
+        """Checks, stitching and audits have one each, so that a long training of the router or replay delays no acceptance."""
         return WorkshopClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
 
     def _rules(self) -> Rules:
@@ -201,7 +212,7 @@ class _Service:
             self.ledger.append([CoordinatorStopped(time=self.transport.now())])
             await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
         finally:
-            await asyncio.gather(self.checking.close(), self.making.close())
+            await asyncio.gather(*(workshop.close() for workshop in (self.checking, self.making, self.auditing)))
 
     async def _offer_services(self) -> None:
         await serve_introduction(self.transport, lambda: self.live.signed)
@@ -247,21 +258,38 @@ class _Service:
             # two heartbeats, in which peers hear of the last acceptance
             asyncio.get_running_loop().call_later(2 * self.manifest.timing.heartbeat, self.stopping.set)
 
-    async def _publish(self, acceptance: AcceptanceRecord) -> None:
-        renewed = acceptance.model_copy(update={"issued": self.transport.now()})
+    async def _publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
+        renewed = record.model_copy(update={"issued": self.transport.now()})
         try:
-            taken = await publish(self.transport, self.identity, renewed, self.limits.longest("acceptance"))
+            taken = await publish(self.transport, self.identity, renewed, self.limits.longest(record.kind))
         except ConnectionError as error:
             _log.warning("cannot publish into the DHT: %s", error)
             taken = False
         if not taken:
-            _log.warning("nobody took the acceptance of shard %d; it is published again", acceptance.shard)
+            _log.warning("nobody took the %s under %s; it is published again", record.kind, record.key()[65:])
+
+    async def _announce(self, record: AcceptanceRecord | ResetRecord) -> None:
+        """An acceptance, or what a roll-back left standing; the latter has a peer in quarantine."""
+        await self._publish(record)
+        if record.term and self.bench.state.run.quarantined:
+            await self._publish(self._quarantine())
 
     async def _renew(self) -> None:
         """Every lease, so that peers who just joined hold the acceptances too."""
-        for shard in self.bench.state.run.shards.values():
-            if shard.acceptance:
-                await self._publish(shard.acceptance)
+        run = self.bench.state.run
+        for index, shard in run.shards.items():
+            if shard.acceptance or shard.term:
+                await self._publish(standing(self.bench.rules, run, index, self.transport.now()))
+        if run.quarantined:
+            await self._publish(self._quarantine())
+
+    def _quarantine(self) -> QuarantineRecord:
+        """Who is quarantined: those who claim something now first, then the newest."""
+        run = self.bench.state.run
+        claiming = {claim.record.owner for claim in self.lookout.view.claims}
+        known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
+        peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
+        return QuarantineRecord(run=run.run, owner=self.identity.public_key, issued=self.transport.now(), peers=peers)
 
     async def _keep_status_file(self) -> None:
         """Written every two seconds, and soon after each event."""
@@ -294,14 +322,10 @@ async def _every(seconds: Callable[[], float], action: Callable[[], Awaitable[No
         await asyncio.sleep(seconds())
 
 
-def _accepted_states(ledger: Ledger) -> dict[int, list[str]]:
-    """Per shard the digests of all training states that were ever accepted, oldest first."""
-    states: dict[int, list[str]] = {}
-    for row in ledger.rows():
-        event = row.event()
-        if isinstance(event, CheckpointAccepted):
-            states.setdefault(event.acceptance.shard, []).append(event.acceptance.state.digest)
-    return states
+def _accepted_states(ledger: Ledger) -> set[str]:
+    """The digests of all training states that were ever accepted."""
+    events = (row.event() for row in ledger.rows())
+    return {event.acceptance.state.digest for event in events if isinstance(event, CheckpointAccepted)}
 
 
 def _restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> BlobStore:

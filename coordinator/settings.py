@@ -120,5 +120,6 @@ class ServeSettings(_Settings):
     exit_when_done: bool = False
     offers_per_minute: Count = 30
     checks_at_once: Count = 4
+    kept_states: int = Field(default=4, ge=1, description="Epochs of each shard whose training states are kept, for roll-backs")
     blob_bytes_per_second: Positive | None = None
     slowest_bytes_per_second: Positive = Field(default=65536.0, description="A checkpoint that arrives slower is inconclusive")

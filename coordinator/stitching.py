@@ -42,7 +42,7 @@ def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool)
     if state.mixture is None or state.mixture.epochs != epochs:
         due = state.budgets_done or (when == "refresh" and rested)
         return "mixture" if due else "nothing"
-    return "finish" if state.budgets_done and not state.finished else "nothing"
+    return "finish" if state.budgets_done and not state.finished and not state.audits else "nothing"
 
 
 @dataclass

@@ -18,8 +18,11 @@ from ..protocol.events import (
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    LineageRolledBack,
     ManifestPublished,
     MixtureStitched,
+    PeerPardoned,
+    PeerQuarantined,
     RouterTrained,
     RunCreated,
     RunFinished,
@@ -49,6 +52,11 @@ def sentence(event: Event) -> str:
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "
                 f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
             )
+        case LineageRolledBack():
+            back = f"back at epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
+            return f"shard {event.shard}: {back}, because {event.checkpoint[:12]} was found invalid"
+        case PeerPardoned():
+            return f"peer {event.owner[:8]} was pardoned and begins without trust"
         case RouterTrained():
             return f"router trained, {100 * event.accuracy:.1f} % right, for epochs {list(event.epochs)}"
         case MixtureStitched():
@@ -59,7 +67,7 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
 
 
-def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone) -> str:
+def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone | PeerQuarantined) -> str:
     match event:
         case CheckpointRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
@@ -67,9 +75,16 @@ def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditD
         case CheckpointSuperseded():
             return f"is superseded by {event.by[:12]}"
         case AuditDue():
-            return f"is due for an audit ({event.streak} valid results in a row)"
+            why = {"streak": f"{event.streak} valid in a row are too few", "lottery": f"drawn, 1 in {event.streak}"}
+            part = "whole" if event.whole else "in part"
+            return f"is due for an audit, {part} ({why.get(event.why, 'its author was convicted later')})"
         case AuditDone():
-            return f"audit: {event.outcome}" + (f" ({event.text})" if event.text else "")
+            by = f" by {event.by[:8]}" if event.by else ""
+            text = f": {event.text}" if event.text else ""
+            again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
+            return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
+        case PeerQuarantined():
+            return f"brings its author into quarantine: {event.text}"
         case _:
             assert_never(event)
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from ..protocol.audits import Finding, compare
+from ..protocol.ledger_state import RunState
 from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.offers import Rung
-from ..protocol.records import CheckpointRecord, provider_key
+from ..protocol.records import CheckpointRecord, Made, provider_key
 from ..protocol.services import read_records
 from ..protocol.store import BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from ..system.errors import DiskError, IntegrityError, UnreachableError
-from .ladder import SizeLimits, Stopped
+from .ladder import Replayed, SizeLimits, Stopped
+from .messages import Audit
 from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
 
 _log = logging.getLogger("lutetia.coordinator.tools")
 
 _FETCH_GRACE = 30.0
-_INSPECT_LIMIT, _LOSS_LIMIT = 300.0, 900.0
+_INSPECT_LIMIT, _LOSS_LIMIT, _REPLAY_LIMIT = 300.0, 900.0, 24 * 3600.0
 _MAX_PROVIDERS = 8
 KEPT_STATES = 3
 
@@ -31,7 +35,8 @@ KEPT_STATES = 3
 class NetworkTools:
     """Fetches candidates into `incoming`, so that nothing undecided is ever served, and has them looked at by `workshop`.
 
-    `states`: per shard the digests of accepted training states that may still be held, oldest first.
+    `auditor` replays, beside the workshop, so that no acceptance waits for it. `states`: the digests of accepted training states
+    that may still be held. `kept_states`: of how many epochs of each shard they are kept beyond those that audits need.
     """
 
     transport: Transport
@@ -39,8 +44,10 @@ class NetworkTools:
     blobs: BlobStore
     incoming: BlobStore
     workshop: WorkshopClient
+    auditor: WorkshopClient
     slowest_bytes_per_second: float
-    states: dict[int, list[str]] = field(default_factory=dict)
+    states: set[str] = field(default_factory=set)
+    kept_states: int = KEPT_STATES
 
     async def limits(self) -> dict[int, SizeLimits]:
         """Size limits of every shard, from the manifest's weight schema."""
@@ -76,7 +83,8 @@ class NetworkTools:
 
     async def inspect(self, record: CheckpointRecord) -> None:
         """Rungs `format` and `numbers`."""
-        files = {"weights": self._path(record.weights), "state": self._path(record.state)}
+        files = {name: self._path(ref) for name, ref in (("weights", record.weights), ("state", record.state))}
+        files["trace"] = self._path(record.trace)
         await self._ask("format", "inspect", _INSPECT_LIMIT, shard=record.shard, epoch=record.epoch, **files)
 
     async def baseline(self, shard: int) -> float:
@@ -86,6 +94,43 @@ class NetworkTools:
     async def loss(self, record: CheckpointRecord) -> float:
         """Held-out loss of the candidate."""
         return await self._loss(record.shard, self._path(record.weights))
+
+    async def replay(self, audit: Audit) -> Replayed:
+        """Rung `audit`, by the coordinator's own hands."""
+        due, link, parent = audit.audit, audit.link, audit.parent
+        if due.epoch > 1 and parent is None:
+            return _impossible(f"epoch {due.epoch - 1}, from which it would be replayed, is too long ago")
+        held = [self.manifest.shards[due.shard].train, link.trace, *self._start(audit)]
+        if due.whole:
+            held += [link.acceptance.weights, link.acceptance.state]
+        if link.made is None or link.trace is None or not all(self.blobs.has(ref.digest) for ref in held if ref):
+            return _impossible("a file that the replay needs is not kept any more")
+        began = time.monotonic()
+        try:
+            answer = await self.auditor.ask("replay", limit=_REPLAY_LIMIT, **self._question(audit))
+        except (WorkshopFailed, WorkshopRefused) as error:  # the author's own files were looked at before they were accepted
+            return Replayed(Finding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
+        losses = [math.nan if loss is None else loss for loss in answer["losses"]]
+        finding = compare(answer["published"], losses, answer["drift"], link.made, Made.model_validate(answer["made"]))
+        return Replayed(finding, time.monotonic() - began)
+
+    def _start(self, audit: Audit) -> tuple[BlobRef | None, BlobRef | None]:
+        """Weights and state from which the epoch was trained."""
+        if audit.parent:
+            return audit.parent.weights, audit.parent.state
+        return self.manifest.expert_of(audit.audit.shard).init, None
+
+    def _question(self, audit: Audit) -> dict[str, Any]:
+        due, given, made = audit.audit, audit.link.acceptance, audit.link.made
+        weights, state = self._start(audit)
+        assert audit.link.trace is not None
+        assert made is not None
+        return {
+            "shard": due.shard, "epoch": due.epoch - 1, "data": self._path(self.manifest.shards[due.shard].train),
+            "weights": weights and self._path(weights), "state": state and self._path(state),
+            "trace": self._path(audit.link.trace), "precision": made.precision, "steps": self.manifest.audit.replay_steps,
+            "end": [self._path(given.weights), self._path(given.state)] if due.whole else None,
+        }  # fmt: skip
 
     async def _loss(self, shard: int, weights: str | None) -> float:
         holdout = str(self.blobs.path(self.manifest.shards[shard].holdout.digest))
@@ -110,27 +155,37 @@ class NetworkTools:
     def keep(self, record: CheckpointRecord) -> None:
         """The result was accepted: its blobs are served from now on. Blocks on the disk.
 
-        Weights and traces are kept for good. Training states, several times as large, are needed only to go on: those of the
-        last KEPT_STATES epochs of a shard stay.
+        Weights and traces are kept for good, training states (several times as large) while `forget` finds a use for them.
         """
         for ref in (record.weights, record.state, record.trace):
             if not self.blobs.has(ref.digest):
                 self.blobs.adopt(self.incoming.path(ref.digest), self.incoming.table(ref.digest))
                 self.incoming.remove(ref.digest)
-        states = self.states.setdefault(record.shard, [])
-        states.append(record.state.digest)
-        self.forget_old_states()
+        self.states.add(record.state.digest)
 
-    def forget_old_states(self) -> None:
-        """Remove the training states that nobody goes on from any more."""
-        recent = {digest for states in self.states.values() for digest in states[-KEPT_STATES:]}
-        for states in self.states.values():
-            for digest in states[:-KEPT_STATES]:
-                if digest not in recent:
-                    self.blobs.remove(digest)
-            del states[:-KEPT_STATES]
+    def forget(self, run: RunState) -> None:
+        """Remove the training states that nobody goes on from, and no due audit begins or ends with. Blocks on the disk."""
+        for digest in self.states - needed_states(run, self.kept_states):
+            self.blobs.remove(digest)
+            self.states.discard(digest)
 
     def discard(self, record: CheckpointRecord) -> None:
         """The result is out: forget what was fetched of it."""
         for ref in (record.weights, record.state, record.trace):
             self.incoming.remove(ref.digest)
+
+
+def needed_states(run: RunState, kept: int) -> set[str]:
+    """The digests of the training states of each shard's last `kept` epochs, and of those that due audits begin or end with."""
+    needed = {link.acceptance.state.digest for shard in run.shards.values() for link in shard.lineage[-kept:]}
+    for audit in run.audits.values():
+        shard = run.shards[audit.shard]
+        link = shard.link(audit.checkpoint)
+        before = link and shard.before(link)
+        needed |= {found.acceptance.state.digest for found in (link, before) if found}
+    return needed
+
+
+def _impossible(text: str) -> Replayed:
+    """Nobody will ever be able to replay it here."""
+    return Replayed(Finding(outcome="inconclusive", text=text), again=False)

@@ -8,6 +8,7 @@ parent starts a new one.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ from ..system.process import Message, ParentChannel
 
 if TYPE_CHECKING:
     from ..models.data.shards import ShardData
+    from ..models.states import Precision
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _NUMBER_REASONS = ("non-finite", "norm")
@@ -62,14 +64,18 @@ class Workshop:
             limits[str(shard.index)] = known[name]
         return {"shards": limits}
 
-    def inspect(self, shard: int, epoch: int, weights: str, state: str) -> dict[str, Any]:
-        """Weights and training state must be exactly what the manifest says, and belong together."""
-        from ..models.checkpoints import check_state, check_weights
+    def inspect(self, shard: int, epoch: int, weights: str, state: str, trace: str) -> dict[str, Any]:
+        """Weights and training state must be exactly what the manifest says, and belong together; a trace has a loss per step."""
+        from ..models.checkpoints import CheckpointRefused, check_state, check_weights
+        from ..models.replay import read_trace
 
         spec = self.manifest.expert_of(shard)
         check_weights(Path(weights), spec)
         check_state(Path(state), spec, self.manifest.optimisation)
         _check_agreement(self.manifest, shard, epoch, Path(weights), Path(state))
+        if (steps := len(read_trace(Path(trace)))) != self.manifest.steps_per_epoch:
+            text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
+            raise CheckpointRefused("shape", text)
         return {}
 
     def loss(self, shard: int, weights: str | None, holdout: str) -> dict[str, Any]:
@@ -78,6 +84,23 @@ class Workshop:
 
         result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout))
         return {"loss": result.loss, "by_time": list(result.by_time)}
+
+    def replay(
+        self, shard: int, epoch: int, data: str, weights: str | None, state: str | None, trace: str, precision: Precision,
+        steps: int, end: list[str] | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Replay the first `steps` steps after `epoch`, or with `end` (weights and state) the whole epoch."""
+        from ..models.data.shards import load_shard
+        from ..models.replay import End, Parent, read_trace, replay
+
+        published = read_trace(Path(trace))
+        parent = Parent(epoch, *(Path(path) if path else None for path in (weights, state)))
+        found = replay(
+            self.manifest, shard, load_shard(Path(data), self.manifest.latent), parent, steps,
+            end=End(Path(end[0]), Path(end[1])) if end else None, precision=precision,
+        )  # fmt: skip
+        losses = [loss if math.isfinite(loss) else None for loss in found.losses]
+        return {"published": published, "losses": losses, "drift": found.drift, "made": found.made.model_dump()}
 
     def router(self, train: list[str], holdout: list[str], out: str) -> dict[str, Any]:
         """Train the router on all shards and write it to `out`."""

@@ -25,7 +25,7 @@ class Snapshot:
     """Everything that determines the next step, on the CPU, detached from the trainer, which goes on meanwhile.
 
     `epoch` and `step` say where the next step belongs (an ended epoch e is epoch e+1, step 0); `samples` are the shard's so far.
-    `trace` are the losses of the epoch that was being trained or has just ended.
+    `trace` are the losses of the epoch that was being trained or has just ended, `device` where it was trained last.
     """
 
     run: str
@@ -39,6 +39,7 @@ class Snapshot:
     ema: dict[str, Tensor]
     buffers: dict[str, Tensor]
     moments: dict[str, Tensor]
+    device: str = "cpu"
     trace: list[float] = field(default_factory=list)
 
     @property

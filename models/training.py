@@ -146,6 +146,7 @@ class ExpertTrainer:
             samples=self.samples,
             micro_batch=self.micro_batch,
             precision=self.precision,
+            device=self.device.type,
             parameters=_copies(dict(self.model.named_parameters())),
             ema=_copies(self._ema.weights),
             buffers=_copies({k: v for k, v in self.model.state_dict().items() if k not in self._ema.weights}),

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from ..protocol.canonical import Frozen, canonical
 from ..protocol.manifest import BlobRef, Digest, PublicKey
-from ..protocol.records import CheckpointRecord
+from ..protocol.records import CheckpointRecord, Made
 from ..system.files import write_atomic
 from .messages import Candidate
 
@@ -38,6 +38,7 @@ class Kept(Frozen):
     trace: BlobRef
     samples: int
     loss: float
+    made: Made = Made()
 
     def record(self, owner: PublicKey, peer_id: str, addresses: Sequence[str], issued: float) -> CheckpointRecord:
         """What is offered to the coordinator."""

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ..models.replay import made_with
 from ..models.states import Snapshot, write_state, write_weights
 from ..models.tensorfiles import write_tensors
 from ..protocol.blobs import ChunkTable
 from ..protocol.canonical import canonical
+from ..protocol.documents import software_version
 from ..system.errors import DiskError
 from ..system.files import disk_errors, fsync_folder, write_atomic
 from .workfolder import CHECKPOINT, FILES, Kept, Local, WorkFolder
@@ -156,6 +158,7 @@ class CheckpointWriter:
         kept = Kept(
             run=snapshot.run, shard=snapshot.shard, epoch=snapshot.epoch, parent=self.parent, samples=snapshot.samples,
             loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
+            made=made_with(snapshot.device, snapshot.precision, snapshot.micro_batch, software_version()),
         )  # fmt: skip
         write_atomic(part / CHECKPOINT, canonical(kept))
         return kept

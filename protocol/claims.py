@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .records import AcceptanceRecord, ClaimRecord
+from .records import AcceptanceRecord, ClaimRecord, ResetRecord
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class LiveClaim:
 
 @dataclass(frozen=True)
 class ShardView:
-    """What a peer sees of one shard."""
+    """What a peer sees of one shard. `reset`: the term of a roll-back to the beginning, where no acceptance stands."""
 
     shard: int
     claims: tuple[LiveClaim, ...] = ()
     acceptance: AcceptanceRecord | None = None
+    reset: int = 0
 
     @cached_property
     def epoch(self) -> int:
@@ -38,6 +39,15 @@ class ShardView:
     def held_until(self) -> float:
         """When the last of these claims will have expired; 0.0 when none is alive. A reader asks this far more often than it looks."""
         return max((claim.expires for claim in self.claims if claim.record.state != "released"), default=0.0)
+
+    @property
+    def term(self) -> int:
+        return self.acceptance.term if self.acceptance else self.reset
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(term, epoch): grows with every acceptance and every roll-back, so that the older of two views is known."""
+        return self.term, self.epoch
 
     def live(self, now: float) -> list[LiveClaim]:
         """Claims that hold now: neither expired nor released."""
@@ -76,6 +86,14 @@ def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Ma
     return min(fitting, key=lambda v: (-fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner)), default=None)
 
 
-def latest_acceptance(records: Iterable[AcceptanceRecord]) -> AcceptanceRecord | None:
-    """The highest epoch; between two coordinators that accepted the same epoch, the lower digest, so that all readers agree."""
-    return min(records, key=lambda record: (-record.epoch, record.checkpoint), default=None)
+def latest_acceptance(records: Iterable[AcceptanceRecord | ResetRecord]) -> AcceptanceRecord | ResetRecord | None:
+    """The highest term, then the highest epoch (a reset stands for epoch 0).
+
+    Between two coordinators that accepted the same epoch, the lower digest, so that all readers agree.
+    """
+
+    def order(record: AcceptanceRecord | ResetRecord) -> tuple[int, int, str]:
+        given = isinstance(record, AcceptanceRecord)
+        return -record.term, -record.epoch if given else 0, record.checkpoint if given else ""
+
+    return min(records, key=order, default=None)

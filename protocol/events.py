@@ -13,6 +13,7 @@ from .records import AcceptanceRecord, CheckpointRecord
 
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
+AuditReason = Literal["streak", "lottery", "re-audit"]
 Sentence = Annotated[str, Field(max_length=1000)]
 
 
@@ -99,26 +100,68 @@ class CheckpointSuperseded(_Verdict):
 
 
 class CheckpointAccepted(_Event):
-    """The signed yes. `parent_loss` is what `acceptance.holdout_loss` was compared with."""
+    """The signed yes. `parent_loss` is what `acceptance.holdout_loss` was compared with.
+
+    `build` names the author's software and the kind of expert: trust is counted for each, as BOINC counts it by app version.
+    """
 
     kind: Literal["checkpoint-accepted"] = "checkpoint-accepted"
     acceptance: AcceptanceRecord
     parent_loss: float
+    build: str = Field(default="", max_length=128)
 
 
 class AuditDue(_Verdict):
-    """The adaptive rule wants this result replayed: the author's last `streak` results in a row were valid."""
+    """This result is to be replayed, `whole` or only its first steps.
+
+    `why`: the author's `streak` results found valid in a row are too few, the lottery of 1/streak fell on it, or a later result
+    of its author was found invalid.
+    """
 
     kind: Literal["audit-due"] = "audit-due"
     streak: int = Field(ge=0)
+    whole: bool = False
+    why: AuditReason = "streak"
 
 
 class AuditDone(_Verdict):
-    """What came of a due audit. `not carried out` says that nobody replayed it, and earns no trust."""
+    """What came of a due audit. Only `valid` earns trust. `inconclusive` is tried again at `again_at`; None: it is given up.
+
+    `by` is the peer that replayed it, None the coordinator itself; `seconds` of replaying. Ledgers of the first version say `not
+    carried out` where nobody replayed.
+    """
 
     kind: Literal["audit-done"] = "audit-done"
     outcome: AuditOutcome
     text: Sentence = ""
+    by: PublicKey | None = None
+    seconds: float = Field(default=0.0, ge=0)
+    again_at: float | None = None
+
+
+class PeerQuarantined(_Verdict):
+    """An audit found this result of `owner` invalid: from now on its results are refused and its claims do not count."""
+
+    kind: Literal["peer-quarantined"] = "peer-quarantined"
+    text: Sentence = ""
+
+
+class PeerPardoned(_Event):
+    """The run's operator lifted the quarantine of `owner`, who begins without trust."""
+
+    kind: Literal["peer-pardoned"] = "peer-pardoned"
+    owner: PublicKey
+
+
+class LineageRolledBack(_Event):
+    """`shard` stands at `epoch` again, in the new term `term`, because `checkpoint` of a later epoch was found invalid."""
+
+    kind: Literal["lineage-rolled-back"] = "lineage-rolled-back"
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    term: int = Field(ge=1)
+    dropped: int = Field(ge=1)
+    checkpoint: Digest
 
 
 class RouterTrained(_Event):
@@ -159,6 +202,9 @@ Event = Annotated[
     | CheckpointAccepted
     | AuditDue
     | AuditDone
+    | PeerQuarantined
+    | PeerPardoned
+    | LineageRolledBack
     | RouterTrained
     | MixtureStitched
     | RunFinished,

@@ -5,8 +5,7 @@ Nothing is changed in place and nothing of the size of the history is copied, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import assert_never
 
 from ..system.errors import IntegrityError
@@ -21,16 +20,21 @@ from .events import (
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    LineageRolledBack,
     ManifestPublished,
     MixtureStitched,
+    PeerPardoned,
+    PeerQuarantined,
     RouterTrained,
     RunCreated,
     RunFinished,
 )
 from .offers import Rung
 from .persistent import Table
-from .records import AcceptanceRecord, CheckpointRecord
+from .run_state import HISTORY, Candidate, Link, PeerLedger, PendingAudit, RunState, ShardLedger
 from .status import AuditState
+
+__all__ = ["HISTORY", "Candidate", "LedgerOutOfOrder", "Link", "PeerLedger", "PendingAudit", "RunState", "ShardLedger", "apply"]
 
 REMEMBERED_REFUSALS = 32
 _REMEMBERED_VERDICTS = 256
@@ -40,91 +44,6 @@ _BLAMELESS_RUNGS: frozenset[Rung] = frozenset({"signature", "lineage", "transfer
 
 class LedgerOutOfOrder(IntegrityError):
     """An event that cannot follow the ones before it: two acceptances of one epoch, for instance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A result that waits for judgement; `not_before` delays the next attempt after an inconclusive one."""
-
-    record: CheckpointRecord
-    seen: float
-    attempts: int = 0
-    not_before: float = 0.0
-
-
-Judged = Mapping[tuple[str, str], CheckpointRefused | CheckpointSuperseded]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLedger:
-    """One shard. `judged` holds the final verdicts, by (owner, checkpoint), on results for the epoch after `epoch`."""
-
-    epoch: int = 0
-    acceptance: AcceptanceRecord | None = None
-    accepted_at: float | None = None
-    baseline: float | None = None
-    audit: AuditState | None = None
-    candidates: Mapping[str, Candidate] = field(default_factory=dict)
-    judged: Judged = field(default_factory=dict)
-
-    @property
-    def accepted(self) -> str | None:
-        """Digest of the accepted checkpoint: the only parent that the next one may have."""
-        return self.acceptance.checkpoint if self.acceptance else None
-
-    @property
-    def parent_loss(self) -> float | None:
-        """What the next result's held-out loss is compared with; None until the initial model is measured."""
-        return self.acceptance.holdout_loss if self.acceptance else self.baseline
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLedger:
-    """What a peer's work came to. `streak`: consecutive valid results; `interval`: measured seconds per accepted epoch."""
-
-    accepted: int = 0
-    rejected: int = 0
-    streak: int = 0
-    shard: int | None = None
-    checkpoint: str | None = None
-    last_accepted: float | None = None
-    interval: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """Everything that the ledger says about a run. `shards` by index, `peers` by public key."""
-
-    run: str = ""
-    name: str = ""
-    owner: str = ""
-    coordinator: str = ""
-    epochs: int = 0
-    manifest_version: int = 0
-    manifest: str = ""
-    shards: Table[int, ShardLedger] = field(default_factory=Table)
-    peers: Table[str, PeerLedger] = field(default_factory=Table)
-    router: RouterTrained | None = None
-    mixture: MixtureStitched | None = None
-    finished: bool = False
-    refusals: tuple[CheckpointRefused, ...] = ()
-    accepted: int = 0
-    rejected: int = 0
-    events: int = 0
-
-    def peer(self, owner: str) -> PeerLedger:
-        return self.peers.get(owner, _STRANGER)
-
-    @property
-    def accepted_epochs(self) -> tuple[int, ...]:
-        return tuple(self.shards[index].epoch for index in range(len(self.shards)))
-
-    @property
-    def budgets_done(self) -> bool:
-        return bool(self.shards) and all(shard.epoch >= self.epochs for shard in self.shards.values())
-
-
-_STRANGER = PeerLedger()
 
 
 def apply(state: RunState, event: Event) -> RunState:
@@ -152,9 +71,15 @@ def _changed(state: RunState, event: Event) -> RunState:
         case CheckpointAccepted():
             return _accepted(state, event)
         case AuditDue():
-            return _with_shard(state, event.shard, replace(_shard(state, event.shard), audit="due"))
+            return _audit_due(state, event)
         case AuditDone():
             return _audited(state, event)
+        case PeerQuarantined():
+            return replace(state, quarantined={**state.quarantined, event.owner: event})
+        case PeerPardoned():
+            return _pardoned(state, event)
+        case LineageRolledBack():
+            return _rolled_back(state, event)
         case RouterTrained():
             return replace(state, router=event)
         case MixtureStitched():
@@ -240,38 +165,89 @@ def _refused(state: RunState, event: CheckpointRefused) -> RunState:
 def _accepted(state: RunState, event: CheckpointAccepted) -> RunState:
     given = event.acceptance
     shard = _shard(state, given.shard)
-    if given.epoch != shard.epoch + 1 or given.parent != shard.accepted:
+    if given.epoch != shard.epoch + 1 or given.parent != shard.accepted or given.term != shard.term:
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be accepted on epoch {shard.epoch}")
     rest = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
+    link = _link(state, shard, event)
     shard = replace(
-        shard, epoch=given.epoch, acceptance=given, accepted_at=event.time, audit="not due", candidates=rest, judged={}
-    )
+        shard, epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
+        candidates=rest, judged={},
+    )  # fmt: skip
     peer = state.peer(given.author)
     interval = peer.interval if peer.shard == given.shard else None
     if peer.shard == given.shard and peer.last_accepted is not None:
         latest = max(0.0, event.time - peer.last_accepted)
         interval = latest if interval is None else (interval + latest) / 2
     peer = replace(
-        peer, accepted=peer.accepted + 1, streak=peer.streak + 1, shard=given.shard, checkpoint=given.checkpoint,
-        last_accepted=event.time, interval=interval,
+        peer, accepted=peer.accepted + 1, streak=peer.streak if peer.build == event.build else 0, build=event.build,
+        shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=interval,
     )  # fmt: skip
     state = replace(_with_shard(state, given.shard, shard), peers=state.peers.set(given.author, peer))
     return replace(state, accepted=state.accepted + 1)
 
 
-def _audited(state: RunState, event: AuditDone) -> RunState:
-    """A due audit that nobody carried out takes the acceptance back out of the streak: trust comes from checked work only."""
+def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Link:
+    given = event.acceptance
+    waiting = shard.candidates.get(given.author)
+    record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
+    made = (record.trace, record.made) if record else (None, None)
+    return Link(given, event.time, state.manifest_version, *made)
+
+
+def _judged(shard: ShardLedger, checkpoint: str, audit: AuditState) -> ShardLedger:
+    """With what the auditors say of one accepted epoch."""
+    lineage = tuple(replace(link, audit=audit) if link.acceptance.checkpoint == checkpoint else link for link in shard.lineage)
+    return replace(shard, lineage=lineage)
+
+
+def _audit_due(state: RunState, event: AuditDue) -> RunState:
     shard = _shard(state, event.shard)
-    if shard.accepted == event.checkpoint:
-        state = _with_shard(state, event.shard, replace(shard, audit=event.outcome))
+    link = shard.link(event.checkpoint)
+    if link is None:
+        raise LedgerOutOfOrder(f"an audit of {event.checkpoint[:12]} is due, which shard {event.shard} has not accepted")
+    pending = PendingAudit(event.shard, event.epoch, event.owner, event.checkpoint, link.at, event.whole)
+    state = _with_shard(state, event.shard, _judged(shard, event.checkpoint, "due"))
+    return replace(state, audits={**state.audits, event.checkpoint: pending})
+
+
+def _audited(state: RunState, event: AuditDone) -> RunState:
+    """Trust comes from audited work only: what was not replayed, or without a clear outcome, leaves the streak as it was."""
+    pending = state.audits.get(event.checkpoint)
+    if pending and event.outcome == "inconclusive" and event.again_at is not None:
+        again = replace(pending, attempts=pending.attempts + 1, not_before=event.again_at)
+        return replace(state, audits={**state.audits, event.checkpoint: again})
+    shard = _shard(state, event.shard)
+    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint}
+    state = replace(_with_shard(state, event.shard, _judged(shard, event.checkpoint, event.outcome)), audits=audits)
     peer = state.peer(event.owner)
-    streak = {"valid": peer.streak, "invalid": 0}.get(event.outcome, max(0, peer.streak - 1))
-    return replace(state, peers=state.peers.set(event.owner, replace(peer, streak=streak)))
+    if event.outcome == "valid":
+        peer = replace(peer, streak=peer.streak + 1, audited=peer.audited + 1)
+    elif event.outcome == "invalid":
+        peer = replace(peer, streak=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
+    return replace(state, peers=state.peers.set(event.owner, peer))
 
 
-def audit_due(streak: int, needed: int, lottery: float) -> bool:
-    """BOINC's adaptive replication: always below `needed` consecutive valid results, then with probability 1/streak.
+def _rolled_back(state: RunState, event: LineageRolledBack) -> RunState:
+    """The shard as it was after `epoch`, in a new term. What waits for judgement stood on what is gone."""
+    shard = _shard(state, event.shard)
+    lineage = tuple(link for link in shard.lineage if link.acceptance.epoch <= event.epoch)
+    known = event.epoch == 0 or (lineage and lineage[-1].acceptance.epoch == event.epoch)
+    if event.term != shard.term + 1 or event.epoch >= shard.epoch or not known:
+        raise LedgerOutOfOrder(f"shard {event.shard} at epoch {shard.epoch} cannot be rolled back to epoch {event.epoch}")
+    gone = {link.acceptance.checkpoint for link in shard.lineage[len(lineage) :]}
+    if lineage:
+        head = lineage[-1]
+        head = replace(head, acceptance=head.acceptance.model_copy(update={"term": event.term}))
+        lineage = (*lineage[:-1], head)
+    shard = replace(
+        shard, epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={},
+        acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
+    )  # fmt: skip
+    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}
+    return replace(_with_shard(state, event.shard, shard), audits=audits, mixture=None, finished=False)
 
-    `lottery` is uniform in [0, 1) and must be unpredictable to the peer.
-    """
-    return streak < needed or lottery * streak < 1
+
+def _pardoned(state: RunState, event: PeerPardoned) -> RunState:
+    quarantined = {owner: why for owner, why in state.quarantined.items() if owner != event.owner}
+    peers = state.peers.set(event.owner, replace(state.peer(event.owner), streak=0, trust=0))
+    return replace(state, quarantined=quarantined, peers=peers)

@@ -143,10 +143,15 @@ class Timing(Frozen):
 
 
 class AuditPolicy(Frozen):
-    """BOINC's adaptive replication: always until `streak` valid results in a row, then with probability 1/n."""
+    """BOINC's adaptive replication: always until `streak` valid results in a row, then with probability 1/n.
+
+    An audit replays the first `replay_steps` steps of an epoch; a share `whole_epoch` of all audits, drawn by a lottery that
+    nobody can foresee, replays all of them and compares the end. Both 0: nothing is audited.
+    """
 
     streak: Count = 10
     replay_steps: int = Field(default=4, ge=0)
+    whole_epoch: float = Field(default=0.05, ge=0, le=1)
 
 
 class HardwareNeeds(Frozen):

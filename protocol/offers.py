@@ -21,7 +21,7 @@ OFFER_TIMEOUT = 10.0
 _MAX_OFFER_BYTES = 2 * MAX_RECORD_BYTES + 256  # the sealed record is JSON inside a JSON string: quotes are escaped
 _MAX_REPLY_BYTES = 4096
 
-Rung = Literal["signature", "lineage", "size", "transfer", "format", "numbers", "holdout", "audit"]
+Rung = Literal["signature", "quarantine", "lineage", "size", "transfer", "format", "numbers", "holdout", "raw", "audit"]
 """The acceptance ladder, cheapest first."""
 
 

@@ -1,4 +1,4 @@
-"""The five signed records of the DHT. Each is small, names its own key, belongs to one owner and expires."""
+"""The signed records of the DHT. Each is small, names its own key, belongs to one owner and expires."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .ticket import Address
 
 MAX_RECORD_BYTES = 4096
 NODE_BUCKETS = 16
+MAX_QUARANTINED = 48
 _REMEMBERED = 8192  # records whose signatures are known: about 20 MB
 _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
@@ -48,6 +49,18 @@ class Hardware(Frozen):
     name: Word = ""
     memory_bytes: int = Field(ge=0)
     cores: int = Field(ge=1)
+
+
+class Made(Frozen):
+    """With what a result was trained, as its author says. It chooses the tolerance of an audit, which is bounded in any case.
+
+    `software` is the author's version of Lutetia; trust that was earned with one version does not carry over to the next.
+    """
+
+    device: Literal["cpu", "cuda", "mps", "other"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int = Field(default=1, ge=1)
+    software: Word = ""
 
 
 class NodeRecord(_Record):
@@ -95,6 +108,7 @@ class CheckpointRecord(_Record):
     loss: float
     peer_id: PeerId
     addresses: Addresses = ()
+    made: Made = Made()
 
     @property
     def digest(self) -> Digest:
@@ -119,7 +133,10 @@ class ProviderRecord(_Record):
 
 
 class AcceptanceRecord(_Record):
-    """A coordinator's signed yes: `checkpoint` is now epoch `epoch` of `shard`; its author has tenure until then."""
+    """A coordinator's signed yes: `checkpoint` is now epoch `epoch` of `shard`; its author has tenure until then.
+
+    `term` counts the roll-backs of the shard before it.
+    """
 
     kind: Literal["acceptance"] = "acceptance"
     shard: int = Field(ge=0)
@@ -132,12 +149,44 @@ class AcceptanceRecord(_Record):
     author: PublicKey
     tenure_until: float
     holdout_loss: float
+    term: int = Field(default=0, ge=0)
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
 
 
-Record = Annotated[NodeRecord | ClaimRecord | CheckpointRecord | ProviderRecord | AcceptanceRecord, Field(discriminator="kind")]
+class ResetRecord(_Record):
+    """A coordinator's word that `shard` stands at its beginning again: in term `term` nothing is accepted yet.
+
+    Every roll-back of a shard raises its term; the latest acceptance is the one of the highest term, then of the highest epoch.
+    """
+
+    kind: Literal["reset"] = "reset"
+    shard: int = Field(ge=0)
+    term: int = Field(ge=1)
+
+    def key(self) -> str:
+        return acceptance_key(self.run, self.shard)
+
+
+class QuarantineRecord(_Record):
+    """A coordinator's word that these peers' work was found to be faked: their claims do not count.
+
+    It has room for MAX_QUARANTINED: those who claim something go first, then whom the last audits convicted.
+    """
+
+    kind: Literal["quarantine"] = "quarantine"
+    peers: tuple[PublicKey, ...] = Field(max_length=MAX_QUARANTINED)
+
+    def key(self) -> str:
+        return quarantine_key(self.run)
+
+
+Record = Annotated[
+    NodeRecord | ClaimRecord | CheckpointRecord | ProviderRecord | AcceptanceRecord | ResetRecord | QuarantineRecord,
+    Field(discriminator="kind"),
+]
+COORDINATORS_ONLY = ("acceptance", "reset", "quarantine")
 
 
 def node_bucket(owner: str) -> int:
@@ -166,6 +215,10 @@ def provider_key(run: str, blob: str) -> str:
 
 def acceptance_key(run: str, shard: int) -> str:
     return f"{run}/accepted/{shard:04d}"
+
+
+def quarantine_key(run: str) -> str:
+    return f"{run}/quarantined"
 
 
 @dataclass(frozen=True)
@@ -208,7 +261,7 @@ def open_record(
     """Parse and check a stored record; `key` None means that the caller compares `record.key()` itself (hashed keys).
 
     Raises RecordRefused: too large, malformed, wrong key or owner, bad signature, outside the clock window, TTL too long,
-    or an acceptance by somebody who is no coordinator of the run.
+    or an acceptance, reset or quarantine by somebody who is no coordinator of the run.
     """
     if len(data) > MAX_RECORD_BYTES:
         raise RecordRefused(f"record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
@@ -221,8 +274,8 @@ def open_record(
     if record.owner != subkey:
         raise RecordRefused(f"record of owner {record.owner[:16]}… was filed under {subkey[:16]}…")
     check_times(record.kind, record.issued, expires, now, limits)
-    if record.kind == "acceptance" and record.owner not in coordinators:
-        raise RecordRefused(f"acceptance by {record.owner[:16]}…, who is no coordinator of this run")
+    if record.kind in COORDINATORS_ONLY and record.owner not in coordinators:
+        raise RecordRefused(f"{record.kind} by {record.owner[:16]}…, who is no coordinator of this run")
     if not _signature_holds(data, expires):
         raise RecordRefused("record's signature is wrong")
     return record

@@ -35,6 +35,7 @@ class ShardStatus(Frozen):
     initial_loss: float | None = None
     waiting: int = Field(default=0, description="Results that wait for judgement")
     audit: AuditState | None = Field(default=None, description="Of the accepted checkpoint")
+    term: int = Field(default=0, description="How often its lineage was rolled back")
 
 
 class NodeStatus(Frozen):
@@ -43,7 +44,7 @@ class NodeStatus(Frozen):
     owner: PublicKey
     peer_id: str
     state: NodeState
-    health: Literal["working", "starting", "standby", "paused", "overdue"]
+    health: Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
     device: Word
     samples_per_second: float
     shard: int | None = None
@@ -78,6 +79,16 @@ class RefusalStatus(Frozen):
     text: str
 
 
+class QuarantineStatus(Frozen):
+    """A peer whose work an audit found faked: epoch `epoch` of `shard`."""
+
+    time: float
+    owner: PublicKey
+    shard: int
+    epoch: int
+    text: str
+
+
 class SwarmStatus(Frozen):
     """The whole run as its coordinator sees it at `time`."""
 
@@ -96,6 +107,8 @@ class SwarmStatus(Frozen):
     rejected: int = 0
     events: int = 0
     refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last ones, oldest first")
+    audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
+    quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The newest, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")
     finished: bool = Field(default=False, description="Every budget is done and the final mixture is stitched")
 

@@ -17,10 +17,11 @@ from .identity import peer_id_of
 from .ledger_state import PeerLedger, RunState
 from .manifest import Manifest
 from .records import ClaimRecord, NodeRecord
-from .status import NodeStatus, RefusalStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
+from .status import NodeStatus, QuarantineStatus, RefusalStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
 
-Health = Literal["working", "starting", "standby", "paused", "overdue"]
+Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
+_QUARANTINED_SHOWN = 64
 
 _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
 
@@ -56,7 +57,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     """The document at `now` (Unix seconds)."""
     claims: dict[int, list[Sighting[ClaimRecord]]] = defaultdict(list)
     for claim in live.claims:
-        if claim.expires > now and claim.record.shard in state.shards:
+        if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in state.quarantined:
             claims[claim.record.shard].append(claim)
     held = {index: _holder(state, index, claims[index], now) for index in sorted(claims)}
     holders = {claim.record.owner: claim for claim in held.values() if claim}
@@ -80,6 +81,11 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         events=state.events,
         refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at"})) for refusal in state.refusals),
         finished=state.finished,
+        audits_due=len(state.audits),
+        quarantined=tuple(
+            QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))
+            for why in list(state.quarantined.values())[-_QUARANTINED_SHOWN:]
+        ),
     )
 
 
@@ -123,6 +129,7 @@ def _shard_status(
         initial_loss=shard.baseline,
         waiting=len(shard.candidates),
         audit=shard.audit,
+        term=shard.term,
     )
 
 
@@ -159,6 +166,8 @@ def _node_status(
 
 
 def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sighting[ClaimRecord] | None, now: float) -> Health:
+    if record.owner in state.quarantined:
+        return "quarantined"
     if record.state == "paused":
         return "paused"
     if claim is None or state.shards[claim.record.shard].epoch >= state.epochs:

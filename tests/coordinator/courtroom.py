@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.judge import JudgeState, Rules, judge
 from lutetia.coordinator.ladder import SizeLimits, Verdict
-from lutetia.coordinator.messages import Action, Answer, Check, Checked, Offered, Stimulus, Write
+from lutetia.coordinator.messages import Action, Answer, Audit, Audited, Check, Checked, Offered, Stimulus, Write
+from lutetia.protocol.audits import Finding, Outcome
 from lutetia.protocol.events import Event, RunCreated
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.ledger_state import RunState, apply
@@ -80,12 +81,14 @@ class Court:
     events: list[Event] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
     now: float = START
 
     def hears(self, stimulus: Stimulus) -> tuple[Action, ...]:
         self.state, actions = judge(self.rules, self.state, stimulus)
         self.events += [action.event for action in actions if isinstance(action, Write)]
         self.checks += [action for action in actions if isinstance(action, Check)]
+        self.audits += [action for action in actions if isinstance(action, Audit)]
         self.actions += actions
         return actions
 
@@ -97,6 +100,20 @@ class Court:
         """The ladder finds `record` valid."""
         parent = self.state.run.shards[record.shard].parent_loss
         return self.hears(Checked(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
+
+    def audited(self, outcome: Outcome, checkpoint: str | None = None) -> tuple[Action, ...]:
+        """The replay that is under way (or of `checkpoint`) comes to `outcome`."""
+        asked = checkpoint or self.audits[-1].audit.checkpoint
+        return self.hears(Audited(asked, Finding(outcome=outcome, text="step 2: 0.7 and 0.9"), self.now, 1.5))
+
+    def accept(self, peer: Identity, shard: int = 0, **changes: object) -> CheckpointRecord:
+        """`peer`'s result for the next epoch of `shard` is accepted."""
+        ledger = self.state.run.shards[shard]
+        record = make_record(self.manifest, peer, shard, ledger.epoch + 1, ledger.accepted, **changes)  # pyright: ignore[reportArgumentType]
+        assert self.offer(record).verdict == "queued"
+        self.verdict(record)
+        assert self.state.run.shards[shard].accepted == record.digest
+        return record
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from courtroom import PEERS, court, limits_of, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lutetia.coordinator.judge import JudgeState
-from lutetia.coordinator.ladder import Verdict, lottery
+from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.messages import Check, Checked, Discard, LimitsKnown, Publish, Tick
-from lutetia.protocol.events import AuditDone, CheckpointAccepted, CheckpointRefused
-from lutetia.protocol.ledger_state import RunState, apply, audit_due
+from lutetia.protocol.events import CheckpointAccepted, CheckpointRefused
+from lutetia.protocol.ledger_state import RunState, apply
 
 
 def test_a_valid_result_is_queued_checked_accepted_and_published():
@@ -29,7 +27,7 @@ def test_a_valid_result_is_queued_checked_accepted_and_published():
     assert acceptance.tenure_until == c.now + c.manifest.timing.tenure
     assert acceptance.holdout_loss == 0.4
     assert c.offer(first).verdict == "accepted"
-    assert c.kinds() == ["run-created", "checkpoint-seen", "baseline-measured", "checkpoint-accepted", "audit-due", "audit-done"]
+    assert c.kinds() == ["run-created", "checkpoint-seen", "baseline-measured", "checkpoint-accepted", "audit-due"]
 
 
 def test_the_next_epoch_must_stand_on_the_accepted_one():
@@ -194,30 +192,6 @@ def test_a_restart_judges_again_what_was_in_flight():
     c.state, c.checks = again, []
     c.hears(LimitsKnown(limits_of(2), c.now))
     assert [check.record for check in c.checks] == [result]
-
-
-def test_audits_that_nobody_carries_out_earn_no_trust():
-    c = court(epochs=20)
-    parent = None
-    for epoch in range(1, 16):
-        result = make_record(c.manifest, PEERS[0], epoch=epoch, parent=parent)
-        c.offer(result)
-        c.verdict(result)
-        parent, c.now = result.digest, c.now + 61
-    outcomes = [event.outcome for event in c.events if isinstance(event, AuditDone)]
-    assert outcomes == ["not carried out"] * 15
-    assert c.state.run.peer(PEERS[0].public_key).streak == 0
-    assert c.state.run.shards[0].audit == "not carried out"
-
-
-def test_the_adaptive_rule_is_boincs():
-    assert all(audit_due(streak, 10, 0.999999) for streak in range(10))
-    drawn = [audit_due(20, 10, random.Random(seed).random()) for seed in range(4000)]
-    assert 0.035 < sum(drawn) / len(drawn) < 0.065, "1/20 of the results"
-    tickets = [lottery(b"secret", f"{n:064x}") for n in range(2000)]
-    assert 0 <= min(tickets) < 0.01
-    assert 0.99 < max(tickets) < 1
-    assert lottery(b"other", "0" * 64) != tickets[0]
 
 
 moves = st.lists(

@@ -105,7 +105,7 @@ def test_a_finished_shard_and_the_refusals_are_shown():
     document, me = seen(c, PEERS[0], c.now)
     assert document.shards[0].state == "done"
     assert document.shards[0].due is None
-    assert document.shards[0].audit == "not carried out"
+    assert document.shards[0].audit == "due"
     assert document.shards[0].samples == document.shards[0].samples_budget
     assert me.health == "standby"
     assert [(refusal.checkpoint, refusal.rung) for refusal in document.refusals] == [(bad.digest, "lineage")]

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from courtroom import COORDINATOR, PEERS, START, first_event, limits_of, make_manifest, make_record
+from courtroom import COORDINATOR, PEERS, START, court, first_event, limits_of, make_manifest, make_record
 from lutetia.coordinator.bench import Bench
 from lutetia.coordinator.judge import Rules
-from lutetia.coordinator.ladder import Limits, Stopped
+from lutetia.coordinator.ladder import Limits, Replayed, Stopped
 from lutetia.coordinator.ledger import Ledger
-from lutetia.coordinator.messages import Offered
+from lutetia.coordinator.messages import Audit, Offered
 from lutetia.coordinator.stitching import next_step
 from lutetia.coordinator.tools import KEPT_STATES, NetworkTools
+from lutetia.protocol.audits import Finding
 from lutetia.protocol.events import MixtureStitched, RouterTrained
 from lutetia.protocol.ledger_state import RunState, apply
 from lutetia.protocol.records import AcceptanceRecord, CheckpointRecord
@@ -23,16 +24,22 @@ from lutetia.protocol.store import BlobStore
 
 def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-    tools = NetworkTools(None, make_manifest(epochs=9), blobs, incoming, None, 1.0)  # pyright: ignore[reportArgumentType]
-    records = []
-    for epoch in range(1, 7):
+    tools = NetworkTools(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    c, records = court(epochs=9), []
+    for epoch in range(1, 9):
         weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))
-        records.append(make_record(make_manifest(epochs=9), PEERS[0], epoch=epoch, weights=weights, state=state, trace=trace))
+        records.append(c.accept(PEERS[0], weights=weights, state=state, trace=trace))
         tools.keep(records[-1])
+        if epoch > 1:
+            c.audited("valid" if epoch != 3 else "inconclusive")
+        tools.forget(c.state.run)
     held = set(blobs.digests())
     assert incoming.digests() == []
     assert all({record.weights.digest, record.trace.digest} <= held for record in records)
-    assert [record.state.digest in held for record in records] == [False] * (6 - KEPT_STATES) + [True] * KEPT_STATES
+    due = {audit.epoch for audit in c.state.run.audits.values()}
+    needed = {epoch for audit in due for epoch in (audit - 1, audit)} | set(range(9 - KEPT_STATES, 9))
+    assert min(due) < 9 - KEPT_STATES
+    assert {record.epoch for record in records if record.state.digest in held} == needed - {0}
 
 
 @dataclass
@@ -58,6 +65,11 @@ class StrawHands:
 
     async def loss(self, record: CheckpointRecord) -> float:
         return self.losses.get(record.epoch, 0.9)
+
+    async def replay(self, audit: Audit) -> Replayed:
+        return Replayed(Finding(outcome="valid"), 0.1)
+
+    def forget(self, run: RunState) -> None: ...
 
     def keep(self, record: CheckpointRecord) -> None:
         self.kept.append(record)

@@ -19,6 +19,7 @@ from lutetia.coordinator.settings import RunSettings
 from lutetia.coordinator.workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
 from lutetia.models.mixture_document import read_mixture, verify_mixture
 from lutetia.models.states import write_state, write_weights
+from lutetia.models.tensorfiles import write_tensors
 from lutetia.models.training import ExpertTrainer
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import BlobRef, Manifest
@@ -45,12 +46,16 @@ class Site:
     def state(self, shard: int = 0) -> Path:
         return self.files / f"{shard}.state.safetensors"
 
+    def trace(self, shard: int = 0) -> Path:
+        return self.files / f"{shard}.trace.safetensors"
+
     def holdout(self, shard: int = 0) -> str:
         digest = self.manifest.shards[shard].holdout.digest
         return str(self.run.blobs / digest[:2] / digest)
 
-    async def inspect(self, weights: Path, state: Path, shard: int = 0, epoch: int = 1) -> None:
-        await self.shop.ask("inspect", limit=LIMIT, shard=shard, epoch=epoch, weights=str(weights), state=str(state))
+    async def inspect(self, weights: Path, state: Path, trace: Path | None = None) -> None:
+        files = {"weights": str(weights), "state": str(state), "trace": str(trace or self.trace())}
+        await self.shop.ask("inspect", limit=LIMIT, shard=0, epoch=1, **files)
 
 
 def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
@@ -61,6 +66,7 @@ def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
     snapshot = trainer.snapshot()
     write_weights(snapshot, folder / f"{shard}.weights.safetensors")
     write_state(snapshot, folder / f"{shard}.state.safetensors")
+    write_tensors(folder / f"{shard}.trace.safetensors", {"trace": torch.tensor(snapshot.trace)})
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -154,6 +160,24 @@ async def test_each_wrong_checkpoint_is_refused_at_its_rung(site: Site, tmp_path
         await site.inspect(weights, state)
     assert caught.value.rung == rung
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("trace", "rung", "words"),
+    [
+        ({"trace": torch.zeros(3)}, "format", "3 losses; an epoch has 4"),
+        ({"trace": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "numbers", "NaN or infinity"),
+        ({"trace": torch.zeros(2, 2)}, "format", "not one row"),
+        ({"losses": torch.zeros(4)}, "format", "not one row"),
+    ],
+)
+async def test_a_trace_has_one_finite_loss_per_step(
+    site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], rung: str, words: str
+):
+    save_file(trace, tmp_path / "t.safetensors")
+    with pytest.raises(WorkshopRefused, match=words) as caught:
+        await site.inspect(site.weights(), site.state(), tmp_path / "t.safetensors")
+    assert caught.value.rung == rung
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""One process of `benchmarks.audit`: trains the parent epoch, or replays the epoch after it. Argument and answer are JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lutetia.coordinator.settings import small_expert
+from lutetia.models.data.shards import ShardData
+from lutetia.models.replay import End, Parent, drift, raw_parameters, replay
+from lutetia.models.states import write_state, write_weights
+from lutetia.models.training import ExpertTrainer
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import BlobRef, LatentSpec, Manifest, Optimisation, ShardSpec
+
+from .audit import BATCH, STEPS
+
+CLIPS = 64
+LATENT = LatentSpec(
+    channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
+    text_encoder="builtin:words", text_tokens=8, text_width=32, pooled_width=32,
+)  # fmt: skip
+
+
+def manifest(optimizer: str) -> Manifest:
+    blob, owner = BlobRef(digest="0" * 64, size=1), Identity.derived("owner of the audit benchmark").public_key
+    shard = ShardSpec(index=0, name="shard 0", train=blob, holdout=blob, clips=CLIPS, holdout_clips=1, prior=1.0)
+    return Manifest(
+        name="audit", owner=owner, coordinators=(owner,), created=1.0, expires=2.0, latent=LATENT, expert=small_expert(LATENT),
+        shards=(shard,), checkpoint_samples=STEPS * BATCH, samples_per_shard=4 * STEPS * BATCH,
+        optimisation=Optimisation(optimizer=optimizer, batch=BATCH),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+def data() -> ShardData:
+    """Smooth moving blobs: something that can be learnt."""
+    draw = torch.Generator().manual_seed(1)
+    noise = torch.randn(CLIPS, *LATENT.shape, generator=draw)
+    smooth = torch.nn.functional.avg_pool3d(noise, 3, 1, 1) * 4
+    text = torch.randn(CLIPS, LATENT.text_tokens, LATENT.text_width, generator=draw)
+    return ShardData(smooth, text, text.mean(1), [""] * CLIPS, [""] * CLIPS)
+
+
+def parent(folder: Path, run: Manifest) -> dict[str, Any]:
+    trainer = ExpertTrainer(run, 0, data())
+    for _ in range(STEPS):
+        trainer.step()
+    write_weights(trainer.snapshot(), folder / "parent.weights")
+    write_state(trainer.snapshot(), folder / "parent.state", ema=False)
+    return {}
+
+
+def again(folder: Path, run: Manifest, ask: dict[str, Any]) -> dict[str, Any]:
+    """The replay, whose end is kept for later variants to be compared with."""
+    options = {"precision": ask.get("precision", "float32"), "micro_batch": ask.get("micro_batch")}
+    base = Parent(1, folder / "parent.weights", folder / "parent.state")
+    trainer = ExpertTrainer(run, 0, data(), **options)
+    trainer.restore(1, base.weights, base.state)
+    if ask.get("frozen"):
+        return cheated(folder, run, trainer, ask)
+    start = raw_parameters(trainer)
+    for _ in range(STEPS):
+        trainer.step()
+    write_weights(trainer.snapshot(), folder / f"{ask['out']}.weights")
+    write_state(trainer.snapshot(), folder / f"{ask['out']}.state", ema=False)
+    against = ask.get("against")
+    end = End(folder / f"{against}.weights", folder / f"{against}.state")
+    return {"losses": trainer.trace, "drift": None if against is None else drift(trainer, start, end)}
+
+
+def cheated(folder: Path, run: Manifest, trainer: ExpertTrainer, ask: dict[str, Any]) -> dict[str, Any]:
+    """Losses without updates, and the parent's weights with a little noise as the end."""
+    losses = []
+    for step in range(STEPS):
+        loss = trainer._accumulate(trainer._batches.take(1, step))
+        trainer.model.zero_grad()
+        losses.append(loss.item())
+    draw = torch.Generator().manual_seed(2)
+    snapshot = trainer.snapshot()
+    for tensors in (snapshot.parameters, snapshot.ema):
+        for tensor in tensors.values():
+            tensor += ask.get("noise", 0.0) * torch.randn(tensor.shape, generator=draw)
+    write_weights(snapshot, folder / "cheat.weights")
+    write_state(snapshot, folder / "cheat.state", ema=False)
+    base = Parent(1, folder / "parent.weights", folder / "parent.state")
+    honest = replay(run, 0, data(), base, STEPS, end=End(folder / "cheat.weights", folder / "cheat.state"))
+    return {"losses": losses, "drift": honest.drift}
+
+
+def main() -> None:
+    ask = json.loads(sys.argv[1])
+    torch.set_num_threads(ask.get("threads", 1))
+    run, folder = manifest(ask["optimizer"]), Path(ask["folder"])
+    print(json.dumps(parent(folder, run) if ask["do"] == "parent" else again(folder, run, ask)))
+
+
+if __name__ == "__main__":
+    main()

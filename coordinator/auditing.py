@@ -1,0 +1,145 @@
+"""The last rung, decided: who is audited, what follows from an audit, and how far a lineage falls when its author faked it.
+
+Audits run after the acceptance, so that training never waits for them. The events are written in one transaction before anything
+is done about them; what was published before a crash is published again from the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..protocol.audits import audit_due, lottery
+from ..protocol.canonical import digest_of
+from ..protocol.events import AuditDone, AuditDue, AuditReason, LineageRolledBack, PeerQuarantined
+from ..protocol.ledger_state import Link, PendingAudit, RunState
+from ..protocol.manifest import Manifest
+from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from .ladder import Verdict
+from .messages import Audit, Audited, Discard, Proclaim
+from .turn import Rules, Turn, refusal
+
+_LONGEST_DELAY = 3600.0
+
+
+def build_of(record: CheckpointRecord, manifest: Manifest) -> str:
+    """What trust is counted for: the author's software and the kind of expert."""
+    return f"{record.made.software}/{digest_of(manifest.expert_of(record.shard))[:12]}"
+
+
+def consider(turn: Turn, record: CheckpointRecord) -> None:
+    """`record` was accepted: by the adaptive rule, is it to be audited, and whole or in part?"""
+    policy, peer = turn.rules.manifest.audit, turn.run.peer(record.owner)
+    whole = lottery(turn.rules.secret, record.digest, "whole") < policy.whole_epoch
+    if not (policy.replay_steps or whole):
+        return
+    if audit_due(peer.streak, policy.streak, lottery(turn.rules.secret, record.digest)):
+        _due(turn, record.digest, record.shard, whole, "streak" if peer.streak < policy.streak else "lottery")
+
+
+def _due(turn: Turn, checkpoint: str, shard: int, whole: bool, why: AuditReason) -> None:
+    link = turn.run.shards[shard].link(checkpoint)
+    assert link is not None
+    given = link.acceptance
+    facts = {"shard": shard, "epoch": given.epoch, "owner": given.author, "checkpoint": checkpoint}
+    turn.write(AuditDue(time=turn.now, **facts, streak=turn.run.peer(given.author).streak, whole=whole, why=why))
+
+
+def _facts(audit: PendingAudit) -> dict[str, Any]:
+    return {"shard": audit.shard, "epoch": audit.epoch, "owner": audit.owner, "checkpoint": audit.checkpoint}
+
+
+def start_audit(turn: Turn) -> None:
+    """One audit at a time, the oldest result first."""
+    if turn.state.auditing is not None or not turn.run.audits:
+        return
+    ready = [audit for audit in turn.run.audits.values() if audit.not_before <= turn.now]
+    if not ready:
+        return
+    audit = min(ready, key=lambda audit: (audit.attempts, audit.since, audit.checkpoint))
+    turn.state = replace(turn.state, auditing=audit.checkpoint)
+    turn.actions.append(_job(turn, audit))
+
+
+def _job(turn: Turn, audit: PendingAudit) -> Audit:
+    shard = turn.run.shards[audit.shard]
+    link = shard.link(audit.checkpoint)
+    assert link is not None, "a due audit is of an accepted epoch: a roll-back takes it away"
+    before = shard.before(link)
+    return Audit(audit, link, before.acceptance if before else None)
+
+
+def audited(turn: Turn, heard: Audited) -> None:
+    """A replay came to its end."""
+    audit = turn.run.audits.get(heard.checkpoint)
+    if turn.state.auditing == heard.checkpoint:
+        turn.state = replace(turn.state, auditing=None)
+    if audit is None:
+        return  # rolled back meanwhile
+    finding, again_at = heard.finding, None
+    if finding.outcome == "inconclusive" and heard.again and audit.attempts + 1 < turn.rules.audit_attempts:
+        again_at = turn.now + min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
+    told = {"outcome": finding.outcome, "text": finding.text[:1000], "by": heard.by, "seconds": heard.seconds}
+    turn.write(AuditDone(time=turn.now, **_facts(audit), **told, again_at=again_at))
+    if finding.outcome == "invalid":
+        _convict(turn, audit, finding.text)
+
+
+def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
+    """Quarantine the author, take back what stands on the faked epoch, look again at all that it did before, oldest first."""
+    if audit.owner not in turn.run.quarantined:
+        turn.write(PeerQuarantined(time=turn.now, **_facts(audit), text=text[:1000]))
+        _dismiss(turn, audit.owner)
+    _roll_back(turn, audit)
+    earlier = [
+        (link.at, shard, link.acceptance.checkpoint)
+        for shard in turn.run.shards
+        for link in turn.run.shards[shard].lineage
+        if link.acceptance.author == audit.owner and _worth_another_look(turn, link)
+    ]
+    for _, shard, checkpoint in sorted(earlier):
+        _due(turn, checkpoint, shard, True, "re-audit")
+
+
+def _worth_another_look(turn: Turn, link: Link) -> bool:
+    """Not while a replay of the whole epoch is due already."""
+    due = turn.run.audits.get(link.acceptance.checkpoint)
+    return due is None or not due.whole
+
+
+def _dismiss(turn: Turn, owner: str) -> None:
+    """What a quarantined peer has in judgement is refused."""
+    for index in sorted(turn.state.pending):
+        waiting = turn.run.shards[index].candidates.get(owner)
+        if waiting:
+            why = Verdict("invalid", "quarantine", "its author was quarantined meanwhile")
+            turn.write(refusal(waiting.record, why, turn.now))
+            _forget_check(turn, index, owner)
+            turn.actions.append(Discard(waiting.record))
+            turn.tidy(index)
+
+
+def _forget_check(turn: Turn, shard: int, owner: str | None = None) -> None:
+    checking = turn.state.checking
+    if shard in checking and owner in (None, checking[shard][0]):
+        turn.state = replace(turn.state, checking={k: v for k, v in checking.items() if k != shard})
+
+
+def _roll_back(turn: Turn, audit: PendingAudit) -> None:
+    """The shard goes on from the last epoch before the faked one, in a new term; other shards are not touched."""
+    shard = turn.run.shards[audit.shard]
+    waiting = [candidate.record for candidate in shard.candidates.values()]
+    place = {"epoch": audit.epoch - 1, "term": shard.term + 1, "dropped": shard.epoch - audit.epoch + 1}
+    turn.write(LineageRolledBack(time=turn.now, shard=audit.shard, **place, checkpoint=audit.checkpoint))
+    _forget_check(turn, audit.shard)
+    turn.actions += [Discard(record) for record in waiting]
+    turn.actions.append(Proclaim(standing(turn.rules, turn.run, audit.shard, turn.now)))
+    turn.tidy(audit.shard)
+
+
+def standing(rules: Rules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
+    """What the DHT is to show of a shard: its accepted epoch, or that it stands at its beginning again."""
+    ledger = run.shards[shard]
+    if ledger.acceptance is not None:
+        return ledger.acceptance
+    return ResetRecord(run=rules.manifest.run_id, owner=rules.coordinator, issued=now, shard=shard, term=ledger.term)

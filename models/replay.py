@@ -1,0 +1,128 @@
+"""Replay of somebody's training: the same steps from the same parent, so that its published losses can be compared.
+
+Who replays needs the shard's data and the parent's blobs, and nothing of the author but its trace (and, for a whole epoch, its
+end). The comparison is `protocol.audits`, which needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..protocol.manifest import Manifest
+from ..protocol.records import Made
+from ..system.errors import IntegrityError
+from .checkpoints import CheckpointRefused
+from .data.shards import ShardData
+from .states import Precision
+from .training import ExpertTrainer, TrainingDiverged
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where the audited epoch begins: the files of accepted `epoch`; at epoch 0 nothing, or the weights of a warm start."""
+
+    epoch: int
+    weights: Path | None = None
+    state: Path | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """The author's published end of the epoch."""
+
+    weights: Path
+    state: Path
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came out. `drift`: how far the author's end lies from the replayed one, in lengths of the replayed way.
+
+    It is None where no end was given. `made`: with what it was replayed. Losses end early, with a NaN, where training diverged.
+    """
+
+    losses: tuple[float, ...]
+    drift: float | None
+    made: Made
+
+
+def replay(
+    manifest: Manifest,
+    shard: int,
+    data: ShardData,
+    parent: Parent,
+    steps: int,
+    *,
+    end: End | None = None,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    micro_batch: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
+) -> Replay:
+    """Train the first `steps` steps after `parent`; with `end` the whole epoch, whose outcome is compared too.
+
+    Raises CheckpointRefused or IntegrityError for files that do not fit, DataError or ConfigError for a shard that does not.
+    """
+    trainer = ExpertTrainer(manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch)
+    trainer.restore(parent.epoch, parent.weights, parent.state)
+    steps = manifest.steps_per_epoch if end else min(steps, manifest.steps_per_epoch)
+    start = raw_parameters(trainer) if end else {}
+    losses: list[float] = []
+    try:
+        for done in range(steps):
+            losses.append(trainer.step())
+            progress(done + 1, steps)
+    except TrainingDiverged:
+        losses.append(math.nan)
+    made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch)
+    whole = end is not None and len(losses) == steps and math.isfinite(losses[-1])
+    return Replay(tuple(losses), drift(trainer, start, end) if whole and end else None, made)
+
+
+def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> Made:
+    """The words for it that peers exchange."""
+    kind = device if device in ("cpu", "cuda", "mps") else "other"
+    return Made(device=kind, precision=precision, micro_batch=micro_batch, software=software)
+
+
+def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
+    """A copy of the parameters that are trained (not of their averages)."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
+
+
+def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: End) -> float:
+    """The larger of the parameters' and the averages' distance from the author's, over the length of the replayed way."""
+    snapshot = trainer.snapshot()
+    way = _distance(snapshot.parameters, lambda name: start[name])
+    with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
+        raw = _distance(snapshot.parameters, lambda name: state.get_tensor(f"param.{name}"))
+        averages = _distance(snapshot.ema, lambda name: weights.get_tensor(name))
+    if way == 0:
+        raise IntegrityError("the replayed epoch moved no weight; its learning rate is zero and there is nothing to audit")
+    return max(raw, averages) / way
+
+
+def _distance(ours: Mapping[str, Tensor], theirs: Callable[[str], Tensor]) -> float:
+    total = sum(torch.dist(tensor.double(), theirs(name).double()).item() ** 2 for name, tensor in ours.items())
+    return math.sqrt(total)
+
+
+def read_trace(path: Path) -> tuple[float, ...]:
+    """The losses that an author published. Raises CheckpointRefused unless they are one row of finite float32 numbers."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            trace = file.get_tensor("trace") if list(file.keys()) == ["trace"] else None
+    except SafetensorError as error:
+        raise CheckpointRefused("header", f"the trace {path.name} is no safetensors file ({error}); refused") from error
+    if trace is None or trace.ndim != 1 or trace.dtype != torch.float32:
+        raise CheckpointRefused("shape", f"the trace {path.name} is not one row of float32 losses; refused")
+    if not bool(torch.isfinite(trace).all()):
+        raise CheckpointRefused("non-finite", f"the trace {path.name} holds NaN or infinity; refused")
+    return tuple(trace.tolist())

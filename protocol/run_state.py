@@ -1,0 +1,157 @@
+"""What the events of a run add up to: its shards, peers, due audits and quarantines, as immutable values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .events import CheckpointRefused, CheckpointSuperseded, MixtureStitched, PeerQuarantined, RouterTrained
+from .manifest import BlobRef
+from .persistent import Table
+from .records import AcceptanceRecord, CheckpointRecord, Made
+from .status import AuditState
+
+HISTORY = 64
+"""Accepted epochs of a shard that can still be audited and rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A result that waits for judgement; `not_before` delays the next attempt after an inconclusive one."""
+
+    record: CheckpointRecord
+    seen: float
+    attempts: int = 0
+    not_before: float = 0.0
+
+
+Judged = Mapping[tuple[str, str], CheckpointRefused | CheckpointSuperseded]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One accepted epoch of a lineage. `trace` and `made` are its record's; `version` is the manifest's when it was accepted."""
+
+    acceptance: AcceptanceRecord
+    at: float
+    version: int
+    trace: BlobRef | None = None
+    made: Made | None = None
+    audit: AuditState = "not due"
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAudit:
+    """An audit that is due. `since` is when its result was accepted: the oldest goes first."""
+
+    shard: int
+    epoch: int
+    owner: str
+    checkpoint: str
+    since: float
+    whole: bool = False
+    attempts: int = 0
+    not_before: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLedger:
+    """One shard. `judged` holds the final verdicts, by (owner, checkpoint), on results for the epoch after `epoch`.
+
+    `term` counts its roll-backs; `lineage` are the last HISTORY accepted epochs, oldest first.
+    """
+
+    epoch: int = 0
+    acceptance: AcceptanceRecord | None = None
+    accepted_at: float | None = None
+    baseline: float | None = None
+    term: int = 0
+    lineage: tuple[Link, ...] = ()
+    candidates: Mapping[str, Candidate] = field(default_factory=dict)
+    judged: Judged = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> str | None:
+        """Digest of the accepted checkpoint: the only parent that the next one may have."""
+        return self.acceptance.checkpoint if self.acceptance else None
+
+    @property
+    def parent_loss(self) -> float | None:
+        """What the next result's held-out loss is compared with; None until the initial model is measured."""
+        return self.acceptance.holdout_loss if self.acceptance else self.baseline
+
+    @property
+    def audit(self) -> AuditState | None:
+        """How the accepted checkpoint stands with the auditors."""
+        return self.lineage[-1].audit if self.lineage else None
+
+    def link(self, checkpoint: str) -> Link | None:
+        """The accepted epoch of that digest, where it is still known and not rolled back."""
+        return next((link for link in reversed(self.lineage) if link.acceptance.checkpoint == checkpoint), None)
+
+    def before(self, link: Link) -> Link | None:
+        """The epoch on which `link` stands; None at the beginning, or when it is too long ago."""
+        place = self.lineage.index(link)
+        return self.lineage[place - 1] if place else None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLedger:
+    """What a peer's work came to. `interval`: measured seconds per accepted epoch.
+
+    `streak` counts consecutive results that were audited and found valid, all of the same `build` (software and kind of expert);
+    `audited` and `convicted` count audits. As an auditor it has `trust`: consecutive reports that were re-checked and right.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    streak: int = 0
+    build: str = ""
+    audited: int = 0
+    convicted: int = 0
+    trust: int = 0
+    shard: int | None = None
+    checkpoint: str | None = None
+    last_accepted: float | None = None
+    interval: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Everything that the ledger says about a run. `shards` by index, `peers` and `quarantined` by public key.
+
+    `audits` are those that are due, by checkpoint.
+    """
+
+    run: str = ""
+    name: str = ""
+    owner: str = ""
+    coordinator: str = ""
+    epochs: int = 0
+    manifest_version: int = 0
+    manifest: str = ""
+    shards: Table[int, ShardLedger] = field(default_factory=Table)
+    peers: Table[str, PeerLedger] = field(default_factory=Table)
+    router: RouterTrained | None = None
+    mixture: MixtureStitched | None = None
+    finished: bool = False
+    audits: Mapping[str, PendingAudit] = field(default_factory=dict)
+    quarantined: Mapping[str, PeerQuarantined] = field(default_factory=dict)
+    refusals: tuple[CheckpointRefused, ...] = ()
+    accepted: int = 0
+    rejected: int = 0
+    events: int = 0
+
+    def peer(self, owner: str) -> PeerLedger:
+        return self.peers.get(owner, _STRANGER)
+
+    @property
+    def accepted_epochs(self) -> tuple[int, ...]:
+        return tuple(self.shards[index].epoch for index in range(len(self.shards)))
+
+    @property
+    def budgets_done(self) -> bool:
+        return bool(self.shards) and all(shard.epoch >= self.epochs for shard in self.shards.values())
+
+
+_STRANGER = PeerLedger()
