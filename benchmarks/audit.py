@@ -1,7 +1,7 @@
 """How closely honest replays of one epoch agree: threads, instruction sets, micro-batches and precisions against each other.
 
-Every variant is a process of its own that replays the same epoch from the same parent. Figures are the largest relative difference
-of a step's loss over the first four steps and over the epoch, and the drift of the epoch's end (see `models.replay.Replay`).
+Every variant is a process of its own that replays the same epoch from the same parent. Figures are the relative differences of a
+step's loss over the first four steps and over the epoch, and the drift of the epoch's end (see `models.replay.Replay`).
 The last rows are what a cheater would publish: the losses of a model that is not updated, and an end that was not trained for.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from .report import Row
 
-FIRST, STEPS, BATCH = 4, 32, 8
+FIRST, STEPS, BATCH = 4, 32, 4
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,25 @@ from lutetia.models.replay import End, Parent, drift, raw_parameters, replay
 from lutetia.models.states import write_state, write_weights
 from lutetia.models.training import ExpertTrainer
 from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import BlobRef, LatentSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec
 
 from .audit import BATCH, STEPS
 
 CLIPS = 64
+EXPERT_SIZE = {"num_layers": 3, "num_attention_heads": 3, "ffn_dim": 288}
 LATENT = LatentSpec(
     channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
     text_encoder="builtin:words", text_tokens=8, text_width=32, pooled_width=32,
 )  # fmt: skip
+
+EXPERT = ExpertSpec(config={**small_expert(LATENT).config, **EXPERT_SIZE})
 
 
 def manifest(optimizer: str) -> Manifest:
     blob, owner = BlobRef(digest="0" * 64, size=1), Identity.derived("owner of the audit benchmark").public_key
     shard = ShardSpec(index=0, name="shard 0", train=blob, holdout=blob, clips=CLIPS, holdout_clips=1, prior=1.0)
     return Manifest(
-        name="audit", owner=owner, coordinators=(owner,), created=1.0, expires=2.0, latent=LATENT, expert=small_expert(LATENT),
+        name="audit", owner=owner, coordinators=(owner,), created=1.0, expires=2.0, latent=LATENT, expert=EXPERT,
         shards=(shard,), checkpoint_samples=STEPS * BATCH, samples_per_shard=4 * STEPS * BATCH,
         optimisation=Optimisation(optimizer=optimizer, batch=BATCH),  # pyright: ignore[reportArgumentType]
     )  # fmt: skip

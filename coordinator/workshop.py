@@ -87,16 +87,16 @@ class Workshop:
 
     def replay(
         self, shard: int, epoch: int, data: str, weights: str | None, state: str | None, trace: str, precision: Precision,
-        steps: int, end: list[str] | None,
+        steps: int, epochs: int, end: list[str] | None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Replay the first `steps` steps after `epoch`, or with `end` (weights and state) the whole epoch."""
+        """Replay the first `steps` steps after `epoch` under a budget of `epochs`, or with `end` (weights, state) all of them."""
         from ..models.data.shards import load_shard
-        from ..models.replay import End, Parent, read_trace, replay
+        from ..models.replay import End, Parent, read_trace, replay, under_budget
 
         published = read_trace(Path(trace))
         parent = Parent(epoch, *(Path(path) if path else None for path in (weights, state)))
         found = replay(
-            self.manifest, shard, load_shard(Path(data), self.manifest.latent), parent, steps,
+            under_budget(self.manifest, epochs), shard, load_shard(Path(data), self.manifest.latent), parent, steps,
             end=End(Path(end[0]), Path(end[1])) if end else None, precision=precision,
         )  # fmt: skip
         losses = [loss if math.isfinite(loss) else None for loss in found.losses]

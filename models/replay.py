@@ -86,6 +86,12 @@ def replay(
     return Replay(tuple(losses), drift(trainer, start, end) if whole and end else None, made)
 
 
+def under_budget(manifest: Manifest, epochs: int) -> Manifest:
+    """The same run with a budget of `epochs`, as an earlier version of its manifest had it."""
+    samples = epochs * manifest.checkpoint_samples
+    return manifest.model_copy(update={"run": manifest.run_id, "samples_per_shard": samples})
+
+
 def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> Made:
     """The words for it that peers exchange."""
     kind = device if device in ("cpu", "cuda", "mps") else "other"

@@ -31,7 +31,7 @@ from .events import (
 )
 from .offers import Rung
 from .persistent import Table
-from .run_state import HISTORY, Candidate, Link, PeerLedger, PendingAudit, RunState, ShardLedger
+from .run_state import BUDGETS, HISTORY, Candidate, Link, PeerLedger, PendingAudit, RunState, ShardLedger
 from .status import AuditState
 
 __all__ = ["HISTORY", "Candidate", "LedgerOutOfOrder", "Link", "PeerLedger", "PendingAudit", "RunState", "ShardLedger", "apply"]
@@ -110,15 +110,22 @@ def _created(state: RunState, event: RunCreated) -> RunState:
     for index in range(event.shards):
         shards = shards.set(index, ShardLedger())
     return RunState(
-        run=event.run, name=event.name, owner=event.owner, coordinator=event.coordinator, epochs=event.epochs, shards=shards
+        run=event.run,
+        name=event.name,
+        owner=event.owner,
+        coordinator=event.coordinator,
+        epochs=event.epochs,
+        shards=shards,
+        budgets=(event.epochs,),
     )
 
 
 def _published(state: RunState, event: ManifestPublished) -> RunState:
     """A raised budget makes a finished run go on."""
     epochs = event.epochs or state.epochs
+    budgets = state.budgets if epochs == state.epochs else (epochs, *state.budgets)[:BUDGETS]
     return replace(
-        state, manifest_version=event.version, manifest=event.digest, epochs=epochs,
+        state, budgets=budgets, manifest_version=event.version, manifest=event.digest, epochs=epochs,
         coordinator=event.coordinator or state.coordinator, finished=state.finished and epochs <= state.epochs,
     )  # fmt: skip
 
@@ -191,7 +198,7 @@ def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Lin
     waiting = shard.candidates.get(given.author)
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
     made = (record.trace, record.made) if record else (None, None)
-    return Link(given, event.time, state.manifest_version, *made)
+    return Link(given, event.time, state.budgets, *made)
 
 
 def _judged(shard: ShardLedger, checkpoint: str, audit: AuditState) -> ShardLedger:

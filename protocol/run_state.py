@@ -11,6 +11,7 @@ from .persistent import Table
 from .records import AcceptanceRecord, CheckpointRecord, Made
 from .status import AuditState
 
+BUDGETS = 3
 HISTORY = 64
 """Accepted epochs of a shard that can still be audited and rolled back."""
 
@@ -30,11 +31,15 @@ Judged = Mapping[tuple[str, str], CheckpointRefused | CheckpointSuperseded]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One accepted epoch of a lineage. `trace` and `made` are its record's; `version` is the manifest's when it was accepted."""
+    """One accepted epoch of a lineage. `trace` and `made` are its record's.
+
+    `budgets` are those of the manifest's versions up to then, newest first: a cosine schedule knows its end, and an epoch may
+    have been begun under an earlier version than it was accepted under.
+    """
 
     acceptance: AcceptanceRecord
     at: float
-    version: int
+    budgets: tuple[int, ...]
     trace: BlobRef | None = None
     made: Made | None = None
     audit: AuditState = "not due"
@@ -120,7 +125,7 @@ class PeerLedger:
 class RunState:
     """Everything that the ledger says about a run. `shards` by index, `peers` and `quarantined` by public key.
 
-    `audits` are those that are due, by checkpoint.
+    `audits` are those that are due, by checkpoint; `budgets` the last different numbers of epochs of the manifest, newest first.
     """
 
     run: str = ""
@@ -128,6 +133,7 @@ class RunState:
     owner: str = ""
     coordinator: str = ""
     epochs: int = 0
+    budgets: tuple[int, ...] = ()
     manifest_version: int = 0
     manifest: str = ""
     shards: Table[int, ShardLedger] = field(default_factory=Table)
