@@ -32,7 +32,7 @@ def _table(*columns: str) -> Table:
 def headline(status: SwarmStatus, now: float) -> str:
     """One line: run, coverage of the shards, peers at work, how old the coordinator's word is."""
     held = sum(shard.state in ("claimed", "training", "done") for shard in status.shards)
-    coverage = bar(held / len(status.shards), len(status.shards)) + " " if len(status.shards) <= 24 else ""
+    coverage = bar(held / len(status.shards), len(status.shards)) + " " if 0 < len(status.shards) <= 24 else ""
     working = sum(node.health == "working" for node in status.nodes)
     age = now - status.time
     coordinator = f"coordinator ok {ago(age)} ago" if age < STALE_AFTER else f"coordinator silent for {ago(age)}"

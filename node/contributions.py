@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..protocol.canonical import Frozen, canonical
+from ..system.errors import DiskError
 from ..system.files import write_atomic
 
 _REMEMBERED = 2 * 86_400.0
@@ -57,5 +58,5 @@ class Contributions:
         self._save()
 
     def _save(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not stop training over a statistic
+        with contextlib.suppress(DiskError, OSError):  # a full disk must not stop training over a statistic
             write_atomic(self.path, canonical(self._book))

@@ -142,7 +142,8 @@ async def serve_control(folder: Path, answer: Answer):
         yield
     finally:
         server.close()
-        (folder / SOCKET).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk the next daemon replaces it
+            (folder / SOCKET).unlink(missing_ok=True)
 
 
 def read_request(line: bytes) -> Request:

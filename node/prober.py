@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..protocol.canonical import canonical
 from ..protocol.manifest import Manifest
-from ..system.errors import HardwareError
+from ..system.errors import DiskError, HardwareError
 from ..system.files import write_atomic
 from .hands import Hands
 from .material import Places
@@ -57,7 +57,7 @@ class Prober:
         return None
 
     def _remember(self, finding: Finding) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(DiskError, OSError):
             write_atomic(self.places.finding, canonical(finding))
 
     async def _ask(self, question: Question) -> Finding:

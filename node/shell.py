@@ -14,8 +14,8 @@ from typing import Any
 from ..protocol.manifest import Manifest
 from ..protocol.transport import Transport
 from ..protocol.upgrade import training_changed
-from ..system.errors import LutetiaError, one_error
-from ..system.files import takes_writes
+from ..system.errors import DiskError, LutetiaError, one_error
+from ..system.files import disk_errors, takes_writes
 from ..system.notify import notify
 from . import messages as m
 from .assignment import Assignment
@@ -166,11 +166,11 @@ class Shell:
             case m.PublishCheckpoint(candidate=candidate):
                 self._spawn(self._publish_checkpoint(candidate))
             case m.DiscardWork(shard=shard, epoch=epoch):
-                self._ordered(asyncio.to_thread(self.material.discard, shard, epoch))
+                self._ordered(self._tidy(self.material.discard, shard, epoch))
             case m.Superseded(shard=shard, epoch=epoch):
                 self.contributions.count_accepted(time.time())
                 self.problem = None
-                self._ordered(asyncio.to_thread(self.material.superseded, shard, epoch))
+                self._ordered(self._tidy(self.material.superseded, shard, epoch))
             case m.Leave():
                 self._spawn(self._leave())
 
@@ -263,6 +263,14 @@ class Shell:
         self.feed(event)
 
     # --- disk, leaving, telling ---------------------------------------------------------------------------------------------
+
+    async def _tidy(self, work: Callable[[int, Any], None], shard: int, epoch: int | None) -> None:
+        """Removing what is not needed any more may wait until the disk takes changes again."""
+        try:
+            with disk_errors(self.settings.state_folder):
+                await asyncio.to_thread(work, shard, epoch)
+        except DiskError as error:
+            self._disk_full(str(error))
 
     def _disk_full(self, text: str) -> None:
         self.feed(m.DiskFull(time.time(), text))

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from ..system.errors import DiskError
 from ..system.files import write_atomic
 from .records import NodeRecord
 from .ticket import Address
@@ -41,7 +42,10 @@ class PeerCache:
         merged = list(dict.fromkeys([*addresses, *self.load()]))
         peers = list(dict.fromkeys(address.rpartition("/p2p/")[2] for address in merged))[:MAX_PEERS]
         kept = [address for address in merged if address.rpartition("/p2p/")[2] in peers][: MAX_PEERS * 8]
-        write_atomic(self.path, json.dumps(kept, indent=1).encode())
+        try:
+            write_atomic(self.path, json.dumps(kept, indent=1).encode())
+        except DiskError as error:
+            log.warning("the peers met are not remembered: %s", error)
 
     def remember_nodes(self, records: Iterable[object], except_peer: str = "") -> None:
         """Put the addresses of node records first; other records and `except_peer` are passed over."""
