@@ -93,11 +93,17 @@ class IntegrityError(LutetiaError):
     code, name = 50, "integrity"
 
 
+class InvariantError(LutetiaError):
+    """A promise was broken in a simulation."""
+
+    code, name = 60, "invariant"
+
+
 EXIT_CODES: dict[int, str] = {
     error.code: (error.__doc__ or "").split(".")[0]
     for error in (
         UsageError, ConfigError, IdentityError, DataError, HardwareError, DiskError,
-        BootstrapError, UnreachableError, AuthorisationError, IntegrityError, LutetiaError,
+        BootstrapError, UnreachableError, AuthorisationError, IntegrityError, InvariantError, LutetiaError,
     )
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_but_lutetia_lands_in_site_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lutetia"}
-    for room in ("system", "protocol", "models", "models/data", "models/metrics", "node", "coordinator", "cli"):
+    for room in ("system", "protocol", "models", "models/data", "models/metrics", "node", "coordinator", "simulation", "cli"):
         assert f"lutetia/{room}/__init__.py" in names
     assert not [name for name in names if "tests" in name or "benchmarks" in name]
 

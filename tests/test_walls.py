@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "models": {"system", "protocol"},
     "node": {"system", "protocol", "models"},
     "coordinator": {"system", "protocol", "models"},
-    "cli": {"system", "protocol", "models", "node", "coordinator"},
+    "simulation": {"system", "protocol", "node", "coordinator"},
+    "cli": {"system", "protocol", "models", "node", "coordinator", "simulation"},
 }
 HEAVY = {"torch", "diffusers", "transformers", "hivemind", "libp2p", "sklearn", "matplotlib", "av"}
 BANNED = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}

@@ -1,0 +1,89 @@
+"""What the swarm's talk costs: messages and bytes by kind, with record sizes taken from really sealed records."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ..protocol.identity import Identity
+from ..protocol.manifest import BlobRef
+from ..protocol.records import (
+    AcceptanceRecord,
+    CheckpointRecord,
+    ClaimRecord,
+    Hardware,
+    NodeRecord,
+    ProviderRecord,
+    Record,
+    seal,
+)  # fmt: skip
+
+QUESTION_BYTES = 120
+"""Assumed for one DHT request without a value (key, peer id, protobuf and noise framing)."""
+_BUCKET = 20
+
+
+@lru_cache(maxsize=1)
+def record_bytes() -> dict[str, int]:
+    """Sealed size of a typical record of each kind."""
+    peer, ref = Identity.derived("size"), BlobRef(digest="ab" * 32, size=10**9)
+    run, now = "ab" * 32, 1_800_000_000.123456
+    common = {"run": run, "owner": peer.public_key, "issued": now}
+    place = {"peer_id": peer.peer_id, "addresses": (f"/ip4/203.0.113.7/tcp/45678/p2p/{peer.peer_id}",)}
+    records: list[Record] = [
+        NodeRecord(
+            **common, **place, hardware=Hardware(device="cuda", name="some card", memory_bytes=10**10, cores=8),
+            samples_per_second=12.5, software="0.1.0", state="training", shard=17,
+        ),
+        ClaimRecord(**common, shard=17, epoch=12, samples=9600, state="training"),
+        CheckpointRecord(
+            **common, **place, shard=17, epoch=12, parent="cd" * 32, weights=ref, state=ref, trace=ref, samples=9600,
+            loss=0.123456,
+        ),
+        ProviderRecord(**common, **place, blob=ref.digest),
+        AcceptanceRecord(
+            **common, shard=17, epoch=12, checkpoint="cd" * 32, parent="ef" * 32, weights=ref, state=ref, samples=9600,
+            author=peer.public_key, tenure_until=now, holdout_loss=0.123456,
+        ),
+    ]  # fmt: skip
+    return {record.kind: len(seal(record, peer, now + 60)) for record in records}
+
+
+@dataclass
+class Costs:
+    """Counted from the begin of the simulation. Keys of the counters: `look`, `offer`, `blob` and the kinds of records."""
+
+    messages: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    judged: int = 0
+    """Stimuli that the coordinator took in."""
+
+    def stored(self, kind: str, replicas: int, members: int, times: int = 1) -> None:
+        """One record filed: a lookup, then request and answer for each replica."""
+        hops = lookup_hops(members)
+        self.messages[kind] += 2 * (hops + replicas) * times
+        self.bytes[kind] += times * (2 * hops * QUESTION_BYTES + replicas * (record_bytes()[kind] + QUESTION_BYTES))
+
+    def looked(self, shards: int, claims: int, replicas: int, members: int) -> None:
+        """Claims and acceptance of `shards`, with `claims` claims in all."""
+        hops = lookup_hops(members)
+        sizes = record_bytes()
+        self.messages["look"] += 4 * shards * (hops + replicas)
+        answers = replicas * (claims * sizes["claim"] + shards * sizes["acceptance"])
+        self.bytes["look"] += 2 * shards * (2 * hops + replicas) * QUESTION_BYTES + answers
+
+    def moved(self, size: float) -> None:
+        """Bytes of a blob."""
+        self.messages["blob"] += 1 + int(size) // (1 << 20)
+        self.bytes["blob"] += int(size)
+
+    def offered(self) -> None:
+        self.messages["offer"] += 2
+        self.bytes["offer"] += record_bytes()["checkpoint"] + 200
+
+
+def lookup_hops(members: int) -> int:
+    """Questions of a Kademlia lookup before the replicas are known: about log2(members / bucket size) (Maymounkov 2002)."""
+    return max(0, math.ceil(math.log2(members / _BUCKET))) if members > _BUCKET else 0

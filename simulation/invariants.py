@@ -1,0 +1,212 @@
+"""The seven promises of the design, checked after every event from what really happened, not from what anybody says.
+
+I1 one accepted lineage per shard and epoch · I2 accepted bytes hash to their name and load · I3 no accepted work is lost ·
+I4 a free shard is claimed within two leases while a fit peer lives · I5 nothing leaks: no trainer outlives its order ·
+I6 nobody is called working without accepted work in time · I7 equal steps give equal weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..coordinator.messages import Publish
+from ..protocol.ledger_state import RunState
+from ..protocol.records import CheckpointRecord
+from ..protocol.status import SwarmStatus
+
+if TYPE_CHECKING:
+    from .office import Office
+    from .volunteer import Volunteer
+    from .world import World
+
+NAMES = {
+    "I1": "at most one accepted lineage per (shard, epoch)",
+    "I2": "accepted bytes hash to their name and load with the manifest's shapes",
+    "I3": "no accepted work is lost once two peers hold it",
+    "I4": "every free shard is claimed within two lease times while a fit peer lives",
+    "I5": "nothing leaks: a trainer runs exactly while the machine says so, and nothing runs after leaving",
+    "I6": "status never calls a peer working that has had no accepted work for longer than its due time",
+    "I7": "same seed and data, same weights",
+    "end": "what the scenario promises of its end",
+}
+
+
+class Violation(AssertionError):
+    """A promise was broken at `time`. `causes`: happenings that led to it beside the last one (see `story`)."""
+
+    def __init__(self, name: str, text: str, time: float, causes: Sequence[int] = ()) -> None:
+        super().__init__(f"{name} ({NAMES[name]}): {text}")
+        self.name, self.text, self.time, self.causes = name, text, time, causes
+
+
+class Invariants:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.checks: Counter[str] = Counter()
+        setting = world.setting
+        self.accepted: dict[tuple[int, int], str] = {}
+        self._accepting: dict[tuple[int, int], int] = {}
+        """The happening in which each epoch was accepted."""
+        self.heads = [0] * setting.shards
+        self._holders = [0] * setting.shards
+        self._free_number = [0] * setting.shards
+        self._claim_expires = [0.0] * setting.shards
+        self._works: dict[tuple[str, int], list[float]] = {}
+        for shard in range(setting.shards):
+            self._became_free(shard)
+
+    def _fail(self, name: str, text: str, *causes: int) -> None:
+        raise Violation(name, text, self._world.agenda.now, causes)
+
+    # --- nodes ----------------------------------------------------------------------------------------------------------
+
+    def after_peer(self, peer: Volunteer) -> None:
+        """After every event of a node's machine, and after its end."""
+        state, trainer, checks = peer.state, peer.hands.trainer, self.checks
+        work = state.work if peer.running else None
+        checks["I5"] += 1
+        if (trainer is not None) != (work is not None and work.trainer == "on") or (trainer is not None and not peer.running):
+            self._fail(
+                "I5", f"{peer} in phase {state.phase}: its machine and its trainer differ ({work and work.trainer}, {trainer})"
+            )
+        if trainer is not None and trainer.shard != work.shard:  # pyright: ignore[reportOptionalMemberAccess]
+            self._fail("I5", f"{peer} trains shard {trainer.shard} with shard {work and work.shard} in hand")
+        if work is not None and work.checkpoint is not None:
+            checks["I1"] += 1
+            if (known := self.accepted.get((work.shard, work.epoch))) != work.checkpoint:
+                self._fail(
+                    "I1",
+                    f"{peer} stands on {work.checkpoint[:12]} as epoch {work.epoch} of shard {work.shard}; accepted: {known}",
+                )
+        self._follow_holder(peer, work)
+        standby = peer.running and not peer.frozen and state.online and state.phase in ("idle", "claiming")
+        if not standby or state.disk_full_since is not None:
+            peer.eligible_since = None
+        elif peer.eligible_since is None:
+            peer.eligible_since = self._world.agenda.now
+
+    def _follow_holder(self, peer: Volunteer, work: Any) -> None:
+        """Which shard is in this peer's hands, as far as others are concerned."""
+        state = peer.state
+        holds = None
+        if work is not None and work.owned and not work.checking:
+            holds = work.shard
+        elif peer.running and state.phase == "claiming" and state.stage in ("settle", "judge"):
+            holds = state.target
+        if holds == peer.holds:
+            return
+        before, peer.holds = peer.holds, holds
+        if holds is not None:
+            self._holders[holds] += 1
+            self._free_number[holds] += 1
+        if before is not None:
+            self._holders[before] -= 1
+            if self._holders[before] == 0:
+                self._became_free(before)
+
+    # --- I4 ---------------------------------------------------------------------------------------------------------------
+
+    def claimed(self, shard: int, expires: float, *, released: bool) -> None:
+        """A claim was filed; a released one holds nobody off."""
+        if not released:
+            self._claim_expires[shard] = max(self._claim_expires[shard], expires)
+
+    def _became_free(self, shard: int) -> None:
+        """Nobody has the shard. It is free for others once the last claim has run out; then the clock of I4 runs."""
+        self._free_number[shard] += 1
+        world = self._world
+        free_from = max(world.agenda.now, min(self._claim_expires[shard], world.agenda.now + world.setting.lease))
+        world.agenda.after(
+            free_from - world.agenda.now + 2 * world.setting.lease, self._still_free, shard, self._free_number[shard], free_from
+        )
+
+    def _still_free(self, shard: int, number: int, free_from: float) -> None:
+        world = self._world
+        self.checks["I4"] += 1
+        if number != self._free_number[shard] or self.heads[shard] >= world.manifest.epochs:
+            return
+        skew = world.manifest.timing.maximum_clock_skew
+        for peer in world.volunteers:
+            since = peer.eligible_since
+            if since is None or since > free_from or not peer.answering or abs(peer.skew) > skew:
+                continue
+            shunned = peer.state.shunned.get(shard, 0.0) - peer.skew > free_from
+            if peer.state.fitness.get(shard, 0) > 0 and not shunned and peer.box.fitness.get(shard, 0) > 0:
+                self._fail("I4", f"shard {shard} has been free for two leases, and {peer} stood by all the time")
+        self._became_free(shard)
+
+    # --- the coordinator --------------------------------------------------------------------------------------------------
+
+    def after_judge(self, office: Office, before: RunState, actions: Sequence[Any]) -> None:
+        """After everything that a coordinator decides."""
+        self.checks["I3"] += 1
+        run = office.state.run
+        for action in actions:
+            if isinstance(action, Publish):
+                self._check_acceptance(action)
+                self._check_kept(office, action.acceptance.shard, run)
+        if run.accepted < before.accepted:
+            self._fail("I3", f"{office} forgot acceptances: {before.accepted} became {run.accepted}")
+
+    def _check_acceptance(self, action: Publish) -> None:
+        given, world = action.acceptance, self._world
+        place = given.shard, given.epoch
+        self.checks["I1"] += 1
+        known, cause = self.accepted.setdefault(place, given.checkpoint), self._accepting.setdefault(place, world.agenda.cause)
+        if known != given.checkpoint:
+            text = f"epoch {given.epoch} of shard {given.shard} was accepted as {known[:12]} and as {given.checkpoint[:12]}"
+            self._fail("I1", text, cause)
+        parent = self.accepted.get((given.shard, given.epoch - 1))
+        if given.parent != parent:
+            self._fail("I1", f"epoch {given.epoch} of shard {given.shard} stands on {given.parent}, but accepted was {parent}")
+        self.heads[given.shard] = max(self.heads[given.shard], given.epoch)
+        self.checks["I2"] += 1
+        content = world.goods.contents.get(given.checkpoint)
+        if content is None or not (content.intact and content.sound):
+            self._fail("I2", f"accepted epoch {given.epoch} of shard {given.shard} is {content}")
+        self._works.setdefault((given.author, given.shard), []).append(world.agenda.now)
+
+    def _check_kept(self, office: Office, shard: int, run: RunState) -> None:
+        if run.shards[shard].epoch < self.heads[shard]:
+            text = f"{office} is at epoch {run.shards[shard].epoch} of shard {shard}; {self.heads[shard]} was accepted"
+            self._fail("I3", text, self._accepting.get((shard, self.heads[shard]), -1))
+
+    def after_restart(self, office: Office) -> None:
+        """A coordinator came up from its ledger."""
+        for shard in range(len(self.heads)):
+            self.checks["I3"] += 1
+            self._check_kept(office, shard, office.state.run)
+
+    def after_loss(self, parcels: Sequence[str]) -> None:
+        """Disks were lost: some copy of every accepted head is left, if there were two."""
+        for shard, epoch in enumerate(self.heads):
+            head = self.accepted.get((shard, epoch))
+            if head in parcels:
+                self.checks["I3"] += 1
+                if not self._world.goods.holders.get(head):
+                    self._fail("I3", f"no copy of accepted epoch {epoch} of shard {shard} is left")
+
+    def after_status(self, office: Office, document: SwarmStatus) -> None:
+        """I6, from the acceptances that really were: at most twice the longest interval between them, and a lease."""
+        now, timing = self._world.agenda.now, self._world.manifest.timing
+        for node in document.nodes:
+            if node.health != "working":
+                continue
+            self.checks["I6"] += 1
+            works = self._works.get((node.owner, node.shard if node.shard is not None else -1), [])
+            gaps = [later - earlier for earlier, later in zip(works, works[1:], strict=False)]
+            allowed = max([timing.tenure, timing.lease, *(2 * gap + timing.lease for gap in gaps)])
+            if not works or now - works[-1] > allowed + 1:
+                last = f"{now - works[-1]:.0f} s ago" if works else "never"
+                self._fail("I6", f"status calls {node.owner[:8]} working on shard {node.shard}; its last accepted work: {last}")
+
+    # --- I7 ---------------------------------------------------------------------------------------------------------------
+
+    def trained(self, peer: Volunteer, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
+        """An honest box ended an epoch, however often it was interrupted: its weights are those of an uninterrupted one."""
+        self.checks["I7"] += 1
+        if weights != uninterrupted:
+            place = f"epoch {record.epoch} of shard {record.shard}"
+            self._fail("I7", f"{peer} ended {place} with weights {weights[:12]}; uninterrupted: {uninterrupted[:12]}")

@@ -1,0 +1,250 @@
+"""The coordinator: the real judge, ladder, ledger state and status, and a model of the shell around them.
+
+The ledger is a list that survives a crash; everything else is rebuilt from it. Fetching takes as long as the lines want, looking
+into a checkpoint `check_seconds`; the held-out loss is that of the content.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..coordinator import messages as j
+from ..coordinator.judge import JudgeState
+from ..coordinator.judge import Rules as JudgeRules
+from ..coordinator.ladder import SizeLimits, Stopped
+from ..coordinator.lookout import sighted
+from ..protocol.canonical import canonical
+from ..protocol.events import CoordinatorStarted, Event, RunCreated, read_event
+from ..protocol.identity import Identity
+from ..protocol.offers import OfferReply
+from ..protocol.records import (
+    AcceptanceRecord,
+    CheckpointRecord,
+    RecordLimits,
+    RecordRefused,
+    acceptance_key,
+    checkpoint_key,
+    open_record,
+)  # fmt: skip
+from ..protocol.status_view import LiveView
+from ..system.errors import UnreachableError
+from .goods import Content, Pause, drive
+from .setting import COORDINATOR, MIB
+from .visits import shard_parcel
+
+if TYPE_CHECKING:
+    from .world import World
+
+_TICK_SECONDS = 1.0
+_FETCH_GRACE = 30.0
+
+
+class Office:
+    """One coordinator process on one disk (`ledger`). `boot` counts its starts."""
+
+    def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
+        self.world, self.index, self.identity = world, index, identity
+        self.line, self.up = 0.0, world.setting.origin_up
+        self.running = self.denies = False
+        self.boot = 0
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.view = LiveView()
+        self.refuse_publishing = False
+        """Dies between writing the ledger and telling anybody (a crash at the worst moment)."""
+        manifest = world.manifest
+        self.ledger: list[Event] = ledger if ledger is not None else [
+            RunCreated(
+                time=world.agenda.now, run=manifest.run_id, name=manifest.name, owner=manifest.owner,
+                coordinator=identity.public_key, shards=len(manifest.shards), epochs=manifest.epochs,
+            )
+        ]  # fmt: skip
+        self.rules = JudgeRules(manifest, identity.public_key, b"simulated", checks_at_once=world.setting.checks_at_once)
+        self.state = JudgeState(world.decide.replayed(self.ledger))
+        self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self._since: dict[tuple[str, int], float] = {}
+        self._expiries: dict[str, float] = {}
+        self._fetching: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
+
+    @property
+    def answering(self) -> bool:
+        return self.running
+
+    def clock(self) -> float:
+        return self.world.agenda.now
+
+    # --- life -----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """From the ledger alone; in signed settings through its canonical bytes, as from a real file."""
+        if self.running:
+            return
+        self.boot += 1
+        self.running = True
+        self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
+        events = [read_event(canonical(event)) for event in self.ledger] if self.world.setting.signed else self.ledger
+        self.state = JudgeState.restored(self.world.decide.replayed(events))
+        self.world.invariants.after_restart(self)
+        for shard in range(len(self.world.manifest.shards)):
+            self.world.goods.put(shard_parcel(shard), self)
+        self.world.dht.enter(self, self.identity.peer_id + str(self.index))
+        setting = self.world.setting
+        size = SizeLimits(2 * setting.weights_bytes + MIB, 2 * setting.state_bytes + MIB, MIB)
+        self.hear(j.LimitsKnown(dict.fromkeys(range(setting.shards), size), self.clock()))
+        poll = setting.poll_every or setting.heartbeat / 4
+        for seconds, call in (
+            (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._renew), (setting.status_every, self._tell)
+        ):  # fmt: skip
+            self._every(self.boot, seconds, call)
+        self._renew()
+
+    def _every(self, boot: int, seconds: float, call: Any) -> None:
+        if boot == self.boot and self.running:
+            call()
+            self.world.agenda.after(seconds, self._every, boot, seconds, call)
+
+    def crash(self) -> None:
+        """What was under way is lost: candidates' checks, replies, acceptances written but not yet published."""
+        if self.running:
+            self.running = False
+            self.boot += 1
+            self.world.dht.depart(self)
+            self.view, self._since = LiveView(), {}
+
+    # --- judging --------------------------------------------------------------------------------------------------------
+
+    def offered(self, record: CheckpointRecord, sealed: bytes = b"", life: float = 0.0) -> OfferReply:
+        """`sealed`: the offer as bytes, opened as the offer stream does; without signatures the record itself is believed."""
+        if sealed:
+            try:
+                open_record(
+                    sealed, key=None, subkey=record.owner, expires=record.issued + life, now=self.clock(), limits=self._limits
+                )
+            except RecordRefused as error:
+                return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+        reply = self.hear(j.Offered(record, self.clock()))
+        assert reply is not None
+        return reply
+
+    def hear(self, stimulus: j.Stimulus) -> OfferReply | None:
+        """Judge, write the ledger, then carry out."""
+        world = self.world
+        world.costs.judged += 1
+        before = self.state.run
+        self.state, actions = world.decide.judge(self.rules, self.state, stimulus)
+        if world.story is not None:
+            world.story.judged(self, stimulus, actions)
+        reply = None
+        for action in actions:
+            if isinstance(action, j.Write):
+                self.ledger.append(action.event)
+        world.invariants.after_judge(self, before, actions)
+        for action in actions:
+            match action:
+                case j.Answer():
+                    reply = action.reply
+                case j.Publish():
+                    world.goods.put(action.record.digest, self)
+                    if self.refuse_publishing:
+                        self.refuse_publishing = False
+                        world.agenda.after(0.0, self.crash)
+                    else:
+                        self._publish(action.acceptance)
+                case j.Check():
+                    self._check(action)
+                case _:
+                    pass
+        return reply
+
+    def _check(self, check: j.Check) -> None:
+        boot = self.boot
+
+        def done(verdict: Any) -> None:
+            if boot == self.boot:
+                self.hear(j.Checked(check.record, verdict, self.clock()))
+
+        drive(
+            self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, _Rungs(self)), done
+        )
+
+    def _publish(self, acceptance: AcceptanceRecord) -> None:
+        record = acceptance.model_copy(update={"issued": self.clock()})
+        key = acceptance_key(record.run, record.shard)
+        expires = max(self.clock() + self._limits.longest("acceptance"), self._expiries.get(key, 0.0) + 0.001)
+        self._expiries[key] = expires
+        self.world.dht.store(self, record, expires, self.identity if self.world.setting.signed else None)
+
+    # --- every now and then ---------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self.hear(j.Tick(self.clock()))
+
+    def _renew(self) -> None:
+        for shard in self.state.run.shards.values():
+            if shard.acceptance:
+                self._publish(shard.acceptance)
+
+    def _poll(self) -> None:
+        """As `coordinator.lookout`: results that nobody offered by stream, nodes and claims."""
+        world, run = self.world, self.world.manifest.run_id
+        for shard in range(world.setting.shards):
+            for stored in world.dht.read(self, checkpoint_key(run, shard)).values():
+                if world.story is not None:
+                    world.story.found(self, stored)
+                self.hear(j.Offered(stored.record, self.clock(), "poll"))
+        claims = [
+            (claim.record, claim.expires) for shard in range(world.setting.shards) for claim in world.dht.view(self, shard).claims
+        ]
+        nodes = [
+            (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
+            if sighting.expires > self.clock() and (not peer.running or world.lines.together(peer.index, self.index))
+        ]  # fmt: skip
+        world.costs.looked(world.setting.shards, len(claims), world.setting.replicas, world.dht.size)
+        self.view, self._since = sighted(nodes, claims, self._since, self.clock())
+
+    def _tell(self) -> None:
+        """Make the status document, as anybody who asks would get it."""
+        document = self.world.decide.status(self.state.run, self.world.manifest, self.view, self.clock())
+        self.world.invariants.after_status(self, document)
+
+
+class _Rungs:
+    """The ladder's tools over the model of blobs."""
+
+    def __init__(self, office: Office) -> None:
+        self._office, self._world = office, office.world
+
+    def _content(self, record: CheckpointRecord) -> Content:
+        return self._world.goods.contents[record.digest]
+
+    async def fetch(self, record: CheckpointRecord) -> None:
+        """Bytes that do not hash to their name count as not arrived, from whomever they come."""
+        world, digest = self._world, record.digest
+        size = world.setting.weights_bytes + world.setting.state_bytes
+        begun = world.agenda.now
+        try:
+            if not self._content(record).intact:
+                await Pause(_FETCH_GRACE / 10)
+                raise UnreachableError("its bytes do not hash to their name")
+            await world.goods.fetch(self._office, digest, size)
+            if world.agenda.now - begun > _FETCH_GRACE + size / (64 << 10):
+                raise UnreachableError("it did not arrive in time")
+        except UnreachableError as error:
+            raise Stopped("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
+
+    async def inspect(self, record: CheckpointRecord) -> None:
+        await Pause(self._world.setting.check_seconds / 3)
+        if not self._content(record).sound:
+            raise Stopped("invalid", "numbers", "its tensors are not what the manifest wants")
+
+    async def baseline(self, shard: int) -> float:
+        await Pause(self._world.setting.check_seconds / 3)
+        return (0.25 + 0.05 * (shard % 3)) * 3.2
+
+    async def loss(self, record: CheckpointRecord) -> float:
+        await Pause(self._world.setting.check_seconds / 3)
+        loss = self._content(record).loss
+        return loss if self._content(record).sound else math.nan

@@ -1,0 +1,84 @@
+"""Everything of one simulated run together, and the clock that moves it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..protocol.status_view import Sighting
+from .agenda import START, Agenda
+from .costs import Costs
+from .decisions import Decisions
+from .dht import Dht
+from .goods import Goods
+from .invariants import Invariants
+from .lines import Lines
+from .office import Office
+from .setting import Setting, draw_box, make_manifest
+from .volunteer import Volunteer
+
+if TYPE_CHECKING:
+    from .story import Story
+
+
+class World:
+    """`peers` boxes are drawn at once and start when a step of the plan says so; the coordinator starts at time 0."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        peers: int,
+        seed: int,
+        decide: Decisions | None = None,
+        story: Story | None = None,
+        *,
+        strict: bool,
+    ) -> None:
+        self.setting, self.seed, self.story = setting, seed, story
+        self.decide = decide or Decisions()
+        self.agenda = Agenda()
+        if story is not None:
+            story.agenda = self.agenda
+        self.manifest = make_manifest(setting)
+        self.costs = Costs()
+        self.lines = Lines(setting, seed)
+        self.dht = Dht(self.agenda, self.lines, self.costs, self.manifest, setting.replicas, strict=strict or setting.signed)
+        self.goods = Goods(self.agenda, self.lines, self.costs, setting.origin_slots)
+        self.directory: dict[str, tuple[Volunteer, Sighting]] = {}
+        """Node records, which only the coordinator reads: owner → (who filed it, what is seen)."""
+        self.invariants = Invariants(self)
+        self.volunteers = [Volunteer(self, index, draw_box(setting, seed, index)) for index in range(peers)]
+        self.offices = [Office(self, -1)]
+        self.goods.origins.add(-1)
+        self.offices[0].start()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the begin."""
+        return self.agenda.now - START
+
+    def greets(self, newcomer: Volunteer) -> bool:
+        """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""
+        lines = self.lines
+        wanting, newcomer.online = newcomer.online, True  # it dials before it is on the network itself
+        try:
+            if any(lines.dials(newcomer, office) for office in self.offices):
+                return True
+            return newcomer.met and any(peer is not newcomer and lines.dials(newcomer, peer) for peer in self.volunteers)
+        finally:
+            newcomer.online = wanting
+
+    def owners(self) -> dict[int, list[Volunteer]]:
+        """Who holds which shard now; whose lease may have lapsed (`checking`) counts as nobody."""
+        found: dict[int, list[Volunteer]] = {}
+        for peer in self.volunteers:
+            if peer.running and (work := peer.state.work) and work.owned and not work.checking:
+                found.setdefault(work.shard, []).append(peer)
+        return found
+
+    @property
+    def done(self) -> bool:
+        return all(head >= self.manifest.epochs for head in self.invariants.heads)
+
+    @property
+    def accepted(self) -> int:
+        return len(self.invariants.accepted)

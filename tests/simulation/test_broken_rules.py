@@ -1,0 +1,52 @@
+"""The checks can fail: every promise has a rule which, broken, is caught, shrunk to a shortest plan and told as a story."""
+
+from __future__ import annotations
+
+import pytest
+from lutetia.simulation.broken import BROKEN
+from lutetia.simulation.driver import Outcome, simulate, steps_of
+from lutetia.simulation.invariants import NAMES
+from lutetia.simulation.scenarios import SCENARIOS
+
+
+def first_violation(name: str) -> Outcome:
+    """The first seed that shows the broken rule."""
+    broken = BROKEN[name]
+    scenario = SCENARIOS[broken.scenario]
+    for seed in range(8):
+        outcome = simulate(scenario, scenario.peers, seed, decide=broken.decide())
+        if outcome.violation is not None:
+            return outcome
+    raise AssertionError(f"no seed shows that {name} is broken")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_noticed_shrunk_and_told(name: str) -> None:
+    broken = BROKEN[name]
+    outcome = first_violation(name)
+    assert outcome.violation is not None
+    assert outcome.violation.name == broken.promise
+    assert len(outcome.shortest) < outcome.steps
+    assert outcome.story
+    assert len(outcome.told) == len(outcome.shortest)
+    scenario = SCENARIOS[broken.scenario]
+    again = simulate(scenario, outcome.peers, outcome.seed, keep=outcome.shortest, decide=broken.decide(), shrink=False)
+    assert again.violation is not None
+    assert str(again.violation) == str(outcome.violation)
+    honest = simulate(scenario, outcome.peers, outcome.seed, keep=outcome.shortest, shrink=False)
+    assert honest.violation is None or honest.violation.name == "end"
+
+
+def test_every_promise_has_a_broken_rule() -> None:
+    assert {broken.promise for broken in BROKEN.values()} == NAMES.keys() - {"end"}
+
+
+def test_nothing_of_the_shortest_plan_can_be_left_out() -> None:
+    outcome = first_violation("resume-elsewhere")
+    scenario, decide = SCENARIOS["resume"], BROKEN["resume-elsewhere"].decide()
+    assert len(steps_of(scenario, outcome.peers, outcome.seed)) == outcome.steps
+    seconds = outcome.violation.time - 1_800_000_000.0 + 1 if outcome.violation else 0.0
+    for number in outcome.shortest:
+        rest = [other for other in outcome.shortest if other != number]
+        less = simulate(scenario, outcome.peers, outcome.seed, seconds=seconds, keep=rest, decide=decide, shrink=False)
+        assert less.violation is None
