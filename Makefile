@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
@@ -28,6 +28,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel torch
 	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev]'
 	touch $@
+
+faults: $(VENV)/installed
+	$(BIN)/python -m benchmarks faults $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

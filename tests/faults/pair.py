@@ -81,7 +81,7 @@ async def owner(box: Box) -> str:
 
 
 async def caught(see: Callable[[], Any], stop: Callable[[], Any], go: Callable[[], Any], what: str) -> None:
-    """Stop somebody in the middle of something: `see` it begun, `stop`, and still see it half a second later; else `go` on.
+    """Stop somebody in the middle of something: `see` it begun, `stop`, and still see it a while later; else `go` on.
 
     What takes milliseconds is caught like this sooner or later, without a guess how long it takes.
     """
@@ -92,13 +92,15 @@ async def caught(see: Callable[[], Any], stop: Callable[[], Any], go: Callable[[
             assert loop.time() < deadline, f"never saw {what}"
             await asyncio.sleep(0)
         stop()
-        still = loop.time() + 0.5
-        while see() and loop.time() < still:
-            await asyncio.sleep(POLL)
-        if see():
+        if all([await seen_later(see) for _ in range(10)]):
             return
         go()
     raise AssertionError(f"never stopped in the middle of {what}")
+
+
+async def seen_later(see: Callable[[], Any]) -> bool:
+    await asyncio.sleep(POLL)
+    return bool(see())
 
 
 def torn(incoming: Path) -> list[Path]:
@@ -116,10 +118,7 @@ def torn(incoming: Path) -> list[Path]:
 
 def parts(folder: Path) -> list[Path]:
     """Files and folders that are being written below `folder`."""
-    found = []
     try:
-        for path in folder.iterdir():
-            found += [path] if path.name.endswith(".part") else [p for p in path.glob("*.part")] if path.is_dir() else []
+        return [path for path in (*folder.glob("*.part"), *folder.glob(".*.part"), *folder.glob("*/.*.part")) if path.exists()]
     except OSError:
-        return found
-    return found
+        return []

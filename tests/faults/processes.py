@@ -86,8 +86,7 @@ class Member:
         async with asyncio.timeout(seconds):
             code = await self.process.wait()
         await gone(family)
-        foreign = {path for path in sockets if os.path.exists(path) and not path.startswith(str(self.log.parent))}
-        assert not foreign, f"{self.name} left sockets: {foreign}"
+        assert not (left := outside(sockets, self.log.parent)), f"{self.name} left sockets: {left}"
         return code
 
 
@@ -112,6 +111,11 @@ def unix_sockets(family: Sequence[psutil.Process]) -> set[str]:
         with contextlib.suppress(psutil.Error):
             paths |= {str(link.laddr) for link in process.net_connections("unix") if str(link.laddr).startswith("/")}
     return paths
+
+
+def outside(paths: set[str], folder: Path) -> set[str]:
+    """Those of `paths` that exist and do not lie below `folder` (where the next start sweeps what a killed process leaves)."""
+    return {path for path in paths if os.path.exists(path) and not path.startswith(str(folder))}
 
 
 async def gone(family: Sequence[psutil.Process], seconds: float = PATIENCE) -> None:
@@ -181,9 +185,8 @@ _HALF = re.compile(r"\.part$|^incoming-|\.sock$|^p2pd$|-journal$")
 
 
 def litter(folder: Path) -> list[Path]:
-    """What an ended process should have taken along: half-written files, sockets, anything in its temporary folder."""
-    left = [path for path in folder.rglob("*") if _HALF.search(path.name) or "tmp" in path.relative_to(folder).parts[:1]]
-    return [path for path in left if not (path.is_dir() and "tmp" in path.relative_to(folder).parts[:1])]
+    """What a process that ended in order should have taken along: half-written files and sockets."""
+    return [path for path in folder.rglob("*") if _HALF.search(path.name)]
 
 
 def relatives(folder: Path) -> list[str]:

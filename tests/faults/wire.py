@@ -1,12 +1,12 @@
 """`python wire.py SEED NAMESPACE ADDRESS …`: carries packets between network namespaces, as well or as badly as it is told.
 
-In each namespace it holds the device `wire0` (TUN). What a namespace sends to another's ADDRESS is delivered there, delayed, lost,
-queued or dropped by the settings of that one direction; so links may be asymmetric. It is `tc netem` in user space: the same on
-every kernel, also where the module `sch_netem` is missing, and seeded.
+In each namespace it holds the device `wire0` (TUN). What a namespace sends to another's ADDRESS is delivered there, delayed,
+lost, queued or dropped by the settings of that one direction; so links may be asymmetric. It is `tc netem` in user space: the
+same on every kernel, also where the module `sch_netem` is missing, and seeded.
 
 It hears JSON lines on stdin: `{"link": [from, to], "delay": s, "jitter": s, "loss": share, "rate": bytes/s or null, "cut": bool,
-"dials": bool}` (`dials` false drops TCP's first packet: `from` cannot open connections to `to`), and `{"count": true}`. It answers
-each with a line: the bytes that every namespace has sent so far.
+"dials": bool}` (`dials` false drops the first packet of TCP: `from` cannot open connections to `to`), and `{"count": true}`. It
+answers each with a line: the bytes that every namespace has sent so far.
 """
 
 from __future__ import annotations

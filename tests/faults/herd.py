@@ -1,0 +1,55 @@
+"""`python herd.py FOLDER TICKET COUNT`: COUNT peers join the swarm all at once, and stay until the end of stdin.
+
+Each has a p2pd, an identity and a state folder of its own. When all are in (or refused) it prints one JSON object: seconds of the
+slowest join, how many joined, and the reasons of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.records import Hardware, NodeRecord, RecordLimits
+from lutetia.protocol.services import join_swarm, publish
+from lutetia.protocol.ticket import Ticket
+from lutetia.protocol.transport import Transport
+from lutetia.system.errors import LutetiaError
+
+
+async def join(folder: Path, ticket: Ticket) -> Transport:
+    identity = Identity.generate()
+    transport, signed = await join_swarm(identity, ticket, listen="/ip4/127.0.0.1/tcp/0", state_folder=folder)
+    record = NodeRecord(
+        run=ticket.run, owner=identity.public_key, issued=time.time(), peer_id=identity.peer_id,
+        addresses=tuple(transport.addresses()), hardware=Hardware(device="cpu", memory_bytes=1, cores=1),
+        samples_per_second=1.0, software="0", state="idle",
+    )  # fmt: skip
+    limits = RecordLimits(signed.manifest.timing.heartbeat)
+
+    async def beat() -> None:
+        with contextlib.suppress(ConnectionError):
+            await publish(transport, identity, record.model_copy(update={"issued": time.time()}), limits.longest("node"))
+
+    await beat()
+    transport.every(signed.manifest.timing.heartbeat, beat)
+    return transport
+
+
+async def main(folder: Path, ticket: Ticket, count: int) -> None:
+    start = time.monotonic()
+    found = await asyncio.gather(*(join(folder / str(number), ticket) for number in range(count)), return_exceptions=True)
+    inside = [one for one in found if not isinstance(one, BaseException)]
+    problems = [str(one) for one in found if isinstance(one, LutetiaError | ConnectionError)]
+    assert len(inside) + len(problems) == count, found
+    print(json.dumps({"seconds": time.monotonic() - start, "joined": len(inside), "problems": problems}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await asyncio.gather(*(transport.close() for transport in inside))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), Ticket.decode(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,55 @@
+"""A thundering herd: many real peers at one moment on one coordinator, which also serves its two boxes meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .pair import Pair, owner
+from .processes import relatives, say, until
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+HERD = Path(__file__).with_name("herd.py")
+PROCESSES, EACH = 2, 10
+MEMORY = 300 << 20
+"""What the coordinator itself and its p2pd may take together (its workshops hold torch, and are not counted)."""
+
+
+def memory(pair: Pair) -> int:
+    """Bytes of the coordinator and its p2pd."""
+    return psutil.Process(pair.coordinator.process.pid).memory_info().rss + pair.coordinator.child("p2pd").memory_info().rss
+
+
+async def test_twenty_peers_join_at_once(pair: Pair, tmp_path: Path) -> None:
+    """F17. All get in, the status is served meanwhile and shows them all, memory is bounded, no work is held up."""
+    holder, _ = await pair.ready()
+    herd = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, str(HERD), str(tmp_path / f"herd {number}"), pair.world.run.ticket, str(EACH),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for number in range(PROCESSES)
+    ]  # fmt: skip
+    try:
+        asked = await say("swarm", "status", pair.world.run.ticket, "--timeout", "60")
+        assert asked.code == 0, asked.err
+        for process in herd:
+            assert process.stdout
+            told = json.loads(await process.stdout.readline())
+            assert told["joined"] == EACH, told
+        await until(lambda: len(pair.coordinator.status().nodes) >= PROCESSES * EACH + 1, "all to be shown")
+        assert memory(pair) < MEMORY
+        await pair.coordinator.accepts(1, author=await owner(holder))
+    finally:
+        for process in herd:
+            assert process.stdin
+            process.stdin.close()
+        for process in herd:
+            await process.wait()
+    await until(lambda: not relatives(tmp_path), "the herd to be gone")
