@@ -56,16 +56,9 @@ def _is_file(text: str) -> bool:
 
 def read_config(path: Path | None) -> dict[str, Any]:
     """The tables of a TOML file; nothing for None. Raises ConfigError."""
-    import tomllib
+    from ..system.files import read_toml
 
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"configuration {path} is not TOML: {error}") from error
+    return {} if path is None else read_toml(path)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -39,7 +39,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
 
 def read_document(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """The document in a header's metadata; empty where there is none. Raises ValueError when it is no JSON object."""
-    value = json.loads((metadata or {}).get(_DOCUMENT, "{}"))
+    try:
+        value = json.loads((metadata or {}).get(_DOCUMENT, "{}"))
+    except RecursionError as error:
+        raise ValueError("its document is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("its document is no JSON object")
     return value

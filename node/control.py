@@ -77,7 +77,7 @@ class LocalStatus(Frozen):
 
 class _Refusal(Frozen):
     code: int
-    message: str
+    message: str = Field(min_length=1)
 
 
 class _Reply(Frozen):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 from ..protocol.manifest import first_problem
 from ..protocol.ticket import Ticket
 from ..system.errors import ConfigError
+from ..system.files import read_toml
 from ..system.paths import default_state_folder
 
 Origin = Literal["flag", "environment", "file", "default"]
@@ -24,7 +24,7 @@ def parse_bytes(value: Any) -> Any:
     """`50 GB`, `500MiB` or a number -> bytes; anything else is left for the validator to refuse."""
     if isinstance(value, str):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
-        if found:
+        if found and len(found[1]) <= 30:
             return int(float(found[1]) * _UNITS[found[2] or ""])
     return value
 
@@ -62,7 +62,10 @@ class NodeSettings(BaseSettings):
     @field_validator("state_folder")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as error:  # of a user that this machine does not know
+            raise ValueError(f"{value} begins with a home folder that does not exist") from error
 
     @property
     def decoded_ticket(self) -> Ticket:
@@ -72,12 +75,7 @@ class NodeSettings(BaseSettings):
 
 def read_file(path: Path) -> dict[str, Any]:
     """The keys of a TOML file. Raises ConfigError when it cannot be read or holds unknown keys."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"configuration {path} is not TOML: {error}") from error
+    values = read_toml(path)
     if unknown := sorted(values.keys() - NodeSettings.model_fields.keys()):
         known = ", ".join(sorted(NodeSettings.model_fields))
         raise ConfigError(f"configuration {path} has the unknown key {unknown[0]!r}; known keys: {known}")

@@ -16,9 +16,10 @@ from .manifest import Digest, PublicKey, first_problem
 PREFIX = "lutetia1"
 MAX_TICKET_CHARACTERS = 8192
 
-Address = Annotated[
-    str, Field(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/\d{1,5}/p2p/[A-Za-z0-9]+$", max_length=256)
-]
+PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+"""Up to 65535; a regular expression's own digits would include those of other scripts."""
+_HOST = r"/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+"
+Address = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}/p2p/[A-Za-z0-9]+$", max_length=256)]
 
 
 class Ticket(Frozen):

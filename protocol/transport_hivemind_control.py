@@ -73,14 +73,15 @@ class Control:
 
     async def connect(self, peer_id: str, addresses: Sequence[str] = (), seconds: float = DIAL_TIMEOUT) -> None:
         """Connect to `peer_id`, by `addresses` or by what the DHT knows. Raises ConnectionError with p2pd's reason."""
-        peer = PeerID.from_base58(peer_id).to_bytes()
-        plain = [Multiaddr(address.partition("/p2p/")[0]).to_bytes() for address in addresses]
+        peer, plain = _peer_bytes(peer_id), [packed for packed in map(_address_bytes, addresses) if packed]
+        if addresses and not plain:
+            raise ConnectionError(f"none of the addresses given for peer {peer_id} can be dialled")
         connect = messages.ConnectRequest(peer=peer, addrs=plain, timeout=max(1, int(seconds)))
         await self._ask(messages.Request(type=messages.Request.CONNECT, connect=connect), seconds + 1)
 
     async def open_stream(self, peer_id: str, protocol: str, seconds: float = DIAL_TIMEOUT) -> DaemonStream:
         """Raises ConnectionError when the peer cannot be reached or does not speak `protocol`."""
-        peer = PeerID.from_base58(peer_id).to_bytes()
+        peer = _peer_bytes(peer_id)
         opening = messages.StreamOpenRequest(peer=peer, proto=[protocol], timeout=max(1, int(seconds)))
         wire = await self._connection()
         try:
@@ -145,6 +146,22 @@ class Control:
         except FileNotFoundError as error:
             raise ConnectionError("p2pd has ended") from error
         return wire
+
+
+def _peer_bytes(peer_id: str) -> bytes:
+    """Raises ConnectionError for what is no peer id, as a ticket or a stranger may contain."""
+    try:
+        return PeerID.from_base58(peer_id).to_bytes()
+    except ValueError as error:
+        raise ConnectionError(f"{peer_id} is no peer id") from error
+
+
+def _address_bytes(address: str) -> bytes | None:
+    """None for an address that cannot be: records of strangers hold hosts and ports that look like some and are none."""
+    try:
+        return Multiaddr(address.partition("/p2p/")[0]).to_bytes()
+    except ValueError:
+        return None
 
 
 @contextlib.asynccontextmanager

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import DiskError
+from .errors import ConfigError, DiskError
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -58,6 +59,18 @@ def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
             fsync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a configuration file. Raises ConfigError when it cannot be read or is no TOML."""
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; name an existing file") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, numbers or nesting without end
+        raise ConfigError(f"configuration {path} is not TOML: {error}; correct it") from error
 
 
 def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:

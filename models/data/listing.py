@@ -177,7 +177,7 @@ def _clip_of_row(root: Path, row: _Row) -> ClipSource | BadClip:
     problem = _path_problem(root, row)
     caption = values.get("caption") or values.get("text") or ""
     kind, split = values.get("kind") or "", str(values.get("split") or "").strip().lower()
-    if problem is None and (not isinstance(caption, str) or not isinstance(kind, str)):
+    if problem is None and not (_is_text(caption) and _is_text(kind)):
         problem = "has a caption or kind that is not text; write both as strings"
     if problem is None:
         problem = _caption_problem(caption) or (f"has a kind longer than {MAX_KIND} characters" if len(kind) > MAX_KIND else None)
@@ -203,6 +203,11 @@ def _path_problem(root: Path, row: _Row) -> str | None:
     if not path.resolve().is_relative_to(root):
         return "is a link that leads outside the folder; copy the file into it"
     return None
+
+
+def _is_text(value: object) -> bool:
+    """Half of a surrogate pair, which JSON can hold, is no text: it cannot be written down again."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _caption_problem(caption: str) -> str | None:

@@ -132,7 +132,7 @@ def _metadata(path: Path, header: dict[str, str] | None) -> ShardMetadata:
         raise IntegrityError(f"{path} is a safetensors file but no shard of Lutetia; name one that `lutetia data build` wrote")
     try:
         return ShardMetadata.model_validate(json.loads(text))
-    except (ValidationError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise IntegrityError(f"the metadata of shard {path.name} are malformed ({reason}); build the data again") from error
 
