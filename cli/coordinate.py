@@ -1,4 +1,4 @@
-"""`lutetia coordinator serve|replay`."""
+"""`lutetia coordinator serve|replay|pardon`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def replay(
     events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
     document = {"events": events, "status": plain(status)}
     emit(document, as_json, lambda: Group(*tell(run, moment), "", render_status(status, status.time)))
+
+
+@app.command("pardon")
+def pardon(
+    run: RunFolder,
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="Public key, eight or more of its first digits, or peer id.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Lift the quarantine of a peer whose work an audit found invalid.
+
+    Its results are judged again, and all of them audited until enough were valid. What was rolled back stays so.
+    """
+    from ..coordinator.pardons import pardon as lift
+
+    owner, done = lift(run, peer)
+    text = "is pardoned" if done else "will be pardoned within seconds by the coordinator that serves the run"
+    emit({"owner": owner, "done": done}, as_json, lambda: f"{owner} {text}")
 
 
 def moment_of(text: str) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..models.mixture_document import FILE as MIXTURE_FILE
 from ..protocol.canonical import canonical
 from ..protocol.documents import MIXTURE
-from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped
+from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped, PeerPardoned
 from ..protocol.identity import Identity, peer_id_of
 from ..protocol.ledger_state import RunState
 from ..protocol.live_manifest import LiveManifest
@@ -50,6 +50,7 @@ from .judge import Rules
 from .ledger import Ledger
 from .lookout import Lookout
 from .messages import Offered
+from .pardons import noted_pardons, remove_notes
 from .run_folder import RunFolder
 from .settings import ServeSettings
 from .stitching import Stitcher
@@ -197,7 +198,7 @@ class _Service:
                 async with asyncio.TaskGroup() as group:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
-                    works.append(_every(lambda: _ALIVE_SECONDS, self._check_alive))
+                    works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
                     works += [_every(self._lease, work) for work in (self._renew, self._remember_peers)]
                     works.append(_every(lambda: self.manifest.timing.heartbeat, self._tell_peers))
                     if listener:
@@ -309,6 +310,14 @@ class _Service:
         if nodes:
             cache = PeerCache(self.folder.peers)
             await asyncio.to_thread(cache.remember_nodes, nodes, except_peer=self.transport.peer_id)
+
+    async def _pardon(self) -> None:
+        """Lift the quarantines that the operator asked to lift."""
+        if noted := await asyncio.to_thread(noted_pardons, self.folder):
+            quarantined, now = self.bench.state.run.quarantined, self.transport.now()
+            await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
+            await asyncio.to_thread(remove_notes, self.folder, noted)
+            await self._publish(self._quarantine())
 
     async def _check_alive(self) -> None:
         """Without its network process the coordinator is of no use: end, and let the service manager start it again."""

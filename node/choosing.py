@@ -12,8 +12,8 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
     state, known, looked = turn.state, dict(turn.state.views), dict(turn.state.looked)
     for view in views:
         old = known.get(view.shard)
-        if old and old.epoch > view.epoch:  # a stale replica: the claims are news, the acceptance is not
-            view = ShardView(view.shard, view.claims, old.acceptance)
+        if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
+            view = old.with_claims(view.claims)
         known[view.shard], looked[view.shard] = view, turn.now
     turn.set(views=known, looked=looked)
     fresh = {view.shard for view in views}
@@ -29,7 +29,7 @@ def _strangers(turn: Turn, view: ShardView) -> ShardView:
     """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
     if turn.rules.owner not in view.claimants:
         return view
-    return ShardView(view.shard, tuple(c for c in view.claims if c.record.owner != turn.rules.owner), view.acceptance)
+    return view.with_claims(claim for claim in view.claims if claim.record.owner != turn.rules.owner)
 
 
 def _open_views(turn: Turn) -> list[ShardView]:
@@ -48,7 +48,9 @@ def _choose(turn: Turn) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
     free = [] if state.disk_full_since is not None else free_shards(views, rules.epochs, now)
-    guessed = [view for view in free if view.held_until > state.looked.get(view.shard, 0.0)]  # its claim has run out since we looked
+    guessed = [
+        view for view in free if view.held_until > state.looked.get(view.shard, 0.0)
+    ]  # its claim has run out since we looked
     free = [view for view in free if view not in guessed]
     fitness = {view.shard: _fitness(turn, view) for view in free}
     best = preferred_shard(rules.run, rules.owner, free, fitness)

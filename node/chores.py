@@ -102,6 +102,8 @@ class Chores:
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, " ".join(reply.text.split()), reply.retry_after
+            if reply.rung == "quarantine":
+                verdict = "quarantined"
         except IntegrityError as error:
             verdict, text = "invalid", _one_line(error)
         except (DiskError, ConnectionError) as error:

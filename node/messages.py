@@ -9,7 +9,7 @@ from typing import Literal
 from ..protocol.claims import ShardView
 
 Verb = Literal["pause", "resume", "finish", "leave"]
-Verdict = Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive", "unreachable"]
+Verdict = Literal["queued", "busy", "accepted", "superseded", "invalid", "quarantined", "inconclusive", "unreachable"]
 Exit = Literal["stopped", "crash", "out-of-memory", "disk-full", "bad-shard", "bad-state", "hardware"]
 
 
@@ -118,7 +118,10 @@ class CheckpointReady:
 
 @dataclass(frozen=True, slots=True)
 class OfferAnswered:
-    """How the offered checkpoint `digest` stands with the coordinator (`unreachable`: nobody answered, or publishing failed)."""
+    """How the offered checkpoint `digest` stands with the coordinator.
+
+    `unreachable`: nobody answered, or publishing failed. `quarantined`: nothing of ours is judged any more.
+    """
 
     now: float
     digest: str

@@ -21,10 +21,13 @@ from ..protocol.records import (
     NodeRecord,
     NodeState,
     ProviderRecord,
+    QuarantineRecord,
     RecordLimits,
+    ResetRecord,
     acceptance_key,
     claim_key,
     provider_key,
+    quarantine_key,
     seal,
 )
 from ..protocol.services import publish, read_records, software_version
@@ -54,6 +57,8 @@ class Network:
     store: BlobStore
     operator: str | None = None
     acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
+    quarantined: frozenset[str] = frozenset()
+    _quarantine_seen: float = float("-inf")
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
     _announced: dict[str, float] = field(default_factory=dict)
     _recorded: dict[str, float] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class Network:
     async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""
         gate = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        await self._look_at_quarantine()
 
         async def one(shard: int) -> ShardView | None:
             async with gate:
@@ -89,11 +95,32 @@ class Network:
         run = self.manifest.run_id
         claims = await read_records(self.transport, claim_key(run, shard))
         accepted = await read_records(self.transport, acceptance_key(run, shard))
-        newest = latest_acceptance(record for record, _ in accepted if isinstance(record, AcceptanceRecord))
+        newest = latest_acceptance(record for record, _ in accepted if isinstance(record, AcceptanceRecord | ResetRecord))
+        live = tuple(
+            LiveClaim(record, expires)
+            for record, expires in claims
+            if isinstance(record, ClaimRecord) and record.owner not in self.quarantined
+        )
+        if isinstance(newest, ResetRecord):
+            self.acceptances.pop(shard, None)
+            return ShardView(shard, live, None, newest.term)
         if newest:
             self.acceptances[shard] = newest
-        live = tuple(LiveClaim(record, expires) for record, expires in claims if isinstance(record, ClaimRecord))
         return ShardView(shard, live, newest)
+
+    async def _look_at_quarantine(self) -> None:
+        """Whose claims do not count; asked at most once per heartbeat."""
+        now = time.monotonic()
+        if now - self._quarantine_seen < self.manifest.timing.heartbeat:
+            return
+        try:
+            found = await read_records(self.transport, quarantine_key(self.manifest.run_id))
+        except ConnectionError as error:
+            log.info("cannot look up who is quarantined: %s", error)
+            return
+        self._quarantine_seen = now
+        records = [record for record, _ in found if isinstance(record, QuarantineRecord)]
+        self.quarantined = frozenset(peer for record in records for peer in record.peers)
 
     async def publish_claim(self, claim: Claim) -> None:
         record = ClaimRecord(

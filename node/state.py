@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from ..protocol.claims import ShardView, rendezvous
+from ..protocol.claims import ShardView, Stand, rendezvous
 from ..protocol.manifest import Manifest
 from ..protocol.records import NodeState
 from .messages import Candidate, Claim
@@ -89,11 +89,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Work:
-    """One shard in our hands. `epoch` and `checkpoint` are the accepted state that we stand on."""
+    """One shard in our hands. `epoch` and `checkpoint` are the accepted state that we stand on, in term `term` of the shard."""
 
     shard: int
     epoch: int
     checkpoint: str | None
+    term: int = 0
     pending: tuple[Candidate, ...] = ()
     owned: bool = True
     checking: bool = False
@@ -118,6 +119,10 @@ class Work:
     offering: str | None = None
     offer_at: float = 0.0
     offers: int = 0
+
+    @property
+    def stand(self) -> Stand:
+        return self.term, self.epoch, self.checkpoint
 
     @property
     def newest(self) -> int:

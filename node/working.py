@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..protocol.claims import LiveClaim, ShardView, shard_owner
+from ..protocol.claims import LiveClaim, ShardView, Stand, shard_owner
 from ..protocol.records import ClaimRecord
 from .messages import (
     AllowEpochs,
@@ -33,12 +33,11 @@ _HEALTHY = 600.0
 # --- taking a shard up, and letting it go ---------------------------------------------------------------------------------
 
 
-def start_sync(turn: Turn, shard: int, known: tuple[int, str | None] = (0, None)) -> None:
+def start_sync(turn: Turn, shard: int, known: Stand = (0, 0, None)) -> None:
     """The shard is ours: fetch its data and the accepted state. `known`: an acceptance that the DHT may not show yet."""
     view = turn.state.views.get(shard) or ShardView(shard)
-    shown = view.epoch, view.acceptance.checkpoint if view.acceptance else None
-    epoch, checkpoint = known if known[0] >= shown[0] else shown
-    turn.set(work=Work(shard, epoch, checkpoint, at=epoch), renew_at=turn.now)
+    term, epoch, checkpoint = known if known[:2] >= view.place else view.stand
+    turn.set(work=Work(shard, epoch, checkpoint, term=term, at=epoch), renew_at=turn.now)
     turn.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
     turn.do(Sync(shard, epoch, checkpoint))
 
@@ -129,36 +128,42 @@ def _with_own_claim(turn: Turn, view: ShardView) -> ShardView:
         run=rules.run, owner=rules.owner, issued=turn.state.renewed_at,
         shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
     )  # fmt: skip
-    others = tuple(claim for claim in view.claims if claim.record.owner != rules.owner)
-    return ShardView(view.shard, (*others, LiveClaim(record, turn.state.renewed_at + rules.lease)), view.acceptance)
+    others = [claim for claim in view.claims if claim.record.owner != rules.owner]
+    return view.with_claims([*others, LiveClaim(record, turn.state.renewed_at + rules.lease)])
 
 
 def _follow(turn: Turn, view: ShardView, *, resync: bool) -> None:
-    """Stand on the newest acceptance: ours moves us forward, another's fences us."""
-    work, accepted = turn.work, view.acceptance
-    if accepted is None or accepted.epoch < work.epoch or (accepted.epoch, accepted.checkpoint) == (work.epoch, work.checkpoint):
+    """Stand on the newest acceptance: ours moves us forward, another's fences us, a roll-back takes us along."""
+    work, before = turn.work, turn.work.term
+    term, epoch, checkpoint = view.stand
+    if view.place < (work.term, work.epoch):
         return
-    if any((c.epoch, c.digest) == (accepted.epoch, accepted.checkpoint) for c in work.pending):
-        _accepted(turn, accepted.epoch, accepted.checkpoint)
+    turn.change(term=term)
+    if (epoch, checkpoint) == (work.epoch, work.checkpoint):
         return
-    if turn.state.phase == "syncing" and not work.pending:
-        turn.info(f"shard {work.shard} moved on to epoch {accepted.epoch} meanwhile")
+    if checkpoint and any((c.epoch, c.digest) == (epoch, checkpoint) for c in work.pending):
+        _accepted(turn, epoch, checkpoint)
+        return
+    if term > before:
+        turn.warn(f"shard {work.shard} was rolled back: it goes on from epoch {epoch}, and our work beyond is void")
+    elif turn.state.phase == "syncing" and not work.pending:
+        turn.info(f"shard {work.shard} moved on to epoch {epoch} meanwhile")
     else:
-        turn.warn(f"epoch {accepted.epoch} of shard {work.shard} was accepted from another peer; our work on it is void")
-    _void(turn)
+        turn.warn(f"epoch {epoch} of shard {work.shard} was accepted from another peer; our work on it is void")
+    _void(turn, min(epoch, work.epoch))
     if turn.state.phase == "draining" or not work.owned:
         release(turn, save=False)
     elif resync:
         start_sync(turn, work.shard)
 
 
-def _void(turn: Turn) -> None:
-    """Stop the trainer and drop all unaccepted work."""
+def _void(turn: Turn, epoch: int) -> None:
+    """Stop the trainer and drop all work beyond accepted `epoch`."""
     if turn.work.trainer == "on":
         turn.do(StopTrainer(save=False))
     turn.set(remembered=turn.state.remembered - {turn.work.shard})
     turn.change(trainer="off", pending=(), offering=None)
-    turn.do(DiscardWork(turn.work.shard, turn.work.epoch))
+    turn.do(DiscardWork(turn.work.shard, epoch))
 
 
 def _accepted(turn: Turn, epoch: int, digest: str) -> None:
@@ -225,7 +230,7 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
     elif reason == "bad-state":
         turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; starting from the accepted one")
         turn.do(DiscardWork(work.shard, None))
-        start_sync(turn, work.shard, (work.epoch, work.checkpoint))
+        start_sync(turn, work.shard, work.stand)
         turn.change(crashes=crashes)
     else:
         turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
@@ -306,6 +311,11 @@ def answered(turn: Turn, event: OfferAnswered) -> None:
             turn.do(Look((work.shard,)))
         case "invalid":
             _rejected(turn, event.text)
+        case "quarantined":
+            _void(turn, work.epoch)
+            long = 10 * rules.lease
+            turn.set(shunned=dict.fromkeys(range(rules.shards), turn.now + long))
+            _give_up(turn, event.text, save=False, seconds=long)
         case "superseded":
             turn.change(offer_at=turn.now + rules.heartbeat * jitter)
             turn.do(Look((work.shard,)))
@@ -326,13 +336,13 @@ def _rejected(turn: Turn, text: str) -> None:
     head, count = work.pending[0], turn.state.rejections.get(work.shard, 0) + 1
     turn.set(rejections={**turn.state.rejections, work.shard: count})
     turn.warn(f"the checkpoint of epoch {head.epoch} of shard {work.shard} was refused: {text}")
-    _void(turn)
+    _void(turn, work.epoch)
     if count >= rules.rejection_limit:
         _give_up(turn, f"{count} checkpoints in a row were refused, last: {text}", save=False, seconds=10 * rules.lease)
     elif turn.state.phase == "draining" or not work.owned:
         release(turn, save=False)
     else:
-        start_sync(turn, work.shard, (work.epoch, work.checkpoint))
+        start_sync(turn, work.shard, work.stand)
 
 
 def work_on(turn: Turn) -> None:

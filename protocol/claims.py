@@ -18,6 +18,10 @@ class LiveClaim:
     expires: float
 
 
+Stand = tuple[int, int, str | None]
+"""(term, accepted epoch, its checkpoint): what the work on a shard stands on."""
+
+
 @dataclass(frozen=True)
 class ShardView:
     """What a peer sees of one shard. `reset`: the term of a roll-back to the beginning, where no acceptance stands."""
@@ -48,6 +52,15 @@ class ShardView:
     def place(self) -> tuple[int, int]:
         """(term, epoch): grows with every acceptance and every roll-back, so that the older of two views is known."""
         return self.term, self.epoch
+
+    @property
+    def stand(self) -> Stand:
+        """What the next epoch is to be built on."""
+        return self.term, self.epoch, self.acceptance.checkpoint if self.acceptance else None
+
+    def with_claims(self, claims: Iterable[LiveClaim]) -> ShardView:
+        """The same accepted lineage with other claims."""
+        return ShardView(self.shard, tuple(claims), self.acceptance, self.reset)
 
     def live(self, now: float) -> list[LiveClaim]:
         """Claims that hold now: neither expired nor released."""

@@ -8,14 +8,21 @@ import pytest
 from courtroom import PEERS, Court, court, limits_of, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lutetia.coordinator.create import create_run
 from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict
+from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.messages import Check, Checked, Discard, LimitsKnown, Noted, Proclaim, Tick
+from lutetia.coordinator.pardons import noted_pardons, pardon, remove_notes
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.audits import audit_due, lottery
 from lutetia.protocol.events import AuditDone, AuditDue, CheckpointAccepted, LineageRolledBack, PeerPardoned, PeerQuarantined
 from lutetia.protocol.ledger_state import RunState, apply
 from lutetia.protocol.records import AcceptanceRecord, ResetRecord
 from lutetia.protocol.status_view import LiveView, status
+from lutetia.system.errors import UsageError
+from tinydata import build_tiny
 
 CHEAT, HONEST, OTHER = PEERS[0], PEERS[1], PEERS[2]
 
@@ -290,3 +297,21 @@ def test_old_ledgers_can_be_read(outcome):
     state = apply(c.state.run, AuditDone(**facts, outcome=outcome))
     assert state.shards[0].audit == outcome
     assert not state.audits
+
+
+def test_a_pardon_by_the_operator_is_done_at_once_or_left_as_a_note(tmp_path):
+    created = create_run(build_tiny(tmp_path / "data"), tmp_path / "run", RunSettings(preset="tiny"))
+    folder = RunFolder(created.folder)
+    ledger = Ledger.open(folder.ledger)
+    facts = {"time": 1.0, "shard": 0, "epoch": 1, "checkpoint": "0" * 64, "text": "step 2"}
+    ledger.append([PeerQuarantined(**facts, owner=owner(peer)) for peer in (CHEAT, OTHER)])
+    ledger.close()
+    with pytest.raises(UsageError, match="no quarantined peer is called"):
+        pardon(created.folder, owner(HONEST))
+    assert pardon(created.folder, owner(CHEAT)[:8]) == (owner(CHEAT), True)
+    assert set(Ledger.open(folder.ledger).state.quarantined) == {owner(OTHER)}
+    with folder.locked():
+        assert pardon(created.folder, OTHER.peer_id) == (owner(OTHER), False)
+    assert noted_pardons(folder) == [owner(OTHER)]
+    remove_notes(folder, noted_pardons(folder))
+    assert noted_pardons(folder) == []

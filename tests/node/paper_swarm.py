@@ -23,8 +23,8 @@ def claim_record(owner: str, claim: m.Claim, now: float) -> ClaimRecord:
     return cast(ClaimRecord, SimpleNamespace(owner=owner, issued=now, shard=claim.shard, epoch=claim.epoch, state=claim.state))
 
 
-def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: float = 0.0) -> AcceptanceRecord:
-    fields = {"shard": shard, "epoch": epoch, "checkpoint": digest, "author": author, "tenure_until": tenure_until}
+def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: float = 0.0, term: int = 0) -> AcceptanceRecord:
+    fields = {"shard": shard, "epoch": epoch, "checkpoint": digest, "author": author, "tenure_until": tenure_until, "term": term}
     return cast(AcceptanceRecord, SimpleNamespace(**fields))
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
 from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import AcceptanceRecord, ClaimRecord
+from lutetia.protocol.records import AcceptanceRecord, ClaimRecord, ResetRecord
 
 from .documents import COORDINATOR, NOW, RUN, blob
 
@@ -89,3 +89,16 @@ def test_of_two_acceptances_all_readers_take_the_same() -> None:
     one, two = acceptance(PEERS[0], 2, checkpoint="1" * 64), acceptance(PEERS[1], 2, checkpoint="2" * 64)
     assert latest_acceptance([two, one, acceptance(PEERS[0], 1)]) == latest_acceptance([one, two]) == one
     assert latest_acceptance([]) is None
+
+
+def test_a_rolled_back_lineage_beats_the_longer_one_it_replaces() -> None:
+    old = acceptance(PEERS[0], 5)
+    back = acceptance(PEERS[1], 2).model_copy(update={"term": 1})
+    start = ResetRecord(run=RUN, owner=COORDINATOR.public_key, issued=NOW, shard=0, term=2)
+    again = acceptance(PEERS[1], 1).model_copy(update={"term": 2})
+    assert latest_acceptance([old, back]) == back
+    assert latest_acceptance([start, old, back]) == start
+    assert latest_acceptance([old, again, back, start]) == again
+    places = [ShardView(0, (), old), ShardView(0, (), back), ShardView(0, reset=2), ShardView(0, (), again)]
+    assert [view.place for view in places] == sorted(view.place for view in places)
+    assert places[2].stand == (2, 0, None)
