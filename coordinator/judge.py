@@ -90,12 +90,16 @@ class _Turn(Turn):
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         if bad := entitled(record, manifest) or lineage(record, shard, manifest):
             return self._refused_at_once(record, bad)
-        if record.owner in shard.candidates or len(shard.candidates) >= self.rules.candidates_per_shard:
+        if record.owner in shard.candidates or len(shard.candidates) >= self._places(offer):
             text = f"a result for epoch {record.epoch} of shard {record.shard} is still being judged"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         self.write(CheckpointSeen(time=self.now, record=record, via=offer.via))
         self.state = replace(self.state, pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
+
+    def _places(self, offer: Offered) -> int:
+        """Records in the DHT cost their authors nothing and come from no address: they never take all the places of a shard."""
+        return self.rules.candidates_per_shard // (1 if offer.via == "offer" else 2)
 
     def _may_try_again(self, shard: ShardLedger, offer: Offered) -> bool:
         """A result that was given up as inconclusive is taken up again when its owner insists, after a while."""

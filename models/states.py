@@ -78,7 +78,7 @@ def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
         try:
             place = read_document(file.metadata())
             numbers = {name: int(place[name]) for name in ("shard", "epoch", "step", "samples", "micro_batch")}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointRefused("header", f"the state {path.name} does not say where it belongs; refused") from error
     steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
     if (place.get("run"), numbers["shard"]) != (manifest.run_id, shard):

@@ -28,6 +28,7 @@ PIECE = 1 << 18
 
 MAX_STREAMS = 64
 MAX_STREAMS_PER_PEER = 8
+MAX_STREAMS_PER_ORIGIN = 32
 STALL_TIMEOUT = 20.0
 """Seconds without PIECE bytes of progress, after which a peer has stalled: 13 KiB/s is the slowest that is served or used."""
 IDLE_TIMEOUT = 60.0
@@ -62,20 +63,28 @@ class BlobServer:
     def __init__(self, store: BlobStore, rate: RateLimit) -> None:
         self._store, self._rate = store, rate
         self._streams: Counter[str] = Counter()
+        self._origins: Counter[str] = Counter()
 
     async def answer(self, stream: Stream) -> None:
         """The handler: requests until the peer closes, stalls, or has had too many streams."""
-        peer = stream.peer_id
-        if self._streams.total() >= MAX_STREAMS or self._streams[peer] >= MAX_STREAMS_PER_PEER:
+        peer, origin = stream.peer_id, stream.origin
+        if (
+            self._streams.total() >= MAX_STREAMS
+            or self._streams[peer] >= MAX_STREAMS_PER_PEER
+            or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN
+        ):
             await _refuse(stream, BUSY)
             return
         self._streams[peer] += 1
+        self._origins[origin] += 1
         try:
             while await self._answer_one(stream):
                 pass
         finally:
             self._streams[peer] -= 1
+            self._origins[origin] -= 1
             self._streams += Counter()  # forget peers without a stream
+            self._origins += Counter()
 
     async def _answer_one(self, stream: Stream) -> bool:
         async with asyncio.timeout(IDLE_TIMEOUT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
 from ..system.errors import LutetiaError
 from .transport import Handler, Stream
@@ -12,20 +13,31 @@ log = logging.getLogger("lutetia.protocol.handlers")
 
 
 class HandlerTasks:
-    """The handlers that run now, at most `limit` of them; further streams are refused until one ends."""
+    """The handlers that run now, at most `limit` of them; further streams are refused until one ends.
+
+    No peer has more than an eighth of the places and no origin more than half of them, so that neither one impolite peer nor many
+    made-up ones behind one address can keep all others out.
+    """
 
     def __init__(self, limit: int = 256) -> None:
         self._limit = limit
         self._tasks: set[asyncio.Task[None]] = set()
+        self._peers: Counter[str] = Counter()
+        self._origins: Counter[str] = Counter()
 
     def start(self, protocol: str, handler: Handler, stream: Stream) -> bool:
         """Answer `stream` in the background and close it at the end. False when too many are running already."""
-        if len(self._tasks) >= self._limit:
-            log.warning("refused a stream of %s from %s: %d are open", protocol, stream.peer_id, self._limit)
+        peer, origin = stream.peer_id, stream.origin
+        full = len(self._tasks) >= self._limit
+        if full or self._peers[peer] >= self._limit // 8 or self._origins[origin] >= self._limit // 2:
+            open_here = (len(self._tasks), self._peers[peer], self._origins[origin], origin or "relays")
+            log.warning("refused a stream of %s from %s: %d are open, %d of that peer, %d from %s", protocol, peer, *open_here)
             return False
+        self._peers[peer] += 1
+        self._origins[origin] += 1
         task = asyncio.get_running_loop().create_task(_answer(handler, stream))
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._ended(done, protocol, stream.peer_id))
+        task.add_done_callback(lambda done: self._ended(done, protocol, peer, origin))
         return True
 
     async def close(self) -> None:
@@ -35,8 +47,12 @@ class HandlerTasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, task: asyncio.Task[None], protocol: str, peer_id: str) -> None:
+    def _ended(self, task: asyncio.Task[None], protocol: str, peer_id: str, origin: str) -> None:
         self._tasks.discard(task)
+        for counter, name in ((self._peers, peer_id), (self._origins, origin)):
+            counter[name] -= 1
+            if not counter[name]:
+                del counter[name]
         error = None if task.cancelled() else task.exception()
         if isinstance(error, (LutetiaError, OSError, EOFError, TimeoutError)):
             log.info("stream %s of %s ended: %s", protocol, peer_id, error)

@@ -48,6 +48,8 @@ class OfferReply(Frozen):
 
 Answer = Callable[[str, Offer], Awaitable[OfferReply]]
 """(peer id of the offering stream, offer) -> reply. May raise RecordRefused."""
+Admit = Callable[[Stream], OfferReply | None]
+"""The reply to whoever must come later, before his offer is even looked at."""
 
 
 async def offer_checkpoint(
@@ -68,13 +70,14 @@ async def offer_checkpoint(
         raise ConnectionError(f"coordinator {peer_id} answered an offer with a document that is no reply") from error
 
 
-async def serve_offers(transport: Transport, answer: Answer) -> None:
-    """Answer offers; one that is too large, too slow or malformed ends its own stream only."""
+async def serve_offers(transport: Transport, answer: Answer, admit: Admit = lambda stream: None) -> None:
+    """Answer offers; one that is too large, too slow or malformed ends its own stream only. `admit` is asked first."""
 
     async def handle(stream: Stream) -> None:
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
-                reply = await _answered(answer, stream.peer_id, await read_message(stream, _MAX_OFFER_BYTES))
+                data = await read_message(stream, _MAX_OFFER_BYTES)
+                reply = admit(stream) or await _answered(answer, stream.peer_id, data)
                 await write_message(stream, canonical(reply))
                 await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
         except (TimeoutError, ConnectionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -283,6 +284,8 @@ def open_record(
 
 def check_times(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
     """Raises RecordRefused: dated in the future, expired, or wanting to live too long. All times are Unix seconds."""
+    if not math.isfinite(expires):  # a DHT carries whatever a peer sent, and NaN is neither early nor late
+        raise RecordRefused("record does not say when it expires")
     if issued > now + limits.maximum_clock_skew:
         raise RecordRefused(f"record is dated {issued - now:.0f} s in the future")
     if expires <= now:

@@ -19,9 +19,14 @@ class Stored:
 
 
 class Stream(ABC):
-    """A reliable, ordered, encrypted byte stream to one authenticated peer."""
+    """A reliable, ordered, encrypted byte stream to one authenticated peer.
+
+    `origin` is the network that it comes from (see `origins.origin_of`), on inbound streams; "" where that is hidden by a relay.
+    Identities cost nothing, addresses do: caps are per origin too.
+    """
 
     peer_id: str
+    origin: str = ""
 
     @abstractmethod
     async def read_exactly(self, count: int) -> bytes:

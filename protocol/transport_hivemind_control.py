@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from .handlers import HandlerTasks
+from .origins import origin_of
 from .transport import Handler, Stream
 from .transport_hivemind_library import Multiaddr, PeerID, messages
 from .transport_hivemind_wire import Wire
@@ -28,8 +29,8 @@ def useful(addresses: list[str]) -> list[str]:
 class DaemonStream(Stream):
     """A libp2p stream as p2pd passes it on."""
 
-    def __init__(self, peer_id: str, wire: Wire) -> None:
-        self.peer_id = peer_id
+    def __init__(self, peer_id: str, wire: Wire, origin: str = "") -> None:
+        self.peer_id, self.origin = peer_id, origin
         self._wire = wire
 
     async def read_exactly(self, count: int) -> bytes:
@@ -127,7 +128,7 @@ class Control:
             wire.close()
             return
         handler = self._handlers.get(info.proto)
-        stream = DaemonStream(PeerID(info.peer).to_base58(), wire)
+        stream = DaemonStream(PeerID(info.peer).to_base58(), wire, _origin(info.addr))
         if handler is None or not self._tasks.start(info.proto, handler, stream):
             wire.close()
 
@@ -154,6 +155,13 @@ def _peer_bytes(peer_id: str) -> bytes:
         return PeerID.from_base58(peer_id).to_bytes()
     except ValueError as error:
         raise ConnectionError(f"{peer_id} is no peer id") from error
+
+
+def _origin(packed: bytes) -> str:
+    try:
+        return origin_of(str(Multiaddr(packed)))
+    except ValueError:
+        return ""
 
 
 def _address_bytes(address: str) -> bytes | None:

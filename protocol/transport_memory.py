@@ -19,6 +19,7 @@ from ..system.errors import IdentityError
 from .handlers import HandlerTasks
 from .identity import Identity
 from .memory_stream import MemoryStream, Pipe
+from .origins import origin_of
 from .records import RecordRefused
 from .transport import Handler, RecordCheck, Stored, Stream, Transport
 from .virtual_time import VirtualTimeLoop
@@ -182,6 +183,7 @@ class MemoryTransport(Transport):
         forth = Pipe(lambda size: self._network.link(self.peer_id, peer_id, size))
         back = Pipe(lambda size: self._network.link(peer_id, self.peer_id, size))
         ours, theirs = MemoryStream(peer_id, back, forth), MemoryStream(self.peer_id, forth, back)
+        theirs.origin = origin_of(self._address)
         if not target.answer(protocol, theirs):
             raise ConnectionError(f"peer {peer_id} does not answer {protocol}")
         self._streams.append((peer_id, ours))

@@ -1,0 +1,24 @@
+"""Where a stream comes from, as far as caps are concerned: an IPv4 address, or the /64 that one line of IPv6 is given."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+_HOST = re.compile(r"^/(ip4|ip6)/([^/]+)")
+
+
+def origin_of(address: str) -> str:
+    """The origin of a multiaddr, for instance 203.0.113.5 or 2001:db8::/64; "" for relayed peers and names."""
+    match = _HOST.match(address)
+    if match is None or "/p2p-circuit" in address:
+        return ""
+    try:
+        host = ipaddress.ip_address(match[2].partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(host, ipaddress.IPv6Address):
+        if host.ipv4_mapped:
+            return str(host.ipv4_mapped)
+        return str(ipaddress.ip_network((host, 64), strict=False))
+    return str(host)

@@ -1,0 +1,56 @@
+"""Real p2pd peers on loopback for the attacks: honest ones, and ones that check nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import Manifest
+from lutetia.protocol.services import record_check
+from lutetia.protocol.transport import RecordCheck
+from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
+
+from benchmarks.fuzzing import examples
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+def manifest_of_now(**changes: Any) -> Manifest:
+    now = time.time()
+    return examples.manifest().model_copy(update={"created": now - 60, "expires": now + 3600, **changes})
+
+
+def anything(key: str | None, subkey: str, value: bytes, expires: float) -> str:
+    """The check of a liar."""
+    return key or ""
+
+
+Start = Callable[..., Coroutine[Any, Any, HivemindTransport]]
+
+
+@asynccontextmanager
+async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
+    """`await start(name, check=…, bootstrap=…)` makes a peer; all are closed at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str, check: RecordCheck | None = None, bootstrap: list[str] | None = None) -> HivemindTransport:
+            peer = await connect_hivemind(
+                Identity.derived(name), listen=LOOPBACK, bootstrap=bootstrap or [], check=check or record_check(run, time.time),
+                state_folder=folder / name,
+            )  # fmt: skip
+            stack.push_async_callback(peer.close)
+            return peer
+
+        yield start
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for what other processes bring about. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in other processes
+            await asyncio.sleep(0.02)
