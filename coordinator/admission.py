@@ -1,6 +1,6 @@
 """Who may hand in results now: many identities behind one address share what one address may have. Pure but for its memory.
 
-A peer's own rate is the judge's business. Here origins count (see `protocol.origins`): how often results are offered from one, and
+A peer's own rate is the judge's business. Origins count here (see `protocol.origins`): how often results are offered from one and
 how many undecided results, each of which costs the coordinator a download and a check, come from it. Peers behind relays share
 one origin.
 """

@@ -40,9 +40,10 @@ from ..protocol.status import SwarmStatus
 from ..protocol.status_view import status as status_of
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
-from ..protocol.transport import Transport
+from ..protocol.transport import Stream, Transport
 from ..system.errors import AuthorisationError, BootstrapError, DiskError, UnreachableError, one_error
 from ..system.files import write_atomic
+from .admission import Admission
 from .auditing import standing
 from .bench import Bench
 from .http import bind, build_app, serve_http
@@ -145,6 +146,7 @@ class _Service:
         )  # fmt: skip
         self.tools.forget(self.ledger.state)
         self.bench = Bench(self._rules(), self.ledger, self.tools, self._announce, self.transport.now, self._changed)
+        self.admission = Admission(4 * self.settings.offers_per_minute)
         self.lookout = Lookout(self.transport, self.manifest, self._found)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
@@ -220,7 +222,7 @@ class _Service:
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
-        await serve_offers(self.transport, self._answer)
+        await serve_offers(self.transport, self._answer, self._admit)
 
     def _mixture(self) -> bytes:
         """The signed description of the last mixture; nothing before there is one."""
@@ -234,6 +236,11 @@ class _Service:
             document = status_of(self.bench.state.run, self.manifest, self.lookout.view, now, software=self.software)
             self._status = (now, document)
         return self._status[1]
+
+    def _admit(self, stream: Stream) -> OfferReply | None:
+        shards = self.bench.state.run.shards.values()
+        waiting = {candidate.record.peer_id for shard in shards for candidate in shard.candidates.values()}
+        return self.admission.refusal(stream.peer_id, stream.origin, waiting, self.transport.now())
 
     async def _answer(self, peer_id: str, offer: Offer) -> OfferReply:
         """The offer stream. Results are offered by their owners, so that nobody spends another peer's patience."""
