@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..system.errors import EXIT_CODES, LutetiaError
-from . import coordinate, data, demo, doctor, evaluate, generate, identity, runs, simulate, swarm, volunteer
+from . import coordinate, data, demo, doctor, evaluate, generate, identity, runs, simulate, study, swarm, volunteer
 from .output import json_wanted
 
 _EPILOG = "Exit codes: `lutetia help exit-codes`. Every option can be set by its environment variable too; a flag wins."
@@ -54,7 +54,7 @@ def exit_codes() -> None:
         print(f"{code:>4}  {meaning}")
 
 
-for _module in (demo, volunteer, generate, evaluate, simulate, doctor):
+for _module in (demo, volunteer, generate, evaluate, study, simulate, doctor):
     _module.register(app)
 for _group, _name in (
     (swarm.app, "swarm"),

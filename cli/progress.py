@@ -32,7 +32,7 @@ def progress(title: str) -> Iterator[OnProgress]:
     with Progress(*columns, console=out, transient=True) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
+            if stage not in tasks or done < bars.tasks[tasks[stage]].completed:  # new, or begun once more
                 tasks[stage] = bars.add_task(f"{title}: {stage}", total=total, rate="")
             speed = bars.tasks[tasks[stage]].speed
             bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.3g}/s" if speed else "", visible=done < total)

@@ -14,6 +14,9 @@ from pydantic import Field
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import ExpertSpec, LatentSpec
 from ...system.errors import ConfigError
+from ..data.build import BuildSettings
+from ..data.latents import load_latents
+from ..data.text import load_text_encoder
 from ..mixture import Mode
 from .config import Prompts, StudyConfig
 from .flops import Cost, expert_cost, router_cost
@@ -73,7 +76,12 @@ class Reading(Frozen):
     @property
     def name(self) -> str:
         how = self.route if self.expert is None else f"expert-{self.expert}"
-        return f"{self.training}-e{self.epoch}-{how}-{self.mode or 'own'}-{self.prompts}"
+        return f"{self.training}-e{self.epoch}-{how}-{self.mode or 'own'}-{self.prompts}-{self.clips}"
+
+    @property
+    def plain(self) -> bool:
+        """Asked as a user would ask it: by its own router in the run's own mode."""
+        return self.route == "router" and self.mode is None and self.expert is None
 
 
 class Plan(Frozen):
@@ -85,9 +93,27 @@ class Plan(Frozen):
     def training(self, name: str) -> Training:
         return next(training for training in self.trainings if training.name == name)
 
+    def readings_of(self, training: Training) -> list[Reading]:
+        """What of a training is judged."""
+        return [reading for reading in self.readings if reading.training == training.name]
+
     def of(self, tier: Tier, arm: str) -> list[Training]:
         """The trainings of an arm, by seed."""
         return [training for training in self.trainings if (training.tier, training.arm) == (tier, arm)]
+
+
+def planned_latent(data: BuildSettings) -> LatentSpec:
+    """Shapes of the latents and texts that a build by `data` will give; without the statistics, which need the clips.
+
+    Raises ConfigError where autoencoder or text encoder cannot be had.
+    """
+    channels, frames, height, width = load_latents(data.latents).shape_of(data.frames, data.height, data.width)
+    text = load_text_encoder(data.text, data.text_tokens or 1)
+    return LatentSpec(
+        channels=channels, frames=frames, height=height, width=width, vae=data.latents, pixel_frames=data.frames,
+        pixel_height=data.height, pixel_width=data.width, fps=data.fps, text_encoder=text.ref, text_tokens=text.tokens,
+        text_width=text.width, pooled_width=text.pooled_width,
+    )  # fmt: skip
 
 
 def plan_study(config: StudyConfig, latent: LatentSpec) -> Plan:
@@ -166,7 +192,8 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
         return
     small = batch // experts
     for seed in controls.seeds:
-        yield from _pair(config, costs, "control", seed)
+        if not shared(config, seed):
+            yield from _pair(config, costs, "control", seed)
         for arm in controls.arms:
             match arm:
                 case "small-batch":
@@ -184,18 +211,32 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
                 yield _training(costs, "control", f"{count}-experts", seed, experts=count, batch=batch // count)
 
 
+def shared(config: StudyConfig, seed: int) -> bool:
+    """Whether the headline's own pair serves the controls too: they have its whole budget and its seed."""
+    return config.controls.share == 1 and seed in config.seeds
+
+
 def _readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
+    if training.tier == "headline":
+        yield from _headline_readings(config, training)
+    if training.tier == "control" or (training.seed in config.controls.seeds and shared(config, training.seed)):
+        yield from _control_readings(config, training)
+
+
+def _headline_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
     judging, last = config.judging, training.epochs
     first, *others = judging.prompts
-    if training.tier == "headline":
-        yield Reading(training=training.name, epoch=last, prompts=first, clips=judging.clips)
-        for prompts in others:
-            yield Reading(training=training.name, epoch=last, prompts=prompts, clips=judging.clips)
-        for epoch in range(1, last):
-            yield Reading(training=training.name, epoch=epoch, prompts=first, clips=judging.curve_clips)
-        return
-    clips, name = config.controls.clips, training.name
-    yield Reading(training=name, epoch=last, prompts=first, clips=clips)
+    yield Reading(training=training.name, epoch=last, prompts=first, clips=judging.clips)
+    for prompts in others:
+        yield Reading(training=training.name, epoch=last, prompts=prompts, clips=judging.clips)
+    for epoch in range(1, last + (judging.curve_clips != judging.clips)):  # of one N along the curve
+        yield Reading(training=training.name, epoch=epoch, prompts=first, clips=judging.curve_clips)
+
+
+def _control_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
+    clips, name, last, first = config.controls.clips, training.name, training.epochs, config.judging.prompts[0]
+    if training.tier == "control" or clips not in (config.judging.clips, config.judging.curve_clips):
+        yield Reading(training=name, epoch=last, prompts=first, clips=clips)
     if training.arm != "mixture":
         return
     arms = config.controls.arms

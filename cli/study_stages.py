@@ -1,0 +1,204 @@
+"""A study from clips to tables, stage by stage; each stage keeps its result on disk and is skipped when it is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..protocol.canonical import canonical
+from ..system.errors import ConfigError
+from ..system.files import disk_errors, write_atomic
+from . import study_mixtures, study_swarm
+
+if TYPE_CHECKING:
+    from ..models.metrics.clips import ClipSet
+    from ..models.metrics.compare import Comparison
+    from ..models.study.bench import Bench, Judged
+    from ..models.study.clips import ClipCounts
+    from ..models.study.config import StudyConfig
+    from ..models.study.plan import Plan, Reading, Training
+    from ..models.study.results import StudyResults
+
+Progress = Callable[[str, int, int], None]
+_MAY_CHANGE = {"seeds", "controls", "judging", "machines"}  # between calls: they add to a study, or only ask it otherwise
+_HERE_ONLY = {"device", "workers", "cache"}  # of the data's settings: how this box builds them, not what they are
+GRID_ROWS = 8
+
+
+def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyResults:
+    """Do whatever of the study is not done yet and write its results into `out`. Raises LutetiaError, one sentence."""
+    from .progress import progress
+
+    with disk_errors(home), progress(f"study {config.name}") as on_progress:
+        home.mkdir(parents=True, exist_ok=True)
+        _remember(config, home)
+        stages = Stages.prepare(config, home, out, cache, on_progress)
+        results = stages.write()
+        for training in stages.plan.trainings:
+            if stages.carry_on(training):
+                results = stages.write()
+    return results
+
+
+def _remember(config: StudyConfig, home: Path) -> None:
+    """Keep the study's config, and refuse to go on with another one."""
+    path = home / "study.json"
+    fixed = canonical(config.model_dump(mode="json", exclude={**dict.fromkeys(_MAY_CHANGE, True), "data": _HERE_ONLY}))
+    if path.is_file() and path.read_bytes() != fixed:
+        raise ConfigError(
+            f"{home} holds a study of another config; only {', '.join(sorted(_MAY_CHANGE))} may change, so name another --folder"
+        )
+    write_atomic(path, fixed)
+
+
+@dataclass
+class Stages:
+    """A study under way."""
+
+    config: StudyConfig
+    home: Path
+    out: Path
+    cache: Path
+    on_progress: Progress
+    plan: Plan
+    counts: ClipCounts
+    bench: Bench
+    judged: dict[str, Judged] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, config: StudyConfig, home: Path, out: Path, cache: Path, on_progress: Progress) -> Stages:
+        """Clips in their roles, and the plan."""
+        from ..models.study.bench import Bench
+        from ..models.study.clips import split_clips
+        from ..models.study.plan import plan_study, planned_latent
+
+        plan = plan_study(config, planned_latent(config.data))
+        key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
+        counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
+        bench = Bench(config, home / "clips", cache / "metrics", on_progress)
+        return cls(config, home, out, cache, on_progress, plan, counts, bench)
+
+    def carry_on(self, training: Training) -> bool:
+        """Build its data, train it, judge its readings. False when all that was known already."""
+        study_swarm.train(training, self.data(training), self.folder(training), self.config, self.on_progress)
+        fresh = False
+        for reading in self.plan.readings_of(training):
+            fresh |= self._judge(reading, training)
+        return fresh or training == self.plan.trainings[-1]
+
+    def folder(self, training: Training) -> Path:
+        return self.home / "runs" / training.name
+
+    def data(self, training: Training) -> Path:
+        """The built data of a training, shared by all that cluster alike."""
+        from ..models.data.build import build_data
+
+        target = self.home / "data" / training.data
+        if not (target / "data.json").is_file():
+            update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
+            build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
+        return target
+
+    def mixture(self, reading: Reading) -> Path:
+        training = self.plan.training(reading.training)
+        return study_mixtures.mixture_of(reading, training, self.folder(training))
+
+    def _judge(self, reading: Reading, training: Training) -> bool:
+        """Whether it had to be done: figures are kept under the reading's name and the way of judging."""
+        from ..models.study.bench import Judged, cluster_labels
+
+        how = hashlib.sha256(canonical(self.config.judging.model_dump(mode="json"))).hexdigest()[:8]
+        path = self.home / "figures" / f"{reading.name}-{how}.json"
+        if path.is_file():
+            self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
+            return False
+        labels = cluster_labels(self.data(training))
+        self.judged[reading.name] = found = self.bench.judge(reading, self.mixture(reading), training.seed, labels)
+        write_atomic(path, found.model_dump_json().encode())
+        return True
+
+    def clips_of(self, reading: Reading) -> ClipSet:
+        """The clips of a judged reading, as they were kept."""
+        training = self.plan.training(reading.training)
+        from ..models.study.bench import cluster_labels
+
+        return self.bench.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
+
+    def headline(self) -> dict[str, tuple[Comparison, ...]]:
+        """Monolith against mixture over all seeds of which both sides are judged; two or more where the config has them."""
+        found = {}
+        for prompts in self.config.judging.prompts:
+            pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
+            if not pairs:
+                continue
+            sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
+            seeds = tuple(self.plan.training(pair[0].training).seed for pair in pairs)
+            found[prompts] = self.bench.compare(prompts, pairs[0][0].clips, sides[0], sides[1], seeds)
+        return found
+
+    def _pairs(self, prompts: str) -> list[tuple[Reading, Reading]]:
+        """The final readings of monolith and mixture, seed by seed."""
+
+        def final(training: Training) -> Reading:
+            own = [reading for reading in self.plan.readings_of(training) if reading.prompts == prompts]
+            return next(r for r in own if r.epoch == training.epochs and r.clips == self.config.judging.clips)
+
+        sides = self.plan.of("headline", "monolith"), self.plan.of("headline", "mixture")
+        return [(final(a), final(b)) for a, b in zip(*sides, strict=True)]
+
+    def write(self) -> StudyResults:
+        """Tables, curves and grids of what is known by now."""
+        from ..models.study.pictures import draw_curves
+        from ..models.study.tables import report
+
+        results = self._results()
+        with disk_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            pictures = []
+            if results.judged:
+                draw_curves(results, self.out / "curves.png")
+                pictures.append("curves.png")
+            if results.headline:
+                self._grid(self.out / "samples.png")
+                pictures.append("samples.png")
+            slim = results.model_copy(update={"judged": {k: v.model_copy(update={"values": {}, "labels": ()})
+                                                         for k, v in results.judged.items()}})  # fmt: skip
+            write_atomic(self.out / "results.json", slim.model_dump_json(indent=1).encode())
+            write_atomic(self.out / "README.md", report(results, pictures).encode())
+        return results
+
+    def _results(self) -> StudyResults:
+        from ..models.data.description import read_data
+        from ..models.metrics.report import hardware
+        from ..models.study.results import StudyResults, Trained
+
+        trainings, clusters, whole = {}, {}, 0.0
+        for training in self.plan.trainings:
+            run = self.folder(training) / "run"
+            if not study_swarm.finished(run):
+                continue
+            spent = study_swarm.seconds(self.folder(training))
+            losses, router = study_mixtures.accepted_losses(run), study_mixtures.router_figures(run)
+            trainings[training.name] = Trained(seconds=spent, losses=losses, router=router)
+            whole += spent
+            clusters[training.data] = read_data(self.data(training)).clustering.model_dump(mode="json")
+        config: dict[str, Any] = self.config.model_dump(mode="json")
+        return StudyResults(
+            name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
+            judged=dict(self.judged), headline=self.headline(), hardware=hardware(), seconds=whole,
+        )  # fmt: skip
+
+    def _grid(self, path: Path) -> None:
+        """Real, monolith and mixture for the first prompts, of the first seed."""
+        from ..models.study.pictures import write_grid
+
+        prompts = self.config.judging.prompts[-1]  # stratified, where asked for: every kind is seen
+        first = next(pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair))
+        real = self.bench.judges(prompts, first[0].clips).reference
+        rows = range(min(GRID_ROWS, len(real)))
+        columns = {"real": real, "monolith": self.clips_of(first[0]), "mixture": self.clips_of(first[1])}
+        shown = {name: [clips.frames[row].numpy() for row in rows] for name, clips in columns.items()}
+        write_grid(path, real.captions[: len(rows)], shown)

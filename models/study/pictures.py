@@ -1,0 +1,76 @@
+"""A study's pictures: learning curves against FLOPs, and real clips beside those of both sides for equal prompts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ...system.files import atomic_path, write_atomic
+from .results import CurvePoint, StudyResults, curve, main_distance
+
+COLOURS = {"monolith": "#b64a5f", "mixture": "#3b6fb6"}
+_SIDE, _SHOWN, _GAP, _LINE = 64, 4, 8, 14
+Frames = NDArray[np.uint8]
+
+
+def draw_curves(results: StudyResults, path: Path) -> None:
+    """PNG: distance and held-out loss of both sides against FLOPs; every dot is a seed, dashed is real against real."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    name = main_distance(results)
+    curves = {arm: curve(results, arm, name) for arm in COLOURS}
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for arm, points in curves.items():
+        _line(left, arm, points, [[figure.value for figure in point.figures] for point in points])
+        _line(right, arm, points, [list(point.losses) for point in points])
+    floors = [point.floor.value for points in curves.values() for point in points if point.floor]
+    if floors:
+        left.axhline(float(np.mean(floors)), linestyle="--", linewidth=1, color="#555555", label="real against real")
+    count = results.config["judging"]["curve_clips"]
+    for axes, label in ((left, f"{name} (N = {count}), lower is better"), (right, "held-out loss")):
+        axes.set_xlabel("training FLOPs, router included")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    left.set_ylim(bottom=0)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def _line(axes, arm: str, points: Sequence[CurvePoint], values: Sequence[Sequence[float]]) -> None:
+    kept = [(point.flops, list(own)) for point, own in zip(points, values, strict=True) if own]
+    if not kept:
+        return
+    axes.plot([x for x, _ in kept], [np.mean(own) for _, own in kept], color=COLOURS[arm], label=arm)
+    for x, own in kept:
+        axes.plot([x] * len(own), own, "o", markersize=3, color=COLOURS[arm], alpha=0.6)
+
+
+def write_grid(path: Path, prompts: Sequence[str], columns: dict[str, Sequence[Frames]]) -> None:
+    """PNG: a row per prompt with a few frames of each column's clip uint8 [F, H, W, 3]."""
+    block = _SHOWN * _SIDE + _GAP
+    sheet = Image.new("RGB", (len(columns) * block + _GAP, _LINE + len(prompts) * (_SIDE + _LINE + 4)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, clips) in enumerate(columns.items()):
+        left = _GAP + column * block
+        draw.text((left, 1), name, fill=(0, 0, 0))
+        for row, clip in enumerate(clips):
+            top = _LINE + row * (_SIDE + _LINE + 4)
+            for place, index in enumerate(np.linspace(0, len(clip) - 1, _SHOWN).round().astype(int)):
+                picture = Image.fromarray(clip[index]).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+                sheet.paste(picture, (left + place * _SIDE, top))
+    for row, prompt in enumerate(prompts):
+        text = prompt.encode("latin-1", "replace").decode("latin-1")
+        draw.text((_GAP, _LINE + row * (_SIDE + _LINE + 4) + _SIDE + 1), text[:120], fill=(60, 60, 60))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,129 @@
+"""All that a study found, in one document; the tables and pictures are made from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...protocol.canonical import Frozen
+from ..metrics.bootstrap import Figure, mean
+from ..metrics.compare import Comparison
+from ..metrics.judges import Entry
+from .bench import Judged
+from .clips import ClipCounts
+from .plan import Plan, Reading, Training
+
+PAPER = {"FVD": (561.04, 279.01), "CLIP text-video": (0.2032, 0.2178), "aesthetic": (3.795, 3.904)}
+"""Monolith and mixture of Paris 2.0 (arXiv 2605.26064): 3 experts of 11 B, 256 px, N = 2,048."""
+
+
+class Trained(Frozen):
+    """How a training went. `losses`: per shard (epoch, held-out loss on that shard); `router`: accuracy and calibration."""
+
+    seconds: float
+    losses: dict[int, list[tuple[int, float]]]
+    router: dict[str, Any] | None = None
+
+
+class StudyResults(Frozen):
+    """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering."""
+
+    name: str
+    config: dict[str, Any]
+    plan: Plan
+    clips: ClipCounts
+    clusters: dict[str, dict[str, Any]]
+    trainings: dict[str, Trained]
+    judged: dict[str, Judged]
+    headline: dict[str, tuple[Comparison, ...]]
+    hardware: str
+    seconds: float
+
+    def of(self, reading: Reading) -> Judged | None:
+        """What was found about a reading, None while it is not judged."""
+        return self.judged.get(reading.name)
+
+
+def entry(judged: Judged, name: str) -> Entry | None:
+    """The line of metric `name`."""
+    return next((entry for entry in judged.entries if entry.name == name), None)
+
+
+def main_distance(results: StudyResults) -> str:
+    """FVD, or where this box has no I3D the motion distance."""
+    names = {entry.name for judged in results.judged.values() for entry in judged.entries}
+    return "FVD" if "FVD" in names else "motion distance"
+
+
+class CurvePoint(Frozen):
+    """One side at one epoch: FLOPs spent and the figure of every seed."""
+
+    arm: str
+    epoch: int
+    flops: float
+    figures: tuple[Figure, ...]
+    floor: Figure | None = None
+    losses: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> float:
+        return float(np.mean([figure.value for figure in self.figures]))
+
+
+def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
+    """Learning curve of an arm of the headline at one N, over its seeds."""
+    points: dict[int, list[tuple[Training, Judged, Entry]]] = {}
+    wanted = results.config["judging"]["curve_clips"]
+    for training in results.plan.of("headline", arm):
+        for reading in results.plan.readings_of(training):
+            judged = results.of(reading)
+            along = reading.plain and reading.clips == wanted and reading.prompts == _first(results)
+            found = entry(judged, metric) if judged and along else None
+            if judged and found:
+                points.setdefault(reading.epoch, []).append((training, judged, found))
+    made = []
+    for epoch, parts in sorted(points.items()):
+        flops = float(np.mean([training.flops_at(epoch) for training, _, _ in parts]))
+        losses = tuple(judged.losses["mixture"].loss for _, judged, _ in parts if "mixture" in judged.losses)
+        figures = tuple(found.figure for _, _, found in parts)
+        made.append(CurvePoint(arm=arm, epoch=epoch, flops=flops, figures=figures, floor=parts[0][2].real, losses=losses))
+    return made
+
+
+class Specialisation(Frozen):
+    """One expert alone: a metric (higher is better) on prompts of its own cluster and on all others."""
+
+    expert: int
+    metric: str
+    own: Figure
+    other: Figure
+
+
+def specialisation(results: StudyResults) -> list[Specialisation]:
+    """Of all experts that were asked alone, by every metric that has a number per clip."""
+    found = []
+    for judged in results.judged.values():
+        expert = judged.reading.expert
+        if expert is None:
+            continue
+        own = np.array(judged.labels) == expert
+        if min(own.sum(), (~own).sum()) < 2:
+            continue
+        for metric, values in judged.values.items():
+            numbers = np.array(values)
+            pair = mean(numbers[own]), mean(numbers[~own])
+            found.append(Specialisation(expert=expert, metric=metric, own=pair[0], other=pair[1]))
+    return sorted(found, key=lambda row: (row.metric, row.expert))
+
+
+def headline_ratio(results: StudyResults, prompts: str) -> Figure | None:
+    """Distance of the monolith over distance of the mixture, with its interval over clips and seeds."""
+    name = main_distance(results)
+    return next((row.ratio for row in results.headline.get(prompts, ()) if row.name == name), None)
+
+
+def _first(results: StudyResults) -> str:
+    prompts: Sequence[str] = results.config["judging"]["prompts"]
+    return prompts[0]

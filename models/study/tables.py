@@ -1,0 +1,204 @@
+"""A study's results as Markdown: what was compared, on what budget, what came out, and what explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..metrics.compare import comparison_table
+from ..metrics.routing import loss_table
+from .bench import Judged
+from .plan import Reading, Training
+from .results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
+
+
+def report(results: StudyResults, pictures: Sequence[str] = ()) -> str:
+    """The whole page. `pictures` are the files beside it."""
+    parts = [f"# Study {results.name}", _standing(results), _headline(results)]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    parts += [_curves(results), _controls(results), _specialisation(results), _losses(results), _routers(results)]
+    parts += [_trainings(results), _clusters(results), _left_out(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def _standing(results: StudyResults) -> str:
+    clips, data = results.clips, results.config["data"]
+    judged_on = results.config["judging"]["on"]
+    sizes = "; ".join(
+        f"{role}: " + ", ".join(f"{n} {kind or 'clips'}" for kind, n in kinds.items()) for role, kinds in clips.roles.items()
+    )
+    claim = "" if judged_on == "test" else ", on which recipes are chosen: these figures claim nothing"
+    return (
+        f"Clips of {data['frames']} frames of {data['width']}x{data['height']} px, latents `{data['latents']}`, text "
+        f"`{data['text']}`, clusters by `{data['features']}`. {sizes}; left out because their prompt or file is known elsewhere: "
+        f"{clips.known_prompts} and {clips.copies}. Judged on the clips of **{judged_on}**{claim}. {results.hardware}; "
+        f"{results.seconds / 3600:.2f} h of swarm time in all."
+    )
+
+
+def _headline(results: StudyResults) -> str:
+    lines = ["## Monolith against mixture, equal data and equal FLOPs"]
+    for prompts, rows in results.headline.items():
+        ratio = headline_ratio(results, prompts)
+        lines.append(f"### {prompts} prompts, N = {rows[0].first.n}, seeds {', '.join(map(str, rows[0].first.seeds))}")
+        if ratio is not None:
+            lines.append(
+                f"{main_distance(results)} of the monolith ÷ {main_distance(results)} of the mixture: **{ratio}** (95 %)."
+            )
+        lines.append(comparison_table(rows, "monolith", "mixture").rstrip())
+    rows = [[name, f"{a:g}", f"{b:g}", f"{a / b:.2f}"] for name, (a, b) in PAPER.items()]
+    lines.append("For comparison, Paris 2.0 reports (3 experts of 11 B, 256 px, N = 2,048; other data, so only ratios compare):")
+    lines.append(table(["metric", "monolith", "mixture", "monolith ÷ mixture"], rows))
+    return "\n\n".join(lines)
+
+
+def _curves(results: StudyResults) -> str:
+    name = main_distance(results)
+    rows = []
+    for arm in ("monolith", "mixture"):
+        for point in curve(results, arm, name):
+            seeds = ", ".join(f"{figure.value:.4g}" for figure in point.figures)
+            loss = f"{sum(point.losses) / len(point.losses):.4f}" if point.losses else "–"
+            floor = f"{point.floor.value:.4g}" if point.floor else "–"
+            rows.append([arm, f"{point.flops:.3g}", f"{point.value:.4g}", seeds, floor, loss])
+    if not rows:
+        return ""
+    count = results.config["judging"]["curve_clips"]
+    head = ["side", "FLOPs", f"{name} (mean of seeds)", "by seed", "real against real", "held-out loss"]
+    note = f"N = {count}; weights as accepted on the way, where learning rates had not fallen yet"
+    return f"## Learning curves ({note})\n\n{table(head, rows)}"
+
+
+def _controls(results: StudyResults) -> str:
+    name = main_distance(results)
+    rows, metrics = [], _metrics(results)
+    share, seeds, clips = (results.config["controls"][key] for key in ("share", "seeds", "clips"))
+    for training in results.plan.trainings:
+        if training.tier == "headline" and (share != 1 or training.seed not in seeds):
+            continue
+        for reading in results.plan.readings_of(training):
+            judged = results.of(reading)
+            if judged and reading.clips == clips and reading.epoch == training.epochs:
+                rows.append([_label(training, reading), *_sizes(training), *(_figure(judged, metric) for metric in metrics)])
+    if not rows:
+        return ""
+    head = ["arm", "seed", "total / active parameters", "training FLOPs", *metrics[:-1], "held-out loss"]
+    share = results.config["controls"]["share"]
+    return (
+        f"## Controls at {share:g} of the budget\n\n{table(head, rows)}\n\n{name}: lower is better; retrieval and words: higher."
+    )
+
+
+def _metrics(results: StudyResults) -> list[str]:
+    """Names of the metrics of one column each; the last is the held-out loss."""
+    name = main_distance(results)
+    judged = next((each for each in results.judged.values()), None)
+    higher = [each.name for each in judged.entries if each.better == "higher" and not each.name.endswith("R@5")] if judged else []
+    motion = [] if name == "motion distance" else ["motion distance"]
+    return [name, f"{name}, debiased", *motion, *higher, "held-out loss"]
+
+
+def _figure(judged: Judged, metric: str) -> str:
+    if metric == "held-out loss":
+        return f"{judged.losses['mixture'].loss:.4f}" if "mixture" in judged.losses else "–"
+    found = entry(judged, metric)
+    return str(found.figure) if found else "–"
+
+
+def _label(training: Training, reading: Reading) -> str:
+    how = [training.arm]
+    if reading.expert is not None:
+        how.append(f"expert {reading.expert} alone")
+    elif reading.route != "router":
+        how.append({"oracle": "oracle routing", "text-blind": "text-blind router"}[reading.route])
+    elif reading.mode:
+        how.append(reading.mode)
+    return ", ".join(how)
+
+
+def _sizes(training: Training) -> list[str]:
+    total, active = training.parameters / 1e6, training.active_parameters / 1e6
+    return [str(training.seed), f"{total:.2f} M / {active:.2f} M", f"{training.flops:.3g}"]
+
+
+def _specialisation(results: StudyResults) -> str:
+    rows = [[str(row.expert), row.metric, str(row.own), str(row.other)] for row in specialisation(results)]
+    if not rows:
+        return ""
+    return f"## Each expert alone\n\n{table(['expert', 'metric', 'prompts of its own cluster', 'all other prompts'], rows)}"
+
+
+def _losses(results: StudyResults) -> str:
+    losses = {}
+    for tier in ("headline", "control"):
+        for training in (each for each in results.plan.trainings if each.tier == tier):
+            for reading in results.plan.readings_of(training):
+                judged = results.of(reading)
+                if judged and judged.losses and reading.epoch == training.epochs and f"{training.name}: mixture" not in losses:
+                    losses.update({f"{training.name}: {name}": loss for name, loss in judged.losses.items()})
+    return f"## Held-out loss by timestep (0 data, 1 noise)\n\n{loss_table(losses).rstrip()}" if losses else ""
+
+
+def _routers(results: StudyResults) -> str:
+    rows = []
+    for name, trained in results.trainings.items():
+        if trained.router:
+            by_time = " ".join(f"{value:.2f}" for value in trained.router.get("accuracy_by_time", ()))
+            ece = trained.router.get("calibration_error")
+            rows.append([name, f"{trained.router['accuracy']:.3f}", "–" if ece is None else f"{ece:.3f}", by_time])
+    head = ["router of", "held-out accuracy", "calibration error", "accuracy in ten bins of t, 0 data to 1 noise"]
+    return f"## Routers\n\n{table(head, rows)}" if rows else ""
+
+
+def _trainings(results: StudyResults) -> str:
+    rows = []
+    for training in results.plan.trainings:
+        trained = results.trainings.get(training.name)
+        if trained:
+            steps = training.samples_per_shard // training.batch
+            rows.append(
+                [
+                    training.name,
+                    str(training.experts),
+                    str(training.batch),
+                    f"{steps:,}",
+                    f"{training.samples_per_shard:,}",
+                    f"{training.flops:.4g}",
+                    f"{training.router_flops / training.flops:.1%}",
+                    f"{trained.seconds:.0f} s",
+                ]  # fmt: skip
+            )
+    head = [
+        "training",
+        "experts",
+        "batch each",
+        "steps each",
+        "samples each",
+        "FLOPs, router included",
+        "router's share",
+        "swarm time",
+    ]
+    return f"## Trainings\n\n{table(head, rows)}" if rows else ""
+
+
+def _clusters(results: StudyResults) -> str:
+    rows = [
+        [
+            name, ", ".join(f"{each['name']} {each['clips']}" for each in found["clusters"]), f"{found['silhouette']:.3f}",
+            "–" if found["purity"] is None else f"{found['purity']:.3f}",
+            "–" if found["nmi"] is None else f"{found['nmi']:.3f}", f"{found['largest_uncapped']:.2f}",
+        ]
+        for name, found in results.clusters.items()
+    ]  # fmt: skip
+    head = ["clustering", "clusters and clips", "silhouette", "purity", "NMI with kinds", "largest share without splitting"]
+    return f"## Clusters\n\n{table(head, rows)}" if rows else ""
+
+
+def _left_out(results: StudyResults) -> str:
+    reasons = {name: why for judged in results.judged.values() for name, why in judged.left_out.items()}
+    return "\n".join(f"Left out: {name}: {why}." for name, why in reasons.items())
