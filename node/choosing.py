@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
+from ..protocol.progress import protected, watch
 from .messages import Claim, Look, PublishClaim
 from .turn import Turn
 from .working import own_shard_seen, start_sync
 
 
 def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
-    state, known, looked = turn.state, dict(turn.state.views), dict(turn.state.looked)
+    state, known, looked, rules = turn.state, dict(turn.state.views), dict(turn.state.looked), turn.rules
+    watched = state.watched
     for view in views:
         old = known.get(view.shard)
         if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
             view = old.with_claims(view.claims)
+        if view.claims or (old and old.claims):
+            watched = watch(watched, view, turn.now, 2 * rules.lease)
+            view = protected(watched, view, rules.owner, rules.tenure, rules.interval, turn.now)
         known[view.shard], looked[view.shard] = view, turn.now
-    turn.set(views=known, looked=looked)
+    turn.set(views=known, looked=looked, watched=watched)
     fresh = {view.shard for view in views}
     if state.work and state.work.shard in fresh:
         own_shard_seen(turn)

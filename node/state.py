@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from ..protocol.claims import ShardView, Stand, rendezvous
 from ..protocol.manifest import Manifest
+from ..protocol.progress import Seen
 from ..protocol.records import NodeState
 from .messages import Candidate, Claim
 
@@ -53,6 +54,9 @@ class Rules:
     crash_limit: int = 6
     rejection_limit: int = 2
     longest_backoff: float = 60.0
+    tenure: float = 600.0
+    interval: int = 1
+    """Samples of an epoch."""
 
     @classmethod
     def of(cls, manifest: Manifest, owner: str) -> Rules:
@@ -61,6 +65,7 @@ class Rules:
         return cls(
             run=manifest.run_id, owner=owner, shards=len(manifest.shards), epochs=manifest.epochs,
             heartbeat=heartbeat, propagation=min(2.0, max(0.25, heartbeat / 20)),
+            tenure=max(manifest.timing.tenure, manifest.timing.lease), interval=manifest.checkpoint_samples,
         )  # fmt: skip
 
     @property
@@ -168,6 +173,8 @@ class State:
     """Shards of which this box still holds local work."""
     views: Mapping[int, ShardView] = field(default_factory=dict)
     looked: Mapping[int, float] = field(default_factory=dict)
+    watched: Seen = field(default_factory=dict)
+    """What we have seen of the claims of others: those that hold a shard without working on it are passed over."""
     shunned: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)
     work: Work | None = None

@@ -20,7 +20,8 @@ RUN = "ab" * 32
 
 
 def claim_record(owner: str, claim: m.Claim, now: float) -> ClaimRecord:
-    return cast(ClaimRecord, SimpleNamespace(owner=owner, issued=now, shard=claim.shard, epoch=claim.epoch, state=claim.state))
+    fields = {"shard": claim.shard, "epoch": claim.epoch, "samples": claim.samples, "state": claim.state}
+    return cast(ClaimRecord, SimpleNamespace(owner=owner, issued=now, **fields))
 
 
 def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: float = 0.0, term: int = 0) -> AcceptanceRecord:
