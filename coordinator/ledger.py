@@ -132,6 +132,12 @@ class Ledger:
             for row, _ in self._verified():
                 yield row
 
+    def has_accepted(self, checkpoint: str) -> bool:
+        """Whether the checkpoint of this digest was ever accepted. Reads the whole file; may be called from any thread."""
+        accepted = "SELECT EXISTS (SELECT 1 FROM events WHERE event LIKE '%\"checkpoint-accepted\"%' AND instr(event, ?))"
+        with self._writing, _sqlite_errors(self.path):
+            return bool(self._connection.execute(accepted, (f'"checkpoint":"{checkpoint}"',)).fetchone()[0])
+
     def _verified(self) -> Iterator[tuple[Row, Event]]:
         chain, expected = _START, 1
         for row in (Row(*line) for line in self._connection.execute("SELECT id, time, event, chain FROM events ORDER BY id")):

@@ -52,6 +52,7 @@ from .ledger import Ledger
 from .lookout import Lookout
 from .messages import Offered
 from .pardons import noted_pardons, remove_notes
+from .rival import refuse_a_rival
 from .run_folder import RunFolder
 from .settings import ServeSettings
 from .stitching import Stitcher
@@ -196,12 +197,13 @@ class _Service:
     async def serve(self, listener: socket.socket | None) -> None:
         """Everything at once; the first failure, or the request to stop, ends all of it."""
         try:
+            await self._refuse_a_rival()
             with _signals(self.stopping), one_error():
                 async with asyncio.TaskGroup() as group:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
                     works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
-                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers)]
+                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers, self._refuse_a_rival)]
                     works.append(_every(lambda: self.manifest.timing.heartbeat, self._tell_peers))
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))
@@ -325,6 +327,8 @@ class _Service:
             await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
             await asyncio.to_thread(remove_notes, self.folder, noted)
             await self._publish(self._quarantine())
+    async def _refuse_a_rival(self) -> None:
+        await refuse_a_rival(self.transport, self.ledger, self.identity.public_key)
 
     async def _check_alive(self) -> None:
         """Without its network process the coordinator is of no use: end, and let the service manager start it again."""
