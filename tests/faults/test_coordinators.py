@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from lutetia.protocol.events import CoordinatorStarted
 
 from .pair import Pair, owner
 from .processes import say, until
-from .world import acceptances, events
+from .world import acceptances, events, free_port
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
 
@@ -65,3 +67,22 @@ async def test_a_second_one_on_the_same_folder_is_refused(pair: Pair) -> None:
     assert f"process {pair.coordinator.process.pid}" in second.sentence()
     assert await until(pair.coordinator.alive, "the first to go on")
     assert acceptances(pair.coordinator.run)
+
+
+async def test_a_copy_of_its_folder_is_served_elsewhere(pair: Pair, tmp_path: Path) -> None:
+    """F4. No lock knows of it; the copy sees that the swarm has heard more from its key, and stops before it says a word."""
+    holder, _ = await pair.ready()
+    original = pair.coordinator.run
+    await until(lambda: (original / "peers.json").exists(), "the coordinator to remember its peers")
+    await pair.coordinator.end(signal.SIGTERM)
+    copy = tmp_path / "copy"
+    await asyncio.to_thread(shutil.copytree, original, copy)
+    await pair.serve()
+    await pair.coordinator.accepts(2, author=await owner(holder))
+    known = events(copy)
+    listen = ("--listen", f"/ip4/127.0.0.1/tcp/{free_port()}")
+    second = await say("coordinator", "serve", copy, *listen)
+    assert second.code == 11, second.err
+    assert "does not know: another coordinator is at work, or this folder is an old copy" in second.sentence()
+    assert [event for event in events(copy)[len(known) :] if event.kind == "checkpoint-accepted"] == []
+    await pair.coordinator.accepts(1, author=await owner(holder))
