@@ -327,6 +327,7 @@ class _Service:
             await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
             await asyncio.to_thread(remove_notes, self.folder, noted)
             await self._publish(self._quarantine())
+
     async def _refuse_a_rival(self) -> None:
         await refuse_a_rival(self.transport, self.ledger, self.identity.public_key)
 
