@@ -1,9 +1,9 @@
 """Claims that hold a shard without working on it lose their protection: they then count as none, and the shard as free. Pure.
 
-A claim costs nothing and says what it likes of its samples; only acceptances are evidence. So two kinds of claims are passed over:
-whose reported samples stand still for IDLE tenures, and who has had nothing accepted for SLOWEST tenures, whatever it reports. The
-first finds boxes that hang and naive squatters, the second bounds a liar. Each reader judges by what it has seen itself, without a
-gap; readers who disagree for a while waste work, as two owners during a partition do, and corrupt nothing.
+A claim costs nothing and says what it likes of its samples; only acceptances are evidence. So two kinds of claims are passed
+over: whose reported samples stand still for IDLE tenures, and who has had nothing accepted for SLOWEST tenures, whatever it
+reports. The first finds boxes that hang and naive squatters, the second bounds a liar. Each reader judges by what it has seen
+itself, without a gap; readers who disagree for a while waste work, as two owners during a partition do, and corrupt nothing.
 """
 
 from __future__ import annotations
