@@ -1,0 +1,33 @@
+"""docs/faults.md names tests and scenarios: they exist, and none of the twenty faults is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES]
+
+
+def test_every_fault_is_named() -> None:
+    assert {int(row[0]) for row in ROWS} == set(range(1, 21))
+
+
+def test_every_real_test_that_is_named_exists() -> None:
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "\n".join(row[3] for row in ROWS)):
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M), f"{path} has no {name}"
+
+
+def test_every_real_fault_test_is_named() -> None:
+    named = {name for row in ROWS for name in re.findall(r"::(\w+)`", row[3])}
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if path.name != Path(__file__).name:
+            missing = set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.M)) - named
+            assert not missing, f"docs/faults.md does not name {missing}"
+
+
+def test_every_scenario_that_is_named_exists() -> None:
+    written = "\n".join(path.read_text() for path in (ROOT / "simulation").glob("scenarios*.py"))
+    for name in {name for row in ROWS for name in re.findall(r"`([\w-]+)`", row[2])}:
+        assert f'"{name}"' in written, f"no scenario is called {name}"
