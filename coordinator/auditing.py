@@ -12,7 +12,7 @@ from typing import Any
 from ..protocol.audits import audit_due, lottery
 from ..protocol.canonical import digest_of
 from ..protocol.events import AuditDone, AuditDue, AuditReason, LineageRolledBack, PeerQuarantined
-from ..protocol.ledger_state import Link, PendingAudit, RunState
+from ..protocol.ledger_state import HISTORY, Link, PendingAudit, RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from .ladder import Verdict
@@ -49,10 +49,27 @@ def _facts(audit: PendingAudit) -> dict[str, Any]:
     return {"shard": audit.shard, "epoch": audit.epoch, "owner": audit.owner, "checkpoint": audit.checkpoint}
 
 
+def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
+    """Whether accepting `epoch` would push an epoch whose audit is due, or its parent, out of the history that is kept.
+
+    Then a conviction could not be followed by a roll-back any more; so the result has to wait until the audits have caught up.
+    """
+    return any(audit.shard == shard and epoch - audit.epoch > HISTORY - 2 for audit in run.audits.values())
+
+
+def _can_fall(run: RunState, shard: int, checkpoint: str) -> bool:
+    """Whether the lineage can be rolled back to before this accepted epoch."""
+    ledger = run.shards[shard]
+    link = ledger.link(checkpoint)
+    return link is not None and (link.acceptance.epoch == 1 or ledger.before(link) is not None)
+
+
 def start_audit(turn: Turn) -> None:
-    """One audit at a time, the oldest result first."""
+    """One audit at a time, the oldest result first; one whose epoch has left the history is given up."""
     if turn.state.auditing is not None or not turn.run.audits:
         return
+    for audit in [audit for audit in turn.run.audits.values() if not _can_fall(turn.run, audit.shard, audit.checkpoint)]:
+        turn.write(AuditDone(time=turn.now, **_facts(audit), outcome="inconclusive", text="the epoch is too old to be replayed"))
     ready = [audit for audit in turn.run.audits.values() if audit.not_before <= turn.now]
     if not ready:
         return
@@ -74,8 +91,8 @@ def audited(turn: Turn, heard: Audited) -> None:
     audit = turn.run.audits.get(heard.checkpoint)
     if turn.state.auditing == heard.checkpoint:
         turn.state = replace(turn.state, auditing=None)
-    if audit is None:
-        return  # rolled back meanwhile
+    if audit is None or not _can_fall(turn.run, audit.shard, audit.checkpoint):
+        return  # rolled back, or gone from the history, meanwhile
     finding, again_at = heard.finding, None
     if finding.outcome == "inconclusive" and heard.again and audit.attempts + 1 < turn.rules.audit_attempts:
         again_at = turn.now + min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
@@ -95,16 +112,16 @@ def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
         (link.at, shard, link.acceptance.checkpoint)
         for shard in turn.run.shards
         for link in turn.run.shards[shard].lineage
-        if link.acceptance.author == audit.owner and _worth_another_look(turn, link)
+        if link.acceptance.author == audit.owner and _worth_another_look(turn, shard, link)
     ]
     for _, shard, checkpoint in sorted(earlier):
         _due(turn, checkpoint, shard, True, "re-audit")
 
 
-def _worth_another_look(turn: Turn, link: Link) -> bool:
-    """Not while a replay of the whole epoch is due already."""
+def _worth_another_look(turn: Turn, shard: int, link: Link) -> bool:
+    """Not while a replay of the whole epoch is due already, nor where nothing could follow from one."""
     due = turn.run.audits.get(link.acceptance.checkpoint)
-    return due is None or not due.whole
+    return (due is None or not due.whole) and _can_fall(turn.run, shard, link.acceptance.checkpoint)
 
 
 def _dismiss(turn: Turn, owner: str) -> None:

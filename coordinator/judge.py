@@ -17,11 +17,11 @@ from ..protocol.events import (
     CheckpointSeen,
     CheckpointSuperseded,
 )
-from ..protocol.ledger_state import Candidate, RunState, ShardLedger
+from ..protocol.ledger_state import HISTORY, Candidate, RunState, ShardLedger
 from ..protocol.offers import OfferReply
 from ..protocol.persistent import Table
 from ..protocol.records import AcceptanceRecord, CheckpointRecord
-from .auditing import audited, build_of, consider, start_audit
+from .auditing import audited, audits_lag, build_of, consider, start_audit
 from .ladder import Verdict, entitled, lineage, sizes
 from .messages import (
     Action,
@@ -90,6 +90,9 @@ class _Turn(Turn):
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         if bad := entitled(record, manifest) or lineage(record, shard, manifest):
             return self._refused_at_once(record, bad)
+        if audits_lag(self.run, record.shard, record.epoch):
+            text = f"audits of shard {record.shard} are {HISTORY - 2} epochs behind; results wait until they have caught up"
+            return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         if record.owner in shard.candidates or len(shard.candidates) >= self._places(offer):
             text = f"a result for epoch {record.epoch} of shard {record.shard} is still being judged"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
