@@ -59,9 +59,10 @@ def suite(arguments: Sequence[str], words: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/faults", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUTETIA_FAULTS": "all"}
         begun, start, load = datetime.now(UTC), time.monotonic(), os.getloadavg()[0]
         with words.open("a") as out:
-            subprocess.run([*command, *arguments], cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run([*command, *arguments], cwd=ROOT, stdout=out, stderr=out, env=environment)
         seconds = time.monotonic() - start
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     failed = {case.get("name", "?") for case in cases if case.find("failure") is not None or case.find("error") is not None}

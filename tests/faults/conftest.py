@@ -1,4 +1,7 @@
-"""Fixtures of the fault suite. One swarm serves the faults of several files; every test starts from `pair.ready()`."""
+"""Fixtures of the fault suite. One swarm serves the faults of several files; every test starts from `pair.ready()`.
+
+LONG tests run in `make faults` alone (or with LUTETIA_FAULTS=all), so that every commit pays for the others only.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,25 @@ import pytest_asyncio
 
 from .pair import Pair
 from .world import world
+
+LONG = {
+    "test_killed_in_the_middle_of_writing_a_checkpoint",
+    "test_killed_in_the_middle_of_an_upload",
+    "test_its_trainer_hangs",
+    "test_half_a_second_of_delay_and_as_much_jitter",
+    "test_a_link_that_is_bad_one_way",
+    "test_a_box_at_one_kibibyte_a_second",
+    "test_ten_seconds_off_and_a_jump_in_the_middle_of_the_work",
+    "test_a_box_whose_disk_turns_read_only",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("LUTETIA_FAULTS") != "all":
+        skip = pytest.mark.skip(reason="takes long: make faults runs it")
+        for item in items:
+            if item.path.parent == Path(__file__).parent and item.name in LONG:
+                item.add_marker(skip)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 120.0
-"""Seconds for anything that should take seconds: the machine may be busy."""
+PATIENCE = 300.0
+"""Seconds for anything that should take seconds: the machine may be busy with ten other things."""
 POLL = 0.04
 
 

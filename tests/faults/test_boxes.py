@@ -13,7 +13,7 @@ from .pair import Pair, caught, owner, parts, torn
 from .processes import gone, litter, until
 from .world import LEASE, Box, acceptances, events
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
 
 async def test_killed_in_the_middle_of_a_step(pair: Pair) -> None:

@@ -12,7 +12,7 @@ from .pair import Pair, owner
 from .processes import until
 from .world import LEASE, Box
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("skewed.py")
 
 

@@ -14,7 +14,7 @@ from .pair import Pair, owner
 from .processes import say, until
 from .world import acceptances, events, free_port
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
 
 async def test_killed_and_started_again(pair: Pair) -> None:

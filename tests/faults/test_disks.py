@@ -15,7 +15,7 @@ from .pair import Pair, owner
 from .processes import until
 from .world import events
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
 
 @contextlib.contextmanager

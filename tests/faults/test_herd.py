@@ -14,7 +14,7 @@ import pytest
 from .pair import Pair, owner
 from .processes import relatives, say, until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 HERD = Path(__file__).with_name("herd.py")
 PROCESSES, EACH = 2, 10
 MEMORY = 300 << 20

@@ -24,7 +24,7 @@ from lutetia.system.errors import LutetiaError
 
 from .processes import litter, relatives, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 PROVIDER = Path(__file__).with_name("provider.py")
 CHUNKS = 100
 
@@ -118,7 +118,7 @@ async def test_a_provider_sends_one_kibibyte_a_second(market: Market) -> None:
     """F7. A slow loris alone would take a day; beside two honest providers nobody waits for it."""
     loris = await market.provider("trickle")
     honest = [await market.provider() for _ in range(2)]
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(300):
         await market.fetch([loris, *honest])
 
 

@@ -38,7 +38,7 @@ def tomorrows_record(author: Identity, run: str, addresses: tuple[str, ...], exp
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_record_with_a_field_that_nobody_knows_yet(pair: Pair, tmp_path: Path) -> None:
     """F16. It is taken by nobody and hides nobody: the swarm and its status go on as if it had not been said."""
     holder, _ = await pair.ready()
