@@ -95,8 +95,10 @@ def audited(turn: Turn, heard: Audited) -> None:
         return  # rolled back, or gone from the history, meanwhile
     finding, again_at = heard.finding, None
     if finding.outcome == "inconclusive" and heard.again and audit.attempts + 1 < turn.rules.audit_attempts:
-        again_at = turn.now + min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
+        delay = 0.0 if finding.closer else min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
+        again_at = turn.now + delay
     told = {"outcome": finding.outcome, "text": finding.text[:1000], "by": heard.by, "seconds": heard.seconds}
+    told["closer"] = finding.closer and again_at is not None
     turn.write(AuditDone(time=turn.now, **_facts(audit), **told, again_at=again_at))
     if finding.outcome == "invalid":
         _convict(turn, audit, finding.text)
@@ -146,7 +148,7 @@ def _roll_back(turn: Turn, audit: PendingAudit) -> None:
     """The shard goes on from the last epoch before the faked one, in a new term; other shards are not touched."""
     shard = turn.run.shards[audit.shard]
     waiting = [candidate.record for candidate in shard.candidates.values()]
-    place = {"epoch": audit.epoch - 1, "term": shard.term + 1, "dropped": shard.epoch - audit.epoch + 1}
+    place: dict[str, Any] = {"epoch": audit.epoch - 1, "term": shard.term + 1, "dropped": shard.epoch - audit.epoch + 1}
     turn.write(LineageRolledBack(time=turn.now, shard=audit.shard, **place, checkpoint=audit.checkpoint))
     _forget_check(turn, audit.shard)
     turn.actions += [Discard(record) for record in waiting]

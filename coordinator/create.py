@@ -129,7 +129,8 @@ def _manifest(
             created=now, expires=now + settings.valid_days * _DAY, latent=description.latent,
             expert=_expert(settings, description.latent), shards=shards, optimisation=settings.optimisation,
             samples_per_shard=settings.samples_per_shard, checkpoint_samples=settings.checkpoint_samples,
-            holdout_tolerance=settings.holdout_tolerance, router=settings.router, sampling=settings.sampling,
+            holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
+            sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
         )  # fmt: skip
     except ValidationError as error:

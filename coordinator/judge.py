@@ -195,7 +195,11 @@ class _Turn(Turn):
             raise AssertionError(f"the ladder let through epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
         acceptance = _acceptance(self.rules, record, shard.term, verdict.loss, self.now)
         build = build_of(record, self.rules.manifest)
-        self.write(CheckpointAccepted(time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build))
+        self.write(
+            CheckpointAccepted(
+                time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build, costs=verdict.costs
+            )
+        )
         consider(self, record)
         self.actions.append(Publish(acceptance, record))
         for other in tuple(self.state.run.shards[record.shard].candidates.values()):

@@ -5,8 +5,9 @@
     size       no blob is larger than the manifest's weights can be, known before a byte is fetched
     transfer   every blob arrives and hashes to its name
     format     safetensors with exactly the manifest's names, shapes and dtypes
-    numbers    finite, and within norm bounds
+    numbers    finite, within norm bounds, and optimiser moments that gradients can have left
     holdout    held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
+    raw        the raw parameters, from which training goes on, score about as well as the averages that are published
     audit      after the acceptance, where the adaptive rule wants it: replayed from the parent, losses compared (`auditing`)
 
 Rungs up to `size` and the comparison of losses are pure; the others are carried out by `Tools`.
@@ -15,11 +16,13 @@ Rungs up to `size` and the comparison of losses are pure; the others are carried
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeVar
 
-from ..protocol.audits import Finding
+from ..protocol.audits import Finding, Outcome
+from ..protocol.events import RungCost
 from ..protocol.identity import peer_id_of
 from ..protocol.ledger_state import ShardLedger
 from ..protocol.manifest import Manifest
@@ -29,17 +32,22 @@ from ..system.errors import LutetiaError
 
 _TRACE_BYTES_PER_STEP = 64
 _HEADER_ALLOWANCE = 1 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the ladder found. `valid` carries both losses; otherwise `rung` is where it stopped and `text` says why."""
+    """What the ladder found. `valid` carries both losses; otherwise `rung` is where it stopped and `text` says why.
 
-    outcome: Literal["valid", "invalid", "inconclusive"]
+    `costs` are the rungs that were climbed, each with its own outcome.
+    """
+
+    outcome: Outcome
     rung: Rung
     text: str = ""
     loss: float | None = None
     parent_loss: float | None = None
+    costs: tuple[RungCost, ...] = ()
 
 
 class Stopped(LutetiaError):
@@ -145,17 +153,65 @@ class Tools(Protocol):
         """Held-out loss of fetched weights."""
         ...
 
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        """Held-out loss of a fetched state's raw parameters."""
+        ...
 
-async def climb(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: Tools) -> Verdict:
-    """Carry out the rungs from `transfer` to `holdout`. `parent_loss` None: measure the initial model first."""
+
+def compare_raw(raw: float, loss: float, parent_loss: float, tolerance: float) -> Verdict | None:
+    """Rung `raw`: None unless the raw parameters are worse than averages and parent by more than the fraction `tolerance`."""
+    most = max(loss, parent_loss) * (1 + tolerance)
+    if math.isfinite(raw) and raw <= most:
+        return None
+    text = f"the raw parameters in its state have held-out loss {raw:.5f}, its averages {loss:.5f} (at most {most:.5f})"
+    return Verdict("invalid", "raw", text, loss, parent_loss)
+
+
+@dataclass
+class _Climb:
+    """What each rung costs, by `clock`; a rung that raises Stopped is counted too."""
+
+    clock: Callable[[], float]
+    costs: list[RungCost] = field(default_factory=list)
+
+    async def rung(self, name: Rung, work: Awaitable[T], size: int = 0) -> T:
+        began, outcome = self.clock(), "inconclusive"
+        try:
+            result = await work
+            outcome = "valid"
+        except Stopped as stop:
+            outcome = stop.verdict.outcome
+            name = stop.verdict.rung
+            raise
+        finally:
+            self.costs.append(RungCost(rung=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
+        return result
+
+
+async def climb(
+    record: CheckpointRecord,
+    parent_loss: float | None,
+    manifest: Manifest,
+    tools: Tools,
+    clock: Callable[[], float] = time.monotonic,
+) -> Verdict:
+    """Carry out the rungs from `transfer` to `raw`. `parent_loss` None: measure the initial model first."""
+    climbing = _Climb(clock)
+    sizes = record.weights.size, record.state.size, record.trace.size
     try:
-        await tools.fetch(record)
-        await tools.inspect(record)
+        await climbing.rung("transfer", tools.fetch(record), sum(sizes))
+        await climbing.rung("numbers", tools.inspect(record), sum(sizes))
         if parent_loss is None:
-            parent_loss = await tools.baseline(record.shard)
-        return compare_losses(await tools.loss(record), parent_loss, manifest.holdout_tolerance)
+            parent_loss = await climbing.rung("holdout", tools.baseline(record.shard))
+        loss = await climbing.rung("holdout", tools.loss(record), record.weights.size)
+        verdict = compare_losses(loss, parent_loss, manifest.holdout_tolerance)
+        if verdict.outcome == "valid":
+            raw = await climbing.rung("raw", tools.raw_loss(record), record.state.size)
+            verdict = compare_raw(raw, loss, parent_loss, manifest.raw_tolerance) or verdict
     except Stopped as stop:
-        return stop.verdict
+        return replace(stop.verdict, costs=tuple(climbing.costs))
+    last = climbing.costs.pop()
+    return replace(verdict, costs=(*climbing.costs, last.model_copy(update={"outcome": verdict.outcome})))
 
 
 def _short(digest: str | None) -> str:

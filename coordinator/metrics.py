@@ -26,6 +26,7 @@ class _StatusCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._produce()
         yield from _run_metrics(status)
+        yield from _rung_metrics(status)
         yield from _shard_metrics(status)
 
 
@@ -44,6 +45,19 @@ def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
     if status.router:
         yield GaugeMetricFamily("lutetia_router_accuracy_ratio", "Held-out accuracy of the router.", status.router.accuracy)
     yield GaugeMetricFamily("lutetia_status_time_seconds", "Coordinator's clock, Unix seconds.", status.time)
+
+
+def _rung_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    labels = ["rung", "outcome"]
+    climbed = CounterMetricFamily("lutetia_rungs_climbed", "Rungs of the acceptance ladder climbed.", labels=labels)
+    seconds = CounterMetricFamily("lutetia_rung_seconds", "Time that a rung took.", labels=labels)
+    size = CounterMetricFamily("lutetia_rung_bytes", "Bytes that a rung fetched or read.", labels=labels)
+    for rung in status.rungs:
+        for family, value in ((climbed, rung.count), (seconds, rung.seconds), (size, rung.size)):
+            family.add_metric([rung.rung, rung.outcome], value)
+    yield from (climbed, seconds, size)
+    yield GaugeMetricFamily("lutetia_audits_due", "Accepted results that wait for an audit.", status.audits_due)
+    yield GaugeMetricFamily("lutetia_peers_quarantined", "Peers whose work an audit found invalid.", len(status.quarantined))
 
 
 def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:

@@ -45,6 +45,7 @@ class RunSettings(_Settings):
     samples_per_shard: Count = 64_000
     checkpoint_samples: Count = 3_200
     holdout_tolerance: float = Field(default=0.02, ge=0)
+    raw_tolerance: float = Field(default=0.3, ge=0)
     router: RouterSpec = RouterSpec()
     sampling: SamplingSpec = SamplingSpec()
     timing: Timing = Timing()
@@ -75,6 +76,7 @@ TINY: dict[str, Any] = {
     "samples_per_shard": 24,
     "checkpoint_samples": 8,
     "holdout_tolerance": 1.0,
+    "raw_tolerance": 1.0,
     "router": RouterSpec(hidden=16, layers=1, samples=64, batch=8),
     "sampling": SamplingSpec(steps=2, guidance=1.0, prompts=("a moving thing",)),
     "timing": Timing(heartbeat=2.0, tenure=60.0),

@@ -82,6 +82,7 @@ def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditD
             by = f" by {event.by[:8]}" if event.by else ""
             text = f": {event.text}" if event.text else ""
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
+            again += ", the whole epoch" if event.closer else ""
             return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
         case PeerQuarantined():
             return f"brings its author into quarantine: {event.text}"
@@ -118,6 +119,9 @@ def tell(folder: Path, until: float | None = None) -> Iterator[str]:
         ledger.close()
     counts = f"{state.accepted} results accepted, {state.rejected} invalid"
     yield f"{state.events} events: {counts}, epochs {list(state.accepted_epochs)}"
+    for (rung, outcome), spent in state.spent.items():
+        each = f"{spent.seconds / spent.count:.2f} s and {spent.size / spent.count:.0f} bytes each"
+        yield f"rung {rung}: {spent.count} {outcome}, {each}"
 
 
 def _clock(moment: float) -> str:

@@ -135,9 +135,14 @@ class NetworkTools:
             "end": [self._path(given.weights), self._path(given.state)] if due.whole else None,
         }  # fmt: skip
 
-    async def _loss(self, shard: int, weights: str | None) -> float:
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        """Held-out loss of the parameters that training goes on from."""
+        return await self._loss(record.shard, self._path(record.state), raw=True)
+
+    async def _loss(self, shard: int, weights: str | None, raw: bool = False) -> float:
+        rung: Rung = "raw" if raw else "holdout"
         holdout = str(self.blobs.path(self.manifest.shards[shard].holdout.digest))
-        answer = await self._ask("holdout", "loss", _LOSS_LIMIT, shard=shard, weights=weights, holdout=holdout)
+        answer = await self._ask(rung, "loss", _LOSS_LIMIT, shard=shard, weights=weights, holdout=holdout, raw=raw)
         loss = answer["loss"]
         return loss if isinstance(loss, float) else math.nan
 

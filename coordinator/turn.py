@@ -79,5 +79,5 @@ def refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: fl
     assert verdict.outcome != "valid"
     return CheckpointRefused(
         time=now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
-        verdict=verdict.outcome, rung=verdict.rung, text=verdict.text[:1000], again_at=again_at,
+        verdict=verdict.outcome, rung=verdict.rung, text=verdict.text[:1000], again_at=again_at, costs=verdict.costs,
     )  # fmt: skip

@@ -67,22 +67,24 @@ class Workshop:
     def inspect(self, shard: int, epoch: int, weights: str, state: str, trace: str) -> dict[str, Any]:
         """Weights and training state must be exactly what the manifest says, and belong together; a trace has a loss per step."""
         from ..models.checkpoints import CheckpointRefused, check_state, check_weights
+        from ..models.moments import check_moments
         from ..models.replay import read_trace
 
         spec = self.manifest.expert_of(shard)
         check_weights(Path(weights), spec)
         check_state(Path(state), spec, self.manifest.optimisation)
+        check_moments(Path(state), self.manifest.optimisation)
         _check_agreement(self.manifest, shard, epoch, Path(weights), Path(state))
         if (steps := len(read_trace(Path(trace)))) != self.manifest.steps_per_epoch:
             text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
             raise CheckpointRefused("shape", text)
         return {}
 
-    def loss(self, shard: int, weights: str | None, holdout: str) -> dict[str, Any]:
-        """Held-out loss of weights, or of the shard's initial model."""
+    def loss(self, shard: int, weights: str | None, holdout: str, raw: bool = False) -> dict[str, Any]:
+        """Held-out loss of weights, of a state's raw parameters, or of the shard's initial model."""
         from ..models.evaluation import holdout_loss
 
-        result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout))
+        result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout), raw=raw)
         return {"loss": result.loss, "by_time": list(result.by_time)}
 
     def replay(

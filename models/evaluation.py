@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from ..protocol.manifest import Manifest
 from .data.shards import ShardData
@@ -34,16 +36,20 @@ def holdout_loss(
     weights: Path | None,
     data: ShardData,
     *,
+    raw: bool = False,
     noises: int = 4,
     device: str | torch.device = "cpu",
 ) -> HoldoutLoss:
     """The loss of checkpoint `weights` (None: the shard's initial weights) on held-out `data`, `noises` times per clip.
 
+    With `raw`, `weights` is a checked state file, and the parameters that training goes on from are scored instead of averages.
     Times are stratified over all rows, so the estimate varies little with the number of clips. Raises CheckpointRefused.
     """
     spec = manifest.expert_of(shard)
     model = build_expert(spec, initial_seed(manifest, shard))
-    if weights is not None:
+    if weights is not None and raw:
+        _load_raw(model, weights)
+    elif weights is not None:
         model.load_state_dict(read_weights(weights, manifest, shard))
     model = model.to(device).eval()
     count = len(data) * noises
@@ -64,3 +70,10 @@ def holdout_loss(
     bins = (t * BINS).long().clamp(0, BINS - 1)
     by_time = tuple(losses[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
     return HoldoutLoss(losses.double().mean().item(), by_time)
+
+
+def _load_raw(model: nn.Module, state: Path) -> None:
+    """Parameter by parameter: a state is several times as large as what is needed of it."""
+    with safe_open(state, framework="pt") as file:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(f"param.{name}"))

@@ -23,10 +23,11 @@ Outcome = Literal["valid", "invalid", "inconclusive"]
 
 
 class Finding(Frozen):
-    """What a replay came to, and why."""
+    """What a replay came to, and why. `closer`: a replay of the whole epoch would tell more."""
 
     outcome: Outcome
     text: str = ""
+    closer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ def tolerance(author: Made, auditor: Made) -> Tolerance:
 def compare(published: Sequence[float], replayed: Sequence[float], drift: float | None, author: Made, auditor: Made) -> Finding:
     """The author's losses of an epoch against the replayed ones of its first steps, and its end's `drift` if replayed whole.
 
-    The worst step decides. A replay that diverges, or that has no step, concludes nothing.
+    The worst step decides. A replay that diverges, or that has no step, concludes nothing. Losses alone that fall between the
+    bounds ask for a replay of the whole epoch: where losses are close by chance, ends are not.
     """
     bounds = tolerance(author, auditor)
     pair = f"{bounds.name}{'' if bounds.measured else ', assumed'}"
@@ -84,7 +86,7 @@ def compare(published: Sequence[float], replayed: Sequence[float], drift: float 
     if apart[step] > too_much or (drift is not None and not drift <= too_far):
         return Finding(outcome="invalid", text=text)
     if apart[step] > most or (drift is not None and drift > near):
-        return Finding(outcome="inconclusive", text=text)
+        return Finding(outcome="inconclusive", text=text, closer=drift is None)
     return Finding(outcome="valid", text=text)
 
 

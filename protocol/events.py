@@ -82,6 +82,15 @@ class _Verdict(_Event):
     checkpoint: Digest
 
 
+class RungCost(Frozen):
+    """One rung of the ladder, climbed: what came of it, and what it took in seconds and in bytes fetched or read."""
+
+    rung: Rung
+    outcome: Literal["valid", "invalid", "inconclusive"]
+    seconds: float = Field(ge=0)
+    size: int = Field(default=0, ge=0)
+
+
 class CheckpointRefused(_Verdict):
     """`invalid` is final. `inconclusive` could not be judged; it is tried again at `again_at`, or given up when that is None."""
 
@@ -90,6 +99,7 @@ class CheckpointRefused(_Verdict):
     rung: Rung
     text: Sentence
     again_at: float | None = None
+    costs: tuple[RungCost, ...] = Field(default=(), max_length=16)
 
 
 class CheckpointSuperseded(_Verdict):
@@ -109,6 +119,7 @@ class CheckpointAccepted(_Event):
     acceptance: AcceptanceRecord
     parent_loss: float
     build: str = Field(default="", max_length=128)
+    costs: tuple[RungCost, ...] = Field(default=(), max_length=16)
 
 
 class AuditDue(_Verdict):
@@ -127,6 +138,7 @@ class AuditDue(_Verdict):
 class AuditDone(_Verdict):
     """What came of a due audit. Only `valid` earns trust. `inconclusive` is tried again at `again_at`; None: it is given up.
 
+    `closer`: the next try replays the whole epoch.
     `by` is the peer that replayed it, None the coordinator itself; `seconds` of replaying. Ledgers of the first version say `not
     carried out` where nobody replayed.
     """
@@ -136,6 +148,7 @@ class AuditDone(_Verdict):
     text: Sentence = ""
     by: PublicKey | None = None
     seconds: float = Field(default=0.0, ge=0)
+    closer: bool = False
     again_at: float | None = None
 
 

@@ -5,6 +5,7 @@ Nothing is changed in place and nothing of the size of the history is copied, so
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -28,13 +29,17 @@ from .events import (
     RouterTrained,
     RunCreated,
     RunFinished,
+    RungCost,
 )
 from .offers import Rung
 from .persistent import Table
-from .run_state import BUDGETS, HISTORY, Candidate, Link, PeerLedger, PendingAudit, RunState, ShardLedger
+from .run_state import BUDGETS, HISTORY, Candidate, Link, PeerLedger, PendingAudit, RunState, ShardLedger, Spent
 from .status import AuditState
 
-__all__ = ["HISTORY", "Candidate", "LedgerOutOfOrder", "Link", "PeerLedger", "PendingAudit", "RunState", "ShardLedger", "apply"]
+__all__ = [
+    "HISTORY", "Candidate", "LedgerOutOfOrder", "Link", "PeerLedger", "PendingAudit", "RunState", "ShardLedger", "Spent",
+    "apply",
+]  # fmt: skip
 
 REMEMBERED_REFUSALS = 32
 _REMEMBERED_VERDICTS = 256
@@ -154,6 +159,7 @@ def _settled(shard: ShardLedger, verdict: CheckpointRefused | CheckpointSupersed
 
 
 def _refused(state: RunState, event: CheckpointRefused) -> RunState:
+    state = _spent(state, event.costs)
     shard = _shard(state, event.shard)
     candidate = shard.candidates.get(event.owner)
     if event.again_at is not None and candidate and candidate.record.digest == event.checkpoint:
@@ -190,7 +196,15 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> RunState:
         shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=interval,
     )  # fmt: skip
     state = replace(_with_shard(state, given.shard, shard), peers=state.peers.set(given.author, peer))
-    return replace(state, accepted=state.accepted + 1)
+    return replace(_spent(state, event.costs), accepted=state.accepted + 1)
+
+
+def _spent(state: RunState, costs: Iterable[RungCost]) -> RunState:
+    spent = dict(state.spent)
+    for cost in costs:
+        key = cost.rung, cost.outcome
+        spent[key] = spent.get(key, Spent()).plus(cost.seconds, cost.size)
+    return replace(state, spent=spent)
 
 
 def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Link:
@@ -219,9 +233,12 @@ def _audit_due(state: RunState, event: AuditDue) -> RunState:
 
 def _audited(state: RunState, event: AuditDone) -> RunState:
     """Trust comes from audited work only: what was not replayed, or without a clear outcome, leaves the streak as it was."""
+    if event.outcome != "not carried out":
+        state = _spent(state, [RungCost(rung="audit", outcome=event.outcome, seconds=event.seconds)])
     pending = state.audits.get(event.checkpoint)
     if pending and event.outcome == "inconclusive" and event.again_at is not None:
-        again = replace(pending, attempts=pending.attempts + 1, not_before=event.again_at)
+        whole = pending.whole or event.closer
+        again = replace(pending, attempts=pending.attempts + 1, not_before=event.again_at, whole=whole)
         return replace(state, audits={**state.audits, event.checkpoint: again})
     shard = _shard(state, event.shard)
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint}

@@ -180,6 +180,7 @@ class Manifest(Frozen):
     samples_per_shard: Count
     checkpoint_samples: Count
     holdout_tolerance: float = Field(default=0.02, ge=0)
+    raw_tolerance: float = Field(default=0.3, ge=0)
     router: RouterSpec = RouterSpec()
     sampling: SamplingSpec = SamplingSpec()
     timing: Timing = Timing()

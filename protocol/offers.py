@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -23,6 +23,7 @@ _MAX_REPLY_BYTES = 4096
 
 Rung = Literal["signature", "quarantine", "lineage", "size", "transfer", "format", "numbers", "holdout", "raw", "audit"]
 """The acceptance ladder, cheapest first."""
+RUNGS: tuple[Rung, ...] = get_args(Rung)
 
 
 class Offer(Frozen):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .events import CheckpointRefused, CheckpointSuperseded, MixtureStitched, PeerQuarantined, RouterTrained
 from .manifest import BlobRef
+from .offers import Rung
 from .persistent import Table
 from .records import AcceptanceRecord, CheckpointRecord, Made
 from .status import AuditState
@@ -122,6 +123,18 @@ class PeerLedger:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What one rung has taken in all, by outcome: how often, seconds, bytes."""
+
+    count: int = 0
+    seconds: float = 0.0
+    size: int = 0
+
+    def plus(self, seconds: float, size: int) -> Spent:
+        return Spent(self.count + 1, self.seconds + seconds, self.size + size)
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """Everything that the ledger says about a run. `shards` by index, `peers` and `quarantined` by public key.
 
@@ -144,6 +157,7 @@ class RunState:
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
     quarantined: Mapping[str, PeerQuarantined] = field(default_factory=dict)
     refusals: tuple[CheckpointRefused, ...] = ()
+    spent: Mapping[tuple[Rung, str], Spent] = field(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
     events: int = 0

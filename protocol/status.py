@@ -79,6 +79,16 @@ class RefusalStatus(Frozen):
     text: str
 
 
+class RungStatus(Frozen):
+    """What a rung of the ladder has cost: `count` results climbed it with `outcome`, in `seconds`, over `size` bytes."""
+
+    rung: Rung
+    outcome: Literal["valid", "invalid", "inconclusive"]
+    count: int
+    seconds: float
+    size: int
+
+
 class QuarantineStatus(Frozen):
     """A peer whose work an audit found faked: epoch `epoch` of `shard`."""
 
@@ -107,6 +117,7 @@ class SwarmStatus(Frozen):
     rejected: int = 0
     events: int = 0
     refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last ones, oldest first")
+    rungs: tuple[RungStatus, ...] = Field(default=(), description="What judging has cost, by rung and outcome")
     audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
     quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The newest, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")

@@ -16,8 +16,9 @@ from .claims import LiveClaim, ShardView, shard_owner
 from .identity import peer_id_of
 from .ledger_state import PeerLedger, RunState
 from .manifest import Manifest
+from .offers import RUNGS
 from .records import ClaimRecord, NodeRecord
-from .status import NodeStatus, QuarantineStatus, RefusalStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
+from .status import NodeStatus, QuarantineStatus, RefusalStatus, RouterStatus, RungStatus, ShardState, ShardStatus, SwarmStatus
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -79,8 +80,12 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         accepted=state.accepted,
         rejected=state.rejected,
         events=state.events,
-        refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at"})) for refusal in state.refusals),
+        refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
         finished=state.finished,
+        rungs=tuple(
+            RungStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
+            for (rung, outcome), spent in sorted(state.spent.items(), key=lambda item: (RUNGS.index(item[0][0]), item[0][1]))
+        ),
         audits_due=len(state.audits),
         quarantined=tuple(
             QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))

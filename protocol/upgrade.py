@@ -17,7 +17,8 @@ from .manifest import Manifest, first_problem
 Reason = Literal["run", "version", "lineage", "budget", "value"]
 
 CHANGEABLE = frozenset({
-    "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "sampling", "timing", "audit", "hardware", "allowlist",
+    "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "raw_tolerance", "sampling", "timing", "audit",
+    "hardware", "allowlist",
 })  # fmt: skip
 """Fields of the manifest that a later version may set anew; tables among them also key by key (`timing.heartbeat`)."""
 

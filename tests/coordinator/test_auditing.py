@@ -12,11 +12,11 @@ from lutetia.coordinator.create import create_run
 from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.ledger import Ledger
-from lutetia.coordinator.messages import Check, Checked, Discard, LimitsKnown, Noted, Proclaim, Tick
+from lutetia.coordinator.messages import Audited, Check, Checked, Discard, LimitsKnown, Noted, Proclaim, Tick
 from lutetia.coordinator.pardons import noted_pardons, pardon, remove_notes
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
-from lutetia.protocol.audits import audit_due, lottery
+from lutetia.protocol.audits import Finding, audit_due, lottery
 from lutetia.protocol.events import AuditDone, AuditDue, CheckpointAccepted, LineageRolledBack, PeerPardoned, PeerQuarantined
 from lutetia.protocol.ledger_state import RunState, apply
 from lutetia.protocol.records import AcceptanceRecord, ResetRecord
@@ -112,6 +112,16 @@ def test_an_audit_without_outcome_is_tried_again_and_then_given_up_without_trust
     assert c.state.run.shards[0].audit == "inconclusive"
     assert c.state.run.peer(owner(HONEST)).streak == 0
     assert c.audited("valid", first.digest) == (), "a late answer changes nothing"
+
+
+def test_losses_between_the_bounds_ask_for_the_whole_epoch_at_once():
+    c = court(audit={"whole_epoch": 0})
+    first = c.accept(HONEST)
+    assert not c.audits[-1].audit.whole
+    c.hears(Audited(first.digest, Finding(outcome="inconclusive", text="step 1", closer=True), c.now))
+    assert (c.audits[-1].audit.checkpoint, c.audits[-1].audit.whole) == (first.digest, True)
+    c.audited("valid")
+    assert c.state.run.peer(owner(HONEST)).streak == 1
 
 
 def test_audits_go_one_by_one_oldest_first_and_survive_a_restart():

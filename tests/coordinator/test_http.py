@@ -96,7 +96,7 @@ def test_the_page_is_self_contained_and_escaped():
     assert not re.search(r"(src|href)=\"?(https?:)?//", page)
     assert "tiny run" in page
     assert "lineage" in page
-    assert "not carried out" in page
+    assert "<td class=soft>due</td>" in page
 
 
 def test_a_taken_port_is_one_sentence():

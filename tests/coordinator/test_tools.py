@@ -19,6 +19,7 @@ from lutetia.protocol.audits import Finding
 from lutetia.protocol.events import MixtureStitched, RouterTrained
 from lutetia.protocol.ledger_state import RunState, apply
 from lutetia.protocol.records import AcceptanceRecord, CheckpointRecord
+from lutetia.protocol.status_view import LiveView, status
 from lutetia.protocol.store import BlobStore
 
 
@@ -47,6 +48,7 @@ class StrawHands:
     """Hands that do what the test says; `losses` by epoch."""
 
     losses: dict[int, float] = field(default_factory=dict)
+    raw: dict[int, float] = field(default_factory=dict)
     trouble: dict[str, Stopped] = field(default_factory=dict)
     kept: list[CheckpointRecord] = field(default_factory=list)
     dropped: list[CheckpointRecord] = field(default_factory=list)
@@ -70,6 +72,9 @@ class StrawHands:
         return Replayed(Finding(outcome="valid"), 0.1)
 
     def forget(self, run: RunState) -> None: ...
+
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        return self.raw.get(record.epoch, 0.95)
 
     def keep(self, record: CheckpointRecord) -> None:
         self.kept.append(record)
@@ -122,6 +127,22 @@ async def test_a_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float)
     ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
+    ledger.close()
+
+
+@pytest.mark.parametrize("raw", [1.31, float("nan")])
+async def test_poisoned_raw_parameters_beside_good_averages_are_invalid(tmp_path: Path, raw: float):
+    hands = StrawHands(raw={1: raw})
+    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    assert published == []
+    assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
+    assert [(cost.rung, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
+        ("transfer", "valid"), ("numbers", "valid"), ("holdout", "valid"), ("holdout", "valid"), ("raw", "invalid"),
+    ]  # fmt: skip
+    shown = status(ledger.state, make_manifest(), LiveView(), START)
+    assert [(rung.rung, rung.outcome, rung.count, rung.size) for rung in shown.rungs] == [
+        ("transfer", "valid", 1, 300), ("numbers", "valid", 1, 300), ("holdout", "valid", 2, 100), ("raw", "invalid", 1, 100),
+    ]  # fmt: skip
     ledger.close()
 
 
