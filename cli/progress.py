@@ -49,9 +49,11 @@ class Lines:
         self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if tenth == self._last.get(stage):
+        tenth, last = 10 * done // max(1, total), self._last.get(stage)
+        if tenth == last:
             return
+        if last is not None and tenth < last:  # the stage begins once more
+            del self._began[stage]
         self._last[stage] = tenth
         began, first = self._began.setdefault(stage, (self._clock(), done))
         print(f"{self._title}: {stage} {done}/{total}{self._pace(began, first, done, total)}", file=sys.stderr, flush=True)

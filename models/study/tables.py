@@ -47,14 +47,18 @@ def _headline(results: StudyResults) -> str:
         ratio = headline_ratio(results, prompts)
         lines.append(f"### {prompts} prompts, N = {rows[0].first.n}, seeds {', '.join(map(str, rows[0].first.seeds))}")
         if ratio is not None:
-            lines.append(
-                f"{main_distance(results)} of the monolith ÷ {main_distance(results)} of the mixture: **{ratio}** (95 %)."
-            )
+            name, over = main_distance(results), _over(rows[0].first.seeds)
+            lines.append(f"{name} of the monolith ÷ {name} of the mixture: **{ratio}** ({over}).")
         lines.append(comparison_table(rows, "monolith", "mixture").rstrip())
     rows = [[name, f"{a:g}", f"{b:g}", f"{a / b:.2f}"] for name, (a, b) in PAPER.items()]
     lines.append("For comparison, Paris 2.0 reports (3 experts of 11 B, 256 px, N = 2,048; other data, so only ratios compare):")
     lines.append(table(["metric", "monolith", "mixture", "monolith ÷ mixture"], rows))
     return "\n\n".join(lines)
+
+
+def _over(seeds: Sequence[int]) -> str:
+    """What an interval is over."""
+    return "95 % over clips and seeds" if len(seeds) > 1 else "95 % over clips only: one training of each side"
 
 
 def _curves(results: StudyResults) -> str:

@@ -14,8 +14,8 @@ from running import failure, lutetia, processor_time, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",
-    "coordinator serve", "coordinator replay", "data build", "data inspect", "data train-autoencoder", "generate", "evaluate", "study",
-    "identity show", "identity export", "identity import", "doctor", "simulate", "help exit-codes",
+    "coordinator serve", "coordinator replay", "data build", "data inspect", "data train-autoencoder", "generate", "evaluate",
+    "study", "identity show", "identity export", "identity import", "doctor", "simulate", "help exit-codes",
 )  # fmt: skip
 HELP_SECONDS = 0.3
 

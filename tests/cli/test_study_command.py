@@ -1,0 +1,81 @@
+"""`lutetia study` at its smallest: plan, a cut, the rest, tables and pictures; every stage is the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lutetia.models.metrics.clips import read_clips
+from lutetia.models.study.config import StudyConfig
+from lutetia.models.study.results import StudyResults
+from running import failure, lutetia
+
+CONFIG = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"
+
+
+def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
+    run = lutetia("study", CONFIG, "--folder", tmp_path / "study", "--plan", "--json")
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture"]
+    assert document["core_hours"]["all"] > 0
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(CONFIG.read_text().replace("text_tokens = 12\n", ""))
+    assert "data.text_tokens must be set" in failure(lutetia("study", wrong, "--json"))["message"]
+    wrong.write_text("colour = 3\n" + CONFIG.read_text())
+    assert "colour" in failure(lutetia("study", wrong, "--json"))["message"]
+
+
+@pytest.mark.timeout(600)
+def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
+    home, out = tmp_path / "study", tmp_path / "out"
+    arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LUTETIA_")}, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as first:
+        assert first.stderr is not None
+        for line in first.stderr:
+            if "headline-mixture-s0" in line:  # its swarm is up
+                break
+        first.send_signal(signal.SIGTERM)
+        first.communicate()
+    assert first.returncode == 143
+    weights = home / "runs" / "headline-monolith-s0" / "run" / "mixture" / "mixture.json"
+    before = weights.read_bytes()
+    assert not (home / "runs" / "headline-mixture-s0" / "run" / "mixture").exists()
+
+    run = lutetia("study", CONFIG, "--folder", home, "--out", out, "--json", timeout=500)
+    assert run.returncode == 0, run.stderr
+    assert "headline-monolith-s0 " not in run.stderr  # it was done
+    assert weights.read_bytes() == before
+    results = StudyResults.model_validate_json((out / "results.json").read_bytes())
+    StudyConfig.model_validate(results.config)
+    trainings = {training.arm: training for training in results.plan.trainings}
+    assert trainings["mixture"].flops <= trainings["monolith"].flops
+    (ratio,) = [row.ratio for row in results.headline["natural"] if row.ratio]
+    assert ratio.low < ratio.value < ratio.high
+    routes = {judged.reading.route for judged in results.judged.values()}
+    assert routes == {"router", "oracle", "text-blind"}
+    losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
+    assert set(losses) == {"mixture", "right expert", "expert 0", "expert 1", "expert 2"}
+    page = (out / "README.md").read_text()
+    assert "561.04" in page
+    assert "mixture, oracle routing" in page
+    for picture in ("curves.png", "samples.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    judged_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)
+    trained_on = {json.loads(line)["caption"] for line in (home / "clips" / "train" / "metadata.jsonl").read_text().splitlines()}
+    assert not judged_on & trained_on
+
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG.read_text().replace("samples = 96", "samples = 192"))
+    refused = lutetia("study", other, "--folder", home, "--json")
+    assert "holds a study of another config" in failure(refused)["message"]
