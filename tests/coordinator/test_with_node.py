@@ -16,11 +16,11 @@ from test_serve import make_run, up
 from volunteer import Coordinator, until
 
 
-async def start_node(ticket: str, folder: Path) -> asyncio.subprocess.Process:
+async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.subprocess.Process:
     arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu"]
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "lutetia.cli", *arguments, "--threads", "1", start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        sys.executable, "-m", "lutetia.cli", *arguments, "--threads", str(threads), start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
 
 
