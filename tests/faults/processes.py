@@ -18,7 +18,7 @@ import psutil
 
 PATIENCE = 300.0
 """Seconds for anything that should take seconds: the machine may be busy with ten other things."""
-POLL = 0.04
+POLL = 0.08
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from lutetia.protocol.manifest import Timing
 
 from .netns import network, why_not
 from .pair import Pair, owner
@@ -17,14 +16,13 @@ _SKIP = why_not()
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.skipif(bool(_SKIP), reason=_SKIP or "-"),
 ]  # fmt: skip
-TIMING = Timing(heartbeat=3.0, tenure=60.0)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def _far_apart(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     async with network("hub", "ann", "bob") as net:
         address = f"{net.address('hub')}:41000"
-        async with world(tmp_path_factory.mktemp("far") / "world", address, timing=TIMING) as place:
+        async with world(tmp_path_factory.mktemp("far") / "world", address) as place:
             pair = Pair(place, net)
             await pair.serve()
             yield pair

@@ -1,0 +1,171 @@
+"""How soon a swarm recovers, and what it costs: takeovers, partitions, the coordinator's restart, bytes per accepted checkpoint.
+
+Real processes, as in tests/faults. Partitions and bytes need network namespaces (root, iproute2, /dev/net/tun); their rows are
+missing elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lutetia.coordinator.ledger import Ledger
+from lutetia.protocol.events import CheckpointAccepted
+from lutetia.protocol.manifest import BlobRef, Manifest
+from lutetia.protocol.records import AcceptanceRecord
+
+from tests.faults.netns import Network, network, why_not
+from tests.faults.pair import Pair, owner
+from tests.faults.processes import until
+from tests.faults.world import LEASE, STEPS, World, acceptances, accepted, world
+
+from .report import Row
+
+ROUNDS = 3
+INTERVAL = STEPS * 2
+EVENTS = 100_000
+PEERS = (1, 2, 4)
+WINDOW = 20.0
+
+
+async def _takeovers(pair: Pair) -> list[Row]:
+    """A worker is killed; the other one takes its shard over."""
+    training, judged, lost = [], [], []
+    for _ in range(ROUNDS):
+        holder, heir = await pair.ready()
+        status = await holder.until(samples=lambda count: count)
+        killed = time.monotonic()
+        await holder.end(signal.SIGKILL)
+        await heir.until(state="training", step=lambda step: step)
+        training.append(time.monotonic() - killed)
+        base = (await heir.until(epoch=lambda epoch: epoch is not None))["epoch"]
+        lost.append(max(0.0, status["samples"] - base * INTERVAL) / INTERVAL)
+        await pair.coordinator.accepts(1, author=await owner(heir))
+        judged.append(time.monotonic() - killed)
+    return [
+        Row.of("SIGKILL of a worker → first step elsewhere", training, "s", f"≤ {LEASE + 5:.0f} s", f"lease {LEASE:.0f} s"),
+        Row.of("SIGKILL of a worker → next acceptance from elsewhere", judged, "s"),
+        Row.of("work lost", lost, "intervals", "≤ 1", "samples trained beyond the last accepted checkpoint"),
+    ]
+
+
+async def _partitions(pair: Pair, net: Network) -> list[Row]:
+    """The worker that trains is cut off from everybody, and comes back."""
+    elsewhere, healed = [], []
+    for _ in range(ROUNDS):
+        holder, heir = await pair.ready()
+        cut = time.monotonic()
+        await net.around(holder.name, cut=True)
+        await heir.until(state="training", step=lambda step: step)
+        elsewhere.append(time.monotonic() - cut)
+        await pair.coordinator.accepts(1, author=await owner(heir))
+        heal = time.monotonic()
+        await net.heal()
+        await holder.until(state="idle")
+        healed.append(time.monotonic() - heal)
+    return [
+        Row.of("partition → first step on the other side", elsewhere, "s", detail=f"lease {LEASE:.0f} s"),
+        Row.of("partition healed → one owner again", healed, "s", detail="the one that was cut off gives way"),
+    ]
+
+
+def _long_history(folder: Path, manifest: Manifest) -> None:
+    """EVENTS acceptances in the ledger of a run."""
+    ledger = Ledger.open(folder / "ledger.sqlite", manifest.run_id)
+    shards, now = len(manifest.shards), time.time()
+    parents: dict[int, str | None] = dict.fromkeys(range(shards))
+    blob = BlobRef(digest="ab" * 32, size=1)
+    events = []
+    for index in range(EVENTS):
+        shard, checkpoint = index % shards, f"{index:064x}"
+        given = AcceptanceRecord(
+            run=manifest.run_id, owner=manifest.coordinators[0], issued=now, shard=shard, epoch=index // shards + 1,
+            checkpoint=checkpoint, parent=parents[shard], weights=blob, state=blob, samples=INTERVAL,
+            author=f"{index % 1000:064x}", tenure_until=now, holdout_loss=0.5,
+        )  # fmt: skip
+        events.append(CheckpointAccepted(time=now, acceptance=given, parent_loss=0.6))
+        parents[shard] = checkpoint
+    ledger.append(events)
+    ledger.close()
+
+
+async def _restarts(folder: Path) -> list[Row]:
+    """From the start of the process to its first status, with and without a long history."""
+    fresh, long = [], []
+    async with world(folder, shards=8, samples_per_shard=(EVENTS // 8 + 1) * INTERVAL) as place:
+        for times in (fresh, long):
+            for _ in range(ROUNDS):
+                began = time.monotonic()
+                coordinator = await place.coordinator()
+                times.append(time.monotonic() - began)
+                await coordinator.end(signal.SIGKILL)
+            if times is fresh:
+                await asyncio.to_thread(_long_history, place.run.folder, place.run.manifest)
+    return [
+        Row.of("coordinator: start to first status, empty ledger", fresh, "s"),
+        Row.of(f"coordinator: start to first status, {EVENTS} events", long, "s", detail="after SIGKILL"),
+    ]
+
+
+async def _bytes(place: World, net: Network) -> list[Row]:
+    """What goes over the wire per acceptance, all that the swarm says included, over WINDOW seconds at least."""
+    rows = []
+    coordinator = await place.coordinator(prefix=net.prefix("hub"))
+    for count in PEERS:
+        for number in range(count):
+            name = f"box{number}"
+            if name not in place.members:
+                listen = f"/ip4/{net.address(name)}/tcp/0"
+                box = await place.box(name, listen=listen, prefix=net.prefix(name))
+                await box.until(state="training", accepted=lambda count: count)
+        before, began, at = await net.sent(), time.monotonic(), _accepted(place)
+        await until(lambda at=at, began=began: _enough(place, at, began), "acceptances", 300)
+        sent, more = await net.sent(), _accepted(place) - at
+        payload = sum(ref.size for ref in _payload(place)) + 4 * STEPS
+        total = sum(sent.values()) - sum(before.values())
+        detail = f"× {total / more / payload:.2f} of the checkpoint's own {payload / 1000:.0f} kB; {more} acceptances"
+        rows.append(Row.of(f"bytes on the wire per acceptance, {count} boxes", [total / more / 1000], "kB", detail=detail))
+    assert coordinator.alive()
+    return rows
+
+
+def _accepted(place: World) -> int:
+    return sum(accepted(place.run.folder, shard) for shard in range(len(place.run.manifest.shards)))
+
+
+def _enough(place: World, at: int, began: float) -> bool:
+    return time.monotonic() - began > WINDOW and _accepted(place) - at >= 5
+
+
+def _payload(place: World) -> list[BlobRef]:
+    last = acceptances(place.run.folder, 0)[-1]
+    return [last.weights, last.state]
+
+
+async def _measure() -> list[Row]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = await _restarts(folder / "restarts")
+        if reason := why_not():
+            print(f"no figures of partitions and bytes: {reason}", file=sys.stderr)
+            async with world(folder / "swarm") as place:
+                await place.coordinator()
+                return [*await _takeovers(Pair(place)), *rows]
+        async with network("hub", "ann", "bob") as net, world(folder / "swarm", f"{net.address('hub')}:41000") as place:
+            pair = Pair(place, net)
+            await pair.serve()
+            rows = [*await _takeovers(pair), *await _partitions(pair, net), *rows]
+        boxes = [f"box{number}" for number in range(max(PEERS))]
+        async with (
+            network("hub", *boxes) as net,
+            world(folder / "bytes", f"{net.address('hub')}:41000", shards=len(boxes)) as place,
+        ):
+            return [*rows, *await _bytes(place, net)]
+
+
+def run() -> list[Row]:
+    return asyncio.run(_measure())
