@@ -1,4 +1,4 @@
-"""`lutetia coordinator serve|replay|pardon`."""
+"""`lutetia coordinator serve|replay|backup|restore|pardon`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def serve(
         bool | None, setting("GALLERY", "Sample the fixed prompts after stitching.", "--gallery/--no-gallery")
     ] = None,
     exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE", "End when all budgets are done and stitched.")] = False,
+    recover: Annotated[
+        bool, setting("RECOVER", "Take acceptances back from peers that the ledger lacks, instead of refusing to start.")
+    ] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C.
 
@@ -37,8 +40,9 @@ def serve(
     from ..coordinator.settings import ServeSettings
 
     flags = given(
-        listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None
-    )
+        listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None,
+        recover=recover or None,
+    )  # fmt: skip
     settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config), **flags})
     from ..coordinator.serve import serve_run
     from .service import run_service
@@ -60,10 +64,56 @@ def replay(
     from .render import render_status
 
     moment = moment_of(at) if at else None
-    status = replayed(run, moment)
+    status, digest = replayed(run, moment)
     events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
-    document = {"events": events, "status": plain(status)}
-    emit(document, as_json, lambda: Group(*tell(run, moment), "", render_status(status, status.time)))
+    document = {"events": events, "status": plain(status), "digest": digest}
+    last = f"state {digest}"
+    emit(document, as_json, lambda: Group(*tell(run, moment), "", render_status(status, status.time), "", last))
+
+
+@app.command("backup")
+def backup(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="Folder of the backup; a second time only what is new is copied.", metavar="OUT")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy a run, also while it is served: ledger, keys, manifest, and every blob that it rests on.
+
+    Keep the copy as safe as the run itself: the keys in it are the run's.
+    """
+    from ..coordinator.backup import backup_run
+    from .progress import progress
+    from .words import size
+
+    with progress("backing up") as report:
+        done = backup_run(run, out, report)
+    index = done.index
+    document = {
+        "folder": str(out), "run": index.run, "events": index.events, "accepted": index.accepted, "blobs": len(index.blobs),
+        "bytes": index.bytes, "copied": done.copied,
+    }  # fmt: skip
+    text = f"{out} holds run {index.name} up to event {index.events}: {size(index.bytes)}, {size(done.copied)} of it new."
+    emit(document, as_json, lambda: text)
+
+
+@app.command("restore")
+def restore(
+    backup: Annotated[Path, typer.Argument(help="Folder made by `lutetia coordinator backup`.", metavar="BACKUP")],
+    run: Annotated[Path, typer.Argument(help="Folder to make; one that exists is never overwritten.", metavar="RUN")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a run's folder from a backup, after every hash and signature in it was verified.
+
+    Its coordinator then goes on where the backup was, and takes back from peers what was accepted after it.
+    """
+    from ..coordinator.restore import restore_run
+    from .progress import progress
+
+    with progress("restoring") as report:
+        index = restore_run(backup, run, report)
+    document = {"folder": str(run), "run": index.run, "events": index.events, "accepted": index.accepted}
+    text = f"Run {index.name} is in {run}, as it was at event {index.events}. Go on: lutetia coordinator serve {run}"
+    emit(document, as_json, lambda: text)
 
 
 @app.command("pardon")
@@ -93,12 +143,13 @@ def moment_of(text: str) -> float:
         raise UsageError(f"cannot read the time {text!r}; write it like 2026-11-20T19:00 or as Unix seconds") from error
 
 
-def replayed(run: Path, moment: float | None) -> SwarmStatus:
-    """The status that follows from the events up to `moment`; nothing live, so no claims and no nodes."""
+def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
+    """The status that follows from the events up to `moment`, without claims and nodes; and the digest of the state."""
     import time
 
     from ..coordinator.ledger import Ledger
     from ..coordinator.run_folder import RunFolder as Folder
+    from ..protocol.state_digest import state_digest
     from ..protocol.status_view import LiveView, status
 
     folder = Folder(run)
@@ -107,6 +158,7 @@ def replayed(run: Path, moment: float | None) -> SwarmStatus:
     try:
         last = max((row.time for row in ledger.rows()), default=time.time())
         now = last if moment is None else moment
-        return status(ledger.replay(now), signed.manifest, LiveView(), now, software="replay")
+        state = ledger.replay(now)
+        return status(state, signed.manifest, LiveView(), now, software="replay"), state_digest(state)
     finally:
         ledger.close()

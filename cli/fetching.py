@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,12 +15,24 @@ from ..protocol.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
 from ..protocol.thin import thin_document
 from ..protocol.thin_fetch import thin_blobs
 from ..protocol.ticket import Ticket
-from ..system.errors import IntegrityError, UnreachableError
+from ..system.errors import IntegrityError, UnreachableError, UsageError
 from ..system.files import replace_folder
 from .workspace import check_replaceable, workspace
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
 _MOST_BYTES, _MOST_FILES = 1 << 40, 100_000
+
+
+def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
+    """The ticket with the addresses of `peers` in place of its own. Raises UsageError when one is no address."""
+    if not peers:
+        return ticket
+    try:
+        return Ticket(run=ticket.run, owner=ticket.owner, addresses=tuple(peers))
+    except ValidationError as error:
+        raise UsageError(
+            f"{peers[0]} is no peer's address ({first_problem(error)}); write it like /ip4/203.0.113.5/tcp/41000/p2p/12D3…"
+        ) from error
 
 
 def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> MixtureDocument:

@@ -66,14 +66,29 @@ def read_status(data: bytes) -> SwarmStatus:
 def fetch(
     ticket: TicketArgument,
     out: Annotated[Path, setting("FETCH_OUT", "Folder for the mixture; a former mixture there is replaced.")] = Path("mixture"),
+    checkpoints: Annotated[
+        bool, setting("FETCH_CHECKPOINTS", "The newest accepted checkpoints instead, from any peer: also without a coordinator.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None, setting("FETCH_PEER", "Address of a peer to ask instead of the ticket's (see `lutetia status --json`).")
+    ] = None,
     timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress that are too many.", min=0.1)] = 20.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fetch the run's newest mixture, verified against its signatures."""
-    from .fetching import fetch_mixture
+    """Fetch the run's newest mixture or checkpoints, verified against their signatures."""
+    from .fetching import asked_at, fetch_mixture
     from .progress import progress
 
-    decoded = read_ticket(ticket)
+    decoded = asked_at(read_ticket(ticket), peer or ())
+    if checkpoints:
+        from .checkpoints import fetch_checkpoints
+
+        with progress("fetching checkpoints") as on_progress:
+            found = fetch_checkpoints(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
+        shards = [{"shard": given.shard, "epoch": given.epoch, "checkpoint": given.checkpoint} for given in found]
+        listed = {"folder": str(out), "run": decoded.run, "checkpoints": shards}
+        emit(listed, as_json, lambda: f"{len(found)} accepted checkpoints of run {decoded.run[:12]} are in {out}")
+        return
     with progress("fetching the mixture") as on_progress:
         mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
     document = {"folder": str(out), "mixture": mixture.digest, "run": mixture.run, "files": len(mixture.files)}

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Ledger:
         self._chain = _START
         self._count = 0
         self._writing = threading.Lock()
+        self.on_durable: Callable[[], None] = lambda: None
+        """Called after what must survive a power loss was written."""
         self.state = RunState()
 
     @classmethod
@@ -101,14 +103,15 @@ class Ledger:
                 f"the ledger {self.path} is of run {self.state.run[:12]}, not of {run[:12]}; name the run's own folder"
             )
 
-    def append(self, events: Iterable[Event]) -> RunState:
-        """Write `events` in one transaction and return the state after them. Acceptances are on disk when this returns.
+    def append(self, events: Iterable[Event], durable: bool = False) -> RunState:
+        """Write `events` in one transaction and return the state after them.
+
+        Acceptances, and with `durable` whatever it is, are on disk when this returns.
 
         May be called from any thread. Raises LedgerOutOfOrder or DiskError; then nothing was written.
         """
         with self._writing:
             state, chain, count, rows = self.state, self._chain, self._count, []
-            durable = False
             for event in events:
                 state = apply(state, event)
                 text, count = canonical(event).decode(), count + 1
@@ -117,6 +120,8 @@ class Ledger:
                 durable = durable or isinstance(event, CheckpointAccepted | LineageRolledBack | RunCreated)
             self._insert(rows, durable)
             self.state, self._chain, self._count = state, chain, count
+            if durable:
+                self.on_durable()
             return state
 
     def _insert(self, rows: list[tuple[int, float, str, bytes]], durable: bool) -> None:
@@ -134,7 +139,8 @@ class Ledger:
 
     def has_accepted(self, checkpoint: str) -> bool:
         """Whether the checkpoint of this digest was ever accepted. Reads the whole file; may be called from any thread."""
-        accepted = "SELECT EXISTS (SELECT 1 FROM events WHERE event LIKE '%\"checkpoint-accepted\"%' AND instr(event, ?))"
+        kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"
+        accepted = f"SELECT EXISTS (SELECT 1 FROM events WHERE {kinds} AND instr(event, ?))"
         with self._writing, _sqlite_errors(self.path):
             return bool(self._connection.execute(accepted, (f'"checkpoint":"{checkpoint}"',)).fetchone()[0])
 
@@ -152,6 +158,23 @@ class Ledger:
                 ) from error
             yield row, event
             expected += 1
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """The number of events, and the chain's digest (hex) after the last."""
+        return self._count, self._chain.hex()
+
+    def chain_at(self, event: int) -> str | None:
+        """The chain's digest (hex) after that many events; None beyond the end."""
+        with _sqlite_errors(self.path):
+            row = self._connection.execute("SELECT chain FROM events WHERE id = ?", (event,)).fetchone()
+        return row[0].hex() if row else None
+
+    def copy_to(self, path: Path) -> None:
+        """A consistent copy in a new file, also while another process appends. Raises DiskError."""
+        with _sqlite_errors(path), contextlib.closing(sqlite3.connect(path)) as target:
+            self._connection.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")  # one file, nothing beside it
 
     def replay(self, until: float | None = None) -> RunState:
         """The state at `until` (Unix seconds; None is now), rebuilt from the file."""

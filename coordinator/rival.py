@@ -42,5 +42,5 @@ async def _refuse_unknown(record: AcceptanceRecord, ledger: Ledger) -> None:
         raise IdentityError(
             f"the swarm holds an acceptance under this coordinator's key (shard {record.shard}, epoch {record.epoch}) that "
             f"{ledger.path} does not know: another coordinator is at work, or this folder is an old copy; serve the newest, and "
-            "only one at a time"
+            "only one at a time, or take lost acceptances back with --recover"
         )

@@ -69,6 +69,16 @@ class RunFolder:
         return self.root / "ledger.sqlite"
 
     @property
+    def head(self) -> Path:
+        """How far the ledger reaches, signed."""
+        return self.root / "head.json"
+
+    @property
+    def restored(self) -> Path:
+        """Is there after a restore, until the coordinator has looked what peers hold that the backup lacks."""
+        return self.root / "restored"
+
+    @property
     def mixture(self) -> Path:
         return self.root / "mixture"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models.mixture_document import FILE as MIXTURE_FILE
+from ..protocol.accepted import AcceptedService
 from ..protocol.canonical import canonical
 from ..protocol.documents import MIXTURE
 from ..protocol.events import CheckpointAccepted, CoordinatorStarted, CoordinatorStopped, PeerPardoned
@@ -46,12 +47,14 @@ from ..system.files import write_atomic
 from .admission import Admission
 from .auditing import standing
 from .bench import Bench
+from .head import HeadFile, check_head
 from .http import bind, build_app, serve_http
 from .judge import Rules
 from .ledger import Ledger
 from .lookout import Lookout
 from .messages import Offered
 from .pardons import noted_pardons, remove_notes
+from .recovery import Lineage, fetch_missing
 from .rival import refuse_a_rival
 from .run_folder import RunFolder
 from .settings import ServeSettings
@@ -111,12 +114,19 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         listener = stack.enter_context(bind(settings.http)) if settings.http else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
         stack.callback(ledger.close)
+        recover = settings.recover or folder.restored.exists()
+        if not recover:
+            check_head(folder.head, ledger, signed.manifest)
         newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
         if newer:
             ledger.append([published(signed.manifest, identity.public_key, time.time())])
         transport = await connecting(live, identity, folder, settings)
         try:
-            await _Service(folder, live, identity, ledger, transport, settings).serve(listener)
+            lineage = Lineage(transport, live, identity.public_key)
+            if recover:
+                await lineage.recover(ledger, signed.manifest.timing.lease)
+                folder.restored.unlink(missing_ok=True)
+            await _Service(folder, live, identity, ledger, transport, settings, lineage, recover).serve(listener)
         finally:
             await transport.close()
 
@@ -131,6 +141,8 @@ class _Service:
     ledger: Ledger
     transport: Transport
     settings: ServeSettings
+    lineage: Lineage
+    recovering: bool
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -139,7 +151,8 @@ class _Service:
         self.watch = ManifestWatch(self.folder, self.live, self.identity, self._upgraded)
         self.blobs = BlobStore(self.folder.blobs)
         self.incoming = _restored_incoming(self.folder, self.blobs, self.ledger.state)
-        self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")])
+        self.head = HeadFile(self.folder.head, self.ledger, self.identity)
+        self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
         self.checking, self.making, self.auditing = (self._workshop(name) for name in ("checking", "making", "auditing"))
         self.tools = NetworkTools(
             self.transport, self.manifest, self.blobs, self.incoming, self.checking,
@@ -167,6 +180,24 @@ class _Service:
 
     def _lease(self) -> float:
         return self.manifest.timing.lease
+
+    def _heartbeat(self) -> float:
+        return self.manifest.timing.heartbeat
+
+    async def _keep_to_lineage(self) -> None:
+        """Peers that come back late may hold acceptances of ours that the ledger lacks."""
+        if self.recovering:
+            try:
+                lost = await self.lineage.lost(lambda: self.bench.state.run)
+            except ConnectionError as error:
+                _log.info("cannot compare the ledger with the DHT now: %s", error)
+                return
+            await self.bench.note(*self.lineage.taken_back(lost))
+        await self._refuse_a_rival()
+
+    async def _fetch_missing(self) -> None:
+        """After a recovery an accepted checkpoint may be only with peers."""
+        await fetch_missing(self.transport, self.bench.state.run, self.blobs)
 
     async def _upgraded(self) -> None:
         """A newer version of the manifest lies in the folder: everything here goes on under it, and peers hear of it."""
@@ -203,8 +234,8 @@ class _Service:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
                     works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
-                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers, self._refuse_a_rival)]
-                    works.append(_every(lambda: self.manifest.timing.heartbeat, self._tell_peers))
+                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers, self._keep_to_lineage)]
+                    works += [_every(self._heartbeat, work) for work in (self._tell_peers, self._fetch_missing)]
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))
                     tasks = [group.create_task(work) for work in works]
@@ -221,6 +252,7 @@ class _Service:
 
     async def _offer_services(self) -> None:
         await serve_introduction(self.transport, lambda: self.live.signed)
+        await AcceptedService(self.transport, self.live).serve()
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
@@ -236,7 +268,7 @@ class _Service:
         now = self.transport.now()
         if self._status is None or not 0 <= now - self._status[0] < _FRESH_SECONDS:
             document = status_of(self.bench.state.run, self.manifest, self.lookout.view, now, software=self.software)
-            self._status = (now, document)
+            self._status = (now, document.model_copy(update={"ledger": self.head.signed}))
         return self._status[1]
 
     def _admit(self, stream: Stream) -> OfferReply | None:

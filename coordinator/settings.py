@@ -120,6 +120,7 @@ class ServeSettings(_Settings):
     refresh_seconds: Positive = 60.0
     gallery: bool = True
     exit_when_done: bool = False
+    recover: bool = Field(default=False, description="Take acceptances back from peers that the ledger lacks")
     offers_per_minute: Count = 30
     checks_at_once: Count = 4
     kept_states: int = Field(default=4, ge=1, description="Epochs of each shard whose training states are kept, for roll-backs")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..models.mixture_document import read_mixture
@@ -70,6 +70,8 @@ class Stitcher:
         while True:
             self._changed.clear()
             state = self.bench.state.run
+            if not self.folder.mixture.is_dir():
+                state = replace(state, mixture=None)  # restored from a backup that lacked some of its files
             step = next_step(state, when=self.when, rested=self.now() - self._last >= self.refresh_seconds)
             if step == "nothing":
                 with contextlib.suppress(TimeoutError):

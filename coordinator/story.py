@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import assert_never
 
 from ..protocol.events import (
+    AcceptanceRecovered,
     AuditDone,
     AuditDue,
     BaselineMeasured,
@@ -47,6 +48,8 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard}: the initial model's held-out loss is {event.loss:.5f}"
         case CheckpointSeen(record=record):
             return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
+        case AcceptanceRecovered(acceptance=given):
+            return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} taken back from peers"
         case CheckpointAccepted(acceptance=given):
             return (
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "

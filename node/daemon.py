@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ..protocol.accepted import AcceptedService
 from ..protocol.identity import Identity
 from ..protocol.live_manifest import LiveManifest
 from ..protocol.services import enter_swarm, software_version
@@ -123,6 +124,7 @@ class Daemon:
         assert self.news
         await serve_blobs(transport, store, self.settings.upload_rate)
         await self.news.serve(transport)
+        await AcceptedService(transport, self.news.live).serve()
 
     async def rejoined(self) -> Transport:
         """A new transport instead of the dead one. Raises LutetiaError when that does not work now."""

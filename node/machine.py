@@ -209,16 +209,18 @@ def _heartbeat(turn: Turn) -> None:
 def _wish(turn: Turn, event: UserVerb) -> None:
     turn.set(wanted="run" if event.verb == "resume" else event.verb, pause_until=event.until if event.verb == "pause" else None)
     phase = turn.state.phase
-    if event.verb == "leave" or (event.verb == "finish" and phase not in ("training", "publishing", "draining")):
+    busy = phase in ("training", "publishing", "draining") or (turn.state.work is not None and bool(turn.state.work.pending))
+    if event.verb == "leave" or (event.verb == "finish" and not busy):
         _leave(turn, "leaving as asked")
-    elif event.verb == "finish" and phase in ("training", "publishing"):
+    elif event.verb == "finish" and phase in ("training", "publishing", "paused"):
         turn.set(drain_until=None)
-        turn.enter("draining", "finishing the current checkpoint before leaving")
+        what = "waiting for the verdict on the last checkpoint" if phase == "paused" else "finishing the current checkpoint"
+        turn.enter("draining", f"{what} before leaving")
     elif event.verb == "pause" and phase not in ("joining", "probing"):
         _pause(turn)
     elif event.verb == "resume":
         turn.set(drain_until=None)
-        if phase == "paused":
+        if phase == "paused" or (turn.state.work and not turn.state.work.owned):
             turn.set(work=None, look_at=turn.now)
             turn.enter("idle", "resumed; looking for a shard")
         elif phase == "draining":
@@ -249,7 +251,9 @@ def _drain(turn: Turn) -> None:
             turn.set(drain_until=turn.now + max(turn.rules.patience, turn.rules.lease))
             turn.because("waiting for the last checkpoint to be accepted")
         elif turn.now >= state.drain_until:
-            _leave(turn, "the last checkpoint was not judged in time; leaving")
+            _leave(
+                turn, "the last checkpoint was not judged in time; it stays on this disk and is offered again next time; leaving"
+            )
 
 
 def _leave(turn: Turn, why: str) -> None:

@@ -26,6 +26,7 @@ from .machine import advance
 from .material import Material
 from .network import Network
 from .prober import Prober
+from .seeder import Seeder
 from .settings import NodeSettings
 from .state import Rules, State, next_wake
 from .workfolder import remembered_shards
@@ -58,6 +59,7 @@ class Shell:
         self.chores = Chores(settings, network, material, self.prober)
         self.left = asyncio.Event()
         self.problem: str | None = None
+        self.seeder = Seeder(network, material, material.places.folder / "seeds.json")
         self._rejoin = rejoin
         self._early: list[m.UserVerb] = []
         self._group: asyncio.TaskGroup | None = None
@@ -76,7 +78,7 @@ class Shell:
         try:
             with one_error():
                 async with asyncio.TaskGroup() as self._group:
-                    beside = [self._group.create_task(work) for work in (self._watch_network(), *companions)]
+                    beside = [self._group.create_task(work) for work in (self._watch_network(), self.seeder.run(), *companions)]
                     for verb in self._early:
                         self.feed(verb)
                     self.feed(m.Joined(time.time()))
@@ -196,7 +198,11 @@ class Shell:
                 rate = report.rate if report and report.rate else finding.samples_per_second
                 await self.network.publish_node(self.state.phase, finding.hardware, rate, work.shard if work else None)
             if self.state.phase != "left":
-                await self.network.announce(await asyncio.to_thread(self.material.held))
+                await self.network.announce(await asyncio.to_thread(self._served))
+
+    def _served(self) -> dict[str, int]:
+        """What this box's work rests on, and what it keeps for others."""
+        return self.material.held() | self.seeder.held()
 
     async def _watch_network(self) -> None:
         """p2pd may die; then the network side is built anew while training goes on."""

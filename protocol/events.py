@@ -122,6 +122,13 @@ class CheckpointAccepted(_Event):
     costs: tuple[RungCost, ...] = Field(default=(), max_length=16)
 
 
+class AcceptanceRecovered(_Event):
+    """This coordinator's own signed acceptance, which the ledger had lost and peers still held; epochs between stay unknown."""
+
+    kind: Literal["acceptance-recovered"] = "acceptance-recovered"
+    acceptance: AcceptanceRecord
+
+
 class AuditDue(_Verdict):
     """This result is to be replayed, `whole` or only its first steps.
 
@@ -213,6 +220,7 @@ Event = Annotated[
     | CheckpointRefused
     | CheckpointSuperseded
     | CheckpointAccepted
+    | AcceptanceRecovered
     | AuditDue
     | AuditDone
     | PeerQuarantined

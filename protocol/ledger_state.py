@@ -11,6 +11,7 @@ from typing import assert_never
 
 from ..system.errors import IntegrityError
 from .events import (
+    AcceptanceRecovered,
     AuditDone,
     AuditDue,
     BaselineMeasured,
@@ -75,6 +76,8 @@ def _changed(state: RunState, event: Event) -> RunState:
             return _with_shard(state, event.shard, _settled(shard, event))
         case CheckpointAccepted():
             return _accepted(state, event)
+        case AcceptanceRecovered():
+            return _recovered(state, event)
         case AuditDue():
             return _audit_due(state, event)
         case AuditDone():
@@ -249,6 +252,21 @@ def _audited(state: RunState, event: AuditDone) -> RunState:
     elif event.outcome == "invalid":
         peer = replace(peer, streak=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
     return replace(state, peers=state.peers.set(event.owner, peer))
+
+
+def _recovered(state: RunState, event: AcceptanceRecovered) -> RunState:
+    """The shard jumps to what was accepted already. The epochs between are unknown, so what is older cannot be audited now."""
+    given = event.acceptance
+    shard = _shard(state, given.shard)
+    if (given.term, given.epoch) <= (shard.term, shard.epoch):
+        raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be recovered on epoch {shard.epoch}")
+    accepted = state.accepted + max(1, given.epoch - shard.epoch)
+    shard = replace(
+        shard, epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
+        lineage=(Link(given, given.issued, state.budgets),), candidates={}, judged={},
+    )  # fmt: skip
+    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
+    return replace(_with_shard(state, given.shard, shard), accepted=accepted, audits=audits)
 
 
 def _rolled_back(state: RunState, event: LineageRolledBack) -> RunState:

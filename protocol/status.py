@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .canonical import Frozen
+from .ledger_head import SignedHead
 from .manifest import Digest, PublicKey
 from .offers import Rung
 from .records import NodeState, Word
@@ -121,6 +122,7 @@ class SwarmStatus(Frozen):
     audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
     quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The newest, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")
+    ledger: SignedHead | None = Field(default=None, description="How far the coordinator's ledger reached at the last acceptance")
     finished: bool = Field(default=False, description="Every budget is done and the final mixture is stitched")
 
     @property

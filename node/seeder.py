@@ -1,0 +1,125 @@
+"""Keeps copies of accepted checkpoints that too few peers hold: looks, decides by `seeding`, fetches and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..protocol.accepted import live_nodes, newest_of
+from ..system.errors import LutetiaError
+from ..system.files import write_atomic
+from .material import Material
+from .network import Network
+from .seeding import WANTED, Ring, Seed, Thin, affordable, outdated
+
+log = logging.getLogger("lutetia.node.seeder")
+
+_SEEDS = TypeAdapter(list[Seed])
+_LOOKS_AT_ONCE = 8
+_FREE_SHARE = 0.05
+"""Of the disk, which seeds never take; other people's files come first."""
+
+
+@dataclass
+class Seeder:
+    """`seeds` are what this box keeps for others, by shard; they survive a restart in `path`."""
+
+    network: Network
+    material: Material
+    path: Path
+    seeds: dict[int, Seed] = field(default_factory=dict)
+    _since: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(OSError, ValidationError):
+            kept = _SEEDS.validate_json(self.path.read_bytes())
+            self.seeds = {seed.shard: seed for seed in kept if self._whole(seed)}
+
+    def held(self) -> dict[str, int]:
+        """Blobs that are kept for others, and their sizes."""
+        refs = [ref for seed in self.seeds.values() for ref in (seed.weights, seed.state)]
+        return {ref.digest: ref.size for ref in refs if self.material.store.has(ref.digest)}
+
+    async def run(self) -> None:
+        """Look twice per lease until cancelled."""
+        while True:
+            await asyncio.sleep(self.network.manifest.timing.lease / 2)
+            try:
+                await self.look()
+            except (LutetiaError, ConnectionError) as error:
+                log.info("cannot look after accepted checkpoints now: %s", error)
+
+    async def look(self) -> None:
+        """One round: forget what is outdated, keep what is due. Raises LutetiaError or ConnectionError."""
+        transport, manifest, own = self.network.transport, self.network.manifest, self.network.identity.public_key
+        nodes = await live_nodes(transport, manifest.run_id)
+        ring, now = Ring(manifest.run_id, nodes), transport.now()
+        thin = await self._thin(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds}), {node.owner for node in nodes})
+        newest = {shard: found.seed for shard, found in thin.items()}
+        for seed in outdated(self.seeds.values(), newest):
+            await self._forget(seed, newest[seed.shard])
+        heartbeat = manifest.timing.heartbeat
+        due = [found for found in thin.values() if ring.is_due(own, found, now, heartbeat)]
+        if due:
+            for seed in affordable(due, await asyncio.to_thread(self._spare)):
+                await self._keep(seed)
+
+    async def _thin(self, shards: Iterable[int], alive: set[str]) -> dict[int, Thin]:
+        """The newest accepted checkpoints of `shards`, with how long each has had too few holders."""
+        places, now, found = asyncio.Semaphore(_LOOKS_AT_ONCE), self.network.transport.now(), {}
+
+        async def one(shard: int) -> None:
+            async with places:
+                held = await newest_of(self.network.transport, self.network.manifest, shard, alive)
+            if held:
+                seed, holders = Seed.of(held.acceptance), frozenset(held.holders)
+                found[shard] = seed, holders if self._whole(seed) else holders - {self.network.identity.public_key}
+
+        await asyncio.gather(*map(one, shards))
+        known, self._since = self._since, {}
+        for seed, holders in found.values():
+            if len(holders) < WANTED:
+                self._since[seed.checkpoint] = known.get(seed.checkpoint, now)
+        return {shard: Thin(seed, holders, self._since.get(seed.checkpoint, now)) for shard, (seed, holders) in found.items()}
+
+    async def _keep(self, seed: Seed) -> None:
+        """Fetch it and say that we hold it; what arrived of it stays for the next attempt."""
+        await asyncio.to_thread(self.material.make_room, seed.bytes, {*self.material.held(), *self.held()})
+        for ref in (seed.weights, seed.state):
+            await self.network.fetch(ref)
+        self.seeds[seed.shard] = seed
+        await asyncio.to_thread(self._save)
+        await self.network.announce([seed.weights.digest, seed.state.digest])
+        log.info("keeping a copy of epoch %d of shard %d: fewer than %d other peers do", seed.epoch, seed.shard, WANTED)
+
+    async def _forget(self, seed: Seed, newer: Seed) -> None:
+        """Unless this box's own work rests on it."""
+        del self.seeds[seed.shard]
+        await asyncio.to_thread(self._save)
+        own = await asyncio.to_thread(self.material.held)
+        for ref in (seed.weights, seed.state):
+            if ref.digest not in own and ref not in (newer.weights, newer.state):
+                await asyncio.to_thread(self.material.store.remove, ref.digest)
+
+    def _spare(self) -> int:
+        """Bytes that copies may take: what the disk limit leaves beside own work, and never the last of the disk."""
+        usage = shutil.disk_usage(self.material.store.root)
+        free = max(0, usage.free - int(_FREE_SHARE * usage.total))
+        limit = self.material.store.limit_bytes
+        if limit is None:
+            return free
+        return min(free, max(0, limit - sum({**self.material.held(), **self.held()}.values())))
+
+    def _whole(self, seed: Seed) -> bool:
+        return all(self.material.store.has(ref.digest) for ref in (seed.weights, seed.state))
+
+    def _save(self) -> None:
+        write_atomic(self.path, json.dumps([seed.model_dump(mode="json") for seed in self.seeds.values()]).encode())
