@@ -14,7 +14,7 @@ import sys
 from . import __path__ as folder
 from .report import Machine, Row, as_json, markdown
 
-STUDIES = ("faults", "fuzz")
+STUDIES = ("attacks", "faults", "fuzz")
 _PARTS = {"__main__", "report", "swarm", "audit_child", *STUDIES}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg and module.name not in _PARTS)
 
