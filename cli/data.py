@@ -98,18 +98,28 @@ def train_autoencoder(
     out: Annotated[Path, typer.Argument(help="Folder for its weights; nothing else may be in it.", metavar="OUT")],
     steps: Annotated[int, setting("AUTOENCODER_STEPS", "Training steps.", min=1)] = 5000,
     seed: Annotated[int, setting("AUTOENCODER_SEED", "Seed of weights and pictures.")] = 0,
+    clips: Annotated[
+        Path | None, setting("AUTOENCODER_CLIPS", "Learn frames of these clips (split train) instead of rule-made ones.")
+    ] = None,
+    channels: Annotated[int, setting("AUTOENCODER_CHANNELS", "Channels of its latents.", min=1)] = 8,
     bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster where the processor multiplies bfloat16 (AMX).")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train the small autoencoder that ships as builtin:demo, from scratch.
+    """Train a small autoencoder from scratch: the one that ships as builtin:demo, or one for your own clips.
 
-    It sees single frames of rule-made clips only: motion and text are left to the swarm's experts.
+    It sees single frames only: motion and text are left to the swarm's experts.
     """
     from ..models.data import stand_in
     from .progress import progress
 
     with progress("training the autoencoder") as on_progress:
         report = stand_in.train_autoencoder(
-            out, seed, steps=steps, bfloat16=bfloat16, on_progress=lambda done, total, _: on_progress("steps", done, total)
+            out,
+            seed,
+            steps=steps,
+            channels=channels,
+            clips=clips,
+            bfloat16=bfloat16,
+            on_progress=lambda done, total, _: on_progress("steps", done, total),
         )
     emit(report, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in report.items()))

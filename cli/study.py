@@ -49,7 +49,7 @@ def study(
         from ..models.study.estimate import estimate
         from ..models.study.plan import plan_study, planned_latent
 
-        latent = planned_latent(settings.data)
+        latent = planned_latent(settings)
         planned = plan_study(settings, latent)
         guess = estimate(settings, planned, latent)
         document = {"plan": planned.model_dump(mode="json"), "core_hours": {**guess.model_dump(), "all": guess.hours}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +56,26 @@ def _remember(config: StudyConfig, home: Path) -> None:
     write_atomic(path, fixed)
 
 
+def _with_latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> StudyConfig:
+    """The config with its own autoencoder in place, trained where the cache has none of these clips and settings."""
+    if config.autoencoder is None:
+        return config
+    from ..models.data.stand_in import train_autoencoder
+
+    wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "as": config.autoencoder.model_dump()}
+    folder = cache / f"autoencoder-{hashlib.sha256(canonical(wanted)).hexdigest()[:12]}"
+    if not folder.is_dir():
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        report = train_autoencoder(
+            part, **config.autoencoder.model_dump(), clips=clips,
+            on_progress=lambda done, total, _: on_progress("autoencoder", done, total),
+        )  # fmt: skip
+        write_atomic(cache / f"{folder.name}.json", json.dumps(report, indent=1).encode())
+        part.rename(folder)
+    return config.model_copy(update={"data": config.data.model_copy(update={"latents": str(folder)})})
+
+
 @dataclass
 class Stages:
     """A study under way."""
@@ -75,9 +97,10 @@ class Stages:
         from ..models.study.clips import split_clips
         from ..models.study.plan import plan_study, planned_latent
 
-        plan = plan_study(config, planned_latent(config.data))
+        plan = plan_study(config, planned_latent(config))
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
+        config = _with_latents(config, home / "clips" / "train", cache, on_progress)
         bench = Bench(config, home / "clips", cache / "metrics", on_progress)
         return cls(config, home, out, cache, on_progress, plan, counts, bench)
 

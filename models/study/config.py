@@ -45,6 +45,15 @@ class DrawnClips(Frozen):
     test_every: int = Field(default=4, ge=2)
 
 
+class Autoencoder(Frozen):
+    """A small autoencoder, learnt from single frames of the clips in train and shared by all arms: 8x8 pixels to one latent."""
+
+    steps: Count = 3000
+    channels: Count = 8
+    seed: int = 0
+    bfloat16: bool = Field(default=False, description="quicker where the processor multiplies bfloat16 (AMX)")
+
+
 class Controls(Frozen):
     """What could explain a gain, at `share` of the headline's budget, against a monolith and a mixture of that budget too.
 
@@ -94,12 +103,14 @@ class Machines(Frozen):
 class StudyConfig(Frozen):
     """A whole study. `data.experts` is K of the mixture, `optimisation.batch` the monolith's batch, of which each expert has 1/K.
 
+    With `autoencoder`, one is trained first and takes the place of `data.latents`.
     `samples`: what the monolith sees; every other arm gets the same FLOPs, the router's included. `checkpoints`: of a curve.
     """
 
     name: Name
     clips: Annotated[FolderClips | MadeClips | DrawnClips, Field(discriminator="kind")]
     tune_share: float = Field(default=0.06, gt=0, lt=0.5)
+    autoencoder: Autoencoder | None = None
     data: BuildSettings
     expert: ExpertSpec
     wide: ExpertSpec | None = None

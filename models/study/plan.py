@@ -14,7 +14,6 @@ from pydantic import Field
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import ExpertSpec, LatentSpec
 from ...system.errors import ConfigError
-from ..data.build import BuildSettings
 from ..data.latents import load_latents
 from ..data.text import load_text_encoder
 from ..mixture import Mode
@@ -102,12 +101,16 @@ class Plan(Frozen):
         return [training for training in self.trainings if (training.tier, training.arm) == (tier, arm)]
 
 
-def planned_latent(data: BuildSettings) -> LatentSpec:
+def planned_latent(config: StudyConfig) -> LatentSpec:
     """Shapes of the latents and texts that a build by `data` will give; without the statistics, which need the clips.
 
     Raises ConfigError where autoencoder or text encoder cannot be had.
     """
-    channels, frames, height, width = load_latents(data.latents).shape_of(data.frames, data.height, data.width)
+    data, own = config.data, config.autoencoder
+    if own is not None:
+        channels, frames, height, width = own.channels, data.frames, data.height // 8, data.width // 8
+    else:
+        channels, frames, height, width = load_latents(data.latents).shape_of(data.frames, data.height, data.width)
     text = load_text_encoder(data.text, data.text_tokens or 1)
     return LatentSpec(
         channels=channels, frames=frames, height=height, width=width, vae=data.latents, pixel_frames=data.frames,
