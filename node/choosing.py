@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
 from ..protocol.progress import protected, watch
 from .messages import Claim, Look, PublishClaim
@@ -11,14 +13,14 @@ from .working import own_shard_seen, start_sync
 
 def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
     state, known, looked, rules = turn.state, dict(turn.state.views), dict(turn.state.looked), turn.rules
-    watched = state.watched
+    watched = dict(state.watched)
     for view in views:
         old = known.get(view.shard)
         if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
             view = old.with_claims(view.claims)
         if view.claims or (old and old.claims):
-            watched = watch(watched, view, turn.now, 2 * rules.lease)
-            view = protected(watched, view, rules.owner, rules.tenure, rules.interval, turn.now)
+            watched[view.shard] = seen = watch(watched.get(view.shard, {}), view, turn.now, 2 * rules.lease)
+            view = protected(seen, view, rules.owner, rules.tenure, rules.interval, turn.now)
         known[view.shard], looked[view.shard] = view, turn.now
     turn.set(views=known, looked=looked, watched=watched)
     fresh = {view.shard for view in views}
@@ -52,7 +54,8 @@ def _choose(turn: Turn) -> None:
     """Go for the best free shard, or stand by."""
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
-    free = [] if state.disk_full_since is not None else free_shards(views, rules.epochs, now)
+    held = state.disk_full_since is not None or min((view.held_until for view in views), default=now + 1) > now
+    free = [] if held else free_shards(views, rules.epochs, now)
     guessed = [
         view for view in free if view.held_until > state.looked.get(view.shard, 0.0)
     ]  # its claim has run out since we looked
@@ -103,9 +106,7 @@ def look_around(turn: Turn) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     if not state.online or now < state.look_at:
         return
-    due = _looks_due(turn, now)
-    if due:  # together with those that are due soon: fewer and larger looks
-        due = _looks_due(turn, now + rules.heartbeat / 4)
+    due = _looks_due(turn, now, now + rules.heartbeat / 4)
     turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
     if due:
         turn.do(Look(due))
@@ -113,19 +114,23 @@ def look_around(turn: Turn) -> None:
     _choose(turn)
 
 
-def _looks_due(turn: Turn, when: float) -> tuple[int, ...]:
-    """The shards of which our picture may be out of date `when`: never or long ago seen, or with claims that will have run out."""
+def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:
+    """The shards of which our picture may be out of date: never or long ago seen, or with claims that will have run out.
+
+    If any is `now`, all that will be `soon`: fewer and larger looks. Else none.
+    """
     state, epochs, owner = turn.state, turn.rules.epochs, turn.rules.owner
-    views, looked, old, due = state.views, state.looked, when - turn.rules.lease, []
+    views, looked, lease, due, first = state.views, state.looked, turn.rules.lease, [], math.inf
     for shard in range(turn.rules.shards):
         view = views.get(shard)
-        if view is None or looked.get(shard, 0.0) <= old:
-            due.append(shard)
-        elif view.epoch < epochs:
+        stale = 0.0 if view is None else looked.get(shard, 0.0) + lease
+        if view is not None and view.epoch < epochs:
             others = view if owner not in view.claimants else _strangers(turn, view)
-            if others.held_until <= when:
-                due.append(shard)
-    return tuple(due)
+            stale = min(stale, others.held_until)
+        if stale <= soon:
+            due.append(shard)
+            first = min(first, stale)
+    return tuple(due) if first <= now else ()
 
 
 def go_on_claiming(turn: Turn) -> None:

@@ -173,7 +173,7 @@ class State:
     """Shards of which this box still holds local work."""
     views: Mapping[int, ShardView] = field(default_factory=dict)
     looked: Mapping[int, float] = field(default_factory=dict)
-    watched: Seen = field(default_factory=dict)
+    watched: Mapping[int, Seen] = field(default_factory=dict)
     """What we have seen of the claims of others: those that hold a shard without working on it are passed over."""
     shunned: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)

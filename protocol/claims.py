@@ -44,11 +44,11 @@ class ShardView:
         """When the last of these claims will have expired; 0.0 when none is alive. A reader asks this far more often than it looks."""
         return max((claim.expires for claim in self.claims if claim.record.state != "released"), default=0.0)
 
-    @property
+    @cached_property
     def term(self) -> int:
         return self.acceptance.term if self.acceptance else self.reset
 
-    @property
+    @cached_property
     def place(self) -> tuple[int, int]:
         """(term, epoch): grows with every acceptance and every roll-back, so that the older of two views is known."""
         return self.term, self.epoch

@@ -9,18 +9,17 @@ itself, without a gap; readers who disagree for a while waste work, as two owner
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .claims import ShardView
 
 IDLE, SLOWEST = 2, 24
 
-Seen = Mapping[tuple[int, str], "Watched"]
-"""(shard, owner) -> what this reader has seen of that claim."""
+Seen = Mapping[str, "Watched"]
+"""Owner -> what this reader has seen of its claim on one shard."""
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
+class Watched(NamedTuple):
     """`since` this claim has had no acceptance of its own, `moved` when its samples last rose, `seen` when it was last seen."""
 
     place: tuple[int, int]
@@ -30,19 +29,19 @@ class Watched:
     seen: float
 
 
-def watch(known: Seen, view: ShardView, now: float, longest_gap: float) -> dict[tuple[int, str], Watched]:
-    """`known` after a look at one shard. Claims not seen for `longest_gap` seconds are watched anew; those gone are forgotten."""
-    watched = {key: entry for key, entry in known.items() if key[0] != view.shard}
+def watch(known: Seen, view: ShardView, now: float, longest_gap: float) -> dict[str, Watched]:
+    """`known` of a shard after a look at it. Claims not seen for `longest_gap` seconds are watched anew, those gone forgotten."""
+    watched: dict[str, Watched] = {}
     for claim in view.live(now):
         owner, samples = claim.record.owner, claim.record.samples
-        old = known.get((view.shard, owner))
+        old = known.get(owner)
         if old is None or now - old.seen > longest_gap or now < old.seen:
-            watched[view.shard, owner] = Watched(view.place, samples, now, now, now)
+            watched[owner] = Watched(view.place, samples, now, now, now)
             continue
         own = view.place != old.place and view.acceptance is not None and view.acceptance.author == owner
         moved = own or samples > old.samples
         since, most = now if own else old.since, samples if view.place != old.place else max(samples, old.samples)
-        watched[view.shard, owner] = Watched(view.place, most, since, now if moved else old.moved, now)
+        watched[owner] = Watched(view.place, most, since, now if moved else old.moved, now)
     return watched
 
 
@@ -54,7 +53,7 @@ def protected(seen: Seen, view: ShardView, owner: str, tenure: float, interval: 
     whole = (view.epoch + 1) * interval
 
     def holds(claimant: str) -> bool:
-        entry = seen.get((view.shard, claimant))
+        entry = seen.get(claimant)
         if entry is None or claimant == owner:
             return True
         idle = entry.samples < whole and now - entry.moved > IDLE * tenure
