@@ -1,7 +1,7 @@
 """`python herd.py FOLDER TICKET COUNT`: COUNT peers join the swarm all at once, and stay until the end of stdin.
 
 Each has a p2pd, an identity and a state folder of its own. When all are in (or refused) it prints one JSON object: seconds of the
-slowest join, how many joined, and the reasons of the others.
+slowest join, the public keys of who joined, and the reasons of the others.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from lutetia.protocol.transport import Transport
 from lutetia.system.errors import LutetiaError
 
 
-async def join(folder: Path, ticket: Ticket) -> Transport:
-    identity = Identity.generate()
+async def join(folder: Path, ticket: Ticket, identity: Identity) -> Transport:
     transport, signed = await join_swarm(identity, ticket, listen="/ip4/127.0.0.1/tcp/0", state_folder=folder)
     record = NodeRecord(
         run=ticket.run, owner=identity.public_key, issued=time.time(), peer_id=identity.peer_id,
@@ -42,11 +41,14 @@ async def join(folder: Path, ticket: Ticket) -> Transport:
 
 async def main(folder: Path, ticket: Ticket, count: int) -> None:
     start = time.monotonic()
-    found = await asyncio.gather(*(join(folder / str(number), ticket) for number in range(count)), return_exceptions=True)
+    identities = [Identity.generate() for _ in range(count)]
+    joins = [join(folder / identity.public_key[:8], ticket, identity) for identity in identities]
+    found = await asyncio.gather(*joins, return_exceptions=True)
     inside = [one for one in found if not isinstance(one, BaseException)]
     problems = [str(one) for one in found if isinstance(one, LutetiaError | ConnectionError)]
     assert len(inside) + len(problems) == count, found
-    print(json.dumps({"seconds": time.monotonic() - start, "joined": len(inside), "problems": problems}), flush=True)
+    owners = [who.public_key for who, one in zip(identities, found, strict=True) if not isinstance(one, BaseException)]
+    print(json.dumps({"seconds": time.monotonic() - start, "owners": owners, "problems": problems}), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await asyncio.gather(*(transport.close() for transport in inside))
 

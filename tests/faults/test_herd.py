@@ -26,6 +26,11 @@ def memory(pair: Pair) -> int:
     return psutil.Process(pair.coordinator.process.pid).memory_info().rss + pair.coordinator.child("p2pd").memory_info().rss
 
 
+def seen(pair: Pair) -> set[str]:
+    """Whom the status shows now: on a busy machine heartbeats are late, and not all are shown at one moment."""
+    return {node.owner for node in pair.coordinator.status().nodes}
+
+
 async def test_twenty_peers_join_at_once(pair: Pair, tmp_path: Path) -> None:
     """F17. All get in, the status is served meanwhile and shows them all, memory is bounded, no work is held up."""
     holder, _ = await pair.ready()
@@ -37,13 +42,16 @@ async def test_twenty_peers_join_at_once(pair: Pair, tmp_path: Path) -> None:
         for number in range(PROCESSES)
     ]  # fmt: skip
     try:
-        asked = await say("swarm", "status", pair.world.run.ticket, "--timeout", "60")
+        asked = await say("swarm", "status", pair.world.run.ticket, "--timeout", "120")
         assert asked.code == 0, asked.err
+        missing: set[str] = set()
         for process in herd:
             assert process.stdout
             told = json.loads(await process.stdout.readline())
-            assert told["joined"] == EACH, told
-        await until(lambda: len(pair.coordinator.status().nodes) >= PROCESSES * EACH + 1, "all to be shown")
+            assert not told["problems"]
+            missing |= set(told["owners"])
+        assert len(missing) == PROCESSES * EACH
+        await until(lambda: not missing.difference_update(seen(pair)) and not missing, "all to be shown")
         assert memory(pair) < MEMORY
         await pair.coordinator.accepts(1, author=await owner(holder))
     finally:
