@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from lutetia.node.control import ask
 from lutetia.protocol.records import claim_key, node_key
-from lutetia.system.errors import IdentityError
 
 from .small_disk import disk_free, small_disk
 from .tiny_run import make_run
@@ -43,17 +41,9 @@ async def test_a_volunteers_day(coordinator: ToyCoordinator, tmp_path: Path):
         assert status["device"] == "cpu"
         assert status["precision"] == "float32: CPU"
         assert "secret key" in daemon.words()
-        await refuse_a_second(coordinator, daemon)
         await daemon.until(accepted_today=lambda count: count >= 1)
         await pause_and_resume(coordinator, daemon, status["shard"])
-        await lose_p2pd(daemon)
         await finish(coordinator, daemon)
-
-
-async def refuse_a_second(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
-    async with DaemonProcess.running(coordinator, daemon.state) as second:
-        assert await second.ended() == IdentityError.code
-        assert f"pid {daemon.process.pid}" in second.words()
 
 
 async def pause_and_resume(coordinator: ToyCoordinator, daemon: DaemonProcess, shard: int) -> None:
@@ -69,16 +59,6 @@ async def pause_and_resume(coordinator: ToyCoordinator, daemon: DaemonProcess, s
 async def claims_are(coordinator: ToyCoordinator, shard: int, state: str) -> bool:
     key = claim_key(coordinator.run.manifest.run_id, shard)
     return [claim.state for claim in await coordinator.records(key)] == [state]
-
-
-async def lose_p2pd(daemon: DaemonProcess) -> None:
-    (trainer,) = await child(daemon, "node.trainer")
-    (p2pd,) = await child(daemon, "p2pd")
-    os.kill(p2pd, signal.SIGKILL)
-    await daemon.until(online=False)
-    status = await daemon.until(online=True, state="training")
-    assert await child(daemon, "node.trainer") == {trainer}, "training went on"
-    await daemon.until(accepted=lambda count: count > status["accepted"])
 
 
 async def finish(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:

@@ -143,25 +143,6 @@ def test_a_ticket_that_pins_another_owner_is_refused(site: Site) -> None:
     assert lutetia("run", "show", forged).returncode == 40
 
 
-def test_joining_without_any_bootstrap_says_so(tmp_path: Path, site: Site) -> None:
-    nobody = Ticket.decode(site.ticket)
-    address = nobody.addresses[0].replace(f"/tcp/{site.port}/", f"/tcp/{free_port()}/")
-    ticket = nobody.model_copy(update={"addresses": (address,)}).encode()
-    run = lutetia("join", ticket, "--state-folder", tmp_path / "state", "--listen", "/ip4/127.0.0.1/tcp/0")
-    assert run.returncode == 30, run.stderr
-    assert address in run.stderr.splitlines()[-1]
-
-
-def test_two_daemons_on_one_state_folder_are_refused(site: Site) -> None:
-    run = lutetia("join", site.ticket, "--state-folder", site.worker, "--listen", "/ip4/127.0.0.1/tcp/0")
-    assert run.returncode == 11, run.stderr
-    assert local(site.worker)["state"] == "training"
-
-
-def test_two_coordinators_of_one_run_are_refused(site: Site) -> None:
-    assert lutetia("coordinator", "serve", site.folder / "run").returncode == 11
-
-
 def test_a_taken_port_is_named(site: Site, tmp_path: Path) -> None:
     make_run(site.folder, site.port, "second")
     run = lutetia("coordinator", "serve", site.folder / "second")
