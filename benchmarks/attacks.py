@@ -176,14 +176,16 @@ async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None
     """Honest runs and lies in turns, so that what is there after a while is worth a table."""
     boxes = list(settings(labs))
     with tempfile.TemporaryDirectory() as name:
-        for number in range(max(tries, labs)):
+        rounds = max(2 * tries, labs)
+        for number in range(rounds):
             folder = Path(name) / str(number)
             found = [("honest", one) for one in (await honest(folder / "honest", boxes[number]) if number < labs else ())]
-            found += [("lie", one) for one in (await lies(folder / "lies", number) if number < tries else ())]
+            if number % 2 == 0 and number < 2 * tries:
+                found += [("lie", one) for one in await lies(folder / "lies", number // 2)]
             for kind, one in found:
                 keep(kind, one)
             shutil.rmtree(folder)
-            print(f"  {number + 1} of {max(tries, labs)}", file=sys.stderr, flush=True)
+            print(f"  {number + 1} of {rounds}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,9 +23,9 @@ from .report import Machine
 _STATUS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/(\d+)(\w*)")
 _DONE = re.compile(r"Done (\d+) (?:runs )?in (\d+) second")
 _UNITS = {"": 1, "b": 1, "Kb": 1 << 10, "Mb": 1 << 20}
-_GRACE = 120.0
+_GRACE = 900.0  # a fuzzer is the least important process of a busy machine
 MEMORY_MIB = 2048
-INPUT_SECONDS = 20
+INPUT_SECONDS = 300  # by the wall; the child reports inputs that take more than a second of processor time
 
 
 @dataclass(frozen=True)
