@@ -37,6 +37,9 @@ def study(
     plan: Annotated[bool, setting("STUDY_PLAN", "Print arms, FLOPs and estimated hours; run nothing.", "--plan")] = False,
     device: Annotated[str | None, setting("DEVICE", "Train and judge on this device instead of the config's.")] = None,
     tune: Annotated[bool, setting("STUDY_TUNE", "Judge on the clips for tuning, never on test.", "--tune")] = False,
+    prepare: Annotated[
+        bool, setting("STUDY_PREPARE", "Make clips, latents and shards only; train nothing.", "--prepare")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Carry out a study.
@@ -55,9 +58,13 @@ def study(
         document = {"plan": planned.model_dump(mode="json"), "core_hours": {**guess.model_dump(), "all": guess.hours}}
         emit(document, as_json, lambda: render_plan(planned, guess))
         return
-    from .study_stages import carry_out
+    from .study_stages import carry_out, prepare_data
 
     home = (folder or config.with_suffix("")).absolute()
+    if prepare:
+        counts = prepare_data(settings, home, cache or home / "cache")
+        emit(counts, as_json, lambda: f"clips and shards are in {home}; the same command without --prepare trains")
+        return
     results = carry_out(settings, home, out or home / "results", cache or home / "cache")
     document = {"out": str(out or home / "results"), "headline": {key: [row.model_dump(mode="json") for row in rows]
                 for key, rows in results.headline.items()}}  # fmt: skip

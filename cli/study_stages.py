@@ -45,6 +45,19 @@ def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyR
     return results
 
 
+def prepare_data(config: StudyConfig, home: Path, cache: Path) -> ClipCounts:
+    """The stages that need no accelerator: clips, autoencoder, and the shards of every way of clustering."""
+    from .progress import progress
+
+    with disk_errors(home), progress(f"study {config.name}") as on_progress:
+        home.mkdir(parents=True, exist_ok=True)
+        _remember(config, home)
+        stages = Stages.prepare(config, home, home / "results", cache, on_progress)
+        for training in stages.plan.trainings:
+            stages.data(training)
+    return stages.counts
+
+
 def _remember(config: StudyConfig, home: Path) -> None:
     """Keep the study's config, and refuse to go on with another one."""
     path = home / "study.json"

@@ -142,7 +142,7 @@ def _sets(clips: Path | None, seed: int) -> tuple[tuple[Tensor, list[str]], tupl
 def _own_frames(clips: Sequence[ClipSource], seed: int) -> tuple[Tensor, list[str]]:
     """OWN_FRAMES random frames of each clip, uint8 [N, 3, SIZE, SIZE], and their kinds."""
     rng = np.random.default_rng(seed)
-    shape = ClipShape(frames=CLIP_FRAMES, height=SIZE, width=SIZE, start="whole")
+    shape = ClipShape(frames=CLIP_FRAMES, height=SIZE, width=SIZE, start="whole", short="loop")
     chosen = [decode_clip(clip.path, shape)[rng.choice(CLIP_FRAMES, OWN_FRAMES, replace=False)] for clip in clips]
     kinds = [clip.kind for clip in clips for _ in range(OWN_FRAMES)]
     return torch.from_numpy(np.concatenate(chosen)).permute(0, 3, 1, 2).contiguous(), kinds

@@ -1,0 +1,45 @@
+"""An autoencoder for the user's own clips: from frames of the split train alone, in a folder that a build takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lutetia.models.data.latents import load_latents
+from lutetia.models.data.made import make_clips
+from lutetia.models.data.stand_in import train_autoencoder
+from lutetia.system.errors import DataError
+
+
+def with_splits(folder: Path, tested: int) -> Path:
+    """Drawn clips of which the last `tested` are unreadable and held out: whoever opens them fails."""
+    make_clips(folder, 60, 0, 4, 16)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number >= len(rows) - tested else "train"
+        if row["split"] == "test":
+            (folder / row["file_name"]).write_bytes(b"no video")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_it_learns_frames_of_train_only_and_serves_as_latents(tmp_path: Path) -> None:
+    clips = with_splits(tmp_path / "clips", 12)
+    report = train_autoencoder(tmp_path / "ae", 0, steps=2, channels=5, clips=clips)
+    assert report["steps"] == 2
+    assert set(report["psnr_db"]) <= {"camera", "digit", "shape"}
+    latents = load_latents(str(tmp_path / "ae"))
+    assert latents.shape_of(3, 64, 64) == (5, 3, 8, 8)
+    frames = np.zeros((1, 3, 64, 64, 3), np.uint8)
+    assert latents.decode(latents.encode(frames)).shape == frames.shape
+    mean, std = latents.shipped_statistics or ((), ())
+    assert len(mean) == len(std) == 5
+
+
+def test_a_handful_of_clips_is_refused(tmp_path: Path) -> None:
+    make_clips(tmp_path / "clips", 3, 0, 4, 16)
+    with pytest.raises(DataError, match=r"too few for an autoencoder"):
+        train_autoencoder(tmp_path / "ae", 0, steps=2, clips=tmp_path / "clips")
+    assert not (tmp_path / "ae").exists()

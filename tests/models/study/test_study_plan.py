@@ -1,0 +1,108 @@
+"""Arms spend what they say: FLOPs by torch's counter, the router included, none above its tier's budget."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lutetia.models.experts import build_expert, call_expert
+from lutetia.models.study.config import StudyConfig
+from lutetia.models.study.flops import expert_cost, router_cost
+from lutetia.models.study.plan import Plan, plan_study, planned_latent
+from lutetia.protocol.manifest import ExpertSpec, RouterSpec
+from lutetia.system.errors import ConfigError
+from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+from toys import LATENT, WAN
+
+STUDIES = Path(__file__).parents[3] / "docs" / "studies"
+
+
+def config(**changes: Any) -> StudyConfig:
+    values = tomllib.loads((STUDIES / "union.toml").read_text())
+    return StudyConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_study(settings := config(), planned_latent(settings))
+
+
+def test_linear_layers_are_counted_as_arithmetic_says() -> None:
+    cost = expert_cost(WAN, LATENT)
+    assert cost.parameters == sum(p.numel() for p in build_expert(WAN, 0).parameters())
+    assert 2.5 < cost.training / cost.forward < 3.1  # backward: twice the forward pass, less the first layer's input
+    deeper = ExpertSpec(config={**WAN.config, "num_layers": 2})
+    assert expert_cost(deeper, LATENT).forward > cost.forward
+
+
+def test_counting_without_arithmetic_agrees_with_counting_a_real_pass() -> None:
+    model = build_expert(WAN, 0)
+    x, tokens = torch.randn(1, *LATENT.shape), torch.randn(1, LATENT.text_tokens, LATENT.text_width)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        call_expert(model, x, torch.rand(1), tokens, torch.randn(1, LATENT.pooled_width)).sum().backward()
+    assert counter.get_total_flops() == expert_cost(WAN, LATENT).training
+
+
+def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: Plan) -> None:
+    for tier in ("headline", "control"):
+        arms = [training for training in plan.trainings if training.tier == tier]
+        budget = config().samples * arms[0].flops_per_sample * (1 if tier == "headline" else config().controls.share)
+        for training in arms:
+            step = training.experts * training.batch * training.flops_per_sample
+            assert budget - config().checkpoints * step <= training.flops <= budget * 1.0001, training.name
+            assert training.samples_per_shard == training.epochs * training.checkpoint_samples
+            assert training.checkpoint_samples % training.batch == 0
+    mixture = plan.of("headline", "mixture")[0]
+    assert mixture.router_flops > 0
+    assert mixture.flops_at(0) == mixture.router_flops
+    assert 0 < mixture.router_flops / mixture.flops < 0.05
+
+
+def test_controls_are_what_they_are_called(plan: Plan) -> None:
+    arms = {training.arm: training for training in plan.trainings if training.tier == "control"}
+    monolith, mixture = arms["monolith"], arms["mixture"]
+    assert arms["small-batch"].batch * 3 == monolith.batch
+    steps = {name: each.samples_per_shard // each.batch for name, each in arms.items()}
+    assert steps["small-batch"] / steps["monolith"] == pytest.approx(3, rel=0.05)
+    assert arms["random"].method == "random"
+    assert arms["random"].data != mixture.data
+    assert arms["wide"].parameters / mixture.parameters == pytest.approx(1, rel=0.05)
+    assert arms["narrow"].parameters / monolith.parameters == pytest.approx(1, rel=0.05)
+    assert {"2-experts", "4-experts", "8-experts"} <= arms.keys()
+    asked = {(reading.route, reading.mode, reading.expert) for reading in plan.readings_of(mixture)}
+    assert {("text-blind", None, None), ("oracle", None, None), ("router", "sticky", None), ("router", None, 2)} <= asked
+    assert ("router", "top1", None) not in asked  # that is the plain one
+    names = [reading.name for reading in plan.readings]
+    assert len(set(names)) == len(names)
+
+
+def test_curves_have_one_n_and_the_end_has_all_clips(plan: Plan) -> None:
+    readings = plan.readings_of(plan.of("headline", "monolith")[0])
+    assert [(r.epoch, r.clips) for r in readings if r.clips == 128] == [(1, 128), (2, 128), (3, 128), (4, 128)]
+    assert {(r.epoch, r.prompts) for r in readings if r.clips == 256} == {(4, "natural"), (4, "stratified")}
+
+
+def test_studies_that_cannot_be_equal_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"must be divisible by the number of experts"):
+        config(optimisation={"batch": 25})
+    with pytest.raises(ValidationError, match=r"the control wide needs an expert"):
+        config(wide=None)
+    with pytest.raises(ValidationError, match=r"samplez"):
+        config(samplez=3)
+    poor = config(samples=1000)
+    with pytest.raises(ConfigError, match=r"leaves arm .* fewer than 4 steps"):
+        plan_study(poor, planned_latent(poor))
+
+
+def test_the_router_grows_with_its_experts() -> None:
+    few, many = (router_cost(RouterSpec(), LATENT, experts).parameters for experts in (2, 8))
+    assert few < many
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_study_is_well_formed(path: Path) -> None:
+    StudyConfig(**tomllib.loads(path.read_text()))
