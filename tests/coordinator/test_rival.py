@@ -20,6 +20,10 @@ from lutetia.system.errors import IdentityError
 MANIFEST = make_manifest(epochs=3)
 
 
+def anything(key: str | None, subkey: str, value: bytes, expires: float) -> str:
+    return key or ""
+
+
 def acceptance(epoch: int, parent: str | None, text: str = "", by: Identity = COORDINATOR) -> AcceptanceRecord:
     record = make_record(MANIFEST, PEERS[0], epoch=epoch, parent=parent, text=text)
     return AcceptanceRecord(
@@ -45,8 +49,7 @@ def heard(ledger: Ledger, word: AcceptanceRecord, by: Identity) -> Callable[[], 
 
     async def scenario() -> None:
         network = MemoryNetwork(seed=1)
-        check = lambda key, subkey, value, expires: key or ""  # noqa: E731
-        other, ours = (network.peer(Identity.derived(name), check) for name in ("other", "ours"))
+        other, ours = (network.peer(Identity.derived(name), anything) for name in ("other", "ours"))
         assert await publish(other, by, word, 600)
         await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
 
@@ -71,7 +74,7 @@ def test_the_word_of_another_coordinator_of_the_manifest_is_its_own(ledger: Ledg
 
 def test_nobody_to_ask_is_no_rival(ledger: Ledger) -> None:
     async def scenario() -> None:
-        ours = MemoryNetwork(seed=1).peer(COORDINATOR, lambda key, subkey, value, expires: key or "")
+        ours = MemoryNetwork(seed=1).peer(COORDINATOR, anything)
         await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
         await ours.close()
         await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
