@@ -67,6 +67,7 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig) -> No
     """The run of `training`, its keys and so its weights a function of study, training and seed."""
     from ..coordinator.create import Birth, create_run
     from ..coordinator.settings import RunSettings
+    from ..protocol.manifest import AuditPolicy, Timing
 
     machines = config.machines
     settings = RunSettings(
@@ -79,7 +80,8 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig) -> No
         holdout_tolerance=config.holdout_tolerance,
         router=config.router,
         sampling=config.sampling,
-        timing={"heartbeat": machines.heartbeat, "tenure": max(60.0, 10 * machines.heartbeat)},  # pyright: ignore[reportArgumentType]
+        timing=Timing(heartbeat=machines.heartbeat, tenure=max(60.0, 10 * machines.heartbeat)),
+        audit=AuditPolicy() if machines.audits else AuditPolicy(replay_steps=0, whole_epoch=0.0),
         valid_days=_STUDY_DAYS,
     )
     create_run(data, run, settings, Birth.of_seed(f"{config.name}|{training.name}"))

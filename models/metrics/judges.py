@@ -25,7 +25,7 @@ from .clips import ClipSet
 from .efficientnet import EfficientNetExtractor
 from .features import Extractor, FeatureCache
 from .fvd import distances
-from .i3d import I3DExtractor
+from .i3d import I3DExtractor, Precision
 from .motion import MotionExtractor
 from .sentences import MiniLM
 
@@ -57,6 +57,7 @@ class JudgeSettings(Frozen):
     clip: str | None = None
     aesthetic: Path | None = None
     device: str = "cpu"
+    i3d_precision: Precision = "float32"
     resamples: int = 60
 
 
@@ -134,8 +135,12 @@ class Judges:
         return judge
 
     def _fvd(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
-        self.i3d = I3DExtractor(self.settings.i3d, self.settings.device)
-        return self._distance(self.i3d, "logits", "FVD", "I3D Kinetics-400 logits, 224 px; compare at equal N only")
+        self.i3d = self._network()
+        exact = "" if self.i3d.precision == "float32" else f" in {self.i3d.precision}"
+        return self._distance(self.i3d, "logits", "FVD", f"I3D Kinetics-400 logits{exact}, 224 px; compare at equal N only")
+
+    def _network(self) -> I3DExtractor:
+        return I3DExtractor(self.settings.i3d, self.settings.device, precision=self.settings.i3d_precision)
 
     def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
         extractor = MotionExtractor()
@@ -151,7 +156,7 @@ class Judges:
         return judge
 
     def _retrieval(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
-        extractor, encode = I3DExtractor(self.settings.i3d, self.settings.device), MiniLM(self.settings.minilm)
+        extractor, encode = self._network(), MiniLM(self.settings.minilm)
         probe = fit_probe(self.features(extractor, fit, "pooled", PROBE_NAME), encode(fit.captions).numpy())
         vectors = encode(self.candidates).numpy()
 

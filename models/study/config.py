@@ -97,6 +97,7 @@ class Machines(Frozen):
     threads: int | None = Field(default=None, ge=1)
     device: str = "cpu"
     heartbeat: Positive = 2.0
+    audits: bool = Field(default=False, description="replay work as among strangers; all processes here are our own")
     patience: Positive = Field(default=180.0, description="seconds without a new accepted checkpoint or sample before giving up")
 
 

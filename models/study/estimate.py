@@ -74,7 +74,7 @@ def _network_pace(config: StudyConfig) -> float | None:
     if data.frames < MIN_FRAMES or "fvd" not in config.judging.judges.metrics:
         return None
     try:
-        extractor = I3DExtractor(config.judging.judges.i3d)
+        extractor = I3DExtractor(config.judging.judges.i3d, precision=config.judging.judges.i3d_precision)
     except DataError:
         return None
     clip = torch.randint(0, 255, (1, data.frames, data.height, data.width, 3), dtype=torch.uint8)

@@ -14,6 +14,7 @@ from lutetia.models.metrics.frechet import frechet_of_rows
 from lutetia.models.metrics.i3d import I3D, I3DExtractor, Unit, max_pool_same, preprocess, same_padding
 from lutetia.system.errors import DataError, IntegrityError
 from safetensors.torch import save_file
+from small_networks import write_assets
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,11 @@ def test_padding_is_tensorflows_same(size, kernel, stride, pads) -> None:
 
 
 def test_padding_never_wins_a_maximum() -> None:
-    negative = -torch.rand(1, 2, 5, 6, 7) - 1
+    negative = -torch.rand(1, 2, 5, 6, 7, generator=torch.Generator().manual_seed(0)) - 1
     pooled = max_pool_same(negative, (3, 3, 3), (2, 2, 2))
     assert pooled.shape == (1, 2, 3, 3, 4)
-    assert (pooled < -1).all()
-    assert pooled[0, 0, 0, 0, 0] == negative[0, 0, :2, :2, :2].max()  # 6 rows, stride 2: nothing in front, one behind
+    assert (pooled <= -1).all()
+    assert pooled[0, 0, 0, 0, 0] == negative[0, 0, :2, :3, :2].max()  # of 5 and 7 one in front; of 6 rows nothing, one behind
 
 
 def test_the_folded_unit_is_convolution_then_normalisation() -> None:
@@ -88,3 +89,15 @@ def test_missing_and_foreign_weights_are_named(tmp_path: Path, monkeypatch: pyte
         I3DExtractor(tmp_path / "other.safetensors")
     with pytest.raises(IntegrityError):
         I3D({"Conv3d_1a_7x7/w": torch.from_numpy(np.zeros((64, 3, 7, 7, 7), np.float32))})
+
+
+def test_half_precision_is_near_and_never_mistaken_for_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTETIA_ASSETS", str(write_assets(tmp_path / "assets", ["a"])))
+    clips = torch.randint(0, 255, (2, 10, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    whole, half = I3DExtractor(), I3DExtractor(precision="bfloat16")
+    assert whole.tag != half.tag
+    exact, near = whole(clips), half(clips)
+    for name in ("logits", "pooled"):
+        assert near[name].dtype == torch.float32
+        assert not torch.equal(near[name], exact[name])
+        assert torch.allclose(near[name], exact[name], atol=0.1 * float(exact[name].abs().max()))
