@@ -54,7 +54,7 @@ def _choose(turn: Turn) -> None:
     """Go for the best free shard, or stand by."""
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
-    held = state.disk_full_since is not None or min((view.held_until for view in views), default=now + 1) > now
+    held = state.disk_full_since is not None or min([view.held_until for view in views], default=now + 1) > now
     free = [] if held else free_shards(views, rules.epochs, now)
     guessed = [
         view for view in free if view.held_until > state.looked.get(view.shard, 0.0)
@@ -121,12 +121,14 @@ def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:
     """
     state, epochs, owner = turn.state, turn.rules.epochs, turn.rules.owner
     views, looked, lease, due, first = state.views, state.looked, turn.rules.lease, [], math.inf
-    for shard in range(turn.rules.shards):
-        view = views.get(shard)
-        stale = 0.0 if view is None else looked.get(shard, 0.0) + lease
-        if view is not None and view.epoch < epochs:
-            others = view if owner not in view.claimants else _strangers(turn, view)
-            stale = min(stale, others.held_until)
+    for shard in range(turn.rules.shards):  # the innermost loop of a standby
+        view, stale = views.get(shard), 0.0
+        if view is not None:
+            stale = looked.get(shard, 0.0) + lease
+            if view.epoch < epochs:
+                held = view.held_until if owner not in view.claimants else _strangers(turn, view).held_until
+                if held < stale:
+                    stale = held
         if stale <= soon:
             due.append(shard)
             first = min(first, stale)

@@ -50,14 +50,10 @@ def protected(seen: Seen, view: ShardView, owner: str, tenure: float, interval: 
 
     Who says that its epoch is whole waits for the coordinator, and only the longer time runs against it.
     """
-    whole = (view.epoch + 1) * interval
-
-    def holds(claimant: str) -> bool:
-        entry = seen.get(claimant)
-        if entry is None or claimant == owner:
-            return True
-        idle = entry.samples < whole and now - entry.moved > IDLE * tenure
-        return not idle and now - entry.since <= SLOWEST * tenure
-
-    lost = {claimant for claimant in view.claimants if not holds(claimant)}
+    whole, idle_since, slow_since = (view.epoch + 1) * interval, now - IDLE * tenure, now - SLOWEST * tenure
+    lost = {
+        claimant
+        for claimant, entry in seen.items()
+        if (entry.moved < idle_since and entry.samples < whole or entry.since < slow_since) and claimant != owner
+    }
     return view.with_claims(claim for claim in view.claims if claim.record.owner not in lost) if lost else view

@@ -66,12 +66,12 @@ def _replay_without_end(events: Sequence[LedgerEvent]) -> RunState:
 def _claims_live_forever(rules: Rules, state: State, event: m.Event) -> tuple[State, list[m.Action]]:
     """A claim that was seen once counts for good: nobody takes over from the dead."""
     if isinstance(event, m.SwarmSeen):
-        event = replace(event, views=tuple(_still_claimed(state.views.get(view.shard), view) for view in event.views))
+        event = replace(event, views=tuple(_still_claimed(state.views.get(view.shard), view, event.now) for view in event.views))
     return advance(rules, state, event)
 
 
-def _still_claimed(before: ShardView | None, view: ShardView) -> ShardView:
-    if view.claims or before is None:
+def _still_claimed(before: ShardView | None, view: ShardView, now: float) -> ShardView:
+    if before is None or view.live(now):
         return view
     return replace(view, claims=tuple(LiveClaim(claim.record, claim.expires + 1e6) for claim in before.claims))
 

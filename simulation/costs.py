@@ -16,7 +16,9 @@ from ..protocol.records import (
     Hardware,
     NodeRecord,
     ProviderRecord,
+    QuarantineRecord,
     Record,
+    ResetRecord,
     seal,
 )  # fmt: skip
 
@@ -43,6 +45,8 @@ def record_bytes() -> dict[str, int]:
             loss=0.123456,
         ),
         ProviderRecord(**common, **place, blob=ref.digest),
+        ResetRecord(**common, shard=17, term=1),
+        QuarantineRecord(**common, peers=(peer.public_key,)),
         AcceptanceRecord(
             **common, shard=17, epoch=12, checkpoint="cd" * 32, parent="ef" * 32, weights=ref, state=ref, samples=9600,
             author=peer.public_key, tenure_until=now, holdout_loss=0.123456,

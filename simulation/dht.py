@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,14 +16,14 @@ from ..protocol.claims import LiveClaim, ShardView, latest_acceptance
 from ..protocol.identity import Identity
 from ..protocol.manifest import Manifest
 from ..protocol.records import (
-    AcceptanceRecord,
     RecordLimits,
     RecordRefused,
+    ResetRecord,
     acceptance_key,
     check_times,
     claim_key,
     seal,
-)  # fmt: skip
+)
 from ..protocol.services import record_check
 from .agenda import Agenda
 from .costs import Costs
@@ -44,6 +45,8 @@ class Stored:
 
 class Replica(Member, Protocol):
     parts: dict[str, dict[str, Stored]]
+    written: set[str]
+    """Keys under which it filed records of its own."""
     denies: bool
     """A sybil's replica: says that it keeps, and never shows anything."""
 
@@ -62,8 +65,9 @@ class Dht:
         self._members: dict[int, Replica] = {}
         self._places: dict[str, int] = {}
         self._near: dict[tuple[str, int], tuple[tuple[int, int], list[Replica]]] = {}
-        self._written: dict[str, int] = {}
-        self._views: dict[tuple[int, int], tuple[tuple[int, int, int, int], ShardView]] = {}
+        self._shards = {key: shard for keys in (self.claim_keys, self.acceptance_keys) for shard, key in enumerate(keys)}
+        self._views: dict[int, dict[int, ShardView]] = {}
+        self._views_version = (0, 0)
         self._ring_version = 0
         self._clock = 0.0
         self._real_check = record_check(manifest, lambda: self._clock)
@@ -99,6 +103,7 @@ class Dht:
         self._members.pop(member.index, None)
         self._ring = [place for place in self._ring if place[1] != member.index]
         member.parts.clear()
+        member.written.clear()
         self._ring_version += 1
 
     def changed(self) -> None:
@@ -136,6 +141,7 @@ class Dht:
         stored, key = Stored(record, expires, sealed, self._agenda.cause), record.key()
         near = self.nearest(source, key)
         self._costs.stored(record.kind, len(near), self.size)
+        source.written.add(key)
         self._keep(source, key, record.owner, stored, own=True)
         for replica in near:
             if replica is not source and not self._lines.lost():
@@ -162,7 +168,9 @@ class Dht:
                 for other in [name for name, held in mine.items() if held.expires < now - 120]:
                     del mine[other]
             mine[owner] = stored
-            self._written[key] = self._written.get(key, 0) + 1
+            if (shard := self._shards.get(key)) is not None:
+                for known in self._views.values():
+                    known.pop(shard, None)
 
     def _accepts(self, key: str, owner: str, stored: Stored, clock: float) -> bool:
         try:
@@ -178,12 +186,12 @@ class Dht:
 
     # reading
 
-    def read(self, source: Replica, key: str) -> dict[str, Stored]:
-        """The live records under `key` that reach `source`, newest per owner."""
-        own = source.parts.get(key, {})
-        found = dict(own)
+    def read(self, source: Replica, key: str, *, own: bool = True) -> dict[str, Stored]:
+        """The live records under `key` that reach `source`, newest per owner; `own`: also what it holds, replica or not."""
+        mine = source.parts.get(key, {}) if own else {}
+        found = dict(mine)
         for replica in self.nearest(source, key):
-            if replica is source or replica.denies or self._lines.lost() or self._lines.lost():
+            if (replica is source and own) or replica.denies or (replica is not source and self._lose()):
                 continue
             clock = replica.clock()
             for owner, stored in replica.parts.get(key, {}).items():
@@ -194,28 +202,40 @@ class Dht:
         if self._strict:
             live = {
                 owner: stored for owner, stored in live.items()
-                if own.get(owner) is stored or self._accepts(key, owner, stored, clock)
+                if mine.get(owner) is stored or self._accepts(key, owner, stored, clock)
             }  # fmt: skip
         return live
 
-    def view(self, source: Replica, shard: int) -> ShardView:
-        """Claims and acceptance of one shard. Readers who would see the same are handed the same object."""
-        claims, accepted = self.claim_keys[shard], self.acceptance_keys[shard]
-        own = claims in source.parts or accepted in source.parts
-        if own or self._strict or self._lines.loss or self._lines.blocked:
-            return self._build(source, shard, claims, accepted)
-        slot = (shard, self._lines.group(source.index))
-        version = (self._written.get(claims, 0), self._written.get(accepted, 0), self._ring_version, self._lines.version)
-        known = self._views.get(slot)
-        if known is None or known[0] != version:
-            known = self._views[slot] = (version, self._build(source, shard, claims, accepted))
-        return known[1]
+    def _lose(self) -> bool:
+        """Question or answer."""
+        return self._lines.lost() or self._lines.lost()
 
-    def _build(self, source: Replica, shard: int, claims: str, accepted: str) -> ShardView:
-        found = self.read(source, claims)
-        live = tuple(LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found))
-        given: list[AcceptanceRecord] = [stored.record for stored in self.read(source, accepted).values()]
-        return ShardView(shard, live, latest_acceptance(given))
+    def look(self, source: Replica, shards: Sequence[int]) -> tuple[ShardView, ...]:
+        """Claims and acceptances. Readers who would see the same get the same objects, made when a record or a line changes."""
+        if self._strict or self._lines.loss or self._lines.blocked:
+            return tuple([self._view(source, shard) for shard in shards])
+        version = (self._ring_version, self._lines.version)
+        if version != self._views_version:
+            self._views.clear()
+            self._views_version = version
+        known = self._views.setdefault(self._lines.group(source.index), {})
+        for shard in shards:
+            if shard not in known:
+                known[shard] = self._view(source, shard, own=False)
+        if not source.written:
+            return tuple([known[shard] for shard in shards])
+        own, claims, given = source.written, self.claim_keys, self.acceptance_keys
+        return tuple(  # a writer sees what it wrote before any replica has it
+            [self._view(source, shard) if claims[shard] in own or given[shard] in own else known[shard] for shard in shards]
+        )
+
+    def _view(self, source: Replica, shard: int, *, own: bool = True) -> ShardView:
+        found = self.read(source, self.claim_keys[shard], own=own)
+        live = tuple([LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found)])
+        given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
+        if isinstance(given, ResetRecord):
+            return ShardView(shard, live, None, given.term)
+        return ShardView(shard, live, given)
 
     def writers(self, source: Replica, shard: int) -> list[int]:
         """The happenings that wrote what `source` sees of the shard."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..system.errors import UnreachableError
 from .agenda import Agenda
@@ -24,15 +24,15 @@ _PATIENCE = 30.0
 class Content:
     """What lies behind a checkpoint: its weights by hash, their held-out loss, and what a look inside would show.
 
-    `intact`: the bytes hash to their name. `sound`: names, shapes and dtypes of the manifest, all finite. `trained`: by the steps
-    that the manifest wants, which only a replay could tell.
+    `intact`: the bytes hash to their name. `sound`: names, shapes and dtypes of the manifest, all finite. `faked`: which
+    steps were not taken, as only a replay can tell: none, all, or all but the first, which a replay of the first does not see.
     """
 
     weights: str
     loss: float
     intact: bool = True
     sound: bool = True
-    trained: bool = True
+    faked: Literal["none", "all", "end"] = "none"
 
 
 def honest_loss(shard: int, epoch: int, weights: str) -> float:

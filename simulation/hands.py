@@ -250,12 +250,12 @@ def _following(shelf: Shelf, epoch: int, parent: str | None) -> str | None:
 def _tampered(conduct: Conduct, honest: Content, parent: Content | None, owner: str) -> Content:
     match conduct:
         case "untrained":
-            return replace(parent, trained=False) if parent else replace(honest, trained=False, loss=3 * honest.loss)
+            return replace(parent, faked="all") if parent else replace(honest, faked="all", loss=3 * honest.loss)
         case "not-a-number" | "wrong-shapes":
             return replace(honest, weights=f"{conduct} {owner[:8]} {honest.weights}", sound=False)
         case "spoilt":
             return replace(honest, weights=f"spoilt {owner[:8]} {honest.weights}", intact=False)
         case "poisoned":
-            return replace(honest, weights=f"poisoned {owner[:8]} {honest.weights}", trained=False)
+            return replace(honest, weights=f"poisoned {owner[:8]} {honest.weights}", faked="end")
         case _:
             return honest

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..coordinator.messages import Publish
+from ..coordinator.messages import Publish, Write
+from ..protocol.events import LineageRolledBack
 from ..protocol.ledger_state import RunState
 from ..protocol.records import CheckpointRecord
 from ..protocol.status import SwarmStatus
@@ -49,6 +50,9 @@ class Invariants:
         self.accepted: dict[tuple[int, int], str] = {}
         self._accepting: dict[tuple[int, int], int] = {}
         """The happening in which each epoch was accepted."""
+        self._ever: dict[tuple[int, int], set[str]] = {}
+        """Everything that was ever accepted there, rolled back or not."""
+        self.rolled_back = 0
         self.heads = [0] * setting.shards
         self._holders = [0] * setting.shards
         self._free_number = [0] * setting.shards
@@ -75,11 +79,11 @@ class Invariants:
             self._fail("I5", f"{peer} trains shard {trainer.shard} with shard {work and work.shard} in hand")
         if work is not None and work.checkpoint is not None:
             checks["I1"] += 1
-            if (known := self.accepted.get((work.shard, work.epoch))) != work.checkpoint:
-                self._fail(
-                    "I1",
-                    f"{peer} stands on {work.checkpoint[:12]} as epoch {work.epoch} of shard {work.shard}; accepted: {known}",
+            if work.checkpoint not in self._ever.get((work.shard, work.epoch), ()):
+                text = (
+                    f"{peer} stands on {work.checkpoint[:12]} as epoch {work.epoch} of shard {work.shard}, which nobody accepted"
                 )
+                self._fail("I1", text)
         self._follow_holder(peer, work)
         standby = peer.running and not peer.frozen and state.online and state.phase in ("idle", "claiming")
         if not standby or state.disk_full_since is not None:
@@ -139,7 +143,7 @@ class Invariants:
 
     # --- the coordinator --------------------------------------------------------------------------------------------------
 
-    def after_judge(self, office: Office, before: RunState, actions: Sequence[Any]) -> None:
+    def after_judge(self, office: Office, actions: Sequence[Any]) -> None:
         """After everything that a coordinator decides."""
         self.checks["I3"] += 1
         run = office.state.run
@@ -147,8 +151,8 @@ class Invariants:
             if isinstance(action, Publish):
                 self._check_acceptance(action)
                 self._check_kept(office, action.acceptance.shard, run)
-        if run.accepted < before.accepted:
-            self._fail("I3", f"{office} forgot acceptances: {before.accepted} became {run.accepted}")
+            elif isinstance(action, Write) and isinstance(action.event, LineageRolledBack):
+                self._check_roll_back(action.event)
 
     def _check_acceptance(self, action: Publish) -> None:
         given, world = action.acceptance, self._world
@@ -158,6 +162,7 @@ class Invariants:
         if known != given.checkpoint:
             text = f"epoch {given.epoch} of shard {given.shard} was accepted as {known[:12]} and as {given.checkpoint[:12]}"
             self._fail("I1", text, cause)
+        self._ever.setdefault(place, set()).add(given.checkpoint)
         parent = self.accepted.get((given.shard, given.epoch - 1))
         if given.parent != parent:
             self._fail("I1", f"epoch {given.epoch} of shard {given.shard} stands on {given.parent}, but accepted was {parent}")
@@ -167,6 +172,17 @@ class Invariants:
         if content is None or not (content.intact and content.sound):
             self._fail("I2", f"accepted epoch {given.epoch} of shard {given.shard} is {content}")
         self._works.setdefault((given.author, given.shard), []).append(world.agenda.now)
+
+    def _check_roll_back(self, event: LineageRolledBack) -> None:
+        """Only what stands on a faked epoch is taken back."""
+        self.checks["I3"] += 1
+        if self._world.goods.contents[event.checkpoint].faked == "none":
+            self._fail("I3", f"honest epoch {event.epoch + 1} of shard {event.shard} was taken back ({event.checkpoint[:12]})")
+        for epoch in range(event.epoch + 1, self.heads[event.shard] + 1):
+            self.accepted.pop((event.shard, epoch), None)
+            self._accepting.pop((event.shard, epoch), None)
+            self.rolled_back += 1
+        self.heads[event.shard] = event.epoch
 
     def _check_kept(self, office: Office, shard: int, run: RunState) -> None:
         if run.shards[shard].epoch < self.heads[shard]:

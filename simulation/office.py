@@ -7,23 +7,28 @@ into a checkpoint `check_seconds`; the held-out loss is that of the content.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..coordinator import messages as j
+from ..coordinator.auditing import standing
 from ..coordinator.judge import JudgeState
 from ..coordinator.judge import Rules as JudgeRules
 from ..coordinator.ladder import SizeLimits, Stopped
 from ..coordinator.lookout import sighted
+from ..protocol.audits import Finding
 from ..protocol.canonical import canonical
 from ..protocol.events import CoordinatorStarted, Event, RunCreated, read_event
 from ..protocol.identity import Identity
 from ..protocol.offers import OfferReply
 from ..protocol.records import (
+    MAX_QUARANTINED,
     AcceptanceRecord,
     CheckpointRecord,
+    QuarantineRecord,
     RecordLimits,
     RecordRefused,
-    acceptance_key,
+    ResetRecord,
     checkpoint_key,
     open_record,
 )  # fmt: skip
@@ -49,6 +54,7 @@ class Office:
         self.running = self.denies = False
         self.boot = 0
         self.parts: dict[str, dict[str, Any]] = {}
+        self.written: set[str] = set()
         self.view = LiveView()
         self.refuse_publishing = False
         """Dies between writing the ledger and telling anybody (a crash at the worst moment)."""
@@ -133,7 +139,6 @@ class Office:
         """Judge, write the ledger, then carry out."""
         world = self.world
         world.costs.judged += 1
-        before = self.state.run
         self.state, actions = world.decide.judge(self.rules, self.state, stimulus)
         if world.story is not None:
             world.story.judged(self, stimulus, actions)
@@ -141,7 +146,7 @@ class Office:
         for action in actions:
             if isinstance(action, j.Write):
                 self.ledger.append(action.event)
-        world.invariants.after_judge(self, before, actions)
+        world.invariants.after_judge(self, actions)
         for action in actions:
             match action:
                 case j.Answer():
@@ -155,6 +160,10 @@ class Office:
                         self._publish(action.acceptance)
                 case j.Check():
                     self._check(action)
+                case j.Audit():
+                    drive(world.agenda, self._replay(action), partial(self._audited, self.boot, action))
+                case j.Proclaim():
+                    self._publish(action.record)
                 case _:
                     pass
         return reply
@@ -170,10 +179,32 @@ class Office:
             self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, _Rungs(self)), done
         )
 
-    def _publish(self, acceptance: AcceptanceRecord) -> None:
-        record = acceptance.model_copy(update={"issued": self.clock()})
-        key = acceptance_key(record.run, record.shard)
-        expires = max(self.clock() + self._limits.longest("acceptance"), self._expiries.get(key, 0.0) + 0.001)
+    async def _replay(self, action: j.Audit) -> Finding:
+        """Steps cost here what they cost a box of speed 1; the first steps tell who took none, all of them who faked the end."""
+        world, audit = self.world, action.audit
+        steps = world.manifest.steps_per_epoch if audit.whole else world.manifest.audit.replay_steps
+        await Pause(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
+        faked = world.goods.contents[audit.checkpoint].faked
+        caught = faked == "all" or (faked == "end" and audit.whole)
+        return Finding(outcome="invalid", text="the replay gave other losses") if caught else Finding(outcome="valid")
+
+    def _audited(self, boot: int, action: j.Audit, finding: Finding) -> None:
+        if boot == self.boot:
+            self.hear(j.Audited(action.audit.checkpoint, finding, self.clock()))
+
+    def _quarantine(self) -> QuarantineRecord:
+        """As `coordinator.serve`: who claims something first, then the newest."""
+        run, claiming = self.state.run, {claim.record.owner for claim in self.view.claims}
+        known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
+        peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
+        return QuarantineRecord(run=run.run, owner=self.identity.public_key, issued=self.clock(), peers=peers)
+
+    def _publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
+        """What a roll-back leaves standing has somebody in quarantine, which is published with it."""
+        if not isinstance(record, QuarantineRecord) and record.term and self.state.run.quarantined:
+            self._publish(self._quarantine())
+        record, key = record.model_copy(update={"issued": self.clock()}), record.key()
+        expires = max(self.clock() + self._limits.longest(record.kind), self._expiries.get(key, 0.0) + 0.001)
         self._expiries[key] = expires
         self.world.dht.store(self, record, expires, self.identity if self.world.setting.signed else None)
 
@@ -183,9 +214,10 @@ class Office:
         self.hear(j.Tick(self.clock()))
 
     def _renew(self) -> None:
-        for shard in self.state.run.shards.values():
-            if shard.acceptance:
-                self._publish(shard.acceptance)
+        run = self.state.run
+        for index, shard in run.shards.items():
+            if shard.acceptance or shard.term:
+                self._publish(standing(self.rules, run, index, self.clock()))
 
     def _poll(self) -> None:
         """As `coordinator.lookout`: results that nobody offered by stream, nodes and claims."""
@@ -195,9 +227,8 @@ class Office:
                 if world.story is not None:
                     world.story.found(self, stored)
                 self.hear(j.Offered(stored.record, self.clock(), "poll"))
-        claims = [
-            (claim.record, claim.expires) for shard in range(world.setting.shards) for claim in world.dht.view(self, shard).claims
-        ]
+        views = world.dht.look(self, range(world.setting.shards))
+        claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
         nodes = [
             (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
             if sighting.expires > self.clock() and (not peer.running or world.lines.together(peer.index, self.index))
@@ -243,6 +274,9 @@ class _Rungs:
     async def baseline(self, shard: int) -> float:
         await Pause(self._world.setting.check_seconds / 3)
         return (0.25 + 0.05 * (shard % 3)) * 3.2
+
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        return self._content(record).loss
 
     async def loss(self, record: CheckpointRecord) -> float:
         await Pause(self._world.setting.check_seconds / 3)

@@ -82,6 +82,17 @@ def refused_all(kinds: int) -> End:
     return end
 
 
+def caught(world: World) -> str | None:
+    """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
+    run = world.offices[0].state.run
+    for shard in run.shards.values():
+        for link in shard.lineage:
+            faked = world.goods.contents[link.acceptance.checkpoint].faked
+            if faked == "all" and world.agenda.now - link.at > 5 * world.setting.epoch_seconds:
+                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
+    return None
+
+
 def no_double_work(world: World) -> str | None:
     """Nobody trains what others train: at most a tenth of all steps were for nothing."""
     steps = world.manifest.steps_per_epoch

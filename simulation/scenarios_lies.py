@@ -6,7 +6,7 @@ from random import Random
 
 from .forgery import KINDS
 from .plan import Step
-from .scenario import Scenario, advanced, joins, owned, refused_all
+from .scenario import Scenario, advanced, caught, joins, owned, refused_all
 from .setting import Setting
 
 _SIGNED = Setting(shards=3, epochs=100, signed=True)
@@ -45,7 +45,26 @@ def _versions(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return [Step(0.0, "newer version", (index,)) for index in range(0, peers, 3)] + joins(setting, peers, rng)
 
 
+def _cheats(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """A quarter of the boxes fake: some offer their parent again, some take the first steps and invent the rest."""
+    steps = joins(setting, peers, rng)
+    for index in range(0, peers, 4):
+        steps.append(Step(rng.uniform(0, 400), "conduct", (index,), word="untrained" if index % 8 else "poisoned"))
+    return steps
+
+
 LIES = (
+    Scenario(
+        "cheats",
+        "plausible results that were not trained: audits find them, their authors are quarantined, lineages fall back",
+        11,
+        _cheats,
+        peers=12,
+        seconds=2400,
+        setting=Setting(shards=4, epochs=200),
+        ends=(owned, caught, advanced(0.2)),
+        least=4,
+    ),
     Scenario(
         "forgers",
         "records with unbounded life, future dates, foreign names, prolonged, oversized, with unknown fields",

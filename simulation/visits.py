@@ -60,7 +60,8 @@ async def offer_round(peer: Volunteer, candidate: m.Candidate, boot: int) -> tup
         world.costs.stored("provider", world.setting.replicas, world.dht.size, 3)
     for office in world.offices:
         if (reply := await _offer(peer, office, record, boot)) is not None:
-            return reply.verdict, " ".join(reply.text.split()), reply.retry_after
+            verdict = "quarantined" if reply.rung == "quarantine" else reply.verdict
+            return verdict, " ".join(reply.text.split()), reply.retry_after
     return "unreachable", "no coordinator answered", None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..node import messages as m
 from ..node.state import Rules, State, next_wake
 from ..protocol.canonical import canonical
-from ..protocol.records import ClaimRecord, Hardware, NodeRecord, claim_key, seal
+from ..protocol.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
 from ..protocol.status_view import Sighting
 from .goods import drive
 from .hands import Hands
@@ -38,6 +38,9 @@ class Volunteer:
         self.met = self.newer = False
         self.boot = self.joins = self.sync_number = self.beats = 0
         self.parts: dict[str, dict[str, Any]] = {}
+        self.written: set[str] = set()
+        self.quarantined: frozenset[str] = frozenset()
+        self._quarantine_seen = float("-inf")
         self.acceptances: dict[int, Any] = {}
         self.hands = Hands(self)
         self.holds: int | None = None
@@ -203,11 +206,25 @@ class Volunteer:
         if boot != self.boot or not self.answering:
             return
         world = self.world
-        views = tuple([world.dht.view(self, shard) for shard in shards])
+        views = world.dht.look(self, shards)
+        if world.quarantining:
+            views = self._unclaimed_by_the_quarantined(views)
         world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.setting.replicas, world.dht.size)
         if world.story is not None:
             world.story.read(self, shards)
         world.agenda.after(rest, self._seen, boot, views)
+
+    def _unclaimed_by_the_quarantined(self, views: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As `node.network`: who is quarantined is asked once per heartbeat, and its claims do not count."""
+        if self.clock() - self._quarantine_seen >= self.rules.heartbeat:
+            self._quarantine_seen = self.clock()
+            found = self.world.dht.read(self, quarantine_key(self.rules.run)).values()
+            self.quarantined = frozenset(owner for stored in found for owner in stored.record.peers)
+        lost = self.quarantined
+        return tuple(
+            view if lost.isdisjoint(view.claimants) else view.with_claims(c for c in view.claims if c.record.owner not in lost)
+            for view in views
+        )
 
     def _seen(self, boot: int, views: tuple[Any, ...]) -> None:
         if boot == self.boot:

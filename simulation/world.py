@@ -56,6 +56,11 @@ class World:
         """Seconds since the begin."""
         return self.agenda.now - START
 
+    @property
+    def quarantining(self) -> bool:
+        """Whether anybody is in quarantine; while nobody is, nobody need ask."""
+        return any(office.state.run.quarantined for office in self.offices)
+
     def greets(self, newcomer: Volunteer) -> bool:
         """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""
         lines = self.lines
