@@ -40,6 +40,7 @@ class Training(Frozen):
     checkpoint_samples: int
     flops_per_sample: int
     router_flops: int
+    pass_flops: int = Field(description="of one top-1 step on one clip without guidance: one expert, and the router")
     parameters: int = Field(description="of all experts together, without the router")
     active_parameters: int = Field(description="of one expert: what a top-1 step runs")
 
@@ -143,12 +144,13 @@ class _Costs:
             self._known[key] = expert_cost(spec, self.latent)
         return self._known[key]
 
-    def router(self, experts: int) -> int:
-        """FLOPs of training the router among `experts`."""
+    def router(self, experts: int) -> tuple[int, int]:
+        """FLOPs of training the router among `experts`, and of one of its passes; a monolith has none."""
         if experts == 1:
-            return 0
+            return 0, 0
         spec = self.config.router
-        return router_cost(spec, self.latent, experts).training * (spec.samples // spec.batch) * spec.batch
+        cost = router_cost(spec, self.latent, experts)
+        return cost.training * (spec.samples // spec.batch) * spec.batch, cost.forward
 
     def budget(self, tier: Tier) -> int:
         share = 1.0 if tier == "headline" else self.config.controls.share
@@ -161,7 +163,8 @@ def _training(
 ) -> Training:  # fmt: skip
     """The training whose samples use up the tier's budget, to the whole checkpoint."""
     spec = spec or costs.config.expert
-    cost, router, points = costs.expert(spec), costs.router(experts), costs.config.checkpoints
+    cost, points = costs.expert(spec), costs.config.checkpoints
+    router, routing = costs.router(experts)
     affordable = (costs.budget(tier) - router) / (experts * cost.training)
     steps = int(affordable / batch / points)  # never above the budget
     if steps < 1:
@@ -172,8 +175,8 @@ def _training(
     return Training(
         name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method="random" if experts == 1 else method,
         experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
-        flops_per_sample=cost.training, router_flops=router, parameters=experts * cost.parameters,
-        active_parameters=cost.parameters,
+        flops_per_sample=cost.training, router_flops=router, pass_flops=cost.forward + routing,
+        parameters=experts * cost.parameters, active_parameters=cost.parameters,
     )  # fmt: skip
 
 

@@ -174,8 +174,9 @@ def _trainings(results: StudyResults) -> str:
                     f"{training.samples_per_shard:,}",
                     f"{training.flops:.4g}",
                     f"{training.router_flops / training.flops:.1%}",
+                    f"{training.pass_flops:.3g}",
                     f"{trained.seconds:.0f} s",
-                ]  # fmt: skip
+                ]
             )
     head = [
         "training",
@@ -185,6 +186,7 @@ def _trainings(results: StudyResults) -> str:
         "samples each",
         "FLOPs, router included",
         "router's share",
+        "FLOPs of a top-1 step",
         "swarm time",
     ]
     return f"## Trainings\n\n{table(head, rows)}" if rows else ""

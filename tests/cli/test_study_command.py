@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from lutetia.cli.study import load_study
 from lutetia.models.metrics.clips import read_clips
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.results import StudyResults
+from lutetia.system.errors import ConfigError
 from running import failure, lutetia
 
 CONFIG = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"
@@ -30,9 +32,12 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
 def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(CONFIG.read_text().replace("text_tokens = 12\n", ""))
-    assert "data.text_tokens must be set" in failure(lutetia("study", wrong, "--json"))["message"]
+    with pytest.raises(ConfigError, match=r"data.text_tokens must be set"):
+        load_study(wrong)
     wrong.write_text("colour = 3\n" + CONFIG.read_text())
-    assert "colour" in failure(lutetia("study", wrong, "--json"))["message"]
+    with pytest.raises(ConfigError, match=r"colour.*known keys"):
+        load_study(wrong)
+    assert load_study(CONFIG, device="cuda", tune=True).judging.on == "tune"
 
 
 @pytest.mark.timeout(600)

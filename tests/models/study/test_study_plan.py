@@ -60,6 +60,9 @@ def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: Plan) -> Non
     assert mixture.router_flops > 0
     assert mixture.flops_at(0) == mixture.router_flops
     assert 0 < mixture.router_flops / mixture.flops < 0.05
+    monolith = plan.of("headline", "monolith")[0]
+    assert monolith.router_flops == 0
+    assert 1 < mixture.pass_flops / monolith.pass_flops < 1.25
 
 
 def test_controls_are_what_they_are_called(plan: Plan) -> None:
