@@ -19,43 +19,48 @@ from typing import Any
 from .report import Row
 
 FIRST, STEPS, BATCH = 4, 32, 4
+PLAIN, HALF = "one thread", "bfloat16"
+NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """`environment` and arguments of one replay; `base` names the variant that it is compared with."""
+    """One replay. `base` names the variant that it is compared with."""
 
     name: str
-    environment: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    base: str = "float32"
+    base: str = PLAIN
 
 
-VARIANTS = (
-    Variant("float32"),
-    Variant("float32 again"),
-    Variant("2 threads", arguments={"threads": 2}),
-    Variant("ATen without vectors", {"ATEN_CPU_CAPABILITY": "default"}),
-    Variant("ATen with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}),
-    Variant("oneDNN and MKL with SSE4.2", {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}),
-    Variant("oneDNN and MKL with AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
-    Variant(
-        "no vectors anywhere, 2 threads, micro-batch 1",
-        {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-        {"threads": 2, "micro_batch": 1},
+PROCESSES: tuple[tuple[dict[str, str], tuple[Variant, ...]], ...] = (
+    (
+        {},
+        (
+            Variant(PLAIN),
+            Variant("the same again"),
+            Variant("2 threads", {"threads": 2}),
+            Variant("micro-batch 1", {"micro_batch": 1}),
+            Variant("micro-batch 3", {"micro_batch": 3}),
+            Variant(HALF, {"precision": "bfloat16"}),
+            Variant("bfloat16, 2 threads", {"precision": "bfloat16", "threads": 2}, HALF),
+            Variant("bfloat16, micro-batch 1", {"precision": "bfloat16", "micro_batch": 1}, HALF),
+            Variant("cheater: forward passes without updates", {"frozen": True}),
+            Variant("cheater: the same in bfloat16", {"frozen": True, "precision": "bfloat16"}, HALF),
+            Variant("cheater: the parent plus noise", {"frozen": True, "noise": 1e-3}),
+        ),
     ),
-    Variant("micro-batch 1", arguments={"micro_batch": 1}),
-    Variant("micro-batch 3", arguments={"micro_batch": 3}),
-    Variant("bfloat16 against float32", arguments={"precision": "bfloat16"}),
-    Variant("bfloat16, 2 threads", arguments={"precision": "bfloat16", "threads": 2}, base="bfloat16 against float32"),
-    Variant("bfloat16, micro-batch 1", arguments={"precision": "bfloat16", "micro_batch": 1}, base="bfloat16 against float32"),
-    Variant(
-        "bfloat16 with AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-        {"precision": "bfloat16"}, base="bfloat16 against float32",
+    ({"ATEN_CPU_CAPABILITY": "default"}, (Variant("ATen without vectors"),)),
+    (AVX2, (Variant("AVX2 at most"), Variant("bfloat16, AVX2 at most", {"precision": "bfloat16"}, HALF))),
+    (
+        NO_VECTORS,
+        (
+            Variant("no vectors, 2 threads, micro-batch 1", {"threads": 2, "micro_batch": 1}),
+            Variant("bfloat16, no vectors", {"precision": "bfloat16"}, HALF),
+        ),
     ),
-    Variant("cheater: forward passes only", arguments={"frozen": True}),
-    Variant("cheater: parent plus noise", arguments={"frozen": True, "noise": 1e-3}),
-)  # fmt: skip
+)
+"""Environments, which a process reads when it starts, and what is replayed in each."""
 
 
 def run(optimizers: tuple[str, ...] = ("adamw", "muon")) -> list[Row]:
@@ -67,30 +72,25 @@ def run(optimizers: tuple[str, ...] = ("adamw", "muon")) -> list[Row]:
 
 
 def _measured(folder: Path, optimizer: str) -> list[Row]:
-    _child(folder, optimizer, "parent", {}, {})
-    found: dict[str, dict[str, Any]] = {}
+    losses: dict[str, list[float]] = {}
     rows = []
-    for number, variant in enumerate(VARIANTS):
-        print(f"  {optimizer}: {variant.name}", file=sys.stderr)
-        base = found.get(variant.base)
-        arguments = {**variant.arguments, "out": str(number), "against": base and base["out"]}
-        found[variant.name] = result = {**_child(folder, optimizer, "replay", variant.environment, arguments), **arguments}
-        if base:
-            rows += _rows(f"{optimizer}: {variant.name}", base["losses"], result)
+    for environment, variants in PROCESSES:
+        asked = [{"name": variant.name, "base": variant.base, **variant.arguments} for variant in variants]
+        question = json.dumps({"folder": str(folder), "optimizer": optimizer, "variants": asked})
+        command = [sys.executable, "-m", "benchmarks.audit_child", question]
+        done = subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
+        for variant, found in zip(variants, json.loads(done.stdout), strict=True):
+            losses[variant.name] = found["losses"]
+            if variant.name != PLAIN:
+                rows += _rows(f"{optimizer}: {variant.name}", losses[variant.base], found)
+                print(*rows[-3:], sep="\n", file=sys.stderr, flush=True)
     return rows
 
 
-def _rows(what: str, base: list[float], result: dict[str, Any]) -> list[Row]:
-    apart = [abs(a - b) / max(abs(a), abs(b)) for a, b in zip(base, result["losses"], strict=True)]
+def _rows(what: str, base: list[float], found: dict[str, Any]) -> list[Row]:
+    apart = [abs(a - b) / max(abs(a), abs(b)) for a, b in zip(base, found["losses"], strict=True)]
     return [
-        Row.of(f"{what}: loss, first {FIRST} steps", apart[:FIRST], "relative", detail=f"largest {max(apart[:FIRST]):.2e}"),
-        Row.of(f"{what}: loss, {STEPS} steps", apart, "relative", detail=f"largest {max(apart):.2e}"),
-        Row.of(f"{what}: drift of the end", [result["drift"]], "", detail=f"{STEPS} steps"),
+        Row.of(f"{what}: loss, first {FIRST} steps", apart[:FIRST], "relative"),
+        Row.of(f"{what}: loss, {STEPS} steps", apart, "relative"),
+        Row.of(f"{what}: drift of the end", [found["drift"]], "", detail=f"{STEPS} steps"),
     ]
-
-
-def _child(folder: Path, optimizer: str, do: str, environment: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
-    question = json.dumps({"folder": str(folder), "optimizer": optimizer, "do": do, **arguments})
-    command = [sys.executable, "-m", "benchmarks.audit_child", question]
-    done = subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""One process of `benchmarks.audit`: trains the parent epoch, or replays the epoch after it. Argument and answer are JSON."""
+"""One process of `benchmarks.audit`: trains the parent epoch if there is none, and replays the next. Both sides speak JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lutetia.coordinator.settings import small_expert
 from lutetia.models.data.shards import ShardData
-from lutetia.models.replay import End, Parent, drift, raw_parameters, replay
-from lutetia.models.states import write_state, write_weights
+from lutetia.models.replay import End, Parent, drift, raw_parameters
+from lutetia.models.states import Snapshot, write_state, write_weights
 from lutetia.models.training import ExpertTrainer
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec
@@ -47,57 +47,62 @@ def data() -> ShardData:
     return ShardData(smooth, text, text.mean(1), [""] * CLIPS, [""] * CLIPS)
 
 
-def parent(folder: Path, run: Manifest) -> dict[str, Any]:
-    trainer = ExpertTrainer(run, 0, data())
-    for _ in range(STEPS):
-        trainer.step()
-    write_weights(trainer.snapshot(), folder / "parent.weights")
-    write_state(trainer.snapshot(), folder / "parent.state", ema=False)
-    return {}
-
-
-def again(folder: Path, run: Manifest, ask: dict[str, Any]) -> dict[str, Any]:
-    """The replay, whose end is kept for later variants to be compared with."""
-    options = {"precision": ask.get("precision", "float32"), "micro_batch": ask.get("micro_batch")}
+def parent(folder: Path, run: Manifest) -> Parent:
     base = Parent(1, folder / "parent.weights", folder / "parent.state")
-    trainer = ExpertTrainer(run, 0, data(), **options)
+    if not (folder / "parent.state").exists():
+        trainer = ExpertTrainer(run, 0, data())
+        for _ in range(STEPS):
+            trainer.step()
+        _write(trainer.snapshot(), folder, "parent")
+    return base
+
+
+def again(folder: Path, run: Manifest, base: Parent, ask: dict[str, Any]) -> dict[str, Any]:
+    """One replay; its end is kept for others to be compared with."""
+    torch.set_num_threads(ask.get("threads", 1))
+    trainer = ExpertTrainer(run, 0, data(), precision=ask.get("precision", "float32"), micro_batch=ask.get("micro_batch"))
     trainer.restore(1, base.weights, base.state)
-    if ask.get("frozen"):
-        return cheated(folder, run, trainer, ask)
     start = raw_parameters(trainer)
+    if ask.get("frozen"):
+        return cheated(folder, trainer, start, ask)
     for _ in range(STEPS):
         trainer.step()
-    write_weights(trainer.snapshot(), folder / f"{ask['out']}.weights")
-    write_state(trainer.snapshot(), folder / f"{ask['out']}.state", ema=False)
-    against = ask.get("against")
-    end = End(folder / f"{against}.weights", folder / f"{against}.state")
-    return {"losses": trainer.trace, "drift": None if against is None else drift(trainer, start, end)}
+    _write(trainer.snapshot(), folder, ask["name"])
+    return {"losses": trainer.trace, "drift": drift(trainer, start, _end(folder, ask["base"]))}
 
 
-def cheated(folder: Path, run: Manifest, trainer: ExpertTrainer, ask: dict[str, Any]) -> dict[str, Any]:
-    """Losses without updates, and the parent's weights with a little noise as the end."""
+def cheated(folder: Path, trainer: ExpertTrainer, start: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
+    """Losses without updates, and the parent's weights with a little noise for an end; its drift as an honest replay finds it."""
     losses = []
     for step in range(STEPS):
-        loss = trainer._accumulate(trainer._batches.take(1, step))
+        losses.append(trainer._accumulate(trainer._batches.take(1, step)).item())
         trainer.model.zero_grad()
-        losses.append(loss.item())
     draw = torch.Generator().manual_seed(2)
     snapshot = trainer.snapshot()
     for tensors in (snapshot.parameters, snapshot.ema):
         for tensor in tensors.values():
             tensor += ask.get("noise", 0.0) * torch.randn(tensor.shape, generator=draw)
-    write_weights(snapshot, folder / "cheat.weights")
-    write_state(snapshot, folder / "cheat.state", ema=False)
-    base = Parent(1, folder / "parent.weights", folder / "parent.state")
-    honest = replay(run, 0, data(), base, STEPS, end=End(folder / "cheat.weights", folder / "cheat.state"))
-    return {"losses": losses, "drift": honest.drift}
+    _write(snapshot, folder, "cheat")
+    for _ in range(STEPS):
+        trainer.step()
+    return {"losses": losses, "drift": drift(trainer, start, _end(folder, "cheat"))}
+
+
+def _write(snapshot: Snapshot, folder: Path, name: str) -> None:
+    write_weights(snapshot, folder / f"{name}.weights")
+    write_state(snapshot, folder / f"{name}.state", ema=False)
+
+
+def _end(folder: Path, name: str) -> End:
+    return End(folder / f"{name}.weights", folder / f"{name}.state")
 
 
 def main() -> None:
     ask = json.loads(sys.argv[1])
-    torch.set_num_threads(ask.get("threads", 1))
+    torch.set_num_threads(1)
     run, folder = manifest(ask["optimizer"]), Path(ask["folder"])
-    print(json.dumps(parent(folder, run) if ask["do"] == "parent" else again(folder, run, ask)))
+    base = parent(folder, run)
+    print(json.dumps([again(folder, run, base, variant) for variant in ask["variants"]]))
 
 
 if __name__ == "__main__":

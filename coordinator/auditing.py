@@ -6,17 +6,18 @@ is done about them; what was published before a crash is published again from th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..protocol.audits import audit_due, lottery
 from ..protocol.canonical import digest_of
-from ..protocol.events import AuditDone, AuditDue, AuditReason, LineageRolledBack, PeerQuarantined
+from ..protocol.events import AuditDone, AuditDue, AuditReason, AuditReported, LineageRolledBack, PeerQuarantined
 from ..protocol.ledger_state import HISTORY, Link, PendingAudit, RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from .ladder import Verdict
-from .messages import Audit, Audited, Discard, Proclaim
+from .messages import Audit, AuditDelivered, Audited, AuditWanted, Discard, Lend, Proclaim
 from .turn import Rules, Turn, refusal
 
 _LONGEST_DELAY = 3600.0
@@ -65,17 +66,24 @@ def _can_fall(run: RunState, shard: int, checkpoint: str) -> bool:
 
 
 def start_audit(turn: Turn) -> None:
-    """One audit at a time, the oldest result first; one whose epoch has left the history is given up."""
+    """One audit at a time by the coordinator itself, the oldest result first; those that a peer has, or may yet take, wait."""
     if turn.state.auditing is not None or not turn.run.audits:
         return
-    for audit in [audit for audit in turn.run.audits.values() if not _can_fall(turn.run, audit.shard, audit.checkpoint)]:
-        turn.write(AuditDone(time=turn.now, **_facts(audit), outcome="inconclusive", text="the epoch is too old to be replayed"))
-    ready = [audit for audit in turn.run.audits.values() if audit.not_before <= turn.now]
+    ready = [audit for audit in turn.run.audits.values() if audit.not_before <= turn.now and not _for_peers(turn, audit)]
     if not ready:
         return
     audit = min(ready, key=lambda audit: (audit.attempts, audit.since, audit.checkpoint))
     turn.state = replace(turn.state, auditing=audit.checkpoint)
     turn.actions.append(_job(turn, audit))
+
+
+def _for_peers(turn: Turn, audit: PendingAudit) -> bool:
+    """Whether a peer carries it out, or one may take it soon: a peer asked lately, and the result has not waited long."""
+    lent = turn.state.lent.get(audit.checkpoint)
+    if lent:
+        return turn.now < lent[1]
+    wait = turn.rules.audit_wait
+    return audit.reported is None and not audit.attempts and turn.now < min(turn.state.asked, audit.since) + wait
 
 
 def _job(turn: Turn, audit: PendingAudit) -> Audit:
@@ -102,6 +110,55 @@ def audited(turn: Turn, heard: Audited) -> None:
     turn.write(AuditDone(time=turn.now, **_facts(audit), **told, again_at=again_at))
     if finding.outcome == "invalid":
         _convict(turn, audit, finding.text)
+
+
+def lend(turn: Turn, wanted: AuditWanted) -> None:
+    """Give the asking peer the oldest audit that nobody has, of somebody it has nothing to do with; one at a time."""
+    rules, allowed = turn.rules, turn.rules.manifest.allowlist
+    if wanted.owner in turn.run.quarantined or (allowed is not None and wanted.owner not in allowed):
+        turn.actions.append(Lend(None, retry_after=_LONGEST_DELAY))
+        return
+    turn.state = replace(turn.state, asked=turn.now)
+    lent = {name: loan for name, loan in turn.state.lent.items() if loan[1] > turn.now and name in turn.run.audits}
+    held = next((name for name, loan in lent.items() if loan[0] == wanted.owner), None)
+    if held is None:
+        held = _free_for(turn, lent, {wanted.owner, *wanted.related})
+    if held is None:
+        turn.state = replace(turn.state, lent=lent)
+        turn.actions.append(Lend(None, retry_after=rules.audit_wait / 4))
+        return
+    lent.setdefault(held, (wanted.owner, turn.now + rules.audit_loan))  # who asks again has lost it, and gets the same
+    turn.state = replace(turn.state, lent=lent)
+    turn.actions.append(Lend(_job(turn, turn.run.audits[held]), lent[held][1]))
+
+
+def _free_for(turn: Turn, lent: Mapping[str, tuple[str, float]], strangers: set[str]) -> str | None:
+    """The oldest audit that nobody has, and whose author is none of `strangers`."""
+    free = [
+        (audit.since, name)
+        for name, audit in turn.run.audits.items()
+        if not (name in lent or name == turn.state.auditing or audit.owner in strangers or audit.reported or audit.attempts)
+    ]
+    return min(free, default=(0.0, None))[1]
+
+
+def delivered(turn: Turn, report: AuditDelivered) -> None:
+    """A peer's report. `valid` from an auditor that was often right is believed, except when the lottery wants it checked.
+
+    Everything else is replayed here before it counts: nobody is convicted on a stranger's word.
+    """
+    audit = turn.run.audits.get(report.checkpoint)
+    if audit is None or turn.state.lent.get(report.checkpoint, ("", 0.0))[0] != report.owner:
+        return
+    turn.state = replace(turn.state, lent={k: v for k, v in turn.state.lent.items() if k != report.checkpoint})
+    trust, needed = turn.run.peer(report.owner).trust, turn.rules.manifest.audit.streak
+    draw = lottery(turn.rules.secret, report.checkpoint + report.owner, "re-check")
+    said = {"outcome": report.finding.outcome, "text": report.finding.text[:1000], "by": report.owner}
+    facts = {"time": turn.now, **_facts(audit), **said, "seconds": report.seconds}
+    if report.finding.outcome == "valid" and not audit_due(trust, needed, draw):
+        turn.write(AuditDone(**facts))
+    else:
+        turn.write(AuditReported(**facts))
 
 
 def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:

@@ -31,6 +31,7 @@ from .messages import (
     Check,
     Checked,
     Discard,
+    Lend,
     LimitsKnown,
     Noted,
     Proclaim,
@@ -45,7 +46,8 @@ _log = logging.getLogger("lutetia.coordinator.bench")
 _AT_ONCE = 64
 _TICK_SECONDS = 1.0
 
-Waiting = asyncio.Future[OfferReply | None]
+Reply = OfferReply | Lend | None
+Waiting = asyncio.Future[Reply]
 
 
 class Hands(Tools, Protocol):
@@ -78,8 +80,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.state = JudgeState.restored(self.ledger.state)
 
-    async def hear(self, stimulus: Stimulus) -> OfferReply | None:
-        """Have `stimulus` judged; the reply, where it was an offer, comes once all that it decided is on disk."""
+    async def hear(self, stimulus: Stimulus) -> Reply:
+        """Have `stimulus` judged; the reply, to an offer or a wish for an audit, comes once all that it decided is on disk."""
         future: Waiting = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait((stimulus, future))
         return await future
@@ -102,11 +104,11 @@ class Bench:
     async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
         """What comes in together is committed together: one write to the disk, however many acceptances."""
         actions: list[Action] = []
-        replies: list[tuple[Waiting, OfferReply | None]] = []
+        replies: list[tuple[Waiting, Reply]] = []
         for stimulus, waiting in batch:
             self.state, taken = judge(self.rules, self.state, stimulus)
             actions += taken
-            replies.append((waiting, next((action.reply for action in taken if isinstance(action, Answer)), None)))
+            replies.append((waiting, _reply_in(taken)))
         await self._carry_out(actions, group)
         for waiting, reply in replies:
             if not waiting.done():
@@ -153,6 +155,15 @@ class Bench:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             await self.hear(Tick(self.now()))
+
+
+def _reply_in(actions: Sequence[Action]) -> Reply:
+    for action in actions:
+        if isinstance(action, Answer):
+            return action.reply
+        if isinstance(action, Lend):
+            return action
+    return None
 
 
 def _tell(event: Event) -> None:

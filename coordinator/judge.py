@@ -21,15 +21,18 @@ from ..protocol.ledger_state import HISTORY, Candidate, RunState, ShardLedger
 from ..protocol.offers import OfferReply
 from ..protocol.persistent import Table
 from ..protocol.records import AcceptanceRecord, CheckpointRecord
-from .auditing import audited, audits_lag, build_of, consider, start_audit
+from .auditing import audited, audits_lag, build_of, consider, delivered, lend, start_audit
 from .ladder import Verdict, entitled, lineage, sizes
 from .messages import (
     Action,
     Answer,
+    AuditDelivered,
     Audited,
+    AuditWanted,
     Check,
     Checked,
     Discard,
+    Lend,
     LimitsKnown,
     Noted,
     Offered,
@@ -56,6 +59,10 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
             turn.state = replace(turn.state, limits=stimulus.limits)
         case Audited():
             audited(turn, stimulus)
+        case AuditWanted():
+            turn.wanted(stimulus)
+        case AuditDelivered():
+            delivered(turn, stimulus)
         case Tick():
             turn.forget_offers()
         case Noted():
@@ -112,6 +119,12 @@ class _Turn(Turn):
     @property
     def _patience(self) -> float:
         return self.rules.retry_delay * 2**self.rules.attempts
+
+    def wanted(self, stimulus: AuditWanted) -> None:
+        if wait := self._over_rate(stimulus.owner):
+            self.actions.append(Lend(None, retry_after=wait))
+        else:
+            lend(self, stimulus)
 
     def _over_rate(self, owner: str) -> float | None:
         """Seconds to wait when `owner` offered too often within the last minute; counts this offer otherwise."""

@@ -47,6 +47,26 @@ class Audited:
 
 
 @dataclass(frozen=True)
+class AuditWanted:
+    """Peer `owner` is free to audit. `related`: those of its operator or address, whose work it does not judge."""
+
+    owner: str
+    now: float
+    related: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class AuditDelivered:
+    """Peer `owner` reports on an audit that it was lent; `finding` is what the coordinator makes of its losses."""
+
+    owner: str
+    checkpoint: str
+    finding: Finding
+    seconds: float
+    now: float
+
+
+@dataclass(frozen=True)
 class LimitsKnown:
     """The size limits of each shard's blobs; nothing is fetched before."""
 
@@ -69,7 +89,7 @@ class Noted:
     now: float
 
 
-Stimulus = Offered | Checked | Audited | LimitsKnown | Tick | Noted
+Stimulus = Offered | Checked | Audited | AuditWanted | AuditDelivered | LimitsKnown | Tick | Noted
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,15 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Lend:
+    """The answer to who wants an audit: one, until then; or when to ask again."""
+
+    audit: Audit | None
+    until: float = 0.0
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True)
 class Proclaim:
     """A shard was rolled back: publish where it stands now."""
 
@@ -125,4 +154,4 @@ class Discard:
     record: CheckpointRecord
 
 
-Action = Write | Answer | Check | Publish | Audit | Proclaim | Discard
+Action = Write | Answer | Check | Publish | Audit | Lend | Proclaim | Discard

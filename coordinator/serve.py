@@ -26,17 +26,13 @@ from ..protocol.manifest import Manifest
 from ..protocol.offers import Offer, OfferReply, serve_offers
 from ..protocol.peer_cache import PeerCache
 from ..protocol.records import (
-    MAX_QUARANTINED,
-    AcceptanceRecord,
     CheckpointRecord,
-    QuarantineRecord,
     RecordLimits,
     RecordRefused,
-    ResetRecord,
     open_record,
     read_envelope,
 )
-from ..protocol.services import STATUS, publish, record_check, serve_document, serve_introduction, software_version
+from ..protocol.services import STATUS, record_check, serve_document, serve_introduction, software_version
 from ..protocol.status import SwarmStatus
 from ..protocol.status_view import status as status_of
 from ..protocol.store import BlobStore
@@ -45,8 +41,9 @@ from ..protocol.transport import Stream, Transport
 from ..system.errors import AuthorisationError, BootstrapError, DiskError, UnreachableError, one_error
 from ..system.files import write_atomic
 from .admission import Admission
-from .auditing import standing
+from .audit_desk import AuditDesk
 from .bench import Bench
+from .crier import Crier
 from .head import HeadFile, check_head
 from .http import bind, build_app, serve_http
 from .judge import Rules
@@ -159,13 +156,15 @@ class _Service:
             self.auditing, self.settings.slowest_bytes_per_second, _accepted_states(self.ledger), self.settings.kept_states,
         )  # fmt: skip
         self.tools.forget(self.ledger.state)
-        self.bench = Bench(self._rules(), self.ledger, self.tools, self._announce, self.transport.now, self._changed)
+        self.crier = Crier(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
+        self.bench = Bench(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
         self.admission = Admission(4 * self.settings.offers_per_minute)
-        self.lookout = Lookout(self.transport, self.manifest, self._found)
+        self.lookout = self.crier.lookout = Lookout(self.transport, self.manifest, self._found)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
         )  # fmt: skip
+        self.desk = AuditDesk(self.transport, self.bench, self.tools, lambda: [node.record for node in self.lookout.view.nodes])
         self._status: tuple[float, SwarmStatus] | None = None
         self._news = asyncio.Event()
 
@@ -234,7 +233,9 @@ class _Service:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
                     works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
-                    works += [_every(self._lease, work) for work in (self._renew, self._remember_peers, self._keep_to_lineage)]
+                    works += [
+                        _every(self._lease, work) for work in (self.crier.renew, self._remember_peers, self._keep_to_lineage)
+                    ]
                     works += [_every(self._heartbeat, work) for work in (self._tell_peers, self._fetch_missing)]
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))
@@ -257,6 +258,7 @@ class _Service:
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
         await serve_offers(self.transport, self._answer, self._admit)
+        await self.desk.serve()
 
     def _mixture(self) -> bytes:
         """The signed description of the last mixture; nothing before there is one."""
@@ -286,7 +288,7 @@ class _Service:
         if peer_id_of(owner) != peer_id:
             raise RecordRefused("a result is offered by its owner, over its owner's own connection")
         reply = await self.bench.hear(Offered(record, now))
-        assert reply is not None
+        assert isinstance(reply, OfferReply)
         return reply
 
     async def _found(self, record: CheckpointRecord) -> None:
@@ -299,39 +301,6 @@ class _Service:
         if state.finished and self.settings.exit_when_done:
             # two heartbeats, in which peers hear of the last acceptance
             asyncio.get_running_loop().call_later(2 * self.manifest.timing.heartbeat, self.stopping.set)
-
-    async def _publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
-        renewed = record.model_copy(update={"issued": self.transport.now()})
-        try:
-            taken = await publish(self.transport, self.identity, renewed, self.limits.longest(record.kind))
-        except ConnectionError as error:
-            _log.warning("cannot publish into the DHT: %s", error)
-            taken = False
-        if not taken:
-            _log.warning("nobody took the %s under %s; it is published again", record.kind, record.key()[65:])
-
-    async def _announce(self, record: AcceptanceRecord | ResetRecord) -> None:
-        """An acceptance, or what a roll-back left standing; the latter has a peer in quarantine."""
-        await self._publish(record)
-        if record.term and self.bench.state.run.quarantined:
-            await self._publish(self._quarantine())
-
-    async def _renew(self) -> None:
-        """Every lease, so that peers who just joined hold the acceptances too."""
-        run = self.bench.state.run
-        for index, shard in run.shards.items():
-            if shard.acceptance or shard.term:
-                await self._publish(standing(self.bench.rules, run, index, self.transport.now()))
-        if run.quarantined:
-            await self._publish(self._quarantine())
-
-    def _quarantine(self) -> QuarantineRecord:
-        """Who is quarantined: those who claim something now first, then the newest."""
-        run = self.bench.state.run
-        claiming = {claim.record.owner for claim in self.lookout.view.claims}
-        known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
-        peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
-        return QuarantineRecord(run=run.run, owner=self.identity.public_key, issued=self.transport.now(), peers=peers)
 
     async def _keep_status_file(self) -> None:
         """Written every two seconds, and soon after each event."""
@@ -358,7 +327,7 @@ class _Service:
             quarantined, now = self.bench.state.run.quarantined, self.transport.now()
             await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
             await asyncio.to_thread(remove_notes, self.folder, noted)
-            await self._publish(self._quarantine())
+            await self.crier.tell_quarantine()
 
     async def _refuse_a_rival(self) -> None:
         await refuse_a_rival(self.transport, self.ledger, self.identity.public_key)

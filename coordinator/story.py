@@ -11,6 +11,7 @@ from ..protocol.events import (
     AcceptanceRecovered,
     AuditDone,
     AuditDue,
+    AuditReported,
     BaselineMeasured,
     CheckpointAccepted,
     CheckpointRefused,
@@ -70,7 +71,7 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
 
 
-def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone | PeerQuarantined) -> str:
+def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined) -> str:
     match event:
         case CheckpointRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
@@ -87,6 +88,8 @@ def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditD
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
             again += ", the whole epoch" if event.closer else ""
             return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
+        case AuditReported():
+            return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be checked ({event.text})"
         case PeerQuarantined():
             return f"brings its author into quarantine: {event.text}"
         case _:

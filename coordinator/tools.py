@@ -117,6 +117,10 @@ class NetworkTools:
                 break
         return Replayed(finding, time.monotonic() - began)
 
+    async def published(self, trace: BlobRef) -> list[float]:
+        """The losses in an accepted trace. Raises WorkshopFailed or WorkshopRefused."""
+        return (await self.workshop.ask("trace", limit=_INSPECT_LIMIT, path=self._path(trace)))["losses"]
+
     def _start(self, audit: Audit) -> tuple[BlobRef | None, BlobRef | None]:
         """Weights and state from which the epoch was trained."""
         if audit.parent:

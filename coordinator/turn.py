@@ -19,6 +19,8 @@ class Rules:
     """What does not change while the service runs. `secret` makes audits unforeseeable.
 
     `audit_attempts`: how often an audit without outcome is tried before it is given up; `audit_delay` seconds double every time.
+    While peers ask for audits, one waits `audit_wait` seconds for a taker, who has `audit_loan` seconds for it; then the
+    coordinator carries it out itself.
     """
 
     manifest: Manifest
@@ -31,13 +33,16 @@ class Rules:
     retry_delay: float = 5.0
     audit_attempts: int = 6
     audit_delay: float = 10.0
+    audit_wait: float = 60.0
+    audit_loan: float = 1800.0
 
 
 @dataclass(frozen=True)
 class JudgeState:
     """The run, and what is lost at a restart without harm.
 
-    `pending`: shards with candidates; `checking`: shards under check; `auditing`: the audit that the coordinator carries out.
+    `pending`: shards with candidates; `checking`: shards under check; `auditing`: the audit that the coordinator carries out;
+    `lent`: audits that peers carry out, as (public key, until when); `asked`: when a peer last asked for one.
     """
 
     run: RunState
@@ -46,6 +51,8 @@ class JudgeState:
     checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     offers: Table[str, tuple[float, ...]] = field(default_factory=Table)
     auditing: str | None = None
+    lent: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    asked: float = float("-inf")
 
     @classmethod
     def restored(cls, run: RunState) -> JudgeState:

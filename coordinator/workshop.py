@@ -87,6 +87,12 @@ class Workshop:
         result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout), raw=raw)
         return {"loss": result.loss, "by_time": list(result.by_time)}
 
+    def trace(self, path: str) -> dict[str, Any]:
+        """The losses in a trace."""
+        from ..models.replay import read_trace
+
+        return {"losses": read_trace(Path(path))}
+
     def replay(
         self, shard: int, epoch: int, data: str, weights: str | None, state: str | None, trace: str, precision: Precision,
         steps: int, epochs: int, end: list[str] | None,

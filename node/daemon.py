@@ -19,6 +19,7 @@ from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
 from ..system.notify import notify
+from .auditor import Auditor
 from .contributions import Contributions
 from .control import LocalStatus, Request, serve_control
 from .lock import state_lock
@@ -118,7 +119,8 @@ class Daemon:
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._verbs:
             self.shell.early(verb)
-        await shell.run(self.news.run())
+        companions = [self.news.run(), Auditor(shell).run()] if self.settings.audits else [self.news.run()]
+        await shell.run(*companions)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
         assert self.news

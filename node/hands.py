@@ -61,6 +61,13 @@ class Hands:
         loop = asyncio.get_running_loop()
         self._cooling = loop.call_later(WARM_SECONDS, lambda: loop.create_task(self.cool()))
 
+    async def give_back(self, child: Child) -> None:
+        """`child` has done what it was taken for: it waits for the next start, unless another does."""
+        if self._warm is None:
+            self.keep_warm(child)
+        else:
+            await child.kill()
+
     async def cool(self) -> None:
         """No child waits."""
         if self._cooling:

@@ -57,6 +57,7 @@ class NodeSettings(BaseSettings):
     save_every: float = Field(default=30.0, gt=0, description="Seconds between local checkpoints")
     stop_within: float = Field(default=75.0, ge=0, description="Seconds that a SIGTERM leaves for the checkpoint under way")
     hang_after: float = Field(default=300.0, ge=1, description="Seconds of silence after which a trainer counts as hung")
+    audits: bool = Field(default=True, description="Replay others' training while this box has no shard")
     operator: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the operator of this box")
 
     @field_validator("state_folder")

@@ -19,6 +19,7 @@ from .assignment import PROGRESS_SECONDS, Assignment
 from .failures import Ended, reason_of
 from .messages import Exit
 from .probe import Question, find
+from .replaying import replayed
 from .workfolder import WorkFolder
 from .writer import CheckpointWriter
 
@@ -42,6 +43,8 @@ class Orders:
             match message.get("do"):
                 case "probe":
                     self._channel.send(answer(message["question"]))
+                case "replay":
+                    self._channel.send(replayed(message["question"]))
                 case "start":
                     assignment = Assignment.model_validate(message["assignment"])
                     self.until, self.duty = assignment.until, assignment.duty

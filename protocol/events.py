@@ -159,6 +159,16 @@ class AuditDone(_Verdict):
     again_at: float | None = None
 
 
+class AuditReported(_Verdict):
+    """Peer `by` replayed this result and said `outcome`; it is not believed before the coordinator has replayed it, too."""
+
+    kind: Literal["audit-reported"] = "audit-reported"
+    by: PublicKey
+    outcome: Literal["valid", "invalid", "inconclusive"]
+    text: Sentence = ""
+    seconds: float = Field(default=0.0, ge=0)
+
+
 class PeerQuarantined(_Verdict):
     """An audit found this result of `owner` invalid: from now on its results are refused and its claims do not count."""
 
@@ -223,6 +233,7 @@ Event = Annotated[
     | AcceptanceRecovered
     | AuditDue
     | AuditDone
+    | AuditReported
     | PeerQuarantined
     | PeerPardoned
     | LineageRolledBack

@@ -14,6 +14,7 @@ from .events import (
     AcceptanceRecovered,
     AuditDone,
     AuditDue,
+    AuditReported,
     BaselineMeasured,
     CheckpointAccepted,
     CheckpointRefused,
@@ -82,6 +83,8 @@ def _changed(state: RunState, event: Event) -> RunState:
             return _audit_due(state, event)
         case AuditDone():
             return _audited(state, event)
+        case AuditReported():
+            return _reported(state, event)
         case PeerQuarantined():
             return replace(state, quarantined={**state.quarantined, event.owner: event})
         case PeerPardoned():
@@ -243,6 +246,7 @@ def _audited(state: RunState, event: AuditDone) -> RunState:
         whole = pending.whole or event.closer
         again = replace(pending, attempts=pending.attempts + 1, not_before=event.again_at, whole=whole)
         return replace(state, audits={**state.audits, event.checkpoint: again})
+    state = _rechecked(state, pending, event)
     shard = _shard(state, event.shard)
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint}
     state = replace(_with_shard(state, event.shard, _judged(shard, event.checkpoint, event.outcome)), audits=audits)
@@ -252,6 +256,23 @@ def _audited(state: RunState, event: AuditDone) -> RunState:
     elif event.outcome == "invalid":
         peer = replace(peer, streak=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
     return replace(state, peers=state.peers.set(event.owner, peer))
+
+
+def _reported(state: RunState, event: AuditReported) -> RunState:
+    pending = state.audits.get(event.checkpoint)
+    if pending is None:
+        return state
+    return replace(state, audits={**state.audits, event.checkpoint: replace(pending, reported=(event.by, event.outcome))})
+
+
+def _rechecked(state: RunState, pending: PendingAudit | None, event: AuditDone) -> RunState:
+    """Trust in an auditor grows by reports that the coordinator's own replay confirms; one that it contradicts takes it all."""
+    if pending is None or pending.reported is None or event.by is not None or event.outcome not in ("valid", "invalid"):
+        return state
+    by, said = pending.reported
+    auditor = state.peer(by)
+    trust = auditor.trust + 1 if said == event.outcome else auditor.trust if said == "inconclusive" else 0
+    return replace(state, peers=state.peers.set(by, replace(auditor, trust=trust)))
 
 
 def _recovered(state: RunState, event: AcceptanceRecovered) -> RunState:

@@ -48,7 +48,10 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class PendingAudit:
-    """An audit that is due. `since` is when its result was accepted: the oldest goes first."""
+    """An audit that is due. `since` is when its result was accepted: the oldest goes first.
+
+    `reported` is a peer's word on it, (public key, outcome), that the coordinator has yet to check.
+    """
 
     shard: int
     epoch: int
@@ -58,6 +61,7 @@ class PendingAudit:
     whole: bool = False
     attempts: int = 0
     not_before: float = 0.0
+    reported: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

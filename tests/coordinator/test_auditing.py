@@ -12,7 +12,16 @@ from lutetia.coordinator.create import create_run
 from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.ledger import Ledger
-from lutetia.coordinator.messages import Audited, Check, Checked, Discard, LimitsKnown, Noted, Proclaim, Tick
+from lutetia.coordinator.messages import (
+    Audited,
+    Check,
+    Checked,
+    Discard,
+    LimitsKnown,
+    Noted,
+    Proclaim,
+    Tick,
+)
 from lutetia.coordinator.pardons import noted_pardons, pardon, remove_notes
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings

@@ -1,0 +1,138 @@
+"""The audit stream: a peer without a shard asks the coordinator for an audit, replays it, and hands its signed report in.
+
+One message and one answer per stream. The peer is not told what the author published: it returns the losses that it found, and
+the coordinator compares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from .canonical import Frozen, canonical
+from .framing import read_message, write_message
+from .identity import Identity, peer_id_of, verify
+from .manifest import BlobRef, Digest, PublicKey, Signature, first_problem
+from .records import Made, RecordRefused
+from .transport import Stream, Transport
+
+AUDIT = "/lutetia/audit/1"
+AUDIT_TIMEOUT = 15.0
+MAX_STEPS = 1 << 14
+_MAX_MESSAGE_BYTES = 1 << 20
+_SIGNING_DOMAIN = b"lutetia-audit-1\n"
+
+Loss = Annotated[float, Field(ge=-1e30, le=1e30)] | None
+
+
+class AuditJob(Frozen):
+    """Replay the first `steps` steps of `epoch` of `shard` under a budget of `epochs`, on top of the parent's blobs, by `until`.
+
+    `weights` and `state` are the parent's (None where the epoch is the first). With `end_weights` and `end_state` the whole epoch
+    is replayed, and its end compared with them.
+    """
+
+    checkpoint: Digest
+    shard: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    precision: Literal["float32", "bfloat16"]
+    weights: BlobRef | None = None
+    state: BlobRef | None = None
+    end_weights: BlobRef | None = None
+    end_state: BlobRef | None = None
+    until: float
+
+
+class AuditReport(Frozen):
+    """What a replay of `checkpoint` gave: its losses (None: not a number), its distance from the author's end, and with what."""
+
+    run: Digest
+    owner: PublicKey
+    checkpoint: Digest
+    losses: tuple[Loss, ...] = Field(max_length=MAX_STEPS)
+    drift: float | None = Field(default=None, ge=0)
+    made: Made
+    seconds: float = Field(ge=0, le=1e7)
+
+
+class AuditRequest(Frozen):
+    """`owner` wants work, or hands in a `report` with its signature."""
+
+    owner: PublicKey
+    report: AuditReport | None = None
+    signature: Signature | None = None
+
+
+class AuditAnswer(Frozen):
+    """A job; or none, and when to ask again. A report is answered with neither."""
+
+    job: AuditJob | None = None
+    retry_after: float = Field(default=0.0, ge=0)
+    text: str = Field(default="", max_length=500)
+
+
+Answer = Callable[[AuditRequest], Awaitable[AuditAnswer]]
+"""May raise RecordRefused."""
+
+
+def _signed_bytes(report: AuditReport) -> bytes:
+    return _SIGNING_DOMAIN + canonical(report)
+
+
+def sign_report(report: AuditReport, identity: Identity) -> AuditRequest:
+    """The request that hands `report` in."""
+    return AuditRequest(owner=identity.public_key, report=report, signature=identity.sign(_signed_bytes(report)))
+
+
+def open_request(data: bytes, peer_id: str) -> AuditRequest:
+    """Raises RecordRefused: malformed, asked over another peer's connection, or a report that its owner did not sign."""
+    try:
+        request = AuditRequest.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise RecordRefused(f"the request for an audit is malformed: {first_problem(error)}") from error
+    if peer_id_of(request.owner) != peer_id:
+        raise RecordRefused("audits are asked for and reported by their owner, over its own connection")
+    report, signature = request.report, request.signature
+    if report and (report.owner != request.owner or not signature or not verify(request.owner, _signed_bytes(report), signature)):
+        raise RecordRefused("the report of an audit is not signed by who hands it in")
+    return request
+
+
+async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, addresses: Sequence[str] = ()) -> AuditAnswer:
+    """Ask coordinator `peer_id` for work, or hand a report in. Raises ConnectionError when it is away or answers nonsense."""
+    try:
+        async with asyncio.timeout(AUDIT_TIMEOUT):
+            stream = await transport.open_stream(peer_id, AUDIT, addresses)
+            try:
+                await write_message(stream, canonical(request))
+                return AuditAnswer.model_validate_json(await read_message(stream, _MAX_MESSAGE_BYTES))
+            finally:
+                await stream.close()
+    except TimeoutError as error:
+        raise ConnectionError(f"coordinator {peer_id} did not answer about audits within {AUDIT_TIMEOUT:.0f} s") from error
+    except ValidationError as error:
+        raise ConnectionError(f"coordinator {peer_id} answered about audits with a document that is none") from error
+
+
+async def serve_audits(transport: Transport, answer: Answer) -> None:
+    """Answer requests; one that is too large, too slow or malformed ends its own stream only."""
+
+    async def handle(stream: Stream) -> None:
+        try:
+            async with asyncio.timeout(AUDIT_TIMEOUT):
+                data = await read_message(stream, _MAX_MESSAGE_BYTES)
+                try:
+                    reply = await answer(open_request(data, stream.peer_id))
+                except RecordRefused as error:
+                    reply = AuditAnswer(retry_after=3600.0, text=str(error)[:500])
+                await write_message(stream, canonical(reply))
+                await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
+        except (TimeoutError, ConnectionError):
+            return  # the asking side went away or dawdled; it will ask again
+
+    await transport.serve(AUDIT, handle)

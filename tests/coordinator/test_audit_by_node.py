@@ -1,0 +1,77 @@
+"""A real node without a shard audits a stranger's work over the audit stream, and its report is checked before it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from lutetia.coordinator.create import create_run
+from lutetia.coordinator.settings import RunSettings
+from lutetia.coordinator.story import read_events, tell
+from lutetia.protocol.events import AuditDone, AuditReported
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import Timing
+from lutetia.protocol.records import ClaimRecord
+from lutetia.protocol.services import publish
+from lutetia.protocol.ticket import Ticket
+from test_serve import up
+from test_with_node import start_node
+from tinydata import build_tiny
+from volunteer import Coordinator, Volunteer, free_port, joined, until
+
+HEARTBEAT = 4.0
+
+
+async def hold(peer: Volunteer) -> None:
+    """Claim the only shard again and again, so that the node stands by."""
+    while True:
+        claim = ClaimRecord(
+            run=peer.signed.manifest.run_id, owner=peer.identity.public_key, issued=peer.transport.now(), shard=0, epoch=0,
+            samples=int(peer.transport.now()), state="training",
+        )  # fmt: skip
+        await publish(peer.transport, peer.identity, claim, 3 * HEARTBEAT)
+        await asyncio.sleep(HEARTBEAT / 4)
+
+
+@pytest.mark.timeout(400)
+async def test_a_node_without_a_shard_audits_a_strangers_epoch(tmp_path: Path):
+    timing = Timing(heartbeat=HEARTBEAT, tenure=300.0)
+    settings = RunSettings(preset="tiny", name="audited", addresses=(f"127.0.0.1:{free_port()}",), timing=timing)
+    run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
+    coordinator = await Coordinator.start(run.folder, json.dumps({"stitch": "end", "gallery": False}))
+    node: asyncio.subprocess.Process | None = None
+    try:
+        await up(coordinator)
+        async with joined("ann", Ticket.decode(run.ticket), tmp_path) as ann:
+            holding = asyncio.create_task(hold(ann))
+            node = await start_node(run.ticket, tmp_path / "node")
+
+            async def standing_by() -> bool:
+                peers = [peer for peer in (await ann.status()).nodes if peer.owner != ann.identity.public_key]
+                return [peer.state for peer in peers] == ["idle"]
+
+            await until(standing_by, "the node to stand by")
+            for _ in range(3):
+                assert (await ann.verdict(ann.train(0))).verdict == "accepted"
+
+                async def decided() -> bool:
+                    status = await ann.status()
+                    return status.audits_due == 0 and status.shards[0].audit == "valid"
+
+                await until(decided, "the audit")
+            holding.cancel()
+    finally:
+        for process in (node, coordinator.process):
+            if process and process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+                await asyncio.wait_for(process.wait(), 60)
+    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    reports = [event for event in events if isinstance(event, AuditReported)]
+    box = Identity.load(tmp_path / "node" / "identity.key").public_key
+    assert reports, story
+    assert {(event.by, event.outcome) for event in reports} == {(box, "valid")}, story
+    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, story
+    assert "to be checked" in story
