@@ -26,7 +26,7 @@ from ..protocol.ledger_state import RunState
 from ..protocol.manifest import BlobRef, Digest, Manifest, Signature, first_problem
 from ..protocol.store import BlobMissing, BlobStore
 from ..system.errors import AuthorisationError, ConfigError, IntegrityError
-from ..system.files import disk_errors, fsync_folder, write_atomic
+from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .ledger import Ledger
 from .run_folder import RunFolder
 
@@ -106,7 +106,7 @@ def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, do
     manifest = folder.read_manifest(now=0.0).manifest
     _check_place(out, manifest.run_id)
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         out.chmod(0o700)
     for _ in range(_ROUNDS):
         state, (events, chain) = _copy_ledger(folder, out)

@@ -20,7 +20,7 @@ from ..protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Shard
 from ..protocol.store import BlobStore
 from ..protocol.ticket import Ticket
 from ..system.errors import ConfigError, IntegrityError
-from ..system.files import disk_errors, fsync_folder, write_atomic
+from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .ledger import Ledger
 from .run_folder import Endpoint, RunFolder
 from .settings import RunSettings, small_expert, tiny_expert
@@ -76,7 +76,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
     manifest = _manifest(settings, description, owner, coordinator, birth.time)
     _check_expert(manifest)
     with disk_errors(folder):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.absolute().parent)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.absolute().parent))
         try:
             ticket = _fill(RunFolder(part), data, description, manifest, owner, coordinator, settings)

@@ -17,7 +17,7 @@ from ..protocol.manifest import open_manifest
 from ..protocol.store import BlobStore
 from ..protocol.ticket import Ticket
 from ..system.errors import AuthorisationError, ConfigError, IntegrityError
-from ..system.files import disk_errors, fsync_folder, write_atomic
+from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .backup import BackupIndex, OnProgress, read_index
 from .ledger import Ledger
 from .run_folder import RunFolder
@@ -35,7 +35,7 @@ def restore_run(backup: Path, root: Path, on_progress: OnProgress = lambda stage
         raise ConfigError(f"{root} exists already; a run is never overwritten, name a new folder")
     index = _verified_index(backup)
     with disk_errors(root):
-        root.absolute().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(root.absolute().parent)
         part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.absolute().parent))
         try:
             _fill(backup, RunFolder(part), index, on_progress)

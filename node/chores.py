@@ -8,7 +8,7 @@ import time
 
 from ..protocol.manifest import BlobRef
 from ..system.errors import DiskError, IntegrityError, LutetiaError, UnreachableError
-from ..system.files import disk_errors
+from ..system.files import disk_errors, make_folder
 from . import messages as m
 from .assignment import Assignment
 from .material import Material
@@ -79,7 +79,7 @@ class Chores:
         base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
         start = self.material.start(shard, action.epoch, action.checkpoint, base)
         with disk_errors(work.path):
-            work.path.mkdir(parents=True, exist_ok=True)
+            make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
         whole = finding.shards[shard].micro_batch or self.manifest.optimisation.batch
         return Assignment(

@@ -23,7 +23,7 @@ from ..protocol.blobs import ChunkTable
 from ..protocol.canonical import canonical
 from ..protocol.documents import software_version
 from ..system.errors import DiskError
-from ..system.files import disk_errors, fsync_folder, write_atomic
+from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .workfolder import CHECKPOINT, FILES, Kept, Local, WorkFolder
 
 log = logging.getLogger("lutetia.node.writer")
@@ -149,7 +149,8 @@ class CheckpointWriter:
         self.say({"say": "checkpoint", "kept": kept.model_dump(mode="json")})
 
     def _fill(self, part: Path, snapshot: Snapshot) -> Kept:
-        part.mkdir(parents=True)
+        make_folder(part.parent)
+        part.mkdir()
         paths = {name: part / f"{name}.safetensors" for name in FILES}
         write_weights(snapshot, paths["weights"])
         write_state(snapshot, paths["state"], ema=False)  # the EMA is what the weights file holds

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..system.errors import DiskError, IntegrityError
-from ..system.files import disk_errors, fsync_folder, write_atomic
+from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .blobs import CHUNK, HASH, ChunkTable, read_chunks
 from .manifest import BlobRef
 from .partial import PartialBlob
@@ -41,7 +41,7 @@ class BlobStore:
         self.limit_bytes = limit_bytes
         self.partial_folder = root / "partial"
         with disk_errors(root):
-            self.partial_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.partial_folder)
         self._sweep()
 
     def has(self, digest: str) -> bool:

@@ -98,7 +98,7 @@ def test_bytes_are_durable_before_they_get_their_name(store: BlobStore, monkeypa
     monkeypatch.setattr(os, "fsync", traced_fsync)
     monkeypatch.setattr(os, "replace", traced_replace)
     store.add_bytes(DATA)
-    assert story == ["data", "name table", "folder", "data", "name blob", "folder"]
+    assert story == ["folder", "data", "name table", "folder", "data", "name blob", "folder"], "a new folder's own name first"
 
 
 def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:

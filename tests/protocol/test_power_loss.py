@@ -1,0 +1,111 @@
+"""After a power loss at any moment: whole blobs are whole, transfers resume, small files are the old or the new ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lutetia.protocol.blobs import CHUNK, ChunkTable
+from lutetia.protocol.manifest import BlobRef, SignedManifest, open_manifest
+from lutetia.protocol.peer_cache import PeerCache
+from lutetia.protocol.store import BlobStore
+from lutetia.protocol.upgrade import next_version
+
+from .documents import NOW, OWNER, manifest
+from .powerloss import every_power_loss, needs_strace, record
+
+BIG = bytes(range(256)) * (CHUNK // 256) + b"the second chunk"
+BIG_REF = ChunkTable.of_bytes(BIG).ref
+
+STORE = """
+import sys
+from pathlib import Path
+from lutetia.protocol.blobs import CHUNK, ChunkTable
+from lutetia.protocol.store import BlobStore
+root = Path(sys.argv[1])
+store = BlobStore(root / "blobs")
+print("@", store.add_bytes(b"small").digest, flush=True)
+(root / "file").write_bytes(b"taken")
+print("@", store.add_file(root / "file", move=True).digest, flush=True)
+big = bytes(range(256)) * (CHUNK // 256) + b"the second chunk"
+table = ChunkTable.of_bytes(big)
+partial = store.partial(table.ref)
+partial.set_table(table)
+partial.write(1, big[CHUNK:])
+partial.close()
+partial = store.partial(table.ref)
+assert partial.missing() == [0]
+partial.write(0, big[:CHUNK])
+store.finish(partial)
+print("@", table.ref.digest, flush=True)
+store.add_bytes(b"small")
+store.remove(ChunkTable.of_bytes(b"taken").ref.digest)
+"""
+
+
+def check_store(folder: Path, marks: list[str]) -> None:
+    """Every blob that the store admits to is whole, every one that was acknowledged is there, and the rest can be had again."""
+    store = BlobStore(folder / "blobs")
+    for digest in store.digests():
+        store.verify(digest)
+    taken = ChunkTable.of_bytes(b"taken").ref.digest
+    for mark in marks:
+        assert store.has(mark) or (mark == taken and BIG_REF.digest in marks), f"acknowledged {mark[:8]} is lost"
+    fetch_again(store, BIG_REF, BIG)
+    assert store.path(store.add_bytes(b"small").digest).read_bytes() == b"small"
+
+
+def fetch_again(store: BlobStore, ref: BlobRef, data: bytes) -> None:
+    """What a transfer left is believed chunk by chunk only, and goes on."""
+    if store.has(ref.digest):
+        return
+    partial = store.partial(ref)
+    if not partial.has_table:
+        partial.set_table(ChunkTable.of_bytes(data))
+    for index in partial.missing():
+        partial.write(index, data[index * CHUNK : (index + 1) * CHUNK])
+    store.finish(partial)
+    store.verify(ref.digest)
+
+
+@needs_strace
+def test_the_blob_store_survives_a_power_loss_at_any_moment(tmp_path: Path):
+    calls = record(STORE, tmp_path / "root")
+    assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check_store) > 60
+
+
+FILES = """
+import sys
+from pathlib import Path
+from lutetia.protocol.live_manifest import LiveManifest
+from lutetia.protocol.manifest import SignedManifest
+from lutetia.protocol.peer_cache import PeerCache
+root, first, second, now = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+from lutetia.system.files import write_atomic
+write_atomic(root / "deep" / "manifest.json", first.encode())
+print("@manifest 1", flush=True)
+live = LiveManifest(SignedManifest.model_validate_json(first), root / "deep" / "manifest.json")
+assert live.adopt(second.encode(), now)
+print("@manifest 2", flush=True)
+cache = PeerCache(root / "peers.json")
+for number in (1, 2):
+    cache.remember([f"/ip4/127.0.0.1/tcp/{number}/p2p/peer{number}"])
+    print("@peers", number, flush=True)
+"""
+
+
+@needs_strace
+def test_small_files_are_the_old_or_the_new_ones(tmp_path: Path):
+    first = SignedManifest.sign(manifest(), OWNER)
+    second = SignedManifest.sign(next_version(first.manifest, {"holdout_tolerance": 0.5}, NOW), OWNER)
+    words = [signed.to_bytes().decode() for signed in (first, second)]
+
+    def check(folder: Path, marks: list[str]) -> None:
+        said = dict(mark.split() for mark in marks)
+        path = folder / "deep" / "manifest.json"
+        version = open_manifest(path.read_bytes(), now=NOW, owner=OWNER.public_key).manifest.version if path.exists() else 0
+        assert version >= int(said.get("manifest", 0)), "a version that was adopted is forgotten: peers could be rolled back"
+        peers = PeerCache(folder / "peers.json").load()
+        assert len(peers) >= int(said.get("peers", 0))
+
+    calls = record(FILES, tmp_path / "root", *words, str(NOW))
+    assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check) > 20
