@@ -106,6 +106,10 @@ def node_table(status: SwarmStatus, now: float) -> Table:
 def tail(status: SwarmStatus, now: float) -> str:
     """What the run has come to: acceptances, router, mixture."""
     parts = [f"accepted {status.accepted}, rejected {status.rejected}"]
+    if status.audits_due:
+        parts.append(f"{status.audits_due} audits due")
+    if status.quarantined:
+        parts.append(f"{len(status.quarantined)} peers quarantined")
     if status.router:
         parts.append(f"router {100 * status.router.accuracy:.1f} % right, trained {ago(now - status.router.trained_at)} ago")
     parts.append(f"mixture {short(status.mixture, 12)}" if status.mixture else "no mixture yet")

@@ -92,6 +92,7 @@ RUN: dict[str, Any] = {
     "checkpoint_samples": 1200,
     "router": ROUTER,
     "sampling": SAMPLING,
+    "audit": {"replay_steps": 2, "whole_epoch": 0.02},
 }
 """Settings of a run: `lutetia run create` with the preset `demo`."""
 
