@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def _line(axes, arm: str, points: Sequence[CurvePoint], values: Sequence[Sequenc
         axes.plot([x] * len(own), own, "o", markersize=3, color=COLOURS[arm], alpha=0.6)
 
 
-def write_grid(path: Path, prompts: Sequence[str], columns: dict[str, Sequence[Frames]]) -> None:
+def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequence[Frames]]) -> None:
     """PNG: a row per prompt with a few frames of each column's clip uint8 [F, H, W, 3]."""
     block = _SHOWN * _SIDE + _GAP
     sheet = Image.new("RGB", (len(columns) * block + _GAP, _LINE + len(prompts) * (_SIDE + _LINE + 4)), (255, 255, 255))
