@@ -1,0 +1,65 @@
+"""What judging one result costs: each rung that reads or computes, in seconds and in training steps of the same expert."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lutetia.coordinator.settings import small_expert
+from lutetia.models.checkpoints import check_state, check_weights
+from lutetia.models.data.shards import ShardData
+from lutetia.models.evaluation import holdout_loss
+from lutetia.models.moments import check_moments
+from lutetia.models.replay import Parent, replay
+from lutetia.models.states import write_state, write_weights
+from lutetia.models.training import ExpertTrainer
+from lutetia.protocol.blobs import ChunkTable
+
+from .audit_child import LATENT, data, manifest
+from .report import Row
+
+HELD_OUT, REPEATS = 16, 3
+
+
+def run() -> list[Row]:
+    torch.set_num_threads(1)
+    described = manifest("adamw")
+    described = described.model_copy(update={"run": described.run_id, "expert": small_expert(LATENT)})
+    clips = data()
+    trainer = ExpertTrainer(described, 0, clips)
+    steps = []
+    for _ in range(described.steps_per_epoch):
+        began = time.perf_counter()
+        trainer.step()
+        steps.append(time.perf_counter() - began)
+    held = ShardData(*(part[:HELD_OUT] for part in (clips.latents, clips.tokens, clips.pooled, clips.captions, clips.kinds)))
+    optimisation, spec = described.optimisation, described.expert
+    rows = [Row.of(f"a training step, batch of {optimisation.batch}", steps, "s")]
+    with tempfile.TemporaryDirectory() as folder:
+        weights, state = Path(folder, "weights"), Path(folder, "state")
+        write_weights(trainer.snapshot(), weights)
+        write_state(trainer.snapshot(), state, ema=False)
+        size = (weights.stat().st_size + state.stat().st_size) / 1e6
+        rungs: dict[str, Callable[[], object]] = {
+            "transfer: hash what arrived": lambda: (ChunkTable.of_file(weights), ChunkTable.of_file(state)),
+            "format, numbers": lambda: (check_weights(weights, spec), check_state(state, spec, optimisation)),
+            "numbers: moments": lambda: check_moments(state, optimisation),
+            f"holdout, {HELD_OUT} clips": lambda: holdout_loss(described, 0, weights, held),
+            f"raw, {HELD_OUT} clips": lambda: holdout_loss(described, 0, state, held, raw=True),
+            "audit, 4 steps": lambda: replay(described, 0, clips, Parent(1, weights, state), 4),
+        }
+        typical = rows[0].value
+        for name, rung in rungs.items():
+            took = [_seconds(rung) for _ in range(REPEATS)]
+            detail = f"{sorted(took)[REPEATS // 2] / typical:.1f} steps; weights and state have {size:.1f} MB"
+            rows.append(Row.of(name, took, "s", detail=detail))
+    return rows
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
