@@ -40,7 +40,7 @@ def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
     assert load_study(CONFIG, device="cuda", tune=True).judging.on == "tune"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)  # a minute and a half on two idle cores
 def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     home, out = tmp_path / "study", tmp_path / "out"
     arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
@@ -57,7 +57,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     before = weights.read_bytes()
     assert not (home / "runs" / "headline-mixture-s0" / "run" / "mixture").exists()
 
-    run = lutetia("study", CONFIG, "--folder", home, "--out", out, "--json", timeout=500)
+    run = lutetia("study", CONFIG, "--folder", home, "--out", out, "--json", timeout=1100)
     assert run.returncode == 0, run.stderr
     assert "headline-monolith-s0 " not in run.stderr  # it was done
     assert weights.read_bytes() == before
