@@ -14,8 +14,8 @@ import sys
 from . import __path__ as folder
 from .report import Machine, Row, as_json, markdown
 
-STUDIES = ("attacks", "faults", "fuzz")
-_PARTS = {"__main__", "report", "swarm", "audit_child", *STUDIES}
+STUDIES = ("attacks", "faults", "fuzz", "simulate")
+_PARTS = {"__main__", "report", "swarm", "audit_child", "simulate_costs", *STUDIES}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg and module.name not in _PARTS)
 
 

@@ -68,7 +68,7 @@ def _chaos(setting: Setting, peers: int, rng: Random) -> list[Step]:
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
-        Scenario("calm", "nothing goes wrong", 0, _calm, ends=(completed, no_double_work)),
+        Scenario("calm", "nothing goes wrong", 0, _calm, seconds=2400, ends=(completed, no_double_work)),
         Scenario(
             "herd",
             "everybody joins within one second, and the origin turns most away",

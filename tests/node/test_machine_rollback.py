@@ -5,8 +5,7 @@ from __future__ import annotations
 from lutetia.node import messages as m
 from lutetia.protocol.claims import ShardView
 
-from .paper_swarm import acceptance
-from .walk import ME, OTHER, Walk, claimed
+from .walk import ME, OTHER, Walk, acceptance, claimed
 
 
 def at_epoch_two() -> Walk:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from lutetia.node import messages as m
 from lutetia.protocol.claims import ShardView
 
-from .paper_swarm import acceptance
-from .walk import ME, RULES, Walk, claimed
+from .walk import ME, RULES, Walk, acceptance, claimed
 
 LONGER = replace(RULES, epochs=8)
 

@@ -8,8 +8,7 @@ import pytest
 from lutetia.node import messages as m
 from lutetia.protocol.claims import ShardView
 
-from .paper_swarm import acceptance
-from .walk import ME, OTHER, RULES, T, Walk, claimed
+from .walk import ME, OTHER, RULES, T, Walk, acceptance, claimed
 
 
 def test_checkpoint_is_offered_while_training_goes_on():

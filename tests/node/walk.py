@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 from lutetia.node import messages as m
 from lutetia.node.machine import advance
 from lutetia.node.state import Rules, State, next_wake
 from lutetia.protocol.claims import LiveClaim, ShardView
-
-from .paper_swarm import claim_record
+from lutetia.protocol.records import AcceptanceRecord, ClaimRecord
 
 ME, OTHER = "11" * 32, "22" * 32
 T = 1_800_000_000.0
 RULES = Rules("ab" * 32, ME, shards=2, epochs=4, heartbeat=20.0, propagation=1.0)
+
+
+def claim_record(owner: str, claim: m.Claim, now: float) -> ClaimRecord:
+    fields = {"shard": claim.shard, "epoch": claim.epoch, "samples": claim.samples, "state": claim.state}
+    return cast(ClaimRecord, SimpleNamespace(owner=owner, issued=now, **fields))
+
+
+def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: float = 0.0, term: int = 0) -> AcceptanceRecord:
+    fields = {"shard": shard, "epoch": epoch, "checkpoint": digest, "author": author, "tenure_until": tenure_until, "term": term}
+    return cast(AcceptanceRecord, SimpleNamespace(**fields))
 
 
 def claimed(shard: int, owner: str, expires: float, state: str = "training", epoch: int = 0, accepted=None) -> ShardView:
