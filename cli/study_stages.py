@@ -69,24 +69,25 @@ def _remember(config: StudyConfig, home: Path) -> None:
     write_atomic(path, fixed)
 
 
-def _with_latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> StudyConfig:
-    """The config with its own autoencoder in place, trained where the cache has none of these clips and settings."""
+def _latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> tuple[str, dict[str, float]]:
+    """What makes the latents, and the PSNR in dB by kind of the study's own autoencoder, trained where the cache has none."""
     if config.autoencoder is None:
-        return config
-    from ..models.data.stand_in import train_autoencoder
-
+        return config.data.latents, {}
     wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "as": config.autoencoder.model_dump()}
     folder = cache / f"autoencoder-{hashlib.sha256(canonical(wanted)).hexdigest()[:12]}"
+    report = folder.with_suffix(".json")
     if not folder.is_dir():
+        from ..models.data.stand_in import train_autoencoder
+
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        report = train_autoencoder(
+        found = train_autoencoder(
             part, **config.autoencoder.model_dump(), clips=clips,
             on_progress=lambda done, total, _: on_progress("autoencoder", done, total),
         )  # fmt: skip
-        write_atomic(cache / f"{folder.name}.json", json.dumps(report, indent=1).encode())
+        write_atomic(report, json.dumps(found, indent=1).encode())
         part.rename(folder)
-    return config.model_copy(update={"data": config.data.model_copy(update={"latents": str(folder)})})
+    return str(folder), json.loads(report.read_bytes())["psnr_db"]
 
 
 @dataclass
@@ -101,6 +102,8 @@ class Stages:
     plan: Plan
     counts: ClipCounts
     bench: Bench
+    latents: str
+    autoencoder_psnr: dict[str, float]
     judged: dict[str, Judged] = field(default_factory=dict)
 
     @classmethod
@@ -113,9 +116,9 @@ class Stages:
         plan = plan_study(config, planned_latent(config))
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
-        config = _with_latents(config, home / "clips" / "train", cache, on_progress)
+        latents, psnr = _latents(config, home / "clips" / "train", cache, on_progress)
         bench = Bench(config, home / "clips", cache / "metrics", on_progress)
-        return cls(config, home, out, cache, on_progress, plan, counts, bench)
+        return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
 
     def carry_on(self, training: Training) -> bool:
         """Build its data, train it, judge its readings. False when all that was known already."""
@@ -135,6 +138,7 @@ class Stages:
         target = self.home / "data" / training.data
         if not (target / "data.json").is_file():
             update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
+            update["latents"] = self.latents
             build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
         return target
 
@@ -225,6 +229,7 @@ class Stages:
         return StudyResults(
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
             judged=dict(self.judged), headline=self.headline(), hardware=hardware(), seconds=whole,
+            autoencoder_psnr=self.autoencoder_psnr,
         )  # fmt: skip
 
     def _grid(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -152,7 +153,16 @@ def hardware() -> str:
     """The device in words, as it stands beside every figure."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} cores, CPU ({platform.machine()})"
+    return f"{os.cpu_count()} cores of {_processor()} ({platform.machine()})"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, or else "a CPU"."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "a CPU"
 
 
 def _agreed(asked: ClipShape | None, made: ClipShape) -> ClipShape:

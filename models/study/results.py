@@ -40,6 +40,7 @@ class StudyResults(Frozen):
     headline: dict[str, tuple[Comparison, ...]]
     hardware: str
     seconds: float
+    autoencoder_psnr: dict[str, float] = {}
 
     def of(self, reading: Reading) -> Judged | None:
         """What was found about a reading, None while it is not judged."""

@@ -32,9 +32,11 @@ def _standing(results: StudyResults) -> str:
     sizes = "; ".join(
         f"{role}: " + ", ".join(f"{n} {kind or 'clips'}" for kind, n in kinds.items()) for role, kinds in clips.roles.items()
     )
+    own = ", ".join(f"{kind or 'clips'} {value:.1f} dB" for kind, value in results.autoencoder_psnr.items())
+    latents = f"by the study's own autoencoder (frames it has not seen: {own})" if own else f"`{data['latents']}`"
     claim = "" if judged_on == "test" else ", on which recipes are chosen: these figures claim nothing"
     return (
-        f"Clips of {data['frames']} frames of {data['width']}x{data['height']} px, latents `{data['latents']}`, text "
+        f"Clips of {data['frames']} frames of {data['width']}x{data['height']} px, latents {latents}, text "
         f"`{data['text']}`, clusters by `{data['features']}`. {sizes}; left out because their prompt or file is known elsewhere: "
         f"{clips.known_prompts} and {clips.copies}. Judged on the clips of **{judged_on}**{claim}. {results.hardware}; "
         f"{results.seconds / 3600:.2f} h of swarm time in all."

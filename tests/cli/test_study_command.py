@@ -71,7 +71,9 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert routes == {"router", "oracle", "text-blind"}
     losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
     assert set(losses) == {"mixture", "right expert", "expert 0", "expert 1", "expert 2"}
+    assert set(results.autoencoder_psnr) <= {"camera", "digit", "shape"}
     page = (out / "README.md").read_text()
+    assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are for others to read
     assert "561.04" in page
     assert "mixture, oracle routing" in page
     for picture in ("curves.png", "samples.png"):
