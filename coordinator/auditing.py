@@ -78,7 +78,12 @@ def start_audit(turn: Turn) -> None:
 
 
 def _for_peers(turn: Turn, audit: PendingAudit) -> bool:
-    """Whether a peer carries it out, or one may take it soon: a peer asked lately, and the result has not waited long."""
+    """Whether a peer carries it out, or one may take it soon: a peer asked lately, and the result has not waited long.
+
+    At the end of the run nobody waits for a peer any more.
+    """
+    if turn.run.budgets_done:
+        return False
     lent = turn.state.lent.get(audit.checkpoint)
     if lent:
         return turn.now < lent[1]
@@ -119,15 +124,16 @@ def lend(turn: Turn, wanted: AuditWanted) -> None:
         turn.actions.append(Lend(None, retry_after=_LONGEST_DELAY))
         return
     turn.state = replace(turn.state, asked=turn.now)
-    lent = {name: loan for name, loan in turn.state.lent.items() if loan[1] > turn.now and name in turn.run.audits}
-    held = next((name for name, loan in lent.items() if loan[0] == wanted.owner), None)
+    lent = {name: loan for name, loan in turn.state.lent.items() if name in turn.run.audits}  # a second time it is not lent
+    held = next((name for name, loan in lent.items() if loan[0] == wanted.owner and loan[1] > turn.now), None)
     if held is None:
         held = _free_for(turn, lent, {wanted.owner, *wanted.related})
     if held is None:
         turn.state = replace(turn.state, lent=lent)
-        turn.actions.append(Lend(None, retry_after=rules.audit_wait / 4))
+        turn.actions.append(Lend(None, retry_after=rules.audit_wait / 4 + len(turn.state.offers) / rules.asks_per_second))
         return
-    lent.setdefault(held, (wanted.owner, turn.now + rules.audit_loan))  # who asks again has lost it, and gets the same
+    loan = rules.audit_loan * (6 if turn.run.audits[held].whole else 1)
+    lent.setdefault(held, (wanted.owner, turn.now + loan))  # who asks again has lost it, and gets the same
     turn.state = replace(turn.state, lent=lent)
     turn.actions.append(Lend(_job(turn, turn.run.audits[held]), lent[held][1]))
 

@@ -19,8 +19,9 @@ class Rules:
     """What does not change while the service runs. `secret` makes audits unforeseeable.
 
     `audit_attempts`: how often an audit without outcome is tried before it is given up; `audit_delay` seconds double every time.
-    While peers ask for audits, one waits `audit_wait` seconds for a taker, who has `audit_loan` seconds for it; then the
-    coordinator carries it out itself.
+    While peers ask for audits, one waits `audit_wait` seconds for a taker, who has `audit_loan` seconds for it (six times as
+    long for a whole epoch); then the coordinator carries it out itself. However many peers stand by, they are told to ask no
+    oftener than `asks_per_second` in all.
     """
 
     manifest: Manifest
@@ -34,7 +35,8 @@ class Rules:
     audit_attempts: int = 6
     audit_delay: float = 10.0
     audit_wait: float = 60.0
-    audit_loan: float = 1800.0
+    audit_loan: float = 600.0
+    asks_per_second: float = 5.0
 
 
 @dataclass(frozen=True)

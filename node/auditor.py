@@ -37,7 +37,8 @@ class Auditor:
         """Ask about once per heartbeat, or when the coordinator says, until cancelled."""
         wait = 0.0
         while True:
-            await asyncio.sleep(max(wait, self.shell.network.manifest.timing.heartbeat))
+            pause = max(wait, self.shell.network.manifest.timing.heartbeat)
+            await asyncio.sleep(pause * (1 + self.shell.rules.jitter("audit", int(time.time())) / 4))
             wait = 0.0
             if self._free:
                 try:

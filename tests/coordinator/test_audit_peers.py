@@ -64,6 +64,37 @@ def test_an_audit_that_nobody_takes_or_brings_back_is_done_by_the_coordinator():
     assert [audit.audit.checkpoint for audit in c.audits] == [checkpoint], "nobody brought it back"
 
 
+def test_what_was_not_brought_back_is_not_lent_again():
+    """Else a row of idle identities could keep an audit from ever being carried out."""
+    c = court(shards=2)
+    wants(c)
+    busy = c.accept(PEERS[3], 1)
+    c.now += c.rules.audit_wait
+    c.hears(Tick(c.now))
+    assert c.audits[-1].audit.checkpoint == busy.digest, "the coordinator is at work on another"
+    wants(c)
+    record = c.accept(HONEST)
+    assert wants(c).audit
+    c.now += c.rules.audit_loan + 1
+    assert wants(c, OTHER).audit is None
+    c.audited("valid")
+    assert c.audits[-1].audit.checkpoint == record.digest
+
+
+def test_at_the_end_of_the_run_nobody_waits_for_a_peer():
+    c = court(shards=1, epochs=1)
+    wants(c)
+    record = c.accept(HONEST)
+    assert [audit.audit.checkpoint for audit in c.audits] == [record.digest]
+
+
+def test_a_crowd_that_stands_by_is_told_to_ask_less_often():
+    c = court()
+    waits = [wants(c, Identity.derived(f"idle {number}")).retry_after for number in range(300)]
+    assert waits[0] < 20
+    assert waits[-1] > 60
+
+
 def test_nobody_judges_itself_its_operator_or_two_at_a_time():
     c = court(shards=2)
     wants(c)
