@@ -147,11 +147,10 @@ class Stages:
         return study_mixtures.mixture_of(reading, training, self.folder(training))
 
     def _judge(self, reading: Reading, training: Training) -> bool:
-        """Whether it had to be done: figures are kept under the reading's name and the way of judging."""
+        """Whether it had to be done."""
         from ..models.study.bench import Judged, cluster_labels
 
-        how = hashlib.sha256(canonical(self.config.judging.model_dump(mode="json"))).hexdigest()[:8]
-        path = self.home / "figures" / f"{reading.name}-{how}.json"
+        path = self._figure(reading.name)
         if path.is_file():
             self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
             return False
@@ -168,16 +167,27 @@ class Stages:
         return self.bench.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
 
     def headline(self) -> dict[str, tuple[Comparison, ...]]:
-        """Monolith against mixture over all seeds of which both sides are judged; two or more where the config has them."""
+        """Monolith against mixture over all seeds of which both sides are judged."""
+        from ..models.study.results import Headline
+
         found = {}
         for prompts in self.config.judging.prompts:
             pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
             if not pairs:
                 continue
-            sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
             seeds = tuple(self.plan.training(pair[0].training).seed for pair in pairs)
-            found[prompts] = self.bench.compare(prompts, pairs[0][0].clips, sides[0], sides[1], seeds)
+            path = self._figure(f"headline-{prompts}-{'-'.join(map(str, seeds))}")
+            if not path.is_file():
+                sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
+                rows = self.bench.compare(prompts, pairs[0][0].clips, sides[0], sides[1], seeds)
+                write_atomic(path, Headline(rows=rows).model_dump_json().encode())
+            found[prompts] = Headline.model_validate_json(path.read_bytes()).rows
         return found
+
+    def _figure(self, name: str) -> Path:
+        """Where figures are kept: under their name and the way of judging."""
+        how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
+        return self.home / "figures" / f"{name}-{how}.json"
 
     def _pairs(self, prompts: str) -> list[tuple[Reading, Reading]]:
         """The final readings of monolith and mixture, seed by seed."""

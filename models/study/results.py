@@ -27,6 +27,12 @@ class Trained(Frozen):
     router: dict[str, Any] | None = None
 
 
+class Headline(Frozen):
+    """Monolith (first) against mixture (second) on prompts of one kind, over the seeds that the figures name."""
+
+    rows: tuple[Comparison, ...]
+
+
 class StudyResults(Frozen):
     """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering."""
 
