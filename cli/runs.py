@@ -1,4 +1,4 @@
-"""`lutetia run create|show|upgrade`."""
+"""`lutetia run create|show|upgrade|rotate`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,27 @@ def upgrade(
     done = upgrade_run(Folder(run), wanted, owner_key)
     document = {"run": done.new.run_id, "version": done.new.version, "changed": sorted(wanted), "epochs": done.new.epochs}
     emit(document, as_json, lambda: f"Version {done.new.version} of run {done.new.name} is signed: {', '.join(sorted(wanted))}.")
+
+
+@app.command("rotate")
+def rotate(run: RunFolder, owner_key: OwnerKey = None, as_json: JsonFlag = False) -> None:
+    """Give the coordinator a new key, while it is stopped; the old key is worth nothing from then on.
+
+    Peers that are online find the new coordinator by themselves; newcomers need the new ticket, which names its key.
+    """
+    from ..coordinator.rotation import rotate_run
+    from ..coordinator.run_folder import RunFolder as Folder
+
+    done = rotate_run(Folder(run), owner_key)
+    document = {
+        "run": done.manifest.run_id, "version": done.manifest.version, "old": done.old, "new": done.new, "ticket": done.ticket,
+    }  # fmt: skip
+    text = (
+        f"Version {done.manifest.version} of run {done.manifest.name} names the coordinator's new key {done.new[:16]}….\n"
+        f"Start it again:        lutetia coordinator serve {run}\n"
+        f"New volunteers join:   lutetia join {done.ticket}"
+    )
+    emit(document, as_json, lambda: text)
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -56,7 +56,7 @@ class Crier:
     async def _publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
         timing = self.rules().manifest.timing
         limits = RecordLimits(timing.heartbeat, timing.maximum_clock_skew)
-        renewed = record.model_copy(update={"issued": self.transport.now()})
+        renewed = record.model_copy(update={"issued": self.transport.now(), "owner": self.identity.public_key})
         try:
             taken = await publish(self.transport, self.identity, renewed, limits.longest(record.kind))
         except ConnectionError as error:

@@ -55,6 +55,11 @@ class RunFolder:
         return self.root / "coordinator.key"
 
     @property
+    def next_key(self) -> Path:
+        """A coordinator's key that is about to take the place of the present one."""
+        return self.root / "coordinator.key.next"
+
+    @property
     def blobs(self) -> Path:
         """Everything that is served to peers: shards, and the blobs of accepted checkpoints."""
         return self.root / "blobs"

@@ -53,6 +53,7 @@ from .messages import Offered
 from .pardons import noted_pardons, remove_notes
 from .recovery import Lineage, fetch_missing
 from .rival import refuse_a_rival
+from .rotation import settle_rotation, sign_mixture_anew
 from .run_folder import RunFolder
 from .settings import ServeSettings
 from .stitching import Stitcher
@@ -103,6 +104,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
     folder = RunFolder(root)
     signed = folder.read_manifest(time.time())
     with folder.locked(), contextlib.ExitStack() as stack:
+        settle_rotation(folder)
         identity = Identity.load(folder.coordinator_key)
         if identity.public_key not in signed.manifest.coordinators:
             raise AuthorisationError(
@@ -117,6 +119,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
         if newer:
             ledger.append([published(signed.manifest, identity.public_key, time.time())])
+        sign_mixture_anew(folder, ledger.state, identity)
         transport = await connecting(live, identity, folder, settings)
         try:
             lineage = Lineage(transport, live, identity.public_key)

@@ -20,10 +20,13 @@ from lutetia.protocol.identity import Identity
 from lutetia.protocol.joining import MANIFEST_FILE
 from lutetia.protocol.services import join_swarm
 from lutetia.protocol.ticket import Ticket
-from lutetia.system.errors import AuthorisationError, ConfigError, LutetiaError
+from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError, LutetiaError
+from test_rotation import check_signatures
 from test_serve import make_run, up
 from test_with_node import start_node
 from volunteer import Coordinator, until
+
+SETTINGS = json.dumps({"stitch": "end", "gallery": False})
 
 
 async def command(*words: str) -> tuple[int, dict[str, Any]]:
@@ -43,9 +46,9 @@ async def node_says(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-async def test_a_finished_run_trains_on_when_its_budget_is_raised(tmp_path: Path):
+async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordinators_key_is_new(tmp_path: Path):
     run = make_run(tmp_path, shards=1)
-    coordinator = await Coordinator.start(run.folder, json.dumps({"stitch": "end", "gallery": False}))
+    coordinator = await Coordinator.start(run.folder, SETTINGS)
     await up(coordinator)
     node = await start_node(run.ticket, tmp_path / "node")
 
@@ -71,6 +74,20 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised(tmp_path: Path
         await until(lambda: idle_under(2), "the node to stand by again")
         check_ledger(run)
         await refuse_the_older_version(run, tmp_path)
+
+        refused, _ = await command("run", "rotate", str(run.folder))
+        assert refused == IdentityError.code, "not while it is served"
+        old = Identity.load(RunFolder(run.folder).coordinator_key)
+        assert await coordinator.end(signal.SIGTERM) == 0
+        code, said = await command("run", "rotate", str(run.folder))
+        assert (code, said["version"], said["old"]) == (0, 3, old.public_key)
+        upgrade_run(RunFolder(run.folder), {"samples_per_shard": 40})
+        coordinator = await Coordinator.start(run.folder, SETTINGS)
+        await up(coordinator)
+        await until(lambda: finished_with(5), "the node to train on for the new key")
+        await until(lambda: idle_under(4), "the node to know the newest version")
+        assert coordinator.status().coordinator == said["new"]
+        check_signatures(run, old, said["ticket"])
     finally:
         for process in (node, coordinator.process):
             if process.returncode is None:
