@@ -35,6 +35,17 @@ def _herd(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return joins(setting, peers, rng, within=1.0)
 
 
+def _crowd(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """An ordinary hour of a large swarm: each box dies after two hours on average, and is back ten minutes later."""
+    steps = joins(setting, peers, rng)
+    for index in range(peers):
+        at = rng.expovariate(1 / 7200)
+        while at < 3600:
+            steps += [Step(at + 60, "kill", (index,)), Step(at + 60 + rng.expovariate(1 / 600), "join", (index,))]
+            at += 700 + rng.expovariate(1 / 7200)
+    return steps
+
+
 def _chaos(setting: Setting, peers: int, rng: Random) -> list[Step]:
     """Anything may happen to anybody, once a minute, until five minutes before the end."""
     steps, cut = joins(setting, peers, rng), False
@@ -98,6 +109,17 @@ SCENARIOS: dict[str, Scenario] = {
             peers=10,
             setting=Setting(shards=4, epochs=200),
             ends=(owned, advanced(0.15)),
+        ),
+        Scenario(
+            "crowd",
+            "an ordinary hour of a thousand volunteers, who come and go",
+            0,
+            _crowd,
+            seconds=3600,
+            peers=1000,
+            setting=Setting(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
+            ends=(advanced(0.5),),
+            least=16,
         ),
         *BOXES,
         *LINES,
