@@ -142,29 +142,38 @@ def _enough(place: World, at: int, began: float) -> bool:
 
 
 def _payload(place: World) -> list[BlobRef]:
-    last = acceptances(place.run.folder, 0)[-1]
+    """Weights and state of any accepted checkpoint: all shards have the same expert."""
+    shards = range(len(place.run.manifest.shards))
+    last = next(given[-1] for shard in shards if (given := acceptances(place.run.folder, shard)))
     return [last.weights, last.state]
+
+
+def _told(rows: list[Row]) -> list[Row]:
+    """Say what has been measured so far: the whole takes minutes."""
+    for row in rows:
+        print(f"  {row.what}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
+    return rows
 
 
 async def _measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = await _restarts(folder / "restarts")
+        rows = _told(await _restarts(folder / "restarts"))
         if reason := why_not():
             print(f"no figures of partitions and bytes: {reason}", file=sys.stderr)
             async with world(folder / "swarm") as place:
                 await place.coordinator()
-                return [*await _takeovers(Pair(place)), *rows]
+                return [*_told(await _takeovers(Pair(place))), *rows]
         async with network("hub", "ann", "bob") as net, world(folder / "swarm", f"{net.address('hub')}:41000") as place:
             pair = Pair(place, net)
             await pair.serve()
-            rows = [*await _takeovers(pair), *await _partitions(pair, net), *rows]
+            rows = [*_told(await _takeovers(pair)), *_told(await _partitions(pair, net)), *rows]
         boxes = [f"box{number}" for number in range(max(PEERS))]
         async with (
             network("hub", *boxes) as net,
             world(folder / "bytes", f"{net.address('hub')}:41000", shards=len(boxes)) as place,
         ):
-            return [*rows, *await _bytes(place, net)]
+            return [*rows, *_told(await _bytes(place, net))]
 
 
 def run() -> list[Row]:
