@@ -125,6 +125,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "counts": f"{counting}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
         "due": f"in {ago(document['due'] - now)}" if document["due"] else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] else "",
+        "keeps": f"copies of {document['copies']} accepted checkpoints of others" if document.get("copies") else "",
         "problem": document["problem"] or "",
     }
     table = Table.grid(padding=(0, 3))

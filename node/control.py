@@ -70,6 +70,7 @@ class LocalStatus(Frozen):
     problem: str | None = None
     addresses: tuple[str, ...] = ()
     blobs_bytes: int | None = None
+    copies: int = 0
     pid: int
     software: str
     started: float
