@@ -119,7 +119,11 @@ class Daemon:
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._verbs:
             self.shell.early(verb)
-        companions = [self.news.run(), Auditor(shell).run()] if self.settings.audits else [self.news.run()]
+        companions = [self.news.run()]
+        if self.settings.audits:
+            companions.append(Auditor(shell).run())
+        if self.settings.copies:
+            companions.append(shell.seeder.run())
         await shell.run(*companions)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:

@@ -54,6 +54,7 @@ class NodeSettings(BaseSettings):
     duty: float = Field(default=1.0, gt=0, le=1, description="Share of time that training may use")
     disk_limit: Bytes | None = Field(default=None, description="Most bytes of blobs kept, for instance 50GB")
     upload_rate: Bytes | None = Field(default=None, description="Most bytes per second sent to other peers")
+    copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
     save_every: float = Field(default=30.0, gt=0, description="Seconds between local checkpoints")
     stop_within: float = Field(default=75.0, ge=0, description="Seconds that a SIGTERM leaves for the checkpoint under way")
     hang_after: float = Field(default=300.0, ge=1, description="Seconds of silence after which a trainer counts as hung")

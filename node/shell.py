@@ -78,7 +78,7 @@ class Shell:
         try:
             with one_error():
                 async with asyncio.TaskGroup() as self._group:
-                    beside = [self._group.create_task(work) for work in (self._watch_network(), self.seeder.run(), *companions)]
+                    beside = [self._group.create_task(work) for work in (self._watch_network(), *companions)]
                     for verb in self._early:
                         self.feed(verb)
                     self.feed(m.Joined(time.time()))
