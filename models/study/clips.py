@@ -56,8 +56,7 @@ def split_clips(
     digests = [hash_file(clip.path) for clip in listing.clips]
     roles, counts = assign(listing.clips, digests, tune_share)
     with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        part = _part(folder, folder.parent)
         try:
             for role in ROLES:
                 chosen = [(clip, digest) for clip, digest, own in zip(listing.clips, digests, roles, strict=True) if own == role]
@@ -151,7 +150,7 @@ def _make(maker: Path, source: MadeClips, kind: str, count: int, folder: Path) -
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{kind}.", suffix=".part", dir=folder.parent.parent))
+    part = _part(folder, folder.parent.parent)  # not beside it, where it would be taken for a set
     try:
         options = ["--n", count, "--seed", source.seed, "--frames", source.frames, "--size", source.size]
         run = subprocess.run([sys.executable, maker, kind, part, *map(str, options)], capture_output=True, text=True, check=False)
@@ -162,6 +161,14 @@ def _make(maker: Path, source: MadeClips, kind: str, count: int, folder: Path) -
         replace_folder(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _part(target: Path, parent: Path) -> Path:
+    """A new folder in `parent` for what becomes `target`; what a killed call left there is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f".{target.name}.*.part"):
+        shutil.rmtree(left)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=parent))
 
 
 def _hold_out(metadata: Path, every: int) -> None:
