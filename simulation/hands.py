@@ -62,6 +62,8 @@ class Hands:
     def __init__(self, box: Volunteer) -> None:
         self._box, self._world = box, box.world
         self.trainer: Trainer | None = None
+        self.exiting = False
+        """The trainer has ended by itself, and the machine has not heard of it yet."""
         self.shelves: dict[int, Shelf] = {}
         self.conduct: Conduct = "honest"
         self.steps_per_epoch = box.world.manifest.steps_per_epoch
@@ -80,6 +82,7 @@ class Hands:
         while (following := _following(shelf, epoch, parent)) is not None:
             epoch, parent = epoch + 1, following
         if parent is not None and not self._world.goods.has(parent, self._box):
+            self.exiting = True
             self._box.soon(TrainerExited, order.run, "bad-state", "the accepted state is not on this disk")
             return
         local = shelf.local if shelf.local and (shelf.local.epoch, shelf.local.parent) == (epoch, parent) else None
@@ -101,7 +104,7 @@ class Hands:
 
     def stop(self, *, save: bool) -> None:
         """An orderly end saves the state under way; a kill leaves what was saved last."""
-        trainer, self.trainer = self.trainer, None
+        trainer, self.trainer, self.exiting = self.trainer, None, False
         if trainer is None:
             return
         done = self._done(trainer, saved=not save)
@@ -113,6 +116,7 @@ class Hands:
         if self.trainer is not None:
             number = self.trainer.number
             self.stop(save=False)
+            self.exiting = True
             self._box.soon(TrainerExited, number, reason, text or reason)
 
     def freeze(self) -> None:

@@ -71,10 +71,9 @@ class Invariants:
         state, trainer, checks = peer.state, peer.hands.trainer, self.checks
         work = state.work if peer.running else None
         checks["I5"] += 1
-        if (trainer is not None) != (work is not None and work.trainer == "on") or (trainer is not None and not peer.running):
-            self._fail(
-                "I5", f"{peer} in phase {state.phase}: its machine and its trainer differ ({work and work.trainer}, {trainer})"
-            )
+        runs, wanted = trainer is not None or peer.hands.exiting, work is not None and work.trainer == "on"
+        if runs != wanted or (trainer is not None and not peer.running):
+            self._fail("I5", f"{peer} in phase {state.phase}: its machine and its trainer differ ({wanted}, {trainer})")
         if trainer is not None and trainer.shard != work.shard:  # pyright: ignore[reportOptionalMemberAccess]
             self._fail("I5", f"{peer} trains shard {trainer.shard} with shard {work and work.shard} in hand")
         if work is not None and work.checkpoint is not None:
@@ -201,7 +200,7 @@ class Invariants:
             head = self.accepted.get((shard, epoch))
             if head in parcels:
                 self.checks["I3"] += 1
-                if not self._world.goods.holders.get(head):
+                if head is not None and not self._world.goods.holders.get(head):
                     self._fail("I3", f"no copy of accepted epoch {epoch} of shard {shard} is left")
 
     def after_status(self, office: Office, document: SwarmStatus) -> None:

@@ -151,6 +151,8 @@ class Volunteer:
             return
         world = self.world
         event = kind(self.clock(), *arguments)
+        if kind is m.TrainerExited:
+            self.hands.exiting = False
         before = self.state.phase
         self.state, actions = world.decide.advance(self.rules, self.state, event)
         if world.story is not None:
