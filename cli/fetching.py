@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..models.mixture_document import FILE, MixtureDocument, SignedMixture, verify_mixture
+from ..models.mixture_document import FILE, MixtureDocument, SignedMixture, signed_document, verify_mixture
 from ..protocol.documents import MANIFEST, MIXTURE
 from ..protocol.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
 from ..protocol.thin import thin_document
@@ -48,7 +48,9 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     data = thin_document(ticket, MIXTURE, timeout)
     if not data:
         raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; look at lutetia swarm status and try again later")
-    described = read_description(data)
+    described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before a byte is fetched
+    if described.run != ticket.run:
+        raise IntegrityError(f"the mixture that was offered is of run {described.run[:12]}, not {ticket.run[:12]}; ask again")
     with workspace(out) as work:
         folder = work / "mixture"
         folder.mkdir()
@@ -59,15 +61,16 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     return document
 
 
-def read_description(data: bytes) -> MixtureDocument:
+def read_description(data: bytes) -> SignedMixture:
     """The description, not yet verified, if it is safe to act on. Raises IntegrityError."""
     try:
-        document = SignedMixture.model_validate_json(data).mixture
+        signed = SignedMixture.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(f"the mixture's description is malformed: {first_problem(error)}; ask another peer") from error
+    document = signed.mixture
     bad = next((name for name in document.files if not _SAFE_NAME.fullmatch(name)), None)
     if bad is not None:
-        raise IntegrityError(f"the mixture's description names the file {bad!r}, which would leave its folder; refused")
+        raise IntegrityError(f"the mixture's description names the file {bad[:80]!r}, which would leave its folder; refused")
     if len(document.files) > _MOST_FILES or sum(ref.size for ref in document.files.values()) > _MOST_BYTES:
         raise IntegrityError("the mixture's description names more than fits anywhere; refused")
-    return document
+    return signed

@@ -71,16 +71,20 @@ def read_mixture(folder: Path) -> SignedMixture:
         raise ConfigError(f"{folder / FILE} is malformed: {first_problem(error)}; fetch the mixture again") from error
 
 
+def signed_document(signed: SignedMixture, coordinators: Sequence[str], name: str) -> MixtureDocument:
+    """What a coordinator signed; `name` is for the error. Raises AuthorisationError: unsigned, or signed by somebody else."""
+    message = _SIGNING_DOMAIN + canonical(signed.mixture)
+    if signed.signature is None or not any(verify(key, message, signed.signature) for key in coordinators):
+        raise AuthorisationError(f"the mixture {name} is not signed by a coordinator of its run; fetch it from the run itself")
+    return signed.mixture
+
+
 def verify_mixture(folder: Path, coordinators: Sequence[str]) -> MixtureDocument:
     """Check the signature against the run's coordinators and every file against its digest.
 
     Raises AuthorisationError (unsigned, or signed by somebody else) or IntegrityError (file missing, changed or not listed).
     """
-    signed = read_mixture(folder)
-    document, signature = signed.mixture, signed.signature
-    message = _SIGNING_DOMAIN + canonical(document)
-    if signature is None or not any(verify(key, message, signature) for key in coordinators):
-        raise AuthorisationError(f"the mixture {folder} is not signed by a coordinator of its run; fetch it from the run itself")
+    document = signed_document(read_mixture(folder), coordinators, str(folder))
     for name, ref in document.files.items():
         path = folder / name
         if not path.is_file():
