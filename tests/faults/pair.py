@@ -90,12 +90,16 @@ async def caught(see: Callable[[], Any], stop: Callable[[], Any], go: Callable[[
     while loop.time() < deadline:
         while not see():
             assert loop.time() < deadline, f"never saw {what}"
-            await asyncio.sleep(0)
+            await asyncio.sleep(GLANCE)
         stop()
         if all([await seen_later(see) for _ in range(10)]):
             return
         go()
     raise AssertionError(f"never stopped in the middle of {what}")
+
+
+GLANCE = 0.003
+"""Seconds between two looks for something that takes milliseconds."""
 
 
 async def seen_later(see: Callable[[], Any]) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -90,6 +90,9 @@ class Member:
         return code
 
 
+M = TypeVar("M", bound=Member)
+
+
 def lives(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -124,14 +127,17 @@ async def gone(family: Sequence[psutil.Process], seconds: float = PATIENCE) -> N
 
 
 async def start(
+    kind: type[M],
     name: str,
     folder: Path,
     arguments: Sequence[str | Path],
+    *,
     environment: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
     program: Sequence[str | Path] = ("-m", "lutetia.cli"),
-) -> Member:
-    """`lutetia ARGUMENTS` with its log and temporary files in `folder`. It dies with us."""
+    **more: Any,
+) -> M:
+    """`lutetia ARGUMENTS` with its log and temporary files in `folder`; `more` are the fields of `kind`. It dies with us."""
     temporary = folder / "tmp" / name
     temporary.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
@@ -145,7 +151,7 @@ async def start(
                 **(environment or {}), "LUTETIA_PARENT": str(os.getpid()),
             },
         )  # fmt: skip
-    return Member(name, process, log, temporary)
+    return kind(name, process, log, temporary, **more)
 
 
 @dataclass(frozen=True)

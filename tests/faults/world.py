@@ -17,9 +17,9 @@ from lutetia.coordinator.settings import RunSettings, tiny_expert
 from lutetia.models.checkpoints import check_state, check_weights
 from lutetia.node.control import ask
 from lutetia.protocol.events import CheckpointAccepted, Event, read_event
-from lutetia.protocol.manifest import AuditPolicy, ExpertSpec, Optimisation, Timing
+from lutetia.protocol.manifest import AuditPolicy, ExpertSpec, Manifest, Optimisation, Timing
 from lutetia.protocol.records import AcceptanceRecord
-from lutetia.protocol.status import ShardStatus, SwarmStatus
+from lutetia.protocol.status import SwarmStatus
 from lutetia.protocol.store import BlobStore
 from lutetia.protocol.ticket import Ticket
 from lutetia.system.errors import LutetiaError
@@ -31,6 +31,7 @@ HEARTBEAT = 3.0
 LEASE = 3 * HEARTBEAT
 STEPS = 20
 EPOCHS = 4000
+MODEST = ("--device", "cpu", "--threads", "1", "--duty", "0.2")
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
@@ -85,23 +86,20 @@ def acceptances(run: Path, shard: int = 0) -> list[AcceptanceRecord]:
     return [acceptance for acceptance in given if acceptance.shard == shard]
 
 
+@dataclass
 class Coordinator(Member):
-    """`lutetia coordinator serve`."""
+    """`lutetia coordinator serve` on the folder `run`."""
 
     run: Path
 
     def status(self) -> SwarmStatus:
         return SwarmStatus.model_validate_json((self.run / "status.json").read_bytes())
 
-    def shard(self, shard: int = 0) -> ShardStatus:
-        return self.status().shards[shard]
-
     def health(self, owner: str) -> str | None:
         return next((node.health for node in self.status().nodes if node.owner == owner), None)
 
     async def accepts(self, more: int = 1, *, author: str | None = None, shard: int = 0, seconds: float = PATIENCE) -> None:
         """Until `more` further results (of `author`) are accepted."""
-
         goal = accepted(self.run, shard, author) + more
         what = f"{more} acceptances of {author or 'anybody'}"
         await until(lambda: self.alive() and accepted(self.run, shard, author) >= goal, what, seconds)
@@ -111,6 +109,7 @@ class Coordinator(Member):
         return True
 
 
+@dataclass
 class Box(Member):
     """`lutetia join` on a state folder of its own."""
 
@@ -155,50 +154,35 @@ class World:
     folder: Path
     run: CreatedRun
     members: dict[str, Member] = field(default_factory=dict)
-    runs: list[Path] = field(default_factory=list)
 
-    async def coordinator(
-        self, run: Path | None = None, *, name: str = "coordinator", settings: str = "", prefix: Sequence[str] = (),
-        flags: Sequence[str] = (), ready: bool = True,
-    ) -> Coordinator:  # fmt: skip
-        """Serve `run` (by default the world's own); returns when its first status is there."""
-        run = run or self.run.folder
-        config = self.folder / f"{name}.toml"
-        config.write_text(f'stitch = "end"\ngallery = false\noffers_per_minute = 1000\n{settings}')
+    async def coordinator(self, prefix: Sequence[str] = ()) -> Coordinator:
+        """Serve the run; returns when the first status is there."""
+        run, config = self.run.folder, self.folder / "coordinator.toml"
+        config.write_text('stitch = "end"\ngallery = false\noffers_per_minute = 1000\n')
         (run / "status.json").unlink(missing_ok=True)
-        member = await start(name, self.folder, ["coordinator", "serve", run, "--config", config, *flags], prefix=prefix)
-        member.__class__ = Coordinator
-        assert isinstance(member, Coordinator)
-        member.run = run
-        self.members[name] = member
-        self.runs = list(dict.fromkeys([*self.runs, run]))
-        if ready:
-            await until(lambda: member.alive() and (run / "status.json").exists(), "the coordinator's first status")
+        arguments = ["coordinator", "serve", run, "--config", config]
+        member = await start(Coordinator, "coordinator", self.folder, arguments, prefix=prefix, run=run)
+        self.members[member.name] = member
+        await until(lambda: member.alive() and (run / "status.json").exists(), "the coordinator's first status")
         return member
 
     async def box(
-        self, name: str, *flags: str, state: Path | None = None, listen: str = LOOPBACK, prefix: Sequence[str] = (),
+        self, name: str, *, state: Path | None = None, listen: str = LOOPBACK, prefix: Sequence[str] = (),
         program: Sequence[str | Path] = ("-m", "lutetia.cli"), environment: Mapping[str, str] | None = None,
     ) -> Box:  # fmt: skip
         """A box joins, or comes back with the state that it had."""
         state = state or self.folder / name
-        arguments = ["join", self.run.ticket, "--state-folder", state, "--listen", listen, "--device", "cpu", "--threads", "1"]
-        pace = () if "--duty" in flags else ("--duty", "0.2")
-        member = await start(
-            name, self.folder, [*arguments, *pace, *flags], {"LUTETIA_SAVE_EVERY": "1", **(environment or {})}, prefix, program
-        )
-        member.__class__ = Box
-        assert isinstance(member, Box)
-        member.state = state
+        arguments = ["join", self.run.ticket, "--state-folder", state, "--listen", listen, *MODEST]
+        settings = {"LUTETIA_SAVE_EVERY": "1", **(environment or {})}
+        member = await start(Box, name, self.folder, arguments, environment=settings, prefix=prefix, program=program, state=state)
         self.members[name] = member
         return member
 
     def check(self) -> None:
         """I1 and I6, wherever the run stands now; I2 and I3 for what was accepted last."""
-        for run in self.runs:
-            check_lineage(run)
-            check_bytes(run, self)
-            check_health(run)
+        check_lineage(self.run.folder)
+        check_bytes(self.run.folder, self.run.manifest)
+        check_health(self.run.folder)
 
     async def close(self) -> None:
         """End everything, then I5: no process, port, socket, temporary or half-written file is left."""
@@ -217,8 +201,7 @@ class World:
                     await member.process.wait()
 
     def check_remains(self) -> None:
-        for run in self.runs:
-            check_lineage(run)
+        check_lineage(self.run.folder)
         for member in self.members.values():
             if isinstance(member, Coordinator) and member.process.returncode == 0:  # who is killed leaves it to the next start
                 assert not (left := litter(member.run)), left
@@ -246,9 +229,9 @@ def check_lineage(run: Path) -> None:
         assert [one.parent for one in lineage] == [None, *(one.checkpoint for one in lineage[:-1])]
 
 
-def check_bytes(run: Path, world: World) -> None:
+def check_bytes(run: Path, manifest: Manifest) -> None:
     """I2 and I3: what was accepted last is here whole, hashes to its name and has the manifest's shapes."""
-    manifest, store = world.run.manifest, BlobStore(run / "blobs")
+    store = BlobStore(run / "blobs")
     for shard in range(len(manifest.shards)):
         if lineage := acceptances(run, shard):
             last = lineage[-1]
