@@ -15,6 +15,8 @@ from .frechet import Array, frechet_debiased, frechet_of_rows
 from .fvd import distance_ratio
 from .judges import Judges, View
 
+MEAN_RESAMPLES = 2000
+
 
 class Comparison(Frozen):
     """One metric on both sides. `ratio` is first / second (distances only), `difference` first - second; n are prompts.
@@ -45,7 +47,7 @@ def compare(
         found += _distances(name, view, first, second, seeds, resamples)
     for name, values in judges.values.items():
         a, b = (np.stack([values(clips) for clips in side]) for side in (first, second))
-        found.append(_values(name, a, b, seeds, resamples))
+        found.append(_values(name, a, b, seeds))
     return tuple(found)
 
 
@@ -86,12 +88,12 @@ def _distances(
     return found
 
 
-def _values(name: str, a: Array, b: Array, seeds: Sequence[int], resamples: int) -> Comparison:
-    """Per-clip values [seeds, N] of both sides."""
+def _values(name: str, a: Array, b: Array, seeds: Sequence[int]) -> Comparison:
+    """Per-clip values [seeds, N] of both sides. Few subsets may all hold the one clip that hit; means are cheap, so draw many."""
     sizes = [a.shape[1]]
 
     def over(rows: Array) -> Figure:
-        return _over([lambda index, row=row: float(row[index].mean()) for row in rows], sizes, seeds, resamples)
+        return _over([lambda index, row=row: float(row[index].mean()) for row in rows], sizes, seeds, MEAN_RESAMPLES)
 
     return _comparison(name, "higher", over(a), over(b), over(a - b), None)
 

@@ -84,12 +84,14 @@ def _controls(results: StudyResults) -> str:
     name = main_distance(results)
     rows, metrics = [], _metrics(results)
     share, seeds, clips = (results.config["controls"][key] for key in ("share", "seeds", "clips"))
+    prompts = results.config["judging"]["prompts"][0]
     for training in results.plan.trainings:
         if training.tier == "headline" and (share != 1 or training.seed not in seeds):
             continue
         for reading in results.plan.readings_of(training):
             judged = results.of(reading)
-            if judged and reading.clips == clips and reading.epoch == training.epochs:
+            along = reading.clips == clips and reading.prompts == prompts and reading.epoch == training.epochs
+            if judged and along:
                 rows.append([_label(training, reading), *_sizes(training), *(_figure(judged, metric) for metric in metrics)])
     if not rows:
         return ""

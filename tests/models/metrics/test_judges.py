@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lutetia.models.metrics import judges as room
 from lutetia.models.metrics.agreement import PROBE_NAME
@@ -97,3 +98,13 @@ def test_two_sides_are_compared_prompt_by_prompt(ready: Judges, squares: Callabl
         compare(ready, worse[:1], [squares(30, seed=5)], seeds=(0,))
     with pytest.raises(DataError, match=r"2 and 1 sets of clips for 2 seeds"):
         compare(ready, worse, better[:1], seeds=(0, 1))
+
+
+def test_one_hit_more_is_no_difference(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+    ready.views.clear()
+    ready.values = {"hits": lambda clips: np.eye(1, len(clips))[0] * float(clips.frames.float().std() > 60)}
+    prompts = squares(30, seed=4)
+    (row,) = compare(ready, [noisy(prompts, 80, 0)], [prompts], seeds=(0,), resamples=12)
+    assert (row.first.value, row.second.value) == (1 / 30, 0)
+    assert row.difference.low < 0 < row.difference.value
+    assert row.second_is == "not told apart"
