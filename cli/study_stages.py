@@ -217,7 +217,7 @@ class Stages:
             slim = results.model_copy(update={"judged": {k: v.model_copy(update={"values": {}, "labels": ()})
                                                          for k, v in results.judged.items()}})  # fmt: skip
             write_atomic(self.out / "results.json", slim.model_dump_json(indent=1).encode())
-            write_atomic(self.out / "README.md", report(results, pictures).encode())
+            write_atomic(self.out / "README.md", report(results, pictures, self._sheets()).encode())
         return results
 
     def _results(self) -> StudyResults:
@@ -241,6 +241,13 @@ class Stages:
             judged=dict(self.judged), headline=self.headline(), hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
         )  # fmt: skip
+
+    def _sheets(self) -> list[str]:
+        """Copy the contact sheets of the headline's clusters into the results; their names relative to those."""
+        built = self.home / "data" / self.plan.of("headline", "mixture")[0].data / "sheets"
+        for sheet in (found := sorted(built.glob("*.png"))):
+            write_atomic(self.out / "clusters" / sheet.name, sheet.read_bytes())
+        return [f"clusters/{sheet.name}" for sheet in found]
 
     def _grid(self, path: Path) -> None:
         """Real, monolith and mixture for the first prompts, of the first seed."""

@@ -11,12 +11,14 @@ from .plan import Reading, Training
 from .results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
 
 
-def report(results: StudyResults, pictures: Sequence[str] = ()) -> str:
-    """The whole page. `pictures` are the files beside it."""
+def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:
+    """The whole page. `pictures` and `sheets` (what is in each cluster) are files beside it."""
     parts = [f"# Study {results.name}", _standing(results), _headline(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [_curves(results), _controls(results), _specialisation(results), _losses(results), _routers(results)]
-    parts += [_trainings(results), _clusters(results), _left_out(results)]
+    parts += [_trainings(results), _clusters(results)]
+    parts += [f"![what is in a cluster]({name})" for name in sheets]
+    parts.append(_left_out(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

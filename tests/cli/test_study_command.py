@@ -75,8 +75,9 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     page = (out / "README.md").read_text()
     assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are for others to read
     assert "561.04" in page
+    assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page
-    for picture in ("curves.png", "samples.png"):
+    for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     judged_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)
     trained_on = {json.loads(line)["caption"] for line in (home / "clips" / "train" / "metadata.jsonl").read_text().splitlines()}
