@@ -8,10 +8,11 @@ heartbeat. Each lookup asks log2(peers / 20) peers on its way and then each repl
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,43 @@ class Size:
 
 
 def study(most: int, out: Path) -> None:
+    """Measure what `simulation-costs.json` in `out` lacks, then write the table and the picture. A study that was cut goes on."""
+    notes = Notes(out / "simulation-costs.json")
     sizes = [size for size in (10, 30, 100, 300, 1000, 3000, 10_000, 30_000) if size <= most]
     series: dict[str, list[Size]] = {f"{_FIXED} shards": [], f"one shard per {_SHARE} peers": []}
     for peers in sizes:
-        series[f"{_FIXED} shards"].append(_measure(peers, _FIXED))
-        if peers <= 3000:
-            series[f"one shard per {_SHARE} peers"].append(_measure(peers, max(1, peers // _SHARE)))
+        series[f"{_FIXED} shards"].append(notes.size(peers, _FIXED))
+        if peers <= 1000:
+            series[f"one shard per {_SHARE} peers"].append(notes.size(peers, max(1, peers // _SHARE)))
+    accepted = {peers: notes.checkpoint(peers) for peers in sizes if peers <= 1000}
+    modelled = sorted({*sizes, *_MODELLED})
     model = {
-        name: [_model(peers, _FIXED if name[0] != "o" else min(_MOST_SHARDS, peers // _SHARE)) for peers in (*sizes, *_MODELLED)]
+        name: [_model(peers, _FIXED if name[0] != "o" else min(_MOST_SHARDS, peers // _SHARE)) for peers in modelled]
         for name in series
     }
-    accepted = {peers: _checkpoint_bytes(peers) for peers in sizes if peers <= 1000}
     (out / "simulation-costs.md").write_text(_report(series, model, accepted))
     _draw(series, model, out / "simulation-costs.png")
+
+
+class Notes:
+    """What was measured already, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def _note(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self._known:
+            self._known[name] = measure()
+            self._path.write_text(json.dumps(self._known, indent=1))
+        return self._known[name]
+
+    def size(self, peers: int, shards: int) -> Size:
+        return Size(**self._note(f"{peers} peers, {shards} shards", lambda: asdict(_measure(peers, shards))))
+
+    def checkpoint(self, peers: int) -> tuple[float, float, int]:
+        talk, blobs, count = self._note(f"accepted with {peers} peers", lambda: _checkpoint_bytes(peers))
+        return talk, blobs, count
 
 
 def _measure(peers: int, shards: int) -> Size:

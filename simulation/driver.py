@@ -16,7 +16,7 @@ from .decisions import Decisions
 from .invariants import Violation
 from .plan import Step, plan
 from .scenario import Scenario
-from .shrink import shortest
+from .shrink import MOST_TRIES, shortest
 from .story import Story
 from .world import World
 
@@ -55,9 +55,9 @@ def steps_of(scenario: Scenario, peers: int, seed: int) -> list[Step]:
 
 def simulate(
     scenario: Scenario, peers: int, seed: int, *, seconds: float | None = None, keep: Sequence[int] | None = None,
-    decide: Decisions | None = None, on_progress: OnProgress | None = None, shrink: bool = True,
+    decide: Decisions | None = None, on_progress: OnProgress | None = None, shrink: bool = True, most_tries: int = MOST_TRIES,
 ) -> Outcome:  # fmt: skip
-    """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number)."""
+    """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number). `most_tries` bounds the shrinking."""
     steps = steps_of(scenario, peers, seed)
     numbers = list(range(len(steps))) if keep is None else [number for number in keep if number < len(steps)]
     length = scenario.seconds if seconds is None else seconds
@@ -81,7 +81,7 @@ def simulate(
                 until = min(until, again.time - START + 1.0)
             return True
 
-        fewest = shortest(numbers, breaks)
+        fewest = shortest(numbers, breaks, most_tries)
         story = Story()
         violation = run(fewest, until, story)[1] or violation
         found = {"shortest": tuple(fewest), "story": tuple(story.lines(violation.causes)), "tries": tries}
