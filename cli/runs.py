@@ -66,7 +66,8 @@ def upgrade(
 ) -> None:
     """Sign a new version of the manifest; a coordinator that serves the run and all its peers take it up without a pause.
 
-    What may change: samples_per_shard, holdout_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist, valid_days.
+    What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist,
+    coordinators, valid_days.
     """
     from ..coordinator.run_folder import RunFolder as Folder
     from ..coordinator.upgrading import upgrade_run

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from ..system.files import write_atomic
-from .documents import HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document
+from .documents import ACK, HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document
 from .manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
 from .transport import Stream, Transport
 from .upgrade import check_upgrade
 
-log = logging.getLogger("lutetia.protocol.live_manifest")
+_NEWS_SECONDS = 10.0
 
 NEWS = "/lutetia/news/1"
 """Whoever serves a newer manifest says so: eight bytes, the version, big-endian. The manifest itself is then asked for."""
@@ -78,13 +78,14 @@ async def tell_news(transport: Transport, version: int, peer_id: str, addresses:
     stream = await transport.open_stream(peer_id, NEWS, addresses)
     try:
         await stream.write(version.to_bytes(8, "big"))
-        await stream.read_exactly(1)
+        await stream.read_exactly(len(ACK))
     finally:
         await stream.close()
 
 
 async def read_news(stream: Stream) -> int:
-    """The version that the peer at the other end says it serves. Raises ConnectionError."""
-    version = int.from_bytes(await stream.read_exactly(8), "big")
-    await stream.write(b"\x06")
+    """The version that the peer at the other end says it serves. Raises ConnectionError, or TimeoutError when it dawdles."""
+    async with asyncio.timeout(_NEWS_SECONDS):
+        version = int.from_bytes(await stream.read_exactly(8), "big")
+        await stream.write(ACK)
     return version

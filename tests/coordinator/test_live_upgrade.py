@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lutetia.coordinator.create import CreatedRun
+from lutetia.coordinator.create import CreatedRun, create_run
 from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.serve import serve_run
+from lutetia.coordinator.settings import RunSettings
 from lutetia.coordinator.upgrading import upgrade_run
 from lutetia.node.control import ask
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.joining import MANIFEST_FILE
+from lutetia.protocol.manifest import AuditPolicy
 from lutetia.protocol.services import join_swarm
 from lutetia.protocol.ticket import Ticket
 from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError, LutetiaError
 from test_rotation import check_signatures
 from test_serve import make_run, up
 from test_with_node import start_node
-from volunteer import Coordinator, until
+from tinydata import build_tiny
+from volunteer import Coordinator, free_port, until
 
 SETTINGS = json.dumps({"stitch": "end", "gallery": False})
 
@@ -45,9 +48,18 @@ async def node_says(folder: Path) -> dict[str, Any]:
         return {"state": "not there yet", "manifest_version": None}
 
 
+def unaudited_run(root: Path, samples: int) -> CreatedRun:
+    """One shard, and no audits: what is tested here is not what they are about, and replays take a processor's time."""
+    settings = RunSettings(
+        preset="tiny", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=samples,
+        audit=AuditPolicy(replay_steps=0, whole_epoch=0.0),
+    )  # fmt: skip
+    return create_run(build_tiny(root / "data", 1), root / "run", settings)
+
+
 @pytest.mark.timeout(600)
 async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordinators_key_is_new(tmp_path: Path):
-    run = make_run(tmp_path, shards=1)
+    run = unaudited_run(tmp_path, 16)
     coordinator = await Coordinator.start(run.folder, SETTINGS)
     await up(coordinator)
     node = await start_node(run.ticket, tmp_path / "node")

@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from lutetia.coordinator.create import CreatedRun, create_run
+from lutetia.coordinator.create import CreatedRun
 from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.peer_cache import PeerCache
 from lutetia.protocol.records import CheckpointRecord, ProviderRecord
 from lutetia.protocol.services import publish
 from lutetia.protocol.store import BlobStore
 from lutetia.protocol.ticket import Ticket
+from test_live_upgrade import unaudited_run
 from test_serve import published, up
-from tinydata import build_tiny
-from volunteer import Coordinator, Volunteer, free_port, joined, until
+from volunteer import Coordinator, Volunteer, joined, until
 
 
 async def lutetia(*words: str) -> tuple[int, str]:
@@ -52,8 +51,7 @@ async def accept(peer: Volunteer) -> CheckpointRecord:
 
 @pytest.mark.timeout(600)
 async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_backup(tmp_path: Path):
-    settings = RunSettings(preset="tiny", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=24)
-    run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
+    run = unaudited_run(tmp_path, 32)  # one epoch more than is trained: nothing is stitched
     coordinator = await Coordinator.start(run.folder, '{"stitch": "end"}')
     await up(coordinator)
     async with joined("ann", Ticket.decode(run.ticket), tmp_path) as ann:

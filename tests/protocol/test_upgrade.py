@@ -19,6 +19,7 @@ LATER = NOW + 50
 CHANGES = {
     "samples_per_shard": 2 * FIRST.samples_per_shard,
     "holdout_tolerance": 0.5,
+    "raw_tolerance": 0.75,
     "timing.heartbeat": 7.5,
     "audit.streak": 3,
     "sampling.prompts": ["a green square"],
