@@ -50,10 +50,10 @@ class Tolerance:
 
 
 FIRST_STEPS = 8
-FLOAT32_CPU = Tolerance("two processors, float32", (1e-4, 1e-3), (3e-3, 3e-2), (0.1, 0.5), True)
-BFLOAT16_CPU = Tolerance("two processors, bfloat16", (1e-2, 5e-2), (3e-2, 0.15), (0.3, 0.7), True)
-FLOAT32_OTHER = Tolerance("different kinds of device, float32", (1e-3, 1e-2), (1e-2, 0.1), (0.2, 0.6), False)
-BFLOAT16_OTHER = Tolerance("different kinds of device or precision, bfloat16", (2e-2, 0.1), (5e-2, 0.25), (0.4, 0.8), False)
+FLOAT32_CPU = Tolerance("two processors, float32", (1e-4, 1e-3), (1e-3, 1e-2), (0.02, 0.2), True)
+BFLOAT16_CPU = Tolerance("two processors, bfloat16", (2e-3, 2e-2), (1e-2, 0.1), (0.1, 0.5), True)
+FLOAT32_OTHER = Tolerance("different kinds of device, float32", (1e-3, 1e-2), (1e-2, 0.1), (0.1, 0.6), False)
+BFLOAT16_OTHER = Tolerance("different kinds of device or precision, bfloat16", (5e-3, 5e-2), (2e-2, 0.2), (0.2, 0.7), False)
 
 
 def tolerance(author: Made, auditor: Made) -> Tolerance:

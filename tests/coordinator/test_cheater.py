@@ -111,7 +111,6 @@ def check_the_story(folder: Path, mallory: str, story: str) -> None:
     assert [(event.epoch, event.dropped) for event in events if isinstance(event, LineageRolledBack)] == [(1, 1)]
     audits = [(event.owner == mallory, event.outcome, event.closer) for event in events if isinstance(event, AuditDone)]
     assert [outcome for own, outcome, _ in audits if not own] == ["valid"] * 3, f"one and two threads alike\n{story}"
-    doubtful, sure = [(outcome, closer) for own, outcome, closer in audits if own]
-    assert doubtful == ("inconclusive", True), "for an unknown device in bfloat16, plausible losses are in doubt, no more"
-    assert sure == ("invalid", False), "the end of the epoch is not"
-    assert "of the replayed way from the replayed end" in story
+    *doubtful, sure = [(outcome, closer) for own, outcome, closer in audits if own]
+    assert sure == ("invalid", False), story
+    assert set(doubtful) <= {("inconclusive", True)}, "plausible losses of an unknown device ask for the whole epoch"
