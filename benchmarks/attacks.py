@@ -51,12 +51,9 @@ async def judged(lab: Lab, who: str, result: Result, parent: Result | None, pare
     size = sum(getattr(result, name).stat().st_size for name in ("weights", "state", "trace"))
     if verdict.outcome != "valid":
         return Try(who, verdict.rung, verdict.text, seconds=tuple(seconds), size=size), verdict
-    findings = []
-    for whole in (False, True):
-        began = time.perf_counter()
-        findings.append(lab.audited(result, parent, whole))
-        seconds.append((f"replay, {'whole epoch' if whole else f'{SHORT} steps'}", time.perf_counter() - began))
-    short, long = findings
+    began = time.perf_counter()
+    short, long = lab.audited(result, parent)
+    seconds.append(("replay of the epoch", time.perf_counter() - began))
     return Try(who, "", "", short.outcome, long.outcome, long.text, None, tuple(seconds), size), verdict
 
 

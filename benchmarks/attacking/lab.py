@@ -101,7 +101,7 @@ class Lab:
         self.store = BlobStore(self.folder / "blobs")
         self.train = clips(self.setting.seed, self.setting.clips, self.setting.noise)
         files = {"train": self.train, "holdout": clips(self.setting.seed, HOLDOUT, self.setting.noise)}
-        refs = {name: self._shard(name, data) for name, data in files.items()}
+        refs: dict[str, Any] = {name: self._shard(name, data) for name, data in files.items()}
         shard = ShardSpec(
             index=0, name="shard 0", **refs, clips=self.setting.clips, holdout_clips=HOLDOUT, prior=1.0
         )  # fmt: skip
@@ -156,7 +156,7 @@ class Lab:
 
     async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
         """The coordinator's whole ladder."""
-        refs = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
+        refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
         record = CheckpointRecord(
             run=self.manifest.run_id, owner=peer.public_key, issued=1.0, shard=0, epoch=result.epoch,
@@ -166,14 +166,16 @@ class Lab:
         torch.set_num_threads(1)
         return await climb(record, parent_loss, self.manifest, self.tools)
 
-    def audited(self, result: Result, parent: Result | None, whole: bool) -> Finding:
-        """The replay of a due audit, by the coordinator's own box: one thread, whole batches."""
+    def audited(self, result: Result, parent: Result | None) -> tuple[Finding, Finding]:
+        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches."""
         torch.set_num_threads(1)
         found = self.shop.replay(
             shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
             weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
             trace=str(result.trace), precision=result.made.precision, steps=SHORT, epochs=EPOCHS,
-            end=[str(result.weights), str(result.state)] if whole else None,
+            end=[str(result.weights), str(result.state)],
         )  # fmt: skip
         losses = [float("nan") if loss is None else loss for loss in found["losses"]]
-        return compare(found["published"], losses, found["drift"], result.made, Made.model_validate(found["made"]))
+        made = Made.model_validate(found["made"])
+        first = compare(found["published"], losses[:SHORT], None, result.made, made)
+        return first, compare(found["published"], losses, found["drift"], result.made, made)

@@ -44,7 +44,7 @@ def instrument() -> int:
             for function in _functions(module):
                 if id(function) not in seen:
                     seen.add(id(function))
-                    atheris.instrument_func(function)
+                    atheris.instrument_func(function)  # pyright: ignore[reportAttributeAccessIssue]
     return len(seen)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import courtroom
+import courtroom  # pyright: ignore[reportMissingImports]
 import pytest
 from lutetia.coordinator.admission import Admission
 from lutetia.protocol import blob_stream

@@ -10,6 +10,7 @@ from strategies import mutations
 
 from benchmarks.fuzzing.targets import LIGHT, NAMES, TENSOR_NAMES, target
 
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 MOST_SECONDS = 5.0  # of processor time: the machine may be busy
 EXAMPLES = {**dict.fromkeys(LIGHT, 60), **dict.fromkeys(TENSOR_NAMES, 25), "ledger": 40, "state": 10, "state-header": 15}
 
@@ -18,7 +19,7 @@ EXAMPLES = {**dict.fromkeys(LIGHT, 60), **dict.fromkeys(TENSOR_NAMES, 25), "ledg
 def test_mutations_are_parsed_or_refused(name: str) -> None:
     parser = target(name)
 
-    @settings(max_examples=EXAMPLES[name], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES[name], deadline=None, suppress_health_check=SLOW)
     @given(mutations(name))
     def check(data: bytes) -> None:
         begun = time.process_time()
