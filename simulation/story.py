@@ -70,7 +70,10 @@ class Story:
         self._note(str(office), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True)
 
     def lines(self, causes: Sequence[int] = (), most: int = 24) -> list[str]:
-        """What led to the last happening and to `causes`, oldest first: the nearest `most` that were more than routine."""
+        """What led to the last happening and to `causes`, oldest first: the nearest `most` that were more than routine.
+
+        The plan's steps are told too, for a death or a cut causes nothing by itself: things just do not happen.
+        """
         if not self.happenings:
             return []
         assert self.agenda
@@ -86,8 +89,8 @@ class Story:
                 if cause not in seen:
                     seen.add(cause)
                     queue.append(cause)
-        steps = [number for number in found if self.happenings[number].who in ("fault", "plan")]
-        told = sorted({*found[:most], *steps[: most // 2]})
+        steps = [number for number, happening in enumerate(self.happenings) if happening.who in ("fault", "plan")]
+        told = sorted({*found[:most], *steps[-most // 2 :]})
         return [f"{h.time:9.2f} s  {h.who:<16} {h.text}" for h in (self.happenings[number] for number in told)]
 
 
