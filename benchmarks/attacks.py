@@ -43,6 +43,8 @@ class Try:
     effect: float | None = None
     seconds: tuple[tuple[str, float], ...] = ()
     size: int = 0
+    excuse: bool = False
+    """Whether the liar says that it trained on another kind of device in bfloat16, for which the tolerance is widest."""
 
 
 async def judged(lab: Lab, who: str, result: Result, parent: Result | None, parent_loss: float | None) -> tuple[Try, Any]:
@@ -72,7 +74,7 @@ async def lies(folder: Path, seed: int) -> list[Try]:
         result = lab.publish(snapshot, EXCUSES[seed % 2])
         told, _ = await judged(lab, name, result, parent, verdict.loss)
         effect = _effect(scene, snapshot) if name.startswith("backdoor") else None
-        tries.append(Try(**{**asdict(told), "effect": effect, "seconds": told.seconds}))
+        tries.append(Try(**{**asdict(told), "effect": effect, "seconds": told.seconds, "excuse": seed % 2 == 1}))
     return tries
 
 
@@ -122,19 +124,21 @@ def interval(count: int, total: int) -> str:
 
 def lie_table(tries: Sequence[Try]) -> str:
     heads = (
-        "lie", "caught by the ladder", "at rung", f"of the rest: replay of {SHORT} steps", "replay of the epoch: invalid",
-        "inconclusive", "caught per epoch, newcomer", "per epoch at streak 10",
+        "lie", "caught by the ladder", "at rung", f"of the rest: replay of {SHORT} steps", "the same, with an excuse",
+        "replay of the epoch: invalid", "inconclusive", "caught per epoch, newcomer", "per epoch at streak 10",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in LIES:
         told = [one for one in tries if one.who == name]
         passed = [one for one in told if not one.rung]
         rungs = ", ".join(sorted({one.rung for one in told if one.rung})) or "-"
-        short, whole = (sum(getattr(one, kind) == "invalid" for one in passed) for kind in ("short", "whole"))
+        whole = sum(one.whole == "invalid" for one in passed)
         doubt = sum(one.whole == "inconclusive" for one in passed)
         audited = sum(_audit_chance(one) for one in passed)
         ladder = len(told) - len(passed)
-        shares = [interval(count, len(passed)) for count in (short, whole, doubt)]
+        open_, excused = ([one.short == "invalid" for one in passed if one.excuse == excuse] for excuse in (False, True))
+        shares = [interval(sum(found), len(found)) for found in (open_, excused)]
+        shares += [interval(count, len(passed)) for count in (whole, doubt)]
         newcomer, trusted = ((ladder + chance * audited) / len(told) for chance in (1.0, 0.1))
         cells = (name, interval(ladder, len(told)), rungs, *shares, f"{newcomer:.2f}", f"{trusted:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
