@@ -35,7 +35,8 @@ def run() -> list[Row]:
         began = time.perf_counter()
         trainer.step()
         steps.append(time.perf_counter() - began)
-    held = ShardData(*(part[:HELD_OUT] for part in (clips.latents, clips.tokens, clips.pooled, clips.captions, clips.kinds)))
+    n = HELD_OUT
+    held = ShardData(clips.latents[:n], clips.tokens[:n], clips.pooled[:n], clips.captions[:n], clips.kinds[:n])
     optimisation, spec = described.optimisation, described.expert
     rows = [Row.of(f"a training step, batch of {optimisation.batch}", steps, "s")]
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .audits import Outcome
 from .events import CheckpointRefused, CheckpointSuperseded, MixtureStitched, PeerQuarantined, RouterTrained
 from .manifest import BlobRef
 from .offers import Rung
@@ -161,7 +162,7 @@ class RunState:
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
     quarantined: Mapping[str, PeerQuarantined] = field(default_factory=dict)
     refusals: tuple[CheckpointRefused, ...] = ()
-    spent: Mapping[tuple[Rung, str], Spent] = field(default_factory=dict)
+    spent: Mapping[tuple[Rung, Outcome], Spent] = field(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
     events: int = 0
