@@ -9,7 +9,7 @@ from lutetia.simulation.invariants import NAMES
 from lutetia.simulation.scenarios import SCENARIOS
 
 
-def first_violation(name: str, most_tries: int = 25) -> Outcome:
+def first_violation(name: str, most_tries: int = 12) -> Outcome:
     """The first seed that shows the broken rule, with a plan that is shrunk as far as so many runs go."""
     broken = BROKEN[name]
     scenario = SCENARIOS[broken.scenario]

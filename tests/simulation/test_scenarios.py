@@ -6,7 +6,7 @@ import pytest
 from lutetia.simulation.driver import simulate
 from lutetia.simulation.scenarios import NOT_SIMULATED, SCENARIOS
 
-_HEAVY = {"herd": 80, "churn": 32, "crowd": 40}
+_HEAVY = {"herd": 80, "churn": 32, "crowd": 20}
 """Scenarios that run once here, with so many peers; `python -m benchmarks simulate` runs hundreds of seeds of all."""
 _CASES = [(name, seed) for name in SCENARIOS for seed in ((1,) if name in _HEAVY else (1, 2))]
 
