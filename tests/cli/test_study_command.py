@@ -66,7 +66,8 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     trainings = {training.arm: training for training in results.plan.trainings}
     assert trainings["mixture"].flops <= trainings["monolith"].flops
     (ratio,) = [row.ratio for row in results.headline["natural"] if row.ratio]
-    assert ratio.low < ratio.value < ratio.high
+    assert (ratio.n, ratio.seeds) == (22, (0,))
+    assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
     routes = {judged.reading.route for judged in results.judged.values()}
     assert routes == {"router", "oracle", "text-blind"}
     losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
