@@ -202,7 +202,9 @@ def _verdict(model: dict[str, list[Size]]) -> list[str]:
         "Before it claims, a standby looks at that one shard itself, as it does now, so nobody need trust the record; while "
         "the coordinator is away, standbys look at a few shards each, chosen by rendezvous hash. The coordinator's polls "
         "shrink by the same means: records that it has judged need not be judged again at every look.",
-        "Memory and time are those of the simulation, all peers in one process, not of a real box.",
+        "No checkpoint is filed within the simulated window, so keys and coordinator stimuli lie below the model there, which "
+        "counts one checkpoint record per shard, re-read at every poll.",
+        "Memory and time are those of the simulation, all peers in one process, not of a real box; the time includes setting up.",
     )
     return ["## What breaks first, and the remedy", *(line for paragraph in text for line in ("", paragraph))]
 
