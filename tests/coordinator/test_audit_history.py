@@ -1,4 +1,4 @@
-"""Audits that fall behind: no result is accepted that would push a due audit out of the history, so a conviction can always follow."""
+"""Audits that fall behind: no result is accepted that would push a due audit out of the history that convictions need."""
 
 from __future__ import annotations
 

