@@ -41,7 +41,7 @@ class ShardView:
 
     @cached_property
     def held_until(self) -> float:
-        """When the last of these claims will have expired; 0.0 when none is alive. A reader asks this far more often than it looks."""
+        """When the last of these claims will have expired; 0.0 when none is alive. Asked far more often than it changes."""
         return max((claim.expires for claim in self.claims if claim.record.state != "released"), default=0.0)
 
     @cached_property
