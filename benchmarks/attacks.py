@@ -130,6 +130,8 @@ def lie_table(tries: Sequence[Try]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in LIES:
         told = [one for one in tries if one.who == name]
+        if not told:
+            continue
         passed = [one for one in told if not one.rung]
         rungs = ", ".join(sorted({one.rung for one in told if one.rung})) or "-"
         whole = sum(one.whole == "invalid" for one in passed)
@@ -162,12 +164,13 @@ def summary(told: Sequence[Try], good: Sequence[Try]) -> str:
     lines += ["", "| backdoor | its prompt's loss over the honest model's, median |", "|---|---|"]
     for name in (name for name in LIES if name.startswith("backdoor")):
         effects = sorted(one.effect for one in told if one.who == name and one.effect is not None)
-        lines.append(f"| {name} | {effects[len(effects) // 2]:.2f} |")
+        if effects:
+            lines.append(f"| {name} | {effects[len(effects) // 2]:.2f} |")
     costs: dict[str, list[float]] = {}
     for one in good:
         for rung, seconds in one.seconds:
             costs.setdefault(rung, []).append(seconds)
-    size = sum(one.size for one in good) / len(good)
+    size = sum(one.size for one in good) / max(1, len(good))
     lines += ["", f"| cost of judging one honest result of {size / 1024:.0f} KiB | median ms |", "|---|---|"]
     lines += [f"| {rung} | {1000 * sorted(values)[len(values) // 2]:.0f} |" for rung, values in costs.items()]
     return "\n".join(lines)
@@ -193,10 +196,11 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attacks", description=__doc__)
     parser.add_argument("--tries", type=int, default=40, help="times that each lie is told (default 40)")
     parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
-    parser.add_argument("--keep", type=Path, default=Path("attacks.jsonl"), help="every single try, one per line")
+    parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="every single try, one per line")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
     arguments = parser.parse_args(argv)
     if not arguments.report:
+        arguments.keep.parent.mkdir(parents=True, exist_ok=True)
         with arguments.keep.open("w") as file:
             asyncio.run(
                 study(
