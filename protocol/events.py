@@ -31,7 +31,7 @@ class RunCreated(_Event):
     name: Name
     owner: PublicKey
     coordinator: PublicKey
-    shards: int = Field(ge=1)
+    shards: int = Field(ge=1, le=4096)
     epochs: int = Field(ge=1)
 
 

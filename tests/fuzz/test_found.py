@@ -7,6 +7,7 @@ import math
 import struct
 
 import pytest
+from lutetia.protocol.canonical import canonical
 from lutetia.protocol.records import RecordLimits, RecordRefused, open_record
 
 from benchmarks.fuzzing import examples
@@ -30,6 +31,7 @@ NINES = b"9" * 5000
         ("record", b'{"record":{"kind":"\\u001b]0;x\\u0007"}}', "refused"),
         ("control-answer", b'{"ok":false,"error":{"code":2,"message":"\\u0000"}}', "refused"),
         ("control-answer", b"[" * 60_000, "refused"),  # RecursionError
+        ("events", canonical(examples.all_events()[0]).replace(b'"shards":2', b'"shards":2000000000'), "refused"),  # for ever
         ("control-answer", b"{}", "refused"),  # KeyError
         ("control-answer", b'{"ok":false,"error":{"code":2,"message":""}}', "refused"),  # an error without words
         ("listing-jsonl", b'{"file_name":"a.mp4","caption":"\\ud800"}', "taken"),  # listed as bad; once UnicodeEncodeError later
