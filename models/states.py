@@ -89,13 +89,17 @@ def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
     tensors = _read_tensors(path)
     return Snapshot(
         run=manifest.run_id,
+        shard=shard,
+        epoch=numbers["epoch"],
+        step=numbers["step"],
+        samples=numbers["samples"],
+        micro_batch=numbers["micro_batch"],
         precision="bfloat16" if place.get("precision") == "bfloat16" else "float32",
         parameters=_under("param.", tensors),
         ema=_under("ema.", tensors),
         buffers={},
         moments={name: tensor for name, tensor in tensors.items() if name.startswith(("adamw.", "muon."))},
         trace=tensors["trace"].tolist() if "trace" in tensors else [],
-        **numbers,
     )
 
 

@@ -18,7 +18,7 @@ from lutetia.coordinator.tools import KEPT_STATES, NetworkTools
 from lutetia.protocol.audits import Finding
 from lutetia.protocol.events import MixtureStitched, RouterTrained
 from lutetia.protocol.ledger_state import RunState, apply
-from lutetia.protocol.records import AcceptanceRecord, CheckpointRecord
+from lutetia.protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from lutetia.protocol.status_view import LiveView, status
 from lutetia.protocol.store import BlobStore
 
@@ -92,7 +92,8 @@ async def seated(
     published: list[AcceptanceRecord] = []
     done = asyncio.Event()
 
-    async def publish(acceptance: AcceptanceRecord) -> None:
+    async def publish(acceptance: AcceptanceRecord | ResetRecord) -> None:
+        assert isinstance(acceptance, AcceptanceRecord)
         published.append(acceptance)
 
     def changed(state: RunState) -> None:

@@ -54,8 +54,8 @@ class Site:
         return str(self.run.blobs / digest[:2] / digest)
 
     async def inspect(self, weights: Path, state: Path, trace: Path | None = None) -> None:
-        files = {"weights": str(weights), "state": str(state), "trace": str(trace or self.trace())}
-        await self.shop.ask("inspect", limit=LIMIT, shard=0, epoch=1, **files)
+        read = trace or self.trace()
+        await self.shop.ask("inspect", limit=LIMIT, shard=0, epoch=1, weights=str(weights), state=str(state), trace=str(read))
 
 
 def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:

@@ -20,8 +20,10 @@ NOTHING = BlobRef(digest="0" * 64, size=0)
 
 
 def kept(epoch: int, parent: str | None, run: str = "ab" * 32, **refs: BlobRef) -> Kept:
-    files = {name: refs.get(name, NOTHING) for name in FILES}
-    return Kept(run=run, shard=0, epoch=epoch, parent=parent, samples=epoch * 8, loss=0.5, **files)
+    weights, state, trace = (refs.get(name, NOTHING) for name in ("weights", "state", "trace"))
+    return Kept(
+        run=run, shard=0, epoch=epoch, parent=parent, samples=epoch * 8, loss=0.5, weights=weights, state=state, trace=trace
+    )
 
 
 FIRST = kept(1, None)
