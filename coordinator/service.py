@@ -1,0 +1,280 @@
+"""One run being served: what the coordinator does all the time, and which streams it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from ..models.mixture_document import FILE as MIXTURE_FILE
+from ..protocol.accepted import AcceptedService
+from ..protocol.canonical import canonical
+from ..protocol.documents import MIXTURE
+from ..protocol.events import CoordinatorStarted, CoordinatorStopped, PeerPardoned
+from ..protocol.identity import Identity, peer_id_of
+from ..protocol.ledger_state import RunState
+from ..protocol.live_manifest import LiveManifest
+from ..protocol.manifest import Manifest
+from ..protocol.offers import Offer, OfferReply, serve_offers
+from ..protocol.peer_cache import PeerCache
+from ..protocol.records import (
+    CheckpointRecord,
+    RecordLimits,
+    RecordRefused,
+    open_record,
+    read_envelope,
+)
+from ..protocol.services import STATUS, serve_document, serve_introduction, software_version
+from ..protocol.status import SwarmStatus
+from ..protocol.status_view import status as status_of
+from ..protocol.store import BlobStore
+from ..protocol.transfer import serve_blobs
+from ..protocol.transport import Stream, Transport
+from ..system.errors import DiskError, UnreachableError, one_error
+from ..system.files import write_atomic
+from .admission import Admission
+from .audit_desk import AuditDesk
+from .bench import Bench
+from .crier import Crier
+from .head import HeadFile
+from .http import build_app, serve_http
+from .incoming import accepted_states, restored_incoming
+from .judge import Rules
+from .ledger import Ledger
+from .lookout import Lookout
+from .messages import Offered
+from .pardons import noted_pardons, remove_notes
+from .recovery import Lineage, fetch_missing
+from .rival import refuse_a_rival
+from .run_folder import RunFolder
+from .settings import ServeSettings
+from .stitching import Stitcher
+from .tools import NetworkTools
+from .upgrading import Herald, ManifestWatch, published
+from .workshop_client import WorkshopClient
+
+_log = logging.getLogger("lutetia.coordinator.service")
+
+_STATUS_SECONDS = 2.0
+_FRESH_SECONDS = 0.5
+_ALIVE_SECONDS = 2.0
+
+
+@dataclass
+class Service:
+    """One run being served."""
+
+    folder: RunFolder
+    live: LiveManifest
+    identity: Identity
+    ledger: Ledger
+    transport: Transport
+    settings: ServeSettings
+    lineage: Lineage
+    recovering: bool
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.software = software_version()
+        self.herald = Herald(self.transport, self.live)
+        self.watch = ManifestWatch(self.folder, self.live, self.identity, self._upgraded)
+        self.blobs = BlobStore(self.folder.blobs)
+        self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
+        self.head = HeadFile(self.folder.head, self.ledger, self.identity)
+        self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
+        self.checking, self.making, self.auditing = (self._workshop(name) for name in ("checking", "making", "auditing"))
+        self.tools = NetworkTools(
+            self.transport, self.manifest, self.blobs, self.incoming, self.checking,
+            self.auditing, self.settings.slowest_bytes_per_second, accepted_states(self.ledger), self.settings.kept_states,
+        )  # fmt: skip
+        self.tools.forget(self.ledger.state)
+        self.crier = Crier(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
+        self.bench = Bench(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
+        self.admission = Admission(4 * self.settings.offers_per_minute)
+        self.lookout = self.crier.lookout = Lookout(self.transport, self.manifest, self._found)
+        self.stitcher = Stitcher(
+            self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
+            self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
+        )  # fmt: skip
+        self.desk = AuditDesk(self.transport, self.bench, self.tools, lambda: [node.record for node in self.lookout.view.nodes])
+        self._status: tuple[float, SwarmStatus] | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest version."""
+        return self.live()
+
+    @property
+    def limits(self) -> RecordLimits:
+        return RecordLimits(self.manifest.timing.heartbeat, self.manifest.timing.maximum_clock_skew)
+
+    def _lease(self) -> float:
+        return self.manifest.timing.lease
+
+    def _heartbeat(self) -> float:
+        return self.manifest.timing.heartbeat
+
+    async def _keep_to_lineage(self) -> None:
+        """Peers that come back late may hold acceptances of ours that the ledger lacks."""
+        if self.recovering:
+            try:
+                lost = await self.lineage.lost(lambda: self.bench.state.run)
+            except ConnectionError as error:
+                _log.info("cannot compare the ledger with the DHT now: %s", error)
+                return
+            await self.bench.note(*self.lineage.taken_back(lost))
+        await self._refuse_a_rival()
+
+    async def _fetch_missing(self) -> None:
+        """After a recovery an accepted checkpoint may be only with peers."""
+        await fetch_missing(self.transport, self.bench.state.run, self.blobs)
+
+    async def _upgraded(self) -> None:
+        """A newer version of the manifest lies in the folder: everything here goes on under it, and peers hear of it."""
+        manifest = self.manifest
+        await self.bench.note(published(manifest, self.identity.public_key, self.transport.now()))
+        self.bench.rules = self._rules()
+        self.tools.manifest = self.lookout.manifest = self.stitcher.manifest = manifest
+        for workshop in (self.checking, self.making, self.auditing):
+            workshop.renew()
+        self._changed(self.bench.state.run)
+        _log.info("serving version %d of the manifest: %d epochs", manifest.version, manifest.epochs)
+        await self._tell_peers()
+
+    async def _tell_peers(self) -> None:
+        await self.herald.tell([node.record for node in self.lookout.view.nodes])
+
+    def _workshop(self, name: str) -> WorkshopClient:
+        """Checks, stitching and audits have one each, so that a long training of the router or replay delays no acceptance."""
+        return WorkshopClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
+
+    def _rules(self) -> Rules:
+        secret = hashlib.sha256(b"lutetia-audit-lottery" + self.identity.seed).digest()
+        return Rules(
+            self.manifest, self.identity.public_key, secret,
+            offers_per_minute=self.settings.offers_per_minute, checks_at_once=self.settings.checks_at_once,
+        )  # fmt: skip
+
+    async def serve(self, listener: socket.socket | None) -> None:
+        """Everything at once; the first failure, or the request to stop, ends all of it."""
+        try:
+            await self._refuse_a_rival()
+            with one_error():
+                async with asyncio.TaskGroup() as group:
+                    works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
+                    works.append(self._keep_status_file())
+                    works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
+                    works += [
+                        _every(self._lease, work) for work in (self.crier.renew, self._remember_peers, self._keep_to_lineage)
+                    ]
+                    works += [_every(self._heartbeat, work) for work in (self._tell_peers, self._fetch_missing)]
+                    if listener:
+                        works.append(serve_http(listener, build_app(self.status, self.blobs)))
+                    tasks = [group.create_task(work) for work in works]
+                    await self._offer_services()
+                    self._changed(self.ledger.state)
+                    _log.info("serving run %s at %s", self.manifest.run_id[:12], ", ".join(self.transport.addresses()))
+                    await self.stopping.wait()
+                    for task in tasks:
+                        task.cancel()
+            self.ledger.append([CoordinatorStopped(time=self.transport.now())])
+            await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+        finally:
+            await asyncio.gather(*(workshop.close() for workshop in (self.checking, self.making, self.auditing)))
+
+    async def _offer_services(self) -> None:
+        await serve_introduction(self.transport, lambda: self.live.signed)
+        await AcceptedService(self.transport, self.live).serve()
+        await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
+        await serve_document(self.transport, MIXTURE, self._mixture)
+        await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
+        await serve_offers(self.transport, self._answer, self._admit)
+        await self.desk.serve()
+
+    def _mixture(self) -> bytes:
+        """The signed description of the last mixture; nothing before there is one."""
+        path = self.folder.mixture / MIXTURE_FILE
+        return path.read_bytes() if path.exists() else b""
+
+    def status(self) -> SwarmStatus:
+        """The status document; made anew at most twice a second."""
+        now = self.transport.now()
+        if self._status is None or not 0 <= now - self._status[0] < _FRESH_SECONDS:
+            document = status_of(self.bench.state.run, self.manifest, self.lookout.view, now, software=self.software)
+            self._status = (now, document.model_copy(update={"ledger": self.head.signed}))
+        return self._status[1]
+
+    def _admit(self, stream: Stream) -> OfferReply | None:
+        shards = self.bench.state.run.shards.values()
+        waiting = {candidate.record.peer_id for shard in shards for candidate in shard.candidates.values()}
+        return self.admission.refusal(stream.peer_id, stream.origin, waiting, self.transport.now())
+
+    async def _answer(self, peer_id: str, offer: Offer) -> OfferReply:
+        """The offer stream. Results are offered by their owners, so that nobody spends another peer's patience."""
+        data, now = offer.sealed.encode(), self.transport.now()
+        owner = read_envelope(data).owner
+        record = open_record(data, key=None, subkey=owner, expires=offer.expires, now=now, limits=self.limits)
+        if not isinstance(record, CheckpointRecord):
+            raise RecordRefused(f"a {record.kind} record is no result")
+        if peer_id_of(owner) != peer_id:
+            raise RecordRefused("a result is offered by its owner, over its owner's own connection")
+        reply = await self.bench.hear(Offered(record, now))
+        assert isinstance(reply, OfferReply)
+        return reply
+
+    async def _found(self, record: CheckpointRecord) -> None:
+        await self.bench.hear(Offered(record, self.transport.now(), "poll"))
+
+    def _changed(self, state: RunState) -> None:
+        self._status = None
+        self._news.set()
+        self.stitcher.wake()
+        if state.finished and self.settings.exit_when_done:
+            # two heartbeats, in which peers hear of the last acceptance
+            asyncio.get_running_loop().call_later(2 * self.manifest.timing.heartbeat, self.stopping.set)
+
+    async def _keep_status_file(self) -> None:
+        """Written every two seconds, and soon after each event."""
+        while True:
+            self._news.clear()
+            try:
+                await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+            except DiskError as error:
+                _log.error("%s", error)  # the run does not depend on this file
+            await asyncio.sleep(_FRESH_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_SECONDS - _FRESH_SECONDS):
+                    await self._news.wait()
+
+    async def _remember_peers(self) -> None:
+        nodes = [node.record for node in self.lookout.view.nodes]
+        if nodes:
+            cache = PeerCache(self.folder.peers)
+            await asyncio.to_thread(cache.remember_nodes, nodes, except_peer=self.transport.peer_id)
+
+    async def _pardon(self) -> None:
+        """Lift the quarantines that the operator asked to lift."""
+        if noted := await asyncio.to_thread(noted_pardons, self.folder):
+            quarantined, now = self.bench.state.run.quarantined, self.transport.now()
+            await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
+            await asyncio.to_thread(remove_notes, self.folder, noted)
+            await self.crier.tell_quarantine()
+
+    async def _refuse_a_rival(self) -> None:
+        await refuse_a_rival(self.transport, self.ledger, self.identity.public_key)
+
+    async def _check_alive(self) -> None:
+        """Without its network process the coordinator is of no use: end, and let the service manager start it again."""
+        if not self.transport.alive():
+            raise UnreachableError("the libp2p process of the coordinator has ended; start the coordinator again")
+
+
+async def _every(seconds: Callable[[], float], action: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await action()
+        await asyncio.sleep(seconds())
