@@ -73,6 +73,8 @@ class BlobServer:
             or self._streams[peer] >= MAX_STREAMS_PER_PEER
             or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN
         ):
+            async with asyncio.timeout(STALL_TIMEOUT):  # to close on an unread request is to reset the stream: the answer is lost
+                await stream.read_exactly(REQUEST_BYTES)
             await _refuse(stream, BUSY)
             return
         self._streams[peer] += 1
