@@ -88,7 +88,7 @@ RUN: dict[str, Any] = {
     "experts": DATA["experts"],
     "expert": EXPERT,
     "optimisation": OPTIMISATION,
-    "samples_per_shard": 9600,
+    "samples_per_shard": 8400,
     "checkpoint_samples": 1200,
     "router": ROUTER,
     "sampling": SAMPLING,
