@@ -6,14 +6,13 @@ the coordinator compares.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
 from .canonical import Frozen, canonical
-from .framing import read_message, write_message
+from .exchange import exchange, serve_exchange
 from .identity import Identity, peer_id_of, verify
 from .manifest import BlobRef, Digest, PublicKey, Signature, first_problem
 from .records import Made, RecordRefused
@@ -105,34 +104,18 @@ def open_request(data: bytes, peer_id: str) -> AuditRequest:
 
 async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, addresses: Sequence[str] = ()) -> AuditAnswer:
     """Ask coordinator `peer_id` for work, or hand a report in. Raises ConnectionError when it is away or answers nonsense."""
-    try:
-        async with asyncio.timeout(AUDIT_TIMEOUT):
-            stream = await transport.open_stream(peer_id, AUDIT, addresses)
-            try:
-                await write_message(stream, canonical(request))
-                return AuditAnswer.model_validate_json(await read_message(stream, _MAX_MESSAGE_BYTES))
-            finally:
-                await stream.close()
-    except TimeoutError as error:
-        raise ConnectionError(f"coordinator {peer_id} did not answer about audits within {AUDIT_TIMEOUT:.0f} s") from error
-    except ValidationError as error:
-        raise ConnectionError(f"coordinator {peer_id} answered about audits with a document that is none") from error
+    return await exchange(
+        transport, peer_id, AUDIT, request, AuditAnswer, addresses=addresses, limit=_MAX_MESSAGE_BYTES, seconds=AUDIT_TIMEOUT
+    )
 
 
 async def serve_audits(transport: Transport, answer: Answer) -> None:
     """Answer requests; one that is too large, too slow or malformed ends its own stream only."""
 
-    async def handle(stream: Stream) -> None:
+    async def reply(stream: Stream, data: bytes) -> AuditAnswer:
         try:
-            async with asyncio.timeout(AUDIT_TIMEOUT):
-                data = await read_message(stream, _MAX_MESSAGE_BYTES)
-                try:
-                    reply = await answer(open_request(data, stream.peer_id))
-                except RecordRefused as error:
-                    reply = AuditAnswer(retry_after=3600.0, text=str(error)[:500])
-                await write_message(stream, canonical(reply))
-                await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
-        except (TimeoutError, ConnectionError):
-            return  # the asking side went away or dawdled; it will ask again
+            return await answer(open_request(data, stream.peer_id))
+        except RecordRefused as error:
+            return AuditAnswer(retry_after=3600.0, text=str(error)[:500])
 
-    await transport.serve(AUDIT, handle)
+    await serve_exchange(transport, AUDIT, reply, limit=_MAX_MESSAGE_BYTES, seconds=AUDIT_TIMEOUT)

@@ -5,14 +5,13 @@ The reply is immediate; judging takes longer. Offering the same checkpoint again
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from .canonical import Frozen, canonical
-from .framing import read_message, write_message
+from .canonical import Frozen
+from .exchange import exchange, serve_exchange
 from .records import MAX_RECORD_BYTES, RecordRefused
 from .transport import Stream, Transport
 
@@ -57,34 +56,19 @@ async def offer_checkpoint(
     transport: Transport, peer_id: str, sealed: bytes, expires: float, addresses: Sequence[str] = ()
 ) -> OfferReply:
     """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError when it is away or answers nonsense."""
-    try:
-        async with asyncio.timeout(OFFER_TIMEOUT):
-            stream = await transport.open_stream(peer_id, OFFER, addresses)
-            try:
-                await write_message(stream, canonical(Offer(sealed=sealed.decode(), expires=expires)))
-                return OfferReply.model_validate_json(await read_message(stream, _MAX_REPLY_BYTES))
-            finally:
-                await stream.close()
-    except TimeoutError as error:
-        raise ConnectionError(f"coordinator {peer_id} did not answer an offer within {OFFER_TIMEOUT:.0f} s") from error
-    except ValidationError as error:
-        raise ConnectionError(f"coordinator {peer_id} answered an offer with a document that is no reply") from error
+    offer = Offer(sealed=sealed.decode(), expires=expires)
+    return await exchange(
+        transport, peer_id, OFFER, offer, OfferReply, addresses=addresses, limit=_MAX_REPLY_BYTES, seconds=OFFER_TIMEOUT
+    )
 
 
 async def serve_offers(transport: Transport, answer: Answer, admit: Admit = lambda stream: None) -> None:
     """Answer offers; one that is too large, too slow or malformed ends its own stream only. `admit` is asked first."""
 
-    async def handle(stream: Stream) -> None:
-        try:
-            async with asyncio.timeout(OFFER_TIMEOUT):
-                data = await read_message(stream, _MAX_OFFER_BYTES)
-                reply = admit(stream) or await _answered(answer, stream.peer_id, data)
-                await write_message(stream, canonical(reply))
-                await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
-        except (TimeoutError, ConnectionError):
-            return  # the offering side went away or dawdled; it will offer again
+    async def reply(stream: Stream, data: bytes) -> OfferReply:
+        return admit(stream) or await _answered(answer, stream.peer_id, data)
 
-    await transport.serve(OFFER, handle)
+    await serve_exchange(transport, OFFER, reply, limit=_MAX_OFFER_BYTES, seconds=OFFER_TIMEOUT)
 
 
 async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:

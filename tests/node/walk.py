@@ -91,3 +91,14 @@ class Walk:
 
     def progress(self, epoch: int, waiting: bool = False) -> list[m.Action]:
         return self.feed(m.TrainerProgress(self.now, self.state.trainers, epoch, epoch * 100, waiting))
+
+    def leaves_under(self, verdict: str) -> float:
+        """Seconds until it has left while every offer of a result is answered with `verdict`."""
+        began = self.now
+        for _ in range(100):
+            if self.state.phase == "left":
+                return self.now - began
+            self.tick()
+            for action in self.said(m.PublishCheckpoint):
+                self.feed(m.OfferAnswered(self.now, action.candidate.digest, verdict))  # type: ignore[union-attr, arg-type]
+        raise AssertionError(f"it has not left after {self.now - began:.0f} s")
