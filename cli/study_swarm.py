@@ -125,7 +125,7 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
                 up = True
                 done = sum(shard.samples for shard in status.shards)
                 on_progress(training.name, done, training.experts * training.samples_per_shard)
-                patience.see((done, status.events))
+                patience.see((done, status.events), any(shard.state == "training" for shard in status.shards))
             patience.check()
             await asyncio.sleep(LOOK_EVERY)
         swarm.check()
@@ -144,15 +144,17 @@ async def _join(swarm: LocalSwarm, folder: Path, team: Team, device: str) -> Non
 
 
 class _Patience:
-    """How long nothing may happen."""
+    """How long nothing may happen. Between two checkpoints nothing is seen to happen: a shard in training is waited for until the
+    coordinator calls it overdue, which it reckons from the trainer's own speed.
+    """
 
     def __init__(self, name: str, folder: Path, machines: Machines) -> None:
         self._name, self._logs, self._seconds = name, folder / "logs", machines.patience
         self._seen: object = None
         self._since = time.monotonic()
 
-    def see(self, what: object) -> None:
-        if what != self._seen:
+    def see(self, what: object, training: bool) -> None:
+        if training or what != self._seen:
             self._seen, self._since = what, time.monotonic()
 
     def check(self) -> None:

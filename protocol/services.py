@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 from .documents import (
@@ -58,7 +58,7 @@ async def publish(transport: Transport, identity: Identity, record: Record, ttl:
     expiries = _last_expiry.setdefault(transport, {})
     key = record.key()
     if isinstance(record, NodeRecord):
-        await _warn_of_a_double(transport, key, record, expiries.get(key))
+        await _warn_of_a_double(transport, key, record, expiries)
     expires = max(transport.now() + ttl, expiries.get(key, 0.0) + _STEP)
     expiries[key] = expires
     return await transport.store(key, record.owner, seal(record, identity, expires), expires)
@@ -122,9 +122,10 @@ def _check_addresses(record: Record) -> None:
         raise RecordRefused(f"record of peer {own} names another peer")
 
 
-async def _warn_of_a_double(transport: Transport, key: str, record: NodeRecord, ours: float | None) -> None:
+async def _warn_of_a_double(transport: Transport, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
     """Compare what the DHT holds under our name with what we stored last."""
     stored = (await transport.get(key)).get(record.owner)
+    ours = expiries.get(key)  # read now: this box may have published again while the DHT was asked
     if ours is not None and stored is not None and stored.expires > ours:
         other = read_envelope(stored.value)
         log.error(

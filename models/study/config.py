@@ -98,7 +98,7 @@ class Machines(Frozen):
     device: str = "cpu"
     heartbeat: Positive = 2.0
     audits: bool = Field(default=False, description="replay work as among strangers; all processes here are our own")
-    patience: Positive = Field(default=180.0, description="seconds without a new accepted checkpoint or sample before giving up")
+    patience: Positive = Field(default=180.0, description="seconds without a checkpoint or a shard in training before giving up")
 
 
 class StudyConfig(Frozen):
