@@ -8,18 +8,23 @@ Both write into docs/results unless told otherwise.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lutetia.simulation.driver import simulate
 from lutetia.simulation.scenarios import NOT_SIMULATED, SCENARIOS
+from lutetia.system.files import write_atomic
 
 from .report import Machine
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+PEERS = {"herd": 80, "crowd": 60}
+"""Scenarios of large swarms, of which many seeds are run with so many peers."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,43 +49,58 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _seeds(names: Sequence[str], first: int, count: int, out: Path) -> int:
-    """Run them; the exit code is 60 if any promise was broken."""
-    lines, broken, total = [], [], Counter[str]()
+    """Run those that the notes in `out` lack; a study that was cut goes on. The exit code is 60 if any promise was broken."""
+    notes = out / "simulation-seeds.json"
+    known: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
     for name in names:
-        begun, checks, accepted, failed = time.process_time(), Counter[str](), 0, []
-        scenario = SCENARIOS[name]
-        for seed in range(first, first + count):
-            outcome = simulate(scenario, scenario.peers, seed, shrink=False)
-            checks.update(outcome.checks)
-            accepted += outcome.accepted
-            if outcome.violation is not None:
-                failed.append(f"`lutetia simulate {name} --seed {seed}`: {outcome.violation}")
-        seconds = time.process_time() - begun
-        fault, hours = scenario.fault or "", scenario.seconds * count / 3600
-        lines.append(
-            f"| {name} | {fault} | {scenario.peers} | {count} | {hours:.0f} | {accepted} | {sum(checks.values())} "
-            f"| {len(failed)} | {seconds:.0f} |"
-        )
-        print(lines[-1], *failed, sep="\n", flush=True)
-        broken += failed
-        total.update(checks)
-    (out / "simulation-seeds.md").write_text(_report(names, first, count, lines, broken, total))
-    return 60 if broken else 0
+        row = known.setdefault(name, {"first": first, "done": 0, "checks": {}, "accepted": 0, "seconds": 0.0, "failed": []})
+        for seed in range(row["first"] + row["done"], row["first"] + count):
+            _one_seed(name, seed, row)
+            write_atomic(notes, json.dumps(known, indent=1).encode())
+            (out / "simulation-seeds.md").write_text(_report(known))
+        print(_line(name, row), *row["failed"], sep="\n", flush=True)
+    return 60 if any(known[name]["failed"] for name in names) else 0
 
 
-def _report(
-    names: Sequence[str], first: int, count: int, lines: Sequence[str], broken: Sequence[str], total: Counter[str]
-) -> str:
+def _one_seed(name: str, seed: int, row: dict[str, Any]) -> None:
+    scenario, begun = SCENARIOS[name], time.process_time()
+    outcome = simulate(scenario, PEERS.get(name, scenario.peers), seed, shrink=False)
+    row["checks"] = dict(Counter(row["checks"]) + Counter(outcome.checks))
+    row["accepted"] += outcome.accepted
+    row["done"] += 1
+    row["seconds"] += time.process_time() - begun
+    if outcome.violation is not None:
+        row["failed"].append(f"`lutetia simulate {name} --peers {outcome.peers} --seed {seed}`: {outcome.violation}")
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    scenario = SCENARIOS[name]
+    fault, hours = scenario.fault or "", scenario.seconds * row["done"] / 3600
+    return (
+        f"| {name} | {fault} | {PEERS.get(name, scenario.peers)} | {row['done']} | {hours:.0f} | {row['accepted']} "
+        f"| {sum(row['checks'].values())} | {len(row['failed'])} | {row['seconds']:.0f} |"
+    )
+
+
+def _report(known: dict[str, Any]) -> str:
+    """The page, from the notes alone."""
+    rows = {name: known[name] for name in SCENARIOS if name in known}
+    total = sum((Counter(row["checks"]) for row in rows.values()), Counter[str]())
+    runs = sum(row["done"] for row in rows.values())
+    hours = sum(SCENARIOS[name].seconds * row["done"] for name, row in rows.items()) / 3600
     checks = ", ".join(f"{name} {number}" for name, number in sorted(total.items()))
-    missing = "\n".join(f"- Fault {number} is not simulated: {why}." for number, why in NOT_SIMULATED.items())
-    found = "\n".join(f"- {line}" for line in broken) or "None."
+    missing = [f"- Fault {number} is not simulated: {why}." for number, why in NOT_SIMULATED.items()]
+    broken = [f"- {line}" for row in rows.values() for line in row["failed"]] or ["None."]
+    first = min(row["first"] for row in rows.values())
+    fewer = ", ".join(f"`{name}` (of {SCENARIOS[name].peers})" for name in PEERS)
     return "\n".join(
         (
             "# Scenarios from many seeds", "",
-            f"`python -m benchmarks simulate seeds --seeds {count} --first {first}`: {len(names)} scenarios, {count} seeds each, "
-            f"on {Machine.this()}.", "",
+            f"`python -m benchmarks simulate seeds`: {len(rows)} of {len(SCENARIOS)} scenarios, {runs} runs, {hours:.0f} virtual "
+            f"hours, {sum(total.values())} checks, on {Machine.this()}. Seeds begin at {first}. Run with fewer peers than the "
+            f"scenario has: {fewer}.", "",
             "| scenario | fault | peers | seeds | virtual hours | epochs accepted | checks | broken | CPU seconds |",
-            "|---|---|---|---|---|---|---|---|---|", *lines, "", f"Checks in all: {checks}.", "", missing, "",
-            "## Promises broken", "", found, "",
+            "|---|---|---|---|---|---|---|---|---|", *(_line(name, row) for name, row in rows.items()), "",
+            f"Checks in all: {checks}.", "", *missing, "", "## Promises broken", "", *broken, "",
         )
     )  # fmt: skip
