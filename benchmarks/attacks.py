@@ -1,9 +1,9 @@
 """`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what the ladder and the audits catch, and whom they wrong.
 
-Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own ladder, then
-before a replay of the first steps, then of the whole epoch. Honest boxes of every kind (threads, micro-batches, precisions, noise
-in the data, shards of a single batch) train M runs of four epochs before the same judges. Rates carry exact (Clopper-Pearson)
-95 % intervals.
+Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own ladder, then,
+once with each word that a liar may say of its device, before an audit of the first steps and one of the whole epoch. Honest boxes
+of every kind (threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs before
+the same judges, with the same words. Rates carry exact (Clopper-Pearson) 95 % intervals.
 """
 
 from __future__ import annotations
@@ -16,47 +16,39 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lutetia.protocol.records import Made
 
-from .attacking.lab import BATCH, EPOCHS, SHORT, STEPS, Honest, Lab, Result
+from .attacking.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
 from .attacking.lies import EXCUSES, LIES, Scene, trigger_loss
+from .attacking.tables import Replays, Try, summary
 from .report import Machine
 
-WHOLE_SHARE = 0.05  # the manifest's default share of audits that replay the whole epoch
+
+def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, Made | None]) -> Iterator[Replays]:
+    for name, said in devices.items():
+        found = lab.audited(result, parent, said)
+        whole = found.whole
+        yield Replays(name, found.begun_short, found.first.closer, whole.outcome, whole.text, found.drift, found.noise)
 
 
-@dataclass(frozen=True)
-class Try:
-    """One result before the judges. `rung` is where the ladder stopped it, or ""; audits are told only of what passed."""
-
-    who: str
-    rung: str
-    text: str
-    short: str = ""
-    whole: str = ""
-    drift: str = ""
-    effect: float | None = None
-    seconds: tuple[tuple[str, float], ...] = ()
-    size: int = 0
-    excuse: bool = False
-    """Whether the liar says that it trained on another kind of device in bfloat16, for which the tolerance is widest."""
-
-
-async def judged(lab: Lab, who: str, result: Result, parent: Result | None, parent_loss: float | None) -> tuple[Try, Any]:
+async def judged(
+    lab: Lab, who: str, result: Result, parent: Result | None, parent_loss: float | None, devices: Mapping[str, Made | None]
+) -> tuple[Try, Any]:
     verdict = await lab.judged(result, parent_loss)
     seconds = [(cost.rung, cost.seconds) for cost in verdict.costs]
     size = sum(getattr(result, name).stat().st_size for name in ("weights", "state", "trace"))
     if verdict.outcome != "valid":
         return Try(who, verdict.rung, verdict.text, seconds=tuple(seconds), size=size), verdict
     began = time.perf_counter()
-    short, long = lab.audited(result, parent)
-    seconds.append(("replay of the epoch", time.perf_counter() - began))
-    return Try(who, "", "", short.outcome, long.outcome, long.text, None, tuple(seconds), size), verdict
+    found = tuple(audits(lab, result, parent, devices))
+    seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(found)))
+    return Try(who, "", "", found, None, tuple(seconds), size), verdict
 
 
 async def lies(folder: Path, seed: int) -> list[Try]:
@@ -71,10 +63,8 @@ async def lies(folder: Path, seed: int) -> list[Try]:
         draw = torch.Generator().manual_seed(1000 * seed + number)
         scene = Scene(lab, before, parent, after, draw, seed)
         snapshot = lie(scene)
-        result = lab.publish(snapshot, EXCUSES[seed % 2])
-        told, _ = await judged(lab, name, result, parent, verdict.loss)
-        effect = _effect(scene, snapshot) if name.startswith("backdoor") else None
-        tries.append(Try(**{**asdict(told), "effect": effect, "seconds": told.seconds, "excuse": seed % 2 == 1}))
+        told, _ = await judged(lab, name, lab.publish(snapshot), parent, verdict.loss, EXCUSES)
+        tries.append(replace(told, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
     return tries
 
 
@@ -99,81 +89,22 @@ def settings(count: int) -> Iterator[Honest]:
         )  # fmt: skip
 
 
+def truths(setting: Honest) -> dict[str, Made | None]:
+    """What an honest box may be taken for: who computes in float32 is no worse than any other, who does not must not say so."""
+    return {"": None, **{name: said for name, said in EXCUSES.items() if setting.precision in ("float32", said.precision)}}
+
+
 async def honest(folder: Path, setting: Honest) -> list[Try]:
     """A whole run of four epochs."""
     lab, parent, parent_loss, tries = Lab(folder, setting), None, None, []
     for _ in range(EPOCHS):
         result, _ = lab.honest(parent)
-        told, verdict = await judged(lab, repr(setting), result, parent, parent_loss)
+        told, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
         tries.append(told)
         if told.rung:
             break
         parent, parent_loss = result, verdict.loss
     return tries
-
-
-def interval(count: int, total: int) -> str:
-    """Share with its exact 95 % interval."""
-    from scipy.stats import binomtest
-
-    if not total:
-        return "-"
-    bounds = binomtest(count, total).proportion_ci(0.95, "exact")
-    return f"{count}/{total} ({100 * bounds.low:.0f} to {100 * bounds.high:.1f} %)"
-
-
-def lie_table(tries: Sequence[Try]) -> str:
-    heads = (
-        "lie", "caught by the ladder", "at rung", f"of the rest: replay of {SHORT} steps", "the same, with an excuse",
-        "replay of the epoch: invalid", "inconclusive", "caught per epoch, newcomer", "per epoch at streak 10",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in LIES:
-        told = [one for one in tries if one.who == name]
-        if not told:
-            continue
-        passed = [one for one in told if not one.rung]
-        rungs = ", ".join(sorted({one.rung for one in told if one.rung})) or "-"
-        whole = sum(one.whole == "invalid" for one in passed)
-        doubt = sum(one.whole == "inconclusive" for one in passed)
-        audited = sum(_audit_chance(one) for one in passed)
-        ladder = len(told) - len(passed)
-        open_, excused = ([one.short == "invalid" for one in passed if one.excuse == excuse] for excuse in (False, True))
-        shares = [interval(sum(found), len(found)) for found in (open_, excused)]
-        shares += [interval(count, len(passed)) for count in (whole, doubt)]
-        newcomer, trusted = ((ladder + chance * audited) / len(told) for chance in (1.0, 0.1))
-        cells = (name, interval(ladder, len(told)), rungs, *shares, f"{newcomer:.2f}", f"{trusted:.3f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _audit_chance(told: Try) -> float:
-    """Of being found invalid by one audit, whole with the manifest's share."""
-    return (1 - WHOLE_SHARE) * (told.short == "invalid") + WHOLE_SHARE * (told.whole == "invalid")
-
-
-def summary(told: Sequence[Try], good: Sequence[Try]) -> str:
-    wrong = {
-        "refused by the ladder": sum(bool(one.rung) for one in good),
-        f"convicted by a replay of {SHORT} steps": sum(one.short == "invalid" for one in good),
-        "convicted by a replay of the epoch": sum(one.whole == "invalid" for one in good),
-        "replay of the epoch inconclusive": sum(one.whole == "inconclusive" for one in good),
-    }
-    lines = [lie_table(told), "", "| honest results | of all |", "|---|---|"]
-    lines += [f"| {what} | {interval(count, len(good))} |" for what, count in wrong.items()]
-    lines += ["", "| backdoor | its prompt's loss over the honest model's, median |", "|---|---|"]
-    for name in (name for name in LIES if name.startswith("backdoor")):
-        effects = sorted(one.effect for one in told if one.who == name and one.effect is not None)
-        if effects:
-            lines.append(f"| {name} | {effects[len(effects) // 2]:.2f} |")
-    costs: dict[str, list[float]] = {}
-    for one in good:
-        for rung, seconds in one.seconds:
-            costs.setdefault(rung, []).append(seconds)
-    size = sum(one.size for one in good) / max(1, len(good))
-    lines += ["", f"| cost of judging one honest result of {size / 1024:.0f} KiB | median ms |", "|---|---|"]
-    lines += [f"| {rung} | {1000 * sorted(values)[len(values) // 2]:.0f} |" for rung, values in costs.items()]
-    return "\n".join(lines)
 
 
 async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None:
@@ -188,7 +119,7 @@ async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None
                 found += [("lie", one) for one in await lies(folder / "lies", number // 2)]
             for kind, one in found:
                 keep(kind, one)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             print(f"  {number + 1} of {rounds}", file=sys.stderr, flush=True)
 
 
@@ -212,14 +143,15 @@ def main(argv: Sequence[str]) -> None:
     told, good = read(arguments.keep)
     print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(told, good)}")
     for one in good:
-        if one.rung or "invalid" in (one.short, one.whole):
-            print(f"wronged: {one.who}: {one.rung} {one.text} {one.drift}", file=sys.stderr)
+        wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
+        if one.rung or wrong:
+            print(f"wronged: {one.who}: {one.rung} {one.text} {wrong}", file=sys.stderr)
 
 
 def read(kept: Path) -> tuple[list[Try], list[Try]]:
     """(lies, honest results)."""
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    of = {
-        kind: [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind] for kind in ("lie", "honest")
-    }
-    return [Try(**row) for row in of["lie"]], [Try(**row) for row in of["honest"]]
+    of: dict[str, list[Try]] = {"lie": [], "honest": []}
+    for row in map(json.loads, kept.read_text().splitlines()):
+        kind, found = row.pop("kind"), tuple(Replays(*found) for found in row.pop("audits"))
+        of[kind].append(Try(**row, audits=found))
+    return of["lie"], of["honest"]

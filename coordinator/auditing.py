@@ -107,11 +107,12 @@ def audited(turn: Turn, heard: Audited) -> None:
     if audit is None or not _can_fall(turn.run, audit.shard, audit.checkpoint):
         return  # rolled back, or gone from the history, meanwhile
     finding, again_at = heard.finding, None
-    if finding.outcome == "inconclusive" and heard.again and audit.attempts + 1 < turn.rules.audit_attempts:
+    again = heard.again and not finding.doubt  # the same replay would find the same
+    if finding.outcome == "inconclusive" and again and audit.attempts + 1 < turn.rules.audit_attempts:
         delay = 0.0 if finding.closer else min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
         again_at = turn.now + delay
     told = {"outcome": finding.outcome, "text": finding.text[:1000], "by": heard.by, "seconds": heard.seconds}
-    told["closer"] = finding.closer and again_at is not None
+    told |= {"closer": finding.closer and again_at is not None, "doubt": finding.doubt and again_at is None}
     turn.write(AuditDone(time=turn.now, **_facts(audit), **told, again_at=again_at))
     if finding.outcome == "invalid":
         _convict(turn, audit, finding.text)

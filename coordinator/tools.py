@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from ..protocol.audits import Finding, compare
+from ..protocol.audits import OWN_KIND, Finding, compare, tolerance
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.offers import Rung
@@ -111,8 +111,7 @@ class NetworkTools:
                 answer = await self.auditor.ask("replay", limit=_REPLAY_LIMIT, epochs=epochs, **self._question(audit))
             except (WorkshopFailed, WorkshopRefused) as error:  # the author's own files were looked at before they were accepted
                 return Replayed(Finding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
-            losses = [math.nan if loss is None else loss for loss in answer["losses"]]
-            finding = compare(answer["published"], losses, answer["drift"], link.made, Made.model_validate(answer["made"]))
+            finding = finding_of(answer, link.made)
             if finding.outcome == "valid":
                 break
         return Replayed(finding, time.monotonic() - began)
@@ -136,7 +135,7 @@ class NetworkTools:
             "shard": due.shard, "epoch": due.epoch - 1, "data": self._path(self.manifest.shards[due.shard].train),
             "weights": weights and self._path(weights), "state": state and self._path(state),
             "trace": self._path(audit.link.trace), "precision": made.precision, "steps": self.manifest.audit.replay_steps,
-            "end": [self._path(given.weights), self._path(given.state)] if due.whole else None,
+            "end": [self._path(given.weights), self._path(given.state)] if due.whole else None, "doubt": doubt_of(made),
         }  # fmt: skip
 
     async def raw_loss(self, record: CheckpointRecord) -> float:
@@ -185,6 +184,20 @@ class NetworkTools:
         """The result is out: forget what was fetched of it."""
         for ref in (record.weights, record.state, record.trace):
             self.incoming.remove(ref.digest)
+
+
+def doubt_of(author: Made) -> dict[str, Any]:
+    """Ends that are neither near nor far: there the workshop measures the epoch's own noise (`models.replay.Doubt`)."""
+    bounds = tolerance(author, Made(precision=author.precision))
+    near, far = bounds.drift
+    return {"near": near, "far": far, "coarse": bounds is not OWN_KIND}
+
+
+def finding_of(answer: dict[str, Any], author: Made) -> Finding:
+    """What the workshop's answer to `replay` says of an author's work."""
+    losses = [math.nan if loss is None else loss for loss in answer["losses"]]
+    made = Made.model_validate(answer["made"])
+    return compare(answer["published"], losses, answer["drift"], author, made, answer["noise"])
 
 
 def needed_states(run: RunState, kept: int) -> set[str]:

@@ -95,20 +95,21 @@ class Workshop:
 
     def replay(
         self, shard: int, epoch: int, data: str, weights: str | None, state: str | None, trace: str, precision: Precision,
-        steps: int, epochs: int, end: list[str] | None,
+        steps: int, epochs: int, end: list[str] | None, doubt: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Replay the first `steps` steps after `epoch` under a budget of `epochs`, or with `end` (weights, state) all of them."""
         from ..models.data.shards import load_shard
-        from ..models.replay import End, Parent, read_trace, replay, under_budget
+        from ..models.replay import Doubt, End, Parent, read_trace, replay, under_budget
 
         published = read_trace(Path(trace))
         parent = Parent(epoch, *(Path(path) if path else None for path in (weights, state)))
         found = replay(
             under_budget(self.manifest, epochs), shard, load_shard(Path(data), self.manifest.latent), parent, steps,
-            end=End(Path(end[0]), Path(end[1])) if end else None, precision=precision,
+            end=End(Path(end[0]), Path(end[1])) if end else None, precision=precision, doubt=Doubt(**doubt) if doubt else None,
         )  # fmt: skip
         losses = [loss if math.isfinite(loss) else None for loss in found.losses]
-        return {"published": published, "losses": losses, "drift": found.drift, "made": found.made.model_dump()}
+        made = found.made.model_dump()
+        return {"published": published, "losses": losses, "drift": found.drift, "noise": found.noise, "made": made}
 
     def router(self, train: list[str], holdout: list[str], out: str) -> dict[str, Any]:
         """Train the router on all shards and write it to `out`."""

@@ -46,11 +46,26 @@ class Replay:
     """What came out. `drift`: how far the author's end lies from the replayed one, in lengths of the replayed way.
 
     It is None where no end was given. `made`: with what it was replayed. Losses end early, with a NaN, where training diverged.
+    `noise`: how far, in the same lengths, the replayed end lies from that of a second replay with other arithmetic.
     """
 
     losses: tuple[float, ...]
     drift: float | None
     made: Made
+    noise: float | None = None
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Where the drift falls between `near` and `far`, measure the epoch's own noise by a second replay.
+
+    `coarse`: by the other precision (bfloat16 for float32 or the reverse), whose rounding is coarser than any device's; else by
+    micro-batches of one sample, which changes the order of sums only.
+    """
+
+    near: float
+    far: float
+    coarse: bool
 
 
 def replay(
@@ -64,9 +79,12 @@ def replay(
     device: str = "cpu",
     precision: Precision = "float32",
     micro_batch: int | None = None,
+    doubt: Doubt | None = None,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Replay:
     """Train the first `steps` steps after `parent`; with `end` the whole epoch, whose outcome is compared too.
+
+    With `doubt` an end that is neither near nor far costs a second replay, which measures the noise.
 
     Raises CheckpointRefused or IntegrityError for files that do not fit, DataError or ConfigError for a shard that does not.
     """
@@ -82,8 +100,39 @@ def replay(
     except TrainingDiverged:
         losses.append(math.nan)
     made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch)
-    whole = end is not None and len(losses) == steps and math.isfinite(losses[-1])
-    return Replay(tuple(losses), drift(trainer, start, end) if whole and end else None, made)
+    if end is None or len(losses) < steps or not math.isfinite(losses[-1]):
+        return Replay(tuple(losses), None, made)
+    apart, noise = drift(trainer, start, end), None
+    if doubt and doubt.near < apart <= doubt.far and (other := _other_arithmetic(trainer, doubt.coarse)):
+        noise = _noise(trainer, start, other, parent)
+    return Replay(tuple(losses), apart, made, noise)
+
+
+def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | None:
+    """The same training, rounded otherwise; None where there is no such way: a batch of one cannot be split."""
+    precision: Precision = trainer.precision
+    if coarse:
+        precision = "float32" if precision == "bfloat16" else "bfloat16"
+    elif trainer.micro_batch == 1:
+        return None
+    return ExpertTrainer(
+        trainer.manifest, trainer.shard, trainer.data, device=trainer.device, precision=precision,
+        micro_batch=trainer.micro_batch if coarse else 1,
+    )  # fmt: skip
+
+
+def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTrainer, parent: Parent) -> float | None:
+    """How far the ends of both lie apart, over the length of the way; None where the second diverges."""
+    other.restore(parent.epoch, parent.weights, parent.state)
+    try:
+        for _ in range(trainer.manifest.steps_per_epoch):
+            other.step()
+    except TrainingDiverged:
+        return None
+    first, second = trainer.snapshot(), other.snapshot()
+    raw = _distance(first.parameters, lambda name: second.parameters[name])
+    averages = _distance(first.ema, lambda name: second.ema[name])
+    return max(raw, averages) / _distance(first.parameters, lambda name: start[name])
 
 
 def under_budget(manifest: Manifest, epochs: int) -> Manifest:

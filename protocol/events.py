@@ -145,7 +145,7 @@ class AuditDue(_Verdict):
 class AuditDone(_Verdict):
     """What came of a due audit. Only `valid` earns trust. `inconclusive` is tried again at `again_at`; None: it is given up.
 
-    `closer`: the next try replays the whole epoch.
+    `closer`: the next try replays the whole epoch. `doubt`: given up, but the end is not where honest work was ever seen to end.
     `by` is the peer that replayed it, None the coordinator itself; `seconds` of replaying. Ledgers of the first version say `not
     carried out` where nobody replayed.
     """
@@ -156,6 +156,7 @@ class AuditDone(_Verdict):
     by: PublicKey | None = None
     seconds: float = Field(default=0.0, ge=0)
     closer: bool = False
+    doubt: bool = False
     again_at: float | None = None
 
 

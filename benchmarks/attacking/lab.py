@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import torch
 from lutetia.coordinator.ladder import Verdict, climb
-from lutetia.coordinator.tools import NetworkTools
+from lutetia.coordinator.tools import NetworkTools, doubt_of, finding_of
 from lutetia.coordinator.workshop import Workshop, _answer
 from lutetia.coordinator.workshop_client import WorkshopClient, WorkshopRefused
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.models.states import Precision, Snapshot, write_state, write_weights
 from lutetia.models.tensorfiles import write_tensors
 from lutetia.models.training import ExpertTrainer
-from lutetia.protocol.audits import Finding, compare
+from lutetia.protocol.audits import Finding
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
 from lutetia.protocol.records import CheckpointRecord, Made
@@ -83,6 +83,21 @@ class Result:
     trace: Path
     made: Made
     epoch: int
+
+
+@dataclass(frozen=True)
+class Audited:
+    """`first` is what a replay of the first SHORT steps finds, `whole` one of the epoch."""
+
+    first: Finding
+    whole: Finding
+    drift: float | None
+    noise: float | None
+
+    @property
+    def begun_short(self) -> str:
+        """How an audit ends that begins with a few steps, and goes on to the whole epoch where they ask for it."""
+        return self.whole.outcome if self.first.closer else self.first.outcome
 
 
 @dataclass
@@ -166,16 +181,18 @@ class Lab:
         torch.set_num_threads(1)
         return await climb(record, parent_loss, self.manifest, self.tools)
 
-    def audited(self, result: Result, parent: Result | None) -> tuple[Finding, Finding]:
-        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches."""
+    def audited(self, result: Result, parent: Result | None, said: Made | None = None) -> Audited:
+        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.
+
+        `said`: what the author says of its device, if not the truth.
+        """
         torch.set_num_threads(1)
+        author = said or result.made
         found = self.shop.replay(
             shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
             weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
-            trace=str(result.trace), precision=result.made.precision, steps=SHORT, epochs=EPOCHS,
-            end=[str(result.weights), str(result.state)],
+            trace=str(result.trace), precision=author.precision, steps=SHORT, epochs=EPOCHS,
+            end=[str(result.weights), str(result.state)], doubt=doubt_of(author),
         )  # fmt: skip
-        losses = [float("nan") if loss is None else loss for loss in found["losses"]]
-        made = Made.model_validate(found["made"])
-        first = compare(found["published"], losses[:SHORT], None, result.made, made)
-        return first, compare(found["published"], losses, found["drift"], result.made, made)
+        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
+        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])

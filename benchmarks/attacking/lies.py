@@ -206,5 +206,10 @@ LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "poisoned moments": poisoned_moments,
     "negative second moments": negative_moments,
 }
-EXCUSES = (Made(), Made(device="other", precision="bfloat16"))
-"""What a liar may say of its device: the second asks for the widest tolerance."""
+EXCUSES: Mapping[str, Made] = {
+    "its own kind": Made(),
+    "a CPU in bfloat16": Made(precision="bfloat16"),
+    "a GPU in float32": Made(device="cuda"),
+    "another device in bfloat16": Made(device="other", precision="bfloat16"),
+}
+"""What a liar may say of its device: one word for each tolerance, the coordinator's own kind first."""

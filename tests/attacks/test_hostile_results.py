@@ -15,7 +15,7 @@ import torch
 from lutetia.coordinator.ladder import Verdict
 
 from benchmarks.attacking.lab import SHORT, Honest, Lab
-from benchmarks.attacking.lies import LIES, Scene
+from benchmarks.attacking.lies import EXCUSES, LIES, Scene
 
 SEED = 1
 STOPPED = {
@@ -29,6 +29,7 @@ STOPPED = {
     "poisoned moments": "numbers",
     "negative second moments": "numbers",
 }
+OWN, *_, WIDEST = EXCUSES.items()
 BY_FIRST_STEPS = ("parent republished", "parent plus dust", "forward passes only", "fabricated trace", "other data")
 BY_WHOLE_EPOCH = (f"stops after the {SHORT} replayed steps", "half trained", "scaled by 1.5", "backdoor, strong")
 
@@ -56,9 +57,10 @@ async def test_what_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict],
     stage, parent = scene
     result = stage.lab.publish(LIES[name](stage))
     assert (await stage.lab.judged(result, parent.loss)).outcome == "valid"
-    first, whole = stage.lab.audited(result, stage.parent)
-    assert (first.outcome == "invalid") == (name in BY_FIRST_STEPS), first.text
-    assert whole.outcome == "invalid", whole.text
+    for device, said in (WIDEST, OWN):
+        found = stage.lab.audited(result, stage.parent, said)
+        assert (found.begun_short == "invalid") == (name in BY_FIRST_STEPS), (device, found.first.text, found.whole.text)
+        assert found.whole.outcome == "invalid", (device, found.whole.text)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ async def test_an_honest_box_of_any_kind_passes_every_judge(setting: Honest, tmp
         result, _ = lab.honest(parent)
         verdict = await lab.judged(result, parent_loss)
         assert verdict.outcome == "valid", verdict.text
-        for finding in lab.audited(result, parent):
-            assert finding.outcome == "valid", finding.text
+        for said in (None, *EXCUSES.values()):
+            found = lab.audited(result, parent, said)
+            assert (found.begun_short, found.whole.outcome) == ("valid", "valid"), (found.first.text, found.whole.text)
         parent, parent_loss = result, verdict.loss

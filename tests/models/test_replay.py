@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.models.replay import End, Parent, read_trace, replay
+from lutetia.models.replay import Doubt, End, Parent, read_trace, replay
 from lutetia.models.states import write_state, write_weights
 from lutetia.models.tensorfiles import write_tensors
 from lutetia.models.training import ExpertTrainer
@@ -132,6 +132,71 @@ def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, aud
     assert compare([2.0] * 4, [1.0] * 4, None, author, auditor).outcome == "invalid"
     assert compare([1.0] * 4, [1.0] * 4, 0.0, author, auditor).outcome == "valid"
     assert compare([1.0] * 4, [1.0] * 4, math.nan, author, auditor).outcome == "invalid"
+
+
+losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(made, made, losses, losses)
+def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(author, auditor, published, replayed):
+    """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
+    if compare(published, replayed, None, CPU, CPU).outcome == "invalid":
+        finding = compare(published, replayed, None, author, auditor)
+        assert finding.outcome == "invalid" or finding.closer
+        assert not finding.doubt
+
+
+@settings(max_examples=200, deadline=None)
+@given(made, made, st.floats(0, 2), st.none() | st.floats(0, 1))
+def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author, auditor, drift, noise):
+    bounds = tolerance(author, auditor)
+    (near, far), (alike, apart) = bounds.drift, bounds.noise
+    finding = compare([1.0] * 4, [1.0] * 4, drift, author, auditor, noise)
+    if drift <= near or drift > far:
+        assert finding == compare([1.0] * 4, [1.0] * 4, drift, author, auditor)
+        assert finding.outcome == ("valid" if drift <= near else "invalid")
+    elif noise is None:
+        assert (finding.outcome, finding.doubt) == ("inconclusive", True)
+    else:
+        expected = "valid" if drift <= alike * noise else "invalid" if drift > apart * noise else "inconclusive"
+        assert (finding.outcome, finding.doubt) == (expected, expected == "inconclusive")
+
+
+def halfway(folder: Path, parent: Parent) -> End:
+    """The end of who trains half of the second epoch."""
+    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    trainer.restore(parent.epoch, parent.weights, parent.state)
+    for _ in range(MANIFEST.steps_per_epoch // 2):
+        trainer.step()
+    write_weights(trainer.snapshot(), folder / "half.weights")
+    write_state(trainer.snapshot(), folder / "half.state", ema=False)
+    return End(folder / "half.weights", folder / "half.state")
+
+
+@pytest.mark.parametrize("said", [CPU, Made(device="other", precision="bfloat16")], ids=str)
+def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(tmp_path, said):
+    parent, _, trace = author(tmp_path)
+    bounds = tolerance(said, Made(precision=said.precision))
+    doubt = Doubt(bounds.drift[0], 2.0, coarse=said != CPU)
+    found = replay(
+        MANIFEST, 0, toy_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
+    )  # fmt: skip
+    assert found.drift is not None
+    assert found.noise is not None
+    assert 0.2 < found.drift < 0.8
+    assert 0 < found.noise < (1e-4 if said == CPU else 0.02)
+    finding = compare(trace, found.losses, found.drift, said, found.made, found.noise)
+    assert finding.outcome == "invalid", finding.text
+
+
+def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
+    parent, end, _ = author(tmp_path)
+    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=Doubt(1e-3, 2.0, False)).noise is None
+    base = End(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
+    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=Doubt(1e-3, 2.0, False))
+    assert alone.drift is not None
+    assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
 
 
 def test_a_trace_file_is_read_with_suspicion(tmp_path):
