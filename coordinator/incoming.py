@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from ..protocol.events import CheckpointAccepted
 from ..protocol.ledger_state import RunState
 from ..protocol.store import BlobStore
-from .ledger import Ledger
 from .run_folder import RunFolder
-
-
-def accepted_states(ledger: Ledger) -> set[str]:
-    """The digests of all training states that were ever accepted."""
-    events = (row.event() for row in ledger.rows())
-    return {event.acceptance.state.digest for event in events if isinstance(event, CheckpointAccepted)}
 
 
 def restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> BlobStore:

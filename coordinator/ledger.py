@@ -137,6 +137,12 @@ class Ledger:
             for row, _ in self._verified():
                 yield row
 
+    def accepted_states(self) -> set[str]:
+        """The digests of all training states that were ever accepted."""
+        states = "SELECT event ->> '$.acceptance.state.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
+        with self._writing, _sqlite_errors(self.path):
+            return {digest for (digest,) in self._connection.execute(states)}
+
     def has_accepted(self, checkpoint: str) -> bool:
         """Whether the checkpoint of this digest was ever accepted. Reads the whole file; may be called from any thread."""
         kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"

@@ -42,7 +42,7 @@ from .bench import Bench
 from .crier import Crier
 from .head import HeadFile
 from .http import build_app, serve_http
-from .incoming import accepted_states, restored_incoming
+from .incoming import restored_incoming
 from .judge import Rules
 from .ledger import Ledger
 from .lookout import Lookout
@@ -89,7 +89,7 @@ class Service:
         self.checking, self.making, self.auditing = (self._workshop(name) for name in ("checking", "making", "auditing"))
         self.tools = NetworkTools(
             self.transport, self.manifest, self.blobs, self.incoming, self.checking,
-            self.auditing, self.settings.slowest_bytes_per_second, accepted_states(self.ledger), self.settings.kept_states,
+            self.auditing, self.settings.slowest_bytes_per_second, self.ledger.accepted_states(), self.settings.kept_states,
         )  # fmt: skip
         self.tools.forget(self.ledger.state)
         self.crier = Crier(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
