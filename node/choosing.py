@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
 from ..protocol.progress import protected, watch
@@ -32,6 +33,22 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
         _choose(turn)
 
 
+def take_duty(turn: Turn, shards: frozenset[int] | None, until: float) -> None:
+    """From now on we look after these shards. Who has just begun to stand by, and has no duty yet, looks at all of them."""
+    standing_by = turn.state.phase in ("idle", "claiming")
+    turn.set(duty=shards if standing_by else None, duty_until=until)
+    if turn.state.phase == "idle":
+        turn.set(look_at=min(turn.state.look_at, turn.now))
+
+
+def _duty(turn: Turn) -> Iterable[int]:
+    """In ascending order: the views of other shards may be old, and others look after those."""
+    state = turn.state
+    if state.duty is None or turn.now >= state.duty_until:
+        return range(turn.rules.shards)
+    return sorted(state.duty)
+
+
 def _strangers(turn: Turn, view: ShardView) -> ShardView:
     """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
     if turn.rules.owner not in view.claimants:
@@ -40,12 +57,13 @@ def _strangers(turn: Turn, view: ShardView) -> ShardView:
 
 
 def _open_views(turn: Turn) -> list[ShardView]:
-    """Shards with work left, fitting, and not given up lately; without our own claims."""
+    """Shards that we look after, with work left, fitting, and not given up lately; without our own claims."""
+    seen = [view for shard in _duty(turn) if (view := turn.state.views.get(shard))]
     state, now, epochs, owner = turn.state, turn.now, turn.rules.epochs, turn.rules.owner
     fitness, shunned = state.fitness, state.shunned
     return [
         view if owner not in view.claimants else _strangers(turn, view)
-        for view in state.views.values()
+        for view in seen
         if view.epoch < epochs and fitness.get(view.shard, 0) > 0 and shunned.get(view.shard, 0) <= now
     ]
 
@@ -89,6 +107,8 @@ def _why_idle(turn: Turn, views: list[ShardView]) -> str:
         return "the disk is full; free some space"
     if len(state.views) == turn.rules.shards and all(view.epoch >= turn.rules.epochs for view in state.views.values()):
         return "the run is complete; seeding its checkpoints"
+    if state.duty is not None and not state.duty:
+        return "enough others look after the shards; standing by"
     return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
 
 
@@ -98,6 +118,8 @@ def _next_look(turn: Turn, views: list[ShardView]) -> float:
     spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
     expiries = [view.held_until if view.held_until > now else now + rules.lease for view in views]
     expiries += [until for until in turn.state.shunned.values() if until > now]
+    if turn.state.duty is not None and turn.state.duty_until > now:
+        expiries.append(turn.state.duty_until)
     return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
 
 
@@ -121,7 +143,7 @@ def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:
     """
     state, epochs, owner = turn.state, turn.rules.epochs, turn.rules.owner
     views, looked, lease, due, first = state.views, state.looked, turn.rules.lease, [], math.inf
-    for shard in range(turn.rules.shards):  # the innermost loop of a standby
+    for shard in _duty(turn):  # the innermost loop of a standby
         view, stale = views.get(shard), 0.0
         if view is not None:
             stale = looked.get(shard, 0.0) + lease

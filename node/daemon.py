@@ -27,6 +27,7 @@ from .material import Material, Places
 from .messages import UserVerb
 from .network import Network
 from .news import News
+from .roster import Roster
 from .settings import NodeSettings
 from .shell import Shell
 
@@ -119,11 +120,9 @@ class Daemon:
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._verbs:
             self.shell.early(verb)
-        companions = [self.news.run()]
+        companions = [self.news.run(), Roster(shell, copies=self.settings.copies).run()]
         if self.settings.audits:
             companions.append(Auditor(shell).run())
-        if self.settings.copies:
-            companions.append(shell.seeder.run())
         await shell.run(*companions)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:

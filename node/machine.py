@@ -11,13 +11,14 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 
 from __future__ import annotations
 
-from .choosing import go_on_claiming, look_around, swarm_seen
+from .choosing import go_on_claiming, look_around, swarm_seen, take_duty
 from .messages import (
     Action,
     CheckpointReady,
     Claim,
     DiskFree,
     DiskFull,
+    DutyGiven,
     Event,
     Joined,
     Leave,
@@ -91,6 +92,8 @@ def _absorb(turn: Turn, event: Event) -> None:
             pass
         case SwarmSeen(views=views):
             swarm_seen(turn, views)
+        case DutyGiven(shards=shards, until=until):
+            take_duty(turn, shards, until)
         case TrainerProgress():
             trainer_progress(turn, event)
         case CheckpointReady():

@@ -73,6 +73,15 @@ class SwarmSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class DutyGiven:
+    """Which shards this node looks after while it stands by, until another list comes or `until`; None: all of them."""
+
+    now: float
+    shards: frozenset[int] | None
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class SyncDone:
     """The shard's data and the state of accepted `epoch` are here; `pending` are own checkpoints on top of it, oldest first."""
 
@@ -160,7 +169,7 @@ class ManifestChanged:
 
 
 Event = (
-    Tick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | SyncDone | SyncFailed
+    Tick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | DutyGiven | SyncDone | SyncFailed
     | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
 )  # fmt: skip
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..protocol.accepted import live_nodes, newest_of
+from ..protocol.accepted import Held, live_nodes, newest_of
+from ..protocol.records import NodeRecord, node_bucket
 from ..system.errors import LutetiaError
 from ..system.files import write_atomic
 from .material import Material
@@ -48,21 +49,18 @@ class Seeder:
         refs = [ref for seed in self.seeds.values() for ref in (seed.weights, seed.state)]
         return {ref.digest: ref.size for ref in refs if self.material.store.has(ref.digest)}
 
-    async def run(self) -> None:
-        """Look twice per lease until cancelled."""
-        while True:
-            await asyncio.sleep(self.network.manifest.timing.lease / 2)
-            try:
-                await self.look()
-            except (LutetiaError, ConnectionError) as error:
-                log.info("cannot look after accepted checkpoints now: %s", error)
+    async def tend(self, nodes: Sequence[NodeRecord]) -> None:
+        """One round: forget what is outdated, keep what is due. `nodes`: those online, as far as they may come before us."""
+        try:
+            await self._look(nodes)
+        except (LutetiaError, ConnectionError) as error:
+            log.info("cannot look after accepted checkpoints now: %s", error)
 
-    async def look(self) -> None:
-        """One round: forget what is outdated, keep what is due. Raises LutetiaError or ConnectionError."""
-        transport, manifest, own = self.network.transport, self.network.manifest, self.network.identity.public_key
-        nodes = await live_nodes(transport, manifest.run_id)
-        ring, now = Ring(manifest.run_id, nodes), transport.now()
-        thin = await self._thin(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds}), {node.owner for node in nodes})
+    async def _look(self, nodes: Sequence[NodeRecord]) -> None:
+        manifest, own = self.network.manifest, self.network.identity.public_key
+        ring, now = Ring(manifest.run_id, nodes), self.network.transport.now()
+        held = await self._held_by(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds}))
+        thin = self._thin(await self._online(held, {node.owner for node in nodes}))
         newest = {shard: found.seed for shard, found in thin.items()}
         for seed in outdated(self.seeds.values(), newest):
             await self._forget(seed, newest[seed.shard])
@@ -72,23 +70,37 @@ class Seeder:
             for seed in affordable(due, await asyncio.to_thread(self._spare)):
                 await self._keep(seed)
 
-    async def _thin(self, shards: Iterable[int], alive: set[str]) -> dict[int, Thin]:
-        """The newest accepted checkpoints of `shards`, with how long each has had too few holders."""
-        places, now, found = asyncio.Semaphore(_LOOKS_AT_ONCE), self.network.transport.now(), {}
+    async def _held_by(self, shards: Iterable[int]) -> dict[int, Held]:
+        """The newest accepted checkpoints of `shards`, and who says that it holds them."""
+        places, found = asyncio.Semaphore(_LOOKS_AT_ONCE), {}
 
         async def one(shard: int) -> None:
             async with places:
-                held = await newest_of(self.network.transport, self.network.manifest, shard, alive)
-            if held:
-                seed, holders = Seed.of(held.acceptance), frozenset(held.holders)
-                found[shard] = seed, holders if self._whole(seed) else holders - {self.network.identity.public_key}
+                if held := await newest_of(self.network.transport, self.network.manifest, shard):
+                    found[shard] = held
 
         await asyncio.gather(*map(one, shards))
-        known, self._since = self._since, {}
-        for seed, holders in found.values():
+        return found
+
+    async def _online(self, found: dict[int, Held], known: set[str]) -> dict[int, tuple[Seed, frozenset[str]]]:
+        """Of the holders those that are online; `known` are. A box counts itself only while its copy is whole."""
+        own, manifest = self.network.identity.public_key, self.network.manifest
+        strangers = {node_bucket(owner) for held in found.values() for owner in held.holders if owner not in known}
+        known = known | {node.owner for node in await live_nodes(self.network.transport, manifest.run_id, strangers)}
+        online = {}
+        for shard, held in found.items():
+            seed = Seed.of(held.acceptance)
+            holders = known & set(held.holders)
+            online[shard] = seed, frozenset(holders if self._whole(seed) else holders - {own})
+        return online
+
+    def _thin(self, online: dict[int, tuple[Seed, frozenset[str]]]) -> dict[int, Thin]:
+        """With how long each has had too few holders."""
+        now, known, self._since = self.network.transport.now(), self._since, {}
+        for seed, holders in online.values():
             if len(holders) < WANTED:
                 self._since[seed.checkpoint] = known.get(seed.checkpoint, now)
-        return {shard: Thin(seed, holders, self._since.get(seed.checkpoint, now)) for shard, (seed, holders) in found.items()}
+        return {shard: Thin(seed, holders, self._since.get(seed.checkpoint, now)) for shard, (seed, holders) in online.items()}
 
     async def _keep(self, seed: Seed) -> None:
         """Fetch it and say that we hold it; what arrived of it stays for the next attempt."""

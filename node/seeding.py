@@ -16,13 +16,15 @@ from itertools import islice
 
 from ..protocol.canonical import Frozen
 from ..protocol.manifest import BlobRef, Digest
-from ..protocol.records import AcceptanceRecord, NodeRecord
+from ..protocol.records import NODE_BUCKETS, AcceptanceRecord, NodeRecord, node_bucket
 
 WANTED = 2
 LOOKED_AT = 2 * WANTED
 """Who ranks behind this many does not even look at the shard: so a node's reads do not grow with the swarm."""
 
-_FREE = ("idle", "claiming")
+FREE = ("idle", "claiming")
+"""What a node record says of who stands by."""
+_ARC = 2**64 // NODE_BUCKETS
 _AWAY = ("joining", "probing", "draining", "left")
 
 
@@ -60,13 +62,13 @@ class Ring:
         self._run = run
         fit = [node for node in nodes if node.state not in _AWAY]
         self._rings = [
-            sorted((_point(run, "peer", node.owner), node.owner) for node in fit if (node.state in _FREE) == free)
+            sorted((point(run, "peer", node.owner), node.owner) for node in fit if (node.state in FREE) == free)
             for free in (True, False)
         ]
 
     def order(self, shard: int) -> Iterator[str]:
         """Public keys, who is to keep a copy of the shard's checkpoint first."""
-        start = _point(self._run, "shard", str(shard))
+        start = point(self._run, "shard", str(shard))
         for ring in self._rings:
             first = bisect_left(ring, (start, ""))
             yield from (owner for _, owner in (*ring[first:], *ring[:first]))
@@ -102,5 +104,7 @@ def outdated(kept: Iterable[Seed], newest: Mapping[int, Seed]) -> list[Seed]:
     return [seed for seed in kept if seed.shard in newest and newest[seed.shard].checkpoint != seed.checkpoint]
 
 
-def _point(run: str, kind: str, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{run}|seeding|{kind}|{name}".encode()).digest()[:8], "big")
+def point(run: str, kind: str, name: str) -> int:
+    """Where a peer or a shard lies on the ring of the run. The peers of one bucket of node records are neighbours."""
+    place = int.from_bytes(hashlib.sha256(f"{run}|seeding|{kind}|{name}".encode()).digest()[:8], "big")
+    return node_bucket(name) * _ARC + place % _ARC if kind == "peer" else place

@@ -175,6 +175,9 @@ class State:
     looked: Mapping[int, float] = field(default_factory=dict)
     watched: Mapping[int, Seen] = field(default_factory=dict)
     """What we have seen of the claims of others: those that hold a shard without working on it are passed over."""
+    duty: frozenset[int] | None = None
+    """The shards that we look after while we stand by, until `duty_until`; None: all of them."""
+    duty_until: float = 0.0
     shunned: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)
     work: Work | None = None

@@ -6,6 +6,7 @@ So accepted work outlives its coordinator: with one peer's address the newest ch
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from .framing import write_message
 from .live_manifest import LiveManifest
 from .manifest import Manifest, first_problem
 from .records import (
+    NODE_BUCKETS,
     AcceptanceRecord,
     NodeRecord,
     ProviderRecord,
@@ -66,25 +68,28 @@ class Held:
     """Public keys."""
 
 
-async def live_nodes(transport: Transport, run: str) -> list[NodeRecord]:
-    """The peers that are online. Raises ConnectionError when this one is not."""
-    found = await asyncio.gather(*(transport.get(key) for key in node_keys(run)))
+async def live_nodes(transport: Transport, run: str, buckets: Iterable[int] = range(NODE_BUCKETS)) -> list[NodeRecord]:
+    """The peers that are online, or those in some `buckets` of node records. Raises ConnectionError when this one is not."""
+    keys = node_keys(run)
+    found = await asyncio.gather(*(transport.get(keys[bucket]) for bucket in buckets))
     records = [read_envelope(stored.value) for values in found for stored in values.values()]
     return [record for record in records if isinstance(record, NodeRecord) and record.state != "left"]
 
 
-async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive: set[str]) -> Held | None:
-    """What the DHT shows of one shard; `alive` are the public keys of the peers that are online."""
+async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive: set[str] | None = None) -> Held | None:
+    """What the DHT shows of one shard. `alive`: public keys of the peers that are online; without, whoever says so holds it."""
     run = manifest.run_id
     found = await transport.get(acceptance_key(run, shard))
     records = {owner: read_envelope(stored.value) for owner, stored in found.items()}
     newest = latest_acceptance(r for r in records.values() if isinstance(r, AcceptanceRecord | ResetRecord))
     if not isinstance(newest, AcceptanceRecord):
         return None
-    holders = set(alive) - set(manifest.coordinators)
+    holders = alive
     for ref in (newest.weights, newest.state):
         providers = (read_envelope(stored.value) for stored in (await transport.get(provider_key(run, ref.digest))).values())
-        holders &= {record.owner for record in providers if isinstance(record, ProviderRecord)}
+        owners = {record.owner for record in providers if isinstance(record, ProviderRecord)}
+        holders = owners if holders is None else holders & owners
+    holders = (holders or set()) - set(manifest.coordinators)
     stored = found[newest.owner]
     return Held(newest, stored.value, stored.expires, tuple(sorted(holders)))
 

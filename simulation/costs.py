@@ -57,7 +57,7 @@ def record_bytes() -> dict[str, int]:
 
 @dataclass
 class Costs:
-    """Counted from the begin of the simulation. Keys of the counters: `look`, `offer`, `blob` and the kinds of records."""
+    """Counted from the begin of the simulation. Counters: `look`, `list`, `offer`, `blob` and the kinds of records."""
 
     messages: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -77,6 +77,12 @@ class Costs:
         self.messages["look"] += 4 * shards * (hops + replicas)
         answers = replicas * (claims * sizes["claim"] + shards * sizes["acceptance"])
         self.bytes["look"] += 2 * shards * (2 * hops + replicas) * QUESTION_BYTES + answers
+
+    def listed(self, buckets: int, nodes: int, replicas: int, members: int) -> None:
+        """`nodes` node records in so many buckets, one lookup each."""
+        steps = lookup_hops(members) + replicas
+        self.messages["list"] += 2 * buckets * steps
+        self.bytes["list"] += 2 * buckets * steps * QUESTION_BYTES + replicas * nodes * record_bytes()["node"]
 
     def moved(self, size: float) -> None:
         """Bytes of a blob."""

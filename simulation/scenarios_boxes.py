@@ -103,6 +103,12 @@ def _churn(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
+def _collapse(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """Nineteen of twenty boxes, with most owners among them, die at the same moment and do not come back."""
+    dead = tuple(sorted(rng.sample(range(peers), peers - peers // 20)))
+    return [*joins(setting, peers, rng), Step(300.0 + rng.uniform(0, 60), "kill", dead)]
+
+
 def _resume(setting: Setting, peers: int, rng: Random) -> list[Step]:
     """Boxes of one kind, killed at random steps and started again at once: the weights are those of an uninterrupted run."""
     steps = joins(setting, peers, rng)
@@ -188,6 +194,17 @@ BOXES = (
         peers=32,
         setting=Setting(shards=8, epochs=500),
         ends=(advanced(0.1),),
+    ),
+    Scenario(
+        "collapse",
+        "nineteen of twenty boxes die at once, and few standbys are left",
+        14,
+        _collapse,
+        seconds=700,
+        peers=160,
+        setting=Setting(shards=6, epochs=500, unfit=0.2),
+        ends=(advanced(0.2),),
+        least=20,
     ),
     Scenario(
         "resume",

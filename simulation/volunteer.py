@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..node import messages as m
+from ..node.duty import pace
 from ..node.state import Rules, State, next_wake
 from ..protocol.canonical import canonical
 from ..protocol.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
@@ -92,6 +93,7 @@ class Volunteer:
         self._filed.clear()
         self.world.dht.enter(self, self.box.peer_id)
         self.hear(boot, m.Joined if self.state.phase == "joining" else m.NetworkBack)
+        self.world.agenda.after(self.rules.lease / 2, self._list, boot, self.joins)
 
     def lose_network(self) -> None:
         """p2pd died: it is started anew at once."""
@@ -234,6 +236,20 @@ class Volunteer:
                 if view.acceptance is not None:
                     self.acceptances[view.shard] = view.acceptance
             self.hear(boot, m.SwarmSeen, views)
+
+    def _list(self, boot: int, joins: int) -> None:
+        """As `node.roster`: who is online, and what of it is ours to look after."""
+        if boot != self.boot or joins != self.joins or not self.running:
+            return
+        world, wait = self.world, self.rules.lease / 2
+        if self.answering:
+            roster = world.roster(self)
+            buckets, records = roster.read_by(self.box.owner)
+            world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
+            wait *= pace(records)
+            if self.state.duty is not None or self.state.phase in ("idle", "claiming"):
+                self.hear(boot, m.DutyGiven, roster.duties.get(self.box.owner), self.clock() + 2 * wait)
+        world.agenda.after(wait, self._list, boot, joins)
 
     def _publish_claim(self, action: m.PublishClaim) -> None:
         self._file_claim(action.claim)

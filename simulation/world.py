@@ -13,11 +13,15 @@ from .goods import Goods
 from .invariants import Invariants
 from .lines import Lines
 from .office import Office
+from .roster import Roster
 from .setting import Setting, draw_box, make_manifest
 from .volunteer import Volunteer
 
 if TYPE_CHECKING:
     from .story import Story
+
+_LIST_SECONDS = 5.0
+"""Readers of the node records within so many seconds see the same."""
 
 
 class World:
@@ -45,6 +49,7 @@ class World:
         self.goods = Goods(self.agenda, self.lines, self.costs, setting.origin_slots)
         self.directory: dict[str, tuple[Volunteer, Sighting]] = {}
         """Node records, which only the coordinator reads: owner → (who filed it, what is seen)."""
+        self._rosters: dict[int, tuple[tuple[int, int], Roster]] = {}
         self.invariants = Invariants(self)
         self.volunteers = [Volunteer(self, index, draw_box(setting, seed, index)) for index in range(peers)]
         self.offices = [Office(self, -1)]
@@ -60,6 +65,20 @@ class World:
     def quarantining(self) -> bool:
         """Whether anybody is in quarantine; while nobody is, nobody need ask."""
         return any(office.state.run.quarantined for office in self.offices)
+
+    def roster(self, reader: Volunteer) -> Roster:
+        """What `reader` sees of the node records; the newest may lack."""
+        moment, group = (int(self.agenda.now // _LIST_SECONDS), self.lines.version), self.lines.group(reader.index)
+        known = self._rosters.get(group)
+        if known is None or known[0] != moment:
+            now = self.agenda.now
+            seen = [
+                sighting.record for peer, sighting in self.directory.values()
+                if sighting.expires > now and (not peer.running or self.lines.group(peer.index) == group)
+            ]  # fmt: skip
+            turn = int(now // self.setting.lease)
+            known = self._rosters[group] = moment, Roster(self.manifest.run_id, seen, self.setting.shards, turn)
+        return known[1]
 
     def greets(self, newcomer: Volunteer) -> bool:
         """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""

@@ -180,3 +180,37 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long(where: str):
     walk.until(m.RenewRecords)
     walk.until(m.Look)
     assert walk.now <= T - 10_000 + 3 * RULES.heartbeat
+
+
+def test_standby_with_a_duty_looks_at_its_own_shards_only():
+    walk = Walk().idle()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 50))))
+    walk.feed(m.DutyGiven(walk.now, frozenset({0}), T + 1000))
+    assert walk.until(m.Look) == m.Look((0,))
+    assert T + 60 <= walk.now < T + 61
+
+
+def test_what_was_seen_of_other_shards_is_too_old_to_act_upon():
+    walk = Walk().idle()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 60), claimed(1, OTHER, T + 20))))
+    walk.feed(m.DutyGiven(walk.now, frozenset(), T + 1000))
+    assert walk.state.phase == "idle"
+    assert "enough others" in walk.state.why
+    while walk.now < T + 55:
+        walk.tick()
+        assert walk.state.phase == "idle"
+        assert not walk.said(m.Look)
+
+
+def test_a_duty_that_is_not_given_anew_ends_and_everything_is_looked_at():
+    walk = Walk().idle()
+    walk.feed(m.SwarmSeen(walk.now, (claimed(0, OTHER, T + 20), claimed(1, OTHER, T + 20))))
+    walk.feed(m.DutyGiven(walk.now, frozenset(), T + 70))
+    assert walk.until(m.Look) == m.Look((0, 1))
+    assert walk.now >= T + 70
+
+
+def test_who_has_just_begun_to_stand_by_looks_at_everything():
+    walk = Walk().training()
+    walk.feed(m.DutyGiven(walk.now, frozenset(), T + 1000))
+    assert walk.state.duty is None
