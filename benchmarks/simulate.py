@@ -49,16 +49,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _seeds(names: Sequence[str], first: int, count: int, out: Path) -> int:
-    """Run those that the notes in `out` lack; a study that was cut goes on. The exit code is 60 if any promise was broken."""
+    """Run those that the notes in `out` lack, seed by seed; a study that was cut goes on. Returns 60 if a promise was broken."""
     notes = out / "simulation-seeds.json"
     known: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
-    for name in names:
-        row = known.setdefault(name, {"first": first, "done": 0, "checks": {}, "accepted": 0, "seconds": 0.0, "failed": []})
-        for seed in range(row["first"] + row["done"], row["first"] + count):
-            _one_seed(name, seed, row)
-            write_atomic(notes, json.dumps(known, indent=1).encode())
-            (out / "simulation-seeds.md").write_text(_report(known))
-        print(_line(name, row), *row["failed"], sep="\n", flush=True)
+    for number in range(count):
+        for name in names:
+            row = known.setdefault(name, {"first": first, "done": 0, "checks": {}, "accepted": 0, "seconds": 0.0, "failed": []})
+            if row["done"] == number:
+                _one_seed(name, row["first"] + number, row)
+                print(name, row["first"] + number, *row["failed"][-1:], flush=True)
+                write_atomic(notes, json.dumps(known, indent=1).encode())
+        (out / "simulation-seeds.md").write_text(_report(known))
     return 60 if any(known[name]["failed"] for name in names) else 0
 
 
