@@ -18,9 +18,10 @@ from . import study_mixtures, study_swarm
 if TYPE_CHECKING:
     from ..models.metrics.clips import ClipSet
     from ..models.metrics.compare import Comparison
+    from ..models.metrics.judges import Entry
     from ..models.study.bench import Bench, Judged
     from ..models.study.clips import ClipCounts
-    from ..models.study.config import StudyConfig
+    from ..models.study.config import Prompts, StudyConfig
     from ..models.study.plan import Plan, Reading, Training
     from ..models.study.results import StudyResults
 
@@ -184,6 +185,16 @@ class Stages:
             found[prompts] = Headline.model_validate_json(path.read_bytes()).rows
         return found
 
+    def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
+        """The real clips through the autoencoder alone."""
+        from ..models.study.results import Rebuilt
+
+        path = self._figure(f"rebuilt-{prompts}")
+        if not path.is_file():
+            found = Rebuilt(entries=self.bench.rebuilt(self.latents, prompts, self.config.judging.clips))
+            write_atomic(path, found.model_dump_json().encode())
+        return Rebuilt.model_validate_json(path.read_bytes()).entries
+
     def _figure(self, name: str) -> Path:
         """Where figures are kept: under their name and the way of judging."""
         how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
@@ -236,10 +247,12 @@ class Stages:
             whole += spent
             clusters[training.data] = read_data(self.data(training)).clustering.model_dump(mode="json")
         config: dict[str, Any] = self.config.model_dump(mode="json")
+        compared = self.headline()
         return StudyResults(
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
-            judged=dict(self.judged), headline=self.headline(), hardware=hardware(), seconds=whole,
+            judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
+            rebuilt={str(each): self.rebuilt(each) for each in self.config.judging.prompts if each in compared},
         )  # fmt: skip
 
     def _sheets(self) -> list[str]:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from ...protocol.canonical import Frozen
+from ..data.latents import load_latents
 from ..metrics.clips import ClipSet, read_clips
 from ..metrics.compare import Comparison, compare
 from ..metrics.generated import MixtureSampler, Sampling, generate
@@ -95,6 +98,16 @@ class Bench:
         entries = tuple(judges.judge(clips, (seed,)))
         more = {"entries": entries, "losses": losses, "values": values, "labels": known, "left_out": judges.left_out}
         return found.model_copy(update=more)
+
+    def rebuilt(self, latents: str, prompts: Prompts, count: int) -> tuple[Entry, ...]:
+        """The real clips themselves, encoded to latents and decoded again: what no arm can be expected to pass."""
+        judges = self.judges(prompts, count)
+        codec, parts = (
+            load_latents(latents, device=self.settings.device),
+            judges.reference.frames.split(self.config.judging.batch),
+        )
+        frames = torch.cat([torch.from_numpy(codec.decode(codec.encode(part))) for part in parts])
+        return tuple(judges.judge(judges.reference.with_frames(frames)))
 
     def compare(
         self, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]

@@ -33,8 +33,17 @@ class Headline(Frozen):
     rows: tuple[Comparison, ...]
 
 
+class Rebuilt(Frozen):
+    """Figures of the real clips after the autoencoder alone."""
+
+    entries: tuple[Entry, ...]
+
+
 class StudyResults(Frozen):
-    """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering."""
+    """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering.
+
+    `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N.
+    """
 
     name: str
     config: dict[str, Any]
@@ -47,15 +56,16 @@ class StudyResults(Frozen):
     hardware: str
     seconds: float
     autoencoder_psnr: dict[str, float] = {}
+    rebuilt: dict[str, tuple[Entry, ...]] = {}
 
     def of(self, reading: Reading) -> Judged | None:
         """What was found about a reading, None while it is not judged."""
         return self.judged.get(reading.name)
 
 
-def entry(judged: Judged, name: str) -> Entry | None:
+def entry(entries: Sequence[Entry], name: str) -> Entry | None:
     """The line of metric `name`."""
-    return next((entry for entry in judged.entries if entry.name == name), None)
+    return next((entry for entry in entries if entry.name == name), None)
 
 
 def main_distance(results: StudyResults) -> str:
@@ -87,7 +97,7 @@ def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
         for reading in results.plan.readings_of(training):
             judged = results.of(reading)
             along = reading.plain and reading.clips == wanted and reading.prompts == _first(results)
-            found = entry(judged, metric) if judged and along else None
+            found = entry(judged.entries, metric) if judged and along else None
             if judged and found:
                 points.setdefault(reading.epoch, []).append((training, judged, found))
     made = []

@@ -54,10 +54,20 @@ def _headline(results: StudyResults) -> str:
             name, over = main_distance(results), _over(rows[0].first.seeds)
             lines.append(f"{name} of the monolith ÷ {name} of the mixture: **{ratio}** ({over}).")
         lines.append(comparison_table(rows, "monolith", "mixture").rstrip())
+        lines += _rebuilt(results, prompts)
     rows = [[name, f"{a:g}", f"{b:g}", f"{a / b:.2f}"] for name, (a, b) in PAPER.items()]
     lines.append("For comparison, Paris 2.0 reports (3 experts of 11 B, 256 px, N = 2,048; other data, so only ratios compare):")
     lines.append(table(["metric", "monolith", "mixture", "monolith ÷ mixture"], rows))
     return "\n\n".join(lines)
+
+
+def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
+    """What the autoencoder alone costs."""
+    name = main_distance(results)
+    found = entry(results.rebuilt.get(prompts, ()), name)
+    if found is None:
+        return []
+    return [f"The real clips themselves, encoded and decoded again by the autoencoder, have {name} {found.figure}."]
 
 
 def _over(seeds: Sequence[int]) -> str:
@@ -116,7 +126,7 @@ def _metrics(results: StudyResults) -> list[str]:
 def _figure(judged: Judged, metric: str) -> str:
     if metric == "held-out loss":
         return f"{judged.losses['mixture'].loss:.4f}" if "mixture" in judged.losses else "–"
-    found = entry(judged, metric)
+    found = entry(judged.entries, metric)
     return str(found.figure) if found else "–"
 
 

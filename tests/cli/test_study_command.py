@@ -47,12 +47,14 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LUTETIA_")}, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as first:
         assert first.stderr is not None
+        words = []
         for line in first.stderr:
+            words.append(line)
             if "headline-mixture-s0" in line:  # its swarm is up
                 break
         first.send_signal(signal.SIGTERM)
-        first.communicate()
-    assert first.returncode == 143
+        words.append(first.communicate()[1])
+    assert first.returncode == 143, "".join(words)
     weights = home / "runs" / "headline-monolith-s0" / "run" / "mixture" / "mixture.json"
     before = weights.read_bytes()
     assert not (home / "runs" / "headline-mixture-s0" / "run" / "mixture").exists()
@@ -68,6 +70,8 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     (ratio,) = [row.ratio for row in results.headline["natural"] if row.ratio]
     assert (ratio.n, ratio.seeds) == (22, (0,))
     assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
+    rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
+    assert rebuilt["motion distance"].n == 22
     routes = {judged.reading.route for judged in results.judged.values()}
     assert routes == {"router", "oracle", "text-blind"}
     losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
@@ -76,6 +80,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     page = (out / "README.md").read_text()
     assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are for others to read
     assert "561.04" in page
+    assert "encoded and decoded again by the autoencoder, have motion distance" in page
     assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
