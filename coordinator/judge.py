@@ -140,10 +140,11 @@ class _Turn(Turn):
 
     def forget_offers(self) -> None:
         """Peers that have been silent for a minute cost no memory."""
-        if len(self.state.offers) > 0:
+        begin = self.now - _MINUTE
+        if any(moments[-1] <= begin for moments in self.state.offers.values()):
             kept: Table[str, tuple[float, ...]] = Table()
             for owner, moments in self.state.offers.items():
-                if moments[-1] > self.now - _MINUTE:
+                if moments[-1] > begin:
                     kept = kept.set(owner, moments)
             self.state = replace(self.state, offers=kept)
 

@@ -12,6 +12,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 from ..protocol.canonical import Frozen
@@ -104,6 +105,7 @@ def outdated(kept: Iterable[Seed], newest: Mapping[int, Seed]) -> list[Seed]:
     return [seed for seed in kept if seed.shard in newest and newest[seed.shard].checkpoint != seed.checkpoint]
 
 
+@lru_cache(maxsize=1 << 15)
 def point(run: str, kind: str, name: str) -> int:
     """Where a peer or a shard lies on the ring of the run. The peers of one bucket of node records are neighbours."""
     place = int.from_bytes(hashlib.sha256(f"{run}|seeding|{kind}|{name}".encode()).digest()[:8], "big")

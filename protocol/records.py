@@ -114,8 +114,9 @@ class CheckpointRecord(_Record):
     @property
     def digest(self) -> Digest:
         """Names the result itself: same weights, state, trace and lineage, same digest, whoever offers it and when."""
-        fields = self.model_dump(mode="json", include={"run", "shard", "epoch", "parent", "weights", "state", "trace", "samples"})
-        return digest_of(fields)
+        return _result_digest(
+            self.run, self.shard, self.epoch, self.parent, self.weights, self.state, self.trace, self.samples
+        )  # fmt: skip
 
     def key(self) -> str:
         return checkpoint_key(self.run, self.shard)
@@ -190,8 +191,18 @@ Record = Annotated[
 COORDINATORS_ONLY = ("acceptance", "reset", "quarantine")
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def node_bucket(owner: str) -> int:
     return int(hashlib.sha256(owner.encode()).hexdigest(), 16) % NODE_BUCKETS
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _result_digest(
+    run: str, shard: int, epoch: int, parent: str | None, weights: BlobRef, state: BlobRef, trace: BlobRef, samples: int
+) -> Digest:
+    """Asked for several times at every look at every result."""
+    blobs = {name: ref.model_dump(mode="json") for name, ref in (("weights", weights), ("state", state), ("trace", trace))}
+    return digest_of({"run": run, "shard": shard, "epoch": epoch, "parent": parent, **blobs, "samples": samples})
 
 
 def node_key(run: str, owner: str) -> str:

@@ -10,7 +10,7 @@ from .setting import Setting
 
 RPC_TIMEOUT = 3.0
 RETRANSMIT = 0.2
-_TABLE = 4096
+_BITS = 10
 _LOOKUPS_AT_ONCE = 8
 
 
@@ -45,16 +45,16 @@ class Lines:
         """Make the tables of one packet, one lookup (find, then ask each replica) and one round of lookups."""
         rng, median = self.random, setting.latency if latency is None else latency
         spread = setting.jitter if jitter is None else jitter
-        one = [median * rng.lognormvariate(0.0, setting.latency_sigma) + spread * rng.uniform(-1, 1) for _ in range(_TABLE)]
+        one = [median * rng.lognormvariate(0.0, setting.latency_sigma) + spread * rng.uniform(-1, 1) for _ in range(1 << _BITS)]
         self._packet = [max(0.001, value) for value in one]
 
         def lookup() -> float:
-            return max(4 * self._packet[rng.getrandbits(12)] for _ in range(self._replicas))
+            return max(4 * self._packet[rng.getrandbits(_BITS)] for _ in range(self._replicas))
 
-        self._lookup = [lookup() for _ in range(_TABLE)]
+        self._lookup = [lookup() for _ in range(1 << _BITS)]
         self._round = [
-            max(self._lookup[rng.getrandbits(12)] + self._lookup[rng.getrandbits(12)] for _ in range(_LOOKUPS_AT_ONCE))
-            for _ in range(_TABLE)
+            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(_LOOKUPS_AT_ONCE))
+            for _ in range(1 << _BITS)
         ]
 
     # who can reach whom
@@ -103,7 +103,7 @@ class Lines:
 
     def packet(self, a: Member, b: Member) -> float:
         """One datagram, one way."""
-        return self._packet[self.random.getrandbits(12)] + a.line + b.line
+        return self._packet[self.random.getrandbits(_BITS)] + a.line + b.line
 
     def stream(self, a: Member, b: Member, size: int = 0) -> float:
         """One message of `size` bytes over a stream: what is lost is sent again."""
@@ -119,9 +119,9 @@ class Lines:
         """Claims and acceptances of so many shards."""
         if shards == 1:
             draw, table = self.random.getrandbits, self._lookup
-            seconds = table[draw(12)] + table[draw(12)]
+            seconds = table[draw(_BITS)] + table[draw(_BITS)]
         else:
-            seconds = sum(self._round[self.random.getrandbits(12)] for _ in range(-(-shards // _LOOKUPS_AT_ONCE)))
+            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // _LOOKUPS_AT_ONCE)))
         seconds += 8 * source.line
         if self.loss and self.random.random() < 1 - (1 - self.loss) ** (2 * self._replicas):
             seconds += RPC_TIMEOUT  # one answer at least does not come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -23,6 +24,8 @@ class Roster:
         self._places: dict[int, list[int]] = {}
         for owner in free:
             self._places.setdefault(node_bucket(owner), []).append(point(run, "peer", owner))
+        for places in self._places.values():
+            places.sort()
 
     def read_by(self, owner: str) -> tuple[int, int]:
         """(buckets, records) that `owner` reads until it knows enough standbys before it."""
@@ -31,7 +34,7 @@ class Roster:
         before = buckets_read = records = 0
         for wave in WAVES:
             for bucket in islice(buckets, wave):
-                before += sum(other < place for other in self._places.get(own, ())) if bucket == own else self._free[bucket]
+                before += bisect_left(self._places.get(own, ()), place) if bucket == own else self._free[bucket]
                 buckets_read, records = buckets_read + 1, records + self._all[bucket]
             if before >= STEADY:
                 break

@@ -284,12 +284,13 @@ class Volunteer:
             self._file_claim(action.claim)
         world, work = self.world, self.state.work
         now = self.clock()
-        record = NodeRecord.model_construct(
-            run=self.rules.run, owner=self.box.owner, issued=now, peer_id=self.box.peer_id, addresses=(), hardware=_HARDWARE,
-            samples_per_second=self.hands.speed * 16, software="simulated", state=self.state.phase,
-            shard=work.shard if work else None,
-        )  # fmt: skip
-        world.directory[self.box.owner] = (self, Sighting(record, now + self.rules.lease, now))
+        shard = work.shard if work else None
+        if self._node is None or (self._node.state, self._node.shard) != (self.state.phase, shard):
+            self._node = NodeRecord.model_construct(
+                run=self.rules.run, owner=self.box.owner, issued=now, peer_id=self.box.peer_id, addresses=(), hardware=_HARDWARE,
+                samples_per_second=self.hands.speed * 16, software="simulated", state=self.state.phase, shard=shard,
+            )  # fmt: skip
+        world.directory[self.box.owner] = (self, Sighting(self._node, now + self.rules.lease, now))
         world.costs.stored("node", world.setting.replicas, world.dht.size)
         self.beats += 1
         if self.beats % _ANNOUNCE_EVERY == 0 and self.hands.shelves:
