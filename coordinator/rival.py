@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from ..protocol.records import AcceptanceRecord, acceptance_key
+from ..protocol.run_state import RunState
 from ..protocol.services import read_records
 from ..protocol.transport import Transport
 from ..system.errors import IdentityError
@@ -26,7 +27,7 @@ async def refuse_a_rival(transport: Transport, ledger: Ledger, coordinator: str)
         async with places:
             found = await read_records(transport, acceptance_key(ledger.state.run, shard))
         for record, _ in found:
-            if isinstance(record, AcceptanceRecord) and record.owner == coordinator:
+            if isinstance(record, AcceptanceRecord) and doubtful(record, ledger.state, coordinator):
                 await _refuse_unknown(record, ledger)
 
     for outcome in await asyncio.gather(*(look(shard) for shard in ledger.state.shards), return_exceptions=True):
@@ -34,10 +35,13 @@ async def refuse_a_rival(transport: Transport, ledger: Ledger, coordinator: str)
             raise outcome
 
 
+def doubtful(record: AcceptanceRecord, run: RunState, coordinator: str) -> bool:
+    """Whether only the whole ledger can tell if this acceptance, where it is under `coordinator`'s key, is its own."""
+    ours = run.shards[record.shard].acceptance
+    return record.owner == coordinator and (ours is None or ours.checkpoint != record.checkpoint)
+
+
 async def _refuse_unknown(record: AcceptanceRecord, ledger: Ledger) -> None:
-    ours = ledger.state.shards[record.shard].acceptance
-    if ours and ours.checkpoint == record.checkpoint:
-        return
     if not await asyncio.to_thread(ledger.has_accepted, record.checkpoint):
         raise IdentityError(
             f"the swarm holds an acceptance under this coordinator's key (shard {record.shard}, epoch {record.epoch}) that "

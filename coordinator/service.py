@@ -119,6 +119,11 @@ class Service:
     def _heartbeat(self) -> float:
         return self.manifest.timing.heartbeat
 
+    async def _keep_word(self) -> None:
+        """What the DHT shows under our key is looked at before our own renewals cover it: of each owner it keeps one record."""
+        await self._keep_to_lineage()
+        await self.crier.renew()
+
     async def _keep_to_lineage(self) -> None:
         """Peers that come back late may hold acceptances of ours that the ledger lacks."""
         if self.recovering:
@@ -169,9 +174,7 @@ class Service:
                     works = [self.bench.run(), self.lookout.run(), self.stitcher.run(), self.watch.run()]
                     works.append(self._keep_status_file())
                     works += [_every(lambda: _ALIVE_SECONDS, work) for work in (self._check_alive, self._pardon)]
-                    works += [
-                        _every(self._lease, work) for work in (self.crier.renew, self._remember_peers, self._keep_to_lineage)
-                    ]
+                    works += [_every(self._lease, work) for work in (self._keep_word, self._remember_peers)]
                     works += [_every(self._heartbeat, work) for work in (self._tell_peers, self._fetch_missing)]
                     if listener:
                         works.append(serve_http(listener, build_app(self.status, self.blobs)))

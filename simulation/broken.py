@@ -48,6 +48,13 @@ def _accept_twice(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) ->
     return after, actions
 
 
+def _believe_auditors(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) -> tuple[JudgeState, tuple[j.Action, ...]]:
+    """Whatever a peer reports of an audit counts at once, and nobody replays it again."""
+    if isinstance(stimulus, j.AuditDelivered):
+        stimulus = j.Audited(stimulus.checkpoint, stimulus.finding, stimulus.now, by=stimulus.owner)
+    return judge(rules, state, stimulus)
+
+
 async def _climb_blindly(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: Tools) -> Verdict:
     """No look inside: whatever arrives counts as sound."""
     try:
@@ -106,6 +113,9 @@ BROKEN: dict[str, Broken] = {
     "forget-the-last": Broken(
         "a restarted coordinator lacks the last acceptance (I3)", "I3", "coordinator-crash",
         lambda: Decisions(replayed=_replay_without_end),
+    ),
+    "believe-auditors": Broken(
+        "a stranger's word convicts (I3)", "I3", "auditors", lambda: Decisions(judge=_believe_auditors)
     ),
     "claims-for-good": Broken(
         "a claim that has run out still holds others off (I4)", "I4", "killed", lambda: Decisions(advance=_claims_live_forever)

@@ -57,7 +57,7 @@ def record_bytes() -> dict[str, int]:
 
 @dataclass
 class Costs:
-    """Counted from the begin of the simulation. Counters: `look`, `list`, `offer`, `blob` and the kinds of records."""
+    """Counted from the begin of the simulation. Counters: `look`, `list`, `offer`, `audit`, `blob` and the kinds of records."""
 
     messages: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -88,6 +88,11 @@ class Costs:
         """Bytes of a blob."""
         self.messages["blob"] += 1 + int(size) // (1 << 20)
         self.bytes["blob"] += int(size)
+
+    def asked(self) -> None:
+        """A question for an audit, or a report on one, and its answer."""
+        self.messages["audit"] += 2
+        self.bytes["audit"] += 2 * QUESTION_BYTES
 
     def offered(self) -> None:
         self.messages["offer"] += 2

@@ -6,19 +6,21 @@ into a checkpoint `check_seconds`; the held-out loss is that of the content.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..coordinator import messages as j
+from ..coordinator.audit_desk import relatives
 from ..coordinator.auditing import standing
 from ..coordinator.judge import JudgeState
 from ..coordinator.judge import Rules as JudgeRules
-from ..coordinator.ladder import SizeLimits, Stopped
+from ..coordinator.ladder import SizeLimits
 from ..coordinator.lookout import sighted
+from ..coordinator.recovery import ahead
+from ..coordinator.rival import doubtful
 from ..protocol.audits import Finding
 from ..protocol.canonical import canonical
-from ..protocol.events import CoordinatorStarted, Event, RunCreated, read_event
+from ..protocol.events import AcceptanceRecovered, CheckpointAccepted, CoordinatorStarted, Event, RunCreated, read_event
 from ..protocol.identity import Identity
 from ..protocol.offers import OfferReply
 from ..protocol.records import (
@@ -33,16 +35,17 @@ from ..protocol.records import (
     open_record,
 )  # fmt: skip
 from ..protocol.status_view import LiveView
-from ..system.errors import UnreachableError
-from .goods import Content, Pause, drive
+from .audits import found, replay_steps
+from .goods import Pause, drive
+from .rungs import Rungs
 from .setting import COORDINATOR, MIB
 from .visits import shard_parcel
 
 if TYPE_CHECKING:
+    from .volunteer import Volunteer
     from .world import World
 
 _TICK_SECONDS = 1.0
-_FETCH_GRACE = 30.0
 
 
 class Office:
@@ -51,8 +54,8 @@ class Office:
     def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
         self.world, self.index, self.identity = world, index, identity
         self.line, self.up = 0.0, world.setting.origin_up
-        self.running = self.denies = False
-        self.boot = 0
+        self.running = self.serving = self.recovering = self.denies = False
+        self.boot = self.stopped_itself = 0
         self.parts: dict[str, dict[str, Any]] = {}
         self.written: set[str] = set()
         self.view = LiveView()
@@ -70,7 +73,6 @@ class Office:
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
         self._expiries: dict[str, float] = {}
-        self._fetching: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
@@ -84,28 +86,81 @@ class Office:
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """From the ledger alone; in signed settings through its canonical bytes, as from a real file."""
+    def start(self, *, recover: bool = False) -> None:
+        """From the ledger alone; in signed settings through its canonical bytes, as from a real file.
+
+        `recover`: look for a lease what the DHT shows of its own word and the ledger lacks, and take that back.
+        """
         if self.running:
             return
         self.boot += 1
-        self.running = True
+        self.running, self.recovering = True, recover
         self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
         events = [read_event(canonical(event)) for event in self.ledger] if self.world.setting.signed else self.ledger
         self.state = JudgeState.restored(self.world.decide.replayed(events))
+        self.world.dht.enter(self, self.identity.peer_id + str(self.index))
+        if recover:
+            self._recover(self.boot, self.clock() + self.world.setting.lease)
+        else:
+            self._serve()
+
+    def _recover(self, boot: int, until: float) -> None:
+        if boot != self.boot:
+            return
+        self._take_back()
+        if self.clock() < until:
+            self.world.agenda.after(_TICK_SECONDS, self._recover, boot, until)
+        else:
+            self._serve()
+
+    def _serve(self) -> None:
+        if self._behind():
+            return
+        self.serving = True
         self.world.invariants.after_restart(self)
         for shard in range(len(self.world.manifest.shards)):
             self.world.goods.put(shard_parcel(shard), self)
-        self.world.dht.enter(self, self.identity.peer_id + str(self.index))
         setting = self.world.setting
         size = SizeLimits(2 * setting.weights_bytes + MIB, 2 * setting.state_bytes + MIB, MIB)
         self.hear(j.LimitsKnown(dict.fromkeys(range(setting.shards), size), self.clock()))
         poll = setting.poll_every or setting.heartbeat / 4
         for seconds, call in (
-            (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._renew), (setting.status_every, self._tell)
+            (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._keep_word),
+            (setting.status_every, self._tell),
         ):  # fmt: skip
             self._every(self.boot, seconds, call)
-        self._renew()
+
+    # --- its own word -----------------------------------------------------------------------------------------------------
+
+    def _own_word(self) -> list[AcceptanceRecord]:
+        """Acceptances under its key that the DHT shows."""
+        found = [stored.record for key in self.world.dht.acceptance_keys for stored in self.world.dht.read(self, key).values()]
+        return [record for record in found if isinstance(record, AcceptanceRecord) and record.owner == self.identity.public_key]
+
+    def _take_back(self) -> None:
+        if lost := ahead(self.state.run, self._own_word()):
+            self.hear(j.Noted(tuple(AcceptanceRecovered(time=self.clock(), acceptance=record) for record in lost), self.clock()))
+
+    def _behind(self) -> bool:
+        """As `coordinator.rival`: at the sight of an acceptance under its key that its ledger lacks, it stops."""
+        doubts = [record for record in self._own_word() if doubtful(record, self.state.run, self.identity.public_key)]
+        if not doubts:
+            return False
+        known = {e.acceptance.checkpoint for e in self.ledger if isinstance(e, CheckpointAccepted | AcceptanceRecovered)}
+        if all(record.checkpoint in known for record in doubts):
+            return False
+        self.stopped_itself += 1
+        self.crash()
+        return True
+
+    def _keep_word(self) -> None:
+        """As `coordinator.service`: what the DHT shows under its key is looked at before its own renewals cover that."""
+        if self.recovering:
+            self._take_back()
+        if not self._behind():
+            self._renew()
+
+    # --- timers -----------------------------------------------------------------------------------------------------------
 
     def _every(self, boot: int, seconds: float, call: Any) -> None:
         if boot == self.boot and self.running:
@@ -115,7 +170,7 @@ class Office:
     def crash(self) -> None:
         """What was under way is lost: candidates' checks, replies, acceptances written but not yet published."""
         if self.running:
-            self.running = False
+            self.running = self.serving = False
             self.boot += 1
             self.world.dht.depart(self)
             self.view, self._since = LiveView(), {}
@@ -132,10 +187,10 @@ class Office:
             except RecordRefused as error:
                 return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
         reply = self.hear(j.Offered(record, self.clock()))
-        assert reply is not None
+        assert isinstance(reply, OfferReply)
         return reply
 
-    def hear(self, stimulus: j.Stimulus) -> OfferReply | None:
+    def hear(self, stimulus: j.Stimulus) -> OfferReply | j.Lend | None:
         """Judge, write the ledger, then carry out."""
         world = self.world
         world.costs.judged += 1
@@ -151,6 +206,8 @@ class Office:
             match action:
                 case j.Answer():
                     reply = action.reply
+                case j.Lend():
+                    reply = action
                 case j.Publish():
                     world.goods.put(action.record.digest, self)
                     if self.refuse_publishing:
@@ -175,18 +232,26 @@ class Office:
             if boot == self.boot:
                 self.hear(j.Checked(check.record, verdict, self.clock()))
 
-        drive(
-            self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, _Rungs(self)), done
-        )
+        drive(self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, Rungs(self)), done)
+
+    def lend(self, asking: Volunteer) -> j.Lend:
+        """As `coordinator.audit_desk`: an audit of somebody with whom the asking peer has nothing to do."""
+        known = [sighting.record for sighting in self.view.nodes] if self.world.setting.operators else []
+        lend = self.hear(j.AuditWanted(asking.box.owner, self.clock(), relatives(asking.box.owner, known)))
+        assert isinstance(lend, j.Lend)
+        return lend
+
+    def told(self, auditor: Volunteer, checkpoint: str, finding: Finding) -> None:
+        """A report, from whom the audit was lent to; others are refused."""
+        lent = self.state.lent.get(checkpoint)
+        if lent is not None and lent[0] == auditor.box.owner:
+            self.hear(j.AuditDelivered(auditor.box.owner, checkpoint, finding, 1.0, self.clock()))
 
     async def _replay(self, action: j.Audit) -> Finding:
-        """Steps cost here what they cost a box of speed 1; the first steps tell who took none, all of them who faked the end."""
-        world, audit = self.world, action.audit
-        steps = world.manifest.steps_per_epoch if audit.whole else world.manifest.audit.replay_steps
+        """Steps cost here what they cost a box of speed 1."""
+        world, steps = self.world, replay_steps(self.world, action.audit)
         await Pause(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
-        faked = world.goods.contents[audit.checkpoint].faked
-        caught = faked == "all" or (faked == "end" and audit.whole)
-        return Finding(outcome="invalid", text="the replay gave other losses") if caught else Finding(outcome="valid")
+        return found(world, action.audit)
 
     def _audited(self, boot: int, action: j.Audit, finding: Finding) -> None:
         if boot == self.boot:
@@ -240,45 +305,3 @@ class Office:
         """Make the status document, as anybody who asks would get it."""
         document = self.world.decide.status(self.state.run, self.world.manifest, self.view, self.clock())
         self.world.invariants.after_status(self, document)
-
-
-class _Rungs:
-    """The ladder's tools over the model of blobs."""
-
-    def __init__(self, office: Office) -> None:
-        self._office, self._world = office, office.world
-
-    def _content(self, record: CheckpointRecord) -> Content:
-        return self._world.goods.contents[record.digest]
-
-    async def fetch(self, record: CheckpointRecord) -> None:
-        """Bytes that do not hash to their name count as not arrived, from whomever they come."""
-        world, digest = self._world, record.digest
-        size = world.setting.weights_bytes + world.setting.state_bytes
-        begun = world.agenda.now
-        try:
-            if not self._content(record).intact:
-                await Pause(_FETCH_GRACE / 10)
-                raise UnreachableError("its bytes do not hash to their name")
-            await world.goods.fetch(self._office, digest, size)
-            if world.agenda.now - begun > _FETCH_GRACE + size / (64 << 10):
-                raise UnreachableError("it did not arrive in time")
-        except UnreachableError as error:
-            raise Stopped("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
-
-    async def inspect(self, record: CheckpointRecord) -> None:
-        await Pause(self._world.setting.check_seconds / 3)
-        if not self._content(record).sound:
-            raise Stopped("invalid", "numbers", "its tensors are not what the manifest wants")
-
-    async def baseline(self, shard: int) -> float:
-        await Pause(self._world.setting.check_seconds / 3)
-        return (0.25 + 0.05 * (shard % 3)) * 3.2
-
-    async def raw_loss(self, record: CheckpointRecord) -> float:
-        return self._content(record).loss
-
-    async def loss(self, record: CheckpointRecord) -> float:
-        await Pause(self._world.setting.check_seconds / 3)
-        loss = self._content(record).loss
-        return loss if self._content(record).sound else math.nan

@@ -99,6 +99,10 @@ def _conduct(peer: Volunteer, step: Step) -> None:
     peer.hands.conduct = step.word  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _audits(peer: Volunteer, step: Step) -> None:
+    peer.auditor.word = step.word  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _copy_identity(world: World, step: Step) -> None:
     """The second box runs with a copy of the first one's key."""
     first, second = (world.volunteers[index] for index in step.who)
@@ -116,9 +120,17 @@ def _second_coordinator(world: World, step: Step) -> None:
     twin.start()
 
 
+def _old_ledger(world: World, step: Step) -> None:
+    """While the coordinator is down, its folder is replaced by a copy that is `value` seconds old."""
+    office = world.offices[0]
+    office.crash()
+    office.ledger = [event for event in office.ledger if event.time <= world.agenda.now - step.value]
+
+
 def _partition(world: World, step: Step) -> None:
-    """The boxes named are cut off from the others. `word` "with" takes the coordinator along."""
-    world.lines.partition([[*step.who, -1] if step.word == "with" else step.who])
+    """The boxes named are cut off from the others. `word` "with" takes the coordinator along, "with the second" another one."""
+    along = {"with": (-1,), "with the second": (-2,)}.get(step.word, ())
+    world.lines.partition([[*step.who, *along]])
 
 
 def _block(world: World, step: Step) -> None:
@@ -159,6 +171,7 @@ _ONE_BY_ONE: dict[str, Callable[[Volunteer, Step], None]] = {
     "clock jumps": _skew,
     "serves bad bytes": _spoil,
     "conduct": _conduct,
+    "audits without replay": _audits,
     "slow line": lambda peer, step: peer.world.lines.slow.__setitem__(peer.index, step.value),
     "denies records": lambda peer, step: setattr(peer, "denies", True),
     "newer version": lambda peer, step: setattr(peer, "newer", True),
@@ -171,7 +184,8 @@ _ALL: dict[str, Callable[[World, Step], None]] = {
     "latency": _latency,
     "coordinator crashes": lambda world, step: world.offices[0].crash(),
     "coordinator dies before publishing": _crash_after_writing,
-    "coordinator starts": lambda world, step: world.offices[0].start(),
+    "coordinator starts": lambda world, step: world.offices[0].start(recover=step.word == "recover"),
+    "old ledger": _old_ledger,
     "second coordinator": _second_coordinator,
     "copied identity": _copy_identity,
     "forgery": lambda world, step: forge(world, step.who[0], step.who[1], step.word),

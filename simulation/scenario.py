@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from ..protocol.events import AuditDone, AuditReported
 from .plan import Step
 from .setting import Setting
 from .world import World
@@ -91,6 +92,24 @@ def caught(world: World) -> str | None:
             if faked == "all" and world.agenda.now - link.at > 5 * world.setting.epoch_seconds:
                 return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
     return None
+
+
+def audited_by_peers(least: int) -> End:
+    """At least so many audits were carried out by peers."""
+
+    def end(world: World) -> str | None:
+        told = [event for event in world.offices[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
+        return None if len(told) >= least else f"peers carried out {len(told)} audits, fewer than {least}"
+
+    return end
+
+
+def stopped_itself(world: World) -> str | None:
+    """A coordinator whose ledger lacks its own word stopped, and one of them, not two, serves at the end."""
+    serving = sum(office.serving for office in world.offices)
+    if not any(office.stopped_itself for office in world.offices):
+        return "no coordinator has noticed that its ledger is not the newest"
+    return None if serving == 1 else f"{serving} coordinators serve"
 
 
 def no_double_work(world: World) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from .plan import Step
-from .scenario import Scenario, advanced, completed, joins, owned
+from .scenario import Scenario, advanced, completed, joins, owned, stopped_itself
 from .setting import Setting
 
 _LONG = Setting(shards=4, epochs=200)
@@ -52,6 +52,24 @@ def _two_coordinators(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return [
         *joins(setting, peers, rng), Step(rng.uniform(150, 250), "second coordinator"),
         Step(rng.uniform(500, 700), "coordinator crashes"),
+    ]  # fmt: skip
+
+
+def _rival(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """The coordinator is cut off, so its operator starts a second one on a copy of its ledger; then the first is back."""
+    at, everybody = rng.uniform(150, 250), tuple(range(peers))
+    return [
+        *joins(setting, peers, rng), Step(at, "partition", everybody, word="with the second"),
+        Step(at + rng.uniform(10, 40), "second coordinator"), Step(at + rng.uniform(200, 500), "heal"),
+    ]  # fmt: skip
+
+
+def _old_copy(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """The coordinator's folder is replaced by an old copy: it refuses to serve, until it is told to take its word back."""
+    at = rng.uniform(300, 600)
+    return [
+        *joins(setting, peers, rng), Step(at, "old ledger", value=rng.uniform(150, 250)),
+        Step(at + 5, "coordinator starts"), Step(at + 60, "coordinator starts", word="recover"),
     ]  # fmt: skip
 
 
@@ -165,6 +183,22 @@ BOXES = (
         _two_coordinators,
         setting=_LONG,
         ends=(owned, advanced(0.3)),
+    ),
+    Scenario(
+        "rival",
+        "a coordinator is cut off and replaced by a second one under its key; back again, it stops itself",
+        4,
+        _rival,
+        setting=_LONG,
+        ends=(owned, advanced(0.3), stopped_itself),
+    ),
+    Scenario(
+        "old-copy",
+        "the coordinator's folder is replaced by an old copy: it refuses, then takes its word back",
+        4,
+        _old_copy,
+        setting=_LONG,
+        ends=(owned, advanced(0.3), stopped_itself),
     ),
     Scenario(
         "bootstraps-down",

@@ -6,7 +6,7 @@ from random import Random
 
 from .forgery import KINDS
 from .plan import Step
-from .scenario import Scenario, advanced, caught, joins, owned, refused_all
+from .scenario import Scenario, advanced, audited_by_peers, caught, joins, owned, refused_all
 from .setting import Setting
 
 _SIGNED = Setting(shards=3, epochs=100, signed=True)
@@ -53,7 +53,29 @@ def _cheats(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
+def _auditors(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """Cheats as above; a quarter of the others call every result valid, some every one invalid, and some die over a replay."""
+    steps = _cheats(setting, peers, rng)
+    for index in range(1, peers, 4):
+        steps.append(Step(0.0, "audits without replay", (index,), word="valid" if index % 8 == 1 else "invalid"))
+    for index in range(2, peers, 4):
+        at = rng.uniform(100, 1500)
+        steps += [Step(at, "kill", (index,)), Step(at + rng.uniform(10, 300), "join", (index,))]
+    return steps
+
+
 LIES = (
+    Scenario(
+        "auditors",
+        "peers that stand by replay the work of others; some of them lie, some die over it",
+        11,
+        _auditors,
+        peers=16,
+        seconds=2400,
+        setting=Setting(shards=4, epochs=200, operators=6),
+        ends=(owned, caught, audited_by_peers(10), advanced(0.2)),
+        least=8,
+    ),
     Scenario(
         "cheats",
         "plausible results that were not trained: audits find them, their authors are quarantined, lineages fall back",

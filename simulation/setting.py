@@ -24,6 +24,7 @@ class Setting:
 
     `epoch_seconds` is what a box of speed 1 needs for one checkpoint; speeds are log-normal with `speed_sigma`. A packet takes
     `latency` (median, one way) with a log-normal spread `latency_sigma`, plus `jitter` (uniform), plus what the boxes' lines add.
+    `operators`: so many people run the boxes, in turn, and say so; 0: everybody their own.
     `signed`: records travel as the real sealed bytes and every replica and reader verifies them.
     """
 
@@ -56,6 +57,7 @@ class Setting:
     status_every: float = 10.0
     poll_every: float | None = None
     signed: bool = False
+    operators: int = 0
 
     @property
     def lease(self) -> float:
@@ -74,6 +76,7 @@ class Box:
     up: float
     fitness: Mapping[int, float]
     skew: float = 0.0
+    operator: str | None = None
     peer_id: str = field(default="", compare=False)
 
 
@@ -84,11 +87,13 @@ def draw_box(setting: Setting, seed: int, index: int) -> Box:
     owner = identity.public_key if identity else hashlib.sha256(f"{seed}|{index}".encode()).hexdigest()
     fits = rng.random() >= setting.unfit
     strength = round(rng.uniform(0.4, 1.0), 2)
+    operator = hashlib.sha256(f"operator {index % setting.operators}".encode()).hexdigest() if setting.operators else None
     return Box(
         owner=owner, identity=identity, speed=rng.lognormvariate(0.0, setting.speed_sigma),
         device=DEVICES[0] if setting.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / setting.access),
         up=setting.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(setting.shards), strength if fits else 0.0),
-        skew=rng.uniform(-setting.skew, setting.skew), peer_id=peer_id_of(owner),
+        skew=rng.uniform(-setting.skew, setting.skew),
+        operator=operator, peer_id=peer_id_of(owner),
     )  # fmt: skip
 
 

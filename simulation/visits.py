@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .office import Office
     from .volunteer import Volunteer
 
-_DIAL_TIMEOUT = 3.0
+DIAL_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 10.0
 _RECORD_AGAIN = 600.0
 _OFFER_LIFE = 6 * 3600.0
@@ -69,13 +69,15 @@ async def _offer(peer: Volunteer, office: Office, record: Any, boot: int) -> Off
     """Dial, send, and wait for the answer. None: nobody there, or the answer is lost with the line."""
     lines = peer.world.lines
     if not lines.dials(peer, office):
-        await Pause(_DIAL_TIMEOUT)
+        await Pause(DIAL_TIMEOUT)
         return None
     there = lines.stream(peer, office) + lines.stream(office, peer) + lines.stream(peer, office, 2000)
     await Pause(min(there, _ANSWER_TIMEOUT))
     if there >= _ANSWER_TIMEOUT or boot != peer.boot or not lines.dials(peer, office):
         return None
     peer.world.costs.offered()
+    if not office.serving:
+        return None
     reply = office.offered(record, peer.sealed(record, record.issued + _OFFER_LIFE) if peer.box.identity else b"", _OFFER_LIFE)
     back = lines.stream(office, peer)
     await Pause(back)

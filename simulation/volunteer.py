@@ -12,6 +12,7 @@ from ..node.state import Rules, State, next_wake
 from ..protocol.canonical import canonical
 from ..protocol.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
 from ..protocol.status_view import Sighting
+from .audits import Auditor
 from .goods import drive
 from .hands import Hands
 from .setting import Box
@@ -44,6 +45,7 @@ class Volunteer:
         self._quarantine_seen = float("-inf")
         self.acceptances: dict[int, Any] = {}
         self.hands = Hands(self)
+        self.auditor = Auditor(self)
         self.holds: int | None = None
         self.eligible_since: float | None = None
         self._expiries: dict[str, float] = {}
@@ -92,7 +94,11 @@ class Volunteer:
         self._expiries.clear()
         self._filed.clear()
         self.world.dht.enter(self, self.box.peer_id)
-        self.hear(boot, m.Joined if self.state.phase == "joining" else m.NetworkBack)
+        if self.state.phase == "joining":
+            self.hear(boot, m.Joined)
+            self.auditor.begin(boot)
+        else:
+            self.hear(boot, m.NetworkBack)
         self.world.agenda.after(self.rules.lease / 2, self._list, boot, self.joins)
 
     def lose_network(self) -> None:
@@ -289,6 +295,7 @@ class Volunteer:
             self._node = NodeRecord.model_construct(
                 run=self.rules.run, owner=self.box.owner, issued=now, peer_id=self.box.peer_id, addresses=(), hardware=_HARDWARE,
                 samples_per_second=self.hands.speed * 16, software="simulated", state=self.state.phase, shard=shard,
+                operator=self.box.operator,
             )  # fmt: skip
         world.directory[self.box.owner] = (self, Sighting(self._node, now + self.rules.lease, now))
         world.costs.stored("node", world.setting.replicas, world.dht.size)
