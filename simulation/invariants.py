@@ -125,6 +125,16 @@ class Invariants:
             free_from - world.agenda.now + 2 * world.setting.lease, self._still_free, shard, self._free_number[shard], free_from
         )
 
+    def budget_changed(self) -> None:
+        """A newer manifest asks for more: what was complete is open again once the peers have heard of it, within 1.25 leases."""
+        world = self._world
+        for shard, holders in enumerate(self._holders):
+            if not holders:
+                self._free_number[shard] += 1
+                free_from = world.agenda.now + 1.25 * world.setting.lease
+                wait = free_from - world.agenda.now + 2 * world.setting.lease
+                world.agenda.after(wait, self._still_free, shard, self._free_number[shard], free_from)
+
     def _still_free(self, shard: int, number: int, free_from: float) -> None:
         world = self._world
         self.checks["I4"] += 1
@@ -134,6 +144,8 @@ class Invariants:
         for peer in world.volunteers:
             since = peer.eligible_since
             if since is None or since > free_from or not peer.answering or abs(peer.skew) > skew:
+                continue
+            if peer.news.live.version < world.manifest.version:
                 continue
             shunned = peer.state.shunned.get(shard, 0.0) - peer.skew > free_from
             if peer.state.fitness.get(shard, 0) > 0 and not shunned and peer.box.fitness.get(shard, 0) > 0:

@@ -6,37 +6,33 @@ into a checkpoint `check_seconds`; the held-out loss is that of the content.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..coordinator import messages as j
 from ..coordinator.audit_desk import relatives
-from ..coordinator.auditing import standing
 from ..coordinator.judge import JudgeState
 from ..coordinator.judge import Rules as JudgeRules
 from ..coordinator.ladder import SizeLimits
 from ..coordinator.lookout import sighted
-from ..coordinator.recovery import ahead
-from ..coordinator.rival import doubtful
 from ..protocol.audits import Finding
 from ..protocol.canonical import canonical
-from ..protocol.events import AcceptanceRecovered, CheckpointAccepted, CoordinatorStarted, Event, RunCreated, read_event
+from ..protocol.events import CoordinatorStarted, Event, RunCreated, read_event
 from ..protocol.identity import Identity
 from ..protocol.offers import OfferReply
 from ..protocol.records import (
-    MAX_QUARANTINED,
-    AcceptanceRecord,
     CheckpointRecord,
-    QuarantineRecord,
     RecordLimits,
     RecordRefused,
-    ResetRecord,
     checkpoint_key,
     open_record,
 )  # fmt: skip
 from ..protocol.status_view import LiveView
 from .audits import found, replay_steps
+from .crier import Crier
 from .goods import Pause, drive
+from .news import Edition
 from .rungs import Rungs
 from .setting import COORDINATOR, MIB
 from .visits import shard_parcel
@@ -72,7 +68,8 @@ class Office:
         self.state = JudgeState(world.decide.replayed(self.ledger))
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
-        self._expiries: dict[str, float] = {}
+        self.crier = Crier(self, self._limits)
+        self.edition = Edition(self)
 
     def __repr__(self) -> str:
         return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
@@ -99,6 +96,7 @@ class Office:
         events = [read_event(canonical(event)) for event in self.ledger] if self.world.setting.signed else self.ledger
         self.state = JudgeState.restored(self.world.decide.replayed(events))
         self.world.dht.enter(self, self.identity.peer_id + str(self.index))
+        self.follow_folder()
         if recover:
             self._recover(self.boot, self.clock() + self.world.setting.lease)
         else:
@@ -126,28 +124,24 @@ class Office:
         poll = setting.poll_every or setting.heartbeat / 4
         for seconds, call in (
             (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._keep_word),
-            (setting.status_every, self._tell),
+            (setting.heartbeat, self.edition.tell), (setting.status_every, self._tell),
         ):  # fmt: skip
             self._every(self.boot, seconds, call)
 
-    # --- its own word -----------------------------------------------------------------------------------------------------
-
-    def _own_word(self) -> list[AcceptanceRecord]:
-        """Acceptances under its key that the DHT shows."""
-        found = [stored.record for key in self.world.dht.acceptance_keys for stored in self.world.dht.read(self, key).values()]
-        return [record for record in found if isinstance(record, AcceptanceRecord) and record.owner == self.identity.public_key]
+    def follow_folder(self) -> None:
+        """Go on under the newest manifest in the folder."""
+        if self.running and (entry := self.edition.adopt()):
+            self.rules = replace(self.rules, manifest=self.edition.live())
+            self.hear(j.Noted((entry,), self.clock()))
+            self.edition.tell()
 
     def _take_back(self) -> None:
-        if lost := ahead(self.state.run, self._own_word()):
-            self.hear(j.Noted(tuple(AcceptanceRecovered(time=self.clock(), acceptance=record) for record in lost), self.clock()))
+        if lost := self.crier.lost():
+            self.hear(j.Noted(tuple(lost), self.clock()))
 
     def _behind(self) -> bool:
-        """As `coordinator.rival`: at the sight of an acceptance under its key that its ledger lacks, it stops."""
-        doubts = [record for record in self._own_word() if doubtful(record, self.state.run, self.identity.public_key)]
-        if not doubts:
-            return False
-        known = {e.acceptance.checkpoint for e in self.ledger if isinstance(e, CheckpointAccepted | AcceptanceRecovered)}
-        if all(record.checkpoint in known for record in doubts):
+        """As `coordinator.rival`: its ledger is not the newest, so it stops."""
+        if not self.crier.behind():
             return False
         self.stopped_itself += 1
         self.crash()
@@ -158,9 +152,7 @@ class Office:
         if self.recovering:
             self._take_back()
         if not self._behind():
-            self._renew()
-
-    # --- timers -----------------------------------------------------------------------------------------------------------
+            self.crier.renew()
 
     def _every(self, boot: int, seconds: float, call: Any) -> None:
         if boot == self.boot and self.running:
@@ -214,13 +206,13 @@ class Office:
                         self.refuse_publishing = False
                         world.agenda.after(0.0, self.crash)
                     else:
-                        self._publish(action.acceptance)
+                        self.crier.publish(action.acceptance)
                 case j.Check():
                     self._check(action)
                 case j.Audit():
                     drive(world.agenda, self._replay(action), partial(self._audited, self.boot, action))
                 case j.Proclaim():
-                    self._publish(action.record)
+                    self.crier.publish(action.record)
                 case _:
                     pass
         return reply
@@ -257,32 +249,10 @@ class Office:
         if boot == self.boot:
             self.hear(j.Audited(action.audit.checkpoint, finding, self.clock()))
 
-    def _quarantine(self) -> QuarantineRecord:
-        """As `coordinator.serve`: who claims something first, then the newest."""
-        run, claiming = self.state.run, {claim.record.owner for claim in self.view.claims}
-        known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
-        peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
-        return QuarantineRecord(run=run.run, owner=self.identity.public_key, issued=self.clock(), peers=peers)
-
-    def _publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
-        """What a roll-back leaves standing has somebody in quarantine, which is published with it."""
-        if not isinstance(record, QuarantineRecord) and record.term and self.state.run.quarantined:
-            self._publish(self._quarantine())
-        record, key = record.model_copy(update={"issued": self.clock()}), record.key()
-        expires = max(self.clock() + self._limits.longest(record.kind), self._expiries.get(key, 0.0) + 0.001)
-        self._expiries[key] = expires
-        self.world.dht.store(self, record, expires, self.identity if self.world.setting.signed else None)
-
     # --- every now and then ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self.hear(j.Tick(self.clock()))
-
-    def _renew(self) -> None:
-        run = self.state.run
-        for index, shard in run.shards.items():
-            if shard.acceptance or shard.term:
-                self._publish(standing(self.rules, run, index, self.clock()))
 
     def _poll(self) -> None:
         """As `coordinator.lookout`: results that nobody offered by stream, nodes and claims."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..node import messages as m
 from .forgery import forge
+from .news import upgrade
 from .office import Office
 from .volunteer import Volunteer
 
@@ -127,6 +128,11 @@ def _old_ledger(world: World, step: Step) -> None:
     office.ledger = [event for event in office.ledger if event.time <= world.agenda.now - step.value]
 
 
+def _upgrade(world: World, step: Step) -> None:
+    """The owner raises the budget by `value` epochs."""
+    upgrade(world, {"samples_per_shard": world.manifest.samples_per_shard + int(step.value) * world.manifest.checkpoint_samples})
+
+
 def _partition(world: World, step: Step) -> None:
     """The boxes named are cut off from the others. `word` "with" takes the coordinator along, "with the second" another one."""
     along = {"with": (-1,), "with the second": (-2,)}.get(step.word, ())
@@ -174,7 +180,7 @@ _ONE_BY_ONE: dict[str, Callable[[Volunteer, Step], None]] = {
     "audits without replay": _audits,
     "slow line": lambda peer, step: peer.world.lines.slow.__setitem__(peer.index, step.value),
     "denies records": lambda peer, step: setattr(peer, "denies", True),
-    "newer version": lambda peer, step: setattr(peer, "newer", True),
+    "newer version": lambda peer, step: setattr(peer.network, "newer", True),
 }
 _ALL: dict[str, Callable[[World, Step], None]] = {
     "partition": _partition,
@@ -186,6 +192,7 @@ _ALL: dict[str, Callable[[World, Step], None]] = {
     "coordinator dies before publishing": _crash_after_writing,
     "coordinator starts": lambda world, step: world.offices[0].start(recover=step.word == "recover"),
     "old ledger": _old_ledger,
+    "budget raised": _upgrade,
     "second coordinator": _second_coordinator,
     "copied identity": _copy_identity,
     "forgery": lambda world, step: forge(world, step.who[0], step.who[1], step.word),

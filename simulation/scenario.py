@@ -94,6 +94,12 @@ def caught(world: World) -> str | None:
     return None
 
 
+def up_to_date(world: World) -> str | None:
+    """Everybody who is there goes on under the newest manifest."""
+    late = [peer for peer in world.volunteers if peer.answering and peer.news.live.version < world.manifest.version]
+    return f"{late} know no newer manifest than version {late[0].news.live.version}" if late else None
+
+
 def audited_by_peers(least: int) -> End:
     """At least so many audits were carried out by peers."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from .plan import Step
-from .scenario import Scenario, advanced, completed, joins, owned, stopped_itself
+from .scenario import Scenario, advanced, completed, joins, owned, stopped_itself, up_to_date
 from .setting import Setting
 
 _LONG = Setting(shards=4, epochs=200)
@@ -70,6 +70,20 @@ def _old_copy(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return [
         *joins(setting, peers, rng), Step(at, "old ledger", value=rng.uniform(150, 250)),
         Step(at + 5, "coordinator starts"), Step(at + 60, "coordinator starts", word="recover"),
+    ]  # fmt: skip
+
+
+def _upgrade(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """The owner raises the budget twice: while a third is cut off, and while the coordinator is down. Some die meanwhile."""
+    first, second = rng.uniform(100, 500), rng.uniform(700, 1100)
+    third = tuple(sorted(rng.sample(range(peers), peers // 3)))
+    dying = rng.sample(range(peers), 2)
+    return [
+        *joins(setting, peers, rng), Step(first - 20, "partition", third), Step(first, "budget raised", value=4),
+        Step(first + rng.uniform(30, 200), "heal"), Step(second - 20, "coordinator crashes"),
+        Step(second, "budget raised", value=3), Step(second + rng.uniform(5, 100), "coordinator starts"),
+        *(Step(rng.uniform(first, second), "kill", (index,)) for index in dying),
+        *(Step(second + rng.uniform(10, 60), "join", (index,)) for index in dying),
     ]  # fmt: skip
 
 
@@ -199,6 +213,17 @@ BOXES = (
         _old_copy,
         setting=_LONG,
         ends=(owned, advanced(0.3), stopped_itself),
+    ),
+    Scenario(
+        "upgrade",
+        "the owner raises the budget of a live run: some are cut off, then the coordinator is down",
+        16,
+        _upgrade,
+        seconds=2700,
+        peers=9,
+        setting=Setting(epochs=6),
+        ends=(completed, up_to_date),
+        least=6,
     ),
     Scenario(
         "bootstraps-down",

@@ -30,7 +30,7 @@ async def sync_round(peer: Volunteer, action: m.Sync, boot: int) -> tuple[Any, .
         await world.goods.fetch(peer, shard_parcel(shard), world.setting.shard_bytes, world.offices)
         if epoch:
             assert checkpoint is not None
-            accepted = peer.acceptances.get(shard)
+            accepted = peer.network.acceptances.get(shard)
             known = accepted is not None and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint)
             if not known and not world.goods.has(checkpoint, peer):
                 raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it")
@@ -55,8 +55,8 @@ async def offer_round(peer: Volunteer, candidate: m.Candidate, boot: int) -> tup
     if not peer.answering or boot != peer.boot:
         return "unreachable", "this box is offline", None
     record = record.model_copy(update={"issued": peer.clock()})
-    if peer.first_filing(candidate.digest, _RECORD_AGAIN):
-        peer.file(record, record.key(), _OFFER_LIFE)
+    if peer.network.first_filing(candidate.digest, _RECORD_AGAIN):
+        peer.network.file(record, record.key(), _OFFER_LIFE)
         world.costs.stored("provider", world.setting.replicas, world.dht.size, 3)
     for office in world.offices:
         if (reply := await _offer(peer, office, record, boot)) is not None:
@@ -78,7 +78,9 @@ async def _offer(peer: Volunteer, office: Office, record: Any, boot: int) -> Off
     peer.world.costs.offered()
     if not office.serving:
         return None
-    reply = office.offered(record, peer.sealed(record, record.issued + _OFFER_LIFE) if peer.box.identity else b"", _OFFER_LIFE)
+    reply = office.offered(
+        record, peer.network.sealed(record, record.issued + _OFFER_LIFE) if peer.box.identity else b"", _OFFER_LIFE
+    )
     back = lines.stream(office, peer)
     await Pause(back)
     return reply if boot == peer.boot and lines.together(peer.index, office.index) and office.running else None

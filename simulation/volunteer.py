@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..node import messages as m
-from ..node.duty import pace
 from ..node.state import Rules, State, next_wake
-from ..protocol.canonical import canonical
-from ..protocol.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
-from ..protocol.status_view import Sighting
 from .audits import Auditor
 from .goods import drive
 from .hands import Hands
+from .network import Network
+from .news import News
 from .setting import Box
 from .visits import offer_round, sync_round
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 _PROBE_SECONDS = 0.5
 _LAST_WORDS = 1.0
 _TICK = 1e-6  # a timer must not come a rounding error too early
-_ANNOUNCE_EVERY = 10  # heartbeats: a third of a provider record's life
 
 
 class Volunteer:
@@ -34,25 +30,22 @@ class Volunteer:
         self.world, self.index, self.box = world, index, box
         self.line, self.up, self.skew = box.line, box.up, box.skew
         self.rules = Rules.of(world.manifest, box.owner)
+        """Those of the manifest on its disk (`news`)."""
         self.state = State()
         self.running = self.online = self.frozen = self.denies = self.disk_full = False
         self.device_ok = True
-        self.met = self.newer = False
-        self.boot = self.joins = self.sync_number = self.beats = 0
+        self.met = False
+        self.boot = self.joins = self.sync_number = 0
         self.parts: dict[str, dict[str, Any]] = {}
         self.written: set[str] = set()
-        self.quarantined: frozenset[str] = frozenset()
-        self._quarantine_seen = float("-inf")
-        self.acceptances: dict[int, Any] = {}
+        self.network = Network(self)
         self.hands = Hands(self)
         self.auditor = Auditor(self)
+        self.news = News(self)
         self.holds: int | None = None
         self.eligible_since: float | None = None
-        self._expiries: dict[str, float] = {}
-        self._filed: dict[str, float] = {}
         self._backlog: list[tuple[Callable[..., m.Event], tuple[Any, ...]]] = []
         self._timer = float("inf")
-        self._node: NodeRecord | None = None
 
     def __repr__(self) -> str:
         return f"peer {self.index}"
@@ -91,15 +84,14 @@ class Volunteer:
             return
         self.online = self.met = True
         self.joins += 1
-        self._expiries.clear()
-        self._filed.clear()
         self.world.dht.enter(self, self.box.peer_id)
         if self.state.phase == "joining":
             self.hear(boot, m.Joined)
             self.auditor.begin(boot)
+            self.news.begin(boot)
         else:
             self.hear(boot, m.NetworkBack)
-        self.world.agenda.after(self.rules.lease / 2, self._list, boot, self.joins)
+        self.network.joined(boot)
 
     def lose_network(self) -> None:
         """p2pd died: it is started anew at once."""
@@ -208,101 +200,15 @@ class Volunteer:
 
     def _look(self, action: m.Look) -> None:
         if self.online:
-            seconds = self.world.lines.look(self, len(action.shards))
-            self.world.agenda.after(seconds / 2, self._read, self.boot, action.shards, seconds / 2)
-
-    def _read(self, boot: int, shards: tuple[int, ...], rest: float) -> None:
-        """The replicas answer with what they hold now."""
-        if boot != self.boot or not self.answering:
-            return
-        world = self.world
-        views = world.dht.look(self, shards)
-        if world.quarantining:
-            views = self._unclaimed_by_the_quarantined(views)
-        world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.setting.replicas, world.dht.size)
-        if world.story is not None:
-            world.story.read(self, shards)
-        world.agenda.after(rest, self._seen, boot, views)
-
-    def _unclaimed_by_the_quarantined(self, views: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As `node.network`: who is quarantined is asked once per heartbeat, and its claims do not count."""
-        if self.clock() - self._quarantine_seen >= self.rules.heartbeat:
-            self._quarantine_seen = self.clock()
-            found = self.world.dht.read(self, quarantine_key(self.rules.run)).values()
-            self.quarantined = frozenset(owner for stored in found for owner in stored.record.peers)
-        lost = self.quarantined
-        return tuple(
-            view if lost.isdisjoint(view.claimants) else view.with_claims(c for c in view.claims if c.record.owner not in lost)
-            for view in views
-        )
-
-    def _seen(self, boot: int, views: tuple[Any, ...]) -> None:
-        if boot == self.boot:
-            for view in views:
-                if view.acceptance is not None:
-                    self.acceptances[view.shard] = view.acceptance
-            self.hear(boot, m.SwarmSeen, views)
-
-    def _list(self, boot: int, joins: int) -> None:
-        """As `node.roster`: who is online, and what of it is ours to look after."""
-        if boot != self.boot or joins != self.joins or not self.running:
-            return
-        world, wait = self.world, self.rules.lease / 2
-        if self.answering:
-            roster = world.roster(self)
-            buckets, records = roster.read_by(self.box.owner)
-            world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
-            wait *= pace(records)
-            if self.state.duty is not None or self.state.phase in ("idle", "claiming"):
-                self.hear(boot, m.DutyGiven, roster.duties.get(self.box.owner), self.clock() + 2 * wait)
-        world.agenda.after(wait, self._list, boot, joins)
+            self.network.look(action.shards)
 
     def _publish_claim(self, action: m.PublishClaim) -> None:
-        self._file_claim(action.claim)
-
-    def _file_claim(self, claim: m.Claim) -> None:
-        if not self.online:
-            return
-        record = ClaimRecord.model_construct(
-            run=self.rules.run, owner=self.box.owner, issued=self.clock(), shard=claim.shard, epoch=claim.epoch,
-            samples=claim.samples, state=claim.state,
-        )  # fmt: skip
-        expires = self.file(record, claim_key(self.rules.run, claim.shard), self.rules.lease)
-        self.world.invariants.claimed(claim.shard, expires - self.skew, released=claim.state == "released")
-
-    def file(self, record: Any, key: str, ttl: float) -> float:
-        """As `services.publish`: a record never expires before the one that it replaces. Returns the expiry."""
-        expires = max(self.clock() + ttl, self._expiries.get(key, 0.0) + 0.001)
-        self._expiries[key] = expires
-        self.world.dht.store(self, record, expires, self.box.identity, self.sealed(record, expires) if self.newer else b"")
-        return expires
-
-    def sealed(self, record: Any, expires: float) -> bytes:
-        """As this box's version writes it: a newer one adds a field that others do not know."""
-        assert self.box.identity
-        document = json.loads(seal(record, self.box.identity, expires))
-        return canonical({**document, "record": {**document["record"], "novelty": 1}} if self.newer else document)
+        if self.online:
+            self.network.file_claim(action.claim)
 
     def _renew(self, action: m.RenewRecords) -> None:
-        if not self.online:
-            return
-        if action.claim is not None:
-            self._file_claim(action.claim)
-        world, work = self.world, self.state.work
-        now = self.clock()
-        shard = work.shard if work else None
-        if self._node is None or (self._node.state, self._node.shard) != (self.state.phase, shard):
-            self._node = NodeRecord.model_construct(
-                run=self.rules.run, owner=self.box.owner, issued=now, peer_id=self.box.peer_id, addresses=(), hardware=_HARDWARE,
-                samples_per_second=self.hands.speed * 16, software="simulated", state=self.state.phase, shard=shard,
-                operator=self.box.operator,
-            )  # fmt: skip
-        world.directory[self.box.owner] = (self, Sighting(self._node, now + self.rules.lease, now))
-        world.costs.stored("node", world.setting.replicas, world.dht.size)
-        self.beats += 1
-        if self.beats % _ANNOUNCE_EVERY == 0 and self.hands.shelves:
-            parcels = sum(1 + len(shelf.kept) for shelf in self.hands.shelves.values())
-            world.costs.stored("provider", world.setting.replicas, world.dht.size, 2 * parcels)
+        if self.online:
+            self.network.renew(action.claim)
 
     def _sync(self, action: m.Sync) -> None:
         self.sync_number += 1
@@ -321,14 +227,6 @@ class Volunteer:
             lambda answer: self.hear(boot, m.OfferAnswered, candidate.digest, *answer),
         )  # fmt: skip
 
-    def first_filing(self, digest: str, again_after: float) -> bool:
-        """Whether a checkpoint's record is to be filed (again)."""
-        now = self.world.agenda.now
-        if now - self._filed.get(digest, -1e9) < again_after:
-            return False
-        self._filed = {digest: now}
-        return True
-
     def _superseded(self, action: m.Superseded) -> None:
         self.hands.forget(action.shard, below=action.epoch)
 
@@ -343,7 +241,6 @@ class Volunteer:
             self._gone()
 
 
-_HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
 _DO: dict[type, Callable[[Volunteer, Any], None]] = {
     m.Probe: Volunteer._probe,
     m.Look: Volunteer._look,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ..protocol.manifest import Manifest, SignedManifest
 from ..protocol.status_view import Sighting
 from .agenda import START, Agenda
 from .costs import Costs
@@ -14,7 +16,7 @@ from .invariants import Invariants
 from .lines import Lines
 from .office import Office
 from .roster import Roster
-from .setting import Setting, draw_box, make_manifest
+from .setting import OWNER, Setting, draw_box, make_manifest
 from .volunteer import Volunteer
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
 _LIST_SECONDS = 5.0
 """Readers of the node records within so many seconds see the same."""
+
+
+@lru_cache(maxsize=8)
+def _signed(setting: Setting) -> SignedManifest:
+    return SignedManifest.sign(make_manifest(setting), OWNER)
 
 
 class World:
@@ -42,7 +49,9 @@ class World:
         self.agenda = Agenda()
         if story is not None:
             story.agenda = self.agenda
-        self.manifest = make_manifest(setting)
+        self.signed = _signed(setting)
+        """The newest version of the manifest."""
+        self.first_version = self.manifest.version
         self.costs = Costs()
         self.lines = Lines(setting, seed)
         self.dht = Dht(self.agenda, self.lines, self.costs, self.manifest, setting.replicas, strict=strict or setting.signed)
@@ -55,6 +64,10 @@ class World:
         self.offices = [Office(self, -1)]
         self.goods.origins.add(-1)
         self.offices[0].start()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.signed.manifest
 
     @property
     def now(self) -> float:
