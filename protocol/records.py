@@ -114,9 +114,8 @@ class CheckpointRecord(_Record):
     @property
     def digest(self) -> Digest:
         """Names the result itself: same weights, state, trace and lineage, same digest, whoever offers it and when."""
-        return _result_digest(
-            self.run, self.shard, self.epoch, self.parent, self.weights, self.state, self.trace, self.samples
-        )  # fmt: skip
+        blobs = [(ref.digest, ref.size) for ref in (self.weights, self.state, self.trace)]
+        return _result_digest(self.run, self.shard, self.epoch, self.parent, *blobs, self.samples)
 
     def key(self) -> str:
         return checkpoint_key(self.run, self.shard)
@@ -196,12 +195,18 @@ def node_bucket(owner: str) -> int:
     return int(hashlib.sha256(owner.encode()).hexdigest(), 16) % NODE_BUCKETS
 
 
+_Blob = tuple[str, int]
+
+
 @lru_cache(maxsize=_REMEMBERED)
 def _result_digest(
-    run: str, shard: int, epoch: int, parent: str | None, weights: BlobRef, state: BlobRef, trace: BlobRef, samples: int
+    run: str, shard: int, epoch: int, parent: str | None, weights: _Blob, state: _Blob, trace: _Blob, samples: int
 ) -> Digest:
-    """Asked for several times at every look at every result."""
-    blobs = {name: ref.model_dump(mode="json") for name, ref in (("weights", weights), ("state", state), ("trace", trace))}
+    """Asked for several times at every look at every result. Blobs are given as (digest, size)."""
+    blobs = {
+        name: {"digest": digest, "size": size}
+        for name, (digest, size) in (("weights", weights), ("state", state), ("trace", trace))
+    }
     return digest_of({"run": run, "shard": shard, "epoch": epoch, "parent": parent, **blobs, "samples": samples})
 
 

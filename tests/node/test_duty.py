@@ -45,7 +45,7 @@ def test_half_of_those_in_charge_stay_and_half_change():
 @settings(max_examples=60)
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=250), st.integers(0, 9), st.data())
 def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
-    states = st.sampled_from(["idle", "claiming", "training", "paused"])
+    states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])
     everybody = [node(number, data.draw(states)) for number in sorted(numbers)]
     me = data.draw(st.sampled_from(everybody))
     order, read = buckets_before(me.owner), []
