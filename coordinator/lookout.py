@@ -17,6 +17,8 @@ from ..protocol.transport import Transport
 _log = logging.getLogger("lutetia.coordinator.lookout")
 
 _READS_AT_ONCE = 16
+FULL_PACE = 1000
+"""Peers up to which all node records are read at every look."""
 
 Key = tuple[str, int]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -31,6 +33,8 @@ class Lookout:
     found: Callable[[CheckpointRecord], Awaitable[None]]
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
+    _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
+    _nodes_due: float = float("-inf")
 
     async def run(self) -> None:
         """Look four times per heartbeat until cancelled."""
@@ -48,13 +52,17 @@ class Lookout:
             await asyncio.sleep(pause)
 
     async def look_at_peers(self) -> None:
-        """Refresh `view`."""
-        run, shards = self.manifest.run_id, range(len(self.manifest.shards))
-        nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
+        """Refresh `view`; the node records of a large swarm not every time."""
+        run, shards, now = self.manifest.run_id, range(len(self.manifest.shards)), self.transport.now()
+        if now >= self._nodes_due:
+            self._nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
+            self._nodes_due = now + nodes_pause(len(self._nodes), self.manifest.timing.heartbeat)
         claims = [
             item for item in await self._read(claim_key(run, shard) for shard in shards) if isinstance(item[0], ClaimRecord)
         ]
-        self.view, self._since = sighted(nodes, claims, self._since, self.transport.now())
+        now = self.transport.now()
+        nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        self.view, self._since = sighted(nodes, claims, self._since, now)
 
     async def look_at_checkpoints(self) -> None:
         """Tell `found` of every result in the DHT."""
@@ -72,6 +80,11 @@ class Lookout:
                 return await read_records(self.transport, key)
 
         return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
+
+
+def nodes_pause(nodes: int, heartbeat: float) -> float:
+    """Seconds for which so many node records are good: they are as many bytes as there are peers, and live three heartbeats."""
+    return heartbeat / 4 * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
 
 
 def sighted(

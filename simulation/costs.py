@@ -57,10 +57,12 @@ def record_bytes() -> dict[str, int]:
 
 @dataclass
 class Costs:
-    """Counted from the begin of the simulation. Counters: `look`, `list`, `offer`, `audit`, `blob` and the kinds of records."""
+    """Counted from the begin of the simulation, by kind: of records, `look`, `list`, `watch` (the coordinator's), `offer`, …"""
 
     messages: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
+    shards_seen: int = 0
+    """Looks of peers at a shard."""
     judged: int = 0
     """Stimuli that the coordinator took in."""
 
@@ -70,19 +72,20 @@ class Costs:
         self.messages[kind] += 2 * (hops + replicas) * times
         self.bytes[kind] += times * (2 * hops * QUESTION_BYTES + replicas * (record_bytes()[kind] + QUESTION_BYTES))
 
-    def looked(self, shards: int, claims: int, replicas: int, members: int) -> None:
+    def looked(self, shards: int, claims: int, replicas: int, members: int, kind: str = "look") -> None:
         """Claims and acceptance of `shards`, with `claims` claims in all."""
         hops = lookup_hops(members)
         sizes = record_bytes()
-        self.messages["look"] += 4 * shards * (hops + replicas)
+        self.shards_seen += shards if kind == "look" else 0
+        self.messages[kind] += 4 * shards * (hops + replicas)
         answers = replicas * (claims * sizes["claim"] + shards * sizes["acceptance"])
-        self.bytes["look"] += 2 * shards * (2 * hops + replicas) * QUESTION_BYTES + answers
+        self.bytes[kind] += 2 * shards * (2 * hops + replicas) * QUESTION_BYTES + answers
 
-    def listed(self, buckets: int, nodes: int, replicas: int, members: int) -> None:
+    def listed(self, buckets: int, nodes: int, replicas: int, members: int, kind: str = "list") -> None:
         """`nodes` node records in so many buckets, one lookup each."""
         steps = lookup_hops(members) + replicas
-        self.messages["list"] += 2 * buckets * steps
-        self.bytes["list"] += 2 * buckets * steps * QUESTION_BYTES + replicas * nodes * record_bytes()["node"]
+        self.messages[kind] += 2 * buckets * steps
+        self.bytes[kind] += 2 * buckets * steps * QUESTION_BYTES + replicas * nodes * record_bytes()["node"]
 
     def moved(self, size: float) -> None:
         """Bytes of a blob."""

@@ -15,19 +15,21 @@ from ..coordinator.audit_desk import relatives
 from ..coordinator.judge import JudgeState
 from ..coordinator.judge import Rules as JudgeRules
 from ..coordinator.ladder import SizeLimits
-from ..coordinator.lookout import sighted
+from ..coordinator.lookout import nodes_pause, sighted
 from ..protocol.audits import Finding
 from ..protocol.canonical import canonical
 from ..protocol.events import CoordinatorStarted, Event, RunCreated, read_event
 from ..protocol.identity import Identity
 from ..protocol.offers import OfferReply
 from ..protocol.records import (
+    NODE_BUCKETS,
     CheckpointRecord,
+    NodeRecord,
     RecordLimits,
     RecordRefused,
     checkpoint_key,
     open_record,
-)  # fmt: skip
+)
 from ..protocol.status_view import LiveView
 from .audits import found, replay_steps
 from .crier import Crier
@@ -68,6 +70,8 @@ class Office:
         self.state = JudgeState(world.decide.replayed(self.ledger))
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
+        self._nodes: list[tuple[NodeRecord, float]] = []
+        self._nodes_due = float("-inf")
         self.crier = Crier(self, self._limits)
         self.edition = Edition(self)
 
@@ -165,7 +169,7 @@ class Office:
             self.running = self.serving = False
             self.boot += 1
             self.world.dht.depart(self)
-            self.view, self._since = LiveView(), {}
+            self.view, self._since, self._nodes, self._nodes_due = LiveView(), {}, [], float("-inf")
 
     # --- judging --------------------------------------------------------------------------------------------------------
 
@@ -264,12 +268,17 @@ class Office:
                 self.hear(j.Offered(stored.record, self.clock(), "poll"))
         views = world.dht.look(self, range(world.setting.shards))
         claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
-        nodes = [
-            (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
-            if sighting.expires > self.clock() and (not peer.running or world.lines.together(peer.index, self.index))
-        ]  # fmt: skip
-        world.costs.looked(world.setting.shards, len(claims), world.setting.replicas, world.dht.size)
-        self.view, self._since = sighted(nodes, claims, self._since, self.clock())
+        now, setting = self.clock(), world.setting
+        if now >= self._nodes_due:
+            self._nodes = [
+                (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
+                if sighting.expires > now and (not peer.running or world.lines.together(peer.index, self.index))
+            ]  # fmt: skip
+            self._nodes_due = now + nodes_pause(len(self._nodes), setting.heartbeat)
+            world.costs.listed(NODE_BUCKETS, len(self._nodes), setting.replicas, world.dht.size, "watch")
+        world.costs.looked(setting.shards, len(claims), setting.replicas, world.dht.size, "watch")
+        nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        self.view, self._since = sighted(nodes, claims, self._since, now)
 
     def _tell(self) -> None:
         """Make the status document, as anybody who asks would get it."""
