@@ -171,7 +171,8 @@ class Shell:
                 self._ordered(self._tidy(self.material.discard, shard, epoch))
             case m.Superseded(shard=shard, epoch=epoch):
                 self.contributions.count_accepted(time.time())
-                self.problem = None
+                if self._disk is None or self._disk.done():  # an acceptance says nothing about a disk that takes no writes
+                    self.problem = None
                 self._ordered(self._tidy(self.material.superseded, shard, epoch))
             case m.Leave():
                 self._spawn(self._leave())

@@ -29,6 +29,7 @@ from .transport_hivemind_library import (
     RecordValidatorBase,
     ValueWithExpiration,
 )
+from .waiting import heeding
 
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
 
@@ -158,7 +159,7 @@ class Dht:
     async def meet(self, peer_id: str) -> bool:
         """Ping a connected peer and exchange places with it. False when it does not answer (it then leaves the table)."""
         peer = PeerID.from_base58(peer_id)
-        node_id = await self._protocol.call_ping(peer, validate=False, strict=False)
+        node_id = await heeding(self._protocol.call_ping(peer, validate=False, strict=False))
         if node_id is None or node_id != place_of(peer):
             return False
         await self._protocol.update_routing_table(node_id, peer, responded=True)
@@ -166,7 +167,7 @@ class Dht:
 
     async def look_around(self) -> None:
         """Find the peers nearest to this one, which fills the routing table and announces this peer to them."""
-        await self._node.find_nearest_nodes([self._node.node_id])
+        await heeding(self._node.find_nearest_nodes([self._node.node_id]))
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         """Keep a record here and hand it to the nearest REPLICAS peers that answer. True if one took it, or if there is none."""
@@ -175,7 +176,7 @@ class Dht:
             return False
         self._protocol.storage.store(key_id, packed, expires, subkey=subkey)
         async with asyncio.timeout(LOOKUP_TIMEOUT):
-            nearest = await self._node.find_nearest_nodes([key_id], k_nearest=LOOKUP_WIDTH, exclude_self=True)
+            nearest = await heeding(self._node.find_nearest_nodes([key_id], k_nearest=LOOKUP_WIDTH, exclude_self=True))
             candidates = list(nearest[key_id].values())
             if not candidates:
                 return True
@@ -184,7 +185,8 @@ class Dht:
     async def get(self, key: str) -> dict[str, Stored]:
         """The live records under `key` that pass the check, the longest-lived of each subkey."""
         async with asyncio.timeout(LOOKUP_TIMEOUT):
-            results = await self._node.get_many([key], sufficient_expiration_time=math.inf, beam_size=LOOKUP_WIDTH)
+            search = self._node.get_many([key], sufficient_expiration_time=math.inf, beam_size=LOOKUP_WIDTH)
+            results: Any = await heeding(search)
         found: Any = results[key]
         records = found.value if found and isinstance(found.value, dict) else {}
         return {

@@ -1,4 +1,4 @@
-"""Waiting for many answers without waiting for the slowest."""
+"""Waiting for many answers without waiting for the slowest, and for libraries that lose a cancellation."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ async def gather_quickly(
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def heeding(call: Coroutine[Any, Any, T]) -> T:
+    """The result of `call`, unless this task was cancelled meanwhile: then CancelledError, even if `call` kept that to itself.
+
+    In Python 3.11 `asyncio.wait_for`, through which hivemind makes its calls, gives a result that comes together with a
+    cancellation, and the task goes on as if nobody had asked it to end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    result = await call
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result

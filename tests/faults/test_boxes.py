@@ -75,7 +75,7 @@ async def test_asked_to_stop_it_hands_its_work_in(pair: Pair) -> None:
     last = [one for one in acceptances(pair.coordinator.run) if one.author == author][-1]
     assert last.epoch > before, "the checkpoint under way was handed in"
     await standby.until(LEASE * 10, state="training")
-    assert pair.coordinator.health(author) in (None, "standby"), "who left is not called working"
+    await until(lambda: pair.coordinator.health(author) != "working", "the status not to call working who left", LEASE * 10)
     assert not litter(holder.state)
 
 

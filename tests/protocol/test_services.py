@@ -28,7 +28,7 @@ from lutetia.protocol.services import (
 from lutetia.protocol.transport import Stream
 from lutetia.protocol.transport_memory import MemoryNetwork, MemoryTransport
 from lutetia.protocol.virtual_time import run_virtual
-from lutetia.protocol.waiting import gather_quickly
+from lutetia.protocol.waiting import gather_quickly, heeding
 
 from .documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
 
@@ -214,3 +214,22 @@ def test_the_quick_do_not_wait_for_the_slow() -> None:
     assert some == [1, None, 1.5]
     assert every == [1, 2]
     assert took == pytest.approx(2.0)
+
+
+async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
+    """What hivemind's calls do in Python 3.11: `wait_for` returns the result and forgets that the task is to end."""
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def call() -> int:
+        return await asyncio.wait_for(answer, 60)
+
+    asking = asyncio.create_task(heeding(call()))
+    await asyncio.sleep(0)
+    answer.set_result(1)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+async def test_a_call_is_answered_when_nobody_cancels() -> None:
+    assert await heeding(asyncio.sleep(0, "answer")) == "answer"
