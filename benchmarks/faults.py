@@ -1,13 +1,17 @@
 """`python -m benchmarks faults [--times N] [--until HH:MM]`: run the real fault suite again and again, and keep the log.
 
-Each run is a pytest of its own over `tests/faults`. A line per run is appended to docs/results/faults.md: when, which commit,
-what passed, failed and was skipped, how long it took, the machine's load before and after. The exit code is 1 when any failed.
+Each run is a pytest of its own over `tests/faults`, two files at a time: most of a fault test is waiting. A line per run is
+appended to docs/results/faults.md: when, which commit, what passed, failed and was skipped, how long it took, the machine's load
+before and after. So it may be cut at any time (the run under way is lost) and started again; at the end it says how many runs in
+a row have passed on one commit, those of earlier starts included. The exit code is 1 when any failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,9 +53,22 @@ class Outcome:
 
 
 def commit_of(root: Path) -> str:
-    """The commit that is checked out, with a + when the tracked files differ from it; "-" outside a git checkout."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=root, capture_output=True, text=True)
-    return asked.stdout.strip() or "-"
+    """The last commit that changed more than docs, with a + when tracked files differ from it; "-" outside a git checkout."""
+    beyond_docs = ["--", ".", ":!docs"]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words, *beyond_docs], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("log", "-1", "--format=%h") or "-") + ("+" if changed else "")
+
+
+def in_a_row(log: str) -> tuple[str, int]:
+    """(commit, runs): how many of the newest runs in a row passed on one commit. A changed tree is no commit."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if re.match(r"\| \d{4}-", line)]
+    commit = rows[-1][1] if rows else "-"
+    alike = itertools.takewhile(lambda row: row[1] == commit and row[4] == "0" and not commit.endswith("+"), reversed(rows))
+    return commit, sum(1 for _ in alike)
 
 
 def suite(arguments: Sequence[str], words: Path) -> Outcome:
@@ -85,13 +102,18 @@ def main(words: Sequence[str]) -> None:
         options.log.parent.mkdir(parents=True, exist_ok=True)
         options.log.write_text(HEAD)
     bad = 0
+    at_once = (
+        [] if any(word.startswith(("-n", "--numprocesses")) for word in rest) else ["--numprocesses", "2", "--dist", "loadfile"]
+    )
     for number in range(1, options.times + 1):
         if options.until and datetime.now(UTC).strftime("%H:%M") >= options.until:
             break
-        outcome = suite(rest, options.output)
+        outcome = suite([*at_once, *rest], options.output)
         line = outcome.line(commit_of(ROOT))
         with options.log.open("a") as log:
             log.write(line)
         print(f"run {number}: {line}", end="", flush=True)
         bad += bool(outcome.failed)
+    commit, passed = in_a_row(options.log.read_text())
+    print(f"{passed} runs in a row have passed on commit {commit}")
     sys.exit(1 if bad else 0)

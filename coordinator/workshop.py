@@ -1,4 +1,4 @@
-"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.workshop MANIFEST`.
+"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.workshop MANIFEST NAME`.
 
 Here alone the coordinator imports torch. It takes one job at a time as a JSON line `{"id", "verb", …}` and answers
 `{"id", "done"}` or `{"id", "refused": {"rung"?, "text"}}`. Files are named by path. An unexpected error ends the process; the
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ..models.states import Precision
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
+LEAN = ("checking", "auditing")
+"""Workshops of these names never load a text encoder, and start in half the time."""
 _NUMBER_REASONS = ("non-finite", "norm")
 
 
@@ -223,6 +225,10 @@ def main() -> None:
     """Take jobs until the parent closes the channel."""
     channel = ParentChannel()
     os.nice(int(os.environ.get("LUTETIA_WORKSHOP_NICE", "0")))
+    if sys.argv[2] in LEAN:
+        from ..models.lean import import_experts
+
+        import_experts()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -81,7 +81,8 @@ class WorkshopClient:
             self._stale = False
             await self._end(_STOP_GRACE)
         if self._child is None or self._child.process.returncode is not None:
-            self._child = await Child.start("lutetia.coordinator.workshop", str(self._manifest), environment=self._environment)
+            words = (str(self._manifest), self._name)
+            self._child = await Child.start("lutetia.coordinator.workshop", *words, environment=self._environment)
             _log.info("started the %s workshop, process %d", self._name, self._child.process.pid)
         child = self._child
         await child.send(message)

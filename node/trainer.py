@@ -29,6 +29,9 @@ def main() -> NoReturn:
     log_to_stderr()
     code = EXIT_CODES["crash"]
     try:
+        from ..models.lean import import_experts
+
+        import_experts()
         from .trainer_loop import work
 
         code = EXIT_CODES[work(channel)]
