@@ -23,7 +23,7 @@ from swarms import manifest_of_now, network
 from benchmarks.fuzzing import examples
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_endless_slow_and_lying_documents_end_in_a_connection_error(tmp_path: Path) -> None:
     async def endless(stream: Stream) -> None:
         await stream.write(b"\xff\xff\xff\xff")
@@ -47,7 +47,7 @@ async def test_endless_slow_and_lying_documents_end_in_a_connection_error(tmp_pa
             await ask_document(asker, liar.peer_id, HELLO, limit_bytes=MAX_HELLO_BYTES, timeout=1.0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_silent_streams_of_one_peer_do_not_keep_others_from_the_coordinator(tmp_path: Path) -> None:
     """A slow-loris holds as many streams as it gets; an honest offer is answered at once beside it."""
 
@@ -72,7 +72,7 @@ async def test_silent_streams_of_one_peer_do_not_keep_others_from_the_coordinato
             await oversized.read_exactly(1)  # hung up on, unread
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_provider_with_impossible_addresses_is_lost_and_not_fatal(tmp_path: Path) -> None:
     """Its record passes every check of form; dialling it once raised what nobody caught."""
     async with network(tmp_path, manifest_of_now()) as start:

@@ -19,7 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     make_clips(folder / "clips", 72, 0, 8, 16)
     (folder / "data.toml").write_text(f'{SETTINGS}cache = "{folder / "cache"}"\n')
-    run = lutetia("data", "build", "clips", "data", "--config", "data.toml", "--experts", "3", cwd=folder, timeout=120)
+    run = lutetia("data", "build", "clips", "data", "--config", "data.toml", "--experts", "3", cwd=folder, timeout=600)
     assert run.returncode == 0, run.stderr
     assert "lutetia run create data RUN" in run.stdout
     return folder

@@ -161,7 +161,7 @@ def test_processes_of_a_swarm_die_with_their_killed_parent(tmp_path: Path) -> No
         "asyncio.run(main())"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(20)
+        silent.settimeout(120)
         arguments = [sys.executable, "-c", code, tmp_path, ticket(silent.getsockname()[1])]
         parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
         assert parent.stdout
@@ -169,7 +169,7 @@ def test_processes_of_a_swarm_die_with_their_killed_parent(tmp_path: Path) -> No
         connection, _ = silent.accept()  # the child is up and waits
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        _, alive = psutil.wait_procs([child], timeout=5)
+        _, alive = psutil.wait_procs([child], timeout=60)
         connection.close()
         parent.stdout.close()
     assert not alive

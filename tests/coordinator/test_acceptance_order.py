@@ -73,7 +73,7 @@ asyncio.run(main())
 
 
 @needs_strace
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_no_acceptance_is_ever_told_or_written_whose_blobs_could_be_lost(tmp_path: Path):
     run = make_manifest().run_id
 

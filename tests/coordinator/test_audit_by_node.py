@@ -36,7 +36,7 @@ async def hold(peer: Volunteer) -> None:
         await asyncio.sleep(HEARTBEAT / 4)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_node_without_a_shard_audits_a_strangers_epoch(tmp_path: Path):
     timing = Timing(heartbeat=HEARTBEAT, tenure=300.0)
     settings = RunSettings(preset="tiny", name="audited", addresses=(f"127.0.0.1:{free_port()}",), timing=timing)

@@ -51,7 +51,7 @@ def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> Checkp
     )  # fmt: skip
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_worker(tmp_path: Path):
     settings = RunSettings(preset="tiny", name="cheated", addresses=(f"127.0.0.1:{free_port()}",))
     run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)

@@ -45,12 +45,12 @@ async def served(blobs: BlobStore) -> AsyncIterator[httpx.AsyncClient]:
     listener = bind("127.0.0.1:0")
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     serving = asyncio.create_task(serve_http(listener, build_app(document, blobs)))
-    async with httpx.AsyncClient(base_url=address, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
         yield client
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(listener_address(address), timeout=5)
+        socket.create_connection(listener_address(address), timeout=60)
 
 
 def listener_address(url: str) -> tuple[str, int]:

@@ -57,7 +57,7 @@ def unaudited_run(root: Path, samples: int) -> CreatedRun:
     return create_run(build_tiny(root / "data", 1), root / "run", settings)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordinators_key_is_new(tmp_path: Path):
     run = unaudited_run(tmp_path, 8)
     coordinator = await Coordinator.start(run.folder, SETTINGS)

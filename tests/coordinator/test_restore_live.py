@@ -49,7 +49,7 @@ async def accept(peer: Volunteer) -> CheckpointRecord:
     return record
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_backup(tmp_path: Path):
     run = unaudited_run(tmp_path, 32)  # one epoch more than is trained: nothing is stitched
     coordinator = await Coordinator.start(run.folder, '{"stitch": "end"}')

@@ -39,7 +39,7 @@ async def up(coordinator: Coordinator) -> None:
     await until(written, "the coordinator's first status")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_the_life_of_a_run(tmp_path: Path):
     run = make_run(tmp_path)
     http = free_port()
@@ -132,7 +132,7 @@ def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
     ledger.close()
     for port in (http, int(Ticket.decode(run.ticket).addresses[0].split("/")[4])):
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), timeout=5)
+            socket.create_connection(("127.0.0.1", port), timeout=60)
     assert [entry.name for entry in run.folder.iterdir() if entry.name.endswith(".part")] == []
 
 

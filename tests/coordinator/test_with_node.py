@@ -24,7 +24,7 @@ async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.sub
     )  # fmt: skip
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
     run = make_run(tmp_path, shards=1)  # no router either, so that the test is short
     coordinator = await Coordinator.start(run.folder, json.dumps({"exit_when_done": True, "stitch": "end"}))
@@ -44,8 +44,8 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
         for process in (node, coordinator.process):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(node.wait(), 60)
-        await asyncio.wait_for(coordinator.process.wait(), 60)
+        await asyncio.wait_for(node.wait(), 300)
+        await asyncio.wait_for(coordinator.process.wait(), 300)
     assert coordinator.process.returncode == 0, "\n".join(tell(run.folder))
     status = coordinator.status()
     assert status.finished

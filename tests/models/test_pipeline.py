@@ -67,7 +67,7 @@ def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compr
     empty.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).parent / "pipeline_child.py"), str(folder), str(compressed)]
-    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr
     lines = done.stdout.splitlines()

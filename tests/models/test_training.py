@@ -55,7 +55,7 @@ def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> 
     whole = ExpertTrainer(toy_manifest(optimisation={"optimizer": "muon"}), 1, toy_data(), micro_batch=3)
     steps(whole, 12)
     write_state(whole.snapshot(), tmp_path / "state")
-    resumed.communicate(timeout=120)
+    resumed.communicate(timeout=600)
     assert resumed.returncode == 0
     assert (tmp_path / "weights.safetensors").read_bytes() == weights_bytes(whole, tmp_path)
     assert (tmp_path / "local.safetensors").read_bytes() == (tmp_path / "state").read_bytes()
@@ -254,7 +254,7 @@ def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
     mount = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" "$1" "$2"'
     child = [sys.executable, str(HERE / "full_disk_child.py"), str(tmp_path)]
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, *child]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
         pytest.skip("this machine lets nobody mount a file system of their own")
     assert done.returncode == 0, done.stderr

@@ -138,7 +138,7 @@ class DaemonProcess:
     def words(self) -> str:
         return self.log.read_text()[-4000:]
 
-    async def ended(self, seconds: float = 90.0) -> int:
+    async def ended(self, seconds: float = 300.0) -> int:
         async with asyncio.timeout(seconds):
             return await self.process.wait()
 
@@ -168,7 +168,7 @@ def running(pids: set[int]) -> set[int]:
     return alive
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 300.0) -> None:
     """Until `condition` holds. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while True:
@@ -177,7 +177,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 
             await asyncio.sleep(0.05)
 
 
-async def all_gone(pids: set[int], seconds: float = 60.0) -> None:
+async def all_gone(pids: set[int], seconds: float = 300.0) -> None:
     async def gone() -> bool:
         return not running(pids)
 

@@ -83,7 +83,7 @@ def honest(run: Manifest) -> RecordCheck:
     return record_check(run, time.time)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0, pause: float = 0.05) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 200.0, pause: float = 0.05) -> None:
     """Wait until `condition()` holds. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - what is waited for happens in other processes

@@ -162,7 +162,7 @@ def test_p2pd_does_not_outlive_a_killed_parent_and_leaves_nothing(tmp_path: Path
     assert not list(tmp_path.rglob("identity"))
     child.kill()
     child.wait()
-    gone, alive = psutil.wait_procs([p2pd], timeout=5)
+    gone, alive = psutil.wait_procs([p2pd], timeout=60)
     assert not alive or alive[0].status() == psutil.STATUS_ZOMBIE
     port = int(address.split("/")[4])
     with socket.create_server(("127.0.0.1", port)):  # its port is free again

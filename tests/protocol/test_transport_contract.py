@@ -174,7 +174,7 @@ async def test_a_latecomer_finds_what_was_stored_before(swarm: Swarm) -> None:
 async def test_a_lone_peer_stores_and_finds_at_once(swarm: Swarm) -> None:
     lone = await swarm.network.alone("lone", honest(swarm.run))
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             assert await publish(lone, ANNA, swarm.claim(ANNA, 0), 30)
             assert ANNA.public_key in await lone.get(claim_key(swarm.run.run_id, 0))
             assert await lone.get(claim_key(swarm.run.run_id, 1)) == {}
@@ -217,7 +217,7 @@ async def test_the_answering_side_may_speak_first(swarm: Swarm) -> None:
 
     await swarm.ben.serve(protocol, greet)
     stream = await swarm.anna.open_stream(swarm.ben.peer_id, protocol, swarm.ben.addresses())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         assert await stream.read_exactly(5) == b"hello"
     await stream.write(b"k")
     await stream.close()
@@ -231,7 +231,7 @@ async def test_what_was_written_before_a_close_arrives_and_then_the_end(swarm: S
 
     await swarm.cleo.serve(protocol, answer)
     stream = await swarm.ben.open_stream(swarm.cleo.peer_id, protocol, swarm.cleo.addresses())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         assert await stream.read_exactly(100_000) == b"x" * 100_000
         with pytest.raises(ConnectionError, match="1 bytes early"):
             await stream.read_exactly(1)
@@ -260,7 +260,7 @@ async def test_a_slow_reader_holds_the_writer_back(swarm: Swarm) -> None:
             written += 1
     assert written < 128
     release.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         assert await stream.read_exactly(1) == b"k"
     read.set()
     await stream.close()
@@ -279,7 +279,7 @@ async def test_a_failing_handler_ends_its_own_stream_only(swarm: Swarm, caplog: 
     good = await swarm.ben.open_stream(swarm.anna.peer_id, protocol, swarm.anna.addresses())
     bad = await swarm.cleo.open_stream(swarm.anna.peer_id, protocol, swarm.anna.addresses())
     await bad.write(b"!")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         with pytest.raises(ConnectionError):
             await bad.read_exactly(1)
         await good.write(b".")
@@ -292,7 +292,7 @@ async def test_a_failing_handler_ends_its_own_stream_only(swarm: Swarm, caplog: 
 
 async def test_who_cannot_be_reached_is_a_connection_error(swarm: Swarm) -> None:
     nobody = Identity.derived("nobody").peer_id
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         with pytest.raises(ConnectionError):
             await swarm.anna.open_stream(nobody, "/test/any")
         with pytest.raises(ConnectionError):

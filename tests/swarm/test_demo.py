@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(folder / "demo", run.stdout, litter() - before)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_the_demo_writes_everything_it_promises(demo: Demo) -> None:
     names = {path.name for path in demo.out.iterdir()}
     assert names >= {
@@ -142,8 +142,8 @@ def test_a_demo_that_is_stopped_takes_its_processes_along(end: signal.Signals, t
             break
     family_before = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(end)
-    process.communicate(timeout=30)
-    _, alive = psutil.wait_procs(family_before, timeout=10)
+    process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family_before, timeout=120)
     assert not alive
     assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL)
     assert len(family_before) >= 4

@@ -127,7 +127,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_goes_on(
 ) -> None:
     child = Path(__file__).with_name("building_child.py")
     arguments = [str(clips), str(tmp_path / "out"), str(tmp_path / "cache"), stage, str(count)]
-    ended = subprocess.run([sys.executable, str(child), *arguments], env={"OMP_NUM_THREADS": "1", "PATH": ""}, timeout=120)
+    ended = subprocess.run([sys.executable, str(child), *arguments], env={"OMP_NUM_THREADS": "1", "PATH": ""}, timeout=600)
     assert ended.returncode == -9
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "cache").glob(".*")) or stage == "clips"
