@@ -9,7 +9,7 @@ fit it, or that lie. Where there are no more standbys than STEADY, each looks af
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..protocol.records import NODE_BUCKETS, NodeRecord, node_bucket
 from .seeding import FREE, point
@@ -19,6 +19,11 @@ FULL_PACE = 500
 """Node records of which a peer reads up to so many twice per lease; more, less often, so that the bytes do not grow."""
 WAVES = (1, 3, NODE_BUCKETS - 4)
 """How many buckets of node records are read at a time, while too few standbys are known."""
+
+
+def stands_by(node: NodeRecord) -> bool:
+    """Whether it could take a shard: it has none, and some expert of the run works on it."""
+    return node.state in FREE and node.samples_per_second > 0
 
 
 def duties(run: str, standbys: Iterable[str], shards: int, turn: int) -> dict[str, frozenset[int]]:
@@ -47,16 +52,19 @@ def enough(run: str, owner: str, nodes: Iterable[NodeRecord]) -> bool:
     Those farther off are of no consequence to its duties, nor to the copies that it keeps (`seeding`).
     """
     own, place = node_bucket(owner), point(run, "peer", owner)
-    before = sum(
-        node.state in FREE and (node_bucket(node.owner) != own or point(run, "peer", node.owner) < place) for node in nodes
-    )
+    before = sum(stands_by(node) and (node_bucket(node.owner) != own or point(run, "peer", node.owner) < place) for node in nodes)
     return before >= STEADY
 
 
-def own_duty(run: str, owner: str, nodes: Iterable[NodeRecord], shards: int, turn: int) -> frozenset[int] | None:
-    """The shards that `owner` looks after; `nodes` are `enough` or all. None, for all shards, while they do not show it free."""
-    standbys = [node.owner for node in nodes if node.state in FREE]
-    return duties(run, standbys, shards, turn)[owner] if owner in standbys else None
+def own_duty(run: str, owner: str, nodes: Sequence[NodeRecord], shards: int, turn: int) -> frozenset[int] | None:
+    """The shards that `owner` looks after; `nodes` are `enough` or all. None, for all shards, while they do not show it free.
+
+    None at all where no expert of the run works on its box.
+    """
+    own = next((node for node in nodes if node.owner == owner), None)
+    if own is None or own.state not in FREE:
+        return None
+    return duties(run, [node.owner for node in nodes if stands_by(node)], shards, turn).get(owner, frozenset())
 
 
 def pace(records: int) -> float:

@@ -143,9 +143,9 @@ class Network:
         box, known = self._box, self._node
         shard = box.state.work.shard if box.state.work else None
         if known is None or (known.state, known.shard) != (box.state.phase, shard):
+            rate = box.hands.speed * 16 if any(box.box.fitness.values()) else 0.0
             known = self._node = NodeRecord.model_construct(
                 run=box.rules.run, owner=box.box.owner, issued=now, peer_id=box.box.peer_id, addresses=(), hardware=_HARDWARE,
-                samples_per_second=box.hands.speed * 16, software="simulated", state=box.state.phase, shard=shard,
-                operator=box.box.operator,
+                samples_per_second=rate, software="simulated", state=box.state.phase, shard=shard, operator=box.box.operator,
             )  # fmt: skip
         return known

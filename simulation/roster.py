@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
-from ..node.duty import STEADY, WAVES, buckets_before, duties
+from ..node.duty import STEADY, WAVES, buckets_before, duties, stands_by
 from ..node.seeding import FREE, point
 from ..protocol.records import NodeRecord, node_bucket
 
@@ -16,8 +16,9 @@ class Roster:
     """`seen` are all node records at one moment. Duties are made from all of them: a part that is `enough` gives the same."""
 
     def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, turn: int) -> None:
-        free = [record.owner for record in seen if record.state in FREE]
-        self.duties = duties(run, free, shards, turn)
+        free = [record.owner for record in seen if stands_by(record)]
+        unfit = dict.fromkeys((record.owner for record in seen if record.state in FREE), frozenset[int]())
+        self.duties = {**unfit, **duties(run, free, shards, turn)}
         self._run = run
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)

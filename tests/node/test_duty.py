@@ -12,10 +12,10 @@ RUN = "ab" * 32
 PEER = Identity.derived("any peer").peer_id
 
 
-def node(number: int, state: NodeState = "idle") -> NodeRecord:
+def node(number: int, state: NodeState = "idle", rate: float = 1.0) -> NodeRecord:
     return NodeRecord(
         run=RUN, owner=f"{number:064x}", issued=0.0, peer_id=PEER, hardware=Hardware(device="cpu", memory_bytes=1, cores=1),
-        samples_per_second=1.0, software="0", state=state,
+        samples_per_second=rate, software="0", state=state,
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_half_of_those_in_charge_stay_and_half_change():
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=250), st.integers(0, 9), st.data())
 def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
     states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])
-    everybody = [node(number, data.draw(states)) for number in sorted(numbers)]
+    everybody = [node(number, data.draw(states), data.draw(st.sampled_from([0.0, 1.0, 1.0]))) for number in sorted(numbers)]
     me = data.draw(st.sampled_from(everybody))
     order, read = buckets_before(me.owner), []
     assert sorted(order) == list(range(NODE_BUCKETS))
@@ -59,6 +59,13 @@ def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int
 
 def test_who_is_not_listed_as_free_looks_after_everything():
     assert own_duty(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+
+
+def test_a_box_on_which_no_expert_works_looks_after_nothing_and_is_not_counted():
+    unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
+    assert own_duty(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
+    for other in others:
+        assert own_duty(RUN, other.owner, [unfit, *others], 6, 0) == own_duty(RUN, other.owner, others, 6, 0)
 
 
 def test_a_large_swarm_is_read_less_often():
