@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from lutetia.coordinator.ledger import Ledger
 from lutetia.protocol.events import CheckpointAccepted
 from lutetia.protocol.manifest import BlobRef, Manifest
@@ -21,7 +22,7 @@ from lutetia.protocol.records import AcceptanceRecord
 from tests.faults.netns import Network, network, why_not
 from tests.faults.pair import Pair, owner
 from tests.faults.processes import until
-from tests.faults.world import LEASE, STEPS, World, acceptances, accepted, world
+from tests.faults.world import LEASE, STEPS, Box, World, acceptances, accepted, world
 
 from .report import Row
 
@@ -30,27 +31,53 @@ INTERVAL = STEPS * 2
 EVENTS = 100_000
 PEERS = (1, 2, 4)
 WINDOW = 20.0
+STAGES = {
+    "claiming": "another claims its shard",
+    "syncing": "the claim is settled",
+    "training": "what it trains from is there",
+    "step": "first step elsewhere",
+}
 
 
 async def _takeovers(pair: Pair) -> list[Row]:
     """A worker is killed; the other one takes its shard over."""
-    training, judged, lost = [], [], []
+    judged, lost = [], []
+    begun: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for _ in range(ROUNDS):
         holder, heir = await pair.ready()
         status = await holder.until(samples=lambda count: count)
         killed = time.monotonic()
         await holder.end(signal.SIGKILL)
-        await heir.until(state="training", step=lambda step: step)
-        training.append(time.monotonic() - killed)
+        for stage, seconds in (await _stages(heir, killed)).items():
+            begun[stage].append(seconds)
         base = (await heir.until(epoch=lambda epoch: epoch is not None))["epoch"]
         lost.append(max(0.0, status["samples"] - base * INTERVAL) / INTERVAL)
         await pair.coordinator.accepts(1, author=await owner(heir))
         judged.append(time.monotonic() - killed)
+    *before, first = (Row.of(f"SIGKILL of a worker → {what}", begun[stage], "s") for stage, what in STAGES.items())
     return [
-        Row.of("SIGKILL of a worker → first step elsewhere", training, "s", f"≤ {LEASE + 5:.0f} s", f"lease {LEASE:.0f} s"),
+        *before,
+        Row.of(first.what, begun["step"], "s", f"≤ {LEASE + 5:.0f} s", f"lease {LEASE:.0f} s"),
         Row.of("SIGKILL of a worker → next acceptance from elsewhere", judged, "s"),
         Row.of("work lost", lost, "intervals", "≤ 1", "samples trained beyond the last accepted checkpoint"),
     ]
+
+
+async def _stages(heir: Box, killed: float) -> dict[str, float]:
+    """Seconds after `killed` in which each of STAGES began; one that was too short to be seen began with the next."""
+    seen: dict[str, float] = {}
+
+    async def stepping() -> bool:
+        status = await heir.status()
+        state, now = status.get("state"), time.monotonic() - killed
+        reached = "step" if state == "training" and status.get("step") else state
+        if reached in STAGES:
+            for stage in list(STAGES)[: list(STAGES).index(reached) + 1]:
+                seen.setdefault(stage, now)
+        return reached == "step"
+
+    await until(stepping, f"{heir.name} to train")
+    return seen
 
 
 async def _partitions(pair: Pair, net: Network) -> list[Row]:
@@ -95,19 +122,23 @@ def _long_history(folder: Path, manifest: Manifest) -> None:
 
 async def _restarts(folder: Path) -> list[Row]:
     """From the start of the process to its first status, with and without a long history."""
-    fresh, long = [], []
+    fresh, long, busy = [], [], []
     async with world(folder, shards=8, samples_per_shard=(EVENTS // 8 + 1) * INTERVAL) as place:
         for times in (fresh, long):
             for _ in range(ROUNDS):
                 began = time.monotonic()
                 coordinator = await place.coordinator()
                 times.append(time.monotonic() - began)
+                if times is long:
+                    spent = psutil.Process(coordinator.process.pid).cpu_times()
+                    busy.append(spent.user + spent.system)
                 await coordinator.end(signal.SIGKILL)
             if times is fresh:
                 await asyncio.to_thread(_long_history, place.run.folder, place.run.manifest)
     return [
         Row.of("coordinator: start to first status, empty ledger", fresh, "s"),
         Row.of(f"coordinator: start to first status, {EVENTS} events", long, "s", detail="after SIGKILL"),
+        Row.of(f"coordinator: processor time until then, {EVENTS} events", busy, "s"),
     ]
 
 

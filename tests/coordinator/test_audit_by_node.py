@@ -67,7 +67,7 @@ async def test_a_node_without_a_shard_audits_a_strangers_epoch(tmp_path: Path):
         for process in (node, coordinator.process):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-                await asyncio.wait_for(process.wait(), 60)
+                await asyncio.wait_for(process.wait(), 300)
     story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
     reports = [event for event in events if isinstance(event, AuditReported)]
     box = Identity.load(tmp_path / "node" / "identity.key").public_key

@@ -97,7 +97,7 @@ async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_w
         for process in (node, coordinator.process):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-                await asyncio.wait_for(process.wait(), 60)
+                await asyncio.wait_for(process.wait(), 300)
     story = "\n".join(tell(run.folder))
     assert coordinator.process.returncode == 0, story
     check_the_story(run.folder, mallory.identity.public_key, story)

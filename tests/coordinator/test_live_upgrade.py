@@ -109,8 +109,8 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         for process in (node, coordinator.process):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(node.wait(), 60) == 0
-        assert await asyncio.wait_for(coordinator.process.wait(), 60) == 0
+        assert await asyncio.wait_for(node.wait(), 300) == 0
+        assert await asyncio.wait_for(coordinator.process.wait(), 300) == 0
 
 
 def refusal(field: str) -> str:

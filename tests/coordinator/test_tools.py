@@ -104,7 +104,7 @@ async def seated(
     running = asyncio.create_task(bench.run())
     for offer in offers:
         await bench.hear(Offered(offer, START))
-    await asyncio.wait_for(done.wait(), 20)
+    await asyncio.wait_for(done.wait(), 120)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     return ledger, published

@@ -88,7 +88,7 @@ class Coordinator:
         """Signal it and wait until it and everything that it started is gone."""
         family = self.family()
         self.process.send_signal(number)
-        code = await asyncio.wait_for(self.process.wait(), 60)
+        code = await asyncio.wait_for(self.process.wait(), 300)
 
         async def gone() -> bool:
             return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
