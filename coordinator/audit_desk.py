@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..protocol.audit_stream import AuditAnswer, AuditJob, AuditReport, AuditRequest, serve_audits
 from ..protocol.audits import Finding, compare
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import NodeRecord, RecordRefused
-from ..protocol.transport import Transport
+from ..protocol.transport import Stream, Transport
+from .admission import Pace
 from .bench import Bench
 from .messages import Audit, AuditDelivered, AuditWanted, Lend
 from .tools import NetworkTools
@@ -22,15 +23,21 @@ _LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
 
 @dataclass
 class AuditDesk:
-    """`peers` are the node records that the DHT shows now."""
+    """`peers` are the node records that the DHT shows now; `pace` bounds how often one address asks."""
 
     transport: Transport
     bench: Bench
     tools: NetworkTools
     peers: Callable[[], list[NodeRecord]]
+    pace: Pace = field(default_factory=lambda: Pace(120))
 
     async def serve(self) -> None:
-        await serve_audits(self.transport, self._answer)
+        await serve_audits(self.transport, self._answer, self._admit, self.manifest.steps_per_epoch)
+
+    def _admit(self, stream: Stream) -> AuditAnswer | None:
+        if wait := self.pace.wait(stream.origin, self.transport.now()):
+            return AuditAnswer(retry_after=wait, text="too many requests for audits from this address")
+        return None
 
     @property
     def manifest(self) -> Manifest:

@@ -64,13 +64,15 @@ class Auditor:
         """Again and again while it is wanted: the work is done, and only the last step of it may fail."""
         for attempt in itertools.count(1):
             try:
-                await ask_audit(self.shell.network.transport, peer, report, addresses)
-                return
-            except ConnectionError:
-                wait = self.shell.rules.backoff(attempt, "audit")
-                if time.time() + wait > until:
-                    raise
-                await asyncio.sleep(wait)
+                answer = await ask_audit(self.shell.network.transport, peer, report, addresses)
+                if not answer.retry_after:
+                    return
+                wait, why = answer.retry_after, answer.text
+            except ConnectionError as error:
+                wait, why = self.shell.rules.backoff(attempt, "audit"), str(error)
+            if time.time() + wait > until:
+                raise ConnectionError(f"the coordinator did not take the report of an audit: {why}")
+            await asyncio.sleep(wait)
 
     async def _within(self, job: AuditJob) -> AuditReport | None:
         """The report; None when its time was up, or the node got work of its own."""

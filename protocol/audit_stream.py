@@ -21,7 +21,8 @@ from .transport import Stream, Transport
 AUDIT = "/lutetia/audit/1"
 AUDIT_TIMEOUT = 15.0
 MAX_STEPS = 1 << 14
-_MAX_MESSAGE_BYTES = 1 << 20
+_LONGEST_LOSS, _REST_OF_REPORT = 26, 4096
+_MAX_MESSAGE_BYTES = _REST_OF_REPORT + MAX_STEPS * _LONGEST_LOSS
 _SIGNING_DOMAIN = b"lutetia-audit-1\n"
 
 Loss = Annotated[float, Field(ge=-1e30, le=1e30)] | None
@@ -77,6 +78,8 @@ class AuditAnswer(Frozen):
 
 Answer = Callable[[AuditRequest], Awaitable[AuditAnswer]]
 """May raise RecordRefused."""
+Admit = Callable[[Stream], AuditAnswer | None]
+"""The answer to whoever must come later, before his request is even parsed."""
 
 
 def _signed_bytes(report: AuditReport) -> bytes:
@@ -109,13 +112,19 @@ async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, a
     )
 
 
-async def serve_audits(transport: Transport, answer: Answer) -> None:
-    """Answer requests; one that is too large, too slow or malformed ends its own stream only."""
+async def serve_audits(
+    transport: Transport, answer: Answer, admit: Admit = lambda stream: None, steps: int = MAX_STEPS
+) -> None:  # fmt: skip
+    """Answer requests; one that is too large, too slow or malformed ends its own stream only.
+
+    `admit` is asked first. `steps`: of the longest report that anybody is asked for, which bounds what is read.
+    """
 
     async def reply(stream: Stream, data: bytes) -> AuditAnswer:
         try:
-            return await answer(open_request(data, stream.peer_id))
+            return admit(stream) or await answer(open_request(data, stream.peer_id))
         except RecordRefused as error:
             return AuditAnswer(retry_after=3600.0, text=str(error)[:500])
 
-    await serve_exchange(transport, AUDIT, reply, limit=_MAX_MESSAGE_BYTES, seconds=AUDIT_TIMEOUT)
+    limit = _REST_OF_REPORT + min(steps, MAX_STEPS) * _LONGEST_LOSS
+    await serve_exchange(transport, AUDIT, reply, limit=limit, seconds=AUDIT_TIMEOUT)

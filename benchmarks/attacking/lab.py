@@ -129,6 +129,7 @@ class Lab:
         direct = cast(WorkshopClient, _Direct(self.shop))
         self.tools = NetworkTools(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
         self._names = itertools.count()
+        self._known: dict[Path, list[tuple[Made, dict[str, Any]]]] = {}
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
@@ -186,13 +187,25 @@ class Lab:
 
         `said`: what the author says of its device, if not the truth.
         """
-        torch.set_num_threads(1)
         author = said or result.made
+        found = self._replayed(result, parent, author)
+        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
+        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
+
+    def _replayed(self, result: Result, parent: Result | None, author: Made) -> dict[str, Any]:
+        """The workshop's answer; one that was given before, where it would be the same."""
+        doubt = doubt_of(author)
+        for made, known in self._known.get(result.weights, []):
+            clear = known["drift"] is None or not doubt["near"] < known["drift"] <= doubt["far"]
+            same = known["noise"] is not None and doubt_of(made)["coarse"] == doubt["coarse"]
+            if made.precision == author.precision and (clear or same):
+                return known
+        torch.set_num_threads(1)
         found = self.shop.replay(
             shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
             weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
             trace=str(result.trace), precision=author.precision, steps=SHORT, epochs=EPOCHS,
-            end=[str(result.weights), str(result.state)], doubt=doubt_of(author),
+            end=[str(result.weights), str(result.state)], doubt=doubt,
         )  # fmt: skip
-        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
-        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
+        self._known.setdefault(result.weights, []).append((author, found))
+        return found

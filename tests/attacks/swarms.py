@@ -17,8 +17,6 @@ from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivem
 
 from benchmarks.fuzzing import examples
 
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-
 
 def manifest_of_now(**changes: Any) -> Manifest:
     now = time.time()
@@ -35,13 +33,18 @@ Start = Callable[..., Coroutine[Any, Any, HivemindTransport]]
 
 @asynccontextmanager
 async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
-    """`await start(name, check=…, bootstrap=…)` makes a peer; all are closed at the end."""
+    """`await start(name, check=…, bootstrap=…, host=…)` makes a peer; all are closed at the end.
+
+    Whatever lies in 127.0.0.0/8 is this machine, and a peer dials from where it listens: so `host` gives it an origin of its own.
+    """
     async with AsyncExitStack() as stack:
 
-        async def start(name: str, check: RecordCheck | None = None, bootstrap: list[str] | None = None) -> HivemindTransport:
+        async def start(
+            name: str, check: RecordCheck | None = None, bootstrap: list[str] | None = None, host: str = "127.0.0.1"
+        ) -> HivemindTransport:
             peer = await connect_hivemind(
-                Identity.derived(name), listen=LOOPBACK, bootstrap=bootstrap or [], check=check or record_check(run, time.time),
-                state_folder=folder / name,
+                Identity.derived(name), listen=f"/ip4/{host}/tcp/0", bootstrap=bootstrap or [],
+                check=check or record_check(run, time.time), state_folder=folder / name,
             )  # fmt: skip
             stack.push_async_callback(peer.close)
             return peer

@@ -133,6 +133,22 @@ def test_losses_between_the_bounds_ask_for_the_whole_epoch_at_once():
     assert c.state.run.peer(owner(HONEST)).streak == 1
 
 
+def test_an_end_in_doubt_takes_all_trust_and_is_not_replayed_again():
+    c = court(shards=1, epochs=40, audit={"streak": 3, "whole_epoch": 1})
+    for _ in range(3):
+        c.accept(CHEAT)
+        c.audited("valid")
+    assert c.state.run.peer(owner(CHEAT)).streak == 3
+    while not c.state.run.audits:
+        slip = c.accept(CHEAT)
+    c.hears(Audited(slip.digest, Finding(outcome="inconclusive", text="12 times as far", doubt=True), c.now))
+    assert not c.state.run.audits
+    assert c.events[-1].kind == "audit-done"
+    assert c.state.run.peer(owner(CHEAT)).streak == 0
+    assert not c.state.run.quarantined
+    assert c.accept(CHEAT).digest in c.state.run.audits, "everything of it is audited again"
+
+
 def test_audits_go_one_by_one_oldest_first_and_survive_a_restart():
     c = court(shards=3)
     for shard in (2, 0, 1):

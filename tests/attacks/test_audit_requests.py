@@ -1,0 +1,81 @@
+"""The audit stream under attack, over real p2pd: floods from one address, reports out of size, silence."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import courtroom  # pyright: ignore[reportMissingImports]
+import pytest
+from lutetia.coordinator.admission import Pace
+from lutetia.coordinator.audit_desk import AuditDesk
+from lutetia.coordinator.bench import Bench
+from lutetia.coordinator.judge import Rules
+from lutetia.coordinator.ledger import Ledger
+from lutetia.coordinator.tools import NetworkTools
+from lutetia.protocol.audit_stream import AUDIT, AuditAnswer, AuditRequest, ask_audit
+from lutetia.protocol.framing import framed
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.records import AcceptanceRecord, ResetRecord
+from lutetia.protocol.store import BlobStore
+from lutetia.protocol.transport import Transport
+from swarms import manifest_of_now, network
+from test_tools import StrawHands  # pyright: ignore[reportMissingImports]
+
+
+def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_minute() -> None:
+    pace = Pace(per_minute=5)
+    assert [pace.wait("203.0.113.5", second / 10) is None for second in range(8)] == [True] * 5 + [False] * 3
+    assert pace.wait("203.0.113.5", 10.0) == pytest.approx(50.0)
+    assert pace.wait("198.51.100.7", 10.0) is None
+    assert pace.wait("203.0.113.5", 61.0) is None
+
+
+def desk_of(folder: Path, transport: Transport, pace: Pace) -> AuditDesk:
+    """A coordinator's desk with its judge; nothing is due for an audit."""
+
+    async def publish(record: AcceptanceRecord | ResetRecord) -> None: ...
+
+    manifest, store = manifest_of_now(), BlobStore(folder / "blobs")
+    tools = NetworkTools(transport, manifest, store, store, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    ledger = Ledger.create(folder / "ledger.sqlite", courtroom.first_event(manifest, time.time()))
+    rules = Rules(manifest, courtroom.COORDINATOR.public_key, b"secret")
+    bench = Bench(rules, ledger, StrawHands(), publish, transport.now, lambda state: None)
+    return AuditDesk(transport, bench, tools, list, pace)
+
+
+@pytest.mark.timeout(300)
+async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(tmp_path: Path) -> None:
+    """Three identities at one address ask forty times at once, while another sends a giant and one holds streams open."""
+
+    def ask(peer: Transport, name: str) -> asyncio.Task[AuditAnswer]:
+        asked = AuditRequest(owner=Identity.derived(name).public_key)
+        return asyncio.create_task(ask_audit(peer, coordinator.peer_id, asked))
+
+    async with network(tmp_path, manifest_of_now()) as start:
+        coordinator = await start("coordinator")
+        desk = desk_of(tmp_path, coordinator, Pace(per_minute=20))
+        await desk.serve()
+        judging = asyncio.create_task(desk.bench.run())
+        names = [f"sybil {number}" for number in range(3)]
+        crowd = [await start(name, bootstrap=coordinator.addresses(), host="127.0.0.2") for name in names]
+        honest = await start("honest", bootstrap=coordinator.addresses(), host="127.0.0.3")
+
+        giant = await crowd[0].open_stream(coordinator.peer_id, AUDIT)
+        await giant.write(framed(bytes(4096 + 26 * desk.manifest.steps_per_epoch + 1)))
+        with pytest.raises(ConnectionError):
+            await giant.read_exactly(1)  # hung up on, unread
+        silent = [await crowd[1].open_stream(coordinator.peer_id, AUDIT) for _ in range(20)]
+
+        replies = await asyncio.gather(*(ask(peer, name) for peer, name in zip(crowd, names, strict=True) for _ in range(10)))
+        late = [reply for reply in replies if "this address" in reply.text]
+        assert len(late) == 10, "twenty a minute of all identities at that address together"
+        assert all(reply.retry_after > 20 for reply in late)
+        answered = await ask(honest, "honest")
+        assert (answered.text, answered.job) == ("", None)
+        assert answered.retry_after > 0
+        for stream in silent:
+            await stream.close()
+        judging.cancel()
+        await asyncio.gather(judging, return_exceptions=True)
