@@ -102,6 +102,7 @@ def train_autoencoder(
         Path | None, setting("AUTOENCODER_CLIPS", "Learn frames of these clips (split train) instead of rule-made ones.")
     ] = None,
     channels: Annotated[int, setting("AUTOENCODER_CHANNELS", "Channels of its latents.", min=1)] = 8,
+    size: Annotated[int, setting("AUTOENCODER_SIZE", "Height and width of its frames in pixels, a multiple of 8.", min=8)] = 64,
     bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster where the processor multiplies bfloat16 (AMX).")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -118,6 +119,7 @@ def train_autoencoder(
             seed,
             steps=steps,
             channels=channels,
+            size=size,
             clips=clips,
             bfloat16=bfloat16,
             on_progress=lambda done, total, _: on_progress("steps", done, total),

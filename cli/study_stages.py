@@ -74,7 +74,9 @@ def _latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progres
     """What makes the latents, and the PSNR in dB by kind of the study's own autoencoder, trained where the cache has none."""
     if config.autoencoder is None:
         return config.data.latents, {}
-    wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "as": config.autoencoder.model_dump()}
+    size = min(config.data.height, config.data.width)
+    wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "size": size,
+              "as": config.autoencoder.model_dump()}  # fmt: skip
     folder = cache / f"autoencoder-{hashlib.sha256(canonical(wanted)).hexdigest()[:12]}"
     report = folder.with_suffix(".json")
     if not folder.is_dir():
@@ -83,7 +85,7 @@ def _latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progres
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         found = train_autoencoder(
-            part, **config.autoencoder.model_dump(), clips=clips,
+            part, **config.autoencoder.model_dump(), size=size, clips=clips,
             on_progress=lambda done, total, _: on_progress("autoencoder", done, total),
         )  # fmt: skip
         write_atomic(report, json.dumps(found, indent=1).encode())

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
-from ...system.errors import DataError
+from ...system.errors import ConfigError, DataError
 from . import made
 from .clips import ClipShape, decode_clip
 from .listing import ClipSource, read_listing
@@ -40,22 +40,28 @@ def train_autoencoder(
     *,
     steps: int = 5000,
     channels: int = LATENT_CHANNELS,
+    size: int = SIZE,
     clips: Path | None = None,
     bfloat16: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train, write the autoencoder's folder to `out`, and report PSNR per kind of clip on frames it has not seen.
 
-    `clips`: a folder of captioned clips, of which it sees frames of the split train only, at 64x64 px; one clip in twenty is kept
-    back for the PSNR. Without it, rule-made clips. Raises DataError where the folder cannot be used.
+    `clips`: a folder of captioned clips, of which it sees frames of the split train only; one clip in twenty is kept back for the
+    PSNR. Without it, rule-made clips. Raises DataError where the folder cannot be used. `size`: pixels of a side of its frames, a
+    multiple of 8 (else ConfigError); it learns details best at the size at which it will be used.
 
     `bfloat16` is several times faster where the processor multiplies matrices of it (AMX), and slow elsewhere.
     `on_progress` is told (steps done, steps, loss).
     """
+    if size % 8:
+        raise ConfigError(
+            f"the autoencoder makes one latent of 8x8 pixels, so frames of {size} pixels cannot be had; take a multiple of 8"
+        )
     started = time.monotonic()
     torch.manual_seed(seed)
     model = build_autoencoder(channels).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    (pictures, _), unseen = _sets(clips, seed)
+    (pictures, _), unseen = _sets(clips, seed, size)
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -116,33 +122,33 @@ def reconstruction_psnr(model: AutoencoderTiny, pictures: Tensor, kinds: list[st
     return {kind: round(float(together[np.array(kinds) == kind].mean()), 2) for kind in sorted(set(kinds))}
 
 
-def _frames(clips: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Some frames of each of `clips` rule-made clips, uint8 [N, 3, SIZE, SIZE], and their kinds."""
+def _frames(clips: int, seed: int, size: int) -> tuple[Tensor, list[str]]:
+    """Some frames of each of `clips` rule-made clips, uint8 [N, 3, size, size], and their kinds."""
     rng = np.random.default_rng(seed)
     chosen, kinds = [], []
     for clip in made.plan(clips, seed):
         number = FRAMES_PER_CLIP[clip.kind]
-        chosen.append(made.draw(clip, CLIP_FRAMES, SIZE)[rng.choice(CLIP_FRAMES, number, replace=False)])
+        chosen.append(made.draw(clip, CLIP_FRAMES, size)[rng.choice(CLIP_FRAMES, number, replace=False)])
         kinds += [clip.kind] * number
     return torch.from_numpy(np.concatenate(chosen)).permute(0, 3, 1, 2).contiguous(), kinds
 
 
-def _sets(clips: Path | None, seed: int) -> tuple[tuple[Tensor, list[str]], tuple[Tensor, list[str]]]:
+def _sets(clips: Path | None, seed: int, size: int) -> tuple[tuple[Tensor, list[str]], tuple[Tensor, list[str]]]:
     """Frames and kinds to train on, and others to report on."""
     if clips is None:
-        return _frames(TRAIN_CLIPS, seed + TRAIN_SEED), _frames(TEST_CLIPS, seed + TEST_SEED)
+        return _frames(TRAIN_CLIPS, seed + TRAIN_SEED, size), _frames(TEST_CLIPS, seed + TEST_SEED, size)
     listed = [clip for clip in read_listing(clips).clips if clip.split == "train"]
     kept_back = [zlib.crc32(clip.name.encode()) % 20 == 0 for clip in listed]
     seen, unseen = ([clip for clip, back in zip(listed, kept_back, strict=True) if back is want] for want in (False, True))
     if not seen or not unseen:
         raise DataError(f"{clips} has {len(listed)} clips of split train, too few for an autoencoder; give some dozens at least")
-    return _own_frames(seen, seed), _own_frames(unseen, seed)
+    return _own_frames(seen, seed, size), _own_frames(unseen, seed, size)
 
 
-def _own_frames(clips: Sequence[ClipSource], seed: int) -> tuple[Tensor, list[str]]:
-    """OWN_FRAMES random frames of each clip, uint8 [N, 3, SIZE, SIZE], and their kinds."""
+def _own_frames(clips: Sequence[ClipSource], seed: int, size: int) -> tuple[Tensor, list[str]]:
+    """OWN_FRAMES random frames of each clip, uint8 [N, 3, size, size], and their kinds."""
     rng = np.random.default_rng(seed)
-    shape = ClipShape(frames=CLIP_FRAMES, height=SIZE, width=SIZE, start="whole", short="loop")
+    shape = ClipShape(frames=CLIP_FRAMES, height=size, width=size, start="whole", short="loop")
     chosen = [decode_clip(clip.path, shape)[rng.choice(CLIP_FRAMES, OWN_FRAMES, replace=False)] for clip in clips]
     kinds = [clip.kind for clip in clips for _ in range(OWN_FRAMES)]
     return torch.from_numpy(np.concatenate(chosen)).permute(0, 3, 1, 2).contiguous(), kinds

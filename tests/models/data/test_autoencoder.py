@@ -10,7 +10,7 @@ import pytest
 from lutetia.models.data.latents import load_latents
 from lutetia.models.data.made import make_clips
 from lutetia.models.data.stand_in import train_autoencoder
-from lutetia.system.errors import DataError
+from lutetia.system.errors import ConfigError, DataError
 
 
 def with_splits(folder: Path, tested: int) -> Path:
@@ -27,7 +27,7 @@ def with_splits(folder: Path, tested: int) -> Path:
 
 def test_it_learns_frames_of_train_only_and_serves_as_latents(tmp_path: Path) -> None:
     clips = with_splits(tmp_path / "clips", 12)
-    report = train_autoencoder(tmp_path / "ae", 0, steps=2, channels=5, clips=clips)
+    report = train_autoencoder(tmp_path / "ae", 0, steps=2, channels=5, size=32, clips=clips)
     assert report["steps"] == 2
     assert set(report["psnr_db"]) <= {"camera", "digit", "shape"}
     latents = load_latents(str(tmp_path / "ae"))
@@ -43,3 +43,8 @@ def test_a_handful_of_clips_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"too few for an autoencoder"):
         train_autoencoder(tmp_path / "ae", 0, steps=2, clips=tmp_path / "clips")
     assert not (tmp_path / "ae").exists()
+
+
+def test_frames_of_no_whole_latents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a multiple of 8"):
+        train_autoencoder(tmp_path / "ae", 0, steps=2, size=36)
