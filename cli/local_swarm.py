@@ -95,7 +95,8 @@ class LocalSwarm:
 
     async def _end(self, member: Member) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(member.process.wait(), STOP_GRACE)
+            async with asyncio.timeout(STOP_GRACE):
+                await member.process.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(member.process.pid, signal.SIGKILL)  # also what a killed member may have left behind
         await member.process.wait()

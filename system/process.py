@@ -61,7 +61,8 @@ class Child:
         if self.process.stdin:
             self.process.stdin.close()
         try:
-            return await asyncio.wait_for(self.process.wait(), grace)
+            async with asyncio.timeout(grace):
+                return await self.process.wait()
         except TimeoutError:
             return await self.kill()
 
