@@ -76,15 +76,27 @@ def _cogvideox_rotary(
     head: int, grid: Patch, base: tuple[int, int], patched_time: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """As `CogVideoXPipeline._prepare_rotary_positional_embeddings` makes it (versions 1.0 and, with `patched_time`, 1.5)."""
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
     frames, *space = grid
     if patched_time:
         cosine, sine = get_3d_rotary_pos_embed(head, None, space, frames, grid_type="slice", max_size=base, device=device)
     else:
-        crop = get_resize_crop_region_for_grid(space, base[1], base[0])
+        crop = resized_region((space[0], space[1]), base)
         cosine, sine = get_3d_rotary_pos_embed(head, crop, space, frames, device=device)
     return torch.as_tensor(cosine), torch.as_tensor(sine)
+
+
+def resized_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where a grid (height, width) lies in the base grid that it is resized into: (top, left), (bottom, right).
+
+    diffusers' `get_resize_crop_region_for_grid`, which only comes with a whole pipeline and its text encoder.
+    """
+    (height, width), (base_height, base_width) = grid, base
+    if height / width > base_height / base_width:
+        width, height = round(base_height / height * width), base_height
+    else:
+        height, width = round(base_width / width * height), base_width
+    top, left = round((base_height - height) / 2), round((base_width - width) / 2)
+    return (top, left), (top + height, left + width)
 
 
 def _call_ltx(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
