@@ -52,7 +52,7 @@ async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
         yield start
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
     """Wait for what other processes bring about. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for happens in other processes
