@@ -16,6 +16,7 @@ from lutetia.protocol.transport import RecordCheck
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
 
 from benchmarks.fuzzing import examples
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
