@@ -50,7 +50,7 @@ class HivemindTransport(Transport):
 
     async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
         """Join the DHT through those of `bootstrap` that answer; alone if it is empty. Raises BootstrapError."""
-        self._dht = await Dht.start(self._daemon.control.address, check)
+        self._dht = await Dht.start(self._daemon.control.address, check, self._daemon.control.origins)
         self._bootstrap = tuple(address for address in bootstrap if _peer_of(address) != self.peer_id)
         if self._bootstrap:
             refused = await self.dial_each(self._bootstrap)

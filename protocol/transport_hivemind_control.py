@@ -72,6 +72,11 @@ class Control:
         response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
         return [PeerID(peer.id).to_base58() for peer in response.peers]
 
+    async def origins(self) -> dict[str, str]:
+        """Peer id -> origin of the line to it (see `origins.origin_of`), of all peers with a live connection."""
+        response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
+        return {PeerID(peer.id).to_base58(): _origin(peer.addrs[0]) if peer.addrs else "" for peer in response.peers}
+
     async def connect(self, peer_id: str, addresses: Sequence[str] = (), seconds: float = DIAL_TIMEOUT) -> None:
         """Connect to `peer_id`, by `addresses` or by what the DHT knows. Raises ConnectionError with p2pd's reason."""
         peer, plain = _peer_bytes(peer_id), [packed for packed in map(_address_bytes, addresses) if packed]

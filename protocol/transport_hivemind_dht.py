@@ -2,7 +2,8 @@
 
 What differs from hivemind as it comes: one invalid or just expired record does not void the others under its key; a peer's place
 in the key space is the hash of its peer id, so that it keeps it over restarts and cannot choose it; the expiry that a peer claims
-for a whole answer is recomputed from the records in it; a record counts as stored when at least one other peer took it.
+for a whole answer is recomputed from the records in it; a record counts as stored when at least one other peer took it; what one
+network address hands over is bounded (`protocol.crowding`), and nothing is taken into hivemind's cache, which has no such bounds.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Collection
+import time
+from collections.abc import Awaitable, Callable, Collection
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
+from .crowding import Crowd
 from .records import RecordRefused
 from .transport import RecordCheck, Stored
 from .transport_hivemind_library import (
@@ -28,6 +33,7 @@ from .transport_hivemind_library import (
     PeerID,
     RecordValidatorBase,
     ValueWithExpiration,
+    dht_messages,
 )
 from .waiting import heeding
 
@@ -40,13 +46,35 @@ LOOKUP_TIMEOUT = 30.0
 MAX_RECORDS_PER_KEY = 4096
 MAX_KEYS = 1 << 17
 MAX_NEIGHBOURS = 40
+_ORIGINS_KEPT, _ORIGINS_ASKED = 60.0, 0.5
+_STORE_CALL = "DHTProtocol.rpc_store"
+
+_handed_by: ContextVar[str | None] = ContextVar("handed_by", default=None)
+"""The origin of the peer whose records are being looked at; None for what this peer stores or reads itself."""
+
+
+@dataclass
+class _Origins:
+    """The origins of connected peers, asked from p2pd when a stranger appears, but not all the time."""
+
+    ask: Callable[[], Awaitable[dict[str, str]]]
+    _known: dict[str, str] = field(default_factory=dict)
+    _asked: float = float("-inf")
+
+    async def of(self, peer_id: str) -> str:
+        """ "" for who is behind a relay, gone again, or one of too many strangers at once."""
+        since = time.monotonic() - self._asked
+        if since > _ORIGINS_KEPT or (peer_id not in self._known and since > _ORIGINS_ASKED):
+            self._asked = time.monotonic()
+            self._known = await self.ask()
+        return self._known.get(peer_id, "")
 
 
 class _Validator(RecordValidatorBase):
     """Adapts a RecordCheck: hivemind passes the hashed key and msgpack-ed subkey and value."""
 
     def __init__(self, check: RecordCheck) -> None:
-        self._check = check
+        self._check, self._crowd = check, Crowd()
 
     def validate(self, record: DHTRecord) -> bool:
         try:
@@ -56,7 +84,13 @@ class _Validator(RecordValidatorBase):
         if not isinstance(subkey, str) or not isinstance(value, bytes):
             return False
         key = self._key_of(None, subkey, value, record.expiration_time)
-        return key is not None and DHTID.generate(source=key).to_bytes() == record.key
+        if key is None or DHTID.generate(source=key).to_bytes() != record.key:
+            return False
+        origin = _handed_by.get()
+        if origin is None or self._crowd.admits(key, subkey, origin, record.expiration_time, time.time()):
+            return True
+        log.info("refused a record under %s: too many come from %s", key, origin or "relays")
+        return False
 
     def passes(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         """The check of a reader, who knows the key."""
@@ -72,6 +106,18 @@ class _Validator(RecordValidatorBase):
 
 class _Protocol(DHTProtocol):
     """The RPC side, with our rules about what is kept and who is believed to sit where."""
+
+    origins: _Origins
+
+    async def rpc_store(self, request: Any, context: Any) -> Any:
+        """Somebody wants us to keep records: known by where it calls from, and never in the cache."""
+        del request.in_cache[:]
+        request.in_cache.extend([False] * len(request.keys))
+        reset = _handed_by.set(await self.origins.of(context.remote_id.to_base58()))
+        try:
+            return await super().rpc_store(request, context)
+        finally:
+            _handed_by.reset(reset)
 
     def _validate_record(self, key_bytes: bytes, subkey_bytes: bytes, value_bytes: bytes, expiration_time: float) -> bool:
         held = self.storage.get(DHTID.from_bytes(key_bytes))
@@ -132,8 +178,8 @@ class Dht:
         self._protocol: DHTProtocol = node.protocol
 
     @classmethod
-    async def start(cls, control_address: str, check: RecordCheck) -> Dht:
-        """`control_address` is the multiaddr of p2pd's control socket."""
+    async def start(cls, control_address: str, check: RecordCheck, origins: Callable[[], Awaitable[dict[str, str]]]) -> Dht:
+        """`control_address` is the multiaddr of p2pd's control socket; `origins` gives those of the connected peers."""
         p2p, validator = await P2P.replicate(Multiaddr(control_address)), _Validator(check)
         assert p2p.peer_id
         node = await _Node.create(
@@ -150,6 +196,10 @@ class Dht:
         node.protocol.__class__ = _Protocol  # hivemind builds its protocol itself; there is no parameter for another class
         node.protocol.storage.maxsize = node.protocol.cache.maxsize = MAX_KEYS
         assert isinstance(node, _Node)
+        assert isinstance(node.protocol, _Protocol)
+        node.protocol.origins = _Origins(origins)
+        await p2p.remove_protobuf_handler(_STORE_CALL)  # the handler that was registered is the base class's
+        await p2p.add_protobuf_handler(_STORE_CALL, node.protocol.rpc_store, dht_messages.StoreRequest)
         return cls(p2p, node, validator)
 
     def neighbours(self) -> list[str]:

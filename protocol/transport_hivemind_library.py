@@ -74,6 +74,7 @@ from hivemind.dht.storage import DictionaryDHTValue  # noqa: E402
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase  # noqa: E402
 from hivemind.hivemind_cli import __path__ as _binaries  # noqa: E402
 from hivemind.p2p import P2P, PeerID  # noqa: E402
+from hivemind.proto import dht_pb2 as _dht_pb2  # noqa: E402
 from hivemind.proto import p2pd_pb2 as _p2pd_pb2  # noqa: E402
 from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
@@ -84,6 +85,8 @@ logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the 
 P2PD = f"{_binaries[0]}/p2pd"
 messages: Any = _p2pd_pb2
 """The protobuf messages of p2pd's control socket, whose classes are made at import."""
+dht_messages: Any = _dht_pb2
+"""Those of the DHT's calls."""
 
 __all__ = [
     "DHTID",
@@ -97,5 +100,6 @@ __all__ = [
     "PeerID",
     "RecordValidatorBase",
     "ValueWithExpiration",
+    "dht_messages",
     "messages",
 ]

@@ -1,0 +1,72 @@
+"""A swarm of made-up owners at one address that floods the DHT with records: it gets its share of the places, and no more."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lutetia.protocol.crowding import IN_ALL, PER_KEY, Crowd
+from lutetia.protocol.identity import Identity
+from lutetia.protocol.manifest import Timing
+from lutetia.protocol.records import ClaimRecord, claim_key, seal
+from lutetia.protocol.transport_hivemind import HivemindTransport
+from swarms import manifest_of_now, network
+
+CLAIMS = f"{'0' * 64}/claims/0"
+
+
+def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
+    crowd = Crowd(in_all=100)
+    most = PER_KEY["claims"]
+    taken = [crowd.admits(CLAIMS, f"sybil {n}", "203.0.113.5", 60.0, 0.0) for n in range(200)]
+    assert taken == [True] * most + [False] * (200 - most)
+    assert crowd.admits(CLAIMS, "honest", "198.51.100.7", 60.0, 0.0)
+    assert crowd.admits(CLAIMS, "sybil 0", "203.0.113.5", 90.0, 0.0), "who is in may renew"
+    others = [crowd.admits(f"{'0' * 64}/providers/{n}", "sybil", "203.0.113.5", 60.0, 0.0) for n in range(100)]
+    assert sum(others) == 100 - most
+    assert crowd.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records give their places back"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", ""]), st.integers(1, 40)), max_size=80)
+)
+def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, str, int]]) -> None:
+    crowd = Crowd(per_key={"claims": 3}, in_all=6)
+    for now, (key, owner, origin, life) in enumerate(story):
+        crowd.admits(f"run/claims/{key}", str(owner), origin, now + life + owner / 10, now)
+        held = list(crowd._held.items())
+        assert all(expires > now for _, (_, expires) in held)
+        assert sum(crowd._of_origin.values()) == sum(crowd._under_key.values()) == len(held)
+        assert max(crowd._under_key.values(), default=0) <= 3
+        assert max(crowd._of_origin.values(), default=0) <= 6
+    crowd._forget(1e9)
+    assert (crowd._held, dict(crowd._under_key), dict(crowd._of_origin)) == ({}, {}, {})
+    assert PER_KEY["claims"] < IN_ALL
+
+
+async def claim(peer: HivemindTransport, run: str, name: str) -> bool:
+    """A correctly signed claim on shard 0 by the owner of that name, who may be made up for it."""
+    owner, expires = Identity.derived(name), time.time() + 170
+    record = ClaimRecord(run=run, owner=owner.public_key, issued=time.time(), shard=0, epoch=0, samples=0, state="training")
+    return await peer.store(record.key(), owner.public_key, seal(record, owner, expires), expires)
+
+
+@pytest.mark.timeout(300)
+async def test_a_real_flood_of_claims_from_one_address_leaves_the_honest_claim_and_few_others(tmp_path: Path) -> None:
+    run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
+    most = PER_KEY["claims"]
+    async with network(tmp_path, run) as start:
+        keeper = await start("keeper")
+        sybil = await start("sybil", bootstrap=keeper.addresses(), host="127.0.0.2")
+        taken = [await claim(sybil, run.run_id, f"made up {number}") for number in range(most + 12)]
+        assert 0 < sum(taken) <= most
+        honest = await start("honest", bootstrap=keeper.addresses(), host="127.0.0.3")
+        assert await claim(honest, run.run_id, "honest")
+        await sybil.close()  # what it keeps itself it shows to whoever asks it; what others keep of it counts here
+        found = await keeper.get(claim_key(run.run_id, 0))
+        assert Identity.derived("honest").public_key in found
+        assert sum(taken) <= len(found) - 1 <= most
