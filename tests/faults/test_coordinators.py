@@ -34,8 +34,10 @@ async def test_all_bootstraps_go_down_and_a_box_comes_back_through_its_friends(p
     """F5. The ticket names nobody who lives: training goes on, and who was here before finds the others by itself."""
     holder, standby = await pair.ready()
     await standby.end(signal.SIGKILL)
-    again = await pair.join(standby.name)  # it meets the holder, and remembers it
+    again = await pair.join(standby.name)  # it meets the holder, and remembers it; where heartbeats are late, a little later
     await again.until(state="idle")
+    met, friend = list(again.state.glob("runs/*/peers.json")), (await holder.until(peer_id=lambda name: name))["peer_id"]
+    await until(lambda: any(friend in path.read_text() for path in met), "the box to remember its friend")
     await again.end(signal.SIGKILL)
     await pair.coordinator.end(signal.SIGKILL)
     mark = standby.mark()
