@@ -126,8 +126,10 @@ def _measure(peers: int, shards: int) -> Size:
 def _counted(world: World) -> tuple[float, float, float, float, float]:
     """Messages and bytes of all peers, their looks at shards, the bytes that the coordinator read, and what it judged."""
     costs = world.costs
-    own = [sum(count for kind, count in counter.items() if kind != "watch") for counter in (costs.messages, costs.bytes)]
-    return *own, costs.shards_seen, costs.bytes["watch"], costs.judged
+    messages, size = (
+        sum(count for kind, count in counter.items() if kind != "watch") for counter in (costs.messages, costs.bytes)
+    )
+    return messages, size, costs.shards_seen, costs.bytes["watch"], costs.judged
 
 
 def _one_owner_each(world: World) -> bool:

@@ -67,6 +67,6 @@ def own_duty(run: str, owner: str, nodes: Sequence[NodeRecord], shards: int, tur
     return duties(run, [node.owner for node in nodes if stands_by(node)], shards, turn).get(owner, frozenset())
 
 
-def pace(records: int) -> float:
+def pace(records: float) -> float:
     """How many times longer than half a lease one waits before reading that many node records again."""
     return max(1.0, records / FULL_PACE)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+Name = TypeVar("Name", str, tuple[str, str])
 
 PER_KEY = {"claims": 64, "checkpoints": 64, "providers": 128}
 """Live records of one origin under one key, by the kind of the key."""
@@ -54,7 +57,11 @@ class Crowd:
 
     def _drop(self, key: str, owner: str) -> None:
         origin, _ = self._held.pop((key, owner))
-        for counter, name in ((self._under_key, (key, origin)), (self._of_origin, origin)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        _count_down(self._under_key, (key, origin))
+        _count_down(self._of_origin, origin)
+
+
+def _count_down(counter: Counter[Name], name: Name) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
