@@ -16,6 +16,7 @@ from lutetia.coordinator.ladder import Verdict
 
 from benchmarks.attacking.lab import SHORT, Honest, Lab
 from benchmarks.attacking.lies import EXCUSES, LIES, Scene
+from benchmarks.attacks import truths
 
 SEED = 1
 STOPPED = {
@@ -78,7 +79,7 @@ async def test_an_honest_box_of_any_kind_passes_every_judge(setting: Honest, tmp
         result, _ = lab.honest(parent)
         verdict = await lab.judged(result, parent_loss)
         assert verdict.outcome == "valid", verdict.text
-        for said in (None, *EXCUSES.values()):
+        for said in truths(setting).values():
             found = lab.audited(result, parent, said)
             assert (found.begun_short, found.whole.outcome) == ("valid", "valid"), (found.first.text, found.whole.text)
         parent, parent_loss = result, verdict.loss

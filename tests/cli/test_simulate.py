@@ -31,7 +31,7 @@ def test_the_list_names_scenarios_and_what_is_not_simulated() -> None:
     document = json.loads(lutetia("simulate", "--list", "--json").stdout)
     assert {"churn", "partition", "forgers"} <= {row["name"] for row in document["scenarios"]}
     assert "19" in document["not_simulated"]
-    assert len(document["broken"]) == 7
+    assert {"accept-twice", "believe-auditors"} <= document["broken"].keys()
 
 
 def test_what_makes_no_sense_is_one_sentence_and_code_2() -> None:
