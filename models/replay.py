@@ -20,8 +20,10 @@ from ..protocol.records import Made
 from ..system.errors import IntegrityError
 from .checkpoints import CheckpointRefused
 from .data.shards import ShardData
-from .states import Precision
+from .states import Precision, Snapshot
 from .training import ExpertTrainer, TrainingDiverged
+
+Lookup = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,8 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
             other.step()
     except TrainingDiverged:
         return None
-    first, second = trainer.snapshot(), other.snapshot()
-    raw = _distance(first.parameters, lambda name: second.parameters[name])
-    averages = _distance(first.ema, lambda name: second.ema[name])
-    return max(raw, averages) / _distance(first.parameters, lambda name: start[name])
+    end = other.snapshot()
+    return _apart(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__)
 
 
 def under_budget(manifest: Manifest, epochs: int) -> Manifest:
@@ -154,17 +154,19 @@ def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
 
 def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: End) -> float:
     """The larger of the parameters' and the averages' distance from the author's, over the length of the replayed way."""
-    snapshot = trainer.snapshot()
-    way = _distance(snapshot.parameters, lambda name: start[name])
     with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
-        raw = _distance(snapshot.parameters, lambda name: state.get_tensor(f"param.{name}"))
-        averages = _distance(snapshot.ema, lambda name: weights.get_tensor(name))
+        return _apart(trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor)
+
+
+def _apart(ours: Snapshot, start: Mapping[str, Tensor], parameters: Lookup, averages: Lookup) -> float:
+    """The larger distance of our parameters and of our averages from others', over the length of our way from `start`."""
+    way = _distance(ours.parameters, lambda name: start[name])
     if way == 0:
         raise IntegrityError("the replayed epoch moved no weight; its learning rate is zero and there is nothing to audit")
-    return max(raw, averages) / way
+    return max(_distance(ours.parameters, parameters), _distance(ours.ema, averages)) / way
 
 
-def _distance(ours: Mapping[str, Tensor], theirs: Callable[[str], Tensor]) -> float:
+def _distance(ours: Mapping[str, Tensor], theirs: Lookup) -> float:
     total = sum(torch.dist(tensor.double(), theirs(name).double()).item() ** 2 for name, tensor in ours.items())
     return math.sqrt(total)
 

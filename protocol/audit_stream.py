@@ -112,9 +112,7 @@ async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, a
     )
 
 
-async def serve_audits(
-    transport: Transport, answer: Answer, admit: Admit = lambda stream: None, steps: int = MAX_STEPS
-) -> None:  # fmt: skip
+async def serve_audits(transport: Transport, answer: Answer, admit: Admit = lambda stream: None, steps: int = MAX_STEPS) -> None:
     """Answer requests; one that is too large, too slow or malformed ends its own stream only.
 
     `admit` is asked first. `steps`: of the longest report that anybody is asked for, which bounds what is read.

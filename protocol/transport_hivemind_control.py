@@ -69,8 +69,7 @@ class Control:
 
     async def connected(self) -> list[str]:
         """The ids of all peers with a live connection."""
-        response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
-        return [PeerID(peer.id).to_base58() for peer in response.peers]
+        return list(await self.origins())
 
     async def origins(self) -> dict[str, str]:
         """Peer id -> origin of the line to it (see `origins.origin_of`), of all peers with a live connection."""

@@ -102,10 +102,8 @@ class Bench:
     def rebuilt(self, latents: str, prompts: Prompts, count: int) -> tuple[Entry, ...]:
         """The real clips themselves, encoded to latents and decoded again: what no arm can be expected to pass."""
         judges = self.judges(prompts, count)
-        codec, parts = (
-            load_latents(latents, device=self.settings.device),
-            judges.reference.frames.split(self.config.judging.batch),
-        )
+        codec = load_latents(latents, device=self.settings.device)
+        parts = judges.reference.frames.split(self.config.judging.batch)
         frames = torch.cat([torch.from_numpy(codec.decode(codec.encode(part))) for part in parts])
         return tuple(judges.judge(judges.reference.with_frames(frames)))
 
