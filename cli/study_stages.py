@@ -250,7 +250,7 @@ class Stages:
             clusters[training.data] = read_data(self.data(training)).clustering.model_dump(mode="json")
         config: dict[str, Any] = self.config.model_dump(mode="json")
         compared = self.headline()
-        encoded = [each for each in self.config.judging.prompts if each in compared and self.latents != "pixels"]
+        encoded: list[Prompts] = [each for each in self.config.judging.prompts if each in compared and self.latents != "pixels"]
         return StudyResults(
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
             judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
