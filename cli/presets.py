@@ -59,7 +59,7 @@ _TINY = Preset(
     run={
         "preset": "tiny",
         "name": "tiny demo",
-        "samples_per_shard": 320,
+        "samples_per_shard": 480,
         "checkpoint_samples": 80,
         "sampling": {
             "steps": 2,

@@ -80,9 +80,9 @@ class Takeover:
 def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker], slowest_first: Sequence[str]) -> Worker | None:
     """The worker to kill now, or None while it is too early.
 
-    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and work ahead. The time
-    is right when another worker is free to take over, at the latest when two thirds of the shard's budget or all but its last
-    epoch are done.
+    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and a whole epoch ahead:
+    one in its last epoch may hand that in before it dies, and nothing is left to take over. The time is right when another
+    worker is free, at the latest when two thirds of the shard's budget are accepted or the last epoch but one is in training.
     """
     holders = {worker.name: (worker, status.shards[worker.shard]) for worker in workers.values() if worker.shard is not None}
     for name in slowest_first:
@@ -91,7 +91,10 @@ def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker], slowest_fi
             continue
         if worker.state not in ("training", "publishing"):
             continue
+        ahead, epoch = shard.samples_budget - worker.samples, shard.samples // shard.epoch
+        if ahead < epoch:
+            continue
         free = any(other.state == "idle" and other.name != name for other in workers.values())
-        last_chance = 3 * shard.epoch >= 2 * shard.epochs or shard.epoch == shard.epochs - 1
+        last_chance = 3 * shard.epoch >= 2 * shard.epochs or ahead < 2 * epoch
         return worker if free or last_chance else None
     return None

@@ -67,6 +67,11 @@ def test_the_slowest_dies_once_somebody_is_free() -> None:
     assert victim(free, worker(0, "idle", shard=None), worker(1), worker(2, "syncing")) == "worker-2"
     late = status(*(shard(k, 4, "training", KEYS[k]) for k in range(3)))
     assert victim(late, worker(0), worker(1), worker(2)) == "worker-3"  # two thirds are done: the last chance
+    handed_in = [worker(k, samples=8_100) for k in range(3)]
+    assert victim(late, *handed_in) is None  # whoever is in its last epoch may hand that in before it dies
+    assert victim(late, handed_in[0], worker(1, samples=7_900), handed_in[2]) == "worker-2"
+    ahead = status(*(shard(k, 1, "training", KEYS[k]) for k in range(3)))
+    assert victim(ahead, worker(0), worker(1), worker(2, samples=6_500)) == "worker-3"  # its last epoch but one: the last chance
     early = status(*(shard(k, 0, "training", KEYS[k]) for k in range(3)))
     assert victim(early, worker(0, "idle", shard=None), worker(1), worker(2)) is None  # nothing to go on from
 
