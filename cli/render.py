@@ -24,7 +24,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column in {"SAMPLES", "LOSS", "LEASE", "AGE", "SPEED", "SEEN", "ACCEPTED", "REJECTED"}
+        right = column in {"SAMPLES", "LOSS", "COPIES", "LEASE", "AGE", "SPEED", "SEEN", "ACCEPTED", "REJECTED"}
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     return table
 
@@ -61,7 +61,7 @@ def render_status(status: SwarmStatus, now: float) -> RenderableType:
 def shard_table(status: SwarmStatus, now: float) -> Table:
     from rich.text import Text
 
-    table = _table("EXPERT", "CLUSTER", "NODE", "EPOCH", "SAMPLES", "LOSS", "CKPT", "AGE", "LEASE", "STATE")
+    table = _table("EXPERT", "CLUSTER", "NODE", "EPOCH", "SAMPLES", "LOSS", "CKPT", "COPIES", "AGE", "LEASE", "STATE")
     peers = {node.owner: node for node in status.nodes}
     for shard in status.shards:
         table.add_row(*_shard_cells(shard, peers, now), Text(shard.state, style=_STATE_STYLE[shard.state]))
@@ -78,6 +78,7 @@ def _shard_cells(shard: ShardStatus, peers: dict[str, NodeStatus], now: float) -
         f"{thousands(shard.samples)}/{thousands(shard.samples_budget)}",
         number(shard.holdout_loss),
         short(shard.checkpoint),
+        "-" if shard.copies is None else str(shard.copies),
         ago(now - shard.last_accepted) if shard.last_accepted else "-",
         ago(shard.claim_expires - now) if shard.claim_expires else "-",
     ]

@@ -1,15 +1,16 @@
-"""Watches the DHT: who is there, who claims what, and which results lie there that nobody offered by stream."""
+"""Watches the DHT: who is there, claims what and holds what was accepted, and which results nobody offered by stream."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ..protocol.manifest import Manifest
-from ..protocol.records import CheckpointRecord, ClaimRecord, NodeRecord, checkpoint_key, claim_key, node_keys
+from ..protocol.accepted import holders_of
+from ..protocol.manifest import Manifest, Timing
+from ..protocol.records import AcceptanceRecord, CheckpointRecord, ClaimRecord, NodeRecord, checkpoint_key, claim_key, node_keys
 from ..protocol.services import read_records
 from ..protocol.status_view import LiveView, Sighting
 from ..protocol.transport import Transport
@@ -26,25 +27,27 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 
 @dataclass
 class Lookout:
-    """`view` is what was last seen; `found` is told of every checkpoint record at every look."""
+    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count."""
 
     transport: Transport
     manifest: Manifest
     found: Callable[[CheckpointRecord], Awaitable[None]]
+    accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
     _nodes_due: float = float("-inf")
 
     async def run(self) -> None:
-        """Look four times per heartbeat until cancelled."""
+        """Look four times per heartbeat until cancelled; count copies once a lease."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat(self.look_at_peers))
-            group.create_task(self._repeat(self.look_at_checkpoints))
+            group.create_task(self._repeat(self.look_at_peers, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.count_copies, lambda timing: timing.lease))
 
-    async def _repeat(self, look: Callable[[], Awaitable[None]]) -> None:
+    async def _repeat(self, look: Callable[[], Awaitable[None]], pace: Callable[[Timing], float]) -> None:
         while True:
-            pause = self.manifest.timing.heartbeat / 4
+            pause = pace(self.manifest.timing)
             try:
                 await look()
             except (ConnectionError, TimeoutError) as error:
@@ -62,7 +65,8 @@ class Lookout:
         ]
         now = self.transport.now()
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
-        self.view, self._since = sighted(nodes, claims, self._since, now)
+        view, self._since = sighted(nodes, claims, self._since, now)
+        self.view = replace(view, copies=self.view.copies)
 
     async def look_at_checkpoints(self) -> None:
         """Tell `found` of every result in the DHT."""
@@ -70,6 +74,18 @@ class Lookout:
         for record, _ in await self._read(checkpoint_key(run, shard) for shard in range(len(self.manifest.shards))):
             if isinstance(record, CheckpointRecord):
                 await self.found(record)
+
+    async def count_copies(self) -> None:
+        """Who of the peers in `view` says that it holds an accepted checkpoint, as a number by checkpoint."""
+        alive = {node.record.owner for node in self.view.nodes if node.record.state != "left"}
+        places = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def count(acceptance: AcceptanceRecord) -> tuple[str, int]:
+            async with places:
+                return acceptance.checkpoint, len(await holders_of(self.transport, self.manifest, acceptance, alive))
+
+        counted = await asyncio.gather(*map(count, self.accepted()))
+        self.view = replace(self.view, copies=dict(counted))
 
     async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:
         """The live records under all `keys`."""

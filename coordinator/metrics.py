@@ -65,6 +65,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     budget = GaugeMetricFamily("lutetia_shard_budget_epochs", "Checkpoints after which the shard is done.", labels=["shard"])
     loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
     last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
+    copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
     states = GaugeMetricFamily("lutetia_shards", "Shards by state.", labels=["state"])
     tally = Tally(shard.state for shard in status.shards)
     for state in ("unclaimed", "claimed", "training", "overdue", "done"):
@@ -77,7 +78,9 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
             loss.add_metric(label, shard.holdout_loss)
         if shard.last_accepted is not None:
             last.add_metric(label, shard.last_accepted)
-    yield from (epochs, budget, loss, last, states)
+        if shard.copies is not None:
+            copies.add_metric(label, shard.copies)
+    yield from (epochs, budget, loss, last, copies, states)
 
 
 def metrics_text(produce: Callable[[], SwarmStatus]) -> Callable[[], bytes]:

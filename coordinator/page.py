@@ -46,7 +46,7 @@ def _table(title: str, heads: str, rows: list[str]) -> str:
 
 def _shards(status: SwarmStatus) -> str:
     rows = [_shard(shard, status.time) for shard in status.shards]
-    return _table("Experts", "#|cluster|epochs||held-out loss|last accepted|audit|state", rows)
+    return _table("Experts", "#|cluster|epochs||held-out loss|last accepted|copies|audit|state", rows)
 
 
 def _shard(shard: ShardStatus, now: float) -> str:
@@ -55,7 +55,8 @@ def _shard(shard: ShardStatus, now: float) -> str:
     return (
         f"<tr><td>{shard.shard:03d}</td><td>{escape(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
         f'<td><div class=bar><i style="width:{share:.0f}%"></i></div></td><td class=n>{loss}</td>'
-        f"<td class=n>{_ago(shard.last_accepted, now)}</td><td class=soft>{shard.audit or '–'}</td>"
+        f"<td class=n>{_ago(shard.last_accepted, now)}</td>"
+        f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{shard.audit or '–'}</td>"
         f"<td class={shard.state}>{shard.state}</td></tr>"
     )
 

@@ -22,6 +22,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.offers import Offer, OfferReply, serve_offers
 from ..protocol.peer_cache import PeerCache
 from ..protocol.records import (
+    AcceptanceRecord,
     CheckpointRecord,
     RecordLimits,
     RecordRefused,
@@ -95,7 +96,7 @@ class Service:
         self.crier = Crier(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
         self.bench = Bench(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
         self.admission = Admission(4 * self.settings.offers_per_minute)
-        self.lookout = self.crier.lookout = Lookout(self.transport, self.manifest, self._found)
+        self.lookout = self.crier.lookout = Lookout(self.transport, self.manifest, self._found, self._accepted)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
@@ -232,6 +233,9 @@ class Service:
 
     async def _found(self, record: CheckpointRecord) -> None:
         await self.bench.hear(Offered(record, self.transport.now(), "poll"))
+
+    def _accepted(self) -> list[AcceptanceRecord]:
+        return [shard.acceptance for shard in self.bench.state.run.shards.values() if shard.acceptance]
 
     def _changed(self, state: RunState) -> None:
         self._status = None

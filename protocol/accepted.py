@@ -84,14 +84,22 @@ async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive:
     newest = latest_acceptance(r for r in records.values() if isinstance(r, AcceptanceRecord | ResetRecord))
     if not isinstance(newest, AcceptanceRecord):
         return None
-    holders = alive
-    for ref in (newest.weights, newest.state):
-        providers = (read_envelope(stored.value) for stored in (await transport.get(provider_key(run, ref.digest))).values())
-        owners = {record.owner for record in providers if isinstance(record, ProviderRecord)}
-        holders = owners if holders is None else holders & owners
-    holders = (holders or set()) - set(manifest.coordinators)
+    holders = await holders_of(transport, manifest, newest, alive)
     stored = found[newest.owner]
     return Held(newest, stored.value, stored.expires, tuple(sorted(holders)))
+
+
+async def holders_of(
+    transport: Transport, manifest: Manifest, acceptance: AcceptanceRecord, alive: set[str] | None = None
+) -> set[str]:
+    """Public keys of the peers besides the coordinators that say they hold weights and state; only those `alive` where given."""
+    holders = alive
+    for ref in (acceptance.weights, acceptance.state):
+        found = await transport.get(provider_key(manifest.run_id, ref.digest))
+        providers = (read_envelope(stored.value) for stored in found.values())
+        owners = {record.owner for record in providers if isinstance(record, ProviderRecord)}
+        holders = owners if holders is None else holders & owners
+    return (holders or set()) - set(manifest.coordinators)
 
 
 class AcceptedService:

@@ -37,6 +37,9 @@ class ShardStatus(Frozen):
     waiting: int = Field(default=0, description="Results that wait for judgement")
     audit: AuditState | None = Field(default=None, description="Of the accepted checkpoint")
     term: int = Field(default=0, description="How often its lineage was rolled back")
+    copies: int | None = Field(
+        default=None, description="Live peers besides coordinators that say they hold the accepted checkpoint; null: not counted"
+    )
 
 
 class NodeStatus(Frozen):

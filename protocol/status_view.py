@@ -7,8 +7,8 @@ processor earns `starting` for one allowance, then `overdue`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
@@ -42,6 +42,8 @@ class LiveView:
 
     nodes: Sequence[Sighting[NodeRecord]] = ()
     claims: Sequence[Sighting[ClaimRecord]] = ()
+    copies: Mapping[str, int] = field(default_factory=dict)
+    """By accepted checkpoint: how many live peers besides the coordinators say that they hold it."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
@@ -72,7 +74,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         time=now,
         coordinator=state.coordinator,
         software=software,
-        shards=tuple(_shard_status(state, manifest, index, held.get(index), now) for index in range(len(state.shards))),
+        shards=tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards))),
         nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), now) for node in nodes),
         router=_router_status(state),
         mixture=state.mixture.mixture if state.mixture else None,
@@ -111,7 +113,7 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
 
 
 def _shard_status(
-    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, now: float
+    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, live: LiveView, now: float
 ) -> ShardStatus:
     shard = state.shards[index]
     covered, patience = _due(state, manifest, claim) if claim else (None, None)
@@ -135,6 +137,7 @@ def _shard_status(
         waiting=len(shard.candidates),
         audit=shard.audit,
         term=shard.term,
+        copies=live.copies.get(shard.accepted) if shard.accepted else None,
     )
 
 
