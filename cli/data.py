@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -102,6 +102,7 @@ def train_autoencoder(
         Path | None, setting("AUTOENCODER_CLIPS", "Learn frames of these clips (split train) instead of rule-made ones.")
     ] = None,
     channels: Annotated[int, setting("AUTOENCODER_CHANNELS", "Channels of its latents.", min=1)] = 8,
+    scale: Annotated[Literal["4", "8"], setting("AUTOENCODER_SCALE", "Pixels of a side of one latent.")] = "8",
     size: Annotated[int, setting("AUTOENCODER_SIZE", "Height and width of its frames in pixels, a multiple of 8.", min=8)] = 64,
     bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster where the processor multiplies bfloat16 (AMX).")] = False,
     as_json: JsonFlag = False,
@@ -119,6 +120,7 @@ def train_autoencoder(
             seed,
             steps=steps,
             channels=channels,
+            scale=4 if scale == "4" else 8,
             size=size,
             clips=clips,
             bfloat16=bfloat16,

@@ -46,10 +46,14 @@ class DrawnClips(Frozen):
 
 
 class Autoencoder(Frozen):
-    """A small autoencoder, learnt from single frames of the clips in train and shared by all arms: 8x8 pixels to one latent."""
+    """A small autoencoder, learnt from single frames of the clips in train and shared by all arms.
+
+    `scale`: pixels of a side of one latent. `channels`: of a latent.
+    """
 
     steps: Count = 3000
     channels: Count = 8
+    scale: Literal[4, 8] = 8
     seed: int = 0
     bfloat16: bool = Field(default=False, description="quicker where the processor multiplies bfloat16 (AMX)")
 

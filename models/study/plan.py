@@ -109,7 +109,7 @@ def planned_latent(config: StudyConfig) -> LatentSpec:
     """
     data, own = config.data, config.autoencoder
     if own is not None:
-        channels, frames, height, width = own.channels, data.frames, data.height // 8, data.width // 8
+        channels, frames, height, width = own.channels, data.frames, data.height // own.scale, data.width // own.scale
     else:
         channels, frames, height, width = load_latents(data.latents).shape_of(data.frames, data.height, data.width)
     text = load_text_encoder(data.text, data.text_tokens or 1)

@@ -45,6 +45,11 @@ def test_a_handful_of_clips_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ae").exists()
 
 
+def test_a_latent_may_stand_for_fewer_pixels(tmp_path: Path) -> None:
+    train_autoencoder(tmp_path / "ae", 0, steps=2, channels=3, scale=4, size=32, clips=with_splits(tmp_path / "clips", 12))
+    assert load_latents(str(tmp_path / "ae")).shape_of(5, 32, 32) == (3, 5, 8, 8)
+
+
 def test_frames_of_no_whole_latents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a multiple of 8"):
         train_autoencoder(tmp_path / "ae", 0, steps=2, size=36)
