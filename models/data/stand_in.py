@@ -1,7 +1,7 @@
 """A small stock `AutoencoderTiny`, trained from scratch on frames of rule-made clips (the demo's) or of the user's own clips.
 
 It stands in for a real video autoencoder where minutes and two cores must do: 64x64 pixels become 8x8 latents of 8 channels
-(or 16x16 of fewer), frame by frame. It knows how the demo's pictures look, but no motion and no words; those the swarm must learn.
+(or 16x16 of fewer), frame by frame. It knows how the demo's pictures look, but no motion and no words: the swarm learns those.
 `lutetia data train-autoencoder` makes it anew. Its folder loads with `diffusers.AutoencoderTiny.from_pretrained`; the
 mean and standard deviation of its latents, per channel, are `latents_mean` and `latents_std` in its `config.json`.
 """
@@ -51,7 +51,7 @@ def train_autoencoder(
 
     `clips`: a folder of captioned clips, of which it sees frames of the split train only; one clip in twenty is kept back for the
     PSNR. Without it, rule-made clips. Raises DataError where the folder cannot be used. `size`: pixels of a side of its frames, a
-    multiple of 8 (else ConfigError); it learns details best at the size at which it will be used. `scale`: pixels of a side of one
+    multiple of 8 (else ConfigError); it learns details best at the size at which it will be used. `scale`: pixels of a side of a
     latent; 4 with a quarter of the channels keeps as many numbers, and learns details in fewer steps.
 
     `bfloat16` is several times faster where the processor multiplies matrices of it (AMX), and slow elsewhere.
@@ -95,7 +95,7 @@ def train_autoencoder(
 
 
 def build_autoencoder(channels: int = LATENT_CHANNELS, scale: Scale = 8) -> AutoencoderTiny:
-    """The untrained autoencoder: 0.37 million parameters (0.26 at `scale` 4), scale x scale pixels to one latent of `channels`."""
+    """The untrained autoencoder: 0.37 million parameters (0.26 at `scale` 4), scale x scale pixels to a latent of `channels`."""
     encoder = (0, 1, 2, 2) if scale == 8 else (0, 1, 2)  # none at full resolution, where a block costs as much as all others
     decoder = (2, 2, 1, 1) if scale == 8 else (2, 2, 1)
     return AutoencoderTiny(
