@@ -1,9 +1,8 @@
-"""The network loop's side of a workshop: one child, one job at a time, started when first needed and again after a crash."""
+"""The network loop's side of a workshop: one child, one job at a time, started when needed and ended when long idle."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from ..system.process import Child, Message
 _log = logging.getLogger("lutetia.coordinator.workshop")
 
 _STOP_GRACE = 2.0
+IDLE_SECONDS = 900.0
+"""After so long without a job a child ends: it holds some hundred MiB, and a new one starts in seconds."""
 
 
 class WorkshopRefused(LutetiaError):
@@ -36,16 +37,17 @@ class WorkshopFailed(LutetiaError):
 class WorkshopClient:
     """`ask` starts `python -m lutetia.coordinator.workshop` where none lives. `threads` and `nice` bound what it takes."""
 
-    def __init__(self, manifest: Path, *, name: str, threads: int, nice: int) -> None:
-        self._manifest, self._name = manifest, name
+    def __init__(self, manifest: Path, *, name: str, threads: int, nice: int, idle: float = IDLE_SECONDS) -> None:
+        self._manifest, self._name, self._idle = manifest, name, idle
         self._environment = {
             variable: str(threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         }
         self._environment["LUTETIA_WORKSHOP_NICE"] = str(nice)
         self._child: Child | None = None
         self._turn = asyncio.Lock()
-        self._ids = itertools.count(1)
+        self._jobs = 0
         self._stale = False
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -58,7 +60,8 @@ class WorkshopClient:
         Raises WorkshopRefused, or WorkshopFailed when the child crashed or was killed for being too slow.
         """
         async with self._turn:
-            message = {"id": next(self._ids), "verb": verb, **fields}
+            self._jobs += 1
+            message = {"id": self._jobs, "verb": verb, **fields}
             try:
                 async with asyncio.timeout(limit):
                     answer = await self._ask(message, sign)
@@ -84,6 +87,8 @@ class WorkshopClient:
             words = (str(self._manifest), self._name)
             self._child = await Child.start("lutetia.coordinator.workshop", *words, environment=self._environment)
             _log.info("started the %s workshop, process %d", self._name, self._child.process.pid)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._end_when_idle())
         child = self._child
         await child.send(message)
         async for answer in child.messages():
@@ -93,9 +98,22 @@ class WorkshopClient:
                 return answer
         raise ConnectionError("the child ended")
 
+    async def _end_when_idle(self) -> None:
+        """Looks once per `idle` seconds whether there was a job since the last look."""
+        while self._child:
+            before = self._jobs
+            await asyncio.sleep(self._idle)
+            async with self._turn:
+                if self._jobs == before and self._child:
+                    await self._end(_STOP_GRACE)
+                    _log.info("ended the %s workshop: no job for %.0f s", self._name, self._idle)
+
     async def _end(self, grace: float = 0.0) -> int | None:
-        child, self._child = self._child, None
-        return await child.stop(grace) if child else None
+        if (child := self._child) is None:
+            return None
+        status = await child.stop(grace)
+        self._child = None  # not before: whoever is cancelled here leaves the child to `close`
+        return status
 
     def renew(self) -> None:
         """The next job is for a new child, which reads the manifest anew."""
@@ -103,4 +121,6 @@ class WorkshopClient:
 
     async def close(self) -> None:
         """End the child; a job in progress is lost."""
+        if self._watch:
+            self._watch.cancel()
         await self._end(_STOP_GRACE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -253,6 +254,19 @@ async def test_a_crash_is_survived(site: Site):
         await site.inspect(site.weights(), site.state())
     await site.inspect(site.weights(), site.state())
     assert site.shop.pid not in (None, pid)
+
+
+async def test_a_long_idle_child_ends_and_the_next_job_starts_another(site: Site):
+    shop = WorkshopClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
+    await shop.ask("limits", limit=LIMIT)
+    assert (first := shop.pid) is not None
+    async with asyncio.timeout(LIMIT):
+        while shop.pid is not None:
+            await asyncio.sleep(0.05)
+    assert not psutil.pid_exists(first)
+    await shop.ask("limits", limit=LIMIT)
+    assert shop.pid not in (None, first)
+    await shop.close()
 
 
 async def test_a_hang_is_ended(site: Site):
