@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from lutetia.protocol.manifest import BlobRef, Manifest
 from lutetia.protocol.records import AcceptanceRecord
 from safetensors.torch import load_file, save_file
 from tinydata import build_tiny, clips
+from volunteer import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMIT = 120.0
@@ -260,9 +260,11 @@ async def test_a_long_idle_child_ends_and_the_next_job_starts_another(site: Site
     shop = WorkshopClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
     await shop.ask("limits", limit=LIMIT)
     assert (first := shop.pid) is not None
-    async with asyncio.timeout(LIMIT):
-        while shop.pid is not None:
-            await asyncio.sleep(0.05)
+
+    async def ended() -> bool:
+        return shop.pid is None
+
+    await until(ended, "the idle child ended")
     assert not psutil.pid_exists(first)
     await shop.ask("limits", limit=LIMIT)
     assert shop.pid not in (None, first)
