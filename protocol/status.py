@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from .canonical import Frozen
 from .ledger_head import SignedHead
@@ -17,7 +17,13 @@ AuditState = Literal["not due", "due", "valid", "invalid", "inconclusive", "not 
 ShardState = Literal["unclaimed", "claimed", "training", "overdue", "done"]
 
 
-class ShardStatus(Frozen):
+class Told(Frozen):
+    """Part of the status, which nobody signs or hashes: what a newer coordinator says besides, an older reader passes over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ShardStatus(Told):
     """Accepted work of one shard. `last_accepted` is Unix seconds; `due` is when the next acceptance should be there."""
 
     shard: int
@@ -42,7 +48,7 @@ class ShardStatus(Frozen):
     )
 
 
-class NodeStatus(Frozen):
+class NodeStatus(Told):
     """A peer. `health` is `working` only while its own work is being accepted in time (invariant I6)."""
 
     owner: PublicKey
@@ -60,7 +66,7 @@ class NodeStatus(Frozen):
     software: Word = ""
 
 
-class RouterStatus(Frozen):
+class RouterStatus(Told):
     """Held-out accuracy of the router, overall and for ten equal bins of t."""
 
     accuracy: float
@@ -70,7 +76,7 @@ class RouterStatus(Frozen):
     calibration_error: float | None = None
 
 
-class RefusalStatus(Frozen):
+class RefusalStatus(Told):
     """A result that was not accepted, and why. `inconclusive` ones may be tried again."""
 
     time: float
@@ -83,7 +89,7 @@ class RefusalStatus(Frozen):
     text: str
 
 
-class RungStatus(Frozen):
+class RungStatus(Told):
     """What a rung of the ladder has cost: `count` results climbed it with `outcome`, in `seconds`, over `size` bytes."""
 
     rung: Rung
@@ -93,7 +99,7 @@ class RungStatus(Frozen):
     size: int
 
 
-class QuarantineStatus(Frozen):
+class QuarantineStatus(Told):
     """A peer whose work an audit found faked: epoch `epoch` of `shard`."""
 
     time: float
@@ -103,7 +109,7 @@ class QuarantineStatus(Frozen):
     text: str
 
 
-class SwarmStatus(Frozen):
+class SwarmStatus(Told):
     """The whole run as its coordinator sees it at `time`."""
 
     format: Literal[1] = 1

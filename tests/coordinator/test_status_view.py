@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -111,6 +112,14 @@ def test_a_finished_shard_and_the_refusals_are_shown():
     assert [(refusal.checkpoint, refusal.rung) for refusal in document.refusals] == [(bad.digest, "lineage")]
     assert not document.done
     assert SwarmStatus.model_validate_json(canonical(document)) == document
+
+
+def test_what_a_newer_coordinator_says_besides_is_passed_over():
+    c = court()
+    document, _ = seen(c, PEERS[0], c.now)
+    newer = json.loads(canonical(document)) | {"weather": "fair"}
+    newer["shards"][0]["shape"] = newer["nodes"][0]["mood"] = "good"
+    assert SwarmStatus.model_validate_json(canonical(newer)) == document
 
 
 @settings(max_examples=100, deadline=None)
