@@ -104,12 +104,23 @@ async def test_a_swarm_that_speaks_a_newer_protocol(tomorrow: Tomorrow, tmp_path
 
 
 async def test_a_status_with_a_field_that_nobody_knows_yet(tomorrow: Tomorrow) -> None:
-    """F16. The same document without it is shown; with it, one sentence says that one side is too old."""
+    """F16. What a newer coordinator says besides is passed over: the rest is shown as if it had not been said."""
     await serve_document(tomorrow.peer, STATUS, lambda: json.dumps(tomorrow.status).encode())
-    shown = await say("swarm", "status", tomorrow.ticket.encode())
-    assert shown.code == 0, shown.err
+    plain = await say("swarm", "status", tomorrow.ticket.encode(), "--json")
+    assert plain.code == 0, plain.err
     tomorrow.status["mood"] = "fine"
+    shown = await say("swarm", "status", tomorrow.ticket.encode(), "--json")
+    assert shown.code == 0, shown.err
+    assert shown.out == plain.out
+
+
+async def test_a_status_with_a_state_that_nobody_knows_yet(tomorrow: Tomorrow) -> None:
+    """F16. What cannot be passed over is refused in one sentence that says that one side is too old."""
+    tomorrow.status["shards"] = [
+        {"shard": 0, "name": "a", "epoch": 0, "epochs": 1, "samples": 0, "samples_budget": 1, "state": "dreaming"}
+    ]
+    await serve_document(tomorrow.peer, STATUS, lambda: json.dumps(tomorrow.status).encode())
     refused = await say("swarm", "status", tomorrow.ticket.encode())
     assert refused.code == 50, refused.err
-    assert "mood" in refused.sentence()
+    assert "shards.0.state" in refused.sentence()
     assert "update lutetia on one of the two sides" in refused.sentence()
