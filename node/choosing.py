@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..protocol.claims import ShardView, free_shards, preferred_shard, shard_owner
+from ..protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, shard_owner
 from ..protocol.progress import protected, watch
 from .messages import Claim, Look, PublishClaim
 from .turn import Turn
 from .working import own_shard_seen, start_sync
+
+WAVE = 16
+"""How many shards are looked at before the first choice: what looks free among them is claimed before the rest is seen."""
 
 
 def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
@@ -36,7 +39,7 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
 def take_duty(turn: Turn, shards: frozenset[int] | None, until: float) -> None:
     """From now on we look after these shards. Who has just begun to stand by, and has no duty yet, looks at all of them."""
     standing_by = turn.state.phase in ("idle", "claiming")
-    turn.set(duty=shards if standing_by else None, duty_until=until)
+    turn.set(duty=shards if standing_by else None, duty_until=until, to_look=())
     if turn.state.phase == "idle":
         turn.set(look_at=min(turn.state.look_at, turn.now))
 
@@ -82,10 +85,10 @@ def _choose(turn: Turn) -> None:
     best = preferred_shard(rules.run, rules.owner, free, fitness)
     if best is not None:
         delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
-        turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay)
+        turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay, to_look=())
         turn.enter("claiming", f"shard {best.shard} is free")
         return
-    turn.set(look_at=now if guessed else _next_look(turn, views))
+    turn.set(look_at=now if guessed or state.to_look else _next_look(turn, views))
     turn.because(_why_idle(turn, views))
 
 
@@ -109,6 +112,8 @@ def _why_idle(turn: Turn, views: list[ShardView]) -> str:
         return "the run is complete; seeding its checkpoints"
     if state.duty is not None and not state.duty:
         return "enough others look after the shards; standing by"
+    if state.to_look:
+        return f"none of the shards seen so far is free; looking at {len(state.to_look)} more"
     return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
 
 
@@ -124,16 +129,32 @@ def _next_look(turn: Turn, views: list[ShardView]) -> float:
 
 
 def look_around(turn: Turn) -> None:
-    """Look at what may have changed."""
+    """Look at what may have changed, a wave at a time."""
     state, rules, now = turn.state, turn.rules, turn.now
     if not state.online or now < state.look_at:
         return
-    due = _looks_due(turn, now, now + rules.heartbeat / 4)
+    due = state.to_look or _looks_due(turn, now, now + rules.heartbeat / 4)
     turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
-    if due:
-        turn.do(Look(due))
+    if not due:
+        _choose(turn)
         return
-    _choose(turn)
+    if len(due) > WAVE and not state.to_look:
+        due = _promising_first(turn, due)
+    turn.set(to_look=due[WAVE:])
+    turn.do(Look(due[:WAVE]))
+
+
+def _promising_first(turn: Turn, shards: Iterable[int]) -> tuple[int, ...]:
+    """In the order in which we would claim them if all were free: so newcomers spread, and none waits for a look at the rest."""
+    state, rules = turn.state, turn.rules
+    return tuple(
+        sorted(
+            shards,
+            key=lambda shard: (
+                shard not in state.remembered, -state.fitness.get(shard, 0.0), rendezvous(rules.run, shard, 0, rules.owner)
+            ),
+        )
+    )  # fmt: skip
 
 
 def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:

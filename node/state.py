@@ -186,6 +186,8 @@ class State:
     judged: int = 0
     act_at: float = 0.0
     look_at: float = 0.0
+    to_look: tuple[int, ...] = ()
+    """The shards of a sweep that are still to be looked at (see `choosing.WAVE`)."""
     renew_at: float = 0.0
     renewed_at: float = 0.0
     probe_at: float | None = None

@@ -14,7 +14,9 @@ from .netns import Network
 from .processes import PATIENCE, POLL, until
 from .world import Box, Coordinator, World
 
-ENVIRONMENT = {"LUTETIA_HANG_AFTER": "12", "LUTETIA_STOP_WITHIN": "600", "LUTETIA_UPLOAD_RATE": "4MiB"}
+ENVIRONMENT = {
+    "LUTETIA_HANG_AFTER": "12", "LUTETIA_STOP_WITHIN": "600", "LUTETIA_UPLOAD_RATE": "4MiB", "LUTETIA_SAVE_EVERY": "1",
+}  # fmt: skip
 
 
 @dataclass

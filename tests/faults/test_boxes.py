@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from lutetia.node.workfolder import WorkFolder
 from lutetia.protocol.events import CheckpointRefused
 
 from .pair import Pair, caught, owner, parts, torn
 from .processes import gone, litter, until
-from .world import LEASE, Box, acceptances, events
+from .world import LEASE, Box, acceptances, accepted, events
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
@@ -32,8 +33,12 @@ async def test_killed_in_the_middle_of_writing_a_checkpoint(pair: Pair) -> None:
     """F1. A torn file never counts, and the next daemon on the folder sweeps it away."""
     holder, standby = await pair.ready()
     trainer = holder.child("node.trainer")
-    await caught(lambda: parts(holder.work), trainer.suspend, trainer.resume, "a checkpoint being written")
-    halves = parts(holder.work)
+
+    def torn_epoch() -> list[Path]:
+        return [path for path in parts(holder.work) if "epoch" in str(path.relative_to(holder.work))]
+
+    await caught(torn_epoch, trainer.suspend, trainer.resume, "a checkpoint being written")
+    halves = torn_epoch()
     await holder.end(signal.SIGKILL)
     assert any(path.exists() for path in halves), "it was killed before the file was whole"
     await pair.taken_over(standby)
@@ -97,13 +102,21 @@ async def test_asleep_past_its_lease_it_wakes_up_fenced(pair: Pair) -> None:
 async def test_its_trainer_is_killed_for_memory(pair: Pair) -> None:
     """F15. What the kernel does to a process that takes too much: the daemon starts another from the last local state."""
     holder, _ = await pair.ready()
-    trainer, mark = holder.child("node.trainer"), holder.mark()
+    trainer, work = holder.child("node.trainer"), WorkFolder(holder.work.parent, pair.world.run.run, 0)
+
+    def in_an_epoch() -> bool:
+        local, done = work.local(), [kept.epoch for kept in work.kept()]
+        return local is not None and local.step > 0 and local.epoch == max([accepted(pair.coordinator.run), *done])
+
+    await caught(in_an_epoch, trainer.suspend, trainer.resume, "an epoch of which a local state is saved")
+    mark, local = holder.mark(), work.local()
     trainer.kill()
     await holder.says("the trainer failed (it was killed by signal 9)", mark)
     await holder.says("is at work on cpu", mark)
     status = await holder.until(state="training", step=lambda step: step)
     await pair.coordinator.accepts(1, author=status["owner"])
-    assert "starts from local" in holder.words(mark) or "starts from kept" in holder.words(mark), "no accepted work was redone"
+    assert local
+    assert f"starts from local, epoch {local.epoch}" in holder.words(mark), "nothing is trained again that was saved"
 
 
 async def test_its_trainer_hangs(pair: Pair) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from lutetia.node import messages as m
+from lutetia.node.choosing import WAVE
 from lutetia.node.state import Rules, State, next_wake
-from lutetia.protocol.claims import ShardView
+from lutetia.protocol.claims import ShardView, rendezvous
 
 from .walk import ME, OTHER, RULES, T, Walk, claimed
 
@@ -214,3 +217,50 @@ def test_who_has_just_begun_to_stand_by_looks_at_everything():
     walk = Walk().training()
     walk.feed(m.DutyGiven(walk.now, frozenset(), T + 1000))
     assert walk.state.duty is None
+
+
+MANY = replace(RULES, shards=50)
+ALL_FIT = dict.fromkeys(range(50), 1.0)
+
+
+def looking(walk: Walk) -> m.Look:
+    (look,) = walk.said(m.Look)
+    assert isinstance(look, m.Look)
+    return look
+
+
+def test_a_newcomer_to_many_shards_claims_among_the_first_that_it_sees():
+    """Not after a look at each: that takes minutes where a manifest names thousands."""
+    walk = Walk(rules=MANY).idle(ALL_FIT)
+    look = looking(walk)
+    assert len(look.shards) == WAVE
+    favourite = min(ALL_FIT, key=lambda shard: rendezvous(MANY.run, shard, 0, ME))
+    walk.feed(m.SwarmSeen(walk.now, tuple(ShardView(shard) for shard in look.shards)))
+    assert (walk.state.phase, walk.state.target) == ("claiming", favourite)
+
+
+def test_what_fits_best_and_what_we_hold_work_of_is_looked_at_first():
+    walk = Walk(rules=MANY)
+    walk.state = State(remembered=frozenset({49}))
+    walk.idle({**ALL_FIT, 31: 2.0, 7: 0.0})
+    look = looking(walk)
+    assert look.shards[:2] == (49, 31)
+    assert 7 not in look.shards
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_waves_go_on_until_every_shard_was_looked_at(answered: bool):
+    """At once, whether all are held or no look-up succeeds: what fails does not keep us from the rest."""
+    walk = Walk(rules=MANY).idle(ALL_FIT)
+    seen = []
+    while len(seen) < 50:
+        look = looking(walk)
+        seen += look.shards
+        views = tuple(claimed(shard, OTHER, walk.now + 600) for shard in look.shards) if answered else ()
+        walk.feed(m.SwarmSeen(walk.now, views))
+        assert walk.state.phase == "idle"
+        assert (f"looking at {50 - len(seen)} more" in walk.state.why) == (len(seen) < 50)
+    assert sorted(seen) == list(range(50))
+    assert walk.now == T
+    assert not walk.said(m.Look)
+    assert walk.state.look_at >= T + MANY.lease, "and then nothing is asked again in a hurry"
