@@ -180,6 +180,8 @@ class State:
     duty_until: float = 0.0
     shunned: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)
+    overtaken: Mapping[int, int] = field(default_factory=dict)
+    """How often in a row others' work on a shard that we hold was accepted instead of ours."""
     work: Work | None = None
     target: int | None = None
     stage: Stage = "delay"
@@ -193,6 +195,8 @@ class State:
     probe_at: float | None = None
     probe_failures: int = 0
     pause_until: float | None = None
+    closed_until: float | None = None
+    """When the volunteer's hours begin again; None: they are now, or the volunteer said to go on all the same."""
     drain_until: float | None = None
     trainers: int = 0
     """Trainers started so far: messages of earlier ones are stale."""

@@ -153,8 +153,25 @@ def _follow(turn: Turn, view: ShardView, *, resync: bool) -> None:
     _void(turn, min(epoch, work.epoch))
     if turn.state.phase == "draining" or not work.owned:
         release(turn, save=False)
+    elif resync and term == before:
+        _overtaken(turn)
     elif resync:
         start_sync(turn, work.shard)
+
+
+def _overtaken(turn: Turn) -> None:
+    """Go on from what others did instead: late results of who held the shard before us, who may have had so many pending.
+
+    More than those come from somebody who holds it now, and whose claim looks expired to us: one clock is off by a lease.
+    """
+    shard, rules, counts = turn.work.shard, turn.rules, turn.state.overtaken
+    times = counts.get(shard, 0) + 1
+    turn.set(overtaken={**counts, shard: times % (rules.max_pending + 1)})
+    if times <= rules.max_pending:
+        start_sync(turn, shard)
+        return
+    why = "others work on it too, and their claims look expired here; is this machine's clock right?"
+    _give_up(turn, why, save=False, seconds=rules.lease)
 
 
 def _void(turn: Turn, epoch: int) -> None:
@@ -170,7 +187,7 @@ def _accepted(turn: Turn, epoch: int, digest: str) -> None:
     work, now = turn.work, turn.now
     rest = tuple(candidate for candidate in work.pending if candidate.epoch > epoch)
     turn.change(epoch=epoch, checkpoint=digest, pending=rest, offering=None, offers=0, offer_at=now)
-    turn.set(rejections={**turn.state.rejections, work.shard: 0})
+    turn.set(rejections={**turn.state.rejections, work.shard: 0}, overtaken={**turn.state.overtaken, work.shard: 0})
     turn.info(f"epoch {epoch} of shard {work.shard} was accepted")
     turn.do(Superseded(work.shard, epoch))
 

@@ -91,6 +91,42 @@ def test_fenced_when_another_peers_epoch_is_accepted(owned_by_me: bool):
     assert not walk.state.work or not walk.state.work.pending, "what the stopped trainer still writes is void"
 
 
+def overtaken(walk: Walk, epochs: range) -> None:
+    """Others' epochs are accepted, and nobody's claim is to be seen but ours."""
+    for epoch in epochs:
+        given = acceptance(0, epoch, f"x{epoch}", OTHER, tenure_until=walk.now + 600)
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60, accepted=given),)))
+
+
+def test_late_results_of_the_holder_before_us_are_built_upon():
+    walk = Walk(replace(RULES, epochs=40)).training()
+    overtaken(walk, range(1, RULES.max_pending + 1))
+    assert (walk.state.phase, walk.state.work and walk.state.work.epoch) == ("syncing", RULES.max_pending)
+
+
+def test_who_is_overtaken_again_and_again_gives_the_shard_up_for_a_lease():
+    """Our clock is a lease ahead: every claim looks expired, and its holder's work is accepted all the time."""
+    walk = Walk(replace(RULES, epochs=40)).training()
+    overtaken(walk, range(1, RULES.max_pending + 2))
+    assert walk.state.phase == "idle"
+    assert "clock" in walk.state.why
+    overtaken(walk, range(5, 9))
+    assert walk.state.phase == "idle"
+    walk.now += RULES.lease
+    walk.feed(m.SwarmSeen(walk.now, (ShardView(0, (), acceptance(0, 9, "x9", OTHER)),)))
+    assert walk.state.phase == "claiming", "the holder may have died"
+
+
+def test_own_accepted_work_ends_the_count():
+    walk = Walk(replace(RULES, epochs=40)).training()
+    overtaken(walk, range(1, RULES.max_pending + 1))
+    walk.feed(m.SyncDone(walk.now, 0, 3, "x3"))
+    walk.checkpoint(4, "x3")
+    walk.feed(m.OfferAnswered(walk.now, "d4", "accepted"))
+    overtaken(walk, range(5, 6))
+    assert walk.state.phase == "syncing"
+
+
 def test_pause_releases_the_lease_and_resume_returns():
     walk = Walk().training()
     actions = walk.feed(m.UserVerb(walk.now, "pause", until=walk.now + 7200))
