@@ -42,6 +42,7 @@ def join(
     device: Annotated[str | None, setting("DEVICE", "auto, cpu, cuda or cuda:1.")] = None,
     threads: Annotated[int | None, setting("THREADS", "CPU threads that training may use.", min=1)] = None,
     duty: Annotated[float | None, setting("DUTY", "Share of time that training may use.", min=0.01, max=1.0)] = None,
+    hours: Annotated[str | None, setting("HOURS", "When it may train: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun.")] = None,
 ) -> None:
     """Train a run's experts with this box.
 
@@ -52,7 +53,9 @@ def join(
     from ..node.settings import load_settings
     from .service import run_service
 
-    flags = given(state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty)
+    flags = given(
+        state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
+    )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": word}, config)
     run_service(run_node(settings))
 

@@ -22,6 +22,7 @@ from ..system.notify import notify
 from .auditor import Auditor
 from .contributions import Contributions
 from .control import LocalStatus, Request, serve_control
+from .hours import Hours, keep_hours
 from .lock import state_lock
 from .material import Material, Places
 from .messages import UserVerb
@@ -121,6 +122,8 @@ class Daemon:
         for verb in self._verbs:
             self.shell.early(verb)
         companions = [self.news.run(), Roster(shell, copies=self.settings.copies).run()]
+        if self.settings.hours:
+            companions.append(keep_hours(Hours.parse(self.settings.hours), shell.feed))
         if self.settings.audits:
             companions.append(Auditor(shell).run())
         await shell.run(*companions)

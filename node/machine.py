@@ -20,6 +20,7 @@ from .messages import (
     DiskFull,
     DutyGiven,
     Event,
+    HoursChanged,
     Joined,
     Leave,
     Look,
@@ -135,6 +136,8 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.info(f"the run goes on under version {version} of its manifest")
             turn.set(look_at=turn.now, renew_at=turn.now)
             manifest_changed(turn, training)
+        case HoursChanged(closed_until=closed_until):
+            _hours(turn, closed_until)
         case DiskFree():
             if turn.state.disk_full_since is not None:
                 turn.set(disk_full_since=None, look_at=turn.now)
@@ -148,7 +151,8 @@ def _act(turn: Turn) -> None:
         turn.set(probe_at=None)
         turn.do(Probe())
     if state.pause_until is not None and now >= state.pause_until:
-        _wish(turn, UserVerb(now, "resume"))
+        turn.set(wanted="run", pause_until=None)
+        _pause(turn) if state.closed_until is not None else _resume(turn)
     if turn.state.work:
         work_on(turn)
     if turn.state.phase == "draining":
@@ -178,8 +182,8 @@ def _probed(turn: Turn, fitness: dict[int, float]) -> None:
     turn.set(look_at=turn.now)
     if turn.state.phase != "probing":
         return
-    if turn.state.wanted == "pause":
-        turn.enter("paused", "paused by the volunteer")
+    if turn.state.wanted == "pause" or turn.state.closed_until is not None:
+        turn.enter("paused", _why_paused(turn))
     else:
         turn.enter("idle", "looking for a shard" if fits else "no device of this box fits the run; probing again now and then")
 
@@ -222,24 +226,46 @@ def _wish(turn: Turn, event: UserVerb) -> None:
     elif event.verb == "pause" and phase not in ("joining", "probing"):
         _pause(turn)
     elif event.verb == "resume":
-        turn.set(drain_until=None)
-        if phase == "paused" or (turn.state.work and not turn.state.work.owned):
-            turn.set(work=None, look_at=turn.now)
-            turn.enter("idle", "resumed; looking for a shard")
-        elif phase == "draining":
-            turn.enter("training", "finishing was called off")
+        turn.set(closed_until=None)
+        _resume(turn)
+
+
+def _resume(turn: Turn) -> None:
+    turn.set(drain_until=None)
+    if turn.state.phase == "paused" or (turn.state.work and not turn.state.work.owned):
+        turn.set(work=None, look_at=turn.now)
+        turn.enter("idle", "resumed; looking for a shard")
+    elif turn.state.phase == "draining":
+        turn.enter("training", "finishing was called off")
+
+
+def _hours(turn: Turn, closed_until: float | None) -> None:
+    """The clock's wish, which gives way to the volunteer's: who paused stays paused, who leaves leaves."""
+    turn.set(closed_until=closed_until)
+    if turn.state.wanted != "run" or turn.state.phase in ("joining", "probing"):
+        return
+    if closed_until is not None:
+        _pause(turn)
+    elif turn.state.phase == "paused":
+        _resume(turn)
+
+
+def _why_paused(turn: Turn) -> str:
+    if turn.state.wanted != "pause":
+        return "outside of its hours"
+    until = turn.state.pause_until
+    return "paused by the volunteer" if until is None else f"paused for {until - turn.now:.0f} s by the volunteer"
 
 
 def _pause(turn: Turn) -> None:
     """Stop training and let the lease go; checkpoints that are whole are still offered."""
-    until = turn.state.pause_until
     work = turn.state.work
     release(turn, save=True)
     if work and work.pending:
         turn.set(work=work)
         turn.change(owned=False, trainer="off", waiting=False)
     turn.set(target=None, drain_until=None)
-    turn.enter("paused", "paused by the volunteer" if until is None else f"paused for {until - turn.now:.0f} s by the volunteer")
+    turn.enter("paused", _why_paused(turn))
 
 
 def _drain(turn: Turn) -> None:

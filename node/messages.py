@@ -168,9 +168,18 @@ class ManifestChanged:
     training: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HoursChanged:
+    """One of the volunteer's windows has ended, and the next begins at `closed_until` (Unix seconds); None: one has begun."""
+
+    now: float
+    closed_until: float | None
+
+
 Event = (
     Tick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | DutyGiven | SyncDone | SyncFailed
     | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
+    | HoursChanged
 )  # fmt: skip
 
 

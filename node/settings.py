@@ -15,6 +15,7 @@ from ..protocol.ticket import Ticket
 from ..system.errors import ConfigError
 from ..system.files import read_toml
 from ..system.paths import default_state_folder
+from .hours import Hours
 
 Origin = Literal["flag", "environment", "file", "default"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -52,6 +53,9 @@ class NodeSettings(BaseSettings):
     micro_batch: int | None = Field(default=None, ge=1, description="Clips at once; found by probing where not given")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads that training may use")
     duty: float = Field(default=1.0, gt=0, le=1, description="Share of time that training may use")
+    hours: str | None = Field(
+        default=None, description="When this box may train, local time: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun"
+    )
     disk_limit: Bytes | None = Field(default=None, description="Most bytes of blobs kept, for instance 50GB")
     upload_rate: Bytes | None = Field(default=None, description="Most bytes per second sent to other peers")
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
@@ -60,6 +64,13 @@ class NodeSettings(BaseSettings):
     hang_after: float = Field(default=300.0, ge=1, description="Seconds of silence after which a trainer counts as hung")
     audits: bool = Field(default=True, description="Replay others' training while this box has no shard")
     operator: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the operator of this box")
+
+    @field_validator("hours")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            Hours.parse(value)
+        return value
 
     @field_validator("state_folder")
     @classmethod

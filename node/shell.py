@@ -310,7 +310,7 @@ class Shell:
         document: dict[str, Any] = {
             "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
             "name": self.manifest.name, "manifest_version": self.manifest.version, "online": state.online,
-            "problem": self.problem, "copies": len(self.seeder.seeds), "paused_until": state.pause_until,
+            "problem": self.problem, "copies": len(self.seeder.seeds), "paused_until": state.pause_until or state.closed_until,
             "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
             "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
         }  # fmt: skip

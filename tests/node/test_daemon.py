@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,14 @@ async def child(daemon: DaemonProcess, word: str) -> set[int]:
 
 
 async def test_a_volunteers_day(coordinator: ToyCoordinator, tmp_path: Path):
-    async with DaemonProcess.running(coordinator, tmp_path / "box", "--duty", "0.5") as daemon:
+    opening = datetime.now() + timedelta(hours=12)
+    hours = f"{opening:%H:%M}-{opening + timedelta(minutes=1):%H:%M}"
+    async with DaemonProcess.running(coordinator, tmp_path / "box", "--duty", "0.5", "--hours", hours) as daemon:
+        status = await daemon.until(state="paused", reason="outside of its hours")
+        assert 11 * 3600 < status["paused_until"] - time.time() <= 12 * 3600
+        await ask(daemon.state, "resume")
         status = await daemon.until(state="training", step=lambda step: step)
+        assert status["paused_until"] is None
         assert status["device"] == "cpu"
         assert status["precision"] == "float32: CPU"
         assert "secret key" in daemon.words()
