@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sqlite3
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +17,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings, ServeSettings
 from lutetia.models.data.description import DATA_FILE, read_data
 from lutetia.models.data.listing import read_listing
+from lutetia.models.data.tars import TarMember
 from lutetia.node.settings import load_settings
 from lutetia.protocol.canonical import canonical
 from lutetia.protocol.identity import Identity
@@ -99,12 +102,41 @@ def _listing(suffix: str) -> Callable[[bytes], None]:
         _written(f"{folder}/metadata.{suffix}", data)
         listing = read_listing(_folder() / folder)
         for clip in listing.clips:
+            assert isinstance(clip.path, Path)
             assert clip.path.resolve().is_relative_to(_folder().resolve())
             canonical({"caption": clip.caption, "kind": clip.kind, "name": clip.name})
         for bad in listing.bad:
             check_sentence(bad.reason)
 
     return parse
+
+
+def archive(data: bytes) -> None:
+    """A WebDataset archive, of which every member that the listing names is read to its end."""
+    _written("clips-tar/a.tar", data)
+    listing = read_listing(_folder() / "clips-tar")
+    for clip in listing.clips:
+        assert isinstance(clip.path, TarMember)
+        with clip.path.open() as file:
+            assert len(file.read()) <= len(data)
+        canonical({"caption": clip.caption, "kind": clip.kind, "name": clip.name})
+    for bad in listing.bad:
+        check_sentence(bad.reason)
+
+
+def _archive_file() -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, content in (
+            ("1.mp4", b"video"),
+            ("1.json", b'{"caption": "a cat", "kind": "k"}'),
+            ("2.gif", b""),
+            ("2.txt", b"b"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return made.getvalue()
 
 
 def _ledger_file() -> bytes:
@@ -156,4 +188,5 @@ FILES = (
         lambda: [b'file_name,caption,split\na.mp4,"a, b",train\nb.mp4,c,val\n'],
         (DataError,),
     ),
+    Target("listing-tar", archive, lambda: [_archive_file()], (DataError,)),
 )

@@ -9,6 +9,7 @@ transparent pixels become white.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from bisect import bisect_right
 from collections import deque
@@ -21,6 +22,7 @@ from typing import Literal, TypeVar, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import Count, Positive
 from ...system.errors import DataError
+from .tars import TarMember
 
 Frames = NDArray[np.uint8]  # [F, H, W, 3]
 Item = TypeVar("Item")
@@ -57,7 +60,7 @@ class ClipRefused(DataError):
     """A clip that cannot be used; the text is one sentence that starts with its name."""
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path | TarMember) -> str:
     """SHA-256 (hex) of the file's bytes. Raises ClipRefused when it cannot be read or is empty."""
     try:
         with path.open("rb") as file:
@@ -69,7 +72,7 @@ def hash_file(path: Path) -> str:
     return digest
 
 
-def decode_clip(path: Path, shape: ClipShape) -> Frames:
+def decode_clip(path: Path | TarMember, shape: ClipShape) -> Frames:
     """The clip as uint8 [F, H, W, 3]. Raises ClipRefused: undecodable, zero-length or too short."""
     try:
         pictures = _webp_pictures(path, shape) if path.suffix.lower() == ".webp" else _video_pictures(path, shape)
@@ -153,7 +156,7 @@ class _Track:
     aspect: Fraction = Fraction(1)  # width of a pixel over its height
 
 
-def _video_pictures(path: Path, shape: ClipShape) -> list[Frames]:
+def _video_pictures(path: Path | TarMember, shape: ClipShape) -> list[Frames]:
     track = _scan(path)
     moments = _targets(path.name, track.timeline, shape)
     ticks = [track.first + moment / track.base for moment in moments]
@@ -167,12 +170,20 @@ def _video_pictures(path: Path, shape: ClipShape) -> list[Frames]:
     return [shown[tick] for tick in ticks]
 
 
-def _scan(path: Path) -> _Track:
+@contextlib.contextmanager
+def _opened(path: Path | TarMember, name: str) -> Iterator[InputContainer]:
+    """FFmpeg opens files by itself, quicker than through Python."""
+    with contextlib.ExitStack() as stack:
+        source = str(path) if isinstance(path, Path) else stack.enter_context(path.open())
+        yield stack.enter_context(av.open(source, "r", format=name))
+
+
+def _scan(path: Path | TarMember) -> _Track:
     """Read the timestamps of all packets without decoding them."""
     name = _CONTAINERS.get(path.suffix.lower())
     if name is None:
         raise ClipRefused(f"{path.name} is no video that can be read here; use mp4, webm, gif, mov or webp")
-    with av.open(str(path), format=name) as container:
+    with _opened(path, name) as container:
         if not container.streams.video:
             raise ClipRefused(f"{path.name} holds no video stream; remove it or encode it again")
         stream = container.streams.video[0]
@@ -193,11 +204,11 @@ def _scan(path: Path) -> _Track:
     return _Track(name, base, ticks[0], ticks[-1], timeline, aspect)
 
 
-def _pick(path: Path, track: _Track, wanted: list[Fraction], shape: ClipShape, seek: bool) -> dict[Fraction, Frames]:
+def _pick(path: Path | TarMember, track: _Track, wanted: list[Fraction], shape: ClipShape, seek: bool) -> dict[Fraction, Frames]:
     """What is on screen at each of the `wanted` ticks (ascending); those that cannot be decoded are missing."""
     shown: dict[Fraction, Frames] = {}
     queue, current = deque(wanted), None
-    with av.open(str(path), format=track.container) as container:
+    with _opened(path, track.container) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # clips are decoded side by side
         if seek:
@@ -249,9 +260,9 @@ def _on_white(picture: Frames) -> Frames:
     return ((picture[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
-def _webp_pictures(path: Path, shape: ClipShape) -> list[Frames]:
+def _webp_pictures(path: Path | TarMember, shape: ClipShape) -> list[Frames]:
     """Animated WebP by Pillow, since FFmpeg's decoder knows still pictures only."""
-    with Image.open(path, formats=["WEBP"]) as image:
+    with path.open("rb") as file, Image.open(file, formats=["WEBP"]) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ClipRefused(f"{path.name} has frames of {image.width}×{image.height} pixels, too large; scale it down")
         rows, columns = _scaled(image.height, image.width, shape.height, shape.width)

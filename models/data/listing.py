@@ -1,5 +1,7 @@
 """What a user's folder of clips holds: one caption per clip, from `metadata.jsonl`, `metadata.csv` or same-named `.txt` files.
 
+WebDataset archives in it (`tars`) are read as if they were folders.
+
 Each folder may have one metadata file. A row has `file_name` (relative to that file's folder) and `caption` or `text`; optionally
 `kind` (the user's own label) and `split` (`train`, or `test` for clips that training and clustering must never see; `validation`
 counts as `test`).
@@ -16,11 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ...system.errors import DataError, plain
+from .tars import COMPRESSED, Sample, TarMember, read_samples, read_values
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif", ".webp"})
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION = 2000
 MAX_KIND = 64
+MAX_NAME = 1024
 MAX_ROW_BYTES = 1 << 20
 
 Split = Literal["train", "test"]
@@ -29,10 +33,10 @@ _SPLITS: dict[str, Split] = {"": "train", "train": "train", "test": "test", "val
 
 @dataclass(frozen=True)
 class ClipSource:
-    """One clip of the folder. `name` is its path relative to the folder, with forward slashes."""
+    """One clip of the folder. `name` is its path relative to the folder, with forward slashes; in an archive, below its name."""
 
     name: str
-    path: Path
+    path: Path | TarMember
     caption: str
     kind: str = ""
     split: Split = "train"
@@ -71,8 +75,10 @@ def read_listing(folder: Path) -> Listing:
     videos = _visible(folder, lambda path: path.suffix.lower() in VIDEO_SUFFIXES)
     for name in sorted(videos.keys() - {row.name for row in rows}):
         _add_from_text_file(folder, name, listing)
+    _read_archives(folder, listing)
     if not listing.clips and not listing.bad:
-        raise DataError(f"{folder} holds no clips ({', '.join(sorted(s[1:] for s in VIDEO_SUFFIXES))}); name another folder")
+        suffixes = ", ".join(sorted(suffix[1:] for suffix in VIDEO_SUFFIXES))
+        raise DataError(f"{folder} holds no clips ({suffixes}, or tar with such); name another folder")
     listing.clips.sort(key=lambda clip: clip.name)
     return listing
 
@@ -173,24 +179,60 @@ def _clip_of_row(root: Path, row: _Row) -> ClipSource | BadClip:
     """The clip that a metadata row describes, or why it cannot be used."""
     if not row.given:
         return BadClip(row.where, f"{row.where} names no file; give it a file_name")
-    values = row.values
-    problem = _path_problem(root, row)
+    where = f"{row.where}: {row.given[:200]}"
+    if problem := _path_problem(root, row):
+        return BadClip(row.name, f"{where} {problem}")
+    return _described(row.name, row.base / row.given, row.values, where)
+
+
+def _described(name: str, path: Path | TarMember, values: dict[str, Any], where: str) -> ClipSource | BadClip:
+    problem = None
     caption = values.get("caption") or values.get("text") or ""
     kind, split = values.get("kind") or "", str(values.get("split") or "").strip().lower()
-    if problem is None and not (_is_text(caption) and _is_text(kind)):
+    if not (_is_text(caption) and _is_text(kind)):
         problem = "has a caption or kind that is not text; write both as strings"
     if problem is None:
         problem = _caption_problem(caption) or (f"has a kind longer than {MAX_KIND} characters" if len(kind) > MAX_KIND else None)
     if problem is None and split not in _SPLITS:
         problem = f"has the split {split[:20]!r}; write train, validation or test"
     if problem:
-        return BadClip(row.name, f"{row.where}: {row.given[:200]} {problem}")
-    return ClipSource(row.name, row.base / row.given, _tidy(caption), _tidy(kind), _SPLITS[split])
+        return BadClip(name, f"{where} {problem}")
+    return ClipSource(name, path, _tidy(caption), _tidy(kind), _SPLITS[split])
+
+
+def _read_archives(folder: Path, listing: Listing) -> None:
+    for name in sorted(_visible(folder, lambda path: path.name.lower().endswith(COMPRESSED))):
+        listing.bad.append(
+            BadClip(name, f"{name} is compressed; unpack it to a plain .tar, in which clips can be read where they lie")
+        )
+    root = folder.resolve()
+    for name, path in sorted(_visible(folder, lambda path: path.suffix.lower() == ".tar").items()):
+        if not path.resolve().is_relative_to(root):
+            listing.bad.append(BadClip(name, f"{name} is a link that leads outside the folder; copy the file into it"))
+            continue
+        for sample in read_samples(path, VIDEO_SUFFIXES):
+            clip = _clip_of_sample(f"{name}/{sample.key}", sample)
+            listing.bad.append(clip) if isinstance(clip, BadClip) else listing.clips.append(clip)
+
+
+def _clip_of_sample(key: str, sample: Sample) -> ClipSource | BadClip:
+    """The clip that an archive's sample holds, or why it cannot be used."""
+    video, *more = sample.videos
+    name = key + video.suffix
+    if more:
+        return BadClip(name, f"{key} holds {len(sample.videos)} videos; keep one")
+    if not _is_text(name) or len(name) > MAX_NAME:
+        return BadClip(name, f"{name[:200]} has a name that is too long or no text; pack it under another")
+    try:
+        values = read_values(sample)
+    except (ValueError, OSError) as error:
+        return BadClip(name, f"the caption of {name} cannot be read ({error}); write a .txt or .json in UTF-8")
+    return _described(name, video, values, name)
 
 
 def _path_problem(root: Path, row: _Row) -> str | None:
     """Why the file must not be opened: metadata may come from strangers and must not reach outside their folder."""
-    if "\0" in row.given or "\\" in row.given or len(row.given) > 1024:
+    if "\0" in row.given or "\\" in row.given or len(row.given) > MAX_NAME:
         return "is not a plain relative path; use forward slashes"
     pure = PurePosixPath(row.given)
     if pure.is_absolute() or ".." in pure.parts:

@@ -6,6 +6,7 @@ source itself holds out, less the clips whose prompts occur elsewhere. Which pro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from ...system.files import disk_errors, replace_folder, write_atomic
 from ..data.clips import hash_file
 from ..data.listing import ClipSource, read_listing
 from ..data.made import make_clips
+from ..data.tars import TarMember
 from ..metrics.assets import asset
 from .config import DrawnClips, FolderClips, MadeClips
 
@@ -119,11 +121,13 @@ def _write_role(folder: Path, role: Role, clips: Sequence[tuple[ClipSource, str]
     write_atomic(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+def _link(source: Path | TarMember, target: Path) -> None:
+    if isinstance(source, Path):
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(source.resolve(), target)
+            return
+    with source.open("rb") as file, target.open("xb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _source(source: FolderClips | MadeClips | DrawnClips, raw: Path, on_progress: Progress) -> Path:
