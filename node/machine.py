@@ -152,7 +152,10 @@ def _act(turn: Turn) -> None:
         turn.do(Probe())
     if state.pause_until is not None and now >= state.pause_until:
         turn.set(wanted="run", pause_until=None)
-        _pause(turn) if state.closed_until is not None else _resume(turn)
+        if state.closed_until is None:
+            _resume(turn)
+        else:
+            _pause(turn)
     if turn.state.work:
         work_on(turn)
     if turn.state.phase == "draining":

@@ -25,7 +25,6 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION = 2000
 MAX_KIND = 64
 MAX_NAME = 1024
-MAX_ROW_BYTES = 1 << 20
 
 Split = Literal["train", "test"]
 _SPLITS: dict[str, Split] = {"": "train", "train": "train", "test": "test", "validation": "test", "val": "test"}
@@ -60,6 +59,12 @@ class Listing:
 
     clips: list[ClipSource] = field(default_factory=list)
     bad: list[BadClip] = field(default_factory=list)
+
+    def add(self, clip: ClipSource | BadClip) -> None:
+        if isinstance(clip, BadClip):
+            self.bad.append(clip)
+        else:
+            self.clips.append(clip)
 
 
 def read_listing(folder: Path) -> Listing:
@@ -132,11 +137,7 @@ def _read_rows(folder: Path, rows: list[_Row], listing: Listing) -> None:
                 listing.bad.append(BadClip(row.name, reason))
                 reported.add(row.name)
             continue
-        clip = _clip_of_row(root, row)
-        if isinstance(clip, BadClip):
-            listing.bad.append(clip)
-        else:
-            listing.clips.append(clip)
+        listing.add(_clip_of_row(root, row))
 
 
 def _parse(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -211,8 +212,7 @@ def _read_archives(folder: Path, listing: Listing) -> None:
             listing.bad.append(BadClip(name, f"{name} is a link that leads outside the folder; copy the file into it"))
             continue
         for sample in read_samples(path, VIDEO_SUFFIXES):
-            clip = _clip_of_sample(f"{name}/{sample.key}", sample)
-            listing.bad.append(clip) if isinstance(clip, BadClip) else listing.clips.append(clip)
+            listing.add(_clip_of_sample(f"{name}/{sample.key}", sample))
 
 
 def _clip_of_sample(key: str, sample: Sample) -> ClipSource | BadClip:
