@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..system.files import atomic_path
+from ..system.letters import font
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
+
+    from ..system.letters import Font
 
     Frames = NDArray[np.uint8]  # [frames, height, width, 3]
-    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 CELL, GAP, MARGIN, LINE = 128, 6, 14, 19  # pixels
 GROUND, INK, FAINT = (24, 26, 32), (240, 240, 236), (150, 154, 164)
@@ -104,13 +106,6 @@ class _Sheet:
 def _even(length: int) -> int:
     """H.264 with 4:2:0 colour needs even sides."""
     return length + length % 2
-
-
-def font(size: int) -> Font:
-    """Pillow's own scalable font, so that the picture looks alike everywhere."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size=size)
 
 
 def wrap(text: str, face: Font, width: float) -> list[str]:

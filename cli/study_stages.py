@@ -39,6 +39,7 @@ def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyR
         home.mkdir(parents=True, exist_ok=True)
         _remember(config, home)
         stages = Stages.prepare(config, home, out, cache, on_progress)
+        stages.recall()
         results = stages.write()
         for training in stages.plan.trainings:
             if stages.carry_on(training):
@@ -126,10 +127,20 @@ class Stages:
     def carry_on(self, training: Training) -> bool:
         """Build its data, train it, judge its readings. False when all that was known already."""
         study_swarm.train(training, self.data(training), self.folder(training), self.config, self.on_progress)
-        fresh = False
-        for reading in self.plan.readings_of(training):
-            fresh |= self._judge(reading, training)
-        return fresh or training == self.plan.trainings[-1]
+        missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.judged]
+        for reading in missing:
+            self._judge(reading, training)
+        return bool(missing)
+
+    def recall(self) -> None:
+        """Read the figures that earlier calls left, so that a report after a cut is not emptier than the last before it."""
+        from ..models.study.bench import Judged
+
+        for training in self.plan.trainings:
+            for reading in self.plan.readings_of(training):
+                path = self._figure(reading.name)
+                if path.is_file() and study_swarm.finished(self.folder(training) / "run"):
+                    self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
 
     def folder(self, training: Training) -> Path:
         return self.home / "runs" / training.name
@@ -149,18 +160,12 @@ class Stages:
         training = self.plan.training(reading.training)
         return study_mixtures.mixture_of(reading, training, self.folder(training))
 
-    def _judge(self, reading: Reading, training: Training) -> bool:
-        """Whether it had to be done."""
-        from ..models.study.bench import Judged, cluster_labels
+    def _judge(self, reading: Reading, training: Training) -> None:
+        from ..models.study.bench import cluster_labels
 
-        path = self._figure(reading.name)
-        if path.is_file():
-            self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
-            return False
         labels = cluster_labels(self.data(training))
         self.judged[reading.name] = found = self.bench.judge(reading, self.mixture(reading), training.seed, labels)
-        write_atomic(path, found.model_dump_json().encode())
-        return True
+        write_atomic(self._figure(reading.name), found.model_dump_json().encode())
 
     def clips_of(self, reading: Reading) -> ClipSet:
         """The clips of a judged reading, as they were kept."""

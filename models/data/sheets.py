@@ -10,10 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...system.files import write_atomic
+from ...system.letters import font
 from .clips import Frames
 
-_COLUMNS, _SIDE, _STRIP, _MARGIN, _LINE = 4, 72, 3, 6, 12
+_COLUMNS, _SIDE, _STRIP, _MARGIN, _LINE = 4, 72, 3, 6, 14
 SHEET_CLIPS = 24
+LETTERS = 10  # px: what a line under a picture is drawn in
 
 
 def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Sequence[str]) -> None:
@@ -22,13 +24,14 @@ def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Seque
     rows = -(-len(clips) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN, rows * cell_height + 2 * _LINE), (24, 24, 28))
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _LINE // 3), _drawable(title), fill=(255, 255, 255))
+    draw.font = font(LETTERS)
+    draw.text((_MARGIN, _LINE // 3), title, fill=(255, 255, 255))
     for place, (frames, caption) in enumerate(zip(clips, captions, strict=True)):
         row, column = divmod(place, _COLUMNS)
         left, top = _MARGIN + column * cell_width, 2 * _LINE + row * cell_height
         for part, index in enumerate(np.linspace(0, len(frames) - 1, _STRIP).round().astype(int)):
             sheet.paste(_thumbnail(frames[index]), (left + part * _SIDE, top))
-        draw.text((left, top + _SIDE), _fitted(draw, _drawable(caption), _STRIP * _SIDE), fill=(200, 200, 200))
+        draw.text((left, top + _SIDE), fitted(draw, caption, _STRIP * _SIDE), fill=(200, 200, 200))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
@@ -43,13 +46,8 @@ def _thumbnail(picture: Frames) -> Image.Image:
     return image
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     """`text`, cut where it would be wider than `width` pixels."""
     while len(text) > 3 and draw.textlength(text) > width:
-        text = text[: -4 if text.endswith("...") else -1].rstrip() + "..."
+        text = text[: -2 if text.endswith("…") else -1].rstrip() + "…"
     return text
-
-
-def _drawable(text: str) -> str:
-    """What Pillow's built-in font can draw."""
-    return text.encode("latin-1", "replace").decode("latin-1")

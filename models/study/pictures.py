@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ...system.files import atomic_path, write_atomic
+from ...system.letters import font
+from ..data.sheets import LETTERS, fitted
 from .results import CurvePoint, StudyResults, curve, main_distance
 
 COLOURS = {"monolith": "#b64a5f", "mixture": "#3b6fb6"}
@@ -60,6 +62,7 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequenc
     block = _SHOWN * _SIDE + _GAP
     sheet = Image.new("RGB", (len(columns) * block + _GAP, _LINE + len(prompts) * (_SIDE + _LINE + 4)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
+    draw.font = font(LETTERS)
     for column, (name, clips) in enumerate(columns.items()):
         left = _GAP + column * block
         draw.text((left, 1), name, fill=(0, 0, 0))
@@ -69,8 +72,8 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequenc
                 picture = Image.fromarray(clip[index]).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
                 sheet.paste(picture, (left + place * _SIDE, top))
     for row, prompt in enumerate(prompts):
-        text = prompt.encode("latin-1", "replace").decode("latin-1")
-        draw.text((_GAP, _LINE + row * (_SIDE + _LINE + 4) + _SIDE + 1), text[:120], fill=(60, 60, 60))
+        below = (_GAP, _LINE + row * (_SIDE + _LINE + 4) + _SIDE + 1)
+        draw.text(below, fitted(draw, prompt, sheet.width - 2 * _GAP), fill=(60, 60, 60))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())

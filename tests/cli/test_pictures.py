@@ -8,14 +8,15 @@ import av
 import numpy as np
 import pytest
 from lutetia.cli.curves import LossCurve, loss_curves
-from lutetia.cli.gallery import Row, compose, font, wrap, write_clip, write_gif, write_mp4
+from lutetia.cli.gallery import Row, compose, wrap, write_clip, write_gif, write_mp4
 from lutetia.cli.report import Phase, Story, write_report
 from lutetia.cli.takeover import Takeover
 from lutetia.protocol.events import BaselineMeasured, CheckpointAccepted
 from lutetia.protocol.manifest import BlobRef
 from lutetia.protocol.records import AcceptanceRecord
 from lutetia.system.errors import UsageError
-from PIL import Image
+from lutetia.system.letters import font
+from PIL import Image, ImageDraw
 from sample_documents import NOW, PEERS, manifest, status
 
 
@@ -131,3 +132,13 @@ def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> 
         assert name in text
         with Image.open(tmp_path / name) as image:
             assert image.width > 500
+
+
+def test_accents_curly_quotes_and_other_alphabets_are_drawn_as_such() -> None:
+    def drawn(letter: str) -> bytes:
+        picture = Image.new("L", (24, 24))
+        ImageDraw.Draw(picture).text((4, 4), letter, fill=255, font=font(12))
+        return picture.tobytes()
+
+    missing = drawn("\uffff")
+    assert all(drawn(letter) != missing for letter in "éïñß’“”—…·ЖΩ")

@@ -89,6 +89,10 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     trained_on = {json.loads(line)["caption"] for line in (home / "clips" / "train" / "metadata.jsonl").read_text().splitlines()}
     assert not judged_on & trained_on
 
+    again = tmp_path / "again"
+    assert lutetia("study", CONFIG, "--folder", home, "--out", again, "--json", timeout=300).returncode == 0
+    assert (again / "README.md").read_text() == page  # all of it is known before the first report is written
+
     other = tmp_path / "other.toml"
     other.write_text(CONFIG.read_text().replace("samples = 96", "samples = 192"))
     refused = lutetia("study", other, "--folder", home, "--json")
