@@ -23,10 +23,18 @@ def read_only(folder: Path) -> Iterator[None]:
     """As after the kernel has met an error on the disk: what is open stays open, nothing new can be written."""
     if os.geteuid() != 0:
         pytest.skip("needs root to make a folder read-only by a mount")
-    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+    # made read-only to one side and then laid over `folder`: done in place, it fails whenever a file is just being written there
+    aside = folder.with_name(f"{folder.name} aside")
+    aside.mkdir()
+    if subprocess.run(["mount", "--bind", folder, aside], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount")
     try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", aside], check=True)
+        subprocess.run(["mount", "--bind", aside, folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", aside], check=True)
+        aside.rmdir()
+    try:
         yield
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
