@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..protocol.canonical import canonical
 from ..system.errors import ConfigError
 from ..system.files import disk_errors, write_atomic
-from . import study_mixtures, study_swarm
+from . import study_data, study_mixtures, study_swarm
 
 if TYPE_CHECKING:
     from ..models.metrics.clips import ClipSet
@@ -71,29 +69,6 @@ def _remember(config: StudyConfig, home: Path) -> None:
     write_atomic(path, fixed)
 
 
-def _latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> tuple[str, dict[str, float]]:
-    """What makes the latents, and the PSNR in dB by kind of the study's own autoencoder, trained where the cache has none."""
-    if config.autoencoder is None:
-        return config.data.latents, {}
-    size = min(config.data.height, config.data.width)
-    wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "size": size,
-              "as": config.autoencoder.model_dump()}  # fmt: skip
-    folder = cache / f"autoencoder-{hashlib.sha256(canonical(wanted)).hexdigest()[:12]}"
-    report = folder.with_suffix(".json")
-    if not folder.is_dir():
-        from ..models.data.stand_in import train_autoencoder
-
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        found = train_autoencoder(
-            part, **config.autoencoder.model_dump(), size=size, clips=clips,
-            on_progress=lambda done, total, _: on_progress("autoencoder", done, total),
-        )  # fmt: skip
-        write_atomic(report, json.dumps(found, indent=1).encode())
-        part.rename(folder)
-    return str(folder), json.loads(report.read_bytes())["psnr_db"]
-
-
 @dataclass
 class Stages:
     """A study under way."""
@@ -120,7 +95,7 @@ class Stages:
         plan = plan_study(config, planned_latent(config))
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
-        latents, psnr = _latents(config, home / "clips" / "train", cache, on_progress)
+        latents, psnr = study_data.latents(config, home / "clips" / "train", cache, on_progress)
         bench = Bench(config, home / "clips", cache / "metrics", on_progress)
         return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
 
@@ -147,13 +122,14 @@ class Stages:
 
     def data(self, training: Training) -> Path:
         """The built data of a training, shared by all that cluster alike."""
-        from ..models.data.build import build_data
-
         target = self.home / "data" / training.data
-        if not (target / "data.json").is_file():
-            update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
-            update["latents"] = self.latents
-            build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
+        if (target / "data.json").is_file():
+            return target
+        if training.method == "balanced":
+            study_data.balanced(self.data(self.plan.of("headline", "mixture")[0]), target)
+        else:
+            settings = self.config.data.model_copy(update={"latents": self.latents, "cache": self.cache / "data"})
+            study_data.build(self.home / "clips", target, settings, training, self.on_progress)
         return target
 
     def mixture(self, reading: Reading) -> Path:
@@ -179,18 +155,37 @@ class Stages:
         from ..models.study.results import Headline
 
         found = {}
-        for prompts in self.config.judging.prompts:
-            pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
-            if not pairs:
-                continue
-            seeds = tuple(self.plan.training(pair[0].training).seed for pair in pairs)
+        for prompts, pairs, seeds in self._judged_pairs():
             path = self._figure(f"headline-{prompts}-{'-'.join(map(str, seeds))}")
             if not path.is_file():
-                sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
-                rows = self.bench.compare(prompts, pairs[0][0].clips, sides[0], sides[1], seeds)
+                rows = self.bench.compare(prompts, pairs[0][0].clips, *self._sides(pairs), seeds)
                 write_atomic(path, Headline(rows=rows).model_dump_json().encode())
             found[prompts] = Headline.model_validate_json(path.read_bytes()).rows
         return found
+
+    def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
+        """The headline's distance by kind, over the same seeds."""
+        from ..models.study.results import Kinds
+
+        found = {}
+        for prompts, pairs, seeds in self._judged_pairs():
+            path = self._figure(f"kinds-{prompts}-{'-'.join(map(str, seeds))}")
+            if not path.is_file():
+                rows = self.bench.compare_kinds(prompts, pairs[0][0].clips, *self._sides(pairs), seeds)
+                write_atomic(path, Kinds(rows=rows).model_dump_json().encode())
+            found[prompts] = Kinds.model_validate_json(path.read_bytes()).rows
+        return found
+
+    def _judged_pairs(self) -> Iterator[tuple[Prompts, list[tuple[Reading, Reading]], tuple[int, ...]]]:
+        """The final readings of both sides where both are judged, and of which seeds."""
+        for prompts in self.config.judging.prompts:
+            pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
+            if pairs:
+                yield prompts, pairs, tuple(self.plan.training(pair[0].training).seed for pair in pairs)
+
+    def _sides(self, pairs: Sequence[tuple[Reading, Reading]]) -> tuple[list[ClipSet], list[ClipSet]]:
+        """The clips of monolith and mixture, by seed."""
+        return [self.clips_of(pair[0]) for pair in pairs], [self.clips_of(pair[1]) for pair in pairs]
 
     def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
         """The real clips through the autoencoder alone."""
@@ -260,7 +255,7 @@ class Stages:
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
             judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
-            rebuilt={str(each): self.rebuilt(each) for each in encoded},
+            rebuilt={str(each): self.rebuilt(each) for each in encoded}, kinds=self.kinds(),
         )  # fmt: skip
 
     def _sheets(self) -> list[str]:

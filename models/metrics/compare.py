@@ -16,6 +16,7 @@ from .fvd import distance_ratio
 from .judges import Judges, View
 
 MEAN_RESAMPLES = 2000
+FEWEST = 20
 
 
 class Comparison(Frozen):
@@ -49,6 +50,27 @@ def compare(
         a, b = (np.stack([values(clips) for clips in side]) for side in (first, second))
         found.append(_values(name, a, b, seeds))
     return tuple(found)
+
+
+def compare_kinds(
+    judges: Judges, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+) -> dict[str, tuple[Comparison, ...]]:
+    """The first distance of `judges`, plain and debiased, within each kind of the reference that has FEWEST clips or more.
+
+    So it can be told where a gain comes from: better clips of every kind, or of the kind that got more of the training.
+    """
+    _check(first, second, seeds)
+    kinds = judges.reference.kinds
+    if len(set(kinds)) < 2 or not judges.views:
+        return {}
+    name, whole = next(iter(judges.views.items()))
+    found = {}
+    for kind in sorted(set(kinds)):
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        if len(rows) >= FEWEST:
+            view = View(whole.reference[rows], lambda clips, rows=rows: whole.features(clips)[rows])
+            found[kind] = tuple(_distances(name, view, first, second, seeds, resamples))
+    return found
 
 
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from ...protocol.canonical import Frozen
 from ..data.latents import load_latents
 from ..metrics.clips import ClipSet, read_clips
-from ..metrics.compare import Comparison, compare
+from ..metrics.compare import Comparison, compare, compare_kinds
 from ..metrics.generated import MixtureSampler, Sampling, generate
 from ..metrics.heldout import TimedLoss, flow_losses
 from ..metrics.judges import Entry, Judges
@@ -112,6 +112,12 @@ class Bench:
     ) -> tuple[Comparison, ...]:
         """Two sides over all seeds."""
         return compare(self.judges(prompts, count), first, second, seeds=seeds, resamples=self.config.judging.resamples)
+
+    def compare_kinds(
+        self, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]
+    ) -> dict[str, tuple[Comparison, ...]]:
+        """The same kind by kind, distances only."""
+        return compare_kinds(self.judges(prompts, count), first, second, seeds=seeds, resamples=self.config.judging.resamples)
 
 
 def cluster_labels(data: Path) -> dict[str, int]:

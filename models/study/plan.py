@@ -21,7 +21,7 @@ from .config import Prompts, StudyConfig
 from .flops import Cost, expert_cost, router_cost
 
 Tier = Literal["headline", "control"]
-Method = Literal["kmeans", "random", "kinds"]
+Method = Literal["kmeans", "random", "kinds", "balanced"]
 Route = Literal["router", "text-blind", "oracle"]
 
 
@@ -159,13 +159,14 @@ class _Costs:
 
 def _training(
     costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
-    method: Method = "kmeans",
+    method: Method | None = None,
 ) -> Training:  # fmt: skip
     """The training whose samples use up the tier's budget, to the whole checkpoint."""
     spec = spec or costs.config.expert
     cost, points = costs.expert(spec), costs.config.checkpoints
     router, routing = costs.router(experts)
     affordable = (costs.budget(tier) - router) / (experts * cost.training)
+    method = method or ("random" if experts == 1 else costs.config.data.method)
     steps = int(affordable / batch / points)  # never above the budget
     if steps < 1:
         raise ConfigError(
@@ -173,7 +174,7 @@ def _training(
             "use more samples, fewer checkpoints or a smaller router"
         )
     return Training(
-        name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method="random" if experts == 1 else method,
+        name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method=method,
         experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
         flops_per_sample=cost.training, router_flops=router, pass_flops=cost.forward + routing,
         parameters=experts * cost.parameters, active_parameters=cost.parameters,
@@ -183,8 +184,7 @@ def _training(
 def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Iterator[Training]:
     experts, batch = config.data.experts, config.optimisation.batch
     yield _training(costs, tier, "monolith", seed, experts=1, batch=batch)
-    method: Method = config.data.method
-    yield _training(costs, tier, "mixture", seed, experts=experts, batch=batch // experts, method=method)
+    yield _training(costs, tier, "mixture", seed, experts=experts, batch=batch // experts)
 
 
 def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
@@ -204,6 +204,8 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
             match arm:
                 case "small-batch":
                     yield _training(costs, "control", arm, seed, experts=1, batch=small)
+                case "balanced":
+                    yield _training(costs, "control", arm, seed, experts=1, batch=batch, method=arm)
                 case "random" | "kinds":
                     yield _training(costs, "control", arm, seed, experts=experts, batch=small, method=arm)
                 case "wide":

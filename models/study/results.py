@@ -33,6 +33,12 @@ class Headline(Frozen):
     rows: tuple[Comparison, ...]
 
 
+class Kinds(Frozen):
+    """The headline's distance, plain and debiased, by the kind of the clips."""
+
+    rows: dict[str, tuple[Comparison, ...]]
+
+
 class Rebuilt(Frozen):
     """Figures of the real clips after the autoencoder alone."""
 
@@ -42,7 +48,8 @@ class Rebuilt(Frozen):
 class StudyResults(Frozen):
     """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering.
 
-    `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N.
+    `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N. `kinds`: prompts to the
+    headline's distance by kind.
     """
 
     name: str
@@ -57,6 +64,7 @@ class StudyResults(Frozen):
     seconds: float
     autoencoder_psnr: dict[str, float] = {}
     rebuilt: dict[str, tuple[Entry, ...]] = {}
+    kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
 
     def of(self, reading: Reading) -> Judged | None:
         """What was found about a reading, None while it is not judged."""

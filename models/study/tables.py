@@ -54,7 +54,7 @@ def _headline(results: StudyResults) -> str:
             name, over = main_distance(results), _over(rows[0].first.seeds)
             lines.append(f"{name} of the monolith ÷ {name} of the mixture: **{ratio}** ({over}).")
         lines.append(comparison_table(rows, "monolith", "mixture").rstrip())
-        lines += _rebuilt(results, prompts)
+        lines += _rebuilt(results, prompts) + _kinds(results, prompts)
     rows = [[name, f"{a:g}", f"{b:g}", f"{a / b:.2f}"] for name, (a, b) in PAPER.items()]
     lines.append("For comparison, Paris 2.0 reports (3 experts of 11 B, 256 px, N = 2,048; other data, so only ratios compare):")
     lines.append(table(["metric", "monolith", "mixture", "monolith ÷ mixture"], rows))
@@ -68,6 +68,25 @@ def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
     if found is None:
         return []
     return [f"The real clips themselves, encoded and decoded again by the autoencoder, have {name} {found.figure}."]
+
+
+def _kinds(results: StudyResults, prompts: str) -> list[str]:
+    """Where the gain comes from."""
+    rows = []
+    for kind, (plain, debiased) in results.kinds.get(prompts, {}).items():
+        sides = (plain.first, plain.second, plain.ratio, debiased.first, debiased.second)
+        rows.append([kind, str(plain.first.n), *map(str, sides), plain.second_is])
+    if not rows:
+        return []
+    name = main_distance(results)
+    head = [
+        "clips of",
+        "N",
+        *(f"{name}{how}, {arm}" for how in ("", " debiased") for arm in ("monolith", "mixture")),
+        "mixture is",
+    ]
+    head.insert(4, "ratio")
+    return ["By kind, at its own N:", table(head, rows)]
 
 
 def _over(seeds: Sequence[int]) -> str:

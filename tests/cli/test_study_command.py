@@ -24,7 +24,7 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
     run = lutetia("study", CONFIG, "--folder", tmp_path / "study", "--plan", "--json")
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
-    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture"]
+    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture", "balanced"]
     assert document["core_hours"]["all"] > 0
     assert not (tmp_path / "study").exists()
 
@@ -83,6 +83,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert "encoded and decoded again by the autoencoder, have motion distance" in page
     assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page
+    assert "| balanced | 0 |" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     judged_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lutetia.models.data.balance import balance
 from lutetia.models.data.build import BuildReport, BuildSettings, build_data
 from lutetia.models.data.description import read_data
 from lutetia.models.data.latents import load_latents
@@ -239,3 +241,21 @@ def test_built_data_that_were_changed_are_refused(built: BuildReport, tmp_path: 
         read_data(tmp_path / "data")
     with pytest.raises(DataError, match="holds no data.json; name a folder that `lutetia data build` wrote"):
         read_data(tmp_path)
+
+
+def test_balanced_data_meet_every_cluster_equally_often(built: BuildReport, tmp_path: Path) -> None:
+    made = balance(built.out, tmp_path / "balanced")
+    assert made == read_data(tmp_path / "balanced")
+    (shard,) = made.shards
+    own = {split: load_shard(tmp_path / "balanced" / getattr(shard, split).path, made.latent) for split in ("train", "holdout")}
+    parts = [load_shard(built.out / part.train.path, made.latent) for part in built.description.shards]
+    most = max(map(len, parts))
+    assert Counter(own["train"].kinds) == dict.fromkeys(COUNTS, most)
+    assert Counter(own["holdout"].kinds) == {part.name: part.holdout.clips for part in built.description.shards}
+    met = Counter(clip.numpy().tobytes() for clip in own["train"].latents)
+    for part in parts:
+        times = [met[clip.numpy().tobytes()] for clip in part.latents]
+        assert {most // len(part)} <= set(times) <= {most // len(part), -(-most // len(part))}, "all clips of a cluster alike"
+    assert balance(built.out, tmp_path / "again") == made
+    with pytest.raises(DataError, match="holds no data.json"):
+        balance(tmp_path / "nothing", tmp_path / "out")

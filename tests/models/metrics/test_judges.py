@@ -10,7 +10,7 @@ import pytest
 from lutetia.models.metrics import judges as room
 from lutetia.models.metrics.agreement import PROBE_NAME
 from lutetia.models.metrics.clips import ClipSet
-from lutetia.models.metrics.compare import compare, comparison_table
+from lutetia.models.metrics.compare import compare, compare_kinds, comparison_table
 from lutetia.models.metrics.degrade import frozen, noisy, shuffled_captions
 from lutetia.models.metrics.judges import Judges, JudgeSettings
 from lutetia.system.errors import DataError
@@ -108,3 +108,20 @@ def test_one_hit_more_is_no_difference(ready: Judges, squares: Callable[..., Cli
     assert (row.first.value, row.second.value) == (1 / 30, 0)
     assert row.difference.low < 0 < row.difference.value
     assert row.second_is == "not told apart"
+
+
+def test_a_gain_in_one_kind_shows_in_that_kind_alone(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+    assert compare_kinds(ready, [ready.reference], [ready.reference], seeds=(0,), resamples=12) == {}  # all are of one kind
+    clips = squares(50, seed=2)
+    kinds = ("left",) * 24 + ("right",) * 24 + ("rare",) * 2
+    reference = ClipSet(clips.frames, clips.captions, kinds)
+    judges = Judges(squares(60, seed=1), reference, None, JudgeSettings(metrics=("fvd",), cache=ready.settings.cache))
+    prompts = squares(50, seed=4)
+    mended = noisy(prompts, 40, 0).frames.clone()
+    mended[:24] = prompts.frames[:24]
+    found = compare_kinds(judges, [noisy(prompts, 40, 0)], [prompts.with_frames(mended)], seeds=(0,), resamples=20)
+    assert {kind: [row.name for row in rows] for kind, rows in found.items()} == dict.fromkeys(
+        ("left", "right"), ["FVD", "FVD, debiased"]
+    )
+    assert [found[kind][0].second_is for kind in ("left", "right")] == ["better", "not told apart"]
+    assert found["left"][0].first.n == 24

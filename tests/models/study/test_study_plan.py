@@ -71,6 +71,7 @@ def test_controls_are_what_they_are_called(plan: Plan) -> None:
     assert arms["small-batch"].batch * 3 == monolith.batch
     steps = {name: each.samples_per_shard // each.batch for name, each in arms.items()}
     assert steps["small-batch"] / steps["monolith"] == pytest.approx(3, rel=0.05)
+    assert (arms["balanced"].method, arms["balanced"].experts, arms["balanced"].flops) == ("balanced", 1, monolith.flops)
     assert arms["random"].method == "random"
     assert arms["random"].data != mixture.data
     assert arms["wide"].parameters / mixture.parameters == pytest.approx(1, rel=0.05)
