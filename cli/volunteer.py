@@ -43,6 +43,7 @@ def join(
     threads: Annotated[int | None, setting("THREADS", "CPU threads that training may use.", min=1)] = None,
     duty: Annotated[float | None, setting("DUTY", "Share of time that training may use.", min=0.01, max=1.0)] = None,
     hours: Annotated[str | None, setting("HOURS", "When it may train: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun.")] = None,
+    max_temp: Annotated[float | None, setting("MAX_TEMP", "Degrees Celsius above which it rests more.", min=30, max=110)] = None,
 ) -> None:
     """Train a run's experts with this box.
 
@@ -55,6 +56,7 @@ def join(
 
     flags = given(
         state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
+        max_temp=max_temp,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": word}, config)
     run_service(run_node(settings))
@@ -128,6 +130,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "counts": f"{counting}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
         "due": f"in {ago(document['due'] - now)}" if document["due"] else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] else "",
+        "slowed": document.get("slowed") or "",
         "keeps": f"copies of {document['copies']} accepted checkpoints of others" if document.get("copies") else "",
         "problem": document["problem"] or "",
     }

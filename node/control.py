@@ -68,6 +68,7 @@ class LocalStatus(Frozen):
     precision: str | None = None
     online: bool = False
     problem: str | None = None
+    slowed: str | None = None
     addresses: tuple[str, ...] = ()
     blobs_bytes: int | None = None
     copies: int = 0

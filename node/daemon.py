@@ -22,6 +22,7 @@ from ..system.notify import notify
 from .auditor import Auditor
 from .contributions import Contributions
 from .control import LocalStatus, Request, serve_control
+from .heat import check_sensors, keep_cool
 from .hours import Hours, keep_hours
 from .lock import state_lock
 from .material import Material, Places
@@ -40,10 +41,12 @@ IDENTITY = "identity.key"
 async def run_node(settings: NodeSettings) -> None:
     """Join the ticket's run and work for it. Returns when the node has left.
 
-    Raises ConfigError (ticket, manifest), IdentityError (two daemons, bad key), BootstrapError, UnreachableError or
-    AuthorisationError when it cannot join.
+    Raises HardwareError (no sensor for `max_temp`), ConfigError (ticket, manifest), IdentityError (two daemons, bad key),
+    BootstrapError, UnreachableError or AuthorisationError when it cannot join.
     """
     ticket = settings.decoded_ticket
+    if settings.max_temp is not None:
+        await asyncio.to_thread(check_sensors, settings.device)
     with state_lock(settings.state_folder):
         daemon = Daemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
@@ -124,9 +127,17 @@ class Daemon:
         companions = [self.news.run(), Roster(shell, copies=self.settings.copies).run()]
         if self.settings.hours:
             companions.append(keep_hours(Hours.parse(self.settings.hours), shell.feed))
+        if limit := self.settings.max_temp:
+            companions.append(self._keep_cool(shell, limit))
         if self.settings.audits:
             companions.append(Auditor(shell).run())
         await shell.run(*companions)
+
+    async def _keep_cool(self, shell: Shell, limit: float) -> None:
+        def slowed(why: str | None) -> None:
+            shell.slowed = why
+
+        await keep_cool(limit, self.settings.device, lambda share: shell.hands.pace(share * self.settings.duty), slowed)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
         assert self.news

@@ -46,6 +46,9 @@ class Hands:
         self._spawning = asyncio.Lock()
         self._cooling: asyncio.TimerHandle | None = None
         self._stopping = False
+        self._pace: float | None = None
+        self.disk_full = False
+        """What the trainer at work says of its disk; it tries again and again, and tells."""
         self.report: Report | None = None
 
     # --- the warm child: its imports take seconds, which pass while a claim settles ----------------------------------------
@@ -94,10 +97,19 @@ class Hands:
     async def start(self, run: int, assignment: Assignment) -> None:
         """Start trainer number `run`; what becomes of it comes as events."""
         await self.stop(save=False)
-        self._child, self._stopping = await self.take(), False
+        self._child, self._stopping, self.disk_full = await self.take(), False, False
         self.report = Report(epoch=assignment.epoch)
         self._listener = asyncio.create_task(self._listen(run, self._child))
         await self._send({"do": "start", "assignment": assignment.model_dump(mode="json")})
+
+        if self._pace is not None:
+            await self._send({"do": "duty", "share": self._pace})
+
+    async def pace(self, share: float) -> None:
+        """Training may use this share of the time from now on, by this trainer and by those after it."""
+        if share != self._pace:
+            self._pace = share
+            await self._send({"do": "duty", "share": share})
 
     async def allow(self, until: int) -> None:
         await self._send({"do": "allow", "until": until})
@@ -106,6 +118,7 @@ class Hands:
         """End the trainer if there is one: politely with `save` or while it writes, else soon. Returns when it is gone."""
         child, listener = self._child, self._listener
         self._child = self._listener = self.report = None
+        self.disk_full = False
         if child is None:
             return
         self._stopping = True
@@ -141,6 +154,7 @@ class Hands:
         code = await child.process.wait()
         if self._child is child:
             self._child = self._listener = self.report = None
+            self.disk_full = False
         if reason is None:
             reason = _meaning_of(code)
         self._tell(TrainerExited(self._now(), run, reason[0], reason[1]))
@@ -155,8 +169,10 @@ class Hands:
             case {"say": "checkpoint", "kept": kept}:
                 self._tell(CheckpointReady(now, run, Kept.model_validate(kept).candidate))
             case {"say": "disk", "full": True, "text": text}:
+                self.disk_full = not self._stopping
                 self._tell(DiskFull(now, text))
             case {"say": "disk", "full": False}:
+                self.disk_full = False
                 self._tell(DiskFree(now))
             case {"say": "exit", "reason": reason, "text": text} if reason in EXIT_CODES:
                 return reason, text

@@ -129,9 +129,7 @@ def _absorb(turn: Turn, event: Event) -> None:
             )
             turn.warn(f"probing the hardware failed: {reason}; trying again")
         case DiskFull(text=text):
-            if turn.state.disk_full_since is None:
-                turn.set(disk_full_since=turn.now)
-                turn.warn(text)
+            turn.disk_full(text)
         case ManifestChanged(version=version, training=training):
             turn.info(f"the run goes on under version {version} of its manifest")
             turn.set(look_at=turn.now, renew_at=turn.now)
@@ -140,7 +138,7 @@ def _absorb(turn: Turn, event: Event) -> None:
             _hours(turn, closed_until)
         case DiskFree():
             if turn.state.disk_full_since is not None:
-                turn.set(disk_full_since=None, look_at=turn.now)
+                turn.set(disk_full_since=None, disk_freed=(turn.state.disk_full_since, turn.now), look_at=turn.now)
                 turn.info("the disk has space again; going on")
 
 

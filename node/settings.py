@@ -56,6 +56,9 @@ class NodeSettings(BaseSettings):
     hours: str | None = Field(
         default=None, description="When this box may train, local time: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun"
     )
+    max_temp: float | None = Field(
+        default=None, ge=30, le=110, description="Degrees Celsius above which training rests more, by the hottest sensor"
+    )
     disk_limit: Bytes | None = Field(default=None, description="Most bytes of blobs kept, for instance 50GB")
     upload_rate: Bytes | None = Field(default=None, description="Most bytes per second sent to other peers")
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")

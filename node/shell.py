@@ -22,6 +22,7 @@ from .assignment import Assignment
 from .chores import Chores
 from .contributions import Contributions
 from .hands import Hands
+from .heat import LEAST_SHARE
 from .machine import advance
 from .material import Material
 from .network import Network
@@ -35,6 +36,7 @@ log = logging.getLogger("lutetia.node.shell")
 
 _ALIVE_SECONDS = 1.0
 _DISK_SECONDS = 2.0
+_DISK_PATIENCE = 30.0
 _LAST_WORDS_SECONDS = 5.0
 
 
@@ -59,6 +61,7 @@ class Shell:
         self.chores = Chores(settings, network, material, self.prober)
         self.left = asyncio.Event()
         self.problem: str | None = None
+        self.slowed: str | None = None
         self.seeder = Seeder(network, material, material.places.folder / "seeds.json")
         self._rejoin = rejoin
         self._early: list[m.UserVerb] = []
@@ -117,6 +120,8 @@ class Shell:
             notify(f"STATUS={self.state.phase}: {self.state.why}")
         if self._syncing and self.state.phase != "syncing":
             self._syncing.cancel()
+        if self.state.disk_full_since is not None and (self._disk is None or self._disk.done()):
+            self._disk = self._spawn(self._wait_for_disk())
         self._arm()
 
     def _arm(self) -> None:
@@ -171,7 +176,7 @@ class Shell:
                 self._ordered(self._tidy(self.material.discard, shard, epoch))
             case m.Superseded(shard=shard, epoch=epoch):
                 self.contributions.count_accepted(time.time())
-                if self._disk is None or self._disk.done():  # an acceptance says nothing about a disk that takes no writes
+                if self.state.disk_full_since is None:  # an acceptance says nothing about a disk that takes no writes
                     self.problem = None
                 self._ordered(self._tidy(self.material.superseded, shard, epoch))
             case m.Leave():
@@ -263,10 +268,10 @@ class Shell:
         self._told(answer)
 
     def _told(self, event: m.Event) -> None:
-        """A chore's outcome; a full disk is watched beside it."""
+        """A chore's outcome, after the disk's part in it."""
         if self.chores.disk_problem:
             text, self.chores.disk_problem = self.chores.disk_problem, None
-            self._disk_full(text)
+            self.feed(m.DiskFull(time.time(), text))
         self.feed(event)
 
     # --- disk, leaving, telling ---------------------------------------------------------------------------------------------
@@ -277,22 +282,20 @@ class Shell:
             with disk_errors(self.settings.state_folder):
                 await asyncio.to_thread(work, shard, epoch)
         except DiskError as error:
-            self._disk_full(str(error))
-
-    def _disk_full(self, text: str) -> None:
-        self.feed(m.DiskFull(time.time(), text))
-        if self._disk is None or self._disk.done():
-            self._disk = self._spawn(self._wait_for_disk())
+            self.feed(m.DiskFull(time.time(), str(error)))
 
     async def _wait_for_disk(self) -> None:
-        """There is hope when there is more space than when it failed, or when a disk that took no writes takes one."""
-        folder = self.settings.state_folder
+        """Until there is hope: more space than when it failed, or a disk that took no writes takes one.
+
+        And now and then anyway: it may have been free again before we looked, or have room for less than was to be written.
+        """
+        folder, begun = self.settings.state_folder, time.monotonic()
         free, refused = shutil.disk_usage(folder).free, not await asyncio.to_thread(takes_writes, folder)
-        while True:
+        while self.state.disk_full_since is not None:
             await asyncio.sleep(_DISK_SECONDS)
-            if shutil.disk_usage(folder).free > free or (refused and await asyncio.to_thread(takes_writes, folder)):
-                break
-        self.feed(m.DiskFree(time.time()))
+            more = shutil.disk_usage(folder).free > free or time.monotonic() - begun > _DISK_PATIENCE
+            if not self.hands.disk_full and (more or (refused and await asyncio.to_thread(takes_writes, folder))):
+                self.feed(m.DiskFree(time.time()))
 
     async def _leave(self) -> None:
         """When the trainer has ended and the swarm knows, or does not hear us."""
@@ -310,7 +313,8 @@ class Shell:
         document: dict[str, Any] = {
             "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
             "name": self.manifest.name, "manifest_version": self.manifest.version, "online": state.online,
-            "problem": self.problem, "copies": len(self.seeder.seeds), "paused_until": state.pause_until or state.closed_until,
+            "problem": self.problem, "slowed": self.slowed, "copies": len(self.seeder.seeds),
+            "paused_until": state.pause_until or state.closed_until,
             "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
             "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
         }  # fmt: skip
@@ -333,7 +337,7 @@ class Shell:
 
 def patient_rules(rules: Rules, manifest: Manifest, settings: NodeSettings, rate: float) -> Rules:
     """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second at full duty."""
-    pace = rate * settings.duty
+    pace = rate * settings.duty * (LEAST_SHARE if settings.max_temp else 1)
     longest = 20 * manifest.optimisation.batch / pace if pace > 0 else 0.0
     return replace(rules, hang_after=max(settings.hang_after, longest))
 

@@ -201,6 +201,8 @@ class State:
     trainers: int = 0
     """Trainers started so far: messages of earlier ones are stale."""
     disk_full_since: float | None = None
+    disk_freed: tuple[float, float] | None = None
+    """When the disk was last full from, and until: what is full again soon after was full all the time."""
 
 
 def next_wake(rules: Rules, state: State) -> float | None:

@@ -10,6 +10,8 @@ from .state import Rules, State, Work, evolve
 
 _WORTH_TELLING = frozenset({"idle", "training", "publishing", "paused", "draining"})
 """Phases that the swarm should hear of at once, not with the next heartbeat."""
+_RELAPSE = 120.0
+"""Seconds: what is full again so soon after was full all the time."""
 
 
 class Turn:
@@ -50,6 +52,14 @@ class Turn:
         if why != self.state.why:
             self.set(why=why)
             self.info(f"{self.state.phase}: {why}")
+
+    def disk_full(self, text: str) -> None:
+        """Say so once. Hope in between does not begin the time anew after which the shard is let go."""
+        state = self.state
+        if state.disk_full_since is None:
+            relapse = state.disk_freed is not None and self.now - state.disk_freed[1] < _RELAPSE
+            self.set(disk_full_since=state.disk_freed[0] if relapse and state.disk_freed else self.now)
+            self.warn(text)
 
     def info(self, text: str) -> None:
         self.do(Report("info", text))

@@ -230,8 +230,7 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
     work, rules, now = turn.work, turn.rules, turn.now
     if reason == "disk-full":  # it starts again when there is space
         turn.change(restart_at=now)
-        turn.set(disk_full_since=turn.state.disk_full_since or now)
-        turn.warn(text)
+        turn.disk_full(text)
         return
     crashes = 1 if now - work.started_at > _HEALTHY else work.crashes + 1
     shrink = work.shrink + (reason == "out-of-memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -120,6 +121,12 @@ async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(co
             assert status["problem"].count("\n") == 0
             assert str(disk) in status["problem"]
             assert daemon.process.returncode is None
+            ballast.unlink()
+            await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
+            ballast.write_bytes(b"x" * (disk_free(disk) - 20_000))
+            status = await daemon.until(problem=lambda text: text and "no space left" in text)
+            for pid in await child(daemon, "node.trainer"):  # who knew that the disk is full is gone
+                os.kill(pid, signal.SIGKILL)
             ballast.unlink()
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
             await ask(daemon.state, "leave")

@@ -303,6 +303,23 @@ def test_full_disk_reports_once_and_keeps_the_trainer():
     assert m.RenewRecords(m.Claim(0, 0, 0, "training")) in walk.actions
 
 
+def test_hope_that_was_in_vain_does_not_hold_the_shard_for_longer():
+    walk = Walk().training()
+    walk.feed(m.DiskFull(walk.now, "the disk is full"))
+    until = walk.now + RULES.stuck_after + RULES.lease
+    while walk.now < until:
+        walk.tick()
+        walk.feed(m.SwarmSeen(walk.now, (claimed(0, ME, walk.now + 60),)))
+        walk.feed(m.DiskFree(walk.now))
+        walk.now += 1
+        walk.feed(m.DiskFull(walk.now, "the disk is full"))
+    assert walk.state.work is None or walk.state.work.checking, "the lease is let go"
+    walk.feed(m.DiskFree(walk.now))
+    walk.now += 600
+    walk.feed(m.DiskFull(walk.now, "the disk is full"))
+    assert walk.state.disk_full_since == walk.now, "another time, another patience"
+
+
 def test_trainer_that_could_not_start_on_a_full_disk_starts_when_there_is_space():
     walk = Walk().training()
     walk.feed(m.TrainerExited(walk.now, 1, "disk-full", "no space"))

@@ -105,8 +105,9 @@ async def test_held_at_its_epoch_until_allowed_on_and_deaf_to_signals_for_the_da
 
 async def test_stop_saves_the_place_progress_says_where_it_is_and_duty_leaves_the_processor_to_its_owner(run: TinyRun):
     work = run.work("lazy")
-    async with a_trainer(run.assignment(work, duty=0.1)) as child:
+    async with a_trainer(run.assignment(work)) as child:
         ready = await hear(child, "ready")
+        await child.send({"do": "duty", "share": 0.1})
         assert (ready["epoch"], ready["step"], ready["device"]) == (0, 0, "cpu")
         start, before = time.monotonic(), cpu_seconds(child.process.pid)
         progress = await hear(child, "progress", epoch=0)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,11 @@ class DaemonProcess:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, coordinator: ToyCoordinator, state: Path, *flags: str) -> AsyncIterator[DaemonProcess]:
+    async def running(
+        cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()
+    ) -> AsyncIterator[DaemonProcess]:
         """It does not outlive the block."""
-        daemon = await cls.start(coordinator, state, *flags)
+        daemon = await cls.start(coordinator, state, *flags, prefix=prefix)
         try:
             yield daemon
         finally:
@@ -109,12 +111,13 @@ class DaemonProcess:
             await daemon.process.wait()
 
     @classmethod
-    async def start(cls, coordinator: ToyCoordinator, state: Path, *flags: str) -> DaemonProcess:
+    async def start(cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()) -> DaemonProcess:
+        """`prefix`: what is to execute it."""
         log = state.parent / f"{state.name}.log"
         arguments = ["join", coordinator.ticket.encode(), "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0"]
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "lutetia.cli", *arguments, "--device", "cpu", "--threads", "1", *flags,
+                *prefix, sys.executable, "-m", "lutetia.cli", *arguments, "--device", "cpu", "--threads", "1", *flags,
                 stdout=output, stderr=output, start_new_session=True,
                 env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "LUTETIA_SAVE_EVERY": "0.2"},
             )  # fmt: skip
