@@ -40,7 +40,7 @@ def run_checks(state_folder: Path) -> list[Finding]:
     """All checks of this box, cheap ones first; none of them dials anything outside the machine."""
     checks: tuple[Callable[[], Finding], ...] = (
         check_python, check_packages, check_p2pd, check_ports,
-        lambda: check_disk(state_folder), lambda: check_identity(state_folder), check_memory, check_device,
+        lambda: check_disk(state_folder), lambda: check_identity(state_folder), check_memory, check_heat, check_device,
     )  # fmt: skip
     return [check() for check in checks]
 
@@ -119,6 +119,15 @@ def check_memory() -> Finding:
     if available < LOW_MEMORY:
         return Finding("memory", "warn", seen, "close other programs; small runs may still fit")
     return Finding("memory", "ok", seen)
+
+
+def check_heat() -> Finding:
+    from ..node.heat import hottest
+
+    found = hottest("auto")
+    if found is None:
+        return Finding("temperature", "ok", "no sensor can be read: --max-temp cannot be kept here, --duty can")
+    return Finding("temperature", "ok", f"{found.celsius:.0f} °C ({found.sensor})")
 
 
 def check_device() -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,18 @@ async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Senso
             assert "cool again (x86_pkg_temp shows 40 °C): full pace" in daemon.words()
 
 
+def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
+    def doctor() -> str:
+        command = [*sensor.prefix, sys.executable, "-c", "from lutetia.cli.checks import check_heat; print(check_heat().seen)"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    if hottest("auto") is None:
+        assert doctor() == "no sensor can be read: --max-temp cannot be kept here, --duty can"
+    sensor.shows(61.4)
+    assert doctor() == "61 °C (x86_pkg_temp)"
+
+
 async def test_without_a_sensor_a_limit_is_refused_before_anything_is_written(sensor: Sensor, tmp_path: Path):
-    if hottest("auto"):
-        (sensor.zone / "temp").unlink(missing_ok=True)
     run = make_run(tmp_path / "run", heartbeat=1.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy:
         state = tmp_path / "box"
