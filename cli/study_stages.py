@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..protocol.canonical import canonical
 from ..system.errors import ConfigError
 from ..system.files import disk_errors, write_atomic
-from . import study_data, study_mixtures, study_swarm
+from . import study_mixtures, study_swarm
+from .study_latents import own_latents
 
 if TYPE_CHECKING:
     from ..models.metrics.clips import ClipSet
@@ -95,7 +96,7 @@ class Stages:
         plan = plan_study(config, planned_latent(config))
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
-        latents, psnr = study_data.latents(config, home / "clips" / "train", cache, on_progress)
+        latents, psnr = own_latents(config, home / "clips" / "train", cache, on_progress)
         bench = Bench(config, home / "clips", cache / "metrics", on_progress)
         return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
 
@@ -122,14 +123,18 @@ class Stages:
 
     def data(self, training: Training) -> Path:
         """The built data of a training, shared by all that cluster alike."""
+        from ..models.data.balance import balance
+        from ..models.data.build import build_data
+
         target = self.home / "data" / training.data
         if (target / "data.json").is_file():
             return target
         if training.method == "balanced":
-            study_data.balanced(self.data(self.plan.of("headline", "mixture")[0]), target)
+            balance(self.data(self.plan.of("headline", "mixture")[0]), target)
         else:
-            settings = self.config.data.model_copy(update={"latents": self.latents, "cache": self.cache / "data"})
-            study_data.build(self.home / "clips", target, settings, training, self.on_progress)
+            update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
+            update["latents"] = self.latents
+            build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
         return target
 
     def mixture(self, reading: Reading) -> Path:

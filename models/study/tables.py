@@ -74,18 +74,21 @@ def _kinds(results: StudyResults, prompts: str) -> list[str]:
     """Where the gain comes from."""
     rows = []
     for kind, (plain, debiased) in results.kinds.get(prompts, {}).items():
-        sides = (plain.first, plain.second, plain.ratio, debiased.first, debiased.second)
-        rows.append([kind, str(plain.first.n), *map(str, sides), plain.second_is])
+        figures = (plain.first, plain.second, plain.ratio, debiased.first, debiased.second)
+        rows.append([kind, str(plain.first.n), *map(str, figures), plain.second_is])
     if not rows:
         return []
     name = main_distance(results)
     head = [
         "clips of",
         "N",
-        *(f"{name}{how}, {arm}" for how in ("", " debiased") for arm in ("monolith", "mixture")),
+        f"{name}, monolith",
+        f"{name}, mixture",
+        "ratio",
+        "debiased, monolith",
+        "debiased, mixture",
         "mixture is",
     ]
-    head.insert(4, "ratio")
     return ["By kind, at its own N:", table(head, rows)]
 
 

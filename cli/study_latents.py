@@ -1,4 +1,4 @@
-"""What a study trains on: latents by an autoencoder of its own, and shards by every way of clustering."""
+"""The autoencoder that a study trains for itself."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from ..protocol.canonical import canonical
 from ..system.files import write_atomic
 
 if TYPE_CHECKING:
-    from ..models.data.build import BuildSettings
     from ..models.study.config import StudyConfig
-    from ..models.study.plan import Training
 
 Progress = Callable[[str, int, int], None]
 
 
-def latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> tuple[str, dict[str, float]]:
+def own_latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> tuple[str, dict[str, float]]:
     """What makes the latents, and the PSNR in dB by kind of the study's own autoencoder, trained where the cache has none."""
     if config.autoencoder is None:
         return config.data.latents, {}
@@ -41,17 +39,3 @@ def latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Progress
         write_atomic(report, json.dumps(found, indent=1).encode())
         part.rename(folder)
     return str(folder), json.loads(report.read_bytes())["psnr_db"]
-
-
-def build(clips: Path, target: Path, settings: BuildSettings, training: Training, on_progress: Progress) -> None:
-    """The shards that `training` wants."""
-    from ..models.data.build import build_data
-
-    build_data(clips, target, settings.model_copy(update={"experts": training.experts, "method": training.method}), on_progress)
-
-
-def balanced(clustered: Path, target: Path) -> None:
-    """One shard of all clusters, each met equally often."""
-    from ..models.data.balance import balance
-
-    balance(clustered, target)
