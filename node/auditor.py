@@ -30,8 +30,9 @@ class Auditor:
 
     @property
     def _free(self) -> bool:
-        state, finding = self.shell.state, self.shell.prober.finding
-        return state.phase == "idle" and state.online and state.disk_full_since is None and finding is not None
+        state, shell = self.shell.state, self.shell
+        fit = shell.prober.finding is not None and state.disk_full_since is None and shell.slowed is None
+        return state.phase == "idle" and state.online and fit
 
     async def run(self) -> None:
         """Ask about once per heartbeat, or when the coordinator says, until cancelled."""
