@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from lutetia.simulation.broken import BROKEN
 from lutetia.simulation.driver import Outcome, simulate, steps_of
@@ -50,3 +52,13 @@ def test_nothing_of_the_shortest_plan_can_be_left_out() -> None:
         rest = [other for other in outcome.shortest if other != number]
         less = simulate(scenario, outcome.peers, outcome.seed, seconds=seconds, keep=rest, decide=decide, shrink=False)
         assert less.violation is None
+
+
+def test_a_plan_is_not_shrunk_to_a_swarm_that_nobody_joins() -> None:
+    calm = SCENARIOS["killed"]
+    scenario = replace(calm, ends=(lambda world: f"{world.accepted} epochs were accepted, too few",))
+    outcome = simulate(scenario, 4, 0, seconds=calm.seconds, most_tries=20)
+    steps = steps_of(scenario, 4, 0)
+    assert outcome.violation is not None
+    assert [steps[number].what for number in outcome.shortest] == ["join"] * 4
+    assert outcome.accepted > 0
