@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from ..protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, shard_owner
 from ..protocol.progress import protected, watch
+from .holding import own_shard_seen, start_sync
 from .messages import Claim, Look, PublishClaim
 from .turn import Turn
-from .working import own_shard_seen, start_sync
 
 WAVE = 16
 """How many shards are looked at before the first choice: what looks free among them is claimed before the rest is seen."""

@@ -12,6 +12,7 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 from __future__ import annotations
 
 from .choosing import go_on_claiming, look_around, swarm_seen, take_duty
+from .holding import release, shard_synced, sync_failed
 from .messages import (
     Action,
     CheckpointReady,
@@ -41,19 +42,10 @@ from .messages import (
     TrainerProgress,
     UserVerb,
 )
+from .offering import answered
 from .state import Rules, State
 from .turn import Turn
-from .working import (
-    answered,
-    checkpoint_ready,
-    manifest_changed,
-    release,
-    shard_synced,
-    sync_failed,
-    trainer_exited,
-    trainer_progress,
-    work_on,
-)
+from .working import checkpoint_ready, manifest_changed, trainer_exited, trainer_progress, work_on
 
 
 def advance(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]:

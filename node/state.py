@@ -53,6 +53,7 @@ class Rules:
     """Own checkpoints that may wait for acceptance before the trainer waits too."""
     crash_limit: int = 6
     rejection_limit: int = 2
+    unjudged_limit: int = 3
     longest_backoff: float = 60.0
     tenure: float = 600.0
     interval: int = 1
@@ -124,6 +125,8 @@ class Work:
     offering: str | None = None
     offer_at: float = 0.0
     offers: int = 0
+    unjudged: int = 0
+    """How often the coordinator gave up judging the oldest pending result, of which nothing is known against it."""
 
     @property
     def stand(self) -> Stand:

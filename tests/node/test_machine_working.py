@@ -343,6 +343,30 @@ def test_refused_checkpoint_is_trained_again_once_then_the_shard_is_given_up():
     assert walk.state.shunned[0] > walk.now
 
 
+def test_a_box_whose_results_cannot_be_judged_leaves_the_work_to_others_for_a_while():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    for times in range(1, RULES.unjudged_limit + 1):
+        assert walk.state.work, f"patient after {times - 1}"
+        actions = walk.feed(m.OfferAnswered(walk.now, "d1", "inconclusive", "its weights did not arrive", retry_after=60.0))
+        walk.now += 61
+    assert m.StopTrainer(True) in actions, "what was trained stays on disk"
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in actions
+    assert walk.state.phase == "idle"
+    assert set(walk.state.shunned) == set(range(RULES.shards)), "another shard would fare no better"
+    assert "cannot judge its checkpoint (its weights did not arrive)" in walk.state.why
+
+
+def test_rounds_that_end_in_an_acceptance_are_forgotten():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    for _ in range(RULES.unjudged_limit - 1):
+        walk.feed(m.OfferAnswered(walk.now, "d1", "inconclusive", "its weights did not arrive"))
+    walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
+    assert walk.state.work
+    assert walk.state.work.unjudged == 0
+
+
 def test_sync_failures_back_off_then_give_up():
     walk = Walk().syncing()
     for _ in range(RULES.crash_limit - 1):
