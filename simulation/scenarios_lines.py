@@ -75,7 +75,8 @@ LINES = (
     ),
     Scenario("bad-lines", "30 % packet loss, 500 ms ± 500 ms", 7, _bad_lines, setting=_LONG, ends=(advanced(0.3),)),
     Scenario("one-way", "some boxes cannot dial others", 7, _one_way, setting=_LONG, peers=9, ends=(advanced(0.3),), least=3),
-    Scenario("slow-loris", "some boxes send 1 KiB/s", 7, _slow_loris, setting=_LONG, peers=9, ends=(owned, advanced(0.2))),
+    # where the quick ones have died, a shard may wait: who could not deliver stands back for a while
+    Scenario("slow-loris", "some boxes send 1 KiB/s", 7, _slow_loris, setting=_LONG, peers=9, ends=(advanced(0.2),)),
     Scenario(
         "clocks",
         "clocks are off by ±10 s, some jump by minutes or an hour",
