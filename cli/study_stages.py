@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..protocol.canonical import canonical
+from ..protocol.canonical import Frozen, canonical
 from ..system.errors import ConfigError
 from ..system.files import disk_errors, write_atomic
 from . import study_mixtures, study_swarm
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..models.study.results import StudyResults
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T", bound=Frozen)
 _MAY_CHANGE = {"seeds", "controls", "judging", "machines"}  # between calls: they add to a study, or only ask it otherwise
 _HERE_ONLY = {"device", "workers", "cache"}  # of the data's settings: how this box builds them, not what they are
 GRID_ROWS = 8
@@ -159,38 +160,27 @@ class Stages:
         """Monolith against mixture over all seeds of which both sides are judged."""
         from ..models.study.results import Headline
 
-        found = {}
-        for prompts, pairs, seeds in self._judged_pairs():
-            path = self._figure(f"headline-{prompts}-{'-'.join(map(str, seeds))}")
-            if not path.is_file():
-                rows = self.bench.compare(prompts, pairs[0][0].clips, *self._sides(pairs), seeds)
-                write_atomic(path, Headline(rows=rows).model_dump_json().encode())
-            found[prompts] = Headline.model_validate_json(path.read_bytes()).rows
-        return found
+        return {prompts: found.rows for prompts, found in self._compared("headline", Headline, self.bench.compare)}
 
     def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
         """The headline's distance by kind, over the same seeds."""
         from ..models.study.results import Kinds
 
-        found = {}
-        for prompts, pairs, seeds in self._judged_pairs():
-            path = self._figure(f"kinds-{prompts}-{'-'.join(map(str, seeds))}")
-            if not path.is_file():
-                rows = self.bench.compare_kinds(prompts, pairs[0][0].clips, *self._sides(pairs), seeds)
-                write_atomic(path, Kinds(rows=rows).model_dump_json().encode())
-            found[prompts] = Kinds.model_validate_json(path.read_bytes()).rows
-        return found
+        return {prompts: found.rows for prompts, found in self._compared("kinds", Kinds, self.bench.compare_kinds)}
 
-    def _judged_pairs(self) -> Iterator[tuple[Prompts, list[tuple[Reading, Reading]], tuple[int, ...]]]:
-        """The final readings of both sides where both are judged, and of which seeds."""
+    def _compared(self, name: str, shape: type[T], compare: Callable[..., Any]) -> Iterator[tuple[Prompts, T]]:
+        """What `compare` finds between the sides, by kind of prompts; kept as `shape` under `name`."""
         for prompts in self.config.judging.prompts:
             pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
-            if pairs:
-                yield prompts, pairs, tuple(self.plan.training(pair[0].training).seed for pair in pairs)
-
-    def _sides(self, pairs: Sequence[tuple[Reading, Reading]]) -> tuple[list[ClipSet], list[ClipSet]]:
-        """The clips of monolith and mixture, by seed."""
-        return [self.clips_of(pair[0]) for pair in pairs], [self.clips_of(pair[1]) for pair in pairs]
+            if not pairs:
+                continue
+            seeds = tuple(self.plan.training(pair[0].training).seed for pair in pairs)
+            path = self._figure(f"{name}-{prompts}-{'-'.join(map(str, seeds))}")
+            if not path.is_file():
+                sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
+                rows = compare(prompts, pairs[0][0].clips, *sides, seeds)
+                write_atomic(path, shape.model_validate({"rows": rows}).model_dump_json().encode())
+            yield prompts, shape.model_validate_json(path.read_bytes())
 
     def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
         """The real clips through the autoencoder alone."""

@@ -22,9 +22,7 @@ def answered(turn: Turn, event: OfferAnswered) -> None:
             _rejected(turn, event.text)
         case "quarantined":
             void(turn, work.epoch)
-            long = 10 * rules.lease
-            turn.set(shunned=dict.fromkeys(range(rules.shards), turn.now + long))
-            give_up(turn, event.text, save=False, seconds=long)
+            _leave_to_others(turn, event.text, save=False)
         case "superseded":
             turn.change(offer_at=turn.now + rules.heartbeat * jitter)
             turn.do(Look((work.shard,)))
@@ -48,9 +46,14 @@ def _unjudged(turn: Turn, text: str) -> None:
     """
     turn.change(unjudged=turn.work.unjudged + 1)
     if turn.work.owned and turn.work.unjudged >= turn.rules.unjudged_limit:
-        long = 10 * turn.rules.lease
-        turn.set(shunned=dict.fromkeys(range(turn.rules.shards), turn.now + long))
-        give_up(turn, f"the coordinator cannot judge its checkpoint ({text})", save=True, seconds=long)
+        _leave_to_others(turn, f"the coordinator cannot judge its checkpoint ({text})", save=True)
+
+
+def _leave_to_others(turn: Turn, why: str, *, save: bool) -> None:
+    """Give the shard up, and take no other for a while."""
+    long = 10 * turn.rules.lease
+    turn.set(shunned=dict.fromkeys(range(turn.rules.shards), turn.now + long))
+    give_up(turn, why, save=save, seconds=long)
 
 
 def _rejected(turn: Turn, text: str) -> None:

@@ -79,16 +79,8 @@ def _kinds(results: StudyResults, prompts: str) -> list[str]:
     if not rows:
         return []
     name = main_distance(results)
-    head = [
-        "clips of",
-        "N",
-        f"{name}, monolith",
-        f"{name}, mixture",
-        "ratio",
-        "debiased, monolith",
-        "debiased, mixture",
-        "mixture is",
-    ]
+    sides = [f"{what}, {side}" for what in (name, "debiased") for side in ("monolith", "mixture")]
+    head = ["clips of", "N", *sides[:2], "ratio", *sides[2:], "mixture is"]
     return ["By kind, at its own N:", table(head, rows)]
 
 
