@@ -50,7 +50,8 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
     status = coordinator.status()
     assert status.finished
     assert status.accepted == 2
-    assert "starting" in healths
+    # which of them a look meets is chance: on a quick box one is over before the status is next written
+    assert healths <= {"starting", "working", "standby"}, "never offline, never called idle while it worked"
     assert [(peer.accepted, peer.rejected, peer.health) for peer in status.nodes] == [(2, 0, "standby")], "its shard is done"
     assert verify_mixture(run.folder / "mixture", run.manifest.coordinators).digest == status.mixture
     kinds = [event.kind for event in read_events(run.folder)]
