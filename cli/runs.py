@@ -29,12 +29,17 @@ def create(
     name: Annotated[str | None, setting("RUN_NAME", "What people call the run.")] = None,
     address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, for the ticket.")] = None,
     experts: Annotated[int | None, setting("RUN_EXPERTS", "Refuse data with another number of shards.", min=1)] = None,
+    warm_start: Annotated[
+        str | None,
+        setting("RUN_WARM_START", "Begin with the weights of this mixture, pipeline or transformer (folder or hub id)."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a signed manifest and a ticket for new volunteers."""
     from ..coordinator.settings import RunSettings
 
-    values = {**read_config(config), **given(preset=preset, name=name, addresses=address, experts=experts)}
+    flags = given(preset=preset, name=name, addresses=address, experts=experts, warm_start=warm_start)
+    values = {**read_config(config), **flags}
     settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports
     from ..coordinator.create import create_run
 
@@ -158,6 +163,14 @@ def load_manifest(source: str, timeout: float) -> Manifest:
         ) from error
 
 
+def _beginning(manifest: Manifest) -> str:
+    """With which weights experts begin."""
+    from .words import short
+
+    given = {init.digest: None for shard in manifest.shards if (init := manifest.expert_of(shard.index).init)}
+    return f"warm start from {', '.join(short(digest, 12) for digest in given)}" if given else "begins fresh"
+
+
 def render_manifest(manifest: Manifest) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
@@ -170,7 +183,7 @@ def render_manifest(manifest: Manifest) -> RenderableType:
     facts = {
         "run": f"{manifest.name}   {manifest.run_id}   version {manifest.version}",
         "owner": manifest.owner,
-        "expert": f"{manifest.expert.class_name}, predicts {manifest.expert.prediction}",
+        "expert": f"{manifest.expert.class_name}, predicts {manifest.expert.prediction}, {_beginning(manifest)}",
         "clips": f"{latent.pixel_frames} frames of {size_in_pixels}, latents {latent.shape} by {latent.vae}",
         "text": f"{latent.text_encoder}, {latent.text_tokens} tokens",
         "budget": f"{thousands(manifest.samples_per_shard)} samples per expert in {manifest.epochs} checkpoints",

@@ -6,9 +6,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -25,6 +27,9 @@ from .ledger import Ledger
 from .run_folder import Endpoint, RunFolder
 from .settings import RunSettings, small_expert, tiny_expert
 from .upgrading import published
+
+if TYPE_CHECKING:
+    from ..models.warm_start import Source
 
 _DAY = 86400.0
 _EPOCH = 1_767_225_600.0  # 2026-01-01, the birth of all seeded runs
@@ -62,9 +67,9 @@ class Birth:
 def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: Birth | None = None) -> CreatedRun:
     """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
 
-    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, expert does not fit, unknown
-    preset), DataError (no built data there), IntegrityError (a shard file changed since it was built) or DiskError. Then
-    `folder` is as before.
+    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, expert or weights to begin with do
+    not fit, unknown preset), DataError (no built data there), IntegrityError (a shard file changed since it was built) or
+    DiskError. Then `folder` is as before.
     """
     settings = (settings or RunSettings()).resolved()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -73,12 +78,14 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
     _check_experts(settings, description)
     birth = birth or Birth.now()
     owner, coordinator = birth.owner, birth.coordinator
-    manifest = _manifest(settings, description, owner, coordinator, birth.time)
+    sources = _warm_start(settings, description)
+    manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
     _check_expert(manifest)
     with disk_errors(folder):
         make_folder(folder.absolute().parent)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.absolute().parent))
         try:
+            manifest = _warmed(manifest, sources, part)
             ticket = _fill(RunFolder(part), data, description, manifest, owner, coordinator, settings)
             part.chmod(0o755)
             os.rename(part, folder)  # over an empty folder at most: anything else refuses
@@ -106,20 +113,49 @@ def _check_expert(manifest: Manifest) -> None:
         check_fits(spec, manifest.latent)
 
 
-def _expert(settings: RunSettings, latent: LatentSpec) -> ExpertSpec:
+def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[Source, ...]:
+    """Where each shard's expert begins; none where all begin fresh."""
+    if settings.warm_start is None:
+        return ()
+    from ..models.warm_start import find_sources
+
+    return find_sources(settings.warm_start, [shard.name for shard in description.shards], settings.expert)
+
+
+def _warmed(manifest: Manifest, sources: Sequence[Source], part: Path) -> Manifest:
+    """The manifest that names the sources' weights, which lie in the store of `part` then. Each source is read once."""
+    if not sources:
+        return manifest
+    from ..models.warm_start import warm, write_weights
+
+    store, found = BlobStore(RunFolder(part).blobs), {}
+    for source in sources:
+        if source.model not in found:
+            path = part / "warm-start.safetensors"
+            write_weights(source, path)
+            found[source.model] = store.add_file(path, move=True)
+    return warm(manifest, [found[source.model] for source in sources])
+
+
+def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[Source]) -> ExpertSpec:
+    if sources:
+        return sources[0].spec
     if settings.expert is not None:
         return settings.expert
     return tiny_expert(latent) if settings.preset == "tiny" else small_expert(latent)
 
 
 def _manifest(
-    settings: RunSettings, description: DataDescription, owner: Identity, coordinator: Identity, now: float
-) -> Manifest:
+    settings: RunSettings, description: DataDescription, owner: Identity, coordinator: Identity, now: float,
+    sources: Sequence[Source],
+) -> Manifest:  # fmt: skip
     total = sum(shard.prior for shard in description.shards)
+    specs = [source.spec for source in sources]
+    own = specs if any(spec != specs[0] for spec in specs) else [None] * len(description.shards)
     shards = tuple(
         ShardSpec(
             index=shard.index, name=shard.name, train=shard.train.blob, holdout=shard.holdout.blob,
-            clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total,
+            clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total, expert=own[shard.index],
         )
         for shard in description.shards
     )  # fmt: skip
@@ -127,7 +163,7 @@ def _manifest(
         return Manifest(
             name=settings.name, owner=owner.public_key, coordinators=(coordinator.public_key,),
             created=now, expires=now + settings.valid_days * _DAY, latent=description.latent,
-            expert=_expert(settings, description.latent), shards=shards, optimisation=settings.optimisation,
+            expert=_expert(settings, description.latent, sources), shards=shards, optimisation=settings.optimisation,
             samples_per_shard=settings.samples_per_shard, checkpoint_samples=settings.checkpoint_samples,
             holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
             sampling=settings.sampling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..protocol.manifest import (
     AuditPolicy,
@@ -34,6 +34,7 @@ class RunSettings(_Settings):
 
     `addresses` are where volunteers reach the coordinator, fixed in the ticket; the first one's port is listened on.
     `experts` only asserts the number of clusters in the data. Without `expert` a small Wan transformer is fitted to the latents.
+    `warm_start`: the folder or hub id of what the experts' first weights are taken from (`models.warm_start`).
     """
 
     preset: Literal["tiny", "demo"] | None = None
@@ -41,6 +42,7 @@ class RunSettings(_Settings):
     addresses: tuple[HostPort, ...] = Field(default=("127.0.0.1:41000",), min_length=1, max_length=8)
     experts: Count | None = None
     expert: ExpertSpec | None = None
+    warm_start: str | None = None
     optimisation: Optimisation = Optimisation()
     samples_per_shard: Count = 64_000
     checkpoint_samples: Count = 3_200
@@ -53,6 +55,13 @@ class RunSettings(_Settings):
     hardware: HardwareNeeds = HardwareNeeds()
     allowlist: tuple[PublicKey, ...] | None = None
     valid_days: Positive = 365.0
+
+    @field_validator("expert")
+    @classmethod
+    def _weights_by_name(cls, expert: ExpertSpec | None) -> ExpertSpec | None:
+        if expert and expert.init:
+            raise ValueError("expert.init is written by run create; name the weights to begin with by warm_start")
+        return expert
 
     def resolved(self) -> RunSettings:
         """With the preset's values where nothing was set."""

@@ -88,8 +88,9 @@ class NetworkTools:
         await self._ask("format", "inspect", _INSPECT_LIMIT, shard=record.shard, epoch=record.epoch, **files)
 
     async def baseline(self, shard: int) -> float:
-        """Held-out loss of the initial model."""
-        return await self._loss(shard, None)
+        """Held-out loss of the initial model, seeded or given."""
+        init = self.manifest.expert_of(shard).init
+        return await self._loss(shard, self._path(init) if init else None)
 
     async def loss(self, record: CheckpointRecord) -> float:
         """Held-out loss of the candidate."""

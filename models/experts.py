@@ -198,6 +198,12 @@ def _schema_of(document: bytes) -> Schema:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
 
 
+def full_config(spec: ExpertSpec) -> dict[str, Any]:
+    """The expert's config with the class's defaults where it names nothing. Raises ConfigError as `build_expert`."""
+    config = {key: value for key, value in _config(build_meta(spec)).items() if not key.startswith("_")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
 def build_meta(spec: ExpertSpec) -> nn.Module:
     """The expert without memory for its weights, to ask for names, shapes and config. Raises ConfigError as `build_expert`."""
     with torch.device("meta"):

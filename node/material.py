@@ -195,9 +195,15 @@ class Material:
         if epoch is None:
             self._check_fetched(shard)
 
+    def _fetched(self, shard: int) -> list[BlobRef]:
+        """What others gave for work on this shard: its data, and what its training began with."""
+        base, init = self._known_base(shard), self.manifest.expert_of(shard).init
+        if base:
+            return [self.manifest.shards[shard].train, base.weights, base.state]
+        return [self.manifest.shards[shard].train, *([init] if init else [])]
+
     def _check_fetched(self, shard: int) -> None:
-        base = self._known_base(shard)
-        for ref in (self.manifest.shards[shard].train, *((base.weights, base.state) if base else ())):
+        for ref in self._fetched(shard):
             try:
                 if self.store.has(ref.digest):
                     self.store.verify(ref.digest)
@@ -210,10 +216,7 @@ class Material:
         found: dict[str, int] = {}
         for path in sorted(self.places.work.glob("[0-9]*")):
             shard = int(path.name)
-            base = self._known_base(shard)
-            refs = [ref for kept in self.work(shard).kept() for ref in kept.refs]
-            refs += [base.weights, base.state] if base else []
-            refs.append(self.manifest.shards[shard].train)
+            refs = [*self._fetched(shard), *(ref for kept in self.work(shard).kept() for ref in kept.refs)]
             found |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
         return found
 

@@ -49,8 +49,8 @@ def parse_ref(text: str, what: str, builtins: tuple[str, ...]) -> ModelRef:
         return ModelRef(text, str(path.resolve()))
     match = _HUB_ID.match(text)
     if match is None or text.startswith((".", "/", "~")) or ".." in text:
-        known = ", ".join(builtins)
-        raise ConfigError(f"{what} {text!r} is no existing folder and no hub id; use {known}, a folder or owner/name")
+        known = ", ".join((*builtins, "a folder"))
+        raise ConfigError(f"{what} {text!r} is no existing folder and no hub id; use {known} or owner/name")
     return ModelRef(text, match["repo"], match["sub"] or "", match["rev"])
 
 

@@ -7,17 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lutetia.coordinator.create import create_run
 from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.settings import RunSettings, ServeSettings
+from lutetia.coordinator.settings import RunSettings, ServeSettings, small_expert, tiny_expert
+from lutetia.models.experts import build_expert
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import ExpertSpec, Optimisation
 from lutetia.protocol.store import BlobStore
 from lutetia.protocol.ticket import Ticket
 from lutetia.system.errors import ConfigError, DataError, IdentityError, IntegrityError
 from pydantic import ValidationError
-from tinydata import build_tiny
+from safetensors.torch import load_file
+from tinydata import build_tiny, latent_spec
 
 TINY = RunSettings(preset="tiny", name="tiny run", addresses=("127.0.0.1:41777",))
 
@@ -85,6 +88,28 @@ def test_wrong_wishes_are_one_sentence_and_leave_nothing(data: Path, tmp_path: P
         create_run(data, tmp_path / "run", TINY.model_copy(update=change))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_start_travels_with_the_run(data: Path, tmp_path: Path):
+    given = build_expert(tiny_expert(latent_spec()), 7)
+    given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
+    created = create_run(data, tmp_path / "run", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
+    init = created.manifest.expert.init
+    assert init is not None
+    weights = load_file(BlobStore(RunFolder(created.folder).blobs).path(init.digest))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in given.state_dict().items())
+    assert RunFolder(created.folder).read_manifest(time.time()).manifest == created.manifest
+    for unlike in (tiny_expert(latent_spec().model_copy(update={"text_width": 9})), small_expert(latent_spec())):
+        settings = TINY.model_copy(update={"warm_start": str(tmp_path / "given"), "expert": unlike})
+        with pytest.raises(ConfigError, match="the settings' expert"):
+            create_run(data, tmp_path / "other", settings)
+    path = tmp_path / "given" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="cannot load warm start"):
+        create_run(data, tmp_path / "other", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["given", "run"]
+    with pytest.raises(ValidationError, match="name the weights to begin with by warm_start"):
+        RunSettings(expert=created.manifest.expert)
 
 
 def test_what_is_set_wins_over_the_preset():

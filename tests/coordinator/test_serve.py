@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,9 +24,9 @@ from tinydata import build_tiny
 from volunteer import Coordinator, Volunteer, free_port, joined, until
 
 
-def make_run(root: Path, shards: int = 2) -> CreatedRun:
-    settings = RunSettings(preset="tiny", name="loopback", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=16)
-    return create_run(build_tiny(root / "data", shards), root / "run", settings)
+def make_run(root: Path, shards: int = 2, **settings: Any) -> CreatedRun:
+    own = {"preset": "tiny", "name": "loopback", "addresses": (f"127.0.0.1:{free_port()}",), "samples_per_shard": 16}
+    return create_run(build_tiny(root / "data", shards), root / "run", RunSettings(**{**own, **settings}))
 
 
 async def up(coordinator: Coordinator) -> None:

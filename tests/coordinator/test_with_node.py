@@ -10,9 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from lutetia.coordinator.create import CreatedRun
+from lutetia.coordinator.settings import tiny_expert
 from lutetia.coordinator.story import read_events, tell
+from lutetia.models.evaluation import holdout_loss
+from lutetia.models.experts import build_expert
 from lutetia.models.mixture_document import verify_mixture
+from lutetia.protocol.manifest import AuditPolicy
+from lutetia.protocol.store import BlobStore
 from test_serve import make_run, up
+from tinydata import clips, latent_spec
 from volunteer import Coordinator, until
 
 
@@ -24,12 +31,11 @@ async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.sub
     )  # fmt: skip
 
 
-@pytest.mark.timeout(900)
-async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
-    run = make_run(tmp_path, shards=1)  # no router either, so that the test is short
+async def run_to_its_end(run: CreatedRun, folder: Path) -> tuple[Coordinator, set[str]]:
+    """A coordinator that ends with its run, and one node; also every health that the status showed of the node meanwhile."""
     coordinator = await Coordinator.start(run.folder, json.dumps({"exit_when_done": True, "stitch": "end"}))
     await up(coordinator)
-    node = await start_node(run.ticket, tmp_path / "node")
+    node = await start_node(run.ticket, folder)
     healths: set[str] = set()
 
     async def ended() -> bool:
@@ -47,6 +53,13 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
         await asyncio.wait_for(node.wait(), 300)
         await asyncio.wait_for(coordinator.process.wait(), 300)
     assert coordinator.process.returncode == 0, "\n".join(tell(run.folder))
+    return coordinator, healths
+
+
+@pytest.mark.timeout(900)
+async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
+    run = make_run(tmp_path, shards=1)  # no router either, so that the test is short
+    coordinator, healths = await run_to_its_end(run, tmp_path / "node")
     status = coordinator.status()
     assert status.finished
     assert status.accepted == 2
@@ -57,3 +70,23 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
     kinds = [event.kind for event in read_events(run.folder)]
     assert kinds[-1] == "coordinator-stopped"
     assert kinds.count("checkpoint-accepted") == 2
+
+
+@pytest.mark.timeout(900)
+async def test_a_run_begins_with_given_weights_and_is_judged_and_audited_from_them(tmp_path: Path):
+    given = build_expert(tiny_expert(latent_spec()), 7)
+    given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
+    run = make_run(tmp_path, shards=1, warm_start=str(tmp_path / "given"), audit=AuditPolicy(whole_epoch=1.0))
+    coordinator, _ = await run_to_its_end(run, tmp_path / "node")
+    assert coordinator.status().accepted == 2
+    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    assert [event.outcome for event in events if event.kind == "audit-done"] == ["valid"] * 2, story
+    first = next(event for event in events if event.kind == "checkpoint-accepted")
+    init = run.manifest.expert.init
+    assert init is not None
+    before = [
+        holdout_loss(run.manifest, 0, weights, clips(0, 4, len("holdout"))).loss
+        for weights in (BlobStore(run.folder / "blobs").path(init.digest), None)
+    ]
+    assert first.parent_loss == pytest.approx(before[0], rel=1e-5), "compared with the given weights"
+    assert abs(before[0] - before[1]) > 1e-3, "which are others than the seeded ones"
