@@ -17,17 +17,22 @@ if TYPE_CHECKING:
 
 def mixture_of(reading: Reading, training: Training, folder: Path) -> Path:
     """The mixture folder that `reading` asks, stitched on first use below the training's `folder`."""
-    run = folder / "run"
     if reading.route == "text-blind":
-        return _blind(run, folder / "mixtures" / "text-blind", training)
-    if reading.epoch == training.epochs:
+        return _blind(folder / "run", folder / "mixtures" / "text-blind", training)
+    return mixture_at(reading.epoch, training, folder)
+
+
+def mixture_at(epoch: int, training: Training, folder: Path) -> Path:
+    """The mixture of `training` when it had `epoch` checkpoints, stitched on first use."""
+    run = folder / "run"
+    if epoch == training.epochs:
         return run / "mixture"
-    target = folder / "mixtures" / f"epoch-{reading.epoch}"
+    target = folder / "mixtures" / f"epoch-{epoch}"
     if not (target / "mixture.json").is_file():
         from ..models.stitch import stitch
 
         manifest = _manifest(run)
-        stitch(target, manifest, weights_at(run, manifest, reading.epoch), _router(run) if training.experts > 1 else None)
+        stitch(target, manifest, weights_at(run, manifest, epoch), _router(run) if training.experts > 1 else None)
     return target
 
 

@@ -103,11 +103,19 @@ class Stages:
 
     def carry_on(self, training: Training) -> bool:
         """Build its data, train it, judge its readings. False when all that was known already."""
-        study_swarm.train(training, self.data(training), self.folder(training), self.config, self.on_progress)
+        data, start = self.data(training), self._start(training)
+        study_swarm.train(training, data, self.folder(training), self.config, self.on_progress, start)
         missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.judged]
         for reading in missing:
             self._judge(reading, training)
         return bool(missing)
+
+    def _start(self, training: Training) -> Path | None:
+        """The mixture that it begins with; the plan trains it before."""
+        if training.begin is None:
+            return None
+        base = self.plan.training(training.begin.training)
+        return study_mixtures.mixture_at(training.begin.epoch, base, self.folder(base))
 
     def recall(self) -> None:
         """Read the figures that earlier calls left, so that a report after a cut is not emptier than the last before it."""

@@ -45,9 +45,12 @@ def cores() -> int:
 
 
 def train(
-    training: Training, data: Path, folder: Path, config: StudyConfig, on_progress: Callable[[str, int, int], None]
-) -> None:
+    training: Training, data: Path, folder: Path, config: StudyConfig, on_progress: Callable[[str, int, int], None],
+    start: Path | None = None,
+) -> None:  # fmt: skip
     """Bring `folder/run` to its final mixture. What an earlier call did is kept; once finished, nothing is started.
+
+    `start`: the mixture that its experts begin with.
 
     Raises LutetiaError when a process fails or the swarm stands still.
     """
@@ -55,7 +58,7 @@ def train(
     if finished(run):
         return
     if not run.is_dir():
-        create(training, data, run, config)
+        create(training, data, run, config, start)
     began = time.monotonic()
     try:
         asyncio.run(_swarm(training, folder, config.machines, on_progress))
@@ -63,7 +66,7 @@ def train(
         _add_seconds(folder, time.monotonic() - began)
 
 
-def create(training: Training, data: Path, run: Path, config: StudyConfig) -> None:
+def create(training: Training, data: Path, run: Path, config: StudyConfig, start: Path | None = None) -> None:
     """The run of `training`, its keys and so its weights a function of study, training and seed."""
     from ..coordinator.create import Birth, create_run
     from ..coordinator.settings import RunSettings
@@ -74,6 +77,7 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig) -> No
         name=training.name[:64],
         addresses=(f"127.0.0.1:{free_port()}",),
         expert=training.expert,
+        warm_start=str(start) if start else None,
         optimisation=config.optimisation.model_copy(update={"batch": training.batch}),
         samples_per_shard=training.samples_per_shard,
         checkpoint_samples=training.checkpoint_samples,

@@ -12,7 +12,9 @@ from ...protocol.manifest import Count, ExpertSpec, Name, Optimisation, Positive
 from ..data.build import BuildSettings
 from ..metrics.judges import JudgeSettings
 
-Control = Literal["small-batch", "balanced", "random", "kinds", "text-blind", "oracle", "modes", "experts", "wide", "narrow"]
+Control = Literal[
+    "small-batch", "balanced", "random", "kinds", "warm-start", "text-blind", "oracle", "modes", "experts", "wide", "narrow"
+]
 Prompts = Literal["natural", "stratified"]
 
 
@@ -61,11 +63,12 @@ class Autoencoder(Frozen):
 class Controls(Frozen):
     """What could explain a gain, at `share` of the headline's budget, against a monolith and a mixture of that budget too.
 
-    small-batch: a monolith at batch B/K for K times the steps. balanced: a monolith that meets every cluster equally often, as
-    the mixture does, because the clips of small clusters are repeated. random: clusters that mean nothing. kinds: clusters by the
-    clips' own kinds. text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes:
-    top1, top2, full, sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the
-    parameters. narrow: experts of 1/K of the parameters each, so that all together have as many as the monolith.
+    small-batch: a monolith at batch B/K for K times the steps. balanced: a monolith that meets every cluster equally often,
+    as the mixture does, because the clips of small clusters are repeated. random: clusters that mean nothing. kinds: clusters
+    by the clips' own kinds. warm-start: experts that go on from the monolith's first checkpoint, whose FLOPs count as theirs.
+    text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes: top1, top2, full,
+    sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the parameters. narrow:
+    experts of 1/K of the parameters each, so that all together have as many as the monolith.
     """
 
     share: float = Field(default=0.25, gt=0, le=1)

@@ -25,8 +25,16 @@ Method = Literal["kmeans", "random", "kinds", "balanced"]
 Route = Literal["router", "text-blind", "oracle"]
 
 
+class Begin(Frozen):
+    """A warm start from another training's `epoch`, whose `flops` count as the starter's own."""
+
+    training: str
+    epoch: int
+    flops: int
+
+
 class Training(Frozen):
-    """One run of the swarm. `flops` is the whole: all experts' samples and the router's."""
+    """One run of the swarm. `flops` is the whole: all experts' samples, the router's, and those of what it began with."""
 
     name: str
     tier: Tier
@@ -43,6 +51,7 @@ class Training(Frozen):
     pass_flops: int = Field(description="of one top-1 step on one clip without guidance: one expert, and the router")
     parameters: int = Field(description="of all experts together, without the router")
     active_parameters: int = Field(description="of one expert: what a top-1 step runs")
+    begin: Begin | None = None
 
     @property
     def data(self) -> str:
@@ -58,8 +67,9 @@ class Training(Frozen):
         return self.flops_at(self.epochs)
 
     def flops_at(self, epoch: int) -> int:
-        """Spent when every shard has `epoch` accepted checkpoints; the router counts in full from the start."""
-        return self.experts * self.checkpoint_samples * epoch * self.flops_per_sample + self.router_flops
+        """Spent when every shard has `epoch` accepted checkpoints; router and beginning count in full from the start."""
+        before = self.router_flops + (self.begin.flops if self.begin else 0)
+        return self.experts * self.checkpoint_samples * epoch * self.flops_per_sample + before
 
 
 class Reading(Frozen):
@@ -159,13 +169,13 @@ class _Costs:
 
 def _training(
     costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
-    method: Method | None = None,
+    method: Method | None = None, begin: Begin | None = None,
 ) -> Training:  # fmt: skip
     """The training whose samples use up the tier's budget, to the whole checkpoint."""
     spec = spec or costs.config.expert
     cost, points = costs.expert(spec), costs.config.checkpoints
     router, routing = costs.router(experts)
-    affordable = (costs.budget(tier) - router) / (experts * cost.training)
+    affordable = (costs.budget(tier) - router - (begin.flops if begin else 0)) / (experts * cost.training)
     method = method or ("random" if experts == 1 else costs.config.data.method)
     steps = int(affordable / batch / points)  # never above the budget
     if steps < 1:
@@ -177,7 +187,7 @@ def _training(
         name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method=method,
         experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
         flops_per_sample=cost.training, router_flops=router, pass_flops=cost.forward + routing,
-        parameters=experts * cost.parameters, active_parameters=cost.parameters,
+        parameters=experts * cost.parameters, active_parameters=cost.parameters, begin=begin,
     )  # fmt: skip
 
 
@@ -206,6 +216,8 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
                     yield _training(costs, "control", arm, seed, experts=1, batch=small)
                 case "balanced":
                     yield _training(costs, "control", arm, seed, experts=1, batch=batch, method=arm)
+                case "warm-start":
+                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, begin=_base(config, costs, seed))
                 case "random" | "kinds":
                     yield _training(costs, "control", arm, seed, experts=experts, batch=small, method=arm)
                 case "wide":
@@ -217,6 +229,13 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
         for count in controls.expert_counts:
             if count != experts:
                 yield _training(costs, "control", f"{count}-experts", seed, experts=count, batch=batch // count)
+
+
+def _base(config: StudyConfig, costs: _Costs, seed: int) -> Begin:
+    """The first checkpoint of the monolith that the controls are compared with."""
+    tier: Tier = "headline" if shared(config, seed) else "control"
+    monolith = next(each for each in _pair(config, costs, tier, seed) if each.arm == "monolith")
+    return Begin(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
 
 
 def shared(config: StudyConfig, seed: int) -> bool:

@@ -24,7 +24,7 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
     run = lutetia("study", CONFIG, "--folder", tmp_path / "study", "--plan", "--json")
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
-    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture", "balanced"]
+    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture", "balanced", "warm-start"]
     assert document["core_hours"]["all"] > 0
     assert not (tmp_path / "study").exists()
 
@@ -84,6 +84,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page
     assert "| balanced | 0 |" in page
+    assert "| warm-start | 0 |" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     judged_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)
@@ -95,6 +96,6 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert (again / "README.md").read_text() == page  # all of it is known before the first report is written
 
     other = tmp_path / "other.toml"
-    other.write_text(CONFIG.read_text().replace("samples = 96", "samples = 192"))
+    other.write_text(CONFIG.read_text().replace("samples = 144", "samples = 192"))
     refused = lutetia("study", other, "--folder", home, "--json")
     assert "holds a study of another config" in failure(refused)["message"]

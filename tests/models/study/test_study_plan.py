@@ -72,6 +72,10 @@ def test_controls_are_what_they_are_called(plan: Plan) -> None:
     steps = {name: each.samples_per_shard // each.batch for name, each in arms.items()}
     assert steps["small-batch"] / steps["monolith"] == pytest.approx(3, rel=0.05)
     assert (arms["balanced"].method, arms["balanced"].experts, arms["balanced"].flops) == ("balanced", 1, monolith.flops)
+    warm = arms["warm-start"]
+    assert warm.begin is not None
+    assert (warm.begin.training, warm.begin.epoch, warm.begin.flops) == (monolith.name, 1, monolith.flops_at(1))
+    assert warm.samples_per_shard / mixture.samples_per_shard == pytest.approx(0.75, rel=0.03), "the rest went to its beginning"
     assert arms["random"].method == "random"
     assert arms["random"].data != mixture.data
     assert arms["wide"].parameters / mixture.parameters == pytest.approx(1, rel=0.05)
