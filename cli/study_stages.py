@@ -15,6 +15,7 @@ from . import study_mixtures, study_swarm
 from .study_latents import own_latents
 
 if TYPE_CHECKING:
+    from ..models.metrics.bootstrap import Figure
     from ..models.metrics.clips import ClipSet
     from ..models.metrics.compare import Comparison
     from ..models.metrics.judges import Entry
@@ -190,6 +191,26 @@ class Stages:
                 write_atomic(path, shape.model_validate({"rows": rows}).model_dump_json().encode())
             yield prompts, shape.model_validate_json(path.read_bytes())
 
+    def against(self) -> dict[str, Figure]:
+        """The distance of every judged control over that of the mixture of its seed, asked as a user would ask it."""
+        from ..models.study.results import Against
+
+        rows = [(training, reading) for training, reading in self.plan.controls(self.config) if reading.name in self.judged]
+        mixtures = {training.seed: reading for training, reading in rows if training.arm == "mixture" and reading.plain}
+        found = {}
+        for training, reading in rows:
+            mixture = mixtures.get(training.seed)
+            if mixture is None or mixture == reading:
+                continue
+            path = self._figure(f"against-{reading.name}")
+            if not path.is_file():
+                sides = self.clips_of(reading), self.clips_of(mixture)
+                ratio = self.bench.ratio(reading.prompts, reading.clips, *sides, training.seed)
+                write_atomic(path, Against(ratio=ratio).model_dump_json().encode())
+            if ratio := Against.model_validate_json(path.read_bytes()).ratio:
+                found[reading.name] = ratio
+        return found
+
     def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
         """The real clips through the autoencoder alone."""
         from ..models.study.results import Rebuilt
@@ -258,7 +279,7 @@ class Stages:
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
             judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
-            rebuilt={str(each): self.rebuilt(each) for each in encoded}, kinds=self.kinds(),
+            rebuilt={str(each): self.rebuilt(each) for each in encoded}, kinds=self.kinds(), against=self.against(),
         )  # fmt: skip
 
     def _sheets(self) -> list[str]:

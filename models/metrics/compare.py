@@ -73,6 +73,18 @@ def compare_kinds(
     return found
 
 
+def main_ratio(
+    judges: Judges, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+) -> Figure | None:
+    """The first distance of `judges` to one side over that to the other; None where there is no distance."""
+    _check(first, second, seeds)
+    view = next(iter(judges.views.values()), None)
+    if view is None:
+        return None
+    a, b = ([view.features(clips) for clips in side] for side in (first, second))
+    return distance_ratio(view.reference, a, b, seeds=seeds, resamples=resamples)
+
+
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:
     """Markdown, with the names of the two sides."""
     lines = [f"| metric | {first} | {second} | ratio | difference | {second} is |", "|---|---|---|---|---|---|"]

@@ -11,8 +11,9 @@ import torch
 
 from ...protocol.canonical import Frozen
 from ..data.latents import load_latents
+from ..metrics.bootstrap import Figure
 from ..metrics.clips import ClipSet, read_clips
-from ..metrics.compare import Comparison, compare, compare_kinds
+from ..metrics.compare import Comparison, compare, compare_kinds, main_ratio
 from ..metrics.generated import MixtureSampler, Sampling, generate
 from ..metrics.heldout import TimedLoss, flow_losses
 from ..metrics.judges import Entry, Judges
@@ -118,6 +119,11 @@ class Bench:
     ) -> dict[str, tuple[Comparison, ...]]:
         """The same kind by kind, distances only."""
         return compare_kinds(self.judges(prompts, count), first, second, seeds=seeds, resamples=self.config.judging.resamples)
+
+    def ratio(self, prompts: Prompts, count: int, first: ClipSet, second: ClipSet, seed: int) -> Figure | None:
+        """The main distance of one arm over that of another of the same seed."""
+        resamples = self.config.judging.resamples
+        return main_ratio(self.judges(prompts, count), [first], [second], seeds=(seed,), resamples=resamples)
 
 
 def cluster_labels(data: Path) -> dict[str, int]:

@@ -107,6 +107,18 @@ class Plan(Frozen):
         """What of a training is judged."""
         return [reading for reading in self.readings if reading.training == training.name]
 
+    def controls(self, config: StudyConfig) -> list[tuple[Training, Reading]]:
+        """What the table of controls compares: final readings of one N and one kind of prompts, the pair's own first."""
+        share, seeds, clips = config.controls.share, config.controls.seeds, config.controls.clips
+        found = []
+        for training in self.trainings:
+            if training.tier == "headline" and (share != 1 or training.seed not in seeds):
+                continue
+            for reading in self.readings_of(training):
+                if (reading.clips, reading.prompts, reading.epoch) == (clips, config.judging.prompts[0], training.epochs):
+                    found.append((training, reading))
+        return found
+
     def of(self, tier: Tier, arm: str) -> list[Training]:
         """The trainings of an arm, by seed."""
         return [training for training in self.trainings if (training.tier, training.arm) == (tier, arm)]

@@ -39,6 +39,12 @@ class Kinds(Frozen):
     rows: dict[str, tuple[Comparison, ...]]
 
 
+class Against(Frozen):
+    """The main distance of one control over that of the mixture of the same budget, prompts and seed; None: no distance here."""
+
+    ratio: Figure | None
+
+
 class Rebuilt(Frozen):
     """Figures of the real clips after the autoencoder alone."""
 
@@ -49,7 +55,7 @@ class StudyResults(Frozen):
     """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering.
 
     `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N. `kinds`: prompts to the
-    headline's distance by kind.
+    headline's distance by kind. `against`: reading of a control to its distance over the mixture's.
     """
 
     name: str
@@ -65,6 +71,7 @@ class StudyResults(Frozen):
     autoencoder_psnr: dict[str, float] = {}
     rebuilt: dict[str, tuple[Entry, ...]] = {}
     kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
+    against: dict[str, Figure] = {}
 
     def of(self, reading: Reading) -> Judged | None:
         """What was found about a reading, None while it is not judged."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..metrics.compare import comparison_table
 from ..metrics.routing import loss_table
 from .bench import Judged
+from .config import StudyConfig
 from .plan import Reading, Training
 from .results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
 
@@ -107,24 +108,21 @@ def _curves(results: StudyResults) -> str:
 
 
 def _controls(results: StudyResults) -> str:
-    name = main_distance(results)
-    rows, metrics = [], _metrics(results)
-    share, seeds, clips = (results.config["controls"][key] for key in ("share", "seeds", "clips"))
-    prompts = results.config["judging"]["prompts"][0]
-    for training in results.plan.trainings:
-        if training.tier == "headline" and (share != 1 or training.seed not in seeds):
-            continue
-        for reading in results.plan.readings_of(training):
-            judged = results.of(reading)
-            along = reading.clips == clips and reading.prompts == prompts and reading.epoch == training.epochs
-            if judged and along:
-                rows.append([_label(training, reading), *_sizes(training), *(_figure(judged, metric) for metric in metrics)])
+    name, rows, metrics = main_distance(results), [], _metrics(results)
+    config = StudyConfig.model_validate(results.config)
+    for training, reading in results.plan.controls(config):
+        if judged := results.of(reading):
+            found, ratio = [_figure(judged, metric) for metric in metrics], results.against.get(reading.name)
+            sizes = _sizes(training)
+            rows.append([_label(training, reading), sizes[0], found[0], str(ratio or "–"), *found[1:], *sizes[1:]])
     if not rows:
         return ""
-    head = ["arm", "seed", "total / active parameters", "training FLOPs", *metrics[:-1], "held-out loss"]
-    share = results.config["controls"]["share"]
+    head = ["arm", "seed", name, f"{name} ÷ the mixture's", *metrics[1:-1], "held-out loss"]
+    head += ["total / active parameters", "training FLOPs"]
+    note = f"N = {config.controls.clips}, {config.judging.prompts[0]} prompts; 95 % over clips only: one training of each arm."
     return (
-        f"## Controls at {share:g} of the budget\n\n{table(head, rows)}\n\n{name}: lower is better; retrieval and words: higher."
+        f"## Controls at {config.controls.share:g} of the budget\n\n{note}\n\n{table(head, rows)}\n\n"
+        f"{name}: lower is better, so an arm whose ratio lies above 1 is worse than the mixture; retrieval and words: higher."
     )
 
 

@@ -72,6 +72,16 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
     rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
     assert rebuilt["motion distance"].n == 22
+    controls = [reading for _, reading in results.plan.controls(StudyConfig.model_validate(results.config))]
+    assert len(controls) == 9  # the pair, balanced, warm-start; of the mixture: oracle, text-blind, three experts
+    against = {reading.name for reading in controls if not (reading.plain and reading.training == "headline-mixture-s0")}
+    assert results.against.keys() == against
+    for reading in controls:
+        if reading.name in against:
+            whole, part = results.against[reading.name], results.judged[reading.name].entries[0]
+            mixture = results.judged["headline-mixture-s0-e2-router-own-natural-20"].entries[0]
+            assert (part.name, whole.n) == ("motion distance", 20)
+            assert whole.value == pytest.approx(part.figure.value / mixture.figure.value, rel=1e-6)
     routes = {judged.reading.route for judged in results.judged.values()}
     assert routes == {"router", "oracle", "text-blind"}
     losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
@@ -83,6 +93,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert "encoded and decoded again by the autoencoder, have motion distance" in page
     assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page
+    assert "motion distance ÷ the mixture's" in page
     assert "| balanced | 0 |" in page
     assert "| warm-start | 0 |" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
