@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from ..protocol.canonical import Frozen, canonical
+from ..protocol.canonical import canonical
 from ..system.errors import ConfigError
 from ..system.files import disk_errors, write_atomic
 from . import study_mixtures, study_swarm
+from .study_comparisons import Comparisons
 from .study_latents import own_latents
 
 if TYPE_CHECKING:
-    from ..models.metrics.bootstrap import Figure
     from ..models.metrics.clips import ClipSet
-    from ..models.metrics.compare import Comparison
-    from ..models.metrics.judges import Entry
     from ..models.study.bench import Bench, Judged
     from ..models.study.clips import ClipCounts
     from ..models.study.config import Prompts, StudyConfig
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from ..models.study.results import StudyResults
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T", bound=Frozen)
 _MAY_CHANGE = {"seeds", "controls", "judging", "machines"}  # between calls: they add to a study, or only ask it otherwise
 _HERE_ONLY = {"device", "workers", "cache"}  # of the data's settings: how this box builds them, not what they are
 GRID_ROWS = 8
@@ -40,6 +37,8 @@ def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyR
         home.mkdir(parents=True, exist_ok=True)
         _remember(config, home)
         stages = Stages.prepare(config, home, out, cache, on_progress)
+        for training in stages.plan.trainings:
+            study_swarm.check_budget(training, stages.folder(training))
         stages.recall()
         results = stages.write()
         for training in stages.plan.trainings:
@@ -124,7 +123,7 @@ class Stages:
 
         for training in self.plan.trainings:
             for reading in self.plan.readings_of(training):
-                path = self._figure(reading.name)
+                path = self.figure(reading.name)
                 if path.is_file() and study_swarm.finished(self.folder(training) / "run"):
                     self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
 
@@ -156,7 +155,7 @@ class Stages:
 
         labels = cluster_labels(self.data(training))
         self.judged[reading.name] = found = self.bench.judge(reading, self.mixture(reading), training.seed, labels)
-        write_atomic(self._figure(reading.name), found.model_dump_json().encode())
+        write_atomic(self.figure(reading.name), found.model_dump_json().encode())
 
     def clips_of(self, reading: Reading) -> ClipSet:
         """The clips of a judged reading, as they were kept."""
@@ -165,76 +164,10 @@ class Stages:
 
         return self.bench.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
 
-    def headline(self) -> dict[str, tuple[Comparison, ...]]:
-        """Monolith against mixture over all seeds of which both sides are judged."""
-        from ..models.study.results import Headline
-
-        return {prompts: found.rows for prompts, found in self._compared("headline", Headline, self.bench.compare)}
-
-    def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
-        """The headline's distance by kind, over the same seeds."""
-        from ..models.study.results import Kinds
-
-        return {prompts: found.rows for prompts, found in self._compared("kinds", Kinds, self.bench.compare_kinds)}
-
-    def _compared(self, name: str, shape: type[T], compare: Callable[..., Any]) -> Iterator[tuple[Prompts, T]]:
-        """What `compare` finds between the sides, by kind of prompts; kept as `shape` under `name`."""
-        for prompts in self.config.judging.prompts:
-            pairs = [pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair)]
-            if not pairs:
-                continue
-            seeds = tuple(self.plan.training(pair[0].training).seed for pair in pairs)
-            path = self._figure(f"{name}-{prompts}-{'-'.join(map(str, seeds))}")
-            if not path.is_file():
-                sides = [[self.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
-                rows = compare(prompts, pairs[0][0].clips, *sides, seeds)
-                write_atomic(path, shape.model_validate({"rows": rows}).model_dump_json().encode())
-            yield prompts, shape.model_validate_json(path.read_bytes())
-
-    def against(self) -> dict[str, Figure]:
-        """The distance of every judged control over that of the mixture of its seed, asked as a user would ask it."""
-        from ..models.study.results import Against
-
-        rows = [(training, reading) for training, reading in self.plan.controls(self.config) if reading.name in self.judged]
-        mixtures = {training.seed: reading for training, reading in rows if training.arm == "mixture" and reading.plain}
-        found = {}
-        for training, reading in rows:
-            mixture = mixtures.get(training.seed)
-            if mixture is None or mixture == reading:
-                continue
-            path = self._figure(f"against-{reading.name}")
-            if not path.is_file():
-                sides = self.clips_of(reading), self.clips_of(mixture)
-                ratio = self.bench.ratio(reading.prompts, reading.clips, *sides, training.seed)
-                write_atomic(path, Against(ratio=ratio).model_dump_json().encode())
-            if ratio := Against.model_validate_json(path.read_bytes()).ratio:
-                found[reading.name] = ratio
-        return found
-
-    def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
-        """The real clips through the autoencoder alone."""
-        from ..models.study.results import Rebuilt
-
-        path = self._figure(f"rebuilt-{prompts}")
-        if not path.is_file():
-            found = Rebuilt(entries=self.bench.rebuilt(self.latents, prompts, self.config.judging.clips))
-            write_atomic(path, found.model_dump_json().encode())
-        return Rebuilt.model_validate_json(path.read_bytes()).entries
-
-    def _figure(self, name: str) -> Path:
+    def figure(self, name: str) -> Path:
         """Where figures are kept: under their name and the way of judging."""
         how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
         return self.home / "figures" / f"{name}-{how}.json"
-
-    def _pairs(self, prompts: str) -> list[tuple[Reading, Reading]]:
-        """The final readings of monolith and mixture, seed by seed."""
-
-        def final(training: Training) -> Reading:
-            own = [reading for reading in self.plan.readings_of(training) if reading.prompts == prompts]
-            return next(r for r in own if r.epoch == training.epochs and r.clips == self.config.judging.clips)
-
-        sides = self.plan.of("headline", "monolith"), self.plan.of("headline", "mixture")
-        return [(final(a), final(b)) for a, b in zip(*sides, strict=True)]
 
     def write(self) -> StudyResults:
         """Tables, curves and grids of what is known by now."""
@@ -273,13 +206,15 @@ class Stages:
             whole += spent
             clusters[training.data] = read_data(self.data(training)).clustering.model_dump(mode="json")
         config: dict[str, Any] = self.config.model_dump(mode="json")
-        compared = self.headline()
+        comparisons = Comparisons(self)
+        compared = comparisons.headline()
         encoded: list[Prompts] = [each for each in self.config.judging.prompts if each in compared and self.latents != "pixels"]
         return StudyResults(
             name=self.config.name, config=config, plan=self.plan, clips=self.counts, clusters=clusters, trainings=trainings,
             judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
-            rebuilt={str(each): self.rebuilt(each) for each in encoded}, kinds=self.kinds(), against=self.against(),
+            rebuilt={str(each): comparisons.rebuilt(each) for each in encoded}, kinds=comparisons.kinds(),
+            rivals={arm: comparisons.headline(arm) for arm in self.config.controls.full}, against=comparisons.against(),
         )  # fmt: skip
 
     def _sheets(self) -> list[str]:
@@ -294,7 +229,7 @@ class Stages:
         from ..models.study.pictures import write_grid
 
         prompts = self.config.judging.prompts[-1]  # stratified, where asked for: every kind is seen
-        first = next(pair for pair in self._pairs(prompts) if all(reading.name in self.judged for reading in pair))
+        first = next(pair for pair in Comparisons(self).pairs(prompts) if all(reading.name in self.judged for reading in pair))
         real = self.bench.judges(prompts, first[0].clips).reference
         rows = range(min(GRID_ROWS, len(real)))
         columns = {"real": real, "monolith": self.clips_of(first[0]), "mixture": self.clips_of(first[1])}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..protocol.status import SwarmStatus
-from ..system.errors import LutetiaError
+from ..system.errors import ConfigError, LutetiaError
 from ..system.files import write_atomic
 from .local_swarm import LocalSwarm, free_port
 
@@ -89,6 +89,22 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig, start
         valid_days=_STUDY_DAYS,
     )
     create_run(data, run, settings, Birth.of_seed(f"{config.name}|{training.name}"))
+
+
+def check_budget(training: Training, folder: Path) -> None:
+    """A changed `controls.share` gives an arm of the same name another budget. Raises ConfigError where `folder` has the old."""
+    from ..coordinator.run_folder import RunFolder
+
+    run = folder / "run"
+    if not run.is_dir():
+        return
+    known = RunFolder(run).read_manifest(now=0.0).manifest
+    budget = training.samples_per_shard, training.checkpoint_samples, training.batch
+    if (known.samples_per_shard, known.checkpoint_samples, known.optimisation.batch) != budget:
+        raise ConfigError(
+            f"{run} was trained on {known.samples_per_shard} samples at batch {known.optimisation.batch}, but the study wants "
+            f"{training.samples_per_shard} at {training.batch}; name another --folder, or remove {folder}"
+        )
 
 
 def finished(run: Path) -> bool:

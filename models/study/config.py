@@ -12,9 +12,8 @@ from ...protocol.manifest import Count, ExpertSpec, Name, Optimisation, Positive
 from ..data.build import BuildSettings
 from ..metrics.judges import JudgeSettings
 
-Control = Literal[
-    "small-batch", "balanced", "random", "kinds", "warm-start", "text-blind", "oracle", "modes", "experts", "wide", "narrow"
-]
+Arm = Literal["small-batch", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
+Control = Arm | Literal["text-blind", "oracle", "modes", "experts"]
 Prompts = Literal["natural", "stratified"]
 
 
@@ -62,6 +61,7 @@ class Autoencoder(Frozen):
 
 class Controls(Frozen):
     """What could explain a gain, at `share` of the headline's budget, against a monolith and a mixture of that budget too.
+    Those named by `full` are carried out at the whole budget and for all seeds of the headline, too.
 
     small-batch: a monolith at batch B/K for K times the steps. balanced: a monolith that meets every cluster equally often,
     as the mixture does, because the clips of small clusters are repeated. random: clusters that mean nothing. kinds: clusters
@@ -74,6 +74,7 @@ class Controls(Frozen):
     share: float = Field(default=0.25, gt=0, le=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     arms: tuple[Control, ...] = ()
+    full: tuple[Arm, ...] = ()
     expert_counts: tuple[int, ...] = ()
     clips: int = Field(default=128, ge=20)
 
@@ -145,7 +146,7 @@ class StudyConfig(Frozen):
             if self.optimisation.batch % experts:
                 raise ValueError(f"the batch {self.optimisation.batch} must be divisible by the number of experts {experts}")
         for arm, spec in (("wide", self.wide), ("narrow", self.narrow)):
-            if arm in self.controls.arms and spec is None:
+            if arm in (*self.controls.arms, *self.controls.full) and spec is None:
                 raise ValueError(f"the control {arm} needs an expert of its own: set {arm}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")

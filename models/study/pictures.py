@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,23 +17,25 @@ from ..data.sheets import LETTERS, fitted
 from .results import CurvePoint, StudyResults, curve, main_distance
 
 COLOURS = {"monolith": "#b64a5f", "mixture": "#3b6fb6"}
+RIVALS = "#c9922e", "#6a8f4f", "#7a6fa8", "#888888"
 _SIDE, _SHOWN, _GAP, _LINE = 64, 4, 8, 14
 Frames = NDArray[np.uint8]
 
 
 def draw_curves(results: StudyResults, path: Path) -> None:
-    """PNG: distance and held-out loss of both sides against FLOPs; every dot is a seed, dashed is real against real."""
+    """PNG: distance and held-out loss of the headline's arms against FLOPs; every dot is a seed, dashed is real against real."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     name = main_distance(results)
-    curves = {arm: curve(results, arm, name) for arm in COLOURS}
+    colours = {**COLOURS, **dict(zip(results.config["controls"].get("full", ()), itertools.cycle(RIVALS), strict=False))}
+    curves = {arm: curve(results, arm, name) for arm in colours}
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for arm, points in curves.items():
-        _line(left, arm, points, [[figure.value for figure in point.figures] for point in points])
-        _line(right, arm, points, [list(point.losses) for point in points])
+        _line(left, arm, colours[arm], points, [[figure.value for figure in point.figures] for point in points])
+        _line(right, arm, colours[arm], points, [list(point.losses) for point in points])
     floors = [point.floor.value for points in curves.values() for point in points if point.floor]
     if floors:
         left.axhline(float(np.mean(floors)), linestyle="--", linewidth=1, color="#555555", label="real against real")
@@ -48,13 +51,13 @@ def draw_curves(results: StudyResults, path: Path) -> None:
         figure.savefig(part, format="png", dpi=120)
 
 
-def _line(axes, arm: str, points: Sequence[CurvePoint], values: Sequence[Sequence[float]]) -> None:
+def _line(axes, arm: str, colour: str, points: Sequence[CurvePoint], values: Sequence[Sequence[float]]) -> None:
     kept = [(point.flops, list(own)) for point, own in zip(points, values, strict=True) if own]
     if not kept:
         return
-    axes.plot([x for x, _ in kept], [np.mean(own) for _, own in kept], color=COLOURS[arm], label=arm)
+    axes.plot([x for x, _ in kept], [np.mean(own) for _, own in kept], color=colour, label=arm)
     for x, own in kept:
-        axes.plot([x] * len(own), own, "o", markersize=3, color=COLOURS[arm], alpha=0.6)
+        axes.plot([x] * len(own), own, "o", markersize=3, color=colour, alpha=0.6)
 
 
 def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequence[Frames]]) -> None:

@@ -7,7 +7,7 @@ A *training* is one run of the swarm: K shards of one way of clustering, one exp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from ...system.errors import ConfigError
 from ..data.latents import load_latents
 from ..data.text import load_text_encoder
 from ..mixture import Mode
-from .config import Prompts, StudyConfig
+from .config import Arm, Prompts, StudyConfig
 from .flops import Cost, expert_cost, router_cost
 
 Tier = Literal["headline", "control"]
@@ -212,40 +212,47 @@ def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Iterator
 def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
     for seed in config.seeds:
         yield from _pair(config, costs, "headline", seed)
+    for arm in config.controls.full:
+        for seed in config.seeds:
+            yield _arm(config, costs, "headline", arm, seed)
 
 
 def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
     controls, experts, batch = config.controls, config.data.experts, config.optimisation.batch
     if not controls.arms and not controls.expert_counts:
         return
-    small = batch // experts
     for seed in controls.seeds:
         if not shared(config, seed):
             yield from _pair(config, costs, "control", seed)
         for arm in controls.arms:
-            match arm:
-                case "small-batch":
-                    yield _training(costs, "control", arm, seed, experts=1, batch=small)
-                case "balanced":
-                    yield _training(costs, "control", arm, seed, experts=1, batch=batch, method=arm)
-                case "warm-start":
-                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, begin=_base(config, costs, seed))
-                case "random" | "kinds":
-                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, method=arm)
-                case "wide":
-                    yield _training(costs, "control", arm, seed, experts=1, batch=batch, spec=config.wide)
-                case "narrow":
-                    yield _training(costs, "control", arm, seed, experts=experts, batch=small, spec=config.narrow)
-                case _:
-                    continue  # asks the control mixture in another way: see _readings
+            if arm in get_args(Arm):  # the others ask the control mixture in another way: see _readings
+                yield _arm(config, costs, "control", cast(Arm, arm), seed)
         for count in controls.expert_counts:
             if count != experts:
                 yield _training(costs, "control", f"{count}-experts", seed, experts=count, batch=batch // count)
 
 
-def _base(config: StudyConfig, costs: _Costs, seed: int) -> Begin:
-    """The first checkpoint of the monolith that the controls are compared with."""
-    tier: Tier = "headline" if shared(config, seed) else "control"
+def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) -> Training:
+    experts, batch = config.data.experts, config.optimisation.batch
+    small = batch // experts
+    match arm:
+        case "small-batch":
+            return _training(costs, tier, arm, seed, experts=1, batch=small)
+        case "balanced":
+            return _training(costs, tier, arm, seed, experts=1, batch=batch, method=arm)
+        case "warm-start":
+            return _training(costs, tier, arm, seed, experts=experts, batch=small, begin=_base(config, costs, tier, seed))
+        case "random" | "kinds":
+            return _training(costs, tier, arm, seed, experts=experts, batch=small, method=arm)
+        case "wide":
+            return _training(costs, tier, arm, seed, experts=1, batch=batch, spec=config.wide)
+        case "narrow":
+            return _training(costs, tier, arm, seed, experts=experts, batch=small, spec=config.narrow)
+
+
+def _base(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Begin:
+    """The first checkpoint of the monolith of that budget."""
+    tier = "headline" if shared(config, seed) else tier
     monolith = next(each for each in _pair(config, costs, tier, seed) if each.arm == "monolith")
     return Begin(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
 

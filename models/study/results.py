@@ -56,6 +56,7 @@ class StudyResults(Frozen):
 
     `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N. `kinds`: prompts to the
     headline's distance by kind. `against`: reading of a control to its distance over the mixture's.
+    `rivals`: other arms of the whole budget, each compared as the headline's monolith is.
     """
 
     name: str
@@ -72,6 +73,7 @@ class StudyResults(Frozen):
     rebuilt: dict[str, tuple[Entry, ...]] = {}
     kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
     against: dict[str, Figure] = {}
+    rivals: dict[str, dict[str, tuple[Comparison, ...]]] = {}
 
     def of(self, reading: Reading) -> Judged | None:
         """What was found about a reading, None while it is not judged."""

@@ -16,7 +16,14 @@ def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence
     """The whole page. `pictures` and `sheets` (what is in each cluster) are files beside it."""
     parts = [f"# Study {results.name}", _standing(results), _headline(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
-    parts += [_curves(results), _controls(results), _specialisation(results), _losses(results), _routers(results)]
+    parts += [
+        _rivals(results),
+        _curves(results),
+        _controls(results),
+        _specialisation(results),
+        _losses(results),
+        _routers(results),
+    ]
     parts += [_trainings(results), _clusters(results)]
     parts += [f"![what is in a cluster]({name})" for name in sheets]
     parts.append(_left_out(results))
@@ -62,6 +69,17 @@ def _headline(results: StudyResults) -> str:
     return "\n\n".join(lines)
 
 
+def _rivals(results: StudyResults) -> str:
+    """Other arms of the whole budget, each against the mixture."""
+    lines = []
+    for arm, compared in results.rivals.items():
+        for prompts, rows in compared.items():
+            seeds = ", ".join(map(str, rows[0].first.seeds))
+            lines.append(f"### {arm} against mixture, {prompts} prompts, N = {rows[0].first.n}, seeds {seeds}")
+            lines.append(comparison_table(rows, arm, "mixture").rstrip())
+    return "\n\n".join(["## Other arms of the whole budget", *lines]) if lines else ""
+
+
 def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
     """What the autoencoder alone costs."""
     name = main_distance(results)
@@ -93,7 +111,7 @@ def _over(seeds: Sequence[int]) -> str:
 def _curves(results: StudyResults) -> str:
     name = main_distance(results)
     rows = []
-    for arm in ("monolith", "mixture"):
+    for arm in ("monolith", "mixture", *results.config["controls"].get("full", ())):
         for point in curve(results, arm, name):
             seeds = ", ".join(f"{figure.value:.4g}" for figure in point.figures)
             loss = f"{sum(point.losses) / len(point.losses):.4f}" if point.losses else "–"

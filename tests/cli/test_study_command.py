@@ -24,7 +24,8 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
     run = lutetia("study", CONFIG, "--folder", tmp_path / "study", "--plan", "--json")
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
-    assert [training["arm"] for training in document["plan"]["trainings"]] == ["monolith", "mixture", "balanced", "warm-start"]
+    arms = [training["arm"] for training in document["plan"]["trainings"]]
+    assert arms == ["monolith", "mixture", "small-batch", "balanced", "warm-start"]
     assert document["core_hours"]["all"] > 0
     assert not (tmp_path / "study").exists()
 
@@ -73,7 +74,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
     assert rebuilt["motion distance"].n == 22
     controls = [reading for _, reading in results.plan.controls(StudyConfig.model_validate(results.config))]
-    assert len(controls) == 9  # the pair, balanced, warm-start; of the mixture: oracle, text-blind, three experts
+    assert len(controls) == 10  # the pair, small-batch, balanced, warm-start; of the mixture: oracle, text-blind, three experts
     against = {reading.name for reading in controls if not (reading.plain and reading.training == "headline-mixture-s0")}
     assert results.against.keys() == against
     for reading in controls:
@@ -95,6 +96,9 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert "mixture, oracle routing" in page
     assert "motion distance ÷ the mixture's" in page
     assert "| balanced | 0 |" in page
+    assert "| small-batch | 0 |" in page
+    assert "### small-batch against mixture, natural prompts, N = 22, seeds 0" in page
+    assert results.rivals["small-batch"]["natural"][0].second == results.headline["natural"][0].second, "the same mixture"
     assert "| warm-start | 0 |" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
@@ -108,5 +112,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
 
     other = tmp_path / "other.toml"
     other.write_text(CONFIG.read_text().replace("samples = 144", "samples = 192"))
+    assert "holds a study of another config" in failure(lutetia("study", other, "--folder", home, "--json"))["message"]
+    other.write_text(CONFIG.read_text().replace("share = 1.0", "share = 0.9"))
     refused = lutetia("study", other, "--folder", home, "--json")
-    assert "holds a study of another config" in failure(refused)["message"]
+    assert "name another --folder" in failure(refused)["message"]

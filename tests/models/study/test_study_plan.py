@@ -88,6 +88,18 @@ def test_controls_are_what_they_are_called(plan: Plan) -> None:
     assert len(set(names)) == len(names)
 
 
+def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed(plan: Plan) -> None:
+    rivals = plan.of("headline", "small-batch")
+    assert [rival.seed for rival in rivals] == [0, 1, 2]
+    monolith = plan.of("headline", "monolith")[0]
+    assert rivals[0].batch * 3 == monolith.batch
+    assert rivals[0].flops == pytest.approx(monolith.flops, rel=0.001)
+    assert [(r.epoch, r.clips) for r in plan.readings_of(rivals[0])] == [(r.epoch, r.clips) for r in plan.readings_of(monolith)]
+    assert not {training.tier for training, _ in plan.controls(config())} - {"control"}
+    with pytest.raises(ValidationError, match=r"full"):
+        config(controls={"full": ["oracle"]})
+
+
 def test_curves_have_one_n_and_the_end_has_all_clips(plan: Plan) -> None:
     readings = plan.readings_of(plan.of("headline", "monolith")[0])
     assert [(r.epoch, r.clips) for r in readings if r.clips == 128] == [(1, 128), (2, 128), (3, 128), (4, 128)]
