@@ -41,7 +41,7 @@ def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
     assert load_study(CONFIG, device="cuda", tune=True).judging.on == "tune"
 
 
-@pytest.mark.timeout(1200)  # a minute and a half on two idle cores
+@pytest.mark.timeout(1200)  # two minutes on two idle cores
 def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     home, out = tmp_path / "study", tmp_path / "out"
     arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
