@@ -6,7 +6,7 @@ transformer) or a transformer by itself. The experts of Paris 2.0 (arXiv 2605.26
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..system.errors import ConfigError
 from .checkpoints import CheckpointRefused, check_weights
 from .data.hub import ModelRef, hub_errors, parse_ref, read_config
 from .experts import FAMILIES, full_config
-from .mixture_document import FILE, read_mixture
+from .mixture_document import FILE, ExpertEntry, read_mixture
 from .tensorfiles import write_tensors
 
 _WHAT = "warm start"
@@ -45,10 +45,7 @@ def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> t
     else:
         if folder and (folder / "model_index.json").is_file():
             model = replace(model, location=str(folder / "transformer"))
-        found = (_source(model, {}),)
-        if wanted:  # a transformer does not say what it predicts
-            spec = found[0].spec.model_copy(update={key: getattr(wanted, key) for key in ("prediction", "noise_schedule")})
-            found = (Source(model, spec),)
+        found = (_source(model, wanted),)  # a transformer does not say what it predicts
     for source in found:
         if wanted:
             _agree(ref, source.spec, wanted)
@@ -101,18 +98,21 @@ def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[Source, .
         if expert.folder is None:
             raise ConfigError(f"{_WHAT} {ref!r} has no expert {expert.name} yet; name a mixture that has them all")
         model = ModelRef(ref, str(folder / expert.folder))
-        sources.append(_source(model, {"prediction": expert.prediction, "noise_schedule": expert.noise_schedule}))
+        sources.append(_source(model, expert))
     return tuple(sources)
 
 
-def _source(model: ModelRef, more: Mapping[str, str]) -> Source:
+def _source(model: ModelRef, as_in: ExpertEntry | ExpertSpec | None) -> Source:
+    """What it predicts and on which schedule is taken from `as_in`; None: a spec's defaults."""
     config = read_config(_WHAT, model)
     class_name = str(config.get("_class_name"))
     if class_name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"{_WHAT} {model.text!r} is of class {class_name}, which is not supported; use one of {known}")
-    own = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Source(model, ExpertSpec.model_validate({"class_name": class_name, "config": own, **more}))
+    spec = ExpertSpec(class_name=class_name, config={key: value for key, value in config.items() if not key.startswith("_")})
+    if as_in:
+        spec = spec.model_copy(update={"prediction": as_in.prediction, "noise_schedule": as_in.noise_schedule})
+    return Source(model, spec)
 
 
 def _agree(ref: str, found: ExpertSpec, wanted: ExpertSpec) -> None:
