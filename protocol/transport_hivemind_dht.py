@@ -3,7 +3,8 @@
 What differs from hivemind as it comes: one invalid or just expired record does not void the others under its key; a peer's place
 in the key space is the hash of its peer id, so that it keeps it over restarts and cannot choose it; the expiry that a peer claims
 for a whole answer is recomputed from the records in it; a record counts as stored when at least one other peer took it; what one
-network address hands over is bounded (`protocol.crowding`), and nothing is taken into hivemind's cache, which has no such bounds.
+network address hands over is bounded (`protocol.crowding`), and so is its share of replicas and neighbours
+(`protocol.diversity`); nothing is taken into hivemind's cache, which has no such bounds.
 """
 
 from __future__ import annotations
@@ -14,19 +15,18 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
 from .crowding import Crowd
+from .diversity import Door, alternate
 from .records import RecordRefused
 from .transport import RecordCheck, Stored
 from .transport_hivemind_library import (
     DHTID,
     P2P,
     DHTNode,
-    DHTProtocol,
     DHTRecord,
     DictionaryDHTValue,
     Multiaddr,
@@ -35,6 +35,7 @@ from .transport_hivemind_library import (
     ValueWithExpiration,
     dht_messages,
 )
+from .transport_hivemind_table import Origins, Placing, Table, place_of
 from .waiting import heeding
 
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
@@ -46,28 +47,10 @@ LOOKUP_TIMEOUT = 30.0
 MAX_RECORDS_PER_KEY = 4096
 MAX_KEYS = 1 << 17
 MAX_NEIGHBOURS = 40
-_ORIGINS_KEPT, _ORIGINS_ASKED = 60.0, 0.5
 _STORE_CALL = "DHTProtocol.rpc_store"
 
 _handed_by: ContextVar[str | None] = ContextVar("handed_by", default=None)
 """The origin of the peer whose records are being looked at; None for what this peer stores or reads itself."""
-
-
-@dataclass
-class _Origins:
-    """The origins of connected peers, asked from p2pd when a stranger appears, but not all the time."""
-
-    ask: Callable[[], Awaitable[dict[str, str]]]
-    _known: dict[str, str] = field(default_factory=dict)
-    _asked: float = float("-inf")
-
-    async def of(self, peer_id: str) -> str:
-        """ "" for who is behind a relay, gone again, or one of too many strangers at once."""
-        since = time.monotonic() - self._asked
-        if since > _ORIGINS_KEPT or (peer_id not in self._known and since > _ORIGINS_ASKED):
-            self._asked = time.monotonic()
-            self._known = await self.ask()
-        return self._known.get(peer_id, "")
 
 
 class _Validator(RecordValidatorBase):
@@ -104,10 +87,8 @@ class _Validator(RecordValidatorBase):
             return None
 
 
-class _Protocol(DHTProtocol):
-    """The RPC side, with our rules about what is kept and who is believed to sit where."""
-
-    origins: _Origins
+class _Protocol(Placing):
+    """The RPC side, with our rules about what is kept."""
 
     async def rpc_store(self, request: Any, context: Any) -> Any:
         """Somebody wants us to keep records: known by where it calls from, and never in the cache."""
@@ -133,10 +114,6 @@ class _Protocol(DHTProtocol):
                 del dictionary[subkey]
         return True
 
-    async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
-        if node_id is None or node_id == place_of(peer_id):
-            await super().update_routing_table(node_id, peer_id, responded)
-
 
 class _Node(DHTNode):
     """The lookup side."""
@@ -150,11 +127,6 @@ def _pack(value: str | bytes) -> bytes:
     packed = msgpack.packb(value)
     assert packed is not None
     return packed
-
-
-def place_of(peer_id: PeerID) -> DHTID:
-    """Where in the key space a peer sits."""
-    return DHTID.generate(source=peer_id.to_bytes())
 
 
 def _own_expiry(found: Any) -> Any:
@@ -173,9 +145,8 @@ def _believable(peers: dict[DHTID, PeerID]) -> dict[DHTID, PeerID]:
 class Dht:
     """A DHT node over a running p2pd. Make it with `start`."""
 
-    def __init__(self, p2p: P2P, node: _Node, validator: _Validator) -> None:
-        self._p2p, self._node, self._validator = p2p, node, validator
-        self._protocol: DHTProtocol = node.protocol
+    def __init__(self, p2p: P2P, node: _Node, protocol: _Protocol, validator: _Validator) -> None:
+        self._p2p, self._node, self._protocol, self._validator = p2p, node, protocol, validator
 
     @classmethod
     async def start(cls, control_address: str, check: RecordCheck, origins: Callable[[], Awaitable[dict[str, str]]]) -> Dht:
@@ -193,14 +164,17 @@ class Dht:
             reuse_get_requests=False,
             record_validator=validator,
         )
-        node.protocol.__class__ = _Protocol  # hivemind builds its protocol itself; there is no parameter for another class
-        node.protocol.storage.maxsize = node.protocol.cache.maxsize = MAX_KEYS
         assert isinstance(node, _Node)
-        assert isinstance(node.protocol, _Protocol)
-        node.protocol.origins = _Origins(origins)
+        protocol = node.protocol
+        protocol.__class__ = _Protocol  # hivemind builds its protocol itself; there is no parameter for another class
+        assert isinstance(protocol, _Protocol)
+        protocol.storage.maxsize = protocol.cache.maxsize = MAX_KEYS
+        protocol.origins, protocol.door = Origins(origins), Door()
+        empty = protocol.routing_table
+        protocol.routing_table = Table(empty.node_id, empty.bucket_size, empty.depth_modulo)
         await p2p.remove_protobuf_handler(_STORE_CALL)  # the handler that was registered is the base class's
-        await p2p.add_protobuf_handler(_STORE_CALL, node.protocol.rpc_store, dht_messages.StoreRequest)
-        return cls(p2p, node, validator)
+        await p2p.add_protobuf_handler(_STORE_CALL, protocol.rpc_store, dht_messages.StoreRequest)
+        return cls(p2p, node, protocol, validator)
 
     def neighbours(self) -> list[str]:
         """The peers in the routing table."""
@@ -250,7 +224,11 @@ class Dht:
         await self._p2p.shutdown()
 
     async def _hand_to(self, candidates: list[PeerID], key_id: DHTID, subkey: str, packed: bytes, expires: float) -> int:
-        """Ask REPLICAS peers at once, and further ones in place of those that do not answer. Returns how many took it."""
+        """Ask REPLICAS peers at once, and further ones in place of those that do not answer. Returns how many took it.
+
+        The nearest of each origin come first, so that one address that has crowded around a key is not all that keeps it.
+        """
+        candidates = alternate(candidates, [await self._protocol.origins.of(peer.to_base58()) for peer in candidates])
         taken = answered = 0
         while candidates and answered < REPLICAS:
             batch, candidates = candidates[: REPLICAS - answered], candidates[REPLICAS - answered :]

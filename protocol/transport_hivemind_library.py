@@ -69,7 +69,7 @@ _import()
 
 from hivemind.dht.node import DHTNode  # noqa: E402
 from hivemind.dht.protocol import DHTProtocol  # noqa: E402
-from hivemind.dht.routing import DHTID  # noqa: E402
+from hivemind.dht.routing import DHTID, KBucket, RoutingTable  # noqa: E402
 from hivemind.dht.storage import DictionaryDHTValue  # noqa: E402
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase  # noqa: E402
 from hivemind.hivemind_cli import __path__ as _binaries  # noqa: E402
@@ -96,9 +96,11 @@ __all__ = [
     "DHTProtocol",
     "DHTRecord",
     "DictionaryDHTValue",
+    "KBucket",
     "Multiaddr",
     "PeerID",
     "RecordValidatorBase",
+    "RoutingTable",
     "ValueWithExpiration",
     "dht_messages",
     "messages",

@@ -11,6 +11,7 @@ from typing import Any
 
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import Manifest
+from lutetia.protocol.records import ClaimRecord, seal
 from lutetia.protocol.services import record_check
 from lutetia.protocol.transport import RecordCheck
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
@@ -52,6 +53,13 @@ async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
             return peer
 
         yield start
+
+
+async def claim(peer: HivemindTransport, run: str, name: str) -> bool:
+    """A correctly signed claim on shard 0 by the owner of that name, who may be made up for it."""
+    owner, expires = Identity.derived(name), time.time() + 170
+    record = ClaimRecord(run=run, owner=owner.public_key, issued=time.time(), shard=0, epoch=0, samples=0, state="training")
+    return await peer.store(record.key(), owner.public_key, seal(record, owner, expires), expires)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 200.0) -> None:

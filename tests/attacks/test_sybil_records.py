@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from hypothesis import strategies as st
 from lutetia.protocol.crowding import IN_ALL, PER_KEY, Crowd
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import Timing
-from lutetia.protocol.records import ClaimRecord, claim_key, seal
-from lutetia.protocol.transport_hivemind import HivemindTransport
-from swarms import manifest_of_now, network
+from lutetia.protocol.records import claim_key
+from swarms import claim, manifest_of_now, network
 
 CLAIMS = f"{'0' * 64}/claims/0"
 
@@ -46,13 +44,6 @@ def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, st
     crowd._forget(1e9)
     assert (crowd._held, dict(crowd._under_key), dict(crowd._of_origin)) == ({}, {}, {})
     assert PER_KEY["claims"] < IN_ALL
-
-
-async def claim(peer: HivemindTransport, run: str, name: str) -> bool:
-    """A correctly signed claim on shard 0 by the owner of that name, who may be made up for it."""
-    owner, expires = Identity.derived(name), time.time() + 170
-    record = ClaimRecord(run=run, owner=owner.public_key, issued=time.time(), shard=0, epoch=0, samples=0, state="training")
-    return await peer.store(record.key(), owner.public_key, seal(record, owner, expires), expires)
 
 
 @pytest.mark.timeout(300)

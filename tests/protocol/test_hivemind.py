@@ -22,8 +22,9 @@ from lutetia.protocol.services import publish
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
 from lutetia.protocol.transport_hivemind_control import useful
 from lutetia.protocol.transport_hivemind_daemon import Reach
-from lutetia.protocol.transport_hivemind_dht import _believable, _own_expiry, place_of
+from lutetia.protocol.transport_hivemind_dht import _believable, _own_expiry
 from lutetia.protocol.transport_hivemind_library import DHTID, DictionaryDHTValue, PeerID, ValueWithExpiration
+from lutetia.protocol.transport_hivemind_table import place_of
 from lutetia.system.errors import BootstrapError, IdentityError, UnreachableError
 
 from .documents import records
