@@ -90,11 +90,11 @@ class Comparisons:
         return found
 
     def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
-        """The real clips through the autoencoder alone."""
+        """Real clips through the autoencoder alone."""
         from ..models.study.results import Rebuilt
 
         stages = self.stages
-        path = stages.figure(f"rebuilt-{prompts}")
+        path = stages.figure(f"spare-rebuilt-{prompts}")
         if not path.is_file():
             found = Rebuilt(entries=stages.bench.rebuilt(stages.latents, prompts, stages.config.judging.clips))
             write_atomic(path, found.model_dump_json().encode())

@@ -25,6 +25,8 @@ def own_latents(config: StudyConfig, clips: Path, cache: Path, on_progress: Prog
     size = min(config.data.height, config.data.width)
     wanted = {"clips": config.clips.model_dump(mode="json"), "tune": config.tune_share, "size": size,
               "as": config.autoencoder.model_dump()}  # fmt: skip
+    if config.clips.kind == "folder":  # whose content may have changed since; its metadata name every file by digest
+        wanted["content"] = hashlib.sha256((clips / "metadata.jsonl").read_bytes()).hexdigest()
     folder = cache / f"autoencoder-{hashlib.sha256(canonical(wanted)).hexdigest()[:12]}"
     report = folder.with_suffix(".json")
     if not folder.is_dir():

@@ -104,11 +104,22 @@ class Stages:
     def carry_on(self, training: Training) -> bool:
         """Build its data, train it, judge its readings. False when all that was known already."""
         data, start = self.data(training), self._start(training)
+        if not (self.folder(training) / "run").is_dir():
+            self.forget(training)
         study_swarm.train(training, data, self.folder(training), self.config, self.on_progress, start)
         missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.judged]
         for reading in missing:
             self._judge(reading, training)
         return bool(missing)
+
+    def forget(self, training: Training) -> None:
+        """The run was removed to train it anew: drop what the old one was found to be, and all comparisons."""
+        if not any(self._figures.glob(f"{training.name}-*")):
+            return
+        others = tuple(f"{other.name}-" for other in self.plan.trainings if other != training)
+        for path in self._figures.iterdir():
+            if not path.name.startswith(others):
+                path.unlink()
 
     def _start(self, training: Training) -> Path | None:
         """The mixture that it begins with; the plan trains it before."""
@@ -167,7 +178,11 @@ class Stages:
     def figure(self, name: str) -> Path:
         """Where figures are kept: under their name and the way of judging."""
         how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
-        return self.home / "figures" / f"{name}-{how}.json"
+        return self._figures / f"{name}-{how}.json"
+
+    @property
+    def _figures(self) -> Path:
+        return self.home / "figures"
 
     def write(self) -> StudyResults:
         """Tables, curves and grids of what is known by now."""

@@ -243,9 +243,11 @@ def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> D
     """A diffusers expert as a denoiser that answers in velocities, wherever its inputs are."""
 
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-        if next(model.parameters()).device != x_t.device:
+        weight = next(model.parameters())
+        if weight.device != x_t.device:
             model.to(x_t.device)
-        return velocity(prediction, noise_schedule, lambda z, s: call_expert(model, z, s, tokens, pooled), x_t, t)
+        ask = lambda z, s: call_expert(model, z.to(weight.dtype), s, tokens, pooled)  # noqa: E731
+        return velocity(prediction, noise_schedule, ask, x_t, t)
 
     return denoise
 

@@ -50,10 +50,15 @@ def to_velocity(prediction: Prediction, schedule: Schedule, out: Tensor, x_t: Te
 
 
 def velocity(prediction: Prediction, schedule: Schedule, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
-    """Ask an expert of any kind for the flow's velocity at `x_t [B, ...]`, `t [B]`. Keeps the dtype of `x_t`."""
-    s, scale = matched(schedule, t)
-    z = x_t if schedule == "linear" else x_t * _columns(scale, x_t)
-    return to_velocity(prediction, schedule, predict(z, s), x_t, t)
+    """Ask an expert of any kind for the flow's velocity at `x_t [B, ...]`, `t [B]`. Keeps the dtype of `x_t`.
+
+    All but the expert's own work is done at least in single precision: noise turned into data is a difference of near numbers.
+    """
+    exact = torch.promote_types(x_t.dtype, torch.float32)
+    wide, time = x_t.to(exact), t.to(exact)
+    s, scale = matched(schedule, time)
+    z = wide if schedule == "linear" else wide * _columns(scale, wide)
+    return to_velocity(prediction, schedule, predict(z, s).to(exact), wide, time).to(x_t.dtype)
 
 
 def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -121,18 +121,22 @@ class LutetiaPipeline(DiffusionPipeline):
         width: int | None = None,
         output_type: OutputType = "np",
         return_dict: bool = True,
+        cut_prompts: bool = False,
     ) -> Any:
         """One clip per prompt, by Euler steps over the scheduler's time grid.
 
         Prompt i starts from noise of `seed + i`, the same in any batch and on any device; or from `generator`, or from `latents`.
         `mode` routes (top1, top2, full, sticky); `expert` asks that one alone. What is None is the mixture's own choice.
         Returns LutetiaPipelineOutput, or its two fields as a tuple.
-        Raises UsageError for empty or overlong prompts and for sizes that the mixture does not make.
+        Raises UsageError for empty prompts, for sizes that the mixture does not make, and for overlong prompts, unless they are
+        to be cut as captions are in training (`cut_prompts`).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         steps = self._defaults["steps"] if num_inference_steps is None else num_inference_steps
         guidance = self._defaults["guidance"] if guidance_scale is None else guidance_scale
         self._check(prompts, steps, expert, (num_frames, height, width), output_type)
+        for number, text in enumerate([] if cut_prompts else prompts, 1):
+            self._check_length(number, text)
         device, dtype = self._execution_device, self.transformer.dtype
         tokens, pooled = (tensor.to(device, dtype) for tensor in self.text.encode(prompts))
         seeds = self._seeds(len(prompts), seed)
@@ -222,6 +226,8 @@ class LutetiaPipeline(DiffusionPipeline):
             raise UsageError(f"prompt {number} is empty; say in words what the clip shows")
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UsageError(f"prompt {number} has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}; shorten it")
+
+    def _check_length(self, number: int, text: str) -> None:
         count = self.text.count([text])
         if count > self.spec.text_tokens:
             raise UsageError(f"prompt {number} has {count} tokens, but this mixture reads {self.spec.text_tokens}; shorten it")

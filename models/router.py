@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +171,9 @@ def train_router(
         rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         optimiser.param_groups[0]["lr"] = spec.learning_rate * rate
         draw = stream(run, seed, 0, step, "router")
-        x_t, t, pooled, labels = _rows(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
-        logits = router(x_t.to(device), t.to(device), pooled.to(device))
-        loss = nn.functional.cross_entropy(logits, labels.to(device))
+        rows = _choose(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
+        logits = router(*(tensor.to(device) for tensor in _noisy(shards, rows, draw)))
+        loss = nn.functional.cross_entropy(logits, rows.labels.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(router.parameters(), 1.0, foreach=True)
@@ -188,10 +188,11 @@ def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[Sh
     """Accuracy and calibration of `router`; same clips, noise and times for every router of a run."""
     count = max(256, _REPORT_NOISES * sum(len(holdout) for holdout in holdouts))
     draw = stream(manifest.run_id, 0, 0, 0, "router report")
-    x_t, t, pooled, labels = _rows(manifest, holdouts, draw, count, text_dropout=0.0)
+    rows = _choose(manifest, holdouts, draw, count, text_dropout=0.0)
     device = next(router.parameters()).device
-    parts = zip(x_t.split(64), t.split(64), pooled.split(64), strict=True)
+    parts = (_noisy(holdouts, part, draw) for part in rows.split(64))
     logits = torch.cat([router(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
+    t, labels = rows.t, rows.labels
     confidence, guess = logits.softmax(1).max(1)
     right = (guess == labels).float()
     bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
@@ -206,19 +207,36 @@ def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[Sh
     )
 
 
-def _rows(
-    manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Generator, count: int, text_dropout: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents, times (uniform, stratified), pooled texts and labels of `count` rows of the natural mixture."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the natural mixture: shard (`labels`) and clip of each, its time, and whether its text is shown. All [N]."""
+
+    labels: Tensor
+    clips: Tensor
+    t: Tensor
+    told: Tensor
+
+    def split(self, size: int) -> list[_Rows]:
+        parts = (getattr(self, field.name).split(size) for field in fields(self))
+        return [_Rows(*part) for part in zip(*parts, strict=True)]
+
+
+def _choose(manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Generator, count: int, text_dropout: float) -> _Rows:
+    """`count` rows by the shards' priors, with times uniform and stratified."""
     priors = np.array([shard.prior for shard in manifest.shards])
     labels = draw.choice(len(shards), size=count, p=priors / priors.sum())
-    clips = [int(draw.integers(len(shards[label]))) for label in labels]
+    clips = torch.tensor([int(draw.integers(len(shards[label]))) for label in labels])
     t = torch.from_numpy((draw.permutation(count) + draw.random(count)) / count).float()
-    kept = torch.from_numpy(draw.random(count) >= text_dropout)
-    latents = torch.stack([shards[label].latents[clip] for label, clip in zip(labels, clips, strict=True)])
-    pooled = torch.stack([shards[label].pooled[clip] for label, clip in zip(labels, clips, strict=True)])
-    noisy = torch.lerp(latents, normals(draw, tuple(latents.shape)), t.view(-1, 1, 1, 1, 1))
-    return noisy, t, pooled * kept[:, None], torch.from_numpy(labels)
+    return _Rows(torch.from_numpy(labels), clips, t, torch.from_numpy(draw.random(count) >= text_dropout))
+
+
+def _noisy(shards: Sequence[ShardData], rows: _Rows, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What the router sees of `rows`: noisy latents, times and pooled texts."""
+    places = list(zip(rows.labels.tolist(), rows.clips.tolist(), strict=True))
+    latents = torch.stack([shards[label].latents[clip] for label, clip in places]).float()
+    pooled = torch.stack([shards[label].pooled[clip] for label, clip in places])
+    noisy = torch.lerp(latents, normals(draw, tuple(latents.shape)), rows.t.view(-1, 1, 1, 1, 1))
+    return noisy, rows.t, pooled * rows.told[:, None]
 
 
 def _split(shards: Sequence[ShardData]) -> tuple[list[ShardData], list[ShardData]]:

@@ -55,9 +55,9 @@ def sample(
     mixture.begin()
     x, routing = noise, []
     for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
-        seen, t = x.to(tokens.dtype), torch.full((len(x),), now, device=x.device, dtype=tokens.dtype)
-        weights = _decide(mixture, seen, t, pooled, mode, expert, seeds)
-        x = x + (then - now) * guided_velocity(mixture, seen, t, tokens, pooled, weights, guidance).to(x.dtype)
+        t = torch.full((len(x),), now, device=x.device)
+        weights = _decide(mixture, x.to(tokens.dtype), t, pooled, mode, expert, seeds)
+        x = x + (then - now) * guided_velocity(mixture, x, t, tokens, pooled, weights, guidance)
         routing.append(weights.float().cpu())
         if on_step:
             on_step(step + 1, len(times) - 1)

@@ -10,6 +10,7 @@ pipeline.py        two lines by which diffusers finds our pipeline class  README
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from .mixture_document import FILE, ExpertEntry, MixtureDocument, SignedMixture
 from .router import VideoRouter, read_router
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+log = logging.getLogger("lutetia.models.stitch")
 
 _PIPELINE = '''"""Lets diffusers find the pipeline of the installed package `lutetia`."""
 
@@ -160,6 +162,8 @@ def _write_vae(folder: Path, latent: LatentSpec) -> str | None:
     """The class name of the autoencoder that was copied, or None where it is a reference (a hub id) or there is none (pixels)."""
     source = demo_autoencoder() if latent.vae == "builtin:demo" else Path(latent.vae).expanduser()
     if not (source / "config.json").is_file():
+        if Path(latent.vae).is_absolute():
+            log.warning("the run's autoencoder %s is not on this box: the mixture is made without it; copy it there", latent.vae)
         return None
     shutil.copytree(source, folder)
     return str(json.loads((folder / "config.json").read_text())["_class_name"])

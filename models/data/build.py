@@ -24,6 +24,7 @@ from .clips import ClipShape
 from .cluster import ClusterSettings
 from .description import DataDescription
 from .features import load_features, wants_text
+from .hub import anchored
 from .latents import load_latents
 from .listing import BadClip, read_listing
 from .output import check_output, output_folder
@@ -103,6 +104,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     progress = on_progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
     check_output(out)
+    settings = settings.model_copy(update={"latents": anchored(settings.latents), "text": anchored(settings.text)})
     recipe = Recipe(
         settings.clip_shape,
         load_latents(settings.latents, device=settings.device),
@@ -110,6 +112,8 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     )
     recipe.latents.shape_of(settings.frames, settings.height, settings.width)
     load_text_encoder(settings.text, settings.text_tokens or 1)  # names what is wrong before the long work begins
+    if any(Path(part).is_dir() for part in settings.text.split("+")):
+        _log.warning("whoever uses the mixture needs the text encoder at that path, %s; a hub id suits all", settings.text)
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
     cache = ArrayCache(settings.cache or default_cache())
@@ -150,11 +154,15 @@ def _refuse_bad(bad: Sequence[BadClip], skip_bad: bool) -> None:
 
 
 def _text_encoder(settings: BuildSettings, captions: Sequence[str]) -> TextEncoder:
-    if settings.text_tokens is not None:
-        return load_text_encoder(settings.text, settings.text_tokens, device=settings.device)
-    longest = max(1, load_text_encoder(settings.text, 1).count(sorted(set(captions))))
-    _log.info("captions get %d tokens, as many as the longest takes", longest)
-    return load_text_encoder(settings.text, longest, device=settings.device)
+    different, reader = sorted(set(captions)), load_text_encoder(settings.text, 1)
+    longest = max(1, reader.count(different))
+    tokens = settings.text_tokens or min(longest, reader.longest)
+    if longest > tokens:
+        cut = sum(reader.count([caption]) > tokens for caption in different)
+        _log.warning("%d of %d captions are longer than %d tokens and lose their end", cut, len(different), tokens)
+    elif settings.text_tokens is None:
+        _log.info("captions get %d tokens, as many as the longest takes", tokens)
+    return load_text_encoder(settings.text, tokens, device=settings.device)
 
 
 @contextlib.contextmanager

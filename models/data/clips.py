@@ -189,7 +189,7 @@ def _scan(path: Path | TarMember) -> _Track:
         stream = container.streams.video[0]
         base = stream.time_base or Fraction(1, 1000)
         usual = 1 / (stream.average_rate * base) if stream.average_rate else Fraction(1)
-        aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
+        aspect = stream.sample_aspect_ratio or Fraction(1)  # the container's word, else the codec's
         ticks: list[int] = []
         end = Fraction(0)
         for packet in container.demux(stream):

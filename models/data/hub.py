@@ -54,6 +54,15 @@ def parse_ref(text: str, what: str, builtins: tuple[str, ...]) -> ModelRef:
     return ModelRef(text, match["repo"], match["sub"] or "", match["rev"])
 
 
+def anchored(text: str) -> str:
+    """The same reference from any working directory: folders by their whole path, and so both halves of a pair `a+b`."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    first, plus, second = text.partition("+")
+    return f"{anchored(first)}+{anchored(second)}" if plus else text
+
+
 @contextlib.contextmanager
 def hub_errors(what: str, ref: ModelRef) -> Iterator[None]:
     """Turn a loader's failure into one sentence that names the reference."""

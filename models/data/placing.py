@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from ...system.errors import DataError
 from .cache import ArrayCache
@@ -17,7 +16,7 @@ from .cluster import ClusterSettings, Labels, Vectors, cluster
 from .cluster_report import ClusterReport, summarise
 from .features import Joiner
 from .listing import ClipSource
-from .prepare import PreparedClips, Recipe, cached_array
+from .prepare import EmbeddedCaptions, PreparedClips, Recipe, cached_array
 
 Split = Literal["train", "holdout", "test"]
 _FEWEST_HELD_OUT = 8  # fewer would make the held-out loss a lottery
@@ -53,7 +52,7 @@ def drop_copies_of_test_clips(prepared: PreparedClips) -> int:
 
 
 def feature_vectors(
-    prepared: PreparedClips, recipe: Recipe, cache: ArrayCache, embedded: Mapping[str, tuple[Tensor, Tensor]], with_text: bool
+    prepared: PreparedClips, recipe: Recipe, cache: ArrayCache, embedded: EmbeddedCaptions, with_text: bool
 ) -> Vectors:
     """[N, D] of all clips, standardised by the training clips."""
     blocks = [
@@ -61,7 +60,7 @@ def feature_vectors(
         for features in recipe.features
     ]
     if with_text:
-        blocks.append(np.stack([embedded[clip.caption][1].numpy() for clip in prepared.clips]))
+        blocks.append(np.stack([embedded.pooled[clip.caption].numpy() for clip in prepared.clips]))
     training = _training_rows(prepared.clips)
     return Joiner([block[training] for block in blocks])(blocks)
 

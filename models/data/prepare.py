@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,35 +122,42 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cached_array(cache: ArrayCache, key: str) -> NDArray[Any]:
-    """What `prepare` filed. Raises DataError when the cache lost it meanwhile."""
+def cached_array(cache: ArrayCache, key: str, name: str = "array") -> NDArray[Any]:
+    """What was filed. Raises DataError when the cache lost it meanwhile."""
     found = cache.get(key)
     if found is None:
         raise DataError("the cache of latents was damaged or cleared while it was in use; run the build again")
-    return found["array"]
+    return found[name]
 
 
-def prepare_captions(
-    captions: Sequence[str], encoder: TextEncoder, cache: ArrayCache, on_progress: Progress
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens [L, D] and pooled [P] of each distinct caption."""
+@dataclass(frozen=True)
+class EmbeddedCaptions:
+    """The distinct captions' pooled vectors [P]; their tokens, which take far more, stay on disk until a shard wants them."""
+
+    cache: ArrayCache
+    keys: Mapping[str, str]
+    pooled: Mapping[str, Tensor]
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """[N, L, D] in half precision, as shards keep them. Raises DataError when the cache lost them meanwhile."""
+        return torch.stack([torch.from_numpy(cached_array(self.cache, self.keys[each], "tokens")).half() for each in captions])
+
+
+def prepare_captions(captions: Sequence[str], encoder: TextEncoder, cache: ArrayCache, on_progress: Progress) -> EmbeddedCaptions:
+    """Embed each distinct caption, or find it in the cache."""
     unique = sorted(set(captions))
-    key = {
+    keys = {
         caption: cache_key(
             kind="text", caption=caption, encoder=encoder.ref, fingerprint=encoder.fingerprint, tokens=encoder.tokens
         )
         for caption in unique
     }
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    pooled: dict[str, Tensor] = {}
     for start in range(0, len(unique), _CAPTIONS_AT_ONCE):
         part = unique[start : start + _CAPTIONS_AT_ONCE]
-        known = {caption: cache.get(key[caption]) for caption in part}
-        if any(arrays is None for arrays in known.values()):
-            tokens, pooled = (tensor.numpy().astype(np.float32) for tensor in encoder.encode(part))
-            known = {caption: {"tokens": tokens[row], "pooled": pooled[row]} for row, caption in enumerate(part)}
-            cache.put({key[caption]: arrays for caption, arrays in known.items() if arrays})
-        found.update(
-            {caption: (torch.from_numpy(a["tokens"]), torch.from_numpy(a["pooled"])) for caption, a in known.items() if a}
-        )
+        if any(cache.get(keys[caption]) is None for caption in part):
+            tokens, vectors = (tensor.numpy().astype(np.float32) for tensor in encoder.encode(part))
+            cache.put({keys[caption]: {"tokens": tokens[row], "pooled": vectors[row]} for row, caption in enumerate(part)})
+        pooled.update({caption: torch.from_numpy(cached_array(cache, keys[caption], "pooled")) for caption in part})
         on_progress("captions", min(start + _CAPTIONS_AT_ONCE, len(unique)), len(unique))
-    return found
+    return EmbeddedCaptions(cache, keys, pooled)

@@ -40,6 +40,8 @@ class TextEncoder(ABC):
     tokens: int
     width: int
     pooled_width: int
+    longest: int = MAX_TOKENS
+    """How many tokens it can give at most."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def count(self, captions: Sequence[str]) -> int:
-        """Tokens that the longest of `captions` takes, at most what the encoder can hold."""
+        """Tokens that the longest of `captions` takes, be it more than the encoder can hold."""
 
     @property
     @abstractmethod
@@ -68,8 +70,8 @@ def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu") -> TextEnco
         return WordEncoder(tokens)
     if "+" in ref and not Path(ref).expanduser().is_dir():
         first, second = ref.split("+", 1)
-        pooler = load_text_encoder(second, min(tokens, CLIP_TOKENS), device=device)
-        return PairEncoder(load_text_encoder(first, tokens, device=device), pooler)
+        longest = load_text_encoder(second, 1).longest  # a text may take more tokens there than in the first
+        return PairEncoder(load_text_encoder(first, tokens, device=device), load_text_encoder(second, longest, device=device))
     if ref.startswith("builtin:"):
         raise ConfigError(f"there is no text encoder {ref!r}; use {', '.join(BUILTIN_TEXT)}, a folder or owner/name")
     return TransformersEncoder(ref, parse_ref(ref, "text encoder", BUILTIN_TEXT), tokens, device)
@@ -103,7 +105,7 @@ class WordEncoder(TextEncoder):
         return torch.from_numpy(tokens * scale), torch.from_numpy(pooled * scale)
 
     def count(self, captions: Sequence[str]) -> int:
-        return min(MAX_TOKENS, max((len(split_words(caption)) for caption in captions), default=1))
+        return max((len(split_words(caption)) for caption in captions), default=1)
 
 
 def split_words(text: str) -> list[str]:
@@ -145,10 +147,10 @@ class TransformersEncoder(TextEncoder):
         self.width = int(text.get("d_model") or text.get("dim") or text.get("hidden_size") or 512)
         self.pooled_width = self.width
         longest = text.get("max_position_embeddings") or (CLIP_TOKENS if self.is_clip else None)
-        self._longest = min(int(longest), MAX_TOKENS) if longest and not self.is_t5 else MAX_TOKENS
-        if tokens > self._longest:
+        self.longest = min(int(longest), MAX_TOKENS) if longest and not self.is_t5 else MAX_TOKENS
+        if tokens > self.longest:
             raise ConfigError(
-                f"text encoder {ref!r} holds at most {self._longest} tokens, not {tokens}; ask for fewer text tokens"
+                f"text encoder {ref!r} holds at most {self.longest} tokens, not {tokens}; ask for fewer text tokens"
             )
 
     @property
@@ -181,7 +183,7 @@ class TransformersEncoder(TextEncoder):
         return model.eval().requires_grad_(False).to(self._device)
 
     def count(self, captions: Sequence[str]) -> int:
-        ids = self.tokenizer(list(captions), truncation=True, max_length=self._longest)["input_ids"] if captions else []
+        ids = self.tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
         return max((len(row) for row in ids), default=1)
 
     @torch.no_grad()
@@ -217,12 +219,12 @@ class PairEncoder(TextEncoder):
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
         self.first, self.second = first, second
-        self.ref, self.tokens = f"{first.ref}+{second.ref}", first.tokens
+        self.ref, self.tokens, self.longest = f"{first.ref}+{second.ref}", first.tokens, first.longest
         self.width, self.pooled_width = first.width, second.pooled_width
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.first.fingerprint}+{self.second.fingerprint}"
+        return f"{self.first.fingerprint}+{self.second.fingerprint}@{self.second.tokens}"
 
     @property
     def module(self) -> nn.Module | None:

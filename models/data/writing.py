@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...protocol.blobs import ChunkTable
 from ...protocol.canonical import canonical
@@ -23,7 +22,7 @@ from .clips import decode_clip
 from .cluster_report import central
 from .description import DATA_FILE, DataDescription, DataFile, DataShard
 from .placing import Placement, Split
-from .prepare import PreparedClips, Progress, Recipe, cached_array
+from .prepare import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
 from .shards import ShardData, ShardMetadata, write_shard
 from .sheets import SHEET_CLIPS, write_sheet
 from .text import TextEncoder
@@ -38,7 +37,7 @@ class Source:
     recipe: Recipe
     cache: ArrayCache
     prepared: PreparedClips
-    embedded: Mapping[str, tuple[Tensor, Tensor]]
+    embedded: EmbeddedCaptions
     placement: Placement
 
     def latents(self, row: int) -> np.ndarray:
@@ -115,13 +114,14 @@ def _write_split(folder: Path, source: Source, latent: LatentSpec, index: int, n
     if not rows:
         return None
     clips = [source.prepared.clips[row] for row in rows]
+    captions = [clip.caption for clip in clips]
     shape = (1, -1, 1, 1, 1)
     raw = torch.from_numpy(np.stack([source.latents(row) for row in rows]))
     data = ShardData(
         latents=(raw - torch.tensor(latent.mean).view(shape)) / torch.tensor(latent.std).view(shape),
-        tokens=torch.stack([source.embedded[clip.caption][0] for clip in clips]),
-        pooled=torch.stack([source.embedded[clip.caption][1] for clip in clips]),
-        captions=[clip.caption for clip in clips],
+        tokens=source.embedded.tokens(captions),
+        pooled=torch.stack([source.embedded.pooled[caption] for caption in captions]),
+        captions=captions,
         kinds=[clip.kind for clip in clips],
     )
     sources = tuple(source.prepared.digests[row] for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ...system.errors import DataError
-from ..data.clips import ClipShape, decode_clip
+from ..data.clips import ClipRefused, ClipShape, decode_clip
 from ..data.listing import ClipSource, read_listing
+
+log = logging.getLogger("lutetia.models.metrics.clips")
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,36 @@ def read_clips(
     limit: int | None = None,
     seed: int | None = None,
     stratified: bool = False,
+    skip_bad: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ClipSet:
     """Clips number `first` to `first + limit` of a folder with captions, in the order of `ordered`; with `captions` only those.
 
     Raises DataError when the folder, or any clip among those asked for, cannot be used: a metric must not lose clips in silence.
+    With `skip_bad` such clips are left out, the log names them, and the next ones in order take their places.
     """
     listing = read_listing(folder)
-    if listing.bad:
+    if listing.bad and not skip_bad:
         raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have such faults)")
     wanted = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
-    chosen = ordered(wanted, seed, stratified)
-    chosen = chosen[first : None if limit is None else first + limit]
+    candidates = ordered(wanted, seed, stratified)[first:]
+    count = min(len(candidates), len(candidates) if limit is None else limit)
+    frames, chosen = np.empty((count, shape.frames, shape.height, shape.width, 3), np.uint8), list[ClipSource]()
+    for clip in candidates:
+        if len(chosen) == count:
+            break
+        try:
+            frames[len(chosen)] = decode_clip(clip.path, shape)
+        except ClipRefused as error:
+            if not skip_bad:
+                raise
+            log.warning("left out: %s", error)
+            continue
+        chosen.append(clip)
+        if on_progress:
+            on_progress(len(chosen), count)
     if not chosen:
         what = f"clips of split {split or 'any'}" + (" with the wanted captions" if captions is not None else "")
         raise DataError(f"{folder} has no {what} from number {first}; check its metadata")
-    frames = np.empty((len(chosen), shape.frames, shape.height, shape.width, 3), np.uint8)
-    for number, clip in enumerate(chosen):
-        frames[number] = decode_clip(clip.path, shape)
-        if on_progress:
-            on_progress(number + 1, len(chosen))
-    return ClipSet(torch.from_numpy(frames), tuple(clip.caption for clip in chosen), tuple(clip.kind for clip in chosen))
+    clips = torch.from_numpy(frames[: len(chosen)])
+    return ClipSet(clips, tuple(clip.caption for clip in chosen), tuple(clip.kind for clip in chosen))

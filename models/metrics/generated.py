@@ -75,7 +75,7 @@ class MixtureSampler:
         asked = self.sampling
         output: Any = self.pipeline(
             list(prompts), asked.steps, asked.guidance, mode=asked.mode, expert=expert, seed=seeds[0],
-            latents=initial_noise(self.pipeline.spec.shape, seeds),
+            latents=initial_noise(self.pipeline.spec.shape, seeds), cut_prompts=True,
         )  # fmt: skip
         return torch.from_numpy(output.frames), output.routing
 

@@ -50,7 +50,8 @@ def flow_losses(
     t = ((torch.from_numpy(draw.permutation(count)) + torch.from_numpy(draw.random(count))) / count).float()
     noise = normals(draw, (count, *latents.shape[1:]))
     names = ["mixture", *(["right expert"] if labels is not None else [])]
-    names += [f"expert {index}" for index in range(pipeline.transformer.count)] if pipeline.transformer.count > 1 else []
+    experts = pipeline.transformer.config["experts"]
+    names += [f"expert {index}" for index, entry in enumerate(experts) if entry["folder"]] if len(experts) > 1 else []
     errors = {name: torch.empty(count) for name in names}
     for part in torch.arange(count).split(ROWS):
         own = rows[part]

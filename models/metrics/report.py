@@ -17,6 +17,7 @@ from ...protocol.canonical import Frozen
 from ...system.errors import DataError
 from ..data.clips import ClipShape
 from ..data.listing import METADATA_NAMES, read_listing
+from ..mixture_document import FILE as MIXTURE
 from .clips import ClipSet, read_clips
 from .generated import MixtureSampler, Sampling, generate
 from .heldout import TimedLoss, flow_losses
@@ -95,7 +96,7 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
     begun = time.monotonic()
     step = on_progress or (lambda what, done, total: None)
     stratified = settings.prompts == "stratified"
-    if any((mixture / name).is_file() for name in METADATA_NAMES):
+    if _holds_clips(mixture):
         if settings.shape is None:
             raise DataError(f"{mixture} is a folder of videos; say into which shape (frames, fps, size) to bring them")
         shape, sampling, sampler = settings.shape, None, None
@@ -112,7 +113,9 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
     reference = read("test", 0, settings.clips, "reading real clips")
     if len(reference) < MIN_CLIPS:
         raise DataError(f"{data} has {len(reference)} clips of split test, fewer than {MIN_CLIPS}; hold more clips out")
-    spare = _or_none(lambda: read("test", settings.clips, settings.spare, "reading further real clips"), settings.spare)
+    left = sum(clip.split == "test" for clip in read_listing(data).clips) - settings.clips
+    wants_spare = min(left, settings.spare) >= 2  # a small test split leaves none, and floors then come from halves
+    spare = read("test", settings.clips, settings.spare, "reading further real clips") if wants_spare else None
     fit = read("train", 0, settings.fit_clips, "reading clips to fit the probes on")
     judges = Judges(fit, reference, spare, settings.judges, on_progress)
     if settings.complete and judges.left_out:
@@ -177,15 +180,14 @@ def _agreed(asked: ClipShape | None, made: ClipShape) -> ClipShape:
     return asked
 
 
-def _or_none(read: Callable[[], ClipSet], wanted: int) -> ClipSet | None:
-    """Spare clips where there are any: a small test split leaves none, and floors then come from halves of the reference."""
-    if wanted < 2:
-        return None
+def _holds_clips(folder: Path) -> bool:
+    """Whether a folder is to be judged as clips: by their metadata, or as archives or files with captions beside them."""
+    if any((folder / name).is_file() for name in METADATA_NAMES):
+        return True
     try:
-        found = read()
+        return not (folder / MIXTURE).is_file() and bool(read_listing(folder).clips)
     except DataError:
-        return None
-    return found if len(found) >= 2 else None
+        return False
 
 
 def _known(folder: Path, shape: ClipShape, limit: int, reference: ClipSet) -> ClipSet:

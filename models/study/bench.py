@@ -55,7 +55,8 @@ class Bench:
         role = self.config.judging.on
         return read_clips(
             self.clips / role, self.config.data.clip_shape, split="test", first=first, limit=limit, seed=PROMPT_ORDER,
-            stratified=prompts == "stratified", on_progress=lambda done, total: self.on_progress("reading clips", done, total),
+            stratified=prompts == "stratified", skip_bad=self.config.data.skip_bad,
+            on_progress=lambda done, total: self.on_progress("reading clips", done, total),
         )  # fmt: skip
 
     def _judges(self, prompts: Prompts, count: int) -> Judges:
@@ -64,6 +65,7 @@ class Bench:
         spare = everything.take(range(count, len(everything))) if len(everything) >= count + 2 else None
         fit = read_clips(
             self.clips / "train", self.config.data.clip_shape, split="train", limit=judging.fit_clips, seed=PROMPT_ORDER,
+            skip_bad=self.config.data.skip_bad,
             on_progress=lambda done, total: self.on_progress("reading clips to fit probes on", done, total),
         )  # fmt: skip
         return Judges(fit, everything.take(range(min(count, len(everything)))), spare, self.settings, self.on_progress)
@@ -101,12 +103,18 @@ class Bench:
         return found.model_copy(update=more)
 
     def rebuilt(self, latents: str, prompts: Prompts, count: int) -> tuple[Entry, ...]:
-        """The real clips themselves, encoded to latents and decoded again: what no arm can be expected to pass."""
+        """Real clips encoded to latents and decoded again, judged as an arm's clips are: what no arm can be expected to pass.
+
+        They are others than the reference: a clip beside itself would hide what every other figure owes to the small N.
+        Nothing where the study has no spare clips.
+        """
         judges = self.judges(prompts, count)
+        if judges.spare is None:
+            return ()
         codec = load_latents(latents, device=self.settings.device)
-        parts = judges.reference.frames.split(self.config.judging.batch)
+        parts = judges.spare.frames.split(self.config.judging.batch)
         frames = torch.cat([torch.from_numpy(codec.decode(codec.encode(part))) for part in parts])
-        return tuple(judges.judge(judges.reference.with_frames(frames)))
+        return tuple(judges.judge(judges.spare.with_frames(frames)))
 
     def compare(
         self, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]

@@ -46,7 +46,7 @@ class Against(Frozen):
 
 
 class Rebuilt(Frozen):
-    """Figures of the real clips after the autoencoder alone."""
+    """Figures of real clips (others than the reference) after the autoencoder alone."""
 
     entries: tuple[Entry, ...]
 
@@ -54,8 +54,8 @@ class Rebuilt(Frozen):
 class StudyResults(Frozen):
     """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering.
 
-    `rebuilt`: prompts to the figures of the real clips after the autoencoder alone, at the headline's N. `kinds`: prompts to the
-    headline's distance by kind. `against`: reading of a control to its distance over the mixture's.
+    `rebuilt`: prompts to the figures of other real clips after the autoencoder alone. `kinds`: prompts to the headline's
+    distance by kind. `against`: reading of a control to its distance over the mixture's.
     `rivals`: other arms of the whole budget, each compared as the headline's monolith is.
     """
 

@@ -86,7 +86,9 @@ def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
     found = entry(results.rebuilt.get(prompts, ()), name)
     if found is None:
         return []
-    return [f"The real clips themselves, encoded and decoded again by the autoencoder, have {name} {found.figure}."]
+    untouched = f"; as they are, {found.real}" if found.real else ""
+    judged = f"{name} {found.figure} (N = {found.figure.n}){untouched}"
+    return [f"Other real clips, encoded and decoded again by the autoencoder, have {judged}."]
 
 
 def _kinds(results: StudyResults, prompts: str) -> list[str]:

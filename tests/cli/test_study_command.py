@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from lutetia.cli.study import load_study
+from lutetia.cli.study_latents import own_latents
+from lutetia.cli.study_stages import Stages
+from lutetia.models.data.made import make_clips
 from lutetia.models.metrics.clips import read_clips
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.results import StudyResults
 from lutetia.system.errors import ConfigError
+from lutetia.system.files import write_atomic
 from running import failure, lutetia
 
 CONFIG = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"
@@ -39,6 +45,35 @@ def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"colour.*known keys"):
         load_study(wrong)
     assert load_study(CONFIG, device="cuda", tune=True).judging.on == "tune"
+
+
+def test_what_is_trained_anew_takes_nothing_from_what_was_found_before(tmp_path: Path) -> None:
+    """Its run was removed, as a study asks for when its budget has changed."""
+    stages = Stages.prepare(load_study(CONFIG), tmp_path, tmp_path / "out", tmp_path / "cache", lambda *_: None)
+    first, second = stages.plan.of("headline", "monolith")[0], stages.plan.of("headline", "mixture")[0]
+    own, others = (stages.plan.readings_of(training)[0].name for training in (first, second))
+    compared = ["headline-natural-0", f"against-{others}", "spare-rebuilt-natural"]
+    for name in (own, others, *compared):
+        write_atomic(stages.figure(name), b"{}")
+    stages.forget(first)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == [stages.figure(others).name]
+    for name in compared:
+        write_atomic(stages.figure(name), b"{}")
+    stages.forget(first)  # trained for the first time: what is known of the others stays
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+
+
+def test_an_autoencoder_is_not_taken_for_that_of_other_clips(tmp_path: Path) -> None:
+    values = tomllib.loads(CONFIG.read_text())
+    values["autoencoder"]["steps"] = 1
+    folders = []
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "clips", ignore_errors=True)
+        make_clips(tmp_path / "clips", 120, seed, 8, 32)
+        config = StudyConfig(**{**values, "clips": {"kind": "folder", "folder": str(tmp_path / "clips")}})
+        folders.append(own_latents(config, tmp_path / "clips", tmp_path / "cache", lambda *_: None)[0])
+    assert folders[0] != folders[1]
+    assert own_latents(config, tmp_path / "clips", tmp_path / "cache", lambda *_: None)[0] == folders[1]
 
 
 @pytest.mark.timeout(1200)  # two minutes on two idle cores
@@ -72,7 +107,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert (ratio.n, ratio.seeds) == (22, (0,))
     assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
     rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
-    assert rebuilt["motion distance"].n == 22
+    assert rebuilt["motion distance"].n == 20  # of the spare clips
     controls = [reading for _, reading in results.plan.controls(StudyConfig.model_validate(results.config))]
     assert len(controls) == 10  # the pair, small-batch, balanced, warm-start; of the mixture: oracle, text-blind, three experts
     against = {reading.name for reading in controls if not (reading.plain and reading.training == "headline-mixture-s0")}

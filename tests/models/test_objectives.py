@@ -50,6 +50,26 @@ def test_a_perfect_answer_of_any_kind_becomes_the_true_velocity(prediction, sche
     assert row_losses(spec, perfect, x0, noise, t).max() < 1e-20
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_expert_in_half_precision_is_turned_into_a_velocity_in_single(prediction, schedule) -> None:
+    """Near pure noise x0 is a difference of near numbers over a small one: only the answer itself may be rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 40, 50, generator=generator)
+    t = torch.full((40,), 0.97)
+    x_t = torch.lerp(x0, noise, t[:, None])
+
+    def rounded(z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        a, b = (v[:, None] for v in path(schedule, s))
+        answer = {"sample": x0, "epsilon": noise, "velocity": noise - x0 if schedule == "linear" else a * noise - b * x0}
+        return answer[prediction].bfloat16()
+
+    found = velocity(prediction, schedule, rounded, x_t, t)
+    assert found.dtype == torch.float32
+    error = (found - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
+    assert error < (0.06 if prediction == "epsilon" else 0.006)  # bfloat16 keeps eight bits; 1 / (1 - t) is 33
+
+
 def test_sample_loss_is_the_velocity_error_above_the_floor_and_has_the_mean_as_minimiser_below() -> None:
     spec = WAN.model_copy(update={"prediction": "sample"})
     x0, noise, guess = torch.randn(3, 4, 6, dtype=torch.float64)

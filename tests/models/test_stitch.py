@@ -14,11 +14,9 @@ from lutetia.models.pipeline import load_pipeline
 from lutetia.models.router import build_router, read_router, write_router
 from lutetia.models.stitch import WEIGHTS, stitch
 from lutetia.models.training import ExpertTrainer, write_weights
-from lutetia.protocol.blobs import ChunkTable
 from lutetia.protocol.manifest import ExpertSpec, Manifest
-from lutetia.protocol.records import AcceptanceRecord
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
-from toys import CONFIGS, LATENT, OWNER, toy_data, toy_manifest
+from toys import CONFIGS, LATENT, OWNER, accept, toy_data, toy_manifest
 
 EPSILON = ExpertSpec(
     class_name="LTXVideoTransformer3DModel",
@@ -29,14 +27,6 @@ EPSILON = ExpertSpec(
 PIXELS = LATENT.model_copy(
     update={"channels": 3, "text_width": 64, "pooled_width": 64, "text_tokens": 8, "pixel_height": 8, "pixel_width": 8}
 )
-
-
-def accept(manifest: Manifest, shard: int, weights: Path) -> AcceptanceRecord:
-    ref = ChunkTable.of_file(weights).ref
-    return AcceptanceRecord(
-        run=manifest.run_id, owner=OWNER.public_key, issued=1.0, shard=shard, epoch=1, checkpoint="1" * 64, parent=None,
-        weights=ref, state=ref, samples=24, author=OWNER.public_key, tenure_until=2.0, holdout_loss=1.0,
-    )  # fmt: skip
 
 
 @pytest.fixture

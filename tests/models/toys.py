@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lutetia.models.data.shards import ShardData
+from lutetia.protocol.blobs import ChunkTable
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.records import AcceptanceRecord
 
 LATENT = LatentSpec(
     channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
@@ -69,3 +72,12 @@ def toy_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset
         captions=[f"clip {clip}" for clip in range(clips)],
         kinds=["toy"] * clips,
     )
+
+
+def accept(manifest: Manifest, shard: int, weights: Path) -> AcceptanceRecord:
+    """The coordinator's word for a first epoch with these weights."""
+    ref = ChunkTable.of_file(weights).ref
+    return AcceptanceRecord(
+        run=manifest.run_id, owner=OWNER.public_key, issued=1.0, shard=shard, epoch=1, checkpoint="1" * 64, parent=None,
+        weights=ref, state=ref, samples=24, author=OWNER.public_key, tenure_until=2.0, holdout_loss=1.0,
+    )  # fmt: skip

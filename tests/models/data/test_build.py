@@ -16,7 +16,8 @@ import torch
 from lutetia.models.data.balance import balance
 from lutetia.models.data.build import BuildReport, BuildSettings, build_data
 from lutetia.models.data.description import read_data
-from lutetia.models.data.latents import load_latents
+from lutetia.models.data.hub import anchored
+from lutetia.models.data.latents import demo_autoencoder, load_latents
 from lutetia.models.data.output import output_folder
 from lutetia.models.data.shards import load_shard, read_shard_metadata
 from lutetia.protocol.blobs import ChunkTable
@@ -192,6 +193,22 @@ def test_bad_clips_are_refused_by_name_or_left_out_and_reported(spoilt: Path, ca
     assert [name for name, _ in report.skipped] == ["ball-003.mp4"]
     assert (report.train + report.holdout, report.description.skipped) == (66, 1)
     assert "cannot be decoded" in json.loads((report.out / "clips.jsonl").read_text().splitlines()[-1])["left_out"]
+
+
+def test_captions_that_are_cut_are_counted(clips: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_data(clips, tmp_path / "out", settings(cache, text_tokens=3))
+    assert "2 of 3 captions are longer than 3 tokens and lose their end" in caplog.text
+
+
+def test_an_autoencoder_by_a_relative_path_is_found_from_elsewhere(
+    clips: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo_autoencoder(), tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    found = build_data(clips, tmp_path / "out", settings(cache, latents="vae")).description.latent
+    assert found.vae == str(tmp_path / "vae")
+    assert anchored("vae+owner/name") == f"{tmp_path / 'vae'}+owner/name"
+    assert anchored("builtin:words") == "builtin:words"
 
 
 def test_a_training_copy_of_a_test_clip_is_left_out(clips: Path, cache: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -80,6 +82,22 @@ def test_the_centre_is_cut_out_of_wide_and_tall_clips(tmp_path: Path) -> None:
     for turned, name in ((video, "wide"), (video.swapaxes(1, 2), "tall")):
         frames = decode_clip(write_video(tmp_path / f"{name}.mp4", turned), ClipShape(height=16, width=16))
         assert np.abs(frames.mean((0, 1, 2)) - (0, 200, 0)).max() < 12
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".mp4", "libvpx-vp9")])
+def test_pixels_that_are_no_squares_are_obeyed(tmp_path: Path, suffix: str, codec: str) -> None:
+    """Twice as wide as high, so that the middle half is cut out. Some codecs know it themselves, of others only the file does."""
+    video = np.zeros((8, 16, 16, 3), np.uint8)
+    video[:, :, 4:12] = 220
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        for picture in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert decode_clip(path, ClipShape(height=16, width=16)).mean() > 190
 
 
 def test_a_rotation_tag_is_obeyed(tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_metadata_csv_gives_the_same(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b"])
+def test_only_line_breaks_end_a_row(folder: Path, separator: str) -> None:
+    caption = f"a dog{separator}runs"
+    table = folder / "metadata.jsonl"
+    row = json.dumps({"file_name": "a.mp4", "caption": f"a dog{separator}runs"}, ensure_ascii=False)
+    table.write_text(row + "\r\n", newline="")
+    assert [clip.caption for clip in read_listing(folder).clips] == ["a dog runs"]
+    table.unlink()
+    (folder / "metadata.csv").write_text(f'file_name,caption\r\na.mp4,{caption}\r\ndeep/b.gif,"a\ncat"\r\n', newline="")
+    assert [clip.caption for clip in read_listing(folder).clips] == ["a dog runs", "a cat"]
+
+
 def test_a_text_file_of_the_same_name_is_a_caption(folder: Path) -> None:
     (folder / "a.txt").write_text("a dog\n")
     (folder / "deep/b.txt").write_text("a cat")

@@ -110,7 +110,18 @@ def test_tokens_of_one_and_pooled_of_another(saved: Path) -> None:
     first, second = load_text_encoder(str(saved / "t5"), 10), load_text_encoder(str(saved / "clip"), 10)
     tokens, pooled = pair.encode(CAPTIONS)
     assert torch.equal(tokens, first.encode(CAPTIONS)[0])
-    assert torch.equal(pooled, second.encode(CAPTIONS)[1])
+    torch.testing.assert_close(pooled, second.encode(CAPTIONS)[1])
+
+
+def test_the_pooled_vector_of_a_pair_has_heard_the_whole_caption(saved: Path) -> None:
+    """The second encoder needs one token more than the first, which decides how many there are."""
+    captions = ["a red ball rolls", "a red ball wall"]
+    tokens = load_text_encoder(str(saved / "t5"), 1).count(captions)
+    pair, alone = load_text_encoder(f"{saved / 't5'}+{saved / 'clip'}", tokens), load_text_encoder(str(saved / "clip"), 24)
+    assert alone.count(captions) > tokens
+    pooled = pair.encode(captions)[1]
+    assert not torch.equal(*pooled)
+    torch.testing.assert_close(pooled, alone.encode(captions)[1])
 
 
 def test_words_are_the_same_everywhere() -> None:

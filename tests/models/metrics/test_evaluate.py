@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,16 +14,16 @@ import torch
 from lutetia.models.data.clips import ClipShape
 from lutetia.models.evaluation import HoldoutLoss
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.generated import Sampling, generate
+from lutetia.models.metrics.generated import MixtureSampler, Sampling, generate
 from lutetia.models.metrics.judges import JudgeSettings
 from lutetia.models.metrics.report import EvaluateSettings, MetricsReport, evaluate
 from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
 from lutetia.models.router import RouterReport, build_router
 from lutetia.models.stitch import stitch
 from lutetia.models.training import ExpertTrainer, write_weights
-from lutetia.protocol.manifest import ExpertSpec, LatentSpec
-from lutetia.system.errors import DataError
-from toys import CONFIGS, toy_data, toy_manifest
+from lutetia.protocol.manifest import ExpertSpec, LatentSpec, Manifest
+from lutetia.system.errors import DataError, UsageError
+from toys import CONFIGS, accept, toy_data, toy_manifest
 
 SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
 
@@ -51,19 +52,25 @@ def data(tmp_path_factory: pytest.TempPathFactory, squares: Callable[..., ClipSe
     return write_videos(tmp_path_factory.mktemp("data") / "real", squares(68, seed=3), ["train"] * 24 + ["test"] * 44)
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_mixture(root: Path) -> tuple[Manifest, list[Path]]:
     """Two untrained experts on pixels of the same size."""
-    root = tmp_path_factory.mktemp("mixture")
     latent = LatentSpec(
         channels=3, frames=10, height=32, width=32, vae="pixels", pixel_frames=10, pixel_height=32, pixel_width=32, fps=8,
         text_encoder="builtin:words", text_tokens=6, text_width=64, pooled_width=64,
     )  # fmt: skip
     config = {**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64, "patch_size": [2, 8, 8]}
     manifest = toy_manifest(expert=ExpertSpec(config=config), latent=latent, sampling={"steps": 2, "guidance": 1.0})
-    for shard in range(2):
-        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=latent)).snapshot(), root / f"w{shard}")
-    stitch(root / "toy", manifest, [root / "w0", root / "w1"], build_router(manifest))
+    files = [root / f"w{shard}" for shard in range(2)]
+    for shard, file in enumerate(files):
+        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=latent)).snapshot(), file)
+    return manifest, files
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mixture")
+    manifest, files = toy_mixture(root)
+    stitch(root / "toy", manifest, files, build_router(manifest))
     return root / "toy"
 
 
@@ -97,6 +104,43 @@ def test_a_mixture_is_judged_and_all_that_is_missing_is_named(mixture: Path, dat
     assert "Left out: fvd: " in text
     again = evaluate(mixture, data, settings)
     assert again.entries == report.entries
+
+
+def test_a_mixture_that_lacks_an_expert_is_judged_by_the_others(data: Path, settings: EvaluateSettings, tmp_path: Path) -> None:
+    manifest, files = toy_mixture(tmp_path)
+    stitch(tmp_path / "toy", manifest, files[:1], build_router(manifest), [accept(manifest, 0, files[0])])
+    report = evaluate(tmp_path / "toy", data, settings)
+    assert {"mixture", "expert 0"} == set(report.losses)
+
+
+def test_prompts_longer_than_the_mixture_reads_are_cut_as_captions_are_in_training(mixture: Path) -> None:
+    sampler, longer = MixtureSampler(mixture, Sampling()), "a red square moves left and further than anybody reads"
+    assert sampler.pipeline.text.count([longer]) > sampler.pipeline.spec.text_tokens
+    assert torch.equal(sampler([longer], 0)[0], sampler([" ".join(longer.split()[:6])], 0)[0])
+    with pytest.raises(UsageError, match="prompt 1 has 10 tokens, but this mixture reads 6"):
+        sampler.pipeline([longer])
+
+
+def test_a_clip_that_cannot_be_decoded_is_refused_or_the_next_one_takes_its_place(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(data, folder)
+    first, _, third = read_clips(data, SHAPE, split="test", limit=3).frames
+    (folder / "clip_0025.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"clip_0025.mp4"):
+        read_clips(folder, SHAPE, split="test", limit=3)
+    found = read_clips(folder, SHAPE, split="test", limit=2, skip_bad=True)
+    assert torch.equal(found.frames, torch.stack([first, third]))
+    assert len(read_clips(folder, SHAPE, split="test", skip_bad=True)) == 43
+
+
+def test_a_folder_of_clips_is_known_by_what_it_holds(data: Path, tmp_path: Path, settings: EvaluateSettings) -> None:
+    """Captions in files of their own, without any table."""
+    for number, line in enumerate((data / "metadata.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        if row["split"] == "test":
+            shutil.copy(data / row["file_name"], tmp_path / f"{number}.mp4")
+            (tmp_path / f"{number}.txt").write_text(row["caption"])
+    assert evaluate(tmp_path, data, settings.model_copy(update={"shape": SHAPE})).clips == 22
 
 
 def test_real_videos_lie_at_the_floor(
