@@ -240,13 +240,12 @@ class _FolderExperts:
 
 
 def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
-    """A diffusers expert as a denoiser that answers in velocities, wherever its inputs are."""
+    """A diffusers expert as a denoiser that answers in velocities, wherever its inputs are, asked in the dtype of `tokens`."""
 
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-        weight = next(model.parameters())
-        if weight.device != x_t.device:
+        if next(model.parameters()).device != x_t.device:
             model.to(x_t.device)
-        ask = lambda z, s: call_expert(model, z.to(weight.dtype), s, tokens, pooled)  # noqa: E731
+        ask = lambda z, s: call_expert(model, z.to(tokens.dtype), s, tokens, pooled)  # noqa: E731
         return velocity(prediction, noise_schedule, ask, x_t, t)
 
     return denoise
