@@ -44,10 +44,13 @@ def join(
     duty: Annotated[float | None, setting("DUTY", "Share of time that training may use.", min=0.01, max=1.0)] = None,
     hours: Annotated[str | None, setting("HOURS", "When it may train: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun.")] = None,
     max_temp: Annotated[float | None, setting("MAX_TEMP", "Degrees Celsius above which it rests more.", min=30, max=110)] = None,
+    disk_limit: Annotated[str | None, setting("DISK_LIMIT", "Most bytes of blobs kept, for instance 50GB.")] = None,
+    upload_rate: Annotated[str | None, setting("UPLOAD_RATE", "Most bytes per second sent to others, for instance 2MB.")] = None,
 ) -> None:
     """Train a run's experts with this box.
 
-    It goes on until the work is done, `lutetia finish` or `lutetia leave` is called, or Ctrl-C.
+    It goes on until `lutetia finish` or `lutetia leave` is called, or Ctrl-C; when all work is done it stays to serve checkpoints.
+    The file of --config can set more: docs/volunteer.md.
     """
     word = read_ticket(ticket).encode()  # before the slow imports: a bad ticket is told at once
     from ..node.daemon import run_node
@@ -56,7 +59,7 @@ def join(
 
     flags = given(
         state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
-        max_temp=max_temp,
+        max_temp=max_temp, disk_limit=disk_limit, upload_rate=upload_rate,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": word}, config)
     run_service(run_node(settings))

@@ -30,8 +30,8 @@ def worker(index: int, state: str = "training", speed: float = 10.0, **more: obj
     return Worker(f"worker-{index + 1}", KEYS[index], state, more.pop("shard", index), samples_per_second=speed, **more)  # type: ignore[arg-type]
 
 
-def printed(renderable: object) -> str:
-    console = Console(width=132, force_terminal=False, record=True, file=io.StringIO())
+def printed(renderable: object, width: int = 132) -> str:
+    console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
@@ -44,6 +44,18 @@ def test_the_status_table_shows_accepted_work() -> None:
     assert "unclaimed" in text
     assert "router 95.7 % right" in text
     assert "coordinator silent for 1.7 min" in printed(render_status(status(), NOW + 100))
+    assert "coordinator" not in printed(render_status(status(), NOW, live=False))
+
+
+@pytest.mark.parametrize("width", [132, 100, 80, 60, 45])
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_none(width: int) -> None:
+    lines = printed(render_status(status(), NOW), width).splitlines()
+    tables = [line for line in lines if line.startswith(" ")]
+    assert not any("…" in line.replace(" …", "") for line in tables), "a peer's name begins with … and nothing ends with it"
+    assert max(map(len, tables)) <= width
+    for column in ("EXPERT", "NODE", "EPOCH", "STATE", "DOING", "ACCEPTED", "HEALTH"):
+        assert any(column in line for line in tables)
+    assert ("COPIES" in "".join(tables)) == (width >= 132)
 
 
 def test_words_for_numbers() -> None:
