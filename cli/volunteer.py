@@ -49,7 +49,7 @@ def join(
 ) -> None:
     """Train a run's experts with this box.
 
-    It goes on until `lutetia finish` or `lutetia leave` is called, or Ctrl-C; when all work is done it stays to serve checkpoints.
+    It goes on until `lutetia finish`, `lutetia leave` or Ctrl-C; when all work is done it stays to serve its checkpoints.
     The file of --config can set more: docs/volunteer.md.
     """
     word = read_ticket(ticket).encode()  # before the slow imports: a bad ticket is told at once
