@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from ..models.data.description import DataDescription, DataFile, read_data
+from ..protocol.audit_stream import MAX_STEPS
 from ..protocol.canonical import canonical
 from ..protocol.events import RunCreated
 from ..protocol.identity import Identity
@@ -67,9 +68,9 @@ class Birth:
 def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: Birth | None = None) -> CreatedRun:
     """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
 
-    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, expert or weights to begin with do
-    not fit, unknown preset), DataError (no built data there), IntegrityError (a shard file changed since it was built) or
-    DiskError. Then `folder` is as before.
+    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, epochs too long for audits, expert
+    or weights to begin with do not fit, unknown preset), DataError (no built data there), IntegrityError (a shard file changed
+    since it was built) or DiskError. Then `folder` is as before.
     """
     settings = (settings or RunSettings()).resolved()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -80,6 +81,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
     owner, coordinator = birth.owner, birth.coordinator
     sources = _warm_start(settings, description)
     manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
+    _check_epochs(manifest)
     _check_expert(manifest)
     with disk_errors(folder):
         make_folder(folder.absolute().parent)
@@ -102,6 +104,15 @@ def _check_experts(settings: RunSettings, description: DataDescription) -> None:
         raise ConfigError(
             f"the settings want {settings.experts} experts, {more} than the data have clusters ({clusters}); "
             f"build the data with --experts {settings.experts} or drop the setting"
+        )
+
+
+def _check_epochs(manifest: Manifest) -> None:
+    """Raises ConfigError when no audit could replay a whole epoch."""
+    if (steps := manifest.steps_per_epoch) > MAX_STEPS:
+        raise ConfigError(
+            f"an epoch of {steps} steps is too long for its audits, which replay at most {MAX_STEPS}; "
+            f"set checkpoint_samples to at most {MAX_STEPS * manifest.optimisation.batch}"
         )
 
 

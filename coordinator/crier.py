@@ -36,11 +36,12 @@ class Crier:
 
     async def renew(self) -> None:
         """Every lease, so that peers who just joined hold it too."""
-        run = self.run()
-        for index, shard in run.shards.items():
+        for index in tuple(self.run().shards):
+            run = self.run()  # what is announced meanwhile must not be replaced by an older word that expires later
+            shard = run.shards[index]
             if shard.acceptance or shard.term:
                 await self._publish(standing(self.rules(), run, index, self.transport.now()))
-        if run.quarantined:
+        if self.run().quarantined:
             await self.tell_quarantine()
 
     async def tell_quarantine(self) -> None:
@@ -58,7 +59,7 @@ class Crier:
         limits = RecordLimits(timing.heartbeat, timing.maximum_clock_skew)
         renewed = record.model_copy(update={"issued": self.transport.now(), "owner": self.identity.public_key})
         try:
-            taken = await publish(self.transport, self.identity, renewed, limits.longest(record.kind))
+            taken = await publish(self.transport, self.identity, renewed, limits.longest(record.kind), limits.maximum_clock_skew)
         except ConnectionError as error:
             _log.warning("cannot publish into the DHT: %s", error)
             taken = False

@@ -21,7 +21,6 @@ def restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> B
         shutil.rmtree(folder.incoming)
         return BlobStore(folder.incoming)
     wanted = {ref.digest for record in waiting for ref in (record.weights, record.state, record.trace)}
-    for digest in incoming.digests():
-        if digest not in wanted:
-            incoming.remove(digest)
+    for digest in {*incoming.digests(), *incoming.arriving()} - wanted:
+        incoming.remove(digest)
     return incoming

@@ -111,14 +111,18 @@ class Workshop:
         )  # fmt: skip
         losses = [loss if math.isfinite(loss) else None for loss in found.losses]
         made = found.made.model_dump()
-        return {"published": published, "losses": losses, "drift": found.drift, "noise": found.noise, "made": made}
+        said = published[: len(losses)]
+        return {"published": said, "losses": losses, "drift": found.drift, "noise": found.noise, "made": made}
 
     def router(self, train: list[str], holdout: list[str], out: str) -> dict[str, Any]:
         """Train the router on all shards and write it to `out`."""
         from ..models.data.shards import load_shard
         from ..models.router import train_router, write_router
 
-        shards, holdouts = ([load_shard(Path(path), self.manifest.latent) for path in paths] for paths in (train, holdout))
+        def lean(paths: list[str]) -> list[ShardData]:  # all shards are in memory at once
+            return [load_shard(Path(path), self.manifest.latent).lean() for path in paths]
+
+        shards, holdouts = lean(train), lean(holdout)
         router, report = train_router(self.manifest, shards, seed=0, holdouts=holdouts)
         write_router(router, Path(out))
         return {"accuracy": report.accuracy, "accuracy_by_time": list(report.accuracy_by_time), "ece": report.ece}

@@ -29,7 +29,7 @@ class WorkshopRefused(LutetiaError):
 
 
 class WorkshopFailed(LutetiaError):
-    """The child crashed or took too long: nothing is known about the job."""
+    """The child crashed, took too long or cannot be understood: nothing is known about the job."""
 
     code, name = 70, "internal"
 
@@ -57,7 +57,7 @@ class WorkshopClient:
     async def ask(self, verb: str, *, limit: float, sign: Callable[[bytes], str] | None = None, **fields: Any) -> dict[str, Any]:
         """Have one job done within `limit` seconds. `sign` answers what the job asks to have signed.
 
-        Raises WorkshopRefused, or WorkshopFailed when the child crashed or was killed for being too slow.
+        Raises WorkshopRefused, or WorkshopFailed when the child crashed, or was ended for being too slow or not understood.
         """
         async with self._turn:
             self._jobs += 1
@@ -72,6 +72,9 @@ class WorkshopClient:
                 status = await self._end(_STOP_GRACE)
                 _log.warning("%s workshop ended with status %s during %s; it will be started again", self._name, status, verb)
                 raise WorkshopFailed(f"the workshop crashed (status {status}) during {verb}") from error
+            except ValueError as error:
+                await self._end()  # the rest of it would be taken for the next answer
+                raise WorkshopFailed(f"the workshop's answer to {verb} cannot be read ({error}); it was ended") from error
             except asyncio.CancelledError:
                 await self._end()  # its answer would be taken for the next job's
                 raise

@@ -31,18 +31,22 @@ _FREE_SHARE = 0.05
 
 @dataclass
 class Seeder:
-    """`seeds` are what this box keeps for others, by shard; they survive a restart in `path`."""
+    """`seeds` are what this box keeps for others, by shard; they survive a restart in `path`, with those that are still coming.
+
+    Nothing is fetched before `path` names it: so whatever arrives of a copy is either kept, or removed once it is outdated.
+    """
 
     network: Network
     material: Material
     path: Path
     seeds: dict[int, Seed] = field(default_factory=dict)
+    _coming: dict[int, Seed] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with contextlib.suppress(OSError, ValidationError):
-            kept = _SEEDS.validate_json(self.path.read_bytes())
-            self.seeds = {seed.shard: seed for seed in kept if self._whole(seed)}
+            for seed in _SEEDS.validate_json(self.path.read_bytes()):
+                (self.seeds if self._whole(seed) else self._coming)[seed.shard] = seed
 
     def held(self) -> dict[str, int]:
         """Blobs that are kept for others, and their sizes."""
@@ -59,10 +63,10 @@ class Seeder:
     async def _look(self, nodes: Sequence[NodeRecord]) -> None:
         manifest, own = self.network.manifest, self.network.identity.public_key
         ring, now = Ring(manifest.run_id, nodes), self.network.transport.now()
-        held = await self._held_by(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds}))
+        held = await self._held_by(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds, *self._coming}))
         thin = self._thin(await self._online(held, {node.owner for node in nodes}))
         newest = {shard: found.seed for shard, found in thin.items()}
-        for seed in outdated(self.seeds.values(), newest):
+        for seed in outdated([*self.seeds.values(), *self._coming.values()], newest):
             await self._forget(seed, newest[seed.shard])
         heartbeat = manifest.timing.heartbeat
         due = [found for found in thin.values() if ring.is_due(own, found, now, heartbeat)]
@@ -104,22 +108,28 @@ class Seeder:
 
     async def _keep(self, seed: Seed) -> None:
         """Fetch it and say that we hold it; what arrived of it stays for the next attempt."""
-        await asyncio.to_thread(self.material.make_room, seed.bytes, {*self.material.held(), *self.held()})
-        for ref in (seed.weights, seed.state):
+        if self._coming.get(seed.shard) != seed:
+            await asyncio.to_thread(self._save, seed)
+            self._coming[seed.shard] = seed
+        refs = {ref.digest: ref for ref in (seed.weights, seed.state)}
+        need = sum(ref.size for ref in refs.values() if not self.material.store.has(ref.digest))
+        await asyncio.to_thread(self.material.make_room, need, {*self.material.held(), *self.held(), *refs})
+        for ref in refs.values():
             await self.network.fetch(ref)
-        self.seeds[seed.shard] = seed
-        await asyncio.to_thread(self._save)
+        self.seeds[seed.shard] = self._coming.pop(seed.shard)
         await self.network.announce([seed.weights.digest, seed.state.digest])
         log.info("keeping a copy of epoch %d of shard %d: fewer than %d other peers do", seed.epoch, seed.shard, WANTED)
 
     async def _forget(self, seed: Seed, newer: Seed) -> None:
-        """Unless this box's own work rests on it."""
-        del self.seeds[seed.shard]
-        await asyncio.to_thread(self._save)
+        """Unless this box's own work rests on it. The room first: on a full disk nothing can be noted before."""
         own = await asyncio.to_thread(self.material.held)
         for ref in (seed.weights, seed.state):
             if ref.digest not in own and ref not in (newer.weights, newer.state):
                 await asyncio.to_thread(self.material.store.remove, ref.digest)
+        for known in (self.seeds, self._coming):
+            if known.get(seed.shard) == seed:
+                del known[seed.shard]
+        await asyncio.to_thread(self._save)
 
     def _spare(self) -> int:
         """Bytes that copies may take: what the disk limit leaves beside own work, and never the last of the disk."""
@@ -133,5 +143,6 @@ class Seeder:
     def _whole(self, seed: Seed) -> bool:
         return all(self.material.store.has(ref.digest) for ref in (seed.weights, seed.state))
 
-    def _save(self) -> None:
-        write_atomic(self.path, json.dumps([seed.model_dump(mode="json") for seed in self.seeds.values()]).encode())
+    def _save(self, *more: Seed) -> None:
+        seeds = [*self.seeds.values(), *self._coming.values(), *more]
+        write_atomic(self.path, json.dumps([seed.model_dump(mode="json") for seed in seeds]).encode())

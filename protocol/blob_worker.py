@@ -121,9 +121,8 @@ class Worker:
         """Several workers may do this at once; the first table that matches the name is kept."""
         table = ChunkTable.checked(self._transfer.ref, await client.table())
         if self._transfer.plan is None:
-            self._transfer.partial.set_table(table)
-            return self._transfer.begin()
-        return self._transfer.plan
+            await asyncio.to_thread(self._transfer.partial.set_table, table)  # reserves room, which some file systems do slowly
+        return self._transfer.plan or self._transfer.begin()
 
     def _next_span(self, plan: Plan) -> Span | None:
         now = asyncio.get_running_loop().time()

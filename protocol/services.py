@@ -48,18 +48,22 @@ _last_expiry: WeakKeyDictionary[Transport, dict[str, float]] = WeakKeyDictionary
 _STEP = 0.001
 
 
-async def publish(transport: Transport, identity: Identity, record: Record, ttl: float) -> bool:
+async def publish(
+    transport: Transport, identity: Identity, record: Record, ttl: float, skew: float = RecordLimits.maximum_clock_skew
+) -> bool:
     """Seal `record` and store it for `ttl` seconds. False when no peer took it.
 
     The DHT keeps of each owner the record that expires last. So a record never gets an earlier expiry than the one it replaces: a
-    shorter `ttl` cannot take an earlier record back. For node records it also looks whether another box uses this identity, and
-    says so in the log.
+    shorter `ttl` cannot take an earlier record back. Only what was sealed while this clock was more than `skew` seconds ahead
+    does not count: nobody took it, nor would take what outlives it. For node records it also looks whether another box uses this
+    identity, and says so in the log.
     """
     expiries = _last_expiry.setdefault(transport, {})
     key = record.key()
     if isinstance(record, NodeRecord):
         await _warn_of_a_double(transport, key, record, expiries)
-    expires = max(transport.now() + ttl, expiries.get(key, 0.0) + _STEP)
+    usual, before = transport.now() + ttl, expiries.get(key, 0.0)
+    expires = usual if before > usual + skew else max(usual, before + _STEP)
     expiries[key] = expires
     return await transport.store(key, record.owner, seal(record, identity, expires), expires)
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,10 +21,12 @@ from ..system.errors import DiskError, IntegrityError
 from ..system.files import disk_errors, fsync_folder, make_folder, write_atomic
 from .blobs import CHUNK, HASH, ChunkTable, read_chunks
 from .manifest import BlobRef
-from .partial import PartialBlob
+from .partial import PartialBlob, discard_unheld
 
 _TABLE = ".table"
 _SWEEP_AGE = 60.0  # seconds
+_UNWANTED_AGE = 7 * 86400.0
+"""Seconds after which a transfer that nobody has taken up again is not wanted any more: long enough for a box that rests."""
 
 
 class BlobMissing(IntegrityError):
@@ -75,13 +78,18 @@ class BlobStore:
         return self._add_chunks((data[i : i + CHUNK] for i in range(0, len(data), CHUNK)), len(data))
 
     def remove(self, digest: str) -> None:
-        """Forget a blob; unknown digests are no error."""
+        """Forget a blob and what arrived of it, unless it is being fetched; unknown digests are no error."""
+        discard_unheld(self.partial_folder / digest)
         self._file(digest).unlink(missing_ok=True)
         self._table_file(digest).unlink(missing_ok=True)
 
     def digests(self) -> list[str]:
         """The names of all whole blobs, sorted."""
         return sorted(f.name for f in self.root.glob("[0-9a-f][0-9a-f]/*") if len(f.name) == 64 and self.has(f.name))
+
+    def arriving(self) -> list[str]:
+        """The names of all blobs of which a part is here: being fetched, or to be fetched further."""
+        return [folder.name for folder in self._transfers()]
 
     def used_bytes(self) -> int:
         total = 0
@@ -101,10 +109,15 @@ class BlobStore:
         for index, chunk in enumerate(read_chunks(self.path(digest))):
             table.verify(index, chunk)
 
-    def partial(self, ref: BlobRef) -> PartialBlob:
-        """Begin or continue a transfer of `ref`. Raises DiskError when there is no room for it."""
+    def partial(self, ref: BlobRef, given_up: threading.Event | None = None) -> PartialBlob:
+        """Begin or continue a transfer of `ref`; `given_up` ends the hashing of what had arrived: it is not wanted any more.
+
+        Raises DiskError when there is no room for it, IntegrityError when another process is at it.
+        """
         self.check_room(ref.size)
-        return PartialBlob(self.partial_folder / ref.digest, ref)
+        partial = PartialBlob(self.partial_folder / ref.digest, ref, given_up)
+        self._sweep()
+        return partial
 
     def finish(self, partial: PartialBlob) -> Path:
         """Give a complete transfer its name. Raises IntegrityError when a chunk is still missing."""
@@ -163,8 +176,16 @@ class BlobStore:
             finally:
                 path.unlink(missing_ok=True)
 
+    def _transfers(self) -> list[Path]:
+        return [path for path in self.partial_folder.iterdir() if len(path.name) == 64]
+
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written; what a living one writes is locked (or seconds old) and stays."""
+        """Remove transfers that nobody wants, and what a killed process left half-written.
+
+        What a living process writes is locked (or seconds old) and stays.
+        """
+        for folder in self._transfers():
+            discard_unheld(folder, time.time() - _UNWANTED_AGE)
         for path in self.partial_folder.glob("incoming-*"):
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if time.time() - path.stat().st_mtime > _SWEEP_AGE:

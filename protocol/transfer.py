@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..system.errors import IntegrityError, LutetiaError, UnreachableError
 from .blob_stream import BLOB, BlobServer, RateLimit
@@ -21,6 +23,7 @@ __all__ = ["Progress", "Provider", "fetch_blob", "serve_blobs"]
 log = logging.getLogger("lutetia.protocol.transfer")
 
 PARALLEL = 4
+T = TypeVar("T")
 
 
 async def serve_blobs(transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None) -> None:
@@ -46,9 +49,9 @@ async def fetch_blob(
         return store.path(ref.digest)
     key = (store.root, ref.digest)
     shared = _running.get(key)
-    if shared is None:
-        shared = _running[key] = _Shared(_Fetch(transport, store, ref, providers))
-    return await shared.join(on_progress, lambda: _running.pop(key, None))
+    if shared is None or shared.ending:
+        shared = _running[key] = _Shared(key, _Fetch(transport, store, ref, providers), after=shared)
+    return await shared.join(on_progress)
 
 
 class _Fetch:
@@ -62,12 +65,22 @@ class _Fetch:
         self._active: dict[int, tuple[Worker, asyncio.Task[None]]] = {}
 
     async def run(self) -> Path:
-        partial = await asyncio.to_thread(self._store.partial, self._ref)
+        partial = await self._opened()
         try:
             await self._gather(partial)
-            return await asyncio.to_thread(self._store.finish, partial)
+            return await _to_its_end(asyncio.to_thread(self._store.finish, partial))
         finally:
             partial.close()
+
+    async def _opened(self) -> PartialBlob:
+        """What had arrived is hashed first: when cancelled, that is told to end, and its files are closed."""
+        given_up = threading.Event()
+        opening = asyncio.ensure_future(asyncio.to_thread(self._store.partial, self._ref, given_up))
+        try:
+            return await _to_its_end(opening, given_up)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)
+            raise
 
     async def _gather(self, partial: PartialBlob) -> None:
         """Until all chunks are there, or all providers are lost."""
@@ -117,15 +130,34 @@ class _Fetch:
         return UnreachableError(f"no provider is left for {name} ({reasons}); try again later, what is here is kept")
 
 
+async def _to_its_end(work: Awaitable[T], given_up: threading.Event | None = None) -> T:
+    """No cancellation reaches a thread: who is cancelled waits for it, or the next transfer would meet its open files."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        if given_up:
+            given_up.set()
+        await asyncio.wait([working])
+        raise
+
+
+def _close(opening: asyncio.Future[PartialBlob]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
 class _Shared:
-    """One transfer that several callers wait for; it is cancelled when the last of them is."""
+    """One transfer that several callers wait for; it is cancelled when the last of them is. It begins when `after` has ended."""
 
-    def __init__(self, fetch: _Fetch) -> None:
-        self._fetch = fetch
-        self._task = asyncio.get_running_loop().create_task(fetch.run())
+    def __init__(self, key: tuple[Path, str], fetch: _Fetch, after: _Shared | None) -> None:
+        self._key, self._fetch = key, fetch
+        self._task = asyncio.get_running_loop().create_task(self._run(after))
+        self._task.add_done_callback(self._forget)
         self._callers = 0
+        self.ending = False
 
-    async def join(self, on_progress: Progress | None, forget: Callable[[], object]) -> Path:
+    async def join(self, on_progress: Progress | None) -> Path:
         self._callers += 1
         if on_progress:
             self._fetch.listeners.append(on_progress)
@@ -134,9 +166,18 @@ class _Shared:
         finally:
             self._callers -= 1
             if not self._callers:
+                self.ending = True
                 self._task.cancel()
-                forget()
                 await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, after: _Shared | None) -> Path:
+        if after:
+            await asyncio.wait([after._task])
+        return await self._fetch.run()
+
+    def _forget(self, task: object) -> None:
+        if _running.get(self._key) is self:
+            del _running[self._key]
 
 
 _running: dict[tuple[Path, str], _Shared] = {}

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..coordinator.auditing import standing
-from ..coordinator.recovery import ahead
-from ..coordinator.rival import doubtful
+from ..coordinator.recovery import Recovered, Standing, ahead, forgotten, recovered
+from ..coordinator.rival import doubtful, unknown_term
 from ..protocol.events import AcceptanceRecovered, CheckpointAccepted
 from ..protocol.records import (
     MAX_QUARANTINED,
     AcceptanceRecord,
     QuarantineRecord,
+    Record,
     RecordLimits,
     ResetRecord,
-)  # fmt: skip
+    quarantine_key,
+)
 
 if TYPE_CHECKING:
     from .office import Office
@@ -52,21 +54,30 @@ class Crier:
 
     # --- its own word -----------------------------------------------------------------------------------------------------
 
-    def lost(self) -> list[AcceptanceRecovered]:
+    def lost(self) -> list[Recovered]:
         """What the DHT shows under its key and the ledger lacks."""
-        now = self._office.clock()
-        return [AcceptanceRecovered(time=now, acceptance=record) for record in ahead(self._office.state.run, self._own_word())]
+        run = self._office.state.run
+        return recovered(ahead(run, self._own_word()), forgotten(run, self._own_quarantines()), self._office.clock())
 
     def behind(self) -> bool:
-        """Whether the DHT shows an acceptance under its key that the ledger has never known."""
-        doubts = [record for record in self._own_word() if doubtful(record, self._office.state.run, self._key)]
+        """Whether the DHT shows an acceptance, roll-back or quarantine under its key that the ledger has never known."""
+        run, words = self._office.state.run, self._own_word()
+        if any(unknown_term(record, run) for record in words) or forgotten(run, self._own_quarantines()):
+            return True
+        doubts = [record for record in words if isinstance(record, AcceptanceRecord) and doubtful(record, run, self._key)]
         if not doubts:
             return False
         ledger = self._office.ledger
         known = {event.acceptance.checkpoint for event in ledger if isinstance(event, CheckpointAccepted | AcceptanceRecovered)}
         return any(record.checkpoint not in known for record in doubts)
 
-    def _own_word(self) -> list[AcceptanceRecord]:
-        dht = self._world.dht
-        found = [stored.record for key in dht.acceptance_keys for stored in dht.read(self._office, key).values()]
-        return [record for record in found if isinstance(record, AcceptanceRecord) and record.owner == self._key]
+    def _own_word(self) -> list[Standing]:
+        found = [record for key in self._world.dht.acceptance_keys for record in self._own(key)]
+        return [record for record in found if isinstance(record, AcceptanceRecord | ResetRecord)]
+
+    def _own_quarantines(self) -> list[QuarantineRecord]:
+        key = quarantine_key(self._office.state.run.run)
+        return [record for record in self._own(key) if isinstance(record, QuarantineRecord)]
+
+    def _own(self, key: str) -> list[Record]:
+        return [stored.record for stored in self._world.dht.read(self._office, key).values() if stored.record.owner == self._key]

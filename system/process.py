@@ -51,9 +51,12 @@ class Child:
         await stdin.drain()
 
     async def messages(self) -> AsyncIterator[Message]:
-        """What the child says, until it ends."""
+        """What the child says, until it ends; half a line of one that was killed is nothing.
+
+        Raises ValueError, after which it cannot be understood any more: a line longer than MAX_LINE, or no JSON.
+        """
         assert self.process.stdout
-        while line := await self.process.stdout.readline():
+        while (line := await self.process.stdout.readline()).endswith(b"\n"):
             yield json.loads(line)
 
     async def stop(self, grace: float) -> int:

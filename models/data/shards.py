@@ -46,6 +46,10 @@ class ShardData:
         captions, kinds = [self.captions[row] for row in rows], [self.kinds[row] for row in rows]
         return ShardData(self.latents[picked], self.tokens[picked], self.pooled[picked], captions, kinds)
 
+    def lean(self) -> ShardData:
+        """What a router needs of it: no tokens, and latents in half precision, as they are on disk."""
+        return ShardData(self.latents.half(), self.tokens[:, :0].clone(), self.pooled, self.captions, self.kinds)
+
 
 class ShardMetadata(Frozen):
     """What a shard file says of itself besides its tensors. `sources` are the SHA-256 of the clips' files, in order."""

@@ -13,6 +13,7 @@ from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings, ServeSettings, small_expert, tiny_expert
 from lutetia.models.experts import build_expert
+from lutetia.protocol.audit_stream import MAX_STEPS
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import ExpertSpec, Optimisation
 from lutetia.protocol.store import BlobStore
@@ -75,6 +76,10 @@ BAD = [
     ({"experts": 1}, "fewer than the data have clusters"),
     ({"optimisation": Optimisation(batch=8)}, "has 6 clips, fewer than a batch of 8"),
     ({"checkpoint_samples": 7}, "batch must divide checkpoint_samples"),
+    (
+        {"checkpoint_samples": 2 * MAX_STEPS + 2, "samples_per_shard": 4 * MAX_STEPS + 4},
+        f"epoch of {MAX_STEPS + 1} steps .* at most {2 * MAX_STEPS}",
+    ),
     ({"expert": ExpertSpec(class_name="NoSuchModel", config={})}, "NoSuchModel"),
     ({"expert": ExpertSpec(config={"in_channels": 5, "out_channels": 5, "text_dim": 9})}, "in_channels is 5"),
     ({"expert": ExpertSpec(config={"colour": "red"})}, "unknown keys"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -61,6 +62,26 @@ def test_what_a_crash_left_untold_is_told_after_the_restart(tmp_path):
         assert isinstance(newest[1], ResetRecord)
         assert newest[1].term == 1
         assert set(await quarantined(transport, c)) == {PEERS[0].public_key, PEERS[2].public_key}
+
+    on_a_network(c, story)
+
+
+def test_a_renewal_under_way_does_not_take_back_what_is_announced_meanwhile():
+    c = court(epochs=5)
+    for shard in (0, 1):
+        c.accept(PEERS[0], shard)
+
+    async def story(transport: Transport) -> None:
+        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
+        renewal = asyncio.create_task(crier.renew())
+        await asyncio.sleep(0)  # it is at shard 0, whose publication takes a while
+        c.accept(PEERS[1], 1)
+        accepted = c.state.run.shards[1].acceptance
+        assert accepted is not None
+        await crier.announce(accepted)
+        await renewal
+        found = await read_records(transport, acceptance_key(c.manifest.run_id, 1))
+        assert [record.epoch for record, _ in found if isinstance(record, AcceptanceRecord)] == [2]
 
     on_a_network(c, story)
 

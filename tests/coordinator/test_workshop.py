@@ -24,6 +24,7 @@ from lutetia.models.training import ExpertTrainer
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import BlobRef, Manifest
 from lutetia.protocol.records import AcceptanceRecord
+from lutetia.system.process import Child
 from safetensors.torch import load_file, save_file
 from tinydata import build_tiny, clips
 from volunteer import until
@@ -254,6 +255,42 @@ async def test_a_crash_is_survived(site: Site):
         await site.inspect(site.weights(), site.state())
     await site.inspect(site.weights(), site.state())
     assert site.shop.pid not in (None, pid)
+
+
+async def test_an_answer_too_long_for_a_line_is_a_failed_job(site: Site, tmp_path: Path):
+    """Of a run whose epochs are longer than those that `run create` makes today."""
+    write_tensors(tmp_path / "long.safetensors", {"trace": torch.rand(80_000)})
+    await site.shop.ask("limits", limit=LIMIT)
+    pid = site.shop.pid
+    assert pid is not None
+    with pytest.raises(WorkshopFailed, match="answer to trace cannot be read"):
+        await site.shop.ask("trace", limit=LIMIT, path=str(tmp_path / "long.safetensors"))
+    assert not psutil.pid_exists(pid)
+    assert len((await site.shop.ask("trace", limit=LIMIT, path=str(site.trace())))["losses"]) == 4
+
+
+async def test_a_replay_of_some_steps_tells_what_was_published_of_these(site: Site):
+    train = site.manifest.shards[0].train.digest
+    answer = await site.shop.ask(
+        "replay", limit=LIMIT, shard=0, epoch=0, data=str(site.run.blobs / train[:2] / train), weights=None, state=None,
+        trace=str(site.trace()), precision="float32", steps=2, epochs=3, end=None,
+    )  # fmt: skip
+    assert answer["published"] == answer["losses"]
+    assert len(answer["losses"]) == 2
+
+
+HALTING = """
+import os, signal
+os.write(1, b'{"say": "whole"}\\n{"say": "ha')
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+async def test_half_a_line_of_a_killed_child_is_its_end(tmp_path: Path):
+    (tmp_path / "halting.py").write_text(HALTING)
+    child = await Child.start("halting", environment={"PYTHONPATH": str(tmp_path)})
+    assert [message async for message in child.messages()] == [{"say": "whole"}]
+    assert await child.process.wait() == -signal.SIGKILL
 
 
 async def test_a_long_idle_child_ends_and_the_next_job_starts_another(site: Site):

@@ -1,5 +1,7 @@
 """The router learns which shard a noisy latent is of, knows how sure it is, and follows the natural mixture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lutetia.models.router import (
@@ -52,6 +54,14 @@ def test_training_is_deterministic_tells_progress_and_reports_on_given_holdouts(
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert report == again == report_router(manifest, a, arguments["holdouts"], steps=5)
     assert told == [(step, 5) for step in range(1, 6)]
+
+
+def test_shards_as_they_are_on_disk_without_tokens_give_the_same_router() -> None:
+    manifest, on_disk = uneven(text=True), [replace(shard, latents=shard.latents.half().float()) for shard in SHARDS]
+    routers = [train_router(manifest, shards, seed=4, steps=5) for shards in (on_disk, [shard.lean() for shard in on_disk])]
+    (a, report), (b, again) = routers
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert report == again
 
 
 def test_router_saves_and_loads_by_its_own_class(tmp_path) -> None:

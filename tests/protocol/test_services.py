@@ -119,6 +119,31 @@ async def test_each_publication_replaces_the_one_before(peer: MemoryTransport, o
     assert getattr(record, "samples", None) == 3
 
 
+@pytest.mark.parametrize("jump", [20.0, 3600.0])
+def test_a_clock_that_jumped_ahead_and_back_silences_nobody(jump: float) -> None:
+    """What was sealed meanwhile stays in the box itself, and is refused by all others."""
+
+    @simulated
+    async def scenario(peer: MemoryTransport, other: MemoryTransport) -> None:
+        claim = records(PEER, RUN.run_id)["claim"]
+
+        async def say(samples: int) -> bool:
+            issued = claim.model_copy(update={"samples": samples, "issued": peer.now()})
+            return await publish(peer, PEER, issued, 60)
+
+        assert await say(1)
+        peer.skew = jump
+        assert await say(2) == (jump < 30)
+        await asyncio.sleep(5)
+        peer.skew = 0.0
+        await asyncio.sleep(5)
+        assert await say(3)
+        ((record, _),) = await read_records(other, claim.key())
+        assert getattr(record, "samples", None) == 3
+
+    scenario()
+
+
 @simulated
 async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
     complaints: list[str] = []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from lutetia.protocol.blobs import CHUNK, ChunkTable
+from lutetia.protocol.manifest import BlobRef
+from lutetia.protocol.partial import PartialBlob
 from lutetia.protocol.store import BlobMissing, BlobStore
 from lutetia.system.errors import DiskError, IntegrityError
 
@@ -172,3 +175,124 @@ def test_two_processes_cannot_fetch_one_blob_into_one_store(store: BlobStore) ->
         store.partial(ref)
     held.discard()
     store.partial(ref).discard()
+
+
+def allocated(folder: Path) -> int:
+    """Bytes that the files below `folder` take of the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def interrupted(store: BlobStore, data: bytes = DATA) -> BlobRef:
+    """A transfer of `data` that ended after its first chunk."""
+    table = ChunkTable.of_bytes(data)
+    partial = store.partial(table.ref)
+    partial.set_table(table)
+    partial.write(0, data[:CHUNK])
+    partial.close()
+    return table.ref
+
+
+def transfers(store: BlobStore) -> list[str]:
+    return sorted(path.name for path in store.partial_folder.iterdir())
+
+
+def test_room_is_reserved_when_a_provider_has_shown_the_table(store: BlobStore) -> None:
+    """Who only says how large a blob is must not fill the disk by that."""
+    table = ChunkTable.of_bytes(DATA)
+    partial = store.partial(table.ref)
+    assert allocated(store.partial_folder) == 0
+    partial.set_table(table)
+    assert allocated(store.partial_folder) >= len(DATA)
+    partial.close()
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+def test_a_transfer_of_which_nothing_arrived_leaves_nothing(store: BlobStore, with_table: bool) -> None:
+    table = ChunkTable.of_bytes(DATA)
+    partial = store.partial(table.ref)
+    if with_table:
+        partial.set_table(table)
+    partial.close()
+    assert transfers(store) == []
+    partial.set_table(table)  # by a worker that was still at it
+    assert transfers(store) == []
+
+
+def test_what_arrived_outlives_attempts_that_bring_nothing(store: BlobStore) -> None:
+    ref = interrupted(store)
+    table_file = store.partial_folder / ref.digest / "table"
+    table_file.write_bytes(b"torn by a power loss")
+    store.partial(ref).close()
+    partial = store.partial(ref)
+    partial.set_table(ChunkTable.of_bytes(DATA))
+    partial.close()
+    assert store.partial(ref).missing() == [1, 2]
+
+
+def test_removing_a_blob_removes_what_had_arrived_of_it(store: BlobStore) -> None:
+    ref = interrupted(store)
+    store.remove(ref.digest)
+    assert transfers(store) == []
+    running = store.partial(ref)
+    running.set_table(ChunkTable.of_bytes(DATA))
+    running.write(1, DATA[CHUNK : 2 * CHUNK])
+    store.remove(ref.digest)
+    assert running.missing() == [0, 2], "somebody is at it, who wants it"
+    for index in running.missing():
+        running.write(index, DATA[index * CHUNK : (index + 1) * CHUNK])
+    assert store.finish(running).read_bytes() == DATA
+
+
+def age(store: BlobStore, *refs: BlobRef) -> None:
+    long_ago = time.time() - 8 * 86400
+    for ref in refs:
+        for path in (store.partial_folder / ref.digest).iterdir():
+            os.utime(path, (long_ago, long_ago))
+
+
+def test_a_transfer_that_nobody_took_up_for_a_week_is_swept(store: BlobStore) -> None:
+    old, held, retried, fresh = (interrupted(store, bytes([n]) + DATA) for n in range(4))
+    holder = store.partial(held)
+    age(store, old, held, retried)
+    store.partial(retried).close()  # nobody could serve it: it is wanted all the same
+    assert transfers(store) == sorted(ref.digest for ref in (held, retried, fresh)), "while the process lives on"
+    holder.close()
+    age(store, fresh)
+    BlobStore(store.root)
+    assert transfers(store) == [retried.digest], "and at a start"
+
+
+def test_a_transfer_has_one_owner_at_a_time_however_many_come_and_go(store: BlobStore) -> None:
+    """Locks belong to open files, so that threads meet here as processes would."""
+    table, owners, most = ChunkTable.of_bytes(b"tiny"), 0, 0
+    problems: list[Exception] = []
+
+    def come_and_go(number: int) -> None:
+        nonlocal owners, most
+        for turn in range(200):
+            try:
+                if number == 0:
+                    store.remove(table.ref.digest)
+                    continue
+                partial = PartialBlob(store.partial_folder / table.ref.digest, table.ref)
+            except IntegrityError:
+                continue
+            except OSError as error:
+                problems.append(error)
+                return
+            owners += 1
+            most = max(most, owners)
+            partial.set_table(table)
+            if turn % 2:
+                partial.write(0, b"tiny")
+            problems.extend([] if partial.data_file.exists() else [FileNotFoundError(f"{number} lost its files")])
+            owners -= 1
+            (partial.discard if turn % 3 == 0 else partial.close)()
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert most == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +183,89 @@ async def test_a_cancelled_transfer_can_be_taken_up(swarm: Swarm) -> None:
         await task
     assert 0 < swarm.arrived() < TABLE.count
     assert (await swarm.fetch()).read_bytes() == DATA
+
+
+async def test_a_transfer_cancelled_while_it_hashes_what_arrived_lets_go_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gigabytes that takes many seconds, in a thread that no cancellation reaches. In real time: threads are inline else."""
+    swarm = Swarm(tmp_path)
+    await swarm.holder(rate=1e12)
+    partial = swarm.store.partial(REF)
+    partial.set_table(TABLE)
+    for index in range(TABLE.count - 1):
+        partial.write(index, DATA[index * CHUNK : (index + 1) * CHUNK])
+    partial.close()
+    hashing, cancelled, read, real = threading.Event(), threading.Event(), 0, os.pread
+
+    def slow_read(descriptor: int, count: int, offset: int) -> bytes:
+        nonlocal read
+        read += count == CHUNK
+        if count == CHUNK:
+            hashing.set()
+            assert cancelled.wait(60)
+        return real(descriptor, count, offset)
+
+    monkeypatch.setattr(os, "pread", slow_read)
+    leaving = asyncio.ensure_future(swarm.fetch())
+    await asyncio.to_thread(hashing.wait, 60)
+    leaving.cancel()
+    for _ in range(5):  # the cancellation goes from the caller to the transfer that it shares
+        await asyncio.sleep(0)
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert read < TABLE.count // 2, "it went on hashing for nobody"
+    monkeypatch.undo()
+    assert swarm.arrived() == TABLE.count - 1, "nothing is lost, and nobody holds it"
+    assert (await swarm.fetch()).read_bytes() == DATA
+
+
+async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or whoever fetches it next goes on in a file that is being moved away."""
+    swarm = Swarm(tmp_path)
+    await swarm.holder(rate=1e12)
+    naming, cancelled, replace = threading.Event(), threading.Event(), os.replace
+
+    def slow_replace(source: Path, target: Path) -> None:
+        if Path(target).name == REF.digest:
+            naming.set()
+            assert cancelled.wait(60)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
+    leaving = asyncio.ensure_future(swarm.fetch())
+    await asyncio.to_thread(naming.wait, 60)
+    leaving.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert swarm.store.has(REF.digest)
+    assert list(swarm.store.partial_folder.iterdir()) == []
+
+
+@simulated
+async def test_who_comes_while_a_cancelled_transfer_ends_waits_for_that(swarm: Swarm) -> None:
+    await swarm.holder()
+    leaving = asyncio.ensure_future(swarm.fetch())
+    await asyncio.sleep(1)
+    leaving.cancel()
+    await asyncio.sleep(0)
+    assert (await swarm.fetch()).read_bytes() == DATA
+    assert leaving.cancelled()
+
+
+@simulated
+async def test_blobs_that_nobody_serves_take_no_room(swarm: Swarm) -> None:
+    await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
+    for _ in range(3):
+        with pytest.raises(UnreachableError):
+            await swarm.fetch()
+        assert list(swarm.store.partial_folder.iterdir()) == []
 
 
 @simulated
