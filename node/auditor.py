@@ -9,10 +9,12 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ..protocol.audit_stream import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
 from ..protocol.documents import software_version
+from ..protocol.manifest import BlobRef
 from ..protocol.records import Made
 from ..system.errors import LutetiaError
 from .shell import Shell
@@ -88,15 +90,16 @@ class Auditor:
 
     async def _replayed(self, job: AuditJob) -> AuditReport | None:
         network, material = self.shell.network, self.shell.material
-        held = set(await asyncio.to_thread(material.held))
         data = network.manifest.shards[job.shard].train
-        refs = {name: getattr(job, name) for name in ("weights", "state", "end_weights", "end_state")} | {"data": data}
+        named = {name: getattr(job, name) for name in ("weights", "state", "end_weights", "end_state")} | {"data": data}
+        refs = {name: ref for name, ref in named.items() if ref is not None}
         try:
             paths = {}
+            keep = {*await asyncio.to_thread(self.shell.served), *(ref.digest for ref in refs.values())}
             for name, ref in refs.items():
-                if ref is not None:
-                    await asyncio.to_thread(material.make_room, ref.size, held)
-                    paths[name] = str(await network.fetch(ref))
+                if not await asyncio.to_thread(network.store.has, ref.digest):
+                    await asyncio.to_thread(material.make_room, ref.size, keep)
+                paths[name] = str(await network.fetch(ref))
             began = time.monotonic()
             found = await self._ask_child(job, paths)
             if found is None:
@@ -107,9 +110,17 @@ class Auditor:
                 losses=tuple(found["losses"]), drift=found["drift"], made=made, seconds=time.monotonic() - began,
             )  # fmt: skip
         finally:
-            for ref in refs.values():
-                if ref is not None and ref.digest not in held:
-                    await asyncio.to_thread(network.store.remove, ref.digest)
+            await self._tidy(job.shard, refs.values())
+
+    async def _tidy(self, shard: int, refs: Iterable[BlobRef]) -> None:
+        """Remove what was fetched for a replay, but for what this box serves by now, or fetches for work of its own."""
+        work = self.shell.state.work
+        if work and work.shard == shard:
+            return
+        served = await asyncio.to_thread(self.shell.served)
+        for ref in refs:
+            if ref.digest not in served:
+                await asyncio.to_thread(self.shell.network.store.remove, ref.digest)
 
     async def _ask_child(self, job: AuditJob, paths: dict[str, str]) -> dict[str, Any] | None:
         """In a child of the trainer's kind, which is ended when the replay is given up."""

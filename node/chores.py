@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 
 from ..protocol.manifest import BlobRef
-from ..system.errors import DiskError, IntegrityError, LutetiaError, UnreachableError
+from ..system.errors import DiskError, HardwareError, IntegrityError, LutetiaError, UnreachableError
 from ..system.files import disk_errors, make_folder
 from . import messages as m
 from .assignment import Assignment
-from .material import Material
+from .material import Base, Discarded, Material
 from .network import Network
 from .prober import Prober
 from .settings import NodeSettings
@@ -34,52 +35,51 @@ class Chores:
         """Have the shard's data and the accepted state here, and know our own checkpoints on top of it."""
         shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
         try:
-            await self._fetch(self.manifest.shards[shard].train)
-            if epoch:
-                await self._fetch_base(shard, epoch, checkpoint)
-            elif init := self.manifest.expert_of(shard).init:
-                await self._fetch(init)
-            kept = await asyncio.to_thread(self.material.pending, shard, epoch, checkpoint)
+            with disk_errors(self.settings.state_folder):
+                base = await self._base(shard, epoch, checkpoint) if epoch else None
+                keep = await asyncio.to_thread(self.material.needed, shard, base)
+                for ref in self.material.begins_with(shard, base):
+                    await self._fetch(ref, keep)
+                await asyncio.to_thread(self.material.set_base, shard, base)
+                kept = await asyncio.to_thread(self.material.pending, shard, epoch, checkpoint)
         except (LutetiaError, ConnectionError) as error:
             self._note_disk(error)
             return m.SyncFailed(time.time(), shard, _one_line(error))
         return m.SyncDone(time.time(), shard, epoch, checkpoint, tuple(item.candidate for item in kept))
 
-    async def _fetch_base(self, shard: int, epoch: int, checkpoint: str | None) -> None:
+    async def _base(self, shard: int, epoch: int, checkpoint: str | None) -> Base:
         accepted = self.network.acceptances.get(shard)
         base = await asyncio.to_thread(self.material.base, shard, epoch, checkpoint, accepted)
         if base is None:
             raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it")
-        await self._fetch(base.weights)
-        await self._fetch(base.state)
-        await asyncio.to_thread(self.material.set_base, shard, base)
+        return base
 
-    async def _fetch(self, ref: BlobRef) -> None:
-        held = await asyncio.to_thread(self.material.held)
-        await asyncio.to_thread(self.material.make_room, ref.size, held)
-        await self.network.fetch(ref)
+    async def _fetch(self, ref: BlobRef, keep: Collection[str]) -> None:
+        if not await asyncio.to_thread(self.material.store.has, ref.digest):
+            await asyncio.to_thread(self.material.make_room, ref.size, keep)
+            await self.network.fetch(ref)
 
     # --- training -----------------------------------------------------------------------------------------------------------
 
     async def assignment(self, action: m.StartTrainer) -> Assignment | m.TrainerExited:
         """What the trainer is to do, from the newest state that descends from the accepted one."""
         try:
-            return await asyncio.to_thread(self._assignment, action)
+            with disk_errors(self.settings.state_folder):
+                return await asyncio.to_thread(self._assignment, action)
         except LutetiaError as error:
             self._note_disk(error)
-            reason: m.Exit = "disk-full" if isinstance(error, DiskError) else "bad-state"
-            return m.TrainerExited(time.time(), action.run, reason, _one_line(error))
+            return m.TrainerExited(time.time(), action.run, _why_not_started(error), _one_line(error))
 
     def _assignment(self, action: m.StartTrainer) -> Assignment:
         shard, finding, settings = action.shard, self.prober.finding, self.settings
-        assert finding
+        if finding is None:
+            raise HardwareError("what this device can do is not known now; it is probed again")
         work = self.material.work(shard)
         if action.shrink:
             work.drop_local()  # its epoch was begun with another split
         base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
         start = self.material.start(shard, action.epoch, action.checkpoint, base)
-        with disk_errors(work.path):
-            make_folder(work.path)
+        make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
         whole = finding.shards[shard].micro_batch or self.manifest.optimisation.batch
         return Assignment(
@@ -98,7 +98,8 @@ class Chores:
         verdict: m.Verdict = "unreachable"
         text, after = "", None
         try:
-            kept = await asyncio.to_thread(self._servable, candidate)
+            with disk_errors(self.settings.state_folder):
+                kept = await asyncio.to_thread(self._servable, candidate)
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, " ".join(reply.text.split()), reply.retry_after
@@ -106,22 +107,31 @@ class Chores:
                 verdict = "quarantined"
         except IntegrityError as error:
             verdict, text = "invalid", _one_line(error)
-        except (DiskError, ConnectionError) as error:
+        except (DiskError, Discarded, ConnectionError) as error:
             self._note_disk(error)
             text = _one_line(error)
         return m.OfferAnswered(time.time(), candidate.digest, verdict, text, after)
 
     def _servable(self, candidate: m.Candidate) -> Kept:
-        """The checkpoint, after its files went into the store. Blocks on the disk; raises IntegrityError or DiskError."""
+        """The checkpoint, after its files went into the store. Blocks on the disk; raises what `into_store` does."""
         for kept in self.material.work(candidate.shard).kept():
             if kept.digest == candidate.digest:
-                self.material.into_store(kept, self.material.held())
+                self.material.into_store(kept, self.material.needed(kept.shard, self.material.known_base(kept.shard)))
                 return kept
         raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more; train it again")
 
     def _note_disk(self, error: Exception) -> None:
         if isinstance(error, DiskError):
             self.disk_problem = str(error)
+
+
+def _why_not_started(error: LutetiaError) -> m.Exit:
+    match error:
+        case DiskError():
+            return "disk-full"
+        case HardwareError():
+            return "hardware"
+    return "bad-state"
 
 
 def _one_line(error: Exception) -> str:

@@ -30,7 +30,7 @@ from .messages import UserVerb
 from .network import Network
 from .news import News
 from .roster import Roster
-from .settings import NodeSettings
+from .settings import NodeSettings, announced
 from .shell import Shell
 
 log = logging.getLogger("lutetia.node.daemon")
@@ -41,8 +41,8 @@ IDENTITY = "identity.key"
 async def run_node(settings: NodeSettings) -> None:
     """Join the ticket's run and work for it. Returns when the node has left.
 
-    Raises HardwareError (no sensor for `max_temp`), ConfigError (ticket, manifest), IdentityError (two daemons, bad key),
-    BootstrapError, UnreachableError or AuthorisationError when it cannot join.
+    Raises HardwareError (no sensor for `max_temp`), ConfigError (ticket, manifest, `announce`), IdentityError (two daemons, bad
+    key), BootstrapError, UnreachableError or AuthorisationError when it cannot join.
     """
     ticket = settings.decoded_ticket
     if settings.max_temp is not None:
@@ -107,9 +107,10 @@ class Daemon:
     async def join(self, places: Places, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
         """Also used to come back after p2pd has died, then with the manifest known so far."""
         settings = self.settings
+        announce = announced(settings.announce, self.identity.peer_id)
         return await enter_swarm(
             self.identity, settings.decoded_ticket,
-            listen=settings.listen, announce=settings.announce, state_folder=places.folder, live=live,
+            listen=settings.listen, announce=announce, state_folder=places.folder, live=live,
         )  # fmt: skip
 
     async def _work(self, transport: Transport, live: LiveManifest, places: Places) -> None:
@@ -150,8 +151,12 @@ class Daemon:
         assert self.shell
         assert self.news
         transport, live = await self.join(self.shell.material.places, self.news.live)
-        await self.serve(transport, self.shell.network.store)
-        self.shell.upgrade(live())
+        try:
+            await self.serve(transport, self.shell.network.store)
+            self.shell.upgrade(live())
+        except BaseException:
+            await transport.close()  # its p2pd would keep the state folder from the next attempt
+            raise
         return transport
 
     # --- what the volunteer says ------------------------------------------------------------------------------------------

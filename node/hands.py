@@ -56,20 +56,16 @@ class Hands:
     async def warm(self) -> None:
         """Have a child ready for the next start; it goes away if that does not come soon."""
         async with self._spawning:
-            self.keep_warm(await self._warm_or_new())
+            await self.give_back(await self._warm_or_new())
 
-    def keep_warm(self, child: Child) -> None:
-        """`child` has nothing to do: it may wait a while for the next start."""
+    async def give_back(self, child: Child) -> None:
+        """`child` has nothing to do: it may wait a while for the next start, unless another does."""
+        if self._warm is not None:
+            await child.kill()
+            return
         self._warm = child
         loop = asyncio.get_running_loop()
         self._cooling = loop.call_later(WARM_SECONDS, lambda: loop.create_task(self.cool()))
-
-    async def give_back(self, child: Child) -> None:
-        """`child` has done what it was taken for: it waits for the next start, unless another does."""
-        if self._warm is None:
-            self.keep_warm(child)
-        else:
-            await child.kill()
 
     async def cool(self) -> None:
         """No child waits."""

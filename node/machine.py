@@ -43,7 +43,7 @@ from .messages import (
     UserVerb,
 )
 from .offering import answered
-from .state import Rules, State
+from .state import Rules, State, wants_trainer
 from .turn import Turn
 from .working import checkpoint_ready, manifest_changed, trainer_exited, trainer_progress, work_on
 
@@ -256,26 +256,28 @@ def _pause(turn: Turn) -> None:
     release(turn, save=True)
     if work and work.pending:
         turn.set(work=work)
-        turn.change(owned=False, trainer="off", waiting=False)
+        turn.change(owned=False, trainer="off", waiting=False, failure=None)
     turn.set(target=None, drain_until=None)
     turn.enter("paused", _why_paused(turn))
 
 
 def _drain(turn: Turn) -> None:
-    """Leave once the last checkpoint is accepted, refused, or out of patience."""
+    """Leave once the last checkpoint is accepted, refused, or out of patience, and no failed trainer is to be restarted."""
     state, work = turn.state, turn.state.work
     if work is None:
-        _leave(turn, "finished; leaving")
-    elif work.trainer == "off":
-        if not work.pending:
-            _leave(turn, "the last checkpoint is accepted; leaving")
-        elif state.drain_until is None:
-            turn.set(drain_until=turn.now + max(turn.rules.patience, turn.rules.lease))
-            turn.because("waiting for the last checkpoint to be accepted")
-        elif turn.now >= state.drain_until:
-            _leave(
-                turn, "the last checkpoint was not judged in time; it stays on this disk and is offered again next time; leaving"
-            )
+        _leave(turn, "the shard was let go; leaving")
+    elif work.trainer == "on" or wants_trainer(turn.rules, state, work):
+        turn.set(drain_until=None)
+    elif not work.pending and work.cut_short:
+        what = "the checkpoint under way was not finished, what was saved of it stays on this disk"
+        _leave(turn, f"the trainer failed ({work.failure}); {what}; leaving")
+    elif not work.pending:
+        _leave(turn, "the last checkpoint is accepted; leaving")
+    elif state.drain_until is None:
+        turn.set(drain_until=turn.now + max(turn.rules.patience, turn.rules.lease))
+        turn.because("waiting for the last checkpoint to be accepted")
+    elif turn.now >= state.drain_until:
+        _leave(turn, "the last checkpoint was not judged in time; it stays on this disk and is offered again next time; leaving")
 
 
 def _leave(turn: Turn, why: str) -> None:

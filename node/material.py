@@ -18,14 +18,18 @@ from pydantic import ValidationError
 from ..protocol.canonical import Frozen, canonical
 from ..protocol.manifest import BlobRef, Digest, Manifest
 from ..protocol.records import AcceptanceRecord
-from ..protocol.store import BlobStore
-from ..system.errors import IntegrityError
+from ..protocol.store import BlobMissing, BlobStore
+from ..system.errors import IntegrityError, LutetiaError
 from ..system.files import disk_errors, write_atomic
-from .workfolder import FILES, Kept, Resume, WorkFolder, chain, resume_point
+from .workfolder import CHECKPOINT, FILES, Kept, Resume, WorkFolder, chain, resume_point
 
 log = logging.getLogger("lutetia.node.material")
 
 BASE = "base.json"
+
+
+class Discarded(LutetiaError):
+    """A checkpoint of our own that became void while it was being published."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Base(Frozen):
     state: BlobRef
 
 
+def _base_of(kept: Kept) -> Base:
+    return Base(epoch=kept.epoch, checkpoint=kept.digest, weights=kept.weights, state=kept.state)
+
+
 @dataclass(frozen=True)
 class Start:
     """Files from which a trainer starts."""
@@ -89,25 +97,30 @@ class Material:
         """The blobs of accepted (`epoch`, `checkpoint`): our own, or as the acceptance or an earlier sync named them."""
         for kept in self.work(shard).kept():
             if (kept.epoch, kept.digest) == (epoch, checkpoint):
-                return Base(epoch=epoch, checkpoint=kept.digest, weights=kept.weights, state=kept.state)
+                return _base_of(kept)
         if accepted and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint):
             return Base(epoch=epoch, checkpoint=accepted.checkpoint, weights=accepted.weights, state=accepted.state)
-        known = self._known_base(shard)
+        known = self.known_base(shard)
         return known if known and (known.epoch, known.checkpoint) == (epoch, checkpoint) else None
 
-    def _known_base(self, shard: int) -> Base | None:
+    def known_base(self, shard: int) -> Base | None:
+        """The accepted checkpoint that the last sync, or the acceptance of our own since, has left us on."""
         with contextlib.suppress(OSError, ValidationError):
             return Base.model_validate_json((self.work(shard).path / BASE).read_bytes())
         return None
 
-    def set_base(self, shard: int, base: Base) -> None:
-        """Remember what was fetched; what was fetched before it is not needed any more."""
-        old = self._known_base(shard)
+    def set_base(self, shard: int, base: Base | None) -> None:
+        """Remember what was fetched (None: work begins anew); what was fetched before it is not needed any more."""
+        old = self.known_base(shard)
         if old and old != base:
+            needed = [ref for kept in self.work(shard).kept() for ref in kept.refs] + ([base.weights, base.state] if base else [])
             for ref in (old.weights, old.state):
-                if ref not in (base.weights, base.state):
+                if ref not in needed:
                     self.store.remove(ref.digest)
-        write_atomic(self.work(shard).path / BASE, canonical(base))
+        if base:
+            write_atomic(self.work(shard).path / BASE, canonical(base))
+        else:
+            (self.work(shard).path / BASE).unlink(missing_ok=True)
 
     # --- own checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -139,26 +152,36 @@ class Material:
         return Start(place, self.store.path(init.digest) if init else None, None)
 
     def into_store(self, kept: Kept, keep: Collection[str]) -> None:
-        """Make a checkpoint's files servable; they share the disk space of the work folder. Raises DiskError, IntegrityError."""
+        """Make a checkpoint's files servable; they share the disk space of the work folder.
+
+        Raises DiskError, IntegrityError (damaged or lost), or Discarded when they are removed meanwhile.
+        """
         self.make_room(sum(ref.size for ref in kept.refs if not self.store.has(ref.digest)), keep)
         for name, ref in zip(FILES, kept.refs, strict=True):
-            if self.store.has(ref.digest):
-                continue
-            path = self._file(kept, name)
-            link = path.with_name(f".{path.name}.part")
+            if not self.store.has(ref.digest):
+                self._take_in(kept, name, ref)
+
+    def _take_in(self, kept: Kept, name: str, ref: BlobRef) -> None:
+        path = self._file(kept, name)
+        link = path.with_suffix(".link")  # hashing takes long, and a trainer that starts meanwhile sweeps `.part` files away
+        try:
             with disk_errors(link):
                 link.unlink(missing_ok=True)
                 try:
                     os.link(path, link)
-                except FileNotFoundError as error:
-                    raise IntegrityError(f"{path} is missing; checkpoint {kept.epoch} of shard {kept.shard} is lost") from error
+                except FileNotFoundError:
+                    raise
                 except OSError:  # a file system without hard links
                     found = self.store.add_file(path)
                 else:
                     found = self.store.add_file(link, move=True)
-            if found != ref:
-                self.store.remove(found.digest)
-                raise IntegrityError(f"{path} was damaged on disk; checkpoint {kept.epoch} of shard {kept.shard} is lost")
+        except FileNotFoundError as error:
+            if path.exists() or not path.with_name(CHECKPOINT).exists():
+                raise Discarded(f"the files of epoch {kept.epoch} of shard {kept.shard} were removed meanwhile") from error
+            raise IntegrityError(f"{path} is missing; checkpoint {kept.epoch} of shard {kept.shard} is lost") from error
+        if found != ref:
+            self.store.remove(found.digest)
+            raise IntegrityError(f"{path} was damaged on disk; checkpoint {kept.epoch} of shard {kept.shard} is lost")
 
     # --- housekeeping -------------------------------------------------------------------------------------------------------
 
@@ -173,12 +196,9 @@ class Material:
                     if ref.digest not in needed:
                         self.store.remove(ref.digest)
                 work.drop_epoch(item.epoch)
-        old = self._known_base(shard)
-        if old and old.epoch < epoch:
-            for ref in (old.weights, old.state):
-                if ref.digest not in needed:
-                    self.store.remove(ref.digest)
-            (work.path / BASE).unlink(missing_ok=True)
+        accepted = next((item for item in kept if item.epoch == epoch), None)
+        if accepted:
+            self.set_base(shard, _base_of(accepted))
 
     def discard(self, shard: int, epoch: int | None) -> None:
         """Our work beyond accepted `epoch` is void; an accepted checkpoint of our own stays, for it is served.
@@ -195,15 +215,21 @@ class Material:
         if epoch is None:
             self._check_fetched(shard)
 
-    def _fetched(self, shard: int) -> list[BlobRef]:
-        """What others gave for work on this shard: its data, and what its training began with."""
-        base, init = self._known_base(shard), self.manifest.expert_of(shard).init
+    def begins_with(self, shard: int, base: Base | None) -> list[BlobRef]:
+        """What others give for work on this shard on top of `base`: its data, and what its training begins with."""
+        data, init = self.manifest.shards[shard].train, self.manifest.expert_of(shard).init
         if base:
-            return [self.manifest.shards[shard].train, base.weights, base.state]
-        return [self.manifest.shards[shard].train, *([init] if init else [])]
+            return [data, base.weights, base.state]
+        return [data, init] if init else [data]
+
+    def needed(self, shard: int, base: Base | None) -> set[str]:
+        """Blobs without which the work on this shard on top of `base` cannot go on, or not be handed in."""
+        own = [kept for kept in self.work(shard).kept() if base is None or kept.epoch >= base.epoch]
+        refs = [*self.begins_with(shard, base), *(ref for kept in own for ref in kept.refs)]
+        return {ref.digest for ref in refs}
 
     def _check_fetched(self, shard: int) -> None:
-        for ref in self._fetched(shard):
+        for ref in self.begins_with(shard, self.known_base(shard)):
             try:
                 if self.store.has(ref.digest):
                     self.store.verify(ref.digest)
@@ -212,25 +238,49 @@ class Material:
                 self.store.remove(ref.digest)
 
     def held(self) -> dict[str, int]:
-        """Blobs that this box's work rests on, and their sizes: own checkpoints, bases, shards in work. To be kept and served."""
+        """Blobs that this box has for its work, now or earlier, and their sizes: own checkpoints, bases, shards. To be served."""
         found: dict[str, int] = {}
-        for path in sorted(self.places.work.glob("[0-9]*")):
-            shard = int(path.name)
-            refs = [*self._fetched(shard), *(ref for kept in self.work(shard).kept() for ref in kept.refs)]
+        for shard in self._shards():
+            fetched = [*self.begins_with(shard, None), *self.begins_with(shard, self.known_base(shard))]
+            refs = [*fetched, *(ref for kept in self.work(shard).kept() for ref in kept.refs)]
             found |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
         return found
 
     def make_room(self, need: int, keep: Collection[str]) -> None:
-        """Under a disk limit, remove blobs that nothing rests on, oldest first, until `need` more bytes fit (or none is left)."""
+        """Under a disk limit, remove blobs until `need` more bytes fit, or none is left: never `keep`, own checkpoints last.
+
+        What a shard that is done or lost has left here is of use to others, but not at the price of the next shard.
+        """
         limit = self.store.limit_bytes
         if limit is None or need == 0:
             return
-        spare = [digest for digest in self.store.digests() if digest not in keep]
-        spare.sort(key=lambda digest: self.store.path(digest).stat().st_mtime)
         used = self.store.used_bytes()
-        for digest in spare:
+        for digest, size in self._spare(keep):
             if used + need <= limit:
-                return
-            used -= self.store.path(digest).stat().st_size
+                break
+            used -= size
             self.store.remove(digest)
             log.info("removed blob %s to stay within the disk limit", digest[:12])
+        self._drop_removed()
+
+    def _spare(self, keep: Collection[str]) -> list[tuple[str, int]]:
+        """Blobs other than `keep`, and their sizes, in the order in which they go: own checkpoints last, older ones first."""
+        own = {ref.digest for shard in self._shards() for kept in self.work(shard).kept() for ref in kept.refs}
+        found = []
+        for digest in set(self.store.digests()) - set(keep):
+            with contextlib.suppress(FileNotFoundError, BlobMissing):  # another chore may remove it meanwhile
+                status = self.store.path(digest).stat()
+                found.append((digest in own, status.st_mtime, digest, status.st_size))
+        return [(digest, size) for _, _, digest, size in sorted(found)]
+
+    def _drop_removed(self) -> None:
+        """Work folders share the disk space of blobs: an accepted checkpoint that is not whole in the store goes there, too."""
+        for shard in self._shards():
+            work, base = self.work(shard), self.known_base(shard)
+            for kept in work.kept():
+                if base and kept.epoch <= base.epoch and not all(self.store.has(ref.digest) for ref in kept.refs):
+                    work.drop_epoch(kept.epoch)
+
+    def _shards(self) -> list[int]:
+        """Those that were ever worked on here."""
+        return sorted(int(path.name) for path in self.places.work.glob("[0-9]*"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from ..protocol.claims import LiveClaim, ShardView, latest_acceptance
 from ..protocol.identity import Identity
@@ -32,7 +35,7 @@ from ..protocol.records import (
 )
 from ..protocol.services import publish, read_records, software_version
 from ..protocol.store import BlobStore
-from ..protocol.ticket import Ticket
+from ..protocol.ticket import Address, Ticket
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from .messages import Claim
@@ -44,6 +47,14 @@ _LOOKUPS_AT_ONCE = 8
 _PROVIDERS_AT_ONCE = 4
 _MAX_ADDRESSES = 8
 _RECORD_AGAIN = 600.0
+_ADDRESS = TypeAdapter(Address)
+
+
+def _fits_records(address: str) -> bool:
+    with contextlib.suppress(ValidationError):
+        _ADDRESS.validate_python(address)
+        return True
+    return False
 
 
 @dataclass
@@ -74,7 +85,8 @@ class Network:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return tuple(self.transport.addresses()[:_MAX_ADDRESSES])
+        """Those of p2pd's that a record may name: it takes almost any to announce."""
+        return tuple(address for address in self.transport.addresses() if _fits_records(address))[:_MAX_ADDRESSES]
 
     async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""

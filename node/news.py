@@ -22,16 +22,39 @@ class News:
     def __init__(self, network: Network, live: LiveManifest, heard: Callable[[], None]) -> None:
         self.network, self.live, self._heard = network, live, heard
         self._fetching = asyncio.Lock()
+        self._told_at = float("-inf")
+        self._refused: dict[str, float] = {}
 
     async def serve(self, transport: Transport) -> None:
         """Answer those who tell us of a version."""
         await transport.serve(NEWS, self._told)
 
     async def _told(self, stream: Stream) -> None:
-        """Anybody may tell: what counts is the owner's signature on what is fetched, one fetch at a time."""
+        """Anybody may tell: what counts is the owner's signature on what is fetched, one fetch at a time.
+
+        To check a manifest takes a good part of a second: a coordinator may ask for that at any time, all others together seldom.
+        """
         version = await read_news(stream)
-        if version > self.live.version and not self._fetching.locked():
+        if version <= self.live.version or self._fetching.locked():
+            return
+        if stream.peer_id in dict(self.network.coordinators):
             await self._fetch(stream.peer_id, ())
+            return
+        source, now = stream.origin or stream.peer_id, asyncio.get_running_loop().time()
+        if self.may_tell(source, now) and not await self._fetch(stream.peer_id, ()):
+            self.refuse(source, now)
+
+    def may_tell(self, source: str, now: float) -> bool:
+        """Whether news from this origin are looked at now (seconds): one piece per heartbeat, whoever tells it."""
+        if now - self._told_at < self.network.manifest.timing.heartbeat or now < self._refused.get(source, now):
+            return False
+        self._told_at = now
+        return True
+
+    def refuse(self, source: str, now: float) -> None:
+        """What this origin told was none: it is not listened to for a lease."""
+        self._refused = {other: until for other, until in self._refused.items() if until > now}
+        self._refused[source] = now + self.network.manifest.timing.lease
 
     async def run(self) -> None:
         """Ask once per lease, not all peers at once, until cancelled."""
@@ -76,12 +99,14 @@ class News:
         chosen = others[turn % len(others)]
         return [(chosen.peer_id, chosen.addresses)]
 
-    async def _fetch(self, peer: str, addresses: tuple[str, ...]) -> None:
+    async def _fetch(self, peer: str, addresses: tuple[str, ...]) -> bool:
+        """Whether the peer served a newer version."""
         async with self._fetching:
             try:
                 newer = await fetch_newer(self.network.transport, self.live, peer, addresses)
             except (LutetiaError, ConnectionError) as error:
                 log.warning("peer %s offers a manifest that is refused: %s", peer, error)
-                return
+                return False
         if newer:
             self._heard()
+        return newer

@@ -23,16 +23,23 @@ log = logging.getLogger("lutetia.node.prober")
 
 class Prober:
     """The first `find` may reuse what an earlier daemon found on the same question (manifest, wishes, software); later ones ask
-    the probe, for the hardware may have changed.
+    the probe, for the hardware may have changed. `finding` stays until there is a newer one: trainers may be started meanwhile.
     """
 
     def __init__(self, settings: NodeSettings, places: Places, hands: Hands) -> None:
         self.settings, self.places, self.hands = settings, places, hands
         self.finding: Finding | None = None
         self._first = True
+        self._asking = asyncio.Lock()
 
     async def find(self, manifest: Manifest) -> Finding:
-        """Raises HardwareError when the device is missing, or the probe crashed or took too long."""
+        """One at a time. Raises HardwareError when the device is missing, or the probe crashed or took too long."""
+        async with self._asking:
+            finding = await self._find(manifest)
+        self.finding = finding
+        return finding
+
+    async def _find(self, manifest: Manifest) -> Finding:
         settings = self.settings
         free = shutil.disk_usage(settings.state_folder).free
         question = Question(
@@ -41,11 +48,11 @@ class Prober:
             free_disk=min(free, settings.disk_limit) if settings.disk_limit else free,
         )  # fmt: skip
         first, self._first = self._first, False
-        self.finding = await asyncio.to_thread(self._remembered, question, manifest) if first else None
-        if self.finding is None:
-            self.finding = await self._ask(question)
-            await asyncio.to_thread(self._remember, self.finding)
-        return self.finding
+        finding = await asyncio.to_thread(self._remembered, question, manifest) if first else None
+        if finding is None:
+            finding = await self._ask(question)
+            await asyncio.to_thread(self._remember, finding)
+        return finding
 
     def _remembered(self, question: Question, manifest: Manifest) -> Finding | None:
         with contextlib.suppress(OSError, ValidationError):
@@ -74,10 +81,7 @@ class Prober:
         except ConnectionError as error:
             raise HardwareError("the probe of the hardware crashed; look at the log") from error
         finally:
-            if finding:
-                self.hands.keep_warm(child)
-            else:
-                await child.kill()
+            await (self.hands.give_back(child) if finding else child.kill())
         if finding is None:
             crashed = f"the probe crashed (exit code {child.process.returncode}); look at the log"
             raise HardwareError(message["text"] if message else crashed)

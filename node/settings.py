@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from ..protocol.manifest import first_problem
-from ..protocol.ticket import Ticket
+from ..protocol.ticket import PORT, Ticket
 from ..system.errors import ConfigError
 from ..system.files import read_toml
 from ..system.paths import default_state_folder
@@ -34,6 +35,31 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+_PLACE = re.compile(rf"/(?P<kind>ip4|ip6|dns|dns4|dns6)/(?P<host>[A-Za-z0-9.:_-]+)/tcp/(?!0+(/|$)){PORT}(/p2p/[A-Za-z0-9]+)?")
+
+
+def _is_dialable(address: str) -> bool:
+    """Whether it is host and TCP port, as records may name them, with or without a peer id."""
+    found = _PLACE.fullmatch(address)
+    if found is None or found["kind"].startswith("dns"):
+        return found is not None
+    try:
+        return ipaddress.ip_address(found["host"]).version == int(found["kind"][2])
+    except ValueError:
+        return False
+
+
+def announced(addresses: Sequence[str], peer_id: str) -> tuple[str, ...]:
+    """Addresses to tell others without the peer id that tickets show; p2pd adds it. Raises ConfigError when it is another's."""
+    places = {}
+    for address in addresses:
+        place, _, named = address.partition("/p2p/")
+        if named and named != peer_id:
+            raise ConfigError(f"announce: {address} is of peer {named}, and this box is {peer_id}; give an address of this box")
+        places[place] = True
+    return tuple(places)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
@@ -46,7 +72,7 @@ class NodeSettings(BaseSettings):
     state_folder: Path = Field(default_factory=default_state_folder, description="Identity, socket, checkpoints and blobs")
     listen: str = Field(default="/ip4/0.0.0.0/tcp/0", description="Where to listen for peers")
     announce: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
-        default=(), description="Addresses to tell others, where they differ from `listen`"
+        default=(), description="Addresses to tell others, where they differ from `listen`: /ip4/203.0.113.5/tcp/41000"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Dtype of the forward pass")
@@ -67,6 +93,14 @@ class NodeSettings(BaseSettings):
     hang_after: float = Field(default=300.0, ge=1, description="Seconds of silence after which a trainer counts as hung")
     audits: bool = Field(default=True, description="Replay others' training while this box has no shard")
     operator: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the operator of this box")
+
+    @field_validator("announce")
+    @classmethod
+    def _dialable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if not _is_dialable(address):
+                raise ValueError(f"{address!r} is no address that others could dial; write it as /ip4/203.0.113.5/tcp/41000")
+        return value
 
     @field_validator("hours")
     @classmethod

@@ -204,10 +204,10 @@ class Shell:
                 rate = report.rate if report and report.rate else finding.samples_per_second
                 await self.network.publish_node(self.state.phase, finding.hardware, rate, work.shard if work else None)
             if self.state.phase != "left":
-                await self.network.announce(await asyncio.to_thread(self._served))
+                await self.network.announce(await asyncio.to_thread(self.served))
 
-    def _served(self) -> dict[str, int]:
-        """What this box's work rests on, and what it keeps for others."""
+    def served(self) -> dict[str, int]:
+        """Blobs that this box has for its work, and those that it keeps for others, with their sizes. Blocks on the disk."""
         return self.material.held() | self.seeder.held()
 
     async def _watch_network(self) -> None:

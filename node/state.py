@@ -119,6 +119,8 @@ class Work:
     started_at: float = 0.0
     restart_at: float = 0.0
     crashes: int = 0
+    failure: str | None = None
+    """Why the last trainer ended before its time; None while one is at work, and when it ended as it was to."""
     shrink: int = 0
     sync_failures: int = 0
     sync_at: float | None = None
@@ -143,6 +145,11 @@ class Work:
 
     def may_train(self, rules: Rules) -> bool:
         return self.newest < self.most(rules)
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether a trainer failed in the epoch that a leaving node was to finish."""
+        return self.failure is not None and self.drain is not None and self.newest < self.drain
 
     @property
     def begun(self) -> bool:
@@ -208,6 +215,13 @@ class State:
     """When the disk was last full from, and until: what is full again soon after was full all the time."""
 
 
+def wants_trainer(rules: Rules, state: State, work: Work) -> bool:
+    """Whether a trainer is to be started at `restart_at`: on a leaving node only in the place of one that failed half-way."""
+    if work.trainer == "on" or state.disk_full_since is not None or not work.may_train(rules):
+        return False
+    return state.phase == "training" or (state.phase == "draining" and work.owned and work.cut_short)
+
+
 def next_wake(rules: Rules, state: State) -> float | None:
     """When the machine wants its next Tick (Unix seconds); None: only on other events."""
     if state.phase in ("joining", "left"):
@@ -232,7 +246,7 @@ def _work_times(rules: Rules, state: State, work: Work) -> list[float]:
     times = []
     if state.phase == "syncing" and work.sync_at is not None:
         times.append(work.sync_at)
-    if state.phase == "training" and work.trainer == "off" and work.may_train(rules) and state.disk_full_since is None:
+    if wants_trainer(rules, state, work):
         times.append(work.restart_at)
     if work.trainer == "on" and not work.waiting and state.disk_full_since is None:
         times.append(work.silent_from(rules))

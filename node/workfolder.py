@@ -140,9 +140,10 @@ class WorkFolder:
         shutil.rmtree(self.epoch_folder(epoch), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what a killed trainer left half-written."""
+        """Remove what a killed trainer left half-written, where the disk takes changes now."""
         for path in self.path.glob("**/.*.part"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         for path in self.path.glob("epoch-*.part"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -15,6 +15,7 @@ from .messages import (
     TrainerExited,
     TrainerProgress,
 )
+from .state import wants_trainer
 from .turn import Turn
 
 _HEALTHY = 600.0
@@ -53,6 +54,7 @@ def trainer_exited(turn: Turn, event: TrainerExited) -> Exit | None:
 
 
 def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
+    turn.change(failure=text)
     work, rules, now = turn.work, turn.rules, turn.now
     if reason == "disk-full":  # it starts again when there is space
         turn.change(restart_at=now)
@@ -70,10 +72,15 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
     elif crashes > rules.crash_limit:
         give_up(turn, f"the trainer failed {crashes} times in a row, last: {text}", save=True, seconds=10 * rules.lease)
     elif reason == "bad-state":
-        turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; starting from the accepted one")
+        leaving = turn.state.phase == "draining"
+        then = "it cannot be handed in" if leaving else "starting from the accepted one"
+        turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; {then}")
         turn.do(DiscardWork(work.shard, None))
-        start_sync(turn, work.shard, work.stand)
-        turn.change(crashes=crashes)
+        if leaving:
+            release(turn, save=False)
+        else:
+            start_sync(turn, work.shard, work.stand)
+            turn.change(crashes=crashes)
     else:
         turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
 
@@ -116,10 +123,11 @@ def _train_on(turn: Turn) -> None:
         if turn.work.trainer == "on" and _silent(turn):
             turn.do(StopTrainer(save=False))
             _trainer_failed(turn, "crash", f"no sign of life for {now - turn.work.progress_at:.0f} s")
-    elif state.phase == "training" and work.may_train(rules) and state.disk_full_since is None and now >= work.restart_at:
+    elif wants_trainer(rules, turn.state, work) and now >= work.restart_at:
         number = state.trainers + 1
         turn.set(trainers=number)
-        turn.change(trainer="on", at=work.newest, until=until, relay=None, waiting=False, progress_at=now, started_at=now)
+        turn.change(trainer="on", at=work.newest, until=until, relay=None, waiting=False, failure=None)
+        turn.change(progress_at=now, started_at=now)
         turn.do(StartTrainer(number, work.shard, work.epoch, work.checkpoint, until, work.shrink))
 
 

@@ -28,3 +28,8 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 def disk_free(folder: Path) -> int:
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize
+
+
+def make_read_only(disk: Path) -> None:
+    """As after the kernel has met an error on it; nothing may be open for writing there."""
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)

@@ -7,24 +7,13 @@ from pathlib import Path
 import pytest
 from lutetia.node.contributions import Contributions
 from lutetia.node.material import Base, Material, Places
-from lutetia.node.workfolder import CHECKPOINT, FILES, Kept, Local, WorkFolder, chain, remembered_shards, resume_point
-from lutetia.protocol.blobs import ChunkTable
-from lutetia.protocol.canonical import canonical
-from lutetia.protocol.manifest import BlobRef
+from lutetia.node.workfolder import CHECKPOINT, FILES, Local, WorkFolder, chain, remembered_shards, resume_point
 from lutetia.protocol.store import BlobStore
 from lutetia.system.errors import IntegrityError
 
+from .checkpoints import NOTHING, Meanwhile, kept, write_checkpoint
+from .small_disk import make_read_only, small_disk
 from .tiny_run import TinyRun, make_run
-
-NOTHING = BlobRef(digest="0" * 64, size=0)
-
-
-def kept(epoch: int, parent: str | None, run: str = "ab" * 32, **refs: BlobRef) -> Kept:
-    weights, state, trace = (refs.get(name, NOTHING) for name in ("weights", "state", "trace"))
-    return Kept(
-        run=run, shard=0, epoch=epoch, parent=parent, samples=epoch * 8, loss=0.5, weights=weights, state=state, trace=trace
-    )
-
 
 FIRST = kept(1, None)
 SECOND = kept(2, FIRST.digest)
@@ -64,22 +53,8 @@ def material(run: TinyRun, tmp_path: Path) -> Material:
     return Material(places, run.manifest, BlobStore(places.blobs))
 
 
-def write(material: Material, epoch: int, parent: str | None) -> Kept:
-    """A checkpoint folder as the trainer leaves it."""
-    folder = material.work(0).epoch_folder(epoch)
-    folder.mkdir(parents=True)
-    refs = {}
-    for name in FILES:
-        path = folder / f"{name}.safetensors"
-        path.write_bytes(f"{name} of epoch {epoch}".encode() * 100)
-        refs[name] = ChunkTable.of_file(path).ref
-    item = kept(epoch, parent, material.manifest.run_id, **refs)
-    (folder / CHECKPOINT).write_bytes(canonical(item))
-    return item
-
-
 def test_publishing_shares_the_disk_space_and_is_idempotent(material: Material):
-    item = write(material, 1, None)
+    item = write_checkpoint(material, 1, None)
     for _ in range(2):
         material.into_store(item, ())
     for name, ref in zip(FILES, item.refs, strict=True):
@@ -89,8 +64,18 @@ def test_publishing_shares_the_disk_space_and_is_idempotent(material: Material):
     assert set(material.held()) >= {ref.digest for ref in item.refs}
 
 
+def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(material: Material):
+    item = write_checkpoint(material, 1, None)
+    material.store = Meanwhile(material.places.blobs, material.work(0).sweep)
+    material.into_store(item, ())
+    assert set(material.store.digests()) == {ref.digest for ref in item.refs}
+    assert sorted(path.name for path in material.work(0).epoch_folder(1).iterdir()) == sorted(
+        [CHECKPOINT, *(f"{name}.safetensors" for name in FILES)]
+    )
+
+
 def test_a_checkpoint_damaged_on_disk_is_not_published(material: Material):
-    item = write(material, 1, None)
+    item = write_checkpoint(material, 1, None)
     (material.work(0).epoch_folder(1) / "weights.safetensors").write_bytes(b"flipped")
     with pytest.raises(IntegrityError, match="damaged"):
         material.into_store(item, ())
@@ -98,9 +83,9 @@ def test_a_checkpoint_damaged_on_disk_is_not_published(material: Material):
 
 
 def test_a_hole_in_the_chain_ends_it(material: Material):
-    first = write(material, 1, None)
-    second = write(material, 2, first.digest)
-    write(material, 3, second.digest)
+    first = write_checkpoint(material, 1, None)
+    second = write_checkpoint(material, 2, first.digest)
+    write_checkpoint(material, 3, second.digest)
     (material.work(0).epoch_folder(2) / "state.safetensors").unlink()
     assert [item.epoch for item in material.pending(0, 0, None)] == [1]
     assert [item.epoch for item in material.work(0).kept()] == [1]
@@ -110,8 +95,8 @@ def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material
     weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
     material.work(0).path.mkdir(parents=True)
     material.set_base(0, Base(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
-    second = write(material, 2, "c" * 64)
-    third = write(material, 3, second.digest)
+    second = write_checkpoint(material, 2, "c" * 64)
+    third = write_checkpoint(material, 3, second.digest)
     for item in (second, third):
         material.into_store(item, ())
     material.superseded(0, 2)
@@ -124,8 +109,8 @@ def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material
 
 
 def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Material):
-    first = write(material, 1, None)
-    second = write(material, 2, first.digest)
+    first = write_checkpoint(material, 1, None)
+    second = write_checkpoint(material, 2, first.digest)
     for item in (first, second):
         material.into_store(item, ())
     material.discard(0, 1)
@@ -159,8 +144,27 @@ def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Material):
     assert sum(store.has(ref.digest) for ref in refs) == 2, "there was room"
 
 
+def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: Material):
+    weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
+    material.set_base(0, Base(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
+    material.set_base(0, None)
+    assert material.known_base(0) is None
+    assert not material.store.digests()
+
+
+def test_a_checkpoint_of_our_own_is_no_fetched_base_that_may_go(material: Material):
+    """The DHT may show our last acceptance late."""
+    first = write_checkpoint(material, 1, None)
+    second = write_checkpoint(material, 2, first.digest)
+    for item in (first, second):
+        material.into_store(item, ())
+    material.superseded(0, 2)
+    material.set_base(0, Base(epoch=1, checkpoint=first.digest, weights=first.weights, state=first.state))
+    assert all(material.store.has(ref.digest) for ref in second.refs)
+
+
 def test_base_is_known_from_own_work_or_an_earlier_sync(material: Material):
-    first = write(material, 1, None)
+    first = write_checkpoint(material, 1, None)
     own = material.base(0, 1, first.digest, None)
     assert own is not None
     assert own.weights == first.weights
@@ -190,6 +194,16 @@ def test_sweep_removes_what_a_killed_trainer_left(tmp_path: Path):
     (folder.path / "local-1-0.safetensors").touch()
     folder.sweep()
     assert [path.name for path in folder.path.iterdir()] == ["local-1-0.safetensors"]
+
+
+def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
+    with small_disk(tmp_path / "small", "1m") as disk:
+        folder = WorkFolder(disk, "ab" * 32, 0)
+        (folder.path / "epoch-000001.part").mkdir(parents=True)
+        (folder.path / ".local-1-1.safetensors.abc.part").touch()
+        make_read_only(disk)
+        folder.sweep()
+        assert len(list(folder.path.iterdir())) == 2
 
 
 def test_contributions_survive_the_daemon(tmp_path: Path):

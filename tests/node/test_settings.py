@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lutetia.node.settings import NodeSettings, load_settings, parse_bytes
+from lutetia.node.settings import NodeSettings, announced, load_settings, parse_bytes
+from lutetia.protocol.identity import Identity
 from lutetia.system.errors import ConfigError
 
 
@@ -54,6 +55,31 @@ def test_bad_file_is_refused_naming_it_and_the_key(tmp_path: Path, text: str, sa
     with pytest.raises(ConfigError, match=says) as caught:
         load_settings({"ticket": "x"}, file)
     assert str(file) in str(caught.value)
+
+
+OWN, OTHER = Identity.derived("this box").peer_id, Identity.derived("another box").peer_id
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/ip4/203.0.113.5", "/ip4/203.0.113.5/tcp", "/ip4/203.0.113.5/tcp/0", "/ip4/203.0.113.5/tcp/70000", "203.0.113.5:41000",
+        "/ip4/203.0.113.5/udp/41000/quic-v1", "/ip4/203.0.113.500/tcp/41000", "/ip6/203.0.113.5/tcp/41000",
+        "/ip4/203.0.113.5/tcp/41000/ws", f"/ip4/203.0.113.5/tcp/41000/p2p/{OWN}/p2p-circuit", "/ip4/203.0.113.5/tcp/41000\n",
+    ],
+)  # fmt: skip
+def test_an_address_that_others_could_not_use_is_refused_with_the_form_of_a_good_one(address: str):
+    with pytest.raises(ConfigError, match=r"options: announce.*/ip4/203\.0\.113\.5/tcp/41000") as caught:
+        load_settings({"ticket": "x", "announce": [address]})
+    assert "\n" not in str(caught.value)
+
+
+def test_addresses_to_tell_may_name_this_box_as_tickets_do_and_no_other():
+    plain = ("/ip4/203.0.113.5/tcp/41000", "/ip6/2001:db8::1/tcp/41000", "/dns4/box.example.org/tcp/41000")
+    settings, _ = load_settings({"ticket": "x", "announce": [plain[0], *(f"{place}/p2p/{OWN}" for place in plain)]})
+    assert announced(settings.announce, OWN) == plain
+    with pytest.raises(ConfigError, match=f"is of peer {OWN}.*this box is {OTHER}"):
+        announced(settings.announce, OTHER)
 
 
 def test_missing_file_and_bad_environment_name_their_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
