@@ -11,6 +11,7 @@ from ..protocol.audits import Finding, compare
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import NodeRecord, RecordRefused
+from ..protocol.store import BlobMissing
 from ..protocol.transport import Stream, Transport
 from .admission import Pace
 from .bench import Bench
@@ -77,7 +78,7 @@ class AuditDesk:
             return Finding(outcome="inconclusive", text=f"it reports {len(report.losses)} losses of the {asked} steps asked for")
         try:
             published = await self.tools.published(link.trace)
-        except (WorkshopFailed, WorkshopRefused) as error:
+        except (WorkshopFailed, WorkshopRefused, BlobMissing) as error:
             return Finding(outcome="inconclusive", text=str(error))
         losses = [math.nan if loss is None else loss for loss in report.losses]
         return compare(published, losses, report.drift, link.made, report.made)

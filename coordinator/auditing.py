@@ -16,9 +16,9 @@ from ..protocol.events import AuditDone, AuditDue, AuditReason, AuditReported, L
 from ..protocol.ledger_state import HISTORY, Link, PendingAudit, RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
-from .ladder import Verdict
-from .messages import Audit, AuditDelivered, Audited, AuditWanted, Discard, Lend, Proclaim
-from .turn import Rules, Turn, refusal
+from .messages import Audit, AuditDelivered, Audited, AuditWanted, Lend, Proclaim
+from .setbacks import move, quarantine
+from .turn import Rules, Turn
 
 _LONGEST_DELAY = 3600.0
 
@@ -70,11 +70,23 @@ def start_audit(turn: Turn) -> None:
     if turn.state.auditing is not None or not turn.run.audits:
         return
     ready = [audit for audit in turn.run.audits.values() if audit.not_before <= turn.now and not _for_peers(turn, audit)]
-    if not ready:
-        return
-    audit = min(ready, key=lambda audit: (audit.attempts, audit.since, audit.checkpoint))
-    turn.state = replace(turn.state, auditing=audit.checkpoint)
-    turn.actions.append(_job(turn, audit))
+    for audit in sorted(ready, key=lambda audit: (audit.attempts, audit.since, audit.checkpoint)):
+        if not _pointless(turn, audit):
+            turn.state = replace(turn.state, auditing=audit.checkpoint)
+            turn.actions.append(_job(turn, audit))
+            return
+
+
+def _pointless(turn: Turn, audit: PendingAudit, seconds: float = 0.0) -> bool:
+    """Whether its lineage could not be rolled back any more; then it is done with, so that nothing waits behind it.
+
+    Results that would bring that about are put off (`audits_lag`); ledgers of earlier versions may hold such audits.
+    """
+    if _can_fall(turn.run, audit.shard, audit.checkpoint):
+        return False
+    text = f"epoch {audit.epoch - 1}, to which its lineage would be rolled back, is too long ago"
+    turn.write(AuditDone(time=turn.now, **_facts(audit), outcome="inconclusive", text=text, seconds=seconds))
+    return True
 
 
 def _for_peers(turn: Turn, audit: PendingAudit) -> bool:
@@ -104,7 +116,7 @@ def audited(turn: Turn, heard: Audited) -> None:
     audit = turn.run.audits.get(heard.checkpoint)
     if turn.state.auditing == heard.checkpoint:
         turn.state = replace(turn.state, auditing=None)
-    if audit is None or not _can_fall(turn.run, audit.shard, audit.checkpoint):
+    if audit is None or _pointless(turn, audit, heard.seconds):
         return  # rolled back, or gone from the history, meanwhile
     finding, again_at = heard.finding, None
     again = heard.again and not finding.doubt  # the same replay would find the same
@@ -129,7 +141,7 @@ def lend(turn: Turn, wanted: AuditWanted) -> None:
     held = next((name for name, loan in lent.items() if loan[0] == wanted.owner and loan[1] > turn.now), None)
     if held is None:
         held = _free_for(turn, lent, {wanted.owner, *wanted.related})
-    if held is None:
+    if held is None or _pointless(turn, turn.run.audits[held]):
         turn.state = replace(turn.state, lent=lent)
         turn.actions.append(Lend(None, retry_after=rules.audit_wait / 4 + len(turn.state.offers) / rules.asks_per_second))
         return
@@ -171,8 +183,7 @@ def delivered(turn: Turn, report: AuditDelivered) -> None:
 def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
     """Quarantine the author, take back what stands on the faked epoch, look again at all that it did before, oldest first."""
     if audit.owner not in turn.run.quarantined:
-        turn.write(PeerQuarantined(time=turn.now, **_facts(audit), text=text[:1000]))
-        _dismiss(turn, audit.owner)
+        quarantine(turn, PeerQuarantined(time=turn.now, **_facts(audit), text=text[:1000]))
     _roll_back(turn, audit)
     earlier = [
         (link.at, shard, link.acceptance.checkpoint)
@@ -190,34 +201,12 @@ def _worth_another_look(turn: Turn, shard: int, link: Link) -> bool:
     return (due is None or not due.whole) and _can_fall(turn.run, shard, link.acceptance.checkpoint)
 
 
-def _dismiss(turn: Turn, owner: str) -> None:
-    """What a quarantined peer has in judgement is refused."""
-    for index in sorted(turn.state.pending):
-        waiting = turn.run.shards[index].candidates.get(owner)
-        if waiting:
-            why = Verdict("invalid", "quarantine", "its author was quarantined meanwhile")
-            turn.write(refusal(waiting.record, why, turn.now))
-            _forget_check(turn, index, owner)
-            turn.actions.append(Discard(waiting.record))
-            turn.tidy(index)
-
-
-def _forget_check(turn: Turn, shard: int, owner: str | None = None) -> None:
-    checking = turn.state.checking
-    if shard in checking and owner in (None, checking[shard][0]):
-        turn.state = replace(turn.state, checking={k: v for k, v in checking.items() if k != shard})
-
-
 def _roll_back(turn: Turn, audit: PendingAudit) -> None:
     """The shard goes on from the last epoch before the faked one, in a new term; other shards are not touched."""
     shard = turn.run.shards[audit.shard]
-    waiting = [candidate.record for candidate in shard.candidates.values()]
     place: dict[str, Any] = {"epoch": audit.epoch - 1, "term": shard.term + 1, "dropped": shard.epoch - audit.epoch + 1}
-    turn.write(LineageRolledBack(time=turn.now, shard=audit.shard, **place, checkpoint=audit.checkpoint))
-    _forget_check(turn, audit.shard)
-    turn.actions += [Discard(record) for record in waiting]
+    move(turn, audit.shard, LineageRolledBack(time=turn.now, shard=audit.shard, **place, checkpoint=audit.checkpoint))
     turn.actions.append(Proclaim(standing(turn.rules, turn.run, audit.shard, turn.now)))
-    turn.tidy(audit.shard)
 
 
 def standing(rules: Rules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..protocol.audits import Finding
 from ..protocol.events import (
     AuditDone,
     CheckpointAccepted,
@@ -17,11 +18,12 @@ from ..protocol.events import (
     LineageRolledBack,
     PeerQuarantined,
 )
-from ..protocol.ledger_state import RunState
+from ..protocol.ledger_state import PendingAudit, RunState
 from ..protocol.offers import OfferReply
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from ..system.errors import plain
 from .judge import JudgeState, Rules, judge
-from .ladder import Limits, Replayed, Tools, climb
+from .ladder import Limits, Replayed, Tools, Verdict, climb
 from .ledger import Ledger
 from .messages import (
     Action,
@@ -61,7 +63,7 @@ class Hands(Tools, Protocol):
 
     def keep(self, record: CheckpointRecord) -> None: ...
 
-    def discard(self, record: CheckpointRecord) -> None: ...
+    def discard(self, record: CheckpointRecord, run: RunState) -> None: ...
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Bench:
         return await future
 
     async def note(self, *events: Event) -> None:
-        """Append events that nobody has to decide on, in one transaction."""
+        """Append what happened outside, in one transaction."""
         await self.hear(Noted(events, self.now()))
 
     async def run(self) -> None:
@@ -133,7 +135,7 @@ class Bench:
                 case Audit():
                     group.create_task(self._audit(action))
                 case Discard(record=record):
-                    await asyncio.to_thread(self.hands.discard, record)
+                    await asyncio.to_thread(self.hands.discard, record, self.state.run)
         if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
             await asyncio.to_thread(self.hands.forget, self.state.run)
 
@@ -141,11 +143,18 @@ class Bench:
         await self.publish(record)
 
     async def _check(self, check: Check) -> None:
-        verdict = await climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
+        climbing = climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        [verdict] = await asyncio.gather(climbing, return_exceptions=True)
+        if isinstance(verdict, BaseException):
+            verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
         await self.hear(Checked(check.record, verdict, self.now()))
 
     async def _audit(self, audit: Audit) -> None:
-        done = await self.hands.replay(audit)
+        """As `_check`."""
+        [done] = await asyncio.gather(self.hands.replay(audit), return_exceptions=True)
+        if isinstance(done, BaseException):
+            done = Replayed(Finding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
         await self.hear(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
 
     async def _learn_limits(self) -> None:
@@ -155,6 +164,14 @@ class Bench:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             await self.hear(Tick(self.now()))
+
+
+def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
+    """What the ledger says of it; the traceback goes into the log. Who is cancelled stays cancelled."""
+    if not isinstance(error, Exception):
+        raise error
+    _log.error("the %s of shard %d epoch %d of %s failed", work, on.shard, on.epoch, on.owner[:8], exc_info=error)
+    return f"the {work} failed unexpectedly ({type(error).__name__}: {plain(str(error))[:600]}); the coordinator's log says more"
 
 
 def _reply_in(actions: Sequence[Action]) -> Reply:

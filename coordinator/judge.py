@@ -16,6 +16,7 @@ from ..protocol.events import (
     CheckpointRefused,
     CheckpointSeen,
     CheckpointSuperseded,
+    QuarantineRecovered,
 )
 from ..protocol.ledger_state import HISTORY, Candidate, RunState, ShardLedger
 from ..protocol.offers import OfferReply
@@ -40,6 +41,7 @@ from .messages import (
     Stimulus,
     Tick,
 )
+from .setbacks import noted
 from .turn import JudgeState, Rules, Turn, refusal
 
 __all__ = ["JudgeState", "Rules", "judge"]
@@ -67,7 +69,7 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
             turn.forget_offers()
         case Noted():
             for event in stimulus.events:
-                turn.write(event)
+                noted(turn, event)
         case _:
             assert_never(stimulus)
     turn.start_checks()
@@ -95,8 +97,9 @@ class _Turn(Turn):
         if record.epoch > shard.epoch + 1:
             text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
-        if bad := entitled(record, manifest) or lineage(record, shard, manifest):
-            return self._refused_at_once(record, bad)
+        if bad := entitled(record, manifest) or lineage(record, shard, manifest) or self._oversized(record):
+            # nothing is written: it costs a stranger nothing, and would grow the ledger with every throw-away identity
+            return OfferReply(verdict="invalid", rung=bad.rung, text=bad.text)
         if audits_lag(self.run, record.shard, record.epoch):
             text = f"audits of shard {record.shard} are {HISTORY - 2} epochs behind; results wait until they have caught up"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
@@ -134,9 +137,9 @@ class _Turn(Turn):
         self.state = replace(self.state, offers=self.state.offers.set(owner, (*recent, self.now)))
         return None
 
-    def _refused_at_once(self, record: CheckpointRecord, bad: Verdict) -> OfferReply:
-        self.write(refusal(record, bad, self.now))
-        return OfferReply(verdict="invalid", rung=bad.rung, text=bad.text)
+    def _oversized(self, record: CheckpointRecord) -> Verdict | None:
+        """Known at once as soon as the limits are; until then such a result waits with the others."""
+        return sizes(record, self.state.limits[record.shard]) if self.state.limits else None
 
     def forget_offers(self) -> None:
         """Peers that have been silent for a minute cost no memory."""
@@ -160,7 +163,7 @@ class _Turn(Turn):
             if free <= 0:
                 return
             record = candidate.record
-            if record.shard in self.state.checking:
+            if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
                 continue
             if bad := sizes(record, limits[record.shard]):
                 self._dismissed(record, bad)
@@ -183,10 +186,11 @@ class _Turn(Turn):
         shard = self.state.run.shards[record.shard]
         if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
-        if verdict.outcome == "valid":
-            self._accepted(record, verdict)
-        else:
+        if verdict.outcome != "valid":
             self._dismissed(record, verdict)
+        elif not audits_lag(self.run, record.shard, record.epoch):
+            self._accepted(record, verdict)
+        # else a conviction made an old epoch due again: the result waits, and is checked anew once the audits have caught up
 
     def _dismissed(self, record: CheckpointRecord, verdict: Verdict) -> None:
         candidate = self.state.run.shards[record.shard].candidates[record.owner]
@@ -229,6 +233,8 @@ class _Turn(Turn):
 
 def _why_quarantined(run: RunState, owner: str) -> str:
     why = run.quarantined[owner]
+    if isinstance(why, QuarantineRecovered):
+        return f"this peer is quarantined: {why.text}; ask the run's operator"
     what = f"an audit found its epoch {why.epoch} of shard {why.shard} invalid ({why.text[:600]})"
     return f"this peer is quarantined: {what}; ask the run's operator"
 

@@ -169,7 +169,7 @@ def compare_raw(raw: float, loss: float, parent_loss: float, tolerance: float) -
 
 @dataclass
 class _Climb:
-    """What each rung costs, by `clock`; a rung that raises Stopped is counted too."""
+    """What each rung costs, by `clock`; a rung that raises is counted too."""
 
     clock: Callable[[], float]
     costs: list[RungCost] = field(default_factory=list)
@@ -183,6 +183,8 @@ class _Climb:
             outcome = stop.verdict.outcome
             name = stop.verdict.rung
             raise
+        except LutetiaError as error:  # a blob that was removed meanwhile, for instance: it says nothing about the result
+            raise Stopped("inconclusive", name, str(error)) from error
         finally:
             self.costs.append(RungCost(rung=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
         return result

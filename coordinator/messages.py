@@ -83,7 +83,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Noted:
-    """Facts that need no decision: a router was trained, a mixture stitched."""
+    """Facts from outside: a mixture was stitched, a lost acceptance found. What is out of date is dropped."""
 
     events: tuple[Event, ...]
     now: float

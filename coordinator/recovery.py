@@ -1,37 +1,54 @@
 """A ledger that lost its end must not fork its lineages: what this coordinator's key has signed, it stands by.
 
-The newest acceptance of each shard is in the DHT, signed by this very coordinator. One that is ahead of the ledger proves that
-the ledger is not the newest, and stops the coordinator (`rival`). After a restore, or told to recover, it takes the acceptance
-back into its ledger instead, and fetches the checkpoint's blobs from the peers that hold them.
+Where each shard stands is in the DHT, signed by this very coordinator: its newest acceptance, or a reset. One that is ahead of
+the ledger proves that the ledger is not the newest, and stops the coordinator (`rival`). After a restore, or told to recover, it
+takes its word back into its ledger instead, and fetches the checkpoint's blobs from the peers that hold them. The same goes for
+its word about who is quarantined.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from ..protocol.events import AcceptanceRecovered
+from ..protocol.events import AcceptanceRecovered, QuarantineRecovered, ResetRecovered
 from ..protocol.ledger_state import RunState, ShardLedger
 from ..protocol.live_manifest import LiveManifest
 from ..protocol.manifest import BlobRef
-from ..protocol.records import AcceptanceRecord, ProviderRecord, acceptance_key, provider_key
+from ..protocol.records import (
+    AcceptanceRecord,
+    ProviderRecord,
+    QuarantineRecord,
+    ResetRecord,
+    acceptance_key,
+    provider_key,
+    quarantine_key,
+)
 from ..protocol.services import read_records
 from ..protocol.store import BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from ..system.errors import LutetiaError
 from .ledger import Ledger
+from .story import sentence
 
 _log = logging.getLogger("lutetia.coordinator.recovery")
 
 _READS_AT_ONCE = 16
+_PARDON_SPREADS = 60.0
+"""Seconds after a pardon in which our own word without it may still have been under way."""
+
+Standing = AcceptanceRecord | ResetRecord
+Recovered = AcceptanceRecovered | ResetRecovered | QuarantineRecovered
 
 
-def ahead(state: RunState, seen: Iterable[AcceptanceRecord]) -> list[AcceptanceRecord]:
-    """Those of our own acceptances that are newer than what the ledger has of their shard, by shard."""
-    newest: dict[int, AcceptanceRecord] = {}
+def ahead(state: RunState, seen: Iterable[Standing]) -> list[Standing]:
+    """Those of our own acceptances and resets that are newer than what the ledger has of their shard, by shard."""
+    newest: dict[int, Standing] = {}
     for record in seen:
         shard = state.shards.get(record.shard)
         if shard is not None and _place(record) > _place(shard):
@@ -41,51 +58,73 @@ def ahead(state: RunState, seen: Iterable[AcceptanceRecord]) -> list[AcceptanceR
     return [newest[index] for index in sorted(newest)]
 
 
-def _place(standing: AcceptanceRecord | ShardLedger) -> tuple[int, int]:
+def _place(standing: Standing | ShardLedger) -> tuple[int, int]:
     """(term, epoch): grows with every acceptance and every roll-back."""
-    return standing.term, standing.epoch
+    return standing.term, 0 if isinstance(standing, ResetRecord) else standing.epoch
+
+
+def forgotten(state: RunState, seen: Iterable[QuarantineRecord]) -> list[str]:
+    """Whom our own records name, sorted, though the ledger has them neither in quarantine nor pardoned about then or later."""
+    return sorted(
+        {
+            owner
+            for record in seen
+            for owner in record.peers
+            if owner not in state.quarantined and state.pardoned.get(owner, -math.inf) + _PARDON_SPREADS < record.issued
+        }
+    )
+
+
+def recovered(standing: Iterable[Standing], quarantined: Iterable[str], now: float) -> list[Recovered]:
+    """The ledger's entries for words that it lacked."""
+    events: list[Recovered] = [
+        ResetRecovered(time=now, shard=record.shard, term=record.term)
+        if isinstance(record, ResetRecord)
+        else AcceptanceRecovered(time=now, acceptance=record)
+        for record in standing
+    ]
+    return [*events, *(QuarantineRecovered(time=now, owner=owner) for owner in quarantined)]
 
 
 @dataclass
 class Lineage:
-    """The lineages of one run as this coordinator's key has signed them."""
+    """The lineages of one run, and its quarantines, as this coordinator's key has signed them."""
 
     transport: Transport
     live: LiveManifest
     coordinator: str
-    """This coordinator's public key: acceptances of others are no proof."""
+    """This coordinator's public key: the words of others are no proof."""
 
-    async def lost(self, state: Callable[[], RunState]) -> list[AcceptanceRecord]:
+    async def lost(self, state: Callable[[], RunState]) -> list[Recovered]:
         """What the DHT shows and the ledger, asked after that, lacks. Raises ConnectionError when this peer is offline."""
         places = asyncio.Semaphore(_READS_AT_ONCE)
         run = self.live().run_id
 
-        async def one(shard: int) -> list[AcceptanceRecord]:
+        async def own(key: str) -> list[Any]:
             async with places:
-                found = await read_records(self.transport, acceptance_key(run, shard))
-            return [record for record, _ in found if isinstance(record, AcceptanceRecord) and record.owner == self.coordinator]
+                found = await read_records(self.transport, key)
+            return [record for record, _ in found if record.owner == self.coordinator]
 
-        found = await asyncio.gather(*map(one, range(len(self.live().shards))))
-        return ahead(state(), (record for records in found for record in records))
+        keys = [acceptance_key(run, shard) for shard in range(len(self.live().shards))]
+        found = await asyncio.gather(*map(own, [quarantine_key(run), *keys]))
+        words, now = [record for records in found for record in records], self.transport.now()
+        standing = ahead(state(), (word for word in words if isinstance(word, AcceptanceRecord | ResetRecord)))
+        quarantined = forgotten(state(), (word for word in words if isinstance(word, QuarantineRecord)))
+        lost = recovered(standing, quarantined, now)
+        for event in lost:
+            _log.warning("taken back into the ledger, which had lost it: %s", sentence(event))
+        return lost
 
     async def recover(self, ledger: Ledger, seconds: float) -> None:
-        """Look for `seconds`, while peers find their way back, and take every lost acceptance into `ledger`."""
+        """Look for `seconds`, while peers find their way back, and take every lost word into `ledger`."""
         until = self.transport.now() + seconds
         _log.info("looking for %.0f s what peers hold that the ledger lacks", seconds)
         while True:
-            for event in self.taken_back(await self.lost(lambda: ledger.state)):
-                ledger.append([event], durable=True)
+            if lost := await self.lost(lambda: ledger.state):
+                ledger.append(lost, durable=True)
             if self.transport.now() >= until:
                 return
             await asyncio.sleep(min(1.0, seconds / 4))
-
-    def taken_back(self, lost: Iterable[AcceptanceRecord]) -> list[AcceptanceRecovered]:
-        """The ledger's entries for acceptances that it lacked."""
-        events = []
-        for record in lost:
-            _log.warning("epoch %d of shard %d was accepted before the ledger was lost; taken back", record.epoch, record.shard)
-            events.append(AcceptanceRecovered(time=self.transport.now(), acceptance=record))
-        return events
 
 
 async def fetch_missing(transport: Transport, state: RunState, blobs: BlobStore) -> int:

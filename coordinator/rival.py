@@ -1,38 +1,46 @@
 """Two coordinators under one key, as when a run's folder was copied or an old copy was put back: two words about one epoch.
 
-What is accepted is written to the ledger before the swarm hears of it. So an acceptance in the swarm under our own key that our
-ledger does not know comes from another coordinator, or from a newer ledger than ours. Then this one stops before it adds to the
-confusion (fail-stop); readers meanwhile agree by `latest_acceptance`.
+What is accepted, rolled back or quarantined is written to the ledger before the swarm hears of it. So such a word in the swarm
+under our own key that our ledger does not know comes from another coordinator, or from a newer ledger than ours. Then this one
+stops before it adds to the confusion (fail-stop); readers meanwhile agree by `latest_acceptance`.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from ..protocol.records import AcceptanceRecord, acceptance_key
+from ..protocol.records import AcceptanceRecord, QuarantineRecord, ResetRecord, acceptance_key, quarantine_key
 from ..protocol.run_state import RunState
 from ..protocol.services import read_records
 from ..protocol.transport import Transport
 from ..system.errors import IdentityError
 from .ledger import Ledger
+from .recovery import Standing, forgotten
 
 _READS_AT_ONCE = 16
 
 
 async def refuse_a_rival(transport: Transport, ledger: Ledger, coordinator: str) -> None:
-    """Raises IdentityError when the swarm holds an acceptance by `coordinator` that `ledger` does not know."""
+    """Raises IdentityError when the swarm holds an acceptance, roll-back or quarantine by `coordinator` that `ledger` lacks."""
     places = asyncio.Semaphore(_READS_AT_ONCE)
 
-    async def look(shard: int) -> None:
+    async def look(key: str) -> None:
         async with places:
-            found = await read_records(transport, acceptance_key(ledger.state.run, shard))
+            found = await read_records(transport, key)
         for record, _ in found:
-            if isinstance(record, AcceptanceRecord) and doubtful(record, ledger.state, coordinator):
-                await _refuse_unknown(record, ledger)
+            if record.owner == coordinator:
+                await _compare(record, ledger)
 
-    for outcome in await asyncio.gather(*(look(shard) for shard in ledger.state.shards), return_exceptions=True):
+    run = ledger.state
+    keys = [quarantine_key(run.run), *(acceptance_key(run.run, shard) for shard in run.shards)]
+    for outcome in await asyncio.gather(*map(look, keys), return_exceptions=True):
         if isinstance(outcome, BaseException) and not isinstance(outcome, ConnectionError):
             raise outcome
+
+
+def unknown_term(record: Standing, run: RunState) -> bool:
+    """Whether this word, under our own key, is of a roll-back that the ledger lacks."""
+    return record.term > run.shards[record.shard].term
 
 
 def doubtful(record: AcceptanceRecord, run: RunState, coordinator: str) -> bool:
@@ -41,10 +49,24 @@ def doubtful(record: AcceptanceRecord, run: RunState, coordinator: str) -> bool:
     return record.owner == coordinator and (ours is None or ours.checkpoint != record.checkpoint)
 
 
-async def _refuse_unknown(record: AcceptanceRecord, ledger: Ledger) -> None:
-    if not await asyncio.to_thread(ledger.has_accepted, record.checkpoint):
-        raise IdentityError(
-            f"the swarm holds an acceptance under this coordinator's key (shard {record.shard}, epoch {record.epoch}) that "
-            f"{ledger.path} does not know: another coordinator is at work, or this folder is an old copy; serve the newest, and "
-            "only one at a time, or take lost acceptances back with --recover"
-        )
+async def _compare(record: object, ledger: Ledger) -> None:
+    """One word under our own key with the ledger as it is by now."""
+    run = ledger.state
+    if isinstance(record, QuarantineRecord):
+        if strangers := forgotten(run, [record]):
+            raise _rival(f"a quarantine under this coordinator's key (of peer {strangers[0][:16]}…)", ledger)
+    elif isinstance(record, AcceptanceRecord | ResetRecord):
+        if unknown_term(record, run):
+            raise _rival(f"a roll-back under this coordinator's key (shard {record.shard}, term {record.term})", ledger)
+        if not isinstance(record, AcceptanceRecord) or not doubtful(record, run, record.owner):
+            return
+        if not await asyncio.to_thread(ledger.has_accepted, record.checkpoint):
+            place = f"shard {record.shard}, epoch {record.epoch}"
+            raise _rival(f"an acceptance under this coordinator's key ({place})", ledger)
+
+
+def _rival(what: str, ledger: Ledger) -> IdentityError:
+    return IdentityError(
+        f"the swarm holds {what} that {ledger.path} does not know: another coordinator is at work, or this folder is an old "
+        "copy; serve the newest, and only one at a time, or take back what was lost with --recover"
+    )

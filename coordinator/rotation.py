@@ -45,6 +45,7 @@ def rotate_run(folder: RunFolder, owner_key: Path | None = None) -> Rotated:
 
     Raises IdentityError (it is being served, no owner's key), AuthorisationError (another key than the owner's), ConfigError.
     """
+    folder.read_manifest(now=0.0)  # where there is no run, nothing is made for its lock
     with folder.locked():
         settle_rotation(folder)
         signed = folder.read_manifest(now=0.0)

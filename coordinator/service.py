@@ -126,14 +126,14 @@ class Service:
         await self.crier.renew()
 
     async def _keep_to_lineage(self) -> None:
-        """Peers that come back late may hold acceptances of ours that the ledger lacks."""
+        """Peers that come back late may hold words of ours that the ledger lacks."""
         if self.recovering:
             try:
                 lost = await self.lineage.lost(lambda: self.bench.state.run)
             except ConnectionError as error:
                 _log.info("cannot compare the ledger with the DHT now: %s", error)
                 return
-            await self.bench.note(*self.lineage.taken_back(lost))
+            await self.bench.note(*lost)
         await self._refuse_a_rival()
 
     async def _fetch_missing(self) -> None:

@@ -19,6 +19,7 @@ from ..protocol.identity import Identity
 from ..protocol.ledger_state import RunState
 from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.store import BlobStore
+from ..system.errors import LutetiaError
 from .bench import Bench
 from .run_folder import RunFolder
 from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
@@ -82,7 +83,7 @@ class Stitcher:
                 await self.bench.note(*await self._make(step, state))
                 if step == "mixture" and self.gallery and self.manifest.sampling.prompts:
                     await self._sample()
-            except (WorkshopFailed, WorkshopRefused) as error:
+            except LutetiaError as error:  # blobs that are with peers alone yet, a full disk, a workshop that crashed
                 _log.warning("could not make the %s: %s; trying again in %.0f s", step, error, _RETRY_SECONDS)
                 await asyncio.sleep(_RETRY_SECONDS)
 
@@ -119,7 +120,7 @@ class Stitcher:
         await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer["digest"][:12], list(epochs))
-        stitched = MixtureStitched(time=self.now(), epochs=epochs, mixture=answer["digest"])
+        stitched = MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer["digest"])
         if router is None:
             return [stitched]
         return [router.model_copy(update={"time": self.now(), "epochs": epochs}), stitched]

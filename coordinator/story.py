@@ -25,6 +25,8 @@ from ..protocol.events import (
     MixtureStitched,
     PeerPardoned,
     PeerQuarantined,
+    QuarantineRecovered,
+    ResetRecovered,
     RouterTrained,
     RunCreated,
     RunFinished,
@@ -51,6 +53,10 @@ def sentence(event: Event) -> str:
             return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
         case AcceptanceRecovered(acceptance=given):
             return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} taken back from peers"
+        case ResetRecovered():
+            return f"shard {event.shard}: lost reset to the beginning taken back from peers (term {event.term})"
+        case QuarantineRecovered():
+            return f"peer {event.owner[:8]} is quarantined: {event.text}"
         case CheckpointAccepted(acceptance=given):
             return (
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "

@@ -15,7 +15,7 @@ from ..protocol.manifest import BlobRef, Manifest
 from ..protocol.offers import Rung
 from ..protocol.records import CheckpointRecord, Made, provider_key
 from ..protocol.services import read_records
-from ..protocol.store import BlobStore
+from ..protocol.store import BlobMissing, BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from ..system.errors import DiskError, IntegrityError, UnreachableError
@@ -61,7 +61,8 @@ class NetworkTools:
     async def fetch(self, record: CheckpointRecord) -> None:
         """Rung `transfer`: all three blobs, from the author and whoever else says that it holds them."""
         for name, ref in (("weights", record.weights), ("state", record.state), ("trace", record.trace)):
-            if self.blobs.has(ref.digest) or self.incoming.has(ref.digest):
+            if store := self._holding(ref.digest):
+                _refuse_wrong_size(store, ref, name)
                 continue
             seconds = _FETCH_GRACE + ref.size / self.slowest_bytes_per_second
             try:
@@ -110,7 +111,7 @@ class NetworkTools:
         for epochs in link.budgets if self.manifest.optimisation.schedule == "cosine" else link.budgets[:1]:
             try:
                 answer = await self.auditor.ask("replay", limit=_REPLAY_LIMIT, epochs=epochs, **self._question(audit))
-            except (WorkshopFailed, WorkshopRefused) as error:  # the author's own files were looked at before they were accepted
+            except (WorkshopFailed, WorkshopRefused, BlobMissing) as error:  # the author's files were looked at before
                 return Replayed(Finding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
             finding = finding_of(answer, link.made)
             if finding.outcome == "valid":
@@ -118,7 +119,7 @@ class NetworkTools:
         return Replayed(finding, time.monotonic() - began)
 
     async def published(self, trace: BlobRef) -> list[float]:
-        """The losses in an accepted trace. Raises WorkshopFailed or WorkshopRefused."""
+        """The losses in an accepted trace. Raises WorkshopFailed, WorkshopRefused or BlobMissing."""
         return (await self.workshop.ask("trace", limit=_INSPECT_LIMIT, path=self._path(trace)))["losses"]
 
     def _start(self, audit: Audit) -> tuple[BlobRef | None, BlobRef | None]:
@@ -160,9 +161,13 @@ class NetworkTools:
         except WorkshopFailed as error:
             raise Stopped("inconclusive", rung, str(error)) from error
 
+    def _holding(self, digest: str) -> BlobStore | None:
+        """The store that has it."""
+        return next((store for store in (self.blobs, self.incoming) if store.has(digest)), None)
+
     def _path(self, ref: BlobRef) -> str:
-        store = self.blobs if self.blobs.has(ref.digest) else self.incoming
-        return str(store.path(ref.digest))
+        """Raises BlobMissing."""
+        return str((self._holding(ref.digest) or self.incoming).path(ref.digest))
 
     def keep(self, record: CheckpointRecord) -> None:
         """The result was accepted: its blobs are served from now on. Blocks on the disk.
@@ -176,15 +181,15 @@ class NetworkTools:
         self.states.add(record.state.digest)
 
     def forget(self, run: RunState) -> None:
-        """Remove the training states that nobody goes on from, and no due audit begins or ends with. Blocks on the disk."""
-        for digest in self.states - needed_states(run, self.kept_states):
+        """Remove the training states that nobody goes on from, and no due audit or undecided result needs. Blocks on the disk."""
+        for digest in self.states - needed_states(run, self.kept_states) - undecided_blobs(run):
             self.blobs.remove(digest)
             self.states.discard(digest)
 
-    def discard(self, record: CheckpointRecord) -> None:
-        """The result is out: forget what was fetched of it."""
-        for ref in (record.weights, record.state, record.trace):
-            self.incoming.remove(ref.digest)
+    def discard(self, record: CheckpointRecord, run: RunState) -> None:
+        """The result is out: forget what was fetched of it, but nothing that a result still undecided names, too."""
+        for digest in _named(record) - undecided_blobs(run):
+            self.incoming.remove(digest)
 
 
 def doubt_of(author: Made) -> dict[str, Any]:
@@ -199,6 +204,22 @@ def finding_of(answer: dict[str, Any], author: Made) -> Finding:
     losses = [math.nan if loss is None else loss for loss in answer["losses"]]
     made = Made.model_validate(answer["made"])
     return compare(answer["published"], losses, answer["drift"], author, made, answer["noise"])
+
+
+def _named(record: CheckpointRecord) -> set[str]:
+    return {ref.digest for ref in (record.weights, record.state, record.trace)}
+
+
+def undecided_blobs(run: RunState) -> set[str]:
+    """The digests of all blobs that results in judgement name. Anybody may name those of another's result."""
+    waiting = (candidate.record for shard in run.shards.values() for candidate in shard.candidates.values())
+    return {digest for record in waiting for digest in _named(record)}
+
+
+def _refuse_wrong_size(store: BlobStore, ref: BlobRef, name: str) -> None:
+    """A blob's name covers its size: under a wrong one nobody could fetch what is here."""
+    if (size := store.table(ref.digest).size) != ref.size:
+        raise Stopped("invalid", "transfer", f"of its {name} it claims {ref.size} bytes; the blob of that name has {size}")
 
 
 def needed_states(run: RunState, kept: int) -> set[str]:

@@ -129,6 +129,27 @@ class AcceptanceRecovered(_Event):
     acceptance: AcceptanceRecord
 
 
+class ResetRecovered(_Event):
+    """This coordinator's own signed reset, which the ledger had lost: `shard` stands at its beginning, in term `term`."""
+
+    kind: Literal["reset-recovered"] = "reset-recovered"
+    shard: int = Field(ge=0)
+    term: int = Field(ge=1)
+
+
+class QuarantineRecovered(_Event):
+    """This coordinator's own signed word that `owner` is quarantined, which the ledger had lost.
+
+    For which result is unknown; `shard` and `epoch` are 0.
+    """
+
+    kind: Literal["quarantine-recovered"] = "quarantine-recovered"
+    owner: PublicKey
+    shard: Literal[0] = 0
+    epoch: Literal[0] = 0
+    text: Sentence = "the ledger that said why was lost; the swarm still held that this peer is quarantined"
+
+
 class AuditDue(_Verdict):
     """This result is to be replayed, `whole` or only its first steps.
 
@@ -207,10 +228,14 @@ class RouterTrained(_Event):
 
 
 class MixtureStitched(_Event):
-    """The mixture folder now holds the experts at `epochs`; `mixture` is the digest of its description."""
+    """The mixture folder now holds the experts at `epochs`; `mixture` is the digest of its description.
+
+    `terms`: how often each shard had been rolled back when stitching began; empty in ledgers of earlier versions.
+    """
 
     kind: Literal["mixture-stitched"] = "mixture-stitched"
     epochs: tuple[int, ...]
+    terms: tuple[int, ...] = ()
     mixture: Digest
 
 
@@ -232,6 +257,8 @@ Event = Annotated[
     | CheckpointSuperseded
     | CheckpointAccepted
     | AcceptanceRecovered
+    | ResetRecovered
+    | QuarantineRecovered
     | AuditDue
     | AuditDone
     | AuditReported

@@ -30,6 +30,8 @@ from .events import (
     MixtureStitched,
     PeerPardoned,
     PeerQuarantined,
+    QuarantineRecovered,
+    ResetRecovered,
     RouterTrained,
     RunCreated,
     RunFinished,
@@ -49,6 +51,8 @@ REMEMBERED_REFUSALS = 32
 _REMEMBERED_VERDICTS = 256
 _BLAMELESS_RUNGS: frozenset[Rung] = frozenset({"signature", "lineage", "transfer"})
 """Anybody can send a forged record in a peer's name, and a partition makes honest lineages stale: no evidence of bad work."""
+_FREE_RUNGS = _BLAMELESS_RUNGS | {"quarantine", "size"}
+"""Refusals that cost throw-away identities nothing: a peer of which nothing else is known is not remembered for them."""
 
 
 class LedgerOutOfOrder(IntegrityError):
@@ -72,7 +76,8 @@ class Changes(TypedDict, total=False):
     mixture: MixtureStitched | None
     finished: bool
     audits: Mapping[str, PendingAudit]
-    quarantined: Mapping[str, PeerQuarantined]
+    quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
+    pardoned: Mapping[str, float]
     refusals: tuple[CheckpointRefused, ...]
     spent: Mapping[tuple[Rung, Outcome], Spent]
     accepted: int
@@ -110,7 +115,9 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {"shards": state.shards.set(event.shard, replace(_shard(state, event.shard), baseline=event.loss))}
         case AcceptanceRecovered():
             return _recovered(state, event)
-        case PeerQuarantined():
+        case ResetRecovered():
+            return _reset(state, event)
+        case PeerQuarantined() | QuarantineRecovered():
             return {"quarantined": {**state.quarantined, event.owner: event}}
         case PeerPardoned():
             return _pardoned(state, event)
@@ -194,9 +201,12 @@ def _refused(state: RunState, event: CheckpointRefused) -> Changes:
     }  # fmt: skip
     if event.verdict == "inconclusive":
         return changes
+    changes["rejected"] = state.rejected + 1
+    if event.owner not in state.peers and event.rung in _FREE_RUNGS:
+        return changes
     peer = state.peer(event.owner)
     peer = replace(peer, rejected=peer.rejected + 1, streak=peer.streak if event.rung in _BLAMELESS_RUNGS else 0)
-    return {**changes, "peers": state.peers.set(event.owner, peer), "rejected": state.rejected + 1}
+    return {**changes, "peers": state.peers.set(event.owner, peer)}
 
 
 def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
@@ -309,12 +319,23 @@ def _recovered(state: RunState, event: AcceptanceRecovered) -> Changes:
     if (given.term, given.epoch) <= (shard.term, shard.epoch):
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be recovered on epoch {shard.epoch}")
     accepted = state.accepted + max(1, given.epoch - shard.epoch)
+    changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
     shard = replace(
         shard, epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
         lineage=(Link(given, given.issued, state.budgets),), candidates={}, judged={},
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
-    return {"shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
+    return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
+
+
+def _reset(state: RunState, event: ResetRecovered) -> Changes:
+    """The shard as a roll-back to the beginning left it. What the initial model's loss is stays known."""
+    shard = _shard(state, event.shard)
+    if event.term <= shard.term:
+        raise LedgerOutOfOrder(f"shard {event.shard} in term {shard.term} cannot be reset in term {event.term}")
+    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != event.shard}
+    shards = state.shards.set(event.shard, ShardLedger(baseline=shard.baseline, term=event.term))
+    return {"shards": shards, "audits": audits, "mixture": None, "finished": False}
 
 
 def _rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
@@ -340,4 +361,4 @@ def _rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
 def _pardoned(state: RunState, event: PeerPardoned) -> Changes:
     quarantined = {owner: why for owner, why in state.quarantined.items() if owner != event.owner}
     peers = state.peers.set(event.owner, replace(state.peer(event.owner), streak=0, trust=0))
-    return {"quarantined": quarantined, "peers": peers}
+    return {"quarantined": quarantined, "peers": peers, "pardoned": {**state.pardoned, event.owner: event.time}}

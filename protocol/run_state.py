@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .audits import Outcome
-from .events import CheckpointRefused, CheckpointSuperseded, MixtureStitched, PeerQuarantined, RouterTrained
+from .events import (
+    CheckpointRefused,
+    CheckpointSuperseded,
+    MixtureStitched,
+    PeerQuarantined,
+    QuarantineRecovered,
+    RouterTrained,
+)
 from .manifest import BlobRef
 from .offers import Rung
 from .persistent import Table
@@ -143,7 +150,8 @@ class Spent:
 class RunState:
     """Everything that the ledger says about a run. `shards` by index, `peers` and `quarantined` by public key.
 
-    `audits` are those that are due, by checkpoint; `budgets` the last different numbers of epochs of the manifest, newest first.
+    `audits` are those that are due, by checkpoint; `budgets` the last different numbers of epochs of the manifest, newest first;
+    `pardoned` says when whose last quarantine was lifted.
     """
 
     run: str = ""
@@ -160,7 +168,8 @@ class RunState:
     mixture: MixtureStitched | None = None
     finished: bool = False
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
-    quarantined: Mapping[str, PeerQuarantined] = field(default_factory=dict)
+    quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered] = field(default_factory=dict)
+    pardoned: Mapping[str, float] = field(default_factory=dict)
     refusals: tuple[CheckpointRefused, ...] = ()
     spent: Mapping[tuple[Rung, Outcome], Spent] = field(default_factory=dict)
     accepted: int = 0
@@ -173,6 +182,14 @@ class RunState:
     @property
     def accepted_epochs(self) -> tuple[int, ...]:
         return tuple(self.shards[index].epoch for index in range(len(self.shards)))
+
+    @property
+    def terms(self) -> tuple[int, ...]:
+        return tuple(self.shards[index].term for index in range(len(self.shards)))
+
+    def stands(self, mixture: MixtureStitched) -> bool:
+        """Whether nothing that it was stitched from was taken back since."""
+        return not mixture.terms or mixture.terms == self.terms
 
     @property
     def budgets_done(self) -> bool:

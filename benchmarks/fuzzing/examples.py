@@ -95,8 +95,10 @@ def all_events() -> tuple[events.Event, ...]:
         events.AuditDue(**verdict, streak=0),
         events.AuditDone(**verdict, outcome="valid"),
         events.CheckpointSuperseded(**{**verdict, "epoch": 2}, by=found.digest),
+        events.ResetRecovered(time=NOW, shard=0, term=1),
+        events.QuarantineRecovered(time=NOW, owner=OWNER.public_key),
         events.RouterTrained(time=NOW, epochs=(0, 1), router=blob("r"), accuracy=0.9, accuracy_by_time=(0.9,) * 10),
-        events.MixtureStitched(time=NOW, epochs=(0, 1), mixture="7" * 64),
+        events.MixtureStitched(time=NOW, epochs=(0, 1), terms=(1, 0), mixture="7" * 64),
         events.RunFinished(time=NOW, mixture="7" * 64),
         events.CoordinatorStopped(time=NOW),
     )

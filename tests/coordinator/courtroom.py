@@ -101,6 +101,11 @@ class Court:
         parent = self.state.run.shards[record.shard].parent_loss
         return self.hears(Checked(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
 
+    def refused(self, record: CheckpointRecord, text: str = "tensor x is not finite") -> None:
+        """The ladder finds `record` invalid."""
+        assert self.offer(record).verdict == "queued"
+        self.hears(Checked(record, Verdict("invalid", "numbers", text), self.now))
+
     def audited(self, outcome: Outcome, checkpoint: str | None = None) -> tuple[Action, ...]:
         """The replay that is under way (or of `checkpoint`) comes to `outcome`."""
         asked = checkpoint or self.audits[-1].audit.checkpoint

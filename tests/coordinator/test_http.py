@@ -29,7 +29,7 @@ def document() -> SwarmStatus:
     result = make_record(c.manifest, PEERS[0])
     c.offer(result)
     c.verdict(result)
-    c.offer(make_record(c.manifest, PEERS[1], epoch=2, parent="f" * 64))
+    c.refused(make_record(c.manifest, PEERS[1], epoch=2, parent=result.digest), "tensor <script> is not finite")
     run, peer = c.manifest.run_id, PEERS[0]
     node = NodeRecord(
         run=run, owner=peer.public_key, issued=c.now, peer_id=peer.peer_id, samples_per_second=3.0, software="0.1",
@@ -95,7 +95,7 @@ def test_the_page_is_self_contained_and_escaped():
     assert "<script" not in page
     assert not re.search(r"(src|href)=\"?(https?:)?//", page)
     assert "tiny run" in page
-    assert "lineage" in page
+    assert "numbers" in page
     assert "<td class=soft>due</td>" in page
 
 

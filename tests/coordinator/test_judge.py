@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from courtroom import PEERS, court, limits_of, make_record
+from courtroom import PEERS, Court, court, limits_of, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.messages import Check, Checked, Discard, LimitsKnown, Publish, Tick
 from lutetia.protocol.events import CheckpointAccepted, CheckpointRefused
+from lutetia.protocol.identity import Identity
 from lutetia.protocol.ledger_state import RunState, apply
+from lutetia.protocol.records import CheckpointRecord
 
 
 def test_a_valid_result_is_queued_checked_accepted_and_published():
@@ -73,19 +75,62 @@ def test_the_allowlist_is_kept():
     assert "allowlist" in reply.text
 
 
+def oversized(c: Court, peer: Identity) -> CheckpointRecord:
+    record = make_record(c.manifest, peer)
+    return record.model_copy(update={"weights": record.weights.model_copy(update={"size": 1001})})
+
+
 def test_oversized_blobs_are_refused_before_a_byte_is_fetched():
     c = court()
-    big = make_record(c.manifest, PEERS[0]).model_copy(
-        update={"weights": make_record(c.manifest, PEERS[0]).weights.model_copy(update={"size": 1001})}
-    )
-    c.offer(big)
+    reply = c.offer(oversized(c, PEERS[0]))
+    assert (reply.verdict, reply.rung) == ("invalid", "size")
+    assert "1001 bytes" in reply.text
+    assert not c.checks
+
+
+def test_oversized_blobs_that_came_before_the_limits_were_known_are_refused_then():
+    c = court(limits=False)
+    big = oversized(c, PEERS[0])
+    assert c.offer(big).verdict == "queued"
+    c.hears(LimitsKnown(limits_of(2), c.now))
     refusal = c.events[-1]
     assert isinstance(refusal, CheckpointRefused)
     assert refusal.rung == "size"
-    assert "1001 bytes" in refusal.text
     assert not c.checks
     assert c.offer(big).verdict == "invalid"
-    assert c.state.run.peer(PEERS[0].public_key).rejected == 1
+    assert c.state.run.rejected == 1
+
+
+@pytest.mark.parametrize("via", ["offer", "poll"])
+def test_what_costs_a_stranger_nothing_leaves_no_trace(via: str):
+    """Else throw-away identities would grow the ledger and the state without bound, and so would each look at the DHT."""
+    c = court(allowlist=None, rules={"offers_per_minute": 1000})
+    c.accept(PEERS[0])
+    before, strangers = c.state.run, [Identity.derived(f"stranger {index}") for index in range(20)]
+    for _ in range(3):
+        for stranger in (*strangers, PEERS[0]):
+            orphan = make_record(c.manifest, stranger, epoch=2, parent="e" * 64)
+            assert c.offer(orphan, via).rung == "lineage"
+            assert c.offer(orphan.model_copy(update={"peer_id": PEERS[5].peer_id}), via).rung == "signature"
+            big = oversized(c, stranger)
+            assert c.offer(big.model_copy(update={"shard": 1}), via).rung == "size"
+    assert c.state.run == before
+
+
+def test_old_ledgers_tell_of_strangers_whom_the_state_need_not_remember():
+    """They hold an event for every refusal at the door."""
+    c = court()
+    c.accept(PEERS[0])
+    facts = {"time": c.now, "shard": 0, "epoch": 2, "checkpoint": "e" * 64, "verdict": "invalid", "text": "its parent is another"}
+    run = c.state.run
+    for index in range(20):
+        run = apply(run, CheckpointRefused(**facts, owner=f"{index:064x}", rung="lineage"))
+    run = apply(run, CheckpointRefused(**facts, owner=PEERS[0].public_key, rung="lineage"))
+    assert set(run.peers) == {PEERS[0].public_key}
+    assert run.peer(PEERS[0].public_key).rejected == 1
+    assert run.rejected == 21
+    spoilt = apply(run, CheckpointRefused(**facts, owner=PEERS[1].public_key, rung="numbers"))
+    assert spoilt.peer(PEERS[1].public_key).rejected == 1, "bytes that had to be looked at are remembered"
 
 
 def test_nothing_is_fetched_before_the_limits_are_known():

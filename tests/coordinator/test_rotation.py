@@ -19,7 +19,7 @@ from lutetia.protocol.identity import Identity
 from lutetia.protocol.records import AcceptanceRecord, RecordRefused, seal
 from lutetia.protocol.services import record_check
 from lutetia.protocol.ticket import Ticket
-from lutetia.system.errors import AuthorisationError, IdentityError
+from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError
 from test_backup import advance
 from test_serve import make_run
 
@@ -88,3 +88,10 @@ def test_only_the_owner_rotates(tmp_path: Path):
     with pytest.raises(IdentityError):
         rotate_run(folder)
     assert rotate_run(folder, tmp_path / "offline.key").manifest.version == 2
+
+
+def test_where_there_is_no_run_nothing_is_rotated_or_made(tmp_path: Path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="holds no run"):
+            rotate_run(RunFolder(place))
+    assert not list(tmp_path.iterdir())

@@ -100,8 +100,8 @@ def test_who_lost_the_shard_is_on_standby_and_who_left_is_gone():
 
 def test_a_finished_shard_and_the_refusals_are_shown():
     c = court(epochs=1)
-    bad = make_record(c.manifest, PEERS[1], parent="f" * 64)
-    c.offer(bad)
+    bad = make_record(c.manifest, PEERS[1])
+    c.refused(bad)
     accept(c, PEERS[0])
     document, me = seen(c, PEERS[0], c.now)
     assert document.shards[0].state == "done"
@@ -109,7 +109,7 @@ def test_a_finished_shard_and_the_refusals_are_shown():
     assert document.shards[0].audit == "due"
     assert document.shards[0].samples == document.shards[0].samples_budget
     assert me.health == "standby"
-    assert [(refusal.checkpoint, refusal.rung) for refusal in document.refusals] == [(bad.digest, "lineage")]
+    assert [(refusal.checkpoint, refusal.rung) for refusal in document.refusals] == [(bad.digest, "numbers")]
     assert not document.done
     assert SwarmStatus.model_validate_json(canonical(document)) == document
 

@@ -79,7 +79,7 @@ class StrawHands:
     def keep(self, record: CheckpointRecord) -> None:
         self.kept.append(record)
 
-    def discard(self, record: CheckpointRecord) -> None:
+    def discard(self, record: CheckpointRecord, run: RunState) -> None:
         self.dropped.append(record)
 
 
