@@ -32,6 +32,8 @@ MAX_STREAMS_PER_ORIGIN = 32
 STALL_TIMEOUT = 20.0
 """Seconds without PIECE bytes of progress, after which a peer has stalled: 13 KiB/s is the slowest that is served or used."""
 IDLE_TIMEOUT = 60.0
+TURN_TIMEOUT = STALL_TIMEOUT / 2
+"""Seconds that a request waits for others to end, before it is told that the provider is busy."""
 
 
 class Refused(ConnectionError):
@@ -50,11 +52,64 @@ class RateLimit:
         self._rate = bytes_per_second
         self._free_at = 0.0
 
+    @property
+    def answers_at_once(self) -> int:
+        """How many can share the rate so that each gets a PIECE in half of the time after which its receiver gives up."""
+        return max(1, min(MAX_STREAMS, int(self._rate * STALL_TIMEOUT / (2 * PIECE)))) if self._rate else MAX_STREAMS
+
     async def take(self, count: int) -> None:
         if self._rate:
             now = asyncio.get_running_loop().time()
             self._free_at = max(self._free_at, now) + count / self._rate
-            await asyncio.sleep(self._free_at - now)
+            try:
+                await asyncio.sleep(self._free_at - now)
+            except asyncio.CancelledError:
+                self._free_at -= count / self._rate  # not sent
+                raise
+
+
+class Turns:
+    """Answers under way: at most `places`, half of them for one origin. Who finds none free waits, for TURN_TIMEOUT at most.
+
+    All would share what there is otherwise, until nobody gets enough of it to go on.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places, self._share = places, (places + 1) // 2
+        self._taken: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    async def take(self, origin: str) -> bool:
+        """Whether `origin` got a place, which it has to give back."""
+        turn = origin, asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._admit()
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT):
+                await turn[1]
+        except BaseException as error:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            else:
+                self.give_back(origin)  # its turn came together with the end of its patience
+            if isinstance(error, TimeoutError):
+                return False
+            raise
+        return True
+
+    def give_back(self, origin: str) -> None:
+        self._taken[origin] -= 1
+        self._taken += Counter()  # forget origins without a place
+        self._admit()
+
+    def _admit(self) -> None:
+        for turn in list(self._waiting):
+            origin, future = turn
+            if self._taken.total() < self._places and self._taken[origin] < self._share:
+                self._waiting.remove(turn)
+                self._taken[origin] += 1
+                if not future.done():
+                    future.set_result(None)
 
 
 class BlobServer:
@@ -64,6 +119,7 @@ class BlobServer:
         self._store, self._rate = store, rate
         self._streams: Counter[str] = Counter()
         self._origins: Counter[str] = Counter()
+        self._turns = Turns(rate.answers_at_once)
 
     async def answer(self, stream: Stream) -> None:
         """The handler: requests until the peer closes, stalls, or has had too many streams."""
@@ -101,13 +157,19 @@ class BlobServer:
         except (BlobMissing, FileNotFoundError):
             await _refuse(stream, ABSENT)
             return False
-        if count == 0:
-            await self._send_table(stream, digest)
-        elif first + count <= chunk_count(size):
-            await self._send_chunks(stream, digest, size, first, count)
-        else:
+        if count and first + count > chunk_count(size):
             await _refuse(stream, MALFORMED)
             return False
+        if not await self._turns.take(stream.origin):
+            await _refuse(stream, BUSY)
+            return False
+        try:
+            if count == 0:
+                await self._send_table(stream, digest)
+            else:
+                await self._send_chunks(stream, digest, size, first, count)
+        finally:
+            self._turns.give_back(stream.origin)
         async with asyncio.timeout(STALL_TIMEOUT):
             return await stream.read_exactly(1) == ACK
 

@@ -36,7 +36,7 @@ class Crowd:
         self._forget(now)
         known = self._held.get((key, owner))
         if known and known[1] >= expires:
-            return True  # nothing new: the store keeps what it has
+            return True  # nothing new for the counts
         if known is None or known[0] != origin:
             most = self.per_key.get(key.split("/")[1], PER_OTHER_KEY)
             if self._under_key[key, origin] >= most or self._of_origin[origin] >= self.in_all:
@@ -47,6 +47,9 @@ class Crowd:
             self._of_origin[origin] += 1
         self._held[key, owner] = origin, expires
         heapq.heappush(self._ends, (expires, key, owner))
+        if len(self._ends) > 2 * len(self._held) + 64:  # who renews all the time leaves old ends behind
+            self._ends = [(ends, *names) for names, (_, ends) in self._held.items()]
+            heapq.heapify(self._ends)
         return True
 
     def _forget(self, now: float) -> None:

@@ -42,15 +42,15 @@ def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
 
 @dataclass
 class Door:
-    """Lets in the strangers of each origin at a bounded rate: a token bucket for each. A flood waits; it comes again anyway."""
+    """Lets in strangers, or calls, of each origin at a bounded rate: a token bucket for each. A flood waits and comes again."""
 
     at_once: int = STRANGERS_AT_ONCE
     per_second: float = STRANGERS_PER_SECOND
     _spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def admits(self, origin: str, now: float) -> bool:
-        """Whether another stranger of `origin` may come in at `now` (seconds of any clock); counts it if so."""
-        spent = self._left_of(origin, now) + 1
+    def admits(self, origin: str, now: float, cost: float = 1.0) -> bool:
+        """Whether another of `origin` may come in at `now` (seconds of any clock); counts it, as `cost` of them, if so."""
+        spent = self._left_of(origin, now) + cost
         if spent > self.at_once:
             return False
         if len(self._spent) > 2 * self.at_once:

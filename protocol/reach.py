@@ -7,6 +7,8 @@ import re
 import socket
 
 PROBE_TIMEOUT = 3.0
+_NO_ANSWER = (OSError, ValueError, OverflowError)
+"""What asyncio raises for hosts and ports that do not answer, or cannot be: UnicodeError, of names, is a ValueError."""
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)(?:/p2p/(\w+))?")
 _WRONG_PEER = re.compile(r"peer id mismatch|remote key matches (\w+)|but remote key|PeerIDMismatch")
 
@@ -19,7 +21,7 @@ async def answers(address: str) -> bool:
     try:
         async with asyncio.timeout(PROBE_TIMEOUT):
             _, writer = await asyncio.open_connection(match[2], int(match[3]))
-    except (OSError, TimeoutError):
+    except _NO_ANSWER:
         return False
     writer.close()
     return True
@@ -41,8 +43,10 @@ async def why_unreachable(address: str, said: str) -> str:
         return f"the name {match[2]} does not resolve (DNS)"
     except ConnectionRefusedError:
         return "connection refused (nothing listens there)"
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
+    except (UnicodeError, OverflowError):
+        return "no host can have that name or port"
+    except _NO_ANSWER as error:
+        return (getattr(error, "strerror", None) or str(error)).lower()
     writer.close()
     if wrong:
         return f"wrong peer id: somebody else answers there{f' ({wrong[1]})' if wrong[1] else ''}"

@@ -73,7 +73,7 @@ class HivemindTransport(Transport):
         return list(self._addresses)
 
     def alive(self) -> bool:
-        return not self._closed and self._daemon.running
+        return not self._closed and self._daemon.running and (self._dht is None or self._dht.speaks)
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         dht = self._require_dht()
@@ -121,7 +121,7 @@ class HivemindTransport(Transport):
         """Connect to one address; the reason why not, or nothing."""
         try:
             await self._daemon.control.connect(_peer_of(address), [address], DIAL_TIMEOUT)
-        except ConnectionError as error:
+        except OSError as error:
             return await why_unreachable(address, str(error))
         return ""
 
@@ -157,7 +157,7 @@ class HivemindTransport(Transport):
 
     def _require_alive(self) -> None:
         if not self.alive():
-            raise ConnectionError("this peer is off the network: its p2pd has ended")
+            raise ConnectionError("this peer is off the network: its p2pd has ended, or hears nothing any more")
 
     def _require_dht(self) -> Dht:
         self._require_alive()

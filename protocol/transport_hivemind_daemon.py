@@ -77,20 +77,11 @@ class Daemon:
         """Start p2pd under `identity`. Raises UnreachableError when the listen address cannot be had."""
         _require_free(listen)
         sockets = _SocketFolder(state_folder)
-        key = sockets.path / "identity"
-        write_atomic(key, identity.libp2p_bytes(), mode=0o600)
-        arguments = [
-            f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
-            f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reach.of(listen)).arguments(),
-        ]  # fmt: skip
-        if announce:
-            arguments.append("-announceAddrs=" + ",".join(announce))
-        process = await asyncio.create_subprocess_exec(
-            *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
-            start_new_session=True,  # Ctrl-C is for us: the network must outlive it by a farewell
-        )  # fmt: skip
-        daemon = cls(process, sockets, identity.peer_id)
+        try:
+            daemon = cls(await _spawn(identity, listen, sockets, reach, announce), sockets, identity.peer_id)
+        except BaseException:
+            sockets.remove()  # or this process itself would keep the state folder from its next attempt
+            raise
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await daemon._wait_until_ready(listen)
@@ -101,7 +92,7 @@ class Daemon:
             await daemon.close()
             raise
         finally:
-            key.unlink(missing_ok=True)
+            _key_file(sockets).unlink(missing_ok=True)
         return daemon
 
     @property
@@ -139,6 +130,31 @@ class Daemon:
             log.debug("p2pd: %s", line.decode(errors="replace").strip())
 
 
+async def _spawn(
+    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reach | None, announce: Sequence[str]
+) -> asyncio.subprocess.Process:
+    key = _key_file(sockets)
+    write_atomic(key, identity.libp2p_bytes(), mode=0o600)
+    arguments = [
+        f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
+        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reach.of(listen)).arguments(),
+    ]  # fmt: skip
+    if announce:
+        arguments.append("-announceAddrs=" + ",".join(announce))
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
+            start_new_session=True,  # Ctrl-C is for us: the network must outlive it by a farewell
+        )  # fmt: skip
+    except OSError as error:
+        raise UnreachableError(f"p2pd cannot be started ({error.strerror}); free memory or processes and try again") from error
+
+
+def _key_file(sockets: _SocketFolder) -> Path:
+    return sockets.path / "identity"
+
+
 class _SocketFolder:
     """A private folder for sockets inside the state folder, cleared at every start: a killed process cannot clear its own.
 
@@ -149,13 +165,20 @@ class _SocketFolder:
         """Raises IdentityError while another process uses `state_folder`."""
         home = state_folder.resolve()
         self._folder, self._descriptor = home / "p2pd", -1
+        self.path = self._folder
         with disk_errors(self._folder):
             home.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(home / "p2pd.lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._claim(home)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(mode=0o700)
-        self.path = self._folder
+            try:
+                self._make()
+            except BaseException:
+                self.remove()
+                raise
+
+    def _make(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
         if len(os.fsencode(self._folder / "control.sock")) > _LONGEST_SOCKET_PATH:
             self.path = self._short_path()
 

@@ -49,7 +49,7 @@ def _import_lightly() -> None:
     for name in _UTILITIES:
         module = importlib.import_module(f"hivemind.utils.{name}")
         vars(sys.modules["hivemind.utils"]).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
-    importlib.import_module("hivemind.dht.node")
+    importlib.import_module("hivemind.dht.protocol")
 
 
 def _import() -> None:
@@ -67,18 +67,17 @@ def _import() -> None:
 
 _import()
 
-from hivemind.dht.node import DHTNode  # noqa: E402
 from hivemind.dht.protocol import DHTProtocol  # noqa: E402
 from hivemind.dht.routing import DHTID, KBucket, RoutingTable  # noqa: E402
-from hivemind.dht.storage import DictionaryDHTValue  # noqa: E402
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase  # noqa: E402
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue  # noqa: E402
+from hivemind.dht.validation import DHTRecord  # noqa: E402
 from hivemind.hivemind_cli import __path__ as _binaries  # noqa: E402
 from hivemind.p2p import P2P, PeerID  # noqa: E402
 from hivemind.proto import dht_pb2 as _dht_pb2  # noqa: E402
 from hivemind.proto import p2pd_pb2 as _p2pd_pb2  # noqa: E402
 from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
-from hivemind.utils.timed_storage import ValueWithExpiration  # noqa: E402
+from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration  # noqa: E402
 
 use_hivemind_log_handler("nowhere")
 logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
@@ -92,15 +91,15 @@ __all__ = [
     "DHTID",
     "P2P",
     "P2PD",
-    "DHTNode",
+    "DHTLocalStorage",
     "DHTProtocol",
     "DHTRecord",
     "DictionaryDHTValue",
     "KBucket",
     "Multiaddr",
     "PeerID",
-    "RecordValidatorBase",
     "RoutingTable",
+    "TimedStorage",
     "ValueWithExpiration",
     "dht_messages",
     "messages",

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .diversity import Door, gives_way
 from .transport_hivemind_library import DHTID, DHTProtocol, KBucket, PeerID, RoutingTable
+from .transport_hivemind_storage import Records, Storage
 
+BATCH_BYTES, BATCH_RECORDS = 1 << 19, 512
+_OVERHEAD = 256  # key, owner, expiry and what packing adds
 _ORIGINS_KEPT, _ORIGINS_ASKED = 60.0, 0.5
+_BREATH = 64
+
+_Handed = tuple[DHTID, str, bytes, float]
+"""Hashed key, owner, packed value, expiry."""
 
 
 @dataclass
@@ -26,9 +33,14 @@ class Origins:
 
     async def of(self, peer_id: str) -> str:
         """ "" for who is behind a relay or gone again. Strangers that come at once wait for one answer, half a second at most."""
-        if peer_id not in self._known or time.monotonic() - self._asked > _ORIGINS_KEPT:
-            await self._ask_anew(time.monotonic())
-        return self._known.get(peer_id, "")
+        return (await self.of_all([peer_id]))[0]
+
+    async def of_all(self, peer_ids: Sequence[str]) -> list[str]:
+        """Those of many, after one question at most."""
+        now = time.monotonic()
+        if peer_ids and (now - self._asked > _ORIGINS_KEPT or not self._known.keys() >= set(peer_ids)):
+            await self._ask_anew(now)
+        return [self._known.get(peer_id, "") for peer_id in peer_ids]
 
     async def _ask_anew(self, wanted: float) -> None:
         async with self._asking:
@@ -68,23 +80,72 @@ class Table(RoutingTable):
 
 
 class Placing(DHTProtocol):
-    """The part of the DHT's protocol that says who becomes a neighbour."""
+    """The part of the DHT's protocol that says who becomes a neighbour, and hands newcomers what they should keep."""
 
     origins: Origins
     door: Door
     routing_table: Table
+    storage: Storage
+    cache: Storage
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
         """A peer sits at its place or nowhere, and strangers of one origin come in at a bounded rate."""
         place = place_of(peer_id)
         if node_id not in (None, place):
             return
-        if responded and place not in self.routing_table:
-            origin = await self.origins.of(peer_id.to_base58())
-            if not self.door.admits(origin, time.monotonic()):
+        if not responded:
+            if place in self.routing_table:
+                del self.routing_table[place]
+            return
+        if place not in self.routing_table and not await self._let_in(place, peer_id):
+            return
+        to_ping = self.routing_table.add_or_update_node(place, peer_id)
+        if to_ping is not None:
+            asyncio.create_task(self.call_ping(to_ping[1]))
+
+    async def _let_in(self, place: DHTID, peer_id: PeerID) -> bool:
+        origin = await self.origins.of(peer_id.to_base58())
+        if place in self.routing_table:
+            return True  # it called more than once at a time
+        if not self.door.admits(origin, time.monotonic()):
+            return False
+        self.routing_table.origins[place] = origin
+        asyncio.create_task(self._hand_over(place, peer_id))
+        return True
+
+    async def _hand_over(self, place: DHTID, peer_id: PeerID) -> None:
+        """Give a newcomer the records that it should keep and we are the nearest to, in messages of bounded size."""
+        keys: list[DHTID] = []
+        for number, (key, _) in enumerate(list(self.storage.items()), start=1):
+            if self._should_keep(key, place):
+                keys.append(key)
+            if number % _BREATH == 0:
+                await asyncio.sleep(0)  # others want to be answered, too
+        for batch in _batches((key, *entry) for key in keys for entry in (self.storage.of(key) or Records()).entries()):
+            ids, owners, values, ends = zip(*batch, strict=True)
+            if await self.call_store(peer_id, ids, values, ends, subkeys=owners) is None:
                 return
-            self.routing_table.origins[place] = origin
-        await super().update_routing_table(node_id, peer_id, responded)
+
+    def _should_keep(self, key: DHTID, place: DHTID) -> bool:
+        nearest = self.routing_table.get_nearest_neighbors(key, self.num_replicas, exclude=place)
+        if not nearest:
+            return True
+        return place ^ key < nearest[-1][0] ^ key and self.node_id ^ key < nearest[0][0] ^ key
+
+
+def _batches(records: Iterable[_Handed]) -> Iterator[list[_Handed]]:
+    """In the same order, each of at most BATCH_BYTES and BATCH_RECORDS."""
+    batch: list[_Handed] = []
+    size = 0
+    for record in records:
+        needed = len(record[2]) + _OVERHEAD
+        if batch and (size + needed > BATCH_BYTES or len(batch) == BATCH_RECORDS):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += needed
+    if batch:
+        yield batch
 
 
 def place_of(peer_id: PeerID) -> DHTID:

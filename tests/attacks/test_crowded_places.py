@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import random
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from lutetia.protocol.diversity import STRANGERS_AT_ONCE, Door, alternate, gives
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import Timing
 from lutetia.protocol.records import claim_key
-from lutetia.protocol.transport_hivemind_dht import REPLICAS
+from lutetia.protocol.transport_hivemind import HivemindTransport
+from lutetia.protocol.transport_hivemind_dht import REPLICAS, SEARCH_WIDTH
 from lutetia.protocol.transport_hivemind_library import DHTID, PeerID
+from lutetia.protocol.transport_hivemind_search import DOUBTFUL, Search, run
 from lutetia.protocol.transport_hivemind_table import Origins, Table, place_of
 from swarms import anything, claim, manifest_of_now, network
 
@@ -126,6 +130,108 @@ async def test_one_honest_replica_among_made_up_ones_nearer_to_the_key_keeps_the
         assert await claim(volunteer, run.run_id, "volunteer")
         await volunteer.close()
         assert Identity.derived("volunteer").public_key in await honest.get(key)
+
+
+@pytest.mark.parametrize("honest", [15, 60, 200])
+async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> None:
+    """He keeps many invented ids and names the nearest of them to whatever is sought. He needs to run none of them."""
+    draw = random.Random(honest)
+    peers = [draw.getrandbits(160) for _ in range(honest)]
+    invented = [draw.getrandbits(160) for _ in range(20_000)]
+    liar, tables = peers[0], {peer: draw.sample(peers, min(honest, 60)) for peer in peers}
+    for _ in range(20):
+        key, storer = draw.getrandbits(160), draw.choice(peers[1:])
+        silent = 0
+
+        async def ask(node: int, key: int = key) -> list[int] | None:
+            nonlocal silent
+            if node not in tables:
+                silent += 1
+                return None
+            return nearest(invented if node == liar else tables[node], key, 20)
+
+        search = Search(key, SEARCH_WIDTH, {liar, *nearest(tables[storer], key, 20)} - {storer})
+        await run(search, ask)
+        found = search.nearest()
+        assert set(found) <= set(peers)
+        assert set(found[: REPLICAS + 1]) >= set(nearest([peer for peer in peers if peer != storer], key, REPLICAS))
+        assert silent <= DOUBTFUL + 1, "what he costs is bounded"
+
+
+async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search() -> None:
+    """Half of the swarm has just died; a newcomer knows one peer only."""
+    draw = random.Random(3)
+    peers = [draw.getrandbits(160) for _ in range(60)]
+    dead = set(peers[30:])
+
+    async def ask(node: int) -> list[int] | None:
+        return None if node in dead else nearest(peers, key, 20)
+
+    for _ in range(50):
+        key = draw.getrandbits(160)
+        search = Search(key, SEARCH_WIDTH, [peers[0]])
+        await run(search, ask)
+        assert set(search.nearest()) >= set(nearest(set(peers) - dead, key, REPLICAS)) & set(nearest(peers, key, 20))
+
+
+async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> None:
+    """Somebody names peers at addresses that swallow every dial."""
+    at = asyncio.get_running_loop().time()
+
+    async def ask(node: int) -> list[int]:
+        if node >= 100:
+            return [1000 + node] if node < 200 else await asyncio.get_running_loop().create_future()
+        return [200 + node]
+
+    await run(search := Search(0, 10, range(1, 20)), ask)
+    assert search.nearest() == list(range(1, 11))
+    assert asyncio.get_running_loop().time() - at < 2
+
+
+@pytest.mark.timeout(300)
+async def test_records_reach_honest_peers_past_a_real_liar_who_names_made_up_ones(tmp_path: Path) -> None:
+    run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
+    invented = {place_of(peer): peer for peer in map(made_up, range(5000))}
+
+    def nearest_invented(query_id: DHTID, k: int, exclude: DHTID | None = None) -> list[tuple[DHTID, PeerID]]:
+        return [(DHTID(place), invented[DHTID(place)]) for place in nearest(invented, query_id, k)]
+
+    async with network(tmp_path, run) as start:
+        first = await start("first")
+        honest = [first, *[await start(f"honest {number}", bootstrap=first.addresses()) for number in range(2)]]
+        liar = await start("liar", check=anything, bootstrap=first.addresses(), host="127.0.0.2")
+        assert liar._dht
+        liar._dht._protocol.routing_table.get_nearest_neighbors = nearest_invented  # type: ignore[method-assign]
+        await until_neighbours(liar, honest)
+        volunteer = await start("volunteer", bootstrap=first.addresses())
+        started = time.monotonic()
+        assert await claim(volunteer, run.run_id, "volunteer")
+        assert time.monotonic() - started < 10
+        key = DHTID.generate(source=claim_key(run.run_id, 0))
+        assert all(peer._dht and key in peer._dht._protocol.storage for peer in honest)
+
+
+async def until_neighbours(peer: HivemindTransport, others: list[HivemindTransport]) -> None:
+    for other in others:
+        assert other._dht
+        assert await other._dht.meet(peer.peer_id)
+
+
+async def test_the_origins_of_all_candidates_cost_one_question() -> None:
+    asked: list[float] = []
+
+    async def ask() -> dict[str, str]:
+        asked.append(time.monotonic())
+        return {"peer": "198.51.100.7"}
+
+    origins = Origins(ask)
+    assert await origins.of_all(["peer"]) == ["198.51.100.7"]
+    assert await origins.of_all([*(f"gone {number}" for number in range(10)), "peer"]) == [*[""] * 10, "198.51.100.7"]
+    assert len(asked) == 2
+
+
+def nearest(peers: Collection[int], key: int, count: int) -> list[int]:
+    return sorted(peers, key=lambda peer: peer ^ key)[:count]
 
 
 def distance(key: str, peer_id: str) -> int:

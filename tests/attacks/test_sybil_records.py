@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from lutetia.protocol.crowding import IN_ALL, PER_KEY, Crowd
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import Timing
 from lutetia.protocol.records import claim_key
+from lutetia.protocol.transport_hivemind_library import DHTID
+from lutetia.protocol.transport_hivemind_storage import Storage
 from swarms import claim, manifest_of_now, network
 
 CLAIMS = f"{'0' * 64}/claims/0"
@@ -44,6 +48,36 @@ def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, st
     crowd._forget(1e9)
     assert (crowd._held, dict(crowd._under_key), dict(crowd._of_origin)) == ({}, {}, {})
     assert PER_KEY["claims"] < IN_ALL
+
+
+def test_storing_a_record_again_costs_no_memory_and_an_older_one_takes_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, key, now = Storage(), DHTID.generate(source=CLAIMS), time.time()
+    clock = sys.modules["hivemind.utils.timed_storage"]
+    assert storage.store_subkey(key, "owner", b"old", now + 1)
+    assert storage.store_subkey(key, "owner", b"new", now + 60)
+    for ends in (now + 1, now + 60):
+        assert not storage.is_newer(key, "owner", ends)
+        assert not any(storage.store_subkey(key, "owner", b"old", ends) for _ in range(1000))
+    records = storage.of(key)
+    assert records
+    assert len(records.expiration_heap) + len(storage.expiration_heap) < 10
+    monkeypatch.setattr(clock, "get_dht_time", lambda: now + 2)
+    assert records.entries() == [("owner", b"new", now + 60)]
+    assert key in storage
+    monkeypatch.setattr(clock, "get_dht_time", lambda: now + 61)
+    assert records.entries() == []
+    assert key not in storage
+
+
+def test_renewing_all_the_time_costs_no_memory() -> None:
+    storage, crowd, key, now = Storage(), Crowd(), DHTID.generate(source=CLAIMS), time.time()
+    for number in range(10_000):
+        assert storage.store_subkey(key, f"owner {number % 10}", b"new", now + 60 + number / 1000)
+        assert crowd.admits(CLAIMS, f"owner {number % 10}", "203.0.113.5", now + 60 + number / 1000, now)
+    records = storage.of(key)
+    assert records
+    assert max(len(records.expiration_heap), len(storage.expiration_heap), len(crowd._ends)) < 200
+    assert sorted(ends for _, _, ends in records.entries()) == [now + 60 + number / 1000 for number in range(9990, 10_000)]
 
 
 @pytest.mark.timeout(300)

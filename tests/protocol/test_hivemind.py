@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -10,10 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import uvloop
 from lutetia.protocol import reach, transport_hivemind_daemon
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import Manifest
@@ -22,10 +26,11 @@ from lutetia.protocol.services import publish
 from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
 from lutetia.protocol.transport_hivemind_control import useful
 from lutetia.protocol.transport_hivemind_daemon import Reach
-from lutetia.protocol.transport_hivemind_dht import _believable, _own_expiry
-from lutetia.protocol.transport_hivemind_library import DHTID, DictionaryDHTValue, PeerID, ValueWithExpiration
+from lutetia.protocol.transport_hivemind_dht import _believable
+from lutetia.protocol.transport_hivemind_library import DHTID, DictionaryDHTValue, PeerID
+from lutetia.protocol.transport_hivemind_storage import merged
 from lutetia.protocol.transport_hivemind_table import place_of
-from lutetia.system.errors import BootstrapError, IdentityError, UnreachableError
+from lutetia.system.errors import BootstrapError, DiskError, IdentityError, UnreachableError
 
 from .documents import records
 from .networks import LOOPBACK, honest, manifest_of_now, until
@@ -137,6 +142,16 @@ async def test_each_kind_of_silence_has_its_words(failure: OSError | None, says:
     assert says in await reach.why_unreachable(f"/dns4/swarm.example/tcp/4001/p2p/{NOBODY}", "dial failed")
 
 
+@pytest.mark.parametrize("host", ["dns4/a..b", f"dns4/{'a' * 64}.example", "dns/.", "ip4/a..b", "ip4/999.1.1.1"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_host_that_cannot_be_is_not_reached_and_nothing_worse(host: str, run: Callable[..., Any]) -> None:
+    """Node records of strangers hold such names; to resolve them raises UnicodeError."""
+    for port in ("4001", "99999"):
+        address = f"/{host}/tcp/{port}/p2p/{NOBODY}"
+        assert run(reach.why_unreachable(address, "dial failed"))
+        assert not run(reach.answers(address))
+
+
 async def test_when_its_p2pd_dies_the_peer_knows(tmp_path: Path) -> None:
     run = manifest_of_now()
     anna = await peer("anna", tmp_path, run)
@@ -238,14 +253,14 @@ def test_elsewhere_a_peer_tries_to_be_reachable() -> None:
     assert "-trustedRelays=/a,/b" in Reach(trusted_relays=("/a", "/b")).arguments()
 
 
-def test_a_peer_cannot_end_a_search_by_claiming_to_live_for_ever() -> None:
-    answer = DictionaryDHTValue()
-    answer.store("owner", b"value", time.time() + 30)
-    (_, (_, expires)), *_ = answer.items()
-    believed = _own_expiry(ValueWithExpiration(answer, float("inf")))
-    assert believed.expiration_time == expires
-    assert _own_expiry(ValueWithExpiration(DictionaryDHTValue(), float("inf"))) is None
-    assert _own_expiry(ValueWithExpiration(b"no records", float("inf"))) is None
+def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None:
+    answer, expires = DictionaryDHTValue(), time.time() + 30
+    answer.store("owner", b"value", expires)
+    answer.latest_expiration_time = float("inf")
+    believed = merged([answer])
+    assert believed.latest_expiration_time == expires
+    assert believed.entries() == [("owner", b"value", expires)]
+    assert not merged([])
 
 
 def test_addresses_of_this_machine_alone_are_kept_to_itself() -> None:
@@ -289,3 +304,29 @@ async def test_a_p2pd_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch:
     with pytest.raises(UnreachableError, match="did not start within"):
         await peer("anna", tmp_path, manifest_of_now())
     assert not list((tmp_path / "anna").glob("p2pd/*"))
+
+
+@pytest.mark.parametrize("failing", ["write_atomic", "mkdir", "exec"])
+async def test_a_start_that_fails_does_not_keep_the_state_folder_from_the_next(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when p2pd has died on a full disk: with space again, the same process goes back on the network."""
+
+    def full(*_: object, **__: object) -> None:
+        raise DiskError("no space left on device")
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "mkdir":
+        (tmp_path / "anna").mkdir()
+        monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: no_room() if path.name == "p2pd" else None)
+    elif failing == "exec":
+        monkeypatch.setattr(transport_hivemind_daemon, "P2PD", str(tmp_path / "none"))
+        monkeypatch.setattr(transport_hivemind_daemon, "command", lambda *arguments: arguments)
+    else:
+        monkeypatch.setattr(transport_hivemind_daemon, failing, full)
+    with pytest.raises((DiskError, UnreachableError), match=r"(?i)no space left|cannot be started \(No such file"):
+        await peer("anna", tmp_path, manifest_of_now())
+    monkeypatch.undo()
+    await (await peer("anna", tmp_path, manifest_of_now())).close()

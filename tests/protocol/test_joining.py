@@ -92,6 +92,19 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
     assert str(caught.value).count("connection refused") >= 2
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+async def test_a_node_record_with_an_impossible_name_does_not_stop_later_joins(run: Run, host: str) -> None:
+    second, signed = await run.join(SECOND, "second")
+    hostile = node_record(SECOND, second, signed.manifest.run_id)
+    hostile = hostile.model_copy(update={"addresses": (f"/dns4/{host}/tcp/4001/p2p/{SECOND.peer_id}",)})
+    assert await publish(second, SECOND, hostile, 60)
+    for _ in range(2):
+        first, _ = await run.join(FIRST, "first")
+        await first.close()
+        assert f"/dns4/{host}/" in (run.folder / "first" / PEERS_FILE).read_text()
+    await second.close()
+
+
 async def test_a_ticket_of_another_run_or_owner_is_refused(run: Run) -> None:
     other = run.ticket.model_copy(update={"run": "cd" * 32})
     with pytest.raises(ConfigError, match=f"serve run {run.ticket.run[:12]}, not {'cd' * 6}"):

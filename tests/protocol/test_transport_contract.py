@@ -111,6 +111,26 @@ async def test_a_record_vanishes_when_it_expires(swarm: Swarm) -> None:
     assert time.time() >= expires
 
 
+async def test_an_older_record_stored_again_takes_the_newer_away_from_nobody(swarm: Swarm) -> None:
+    """Anybody who has seen it can do that, and replicas that missed the newer one do it in good faith."""
+    old, new = swarm.claim(CLEO, 0), swarm.claim(CLEO, 0, samples=9)
+    ends, later = time.time() + 2, time.time() + 40
+    sealed = seal(old, CLEO, ends)
+    assert await swarm.cleo.store(old.key(), old.owner, sealed, ends)
+    assert await swarm.cleo.store(new.key(), new.owner, seal(new, CLEO, later), later)
+    swarm.anything.key = old.key()
+    for _ in range(3):
+        await swarm.liar.store(old.key(), old.owner, sealed, ends)
+
+    async def ended() -> bool:
+        return time.time() > ends + 0.2
+
+    await until(ended, 10)
+    for peer in (swarm.anna, swarm.ben, swarm.cleo):
+        found = await peer.get(new.key())
+        assert found[CLEO.public_key].expires == later
+
+
 async def test_an_unknown_key_is_empty(swarm: Swarm) -> None:
     assert await swarm.anna.get(claim_key(swarm.run.run_id, 3999)) == {}
 

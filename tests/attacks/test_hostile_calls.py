@@ -1,0 +1,152 @@
+"""Calls of the DHT that ask for too much, too often or for nothing: they cost the caller's share and leave nothing behind.
+
+Real p2pd. What the callers send is hivemind's wire format; that they may send it does not depend on our code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lutetia.protocol import transport_hivemind_answers as answers
+from lutetia.protocol.diversity import Door
+from lutetia.protocol.transport_hivemind import HivemindTransport
+from lutetia.protocol.transport_hivemind_library import DHTID, PeerID, dht_messages
+from lutetia.protocol.transport_hivemind_storage import Records, within
+from swarms import manifest_of_now, network, until
+
+
+def by_value(key: str | None, subkey: str, value: bytes, expires: float) -> str:
+    """The check of a swarm whose records say where they belong."""
+    return value.partition(b"|")[0].decode()
+
+
+async def call(caller: HivemindTransport, callee: HivemindTransport, name: str, request: Any, answer: Any, seconds: float) -> Any:
+    assert caller._dht
+    calling = caller._dht._p2p.call_protobuf_handler(
+        PeerID.from_base58(callee.peer_id), f"DHTProtocol.{name}", request, answer
+    )  # fmt: skip
+    return await asyncio.wait_for(calling, seconds)
+
+
+def handling(peer: HivemindTransport) -> int:
+    """Calls of others that a peer still holds."""
+    assert peer._dht
+    client: Any = peer._dht._p2p._client
+    return len(client.control._handler_tasks)
+
+
+async def failure_of(asked: Any) -> str:
+    """The class of what `asked` raises, be it of hivemind."""
+    (error,) = await asyncio.gather(asked, return_exceptions=True)
+    assert isinstance(error, BaseException), error
+    return type(error).__name__
+
+
+def keep(peer: HivemindTransport, key: str, owner: str, size: int) -> None:
+    """A record at `peer` that nobody handed over, to fill it quickly."""
+    assert peer._dht
+    protocol, value = peer._dht._protocol, key.encode() + b"|" + os.urandom(size)
+    protocol.storage.store_subkey(DHTID.generate(source=key), owner, protocol.serializer.dumps(value), time.time() + 600)
+
+
+@pytest.mark.timeout(300)
+async def test_a_call_for_thousands_of_keys_is_refused_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    async with network(tmp_path, manifest_of_now()) as start:
+        victim = await start("victim", check=by_value)
+        attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
+        for name in ("neighbour", "another"):
+            await start(name, check=by_value, bootstrap=victim.addresses())
+        key = DHTID.generate(source="any").to_bytes()
+        for keys in ([os.urandom(20) for _ in range(17)], [key, key], [os.urandom(20) for _ in range(60_000)]):
+            request = dht_messages.FindRequest(keys=keys)
+            asked = call(attacker, victim, "rpc_find", request, dht_messages.FindResponse, 5.0)
+            assert await failure_of(asked) == "P2PHandlerError"
+        honest = dht_messages.FindRequest(keys=[os.urandom(20) for _ in range(16)])
+        assert len((await call(attacker, victim, "rpc_find", honest, dht_messages.FindResponse, 5.0)).results) == 16
+        await until(lambda: handling(victim) == 0, 5)
+
+
+@pytest.mark.timeout(300)
+async def test_calls_that_are_taken_back_leave_nothing(tmp_path: Path) -> None:
+    """A ping that asks to be called back, by a caller who does not wait, and a find that waits for p2pd."""
+    async with network(tmp_path, manifest_of_now()) as start:
+        victim = await start("victim", check=by_value)
+        attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
+        assert attacker._dht
+        node = dht_messages.NodeInfo(node_id=attacker._dht._protocol.node_id.to_bytes())
+        ping = dht_messages.PingRequest(peer=node, validate=True)
+        ping.auth.nonce = bytes(3 << 20)
+        for _ in range(10):
+            assert await failure_of(call(attacker, victim, "rpc_ping", ping, dht_messages.PingResponse, 0.001)) == "TimeoutError"
+        plain = dht_messages.PingRequest(peer=node, validate=True)
+        replies = await asyncio.gather(
+            *(call(attacker, victim, "rpc_ping", plain, dht_messages.PingResponse, 10.0) for _ in range(20))
+        )
+        assert not any(reply.available for reply in replies), "nobody is called back"
+        await until(lambda: handling(victim) == 0, 20)
+        assert victim.alive()
+
+
+@pytest.mark.timeout(300)
+async def test_a_key_with_more_records_than_fit_into_a_message_can_be_read(tmp_path: Path) -> None:
+    async with network(tmp_path, manifest_of_now()) as start:
+        replica = await start("replica", check=by_value)
+        reader = await start("reader", check=by_value, bootstrap=replica.addresses())
+        for number in range(4000):
+            keep(replica, "run/nodes/1", f"owner {number}", 2000)
+        found = await reader.get("run/nodes/1")
+        assert 1000 < len(found) <= 4000
+        assert await replica.neighbours() == [reader.peer_id], "and the reader was not taken for dead"
+        assert await reader.neighbours() == [replica.peer_id]
+
+
+@pytest.mark.timeout(300)
+async def test_who_keeps_more_than_fits_into_a_message_still_has_newcomers_as_neighbours(tmp_path: Path) -> None:
+    async with network(tmp_path, manifest_of_now()) as start:
+        full = await start("full", check=by_value)
+        for number in range(6000):
+            keep(full, f"run/claims/{number}", "owner", 1000)
+        newcomer = await start("newcomer", check=by_value, bootstrap=full.addresses(), host="127.0.0.2")
+        assert newcomer._dht
+        kept = newcomer._dht._protocol.storage
+        await until(lambda: len(kept) == 6000, 60)
+        assert await full.neighbours() == [newcomer.peer_id]
+
+
+async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_path: Path) -> None:
+    async with network(tmp_path, manifest_of_now()) as start:
+        victim = await start("victim", check=by_value)
+        attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
+        honest = await start("honest", check=by_value, bootstrap=victim.addresses(), host="127.0.0.3")
+        assert victim._dht
+        victim._dht._protocol.calls = Door(at_once=50, per_second=0.001)
+        ping = dht_messages.PingRequest()
+        replies = await asyncio.gather(
+            *(call(attacker, victim, "rpc_ping", ping, dht_messages.PingResponse, 10.0) for _ in range(60)),
+            return_exceptions=True,
+        )
+        assert sum(not isinstance(reply, BaseException) for reply in replies) == 50
+        store = dht_messages.StoreRequest(
+            keys=[bytes(20)], subkeys=[b"\xa1x"], values=[b"\xc4\x01x"], expiration_time=[time.time() + 60], in_cache=[False]
+        )
+        reply = await call(attacker, victim, "rpc_store", store, dht_messages.StoreResponse, 10.0)
+        assert list(reply.store_ok) == [False], "not an error, which would cost a peer that hands records over its neighbour"
+        assert len((await call(honest, victim, "rpc_ping", ping, dht_messages.PingResponse, 10.0)).peer.node_id) == 20
+
+
+def test_an_answer_that_cannot_hold_all_holds_some_by_chance() -> None:
+    records = Records()
+    for number in range(300):
+        records.store(f"owner {number}", bytes(1000), time.time() + 100 + number)
+    chosen = [set(dict(within(records, 50_000)[0].items())) for _ in range(2)]
+    assert all(40 < len(each) < 50 for each in chosen)
+    assert chosen[0] != chosen[1]
+    everything, size = within(records, answers.ANSWER_BYTES)
+    assert len(dict(everything.items())) == 300
+    assert 300_000 < size < answers.ANSWER_BYTES
+    assert everything.latest_expiration_time == records.latest_expiration_time
