@@ -20,6 +20,7 @@ from ..protocol.manifest import (
     SamplingSpec,
     Timing,
 )
+from ..protocol.ticket import Place
 
 HostPort = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
 """`host:port`; an IPv6 address stands in brackets."""
@@ -121,7 +122,7 @@ class ServeSettings(_Settings):
     """
 
     listen: Annotated[str, Field(pattern=r"^/(ip4|ip6)/[0-9a-fA-F:.]+/tcp/\d{1,5}$")] | None = None
-    announce: tuple[str, ...] = Field(default=(), max_length=8)
+    announce: tuple[Place, ...] = Field(default=(), max_length=8)
     http: HostPort | None = None
     threads: Count = 1
     nice: int = Field(default=5, ge=0, le=19)

@@ -19,6 +19,8 @@ MAX_TICKET_CHARACTERS = 8192
 PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 """Up to 65535; a regular expression's own digits would include those of other scripts."""
 _HOST = r"/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+"
+Place = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}$", max_length=256)]
+"""Where somebody listens: /ip4/203.0.113.5/tcp/41000"""
 Address = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}/p2p/[A-Za-z0-9]+$", max_length=256)]
 
 

@@ -151,7 +151,13 @@ def test_data_that_are_absent_or_changed_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("model", "values"), [(RunSettings, {"expertz": 3}), (ServeSettings, {"port": 1}), (RunSettings, {"preset": "x"})]
+    ("model", "values"),
+    [
+        (RunSettings, {"expertz": 3}),
+        (ServeSettings, {"port": 1}),
+        (RunSettings, {"preset": "x"}),
+        (ServeSettings, {"announce": ["203.0.113.5:41000"]}),
+    ],
 )
 def test_unknown_settings_are_refused(model, values):
     with pytest.raises(ValidationError):
