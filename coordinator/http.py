@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 from ..protocol.canonical import canonical
 from ..protocol.status import SwarmStatus
 from ..protocol.store import BlobStore
-from ..system.errors import UnreachableError
+from ..system.errors import ConfigError, UnreachableError
 from .metrics import metrics_text
 from .page import render_page
 
@@ -67,9 +67,12 @@ class _QuietServer(uvicorn.Server):
 
 
 def bind(address: str) -> socket.socket:
-    """Listen on `host:port`. Raises UnreachableError when the port is taken or the host is not ours."""
-    parts = urlsplit(f"//{address}")
-    host, port = parts.hostname or "127.0.0.1", parts.port or 0
+    """Listen on `host:port`. Raises ConfigError when it is none, UnreachableError when the port is taken or the host not ours."""
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname or "127.0.0.1", parts.port or 0
+    except ValueError as error:
+        raise ConfigError(f"the HTTP address {address} has no port between 0 and 65535; correct it") from error
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

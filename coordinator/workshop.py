@@ -170,16 +170,12 @@ def _check_agreement(manifest: Manifest, shard: int, epoch: int, weights: Path, 
     from safetensors import safe_open
 
     from ..models.checkpoints import CheckpointRefused
-    from ..models.tensorfiles import read_document
+    from ..models.states import read_place
 
+    place = read_place(state, manifest, shard)
+    if (place["epoch"], place["step"]) != (epoch, 0):
+        raise CheckpointRefused("header", f"the state is of epoch {place['epoch']}, step {place['step']}; refused")
     with safe_open(state, framework="pt") as states, safe_open(weights, framework="pt") as published:
-        try:
-            place = read_document(states.metadata())
-        except ValueError as error:
-            raise CheckpointRefused("header", "the state does not say where it belongs; refused") from error
-        said = (place.get("run"), place.get("shard"), place.get("epoch"), place.get("step"))
-        if said != (manifest.run_id, shard, epoch, 0):
-            raise CheckpointRefused("header", f"the state is of shard {said[1]}, epoch {said[2]}, step {said[3]}; refused")
         for name in states.keys():  # noqa: SIM118 (not a dictionary)
             own = name.removeprefix("ema.")
             if own != name and not torch.equal(states.get_tensor(name), published.get_tensor(own)):

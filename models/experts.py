@@ -211,8 +211,11 @@ def build_meta(spec: ExpertSpec) -> nn.Module:
 
 
 def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
-    """Raises ConfigError, naming both numbers, when the expert cannot take the run's latents or text."""
-    config = _config(build_meta(spec))
+    """Raises ConfigError, naming both numbers, when the expert cannot take the run's latents or text, or draws by itself."""
+    model = build_meta(spec)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        raise ConfigError("the expert has dropout, whose masks no other device and split draws again; set it to 0")
+    config = _config(model)
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
     volume = p_t * p_h * p_w if family.packed else 1

@@ -55,6 +55,8 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
             norms[_SECOND] += v.sum(dtype=torch.float64).item()
         for name in (name for name in names if name.startswith(_MUON)):
             norms[_MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
+    if not any(norms.values()):
+        raise CheckpointRefused("missing", f"{path.name} holds no moments of the optimiser, which every step leaves; refused")
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
         if math.sqrt(squared) > most * _SLACK:

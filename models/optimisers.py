@@ -67,7 +67,10 @@ class Optimiser:
                         yield f"{kind}.{moment}.{self._names[parameter]}", tensor
 
     def load(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Restore what `state` gave after `steps` updates; parameters that had no gradient then have no moments now."""
+        """Restore what `state` gave after `steps` updates. Adam's moments that are missing then count as zero.
+
+        They may not begin anew: a trainer that goes on would correct their bias otherwise than one that reloads what it saved.
+        """
         for kind, (part, _) in self._parts.items():
             part.state.clear()
             for parameter in (p for group in part.param_groups for p in group["params"]):
@@ -75,8 +78,11 @@ class Optimiser:
                 for name in (f"{kind}.{moment}{suffix}" for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer")):
                     if name in moments:
                         part.state[parameter][name.split(".", 2)[1]] = moments[name].to(parameter.device, copy=True)
-                if kind == "adamw" and part.state[parameter]:
-                    part.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+                if kind == "adamw" and steps:
+                    found = part.state[parameter]
+                    found["step"] = torch.tensor(float(steps), device=parameter.device)
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        found.setdefault(moment, torch.zeros_like(parameter))
 
 
 class Ema:

@@ -21,7 +21,7 @@ def stream(run: str, shard: int, epoch: int, step: int, purpose: str) -> np.rand
 
 
 def seed_of(run: str, shard: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit seed for code that owns its generator (weight initialisation, dropout)."""
+    """A 63-bit seed for code that owns its generator (weight initialisation)."""
     return int(stream(run, shard, 0, step, purpose).integers(1 << 63))
 
 

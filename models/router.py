@@ -176,7 +176,7 @@ def train_router(
         loss = nn.functional.cross_entropy(logits, rows.labels.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(router.parameters(), 1.0, foreach=True)
+        nn.utils.clip_grad_norm_(router.parameters(), 1.0)
         optimiser.step()
         if on_progress:
             on_progress(step + 1, steps, loss.item())

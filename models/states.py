@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from ..protocol.manifest import Manifest
-from ..system.errors import IntegrityError
 from .checkpoints import CheckpointRefused, check_state, check_weights
 from .tensorfiles import read_document, write_tensors
 
 Precision = Literal["float32", "bfloat16"]
-_PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision")
+_PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision", "device")
+_NUMBERS = ("shard", "epoch", "step", "samples", "micro_batch")
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Snapshot:
     """Everything that determines the next step, on the CPU, detached from the trainer, which goes on meanwhile.
 
     `epoch` and `step` say where the next step belongs (an ended epoch e is epoch e+1, step 0); `samples` are the shard's so far.
-    `trace` are the losses of the epoch that was being trained or has just ended, `device` where it was trained last.
+    `trace` are the losses of the epoch that was being trained or has just ended, `device` the kind on which it was trained:
+    "other" when on more than one, "" where a file of an earlier version does not say.
     """
 
     run: str
@@ -71,36 +72,40 @@ def read_weights(path: Path, manifest: Manifest, shard: int) -> dict[str, Tensor
 def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
     """The checked state of a shard's trainer; `ema` is empty where it travels as a weights file.
 
-    Raises CheckpointRefused (does not fit the expert) or IntegrityError (of another run or shard).
+    Raises CheckpointRefused: does not fit the expert, or is of another run or shard.
     """
     check_state(path, manifest.expert_of(shard), manifest.optimisation)
-    with safe_open(path, framework="pt") as file:
-        try:
-            place = read_document(file.metadata())
-            numbers = {name: int(place[name]) for name in ("shard", "epoch", "step", "samples", "micro_batch")}
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise CheckpointRefused("header", f"the state {path.name} does not say where it belongs; refused") from error
-    steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
-    if (place.get("run"), numbers["shard"]) != (manifest.run_id, shard):
-        raise IntegrityError(f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
-    fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
-    if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
-        raise CheckpointRefused("header", f"the state {path.name} names a place that this run does not have; refused")
+    place = read_place(path, manifest, shard)
     tensors = _read_tensors(path)
     return Snapshot(
-        run=manifest.run_id,
-        shard=shard,
-        epoch=numbers["epoch"],
-        step=numbers["step"],
-        samples=numbers["samples"],
-        micro_batch=numbers["micro_batch"],
-        precision="bfloat16" if place.get("precision") == "bfloat16" else "float32",
+        **place,
         parameters=_under("param.", tensors),
         ema=_under("ema.", tensors),
         buffers={},
         moments={name: tensor for name, tensor in tensors.items() if name.startswith(("adamw.", "muon."))},
         trace=tensors["trace"].tolist() if "trace" in tensors else [],
     )
+
+
+def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+    """Where in the run a state file belongs and how it was made: the fields of `Snapshot` that are no tensors.
+
+    Raises CheckpointRefused: of another run or shard, or it says what no trainer writes.
+    """
+    with safe_open(path, framework="pt") as file:
+        try:
+            said = read_document(file.metadata())
+            numbers = {name: int(said[name]) for name in _NUMBERS}
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise CheckpointRefused("header", f"the state {path.name} does not say where it belongs; refused") from error
+    steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
+    if (said.get("run"), numbers["shard"]) != (manifest.run_id, shard):
+        raise CheckpointRefused("header", f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
+    fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
+    if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
+        raise CheckpointRefused("header", f"the state {path.name} names a place that this run does not have; refused")
+    precision = "bfloat16" if said.get("precision") == "bfloat16" else "float32"
+    return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(said.get("device", ""))}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

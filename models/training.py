@@ -69,6 +69,7 @@ class ExpertTrainer:
         self.precision: Precision = precision
         self.epoch, self.step_in_epoch = 0, 0
         self.trace: list[float] = []
+        self._trained_on = self.device.type
         check_fits(self.spec, manifest.latent)
         if len(data) < manifest.optimisation.batch:
             batch = manifest.optimisation.batch
@@ -79,7 +80,6 @@ class ExpertTrainer:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimiser = Optimiser(self.model, manifest.optimisation)
         self._ema = Ema(self.model)
-        self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         self._batches = _Ahead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
 
     @property
@@ -103,10 +103,8 @@ class ExpertTrainer:
             self._place(self.epoch + 1, 0, [])
         optimisation, done = self.manifest.optimisation, self.steps
         total = self.manifest.epochs * self.manifest.steps_per_epoch
-        if self._draws:
-            torch.manual_seed(seed_of(self.manifest.run_id, self.shard, "dropout", done))
         loss = self._accumulate(self._batches.take(self.epoch, self.step_in_epoch))
-        nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip, foreach=True)
+        nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip)
         self._optimiser.step(learning_rate(optimisation, done, total))
         self._ema.update(ema_decay(optimisation, done))
         self.step_in_epoch += 1
@@ -146,7 +144,7 @@ class ExpertTrainer:
             samples=self.samples,
             micro_batch=self.micro_batch,
             precision=self.precision,
-            device=self.device.type,
+            device=self._trained_on,
             parameters=_copies(dict(self.model.named_parameters())),
             ema=_copies(self._ema.weights),
             buffers=_copies({k: v for k, v in self.model.state_dict().items() if k not in self._ema.weights}),
@@ -196,6 +194,8 @@ class ExpertTrainer:
         self._optimiser.load(state.moments, self.steps)
         if state.step:  # in the middle of an epoch the same split must go on, or the sums differ in their last bits
             self.micro_batch, self.precision = state.micro_batch, state.precision
+            if state.device not in ("", self.device.type):
+                self._trained_on = "other"  # no one kind of device can replay it
 
     def _start(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Parameters and EMA from `weights`; moments and trace forgotten."""
@@ -208,7 +208,7 @@ class ExpertTrainer:
         self._place(epoch, 0, [])
 
     def _place(self, epoch: int, step: int, trace: list[float]) -> None:
-        self.epoch, self.step_in_epoch, self.trace = epoch, step, trace
+        self.epoch, self.step_in_epoch, self.trace, self._trained_on = epoch, step, trace, self.device.type
 
 
 class _Ahead:

@@ -19,6 +19,7 @@ from pydantic import Field
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import Count, Positive
 from ...system.errors import DataError
+from ..device import Device
 from .cache import ArrayCache
 from .clips import ClipShape
 from .cluster import ClusterSettings
@@ -63,7 +64,7 @@ class BuildSettings(Frozen):
     seed: int = 0
     skip_bad: bool = False
     workers: int = Field(default_factory=lambda: min(16, os.cpu_count() or 1), ge=1, le=256)
-    device: str = "cpu"
+    device: Device = "cpu"
     cache: Path | None = None
 
     @property

@@ -6,10 +6,14 @@ It stands in for a real video autoencoder where minutes and two cores must do: 6
 mean and standard deviation of its latents, per channel, are `latents_mean` and `latents_std` in its `config.json`.
 """
 
+import contextlib
 import math
+import os
+import shutil
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
 from ...system.errors import ConfigError, DataError
+from ...system.files import disk_errors, fsync_folder, make_folder
 from . import made
 from .clips import ClipShape, decode_clip
 from .listing import ClipSource, read_listing
@@ -50,41 +55,30 @@ def train_autoencoder(
     """Train, write the autoencoder's folder to `out`, and report PSNR per kind of clip on frames it has not seen.
 
     `clips`: a folder of captioned clips, of which it sees frames of the split train only; one clip in twenty is kept back for the
-    PSNR. Without it, rule-made clips. Raises DataError where the folder cannot be used. `size`: pixels of a side of its frames, a
-    multiple of 8 (else ConfigError); it learns details best at the size at which it will be used. `scale`: pixels of a side of a
-    latent; 4 with a quarter of the channels keeps as many numbers, and learns details in fewer steps.
+    PSNR. Without it, rule-made clips. `size`: pixels of a side of its frames, a multiple of 8; it learns details best at the size
+    at which it will be used. `scale`: pixels of a side of a latent; 4 with a quarter of the channels keeps as many numbers, and
+    learns details in fewer steps.
 
     `bfloat16` is several times faster where the processor multiplies matrices of it (AMX), and slow elsewhere.
     `on_progress` is told (steps done, steps, loss).
+
+    Raises before anything is trained: DataError (`clips` cannot be used, or `out` holds anything), DiskError (`out` cannot be
+    made), ConfigError (`size`). `out` is whole or as it was.
     """
     if size % 8:
         raise ConfigError(
             f"the autoencoder halves its frames up to three times, so {size} pixels cannot be had; take a multiple of 8"
         )
     started = time.monotonic()
-    torch.manual_seed(seed)
-    model = build_autoencoder(channels, scale).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    (pictures, _), unseen = _sets(clips, seed, size)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = _rate(step, steps)
-        batch = _to_signal(pictures[torch.randint(len(pictures), (BATCH,), generator=generator)])
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            latents = model.encode(batch).latents.float()
-            noise = LATENT_NOISE * torch.randn(latents.shape, generator=generator)
-            rebuilt = model.decode(latents + noise).sample.float()
-        loss = _loss(rebuilt - batch, latents)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        if on_progress:
-            on_progress(step + 1, steps, loss.item())
-    model = model.to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
-    mean, std = latent_statistics(model, pictures)
-    model.register_to_config(latents_mean=mean, latents_std=std)
-    model.save_pretrained(out, safe_serialization=True)
+    with _new_folder(out) as part:
+        torch.manual_seed(seed)
+        model = build_autoencoder(channels, scale).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        (pictures, _), unseen = _sets(clips, seed, size)
+        _fit(model, pictures, seed, steps, bfloat16, on_progress)
+        model = model.to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
+        mean, std = latent_statistics(model, pictures)
+        model.register_to_config(latents_mean=mean, latents_std=std)
+        model.save_pretrained(part, safe_serialization=True)
     return {
         "seed": seed,
         "steps": steps,
@@ -92,6 +86,47 @@ def train_autoencoder(
         "seconds": round(time.monotonic() - started, 1),
         "psnr_db": reconstruction_psnr(model, *unseen),
     }
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out`, which on success becomes `out`. Raises DataError where anything is there already."""
+    with disk_errors(out):
+        if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+            raise DataError(f"{out} exists already, and an autoencoder overwrites nothing; name a new folder")
+        home = out.absolute().parent
+        make_folder(home)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=home))
+    try:
+        yield part
+        with disk_errors(out):
+            part.chmod(0o755)
+            os.rename(part, out)  # over an empty folder at most: anything else refuses
+            fsync_folder(home)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _fit(
+    model: AutoencoderTiny, pictures: Tensor, seed: int, steps: int, bfloat16: bool, on_progress: Progress | None
+) -> None:  # fmt: skip
+    """Train `model` on `pictures`, uint8 [N, 3, H, W]."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = _rate(step, steps)
+        batch = _to_signal(pictures[torch.randint(len(pictures), (BATCH,), generator=generator)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            latents = model.encode(batch, return_dict=False)[0].float()
+            noise = LATENT_NOISE * torch.randn(latents.shape, generator=generator)
+            rebuilt = model.decode(latents + noise, return_dict=False)[0].float()
+        loss = _loss(rebuilt - batch, latents)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if on_progress:
+            on_progress(step + 1, steps, loss.item())
 
 
 def build_autoencoder(channels: int = LATENT_CHANNELS, scale: Scale = 8) -> AutoencoderTiny:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...protocol.canonical import Frozen
 from ...system.errors import ConfigError, DataError
+from ..device import Device
 from .agreement import PROBE_NAME, Retrieval, fit_probe, retrieve
 from .bootstrap import Figure, mean
 from .classifier import CLASSIFIER_NAME, WORDS_NAME, Accuracy, classify, fit_classifier
@@ -56,7 +57,7 @@ class JudgeSettings(Frozen):
     minilm: Path | None = None
     clip: str | None = None
     aesthetic: Path | None = None
-    device: str = "cpu"
+    device: Device = "cpu"
     i3d_precision: Precision = "float32"
     resamples: int = 60
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
 from ..data.build import BuildSettings
+from ..device import Device
 from ..metrics.judges import JudgeSettings
 
 Arm = Literal["small-batch", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
@@ -104,7 +105,7 @@ class Machines(Frozen):
 
     workers: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
-    device: str = "cpu"
+    device: Device = "cpu"
     heartbeat: Positive = 2.0
     audits: bool = Field(default=False, description="replay work as among strangers; all processes here are our own")
     patience: Positive = Field(default=180.0, description="seconds without a checkpoint or a shard in training before giving up")

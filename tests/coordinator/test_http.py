@@ -19,7 +19,7 @@ from lutetia.protocol.records import ClaimRecord, Hardware, NodeRecord
 from lutetia.protocol.status import SwarmStatus
 from lutetia.protocol.status_view import LiveView, Sighting, status
 from lutetia.protocol.store import BlobStore
-from lutetia.system.errors import UnreachableError
+from lutetia.system.errors import ConfigError, UnreachableError
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -106,3 +106,9 @@ def test_a_taken_port_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(UnreachableError, match=f"cannot serve HTTP on 127.0.0.1:{port}: address already in use"):
             bind(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "[::1"])
+def test_what_is_no_address_is_one_sentence(address: str):
+    with pytest.raises(ConfigError, match="no port between 0 and 65535"):
+        bind(address)

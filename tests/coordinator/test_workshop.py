@@ -120,7 +120,17 @@ def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
         case "dtype":
             good[name] = good[name].double()
         case "state of another epoch":
-            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "epoch": 2})
+            said = json.loads(metadata["lutetia"])
+            metadata["lutetia"] = json.dumps({**said, "epoch": 2, "samples": 2 * said["samples"]})
+        case "a sample too many":
+            said = json.loads(metadata["lutetia"])
+            metadata["lutetia"] = json.dumps({**said, "samples": said["samples"] + 1})
+        case "no number of samples":
+            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "samples": "x"})
+        case "no micro-batch":
+            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "micro_batch": 0})
+        case "no moments":
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(("adamw.", "muon."))}
         case "state of another shard":
             metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "shard": 1})
         case "other averages":
@@ -150,7 +160,11 @@ def header_of(path: Path) -> dict[str, str]:
         ("shape", "format", "has shape"),
         ("dtype", "format", "F64 instead of F32"),
         ("state of another epoch", "format", "epoch 2"),
-        ("state of another shard", "format", "shard 1"),
+        ("state of another shard", "format", "not of shard 0 of this run"),
+        ("a sample too many", "format", "names a place that this run does not have"),
+        ("no number of samples", "format", "does not say where it belongs"),
+        ("no micro-batch", "format", "names a place that this run does not have"),
+        ("no moments", "format", "no moments of the optimiser"),
         ("other averages", "numbers", "not the published one"),
         ("nan in state", "numbers", "NaN or infinity"),
         ("empty state", "format", "lacks"),

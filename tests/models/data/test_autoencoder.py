@@ -10,7 +10,7 @@ import pytest
 from lutetia.models.data.latents import load_latents
 from lutetia.models.data.made import make_clips
 from lutetia.models.data.stand_in import train_autoencoder
-from lutetia.system.errors import ConfigError, DataError
+from lutetia.system.errors import ConfigError, DataError, DiskError
 
 
 def with_splits(folder: Path, tested: int) -> Path:
@@ -53,3 +53,29 @@ def test_a_latent_may_stand_for_fewer_pixels(tmp_path: Path) -> None:
 def test_frames_of_no_whole_latents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a multiple of 8"):
         train_autoencoder(tmp_path / "ae", 0, steps=2, size=36)
+
+
+def test_what_lies_there_already_is_never_overwritten(tmp_path: Path) -> None:
+    """Known before the training: `clips` that do not exist are never looked for."""
+    used, file = tmp_path / "used", tmp_path / "file"
+    used.mkdir()
+    (used / "config.json").write_text("mine")
+    file.write_text("mine")
+    for out in (used, file):
+        with pytest.raises(DataError, match="name a new folder"):
+            train_autoencoder(out, 0, steps=1, size=16, clips=tmp_path / "nowhere")
+    with pytest.raises(DiskError, match="a file is where a folder should be"):
+        train_autoencoder(file / "x", 0, steps=1, size=16, clips=tmp_path / "nowhere")
+    assert (used / "config.json").read_text() == file.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "used"]
+
+
+def test_an_empty_folder_is_filled_and_a_new_one_made(tmp_path: Path) -> None:
+    empty, clips = tmp_path / "empty", with_splits(tmp_path / "clips", 12)
+    empty.mkdir()
+    train_autoencoder(empty, 0, steps=1, size=16, clips=clips)
+    train_autoencoder(tmp_path / "new" / "ae", 0, steps=1, size=16, clips=clips)
+    kept = [sorted(path.name for path in folder.iterdir()) for folder in (empty, tmp_path / "new" / "ae")]
+    assert kept == [["config.json", "diffusion_pytorch_model.safetensors"]] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "empty", "new"]
+    assert empty.stat().st_mode & 0o777 == 0o755
