@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from ..models.data.shards import load_shard
+from ..models.replay import under_budget
 from ..models.training import ExpertTrainer
 from ..protocol.manifest import Manifest, SignedManifest
 from ..system.errors import ConfigError, DataError, IntegrityError, LutetiaError
@@ -20,7 +21,7 @@ from .failures import Ended, reason_of
 from .messages import Exit
 from .probe import Question, find
 from .replaying import replayed
-from .workfolder import WorkFolder
+from .workfolder import Local, WorkFolder
 from .writer import CheckpointWriter
 
 log = logging.getLogger("lutetia.node.trainer")
@@ -87,6 +88,8 @@ class Loop:
 
     def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: Orders, channel: ParentChannel) -> None:
         self.trainer, self.orders, self.channel = trainer, orders, channel
+        self.manifest = trainer.manifest
+        trainer.manifest = begun_under(trainer, assignment.local)
         self.save_every = assignment.save_every
         self.folder = WorkFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
         self.writer = CheckpointWriter(self.folder, assignment.parent, channel.send)
@@ -117,6 +120,8 @@ class Loop:
     def _step(self) -> float:
         """One step and what it brings; returns its seconds of work."""
         start = time.monotonic()
+        if self.place[1] == 0:  # an epoch that was begun under another budget has ended
+            self.trainer.manifest = self.manifest
         self._loss = self.trainer.step()
         self._rate.add(self.trainer.manifest.optimisation.batch)
         if self.trainer.at_epoch_end:
@@ -126,9 +131,12 @@ class Loop:
             self._tell(now=True)
         elif time.monotonic() - self._saved >= self.save_every and self.writer.idle:
             self._saved = time.monotonic()
-            self.writer.submit(self.trainer.snapshot(), whole=False)
+            self._save()
         self._tell()
         return time.monotonic() - start
+
+    def _save(self) -> None:
+        self.writer.submit(self.trainer.snapshot(), whole=False, budget=self.trainer.manifest.epochs)
 
     def _tell(self, *, waiting: bool = False, now: bool = False) -> None:
         if not now and time.monotonic() - self._told < PROGRESS_SECONDS:
@@ -143,7 +151,7 @@ class Loop:
     def finish(self) -> None:
         """Write what is to be kept."""
         if self.orders.save and self.place[1]:
-            self.writer.submit(self.trainer.snapshot(), whole=False)
+            self._save()
         if not self.writer.close():
             raise Ended("disk-full", "the disk is full: the newest state was not written")
 
@@ -189,11 +197,27 @@ def build(assignment: Assignment) -> ExpertTrainer:
     except (DataError, IntegrityError, ConfigError) as error:
         raise Ended("bad-shard", str(error)) from error
     local = assignment.folder / assignment.local.file if assignment.local else None
+    if assignment.local and not can_be_ended(assignment.local, manifest):
+        log.warning("the local state %s does not say under which budget it was trained; its epoch begins anew", local)
+        local = None
     try:
         log.info("%s", trainer.restore(assignment.epoch, assignment.weights, assignment.state, local))
     except (IntegrityError, ConfigError) as error:
         raise Ended("bad-state", str(error)) from error
     return trainer
+
+
+def can_be_ended(local: Local, manifest: Manifest) -> bool:
+    """Whether the epoch of a local state can end as it began: a cosine knows the budget's end, which an upgrade moves."""
+    return local.budget is not None or manifest.version == 1 or manifest.optimisation.schedule == "constant"
+
+
+def begun_under(trainer: ExpertTrainer, local: Local | None) -> Manifest:
+    """The manifest by which the trainer ends the epoch it stands in: where it goes on from `local`, with that one's budget."""
+    if trainer.step_in_epoch == 0 or local is None or local.budget in (None, trainer.manifest.epochs):
+        return trainer.manifest
+    log.info("the epoch under way ends under the budget of %d epochs with which it was begun", local.budget)
+    return under_budget(trainer.manifest, local.budget)
 
 
 def read_manifest(assignment: Assignment) -> Manifest:

@@ -59,12 +59,16 @@ class Kept(Frozen):
 
 
 class Local(Frozen):
-    """The newest local state: `step` steps into the epoch on top of checkpoint `parent` at `epoch`."""
+    """The newest local state: `step` steps into the epoch on top of checkpoint `parent` at `epoch`.
+
+    `budget`: the epochs of the manifest under which those steps were taken; None where older software wrote it.
+    """
 
     file: str = Field(pattern=r"^local-\d+-\d+\.safetensors$")
     epoch: int
     step: int
     parent: Digest | None
+    budget: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class _Job:
     snapshot: Snapshot
     whole: bool
     """An epoch is done: a checkpoint to publish; else a local state."""
+    budget: int | None
 
 
 class CheckpointWriter:
@@ -56,8 +57,10 @@ class CheckpointWriter:
     def idle(self) -> bool:
         return self._job is None and not self._busy
 
-    def submit(self, snapshot: Snapshot, *, whole: bool, may_wait: Callable[[], bool] = lambda: True) -> bool:
-        """Queue a snapshot; a waiting local state gives way to it.
+    def submit(
+        self, snapshot: Snapshot, *, whole: bool, budget: int | None = None, may_wait: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Queue a snapshot; a waiting local state gives way to it. `budget`: the epochs under which it was trained.
 
         Waits while another checkpoint waits and `may_wait()`. Whether it was taken.
         """
@@ -68,7 +71,7 @@ class CheckpointWriter:
                 self._changed.wait(0.2)
             if not self._thread.is_alive():
                 raise RuntimeError("the writer of checkpoints has ended; its error stands above")
-            self._job = _Job(snapshot, whole)
+            self._job = _Job(snapshot, whole, budget)
             self._changed.notify_all()
             return True
 
@@ -123,13 +126,14 @@ class CheckpointWriter:
         if job.whole:
             self._write_checkpoint(job.snapshot)
         else:
-            self._write_local(job.snapshot)
+            self._write_local(job.snapshot, job.budget)
 
-    def _write_local(self, snapshot: Snapshot) -> None:
+    def _write_local(self, snapshot: Snapshot, budget: int | None) -> None:
         name = f"local-{snapshot.epoch}-{snapshot.step}.safetensors"
         with disk_errors(self.folder.path):
             write_state(snapshot, self.folder.path / name)
-            self.folder.set_local(Local(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent))
+            local = Local(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent, budget=budget)
+            self.folder.set_local(local)
         self.say({"say": "saved", "epoch": snapshot.epoch, "step": snapshot.step})
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:

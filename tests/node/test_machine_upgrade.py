@@ -44,6 +44,7 @@ def test_where_training_changes_the_next_epoch_is_for_a_new_trainer():
 
 
 def test_a_trainer_that_crashes_before_it_hands_over_is_simply_started_anew():
+    """Under which budget the epoch goes on is the local state's matter: `test_trainer.py`."""
     walk = Walk().training()
     walk.progress(0)
     upgraded(walk, training=True)

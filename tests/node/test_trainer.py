@@ -11,16 +11,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from lutetia.node.assignment import EXIT_CODES
 from lutetia.node.failures import Ended
-from lutetia.node.trainer_loop import build
-from lutetia.node.workfolder import Resume, WorkFolder, resume_point
+from lutetia.node.trainer_loop import begun_under, build
+from lutetia.node.workfolder import Local, Resume, WorkFolder, resume_point
+from lutetia.node.writer import CheckpointWriter
 from lutetia.system.process import Child
 
 from .small_disk import disk_free, small_disk
-from .tiny_run import TinyRun, a_trainer, hear, make_run
+from .tiny_run import TinyRun, a_trainer, hear, make_run, raise_budget
 from .toy_coordinator import all_gone
 
 pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minutes on a busy one
@@ -162,6 +164,82 @@ async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: Tiny
             assert await child.stop(60) == 0
         for epoch in (1, 2):
             assert files(work, epoch) == files(uninterrupted, epoch)
+
+
+async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as_it_was_begun(tmp_path: Path):
+    """The schedule is a cosine: the epoch equals one trained in one go under the old budget, the next one under the new."""
+    old = make_run(tmp_path / "run", epochs=2, steps=40)
+    whole, cut = old.work("whole"), old.work("cut")
+    await train(old, whole, 1)
+    async with a_trainer(old.assignment(cut, duty=0.1)) as child:
+        await in_the_middle(child)
+        await child.send({"do": "stop", "save": True})
+        assert await child.stop(60) == 0
+    local = cut.local()
+    assert local
+    assert (local.epoch, local.budget) == (0, 2)
+    assert 0 < local.step < 40
+    new = raise_budget(old, 4)
+    async with a_trainer(new.assignment(cut, local=local, until=2, duty=0.1, save_every=0.001)) as child:
+        await hear(child, "saved")
+        await child.kill()  # once more, still in that epoch
+    local = cut.local()
+    assert local
+    assert (local.epoch, local.budget) == (0, 2)
+    await train(new, cut, 2)
+    await train(new, whole, 2)
+    assert [files(cut, epoch) for epoch in (1, 2)] == [files(whole, epoch) for epoch in (1, 2)]
+    assert cut.kept() == whole.kept()
+
+
+async def train(run: TinyRun, work: WorkFolder, until: int) -> None:
+    place = resume_point(0, None, work.kept(), work.local())
+    async with a_trainer(run.assignment(work, **of(work, place), until=until)) as child:
+        await hear(child, "progress", waiting=True, epoch=until)
+        assert await child.stop(60) == 0
+
+
+async def in_the_middle(child: Child) -> None:
+    progress = await hear(child, "progress", epoch=0)
+    while progress["step"] < 5:
+        progress = await hear(child, "progress", epoch=0)
+
+
+def saved_state(run: TinyRun) -> tuple[WorkFolder, Local]:
+    """Three steps into the first epoch, as a trainer leaves it."""
+    work = run.work("saved")
+    trainer = build(run.assignment(work))
+    for _ in range(3):
+        trainer.step()
+    work.path.mkdir(parents=True)
+    writer = CheckpointWriter(work, None, lambda message: None)
+    assert writer.submit(trainer.snapshot(), whole=False, budget=run.manifest.epochs)
+    assert writer.close()
+    local = work.local()
+    assert local
+    return work, local
+
+
+@pytest.mark.parametrize(("schedule", "raised", "step"), [("cosine", True, 0), ("cosine", False, 3), ("constant", True, 3)])
+def test_a_state_that_does_not_say_its_budget_counts_where_there_was_one_or_it_does_not_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: Literal["constant", "cosine"], raised: bool, step: int
+):
+    """Older software left none in `local.json`."""
+    run = make_run(tmp_path / "run", schedule=schedule)
+    work, local = saved_state(run)
+    run = raise_budget(run, 4) if raised else run
+    trainer = build(run.assignment(work, local=local.model_copy(update={"budget": None})))
+    assert trainer.step_in_epoch == step
+    assert ("does not say under which budget" in caplog.text) == (step == 0)
+
+
+def test_where_the_local_state_is_damaged_the_epoch_begins_under_the_budget_of_today(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    work, local = saved_state(run)
+    run = raise_budget(run, 4)
+    assert begun_under(build(run.assignment(work, local=local)), local).epochs == 2
+    (work.path / local.file).write_bytes(b"no tensors here")
+    assert begun_under(build(run.assignment(work, local=local)), local) == run.manifest
 
 
 async def test_ends_with_its_parent_even_while_it_imports():

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
@@ -16,6 +16,7 @@ from lutetia.node.workfolder import WorkFolder
 from lutetia.protocol.blobs import ChunkTable
 from lutetia.protocol.identity import Identity
 from lutetia.protocol.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.upgrade import next_version
 from lutetia.system.process import Child
 
 OWNER = Identity.derived("owner of tiny runs")
@@ -66,7 +67,18 @@ class TinyRun:
         return Assignment(**{**values, **fields})
 
 
-def make_run(folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, heartbeat: float = 1.0, **fields: Any) -> TinyRun:
+def raise_budget(run: TinyRun, epochs: int) -> TinyRun:
+    """The run after its owner's upgrade, whose manifest now lies where the old one lay."""
+    manifest = run.manifest
+    new = next_version(manifest, {"samples_per_shard": epochs * manifest.checkpoint_samples}, manifest.created + 60)
+    run.manifest_file.write_bytes(SignedManifest.sign(new, OWNER).to_bytes())
+    return TinyRun(run.folder, new)
+
+
+def make_run(
+    folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, heartbeat: float = 1.0,
+    schedule: Literal["constant", "cosine"] = "cosine", **fields: Any,
+) -> TinyRun:  # fmt: skip
     """Write a run to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -81,7 +93,7 @@ def make_run(folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, 
     manifest = Manifest(
         name="tiny", owner=OWNER.public_key, coordinators=(COORDINATOR.public_key,), created=now - 10, expires=now + 86_400,
         latent=LATENT, expert=fields.pop("expert", EXPERT), shards=tuple(shards), samples_per_shard=epochs * steps * batch,
-        checkpoint_samples=steps * batch, optimisation=Optimisation(batch=batch, warmup_steps=2),
+        checkpoint_samples=steps * batch, optimisation=Optimisation(batch=batch, warmup_steps=2, schedule=schedule),
         timing=Timing(heartbeat=heartbeat), **fields,
     )  # fmt: skip
     run = TinyRun(folder, manifest)
