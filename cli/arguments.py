@@ -28,9 +28,22 @@ TicketArgument = Annotated[
 RunFolder = Annotated[
     Path, typer.Argument(envvar="LUTETIA_RUN_FOLDER", help="The run's folder, made by `lutetia run create`.", metavar="RUN")
 ]
+
+
+def _state_folder(value: Path | None) -> Path | None:
+    """No shell expands `~` in systemd's EnvironmentFile or in `--state-folder=~/box`."""
+    from ..system.paths import expanded
+
+    return value and expanded(value)
+
+
 StateFolder = Annotated[
-    Path | None, setting("STATE_FOLDER", "Where this box keeps identity, socket and checkpoints.", "--state-folder")
-]
+    Path | None,
+    setting(
+        "STATE_FOLDER", "Where this box keeps identity, socket and checkpoints.", "--state-folder", callback=_state_folder,
+        readable=False,  # where it may not be read, each command says better what that means
+    ),
+]  # fmt: skip
 
 Model = TypeVar("Model", bound="BaseModel")
 
@@ -59,6 +72,13 @@ def read_config(path: Path | None) -> dict[str, Any]:
     from ..system.files import read_toml
 
     return {} if path is None else read_toml(path)
+
+
+def require_device(device: str) -> None:
+    """Raises HardwareError unless this box has `device` (cpu, mps, cuda or cuda:N): before a driver's own words are met."""
+    from ..node.accelerators import Accelerators, choose_device
+
+    choose_device(device, Accelerators.seen())
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -86,14 +87,23 @@ def check_ports() -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    home = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    place = folder.absolute()
+    home = next(parent for parent in (place, *place.parents) if _there(parent))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        problem = "cannot be written" if home.is_dir() else "is a file"
+        return Finding("disk", "fail", f"{home} {problem}", "choose another --state-folder", DiskError.code)
     free = shutil.disk_usage(home).free
     seen = f"{size(free)} free for {folder}"
-    if not os.access(home, os.W_OK):
-        return Finding("disk", "fail", f"{home} cannot be written", "choose another --state-folder", DiskError.code)
     if free < LOW_DISK:
         return Finding("disk", "warn", seen, f"checkpoints and shards want at least {size(LOW_DISK)}")
     return Finding("disk", "ok", seen)
+
+
+def _there(path: Path) -> bool:
+    """Whether `path` exists, as far as this user may look."""
+    with contextlib.suppress(PermissionError):
+        return path.exists()
+    return False
 
 
 def check_identity(folder: Path) -> Finding:
@@ -101,10 +111,12 @@ def check_identity(folder: Path) -> Finding:
     from .identity import key_path
 
     path = key_path(folder)
-    if not path.exists():
-        return Finding("identity", "ok", f"none yet; `lutetia join` will make {path}")
     try:
+        if not path.exists():
+            return Finding("identity", "ok", f"none yet; `lutetia join` will make {path}")
         identity = Identity.load(path)
+    except PermissionError:
+        return Finding("identity", "fail", f"this user may not see {path}", "choose another --state-folder", IdentityError.code)
     except IdentityError as error:
         return Finding("identity", "fail", str(error), "restore it with lutetia identity import", IdentityError.code)
     return Finding("identity", "ok", f"{identity.public_key[:16]}… in {path}; back it up with lutetia identity export")

@@ -60,15 +60,17 @@ def replay(
     from rich.console import Group
 
     from ..coordinator.story import read_events, tell
+    from ..system.errors import plain as one_line
     from .output import plain
     from .render import render_status
 
     moment = moment_of(at) if at else None
     status, digest = replayed(run, moment)
     events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
+    for line in () if as_json else tell(run, moment):
+        print(one_line(line))
     document = {"events": events, "status": plain(status), "digest": digest}
-    last = f"state {digest}"
-    emit(document, as_json, lambda: Group(*tell(run, moment), "", render_status(status, status.time), "", last))
+    emit(document, as_json, lambda: Group("", render_status(status, status.time, live=False), "", f"state {digest}"))
 
 
 @app.command("backup")
@@ -144,8 +146,11 @@ def moment_of(text: str) -> float:
 
 
 def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
-    """The status that follows from the events up to `moment`, without claims and nodes; and the digest of the state."""
-    import time
+    """The status that follows from the events up to `moment`, without claims and nodes; and the digest of the state.
+
+    Raises UsageError for a moment before the run began.
+    """
+    from datetime import UTC, datetime
 
     from ..coordinator.ledger import Ledger
     from ..coordinator.run_folder import RunFolder as Folder
@@ -156,8 +161,11 @@ def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
     signed = folder.read_manifest(now=0.0)  # an expired run may still be looked at
     ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
     try:
-        last = max((row.time for row in ledger.rows()), default=time.time())
-        now = last if moment is None else moment
+        times = [row.time for row in ledger.rows()]
+        now = max(times) if moment is None else moment
+        if now < times[0]:
+            began = datetime.fromtimestamp(times[0], UTC).isoformat(timespec="seconds")
+            raise UsageError(f"the run began at {began}; name a later time")
         state = ledger.replay(now)
         return status(state, signed.manifest, LiveView(), now, software="replay"), state_digest(state)
     finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .arguments import given, read_config, setting, settings_of
+from .arguments import given, read_config, require_device, setting, settings_of
 from .output import JsonFlag, emit
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def build(
         skip_bad=skip_bad,
     )  # fmt: skip
     settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config), **flags})
+    require_device(settings.device)
     with progress("building shards") as on_progress:
         report = build_data(folder, out, settings, on_progress)
     emit(report, as_json, lambda: _built(report, out))

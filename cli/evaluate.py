@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .arguments import given, read_config, setting, settings_of
+from .arguments import given, read_config, require_device, setting, settings_of
 from .output import JsonFlag, emit, say
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def evaluate(
     from ..models.metrics.report import EvaluateSettings
     from ..models.metrics.report import evaluate as judge
     from .progress import progress
+    from .workspace import ready
 
     table = read_config(config)
     own = given(clips=clips, spare=spare, fit_clips=fit_clips, seed=seed, prompts=prompts, complete=True if metric else None)
@@ -79,6 +80,9 @@ def evaluate(
     if not table["shape"]:
         del table["shape"]
     settings = settings_of(EvaluateSettings, str(config or "options"), {**table, **own})
+    require_device(settings.judges.device)
+    if out is not None:
+        ready(out)
     with progress("judging") as on_progress:
         report = judge(mixture, data, settings, on_progress)
     if out is not None:
@@ -92,12 +96,10 @@ def _shape(frames: int | None, fps: float | None, size: int | None) -> dict[str,
 
 def write_report(report: MetricsReport, out: Path) -> None:
     """`report.json` for programs and `report.md` for people."""
-    from ..system.files import disk_errors, write_atomic
+    from ..system.files import write_atomic
 
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
-        write_atomic(out / "report.md", report.markdown().encode())
+    write_atomic(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
+    write_atomic(out / "report.md", report.markdown().encode())
     say(f"wrote {out / 'report.md'} and {out / 'report.json'}")
 
 

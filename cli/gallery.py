@@ -162,20 +162,24 @@ def write_mp4(pictures: Sequence[Image.Image], path: Path, fps: float, seconds: 
         container.mux(stream.encode())
 
 
-def write_clip(frames: Frames, path: Path, fps: float) -> None:
-    """One clip as gif, mp4 or webp by the ending of `path`."""
+def check_ending(path: Path) -> None:
+    """Raises UsageError unless `path` ends like a file that `write_clip` writes."""
     from ..system.errors import UsageError
 
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise UsageError(f"cannot write a clip as {path.suffix or path.name!r}; end --out with .mp4 or .gif")
+
+
+def write_clip(frames: Frames, path: Path, fps: float) -> None:
+    """One clip as gif or mp4 by the ending of `path`. Raises UsageError for another."""
+    check_ending(path)
     largest = max(frames.shape[1:3])
     side = largest * max(1, CELL * 2 // largest)
     pictures = [_evenly(enlarge_plain(frame, side / largest)) for frame in frames]
-    match path.suffix.lower():
-        case ".gif":
-            write_gif(pictures, path, fps)
-        case ".mp4":
-            write_mp4(pictures, path, fps, seconds=len(pictures) / fps)
-        case other:
-            raise UsageError(f"cannot write a clip as {other or path.name!r}; end --out with .mp4 or .gif")
+    if path.suffix.lower() == ".gif":
+        write_gif(pictures, path, fps)
+    else:
+        write_mp4(pictures, path, fps, seconds=len(pictures) / fps)
 
 
 def enlarge_plain(frame: Frames, scale: float) -> Image.Image:

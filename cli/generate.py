@@ -31,8 +31,12 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:
     """Generate a clip from a prompt."""
-    from .gallery import write_clip
+    from .gallery import check_ending, write_clip
     from .sampling import Sampler
+    from .workspace import ready
+
+    check_ending(out)
+    ready(out.parent)
 
     sampler = Sampler(mixture)
     sampled = sampler.sample([prompt] * n, seed=seed, mode=mode, steps=steps, guidance=guidance)

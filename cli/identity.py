@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..system.errors import IdentityError
 from .arguments import StateFolder
 from .output import JsonFlag, emit
+
+if TYPE_CHECKING:
+    from ..protocol.identity import Identity
 
 app = typer.Typer(help="Show, export or import the key of this box.", no_args_is_help=True)
 KEY_NAME = "identity.key"
@@ -21,17 +24,22 @@ def key_path(state_folder: Path | None) -> Path:
     return (state_folder or default_state_folder()) / KEY_NAME
 
 
-@app.command("show")
-def show(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
-    """Show public key and peer id, and where the secret key lies."""
+def load_own(path: Path) -> Identity:
+    """The identity of this box. Raises IdentityError where it has none yet, or the file cannot be used."""
     from ..protocol.identity import Identity
 
-    path = key_path(state_folder)
     if not path.exists():
         raise IdentityError(
             f"this box has no identity yet ({path} is missing); `lutetia join` makes one, `lutetia identity import` restores one"
         )
-    identity = Identity.load(path)
+    return Identity.load(path)
+
+
+@app.command("show")
+def show(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Show public key and peer id, and where the secret key lies."""
+    path = key_path(state_folder)
+    identity = load_own(path)
     document = {"public_key": identity.public_key, "peer_id": identity.peer_id, "key_file": str(path)}
     emit(document, as_json, lambda: "\n".join(f"{key.replace('_', ' '):<12}{value}" for key, value in document.items()))
 
@@ -43,11 +51,9 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Copy the secret key into a file only you can read."""
-    from ..protocol.identity import Identity
-
     if target.exists():
         raise IdentityError(f"{target} exists; choose another file, keys are never overwritten")
-    identity = Identity.load(key_path(state_folder))
+    identity = load_own(key_path(state_folder))
     identity.save(target)
     document = {"public_key": identity.public_key, "file": str(target)}
     emit(
@@ -64,6 +70,8 @@ def import_key(
     """Make this box the one whose key is in the file."""
     from ..protocol.identity import Identity
 
+    if not source.exists():
+        raise IdentityError(f"there is no file {source}; name the one that `lutetia identity export` wrote")
     identity, path = Identity.load(source), key_path(state_folder)
     if path.exists() and Identity.load(path) != identity:
         raise IdentityError(f"this box already has another identity in {path}; move it away first if you mean it")

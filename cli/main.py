@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import select
 import signal
 import sys
 import traceback
@@ -13,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..system.errors import EXIT_CODES, LutetiaError
+from ..system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
 from . import coordinate, data, demo, doctor, evaluate, generate, identity, runs, simulate, study, swarm, volunteer
 from .output import json_wanted
 
@@ -74,7 +76,7 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
         self.as_json = as_json
 
     def _leave(self, code: int, name: str, sentence: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # the code says it too
             if self.as_json:
                 print(json.dumps({"error": {"name": name, "code": code, "message": sentence}}, ensure_ascii=False), flush=True)
             else:
@@ -82,8 +84,11 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
         raise SystemExit(code)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, BrokenPipeError):
+            error = error.__context__  # typer makes an exit of it
         if os.environ.get("LUTETIA_DEBUG") and not isinstance(error, SystemExit | None):
-            traceback.print_exception(error)
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error)
         match error:
             case None | SystemExit():
                 return
@@ -93,9 +98,10 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
                 self._leave(2, "usage", _usage_sentence(error))
             case KeyboardInterrupt() | typer.Abort():
                 self._leave(130, "interrupted", "interrupted")
-            case BrokenPipeError():
-                _forget_stdout()
+            case BrokenPipeError() if _reader_left():
                 raise SystemExit(0) from error  # the reader of a pipe had enough (| head)
+            case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._leave(DiskError.code, DiskError.name, plain(_disk_sentence(error)))
             case _:
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._leave(70, "internal", f"unexpected {text}; this is a bug, run again with LUTETIA_DEBUG=1 for the traceback")
@@ -108,20 +114,43 @@ def _usage_sentence(error: typer.TyperException) -> str:
     return f"name a command; see {path} --help" if "\n" in text else f"{text[:1].lower()}{text[1:]}; see {path} --help"
 
 
-def _forget_stdout() -> None:
-    """Keep the interpreter from flushing into a closed pipe when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _disk_sentence(error: OSError) -> str:
+    if error.filename is None:
+        return f"cannot write: {disk_reason(error)}; free space"
+    return f"cannot use {error.filename}: {disk_reason(error)}; name another path or see to its permissions"
+
+
+def _reader_left() -> bool:
+    """Whether it is our own output that nobody reads any more, and not the pipe of some child."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return bool(poll.poll(0))
+
+
+def _drop_unprinted() -> None:
+    """What could not be printed is given up: the interpreter would try again when it ends, complain and change the code."""
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main() -> None:
     """Run the command line; always ends by SystemExit."""
     arguments = sys.argv[1:]
-    with _Reported(json_wanted(arguments)):
-        signal.signal(signal.SIGTERM, _leave_tidily)
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings speak to programmers, not to volunteers
-        _tie_to_parent()
-        code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
-        raise SystemExit(code if isinstance(code, int) else 0)
+    try:
+        with _Reported(json_wanted(arguments)):
+            signal.signal(signal.SIGTERM, _leave_tidily)
+            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings speak to programmers, not to volunteers
+            _tie_to_parent()
+            code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
+            with contextlib.suppress(BrokenPipeError):  # the reader's matter: the code stands
+                print(end="", flush=True)
+            raise SystemExit(code if isinstance(code, int) else 0)
+    finally:
+        _drop_unprinted()
 
 
 def _leave_tidily(number: int, frame: object) -> NoReturn:

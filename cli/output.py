@@ -23,9 +23,13 @@ def console(stderr: bool = False) -> Console:
     """A rich console: colours and spinners only on a terminal without NO_COLOR."""
     from rich.console import Console
 
+    class Printer(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the command line ends by it, as it does where `print` meets it
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDE
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    return Printer(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
 def plain(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def _run(
 
     from ..simulation.broken import broken_decisions
     from ..simulation.driver import simulate as run
+    from ..simulation.driver import steps_of
     from ..simulation.scenarios import scenario as find
     from .progress import progress
 
@@ -69,20 +70,23 @@ def _run(
     if count < chosen.least:
         raise UsageError(f"scenario {name} needs at least {chosen.least} peers")
     decide = broken_decisions(broken) if broken else None
+    kept = None if keep is None else _numbers(keep, len(steps_of(chosen, count, seed)))
     with progress(f"simulating {name}") as report:
         return run(
-            chosen, count, seed, seconds=seconds, keep=_numbers(keep), decide=decide,
+            chosen, count, seed, seconds=seconds, keep=kept, decide=decide,
             on_progress=lambda done, total: report("virtual seconds", round(done), round(total)),
         )  # fmt: skip
 
 
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
+def _numbers(text: str, steps: int) -> list[int]:
+    """The numbers in `text`, of a plan of so many steps. Raises UsageError for what is none, or beyond the plan."""
     try:
-        return [int(part) for part in text.split(",") if part.strip() not in ("", "-")]
+        numbers = [int(part) for part in text.split(",") if part.strip() not in ("", "-")]
     except ValueError:
         raise UsageError(f"cannot read the steps {text!r}; write their numbers like 0,3,17") from None
+    if beyond := [number for number in numbers if not 0 <= number < steps]:
+        raise UsageError(f"the plan has no step {beyond[0]}; its {steps} steps count from 0")
+    return numbers
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import read_config, setting, settings_of
+from .arguments import read_config, require_device, setting, settings_of
 from .output import JsonFlag, emit, say
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def study(
         return
     from .study_stages import carry_out, prepare_data
 
+    for needed in {settings.data.device} if prepare else {settings.data.device, settings.machines.device}:
+        require_device(needed)
     home = (folder or config.with_suffix("")).absolute()
     if prepare:
         counts = prepare_data(settings, home, cache or home / "cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..protocol.canonical import Frozen
@@ -33,6 +34,13 @@ class Comparisons:
 
         name = "headline" if arm == MONOLITH else f"headline-{arm}"
         return {prompts: found.rows for prompts, found in self._compared(name, Headline, self.stages.bench.compare, arm)}
+
+    def beyond(self) -> dict[str, tuple[Comparison, ...]]:
+        """The headline's distances beyond what the autoencoder costs both sides."""
+        from ..models.study.results import Headline
+
+        compare_beyond = partial(self.stages.bench.compare_beyond, self.stages.latents)
+        return {prompts: found.rows for prompts, found in self._compared("beyond", Headline, compare_beyond)}
 
     def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
         """The headline's distance by kind, over the same seeds."""

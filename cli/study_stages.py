@@ -14,6 +14,7 @@ from ..system.files import disk_errors, write_atomic
 from . import study_mixtures, study_swarm
 from .study_comparisons import Comparisons
 from .study_latents import own_latents
+from .workspace import ready
 
 if TYPE_CHECKING:
     from ..models.metrics.clips import ClipSet
@@ -36,6 +37,7 @@ def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyR
     with disk_errors(home), progress(f"study {config.name}") as on_progress:
         home.mkdir(parents=True, exist_ok=True)
         _remember(config, home)
+        ready(out)
         stages = Stages.prepare(config, home, out, cache, on_progress)
         for training in stages.plan.trainings:
             study_swarm.check_budget(training, stages.folder(training))
@@ -229,6 +231,7 @@ class Stages:
             judged=dict(self.judged), headline=compared, hardware=hardware(), seconds=whole,
             autoencoder_psnr=self.autoencoder_psnr,
             rebuilt={str(each): comparisons.rebuilt(each) for each in encoded}, kinds=comparisons.kinds(),
+            beyond=comparisons.beyond() if encoded else {},
             rivals={arm: comparisons.headline(arm) for arm in self.config.controls.full}, against=comparisons.against(),
         )  # fmt: skip
 

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..system.errors import UsageError
-from ..system.files import disk_errors
+from ..system.errors import DiskError, UsageError
+from ..system.files import disk_errors, make_folder, takes_writes
 
 _LOCK = "in-use"
 
@@ -47,6 +47,14 @@ def _sweep(parent: Path, name: str) -> None:
             continue
         finally:
             os.close(descriptor)
+
+
+def ready(folder: Path) -> None:
+    """Make `folder`, and see that it takes files, before long work begins whose result goes there. Raises DiskError."""
+    with disk_errors(folder):
+        make_folder(folder)
+    if not takes_writes(folder):
+        raise DiskError(f"cannot write {folder}; free space or choose another folder")
 
 
 def check_replaceable(target: Path, marks: tuple[str, ...]) -> None:

@@ -186,6 +186,8 @@ async def ask(state_folder: Path, verb: str, **arguments: Any) -> dict[str, Any]
                 writer.close()
     except TimeoutError as error:
         raise UnreachableError(f"the daemon of {state_folder} did not answer within {_SECONDS:.0f} s; look at its log") from error
+    except PermissionError as error:
+        raise UnreachableError(f"{state_folder} belongs to another user; ask its daemon as that user") from error
     except (OSError, ValueError) as error:
         text = f"no daemon runs on {state_folder}; start it with `lutetia join TICKET`, or name its folder with --state-folder"
         raise UnreachableError(text) from error

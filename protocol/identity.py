@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from ..system.errors import IdentityError
+from ..system.errors import IdentityError, disk_reason
 from ..system.files import write_atomic
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -84,7 +84,8 @@ class Identity:
             mode, text = path.stat().st_mode, path.read_text().strip()
             seed = bytes.fromhex(text)
         except (OSError, ValueError) as error:
-            raise IdentityError(f"cannot read the identity {path}: {error}; restore it from a backup") from error
+            reason = disk_reason(error) if isinstance(error, OSError) else "it holds no key"
+            raise IdentityError(f"cannot read the identity {path}: {reason}; restore it from a backup") from error
         if len(seed) != 32:
             raise IdentityError(f"identity {path} holds {len(seed)} bytes instead of 32; restore it from a backup")
         if mode & 0o077:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -21,6 +23,13 @@ def plain(text: str) -> str:
 
 def _escaped(letter: str) -> str:
     return " " if letter == "\n" else letter.encode("unicode_escape").decode()
+
+
+def disk_reason(error: OSError) -> str:
+    """What was wrong with a file or folder, in a few words."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is where a folder should be"
+    return os.strerror(error.errno or 0).lower()
 
 
 class LutetiaError(Exception):
@@ -64,7 +73,7 @@ class HardwareError(LutetiaError):
 
 
 class DiskError(LutetiaError):
-    """The disk is full, read-only or lacks permissions."""
+    """The disk is full or read-only, or a file or folder cannot be used."""
 
     code, name = 21, "disk"
 

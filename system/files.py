@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, DiskError
+from .errors import ConfigError, DiskError, disk_reason
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+# not ENOENT: that a file is gone is for the caller to understand
 
 
 def fsync_folder(folder: Path) -> None:
@@ -40,13 +44,12 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into one sentence naming `path`."""
+    """Turn a full, read-only or forbidden disk, and a path that cannot be, into one sentence naming `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in _DISK_ERRNOS:
-            reason = os.strerror(error.errno or 0).lower()
-            raise DiskError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+            raise DiskError(f"cannot write {path}: {disk_reason(error)}; free space or choose another folder") from error
         raise
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import ConfigError
+
+
+def expanded(path: Path) -> Path:
+    """`path` with `~` as a home folder. Raises ConfigError where this machine does not know whose."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} begins with a home folder that does not exist; name the folder in full") from error
+
 
 def _home(variable: str, fallback: str) -> Path:
     """`LUTETIA_HOME` first, then the XDG variable, then its default."""
     if home := os.environ.get("LUTETIA_HOME"):
-        return Path(home).expanduser()
+        return expanded(Path(home))
     base = os.environ.get(variable)
-    return (Path(base) if base else Path.home() / fallback) / "lutetia"
+    return (Path(base) if base else expanded(Path("~")) / fallback) / "lutetia"
 
 
 def default_state_folder() -> Path:
@@ -22,5 +32,5 @@ def default_state_folder() -> Path:
 def default_cache_folder() -> Path:
     """What can be made again: cached latents, text embeddings and downloads."""
     if home := os.environ.get("LUTETIA_HOME"):
-        return Path(home).expanduser() / "cache"
+        return expanded(Path(home)) / "cache"
     return _home("XDG_CACHE_HOME", ".cache")

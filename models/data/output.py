@@ -68,7 +68,8 @@ def _swap(part: Path, out: Path, old: Path) -> None:
     check_output(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        read_data(out)  # only a sound earlier result is replaced
+        if any(out.iterdir()):
+            read_data(out)  # only a sound earlier result is replaced
         os.rename(out, old)
     os.rename(part, out)
     fsync_folder(out.parent)

@@ -109,18 +109,29 @@ class Bench:
         Nothing where the study has no spare clips.
         """
         judges = self.judges(prompts, count)
-        if judges.spare is None:
-            return ()
+        return tuple(judges.judge(self._through(latents, judges.spare))) if judges.spare else ()
+
+    def _through(self, latents: str, clips: ClipSet) -> ClipSet:
+        """The clips as the autoencoder gives them back."""
         codec = load_latents(latents, device=self.settings.device)
-        parts = judges.spare.frames.split(self.config.judging.batch)
-        frames = torch.cat([torch.from_numpy(codec.decode(codec.encode(part))) for part in parts])
-        return tuple(judges.judge(judges.spare.with_frames(frames)))
+        parts = clips.frames.split(self.config.judging.batch)
+        return clips.with_frames(torch.cat([torch.from_numpy(codec.decode(codec.encode(part))) for part in parts]))
 
     def compare(
         self, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]
     ) -> tuple[Comparison, ...]:
         """Two sides over all seeds."""
         return compare(self.judges(prompts, count), first, second, seeds=seeds, resamples=self.config.judging.resamples)
+
+    def compare_beyond(
+        self, latents: str, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]
+    ) -> tuple[Comparison, ...]:
+        """The distances of two sides from real clips as the autoencoder gives them: without the blur that both sides share."""
+        judges = self.judges(prompts, count)
+        distances = tuple(name for name in self.settings.metrics if name in ("fvd", "motion"))
+        settings = self.settings.model_copy(update={"metrics": distances})
+        beyond = Judges(judges.reference, self._through(latents, judges.reference), judges.spare, settings, self.on_progress)
+        return compare(beyond, first, second, seeds=seeds, resamples=self.config.judging.resamples)
 
     def compare_kinds(
         self, prompts: Prompts, count: int, first: list[ClipSet], second: list[ClipSet], seeds: tuple[int, ...]

@@ -56,7 +56,8 @@ class StudyResults(Frozen):
 
     `rebuilt`: prompts to the figures of other real clips after the autoencoder alone. `kinds`: prompts to the headline's
     distance by kind. `against`: reading of a control to its distance over the mixture's.
-    `rivals`: other arms of the whole budget, each compared as the headline's monolith is.
+    `beyond`: the headline's distances again, from real clips as the autoencoder gives them. `rivals`: other arms of the whole
+    budget, each compared as the headline's monolith is.
     """
 
     name: str
@@ -71,6 +72,7 @@ class StudyResults(Frozen):
     seconds: float
     autoencoder_psnr: dict[str, float] = {}
     rebuilt: dict[str, tuple[Entry, ...]] = {}
+    beyond: dict[str, tuple[Comparison, ...]] = {}
     kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
     against: dict[str, Figure] = {}
     rivals: dict[str, dict[str, tuple[Comparison, ...]]] = {}

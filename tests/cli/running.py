@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,39 @@ def lutetia(
         [sys.executable, "-m", "lutetia.cli", *map(str, arguments)],
         cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
+
+
+def one_process(
+    commands: Sequence[Sequence[str | Path]], *, without: str = "", **environment: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Each of `commands` as `lutetia` would be, all in one process: for tests of many.
+
+    `without`: capabilities that root lets go of, such as `-dac_override`, so that permissions count for it too.
+    """
+    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
+    prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
+    run = subprocess.run(
+        [*prefix, sys.executable, "-c", _EACH, json.dumps([[str(word) for word in command] for command in commands])],
+        timeout=240, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [subprocess.CompletedProcess(*outcome) for outcome in json.loads(run.stdout)]
+
+
+_EACH = """
+import contextlib, io, json, sys
+from lutetia.cli.main import main
+
+outcomes = []
+for words in json.loads(sys.argv.pop()):
+    sys.argv[1:] = words
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as ended:
+            outcomes.append((words, ended.code, out.getvalue(), err.getvalue()))
+print(json.dumps(outcomes))
+"""
 
 
 def failure(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:

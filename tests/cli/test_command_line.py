@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lutetia.protocol.identity import Identity
-from running import failure, lutetia, processor_time, ticket
+from running import failure, lutetia, one_process, processor_time, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",
@@ -115,14 +118,61 @@ def test_identity_survives_export_and_import(tmp_path: Path) -> None:
     assert lutetia("identity", "import", backup, "--state-folder", two).returncode == 11
     (two / "identity.key").chmod(0o644)
     assert "chmod 600" in lutetia("identity", "show", "--state-folder", two).stderr
+    none = ("--state-folder", tmp_path / "none")
+    shown, exported, imported = one_process(
+        [
+            ("identity", "show", *none),
+            ("identity", "export", tmp_path / "new.key", *none),
+            ("identity", "import", "MISSING", *none),
+        ]
+    )
+    assert shown.returncode == exported.returncode == imported.returncode == 11
+    assert "this box has no identity yet" in shown.stderr == exported.stderr
+    assert imported.stderr == "lutetia: there is no file MISSING; name the one that `lutetia identity export` wrote\n"
 
 
-def test_a_closed_pipe_ends_quietly() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(("help", "exit-codes"), 0), (("simulate", "--list"), 0), (("status", "--state-folder", "none", "--json"), 31)],
+)
+def test_a_reader_who_has_had_enough_is_no_failure(words: tuple[str, ...], code: int, unbuffered: str) -> None:
+    """`| head -1` under `set -o pipefail`; what went wrong before anything was printed keeps its code."""
+    with closed_pipe() as pipe:
+        run = into(pipe, *words, PYTHONUNBUFFERED=unbuffered)
+    assert (run.returncode, run.stderr) == (code, "")
+    with closed_pipe() as pipe:
+        assert into(pipe, *words, errors=pipe, PYTHONUNBUFFERED=unbuffered).returncode == code
+
+
+def test_a_full_disk_behind_the_output_is_said(tmp_path: Path) -> None:
+    try:
+        os.mknod(tmp_path / "full", stat.S_IFCHR | 0o600, os.makedev(1, 7))
+    except PermissionError:
+        pytest.skip("needs root to make a device that is always full")
+    with (tmp_path / "full").open("w") as full:
+        run = into(full.fileno(), "help", "exit-codes")
+    assert (run.returncode, run.stderr) == (21, "lutetia: cannot write: no space left on device; free space\n")
+
+
+def test_without_an_output_a_command_does_its_work() -> None:
+    run = subprocess.run(["sh", "-c", 'exec "$0" -m lutetia.cli help exit-codes >&-', sys.executable], stderr=subprocess.PIPE)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+@contextlib.contextmanager
+def closed_pipe() -> Iterator[int]:
+    """The writing end of a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    run = subprocess.run([sys.executable, "-m", "lutetia.cli", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    yield write
     os.close(write)
-    assert "Traceback" not in run.stderr
+
+
+def into(output: int, *words: str, errors: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
+    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
+    command = [sys.executable, "-m", "lutetia.cli", *words]
+    return subprocess.run(command, stdout=output, stderr=errors, text=True, env={**base, **environment})
 
 
 def test_doctor_finds_this_box_fit(tmp_path: Path) -> None:
@@ -131,3 +181,25 @@ def test_doctor_finds_this_box_fit(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout
     assert "fail" not in findings.values()
     assert {"p2pd", "disk", "identity", "device"} <= set(findings)
+
+
+def test_a_device_that_is_not_here_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    build = tmp_path / "build.toml"
+    build.write_text('device = "cuda"\n')
+    study = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"
+    kept = ("--folder", tmp_path / "study")
+    runs = one_process(
+        [
+            ("evaluate", "nowhere", "nowhere", "--device", "cuda", "--json"),
+            ("data", "build", "nowhere", tmp_path / "data", "--config", build, "--json"),
+            ("study", study, *kept, "--device", "cuda:1", "--prepare", "--json"),
+            ("study", study, *kept, "--device", "cuda", "--json"),
+            ("evaluate", "nowhere", "nowhere", "--device", "foo", "--json"),
+            ("study", study, *kept, "--device", "foo", "--plan", "--json"),
+        ],
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert [failure(run)["code"] for run in runs] == [20] * 4 + [10] * 2, runs
+    assert all("torch sees 0 CUDA devices" in run.stdout for run in runs[:4])
+    assert all("device" in failure(run)["message"] for run in runs)
+    assert list(tmp_path.iterdir()) == [build]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from lutetia.coordinator.ledger import Ledger
 from lutetia.models.data.made import make_clips
+from lutetia.protocol.events import CoordinatorStarted
 from running import failure, lutetia
 
 SETTINGS = 'frames = 8\nheight = 16\nwidth = 16\nlatents = "pixels"\nsmallest = 4\n'
@@ -45,6 +48,23 @@ def test_a_run_is_created_and_shown(made: Path, tmp_path: Path) -> None:
     assert "never overwritten" in again["message"]
     replay = json.loads(lutetia("coordinator", "replay", tmp_path / "run", "--json").stdout)
     assert [event["kind"] for event in replay["events"]] == ["run-created", "manifest-published"]
+    early = failure(lutetia("coordinator", "replay", tmp_path / "run", "--at", "20261121", "--json"))
+    assert early["code"] == 2
+    assert "the run began at 20" in early["message"]
+    port = lutetia("coordinator", "serve", tmp_path / "run", "--http", "127.0.0.1:99999")
+    assert (port.returncode, "no port between" in port.stderr) == (10, True)
+
+
+def test_a_story_has_one_line_for_each_event_however_long(made: Path, tmp_path: Path) -> None:
+    name = "0.9 of [/somebody] who [b]writes\x1b[2J much " * 5
+    lutetia("run", "create", made / "data", tmp_path / "run", "--preset", "tiny")
+    ledger = Ledger.open(tmp_path / "run" / "ledger.sqlite")
+    ledger.append([CoordinatorStarted(time=time.time(), software=name)])
+    ledger.close()
+    lines = lutetia("coordinator", "replay", tmp_path / "run").stdout.splitlines()
+    assert lines[2].endswith(f"coordinator started ({name})".replace("\x1b", "\\x1b"))
+    assert lines[3].startswith("3 events: ")
+    assert lines[-1].startswith("state ")
 
 
 def test_the_ticket_is_printed_unbroken(made: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from running import lutetia
+from running import lutetia, one_process
 
 
 def test_all_promises_held_is_code_0_and_a_table() -> None:
@@ -35,7 +35,15 @@ def test_the_list_names_scenarios_and_what_is_not_simulated() -> None:
 
 
 def test_what_makes_no_sense_is_one_sentence_and_code_2() -> None:
-    for arguments in (("nowhere",), (), ("disks", "--peers", "1"), ("calm", "--keep", "x"), ("calm", "--broken", "nothing")):
-        run = lutetia("simulate", *arguments)
-        assert run.returncode == 2, arguments
+    wrong = [("nowhere",), (), ("disks", "--peers", "1"), ("calm", "--broken", "nothing")]
+    wrong += [("calm", f"--keep={steps}") for steps in ("x", "99", "0,99", "-1")]
+    for run in one_process([("simulate", *arguments) for arguments in wrong]):
+        assert run.returncode == 2, run.args
         assert run.stderr.count("\n") == 1
+
+
+def test_a_plan_can_be_kept_in_part_or_not_at_all() -> None:
+    kept = one_process(
+        [("simulate", "calm", "--peers", "3", "--seconds", "60", f"--keep={steps}", "--json") for steps in ("0,1", "-")]
+    )
+    assert [json.loads(run.stdout)["steps"] for run in kept] == [2, 0]

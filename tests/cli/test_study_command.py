@@ -108,6 +108,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
     rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
     assert rebuilt["motion distance"].n == 20  # of the spare clips
+    assert [row.first.n for row in results.beyond["natural"]] == [22, 22]
     controls = [reading for _, reading in results.plan.controls(StudyConfig.model_validate(results.config))]
     assert len(controls) == 10  # the pair, small-batch, balanced, warm-start; of the mixture: oracle, text-blind, three experts
     against = {reading.name for reading in controls if not (reading.plain and reading.training == "headline-mixture-s0")}

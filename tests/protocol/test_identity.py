@@ -41,7 +41,7 @@ def test_key_file_is_private_and_survives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "mode", "says"),
-    [("zz", 0o600, "cannot read"), ("abcd", 0o600, "2 bytes instead of 32"), ("00" * 32, 0o644, "chmod 600")],
+    [("zz", 0o600, "it holds no key; restore"), ("abcd", 0o600, "2 bytes instead of 32"), ("00" * 32, 0o644, "chmod 600")],
 )
 def test_a_broken_or_public_key_file_is_refused_in_one_sentence(tmp_path: Path, content: str, mode: int, says: str) -> None:
     path = tmp_path / "identity.key"
@@ -49,3 +49,8 @@ def test_a_broken_or_public_key_file_is_refused_in_one_sentence(tmp_path: Path, 
     path.chmod(mode)
     with pytest.raises(IdentityError, match=says):
         Identity.load(path)
+
+
+def test_a_key_file_that_is_missing_is_said_without_the_systems_words(tmp_path: Path) -> None:
+    with pytest.raises(IdentityError, match=r"cannot read the identity \S+: no such file or directory; restore"):
+        Identity.load(tmp_path / "identity.key")

@@ -167,6 +167,11 @@ def test_foreign_folders_are_never_overwritten(clips: Path, cache: Path, tmp_pat
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
+def test_an_empty_folder_is_as_good_as_none(clips: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert build_data(clips, tmp_path / "out", settings(cache)).train > 0
+
+
 def test_two_builds_do_not_write_one_folder(clips: Path, cache: Path, tmp_path: Path) -> None:
     with output_folder(tmp_path / "out"), pytest.raises(DataError, match="another build is writing .*out; wait for it"):
         build_data(clips, tmp_path / "out", settings(cache))
