@@ -12,12 +12,12 @@ from typing import Any
 
 from ..protocol.audits import audit_due, lottery
 from ..protocol.canonical import digest_of
-from ..protocol.events import AuditDone, AuditDue, AuditReason, AuditReported, LineageRolledBack, PeerQuarantined
-from ..protocol.ledger_state import HISTORY, Link, PendingAudit, RunState
+from ..protocol.events import AuditDone, AuditReason, AuditReported, LineageRolledBack, PeerQuarantined
+from ..protocol.ledger_state import HISTORY, PendingAudit, RunState
 from ..protocol.manifest import Manifest
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from .messages import Audit, AuditDelivered, Audited, AuditWanted, Lend, Proclaim
-from .setbacks import move, quarantine
+from .setbacks import can_fall, due, move, quarantine, re_audits
 from .turn import Rules, Turn
 
 _LONGEST_DELAY = 3600.0
@@ -39,11 +39,7 @@ def consider(turn: Turn, record: CheckpointRecord) -> None:
 
 
 def _due(turn: Turn, checkpoint: str, shard: int, whole: bool, why: AuditReason) -> None:
-    link = turn.run.shards[shard].link(checkpoint)
-    assert link is not None
-    given = link.acceptance
-    facts = {"shard": shard, "epoch": given.epoch, "owner": given.author, "checkpoint": checkpoint}
-    turn.write(AuditDue(time=turn.now, **facts, streak=turn.run.peer(given.author).streak, whole=whole, why=why))
+    turn.write(due(turn.run, shard, checkpoint, turn.now, whole, why))
 
 
 def _facts(audit: PendingAudit) -> dict[str, Any]:
@@ -56,13 +52,6 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
     Then a conviction could not be followed by a roll-back any more; so the result has to wait until the audits have caught up.
     """
     return any(audit.shard == shard and epoch - audit.epoch > HISTORY - 2 for audit in run.audits.values())
-
-
-def _can_fall(run: RunState, shard: int, checkpoint: str) -> bool:
-    """Whether the lineage can be rolled back to before this accepted epoch."""
-    ledger = run.shards[shard]
-    link = ledger.link(checkpoint)
-    return link is not None and (link.acceptance.epoch == 1 or ledger.before(link) is not None)
 
 
 def start_audit(turn: Turn) -> None:
@@ -82,7 +71,7 @@ def _pointless(turn: Turn, audit: PendingAudit, seconds: float = 0.0) -> bool:
 
     Results that would bring that about are put off (`audits_lag`); ledgers of earlier versions may hold such audits.
     """
-    if _can_fall(turn.run, audit.shard, audit.checkpoint):
+    if can_fall(turn.run, audit.shard, audit.checkpoint):
         return False
     text = f"epoch {audit.epoch - 1}, to which its lineage would be rolled back, is too long ago"
     turn.write(AuditDone(time=turn.now, **_facts(audit), outcome="inconclusive", text=text, seconds=seconds))
@@ -185,20 +174,8 @@ def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
     if audit.owner not in turn.run.quarantined:
         quarantine(turn, PeerQuarantined(time=turn.now, **_facts(audit), text=text[:1000]))
     _roll_back(turn, audit)
-    earlier = [
-        (link.at, shard, link.acceptance.checkpoint)
-        for shard in turn.run.shards
-        for link in turn.run.shards[shard].lineage
-        if link.acceptance.author == audit.owner and _worth_another_look(turn, shard, link)
-    ]
-    for _, shard, checkpoint in sorted(earlier):
-        _due(turn, checkpoint, shard, True, "re-audit")
-
-
-def _worth_another_look(turn: Turn, shard: int, link: Link) -> bool:
-    """Not while a replay of the whole epoch is due already, nor where nothing could follow from one."""
-    due = turn.run.audits.get(link.acceptance.checkpoint)
-    return (due is None or not due.whole) and _can_fall(turn.run, shard, link.acceptance.checkpoint)
+    for again in re_audits(turn.run, audit.owner, turn.now):
+        turn.write(again)
 
 
 def _roll_back(turn: Turn, audit: PendingAudit) -> None:

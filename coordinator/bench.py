@@ -61,6 +61,8 @@ class Hands(Tools, Protocol):
 
     def forget(self, run: RunState) -> None: ...
 
+    def still_whole(self, record: CheckpointRecord) -> Verdict | None: ...
+
     def keep(self, record: CheckpointRecord) -> None: ...
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None: ...
@@ -146,6 +148,8 @@ class Bench:
         """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
         climbing = climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
         [verdict] = await asyncio.gather(climbing, return_exceptions=True)
+        if isinstance(verdict, Verdict) and verdict.outcome == "valid":
+            verdict = await asyncio.to_thread(self.hands.still_whole, check.record) or verdict
         if isinstance(verdict, BaseException):
             verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
         await self.hear(Checked(check.record, verdict, self.now()))

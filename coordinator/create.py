@@ -109,7 +109,8 @@ def _check_experts(settings: RunSettings, description: DataDescription) -> None:
 
 def _check_epochs(manifest: Manifest) -> None:
     """Raises ConfigError when no audit could replay a whole epoch."""
-    if (steps := manifest.steps_per_epoch) > MAX_STEPS:
+    audited = manifest.audit.replay_steps or manifest.audit.whole_epoch
+    if audited and (steps := manifest.steps_per_epoch) > MAX_STEPS:
         raise ConfigError(
             f"an epoch of {steps} steps is too long for its audits, which replay at most {MAX_STEPS}; "
             f"set checkpoint_samples to at most {MAX_STEPS * manifest.optimisation.batch}"

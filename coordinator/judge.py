@@ -163,6 +163,9 @@ class _Turn(Turn):
             if free <= 0:
                 return
             record = candidate.record
+            if record.owner in self.run.quarantined:  # by a word that was taken back into the ledger before it was read here
+                self._dismissed(record, Verdict("invalid", "quarantine", "its author was quarantined meanwhile"))
+                continue
             if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
                 continue
             if bad := sizes(record, limits[record.shard]):

@@ -17,7 +17,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..protocol.canonical import canonical
-from ..protocol.events import CheckpointAccepted, Event, LineageRolledBack, RunCreated, read_event
+from ..protocol.events import (
+    AcceptanceRecovered,
+    CheckpointAccepted,
+    Event,
+    LineageRolledBack,
+    QuarantineRecovered,
+    ResetRecovered,
+    RunCreated,
+    read_event,
+)
 from ..protocol.ledger_state import RunState, apply
 from ..system.errors import ConfigError, DiskError, IntegrityError
 
@@ -25,6 +34,8 @@ _log = logging.getLogger("lutetia.coordinator.ledger")
 
 _APPLICATION = 0x4C757431  # "Lut1": tells our files from other SQLite databases
 _START = b"\0" * 32
+_DURABLE = CheckpointAccepted | LineageRolledBack | RunCreated | AcceptanceRecovered | ResetRecovered | QuarantineRecovered
+"""What is on the disk before anybody is told."""
 _SCHEMA = """
 CREATE TABLE events (id INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, chain BLOB NOT NULL) STRICT;
 CREATE TRIGGER no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
@@ -117,7 +128,7 @@ class Ledger:
                 text, count = canonical(event).decode(), count + 1
                 chain = _link(chain, event.time, text)
                 rows.append((count, event.time, text, chain))
-                durable = durable or isinstance(event, CheckpointAccepted | LineageRolledBack | RunCreated)
+                durable = durable or isinstance(event, _DURABLE)
             self._insert(rows, durable)
             self.state, self._chain, self._count = state, chain, count
             if durable:

@@ -34,6 +34,7 @@ from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from ..system.errors import LutetiaError
 from .ledger import Ledger
+from .setbacks import re_audits
 from .story import sentence
 
 _log = logging.getLogger("lutetia.coordinator.recovery")
@@ -122,6 +123,9 @@ class Lineage:
         while True:
             if lost := await self.lost(lambda: ledger.state):
                 ledger.append(lost, durable=True)
+                convicted = [event.owner for event in lost if isinstance(event, QuarantineRecovered)]
+                if again := [due for owner in convicted for due in re_audits(ledger.state, owner, self.transport.now())]:
+                    ledger.append(again, durable=True)
             if self.transport.now() >= until:
                 return
             await asyncio.sleep(min(1.0, seconds / 4))

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from ..protocol.events import (
     AcceptanceRecovered,
+    AuditDue,
+    AuditReason,
     Event,
     LineageRolledBack,
     MixtureStitched,
@@ -13,6 +15,7 @@ from ..protocol.events import (
     QuarantineRecovered,
     ResetRecovered,
 )
+from ..protocol.ledger_state import Link, RunState
 from .ladder import Verdict
 from .messages import Discard
 from .turn import Turn, refusal
@@ -31,6 +34,8 @@ def noted(turn: Turn, event: Event) -> None:
         case QuarantineRecovered():
             if event.owner not in turn.run.quarantined:
                 quarantine(turn, event)
+                for again in re_audits(turn.run, event.owner, turn.now):
+                    turn.write(again)
         case _:
             turn.write(event)
 
@@ -61,6 +66,39 @@ def quarantine(turn: Turn, event: PeerQuarantined | QuarantineRecovered) -> None
             _forget_check(turn, index, event.owner)
             turn.actions.append(Discard(waiting.record))
             turn.tidy(index)
+
+
+def can_fall(run: RunState, shard: int, checkpoint: str) -> bool:
+    """Whether the lineage can be rolled back to before this accepted epoch."""
+    ledger = run.shards[shard]
+    link = ledger.link(checkpoint)
+    return link is not None and (link.acceptance.epoch == 1 or ledger.before(link) is not None)
+
+
+def due(run: RunState, shard: int, checkpoint: str, now: float, whole: bool, why: AuditReason) -> AuditDue:
+    """The event that an accepted epoch is to be replayed."""
+    link = run.shards[shard].link(checkpoint)
+    assert link is not None
+    given = link.acceptance
+    facts = {"shard": shard, "epoch": given.epoch, "owner": given.author, "checkpoint": checkpoint}
+    return AuditDue(time=now, **facts, streak=run.peer(given.author).streak, whole=whole, why=why)
+
+
+def re_audits(run: RunState, owner: str, now: float) -> list[AuditDue]:
+    """All that a convicted peer did before is looked at again whole, the oldest first, where something can follow from it."""
+    earlier = [
+        (link.at, shard, link.acceptance.checkpoint)
+        for shard in run.shards
+        for link in run.shards[shard].lineage
+        if link.acceptance.author == owner and _worth_another_look(run, shard, link)
+    ]
+    return [due(run, shard, checkpoint, now, True, "re-audit") for _, shard, checkpoint in sorted(earlier)]
+
+
+def _worth_another_look(run: RunState, shard: int, link: Link) -> bool:
+    """Not while a replay of the whole epoch is due already, nor where nothing could follow from one."""
+    known = run.audits.get(link.acceptance.checkpoint)
+    return (known is None or not known.whole) and can_fall(run, shard, link.acceptance.checkpoint)
 
 
 def _forget_check(turn: Turn, shard: int, owner: str | None = None) -> None:

@@ -19,7 +19,7 @@ from ..protocol.store import BlobMissing, BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
 from ..system.errors import DiskError, IntegrityError, UnreachableError
-from .ladder import Replayed, SizeLimits, Stopped
+from .ladder import Replayed, SizeLimits, Stopped, Verdict
 from .messages import Audit
 from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
 
@@ -168,6 +168,11 @@ class NetworkTools:
     def _path(self, ref: BlobRef) -> str:
         """Raises BlobMissing."""
         return str((self._holding(ref.digest) or self.incoming).path(ref.digest))
+
+    def still_whole(self, record: CheckpointRecord) -> Verdict | None:
+        """None when all that was judged is here to be kept, else that it cannot be accepted now."""
+        missing = [digest for digest in _named(record) if self._holding(digest) is None]
+        return Verdict("inconclusive", "transfer", f"blob {min(missing)[:12]} went missing meanwhile") if missing else None
 
     def keep(self, record: CheckpointRecord) -> None:
         """The result was accepted: its blobs are served from now on. Blocks on the disk.

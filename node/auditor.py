@@ -113,14 +113,19 @@ class Auditor:
             await self._tidy(job.shard, refs.values())
 
     async def _tidy(self, shard: int, refs: Iterable[BlobRef]) -> None:
-        """Remove what was fetched for a replay, but for what this box serves by now, or fetches for work of its own."""
-        work = self.shell.state.work
-        if work and work.shard == shard:
-            return
-        served = await asyncio.to_thread(self.shell.served)
+        """Remove what was fetched for a replay, but for what this box serves by now, or needs for work of its own."""
+        wanted = await asyncio.to_thread(self._wanted, shard)
         for ref in refs:
-            if ref.digest not in served:
+            if ref.digest not in wanted:
                 await asyncio.to_thread(self.shell.network.store.remove, ref.digest)
+
+    def _wanted(self, shard: int) -> set[str]:
+        """What this box keeps of the blobs of a shard. Blocks on the disk."""
+        material, work, wanted = self.shell.material, self.shell.state.work, set(self.shell.served())
+        if work and work.shard == shard:
+            accepted = self.shell.network.acceptances.get(shard)
+            wanted |= material.needed(shard, material.base(shard, work.epoch, work.checkpoint, accepted))
+        return wanted
 
     async def _ask_child(self, job: AuditJob, paths: dict[str, str]) -> dict[str, Any] | None:
         """In a child of the trainer's kind, which is ended when the replay is given up."""

@@ -25,6 +25,7 @@ from ..protocol.records import (
     NodeState,
     ProviderRecord,
     QuarantineRecord,
+    Record,
     RecordLimits,
     ResetRecord,
     acceptance_key,
@@ -140,7 +141,7 @@ class Network:
             shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
         )  # fmt: skip
         async with self._claiming:  # one after another, or the DHT refuses the one that is overtaken
-            if not await publish(self.transport, self.identity, record, self.limits.longest("claim")):
+            if not await self._publish(record, self.limits.longest("claim")):
                 log.warning("no peer took our claim on shard %d", claim.shard)
 
     async def publish_node(self, state: NodeState, hardware: Hardware, rate: float, shard: int | None) -> None:
@@ -149,7 +150,10 @@ class Network:
             peer_id=self.identity.peer_id, addresses=self.addresses, hardware=hardware, samples_per_second=rate,
             software=software_version(), state=state, shard=shard, operator=self.operator,
         )  # fmt: skip
-        await publish(self.transport, self.identity, record, self.limits.longest("node"))
+        await self._publish(record, self.limits.longest("node"))
+
+    async def _publish(self, record: Record, ttl: float) -> bool:
+        return await publish(self.transport, self.identity, record, ttl, skew=self.limits.maximum_clock_skew)
 
     async def announce(self, blobs: Iterable[str]) -> None:
         """Say that we hold these blobs, where that is not known or about to be forgotten."""
@@ -160,7 +164,7 @@ class Network:
                 run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
                 blob=digest, peer_id=self.identity.peer_id, addresses=self.addresses,
             )  # fmt: skip
-            if await publish(self.transport, self.identity, record, ttl):
+            if await self._publish(record, ttl):
                 self._announced[digest] = now
 
     async def offer(self, kept: Kept) -> OfferReply:
@@ -168,7 +172,7 @@ class Network:
         record = kept.record(self.identity.public_key, self.identity.peer_id, self.addresses, self.transport.now())
         ttl, now = self.limits.longest("checkpoint"), time.monotonic()
         if now - self._recorded.get(record.digest, -_RECORD_AGAIN) >= _RECORD_AGAIN:
-            await publish(self.transport, self.identity, record, ttl)
+            await self._publish(record, ttl)
             self._recorded = {record.digest: now}
         expires = record.issued + ttl
         sealed = seal(record, self.identity, expires)

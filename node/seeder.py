@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..protocol.accepted import Held, live_nodes, newest_of
 from ..protocol.records import NodeRecord, node_bucket
 from ..system.errors import LutetiaError
-from ..system.files import write_atomic
+from ..system.files import disk_errors, write_atomic
 from .material import Material
 from .network import Network
 from .seeding import WANTED, Ring, Seed, Thin, affordable, outdated
@@ -56,7 +56,8 @@ class Seeder:
     async def tend(self, nodes: Sequence[NodeRecord]) -> None:
         """One round: forget what is outdated, keep what is due. `nodes`: those online, as far as they may come before us."""
         try:
-            await self._look(nodes)
+            with disk_errors(self.path):
+                await self._look(nodes)
         except (LutetiaError, ConnectionError) as error:
             log.info("cannot look after accepted checkpoints now: %s", error)
 

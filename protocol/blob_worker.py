@@ -15,6 +15,7 @@ from .blobs import CHUNK, ChunkTable
 from .manifest import BlobRef
 from .partial import PartialBlob
 from .transport import Transport
+from .waiting import to_its_end
 
 log = logging.getLogger("lutetia.protocol.transfer")
 
@@ -121,7 +122,8 @@ class Worker:
         """Several workers may do this at once; the first table that matches the name is kept."""
         table = ChunkTable.checked(self._transfer.ref, await client.table())
         if self._transfer.plan is None:
-            await asyncio.to_thread(self._transfer.partial.set_table, table)  # reserves room, which some file systems do slowly
+            # reserves room, which some file systems do slowly; whoever closes the transfer must not wait for that on the loop
+            await to_its_end(asyncio.to_thread(self._transfer.partial.set_table, table))
         return self._transfer.plan or self._transfer.begin()
 
     def _next_span(self, plan: Plan) -> Span | None:

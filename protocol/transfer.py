@@ -6,9 +6,8 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from ..system.errors import IntegrityError, LutetiaError, UnreachableError
 from .blob_stream import BLOB, BlobServer, RateLimit
@@ -17,13 +16,13 @@ from .manifest import BlobRef
 from .partial import PartialBlob
 from .store import BlobStore
 from .transport import Transport
+from .waiting import to_its_end
 
 __all__ = ["Progress", "Provider", "fetch_blob", "serve_blobs"]
 
 log = logging.getLogger("lutetia.protocol.transfer")
 
 PARALLEL = 4
-T = TypeVar("T")
 
 
 async def serve_blobs(transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None) -> None:
@@ -65,10 +64,12 @@ class _Fetch:
         self._active: dict[int, tuple[Worker, asyncio.Task[None]]] = {}
 
     async def run(self) -> Path:
+        if await asyncio.to_thread(self._store.has, self._ref.digest):
+            return self._store.path(self._ref.digest)  # a transfer that was given up as it ended has brought it
         partial = await self._opened()
         try:
             await self._gather(partial)
-            return await _to_its_end(asyncio.to_thread(self._store.finish, partial))
+            return await to_its_end(asyncio.to_thread(self._store.finish, partial))
         finally:
             partial.close()
 
@@ -77,7 +78,7 @@ class _Fetch:
         given_up = threading.Event()
         opening = asyncio.ensure_future(asyncio.to_thread(self._store.partial, self._ref, given_up))
         try:
-            return await _to_its_end(opening, given_up)
+            return await to_its_end(opening, given_up)
         except asyncio.CancelledError:
             opening.add_done_callback(_close)
             raise
@@ -128,18 +129,6 @@ class _Fetch:
         if all(isinstance(error, IntegrityError) for error in transfer.lost.values()):
             return IntegrityError(f"every provider of {name} sends wrong bytes ({reasons}); ask other peers")
         return UnreachableError(f"no provider is left for {name} ({reasons}); try again later, what is here is kept")
-
-
-async def _to_its_end(work: Awaitable[T], given_up: threading.Event | None = None) -> T:
-    """No cancellation reaches a thread: who is cancelled waits for it, or the next transfer would meet its open files."""
-    working = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        if given_up:
-            given_up.set()
-        await asyncio.wait([working])
-        raise
 
 
 def _close(opening: asyncio.Future[PartialBlob]) -> None:

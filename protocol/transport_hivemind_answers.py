@@ -89,25 +89,26 @@ class Answers(Placing):
         if len(request.keys) > MAX_KEYS_PER_FIND or len(set(request.keys)) < len(request.keys):
             raise ValueError(f"a call asks for at most {MAX_KEYS_PER_FIND} keys, each once")
         keys, found, room = [DHTID.from_bytes(key) for key in request.keys], [], ANSWER_BYTES
+        await self._require_room(context, len(keys))
         for key in keys:
             records, size = within(self.kept(key), room)
+            await self._require_room(context, size / _BYTES_PER_CALL)
             room -= size
             found.append(records)
-        await self._require_room(context, len(keys) + (ANSWER_BYTES - room) / _BYTES_PER_CALL)
         self._greet(request, context)
         results = [self._result(key, records, context) for key, records in zip(keys, found, strict=True)]
         return dht_messages.FindResponse(results=results, peer=self.node_info)
 
     async def rpc_store(self, request: Any, context: Any) -> Any:
         """Somebody wants us to keep records. They never go into the cache, and are known by where they come from."""
-        offered = [
-            self._offered(*parts)
-            for parts in zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=True)
-        ]
-        origin, cost = await self._origin(context), 1 + sum(map(len, offered)) / _RECORDS_PER_CALL
+        origin = await self._origin(context)
         self._greet(request, context)
-        welcome = self.calls.admits(origin, time.monotonic(), cost)
-        kept = [welcome and await self._keep_all(records, origin) for records in offered]
+        kept: list[bool] = []
+        for parts in zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=True):
+            welcome = self._admits(origin, 1 / _RECORDS_PER_CALL + len(parts[2]) / _BYTES_PER_CALL)
+            records = self._offered(*parts) if welcome else []
+            welcome = welcome and self._admits(origin, len(records) / _RECORDS_PER_CALL)
+            kept.append(welcome and await self._keep_all(records, origin))
         return dht_messages.StoreResponse(store_ok=kept, peer=self.node_info)
 
     def kept(self, key: DHTID) -> Records:
@@ -173,8 +174,11 @@ class Answers(Placing):
 
     async def _require_room(self, context: Any, cost: float) -> None:
         """Raises ConnectionRefusedError, which the caller is told."""
-        if not self.calls.admits(await self._origin(context), time.monotonic(), cost):
+        if not self._admits(await self._origin(context), cost):
             raise ConnectionRefusedError("too many calls from your network address")
+
+    def _admits(self, origin: str, cost: float) -> bool:
+        return self.calls.admits(origin, time.monotonic(), cost)
 
     async def _origin(self, context: Any) -> str:
         return await self.origins.of(context.remote_id.to_base58())

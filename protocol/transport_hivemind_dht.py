@@ -155,17 +155,16 @@ class Dht:
         return records, {place: other for place, other in _believable(named).items() if other != self._p2p.peer_id}
 
     async def _hand_to(self, candidates: list[PeerID], key_id: DHTID, subkey: str, packed: bytes, expires: float) -> int:
-        """Ask REPLICAS peers at once, and further ones in place of those that do not answer. Returns how many took it.
+        """Ask REPLICAS peers at once, and further ones in place of those that do not take it. Returns how many did.
 
         The nearest of each origin come first, so that one address that has crowded around a key is not all that keeps it.
         """
         candidates = alternate(candidates, await self._protocol.origins.of_all([peer.to_base58() for peer in candidates]))
-        taken = answered = 0
-        while candidates and answered < REPLICAS:
-            batch, candidates = candidates[: REPLICAS - answered], candidates[REPLICAS - answered :]
+        taken = 0
+        while candidates and taken < REPLICAS:
+            batch, candidates = candidates[: REPLICAS - taken], candidates[REPLICAS - taken :]
             calls = [self._protocol.call_store(peer, [key_id], [packed], [expires], subkeys=[subkey]) for peer in batch]
             for reply in await asyncio.gather(*calls):
-                answered += reply is not None
                 taken += bool(reply and reply[0])
         return taken
 

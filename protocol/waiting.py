@@ -1,9 +1,10 @@
-"""Waiting for many answers without waiting for the slowest, and for libraries that lose a cancellation."""
+"""Waiting for many answers without waiting for the slowest, for libraries that lose a cancellation, and for threads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -42,3 +43,15 @@ async def heeding(call: Coroutine[Any, Any, T]) -> T:
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
     return result
+
+
+async def to_its_end(work: Awaitable[T], given_up: threading.Event | None = None) -> T:
+    """The result of `work` in a thread, which no cancellation reaches: who is cancelled sets `given_up` and waits for it."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        if given_up:
+            given_up.set()
+        await asyncio.wait([working])
+        raise

@@ -248,6 +248,20 @@ async def test_what_goes_missing_under_a_check_is_fetched_again(tmp_path: Path):
         assert "is not in the store" in run.refusals[0].text
 
 
+async def test_what_goes_missing_after_it_was_read_is_noticed_before_the_acceptance(tmp_path: Path):
+    async with intake(tmp_path) as room:
+        gate = room.shop.gate("raw")
+        record = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
+        await room.offer(record)
+        await gate.reached.wait()
+        room.tools.incoming.remove(record.trace.digest)
+        gate.opened.set()
+        run = await room.until(lambda run: run.accepted == 1)
+        assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "transfer")]
+        assert "went missing meanwhile" in run.refusals[0].text
+        assert room.tools.blobs.has(record.trace.digest)
+
+
 @pytest.mark.parametrize("place", ["a check", "a replay"])
 async def test_an_unexpected_error_ends_what_it_befell_and_not_the_coordinator(
     tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture

@@ -12,7 +12,7 @@ from lutetia.coordinator.crier import Crier
 from lutetia.coordinator.judge import JudgeState
 from lutetia.coordinator.ladder import Verdict
 from lutetia.coordinator.ledger import Ledger
-from lutetia.coordinator.messages import Checked, Discard, Noted
+from lutetia.coordinator.messages import Checked, Discard, LimitsKnown, Noted
 from lutetia.coordinator.recovery import Lineage, forgotten
 from lutetia.coordinator.rival import refuse_a_rival
 from lutetia.coordinator.story import sentence
@@ -182,6 +182,30 @@ async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path:
     again = make_record(c.manifest, CHEAT, 0, honest + 1, shard.accepted)
     assert c.offer(again).rung == "quarantine"
     assert c.accept(HONEST, text="again").epoch == honest + 1
+    ledger.close()
+
+
+async def test_a_recovered_quarantine_is_carried_out_whole(tmp_path: Path):
+    """What the peer had in judgement is refused, and what was accepted of it elsewhere is looked at again."""
+    swarm = Swarm(tmp_path)
+    c = swarm.room
+    elsewhere = c.accept(CHEAT, shard=1)
+    c.audited("valid", elsewhere.digest)
+    c.offer(make_record(c.manifest, CHEAT, 1, 2, elsewhere.digest))
+    swarm.backup = list(c.events)
+    faked = c.accept(CHEAT)
+    c.audited("invalid", faked.digest)
+    await swarm.show()
+
+    ledger = swarm.ledger(swarm.backup)
+    await swarm.lineage.recover(ledger, 0.0)
+    assert [(due.shard, due.epoch, due.whole) for due in ledger.state.audits.values()] == [(1, 1, True)]
+    assert ledger.state.shards[1].candidates
+    c.state, c.events = JudgeState.restored(ledger.state), []
+    c.hears(LimitsKnown(limits_of(2), c.now))
+    assert not c.state.run.shards[1].candidates
+    assert not c.state.checking
+    assert [why.rung for why in c.state.run.refusals[-1:]] == ["quarantine"]
     ledger.close()
 
 

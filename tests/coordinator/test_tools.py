@@ -10,7 +10,7 @@ import pytest
 from courtroom import COORDINATOR, PEERS, START, court, first_event, limits_of, make_manifest, make_record
 from lutetia.coordinator.bench import Bench
 from lutetia.coordinator.judge import Rules
-from lutetia.coordinator.ladder import Limits, Replayed, Stopped
+from lutetia.coordinator.ladder import Limits, Replayed, Stopped, Verdict
 from lutetia.coordinator.ledger import Ledger
 from lutetia.coordinator.messages import Audit, Offered
 from lutetia.coordinator.stitching import next_step
@@ -75,6 +75,9 @@ class StrawHands:
 
     async def raw_loss(self, record: CheckpointRecord) -> float:
         return self.raw.get(record.epoch, 0.95)
+
+    def still_whole(self, record: CheckpointRecord) -> Verdict | None:
+        return None
 
     def keep(self, record: CheckpointRecord) -> None:
         self.kept.append(record)

@@ -35,6 +35,7 @@ class Stumbling(Daemon):
 
 
 async def test_back_on_the_network_after_an_attempt_that_failed_half_way(tmp_path: Path):
+    before = children_of(os.getpid())
     run = make_run(tmp_path / "run", heartbeat=2.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy:
         settings = NodeSettings(
@@ -65,4 +66,4 @@ async def test_back_on_the_network_after_an_attempt_that_failed_half_way(tmp_pat
         finally:
             daemon.say(UserVerb(time.time(), "leave"))
             await at_work
-    assert not running(children_of(os.getpid()))
+    assert not running(children_of(os.getpid()) - before)

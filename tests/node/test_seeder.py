@@ -162,3 +162,20 @@ def test_an_outdated_copy_goes_also_when_that_cannot_be_noted(tmp_path: Path, mo
     seeds: Path | None = None
     monkeypatch.setattr(os, "replace", full)
     at_a_site(tmp_path, story)
+
+
+def test_a_disk_that_takes_no_changes_ends_the_round_and_not_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    async def story(site: Site) -> None:
+        await site.accept(1)
+        await site.tend()
+        await site.accept(2)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", read_only)
+            await site.tend()
+        await site.tend()
+        assert site.seeder.seeds[0].epoch == 2
+
+    at_a_site(tmp_path, story)

@@ -12,6 +12,7 @@ import pytest
 from lutetia.protocol.blob_stream import BLOB, OK, REQUEST_BYTES
 from lutetia.protocol.blobs import CHUNK
 from lutetia.protocol.identity import Identity
+from lutetia.protocol.partial import PartialBlob
 from lutetia.protocol.store import BlobStore
 from lutetia.protocol.transfer import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.transport import Stream
@@ -239,13 +240,40 @@ async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
     leaving = asyncio.ensure_future(swarm.fetch())
     await asyncio.to_thread(naming.wait, 60)
     leaving.cancel()
+    swarm.store.limit_bytes = REF.size + 1
+    again = asyncio.ensure_future(swarm.fetch())
     for _ in range(5):
         await asyncio.sleep(0)
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert swarm.store.has(REF.digest)
+    assert (await again).read_bytes() == DATA, "it is there, and needs no room a second time"
     assert list(swarm.store.partial_folder.iterdir()) == []
+
+
+async def test_a_transfer_cancelled_while_its_room_is_reserved_leaves_the_loop_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems reserve by writing zeros."""
+    swarm = Swarm(tmp_path)
+    await swarm.holder(rate=1e12)
+    reserving, free, reserve = threading.Event(), threading.Event(), PartialBlob._reserve
+
+    def slow_reserve(partial: PartialBlob) -> None:
+        reserving.set()
+        assert free.wait(30), "the loop waits for what only it can end"
+        reserve(partial)
+
+    monkeypatch.setattr(PartialBlob, "_reserve", slow_reserve)
+    leaving = asyncio.ensure_future(swarm.fetch())
+    await asyncio.to_thread(reserving.wait, 30)
+    leaving.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    free.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert not swarm.store.has(REF.digest)
 
 
 @simulated
