@@ -7,6 +7,7 @@ and the floor that two real sets reach.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,11 +89,12 @@ def distance_ratio(
     seeds: Sequence[int] = (),
     statistic: Callable[[Array, Array], float] = frechet_of_rows,
     resamples: int = 100,
-) -> Figure:
+) -> Figure | None:
     """distance(first) / distance(second), for instance FVD(monolith) / FVD(mixture), with an interval.
 
     `first` and `second` [N, D] are made from the same prompts in the same order, and are resampled as pairs. Lists of them, one
-    per training seed, give the mean over seeds, and an interval that holds the spread between seeds as well.
+    per training seed, give the mean over seeds, and an interval that holds the spread between seeds as well. None where the
+    second is not away from the reference at all, as clips without any motion are by their motion.
     """
     x = np.asarray(reference, np.float64)
     pairs = list(zip(_sets(first), _sets(second), strict=True))
@@ -104,9 +106,11 @@ def distance_ratio(
         return lambda i, j: statistic(x[i], pair[0][j]) / statistic(x[i], pair[1][j])
 
     sizes = [len(x), count]
-    if len(pairs) == 1:
-        return subsampling(ratio_of(pairs[0]), sizes, resamples=resamples, seeds=seeds)
-    return nested([ratio_of(pair) for pair in pairs], sizes, seeds=seeds, resamples=resamples)
+    with contextlib.suppress(ZeroDivisionError):
+        if len(pairs) == 1:
+            return subsampling(ratio_of(pairs[0]), sizes, resamples=resamples, seeds=seeds)
+        return nested([ratio_of(pair) for pair in pairs], sizes, seeds=seeds, resamples=resamples)
+    return None
 
 
 def reference_statistics(

@@ -90,7 +90,7 @@ def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
     judged = f"{name} {found.figure} (N = {found.figure.n}){untouched}"
     lines = [f"Other real clips, encoded and decoded again by the autoencoder, have {judged}."]
     beyond = next((row for row in results.beyond.get(prompts, ()) if row.name == name), None)
-    if beyond:
+    if beyond and beyond.ratio:
         sides = f"{beyond.first} for the monolith and {beyond.second} for the mixture, ratio {beyond.ratio}"
         lines.append(f"From real clips as the autoencoder gives them, without the blur that both sides share, {name} is {sides}.")
     return lines

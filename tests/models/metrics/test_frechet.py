@@ -107,11 +107,15 @@ def test_a_ratio_of_distances_knows_its_pairs_and_seeds() -> None:
     noise = sample(1, 60)
     worse, better = noise + 1.0, noise + 0.5  # made from the same prompts: the same deviations
     ratio = distance_ratio(real, worse, better, statistic=frechet_debiased, resamples=20)
+    assert ratio
     assert ratio.low < 4 < ratio.high * 1.2
     assert ratio.low > 2
     several = distance_ratio(real, [worse, worse + 0.1], [better, better - 0.05], seeds=(1, 2), resamples=20)
+    assert several
     assert several.method == "nested"
     assert several.seeds == (1, 2)
     assert several.high - several.low > ratio.high - ratio.low
     with pytest.raises(DataError, match=r"equally many clips"):
         distance_ratio(real, worse, better[:50])
+    still = np.zeros_like(real)
+    assert distance_ratio(still, worse, still, resamples=20) is None
