@@ -245,7 +245,10 @@ def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> D
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
         if next(model.parameters()).device != x_t.device:
             model.to(x_t.device)
-        ask = lambda z, s: call_expert(model, z.to(tokens.dtype), s, tokens, pooled)  # noqa: E731
+
+        def ask(z: Tensor, s: Tensor) -> Tensor:
+            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled)
+
         return velocity(prediction, noise_schedule, ask, x_t, t)
 
     return denoise

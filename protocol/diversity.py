@@ -27,7 +27,7 @@ def gives_way(members: Mapping[Name, str], origin: str) -> Name | None:
     fullest, most = max(crowds.items(), key=lambda crowd: crowd[1], default=("", 0))
     if most < crowds[origin] + 2:
         return None
-    return [name for name, origin in members.items() if origin == fullest][-1]
+    return [name for name, own in members.items() if own == fullest][-1]
 
 
 def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:

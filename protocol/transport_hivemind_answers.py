@@ -19,7 +19,7 @@ from .records import RecordRefused
 from .transport import RecordCheck
 from .transport_hivemind_library import DHTID, P2P, DHTRecord, DictionaryDHTValue, dht_messages
 from .transport_hivemind_storage import MAX_RECORDS_PER_KEY, Records, merged, within
-from .transport_hivemind_table import Placing, place_of
+from .transport_hivemind_table import BREATH, Placing, place_of
 
 log = logging.getLogger("lutetia.protocol.transport_hivemind")
 
@@ -33,7 +33,6 @@ second."""
 _BYTES_PER_CALL = 4096
 _RECORDS_PER_CALL = 4
 """So much of an answer, and so many records to verify, cost as much as another call."""
-_BREATH = 64
 
 
 class Check:
@@ -149,8 +148,8 @@ class Answers(Placing):
         kept = 0
         for number, record in enumerate(records, start=1):
             kept += self._keep(record, origin)
-            if number % _BREATH == 0:
-                await asyncio.sleep(0)  # others want to be answered, too
+            if number % BREATH == 0:
+                await asyncio.sleep(0)
         return kept == len(records)
 
     def _keep(self, record: DHTRecord, origin: str) -> bool:

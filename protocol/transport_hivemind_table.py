@@ -16,7 +16,8 @@ from .transport_hivemind_storage import Records, Storage
 BATCH_BYTES, BATCH_RECORDS = 1 << 19, 512
 _OVERHEAD = 256  # key, owner, expiry and what packing adds
 _ORIGINS_KEPT, _ORIGINS_ASKED = 60.0, 0.5
-_BREATH = 64
+BREATH = 64
+"""Records looked at in one go, before others are answered."""
 
 _Handed = tuple[DHTID, str, bytes, float]
 """Hashed key, owner, packed value, expiry."""
@@ -119,8 +120,8 @@ class Placing(DHTProtocol):
         for number, (key, _) in enumerate(list(self.storage.items()), start=1):
             if self._should_keep(key, place):
                 keys.append(key)
-            if number % _BREATH == 0:
-                await asyncio.sleep(0)  # others want to be answered, too
+            if number % BREATH == 0:
+                await asyncio.sleep(0)
         for batch in _batches((key, *entry) for key in keys for entry in (self.storage.of(key) or Records()).entries()):
             ids, owners, values, ends = zip(*batch, strict=True)
             if await self.call_store(peer_id, ids, values, ends, subkeys=owners) is None:
