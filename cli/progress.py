@@ -1,4 +1,4 @@
-"""Progress of one long step: a bar on a terminal, a line every ten per cent elsewhere; both with rate and time left."""
+"""Progress of one long step: a bar on a terminal, elsewhere a line every tenth and every minute; both with rate and time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 OnProgress = Callable[[str, int, int], None]
+_SILENCE = 60.0
 
 
 @contextlib.contextmanager
@@ -41,21 +42,22 @@ def progress(title: str) -> Iterator[OnProgress]:
 
 
 class Lines:
-    """A line at the first and the last item of a stage and every tenth between."""
+    """A line at the first and the last item of a stage, and between them every tenth, and after a minute without one."""
 
     def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._title, self._clock = title, clock
         self._last: dict[str, int] = {}
+        self._said: dict[str, float] = {}
         self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        tenth, last = 10 * done // max(1, total), self._last.get(stage)
-        if tenth == last:
+        now, tenth, last = self._clock(), 10 * done // max(1, total), self._last.get(stage)
+        if tenth == last and now - self._said[stage] < _SILENCE:
             return
         if last is not None and tenth < last:  # the stage begins once more
             del self._began[stage]
-        self._last[stage] = tenth
-        began, first = self._began.setdefault(stage, (self._clock(), done))
+        self._last[stage], self._said[stage] = tenth, now
+        began, first = self._began.setdefault(stage, (now, done))
         print(f"{self._title}: {stage} {done}/{total}{self._pace(began, first, done, total)}", file=sys.stderr, flush=True)
 
     def _pace(self, began: float, first: int, done: int, total: int) -> str:

@@ -2,8 +2,10 @@
 
 The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the
 router must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors,
-never balanced), and its accuracy and calibration error are reported per bin of t. Near t = 1 a text-blind router can only know
-the priors.
+never balanced), and its accuracy and calibration error are reported per bin of t.
+
+At t = 1 the latent is noise and says nothing, so the router sees it weighted by 1 - t, the share of the data in it: the first
+decision of a path, which the others follow, is the text's alone (the priors', for a text-blind router).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from ..system.errors import DataError, IntegrityError
 from .data.shards import ShardData
 from .experts import TIMESTEPS
 from .randomness import normals, seed_of, stream
-from .tensorfiles import write_tensors
+from .tensorfiles import read_document, write_tensors
 
 MAX_PATCHES = 32  # keeps the router near a tenth of an expert's cost, also where experts are tiny
 TIME_BINS = 10
@@ -38,7 +40,7 @@ _REPORT_NOISES = 4
 class VideoRouter(ModelMixin, ConfigMixin):
     """Logits over experts `[B, K]` from noisy latents `[B, C, F, H, W]`, flow time `[B]` and pooled text `[B, P]`.
 
-    `pooled_width` 0 makes it text-blind. Saves and loads like every diffusers model.
+    `pooled_width` 0 makes it text-blind. `weighted` multiplies the latents by 1 - t. Saves and loads like every diffusers model.
     """
 
     @register_to_config
@@ -51,8 +53,10 @@ class VideoRouter(ModelMixin, ConfigMixin):
         pooled_width: int = 0,
         hidden: int = 96,
         layers: int = 3,
+        weighted: bool = False,  # what a file without this entry was trained with
     ) -> None:
         super().__init__()
+        self.weighted = weighted
         heads = max(1, hidden // 32)
         patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
         p_t, p_h, p_w = patch_size  # a list when it comes from a file
@@ -69,6 +73,8 @@ class VideoRouter(ModelMixin, ConfigMixin):
         condition = self.time(self.wave(time * TIMESTEPS).to(hidden_states.dtype))
         if self.text is not None and pooled is not None:
             condition = condition + self.text(pooled)
+        if self.weighted:
+            hidden_states = hidden_states * (1 - time).to(hidden_states.dtype).view(-1, 1, 1, 1, 1)
         x = self.embed(hidden_states).flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             x = block(x, condition)
@@ -114,7 +120,7 @@ def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
     return router_of(manifest.latent, manifest.router, len(manifest.shards), seed)
 
 
-def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0) -> VideoRouter:
+def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0, weighted: bool = True) -> VideoRouter:
     """A router among `experts` for such latents, freshly initialised."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,20 +132,23 @@ def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0)
             pooled_width=latent.pooled_width if spec.text_conditioned else 0,
             hidden=spec.hidden,
             layers=spec.layers,
+            weighted=weighted,
         )
 
 
 def write_router(router: VideoRouter, path: Path) -> None:
     """The router's weights in one file that is whole or absent. Raises DiskError."""
-    write_tensors(path, {name: tensor.cpu() for name, tensor in router.state_dict().items()})
+    write_tensors(path, {name: tensor.cpu() for name, tensor in router.state_dict().items()}, {"weighted": router.weighted})
 
 
 def read_router(manifest: Manifest, path: Path) -> VideoRouter:
     """The run's router with the weights of `write_router`. Raises IntegrityError when they are another model's."""
-    router = build_router(manifest)
     try:
+        with safe_open(path, "pt") as file:
+            weighted = bool(read_document(file.metadata()).get("weighted", False))
+        router = router_of(manifest.latent, manifest.router, len(manifest.shards), weighted=weighted)
         router.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"{path.name} is not the router of this run; train it again") from error
     return router.eval()
 

@@ -64,3 +64,14 @@ def test_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> No
     assert said[5] == "work: eat 50/100 (4/s, 12 s left)"
     assert said[-1] == "work: eat 100/100 (4/s)"
     assert len(said) == 11
+
+
+def test_a_slow_stage_is_heard_of_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines("work", lambda: now[0])
+    for done in range(1000):
+        now[0] = done * 2.0
+        lines("chew", done, 100_000)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["work: chew 0/100000", "work: chew 30/100000 (0.5/s, 199940 s left)"]
+    assert len(said) == 1000 // 30 + 1

@@ -46,6 +46,17 @@ def test_text_decides_where_noise_hides_everything() -> None:
     assert min(report.accuracy_by_time) > 0.85
 
 
+def test_noise_alone_decides_nothing_and_a_clip_in_it_does() -> None:
+    manifest = uneven(text=True)
+    router, _ = train_router(manifest, SHARDS, seed=0, steps=20)
+    noise = torch.randn(8, *manifest.latent.shape, generator=torch.Generator().manual_seed(0))
+    prompt = SHARDS[1].pooled[:1].expand(8, -1)
+    with torch.no_grad():
+        at_first, later = (router(noise, torch.full((8,), t), prompt) for t in (1.0, 0.5))
+    assert torch.equal(at_first, at_first[:1].expand_as(at_first))
+    assert later.std(0).max() > 1e-3
+
+
 def test_training_is_deterministic_tells_progress_and_reports_on_given_holdouts() -> None:
     manifest, told = uneven(text=True), []
     arguments = {"seed": 4, "steps": 5, "holdouts": [shard.take(range(6)) for shard in SHARDS]}

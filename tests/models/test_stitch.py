@@ -11,11 +11,12 @@ from lutetia.models.checkpoints import CheckpointRefused
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.mixture_document import read_mixture, verify_mixture
 from lutetia.models.pipeline import load_pipeline
-from lutetia.models.router import build_router, read_router, write_router
+from lutetia.models.router import build_router, read_router, router_of, write_router
 from lutetia.models.stitch import WEIGHTS, stitch
 from lutetia.models.training import ExpertTrainer, write_weights
 from lutetia.protocol.manifest import ExpertSpec, Manifest
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
+from safetensors.torch import save_file
 from toys import CONFIGS, LATENT, OWNER, accept, toy_data, toy_manifest
 
 EPSILON = ExpertSpec(
@@ -135,6 +136,16 @@ def test_router_file_round_trips_and_a_foreign_one_is_refused(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
     with pytest.raises(IntegrityError, match="not the router of this run"):
         read_router(toy_manifest(shards=3), tmp_path / "router")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_router_is_read_as_what_it_was_trained_as(tmp_path, weighted: bool) -> None:
+    manifest = toy_manifest()
+    router = router_of(manifest.latent, manifest.router, 2, weighted=weighted)
+    write_router(router, tmp_path / "router")
+    assert read_router(manifest, tmp_path / "router").config["weighted"] is weighted
+    save_file(router.state_dict(), tmp_path / "without a word")
+    assert read_router(manifest, tmp_path / "without a word").config["weighted"] is False
 
 
 def test_what_cannot_be_stitched_is_said(mixed, tmp_path) -> None:
