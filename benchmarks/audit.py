@@ -3,6 +3,10 @@
 Every variant is a process of its own that replays the same epoch from the same parent. Figures are the relative differences of a
 step's loss over the first four steps and over the epoch, and the drift of the epoch's end (see `models.replay.Replay`).
 The last rows are what a cheater would publish: the losses of a model that is not updated, and an end that was not trained for.
+
+An accelerator is compared with the CPU beside it. Machines are compared by the losses that each leaves in
+docs/results/audit-traces.json, 64 steps from one seed (the parent's epoch and the one that is replayed): more than an audit asks,
+which starts from one state.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .report import Row
+from .report import Machine, Row
 
+TRACES = Path(__file__).resolve().parents[1] / "docs" / "results" / "audit-traces.json"
 FIRST, STEPS, BATCH = 4, 32, 4
 PLAIN, HALF = "one thread", "bfloat16"
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
@@ -67,14 +72,51 @@ def run(optimizers: tuple[str, ...] = ("adamw", "muon")) -> list[Row]:
     rows = []
     for optimizer in optimizers:
         with tempfile.TemporaryDirectory() as folder:
-            rows += _measured(Path(folder), optimizer)
+            found, losses = _measured(Path(folder), optimizer)
+        rows += [*found, *_against_others(optimizer, {name: losses[name] for name in (PLAIN, HALF)})]
     return rows
 
 
-def _measured(folder: Path, optimizer: str) -> list[Row]:
+def _processes() -> list[tuple[dict[str, str], tuple[Variant, ...]]]:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return list(PROCESSES)
+    device = {"device": found.type}
+    accelerated = (
+        Variant(f"{found.type} against cpu", device),
+        Variant(f"bfloat16, {found.type} against cpu", {**device, "precision": "bfloat16"}, HALF),
+        Variant(f"{found.type} in bfloat16 against cpu in float32", {**device, "precision": "bfloat16"}),
+        Variant(f"{found.type}, the same again", device, f"{found.type} against cpu"),
+        Variant(f"{found.type}, micro-batch 1", {**device, "micro_batch": 1}, f"{found.type} against cpu"),
+    )
+    return [*PROCESSES, ({}, accelerated)]
+
+
+def _against_others(optimizer: str, losses: dict[str, list[float]]) -> list[Row]:
+    """Rows against the machines that left their losses; this one's are left there in turn."""
+    import torch
+
+    this = f"{Machine.this().processor}, {torch.backends.cpu.get_cpu_capability()}"
+    traces: dict[str, dict[str, dict[str, list[float]]]] = json.loads(TRACES.read_text()) if TRACES.exists() else {}
+    known = traces.setdefault(optimizer, {})
+    rows = [
+        row
+        for machine, theirs in known.items()
+        for name, base in theirs.items()
+        if machine != this
+        for row in _loss_rows(f"{optimizer}, {name}: against {machine}", base, losses[name])
+    ]
+    known[this] = losses
+    TRACES.write_text(json.dumps(traces, indent=1) + "\n")
+    return rows
+
+
+def _measured(folder: Path, optimizer: str) -> tuple[list[Row], dict[str, list[float]]]:
     losses: dict[str, list[float]] = {}
     rows = []
-    for environment, variants in PROCESSES:
+    for environment, variants in _processes():
         asked = [{"name": variant.name, "base": variant.base, **variant.arguments} for variant in variants]
         question = json.dumps({"folder": str(folder), "optimizer": optimizer, "variants": asked})
         command = [sys.executable, "-m", "benchmarks.audit_child", question]
@@ -84,13 +126,17 @@ def _measured(folder: Path, optimizer: str) -> list[Row]:
             if variant.name != PLAIN:
                 rows += _rows(f"{optimizer}: {variant.name}", losses[variant.base], found)
                 print(*rows[-3:], sep="\n", file=sys.stderr, flush=True)
-    return rows
+    return rows, losses
 
 
 def _rows(what: str, base: list[float], found: dict[str, Any]) -> list[Row]:
-    apart = [abs(a - b) / max(abs(a), abs(b)) for a, b in zip(base, found["losses"], strict=True)]
+    end = Row.of(f"{what}: drift of the end", [found["drift"]], "", detail=f"{STEPS} steps")
+    return [*_loss_rows(what, base, found["losses"]), end]
+
+
+def _loss_rows(what: str, base: list[float], losses: list[float]) -> list[Row]:
+    apart = [abs(a - b) / max(abs(a), abs(b)) for a, b in zip(base, losses, strict=True)]
     return [
         Row.of(f"{what}: loss, first {FIRST} steps", apart[:FIRST], "relative"),
         Row.of(f"{what}: loss, {STEPS} steps", apart, "relative"),
-        Row.of(f"{what}: drift of the end", [found["drift"]], "", detail=f"{STEPS} steps"),
     ]

@@ -60,7 +60,8 @@ def parent(folder: Path, run: Manifest) -> Parent:
 def again(folder: Path, run: Manifest, base: Parent, ask: dict[str, Any]) -> dict[str, Any]:
     """One replay; its end is kept for others to be compared with."""
     torch.set_num_threads(ask.get("threads", 1))
-    trainer = ExpertTrainer(run, 0, data(), precision=ask.get("precision", "float32"), micro_batch=ask.get("micro_batch"))
+    how = {name: ask[name] for name in ("device", "precision", "micro_batch") if name in ask}
+    trainer = ExpertTrainer(run, 0, data(), **how)
     trainer.restore(1, base.weights, base.state)
     start = raw_parameters(trainer)
     if ask.get("frozen"):
