@@ -103,6 +103,7 @@ def render_plan(plan: Plan, guess: Estimate) -> RenderableType:
             f"{each.flops:.4g}", f"{each.router_flops / each.flops:.1%}", str(len(plan.readings_of(each))),
         )  # fmt: skip
     network = "no weights to probe" if guess.network is None else f"{guess.network:.2f}"
-    parts = f"training {guess.training:.2f}, sampling {guess.sampling:.2f}, I3D {network}"
+    own = f"autoencoder {guess.autoencoder:.2f}, " if guess.autoencoder else ""
+    parts = f"{own}training {guess.training:.2f}, sampling {guess.sampling:.2f}, I3D {network}"
     words = f"\nhours of one core: {parts}; {guess.hours:.2f} in all"
     return Group(table, Text(words))

@@ -65,10 +65,7 @@ def train_autoencoder(
     Raises before anything is trained: DataError (`clips` cannot be used, or `out` holds anything), DiskError (`out` cannot be
     made), ConfigError (`size`). `out` is whole or as it was.
     """
-    if size % 8:
-        raise ConfigError(
-            f"the autoencoder halves its frames up to three times, so {size} pixels cannot be had; take a multiple of 8"
-        )
+    _require_size(size)
     started = time.monotonic()
     with _new_folder(out) as part:
         torch.manual_seed(seed)
@@ -86,6 +83,13 @@ def train_autoencoder(
         "seconds": round(time.monotonic() - started, 1),
         "psnr_db": reconstruction_psnr(model, *unseen),
     }
+
+
+def _require_size(size: int) -> None:
+    if size % 8:
+        raise ConfigError(
+            f"the autoencoder halves its frames up to three times, so {size} pixels cannot be had; take a multiple of 8"
+        )
 
 
 @contextlib.contextmanager
@@ -127,6 +131,14 @@ def _fit(
         optimiser.step()
         if on_progress:
             on_progress(step + 1, steps, loss.item())
+
+
+def sample_step(channels: int, scale: Scale, size: int, bfloat16: bool) -> Callable[[], None]:
+    """A step of training as `train_autoencoder` does it, on random frames: to be timed. Raises ConfigError (`size`)."""
+    _require_size(size)
+    model = build_autoencoder(channels, scale).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    pictures = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8)
+    return lambda: _fit(model, pictures, 0, 1, bfloat16, None)
 
 
 def build_autoencoder(channels: int = LATENT_CHANNELS, scale: Scale = 8) -> AutoencoderTiny:

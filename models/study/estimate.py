@@ -10,6 +10,7 @@ import torch
 from ...protocol.canonical import Frozen
 from ...protocol.manifest import ExpertSpec, LatentSpec
 from ...system.errors import DataError
+from ..data.stand_in import sample_step
 from ..experts import build_expert, call_expert
 from ..metrics.i3d import MIN_FRAMES, I3DExtractor
 from .config import StudyConfig
@@ -21,23 +22,24 @@ _PROBE_SECONDS = 1.0
 class Estimate(Frozen):
     """Hours of one core, by what they are spent on. `network`: None where there are no weights of I3D to probe."""
 
+    autoencoder: float
     training: float
     sampling: float
     network: float | None
 
     @property
     def hours(self) -> float:
-        return self.training + self.sampling + (self.network or 0.0)
+        return self.autoencoder + self.training + self.sampling + (self.network or 0.0)
 
 
 def estimate(config: StudyConfig, plan: Plan, latent: LatentSpec) -> Estimate:
-    """Probe the experts' steps and the network of FVD, each for about a second on one core, and add up."""
+    """Probe the steps of autoencoder and experts and the network of FVD, each for about a second on one core, and add up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         specs = {training.expert.model_dump_json(): training.expert for training in plan.trainings}
         pace = {key: _expert_pace(spec, latent) for key, spec in specs.items()}
-        picture = _network_pace(config)
+        picture, own = _network_pace(config), _autoencoder_seconds(config)
     finally:
         torch.set_num_threads(before)
 
@@ -49,7 +51,17 @@ def estimate(config: StudyConfig, plan: Plan, latent: LatentSpec) -> Estimate:
     drawn = [(reading.clips, of(plan.training(reading.training))[1]) for reading in plan.readings]
     sampled = sum(clips * passes * forward for clips, forward in drawn)
     judged = sum(clips for clips, _ in drawn) + config.judging.clips + config.judging.spare + config.judging.fit_clips
-    return Estimate(training=step / 3600, sampling=sampled / 3600, network=None if picture is None else judged * picture / 3600)
+    network = None if picture is None else judged * picture / 3600
+    return Estimate(autoencoder=own / 3600, training=step / 3600, sampling=sampled / 3600, network=network)
+
+
+def _autoencoder_seconds(config: StudyConfig) -> float:
+    """Seconds that the study's own autoencoder takes to train; 0 where it has none."""
+    wanted = config.autoencoder
+    if wanted is None:
+        return 0.0
+    size = min(config.data.height, config.data.width)
+    return wanted.steps * _pace(sample_step(wanted.channels, wanted.scale, size, wanted.bfloat16))
 
 
 def _expert_pace(spec: ExpertSpec, latent: LatentSpec, rows: int = 4) -> tuple[float, float]:

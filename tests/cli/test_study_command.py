@@ -32,8 +32,17 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
     document = json.loads(run.stdout)
     arms = [training["arm"] for training in document["plan"]["trainings"]]
     assert arms == ["monolith", "mixture", "small-batch", "balanced", "warm-start"]
-    assert document["core_hours"]["all"] > 0
+    hours = document["core_hours"]
+    assert 0 < hours["autoencoder"] < hours["all"]
     assert not (tmp_path / "study").exists()
+
+
+def test_frames_that_no_autoencoder_can_have_are_refused_by_the_plan(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(CONFIG.read_text().replace("height = 16\nwidth = 16", "height = 20\nwidth = 20"))
+    run = lutetia("study", wrong, "--plan", "--json")
+    assert failure(run)["code"] == 10
+    assert "20 pixels cannot be had" in failure(run)["message"]
 
 
 def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
