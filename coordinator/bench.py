@@ -21,7 +21,7 @@ from ..protocol.events import (
 from ..protocol.ledger_state import PendingAudit, RunState
 from ..protocol.offers import OfferReply
 from ..protocol.records import AcceptanceRecord, CheckpointRecord, ResetRecord
-from ..system.errors import plain
+from ..system.errors import DiskError, plain
 from .judge import JudgeState, Rules, judge
 from .ladder import Limits, Replayed, Tools, Verdict, climb
 from .ledger import Ledger
@@ -95,7 +95,7 @@ class Bench:
         await self.hear(Noted(events, self.now()))
 
     async def run(self) -> None:
-        """Judge until cancelled. Raises DiskError when the ledger cannot be written: nobody has been told what it lacks."""
+        """Judge until cancelled. Raises DiskError when ledger or results cannot be written: nobody was told what is lacking."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._tick())
             group.create_task(self._learn_limits())
@@ -171,8 +171,12 @@ class Bench:
 
 
 def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
-    """What the ledger says of it; the traceback goes into the log. Who is cancelled stays cancelled."""
-    if not isinstance(error, Exception):
+    """What the ledger says of it; the traceback goes into the log. Who is cancelled stays cancelled.
+
+    A disk that takes no results ends the service, as one that takes no ledger does: boxes wait for a coordinator that is away,
+    and give up one that cannot judge them.
+    """
+    if not isinstance(error, Exception) or isinstance(error, DiskError):
         raise error
     _log.error("the %s of shard %d epoch %d of %s failed", work, on.shard, on.epoch, on.owner[:8], exc_info=error)
     return f"the {work} failed unexpectedly ({type(error).__name__}: {plain(str(error))[:600]}); the coordinator's log says more"

@@ -28,7 +28,7 @@ from ..protocol.ledger_state import ShardLedger
 from ..protocol.manifest import Manifest
 from ..protocol.offers import Rung
 from ..protocol.records import CheckpointRecord
-from ..system.errors import LutetiaError
+from ..system.errors import DiskError, LutetiaError
 
 _TRACE_BYTES_PER_STEP = 64
 _HEADER_ALLOWANCE = 1 << 20
@@ -182,6 +182,8 @@ class _Climb:
         except Stopped as stop:
             outcome = stop.verdict.outcome
             name = stop.verdict.rung
+            raise
+        except DiskError:  # the machine's trouble, and nobody can be judged on it
             raise
         except LutetiaError as error:  # a blob that was removed meanwhile, for instance: it says nothing about the result
             raise Stopped("inconclusive", name, str(error)) from error

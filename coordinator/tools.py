@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -18,12 +17,10 @@ from ..protocol.services import read_records
 from ..protocol.store import BlobMissing, BlobStore
 from ..protocol.transfer import Provider, fetch_blob
 from ..protocol.transport import Transport
-from ..system.errors import DiskError, IntegrityError, UnreachableError
+from ..system.errors import IntegrityError, UnreachableError
 from .ladder import Replayed, SizeLimits, Stopped, Verdict
 from .messages import Audit
 from .workshop_client import WorkshopClient, WorkshopFailed, WorkshopRefused
-
-_log = logging.getLogger("lutetia.coordinator.tools")
 
 _FETCH_GRACE = 30.0
 _INSPECT_LIMIT, _LOSS_LIMIT, _REPLAY_LIMIT = 300.0, 900.0, 24 * 3600.0
@@ -70,9 +67,7 @@ class NetworkTools:
                     await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))
             except TimeoutError as error:
                 raise Stopped("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
-            except (UnreachableError, IntegrityError, DiskError, ConnectionError) as error:
-                if isinstance(error, DiskError):
-                    _log.error("cannot take in results: %s", error)
+            except (UnreachableError, IntegrityError, ConnectionError) as error:
                 raise Stopped("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error
 
     async def _providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:

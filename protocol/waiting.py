@@ -54,4 +54,6 @@ async def to_its_end(work: Awaitable[T], given_up: threading.Event | None = None
         if given_up:
             given_up.set()
         await asyncio.wait([working])
+        if not working.cancelled():
+            working.exception()  # nobody is left to hear of it, and asyncio complains of errors that nobody has looked at
         raise

@@ -29,6 +29,7 @@ from lutetia.protocol.services import record_check
 from lutetia.protocol.store import BlobStore
 from lutetia.protocol.transfer import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.transport_memory import MemoryNetwork
+from lutetia.system.errors import DiskError, one_error
 
 PATIENCE = 60.0
 SIZE = 3000
@@ -91,9 +92,11 @@ class Intake:
     published: list[AcceptanceRecord | ResetRecord] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def __post_init__(self) -> None:
+    def start(self) -> None:
+        """A bench that goes on from the ledger."""
         rules = Rules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1)
         self.bench = Bench(rules, self.ledger, self.tools, self._publish, time.time, lambda run: self._news.set())
+        self.running = asyncio.create_task(self.bench.run())
 
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
         self.published.append(record)
@@ -143,7 +146,7 @@ async def intake(root: Path, shards: int = 2, epochs: int = 3) -> AsyncIterator[
     tools = Tools(transport, manifest, blobs, incoming, shop, shop, 65536.0)  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest, now))
     room = Intake(manifest, network, tools, shop, ledger, root)
-    room.running = asyncio.create_task(room.bench.run())
+    room.start()
     try:
         yield room
         assert not room.running.done(), room.running
@@ -284,3 +287,26 @@ async def test_an_unexpected_error_ends_what_it_befell_and_not_the_coordinator(
         else:
             await room.until(lambda run: any(audit.attempts for audit in run.audits.values()))
         assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["a check", "a replay"])
+async def test_a_disk_that_takes_nothing_ends_the_coordinator_and_judges_nobody(tmp_path: Path, place: str):
+    """As a ledger that cannot be written does: boxes wait for it, while three verdicts of this kind would send them away."""
+    async with intake(tmp_path) as room:
+        full = DiskError("cannot write state: no space left on device")
+        if place == "a check":
+            room.shop.broken = full
+        else:
+            room.tools.found = full
+        room.tools.replays.set()
+        record = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
+        await room.offer(record)
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(DiskError, match="no space left"), one_error():
+                await room.running
+        room.shop.broken, room.tools.found = None, "valid"
+        room.start()
+        await room.offer(record)
+        run = await room.until(lambda run: run.accepted == 1 and not run.audits)
+        assert not run.refusals
+        assert [peer.streak for peer in run.peers.values()] == [1]

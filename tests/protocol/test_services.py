@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from lutetia.protocol.services import (
 from lutetia.protocol.transport import Stream
 from lutetia.protocol.transport_memory import MemoryNetwork, MemoryTransport
 from lutetia.protocol.virtual_time import run_virtual
-from lutetia.protocol.waiting import gather_quickly, heeding
+from lutetia.protocol.waiting import gather_quickly, heeding, to_its_end
 
 from .documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
 
@@ -258,3 +260,26 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
 
 async def test_a_call_is_answered_when_nobody_cancels() -> None:
     assert await heeding(asyncio.sleep(0, "answer")) == "answer"
+
+
+async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    begun, going_on = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        begun.set()
+        going_on.wait(60)
+        raise OSError("a full disk")
+
+    asking = asyncio.create_task(to_its_end(asyncio.to_thread(fails)))
+    await asyncio.to_thread(begun.wait, 60)
+    asking.cancel()
+    await asyncio.sleep(0)
+    going_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    del asking
+    await asyncio.sleep(0)  # the loop itself lets go of it a turn later
+    gc.collect()
+    assert not complaints
