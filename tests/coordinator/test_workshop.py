@@ -96,7 +96,7 @@ async def test_a_right_checkpoint_passes_and_improves_on_the_initial_model(site:
     assert after["loss"] < before["loss"]
     assert after == again, "same noise, same timesteps"
     assert site.shop.pid
-    assert psutil.Process(site.shop.pid).nice() >= 3
+    assert psutil.Process(site.shop.pid).nice() == min(19, psutil.Process().nice() + 3)
 
 
 def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
