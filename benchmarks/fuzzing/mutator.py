@@ -74,7 +74,11 @@ def _rearranged(copy: Any, key: Any, child: Any, random: Random) -> Any:
 
 def _replaced(node: Any, random: Random) -> Any:
     if isinstance(node, str):
-        if node[:1] in "{[" and random.random() < 0.8 and (inner := mutate(node.encode(), random)) is not None:
+        if (
+            node[:1] in "{["
+            and random.random() < 0.8
+            and (inner := mutate(node.encode("utf-8", "surrogatepass"), random)) is not None
+        ):
             return inner.decode("utf-8", "replace")
         if node and random.random() < 0.3:
             place = random.randrange(len(node))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from strategies import mutations
 
+from benchmarks.fuzzing.mutator import mutate
 from benchmarks.fuzzing.targets import LIGHT, NAMES, TENSOR_NAMES, target
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -32,3 +35,9 @@ def test_mutations_are_parsed_or_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_seed_is_real(name: str) -> None:
     assert target(name).hold(target(name).seeds()[0]) in ("taken", "refused")
+
+
+def test_documents_within_strings_are_mutated_whatever_they_hold() -> None:
+    nested = json.dumps({"body": json.dumps({"\ud800": 1}, ensure_ascii=False)}).encode()
+    changed = {mutate(nested, Random(seed)) for seed in range(100)}
+    assert len(changed) > 20
