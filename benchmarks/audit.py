@@ -4,9 +4,9 @@ Every variant is a process of its own that replays the same epoch from the same 
 step's loss over the first four steps and over the epoch, and the drift of the epoch's end (see `models.replay.Replay`).
 The last rows are what a cheater would publish: the losses of a model that is not updated, and an end that was not trained for.
 
-An accelerator is compared with the CPU beside it. Machines are compared by the losses that each leaves in
-docs/results/audit-traces.json, 64 steps from one seed (the parent's epoch and the one that is replayed): more than an audit asks,
-which starts from one state.
+An accelerator is compared with the CPU beside it. Machines are compared by the losses of the replayed epoch that each leaves in
+docs/results/audit-traces.json. There each machine has trained the parent by itself, from one seed: more than an audit asks, which
+starts from one state.
 """
 
 from __future__ import annotations
