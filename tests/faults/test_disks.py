@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..node.small_disk import disk_free
+from ..node.small_disk import fill
 from .pair import Pair, owner
 from .processes import until
 from .world import events
@@ -58,12 +58,8 @@ async def test_the_coordinators_disk_is_full(pair: Pair) -> None:
     run = pair.coordinator.run
     if not run.parent.is_mount():
         pytest.skip("needs root to give the coordinator a small disk")
-    before, ballast, mark = events(run), run.parent / "ballast", pair.coordinator.mark()
-    with ballast.open("wb") as file:
-        while left := disk_free(run.parent):
-            with contextlib.suppress(OSError):
-                file.write(bytes(min(left, 1 << 20)))
-                file.flush()
+    before, mark = events(run), pair.coordinator.mark()
+    ballast = fill(run.parent)
     code = await until(lambda: pair.coordinator.process.returncode, "the coordinator to give up")
     assert code == 21, pair.coordinator.words(mark)
     assert pair.coordinator.words(mark).splitlines()[-1].startswith("lutetia: cannot ")

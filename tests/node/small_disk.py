@@ -25,8 +25,18 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def disk_free(folder: Path) -> int:
-    state = os.statvfs(folder)
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Writes until only `leave` bytes are free, however others write and delete meanwhile; what to remove to make space again."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        while (left := _free(disk) - leave) > 0:
+            with contextlib.suppress(OSError):
+                file.write(bytes(min(left, 1 << 20)))
+    return ballast
+
+
+def _free(disk: Path) -> int:
+    state = os.statvfs(disk)
     return state.f_bavail * state.f_frsize
 
 

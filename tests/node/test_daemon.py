@@ -15,7 +15,7 @@ import pytest
 from lutetia.node.control import ask
 from lutetia.protocol.records import claim_key, node_key
 
-from .small_disk import disk_free, small_disk
+from .small_disk import fill, small_disk
 from .tiny_run import make_run
 from .toy_coordinator import DaemonProcess, ToyCoordinator, all_gone, children_of, eventually, running, toy_coordinator
 
@@ -115,15 +115,14 @@ async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(co
     with small_disk(tmp_path / "small", "4m") as disk:
         async with DaemonProcess.running(coordinator, disk / "box") as daemon:
             status = await daemon.until(state="training", accepted=lambda count: count >= 1)
-            ballast = disk / "ballast"
-            ballast.write_bytes(b"x" * (disk_free(disk) - 20_000))
+            ballast = fill(disk, leave=20_000)
             status = await daemon.until(problem=lambda text: text and "no space left" in text)
             assert status["problem"].count("\n") == 0
             assert str(disk) in status["problem"]
             assert daemon.process.returncode is None
             ballast.unlink()
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
-            ballast.write_bytes(b"x" * (disk_free(disk) - 20_000))
+            ballast = fill(disk, leave=20_000)
             status = await daemon.until(problem=lambda text: text and "no space left" in text)
             for pid in await child(daemon, "node.trainer"):  # who knew that the disk is full is gone
                 os.kill(pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from lutetia.node.workfolder import Local, Resume, WorkFolder, resume_point
 from lutetia.node.writer import CheckpointWriter
 from lutetia.system.process import Child
 
-from .small_disk import disk_free, small_disk
+from .small_disk import fill, small_disk
 from .tiny_run import TinyRun, a_trainer, hear, make_run, raise_budget
 from .toy_coordinator import all_gone
 
@@ -150,8 +150,7 @@ async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: Tiny
     with small_disk(tmp_path / "small", "2m") as disk:
         work = WorkFolder(disk, run.manifest.run_id, 0)
         work.path.mkdir()
-        ballast = disk / "ballast"
-        ballast.write_bytes(b"x" * (disk_free(disk) - 60_000))
+        ballast = fill(disk, leave=60_000)
         async with a_trainer(run.assignment(work)) as child:
             said = await hear(child, "disk", full=True)
             assert str(work.path) in said["text"]
