@@ -53,11 +53,11 @@ class Outcome:
 
 
 def commit_of(root: Path) -> str:
-    """The last commit that changed more than docs, with a + when tracked files differ from it; "-" outside a git checkout."""
-    beyond_docs = ["--", ".", ":!docs"]
+    """The last commit that changed what the suite runs, with a + where tracked files differ from it; "-" outside git."""
+    tried = ["--", ".", ":!*.md", ":!docs", ":!benchmarks", ":!simulation"]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words, *beyond_docs], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words, *tried], cwd=root, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("log", "-1", "--format=%h") or "-") + ("+" if changed else "")

@@ -70,7 +70,10 @@ class Hands(Tools, Protocol):
 
 @dataclass
 class Bench:
-    """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state."""
+    """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state.
+
+    `state` is what is on disk: whoever reads it, at any time, may tell the world of it.
+    """
 
     rules: Rules
     ledger: Ledger
@@ -107,19 +110,19 @@ class Bench:
 
     async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
         """What comes in together is committed together: one write to the disk, however many acceptances."""
-        actions: list[Action] = []
+        state, actions = self.state, list[Action]()
         replies: list[tuple[Waiting, Reply]] = []
         for stimulus, waiting in batch:
-            self.state, taken = judge(self.rules, self.state, stimulus)
+            state, taken = judge(self.rules, state, stimulus)
             actions += taken
             replies.append((waiting, _reply_in(taken)))
-        await self._carry_out(actions, group)
+        await self._carry_out(state, actions, group)
         for waiting, reply in replies:
             if not waiting.done():
                 waiting.set_result(reply)
 
-    async def _carry_out(self, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
-        """Blobs safe, then the ledger, then the world."""
+    async def _carry_out(self, state: JudgeState, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
+        """Blobs safe, then the ledger, then the world: `state`, which the actions lead to, is nobody's to see before."""
         accepted = [action for action in actions if isinstance(action, Publish)]
         for action in accepted:
             await asyncio.to_thread(self.hands.keep, action.record)
@@ -127,7 +130,9 @@ class Bench:
             await asyncio.to_thread(self.ledger.append, events)
             for event in events:
                 _tell(event)
-            self.changed(self.state.run)
+        self.state = state
+        if events:
+            self.changed(state.run)
         for action in actions:
             match action:
                 case Publish(acceptance=record) | Proclaim(record=record):

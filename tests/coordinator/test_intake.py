@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -249,6 +250,26 @@ async def test_what_goes_missing_under_a_check_is_fetched_again(tmp_path: Path):
         run = await room.until(lambda run: run.accepted == 1)
         assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "raw")]
         assert "is not in the store" in run.refusals[0].text
+
+
+async def test_nobody_reads_of_an_acceptance_before_its_blobs_and_the_ledger_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Status, renewals and mixtures are made of the bench's state; a coordinator that dies now must not have told of it."""
+    async with intake(tmp_path) as room:
+        reached, opened, keep = threading.Event(), threading.Event(), room.tools.keep
+
+        def slow_keep(record: CheckpointRecord) -> None:
+            reached.set()
+            assert opened.wait(PATIENCE)
+            keep(record)
+
+        monkeypatch.setattr(room.tools, "keep", slow_keep)
+        await room.offer(made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest"))))
+        assert await asyncio.to_thread(reached.wait, PATIENCE)
+        assert room.bench.state.run.shards[0].acceptance is None
+        opened.set()
+        await room.until(lambda run: run.accepted == 1)
 
 
 async def test_what_goes_missing_after_it_was_read_is_noticed_before_the_acceptance(tmp_path: Path):
