@@ -53,7 +53,10 @@ class Outcome:
 
 
 def commit_of(root: Path) -> str:
-    """The last commit that changed what the suite runs, with a + where tracked files differ from it; "-" outside git."""
+    """The last commit that changed anything but documents, benchmarks and the simulation, which no swarm of the suite runs.
+
+    With a + where tracked files differ from it; "-" outside git.
+    """
     tried = ["--", ".", ":!*.md", ":!docs", ":!benchmarks", ":!simulation"]
 
     def git(*words: str) -> str:
