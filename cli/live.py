@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..protocol.status import SwarmStatus
 from .output import console
 from .takeover import Worker
+from .watch import busy_worker, samples_done
 from .words import bar, clock, number
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def shard_rows(status: SwarmStatus, workers: Mapping[str, Worker]) -> list[Shard
     rows = []
     for shard in status.shards:
         worker = workers.get(shard.owner or "")
-        busy = worker if worker and worker.shard == shard.shard and shard.state != "done" else None
-        done = max(shard.samples, busy.samples if busy else 0)
+        busy, done = busy_worker(shard, workers), samples_done(shard, workers)
         left = shard.samples_budget - done
         speed = busy.samples_per_second if busy else 0.0
         rows.append(

@@ -15,6 +15,7 @@ from ..protocol.status import SwarmStatus
 from ..system.errors import ConfigError, LutetiaError
 from ..system.files import write_atomic
 from .local_swarm import LocalSwarm, free_port
+from .watch import Watch, samples_done
 
 if TYPE_CHECKING:
     from ..models.study.config import Machines, StudyConfig
@@ -131,6 +132,7 @@ def _add_seconds(folder: Path, more: float) -> None:
 
 async def _swarm(training: Training, folder: Path, machines: Machines, on_progress: Callable[[str, int, int], None]) -> None:
     run, team, patience = folder / "run", Team.of(machines, training.experts, cores()), _Patience(training.name, folder, machines)
+    watch, most = Watch(run, folder), 0
     async with LocalSwarm(folder / "logs") as swarm:
         serve = ["coordinator", "serve", str(run), "--stitch", "end", "--no-gallery", "--exit-when-done"]
         began = time.time()
@@ -138,14 +140,16 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
         up = False
         while coordinator.running:
             swarm.check()
-            status = read_status(run)
+            await watch.look(list(swarm.members))
+            status = watch.status
             if status is not None and status.time >= began:
                 if not up:
-                    await _join(swarm, folder, team, machines.device)
+                    await _join(swarm, watch, team, machines.device)
                 up = True
-                done = sum(shard.samples for shard in status.shards)
-                on_progress(training.name, done, training.experts * training.samples_per_shard)
-                patience.see((done, status.events), any(shard.state == "training" for shard in status.shards))
+                most = max(most, sum(samples_done(shard, watch.workers) for shard in status.shards))
+                on_progress(training.name, most, training.experts * training.samples_per_shard)
+                accepted = sum(shard.samples for shard in status.shards)
+                patience.see((accepted, status.events), any(shard.state == "training" for shard in status.shards))
             patience.check()
             await asyncio.sleep(LOOK_EVERY)
         swarm.check()
@@ -153,18 +157,18 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
         raise LutetiaError(f"the swarm of {training.name} ended before its budget was done; its logs are in {folder / 'logs'}")
 
 
-async def _join(swarm: LocalSwarm, folder: Path, team: Team, device: str) -> None:
+async def _join(swarm: LocalSwarm, watch: Watch, team: Team, device: str) -> None:
     """Start the workers; each has a state folder of its own, where it finds what it had begun before a cut."""
-    ticket = (folder / "run" / "ticket.txt").read_text().strip()
+    ticket = (watch.run / "ticket.txt").read_text().strip()
     environment = {"LUTETIA_STOP_WITHIN": "0", "OMP_NUM_THREADS": str(team.threads)}
     for number in range(team.workers):
         name = f"worker-{number}"
-        arguments = ["join", ticket, "--state-folder", str(folder / name), "--listen", "/ip4/127.0.0.1/tcp/0"]
+        arguments = ["join", ticket, "--state-folder", str(watch.add(name)), "--listen", "/ip4/127.0.0.1/tcp/0"]
         await swarm.start(name, [*arguments, "--device", device, "--threads", str(team.threads)], environment)
 
 
 class _Patience:
-    """How long nothing may happen. Between two checkpoints nothing is seen to happen: a shard in training is waited for until the
+    """How long nothing may happen. What a trainer says of itself does not count: a shard in training is waited for until the
     coordinator calls it overdue, which it reckons from the trainer's own speed.
     """
 

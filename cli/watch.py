@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..protocol.status import SwarmStatus
+from ..protocol.status import ShardStatus, SwarmStatus
 from ..system.errors import LutetiaError
 from .takeover import Worker
 
@@ -54,8 +54,20 @@ class Watch:
         self.names[worker.owner] = name
 
 
+def busy_worker(shard: ShardStatus, workers: Mapping[str, Worker]) -> Worker | None:
+    """The worker (by public key) that trains `shard` now, as far as both sides say so."""
+    worker = workers.get(shard.owner or "")
+    return worker if worker and worker.shard == shard.shard and shard.state != "done" else None
+
+
+def samples_done(shard: ShardStatus, workers: Mapping[str, Worker]) -> int:
+    """Samples of `shard` that are accepted, or that its worker has trained on, whichever are more."""
+    busy = busy_worker(shard, workers)
+    return max(shard.samples, busy.samples if busy else 0)
+
+
 def worker_of(name: str, document: dict[str, Any]) -> Worker:
-    """The daemon's own status document as the demo needs it."""
+    """The daemon's own status document, as far as it is shown."""
     return Worker(
         name=name, owner=document["owner"], state=document["state"], shard=document.get("shard"), epoch=document.get("epoch"),
         step=document.get("step") or 0, loss=document.get("loss"),

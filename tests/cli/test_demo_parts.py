@@ -15,6 +15,7 @@ from lutetia.cli.live import View, shard_rows
 from lutetia.cli.local_swarm import LocalSwarm, free_port
 from lutetia.cli.render import render_status
 from lutetia.cli.takeover import Takeover, Worker, choose_victim
+from lutetia.cli.watch import samples_done
 from lutetia.cli.words import ago, clock, size, thousands
 from lutetia.cli.workspace import check_replaceable, workspace
 from lutetia.protocol.status import SwarmStatus
@@ -115,6 +116,15 @@ def test_rows_join_accepted_work_with_what_workers_say() -> None:
     assert rows[0].share == pytest.approx(5600 / 9600)
     assert rows[0].eta == pytest.approx(100.0)
     assert (rows[1].eta, rows[2].worker) == (None, "-")
+
+
+def test_samples_under_way_count_for_the_shard_in_training_alone() -> None:
+    first, _, third = status().shards
+    assert samples_done(first, {}) == first.samples
+    assert samples_done(first, {KEYS[0]: worker(0, samples=first.samples + 7)}) == first.samples + 7
+    assert samples_done(first, {KEYS[0]: worker(0, samples=3)}) == first.samples  # just begun: it has not told yet
+    assert samples_done(first, {KEYS[0]: worker(0, shard=1, samples=9_000)}) == first.samples
+    assert samples_done(third, {KEYS[2]: worker(2, samples=9_000)}) == third.samples  # it is nobody's
 
 
 def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
