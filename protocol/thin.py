@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import trio
+
 from ..system.errors import BootstrapError
 from .documents import ACK
 from .framing import read_framed
 from .status import MAX_STATUS_BYTES
+from .thin_dial import dial
 from .ticket import Ticket
 
 
@@ -26,8 +29,6 @@ def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_byt
 
     Raises BootstrapError, naming every address with its reason, when none answers.
     """
-    import trio
-
     answer = _Answer()
     trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, answer)
     if answer.data is None:
@@ -37,8 +38,6 @@ def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_byt
 
 
 async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, answer: _Answer) -> None:
-    import trio
-
     async def ask(address: str) -> None:
         try:
             with trio.fail_after(seconds):
@@ -56,8 +55,6 @@ async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, li
 
 
 async def _ask(address: str, protocol: str, limit: int) -> bytes:
-    from .thin_dial import dial
-
     async with dial(address) as connection:
         stream = await connection.open_stream(protocol)
         document = await read_framed(stream.read_exactly, limit)

@@ -2,6 +2,9 @@
 
 Noise proves that the other side holds the key of the peer id in the address. No other security protocol is ever proposed: the
 plaintext one, which py-libp2p offers by default, proves nothing.
+
+Importing this module loads py-libp2p, so that no open connection waits for that: p2pd gives it 15 s to become secure, and on a
+busy machine, or from a slow disk, loading takes longer.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import trio
+
+from . import thin_library as library
 
 if TYPE_CHECKING:
     from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
@@ -92,8 +97,6 @@ async def _connect(host: str, port: int) -> trio.SocketStream:
 
 async def _upgrade(socket_stream: trio.SocketStream, peer_id: str) -> Yamux:
     """Noise, then yamux, under a key of this moment."""
-    from . import thin_library as library
-
     peer = library.ID.from_base58(peer_id)
     noise = library.Noise(library.create_new_key_pair(), library.create_noise_key_pair().private_key)
     raw = library.RawConnection(library.TrioTCPStream(socket_stream), initiator=True)
@@ -106,8 +109,6 @@ async def _upgrade(socket_stream: trio.SocketStream, peer_id: str) -> Yamux:
 
 async def _select(connection: Any, protocol: str) -> None:
     """Agree on `protocol`, and on nothing else."""
-    from . import thin_library as library
-
     communicator = library.MultiselectCommunicator(connection)
     await library.MultiselectClient().select_one_of([library.TProtocol(protocol)], communicator, _NEGOTIATION)
 
@@ -115,24 +116,20 @@ async def _select(connection: Any, protocol: str) -> None:
 @contextlib.contextmanager
 def _as_connection_error() -> Iterator[None]:
     """py-libp2p raises many unrelated classes; callers of the network handle one."""
-    from .thin_library import FAILURES
-
     try:
         yield
-    except FAILURES as error:
+    except library.FAILURES as error:
         raise ConnectionError(_few_words(error)) from error
 
 
 @contextlib.contextmanager
 def _unwrapped() -> Iterator[None]:
     """A nursery raises groups: give the caller its own exception back, or the connection's if that is all there is."""
-    from .thin_library import FAILURES
-
     try:
         yield
     except BaseExceptionGroup as group:
         leaves = list(_leaves(group))
-        own = [error for error in leaves if not isinstance(error, FAILURES)]
+        own = [error for error in leaves if not isinstance(error, library.FAILURES)]
         if own:
             raise own[0] from None
         raise ConnectionError(_few_words(leaves[0])) from group

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import trio
 
 from ..system.errors import IntegrityError, LutetiaError, UnreachableError
 from ..system.files import atomic_path
 from .blobs import HASH, ChunkTable, chunk_count
 from .manifest import BlobRef
+from .thin_dial import ThinStream, dial
 from .ticket import Ticket
-
-if TYPE_CHECKING:
-    from .thin_dial import ThinStream
 
 BLOB = "/lutetia/blob/1"
 _ACK, _OK = b"\x06", 0
@@ -31,8 +31,6 @@ def thin_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 2
     `timeout` seconds without progress count as a failure. Raises UnreachableError, naming each address with its reason, when no
     peer serves them; IntegrityError when all that was served was wrong; DiskError.
     """
-    import trio
-
     failures: dict[str, LutetiaError | str] = {}
     trio.run(_fetch_from_any, ticket.addresses, dict(files), timeout, on_bytes or (lambda done, total: None), failures)
     if len(failures) == len(ticket.addresses):
@@ -62,10 +60,6 @@ class _Session:
         self._done = self._total = 0
 
     async def fetch(self, address: str, files: dict[Path, BlobRef]) -> None:
-        import trio
-
-        from .thin_dial import dial
-
         self._total = sum(ref.size for ref in files.values())
         try:
             with trio.fail_after(self._timeout) as limit:
@@ -108,8 +102,6 @@ class _Session:
 
     async def _read(self, stream: ThinStream, count: int) -> bytes:
         """Exactly `count` bytes; `timeout` seconds without a further _PIECE are too many."""
-        import trio
-
         data = bytearray()
         while len(data) < count:
             with trio.fail_after(self._timeout):

@@ -50,6 +50,23 @@ ticket, path, digest, size = json.loads(sys.argv[1])
 thin_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
 """
 
+ORDER = """
+import json, sys
+from lutetia.protocol.thin import thin_document
+from lutetia.protocol.ticket import Ticket
+dialled, late = [], []
+def heard(event, arguments):
+    if event == "socket.connect":
+        dialled.append(arguments[1])
+    elif event == "import" and dialled:
+        late.append(arguments[0])
+sys.addaudithook(heard)
+ticket, protocol = json.loads(sys.argv[1])
+thin_document(Ticket.decode(ticket), protocol)
+libraries = ("libp2p", "noise", "cryptography", "lutetia")
+print(json.dumps([len(dialled), [name for name in late if name.partition(".")[0] in libraries]]))
+"""
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def peer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[HivemindTransport]:
@@ -89,6 +106,11 @@ async def test_a_document_in_less_than_two_seconds_without_anything_heavy(peer: 
     assert answer["size"] == len(DOCUMENT)
     assert answer["heavy"] == []
     assert answer["seconds"] < 1.6, "the whole command has two seconds, and python itself and the table take their part"
+
+
+async def test_no_open_connection_waits_for_a_library_to_load(peer: HivemindTransport) -> None:
+    """p2pd closes one that is not secure within 15 s, and so long it took to load py-libp2p on a machine with much else to do."""
+    assert json.loads(await run(command(ORDER, ticket(*peer.addresses()), STATUS))) == [1, []]
 
 
 async def test_each_address_is_named_with_its_reason(peer: HivemindTransport) -> None:
