@@ -21,7 +21,7 @@ from ..protocol.manifest import Manifest, SignedManifest
 from ..protocol.records import AcceptanceRecord
 from ..system.errors import LutetiaError
 from ..system.files import replace_folder
-from ..system.process import Message, ParentChannel
+from ..system.process import Message, ParentChannel, give_way
 
 if TYPE_CHECKING:
     from ..models.data.shards import ShardData
@@ -224,7 +224,7 @@ def _answer(shop: Workshop, message: Message) -> Message:
 def main() -> None:
     """Take jobs until the parent closes the channel."""
     channel = ParentChannel()
-    os.nice(int(os.environ.get("LUTETIA_WORKSHOP_NICE", "0")))
+    give_way(int(os.environ.get("LUTETIA_WORKSHOP_NICE", "0")))
     if sys.argv[2] in LEAN:
         from ..models.lean import import_experts
 

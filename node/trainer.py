@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from ..system.process import ParentChannel
+from ..system.process import ParentChannel, give_way
 from .assignment import EXIT_CODES
 from .childlog import log_to_stderr
 
@@ -25,7 +25,7 @@ def main() -> NoReturn:
     """Ends by `os._exit`: a thread may still be reading the channel."""
     channel = ParentChannel()  # before the heavy imports: they take seconds in which the daemon may die
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager may tell all processes; the daemon decides what it means
-    os.nice(NICENESS)
+    give_way(NICENESS)
     log_to_stderr()
     code = EXIT_CODES["crash"]
     try:

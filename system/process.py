@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -24,6 +25,18 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it had ended before the request
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def give_way(niceness: int) -> None:
+    """Let whoever else wants the processor have it first: nicer by `niceness`, as `os.nice` counts.
+
+    Linux with autogroups weighs a nice value within one session only, and sessions against each other by a value of their own
+    (sched(7)). A process that leads its session sets that too; it never touches a session that it only belongs to.
+    """
+    nice = os.nice(niceness)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):  # another kernel
+            Path("/proc/self/autogroup").write_text(str(nice))
 
 
 class Child:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +98,22 @@ async def test_a_right_checkpoint_passes_and_improves_on_the_initial_model(site:
     assert after["loss"] < before["loss"]
     assert after == again, "same noise, same timesteps"
     assert site.shop.pid
-    assert psutil.Process(site.shop.pid).nice() == min(19, psutil.Process().nice() + 3)
+    nice = min(19, psutil.Process().nice() + 3)
+    assert psutil.Process(site.shop.pid).nice() == nice
+    assert session_niceness(site.shop.pid) in (None, nice), "its own value weighs nothing against other sessions"
+
+
+def session_niceness(pid: int) -> int | None:
+    """None where the kernel does not weigh sessions."""
+    file = Path(f"/proc/{pid}/autogroup")
+    return int(file.read_text().split()[-1]) if file.exists() else None
+
+
+async def test_a_session_that_it_only_belongs_to_is_left_alone():
+    code = "from lutetia.system.process import give_way; give_way(1)"
+    before = session_niceness(os.getpid())
+    assert not await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait()
+    assert session_niceness(os.getpid()) == before
 
 
 def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
