@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,11 +31,15 @@ INPUT_SECONDS = 300  # by the wall; the child reports inputs that take more than
 
 @dataclass(frozen=True)
 class Summary:
-    """One target's run. `edges` and `features` are libFuzzer's; `findings` are kinds of violations of the contract."""
+    """One target's run. `edges` and `features` are libFuzzer's; `findings` are kinds of violations of the contract.
+
+    `seconds` are the wall's, `processor` those that the fuzzer had a processor.
+    """
 
     target: str
     executions: int
     seconds: int
+    processor: int
     edges: int
     features: int
     corpus_files: int
@@ -56,32 +61,39 @@ def fuzz(name: str, seconds: float, folder: Path) -> Summary:
     command = [sys.executable, "-m", "benchmarks.fuzzing.child", name, str(findings), *arguments]
     log = folder / name / "log.txt"
     with log.open("w") as out:
+        before = _children_seconds()
         code = subprocess.run(
             command, stdout=out, stderr=subprocess.STDOUT, timeout=seconds + _GRACE, env={**os.environ, "OMP_NUM_THREADS": "1"}
         ).returncode
-    return summary(name, log.read_text(errors="replace"), findings, code)
+    return summary(name, log.read_text(errors="replace"), findings, code, _children_seconds() - before)
 
 
-def summary(name: str, log: str, findings: Path, code: int) -> Summary:
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def summary(name: str, log: str, findings: Path, code: int, processor: float) -> Summary:
     """Read libFuzzer's own words."""
     states, done = _STATUS.findall(log), _DONE.search(log)
     edges, features, files, size, unit = states[-1] if states else ("0", "0", "0", "0", "")
     kinds = sorted(json.loads(path.read_text())["kind"] for path in findings.glob("*.json"))
     return Summary(
-        name, int(done[1]) if done else 0, int(done[2]) if done else 0, int(edges), int(features), int(files),
-        int(size) * _UNITS.get(unit, 1), tuple(kinds), "" if code == 0 else f"ended with status {code}",
+        name, int(done[1]) if done else 0, int(done[2]) if done else 0, round(processor), int(edges), int(features),
+        int(files), int(size) * _UNITS.get(unit, 1), tuple(kinds), "" if code == 0 else f"ended with status {code}",
     )  # fmt: skip
 
 
 def table(rows: Sequence[Summary]) -> str:
     lines = [
-        "| target | executions | seconds | edges | features | corpus | findings |",
-        "|---|---|---|---|---|---|---|",
+        "| target | executions | seconds | of processor | edges | features | corpus | findings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         found = "; ".join((*row.findings, row.note)).strip("; ") or "none"
         corpus = f"{row.corpus_files} files, {row.corpus_bytes / 1024:.0f} KiB"
-        lines.append(f"| {row.target} | {row.executions:,} | {row.seconds} | {row.edges} | {row.features} | {corpus} | {found} |")
+        times = f"{row.seconds} | {row.processor}"
+        lines.append(f"| {row.target} | {row.executions:,} | {times} | {row.edges} | {row.features} | {corpus} | {found} |")
     return "\n".join(lines)
 
 
