@@ -52,15 +52,22 @@ class Outcome:
         return f"| {self.begun:%Y-%m-%d %H:%M:%S} | {commit} | {os.cpu_count()} | {counts} | {load} | {names} |\n"
 
 
-def commit_of(root: Path) -> str:
-    """The last commit that changed anything but documents, benchmarks and the simulation, which no swarm of the suite runs.
+SUITE = (
+    *("cli", "coordinator", "models", "node", "protocol", "system"),
+    *("pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/faults"),
+    *("tests/coordinator/tinydata.py", "tests/node/small_disk.py", "tests/protocol/networks.py", "tests/protocol/documents.py"),
+)
+"""All that the suite runs."""
 
-    With a + where tracked files differ from it; "-" outside git.
+
+def commit_of(root: Path) -> str:
+    """The last commit that changed anything of SUITE.
+
+    With a + where tracked files of it differ from that; "-" outside git.
     """
-    tried = ["--", ".", ":!*.md", ":!docs", ":!benchmarks", ":!simulation"]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words, *tried], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words, "--", *SUITE], cwd=root, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("log", "-1", "--format=%h") or "-") + ("+" if changed else "")

@@ -48,12 +48,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Wait for `condition`; fails with `what` was waited for."""
+async def until(condition: Callable[[], Awaitable[bool]], what: str, every: float = 0.1) -> None:
+    """Wait for `condition`, looked at `every` so many seconds; fails with `what` was waited for."""
     deadline = time.monotonic() + PATIENCE
     while not await condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(every)
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Volunteer:
         return await offer_checkpoint(self.transport, self.coordinator, data, expires, self.ticket.addresses)
 
     async def verdict(self, record: CheckpointRecord) -> OfferReply:
-        """Offer until it is decided."""
+        """Offer until it is decided, and seldom enough not to be told to come back in a minute."""
         reply: OfferReply | None = None
 
         async def decided() -> bool:
@@ -163,7 +163,7 @@ class Volunteer:
             reply = await self.offer(record)
             return reply.verdict not in ("queued", "busy")
 
-        await until(decided, f"a verdict on epoch {record.epoch} of shard {record.shard}")
+        await until(decided, f"a verdict on epoch {record.epoch} of shard {record.shard}", every=1.0)
         assert reply is not None
         if reply.verdict == "accepted":
             self.parents[record.shard] = record.digest
