@@ -16,6 +16,7 @@ from ..protocol.peer_cache import PeerCache
 from ..protocol.services import record_check
 from ..protocol.transport import Transport
 from ..system.errors import AuthorisationError, BootstrapError
+from ..system.files import sweep_parts
 from .head import check_head
 from .http import bind
 from .ledger import Ledger
@@ -65,6 +66,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
     folder = RunFolder(root)
     signed = folder.read_manifest(time.time())
     with folder.locked(), contextlib.ExitStack() as stack:
+        sweep_parts(root)
         settle_rotation(folder)
         identity = Identity.load(folder.coordinator_key)
         if identity.public_key not in signed.manifest.coordinators:

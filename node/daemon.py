@@ -18,6 +18,7 @@ from ..protocol.services import enter_swarm, software_version
 from ..protocol.store import BlobStore
 from ..protocol.transfer import serve_blobs
 from ..protocol.transport import Transport
+from ..system.files import sweep_parts
 from ..system.notify import notify
 from .auditor import Auditor
 from .contributions import Contributions
@@ -48,6 +49,7 @@ async def run_node(settings: NodeSettings) -> None:
     if settings.max_temp is not None:
         await asyncio.to_thread(check_sensors, settings.device)
     with state_lock(settings.state_folder):
+        sweep_parts(settings.state_folder)
         daemon = Daemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
             with daemon.signals():

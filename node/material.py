@@ -1,7 +1,7 @@
 """What a shard's training needs and leaves on disk: blobs fetched and kept, own checkpoints offered, old ones removed.
 
-Layout of the state folder: `identity.key`, `daemon.pid`, `control.sock`, `contributions.json`, `blobs/`, and per run
-`runs/<run>/{manifest.json, peers.json, probe.json, work/<shard>/…}`.
+Layout of the state folder: `identity.key`, `daemon.pid`, `control.sock`, `blobs/`, and per run
+`runs/<run>/{manifest.json, peers.json, probe.json, contributions.json, work/<shard>/…}`.
 """
 
 from __future__ import annotations

@@ -75,6 +75,19 @@ def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def sweep_parts(folder: Path) -> None:
+    """Remove what writers that were killed left half-written in `folder` and below. For who holds its lock, before it writes.
+
+    What cannot be removed stays: the next start comes by here again.
+    """
+    for left in list(folder.rglob(".*.part")):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a configuration file. Raises ConfigError when it cannot be read or is no TOML."""
     import tomllib

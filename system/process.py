@@ -100,8 +100,10 @@ class ParentChannel:
         os.dup2(2, 1)
 
     def send(self, message: Message) -> None:
-        self._output.write(json.dumps(message).encode() + b"\n")
-        self._output.flush()
+        """Nothing happens where the parent has ended: that shows at the end of `messages`."""
+        with contextlib.suppress(BrokenPipeError):
+            self._output.write(json.dumps(message).encode() + b"\n")
+            self._output.flush()
 
     def messages(self) -> Iterator[Message]:
         """What the parent says, until it closes the channel; blocks."""

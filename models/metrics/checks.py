@@ -16,7 +16,7 @@ from .bootstrap import percentile, subsampling
 from .efficientnet import EfficientNetLite0
 from .frechet import Array, Gaussian, frechet, frechet_at_infinity, frechet_debiased, frechet_of_rows, gaussian, polynomial_mmd
 from .i3d import I3DExtractor, preprocess
-from .motion import MotionExtractor
+from .motion import METHOD, MotionExtractor
 from .second_i3d import second_i3d
 from .sentences import MiniLM
 
@@ -54,10 +54,8 @@ def networks(i3d: I3DExtractor, real: torch.Tensor) -> Iterator[list[str]]:
     yield ["MiniLM, happy person against dog / very happy / sunny", found, f"{known} (model card)", f"{apart:.1e}"]
     yield _efficientnet_row()
     texture = _gliding(2.0)
-    for method, library in (("farneback", "cv2"), ("ilk", "skimage")):
-        if importlib.util.find_spec(library):
-            speed = float(MotionExtractor(method)(texture)["speed"])  # pyright: ignore[reportArgumentType]
-            yield [f"optical flow ({method}) of a texture at 2 px/frame", f"{speed:.3f}", "2", f"{speed - 2:+.3f}"]
+    speed = float(MotionExtractor()(texture)["speed"])
+    yield [f"optical flow ({METHOD}) of a texture at 2 px/frame", f"{speed:.3f}", "2", f"{speed - 2:+.3f}"]
 
 
 def distances_table(x: Array, y: Array) -> Iterator[list[str]]:

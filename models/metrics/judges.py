@@ -27,7 +27,7 @@ from .efficientnet import EfficientNetExtractor
 from .features import Extractor, FeatureCache
 from .fvd import distances
 from .i3d import I3DExtractor, Precision
-from .motion import MotionExtractor
+from .motion import METHOD, MotionExtractor
 from .sentences import MiniLM
 
 Better = Literal["lower", "higher", "neither"]
@@ -145,13 +145,13 @@ class Judges:
 
     def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
         extractor = MotionExtractor()
-        note = f"Fréchet distance of optical-flow fields ({extractor.method}); colours and shapes do not enter"
+        note = f"Fréchet distance of optical-flow fields ({METHOD}); colours and shapes do not enter"
         distance = self._distance(extractor, "field", "motion distance", note)
         real = mean(self.features(extractor, self.reference, "speed", "motion")[:, 0])
 
         def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
             speed = mean(self.features(extractor, clips, "speed", "motion")[:, 0], seeds=seeds)
-            size = f"{clips.frames.shape[3]}x{clips.frames.shape[2]} px, {extractor.method}"
+            size = f"{clips.frames.shape[3]}x{clips.frames.shape[2]} px, {METHOD}"
             return [*distance(clips, seeds), Entry(name="motion, px/frame", better="neither", figure=speed, real=real, note=size)]
 
         return judge

@@ -32,7 +32,7 @@ from .features import FeatureCache
 from .frechet import Array, frechet_debiased, frechet_of_rows, polynomial_mmd
 from .i3d import I3DExtractor
 from .ladder import Measure, against, ladder, per_clip
-from .motion import MotionExtractor
+from .motion import METHOD, MotionExtractor
 from .report import hardware
 from .sentences import MiniLM
 
@@ -81,7 +81,7 @@ def companions(bench: Bench) -> Iterator[list[str]]:
         ("I3D of the clip (FVD)", bench.logits),
         ("I3D of frame-to-frame differences", lambda clips: bench.features(differences, clips, "logits")),
         ("I3D of the clip less I3D of its first frame frozen", without_content),
-        (f"optical-flow fields ({flow.method}), used here", lambda clips: bench.features(flow, clips, "field")),
+        (f"optical-flow fields ({METHOD}), used here", lambda clips: bench.features(flow, clips, "field")),
     ]
     for name, view in views:
         reference = view(bench.reference)
@@ -120,7 +120,7 @@ def ladder_markdown(bench: Bench) -> str:
         Measure("FVD", against(looks, bench.logits, frechet_of_rows), "lower", noise, SET),
         Measure("FVD, debiased", against(looks, bench.logits, frechet_debiased), "lower", noise, SET),
         Measure("FVD, kernel distance", against(looks, bench.logits, polynomial_mmd), "lower", noise, SET),
-        Measure(f"motion distance ({flow.method})", against(moves, moving, frechet_of_rows), "lower", still, SET),
+        Measure(f"motion distance ({METHOD})", against(moves, moving, frechet_of_rows), "lower", still, SET),
         Measure("motion distance, debiased", against(moves, moving, frechet_debiased), "lower", still, SET),
         Measure(f"{PROBE_NAME}, MRR", per_clip(by_probe), "higher", said),
         Measure(f"{CLASSIFIER_NAME}, MRR", per_clip(by_words), "higher", said),

@@ -66,8 +66,11 @@ async def test_the_life_of_a_run(tmp_path: Path):
         assert (await ann.offer(last)).verdict == "queued"
         await coordinator.end(signal.SIGKILL)
         before = story(run.folder)
+        torn = run.folder / ".status.json.x.part"  # as a kill in the middle of a write leaves it
+        torn.write_bytes(b"{")
         coordinator = await Coordinator.start(run.folder, settings)
         await up(coordinator)
+        assert not torn.exists()
         await published(bob, 0, 2)  # nobody offered it again: the ledger remembered
         assert story(run.folder)[: len(before)] == before
         assert (await ann.verdict(last)).verdict == "accepted"

@@ -97,6 +97,10 @@ async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_runnin
         daemon.process.kill()
         await daemon.process.wait()
         await all_gone(family)
+    torn = (
+        next((tmp_path / "box" / "runs").iterdir()) / ".contributions.json.x.part"
+    )  # as a kill in the middle of a write leaves it
+    torn.write_bytes(b"{")
     async with toy_coordinator(run, tmp_path / "coordinator", address) as after:
         after.accepted = before.accepted
         reached = after.epoch
@@ -105,6 +109,7 @@ async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_runnin
             words = again.words()
             assert "this box was probed before" in words
             assert "starts from local" in words or "starts from kept" in words
+            assert not torn.exists()
             again.process.send_signal(signal.SIGTERM)
             assert await again.ended() == 0
     lineage = next(iter(after.accepted.values()))
