@@ -49,7 +49,8 @@ async def run_node(settings: NodeSettings) -> None:
     if settings.max_temp is not None:
         await asyncio.to_thread(check_sensors, settings.device)
     with state_lock(settings.state_folder):
-        sweep_parts(settings.state_folder)
+        for ours in ("runs", "blobs"):  # beside them may lie what is not ours
+            sweep_parts(settings.state_folder / ours)
         daemon = Daemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
             with daemon.signals():

