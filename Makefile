@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -49,12 +49,17 @@ class Features(ABC):
 
 def load_features(ref: str, device: str = "cpu") -> list[Features]:
     """The extractors that `ref` names, except `text`, which needs no frames (see `wants_text`). Raises ConfigError."""
-    names = [ref] if Path(ref).expanduser().is_dir() else ref.split("+")
-    return [_load(name.strip(), device) for name in names if name.strip() != "text"]
+    return [_load(name, device) for name in _names(ref) if name != "text"]
 
 
 def wants_text(ref: str) -> bool:
-    return not Path(ref).expanduser().is_dir() and "text" in [name.strip() for name in ref.split("+")]
+    return "text" in _names(ref)
+
+
+def _names(ref: str) -> list[str]:
+    """A folder's path may hold a `+`; what is called as one of ours is ours, also where a folder of that name lies."""
+    names = [name.strip() for name in ref.split("+")]
+    return [ref] if Path(ref).expanduser().is_dir() and not {*names} <= {*BUILTIN_FEATURES, *NETWORKS} else names
 
 
 def _load(name: str, device: str) -> Features:

@@ -142,6 +142,17 @@ def test_builtin_features_tell_natural_kinds_apart() -> None:
     assert summarise(found, vectors, [WORDS[kind] for kind in kinds], kinds).purity == 1.0
 
 
+def test_our_own_features_are_meant_also_where_a_folder_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "builtin+text", "dino+more"):
+        Path(name).mkdir()
+    assert wants_text("text")
+    assert load_features("text") == []
+    assert wants_text("builtin+text")
+    with pytest.raises(ConfigError, match=r"dino\+more"):  # a folder, and no model
+        load_features("dino+more")
+
+
 def test_features_are_named_by_reference(tmp_path: Path) -> None:
     assert [features.name for features in load_features("builtin+text")] == ["builtin"]
     assert wants_text("builtin + text")
