@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.diversity import STRANGERS_AT_ONCE, Door, alternate, gives_way
 from lutetia.protocol.identity import Identity
@@ -64,7 +64,6 @@ def test_a_table_of_one_address_is_hiveminds() -> None:
     assert oldest not in table.origins
 
 
-@settings(deadline=None)
 @given(ORIGINS, st.sampled_from("abcd"))
 def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(members: list[str], origin: str) -> None:
     leaves = gives_way(dict(enumerate(members)), origin)
@@ -76,7 +75,6 @@ def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(me
         assert members[leaves] not in members[leaves + 1 :], "the newest of its origin"
 
 
-@settings(deadline=None)
 @given(ORIGINS)
 def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[str]) -> None:
     order = alternate(range(len(origins)), origins)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.cli.fetching import read_description
 from lutetia.models.data.description import DataFile
@@ -40,7 +40,6 @@ def test_no_trick_in_the_name_of_a_file_leaves_its_folder(name: str) -> None:
         read_description(described(name))
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30) | st.text("./\\a~-_ %\0", max_size=12))
 def test_whatever_name_passes_lies_below_its_folder(name: str) -> None:
     try:

@@ -76,7 +76,7 @@ def test_who_says_that_its_epoch_is_whole_gets_the_longer_time_only() -> None:
     assert free_shards([view], 9, reader.now)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(0.02, 20.0), min_size=1, max_size=6),  # tenures per epoch, of boxes from fast to very slow
     st.floats(20.0, 100.0),

@@ -32,7 +32,7 @@ def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
     assert crowd.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records give their places back"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", ""]), st.integers(1, 40)), max_size=80)
 )

@@ -43,7 +43,7 @@ def owner(peer) -> str:
 # --- the rule ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 30), st.integers(0, 500), st.floats(0, 1, exclude_max=True))
 def test_the_rule_is_boincs(needed: int, streak: int, draw: float):
     due = audit_due(streak, needed, draw)
@@ -55,7 +55,7 @@ def test_the_rule_is_boincs(needed: int, streak: int, draw: float):
         assert draw >= 1 / streak
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1 << 32), st.integers(1, 20))
 def test_in_the_long_run_one_in_n_is_audited_and_a_conviction_begins_anew(seed: int, needed: int):
     """n grows by audits only, so after N results about sqrt(2 N) were audited: dn/dN = 1/n."""
@@ -279,7 +279,7 @@ moves = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(moves, st.integers(0, 1000))
 def test_whatever_happens_the_lineages_are_whole_and_the_ledger_adds_up(moves, seed):
     """Peer 0 fakes now and then, at whole and partial audits alike; replays tell the truth or nothing."""

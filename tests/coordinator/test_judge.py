@@ -248,7 +248,7 @@ moves = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(moves)
 def test_never_two_acceptances_of_one_epoch_whatever_happens(moves):
     c = court(epochs=3, rules={"offers_per_minute": 5})

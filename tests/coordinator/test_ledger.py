@@ -56,7 +56,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps, st.floats(0, 60))
 def test_replay_is_byte_equal(tmp_path_factory, steps, until):
     events = lived(steps)

@@ -122,7 +122,7 @@ def test_what_a_newer_coordinator_says_besides_is_passed_over():
     assert SwarmStatus.model_validate_json(canonical(newer)) == document
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["accept", "wait", "other", "claim again"]), st.floats(0, 200)), max_size=30))
 def test_never_working_without_accepted_work_within_the_due_time(moves):
     c = court(epochs=100)

@@ -147,5 +147,5 @@ class Claims(RuleBasedStateMachine):
         assert free == (shard_owner(RUN, self.view(), self.now) is None)
 
 
-Claims.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Claims.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestClaims = Claims.TestCase

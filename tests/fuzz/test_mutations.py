@@ -22,7 +22,7 @@ EXAMPLES = {**dict.fromkeys(LIGHT, 60), **dict.fromkeys(TENSOR_NAMES, 25), "ledg
 def test_mutations_are_parsed_or_refused(name: str) -> None:
     parser = target(name)
 
-    @settings(max_examples=EXAMPLES[name], deadline=None, suppress_health_check=SLOW)
+    @settings(max_examples=EXAMPLES[name], suppress_health_check=SLOW)
     @given(mutations(name))
     def check(data: bytes) -> None:
         begun = time.process_time()

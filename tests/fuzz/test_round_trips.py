@@ -31,7 +31,7 @@ KINDS: dict[str, type[BaseModel]] = {
         records.NodeRecord, records.ClaimRecord, records.CheckpointRecord, records.ProviderRecord, records.AcceptanceRecord,
     )
 }  # fmt: skip
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -138,5 +138,5 @@ class Store(RuleBasedStateMachine):
             assert kept - {*self.whole} <= left <= kept, "a transfer of which nothing arrived leaves nothing"
 
 
-Store.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+Store.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestStore = Store.TestCase

@@ -117,7 +117,7 @@ def test_a_file_cut_short_or_with_lying_offsets_is_refused(good, tmp_path) -> No
 
 
 @given(position=st.integers(0, 1 << 20), value=st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_flipped_byte_either_passes_as_weights_or_is_refused_cleanly(position, value, tmp_path_factory) -> None:
     path = tmp_path_factory.getbasetemp() / "flipped"
     if not path.exists():

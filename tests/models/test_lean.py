@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.models.experts import resized_region
 from lutetia.models.training import ExpertTrainer
@@ -35,7 +35,6 @@ def test_every_class_trains_in_a_process_that_imported_no_text_encoder() -> None
 side = st.integers(1, 200)
 
 
-@settings(deadline=None)
 @given(side, side, side, side)
 def test_the_region_is_that_of_diffusers(height: int, width: int, base_height: int, base_width: int) -> None:
     ours = resized_region((height, width), (base_height, base_width))

@@ -116,7 +116,7 @@ def test_full_and_sticky_keep_the_clusters_mass_and_blind_top1_starves_the_small
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
     p = torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed)).softmax(1)
     modes: list[tuple[Mode, int]] = [("top1", 1), ("top2", 2), ("full", experts)]

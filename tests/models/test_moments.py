@@ -30,7 +30,7 @@ def test_what_training_leaves_passes_at_every_step(tmp_path: Path, optimisation:
         check_moments(tmp_path / "state", trainer.manifest.optimisation)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=60), st.floats(0, 0.98), st.floats(0.5, 0.999))
 def test_the_bound_holds_for_every_row_of_gradients(gradients: list[float], beta1: float, beta2: float):
     first = second = 0.0

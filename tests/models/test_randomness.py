@@ -24,7 +24,7 @@ def test_purposes_and_places_draw_differently() -> None:
 
 
 @given(clips=st.integers(1, 40), first=st.integers(0, 300), count=st.integers(1, 100))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_cut_of_the_order_is_the_same_order(clips: int, first: int, count: int) -> None:
     whole = clip_order("run", 0, clips, 0, first + count)
     assert (clip_order("run", 0, clips, first, count) == whole[first:]).all()

@@ -119,7 +119,7 @@ made = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(made, made)
 def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, auditor):
     bounds = tolerance(author, auditor)
@@ -137,7 +137,7 @@ def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, aud
 losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(made, made, losses, losses)
 def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(author, auditor, published, replayed):
     """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
@@ -147,7 +147,7 @@ def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(autho
         assert not finding.doubt
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(made, made, st.floats(0, 2), st.none() | st.floats(0, 1))
 def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author, auditor, drift, noise):
     bounds = tolerance(author, auditor)

@@ -27,7 +27,7 @@ def test_few_standbys_look_after_everything():
     assert duties(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
 def test_every_shard_is_looked_after_by_as_many_however_many_there_are(standbys: int, shards: int, turn: int):
     given_ = duties(RUN, names(standbys), shards, turn)
@@ -43,7 +43,7 @@ def test_half_of_those_in_charge_stay_and_half_change():
         assert early != late
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=150), st.integers(0, 9), st.data())
 def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
     states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.node.heat import LEAST_SHARE, hottest, next_share, parse_nvidia
 
@@ -18,7 +18,6 @@ from .toy_coordinator import DaemonProcess, toy_coordinator
 SHARES, DEGREES = st.floats(LEAST_SHARE, 1.0), st.floats(1, 150)
 
 
-@settings(deadline=None)
 @given(SHARES, DEGREES, st.floats(30, 110))
 def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share: float, celsius: float, limit: float):
     after = next_share(share, celsius, limit)
@@ -31,7 +30,6 @@ def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share:
         assert after >= share
 
 
-@settings(deadline=None)
 @given(st.floats(50, 120), st.floats(0.02, 0.5), st.floats(60, 90))
 def test_a_box_settles_below_its_limit(full: float, inertia: float, limit: float):
     """A box of 35 degrees at rest and `full` at full load, which covers a share of the way there at every look."""

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.node import messages as m
 from lutetia.node.hours import DAYS, Hours, keep_hours
@@ -66,7 +66,6 @@ def written(drawn: tuple[str, str, int, int]) -> str:
     return f"{first}-{last} {begin // 60}:{begin % 60:02}-{end // 60}:{end % 60:02}"
 
 
-@settings(deadline=None)
 @given(st.lists(window, min_size=1, max_size=4), st.integers(0, 7 * 24 * 60 - 1))
 def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[str, str, int, int]], minute: int):
     hours = Hours.parse(",".join(map(written, windows)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.node.seeding import LOOKED_AT, WANTED, Ring, Seed, Thin, affordable, outdated
 from lutetia.protocol.identity import Identity
@@ -39,7 +39,6 @@ def due(nodes: list[NodeRecord], found: Thin) -> set[str]:
 STATES = st.sampled_from(["idle", "claiming", "training", "publishing", "paused", "draining", "left", "joining"])
 
 
-@settings(deadline=None)
 @given(st.lists(STATES, min_size=1, max_size=30), st.integers(0, 3), st.integers(0, 7), st.randoms())
 def test_exactly_as_many_fetch_as_copies_are_missing(states: list[NodeState], held: int, shard: int, random):
     nodes = [node(index, state) for index, state in enumerate(states)]

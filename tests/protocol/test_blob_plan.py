@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.blob_plan import MAX_SPAN, Plan, Span
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(min_value=0, max_value=300)), st.integers(min_value=1, max_value=4), st.randoms(use_true_random=False))
 def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: int, chance: random.Random) -> None:
     """Workers read, fail, give back and steal at random."""

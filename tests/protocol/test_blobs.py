@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.blobs import CHUNK, HASH, ChunkTable, chunk_count, read_chunks
 from lutetia.system.errors import IntegrityError
@@ -32,7 +32,6 @@ def test_names_differ_by_length_alone() -> None:
     assert len(names) == 5
 
 
-@settings(deadline=None)
 @given(st.integers(min_value=0, max_value=len(DATA) - 1), st.integers(min_value=1, max_value=255))
 def test_any_flipped_byte_is_found_in_its_chunk_and_changes_the_name(place: int, flip: int) -> None:
     table = ChunkTable.of_bytes(DATA)
@@ -44,7 +43,6 @@ def test_any_flipped_byte_is_found_in_its_chunk_and_changes_the_name(place: int,
         table.verify(index, chunk)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=4 * HASH))
 def test_a_table_that_does_not_match_the_name_is_refused(hashes: bytes) -> None:
     ref = ChunkTable.of_bytes(DATA).ref

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
 from lutetia.protocol.identity import Identity
@@ -29,7 +29,6 @@ def claims_of(peers: list[str]) -> st.SearchStrategy[list[LiveClaim]]:
     return st.lists(one, max_size=6, unique_by=lambda c: c.record.owner)
 
 
-@settings(deadline=None)
 @given(claims_of(PEERS), st.randoms(), st.none() | st.sampled_from(PEERS))
 def test_every_reader_names_the_same_owner_and_it_is_a_live_claimant(claims: list[LiveClaim], order, author: str | None) -> None:
     accepted = acceptance(author) if author else None
@@ -41,7 +40,6 @@ def test_every_reader_names_the_same_owner_and_it_is_a_live_claimant(claims: lis
     assert (owner in live) if live else owner is None
 
 
-@settings(deadline=None)
 @given(claims_of(PEERS), st.sampled_from(PEERS))
 def test_tenure_wins_while_its_claim_lives_and_no_longer(others: list[LiveClaim], author: str) -> None:
     others = [c for c in others if c.record.owner != author]

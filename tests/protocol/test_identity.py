@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.identity import Identity, peer_id_of, verify
 from lutetia.system.errors import IdentityError
@@ -18,7 +18,6 @@ def test_peer_id_is_the_one_that_libp2p_derives_from_the_same_key() -> None:
     assert identity.peer_id == str(theirs) == peer_id_of(identity.public_key)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64), st.binary(max_size=64))
 def test_a_signature_holds_for_its_message_and_key_only(message: bytes, other: bytes) -> None:
     alice, bob = Identity.derived("alice"), Identity.derived("bob")
@@ -28,7 +27,6 @@ def test_a_signature_holds_for_its_message_and_key_only(message: bytes, other: b
     assert not verify(bob.public_key, message, signature)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=140), st.text(max_size=140))
 def test_nonsense_is_no_signature(key: str, signature: str) -> None:
     assert not verify(key, b"message", signature)

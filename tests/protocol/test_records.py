@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol import records as r
 from lutetia.protocol.identity import Identity
@@ -107,14 +107,12 @@ def test_what_the_schema_does_not_know_is_refused(spoil) -> None:
         opened(json.dumps(document).encode())
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=5000))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(r.RecordRefused):
         opened(data)
 
 
-@settings(deadline=None)
 @given(st.integers(min_value=0), st.binary(min_size=1, max_size=3))
 def test_no_flipped_byte_gets_through(place: int, flip: bytes) -> None:
     data = bytearray(sealed("checkpoint"))

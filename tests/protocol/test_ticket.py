@@ -4,7 +4,7 @@ import base64
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.ticket import PREFIX, Ticket
 from lutetia.system.errors import ConfigError
@@ -24,14 +24,12 @@ def test_round_trip_also_with_whitespace_around() -> None:
     assert Ticket.decode(f"  {WORD}\n") == TICKET
 
 
-@settings(deadline=None)
 @given(st.integers(min_value=0, max_value=len(WORD) - 1))
 def test_cut_short_anywhere_it_is_refused(length: int) -> None:
     with pytest.raises(ConfigError):
         Ticket.decode(WORD[:length])
 
 
-@settings(deadline=None)
 @given(st.integers(min_value=len(PREFIX), max_value=len(WORD) - 1), st.sampled_from("abcdefghijklmnopqrstuvwxyz234567!"))
 def test_one_letter_mistyped_it_is_refused(place: int, letter: str) -> None:
     typed = WORD[:place] + letter + WORD[place + 1 :]
@@ -44,7 +42,6 @@ def test_one_letter_mistyped_it_is_refused(place: int, letter: str) -> None:
     assert place == len(WORD) - 1
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_arbitrary_text_is_refused_or_decoded_but_never_crashes(text: str) -> None:
     for candidate in (text, PREFIX + text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.protocol.live_manifest import LiveManifest
 from lutetia.protocol.manifest import Manifest, SignedManifest, open_manifest
@@ -35,7 +35,6 @@ def test_every_changeable_field_has_an_example():
     assert {name.partition(".")[0] for name in CHANGES} == CHANGEABLE
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from(sorted(CHANGES)), min_size=1))
 def test_what_may_change_changes_and_nothing_else_does(names: set[str]):
     new = next_version(FIRST, {name: CHANGES[name] for name in names}, LATER)

@@ -82,5 +82,5 @@ class Chaos(RuleBasedStateMachine):
 
 TestChaos = Chaos.TestCase
 TestChaos.settings = settings(
-    max_examples=8, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=8, stateful_step_count=20, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lutetia.simulation.shrink import shortest
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_finds_exactly_the_steps_that_matter(count: int, data: st.DataObject) -> None:
     needed = data.draw(st.sets(st.integers(0, count - 1), max_size=5))
@@ -17,7 +16,6 @@ def test_finds_exactly_the_steps_that_matter(count: int, data: st.DataObject) ->
     assert found == sorted(needed)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40))
 def test_one_of_two_is_enough(count: int) -> None:
     found = shortest(range(count), lambda chosen: 0 in chosen or count - 1 in chosen)
