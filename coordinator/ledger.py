@@ -232,7 +232,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise IntegrityError(f"the ledger {path} is damaged (what should be text is none); restore it from a backup") from error
     except sqlite3.DatabaseError as error:
         text = str(error)
-        if "not a database" in text or "malformed" in text or "no such table" in text:
+        damaged = "not a database" in text or "malformed" in text or "no such table" in text
+        if damaged or isinstance(error, sqlite3.DataError):  # a row that claims to be longer than any may be
             raise IntegrityError(f"the ledger {path} is damaged ({text}); restore it from a backup") from error
         if isinstance(error, sqlite3.OperationalError):
             raise DiskError(

@@ -241,8 +241,11 @@ def _path_problem(root: Path, row: _Row) -> str | None:
     if pure.suffix.lower() not in VIDEO_SUFFIXES:
         return f"is no video that can be read here; use {', '.join(sorted(VIDEO_SUFFIXES))}"
     path = row.base / row.given
-    if not path.is_file():
-        return "does not exist; remove the row or add the file"
+    try:
+        if not path.is_file():
+            return "does not exist; remove the row or add the file"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror}); shorten its name, or allow its folder to be read"
     if not path.resolve().is_relative_to(root):
         return "is a link that leads outside the folder; copy the file into it"
     return None

@@ -37,6 +37,7 @@ NINES = b"9" * 5000
         ("listing-jsonl", b'{"file_name":"a.mp4","caption":"\\ud800"}', "taken"),  # listed as bad; once UnicodeEncodeError later
         ("listing-jsonl", b'{"file_name":"a.mp4","caption":"x","kind":"\\ud800"}', "taken"),
         ("listing-jsonl", b'{"file_name":"\\u0000\\u001b.mp4","caption":"x"}', "taken"),
+        ("listing-jsonl", b'{"file_name":"%s.mp4","caption":"x"}' % (b"9" * 300), "taken"),  # OSError: file name too long
     ],
 )
 def test_it_is_refused_in_a_plain_sentence_now(name: str, data: bytes, outcome: str) -> None:
@@ -84,4 +85,12 @@ def test_a_ledger_whose_damage_is_no_text() -> None:
     data = bytearray(target("ledger").seeds()[0])
     place = data.index(b"CREATE TABLE events")
     data[place : place + 6] = b"\xff\xfe\x01\x00\xff\xff"
+    assert target("ledger").hold(bytes(data)) == "refused"
+
+
+def test_a_ledger_with_a_row_that_claims_to_be_longer_than_any_may_be() -> None:
+    """SQLite: `string or blob too big`, which is no operational error."""
+    data = bytearray(target("ledger").seeds()[0])
+    (cell,) = struct.unpack(">H", data[108:110])  # the first of the root page: lengths of row and header, then of each column
+    data[cell : cell + 12] = bytes.fromhex("8bc2ddde24 e36f 70 d0a5f4a3")
     assert target("ledger").hold(bytes(data)) == "refused"
