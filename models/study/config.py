@@ -69,7 +69,8 @@ class Controls(Frozen):
     by the clips' own kinds. warm-start: experts that go on from the monolith's first checkpoint, whose FLOPs count as theirs.
     text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes: top1, top2, full,
     sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the parameters. narrow:
-    experts of 1/K of the parameters each, so that all together have as many as the monolith.
+    experts of 1/K of the parameters each, so that all together have as many as the monolith. `learning_rates`: both sides at
+    each of these too, since one rate for a large batch and a small one need not be the best of either.
     """
 
     share: float = Field(default=0.25, gt=0, le=1)
@@ -77,6 +78,7 @@ class Controls(Frozen):
     arms: tuple[Control, ...] = ()
     full: tuple[Arm, ...] = ()
     expert_counts: tuple[int, ...] = ()
+    learning_rates: tuple[Positive, ...] = ()
     clips: int = Field(default=128, ge=20)
 
 
@@ -149,6 +151,9 @@ class StudyConfig(Frozen):
         for arm, spec in (("wide", self.wide), ("narrow", self.narrow)):
             if arm in (*self.controls.arms, *self.controls.full) and spec is None:
                 raise ValueError(f"the control {arm} needs an expert of its own: set {arm}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must differ")
+        controls = self.controls
+        lists = {"seeds": self.seeds, "controls.seeds": controls.seeds, "controls.expert_counts": controls.expert_counts}
+        for name, values in {**lists, "controls.learning_rates": controls.learning_rates}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ from each other")
         return self

@@ -52,6 +52,7 @@ class Training(Frozen):
     parameters: int = Field(description="of all experts together, without the router")
     active_parameters: int = Field(description="of one expert: what a top-1 step runs")
     begin: Begin | None = None
+    learning_rate: float | None = Field(default=None, description="instead of the recipe's")
 
     @property
     def data(self) -> str:
@@ -181,7 +182,7 @@ class _Costs:
 
 def _training(
     costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
-    method: Method | None = None, begin: Begin | None = None,
+    method: Method | None = None, begin: Begin | None = None, learning_rate: float | None = None,
 ) -> Training:  # fmt: skip
     """The training whose samples use up the tier's budget, to the whole checkpoint."""
     spec = spec or costs.config.expert
@@ -200,13 +201,15 @@ def _training(
         experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
         flops_per_sample=cost.training, router_flops=router, pass_flops=cost.forward + routing,
         parameters=experts * cost.parameters, active_parameters=cost.parameters, begin=begin,
+        learning_rate=learning_rate,
     )  # fmt: skip
 
 
-def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Iterator[Training]:
-    experts, batch = config.data.experts, config.optimisation.batch
-    yield _training(costs, tier, "monolith", seed, experts=1, batch=batch)
-    yield _training(costs, tier, "mixture", seed, experts=experts, batch=batch // experts)
+def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int, rate: float | None = None) -> Iterator[Training]:
+    """Both sides, at the learning rate of the recipe or at `rate`."""
+    experts, batch, suffix = config.data.experts, config.optimisation.batch, "" if rate is None else f"-rate-{rate}"
+    yield _training(costs, tier, f"monolith{suffix}", seed, experts=1, batch=batch, learning_rate=rate)
+    yield _training(costs, tier, f"mixture{suffix}", seed, experts=experts, batch=batch // experts, learning_rate=rate)
 
 
 def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
@@ -219,7 +222,7 @@ def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
 
 def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
     controls, experts, batch = config.controls, config.data.experts, config.optimisation.batch
-    if not controls.arms and not controls.expert_counts:
+    if not (controls.arms or controls.expert_counts or controls.learning_rates):
         return
     for seed in controls.seeds:
         if not shared(config, seed):
@@ -230,6 +233,9 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
         for count in controls.expert_counts:
             if count != experts:
                 yield _training(costs, "control", f"{count}-experts", seed, experts=count, batch=batch // count)
+        for rate in controls.learning_rates:
+            if rate != config.optimisation.learning_rate:
+                yield from _pair(config, costs, "control", seed, rate)
 
 
 def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) -> Training:

@@ -15,6 +15,8 @@ import pytest
 from lutetia.cli.study import load_study
 from lutetia.cli.study_latents import own_latents
 from lutetia.cli.study_stages import Stages
+from lutetia.cli.study_swarm import create
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.data.made import make_clips
 from lutetia.models.metrics.clips import read_clips
 from lutetia.models.study.config import StudyConfig
@@ -70,6 +72,22 @@ def test_what_is_trained_anew_takes_nothing_from_what_was_found_before(tmp_path:
         write_atomic(stages.figure(name), b"{}")
     stages.forget(first)  # trained for the first time: what is known of the others stays
     assert len(list((tmp_path / "figures").iterdir())) == 4
+
+
+def test_a_run_takes_the_learning_rate_of_its_arm(tmp_path: Path) -> None:
+    values = tomllib.loads(CONFIG.read_text())
+    config = StudyConfig(**{**values, "controls": {"share": 1.0, "learning_rates": [5e-4], "clips": 20}})
+    stages = Stages.prepare(config, tmp_path, tmp_path / "out", tmp_path / "cache", lambda *_: None)
+    rates = {}
+    for training in stages.plan.trainings:
+        create(training, stages.data(training), run := stages.folder(training) / "run", config)
+        rates[training.name] = RunFolder(run).read_manifest(now=0.0).manifest.optimisation.learning_rate
+    assert rates == {
+        "headline-monolith-s0": 1e-3,
+        "headline-mixture-s0": 1e-3,
+        "control-monolith-rate-0.0005-s0": 5e-4,
+        "control-mixture-rate-0.0005-s0": 5e-4,
+    }
 
 
 def test_an_autoencoder_is_not_taken_for_that_of_other_clips(tmp_path: Path) -> None:

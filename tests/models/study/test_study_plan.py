@@ -100,6 +100,18 @@ def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed
         config(controls={"full": ["oracle"]})
 
 
+def test_other_learning_rates_change_the_pair_in_nothing_else() -> None:
+    settings = config(controls={"learning_rates": [4e-3, 1.2e-2], "clips": 128})
+    plan = plan_study(settings, planned_latent(settings))
+    arms = {training.arm: training for training in plan.trainings if training.tier == "control"}
+    assert set(arms) == {"monolith", "mixture", "monolith-rate-0.012", "mixture-rate-0.012"}, "the recipe's own is there already"
+    for side in ("monolith", "mixture"):
+        own, other = arms[side], arms[f"{side}-rate-0.012"]
+        assert (own.learning_rate, other.learning_rate) == (None, 1.2e-2)
+        assert other.model_copy(update={"name": own.name, "arm": own.arm, "learning_rate": None}) == own
+    assert {reading.training for _, reading in plan.controls(settings)} == {training.name for training in arms.values()}
+
+
 def test_curves_have_one_n_and_the_end_has_all_clips(plan: Plan) -> None:
     readings = plan.readings_of(plan.of("headline", "monolith")[0])
     assert [(r.epoch, r.clips) for r in readings if r.clips == 128] == [(1, 128), (2, 128), (3, 128), (4, 128)]
@@ -111,6 +123,8 @@ def test_studies_that_cannot_be_equal_are_refused() -> None:
         config(optimisation={"batch": 25})
     with pytest.raises(ValidationError, match=r"the control wide needs an expert"):
         config(wide=None)
+    with pytest.raises(ValidationError, match=r"controls.learning_rates must differ"):
+        config(controls={"learning_rates": [1e-3, 0.001]})
     with pytest.raises(ValidationError, match=r"samplez"):
         config(samplez=3)
     poor = config(samples=1000)
