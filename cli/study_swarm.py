@@ -73,13 +73,13 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig, start
     from ..coordinator.settings import RunSettings
     from ..protocol.manifest import AuditPolicy, Timing
 
-    machines, rate = config.machines, training.learning_rate
+    machines, own = config.machines, {"batch": training.batch, "learning_rate": training.learning_rate}
     settings = RunSettings(
         name=training.name[:64],
         addresses=(f"127.0.0.1:{free_port()}",),
         expert=training.expert,
         warm_start=str(start) if start else None,
-        optimisation=config.optimisation.model_copy(update={"batch": training.batch} | ({"learning_rate": rate} if rate else {})),
+        optimisation=config.optimisation.model_copy(update=own),
         samples_per_shard=training.samples_per_shard,
         checkpoint_samples=training.checkpoint_samples,
         holdout_tolerance=config.holdout_tolerance,

@@ -152,8 +152,12 @@ class StudyConfig(Frozen):
             if arm in (*self.controls.arms, *self.controls.full) and spec is None:
                 raise ValueError(f"the control {arm} needs an expert of its own: set {arm}")
         controls = self.controls
-        lists = {"seeds": self.seeds, "controls.seeds": controls.seeds, "controls.expert_counts": controls.expert_counts}
-        for name, values in {**lists, "controls.learning_rates": controls.learning_rates}.items():
+        for name, values in (
+            ("seeds", self.seeds),
+            ("controls.seeds", controls.seeds),
+            ("controls.expert_counts", controls.expert_counts),
+            ("controls.learning_rates", controls.learning_rates),
+        ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other")
         return self

@@ -44,6 +44,7 @@ class Training(Frozen):
     experts: int
     expert: ExpertSpec
     batch: int
+    learning_rate: float
     samples_per_shard: int
     checkpoint_samples: int
     flops_per_sample: int
@@ -52,7 +53,6 @@ class Training(Frozen):
     parameters: int = Field(description="of all experts together, without the router")
     active_parameters: int = Field(description="of one expert: what a top-1 step runs")
     begin: Begin | None = None
-    learning_rate: float | None = Field(default=None, description="instead of the recipe's")
 
     @property
     def data(self) -> str:
@@ -198,10 +198,10 @@ def _training(
         )
     return Training(
         name=f"{tier}-{arm}-s{seed}", tier=tier, arm=arm, seed=seed, method=method,
-        experts=experts, expert=spec, batch=batch, samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
+        experts=experts, expert=spec, batch=batch, learning_rate=learning_rate or costs.config.optimisation.learning_rate,
+        samples_per_shard=steps * batch * points, checkpoint_samples=steps * batch,
         flops_per_sample=cost.training, router_flops=router, pass_flops=cost.forward + routing,
         parameters=experts * cost.parameters, active_parameters=cost.parameters, begin=begin,
-        learning_rate=learning_rate,
     )  # fmt: skip
 
 

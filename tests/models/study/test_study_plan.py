@@ -107,8 +107,8 @@ def test_other_learning_rates_change_the_pair_in_nothing_else() -> None:
     assert set(arms) == {"monolith", "mixture", "monolith-rate-0.012", "mixture-rate-0.012"}, "the recipe's own is there already"
     for side in ("monolith", "mixture"):
         own, other = arms[side], arms[f"{side}-rate-0.012"]
-        assert (own.learning_rate, other.learning_rate) == (None, 1.2e-2)
-        assert other.model_copy(update={"name": own.name, "arm": own.arm, "learning_rate": None}) == own
+        assert (own.learning_rate, other.learning_rate) == (4e-3, 1.2e-2)
+        assert other.model_copy(update={"name": own.name, "arm": own.arm, "learning_rate": 4e-3}) == own
     assert {reading.training for _, reading in plan.controls(settings)} == {training.name for training in arms.values()}
 
 
