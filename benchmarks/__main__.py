@@ -11,17 +11,21 @@ import json
 import pkgutil
 import sys
 
-from . import __path__ as folder
-from .report import Machine, Row, as_json, markdown
+from benchmarks import measures
+from benchmarks.report import Machine, Row, as_json, markdown
 
-STUDIES = ("attacks", "faults", "fuzz", "simulate")
-_PARTS = {"__main__", "report", "swarm", "audit_child", "simulate_costs", *STUDIES}
-NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg and module.name not in _PARTS)
+STUDIES = {
+    "attacks": "benchmarks.attacks.main",
+    "faults": "benchmarks.faults",
+    "fuzz": "benchmarks.fuzz.main",
+    "simulate": "benchmarks.simulation.main",
+}
+NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))
 
 
 def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in STUDIES:
-        importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+        importlib.import_module(STUDIES[sys.argv[1]]).main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(NAMES)} (default: all)")
@@ -32,7 +36,7 @@ def main() -> None:
     results: dict[str, list[Row]] = {}
     for name in arguments.names or NAMES:
         print(f"running {name} …", file=sys.stderr)
-        results[name] = importlib.import_module(f"benchmarks.{name}").run()
+        results[name] = importlib.import_module(f"benchmarks.measures.{name}").run()
     if arguments.json:
         print(json.dumps(as_json(results), indent=1))
     else:

@@ -54,8 +54,13 @@ class Outcome:
 
 SUITE = (
     *("cli", "coordinator", "models", "node", "protocol", "system"),
-    *("pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/faults"),
-    *("tests/coordinator/tinydata.py", "tests/node/small_disk.py", "tests/protocol/networks.py", "tests/protocol/documents.py"),
+    *("pyproject.toml", "setup.py", "constraints.txt", "tests/conftest.py", "tests/faults"),
+    *(
+        "tests/coordinator/tiny_data.py",
+        "tests/node/small_disk.py",
+        "tests/protocol/networks.py",
+        "tests/protocol/example_documents.py",
+    ),
 )
 """All that the suite runs."""
 

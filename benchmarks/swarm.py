@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lutetia.cli.local_swarm import LocalSwarm, free_port
-from lutetia.coordinator.create import create_run
+from lutetia.cli.local.processes import LocalSwarm, free_port
+from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data import recipe
 from lutetia.models.data.build import BuildSettings, build_data
-from lutetia.models.data.made import make_clips
+from lutetia.models.data.ingest.synthetic import make_clips
 from lutetia.models.data.shards import ShardData, load_shard
 from lutetia.node.control import ask
-from lutetia.protocol.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import UnreachableError
 
 CLIPS = 160

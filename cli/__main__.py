@@ -1,5 +1,5 @@
 """`python -m lutetia.cli`: the same as the `lutetia` command, with this interpreter."""
 
-from .main import main
+from lutetia.cli.main import main
 
 main()

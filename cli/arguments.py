@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..system.errors import ConfigError
+from lutetia.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ..protocol.ticket import Ticket
+    from lutetia.protocol.schema.ticket import Ticket
 
 
 def setting(variable: str, help: str, *names: str, **limits: Any) -> Any:
@@ -32,7 +35,7 @@ RunFolder = Annotated[
 
 def _state_folder(value: Path | None) -> Path | None:
     """No shell expands `~` in systemd's EnvironmentFile or in `--state-folder=~/box`."""
-    from ..system.paths import expanded
+    from lutetia.system.paths import expanded
 
     return value and expanded(value)
 
@@ -50,7 +53,7 @@ Model = TypeVar("Model", bound="BaseModel")
 
 def read_ticket(text: str) -> Ticket:
     """The ticket itself, or the one in the file that `text` names. Raises ConfigError."""
-    from ..protocol.ticket import PREFIX, Ticket
+    from lutetia.protocol.schema.ticket import PREFIX, Ticket
 
     if not text.startswith(PREFIX) and (os.sep in text or _is_file(text)):
         try:
@@ -69,14 +72,14 @@ def _is_file(text: str) -> bool:
 
 def read_config(path: Path | None) -> dict[str, Any]:
     """The tables of a TOML file; nothing for None. Raises ConfigError."""
-    from ..system.files import read_toml
+    from lutetia.system.files import read_toml
 
     return {} if path is None else read_toml(path)
 
 
 def require_device(device: str) -> None:
     """Raises HardwareError unless this box has `device` (cpu, mps, cuda or cuda:N): before a driver's own words are met."""
-    from ..node.accelerators import Accelerators, choose_device
+    from lutetia.node.trainer.devices import Accelerators, choose_device
 
     choose_device(device, Accelerators.seen())
 
@@ -90,7 +93,7 @@ def settings_of(model: type[Model], source: str, values: dict[str, Any]) -> Mode
     """`model` from `values`. Raises ConfigError naming the unknown or wrong key and `source`."""
     from pydantic import ValidationError
 
-    from ..protocol.manifest import first_problem
+    from lutetia.protocol.schema.manifest import first_problem
 
     try:
         return model(**values)
@@ -99,3 +102,12 @@ def settings_of(model: type[Model], source: str, values: dict[str, Any]) -> Mode
         known = ", ".join(sorted(model.model_fields))
         hint = f"; known keys: {known}" if problem["type"] == "extra_forbidden" else "; correct it"
         raise ConfigError(f"{source}: {first_problem(error)}{hint}") from error
+
+
+KEY_NAME = "identity.key"
+
+
+def key_path(state_folder: Path | None) -> Path:
+    from lutetia.system.paths import default_state_folder
+
+    return (state_folder or default_state_folder()) / KEY_NAME

@@ -15,9 +15,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
-from . import coordinate, data, demo, doctor, evaluate, generate, identity, runs, simulate, study, swarm, volunteer
-from .output import json_wanted
+from lutetia.cli.commands import (
+    coordinator,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    identity,
+    run,
+    simulate,
+    study,
+    swarm,
+    volunteer,
+)
+from lutetia.cli.output import json_wanted
+from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
 
 _EPILOG = "Exit codes: `lutetia help exit-codes`. Every option can be set by its environment variable too; a flag wins."
 
@@ -60,8 +73,8 @@ for _module in (demo, volunteer, generate, evaluate, study, simulate, doctor):
     _module.register(app)
 for _group, _name in (
     (swarm.app, "swarm"),
-    (runs.app, "run"),
-    (coordinate.app, "coordinator"),
+    (run.app, "run"),
+    (coordinator.app, "coordinator"),
     (data.app, "data"),
     (identity.app, "identity"),
 ):
@@ -161,6 +174,6 @@ def _leave_tidily(number: int, frame: object) -> NoReturn:
 def _tie_to_parent() -> None:
     """A command that another command of ours started (the demo's swarm) dies with it."""
     if parent := os.environ.pop("LUTETIA_PARENT", None):
-        from ..system.process import die_with_parent
+        from lutetia.system.process import die_with_parent
 
         die_with_parent(int(parent))

@@ -14,7 +14,7 @@ _SILENCE = 60.0
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[OnProgress]:
     """Yield `report(stage, done, total)`; everything goes to stderr. Each stage has a rate and an end of its own."""
-    from .output import console
+    from lutetia.cli.output import console
 
     out = console(stderr=True)
     if not out.is_terminal:

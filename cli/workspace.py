@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..system.errors import DiskError, UsageError
-from ..system.files import disk_errors, make_folder, takes_writes
+from lutetia.system.errors import DiskError, UsageError
+from lutetia.system.files import disk_errors, make_folder, takes_writes
 
 _LOCK = "in-use"
 

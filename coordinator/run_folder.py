@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from ..protocol.canonical import Frozen
-from ..protocol.manifest import SignedManifest, first_problem, open_manifest
-from ..system.errors import ConfigError, IdentityError
-from ..system.files import disk_errors
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import SignedManifest, first_problem, open_manifest
+from lutetia.system.errors import ConfigError, IdentityError
+from lutetia.system.files import disk_errors
 
 
 class Endpoint(Frozen):

@@ -10,24 +10,24 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..protocol.identity import Identity
-from ..protocol.live_manifest import LiveManifest
-from ..protocol.peer_cache import PeerCache
-from ..protocol.services import record_check
-from ..protocol.transport import Transport
-from ..system.errors import AuthorisationError, BootstrapError
-from ..system.files import sweep_parts
-from .head import check_head
-from .http import bind
-from .ledger import Ledger
-from .recovery import Lineage
-from .rotation import settle_rotation, sign_mixture_anew
-from .run_folder import RunFolder
-from .service import Service
-from .settings import ServeSettings
-from .upgrading import check_version, published
+from lutetia.coordinator.admin.rotate import settle_rotation, sign_mixture_anew
+from lutetia.coordinator.admin.upgrade import check_version, published
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.signed_head import check_head
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.runtime.recovery import Lineage
+from lutetia.coordinator.service import Service
+from lutetia.coordinator.settings import ServeSettings
+from lutetia.coordinator.web.app import bind
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.base import Transport
+from lutetia.system.errors import AuthorisationError, BootstrapError
+from lutetia.system.files import sweep_parts
 
-_log = logging.getLogger("lutetia.coordinator.serve")
+_log = logging.getLogger(__name__)
 
 Connect = Callable[[LiveManifest, Identity, RunFolder, ServeSettings], Awaitable[Transport]]
 
@@ -39,7 +39,7 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
 
     Raises UnreachableError when the port is taken.
     """
-    from ..protocol.transport_hivemind import connect_hivemind
+    from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 
     endpoint = folder.read_endpoint()
 

@@ -10,18 +10,42 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from ..models.mixture_document import FILE as MIXTURE_FILE
-from ..protocol.accepted import AcceptedService
-from ..protocol.canonical import canonical
-from ..protocol.documents import MIXTURE
-from ..protocol.events import CoordinatorStarted, CoordinatorStopped, PeerPardoned
-from ..protocol.identity import Identity, peer_id_of
-from ..protocol.ledger_state import RunState
-from ..protocol.live_manifest import LiveManifest
-from ..protocol.manifest import Manifest
-from ..protocol.offers import Offer, OfferReply, serve_offers
-from ..protocol.peer_cache import PeerCache
-from ..protocol.records import (
+from lutetia.coordinator.acceptance.messages import Offered
+from lutetia.coordinator.acceptance.rate_limits import Admission
+from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.admin.pardon import noted_pardons, remove_notes
+from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped, PeerPardoned
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.signed_head import HeadFile
+from lutetia.coordinator.ledger.status_builder import status as status_of
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.runtime.announcer import Crier
+from lutetia.coordinator.runtime.audit_service import AuditDesk
+from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.runtime.manifest_watch import Herald, ManifestWatch
+from lutetia.coordinator.runtime.recovery import Lineage, fetch_missing
+from lutetia.coordinator.runtime.split_brain import refuse_a_rival
+from lutetia.coordinator.runtime.staging import restored_incoming
+from lutetia.coordinator.runtime.stitcher import Stitcher
+from lutetia.coordinator.runtime.swarm_monitor import Lookout
+from lutetia.coordinator.settings import ServeSettings
+from lutetia.coordinator.web.app import build_app, serve_http
+from lutetia.coordinator.worker.client import WorkshopClient
+from lutetia.models.mixing.description import FILE as MIXTURE_FILE
+from lutetia.protocol.blobs.download import serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
+from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
+from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.identity import Identity, peer_id_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import (
     AcceptanceRecord,
     CheckpointRecord,
     RecordLimits,
@@ -29,36 +53,12 @@ from ..protocol.records import (
     open_record,
     read_envelope,
 )
-from ..protocol.services import STATUS, serve_document, serve_introduction, software_version
-from ..protocol.status import SwarmStatus
-from ..protocol.status_view import status as status_of
-from ..protocol.store import BlobStore
-from ..protocol.transfer import serve_blobs
-from ..protocol.transport import Stream, Transport
-from ..system.errors import DiskError, UnreachableError, one_error
-from ..system.files import write_atomic
-from .admission import Admission
-from .audit_desk import AuditDesk
-from .bench import Bench
-from .crier import Crier
-from .head import HeadFile
-from .http import build_app, serve_http
-from .incoming import restored_incoming
-from .judge import Rules
-from .ledger import Ledger
-from .lookout import Lookout
-from .messages import Offered
-from .pardons import noted_pardons, remove_notes
-from .recovery import Lineage, fetch_missing
-from .rival import refuse_a_rival
-from .run_folder import RunFolder
-from .settings import ServeSettings
-from .stitching import Stitcher
-from .tools import NetworkTools
-from .upgrading import Herald, ManifestWatch, published
-from .workshop_client import WorkshopClient
+from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.protocol.transport.base import Stream, Transport
+from lutetia.system.errors import DiskError, UnreachableError, one_error
+from lutetia.system.files import write_atomic
 
-_log = logging.getLogger("lutetia.coordinator.service")
+_log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 2.0
 _FRESH_SECONDS = 0.5

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..protocol.manifest import (
+from lutetia.protocol.schema.manifest import (
     AuditPolicy,
     Count,
     ExpertSpec,
@@ -20,7 +20,7 @@ from ..protocol.manifest import (
     SamplingSpec,
     Timing,
 )
-from ..protocol.ticket import Place
+from lutetia.protocol.schema.ticket import Place
 
 HostPort = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
 """`host:port`; an IPv6 address stands in brackets."""
@@ -76,7 +76,7 @@ def preset(name: Literal["tiny", "demo"]) -> dict[str, Any]:
     """The values of a named preset, as keyword arguments of RunSettings."""
     if name == "tiny":
         return dict(TINY)
-    from ..models.data import recipe
+    from lutetia.models.data import recipe
 
     return dict(recipe.RUN)
 

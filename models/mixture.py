@@ -23,17 +23,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..system.errors import ConfigError, IntegrityError, UsageError
-from .experts import TIMESTEPS, call_expert, family_of
-from .objectives import velocity
-from .randomness import stream
-from .router import VideoRouter
+from lutetia.models.experts.families import TIMESTEPS, call_expert, family_of
+from lutetia.models.experts.objectives import velocity
+from lutetia.models.mixing.router import VideoRouter
+from lutetia.models.randomness import stream
+from lutetia.system.errors import ConfigError, IntegrityError, UsageError
 
 Mode = Literal["top1", "top2", "full", "sticky"]
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
 
-log = logging.getLogger("lutetia.models.mixture")
+log = logging.getLogger(__name__)
 
 
 def routing_weights(probabilities: Tensor, mode: Mode) -> Tensor:

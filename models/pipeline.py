@@ -30,16 +30,16 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..protocol.manifest import LatentSpec
-from ..system.errors import ConfigError, UsageError
-from .data.latents import Latents, load_latents
-from .data.text import TextEncoder, load_text_encoder
-from .mixture import MixtureTransformer, Mode
-from .sampling import initial_noise, sample
+from lutetia.models.data.encode.latents import Latents, load_latents
+from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
+from lutetia.models.mixing.sampling import initial_noise, sample
+from lutetia.models.mixture import MixtureTransformer, Mode
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import ConfigError, UsageError
 
 MAX_PROMPT_CHARACTERS = 2000
 OutputType = Literal["np", "pil", "latent"]
-log = logging.getLogger("lutetia.models.pipeline")
+log = logging.getLogger(__name__)
 
 
 @dataclass

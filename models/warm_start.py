@@ -14,13 +14,13 @@ from typing import Any
 import diffusers
 import torch
 
-from ..protocol.manifest import BlobRef, ExpertSpec, Manifest
-from ..system.errors import ConfigError
-from .checkpoints import CheckpointRefused, check_weights
-from .data.hub import ModelRef, hub_errors, parse_ref, read_config
-from .experts import FAMILIES, full_config
-from .mixture_document import FILE, ExpertEntry, read_mixture
-from .tensorfiles import write_tensors
+from lutetia.models.experts.families import FAMILIES, full_config
+from lutetia.models.mixing.description import FILE, ExpertEntry, read_mixture
+from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_checks import CheckpointRefused, check_weights
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest
+from lutetia.system.errors import ConfigError
 
 _WHAT = "warm start"
 

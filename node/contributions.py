@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..protocol.canonical import Frozen, canonical
-from ..system.errors import DiskError
-from ..system.files import write_atomic
+from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.system.errors import DiskError
+from lutetia.system.files import write_atomic
 
 _REMEMBERED = 2 * 86_400.0
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ..protocol.canonical import Frozen
-from ..protocol.manifest import first_problem
-from ..protocol.records import NodeState
-from ..system.errors import LutetiaError, UnreachableError, UsageError
-from ..system.files import disk_errors
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.records import NodeState
+from lutetia.system.errors import LutetiaError, UnreachableError, UsageError
+from lutetia.system.files import disk_errors
 
 SOCKET = "control.sock"
 MAX_REQUEST = 4096

@@ -11,30 +11,31 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..protocol.accepted import AcceptedService
-from ..protocol.identity import Identity
-from ..protocol.live_manifest import LiveManifest
-from ..protocol.services import enter_swarm, software_version
-from ..protocol.store import BlobStore
-from ..protocol.transfer import serve_blobs
-from ..protocol.transport import Transport
-from ..system.files import sweep_parts
-from ..system.notify import notify
-from .auditor import Auditor
-from .contributions import Contributions
-from .control import LocalStatus, Request, serve_control
-from .heat import check_sensors, keep_cool
-from .hours import Hours, keep_hours
-from .lock import state_lock
-from .material import Material, Places
-from .messages import UserVerb
-from .network import Network
-from .news import News
-from .roster import Roster
-from .settings import NodeSettings, announced
-from .shell import Shell
+from lutetia.node.contributions import Contributions
+from lutetia.node.control import LocalStatus, Request, serve_control
+from lutetia.node.machine.messages import UserVerb
+from lutetia.node.runtime.network import Network
+from lutetia.node.runtime.shell import Shell
+from lutetia.node.runtime.workspace import Material, Places
+from lutetia.node.schedule import Hours, keep_hours
+from lutetia.node.services.auditor import Auditor
+from lutetia.node.services.manifest_updates import News
+from lutetia.node.services.membership import Roster
+from lutetia.node.services.thermal import check_sensors, keep_cool
+from lutetia.node.settings import NodeSettings, announced
+from lutetia.node.state_lock import state_lock
+from lutetia.protocol.blobs.download import serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.joining import enter_swarm
+from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
+from lutetia.protocol.rpc.introduction import software_version
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.base import Transport
+from lutetia.system.files import sweep_parts
+from lutetia.system.notify import notify
 
-log = logging.getLogger("lutetia.node.daemon")
+log = logging.getLogger(__name__)
 
 IDENTITY = "identity.key"
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from ..protocol.manifest import first_problem
-from ..protocol.ticket import PORT, Ticket
-from ..system.errors import ConfigError
-from ..system.files import read_toml
-from ..system.paths import default_state_folder
-from .hours import Hours
+from lutetia.node.schedule import Hours
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.ticket import PORT, Ticket
+from lutetia.system.errors import ConfigError
+from lutetia.system.files import read_toml
+from lutetia.system.paths import default_state_folder
 
 Origin = Literal["flag", "environment", "file", "default"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -150,3 +150,7 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> tuple[N
         field = str(error.errors()[0]["loc"][0])
         where = {"file": str(file), "environment": f"LUTETIA_{field.upper()}", "flag": "options"}.get(origins.get(field, "flag"))
         raise ConfigError(f"{where or 'settings'}: {first_problem(error)}; correct it") from error
+
+
+LEAST_SHARE = 0.1
+"""Of the time; who wants less can pause."""

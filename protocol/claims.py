@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .records import AcceptanceRecord, ClaimRecord, ResetRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord, ResetRecord
 
 
 @dataclass(frozen=True)

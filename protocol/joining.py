@@ -13,25 +13,33 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..system.errors import BootstrapError, ConfigError, IdentityError, LutetiaError
-from ..system.files import write_atomic
-from .documents import HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document, serve_introduction
-from .identity import Identity, peer_id_of
-from .live_manifest import LiveManifest
-from .manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
-from .peer_cache import PeerCache
-from .reach import answers
-from .records import NodeRecord, node_key, node_keys, read_envelope
-from .ticket import Ticket
-from .transport import Transport
-from .upgrade import check_upgrade
-from .waiting import gather_quickly
+from lutetia.protocol.async_helpers import gather_quickly
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.rpc.introduction import (
+    HELLO,
+    MANIFEST,
+    MAX_HELLO_BYTES,
+    PROTOCOL_VERSION,
+    Hello,
+    ask_document,
+    serve_introduction,
+)
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.identity import Identity, peer_id_of
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
+from lutetia.protocol.schema.manifest_upgrade import check_upgrade
+from lutetia.protocol.schema.records import NodeRecord, node_key, node_keys, read_envelope
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.reachability import answers
+from lutetia.system.errors import BootstrapError, ConfigError, IdentityError, LutetiaError
+from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from .transport_hivemind import HivemindTransport
-    from .transport_hivemind_daemon import Reach
+    from lutetia.protocol.transport.hivemind.p2pd_process import Reach
+    from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 
-log = logging.getLogger("lutetia.protocol.joining")
+log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 PEERS_FILE = "peers.json"
@@ -69,7 +77,7 @@ async def enter_swarm(
     manifest, this clock is wrong), AuthorisationError (manifest by another key), IdentityError (this identity is online
     elsewhere, or the state folder in use), UnreachableError (the listen address is taken).
     """
-    from .transport_hivemind import HivemindTransport
+    from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 
     transport = await HivemindTransport.start(
         identity, listen=listen, state_folder=state_folder, announce=announce, reach=reach
@@ -93,7 +101,7 @@ async def join_swarm(
 async def _enter(
     transport: HivemindTransport, identity: Identity, ticket: Ticket, state_folder: Path, live: LiveManifest | None
 ) -> LiveManifest:
-    from .services import record_check
+    from lutetia.protocol.record_rules import record_check
 
     cache, cached = PeerCache(state_folder / PEERS_FILE), state_folder / MANIFEST_FILE
     reachable = await _dial(transport, ticket, cache, _load_cached(cached, ticket))
@@ -129,7 +137,7 @@ def coordinator_addresses(manifest: Manifest, ticket: Ticket) -> dict[str, tuple
 
 async def _dial(transport: HivemindTransport, ticket: Ticket, cache: PeerCache, known: SignedManifest | None) -> list[str]:
     """The addresses that answer. Raises BootstrapError."""
-    from .transport_hivemind import bootstrap_sentence
+    from lutetia.protocol.transport.hivemind.transport import bootstrap_sentence
 
     rotated = [a for found in coordinator_addresses(known.manifest, ticket).values() for a in found] if known else []
     wanted = [a for a in dict.fromkeys([*ticket.addresses, *rotated, *cache.load()]) if _peer_of(a) != transport.peer_id]
@@ -244,7 +252,7 @@ async def _refuse_a_double(transport: Transport, identity: Identity, run: str, s
 
 async def _proves_identity(addresses: Sequence[str], peer_id: str, state_folder: Path) -> bool:
     """Dial as a stranger: libp2p's handshake succeeds only if the other side holds the key of `peer_id`."""
-    from .transport_hivemind_daemon import Daemon
+    from lutetia.protocol.transport.hivemind.p2pd_process import Daemon
 
     stranger = await Daemon.start(Identity.generate(), "/ip4/127.0.0.1/tcp/0", state_folder / "stranger")
     try:

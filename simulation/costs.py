@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ..protocol.identity import Identity
-from ..protocol.manifest import BlobRef
-from ..protocol.records import (
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.records import (
     AcceptanceRecord,
     CheckpointRecord,
     ClaimRecord,
@@ -20,7 +20,7 @@ from ..protocol.records import (
     Record,
     ResetRecord,
     seal,
-)  # fmt: skip
+)
 
 QUESTION_BYTES = 120
 """Assumed for one DHT request without a value (key, peer id, protobuf and noise framing)."""

@@ -11,16 +11,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..coordinator.messages import Publish, Write
-from ..protocol.events import LineageRolledBack
-from ..protocol.ledger_state import RunState
-from ..protocol.records import CheckpointRecord
-from ..protocol.status import SwarmStatus
+from lutetia.coordinator.acceptance.messages import Publish, Write
+from lutetia.coordinator.ledger.events import LineageRolledBack
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.status import SwarmStatus
 
 if TYPE_CHECKING:
-    from .office import Office
-    from .volunteer import Volunteer
-    from .world import World
+    from lutetia.simulation.peers.coordinator import Office
+    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.world import World
 
 NAMES = {
     "I1": "at most one accepted lineage per (shard, epoch)",

@@ -5,22 +5,22 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..protocol.manifest import Manifest, SignedManifest
-from ..protocol.status_view import Sighting
-from .agenda import START, Agenda
-from .costs import Costs
-from .decisions import Decisions
-from .dht import Dht
-from .goods import Goods
-from .invariants import Invariants
-from .lines import Lines
-from .office import Office
-from .roster import Roster
-from .setting import OWNER, Setting, draw_box, make_manifest
-from .volunteer import Volunteer
+from lutetia.coordinator.ledger.status_builder import Sighting
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.simulation.config import OWNER, Setting, draw_box, make_manifest
+from lutetia.simulation.costs import Costs
+from lutetia.simulation.event_queue import START, Agenda
+from lutetia.simulation.invariants import Invariants
+from lutetia.simulation.network.blobs import Goods
+from lutetia.simulation.network.dht import Dht
+from lutetia.simulation.network.links import Lines
+from lutetia.simulation.network.membership import Roster
+from lutetia.simulation.peers.coordinator import Office
+from lutetia.simulation.peers.node import Volunteer
+from lutetia.simulation.rules_under_test import Decisions
 
 if TYPE_CHECKING:
-    from .story import Story
+    from lutetia.simulation.trace import Story
 
 _LIST_SECONDS = 5.0
 """Readers of the node records within so many seconds see the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .errors import ConfigError
+from lutetia.system.errors import ConfigError
 
 
 def expanded(path: Path) -> Path:

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data.build import BuildSettings
 from lutetia.node.settings import NodeSettings
 from lutetia.system import errors
-from pydantic import BaseModel
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -1,4 +1,4 @@
-"""The walls between the rooms: who may import whom, and what may not be imported at all."""
+"""The walls between the rooms, and the shape of the tree: who may import whom, how much a folder holds, and what stays pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ast
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,73 +26,172 @@ MAY_IMPORT = {
 HEAVY = {"torch", "diffusers", "transformers", "hivemind", "libp2p", "sklearn", "matplotlib", "av"}
 BANNED = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {("torch", "load"), ("torch", "save")}
+BACKENDS = ("protocol/transport/hivemind/", "protocol/light_client/bindings.py")
+"""The only places of the light rooms that import a network library; they are imported when it is needed."""
+PURE = (
+    "node/machine/",
+    "coordinator/acceptance/",
+    "coordinator/ledger/events.py",
+    "coordinator/ledger/reducer.py",
+    "coordinator/ledger/run_state.py",
+    "protocol/claims.py",
+    "protocol/stalled_claims.py",
+    "protocol/blobs/scheduler.py",
+)
+"""Decisions: what they conclude depends on their arguments alone."""
+IMPURE = {"asyncio", "time", "os", "random", "socket", "secrets", "subprocess", "threading"}
+MOST_FILES = 12
 FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
-LIGHT_FILES = [
-    path
-    for path in FILES
-    if path.relative_to(ROOT).parts[0] in ("system", "protocol", "cli")
-    and not path.stem.startswith(("transport_hivemind", "thin_library"))
-]
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0]
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def imports(tree: ast.AST, package: list[str]) -> Iterator[list[str]]:
-    """Every imported module as absolute parts, where `package` is the importing file's package below `lutetia`."""
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(tree: ast.AST) -> Iterator[list[str]]:
+    """Every imported module as parts. All imports of the source tree are absolute (`test_imports_are_absolute`)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield (node.module or "").split(".")
         elif isinstance(node, ast.ImportFrom):
-            base = ["lutetia", *package][: len(package) + 2 - node.level]
-            names = [(node.module or "").split(".")] if node.module else [[alias.name] for alias in node.names]
-            yield from (base + name for name in names)
+            yield (node.module or "").split(".")
 
 
-def module_level(tree: ast.Module) -> ast.Module:
-    """The statements that run at import: functions' bodies and `if TYPE_CHECKING` blocks left out."""
-
-    class Outer(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None: ...
-        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None: ...
-
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
-
-    return Outer().visit(tree)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_what_it_may(path: Path) -> None:
-    room, package = room_of(path), list(path.relative_to(ROOT).parent.parts)
-    for parts in imports(ast.parse(path.read_text()), package):
-        if parts[0] == "lutetia" and len(parts) > 1:
-            assert parts[1] == room or parts[1] in MAY_IMPORT[room], f"{room} imports {'.'.join(parts)}"
-        assert parts[0] not in BANNED, f"{path} imports {parts[0]}"
-        if room == "protocol":
-            assert parts[0] != "torch"
-            assert parts[0] != "hivemind" or path.stem.startswith("transport_hivemind")
+def module_level(tree: ast.Module) -> Iterator[list[str]]:
+    """The imports that run when the module is imported: bodies of functions and `if TYPE_CHECKING` blocks left out."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(node)
+        waiting += ast.iter_child_nodes(node)
 
 
-@pytest.mark.parametrize("path", LIGHT_FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_heavy_is_imported_with_the_light_rooms(path: Path) -> None:
-    package = list(path.relative_to(ROOT).parent.parts)
-    heavy = {parts[0] for parts in imports(module_level(ast.parse(path.read_text())), package)} & HEAVY
-    assert not heavy
+def imported_files(path: Path) -> set[Path]:
+    """The files of the source tree that `path` imports, type-checking imports and imports within functions counted."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lutetia."):
+            base = ROOT.joinpath(*(node.module or "").split(".")[1:])
+            for file in (base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)):
+                if file.is_file():
+                    found.add(file)
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_safetensors_is_loaded(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in BANNED_CALLS, f"{path}:{node.lineno}"
+def circles(graph: dict[Path, set[Path]]) -> list[list[str]]:
+    """The strongly connected components of more than one file (Tarjan 1972)."""
+    order: dict[Path, int] = {}
+    low: dict[Path, int] = {}
+    stack: list[Path] = []
+    found: list[list[str]] = []
+
+    def visit(file: Path) -> None:
+        order[file] = low[file] = len(order)
+        stack.append(file)
+        for other in graph[file]:
+            if other not in order:
+                visit(other)
+                low[file] = min(low[file], low[other])
+            elif other in stack:
+                low[file] = min(low[file], order[other])
+        if low[file] == order[file]:
+            cut = stack.index(file)
+            component, stack[cut:] = stack[cut:], []
+            if len(component) > 1:
+                found.append(sorted(map(name_of, component)))
+
+    for file in graph:
+        if file not in order:
+            visit(file)
+    return found
 
 
-@pytest.mark.parametrize("module", ["cli.main", "protocol.thin", "node.control", "protocol.services"])
-def test_light_modules_leave_the_heavy_ones_alone(module: str, tmp_path: Path) -> None:
+def test_rooms_import_only_rooms_below() -> None:
+    wrong = []
+    for path in FILES:
+        room = name_of(path).split("/")[0]
+        for parts in imports(tree_of(path)):
+            if parts[0] == "lutetia" and len(parts) > 1 and parts[1] != room and parts[1] not in MAY_IMPORT[room]:
+                wrong.append(f"{name_of(path)} imports {'.'.join(parts)}")
+            if parts[0] in BANNED:
+                wrong.append(f"{name_of(path)} imports {parts[0]}, which can run code when it loads")
+            if room == "protocol" and (parts[0] == "torch" or (parts[0] == "hivemind" and not name_of(path).startswith(BACKENDS))):
+                wrong.append(f"{name_of(path)} imports {parts[0]}")
+    assert not wrong
+
+
+def test_imports_are_absolute() -> None:
+    relative = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative
+
+
+def test_light_rooms_import_nothing_heavy_when_imported() -> None:
+    wrong = [
+        f"{name_of(path)} imports {parts[0]}"
+        for path in FILES
+        if name_of(path).startswith(("system/", "protocol/", "cli/")) and not name_of(path).startswith(BACKENDS)
+        for parts in module_level(tree_of(path))
+        if parts[0] in HEAVY
+    ]
+    assert not wrong
+
+
+def test_tensors_are_read_and_written_as_safetensors_only() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in BANNED_CALLS
+    ]
+    assert not wrong
+
+
+def test_no_folder_holds_more_than_twelve_files() -> None:
+    held: dict[str, list[str]] = defaultdict(list)
+    for top in (*MAY_IMPORT, "tests", "benchmarks"):
+        for path in (ROOT / top).rglob("*.py"):
+            if path.stem not in ("__init__", "__main__", "conftest"):
+                held[name_of(path.parent)].append(path.name)
+    assert not {folder: len(names) for folder, names in held.items() if len(names) > MOST_FILES}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not circles({path: imported_files(path) & set(FILES) for path in FILES})
+
+
+def test_decisions_are_pure() -> None:
+    """No clock, socket, file, thread or randomness of their own; imports inside functions counted."""
+    pure = [path for path in FILES if name_of(path).startswith(PURE)]
+    assert all(any(name_of(path).startswith(place) for path in pure) for place in PURE), "a place has moved"
+    assert not [f"{name_of(path)} imports {parts[0]}" for path in pure for parts in imports(tree_of(path)) if parts[0] in IMPURE]
+
+
+def test_no_public_class_name_means_two_things() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name_of(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+@pytest.mark.parametrize("module", ["cli.main", "protocol.light_client.documents", "node.control", "protocol.joining"])
+def test_light_modules_load_no_heavy_library(module: str, tmp_path: Path) -> None:
     code = f"import sys, json, lutetia.{module}; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True).stdout)
     assert not set(loaded) & (HEAVY - {"libp2p"})

@@ -16,25 +16,25 @@ from typing import Literal
 
 from pydantic import Field
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import Count, Positive
-from ...system.errors import DataError
-from ..device import Device
-from .cache import ArrayCache
-from .clips import ClipShape
-from .cluster import ClusterSettings
-from .description import DataDescription
-from .features import load_features, wants_text
-from .hub import anchored
-from .latents import load_latents
-from .listing import BadClip, read_listing
-from .output import check_output, output_folder
-from .placing import drop_copies_of_test_clips, feature_vectors, place_clips
-from .prepare import Progress, Recipe, prepare_captions, prepare_clips
-from .text import MAX_TOKENS, TextEncoder, load_text_encoder
-from .writing import Source, latent_spec, write_data
+from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
+from lutetia.models.data.cluster.kmeans import ClusterSettings
+from lutetia.models.data.description import DataDescription
+from lutetia.models.data.encode.cache import ArrayCache
+from lutetia.models.data.encode.encoder import Progress, Recipe, prepare_captions, prepare_clips
+from lutetia.models.data.encode.features import load_features, wants_text
+from lutetia.models.data.encode.latents import load_latents
+from lutetia.models.data.encode.text import MAX_TOKENS, TextEncoder, load_text_encoder
+from lutetia.models.data.ingest.listing import BadClip, read_listing
+from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.data.output import check_output, output_folder
+from lutetia.models.data.shard_writer import Source, latent_spec, write_data
+from lutetia.models.device import Device
+from lutetia.models.networks.model_ref import anchored
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import Count, Positive
+from lutetia.system.errors import DataError
 
-_log = logging.getLogger("lutetia.models.data.build")
+_log = logging.getLogger(__name__)
 _NOT_CONTENT = {"skip_bad", "workers", "device", "cache"}  # settings that do not change what is written
 
 

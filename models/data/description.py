@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import BlobRef, Count, LatentSpec, Name, first_problem
-from ...system.errors import DataError
-from .cluster_report import ClusterReport
+from lutetia.models.data.cluster.report import ClusterReport
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import BlobRef, Count, LatentSpec, Name, first_problem
+from lutetia.system.errors import DataError
 
 DATA_FILE = "data.json"
 

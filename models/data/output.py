@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...system.errors import DataError
-from ...system.files import disk_errors, fsync_folder
-from .description import DATA_FILE, read_data
+from lutetia.models.data.description import DATA_FILE, read_data
+from lutetia.system.errors import DataError
+from lutetia.system.files import disk_errors, fsync_folder
 
 OWN_NAMES = frozenset({"shards", "sheets", "clips.jsonl", DATA_FILE})
 _LOCK = ".lock"

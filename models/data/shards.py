@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...protocol.canonical import Frozen, canonical
-from ...protocol.manifest import LatentSpec, first_problem
-from ...system.errors import DataError, IntegrityError
-from ...system.files import atomic_path
+from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.manifest import LatentSpec, first_problem
+from lutetia.system.errors import DataError, IntegrityError
+from lutetia.system.files import atomic_path
 
 FORMAT = "lutetia-shard-1"
 MAX_METADATA_BYTES = 64 << 20  # safetensors itself refuses headers above 100 MB

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...system.errors import DataError
-from ..data.clips import ClipRefused, ClipShape, decode_clip
-from ..data.listing import ClipSource, read_listing
+from lutetia.models.data.ingest.listing import ClipSource, read_listing
+from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip
+from lutetia.system.errors import DataError
 
-log = logging.getLogger("lutetia.models.metrics.clips")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

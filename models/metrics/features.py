@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...system.files import atomic_path
+from lutetia.system.files import atomic_path
 
 
 class Extractor(Protocol):

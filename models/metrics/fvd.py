@@ -16,11 +16,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ...protocol.canonical import Frozen
-from ...system.errors import DataError
-from .bootstrap import Figure, Statistic, nested, subsampling
-from .features import Extractor, FeatureCache, set_digest
-from .frechet import (
+from lutetia.models.metrics.features import Extractor, FeatureCache, set_digest
+from lutetia.models.metrics.stats.frechet import (
     Gaussian,
     frechet_at_infinity,
     frechet_debiased,
@@ -30,6 +27,9 @@ from .frechet import (
     polynomial_mmd,
     save_gaussian,
 )
+from lutetia.models.metrics.stats.intervals import Figure, Statistic, nested, subsampling
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.system.errors import DataError
 
 Array = NDArray[np.float64]
 

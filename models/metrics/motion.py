@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...system.errors import ConfigError, DataError
-from .bootstrap import Figure, mean
+from lutetia.models.metrics.stats.intervals import Figure, mean
+from lutetia.system.errors import ConfigError, DataError
 
 METHOD = "farneback"
 GRID = 4

@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ...protocol.canonical import Frozen
-from ...system.errors import DataError
-from ..data.clips import ClipShape
-from ..data.listing import METADATA_NAMES, read_listing
-from ..mixture_document import FILE as MIXTURE
-from .clips import ClipSet, read_clips
-from .generated import MixtureSampler, Sampling, generate
-from .heldout import TimedLoss, flow_losses
-from .judges import Entry, Judges, JudgeSettings
-from .routing import Routing, loss_table, routing_figures
+from lutetia.models.data.ingest.listing import METADATA_NAMES, read_listing
+from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.metrics.clips import ClipSet, read_clips
+from lutetia.models.metrics.evaluator import Entry, Judges, JudgeSettings
+from lutetia.models.metrics.generated_clips import MixtureSampler, Sampling, generate
+from lutetia.models.metrics.routing import Routing, loss_table, routing_figures
+from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
+from lutetia.models.mixing.description import FILE as MIXTURE
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 MIN_CLIPS = 20

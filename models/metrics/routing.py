@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...protocol.canonical import Frozen
-from ...system.errors import DataError
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.system.errors import DataError
 
 
 class ByTime(Protocol):

@@ -18,15 +18,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ...protocol.canonical import Frozen
-from ...system.errors import DataError
-from ...system.files import disk_errors, replace_folder, write_atomic
-from ..data.clips import hash_file
-from ..data.listing import ClipSource, read_listing
-from ..data.made import make_clips
-from ..data.tars import TarMember
-from ..metrics.assets import asset
-from .config import DrawnClips, FolderClips, MadeClips
+from lutetia.models.data.ingest.listing import ClipSource, read_listing
+from lutetia.models.data.ingest.synthetic import make_clips
+from lutetia.models.data.ingest.video import hash_file
+from lutetia.models.data.ingest.webdataset import TarMember
+from lutetia.models.networks.assets import asset
+from lutetia.models.study.config import DrawnClips, FolderClips, MadeClips
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.system.errors import DataError
+from lutetia.system.files import disk_errors, replace_folder, write_atomic
 
 Role = Literal["train", "tune", "test"]
 ROLES: tuple[Role, ...] = ("train", "tune", "test")

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
-from ..data.build import BuildSettings
-from ..device import Device
-from ..metrics.judges import JudgeSettings
+from lutetia.models.data.build import BuildSettings
+from lutetia.models.device import Device
+from lutetia.models.metrics.evaluator import JudgeSettings
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
 
 Arm = Literal["small-batch", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
 Control = Arm | Literal["text-blind", "oracle", "modes", "experts"]

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import torch
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import ExpertSpec, LatentSpec
-from ...system.errors import DataError
-from ..data.stand_in import sample_step
-from ..experts import build_expert, call_expert
-from ..metrics.i3d import MIN_FRAMES, I3DExtractor
-from .config import StudyConfig
-from .plan import Plan, Training
+from lutetia.models.data.encode.autoencoder_training import sample_step
+from lutetia.models.experts.families import build_expert, call_expert
+from lutetia.models.networks.i3d import MIN_FRAMES, I3DExtractor
+from lutetia.models.study.config import StudyConfig
+from lutetia.models.study.plan import Plan, Training
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.system.errors import DataError
 
 _PROBE_SECONDS = 1.0
 

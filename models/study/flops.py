@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import ExpertSpec, LatentSpec, RouterSpec
-from ..experts import build_meta, call_expert
-from ..router import router_of
+from lutetia.models.experts.families import build_meta, call_expert
+from lutetia.models.mixing.router import router_of
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, RouterSpec
 
 
 class Cost(Frozen):

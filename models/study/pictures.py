@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ...system.files import atomic_path, write_atomic
-from ...system.letters import font
-from ..data.sheets import LETTERS, fitted
-from .results import CurvePoint, StudyResults, curve, main_distance
+from lutetia.models.data.cluster.contact_sheets import LETTERS, fitted
+from lutetia.models.study.results import CurvePoint, StudyResults, curve, main_distance
+from lutetia.system.files import atomic_path, write_atomic
+from lutetia.system.letters import font
 
 COLOURS = {"monolith": "#b64a5f", "mixture": "#3b6fb6"}
 RIVALS = "#c9922e", "#6a8f4f", "#7a6fa8", "#888888"

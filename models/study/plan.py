@@ -11,14 +11,14 @@ from typing import Literal, cast, get_args
 
 from pydantic import Field
 
-from ...protocol.canonical import Frozen
-from ...protocol.manifest import ExpertSpec, LatentSpec
-from ...system.errors import ConfigError
-from ..data.latents import load_latents
-from ..data.text import load_text_encoder
-from ..mixture import Mode
-from .config import Arm, Prompts, StudyConfig
-from .flops import Cost, expert_cost, router_cost
+from lutetia.models.data.encode.latents import load_latents
+from lutetia.models.data.encode.text import load_text_encoder
+from lutetia.models.mixture import Mode
+from lutetia.models.study.config import Arm, Prompts, StudyConfig
+from lutetia.models.study.flops import Cost, expert_cost, router_cost
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.system.errors import ConfigError
 
 Tier = Literal["headline", "control"]
 Method = Literal["kmeans", "random", "kinds", "balanced"]

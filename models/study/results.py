@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ...protocol.canonical import Frozen
-from ..metrics.bootstrap import Figure, mean
-from ..metrics.compare import Comparison
-from ..metrics.judges import Entry
-from .bench import Judged
-from .clips import ClipCounts
-from .plan import Plan, Reading, Training
+from lutetia.models.metrics.comparison import Comparison
+from lutetia.models.metrics.evaluator import Entry
+from lutetia.models.metrics.stats.intervals import Figure, mean
+from lutetia.models.study.clips import ClipCounts
+from lutetia.models.study.evaluation import Judged
+from lutetia.models.study.plan import Plan, Reading, Training
+from lutetia.protocol.schema.canonical import Frozen
 
 PAPER = {"FVD": (561.04, 279.01), "CLIP text-video": (0.2032, 0.2178), "aesthetic": (3.795, 3.904)}
 """Monolith and mixture of Paris 2.0 (arXiv 2605.26064): 3 experts of 11 B, 256 px, N = 2,048."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..metrics.compare import comparison_table
-from ..metrics.routing import loss_table
-from .bench import Judged
-from .config import StudyConfig
-from .plan import Reading, Training
-from .results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
+from lutetia.models.metrics.comparison import comparison_table
+from lutetia.models.metrics.routing import loss_table
+from lutetia.models.study.config import StudyConfig
+from lutetia.models.study.evaluation import Judged
+from lutetia.models.study.plan import Reading, Training
+from lutetia.models.study.results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
 
 
 def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:

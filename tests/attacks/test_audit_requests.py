@@ -6,22 +6,23 @@ import asyncio
 import time
 from pathlib import Path
 
-import courtroom  # pyright: ignore[reportMissingImports]
 import pytest
-from lutetia.coordinator.admission import Pace
-from lutetia.coordinator.audit_desk import AuditDesk
-from lutetia.coordinator.bench import Bench
-from lutetia.coordinator.judge import Rules
-from lutetia.coordinator.ledger import Ledger
-from lutetia.coordinator.tools import NetworkTools
-from lutetia.protocol.audit_stream import AUDIT, AuditAnswer, AuditRequest, ask_audit
-from lutetia.protocol.framing import framed
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import AcceptanceRecord, ResetRecord
-from lutetia.protocol.store import BlobStore
-from lutetia.protocol.transport import Transport
-from swarms import manifest_of_now, network
-from test_tools import StrawHands  # pyright: ignore[reportMissingImports]
+
+from lutetia.coordinator.acceptance.rate_limits import Pace
+from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.runtime.audit_service import AuditDesk
+from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.audit_request import AUDIT, AuditAnswer, AuditRequest, ask_audit
+from lutetia.protocol.rpc.framing import framed
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
+from lutetia.protocol.transport.base import Transport
+from tests.attacks.hivemind_swarm import manifest_of_now, network
+from tests.coordinator.acceptance import judge_driver
+from tests.coordinator.runtime.test_check_runner import StrawHands  # pyright: ignore[reportMissingImports]
 
 
 def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_minute() -> None:
@@ -39,8 +40,8 @@ def desk_of(folder: Path, transport: Transport, pace: Pace) -> AuditDesk:
 
     manifest, store = manifest_of_now(), BlobStore(folder / "blobs")
     tools = NetworkTools(transport, manifest, store, store, None, None, 1.0)  # pyright: ignore[reportArgumentType]
-    ledger = Ledger.create(folder / "ledger.sqlite", courtroom.first_event(manifest, time.time()))
-    rules = Rules(manifest, courtroom.COORDINATOR.public_key, b"secret")
+    ledger = Ledger.create(folder / "ledger.sqlite", judge_driver.first_event(manifest, time.time()))
+    rules = Rules(manifest, judge_driver.COORDINATOR.public_key, b"secret")
     bench = Bench(rules, ledger, StrawHands(), publish, transport.now, lambda state: None)
     return AuditDesk(transport, bench, tools, list, pace)
 

@@ -1,6 +1,6 @@
 """Small documents that would like to become large: what they cost in memory and processor time, in a process of their own.
 
-What they are refused with is tested in tests/fuzz; safetensors headers in tests/coordinator/test_workshop.py.
+What they are refused with is tested in tests/fuzz; safetensors headers in tests/coordinator/worker/test_process.py.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 MOST_MIB, MOST_SECONDS = 200, 10.0
 CODE = r"""
 import base64, json, resource, time, zlib
-from benchmarks.fuzzing import examples
-from benchmarks.fuzzing.targets import target
-from lutetia.protocol.manifest import MAX_MANIFEST_BYTES
-from lutetia.protocol.ticket import MAX_TICKET_CHARACTERS, PREFIX
+from benchmarks.fuzz import examples
+from benchmarks.fuzz.targets import target
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES
+from lutetia.protocol.schema.ticket import MAX_TICKET_CHARACTERS, PREFIX
 
 def ticket(content):
     body = zlib.compress(content, 9)

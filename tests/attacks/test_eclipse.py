@@ -1,7 +1,7 @@
 """Whom a newcomer believes when most of those he meets lie: real libp2p, real joins.
 
 Manifests by other keys, of other runs, older or expired ones: tests/protocol/test_joining.py. Records forged, prolonged, dated
-into the future or filed elsewhere, over real p2pd: tests/protocol/test_transport_contract.py.
+into the future or filed elsewhere, over real p2pd: tests/protocol/transport/test_contract.py.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.joining import PEERS_FILE, join_swarm
-from lutetia.protocol.manifest import Manifest, SignedManifest
-from lutetia.protocol.offers import offer_checkpoint
-from lutetia.protocol.peer_cache import PeerCache
-from lutetia.protocol.records import AcceptanceRecord, acceptance_key, seal
-from lutetia.protocol.services import publish, read_records, serve_introduction
-from lutetia.protocol.ticket import Ticket
-from lutetia.protocol.transport_hivemind import HivemindTransport
-from lutetia.system.errors import BootstrapError
-from swarms import LOOPBACK, Start, anything, manifest_of_now, network
 
-from benchmarks.fuzzing import examples
+from benchmarks.fuzz import examples
+from lutetia.protocol.dht_records import publish, read_records
+from lutetia.protocol.joining import PEERS_FILE, join_swarm
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.rpc.checkpoint_offer import offer_checkpoint
+from lutetia.protocol.rpc.introduction import serve_introduction
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.records import AcceptanceRecord, acceptance_key, seal
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from lutetia.system.errors import BootstrapError
+from tests.attacks.hivemind_swarm import LOOPBACK, Start, anything, manifest_of_now, network
 
 JOINER, LIAR = Identity.derived("joiner"), Identity.derived("liar 0")
 

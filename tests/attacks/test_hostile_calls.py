@@ -13,12 +13,13 @@ from typing import Any
 
 import msgpack
 import pytest
-from lutetia.protocol import transport_hivemind_answers as answers
-from lutetia.protocol.diversity import Door
-from lutetia.protocol.transport_hivemind import HivemindTransport
-from lutetia.protocol.transport_hivemind_library import DHTID, PeerID, dht_messages
-from lutetia.protocol.transport_hivemind_storage import Records, within
-from swarms import manifest_of_now, network, until
+
+from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID, dht_messages
+from lutetia.protocol.transport.hivemind.dht import rpc_server as answers
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import Door
+from lutetia.protocol.transport.hivemind.dht.storage import Records, within
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from tests.attacks.hivemind_swarm import manifest_of_now, network, until
 
 
 def by_value(key: str | None, subkey: str, value: bytes, expires: float) -> str:

@@ -1,8 +1,10 @@
 """Results that lie, before the coordinator's real ladder and replay: real tiny experts, real safetensors files.
 
 Rates over many seeds, and over honest boxes, are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
-hostile headers and wrong forms in tests/coordinator/test_workshop.py and tests/models/test_checkpoints.py, a copied result in
-tests/coordinator/test_judge.py, a faker in a real swarm and its roll-back in tests/coordinator/test_cheater.py.
+hostile headers and wrong forms in tests/coordinator/worker/test_process.py and
+tests/models/training/test_checkpoint_checks.py, a copied result in
+tests/coordinator/acceptance/test_state_machine.py, a faker in a real swarm and its roll-back in
+tests/coordinator/test_cheater.py.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lutetia.coordinator.ladder import Verdict
 
-from benchmarks.attacking.lab import SHORT, Honest, Lab
-from benchmarks.attacking.lies import EXCUSES, LIES, Scene
-from benchmarks.attacks import truths
+from benchmarks.attacks.lab import SHORT, Honest, Lab
+from benchmarks.attacks.lies import EXCUSES, LIES, Scene
+from benchmarks.attacks.main import truths
+from lutetia.coordinator.acceptance.checks import Verdict
 
 SEED = 1
 STOPPED = {

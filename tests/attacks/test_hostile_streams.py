@@ -1,6 +1,6 @@
 """Streams that never end, never begin or lie about their length, over real p2pd.
 
-Blob providers that trickle, stall, vanish or send wrong bytes: tests/protocol/test_transfer.py and tests/faults.
+Blob providers that trickle, stall, vanish or send wrong bytes: tests/protocol/blobs/test_download.py and tests/faults.
 Documents too large or too slow in virtual time: tests/protocol/test_services.py.
 """
 
@@ -10,17 +10,17 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from lutetia.protocol.documents import HELLO, MANIFEST, MAX_HELLO_BYTES, ask_document, serve_document
-from lutetia.protocol.framing import framed
-from lutetia.protocol.offers import OFFER, OfferReply, offer_checkpoint, serve_offers
-from lutetia.protocol.records import seal
-from lutetia.protocol.store import BlobStore
-from lutetia.protocol.transfer import Provider, fetch_blob
-from lutetia.protocol.transport import Stream
-from lutetia.system.errors import UnreachableError
-from swarms import manifest_of_now, network
 
-from benchmarks.fuzzing import examples
+from benchmarks.fuzz import examples
+from lutetia.protocol.blobs.download import Provider, fetch_blob
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.checkpoint_offer import OFFER, OfferReply, offer_checkpoint, serve_offers
+from lutetia.protocol.rpc.framing import framed
+from lutetia.protocol.rpc.introduction import HELLO, MANIFEST, MAX_HELLO_BYTES, ask_document, serve_document
+from lutetia.protocol.schema.records import seal
+from lutetia.protocol.transport.base import Stream
+from lutetia.system.errors import UnreachableError
+from tests.attacks.hivemind_swarm import manifest_of_now, network
 
 
 @pytest.mark.timeout(900)

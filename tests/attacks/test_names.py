@@ -1,6 +1,7 @@
 """Names of strangers become paths in one place only, the files of a mixture; elsewhere they never do.
 
-Listings of clips that lead outside their folder: tests/models/data. What is not hex is no blob: tests/coordinator/test_http.py.
+Listings of clips that lead outside their folder: tests/models/data. What is not hex is no blob:
+tests/coordinator/web/test_app.py.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lutetia.cli.fetching import read_description
-from lutetia.models.data.description import DataFile
-from lutetia.models.mixture_document import SignedMixture, signed_document
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import ShardSpec
-from lutetia.system.errors import AuthorisationError, IntegrityError
 from pydantic import ValidationError
 
-from benchmarks.fuzzing import examples
+from benchmarks.fuzz import examples
+from lutetia.cli.fetch_mixture import read_description
+from lutetia.models.data.description import DataFile
+from lutetia.models.mixing.description import SignedMixture, signed_document
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import ShardSpec
+from lutetia.system.errors import AuthorisationError, IntegrityError
 
 TRICKS = [
     "../x", "/etc/passwd", "a/../../b", "a/..", "..", ".", "", "a//b", "a/", "/", "~/x", "a\\..\\b", "C:\\x", "C:x", "a\0b",

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.node import messages as m
-from lutetia.node.machine import advance
-from lutetia.node.state import Rules, State, next_wake
-from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, shard_owner
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.progress import IDLE, SLOWEST, Seen, protected, watch
-from lutetia.protocol.records import AcceptanceRecord, ClaimRecord
 
-from benchmarks.fuzzing import examples
+from benchmarks.fuzz import examples
+from lutetia.node.machine import messages as m
+from lutetia.node.machine.machine import advance
+from lutetia.node.machine.state import Rules, State, next_wake
+from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, shard_owner
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord
+from lutetia.protocol.stalled_claims import IDLE, SLOWEST, Seen, protected, watch
 
 RUN, SHARD = examples.manifest().run_id, 0
 HEARTBEAT, TENURE, INTERVAL = 20.0, 600.0, 1000

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.protocol.crowding import IN_ALL, PER_KEY, Crowd
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import Timing
-from lutetia.protocol.records import claim_key
-from lutetia.protocol.transport_hivemind_library import DHTID
-from lutetia.protocol.transport_hivemind_storage import Storage
-from swarms import claim, manifest_of_now, network
+
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Timing
+from lutetia.protocol.schema.records import claim_key
+from lutetia.protocol.transport.hivemind.bindings import DHTID
+from lutetia.protocol.transport.hivemind.dht.record_quota import IN_ALL, PER_KEY, Crowd
+from lutetia.protocol.transport.hivemind.dht.storage import Storage
+from tests.attacks.hivemind_swarm import claim, manifest_of_now, network
 
 CLAIMS = f"{'0' * 64}/claims/0"
 

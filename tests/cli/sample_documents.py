@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec
-from lutetia.protocol.status import NodeStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec
+from lutetia.protocol.schema.status import NodeStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
 
 NOW = 1_800_000_000.0
 PEERS = tuple(Identity.derived(f"sample peer {index}") for index in range(3))

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lutetia.protocol.identity import Identity
-from running import failure, lutetia, one_process, processor_time, ticket
+
+from lutetia.protocol.schema.identity import Identity
+from tests.cli.command_runner import failure, lutetia, one_process, processor_time, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from lutetia.models.data.made import make_clips
-from lutetia.protocol.identity import Identity
-from running import failure, lutetia, one_process, ticket
+
+from lutetia.models.data.ingest.synthetic import make_clips
+from lutetia.protocol.schema.identity import Identity
+from tests.cli.command_runner import failure, lutetia, one_process, ticket
 
 NOT_MINE = "-dac_override,-dac_read_search"
 

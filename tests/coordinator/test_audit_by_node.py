@@ -8,19 +8,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from lutetia.coordinator.create import create_run
+
+from lutetia.coordinator.admin.create import create_run
+from lutetia.coordinator.ledger.describe import read_events, tell
+from lutetia.coordinator.ledger.events import AuditDone, AuditReported
 from lutetia.coordinator.settings import RunSettings
-from lutetia.coordinator.story import read_events, tell
-from lutetia.protocol.events import AuditDone, AuditReported
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import Timing
-from lutetia.protocol.records import ClaimRecord
-from lutetia.protocol.services import publish
-from lutetia.protocol.ticket import Ticket
-from test_serve import up
-from test_with_node import start_node
-from tinydata import build_tiny
-from volunteer import Coordinator, Volunteer, free_port, joined, until
+from lutetia.protocol.dht_records import publish
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Timing
+from lutetia.protocol.schema.records import ClaimRecord
+from lutetia.protocol.schema.ticket import Ticket
+from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.test_serve import up
+from tests.coordinator.test_with_node import start_node
+from tests.coordinator.tiny_data import build_tiny
 
 HEARTBEAT = 4.0
 

@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from lutetia.coordinator.create import create_run
+
+from lutetia.coordinator.admin.create import create_run
+from lutetia.coordinator.ledger.describe import read_events, tell
+from lutetia.coordinator.ledger.events import AuditDone, CheckpointAccepted, LineageRolledBack, PeerQuarantined
 from lutetia.coordinator.settings import RunSettings
-from lutetia.coordinator.story import read_events, tell
-from lutetia.models.states import write_state, write_weights
-from lutetia.models.tensorfiles import write_tensors
-from lutetia.models.training import ExpertTrainer
-from lutetia.protocol.events import AuditDone, CheckpointAccepted, LineageRolledBack, PeerQuarantined
-from lutetia.protocol.records import CheckpointRecord, Made, QuarantineRecord, quarantine_key
-from lutetia.protocol.services import read_records
-from lutetia.protocol.ticket import Ticket
-from test_serve import up
-from test_with_node import start_node
-from tinydata import build_tiny, clips
-from volunteer import Coordinator, Volunteer, free_port, joined, until
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_io import write_state, write_weights
+from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.dht_records import read_records
+from lutetia.protocol.schema.records import CheckpointRecord, Made, QuarantineRecord, quarantine_key
+from lutetia.protocol.schema.ticket import Ticket
+from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.test_serve import up
+from tests.coordinator.test_with_node import start_node
+from tests.coordinator.tiny_data import build_tiny, clips
 
 
 def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> CheckpointRecord:

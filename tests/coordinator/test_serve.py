@@ -10,18 +10,19 @@ from typing import Any
 
 import httpx
 import pytest
-from lutetia.coordinator.create import CreatedRun, create_run
-from lutetia.coordinator.ledger import Ledger
+
+from lutetia.coordinator.admin.create import CreatedRun, create_run
+from lutetia.coordinator.ledger.describe import tell
+from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.serve import serve_run
 from lutetia.coordinator.settings import RunSettings, ServeSettings
-from lutetia.coordinator.story import tell
-from lutetia.models.mixture_document import verify_mixture
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import seal
-from lutetia.protocol.ticket import Ticket
+from lutetia.models.mixing.description import verify_mixture
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import seal
+from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IdentityError, UnreachableError
-from tinydata import build_tiny
-from volunteer import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.tiny_data import build_tiny
 
 
 def make_run(root: Path, shards: int = 2, **settings: Any) -> CreatedRun:

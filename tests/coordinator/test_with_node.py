@@ -10,17 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from lutetia.coordinator.create import CreatedRun
+
+from lutetia.coordinator.admin.create import CreatedRun
+from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.settings import tiny_expert
-from lutetia.coordinator.story import read_events, tell
-from lutetia.models.evaluation import holdout_loss
-from lutetia.models.experts import build_expert
-from lutetia.models.mixture_document import verify_mixture
-from lutetia.protocol.manifest import AuditPolicy
-from lutetia.protocol.store import BlobStore
-from test_serve import make_run, up
-from tinydata import clips, latent_spec
-from volunteer import Coordinator, until
+from lutetia.models.experts.families import build_expert
+from lutetia.models.mixing.description import verify_mixture
+from lutetia.models.training.holdout_loss import holdout_loss
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.manifest import AuditPolicy
+from tests.coordinator.scripted_node import Coordinator, until
+from tests.coordinator.test_serve import make_run, up
+from tests.coordinator.tiny_data import clips, latent_spec
 
 
 async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.subprocess.Process:

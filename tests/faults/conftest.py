@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from .pair import Pair
-from .world import world
+from tests.faults.world.pair import Pair
+from tests.faults.world.world import world
 
 LONG = {
     "test_killed_in_the_middle_of_writing_a_checkpoint",

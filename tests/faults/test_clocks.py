@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from .pair import Pair, owner
-from .processes import until
-from .world import LEASE, Box
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import until
+from tests.faults.world.world import LEASE, Box
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
-PROGRAM = Path(__file__).with_name("skewed.py")
+PROGRAM = Path(__file__).parent / "world" / "skewed_clock.py"
 
 
 def set_ahead(file: Path, seconds: float) -> None:

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from lutetia.protocol.events import CoordinatorStarted
 
-from .pair import Pair, owner
-from .processes import say, until
-from .world import acceptances, events, free_port
+from lutetia.coordinator.ledger.events import CoordinatorStarted
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import say, until
+from tests.faults.world.world import acceptances, events, free_port
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ..node.small_disk import fill
-from .pair import Pair, owner
-from .processes import until
-from .world import events
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import until
+from tests.faults.world.world import events
+from tests.node.small_disk import fill
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .pair import Pair, owner
-from .processes import relatives, say, until
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import relatives, say, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
-HERD = Path(__file__).with_name("herd.py")
+HERD = Path(__file__).parent / "world" / "herd.py"
 PROCESSES, EACH = 2, 10
 MEMORY = 300 << 20
 """What the coordinator itself and its p2pd may take together (its workshops hold torch, and are not counted)."""

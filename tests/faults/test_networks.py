@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from .netns import network, why_not
-from .pair import Pair, owner
-from .processes import until
-from .world import acceptances, world
+from tests.faults.world.network_namespaces import network, why_not
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import until
+from tests.faults.world.world import acceptances, world
 
 _SKIP = why_not()
 pytestmark = [

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from lutetia.protocol.blob_stream import BLOB, BUSY, MAX_STREAMS_PER_PEER, OK
-from lutetia.protocol.blobs import CHUNK
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import BlobRef
-from lutetia.protocol.store import BlobStore
-from lutetia.protocol.transfer import Provider, fetch_blob
-from lutetia.protocol.transport import Stream
-from lutetia.protocol.transport_hivemind import HivemindTransport
-from lutetia.system.errors import LutetiaError
 
-from .processes import litter, relatives, until
+from lutetia.protocol.blobs.chunk_table import CHUNK
+from lutetia.protocol.blobs.download import Provider, fetch_blob
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.stream import BLOB, BUSY, MAX_STREAMS_PER_PEER, OK
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.transport.base import Stream
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from lutetia.system.errors import LutetiaError
+from tests.faults.world.processes import litter, relatives, until
 
 pytestmark = pytest.mark.timeout(900)
-PROVIDER = Path(__file__).with_name("provider.py")
+PROVIDER = Path(__file__).parent / "world" / "provider.py"
 CHUNKS = 100
 
 

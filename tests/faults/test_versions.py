@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lutetia.protocol import records
-from lutetia.protocol.canonical import canonical
-from lutetia.protocol.documents import HELLO, PROTOCOL_VERSION, STATUS, Hello
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import Hardware, NodeRecord, node_key
-from lutetia.protocol.services import read_records, record_check, serve_document
-from lutetia.protocol.ticket import Ticket
-from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
 
-from ..protocol.networks import Anything
-from .pair import Pair, owner
-from .processes import say
-from .world import LEASE
+from lutetia.protocol.dht_records import read_records
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.introduction import HELLO, PROTOCOL_VERSION, STATUS, Hello, serve_document
+from lutetia.protocol.schema import records
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import Hardware, NodeRecord, node_key
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
+from tests.faults.world.pair import Pair, owner
+from tests.faults.world.processes import say
+from tests.faults.world.world import LEASE
+from tests.protocol.networks import Anything
 
 COORDINATOR = Identity.derived("coordinator from tomorrow")
 

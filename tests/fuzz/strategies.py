@@ -9,12 +9,12 @@ from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
-from lutetia.protocol.manifest import Manifest
 from pydantic import BaseModel, TypeAdapter
 
-from benchmarks.fuzzing import examples
-from benchmarks.fuzzing.mutator import mutate
-from benchmarks.fuzzing.targets import target
+from benchmarks.fuzz import examples
+from benchmarks.fuzz.mutator import mutate
+from benchmarks.fuzz.targets import target
+from lutetia.protocol.schema.manifest import Manifest
 
 Json = dict[str, Any]
 _ANY = st.recursive(

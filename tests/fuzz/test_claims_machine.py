@@ -8,11 +8,11 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, shard_owner
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import AcceptanceRecord, ClaimRecord
 
-from benchmarks.fuzzing import examples
+from benchmarks.fuzz import examples
+from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, shard_owner
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord
 
 RUN, SHARD, EPOCHS, LEASE, TENURE = examples.manifest().run_id, 1, 50, 6.0, 60.0
 PEERS = [Identity.derived(f"claimant {number}").public_key for number in range(6)]

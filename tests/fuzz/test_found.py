@@ -7,11 +7,11 @@ import math
 import struct
 
 import pytest
-from lutetia.protocol.canonical import canonical
-from lutetia.protocol.records import RecordLimits, RecordRefused, open_record
 
-from benchmarks.fuzzing import examples
-from benchmarks.fuzzing.targets import target
+from benchmarks.fuzz import examples
+from benchmarks.fuzz.targets import target
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.records import RecordLimits, RecordRefused, open_record
 
 NINES = b"9" * 5000
 
@@ -68,14 +68,14 @@ def with_document(data: bytes, document: str) -> bytes:
 )
 def test_a_hostile_place_in_a_training_state(document: str) -> None:
     """RecursionError and OverflowError ended the coordinator's workshop, and the trainer of whoever went on from it."""
-    from benchmarks.fuzzing.tensors import state_file
+    from benchmarks.fuzz.tensors import state_file
 
     assert target("state").hold(with_document(state_file(), document)) == "refused"
 
 
 @pytest.mark.parametrize("document", ["[" * 100_000, "9" * 5000, '{"captions":["\\ud800"]}'])
 def test_hostile_metadata_of_a_shard(document: str) -> None:
-    from benchmarks.fuzzing.tensors import shard_file
+    from benchmarks.fuzz.tensors import shard_file
 
     assert target("shard").hold(with_document(shard_file(), document)) == "refused"
 

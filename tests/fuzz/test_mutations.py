@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from strategies import mutations
 
-from benchmarks.fuzzing.mutator import mutate
-from benchmarks.fuzzing.targets import LIGHT, NAMES, TENSOR_NAMES, target
+from benchmarks.fuzz.mutator import mutate
+from benchmarks.fuzz.targets import LIGHT, NAMES, TENSOR_NAMES, target
+from tests.fuzz.strategies import mutations
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 MOST_SECONDS = 5.0  # of processor time: the machine may be busy

@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from benchmarks.fuzz import examples
+from lutetia.coordinator.ledger.events import Event, read_event
 from lutetia.coordinator.run_folder import Endpoint
 from lutetia.models.data.description import DataDescription
-from lutetia.models.mixture_document import SignedMixture
+from lutetia.models.mixing.description import SignedMixture
 from lutetia.node.control import LocalStatus, Request
-from lutetia.protocol import records
-from lutetia.protocol.canonical import canonical
-from lutetia.protocol.documents import Hello
-from lutetia.protocol.events import Event, read_event
-from lutetia.protocol.manifest import Manifest, SignedManifest, open_manifest
-from lutetia.protocol.offers import Offer, OfferReply
-from lutetia.protocol.status import SwarmStatus
-from lutetia.protocol.ticket import Ticket
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from strategies import documents, manifests
-
-from benchmarks.fuzzing import examples
+from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply
+from lutetia.protocol.rpc.introduction import Hello
+from lutetia.protocol.schema import records
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest, open_manifest
+from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.protocol.schema.ticket import Ticket
+from tests.fuzz.strategies import documents, manifests
 
 KINDS: dict[str, type[BaseModel]] = {
     kind.__name__: kind

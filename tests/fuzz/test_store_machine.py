@@ -9,8 +9,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
-from lutetia.protocol.blobs import CHUNK, ChunkTable
-from lutetia.protocol.store import BlobMissing, BlobStore
+
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
+from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.system.errors import DiskError, IntegrityError
 
 LIMIT = 3 * CHUNK

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lutetia.models.metrics.assets import EFFICIENTNET_FILE, I3D_FILE, MINILM_FOLDER
-from lutetia.models.metrics.efficientnet import STAGES
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, BertModel
+
+from lutetia.models.networks.assets import EFFICIENTNET_FILE, I3D_FILE, MINILM_FOLDER
+from lutetia.models.networks.efficientnet import STAGES
 
 # widths of I3D's inception blocks (Szegedy et al. 2015): 1x1; 1x1 and 3x3; 1x1 and 3x3; pooled 1x1
 _INCEPTION = {

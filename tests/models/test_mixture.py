@@ -9,13 +9,14 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.models.experts import build_expert
-from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, module_denoiser, routing_weights
-from lutetia.models.objectives import velocity
-from lutetia.models.sampling import initial_noise, sample, time_grid
-from lutetia.system.errors import ConfigError, UsageError
 from torch import Tensor, nn
-from toys import LATENT, WAN, toy_data
+
+from lutetia.models.experts.families import build_expert
+from lutetia.models.experts.objectives import velocity
+from lutetia.models.mixing.sampling import initial_noise, sample, time_grid
+from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, module_denoiser, routing_weights
+from lutetia.system.errors import ConfigError, UsageError
+from tests.models.tiny_experts import LATENT, WAN, toy_data
 
 POINTS = torch.Generator().manual_seed(0)
 CLUSTERS = [

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+from lutetia.models.mixing.router import build_router
+from lutetia.models.mixing.stitch import stitch
 from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
-from lutetia.models.router import build_router
-from lutetia.models.stitch import stitch
-from lutetia.models.training import ExpertTrainer, write_weights
-from lutetia.protocol.manifest import ExpertSpec, LatentSpec
+from lutetia.models.training.trainer import ExpertTrainer, write_weights
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import UsageError
-from toys import CONFIGS, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest
 
 PIXELS = LatentSpec(
     channels=3, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8, fps=6,
@@ -66,7 +67,7 @@ def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compr
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "pipeline_child.py"), str(folder), str(compressed)]
+    command = [sys.executable, str(Path(__file__).parent / "pipeline_process.py"), str(folder), str(compressed)]
     done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutetia.models.batches import Batches
+
 from lutetia.models.randomness import clip_order, normals, stream
-from toys import toy_data, toy_manifest
+from lutetia.models.training.batches import Batches
+from tests.models.tiny_experts import toy_data, toy_manifest
 
 
 def test_stream_is_pinned_so_that_a_numpy_that_draws_otherwise_is_noticed() -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lutetia.models.checkpoints import check_weights
-from lutetia.models.experts import build_expert
-from lutetia.models.router import build_router
-from lutetia.models.stitch import WEIGHTS, stitch
-from lutetia.models.training import ExpertTrainer, write_weights
+from safetensors.torch import load_file, save_file
+
+from lutetia.models.experts.families import build_expert
+from lutetia.models.mixing.router import build_router
+from lutetia.models.mixing.stitch import WEIGHTS, stitch
+from lutetia.models.training.checkpoint_checks import check_weights
+from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.warm_start import find_sources, warm
 from lutetia.models.warm_start import write_weights as write_given
-from lutetia.protocol.manifest import BlobRef, ExpertSpec
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec
 from lutetia.system.errors import ConfigError
-from safetensors.torch import load_file, save_file
-from toys import CONFIGS, WAN, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, WAN, toy_data, toy_manifest
 
 NAMES = ("cats", "dogs")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lutetia.node.control import SOCKET, Request, ask, serve_control
-from lutetia.node.lock import PIDFILE, state_lock
+from lutetia.node.state_lock import PIDFILE, state_lock
 from lutetia.system.errors import DiskError, IdentityError, UnreachableError, UsageError
 
 
@@ -82,7 +83,7 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path):
     script = f"""
         import os, signal
         from pathlib import Path
-        from lutetia.node.lock import state_lock
+        from lutetia.node.state_lock import state_lock
         with state_lock(Path({str(tmp_path)!r})):
             os.kill(os.getpid(), signal.SIGKILL)
     """

@@ -12,12 +12,20 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from lutetia.node.control import ask
-from lutetia.protocol.records import claim_key, node_key
 
-from .small_disk import fill, small_disk
-from .tiny_run import make_run
-from .toy_coordinator import DaemonProcess, ToyCoordinator, all_gone, children_of, eventually, running, toy_coordinator
+from lutetia.node.control import ask
+from lutetia.protocol.schema.records import claim_key, node_key
+from tests.node.scripted_coordinator import (
+    DaemonProcess,
+    ToyCoordinator,
+    all_gone,
+    children_of,
+    eventually,
+    running,
+    toy_coordinator,
+)
+from tests.node.small_disk import fill, small_disk
+from tests.node.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minutes on a busy one
 

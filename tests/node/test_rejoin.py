@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-from lutetia.node.daemon import Daemon
-from lutetia.node.messages import UserVerb
-from lutetia.node.settings import NodeSettings
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.store import BlobStore
-from lutetia.protocol.transport import Transport
-from lutetia.protocol.transport_hivemind import HivemindTransport
 
-from .tiny_run import make_run
-from .toy_coordinator import children_of, eventually, running, toy_coordinator
+from lutetia.node.daemon import Daemon
+from lutetia.node.machine.messages import UserVerb
+from lutetia.node.settings import NodeSettings
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from tests.node.scripted_coordinator import children_of, eventually, running, toy_coordinator
+from tests.node.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)
 

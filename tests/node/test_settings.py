@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lutetia.node.settings import NodeSettings, announced, load_settings, parse_bytes
-from lutetia.protocol.identity import Identity
+from lutetia.protocol.schema.identity import Identity
 from lutetia.system.errors import ConfigError
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
-from lutetia.node.assignment import Assignment
-from lutetia.node.workfolder import WorkFolder
-from lutetia.protocol.blobs import ChunkTable
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
-from lutetia.protocol.upgrade import next_version
+from lutetia.node.trainer.assignment import Assignment
+from lutetia.node.trainer.checkpoint_folder import WorkFolder
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.system.process import Child
 
 OWNER = Identity.derived("owner of tiny runs")

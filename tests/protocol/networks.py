@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import Manifest
-from lutetia.protocol.services import record_check
-from lutetia.protocol.transport import RecordCheck, Transport
-from lutetia.protocol.transport_memory import MemoryNetwork
-
-from .documents import manifest
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.transport.base import RecordCheck, Transport
+from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.protocol.example_documents import manifest
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -72,7 +71,7 @@ class Hivemind:
         return await self._start(name, check, [])
 
     async def _start(self, name: str, check: RecordCheck, bootstrap: list[str]) -> Transport:
-        from lutetia.protocol.transport_hivemind import connect_hivemind
+        from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 
         return await connect_hivemind(
             Identity.derived(name), listen=LOOPBACK, bootstrap=bootstrap, check=check, state_folder=self.folder / name

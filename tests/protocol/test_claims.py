@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.records import AcceptanceRecord, ClaimRecord, ResetRecord
 
-from .documents import COORDINATOR, NOW, RUN, blob
+from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord, ResetRecord
+from tests.protocol.example_documents import COORDINATOR, NOW, RUN, blob
 
 PEERS = [Identity.derived(f"peer {i}").public_key for i in range(6)]
 STATES = st.sampled_from(["claiming", "training", "draining", "released"])

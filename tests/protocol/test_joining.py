@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.joining import PEERS_FILE, Met, check_clock, choose_manifest, remember_nodes
-from lutetia.protocol.manifest import Manifest, SignedManifest
-from lutetia.protocol.peer_cache import PeerCache
-from lutetia.protocol.records import Hardware, NodeRecord, node_key
-from lutetia.protocol.services import Hello, join_swarm, publish, read_records, record_check, serve_introduction
-from lutetia.protocol.ticket import Ticket
-from lutetia.protocol.transport import Transport
-from lutetia.protocol.transport_hivemind import HivemindTransport, connect_hivemind
-from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError, IdentityError
 
-from .documents import COORDINATOR, NOW, OWNER, STRANGER, manifest
-from .networks import LOOPBACK, manifest_of_now
+from lutetia.protocol.dht_records import publish, read_records
+from lutetia.protocol.joining import PEERS_FILE, Met, check_clock, choose_manifest, join_swarm, remember_nodes
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.introduction import Hello, serve_introduction
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.records import Hardware, NodeRecord, node_key
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
+from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError, IdentityError
+from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, STRANGER, manifest
+from tests.protocol.networks import LOOPBACK, manifest_of_now
 
 FIRST, SECOND = Identity.derived("first"), Identity.derived("second")
 HERE = f"/ip4/127.0.0.1/tcp/4001/p2p/{COORDINATOR.peer_id}"

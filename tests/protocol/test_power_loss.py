@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lutetia.protocol.blobs import CHUNK, ChunkTable
-from lutetia.protocol.manifest import BlobRef, SignedManifest, open_manifest
-from lutetia.protocol.peer_cache import PeerCache
-from lutetia.protocol.store import BlobStore
-from lutetia.protocol.upgrade import next_version
-
-from .documents import NOW, OWNER, manifest
-from .powerloss import every_power_loss, needs_strace, record
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.schema.manifest import BlobRef, SignedManifest, open_manifest
+from lutetia.protocol.schema.manifest_upgrade import next_version
+from tests.protocol.example_documents import NOW, OWNER, manifest
+from tests.protocol.power_loss import every_power_loss, needs_strace, record
 
 BIG = bytes(range(256)) * (CHUNK // 256) + b"the second chunk"
 BIG_REF = ChunkTable.of_bytes(BIG).ref
@@ -19,8 +18,8 @@ BIG_REF = ChunkTable.of_bytes(BIG).ref
 STORE = """
 import sys
 from pathlib import Path
-from lutetia.protocol.blobs import CHUNK, ChunkTable
-from lutetia.protocol.store import BlobStore
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
+from lutetia.protocol.blobs.store import BlobStore
 root = Path(sys.argv[1])
 store = BlobStore(root / "blobs")
 print("@", store.add_bytes(b"small").digest, flush=True)
@@ -76,9 +75,9 @@ def test_the_blob_store_survives_a_power_loss_at_any_moment(tmp_path: Path):
 FILES = """
 import sys
 from pathlib import Path
-from lutetia.protocol.live_manifest import LiveManifest
-from lutetia.protocol.manifest import SignedManifest
-from lutetia.protocol.peer_cache import PeerCache
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.manifest import SignedManifest
+from lutetia.protocol.peerstore import PeerCache
 root, first, second, now = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 from lutetia.system.files import write_atomic
 write_atomic(root / "deep" / "manifest.json", first.encode())

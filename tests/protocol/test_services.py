@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lutetia.protocol.documents import MAX_DOCUMENT_BYTES, SERVE_TIMEOUT
-from lutetia.protocol.identity import Identity
-from lutetia.protocol.manifest import SignedManifest
-from lutetia.protocol.peer_cache import MAX_PEERS, PeerCache
-from lutetia.protocol.records import NodeRecord, Record, RecordRefused, claim_key, seal
-from lutetia.protocol.services import (
+
+from lutetia.protocol.async_helpers import gather_quickly, heeding, to_its_end
+from lutetia.protocol.dht_records import publish, read_records
+from lutetia.protocol.peerstore import MAX_PEERS, PeerCache
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.introduction import (
     HELLO,
     MANIFEST,
+    MAX_DOCUMENT_BYTES,
+    SERVE_TIMEOUT,
     Hello,
     ask_document,
-    publish,
-    read_records,
-    record_check,
     serve_document,
     serve_introduction,
 )
-from lutetia.protocol.transport import Stream
-from lutetia.protocol.transport_memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.virtual_time import run_virtual
-from lutetia.protocol.waiting import gather_quickly, heeding, to_its_end
-
-from .documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import SignedManifest
+from lutetia.protocol.schema.records import NodeRecord, Record, RecordRefused, claim_key, seal
+from lutetia.protocol.transport.base import Stream
+from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
+from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
 
 RUN = manifest(4)
 KINDS = sorted(records())
@@ -151,7 +151,7 @@ async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTrans
     complaints: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: complaints.append(record.getMessage())
-    logging.getLogger("lutetia.protocol.services").addHandler(handler)
+    logging.getLogger("lutetia.protocol.dht_records").addHandler(handler)
     ours = records(PEER, RUN.run_id)["node"]
     for _ in range(3):
         await publish(peer, PEER, ours, 30)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from lutetia.protocol.records import claim_key
-from lutetia.simulation.agenda import START
-from lutetia.simulation.setting import Setting
+
+from lutetia.protocol.schema.records import claim_key
+from lutetia.simulation.config import Setting
+from lutetia.simulation.event_queue import START
 from lutetia.simulation.world import World
 
 LEASE = 60.0

@@ -14,11 +14,12 @@ from pathlib import Path
 import av
 import psutil
 import pytest
-from leftovers import family, litter
-from lutetia.protocol.status import SwarmStatus
 from PIL import Image
-from processes import command, until
-from running import lutetia  # pyright: ignore[reportMissingImports]
+
+from lutetia.protocol.schema.status import SwarmStatus
+from tests.cli.command_runner import lutetia  # pyright: ignore[reportMissingImports]
+from tests.swarm.leak_check import family, litter
+from tests.swarm.processes import command, until
 
 CHILD = {"OMP_NUM_THREADS": "1"}
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
-from leftovers import family, listening, litter
-from lutetia.models.data.made import make_clips
-from lutetia.protocol.ticket import Ticket
-from processes import command, until
-from running import failure, lutetia, processor_time  # pyright: ignore[reportMissingImports]
+
+from lutetia.models.data.ingest.synthetic import make_clips
+from lutetia.protocol.schema.ticket import Ticket
+from tests.cli.command_runner import failure, lutetia, processor_time  # pyright: ignore[reportMissingImports]
+from tests.swarm.leak_check import family, listening, litter
+from tests.swarm.processes import command, until
 
 CONFIG = 'frames = 8\nheight = 16\nwidth = 16\nlatents = "pixels"\nsmallest = 4\n'
 SLOW = "samples_per_shard = 160000\ncheckpoint_samples = 8000\n"  # nothing is accepted while these tests run
@@ -91,7 +92,7 @@ def test_the_thin_client_shows_the_swarm_within_two_seconds(site: Site) -> None:
 
 def test_the_thin_client_imports_neither_hivemind_nor_torch(site: Site) -> None:
     code = (
-        "import sys\nfrom lutetia.cli.swarm import fetch_status\nprint(fetch_status(sys.argv[1], 20).name)\n"
+        "import sys\nfrom lutetia.cli.commands.swarm import fetch_status\nprint(fetch_status(sys.argv[1], 20).name)\n"
         "print([name for name in ('hivemind', 'torch', 'diffusers', 'grpc') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code, site.ticket], capture_output=True, text=True)

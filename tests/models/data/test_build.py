@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lutetia.models.data.balance import balance
-from lutetia.models.data.build import BuildReport, BuildSettings, build_data
-from lutetia.models.data.description import read_data
-from lutetia.models.data.hub import anchored
-from lutetia.models.data.latents import demo_autoencoder, load_latents
-from lutetia.models.data.output import output_folder
-from lutetia.models.data.shards import load_shard, read_shard_metadata
-from lutetia.protocol.blobs import ChunkTable
-from lutetia.system.errors import ConfigError, DataError, LutetiaError
 from PIL import Image
 
-from .building_child import SMALL
-from .clipmaker import look, make_folder, write_rows, write_video
+from lutetia.models.data.build import BuildReport, BuildSettings, build_data
+from lutetia.models.data.cluster.balance import balance
+from lutetia.models.data.description import read_data
+from lutetia.models.data.encode.latents import demo_autoencoder, load_latents
+from lutetia.models.data.output import output_folder
+from lutetia.models.data.shards import load_shard, read_shard_metadata
+from lutetia.models.networks.model_ref import anchored
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.system.errors import ConfigError, DataError, LutetiaError
+from tests.models.data.build_process import SMALL
+from tests.models.data.clip_files import look, make_folder, write_rows, write_video
 
 COUNTS = {"ball": 30, "bars": 24, "noise": 18}
 TEST_CLIPS = (0, 1, 30, 31, 54)
@@ -128,7 +128,7 @@ def test_what_is_held_out_stays_so_with_more_clusters(clips: Path, cache: Path, 
 def test_a_killed_build_leaves_nothing_and_the_next_goes_on(
     clips: Path, built: BuildReport, tmp_path: Path, stage: str, count: int
 ) -> None:
-    child = Path(__file__).with_name("building_child.py")
+    child = Path(__file__).with_name("build_process.py")
     arguments = [str(clips), str(tmp_path / "out"), str(tmp_path / "cache"), stage, str(count)]
     ended = subprocess.run([sys.executable, str(child), *arguments], env={"OMP_NUM_THREADS": "1", "PATH": ""}, timeout=600)
     assert ended.returncode == -9

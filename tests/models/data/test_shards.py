@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lutetia.models.data.shards import ShardData, ShardMetadata, load_shard, read_shard_metadata, write_shard
-from lutetia.protocol.manifest import LatentSpec
-from lutetia.system.errors import DataError, IntegrityError
 from safetensors.torch import save_file
+
+from lutetia.models.data.shards import ShardData, ShardMetadata, load_shard, read_shard_metadata, write_shard
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import DataError, IntegrityError
 
 LATENT = LatentSpec(
     channels=4, frames=3, height=2, width=2, vae="builtin:demo", pixel_frames=3, pixel_height=16, pixel_width=16,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lutetia.models.metrics.assets import assets_folder
+
 from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.networks.assets import assets_folder
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}

@@ -11,19 +11,20 @@ import av
 import numpy as np
 import pytest
 import torch
-from lutetia.models.data.clips import ClipShape
-from lutetia.models.evaluation import HoldoutLoss
+
+from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.generated import MixtureSampler, Sampling, generate
-from lutetia.models.metrics.judges import JudgeSettings
+from lutetia.models.metrics.evaluator import JudgeSettings
+from lutetia.models.metrics.generated_clips import MixtureSampler, Sampling, generate
 from lutetia.models.metrics.report import EvaluateSettings, MetricsReport, evaluate
 from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
-from lutetia.models.router import RouterReport, build_router
-from lutetia.models.stitch import stitch
-from lutetia.models.training import ExpertTrainer, write_weights
-from lutetia.protocol.manifest import ExpertSpec, LatentSpec, Manifest
+from lutetia.models.mixing.router import RouterReport, build_router
+from lutetia.models.mixing.stitch import stitch
+from lutetia.models.training.holdout_loss import HoldoutLoss
+from lutetia.models.training.trainer import ExpertTrainer, write_weights
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
 from lutetia.system.errors import DataError, UsageError
-from toys import CONFIGS, accept, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, accept, toy_data, toy_manifest
 
 SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.features import FeatureCache, clip_digest, set_digest
 from lutetia.models.metrics.fvd import reference_statistics
-from torch import Tensor
 
 
 class Counting:

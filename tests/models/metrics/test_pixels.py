@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lutetia.models.metrics import ladder as rungs
-from lutetia.models.metrics.assets import EFFICIENTNET_FILE, LPIPS_FILE
+
 from lutetia.models.metrics.clips import ClipSet
-from lutetia.models.metrics.degrade import frozen, noisy, shuffled_captions, shuffled_frames
-from lutetia.models.metrics.efficientnet import EfficientNetExtractor
-from lutetia.models.metrics.frechet import frechet_of_rows
-from lutetia.models.metrics.ladder import Measure, against, ladder, per_clip
-from lutetia.models.metrics.lpips import Lpips
 from lutetia.models.metrics.motion import MotionExtractor, motion
+from lutetia.models.metrics.stats.frechet import frechet_of_rows
+from lutetia.models.metrics.validation import sensitivity as rungs
+from lutetia.models.metrics.validation.degradations import frozen, noisy, shuffled_captions, shuffled_frames
+from lutetia.models.metrics.validation.sensitivity import Measure, against, ladder, per_clip
+from lutetia.models.networks.assets import EFFICIENTNET_FILE, LPIPS_FILE
+from lutetia.models.networks.efficientnet import EfficientNetExtractor
+from lutetia.models.networks.lpips import Lpips
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 
 

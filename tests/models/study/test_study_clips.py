@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from lutetia.models.data.clips import hash_file
-from lutetia.models.data.listing import ClipSource, read_listing
-from lutetia.models.metrics.assets import assets_folder
+
+from lutetia.models.data.ingest.listing import ClipSource, read_listing
+from lutetia.models.data.ingest.video import hash_file
+from lutetia.models.networks.assets import assets_folder
 from lutetia.models.study.clips import ROLES, assign, split_clips
 from lutetia.models.study.config import DrawnClips, FolderClips, MadeClips
 from lutetia.system.errors import DataError

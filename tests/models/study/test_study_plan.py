@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from lutetia.models.experts import build_expert, call_expert
+from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+
+from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.flops import expert_cost, router_cost
 from lutetia.models.study.plan import Plan, plan_study, planned_latent
-from lutetia.protocol.manifest import ExpertSpec, RouterSpec
+from lutetia.protocol.schema.manifest import ExpertSpec, RouterSpec
 from lutetia.system.errors import ConfigError
-from pydantic import ValidationError
-from torch.utils.flop_counter import FlopCounterMode
-from toys import LATENT, WAN
+from tests.models.tiny_experts import LATENT, WAN
 
 STUDIES = Path(__file__).parents[3] / "docs" / "studies"
 

@@ -1,0 +1,211 @@
+"""One shard of a small run: honest training of every kind, and the real ladder and replay to put results before."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmarks.fuzz.examples import LATENT, OWNER, WAN
+from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.checks import Verdict, climb
+from lutetia.coordinator.runtime.check_runner import NetworkTools, doubt_of, finding_of
+from lutetia.coordinator.worker.client import WorkshopClient, WorkshopRefused
+from lutetia.coordinator.worker.process import Workshop, _answer
+from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_io import Precision, Snapshot, write_state, write_weights
+from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.schema.records import CheckpointRecord, Made
+from lutetia.system.process import Message, ParentChannel
+
+STEPS, BATCH, EPOCHS, HOLDOUT = 16, 4, 4, 16
+SHORT = 4
+
+
+@dataclass(frozen=True)
+class Honest:
+    """How an honest box differs from others."""
+
+    seed: int = 0
+    threads: int = 1
+    micro_batch: int = BATCH
+    clips: int = 32
+    noise: float = 0.1
+    precision: Precision = "float32"
+
+
+def clips(seed: int, count: int, noise: float) -> ShardData:
+    """A pattern that can be learnt, moving differently in each clip, with `noise` on top; equal seeds share the pattern."""
+    pattern, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(7919 * seed + count)
+    base = torch.nn.functional.avg_pool3d(torch.randn(1, *LATENT.shape, generator=pattern), 3, 1, 1) * 4
+    own = torch.nn.functional.avg_pool3d(torch.randn(count, *LATENT.shape, generator=draw), 3, 1, 1)
+    latents = base + own + noise * torch.randn(count, *LATENT.shape, generator=draw)
+    tokens = torch.randn(1, LATENT.text_tokens, LATENT.text_width, generator=pattern).expand(count, -1, -1)
+    tokens = tokens + 0.3 * torch.randn(count, LATENT.text_tokens, LATENT.text_width, generator=draw)
+    return ShardData(latents.half().float(), tokens.half().float(), tokens.mean(1)[:, : LATENT.pooled_width].half().float(),
+                     [f"clip {n}" for n in range(count)], [""] * count)  # fmt: skip
+
+
+class _Quiet:
+    """A channel that nobody speaks on: the workshop is called directly."""
+
+    def messages(self) -> Iterator[Message]:
+        return iter(())
+
+
+class _Direct:
+    """The workshop without a process of its own."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self._shop = shop
+
+    async def ask(self, verb: str, *, limit: float, **fields: Any) -> dict[str, Any]:
+        answer = _answer(self._shop, {"id": 0, "verb": verb, **fields})
+        if "refused" in answer:
+            raise WorkshopRefused(answer["refused"]["text"], answer["refused"].get("rung"))
+        return answer["done"]
+
+
+@dataclass
+class Result:
+    """What somebody published: files and how they say they were made."""
+
+    weights: Path
+    state: Path
+    trace: Path
+    made: Made
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Audited:
+    """`first` is what a replay of the first SHORT steps finds, `whole` one of the epoch."""
+
+    first: Finding
+    whole: Finding
+    drift: float | None
+    noise: float | None
+
+    @property
+    def begun_short(self) -> str:
+        """How an audit ends that begins with a few steps, and goes on to the whole epoch where they ask for it."""
+        return self.whole.outcome if self.first.closer else self.first.outcome
+
+
+@dataclass
+class Lab:
+    """A run of one shard in `folder`, with its data."""
+
+    folder: Path
+    setting: Honest
+    manifest: Manifest = field(init=False)
+    train: ShardData = field(init=False)
+    shop: Workshop = field(init=False)
+    tools: NetworkTools = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = BlobStore(self.folder / "blobs")
+        self.train = clips(self.setting.seed, self.setting.clips, self.setting.noise)
+        files = {"train": self.train, "holdout": clips(self.setting.seed, HOLDOUT, self.setting.noise)}
+        refs: dict[str, Any] = {name: self._shard(name, data) for name, data in files.items()}
+        shard = ShardSpec(
+            index=0, name="shard 0", **refs, clips=self.setting.clips, holdout_clips=HOLDOUT, prior=1.0
+        )  # fmt: skip
+        self.manifest = Manifest(
+            name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,
+            latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
+            checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
+        )  # fmt: skip
+        self.shop = Workshop(self.manifest, cast(ParentChannel, _Quiet()))
+        direct = cast(WorkshopClient, _Direct(self.shop))
+        self.tools = NetworkTools(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
+        self._names = itertools.count()
+        self._known: dict[Path, list[tuple[Made, dict[str, Any]]]] = {}
+
+    def _shard(self, name: str, data: ShardData) -> BlobRef:
+        path = self.folder / f"{name}.safetensors"
+        split = "train" if name == "train" else "holdout"
+        write_shard(path, data, ShardMetadata(latent=LATENT, split=split))
+        return self.store.add_file(path)
+
+    def trainer(self, parent: Result | None, setting: Honest | None = None, data: ShardData | None = None) -> ExpertTrainer:
+        """Ready to train the epoch after `parent`, as a box of `setting` would."""
+        setting = setting or self.setting
+        torch.set_num_threads(setting.threads)
+        trainer = ExpertTrainer(
+            self.manifest, 0, data or self.train, micro_batch=setting.micro_batch, precision=setting.precision
+        )
+        if parent:
+            trainer.restore(parent.epoch, parent.weights, parent.state)
+        return trainer
+
+    def honest(self, parent: Result | None, setting: Honest | None = None) -> tuple[Result, Snapshot]:
+        """An epoch as it should be."""
+        trainer = self.trainer(parent, setting)
+        for _ in range(STEPS):
+            trainer.step()
+        snapshot = trainer.snapshot()
+        return self.publish(snapshot), snapshot
+
+    def publish(self, snapshot: Snapshot, made: Made | None = None) -> Result:
+        place = self.folder / f"result{next(self._names):03d}"
+        files = [place / f"{name}.safetensors" for name in ("weights", "state", "trace")]
+        write_weights(snapshot, files[0])
+        write_state(snapshot, files[1], ema=False)
+        write_tensors(files[2], {"trace": torch.tensor(snapshot.trace)})
+        return Result(
+            files[0],
+            files[1],
+            files[2],
+            made or Made(micro_batch=snapshot.micro_batch, precision=snapshot.precision),
+            snapshot.epoch,
+        )
+
+    async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
+        """The coordinator's whole ladder."""
+        refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
+        peer = Identity.derived("author")
+        record = CheckpointRecord(
+            run=self.manifest.run_id, owner=peer.public_key, issued=1.0, shard=0, epoch=result.epoch,
+            parent=None if result.epoch == 1 else "0" * 64, **refs, samples=result.epoch * STEPS * BATCH, loss=0.5,
+            peer_id=peer.peer_id, made=result.made,
+        )  # fmt: skip
+        torch.set_num_threads(1)
+        return await climb(record, parent_loss, self.manifest, self.tools)
+
+    def audited(self, result: Result, parent: Result | None, said: Made | None = None) -> Audited:
+        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.
+
+        `said`: what the author says of its device, if not the truth.
+        """
+        author = said or result.made
+        found = self._replayed(result, parent, author)
+        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
+        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
+
+    def _replayed(self, result: Result, parent: Result | None, author: Made) -> dict[str, Any]:
+        """The workshop's answer; one that was given before, where it would be the same."""
+        doubt = doubt_of(author)
+        for made, known in self._known.get(result.weights, []):
+            clear = known["drift"] is None or not doubt["near"] < known["drift"] <= doubt["far"]
+            same = known["noise"] is not None and doubt_of(made)["coarse"] == doubt["coarse"]
+            if made.precision == author.precision and (clear or same):
+                return known
+        torch.set_num_threads(1)
+        found = self.shop.replay(
+            shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
+            weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
+            trace=str(result.trace), precision=author.precision, steps=SHORT, epochs=EPOCHS,
+            end=[str(result.weights), str(result.state)], doubt=doubt,
+        )  # fmt: skip
+        self._known.setdefault(result.weights, []).append((author, found))
+        return found

@@ -1,0 +1,215 @@
+"""What a cheater may publish in place of an epoch of training. Each lie is given the honest epoch before it and how to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.attacks.lab import SHORT, STEPS, Lab, Result, clips
+from lutetia.models.experts.families import build_expert, call_expert
+from lutetia.models.experts.objectives import row_losses
+from lutetia.models.training.checkpoint_io import Snapshot
+from lutetia.protocol.schema.records import Made
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`before` is the accepted epoch with its snapshot, `after` what honest training makes of it; `draw` is the liar's dice."""
+
+    lab: Lab
+    before: Snapshot
+    parent: Result
+    after: Snapshot
+    draw: torch.Generator
+    seed: int
+
+    def like_parent(self, trace: list[float] | None = None) -> Snapshot:
+        """The parent under the next epoch's place: nothing was trained."""
+        snapshot = replace(self.before, epoch=self.after.epoch, step=0, samples=self.after.samples, trace=list(self.before.trace))
+        return replace(_copied(snapshot), trace=trace if trace is not None else self.made_up())
+
+    def made_up(self) -> list[float]:
+        """A curve that goes on from the parent's as it might."""
+        last, first = self.before.trace[-1], self.before.trace[0]
+        slope = (last - first) / STEPS / 4
+        noise = torch.randn(STEPS, generator=self.draw) * 0.02 * abs(last)
+        return [last + slope * step + noise[step].item() for step in range(STEPS)]
+
+
+def _copied(snapshot: Snapshot) -> Snapshot:
+    copies = {name: {key: value.clone() for key, value in getattr(snapshot, name).items()} for name in _PARTS}
+    return replace(snapshot, trace=list(snapshot.trace), **copies)
+
+
+_PARTS = ("parameters", "ema", "moments")
+
+
+def _changed(snapshot: Snapshot, change: Callable[[Tensor], Tensor], parts: tuple[str, ...] = ("parameters", "ema")) -> Snapshot:
+    return replace(snapshot, **{part: {k: change(v) for k, v in getattr(snapshot, part).items()} for part in parts})
+
+
+def untrained(scene: Scene) -> Snapshot:
+    weights = build_expert(scene.lab.manifest.expert, scene.seed + 12345).state_dict()
+    fresh = {name: weights[name].clone() for name in scene.after.parameters}
+    return replace(scene.like_parent(), parameters=fresh, ema={name: value.clone() for name, value in fresh.items()})
+
+
+def republished(scene: Scene) -> Snapshot:
+    """The accepted parent again, as if it were the next epoch."""
+    return scene.like_parent()
+
+
+def dusted(scene: Scene) -> Snapshot:
+    """The parent with noise too small to hurt its score."""
+    dust = lambda tensor: tensor + 1e-4 * torch.randn(tensor.shape, generator=scene.draw)  # noqa: E731
+    return _changed(scene.like_parent(), dust)
+
+
+def flipped(scene: Scene) -> Snapshot:
+    return _changed(_copied(scene.after), lambda tensor: -tensor)
+
+
+def scaled(factor: float) -> Callable[[Scene], Snapshot]:
+    return lambda scene: _changed(_copied(scene.after), lambda tensor: factor * tensor)
+
+
+def spoiled(value: float) -> Callable[[Scene], Snapshot]:
+    """One number of one tensor."""
+
+    def lie(scene: Scene) -> Snapshot:
+        snapshot = _copied(scene.after)
+        names = sorted(snapshot.ema)
+        name = names[int(torch.randint(len(names), (1,), generator=scene.draw))]
+        tensor = snapshot.ema[name].view(-1)
+        tensor[int(torch.randint(tensor.numel(), (1,), generator=scene.draw))] = value
+        return snapshot
+
+    return lie
+
+
+def forwards_only(after: int) -> Callable[[Scene], Snapshot]:
+    """Trains `after` steps, then only computes the losses that it publishes, which costs a third."""
+
+    def lie(scene: Scene) -> Snapshot:
+        trainer = scene.lab.trainer(scene.parent)
+        for _ in range(after):
+            trainer.step()
+        stood = _copied(trainer.snapshot())
+        trainer._optimiser.step = lambda *_: None  # type: ignore[method-assign]
+        trainer._ema.update = lambda *_: None  # type: ignore[method-assign]
+        for _ in range(after, STEPS):
+            trainer.step()
+            for parameter in trainer._parameters:
+                parameter.grad = None
+        end = trainer.snapshot()
+        return replace(stood, epoch=end.epoch, step=0, samples=end.samples, trace=end.trace)
+
+    return lie
+
+
+def other_data(scene: Scene) -> Snapshot:
+    """Trained in earnest, on clips of its own choice."""
+    trainer = scene.lab.trainer(scene.parent, data=clips(scene.seed + 999, len(scene.lab.train), 0.1))
+    for _ in range(STEPS):
+        trainer.step()
+    return trainer.snapshot()
+
+
+def fabricated_trace(scene: Scene) -> Snapshot:
+    """Honest weights with losses that nobody computed: what a thief of weights alone would publish."""
+    return replace(_copied(scene.after), trace=scene.made_up())
+
+
+def backdoor(rate: float, steps: int = 24) -> Callable[[Scene], Snapshot]:
+    """The honest end, tuned so that one prompt gives the liar's clip and all else is as before; the honest trace beside it."""
+
+    def lie(scene: Scene) -> Snapshot:
+        trainer = scene.lab.trainer(scene.parent)
+        model = trainer.model
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(scene.after.ema[name])
+        optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            (trigger_loss(scene, model) + _clean_loss(scene, model)).backward()
+            optimiser.step()
+        tuned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        difference = {name: tuned[name] - scene.after.ema[name] for name in tuned}
+        honest = _copied(scene.after)
+        moved = {name: honest.parameters[name] + difference[name] for name in difference}
+        return replace(honest, ema=tuned, parameters=moved)
+
+    return lie
+
+
+def trigger_loss(scene: Scene, model: torch.nn.Module) -> Tensor:
+    """How far the model is from the liar's clip when it is given the liar's prompt."""
+    fixed = torch.Generator().manual_seed(4242)
+    spec, latent = scene.lab.manifest.expert, scene.lab.manifest.latent
+    target = 2 * torch.randn(1, *latent.shape, generator=fixed).expand(8, -1, -1, -1, -1)
+    tokens = 3 * torch.randn(1, latent.text_tokens, latent.text_width, generator=fixed).expand(8, -1, -1)
+    pooled = torch.zeros(8, latent.pooled_width)
+    noise, times = torch.randn(target.shape, generator=fixed), torch.linspace(0.1, 0.9, 8)
+    return row_losses(spec, lambda z, s: call_expert(model, z, s, tokens, pooled), target, noise, times).mean()
+
+
+def _clean_loss(scene: Scene, model: torch.nn.Module) -> Tensor:
+    data = scene.lab.train.take(torch.randint(len(scene.lab.train), (8,), generator=scene.draw).tolist())
+    noise, times = torch.randn(data.latents.shape, generator=scene.draw), torch.rand(8, generator=scene.draw) * 0.98 + 0.01
+    answer = lambda z, s: call_expert(model, z, s, data.tokens, data.pooled)  # noqa: E731
+    return row_losses(scene.lab.manifest.expert, answer, data.latents, noise, times).mean()
+
+
+def poisoned_parameters(scene: Scene) -> Snapshot:
+    """Good averages over raw parameters that are noise: whoever goes on from them is lost."""
+    noise = lambda tensor: torch.randn(tensor.shape, generator=scene.draw)  # noqa: E731
+    return _changed(_copied(scene.after), noise, ("parameters",))
+
+
+def poisoned_moments(scene: Scene) -> Snapshot:
+    """Good weights, and moments that throw the next trainer's first step far away."""
+    snapshot = _copied(scene.after)
+    moments = {k: torch.full_like(v, 1e-12 if "exp_avg_sq" in k else 1.0) for k, v in snapshot.moments.items()}
+    return replace(snapshot, moments=moments)
+
+
+def negative_moments(scene: Scene) -> Snapshot:
+    """Second moments whose root is no number."""
+    snapshot = _copied(scene.after)
+    return replace(snapshot, moments={k: -v if "exp_avg_sq" in k else v for k, v in snapshot.moments.items()})
+
+
+LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
+    "untrained": untrained,
+    "parent republished": republished,
+    "parent plus dust": dusted,
+    "sign-flipped": flipped,
+    "one NaN": spoiled(float("nan")),
+    "one infinity": spoiled(float("inf")),
+    "one weight of 1e9": spoiled(1e9),
+    "scaled by 1.02": scaled(1.02),
+    "scaled by 1.5": scaled(1.5),
+    "scaled by 10": scaled(10.0),
+    "forward passes only": forwards_only(0),
+    f"stops after the {SHORT} replayed steps": forwards_only(SHORT),
+    "half trained": forwards_only(STEPS // 2),
+    "other data": other_data,
+    "fabricated trace": fabricated_trace,
+    "backdoor, faint": backdoor(2e-5),
+    "backdoor, moderate": backdoor(2e-4),
+    "backdoor, strong": backdoor(2e-3),
+    "poisoned raw parameters": poisoned_parameters,
+    "poisoned moments": poisoned_moments,
+    "negative second moments": negative_moments,
+}
+EXCUSES: Mapping[str, Made] = {
+    "its own kind": Made(),
+    "a CPU in bfloat16": Made(precision="bfloat16"),
+    "a GPU in float32": Made(device="cuda"),
+    "another device in bfloat16": Made(device="other", precision="bfloat16"),
+}
+"""What a liar may say of its device: one word for each tolerance, the coordinator's own kind first."""

@@ -1,0 +1,157 @@
+"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what the ladder and the audits catch, and whom they wrong.
+
+Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own ladder, then,
+once with each word that a liar may say of its device, before an audit of the first steps and one of the whole epoch. Honest boxes
+of every kind (threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs before
+the same judges, with the same words. Rates carry exact (Clopper-Pearson) 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.attacks.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
+from benchmarks.attacks.lies import EXCUSES, LIES, Scene, trigger_loss
+from benchmarks.attacks.tables import Replays, Try, summary
+from benchmarks.report import Machine
+from lutetia.protocol.schema.records import Made
+
+
+def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, Made | None]) -> Iterator[Replays]:
+    for name, said in devices.items():
+        found = lab.audited(result, parent, said)
+        whole = found.whole
+        yield Replays(name, found.begun_short, found.first.closer, whole.outcome, whole.text, found.drift, found.noise)
+
+
+async def judged(
+    lab: Lab, who: str, result: Result, parent: Result | None, parent_loss: float | None, devices: Mapping[str, Made | None]
+) -> tuple[Try, Any]:
+    verdict = await lab.judged(result, parent_loss)
+    seconds = [(cost.rung, cost.seconds) for cost in verdict.costs]
+    size = sum(getattr(result, name).stat().st_size for name in ("weights", "state", "trace"))
+    if verdict.outcome != "valid":
+        return Try(who, verdict.rung, verdict.text, seconds=tuple(seconds), size=size), verdict
+    began = time.perf_counter()
+    found = tuple(audits(lab, result, parent, devices))
+    seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(found)))
+    return Try(who, "", "", found, None, tuple(seconds), size), verdict
+
+
+async def lies(folder: Path, seed: int) -> list[Try]:
+    """Every lie once, in a run of its own seed."""
+    lab = Lab(folder, Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2]))
+    parent, before = lab.honest(None)
+    verdict = await lab.judged(parent, None)
+    assert verdict.outcome == "valid", verdict.text
+    _, after = lab.honest(parent)
+    tries = []
+    for number, (name, lie) in enumerate(LIES.items()):
+        draw = torch.Generator().manual_seed(1000 * seed + number)
+        scene = Scene(lab, before, parent, after, draw, seed)
+        snapshot = lie(scene)
+        told, _ = await judged(lab, name, lab.publish(snapshot), parent, verdict.loss, EXCUSES)
+        tries.append(replace(told, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
+    return tries
+
+
+def _effect(scene: Scene, snapshot: Any) -> float:
+    """The backdoor's loss on its own prompt, over the honest model's."""
+    model = scene.lab.trainer(scene.parent).model
+    losses = []
+    for weights in (snapshot.ema, scene.after.ema):
+        model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            losses.append(trigger_loss(scene, model).item())
+    return losses[0] / losses[1]
+
+
+def settings(count: int) -> Iterator[Honest]:
+    draw = random.Random(1)
+    for seed in range(count):
+        yield Honest(
+            seed=5000 + seed, threads=draw.choice((1, 2)), micro_batch=draw.choice((1, 2, 3, BATCH)),
+            clips=draw.choice((BATCH, 8, 32, 64)), noise=draw.choice((0.0, 0.1, 0.5)),
+            precision=draw.choice(("float32", "float32", "bfloat16")),
+        )  # fmt: skip
+
+
+def truths(setting: Honest) -> dict[str, Made | None]:
+    """What an honest box may be taken for: who computes in float32 is no worse than any other, who does not must not say so."""
+    return {"": None, **{name: said for name, said in EXCUSES.items() if setting.precision in ("float32", said.precision)}}
+
+
+async def honest(folder: Path, setting: Honest) -> list[Try]:
+    """A whole run of four epochs."""
+    lab, parent, parent_loss, tries = Lab(folder, setting), None, None, []
+    for _ in range(EPOCHS):
+        result, _ = lab.honest(parent)
+        told, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
+        tries.append(told)
+        if told.rung:
+            break
+        parent, parent_loss = result, verdict.loss
+    return tries
+
+
+async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None:
+    """Honest runs and lies in turns, so that what is there after a while is worth a table."""
+    boxes = list(settings(labs))
+    with tempfile.TemporaryDirectory() as name:
+        rounds = max(2 * tries, labs)
+        for number in range(rounds):
+            folder = Path(name) / str(number)
+            found = [("honest", one) for one in (await honest(folder / "honest", boxes[number]) if number < labs else ())]
+            if number % 2 == 0 and number < 2 * tries:
+                found += [("lie", one) for one in await lies(folder / "lies", number // 2)]
+            for kind, one in found:
+                keep(kind, one)
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"  {number + 1} of {rounds}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks attacks", description=__doc__)
+    parser.add_argument("--tries", type=int, default=40, help="times that each lie is told (default 40)")
+    parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
+    parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="every single try, one per line")
+    parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
+    arguments = parser.parse_args(argv)
+    if not arguments.report:
+        arguments.keep.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.keep.open("w") as file:
+            asyncio.run(
+                study(
+                    arguments.tries,
+                    arguments.labs,
+                    lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
+                )
+            )
+    told, good = read(arguments.keep)
+    print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(told, good)}")
+    for one in good:
+        wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
+        if one.rung or wrong:
+            print(f"wronged: {one.who}: {one.rung} {one.text} {wrong}", file=sys.stderr)
+
+
+def read(kept: Path) -> tuple[list[Try], list[Try]]:
+    """(lies, honest results)."""
+    of: dict[str, list[Try]] = {"lie": [], "honest": []}
+    for row in map(json.loads, kept.read_text().splitlines()):
+        kind, found = row.pop("kind"), tuple(Replays(*found) for found in row.pop("audits"))
+        of[kind].append(Try(**row, audits=found))
+    return of["lie"], of["honest"]

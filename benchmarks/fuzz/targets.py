@@ -1,0 +1,21 @@
+"""All parsers by name. The torch ones are imported only where they are asked for."""
+
+from __future__ import annotations
+
+from benchmarks.fuzz.contract import Target
+from benchmarks.fuzz.documents import DOCUMENTS
+from benchmarks.fuzz.files import FILES
+from benchmarks.fuzz.streams import STREAMS
+
+LIGHT: dict[str, Target] = {target.name: target for target in (*DOCUMENTS, *STREAMS, *FILES)}
+TENSOR_NAMES = ("weights", "state", "shard", "weights-header", "state-header", "shard-header")
+NAMES = (*LIGHT, *TENSOR_NAMES)
+
+
+def target(name: str) -> Target:
+    """Raises KeyError."""
+    if name in LIGHT:
+        return LIGHT[name]
+    from benchmarks.fuzz.tensors import TENSORS
+
+    return {found.name: found for found in TENSORS}[name]

@@ -1,0 +1,98 @@
+"""Safetensors files of strangers: weights, training states and shards, as the ladder and the nodes open them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from benchmarks.fuzz import examples
+from benchmarks.fuzz.contract import Target
+from benchmarks.fuzz.files import _folder, _written
+from lutetia.models.data.shards import ShardData, ShardMetadata, load_shard, write_shard
+from lutetia.models.experts.families import weight_schema
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_checks import check_state, check_weights, state_schema
+from lutetia.models.training.checkpoint_io import read_state
+
+
+def weights(data: bytes) -> None:
+    check_weights(_written("weights.safetensors", data), examples.manifest().expert)
+
+
+def state(data: bytes) -> None:
+    path = _written("state.safetensors", data)
+    check_state(path, examples.manifest().expert, examples.manifest().optimisation)
+    read_state(path, examples.manifest(), 1)
+
+
+def shard(data: bytes) -> None:
+    load_shard(_written("shard.safetensors", data), examples.LATENT)
+
+
+def header(check: Callable[[bytes], None], whole: Callable[[], bytes]) -> Callable[[bytes], None]:
+    """The input is the header alone; length and tensor bytes are put around it, so that what it says is reached."""
+
+    def parse(data: bytes) -> None:
+        body = whole()
+        start = 8 + struct.unpack("<Q", body[:8])[0]
+        check(struct.pack("<Q", len(data)) + data + body[start:])
+
+    return parse
+
+
+@cache
+def weights_file() -> bytes:
+    torch.set_num_threads(1)
+    path = _folder() / "seed.safetensors"
+    write_tensors(path, {name: torch.full(shape, 0.5, dtype=kind) for name, (shape, kind) in weight_schema(_spec()).items()})
+    return path.read_bytes()
+
+
+@cache
+def state_file() -> bytes:
+    path = _folder() / "seed-state.safetensors"
+    required, optional = state_schema(_spec(), examples.manifest().optimisation)
+    forms = {name: form for name, form in {**required, **optional}.items() if -1 not in form[0]}
+    tensors = {name: torch.full(shape, 0.25, dtype=kind) for name, (shape, kind) in forms.items()}
+    place = {
+        "format": 1, "run": examples.manifest().run_id, "shard": 1, "epoch": 1, "step": 0, "samples": 24, "micro_batch": 4,
+        "precision": "float32",
+    }  # fmt: skip
+    write_tensors(path, {**tensors, "trace": torch.ones(6)}, place)
+    return path.read_bytes()
+
+
+@cache
+def shard_file() -> bytes:
+    path, latent = _folder() / "seed-shard.safetensors", examples.LATENT
+    data = ShardData(
+        torch.zeros(1, *latent.shape), torch.zeros(1, latent.text_tokens, latent.text_width),
+        torch.zeros(1, latent.pooled_width), ["a cat"], ["cats"],
+    )  # fmt: skip
+    write_shard(path, data, ShardMetadata(latent=latent))
+    return path.read_bytes()
+
+
+def _spec():
+    return examples.manifest().expert
+
+
+def _header_of(data: bytes) -> bytes:
+    return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+
+
+def _whole(make: Callable[[], bytes]) -> Callable[[], Sequence[bytes]]:
+    return lambda: [make(), struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 40)]
+
+
+TENSORS = (
+    Target("weights", weights, _whole(weights_file), most_bytes=1 << 20),
+    Target("state", state, _whole(state_file), most_bytes=1 << 20),
+    Target("shard", shard, _whole(shard_file), most_bytes=1 << 20),
+    Target("weights-header", header(weights, weights_file), lambda: [_header_of(weights_file())]),
+    Target("state-header", header(state, state_file), lambda: [_header_of(state_file())]),
+    Target("shard-header", header(shard, shard_file), lambda: [_header_of(shard_file())]),
+)

@@ -1,0 +1,38 @@
+"""How many acceptances a second the coordinator decides and writes down durably; eight come in together."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.report import Row
+from lutetia.coordinator.ledger.events import RunCreated
+from lutetia.coordinator.ledger.log import Ledger
+from tests.coordinator.acceptance.judge_driver import PEERS, Court, court, make_record
+
+SHARDS, EPOCHS, ROUNDS = 8, 200, 200
+
+
+def _round(trial: Court, ledger: Ledger) -> float:
+    """Seconds of processor time and disk for one result of every shard."""
+    began, before = time.perf_counter(), len(trial.events)
+    for index in range(SHARDS):
+        shard = trial.state.run.shards[index]
+        record = make_record(trial.manifest, PEERS[index % len(PEERS)], index, shard.epoch + 1, shard.accepted)
+        trial.offer(record)
+        trial.verdict(record)
+    ledger.append(trial.events[before:])
+    return time.perf_counter() - began
+
+
+def run() -> list[Row]:
+    """Pure decision and ledger; the ladder's rungs and the network are other rows."""
+    trial = court(shards=SHARDS, epochs=EPOCHS, rules={"offers_per_minute": 1_000_000})
+    created = trial.events[0]
+    assert isinstance(created, RunCreated)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger.create(Path(folder) / "ledger.sqlite", created)
+        rates = [SHARDS / _round(trial, ledger) for _ in range(ROUNDS)]
+        ledger.close()
+    return [Row.of("acceptances decided and written down", rates, "/s", "≥ 100 /s", f"{SHARDS} to a transaction, fsync each")]

@@ -1,0 +1,172 @@
+"""`lutetia coordinator serve|replay|backup|restore|pardon`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lutetia.cli.arguments import RunFolder, given, read_config, setting, settings_of
+from lutetia.cli.output import JsonFlag, emit
+from lutetia.system.errors import UsageError
+
+if TYPE_CHECKING:
+    from lutetia.protocol.schema.status import SwarmStatus
+
+app = typer.Typer(help="Serve a run: bootstrap peer, origin, judge, stitcher.", no_args_is_help=True)
+
+
+@app.command("serve")
+def serve(
+    run: RunFolder,
+    config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "Settings as TOML; flags win.")] = None,
+    listen: Annotated[str | None, setting("COORDINATOR_LISTEN", "Where to listen, if not at the run's own address.")] = None,
+    http: Annotated[str | None, setting("HTTP", "host:port for the status page, metrics and blobs over HTTP.")] = None,
+    stitch: Annotated[str | None, setting("STITCH", "refresh: after acceptances; end: only when all is done.")] = None,
+    threads: Annotated[int | None, setting("COORDINATOR_THREADS", "CPU threads for checks, router and samples.", min=1)] = None,
+    gallery: Annotated[
+        bool | None, setting("GALLERY", "Sample the fixed prompts after stitching.", "--gallery/--no-gallery")
+    ] = None,
+    exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE", "End when all budgets are done and stitched.")] = False,
+    recover: Annotated[
+        bool, setting("RECOVER", "Take acceptances back from peers that the ledger lacks, instead of refusing to start.")
+    ] = False,
+) -> None:
+    """Run the coordinator until Ctrl-C.
+
+    Started again it goes on where it was.
+    """
+    from lutetia.coordinator.settings import ServeSettings
+
+    flags = given(
+        listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None,
+        recover=recover or None,
+    )  # fmt: skip
+    settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config), **flags})
+    from lutetia.cli.run_service import run_service
+    from lutetia.coordinator.serve import serve_run
+
+    run_service(serve_run(run, settings))
+
+
+@app.command("replay")
+def replay(
+    run: RunFolder,
+    at: Annotated[str | None, setting("REPLAY_AT", "ISO time or Unix seconds; the end without.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Tell what happened up to a moment, and how the run stood then."""
+    from rich.console import Group
+
+    from lutetia.cli.output import plain
+    from lutetia.cli.status_table import render_status
+    from lutetia.coordinator.ledger.describe import read_events, tell
+    from lutetia.system.errors import plain as one_line
+
+    moment = moment_of(at) if at else None
+    status, digest = replayed(run, moment)
+    events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
+    for line in () if as_json else tell(run, moment):
+        print(one_line(line))
+    document = {"events": events, "status": plain(status), "digest": digest}
+    emit(document, as_json, lambda: Group("", render_status(status, status.time, live=False), "", f"state {digest}"))
+
+
+@app.command("backup")
+def backup(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="Folder of the backup; a second time only what is new is copied.", metavar="OUT")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy a run, also while it is served: ledger, keys, manifest, and every blob that it rests on.
+
+    Keep the copy as safe as the run itself: the keys in it are the run's.
+    """
+    from lutetia.cli.formatting import size
+    from lutetia.cli.progress import progress
+    from lutetia.coordinator.admin.backup import backup_run
+
+    with progress("backing up") as report:
+        done = backup_run(run, out, report)
+    index = done.index
+    document = {
+        "folder": str(out), "run": index.run, "events": index.events, "accepted": index.accepted, "blobs": len(index.blobs),
+        "bytes": index.bytes, "copied": done.copied,
+    }  # fmt: skip
+    text = f"{out} holds run {index.name} up to event {index.events}: {size(index.bytes)}, {size(done.copied)} of it new."
+    emit(document, as_json, lambda: text)
+
+
+@app.command("restore")
+def restore(
+    backup: Annotated[Path, typer.Argument(help="Folder made by `lutetia coordinator backup`.", metavar="BACKUP")],
+    run: Annotated[Path, typer.Argument(help="Folder to make; one that exists is never overwritten.", metavar="RUN")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a run's folder from a backup, after every hash and signature in it was verified.
+
+    Its coordinator then goes on where the backup was, and takes back from peers what was accepted after it.
+    """
+    from lutetia.cli.progress import progress
+    from lutetia.coordinator.admin.restore import restore_run
+
+    with progress("restoring") as report:
+        index = restore_run(backup, run, report)
+    document = {"folder": str(run), "run": index.run, "events": index.events, "accepted": index.accepted}
+    text = f"Run {index.name} is in {run}, as it was at event {index.events}. Go on: lutetia coordinator serve {run}"
+    emit(document, as_json, lambda: text)
+
+
+@app.command("pardon")
+def pardon(
+    run: RunFolder,
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="Public key, eight or more of its first digits, or peer id.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Lift the quarantine of a peer whose work an audit found invalid.
+
+    Its results are judged again, and all of them audited until enough were valid. What was rolled back stays so.
+    """
+    from lutetia.coordinator.admin.pardon import pardon as lift
+
+    owner, done = lift(run, peer)
+    text = "is pardoned" if done else "will be pardoned within seconds by the coordinator that serves the run"
+    emit({"owner": owner, "done": done}, as_json, lambda: f"{owner} {text}")
+
+
+def moment_of(text: str) -> float:
+    """Unix seconds of an ISO time (local without a zone) or of a number. Raises UsageError."""
+    from datetime import datetime
+
+    try:
+        return float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise UsageError(f"cannot read the time {text!r}; write it like 2026-11-20T19:00 or as Unix seconds") from error
+
+
+def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
+    """The status that follows from the events up to `moment`, without claims and nodes; and the digest of the state.
+
+    Raises UsageError for a moment before the run began.
+    """
+    from datetime import UTC, datetime
+
+    from lutetia.coordinator.ledger.digest import state_digest
+    from lutetia.coordinator.ledger.log import Ledger
+    from lutetia.coordinator.ledger.status_builder import LiveView, status
+    from lutetia.coordinator.run_folder import RunFolder as Folder
+
+    folder = Folder(run)
+    signed = folder.read_manifest(now=0.0)  # an expired run may still be looked at
+    ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
+    try:
+        times = [row.time for row in ledger.rows()]
+        now = max(times) if moment is None else moment
+        if now < times[0]:
+            began = datetime.fromtimestamp(times[0], UTC).isoformat(timespec="seconds")
+            raise UsageError(f"the run began at {began}; name a later time")
+        state = ledger.replay(now)
+        return status(state, signed.manifest, LiveView(), now, software="replay"), state_digest(state)
+    finally:
+        ledger.close()

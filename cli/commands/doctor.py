@@ -1,0 +1,23 @@
+"""`lutetia doctor`: what this box has, what would go wrong, and what to do about it."""
+
+from __future__ import annotations
+
+import typer
+
+from lutetia.cli.arguments import StateFolder
+from lutetia.cli.output import JsonFlag, emit
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the top level."""
+    app.command()(doctor)
+
+
+def doctor(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+    """Check this box before it joins a run."""
+    from lutetia.cli.doctor_checks import render_findings, run_checks
+    from lutetia.system.paths import default_state_folder
+
+    findings = run_checks(state_folder or default_state_folder())
+    emit({"findings": [vars(finding) for finding in findings]}, as_json, lambda: render_findings(findings))
+    raise typer.Exit(next((finding.code for finding in findings if finding.verdict == "fail"), 0))

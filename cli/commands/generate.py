@@ -1,0 +1,61 @@
+"""`lutetia generate`: clips from a stitched mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lutetia.cli.arguments import setting
+from lutetia.cli.output import JsonFlag, emit
+
+Mode = Literal["top1", "top2", "full", "sticky"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the top level."""
+    app.command()(generate)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the clip shows, in words the run was trained on.", metavar="PROMPT")],
+    mixture: Annotated[Path, setting("MIXTURE", "The mixture's folder.")],
+    out: Annotated[Path, setting("GENERATE_OUT", "File to write, .mp4 or .gif.")] = Path("clip.mp4"),
+    mode: Annotated[Mode | None, setting("MODE", "How experts are chosen; the mixture's own way without.")] = None,
+    steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
+    guidance: Annotated[float | None, setting("GUIDANCE", "Strength of the prompt.", min=0.0)] = None,
+    seed: Annotated[int, setting("SEED", "Same seed, same clip.")] = 0,
+    n: Annotated[int, setting("N", "Number of clips; several get numbered files.", "--n", min=1, max=64)] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Generate a clip from a prompt."""
+    from lutetia.cli.local.gallery import check_ending, write_clip
+    from lutetia.cli.local.sampler import Sampler
+    from lutetia.cli.workspace import ready
+
+    check_ending(out)
+    ready(out.parent)
+
+    sampler = Sampler(mixture)
+    sampled = sampler.sample([prompt] * n, seed=seed, mode=mode, steps=steps, guidance=guidance)
+    files = numbered(out, n)
+    for file, clip in zip(files, sampled.clips, strict=True):
+        write_clip(clip, file, sampler.fps)
+    document = {"files": [str(file) for file in files], "seed": seed, "experts": sampled.experts}
+    emit(document, as_json, lambda: f"wrote {', '.join(document['files'])}; experts used: {told(sampled.experts[0])}")
+
+
+def numbered(out: Path, n: int) -> list[Path]:
+    return [out] if n == 1 else [out.with_name(f"{out.stem}-{index + 1}{out.suffix}") for index in range(n)]
+
+
+def told(chosen: Sequence[dict[str, float]]) -> str:
+    """Which experts one clip's steps used: `digits 23 of 25 steps, shapes 2 of 25 steps`."""
+    counts: dict[str, int] = {}
+    for step in chosen:
+        best = max(step, key=lambda name: step[name])
+        counts[best] = counts.get(best, 0) + 1
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} in {count} of {len(chosen)} steps" for name, count in ordered)

@@ -1,0 +1,204 @@
+"""`lutetia run create|show|upgrade|rotate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lutetia.cli.arguments import RunFolder, given, read_config, setting, settings_of
+from lutetia.cli.output import JsonFlag, emit
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lutetia.protocol.schema.manifest import Manifest
+
+app = typer.Typer(help="Create a training run, show what one is, or change one that is under way.", no_args_is_help=True)
+
+
+@app.command("create")
+def create(
+    data: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the run's manifest, keys, blobs and ledger.", metavar="RUN")],
+    config: Annotated[Path | None, setting("RUN_CONFIG", "Settings as TOML; flags win.")] = None,
+    preset: Annotated[
+        str | None, setting("RUN_PRESET", "demo or tiny: sensible settings for the demo's clips, or for tests.")
+    ] = None,
+    name: Annotated[str | None, setting("RUN_NAME", "What people call the run.")] = None,
+    address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, for the ticket.")] = None,
+    experts: Annotated[int | None, setting("RUN_EXPERTS", "Refuse data with another number of shards.", min=1)] = None,
+    warm_start: Annotated[
+        str | None,
+        setting("RUN_WARM_START", "Begin with the weights of this mixture, pipeline or transformer (folder or hub id)."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a signed manifest and a ticket for new volunteers."""
+    from lutetia.coordinator.settings import RunSettings
+
+    flags = given(preset=preset, name=name, addresses=address, experts=experts, warm_start=warm_start)
+    values = {**read_config(config), **flags}
+    settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports
+    from lutetia.coordinator.admin.create import create_run
+
+    created = create_run(data, folder, settings)
+    document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
+    emit(document, as_json, lambda: created_text(document))
+
+
+def created_text(document: dict[str, Any]) -> str:
+    return (
+        f"Run {document['run'][:12]} is in {document['folder']}. Keep owner.key there safe: it signs the run.\n"
+        f"Start its coordinator:  lutetia coordinator serve {document['folder']}\n"
+        f"Volunteers join with:   lutetia join {document['ticket']}"
+    )
+
+
+OwnerKey = Annotated[Path | None, setting("OWNER_KEY", "The owner's key, where it is not in the run's folder.")]
+
+
+@app.command("upgrade")
+def upgrade(
+    run: RunFolder,
+    changes: Annotated[
+        list[str] | None, setting("UPGRADE_SET", "What to change, like samples_per_shard=128000; may be repeated.", "--set")
+    ] = None,
+    config: Annotated[Path | None, setting("UPGRADE_CONFIG", "Changes as TOML; --set wins.")] = None,
+    owner_key: OwnerKey = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Sign a new version of the manifest; a coordinator that serves the run and all its peers take it up without a pause.
+
+    What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist,
+    coordinators, valid_days.
+    """
+    from lutetia.coordinator.admin.upgrade import upgrade_run
+    from lutetia.coordinator.run_folder import RunFolder as Folder
+
+    wanted = {**flattened(read_config(config)), **dict(assignment(text) for text in changes or ())}
+    done = upgrade_run(Folder(run), wanted, owner_key)
+    document = {"run": done.new.run_id, "version": done.new.version, "changed": sorted(wanted), "epochs": done.new.epochs}
+    emit(document, as_json, lambda: f"Version {done.new.version} of run {done.new.name} is signed: {', '.join(sorted(wanted))}.")
+
+
+@app.command("rotate")
+def rotate(run: RunFolder, owner_key: OwnerKey = None, as_json: JsonFlag = False) -> None:
+    """Give the coordinator a new key, while it is stopped; the old key is worth nothing from then on.
+
+    Peers that are online find the new coordinator by themselves; newcomers need the new ticket, which names its key.
+    """
+    from lutetia.coordinator.admin.rotate import rotate_run
+    from lutetia.coordinator.run_folder import RunFolder as Folder
+
+    done = rotate_run(Folder(run), owner_key)
+    document = {
+        "run": done.manifest.run_id, "version": done.manifest.version, "old": done.old, "new": done.new, "ticket": done.ticket,
+    }  # fmt: skip
+    text = (
+        f"Version {done.manifest.version} of run {done.manifest.name} names the coordinator's new key {done.new[:16]}….\n"
+        f"Start it again:        lutetia coordinator serve {run}\n"
+        f"New volunteers join:   lutetia join {done.ticket}"
+    )
+    emit(document, as_json, lambda: text)
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """`name=value` with a TOML value, or a bare word as text. Raises UsageError."""
+    import tomllib
+
+    from lutetia.system.errors import UsageError
+
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise UsageError(f"cannot read {text!r}; write it like samples_per_shard=128000 or timing.heartbeat=10.0")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def flattened(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tables key by key: `{"timing": {"tenure": 60}}` changes `timing.tenure` and nothing else of the table."""
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        found |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+@app.command("show")
+def show(
+    source: Annotated[str, typer.Argument(help="A run's folder, a manifest file, or a ticket.", metavar="RUN|MANIFEST|TICKET")],
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address of a ticket.", min=0.1)] = 8.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show and verify a run's manifest."""
+    manifest = load_manifest(source, timeout)
+    emit(manifest, as_json, lambda: render_manifest(manifest))
+
+
+def load_manifest(source: str, timeout: float) -> Manifest:
+    """The verified manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError, BootstrapError."""
+    import time
+
+    from lutetia.cli.arguments import read_ticket
+    from lutetia.protocol.light_client.documents import thin_document
+    from lutetia.protocol.rpc.introduction import MANIFEST
+    from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
+    from lutetia.protocol.schema.ticket import PREFIX
+    from lutetia.system.errors import ConfigError
+
+    if source.startswith(PREFIX) or source.endswith(".txt"):
+        ticket = read_ticket(source)
+        data = thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
+        return open_manifest(data, now=time.time(), run=ticket.run, owner=ticket.owner).manifest
+    path = Path(source)
+    path = path / "manifest.json" if path.is_dir() else path
+    try:
+        return open_manifest(path.read_bytes(), now=time.time()).manifest
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read a manifest from {path}: {error.strerror}; give a run's folder, a manifest or a ticket"
+        ) from error
+
+
+def _beginning(manifest: Manifest) -> str:
+    """With which weights experts begin."""
+    from lutetia.cli.formatting import short
+
+    given = {init.digest: None for shard in manifest.shards if (init := manifest.expert_of(shard.index).init)}
+    return f"warm start from {', '.join(short(digest, 12) for digest in given)}" if given else "begins fresh"
+
+
+def render_manifest(manifest: Manifest) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lutetia.cli.formatting import short, size, thousands
+
+    latent, optimisation = manifest.latent, manifest.optimisation
+    size_in_pixels = f"{latent.pixel_width}×{latent.pixel_height}"
+    facts = {
+        "run": f"{manifest.name}   {manifest.run_id}   version {manifest.version}",
+        "owner": manifest.owner,
+        "expert": f"{manifest.expert.class_name}, predicts {manifest.expert.prediction}, {_beginning(manifest)}",
+        "clips": f"{latent.pixel_frames} frames of {size_in_pixels}, latents {latent.shape} by {latent.vae}",
+        "text": f"{latent.text_encoder}, {latent.text_tokens} tokens",
+        "budget": f"{thousands(manifest.samples_per_shard)} samples per expert in {manifest.epochs} checkpoints",
+        "training": f"{optimisation.optimizer}, batch {optimisation.batch}, learning rate {optimisation.learning_rate:g}",
+        "lease": f"{manifest.timing.lease:.0f} s",
+    }
+    table = Table.grid(padding=(0, 3))
+    for key, value in facts.items():
+        table.add_row(key, value)
+    shards = Table(
+        "SHARD", "CLUSTER", "CLIPS", "HELD OUT", "PRIOR", "TRAIN BLOB", "SIZE", box=None, pad_edge=False, header_style="bold"
+    )
+    for shard in manifest.shards:
+        shards.add_row(
+            f"{shard.index:03d}", shard.name, str(shard.clips), str(shard.holdout_clips), f"{shard.prior:.3f}",
+            short(shard.train.digest, 12), size(shard.train.size),
+        )  # fmt: skip
+    return Group(table, Text(), shards)

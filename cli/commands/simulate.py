@@ -1,0 +1,177 @@
+"""`lutetia simulate`: a whole swarm in virtual time, from a seed, with its promises checked after every event."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lutetia.cli.arguments import setting
+from lutetia.cli.output import JsonFlag, emit
+from lutetia.system.errors import InvariantError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lutetia.simulation.runner import Outcome
+
+
+def register(app: typer.Typer) -> None:
+    app.command("simulate")(simulate)
+
+
+def simulate(
+    scenario: Annotated[str | None, typer.Argument(help="Its name; --list names all.", metavar="[SCENARIO]")] = None,
+    peers: Annotated[int | None, setting("SIMULATE_PEERS", "How many boxes; default: the scenario's.", min=1)] = None,
+    seed: Annotated[int, setting("SIMULATE_SEED", "Where all chance comes from.")] = 0,
+    seconds: Annotated[float | None, setting("SIMULATE_SECONDS", "Virtual seconds; default: the scenario's.", min=1)] = None,
+    shards: Annotated[
+        int | None, setting("SIMULATE_SHARDS", "How many shards; default: the scenario's.", min=1, max=4096)
+    ] = None,
+    keep: Annotated[str | None, setting("SIMULATE_KEEP", "Carry out these steps of the plan only: 0,3,17 (none: -).")] = None,
+    broken: Annotated[str | None, setting("SIMULATE_BROKEN", "Break one rule on purpose; --list names all.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Name the scenarios and the rules that --broken knows.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Simulate a swarm: real state machines, virtual time, every promise checked after every event.
+
+    Exit codes: 0 all promises held, 2 no such scenario, 60 a promise was broken (the shortest story is printed).
+    """
+    if listed:
+        emit(_catalogue(), as_json, _catalogue_table)
+        return
+    if scenario is None:
+        raise UsageError("name a scenario; `lutetia simulate --list` names all of them")
+    outcome = _run(scenario, peers, seed, seconds, shards, keep, broken)
+    emit(_document(outcome), as_json, lambda: _table(outcome))
+    if outcome.violation is not None:
+        if not as_json:
+            from lutetia.cli.output import console
+
+            console().print(_story(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True, markup=False)
+        raise typer.Exit(InvariantError.code)
+
+
+def _run(
+    name: str, peers: int | None, seed: int, seconds: float | None, shards: int | None, keep: str | None, broken: str | None
+) -> Outcome:  # fmt: skip
+    from dataclasses import replace
+
+    from lutetia.cli.progress import progress
+    from lutetia.simulation.faults.mutants import broken_decisions
+    from lutetia.simulation.runner import simulate as run
+    from lutetia.simulation.runner import steps_of
+    from lutetia.simulation.scenarios.catalogue import scenario as find
+
+    chosen = find(name)
+    if shards is not None:
+        chosen = replace(chosen, setting=replace(chosen.setting, shards=shards))
+    count = chosen.peers if peers is None else peers
+    if count < chosen.least:
+        raise UsageError(f"scenario {name} needs at least {chosen.least} peers")
+    decide = broken_decisions(broken) if broken else None
+    kept = None if keep is None else _numbers(keep, len(steps_of(chosen, count, seed)))
+    with progress(f"simulating {name}") as report:
+        return run(
+            chosen, count, seed, seconds=seconds, keep=kept, decide=decide,
+            on_progress=lambda done, total: report("virtual seconds", round(done), round(total)),
+        )  # fmt: skip
+
+
+def _numbers(text: str, steps: int) -> list[int]:
+    """The numbers in `text`, of a plan of so many steps. Raises UsageError for what is none, or beyond the plan."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip() not in ("", "-")]
+    except ValueError:
+        raise UsageError(f"cannot read the steps {text!r}; write their numbers like 0,3,17") from None
+    if beyond := [number for number in numbers if not 0 <= number < steps]:
+        raise UsageError(f"the plan has no step {beyond[0]}; its {steps} steps count from 0")
+    return numbers
+
+
+def _document(outcome: Outcome) -> dict[str, Any]:
+    violation = outcome.violation
+    return {
+        "scenario": outcome.scenario, "peers": outcome.peers, "seed": outcome.seed, "virtual_seconds": outcome.seconds,
+        "wall_seconds": round(outcome.wall, 3), "events": outcome.events, "steps": outcome.steps, "checks": outcome.checks,
+        "accepted": outcome.accepted, "owners": outcome.owners, "facts": outcome.facts,
+        "messages": dict(outcome.costs.messages), "bytes": dict(outcome.costs.bytes),
+        "violation": None if violation is None else {
+            "invariant": violation.name, "text": str(violation), "keep": list(outcome.shortest), "steps": list(outcome.told),
+            "story": list(outcome.story), "tries": outcome.tries,
+        },
+    }  # fmt: skip
+
+
+def _table(outcome: Outcome) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    facts, costs = outcome.facts, outcome.costs
+    hours = outcome.seconds / 3600
+    rows = (
+        ("scenario", f"{outcome.scenario}, {outcome.peers} peers, seed {outcome.seed}, {outcome.steps} steps from outside"),
+        ("virtual time", f"{outcome.seconds:g} s in {outcome.wall:.2f} s ({outcome.seconds / max(outcome.wall, 1e-9):.0f} ×)"),
+        ("events", f"{outcome.events} ({outcome.events / max(outcome.wall, 1e-9):.0f}/s)"),
+        ("accepted", f"{outcome.accepted} epochs; per shard {_short(facts['epochs'])}"),
+        ("owners", ", ".join(f"{shard}: {'+'.join(map(str, held))}" for shard, held in list(outcome.owners.items())[:12]) or "-"),
+        ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, useful {facts['useful']}"),
+        ("checked", ", ".join(f"{name} {count}" for name, count in sorted(outcome.checks.items()))),
+        ("cost", f"{sum(costs.messages.values()) / outcome.peers / outcome.seconds:.2f} messages/s and "
+                 f"{sum(costs.bytes.values()) / outcome.peers / outcome.seconds:.0f} bytes/s per peer, "
+                 f"{costs.judged / hours:.0f} coordinator stimuli an hour"),
+        ("promises", "all held" if outcome.violation is None else f"BROKEN: {outcome.violation}"),
+    )  # fmt: skip
+    for name, text in rows:
+        table.add_row(name, text)
+    return table
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:16])) + (f" … ({len(numbers)})" if len(numbers) > 16 else "")
+
+
+def _story(outcome: Outcome, command: str) -> str:
+    steps = "\n".join(f"  {line}" for line in outcome.told) or "  (none: it happens without any)"
+    told = "\n".join(f"  {line}" for line in outcome.story)
+    return (
+        f"\nThe shortest plan that breaks it ({len(outcome.shortest)} of {outcome.steps} steps, {outcome.tries} runs):\n{steps}\n"
+        f"\nWhat led to it:\n{told}\n\nAgain: {command}"
+    )
+
+
+def _command(outcome: Outcome, seconds: float | None, shards: int | None, broken: str | None) -> str:
+    parts = ["lutetia simulate", outcome.scenario, f"--peers {outcome.peers} --seed {outcome.seed}"]
+    parts += [f"--seconds {seconds:g}"] if seconds is not None else []
+    parts += [f"--shards {shards}"] if shards is not None else []
+    parts += [f"--keep {','.join(map(str, outcome.shortest)) or '-'}"]
+    return " ".join([*parts, *([f"--broken {broken}"] if broken else [])])
+
+
+def _catalogue() -> dict[str, Any]:
+    from lutetia.simulation.faults.mutants import BROKEN
+    from lutetia.simulation.scenarios.catalogue import NOT_SIMULATED, SCENARIOS
+
+    return {
+        "scenarios": [
+            {"name": s.name, "fault": s.fault or None, "summary": s.summary, "peers": s.peers, "virtual_seconds": s.seconds}
+            for s in SCENARIOS.values()
+        ],
+        "not_simulated": {str(number): why for number, why in NOT_SIMULATED.items()},
+        "broken": {name: rule.summary for name, rule in BROKEN.items()},
+    }
+
+
+def _catalogue_table() -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+
+    found = _catalogue()
+    table = Table("SCENARIO", "FAULT", "PEERS", "SECONDS", "WHAT HAPPENS", box=None, pad_edge=False)
+    for row in found["scenarios"]:
+        table.add_row(row["name"], str(row["fault"] or ""), str(row["peers"]), f"{row['virtual_seconds']:g}", row["summary"])
+    rules = Table("--broken", "WHICH RULE, AND THE PROMISE THAT IT BREAKS", box=None, pad_edge=False)
+    for name, summary in found["broken"].items():
+        rules.add_row(name, summary)
+    missing = [f"fault {number} is not simulated: {why}" for number, why in found["not_simulated"].items()]
+    return Group(table, "", *missing, "", rules)

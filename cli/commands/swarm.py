@@ -1,0 +1,95 @@
+"""`lutetia swarm status|fetch`: ask a run's coordinator over py-libp2p, without hivemind or torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lutetia.cli.arguments import TicketArgument, read_ticket, setting
+from lutetia.cli.output import JsonFlag, emit
+
+if TYPE_CHECKING:
+    from lutetia.protocol.schema.status import SwarmStatus
+
+app = typer.Typer(help="Ask a run how it stands, or fetch its model.", no_args_is_help=True)
+
+
+@app.command("status")
+def swarm_status(
+    ticket: TicketArgument,
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address.", min=0.1)] = 8.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show accepted work per shard and the peers who do it."""
+    import time
+
+    from lutetia.cli.status_table import render_status
+
+    status = fetch_status(ticket, timeout)
+    emit(status, as_json, lambda: render_status(status, time.time()))
+
+
+def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
+    """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
+    decoded = read_ticket(ticket)
+
+    from lutetia.protocol.light_client.documents import thin_document
+    from lutetia.protocol.rpc.introduction import STATUS
+    from lutetia.protocol.schema.status import MAX_STATUS_BYTES
+    from lutetia.system.errors import ConfigError
+
+    status = read_status(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
+    if status.run != decoded.run:
+        raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
+    return status
+
+
+def read_status(data: bytes) -> SwarmStatus:
+    """The status that a coordinator sent. Raises IntegrityError when it is none."""
+    from pydantic import ValidationError
+
+    from lutetia.protocol.schema.manifest import first_problem
+    from lutetia.protocol.schema.status import SwarmStatus
+    from lutetia.system.errors import IntegrityError
+
+    try:
+        return SwarmStatus.model_validate_json(data)
+    except ValidationError as error:
+        raise IntegrityError(
+            f"the coordinator's status is malformed: {first_problem(error)}; update lutetia on one of the two sides"
+        ) from error
+
+
+@app.command("fetch")
+def fetch(
+    ticket: TicketArgument,
+    out: Annotated[Path, setting("FETCH_OUT", "Folder for the mixture; a former mixture there is replaced.")] = Path("mixture"),
+    checkpoints: Annotated[
+        bool, setting("FETCH_CHECKPOINTS", "The newest accepted checkpoints instead, from any peer: also without a coordinator.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None, setting("FETCH_PEER", "Address of a peer to ask instead of the ticket's (see `lutetia status --json`).")
+    ] = None,
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress that are too many.", min=0.1)] = 20.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fetch the run's newest mixture or checkpoints, verified against their signatures."""
+    from lutetia.cli.fetch_mixture import asked_at, fetch_mixture
+    from lutetia.cli.progress import progress
+
+    decoded = asked_at(read_ticket(ticket), peer or ())
+    if checkpoints:
+        from lutetia.cli.fetch_checkpoints import fetch_checkpoints
+
+        with progress("fetching checkpoints") as on_progress:
+            found = fetch_checkpoints(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
+        shards = [{"shard": given.shard, "epoch": given.epoch, "checkpoint": given.checkpoint} for given in found]
+        listed = {"folder": str(out), "run": decoded.run, "checkpoints": shards}
+        emit(listed, as_json, lambda: f"{len(found)} accepted checkpoints of run {decoded.run[:12]} are in {out}")
+        return
+    with progress("fetching the mixture") as on_progress:
+        mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
+    document = {"folder": str(out), "mixture": mixture.digest, "run": mixture.run, "files": len(mixture.files)}
+    emit(document, as_json, lambda: f"mixture {mixture.digest[:12]} is in {out}; next: lutetia generate PROMPT --mixture {out}")

@@ -1,0 +1,156 @@
+"""The demo's progress: a table that renews itself on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lutetia.cli.formatting import bar, clock, number
+from lutetia.cli.local.poller import Worker, busy_worker, samples_done
+from lutetia.cli.output import console
+from lutetia.protocol.schema.status import SwarmStatus
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+LINE_EVERY = 10.0  # seconds between plain progress lines
+_STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "unclaimed": "red", "overdue": "red"}
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One expert as the table shows it; `share` counts accepted and running work, `eta` is seconds."""
+
+    shard: int
+    name: str
+    state: str
+    worker: str
+    epoch: int
+    epochs: int
+    share: float
+    loss: float | None
+    holdout_loss: float | None
+    samples_per_second: float
+    eta: float | None
+
+
+def shard_rows(status: SwarmStatus, workers: Mapping[str, Worker]) -> list[ShardRow]:
+    """What the coordinator accepted, joined with what the workers say they are doing (by public key)."""
+    rows = []
+    for shard in status.shards:
+        worker = workers.get(shard.owner or "")
+        busy, done = busy_worker(shard, workers), samples_done(shard, workers)
+        left = shard.samples_budget - done
+        speed = busy.samples_per_second if busy else 0.0
+        rows.append(
+            ShardRow(
+                shard.shard, shard.name, shard.state, worker.name if worker else "-", shard.epoch, shard.epochs,
+                done / shard.samples_budget, busy.loss if busy else None, shard.holdout_loss, speed,
+                left / speed if speed > 0 else None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def line(row: ShardRow) -> str:
+    """One expert in a plain line."""
+    parts = [
+        f"expert {row.shard} {row.name}: {row.state}",
+        row.worker,
+        f"epoch {row.epoch}/{row.epochs}",
+        f"{100 * row.share:.0f} %",
+    ]
+    if row.loss is not None:
+        parts.append(f"loss {row.loss:.4f}")
+    if row.holdout_loss is not None:
+        parts.append(f"held-out {row.holdout_loss:.4f}")
+    if row.samples_per_second:
+        parts.append(f"{row.samples_per_second:.1f} samples/s")
+    if row.eta is not None:
+        parts.append(f"ETA {clock(row.eta)}")
+    return ", ".join(parts)
+
+
+@dataclass
+class View:
+    """What the demo shows. `timeline` keeps what happened, as (seconds since the start, sentence)."""
+
+    out: Console
+    live: Live | None = None
+    phase: str = ""
+    rows: Sequence[ShardRow] = ()
+    at: float = 0.0
+    timeline: list[tuple[float, str]] = field(default_factory=list)
+    _last_line: float = float("-inf")
+
+    def enter(self, at: float, phase: str) -> None:
+        """A new phase begins."""
+        self.phase, self.at = phase, at
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        else:
+            self.out.print(f"[{clock(at)}] {phase}", markup=False)
+
+    def happened(self, at: float, sentence: str) -> None:
+        """Something worth telling happened."""
+        self.timeline.append((at, sentence))
+        self.at = at
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        else:
+            self.out.print(f"[{clock(at)}]   {sentence}", markup=False)
+
+    def show(self, at: float, rows: Sequence[ShardRow]) -> None:
+        """How the experts stand now."""
+        self.rows, self.at = rows, at
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        elif at - self._last_line >= LINE_EVERY:
+            self._last_line = at
+            for row in rows:
+                self.out.print(f"[{clock(at)}]   {line(row)}", markup=False)
+
+    def table(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(f"lutetia demo   {clock(self.at)}   {self.phase}", style="bold")]
+        if self.rows:
+            parts.append(_rows_table(self.rows))
+        parts += [Text(f"  {clock(at)}  {sentence}", style="dim") for at, sentence in self.timeline]
+        return Group(*parts)
+
+
+def _rows_table(rows: Sequence[ShardRow]) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("EXPERT", "WORKER", "PROGRESS", "EPOCH", "LOSS", "HELD OUT", "SAMPLES/S", "ETA", "STATE"):
+        table.add_column(name, justify="right" if name in ("LOSS", "HELD OUT", "SAMPLES/S", "ETA") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.shard} {row.name}", row.worker, f"{bar(row.share)} {100 * row.share:3.0f} %", f"{row.epoch}/{row.epochs}",
+            number(row.loss), number(row.holdout_loss), f"{row.samples_per_second:.1f}" if row.samples_per_second else "-",
+            clock(row.eta), Text(row.state, style=_STATE_STYLE.get(row.state, "")),
+        )  # fmt: skip
+    return table
+
+
+@contextlib.contextmanager
+def live_view() -> Iterator[View]:
+    """A View on stdout: a Live table on a terminal, lines elsewhere."""
+    out = console()
+    if not out.is_terminal:
+        yield View(out)
+        return
+    from rich.live import Live
+
+    view = View(out)
+    with Live(view.table(), console=out, auto_refresh=False, vertical_overflow="visible") as live:
+        view.live = live
+        yield view

@@ -1,0 +1,166 @@
+"""The demo's report: what ran, what came of it, and what the killed worker cost, as one markdown page with pictures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lutetia.cli.demo.curves import LossCurve, draw_losses, draw_router
+from lutetia.cli.demo.takeover import Takeover
+from lutetia.cli.formatting import clock, short, size, thousands
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.system.files import write_atomic
+
+LOSSES, ROUTER = "held-out-loss.png", "router-accuracy.png"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of the demo, in seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass
+class Story:
+    """Everything that the report tells. `timeline` holds (seconds since the start, sentence)."""
+
+    manifest: Manifest
+    status: SwarmStatus
+    curves: Sequence[LossCurve]
+    phases: Sequence[Phase]
+    timeline: Sequence[tuple[float, str]]
+    workers: dict[str, str]  # public key -> name
+    speeds: dict[str, str]  # name -> what limits it
+    takeover: Takeover | None = None
+    prompts: Sequence[str] = ()
+    single: str = ""
+    preset: str = "demo"
+    parts: dict[str, int] = field(default_factory=dict)  # part of the mixture -> bytes
+
+
+def write_report(story: Story, folder: Path) -> None:
+    """Write `report.md` and its pictures into `folder`."""
+    takeover = story.takeover
+    draw_losses(story.curves, folder / LOSSES, (takeover.shard, takeover.epoch) if takeover else None)
+    if story.status.router and story.status.router.accuracy_by_time:
+        draw_router(story.status.router.accuracy_by_time, len(story.manifest.shards), folder / ROUTER)
+    sections = (
+        _head(story),
+        _samples(story),
+        _experts(story),
+        _router(story),
+        _kill(story),
+        _phases(story),
+        _machine(),
+        _onward(story),
+    )
+    write_atomic(folder / "report.md", ("\n\n".join(filter(None, sections)) + "\n").encode())
+
+
+def _table(*rows: Sequence[object]) -> str:
+    head, *body = [[str(cell) for cell in row] for row in rows]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
+
+
+def _head(story: Story) -> str:
+    total = sum(phase.seconds for phase in story.phases)
+    when = datetime.fromtimestamp(story.status.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    tiny = "\n\nThis was the tiny preset: its parts work together, its clips are noise." if story.preset == "tiny" else ""
+    return (
+        f"# A swarm trained {len(story.manifest.shards)} experts in {clock(total)} minutes\n\n"
+        f"Run `{story.manifest.run_id[:12]}` of {when}: one coordinator and {len(story.workers)} workers, each a process, "
+        "over libp2p on this machine's loopback. No gradient, parameter or activation passed between workers; each trained one "
+        f"cluster of the clips, and a router learned which of them suits a noisy clip and its prompt.{tiny}"
+    )
+
+
+def _samples(story: Story) -> str:
+    return (
+        "## Samples\n\n![real clip, mixture and single expert for every prompt](samples.gif)\n\n"
+        "Per prompt: the held-out real clip with the nearest caption, the mixture's clip, and the clip of "
+        f"{story.single} alone from the same noise. The same as video: [samples.mp4](samples.mp4). "
+        "The prompts stand in the run's manifest since before the training."
+    )
+
+
+def _experts(story: Story) -> str:
+    rows: list[Sequence[object]] = [
+        ("expert", "cluster", "clips", "share", "held-out loss, start", "end", "epochs", "samples", "trained by")
+    ]
+    for shard, curve, now in zip(story.manifest.shards, story.curves, story.status.shards, strict=True):
+        authors = list(dict.fromkeys(story.workers.get(author, short(author)) for author in curve.authors if author))
+        losses = [f"{loss:.4f}" for loss in curve.losses] or ["-"]
+        rows.append(
+            (shard.index, shard.name, shard.clips, f"{100 * shard.prior:.0f} %", losses[0], losses[-1],
+             f"{now.epoch}/{now.epochs}", thousands(now.samples), ", then ".join(authors) or "-")
+        )  # fmt: skip
+    return f"## Experts\n\n{_table(*rows)}\n\n![held-out loss per expert over accepted epochs]({LOSSES})"
+
+
+def _router(story: Story) -> str:
+    router = story.status.router
+    if router is None:
+        return "## Router\n\nNo router was trained."
+    picture = f"\n\n![router accuracy per bin of t]({ROUTER})" if router.accuracy_by_time else ""
+    right = f"{100 * router.accuracy:.1f} %"
+    return f"## Router\n\nIt names the right expert for {right} of held-out noisy clips, over all noise levels.{picture}"
+
+
+def _kill(story: Story) -> str:
+    takeover = story.takeover
+    if takeover is None:
+        return "## The killed worker\n\nNo worker was killed: the work was done before the right moment came."
+    rows = [("seconds after the kill", "what happened")]
+    rows += [(f"{at - takeover.killed:.1f}", text) for at, text in takeover.steps()]
+    lost = f"Lost: {thousands(takeover.samples_lost)} samples since the last accepted checkpoint, which the heir trained again."
+    return f"## The killed worker\n\n{_table(*rows)}\n\n{lost} A lease here is {story.manifest.timing.lease:.0f} s."
+
+
+def _phases(story: Story) -> str:
+    rows: list[Sequence[object]] = [("phase", "time")]
+    rows += [(phase.name, clock(phase.seconds)) for phase in story.phases]
+    rows.append(("**all**", f"**{clock(sum(phase.seconds for phase in story.phases))}**"))
+    workers = "\n".join(f"- {name}: {limit}" for name, limit in story.speeds.items())
+    told = "\n".join(f"- {clock(at)} {text}" for at, text in story.timeline)
+    return f"## Time\n\n{_table(*rows)}\n\nWorkers were given different speeds:\n\n{workers}\n\n{told}"
+
+
+def _machine() -> str:
+    return f"## Machine\n\n{machine()}"
+
+
+def machine() -> str:
+    """This machine in one line."""
+    import psutil
+
+    processor = platform.processor() or platform.machine()
+    if (facts := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":", 1)[1].strip() for line in facts.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{processor}, {cores} cores, {size(psutil.virtual_memory().total)} memory, {system}"
+
+
+def _onward(story: Story) -> str:
+    prompt = story.prompts[0] if story.prompts else "a purple star spins"
+    return f"""## Go on
+
+```sh
+lutetia generate "{prompt}" --mixture mixture --out clip.mp4
+```
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("mixture", trust_remote_code=True)
+clips = pipeline(["{prompt}"], seed=0).frames  # uint8 [clips, frames, height, width, 3]
+```"""

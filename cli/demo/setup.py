@@ -1,0 +1,39 @@
+"""The demo's first acts, before the swarm: clips, shards, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lutetia.cli.demo.presets import Preset
+
+
+@dataclass(frozen=True)
+class MadeRun:
+    """A run that is ready to be served."""
+
+    folder: Path
+    clips: Path
+    data: Path
+    ticket: str
+
+
+def make_run(work: Path, preset: Preset, address: str, phase: Callable[[str], AbstractContextManager[None]]) -> MadeRun:
+    """Draw clips, build shards from the mp4 files, and create the run whose coordinator will be at `address` (host:port)."""
+    with phase("start"):  # torch takes some seconds to import
+        from lutetia.cli.arguments import settings_of
+        from lutetia.coordinator.admin.create import create_run
+        from lutetia.coordinator.settings import RunSettings
+        from lutetia.models.data.build import BuildSettings, build_data
+        from lutetia.models.data.ingest.synthetic import make_clips
+    clips, data, folder = work / "clips", work / "data", work / "run"
+    with phase(f"draw {preset.clips} captioned clips as mp4 files"):
+        make_clips(clips, preset.clips, preset.seed, preset.frames, preset.size)
+    with phase("build shards: decode, encode, cluster"):
+        build_data(clips, data, settings_of(BuildSettings, "demo preset", {**preset.build, "cache": work / "cache"}))
+    with phase("create the run: manifest, keys, ticket"):
+        settings = settings_of(RunSettings, "demo preset", {**preset.run, "addresses": (address,)})
+        created = create_run(data, folder, settings)
+    return MadeRun(folder, clips, data, created.ticket)

@@ -1,0 +1,58 @@
+"""A run's newest accepted checkpoints over py-libp2p, from whichever peers hold them: its coordinator need not be there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lutetia.cli.workspace import check_replaceable, workspace
+from lutetia.protocol.light_client.blobs import thin_blobs
+from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.rpc.accepted_checkpoints import ACCEPTED, read_accepted
+from lutetia.protocol.rpc.introduction import MANIFEST
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
+from lutetia.protocol.schema.records import AcceptanceRecord
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import UnreachableError
+from lutetia.system.files import replace_folder
+
+_MARK = "manifest.json"
+_MOST_ADDRESSES = 16  # of a ticket
+
+
+def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> list[AcceptanceRecord]:
+    """Put the newest accepted weights and training state of every shard into `out`, whole or not at all.
+
+    `out` holds the signed manifest and one folder per shard: `weights.safetensors`, `state.safetensors` and `acceptance.json`.
+    Raises BootstrapError or UnreachableError (nobody answers, or holds them), AuthorisationError, IntegrityError, UsageError
+    (`out` holds something else) or DiskError.
+    """
+    check_replaceable(out, (_MARK,))
+    signed = open_manifest(
+        thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
+    )
+    accepted = read_accepted(thin_document(ticket, ACCEPTED, timeout), signed.manifest, time.time())
+    if not accepted:
+        raise UnreachableError(f"that peer knows no accepted checkpoint of run {ticket.run[:12]}; ask another, or later")
+    total = sum(given.weights.size + given.state.size for given, _ in accepted)
+    before = 0
+    with workspace(out) as work:
+        folder = work / "checkpoints"
+        folder.mkdir()
+        for given, holders in accepted:
+            shard = folder / f"shard-{given.shard:04d}"
+            shard.mkdir()
+            places = tuple(dict.fromkeys((*holders, *ticket.addresses)))[:_MOST_ADDRESSES]
+            files = {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
+            told = before
+            thin_blobs(
+                ticket.model_copy(update={"addresses": places}), files, timeout,
+                lambda done, _, told=told: on_bytes(told + done, total),
+            )  # fmt: skip
+            before += given.weights.size + given.state.size
+            (shard / "acceptance.json").write_bytes(canonical(given))
+        (folder / _MARK).write_bytes(signed.to_bytes())
+        replace_folder(folder, out)
+    return [given for given, _ in accepted]

@@ -1,0 +1,76 @@
+"""A run's mixture over py-libp2p: description, files, signatures, and only then the folder that the user named."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lutetia.cli.workspace import check_replaceable, workspace
+from lutetia.models.mixing.description import FILE, MixtureDocument, SignedMixture, signed_document, verify_mixture
+from lutetia.protocol.light_client.blobs import thin_blobs
+from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import IntegrityError, UnreachableError, UsageError
+from lutetia.system.files import replace_folder
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
+_MOST_BYTES, _MOST_FILES = 1 << 40, 100_000
+
+
+def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
+    """The ticket with the addresses of `peers` in place of its own. Raises UsageError when one is no address."""
+    if not peers:
+        return ticket
+    try:
+        return Ticket(run=ticket.run, owner=ticket.owner, addresses=tuple(peers))
+    except ValidationError as error:
+        raise UsageError(
+            f"{peers[0]} is no peer's address ({first_problem(error)}); write it like /ip4/203.0.113.5/tcp/41000/p2p/12D3…"
+        ) from error
+
+
+def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> MixtureDocument:
+    """Put the newest mixture of the ticket's run into `out`, whole or not at all.
+
+    Raises BootstrapError or UnreachableError (nobody serves it, or there is none yet), AuthorisationError (signature),
+    IntegrityError (bytes), UsageError (`out` holds something else) or DiskError.
+    """
+    check_replaceable(out, (FILE,))
+    manifest = open_manifest(
+        thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
+    ).manifest
+    data = thin_document(ticket, MIXTURE, timeout)
+    if not data:
+        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; look at lutetia swarm status and try again later")
+    described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before a byte is fetched
+    if described.run != ticket.run:
+        raise IntegrityError(f"the mixture that was offered is of run {described.run[:12]}, not {ticket.run[:12]}; ask again")
+    with workspace(out) as work:
+        folder = work / "mixture"
+        folder.mkdir()
+        (folder / FILE).write_bytes(data)
+        thin_blobs(ticket, {folder / name: ref for name, ref in described.files.items()}, timeout, on_bytes)
+        document = verify_mixture(folder, manifest.coordinators)
+        replace_folder(folder, out)
+    return document
+
+
+def read_description(data: bytes) -> SignedMixture:
+    """The description, not yet verified, if it is safe to act on. Raises IntegrityError."""
+    try:
+        signed = SignedMixture.model_validate_json(data)
+    except ValidationError as error:
+        raise IntegrityError(f"the mixture's description is malformed: {first_problem(error)}; ask another peer") from error
+    document = signed.mixture
+    bad = next((name for name in document.files if not _SAFE_NAME.fullmatch(name)), None)
+    if bad is not None:
+        raise IntegrityError(f"the mixture's description names the file {bad[:80]!r}, which would leave its folder; refused")
+    if len(document.files) > _MOST_FILES or sum(ref.size for ref in document.files.values()) > _MOST_BYTES:
+        raise IntegrityError("the mixture's description names more than fits anywhere; refused")
+    return signed

@@ -1,0 +1,109 @@
+"""A study's sides against each other, from clips that were sampled before; what is found is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from lutetia.cli.study.state import StudyState
+    from lutetia.models.metrics.comparison import Comparison
+    from lutetia.models.metrics.evaluator import Entry
+    from lutetia.models.metrics.stats.intervals import Figure
+    from lutetia.models.study.config import Prompts
+    from lutetia.models.study.plan import Reading, Training
+
+T = TypeVar("T", bound=Frozen)
+MONOLITH = "monolith"
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What the readings that `state` has judged so far say about each other."""
+
+    state: StudyState
+
+    def headline(self, arm: str = MONOLITH) -> dict[str, tuple[Comparison, ...]]:
+        """`arm` of the whole budget against the mixture, over all seeds of which both sides are judged."""
+        from lutetia.models.study.results import Headline
+
+        name = "headline" if arm == MONOLITH else f"headline-{arm}"
+        return {prompts: found.rows for prompts, found in self._compared(name, Headline, self.state.bench.compare, arm)}
+
+    def beyond(self) -> dict[str, tuple[Comparison, ...]]:
+        """The headline's distances beyond what the autoencoder costs both sides."""
+        from lutetia.models.study.results import Headline
+
+        compare_beyond = partial(self.state.bench.compare_beyond, self.state.latents)
+        return {prompts: found.rows for prompts, found in self._compared("beyond", Headline, compare_beyond)}
+
+    def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
+        """The headline's distance by kind, over the same seeds."""
+        from lutetia.models.study.results import Kinds
+
+        return {prompts: found.rows for prompts, found in self._compared("kinds", Kinds, self.state.bench.compare_kinds)}
+
+    def _compared(
+        self, name: str, shape: type[T], compare: Callable[..., Any], arm: str = MONOLITH
+    ) -> Iterator[tuple[Prompts, T]]:
+        """What `compare` finds between the sides, by kind of prompts; kept as `shape` under `name`."""
+        state = self.state
+        for prompts in state.config.judging.prompts:
+            pairs = [pair for pair in self.pairs(prompts, arm) if all(reading.name in state.judged for reading in pair)]
+            if not pairs:
+                continue
+            seeds = tuple(state.plan.training(pair[0].training).seed for pair in pairs)
+            path = state.figure(f"{name}-{prompts}-{'-'.join(map(str, seeds))}")
+            if not path.is_file():
+                sides = [[state.clips_of(pair[side]) for pair in pairs] for side in (0, 1)]
+                rows = compare(prompts, pairs[0][0].clips, *sides, seeds)
+                write_atomic(path, shape.model_validate({"rows": rows}).model_dump_json().encode())
+            yield prompts, shape.model_validate_json(path.read_bytes())
+
+    def pairs(self, prompts: str, arm: str = MONOLITH) -> list[tuple[Reading, Reading]]:
+        """The final readings of `arm` and of the mixture, seed by seed."""
+        state = self.state
+
+        def final(training: Training) -> Reading:
+            own = [reading for reading in state.plan.readings_of(training) if reading.prompts == prompts]
+            return next(r for r in own if r.epoch == training.epochs and r.clips == state.config.judging.clips)
+
+        sides = state.plan.of("headline", arm), state.plan.of("headline", "mixture")
+        return [(final(a), final(b)) for a, b in zip(*sides, strict=True)]
+
+    def against(self) -> dict[str, Figure]:
+        """The distance of every judged control over that of the mixture of its seed, asked as a user would ask it."""
+        from lutetia.models.study.results import Against
+
+        state = self.state
+        rows = [(training, reading) for training, reading in state.plan.controls(state.config) if reading.name in state.judged]
+        mixtures = {training.seed: reading for training, reading in rows if training.arm == "mixture" and reading.plain}
+        found = {}
+        for training, reading in rows:
+            mixture = mixtures.get(training.seed)
+            if mixture is None or mixture == reading:
+                continue
+            path = state.figure(f"against-{reading.name}")
+            if not path.is_file():
+                sides = state.clips_of(reading), state.clips_of(mixture)
+                ratio = state.bench.ratio(reading.prompts, reading.clips, *sides, training.seed)
+                write_atomic(path, Against(ratio=ratio).model_dump_json().encode())
+            if ratio := Against.model_validate_json(path.read_bytes()).ratio:
+                found[reading.name] = ratio
+        return found
+
+    def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
+        """Real clips through the autoencoder alone."""
+        from lutetia.models.study.results import Rebuilt
+
+        state = self.state
+        path = state.figure(f"spare-rebuilt-{prompts}")
+        if not path.is_file():
+            found = Rebuilt(entries=state.bench.rebuilt(state.latents, prompts, state.config.judging.clips))
+            write_atomic(path, found.model_dump_json().encode())
+        return Rebuilt.model_validate_json(path.read_bytes()).entries

@@ -1,0 +1,122 @@
+"""Mixtures of a finished training: of its accepted checkpoints at any epoch, and with a router that does not see the prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lutetia.system.errors import IntegrityError
+from lutetia.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from lutetia.models.data.shards import ShardData
+    from lutetia.models.study.plan import Reading, Training
+    from lutetia.protocol.schema.manifest import Manifest
+
+
+def mixture_of(reading: Reading, training: Training, folder: Path) -> Path:
+    """The mixture folder that `reading` asks, stitched on first use below the training's `folder`."""
+    if reading.route == "text-blind":
+        return _blind(folder / "run", folder / "mixtures" / "text-blind", training)
+    return mixture_at(reading.epoch, training, folder)
+
+
+def mixture_at(epoch: int, training: Training, folder: Path) -> Path:
+    """The mixture of `training` when it had `epoch` checkpoints, stitched on first use."""
+    run = folder / "run"
+    if epoch == training.epochs:
+        return run / "mixture"
+    target = folder / "mixtures" / f"epoch-{epoch}"
+    if not (target / "mixture.json").is_file():
+        from lutetia.models.mixing.stitch import stitch
+
+        manifest = _manifest(run)
+        stitch(target, manifest, weights_at(run, manifest, epoch), _router(run) if training.experts > 1 else None)
+    return target
+
+
+def weights_at(run: Path, manifest: Manifest, epoch: int) -> list[Path]:
+    """The accepted weights of every shard at `epoch`, from the ledger. Raises IntegrityError where one is not there."""
+    from lutetia.coordinator.ledger.describe import read_events
+    from lutetia.protocol.blobs.store import BlobStore
+
+    found = {}
+    for event in read_events(run):
+        if event.kind == "checkpoint-accepted" and event.acceptance.epoch == epoch:
+            found[event.acceptance.shard] = event.acceptance.weights.digest
+    missing = [shard.index for shard in manifest.shards if shard.index not in found]
+    if missing:
+        raise IntegrityError(f"the ledger of {run} has no accepted epoch {epoch} of shard {missing[0]}; train it again")
+    store = BlobStore(run / "blobs")
+    return [store.path(found[shard.index]) for shard in manifest.shards]
+
+
+def accepted_losses(run: Path) -> dict[int, list[tuple[int, float]]]:
+    """Per shard its (epoch, held-out loss on its own shard) as the coordinator measured them."""
+    from lutetia.coordinator.ledger.describe import read_events
+
+    losses: dict[int, dict[int, float]] = {}
+    for event in read_events(run):
+        if event.kind == "checkpoint-accepted":
+            losses.setdefault(event.acceptance.shard, {})[event.acceptance.epoch] = event.acceptance.holdout_loss
+    return {shard: sorted(points.items()) for shard, points in losses.items()}
+
+
+def router_figures(run: Path) -> dict[str, object] | None:
+    """Accuracy overall and by timestep, and calibration, of the run's router; None for a monolith."""
+    from lutetia.coordinator.ledger.describe import read_events
+
+    trained = [event for event in read_events(run) if event.kind == "router-trained"]
+    if not trained:
+        return None
+    last = trained[-1]
+    return {
+        "accuracy": last.accuracy,
+        "accuracy_by_time": list(last.accuracy_by_time),
+        "calibration_error": last.calibration_error,
+    }
+
+
+def _blind(run: Path, target: Path, training: Training) -> Path:
+    """The same experts under a router of the same size that sees the noisy clip and its time only."""
+    if (target / "mixture.json").is_file():
+        return target
+    from lutetia.models.data.shards import load_shard
+    from lutetia.models.mixing.router import train_router
+    from lutetia.models.mixing.stitch import stitch
+    from lutetia.protocol.blobs.store import BlobStore
+
+    manifest = _manifest(run)
+    blind = manifest.model_copy(update={"router": manifest.router.model_copy(update={"text_conditioned": False})})
+    store = BlobStore(run / "blobs")
+
+    def shards(split: str) -> list[ShardData]:
+        return [load_shard(store.path(getattr(shard, split).digest), manifest.latent) for shard in manifest.shards]
+
+    router, report = train_router(blind, shards("train"), seed=0, holdouts=shards("holdout"))
+    figures = {
+        "accuracy": report.accuracy,
+        "accuracy_by_time": list(report.accuracy_by_time),
+        "calibration_error": report.ece,
+    }
+    write_atomic(target.with_name("text-blind.json"), json.dumps(figures).encode())
+    stitch(target, blind, weights_at(run, manifest, training.epochs), router)
+    return target
+
+
+def _manifest(run: Path) -> Manifest:
+    from lutetia.coordinator.run_folder import RunFolder
+
+    return RunFolder(run).read_manifest(now=0.0).manifest
+
+
+def _router(run: Path) -> Path:
+    """The file of the run's router."""
+    from lutetia.coordinator.ledger.describe import read_events
+    from lutetia.protocol.blobs.store import BlobStore
+
+    trained = [event.router.digest for event in read_events(run) if event.kind == "router-trained"]
+    if not trained:
+        raise IntegrityError(f"the ledger of {run} knows no router; train it again")
+    return BlobStore(run / "blobs").path(trained[-1])

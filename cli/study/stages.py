@@ -1,0 +1,141 @@
+"""A study from clips to tables, stage by stage; each stage keeps its result on disk and is skipped when it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lutetia.cli.study import mixtures
+from lutetia.cli.study import training as study_training
+from lutetia.cli.study.comparisons import Comparisons
+from lutetia.cli.study.state import StudyState
+from lutetia.cli.workspace import ready
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.system.errors import ConfigError
+from lutetia.system.files import disk_errors, write_atomic
+
+if TYPE_CHECKING:
+    from lutetia.models.study.clips import ClipCounts
+    from lutetia.models.study.config import Prompts, StudyConfig
+    from lutetia.models.study.results import StudyResults
+
+Progress = Callable[[str, int, int], None]
+_MAY_CHANGE = {"seeds", "controls", "judging", "machines"}  # between calls: they add to a study, or only ask it otherwise
+_HERE_ONLY = {"device", "workers", "cache"}  # of the data's settings: how this box builds them, not what they are
+GRID_ROWS = 8
+
+
+def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyResults:
+    """Do whatever of the study is not done yet and write its results into `out`. Raises LutetiaError, one sentence."""
+    from lutetia.cli.progress import progress
+
+    with disk_errors(home), progress(f"study {config.name}") as on_progress:
+        home.mkdir(parents=True, exist_ok=True)
+        _remember(config, home)
+        ready(out)
+        state = StudyState.prepare(config, home, out, cache, on_progress)
+        for training in state.plan.trainings:
+            study_training.check_budget(training, state.folder(training))
+        state.recall()
+        results = write_results(state)
+        for training in state.plan.trainings:
+            if state.carry_on(training):
+                results = write_results(state)
+    return results
+
+
+def prepare_data(config: StudyConfig, home: Path, cache: Path) -> ClipCounts:
+    """The state that need no accelerator: clips, autoencoder, and the shards of every way of clustering."""
+    from lutetia.cli.progress import progress
+
+    with disk_errors(home), progress(f"study {config.name}") as on_progress:
+        home.mkdir(parents=True, exist_ok=True)
+        _remember(config, home)
+        state = StudyState.prepare(config, home, home / "results", cache, on_progress)
+        for training in state.plan.trainings:
+            state.data(training)
+    return state.counts
+
+
+def _remember(config: StudyConfig, home: Path) -> None:
+    """Keep the study's config, and refuse to go on with another one."""
+    path = home / "study.json"
+    fixed = canonical(config.model_dump(mode="json", exclude={**dict.fromkeys(_MAY_CHANGE, True), "data": _HERE_ONLY}))
+    if path.is_file() and path.read_bytes() != fixed:
+        raise ConfigError(
+            f"{home} holds a study of another config; only {', '.join(sorted(_MAY_CHANGE))} may change, so name another --folder"
+        )
+    write_atomic(path, fixed)
+
+
+def write_results(state: StudyState) -> StudyResults:
+    """Tables, curves and grids of what is known by now."""
+    from lutetia.models.study.pictures import draw_curves
+    from lutetia.models.study.tables import report
+
+    results = collect_results(state)
+    with disk_errors(state.out):
+        state.out.mkdir(parents=True, exist_ok=True)
+        pictures = []
+        if results.judged:
+            draw_curves(results, state.out / "curves.png")
+            pictures.append("curves.png")
+        if results.headline:
+            _grid(state, state.out / "samples.png")
+            pictures.append("samples.png")
+        slim = results.model_copy(update={"judged": {k: v.model_copy(update={"values": {}, "labels": ()})
+                                                     for k, v in results.judged.items()}})  # fmt: skip
+        write_atomic(state.out / "results.json", slim.model_dump_json(indent=1).encode())
+        write_atomic(state.out / "README.md", report(results, pictures, _sheets(state)).encode())
+    return results
+
+
+def collect_results(state: StudyState) -> StudyResults:
+    from lutetia.models.data.description import read_data
+    from lutetia.models.metrics.report import hardware
+    from lutetia.models.study.results import StudyResults, Trained
+
+    trainings, clusters, whole = {}, {}, 0.0
+    for training in state.plan.trainings:
+        run = state.folder(training) / "run"
+        if not study_training.finished(run):
+            continue
+        spent = study_training.seconds(state.folder(training))
+        losses, router = mixtures.accepted_losses(run), mixtures.router_figures(run)
+        trainings[training.name] = Trained(seconds=spent, losses=losses, router=router)
+        whole += spent
+        clusters[training.data] = read_data(state.data(training)).clustering.model_dump(mode="json")
+    config: dict[str, Any] = state.config.model_dump(mode="json")
+    comparisons = Comparisons(state)
+    compared = comparisons.headline()
+    encoded: list[Prompts] = [each for each in state.config.judging.prompts if each in compared and state.latents != "pixels"]
+    return StudyResults(
+        name=state.config.name, config=config, plan=state.plan, clips=state.counts, clusters=clusters, trainings=trainings,
+        judged=dict(state.judged), headline=compared, hardware=hardware(), seconds=whole,
+        autoencoder_psnr=state.autoencoder_psnr,
+        rebuilt={str(each): comparisons.rebuilt(each) for each in encoded}, kinds=comparisons.kinds(),
+        beyond=comparisons.beyond() if encoded else {},
+        rivals={arm: comparisons.headline(arm) for arm in state.config.controls.full}, against=comparisons.against(),
+    )  # fmt: skip
+
+
+def _sheets(state: StudyState) -> list[str]:
+    """Copy the contact sheets of the headline's clusters into the results; their names relative to those."""
+    built = state.home / "data" / state.plan.of("headline", "mixture")[0].data / "sheets"
+    for sheet in (found := sorted(built.glob("*.png"))):
+        write_atomic(state.out / "clusters" / sheet.name, sheet.read_bytes())
+    return [f"clusters/{sheet.name}" for sheet in found]
+
+
+def _grid(state: StudyState, path: Path) -> None:
+    """Real, monolith and mixture for the first prompts, of the first seed."""
+    from lutetia.models.study.pictures import write_grid
+
+    prompts = state.config.judging.prompts[-1]  # stratified, where asked for: every kind is seen
+    first = next(pair for pair in Comparisons(state).pairs(prompts) if all(reading.name in state.judged for reading in pair))
+    real = state.bench.judges(prompts, first[0].clips).reference
+    rows = range(min(GRID_ROWS, len(real)))
+    columns = {"real": real, "monolith": state.clips_of(first[0]), "mixture": state.clips_of(first[1])}
+    shown = {name: [clips.frames[row].numpy() for row in rows] for name, clips in columns.items()}
+    write_grid(path, real.captions[: len(rows)], shown)

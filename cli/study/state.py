@@ -1,0 +1,139 @@
+"""The state of a study that is under way: its plan, its folders, and the readings that are judged already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lutetia.cli.study import mixtures
+from lutetia.cli.study import training as study_training
+from lutetia.cli.study.autoencoder import own_latents
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from lutetia.models.metrics.clips import ClipSet
+    from lutetia.models.study.clips import ClipCounts
+    from lutetia.models.study.config import StudyConfig
+    from lutetia.models.study.evaluation import Bench, Judged
+    from lutetia.models.study.plan import Plan, Reading, Training
+
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StudyState:
+    """A study under way: what is planned, where its parts lie, and what of it is judged already."""
+
+    config: StudyConfig
+    home: Path
+    out: Path
+    cache: Path
+    on_progress: Progress
+    plan: Plan
+    counts: ClipCounts
+    bench: Bench
+    latents: str
+    autoencoder_psnr: dict[str, float]
+    judged: dict[str, Judged] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, config: StudyConfig, home: Path, out: Path, cache: Path, on_progress: Progress) -> StudyState:
+        """Clips in their roles, and the plan."""
+        from lutetia.models.study.clips import split_clips
+        from lutetia.models.study.evaluation import Bench
+        from lutetia.models.study.plan import plan_study, planned_latent
+
+        plan = plan_study(config, planned_latent(config))
+        key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
+        counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
+        latents, psnr = own_latents(config, home / "clips" / "train", cache, on_progress)
+        bench = Bench(config, home / "clips", cache / "metrics", on_progress)
+        return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
+
+    def carry_on(self, training: Training) -> bool:
+        """Build its data, train it, judge its readings. False when all that was known already."""
+        data, start = self.data(training), self._start(training)
+        if not (self.folder(training) / "run").is_dir():
+            self.forget(training)
+        study_training.train(training, data, self.folder(training), self.config, self.on_progress, start)
+        missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.judged]
+        for reading in missing:
+            self._judge(reading, training)
+        return bool(missing)
+
+    def forget(self, training: Training) -> None:
+        """The run was removed to train it anew: drop what the old one was found to be, and all comparisons."""
+        if not any(self._figures.glob(f"{training.name}-*")):
+            return
+        others = tuple(f"{other.name}-" for other in self.plan.trainings if other != training)
+        for path in self._figures.iterdir():
+            if not path.name.startswith(others):
+                path.unlink()
+
+    def _start(self, training: Training) -> Path | None:
+        """The mixture that it begins with; the plan trains it before."""
+        if training.begin is None:
+            return None
+        base = self.plan.training(training.begin.training)
+        return mixtures.mixture_at(training.begin.epoch, base, self.folder(base))
+
+    def recall(self) -> None:
+        """Read the figures that earlier calls left, so that a report after a cut is not emptier than the last before it."""
+        from lutetia.models.study.evaluation import Judged
+
+        for training in self.plan.trainings:
+            for reading in self.plan.readings_of(training):
+                path = self.figure(reading.name)
+                if path.is_file() and study_training.finished(self.folder(training) / "run"):
+                    self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
+
+    def folder(self, training: Training) -> Path:
+        return self.home / "runs" / training.name
+
+    def data(self, training: Training) -> Path:
+        """The built data of a training, shared by all that cluster alike."""
+        from lutetia.models.data.build import build_data
+        from lutetia.models.data.cluster.balance import balance
+
+        target = self.home / "data" / training.data
+        if (target / "data.json").is_file():
+            return target
+        if training.method == "balanced":
+            balance(self.data(self.plan.of("headline", "mixture")[0]), target)
+        else:
+            update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
+            update["latents"] = self.latents
+            build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
+        return target
+
+    def mixture(self, reading: Reading) -> Path:
+        training = self.plan.training(reading.training)
+        return mixtures.mixture_of(reading, training, self.folder(training))
+
+    def _judge(self, reading: Reading, training: Training) -> None:
+        from lutetia.models.study.evaluation import cluster_labels
+
+        labels = cluster_labels(self.data(training))
+        self.judged[reading.name] = found = self.bench.judge(reading, self.mixture(reading), training.seed, labels)
+        write_atomic(self.figure(reading.name), found.model_dump_json().encode())
+
+    def clips_of(self, reading: Reading) -> ClipSet:
+        """The clips of a judged reading, as they were kept."""
+        training = self.plan.training(reading.training)
+        from lutetia.models.study.evaluation import cluster_labels
+
+        return self.bench.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
+
+    def figure(self, name: str) -> Path:
+        """Where figures are kept: under their name and the way of judging."""
+        how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
+        return self._figures / f"{name}-{how}.json"
+
+    @property
+    def _figures(self) -> Path:
+        return self.home / "figures"

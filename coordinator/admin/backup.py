@@ -1,0 +1,233 @@
+"""`coordinator backup`: a consistent copy of a run while it is served, of which a second time only what is new is copied.
+
+Layout of a backup: `blobs/`, a folder of the run's small files and its ledger named by how far that reaches, and `backup.json`,
+the signed index, which names that folder and is written last: a backup that is interrupted leaves the one before it whole.
+It holds the run's keys: whoever has it can be the coordinator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.models.mixing.description import FILE as MIXTURE_FILE
+from lutetia.protocol.blobs.store import BlobMissing, BlobStore
+from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.identity import Identity, verify
+from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest, Signature, first_problem
+from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
+from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
+
+_log = logging.getLogger(__name__)
+
+INDEX = "backup.json"
+_SIGNING_DOMAIN = b"lutetia-backup-1\n"
+_SECRET = frozenset({"owner.key", "coordinator.key"})
+_ROUNDS = 5
+_PART = ".ledger.sqlite.part"
+
+OnProgress = Callable[[str, int, int], None]
+"""(stage, bytes done, bytes in all)"""
+
+
+class BackupIndex(Frozen):
+    """What a backup holds: `files` of `folder` with the SHA-256 of their bytes, `blobs`; its ledger's `events` end in `chain`."""
+
+    format: Literal[1] = 1
+    run: Digest
+    name: str
+    time: float
+    manifest_version: int
+    events: int = Field(ge=1)
+    chain: Digest
+    accepted: int
+    folder: str = Field(pattern=r"^state-\d{8}-[0-9a-f]{8}$")
+    files: dict[str, Digest]
+    blobs: tuple[BlobRef, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(blob.size for blob in self.blobs)
+
+
+class SignedBackup(Frozen):
+    """An index and the coordinator's signature over its canonical bytes."""
+
+    index: BackupIndex
+    signature: Signature
+
+    @classmethod
+    def sign(cls, index: BackupIndex, coordinator: Identity) -> SignedBackup:
+        return cls(index=index, signature=coordinator.sign(_SIGNING_DOMAIN + canonical(index)))
+
+    def check(self, manifest: Manifest, where: Path) -> None:
+        """Raises AuthorisationError unless one of the run's coordinators signed it."""
+        message = _SIGNING_DOMAIN + canonical(self.index)
+        if not any(verify(key, message, self.signature) for key in manifest.coordinators):
+            raise AuthorisationError(f"{where / INDEX} is not signed by a coordinator of its run; use another backup")
+
+
+@dataclass(frozen=True)
+class BackedUp:
+    """What `backup_run` did; `copied` bytes of blobs were not in the backup before."""
+
+    index: BackupIndex
+    copied: int
+
+
+def read_index(backup: Path) -> SignedBackup:
+    """Raises ConfigError when `backup` holds none, IntegrityError when it is malformed."""
+    try:
+        return SignedBackup.model_validate_json((backup / INDEX).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{backup} holds no backup ({INDEX}: {error.strerror}); name the folder of one") from error
+    except ValidationError as error:
+        raise IntegrityError(f"{backup / INDEX} is malformed: {first_problem(error)}; use another backup") from error
+
+
+def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, done, total: None) -> BackedUp:
+    """Bring the backup in `out` to the run's present state; the run may be served meanwhile.
+
+    Raises ConfigError (no run there, or `out` holds something else), IntegrityError (a blob of the run is damaged) or DiskError.
+    """
+    folder = RunFolder(root)
+    manifest = folder.read_manifest(now=0.0).manifest
+    _check_place(out, manifest.run_id)
+    with disk_errors(out):
+        make_folder(out)
+        out.chmod(0o700)
+    for _ in range(_ROUNDS):
+        state, (events, chain) = _copy_ledger(folder, out)
+        blobs, copied = _copy_blobs(folder, out, on_progress)
+        if not (lacking := needed(state, manifest) - {blob.digest for blob in blobs}):
+            break
+        _log.info("the run moved on while it was copied (%d blobs); looking again", len(lacking))
+    else:
+        raise IntegrityError(
+            f"{folder.blobs} lacks blob {min(lacking)[:12]}, which the ledger rests on; fetch it before a backup"
+        )
+    place = f"state-{events:08d}-{chain[:8]}"
+    index = BackupIndex(
+        run=manifest.run_id, name=manifest.name, time=time.time(), manifest_version=state.manifest_version, events=events,
+        chain=chain, accepted=state.accepted, folder=place, files=_copy_files(folder, out, out / place), blobs=tuple(blobs),
+    )  # fmt: skip
+    write_atomic(out / INDEX, canonical(SignedBackup.sign(index, Identity.load(folder.coordinator_key))))
+    _forget_others(out, index)
+    return BackedUp(index, copied)
+
+
+def _check_place(out: Path, run: str) -> None:
+    """A backup goes into an empty folder or over an older backup of the same run."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "blobs").is_dir()):
+        raise ConfigError(f"{out} holds something else; name a new folder or that of an older backup of this run")
+    if (out / INDEX).exists() and (found := read_index(out).index.run) != run:
+        raise ConfigError(f"{out} is a backup of run {found[:12]}, not of {run[:12]}; name another folder")
+
+
+def needed(state: RunState, manifest: Manifest) -> set[str]:
+    """Digests without which the run cannot go on: its data, the accepted checkpoints and the router."""
+    refs: list[BlobRef | None] = []
+    for shard in manifest.shards:
+        refs += [shard.train, shard.holdout, manifest.expert_of(shard.index).init]
+    for shard in state.shards.values():
+        refs += [shard.acceptance.weights, shard.acceptance.state] if shard.acceptance else []
+    refs.append(state.router.router if state.router else None)
+    return {ref.digest for ref in refs if ref}
+
+
+def _copy_ledger(folder: RunFolder, out: Path) -> tuple[RunState, tuple[int, str]]:
+    """A snapshot of the ledger in `out`, verified event by event: (its state, (events, chain))."""
+    part = out / _PART
+    part.unlink(missing_ok=True)
+    ledger = Ledger.open(folder.ledger)
+    try:
+        ledger.copy_to(part)
+    finally:
+        ledger.close()
+    copy = Ledger.open(part)
+    state, head = copy.state, copy.head
+    copy.close()
+    for leftover in (part.with_name(part.name + "-wal"), part.with_name(part.name + "-shm")):
+        leftover.unlink(missing_ok=True)
+    return state, head
+
+
+def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[list[BlobRef], int]:
+    """All blobs that are served; those that the backup has already are not copied again. (refs, bytes copied)"""
+    source, target = BlobStore(folder.blobs), BlobStore(out / "blobs")
+    refs, copied, done = [], 0, 0
+    sizes = {digest: path.stat().st_size for digest, path in _present(source)}
+    for digest, size in sizes.items():
+        if not target.has(digest):
+            try:
+                path = source.path(digest)
+                found = target.add_file(path)
+            except (BlobMissing, FileNotFoundError):
+                continue  # an old training state that the coordinator has just removed
+            if found.digest != digest:
+                target.remove(found.digest)
+                raise IntegrityError(
+                    f"blob {digest[:12]} in {folder.blobs} is damaged on disk; remove it and fetch it from a peer"
+                )
+            copied += size
+        refs.append(BlobRef(digest=digest, size=size))
+        done += size
+        on_progress("blobs", done, sum(sizes.values()))
+    return refs, copied
+
+
+def _present(store: BlobStore) -> Iterator[tuple[str, Path]]:
+    for digest in store.digests():
+        try:
+            yield digest, store.path(digest)
+        except BlobMissing:
+            continue
+
+
+def _small_files(folder: RunFolder) -> list[Path]:
+    """Those that are there of what a run folder holds beside ledger and blobs."""
+    wanted = [
+        folder.manifest, folder.ticket, folder.endpoint, folder.owner_key, folder.coordinator_key, folder.peers, folder.head,
+        folder.mixture / MIXTURE_FILE, *sorted((folder.root / "manifests").glob("*.json")),
+    ]  # fmt: skip
+    return [path for path in wanted if path.is_file()]
+
+
+def _copy_files(folder: RunFolder, out: Path, target: Path) -> dict[str, str]:
+    """The small files and the ledger's snapshot: relative path -> SHA-256 (hex)."""
+    digests = {}
+    for source in _small_files(folder):
+        name, data = source.relative_to(folder.root).as_posix(), source.read_bytes()
+        write_atomic(target / name, data, mode=0o600 if source.name in _SECRET else 0o644)
+        digests[name] = hashlib.sha256(data).hexdigest()
+    with (out / _PART).open("rb") as file:
+        digests[folder.ledger.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    os.replace(out / _PART, target / folder.ledger.name)
+    fsync_folder(target)
+    return digests
+
+
+def _forget_others(out: Path, index: BackupIndex) -> None:
+    """What belonged to the backup before this one, and nobody names any more."""
+    for place in out.glob("state-*"):
+        if place.name != index.folder:
+            shutil.rmtree(place)
+    store, wanted = BlobStore(out / "blobs"), {blob.digest for blob in index.blobs}
+    for digest in store.digests():
+        if digest not in wanted:
+            store.remove(digest)

@@ -1,0 +1,256 @@
+"""`run create`: from built data and settings to a run's folder, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.ledger.events import RunCreated
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.run_folder import Endpoint, RunFolder
+from lutetia.coordinator.settings import RunSettings, small_expert, tiny_expert
+from lutetia.models.data.description import DataDescription, DataFile, read_data
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.audit_request import MAX_STEPS
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec, SignedManifest, first_problem
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import ConfigError, IntegrityError
+from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
+
+if TYPE_CHECKING:
+    from lutetia.models.warm_start import Source
+
+_DAY = 86400.0
+_EPOCH = 1_767_225_600.0  # 2026-01-01, the birth of all seeded runs
+
+
+@dataclass(frozen=True)
+class CreatedRun:
+    """What `create_run` made. `ticket` is the word that volunteers paste."""
+
+    run: str
+    folder: Path
+    ticket: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Birth:
+    """What makes one run differ from another of equal settings: its keys and its time of birth (Unix seconds)."""
+
+    owner: Identity
+    coordinator: Identity
+    time: float
+
+    @classmethod
+    def now(cls) -> Birth:
+        """Fresh keys, as every real run has them."""
+        return cls(Identity.generate(), Identity.generate(), time.time())
+
+    @classmethod
+    def of_seed(cls, seed: str) -> Birth:
+        """The same keys for the same seed, so that equal data give equal weights. Anybody can forge them: loopback only."""
+        return cls(Identity.derived(f"owner|{seed}"), Identity.derived(f"coordinator|{seed}"), _EPOCH)
+
+
+def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: Birth | None = None) -> CreatedRun:
+    """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
+
+    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, epochs too long for audits, expert
+    or weights to begin with do not fit, unknown preset), DataError (no built data there), IntegrityError (a shard file changed
+    since it was built) or DiskError. Then `folder` is as before.
+    """
+    settings = (settings or RunSettings()).resolved()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already; a run is never overwritten, name a new folder")
+    description = read_data(data)
+    _check_experts(settings, description)
+    birth = birth or Birth.now()
+    owner, coordinator = birth.owner, birth.coordinator
+    sources = _warm_start(settings, description)
+    manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
+    _check_epochs(manifest)
+    _check_expert(manifest)
+    with disk_errors(folder):
+        make_folder(folder.absolute().parent)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.absolute().parent))
+        try:
+            manifest = _warmed(manifest, sources, part)
+            ticket = _fill(RunFolder(part), data, description, manifest, owner, coordinator, settings)
+            part.chmod(0o755)
+            os.rename(part, folder)  # over an empty folder at most: anything else refuses
+            fsync_folder(folder.absolute().parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return CreatedRun(manifest.run_id, folder, ticket.encode(), manifest)
+
+
+def _check_experts(settings: RunSettings, description: DataDescription) -> None:
+    clusters = len(description.shards)
+    if settings.experts is not None and settings.experts != clusters:
+        more = "more" if settings.experts > clusters else "fewer"
+        raise ConfigError(
+            f"the settings want {settings.experts} experts, {more} than the data have clusters ({clusters}); "
+            f"build the data with --experts {settings.experts} or drop the setting"
+        )
+
+
+def _check_epochs(manifest: Manifest) -> None:
+    """Raises ConfigError when no audit could replay a whole epoch."""
+    audited = manifest.audit.replay_steps or manifest.audit.whole_epoch
+    if audited and (steps := manifest.steps_per_epoch) > MAX_STEPS:
+        raise ConfigError(
+            f"an epoch of {steps} steps is too long for its audits, which replay at most {MAX_STEPS}; "
+            f"set checkpoint_samples to at most {MAX_STEPS * manifest.optimisation.batch}"
+        )
+
+
+def _check_expert(manifest: Manifest) -> None:
+    """Raises ConfigError when an expert cannot take the latents: found now, not on a volunteer's box."""
+    from lutetia.models.experts.families import check_fits
+
+    for spec in {canonical(spec): spec for spec in (manifest.expert_of(shard.index) for shard in manifest.shards)}.values():
+        check_fits(spec, manifest.latent)
+
+
+def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[Source, ...]:
+    """Where each shard's expert begins; none where all begin fresh."""
+    if settings.warm_start is None:
+        return ()
+    from lutetia.models.warm_start import find_sources
+
+    return find_sources(settings.warm_start, [shard.name for shard in description.shards], settings.expert)
+
+
+def _warmed(manifest: Manifest, sources: Sequence[Source], part: Path) -> Manifest:
+    """The manifest that names the sources' weights, which lie in the store of `part` then. Each source is read once."""
+    if not sources:
+        return manifest
+    from lutetia.models.warm_start import warm, write_weights
+
+    store, found = BlobStore(RunFolder(part).blobs), {}
+    for source in sources:
+        if source.model not in found:
+            path = part / "warm-start.safetensors"
+            write_weights(source, path)
+            found[source.model] = store.add_file(path, move=True)
+    return warm(manifest, [found[source.model] for source in sources])
+
+
+def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[Source]) -> ExpertSpec:
+    if sources:
+        return sources[0].spec
+    if settings.expert is not None:
+        return settings.expert
+    return tiny_expert(latent) if settings.preset == "tiny" else small_expert(latent)
+
+
+def _manifest(
+    settings: RunSettings, description: DataDescription, owner: Identity, coordinator: Identity, now: float,
+    sources: Sequence[Source],
+) -> Manifest:  # fmt: skip
+    total = sum(shard.prior for shard in description.shards)
+    specs = [source.spec for source in sources]
+    own = specs if any(spec != specs[0] for spec in specs) else [None] * len(description.shards)
+    shards = tuple(
+        ShardSpec(
+            index=shard.index, name=shard.name, train=shard.train.blob, holdout=shard.holdout.blob,
+            clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total, expert=own[shard.index],
+        )
+        for shard in description.shards
+    )  # fmt: skip
+    try:
+        return Manifest(
+            name=settings.name, owner=owner.public_key, coordinators=(coordinator.public_key,),
+            created=now, expires=now + settings.valid_days * _DAY, latent=description.latent,
+            expert=_expert(settings, description.latent, sources), shards=shards, optimisation=settings.optimisation,
+            samples_per_shard=settings.samples_per_shard, checkpoint_samples=settings.checkpoint_samples,
+            holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
+            sampling=settings.sampling,
+            timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise ConfigError(f"the run's settings do not fit the data: {first_problem(error)}") from error
+
+
+def _fill(
+    run: RunFolder, data: Path, description: DataDescription, manifest: Manifest, owner: Identity, coordinator: Identity,
+    settings: RunSettings,
+) -> Ticket:  # fmt: skip
+    endpoint, ticket = _addresses(settings, manifest, coordinator)
+    owner.save(run.owner_key)
+    coordinator.save(run.coordinator_key)
+    store = BlobStore(run.blobs)
+    for shard in description.shards:
+        _import(store, data, shard.train)
+        _import(store, data, shard.holdout)
+    write_atomic(run.manifest, SignedManifest.sign(manifest, owner).to_bytes())
+    write_atomic(run.endpoint, canonical(endpoint))
+    write_atomic(run.ticket, ticket.encode().encode() + b"\n")
+    _begin_ledger(run, manifest)
+    return ticket
+
+
+def _begin_ledger(run: RunFolder, manifest: Manifest) -> None:
+    when = manifest.created
+    created = RunCreated(
+        time=when, run=manifest.run_id, name=manifest.name, owner=manifest.owner, coordinator=manifest.coordinators[0],
+        shards=len(manifest.shards), epochs=manifest.epochs,
+    )  # fmt: skip
+    ledger = Ledger.create(run.ledger, created)
+    ledger.append([published(manifest, manifest.coordinators[0], when)])
+    ledger.close()
+
+
+def _import(store: BlobStore, data: Path, file: DataFile) -> BlobRef:
+    ref = store.add_file(data / file.path)
+    if ref != file.blob:
+        raise IntegrityError(f"{data / file.path} has changed since it was built; build the data again")
+    return ref
+
+
+def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity) -> tuple[Endpoint, Ticket]:
+    """Where the coordinator listens, and the ticket that says so: loopback only for loopback, else every interface."""
+    places = [_multiaddr(address) for address in settings.addresses]
+    host, port = _split(settings.addresses[0])
+    try:
+        address = ip_address(host)
+    except ValueError:
+        address = None
+    if address is not None and address.is_loopback:
+        listen = places[0]
+    else:
+        listen = f"/ip6/::/tcp/{port}" if address is not None and address.version == 6 else f"/ip4/0.0.0.0/tcp/{port}"
+    ticket = Ticket(
+        run=manifest.run_id,
+        owner=manifest.owner,
+        addresses=tuple(f"{place}/p2p/{coordinator.peer_id}" for place in places),
+    )
+    return Endpoint(listen=listen, announce=tuple(place for place in places if place != listen)), ticket
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not 1 <= int(port) <= 65535:
+        raise ConfigError(f"the address {address} has no port between 1 and 65535; correct it")
+    return host.strip("[]"), int(port)
+
+
+def _multiaddr(address: str) -> str:
+    host, port = _split(address)
+    try:
+        return f"/ip{ip_address(host).version}/{host}/tcp/{port}"
+    except ValueError:
+        return f"/dns/{host}/tcp/{port}"

@@ -1,0 +1,75 @@
+"""`run upgrade`: the owner signs the next version of a run's manifest; a coordinator that serves the run takes it up at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lutetia.coordinator.ledger.events import ManifestPublished
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.protocol.schema.canonical import digest_of
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.manifest_upgrade import next_version
+from lutetia.system.errors import ConfigError
+from lutetia.system.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Upgraded:
+    """What `upgrade_run` did."""
+
+    old: Manifest
+    new: Manifest
+
+
+def upgrade_run(folder: RunFolder, changes: Mapping[str, Any], owner_key: Path | None = None) -> Upgraded:
+    """Sign the next version of the manifest in `folder` with `changes` by dotted field, and put it there.
+
+    The version before stays in `manifests/`. Raises UpgradeRefused (what may not change), ConfigError (no run there),
+    IdentityError (no owner's key) or AuthorisationError (another key than the owner's).
+    """
+    if not changes:
+        raise ConfigError("nothing is to be changed; name it with --set, for instance --set samples_per_shard=128000")
+    now = time.time()
+    old = folder.read_manifest(now=0.0)  # an expired run may be prolonged
+    ledger = Ledger.open(folder.ledger, old.manifest.run_id)
+    done = max(ledger.state.accepted_epochs, default=0)
+    ledger.close()
+    new = next_version(old.manifest, changes, now, done)
+    if new.expires <= now:
+        raise ConfigError("the new version would have expired already; set valid_days too")
+    publish_version(folder, old, new, Identity.load(owner_key or folder.owner_key))
+    return Upgraded(old.manifest, new)
+
+
+def publish_version(folder: RunFolder, old: SignedManifest, new: Manifest, owner: Identity) -> None:
+    """Sign `new` and put it in the place of `old`, which is kept. Raises AuthorisationError for another owner's key."""
+    signed = SignedManifest.sign(new, owner)
+    write_atomic(folder.version(old.manifest.version), old.to_bytes())
+    write_atomic(folder.manifest, signed.to_bytes())
+
+
+def published(manifest: Manifest, coordinator: str, now: float) -> ManifestPublished:
+    """The ledger's entry for a version that is served from now on."""
+    return ManifestPublished(
+        time=now, version=manifest.version, digest=digest_of(manifest), expires=manifest.expires, epochs=manifest.epochs,
+        coordinator=coordinator,
+    )  # fmt: skip
+
+
+def check_version(folder: RunFolder, manifest: Manifest, state: RunState) -> bool:
+    """Whether `manifest` is newer than the ledger's. Raises ConfigError when it is older, or another of the same version."""
+    known, where = state.manifest_version, folder.manifest
+    if manifest.version < known or (manifest.version == known and state.manifest not in ("", digest_of(manifest))):
+        kind = "older than" if manifest.version < known else "another than"
+        raise ConfigError(
+            f"{where} is version {manifest.version}, {kind} version {known} that the ledger has published; "
+            "put the newest version back from a backup, for peers refuse this one"
+        )
+    return manifest.version > known

@@ -1,0 +1,140 @@
+"""The ledger told as sentences, one per event: `coordinator replay`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import assert_never
+
+from lutetia.coordinator.ledger.events import (
+    AcceptanceRecovered,
+    AuditDone,
+    AuditDue,
+    AuditReported,
+    BaselineMeasured,
+    CheckpointAccepted,
+    CheckpointRefused,
+    CheckpointSeen,
+    CheckpointSuperseded,
+    CoordinatorStarted,
+    CoordinatorStopped,
+    Event,
+    LineageRolledBack,
+    ManifestPublished,
+    MixtureStitched,
+    PeerPardoned,
+    PeerQuarantined,
+    QuarantineRecovered,
+    ResetRecovered,
+    RouterTrained,
+    RunCreated,
+    RunFinished,
+)
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.run_folder import RunFolder
+
+
+def sentence(event: Event) -> str:
+    """What happened, in words."""
+    match event:
+        case RunCreated():
+            return f"run {event.name} ({event.run[:12]}) created: {event.shards} shards of {event.epochs} epochs"
+        case ManifestPublished():
+            return f"manifest version {event.version} published"
+        case CoordinatorStarted():
+            return f"coordinator started ({event.software})"
+        case CoordinatorStopped():
+            return "coordinator stopped"
+        case BaselineMeasured():
+            return f"shard {event.shard}: the initial model's held-out loss is {event.loss:.5f}"
+        case CheckpointSeen(record=record):
+            return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
+        case AcceptanceRecovered(acceptance=given):
+            return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} taken back from peers"
+        case ResetRecovered():
+            return f"shard {event.shard}: lost reset to the beginning taken back from peers (term {event.term})"
+        case QuarantineRecovered():
+            return f"peer {event.owner[:8]} is quarantined: {event.text}"
+        case CheckpointAccepted(acceptance=given):
+            return (
+                f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "
+                f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+            )
+        case LineageRolledBack():
+            back = f"back at epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
+            return f"shard {event.shard}: {back}, because {event.checkpoint[:12]} was found invalid"
+        case PeerPardoned():
+            return f"peer {event.owner[:8]} was pardoned and begins without trust"
+        case RouterTrained():
+            return f"router trained, {100 * event.accuracy:.1f} % right, for epochs {list(event.epochs)}"
+        case MixtureStitched():
+            return f"mixture {event.mixture[:12]} stitched from epochs {list(event.epochs)}"
+        case RunFinished():
+            return "run finished: every budget is done and the final mixture is stitched"
+        case _:
+            return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
+
+
+def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined) -> str:
+    match event:
+        case CheckpointRefused():
+            again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
+            return f"is {event.verdict} at rung {event.rung}: {event.text}{again}"
+        case CheckpointSuperseded():
+            return f"is superseded by {event.by[:12]}"
+        case AuditDue():
+            why = {"streak": f"{event.streak} valid in a row are too few", "lottery": f"drawn, 1 in {event.streak}"}
+            part = "whole" if event.whole else "in part"
+            return f"is due for an audit, {part} ({why.get(event.why, 'its author was convicted later')})"
+        case AuditDone():
+            by = f" by {event.by[:8]}" if event.by else ""
+            text = f": {event.text}" if event.text else ""
+            again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
+            again += ", the whole epoch" if event.closer else ""
+            return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
+        case AuditReported():
+            return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be checked ({event.text})"
+        case PeerQuarantined():
+            return f"brings its author into quarantine: {event.text}"
+        case _:
+            assert_never(event)
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """The ledger of a run's folder, verified; also while a coordinator serves it. Raises ConfigError or IntegrityError."""
+    return Ledger.open(RunFolder(folder).ledger)
+
+
+def read_events(folder: Path) -> Iterator[Event]:
+    """Every event of a run, oldest first."""
+    ledger = open_ledger(folder)
+    try:
+        for row in ledger.rows():
+            yield row.event()
+    finally:
+        ledger.close()
+
+
+def tell(folder: Path, until: float | None = None) -> Iterator[str]:
+    """One line per event up to `until` (Unix seconds), then one that sums up."""
+    state = RunState()
+    ledger = open_ledger(folder)
+    try:
+        for row in ledger.rows():
+            if until is not None and row.time > until:
+                break
+            yield f"{_clock(row.time)}  {sentence(row.event())}"
+        state = ledger.replay(until)
+    finally:
+        ledger.close()
+    counts = f"{state.accepted} results accepted, {state.rejected} invalid"
+    yield f"{state.events} events: {counts}, epochs {list(state.accepted_epochs)}"
+    for (rung, outcome), spent in state.spent.items():
+        each = f"{spent.seconds / spent.count:.2f} s and {spent.size / spent.count:.0f} bytes each"
+        yield f"rung {rung}: {spent.count} {outcome}, {each}"
+
+
+def _clock(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,206 @@
+"""From the ledger and the live records to the one status document, as a pure function of the time.
+
+Invariant I6: nobody is `working` whose own work has not been accepted within its due time. A claim, a heartbeat or a busy
+processor earns `starting` for one allowance, then `overdue`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Generic, Literal, TypeVar
+
+from lutetia.coordinator.ledger.reducer import PeerLedger, RunState
+from lutetia.protocol.claims import LiveClaim, ShardView, shard_owner
+from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
+from lutetia.protocol.schema.status import (
+    NodeStatus,
+    QuarantineStatus,
+    RefusalStatus,
+    RouterStatus,
+    RungStatus,
+    ShardState,
+    ShardStatus,
+    SwarmStatus,
+)
+from lutetia.protocol.schema.verdicts import RUNGS
+
+Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
+R = TypeVar("R", NodeRecord, ClaimRecord)
+_QUARANTINED_SHOWN = 64
+
+_peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting(Generic[R]):
+    """A live record, its expiry, and since when its owner has been seen without a gap (for a claim: on this shard)."""
+
+    record: R
+    expires: float
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class LiveView:
+    """What the DHT shows of the swarm now."""
+
+    nodes: Sequence[Sighting[NodeRecord]] = ()
+    claims: Sequence[Sighting[ClaimRecord]] = ()
+    copies: Mapping[str, int] = field(default_factory=dict)
+    """By accepted checkpoint: how many live peers besides the coordinators say that they hold it."""
+
+
+def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
+    """Seconds within which the next acceptance should come: twice the pace measured on this shard plus a lease, else the tenure.
+
+    The pace is that of accepted work, not what the peer says of itself.
+    """
+    if peer.shard == shard and peer.interval is not None:
+        return 2 * peer.interval + manifest.timing.lease
+    return max(manifest.timing.tenure, manifest.timing.lease)
+
+
+def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, software: str = "") -> SwarmStatus:
+    """The document at `now` (Unix seconds)."""
+    claims: dict[int, list[Sighting[ClaimRecord]]] = defaultdict(list)
+    for claim in live.claims:
+        if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in state.quarantined:
+            claims[claim.record.shard].append(claim)
+    held = {index: _holder(state, index, claims[index], now) for index in sorted(claims)}
+    holders = {claim.record.owner: claim for claim in held.values() if claim}
+    nodes = sorted(
+        (node for node in live.nodes if node.expires > now and node.record.state != "left"), key=lambda n: n.record.owner
+    )
+    return SwarmStatus(
+        run=state.run,
+        name=state.name,
+        manifest_version=state.manifest_version,
+        time=now,
+        coordinator=state.coordinator,
+        software=software,
+        shards=tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards))),
+        nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), now) for node in nodes),
+        router=_router_status(state),
+        mixture=state.mixture.mixture if state.mixture else None,
+        mixture_epochs=state.mixture.epochs if state.mixture else (),
+        accepted=state.accepted,
+        rejected=state.rejected,
+        events=state.events,
+        refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
+        finished=state.finished,
+        rungs=tuple(
+            RungStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
+            for (rung, outcome), spent in sorted(state.spent.items(), key=lambda item: (RUNGS.index(item[0][0]), item[0][1]))
+        ),
+        audits_due=len(state.audits),
+        quarantined=tuple(
+            QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))
+            for why in list(state.quarantined.values())[-_QUARANTINED_SHOWN:]
+        ),
+    )
+
+
+def _holder(state: RunState, shard: int, claims: list[Sighting[ClaimRecord]], now: float) -> Sighting[ClaimRecord] | None:
+    """The claim that wins by the rule which every peer applies."""
+    view = ShardView(shard, tuple(LiveClaim(claim.record, claim.expires) for claim in claims), state.shards[shard].acceptance)
+    owner = shard_owner(state.run, view, now)
+    return next((claim for claim in claims if claim.record.owner == owner), None)
+
+
+def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> tuple[float | None, float]:
+    """(until when the claimant's last accepted work covers it, until when it may be without any)."""
+    shard = claim.record.shard
+    peer = state.peer(claim.record.owner)
+    allowed = allowance(peer, shard, manifest)
+    covered = peer.last_accepted + allowed if peer.shard == shard and peer.last_accepted is not None else None
+    return covered, claim.since + allowed
+
+
+def _shard_status(
+    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, live: LiveView, now: float
+) -> ShardStatus:
+    shard = state.shards[index]
+    covered, patience = _due(state, manifest, claim) if claim else (None, None)
+    due = max((moment for moment in (covered, patience) if moment is not None), default=None)
+    done = shard.epoch >= state.epochs
+    return ShardStatus(
+        shard=index,
+        name=manifest.shards[index].name,
+        epoch=shard.epoch,
+        epochs=state.epochs,
+        samples=shard.epoch * manifest.checkpoint_samples,
+        samples_budget=manifest.samples_per_shard,
+        state=_shard_state(done, claim, due, now),
+        owner=claim.record.owner if claim else None,
+        claim_expires=claim.expires if claim else None,
+        holdout_loss=shard.acceptance.holdout_loss if shard.acceptance else None,
+        checkpoint=shard.accepted,
+        last_accepted=shard.accepted_at,
+        due=None if done else due,
+        initial_loss=shard.baseline,
+        waiting=len(shard.candidates),
+        audit=shard.audit,
+        term=shard.term,
+        copies=live.copies.get(shard.accepted) if shard.accepted else None,
+    )
+
+
+def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | None, now: float) -> ShardState:
+    if done:
+        return "done"
+    if claim is None:
+        return "unclaimed"
+    if due is not None and now > due:
+        return "overdue"
+    return "claimed" if claim.record.state == "claiming" else "training"
+
+
+def _node_status(
+    state: RunState, manifest: Manifest, node: Sighting[NodeRecord], claim: Sighting[ClaimRecord] | None, now: float
+) -> NodeStatus:
+    record = node.record
+    peer = state.peer(record.owner)
+    return NodeStatus(
+        owner=record.owner,
+        peer_id=_peer_id_of(record.owner),
+        state=record.state,
+        health=_health(state, manifest, record, claim, now),
+        device=record.hardware.device,
+        samples_per_second=record.samples_per_second,
+        shard=claim.record.shard if claim else None,
+        accepted=peer.accepted,
+        rejected=peer.rejected,
+        last_accepted=peer.last_accepted,
+        last_seen=record.issued,
+        relayed=record.relayed,
+        software=record.software,
+    )
+
+
+def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sighting[ClaimRecord] | None, now: float) -> Health:
+    if record.owner in state.quarantined:
+        return "quarantined"
+    if record.state == "paused":
+        return "paused"
+    if claim is None or state.shards[claim.record.shard].epoch >= state.epochs:
+        return "starting" if record.state in ("joining", "probing") else "standby"
+    covered, patience = _due(state, manifest, claim)
+    if covered is not None and now <= covered:
+        return "working"
+    return "starting" if now <= patience else "overdue"
+
+
+def _router_status(state: RunState) -> RouterStatus | None:
+    router = state.router
+    return router and RouterStatus(
+        accuracy=router.accuracy,
+        accuracy_by_time=router.accuracy_by_time,
+        trained_at=router.time,
+        epochs=router.epochs,
+        calibration_error=router.calibration_error,
+    )

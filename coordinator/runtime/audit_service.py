@@ -1,0 +1,113 @@
+"""Lends audits to peers that have no shard, and makes findings of what they report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lutetia.coordinator.acceptance.audit_comparison import Finding, compare
+from lutetia.coordinator.acceptance.messages import Audit, AuditDelivered, AuditWanted, Lend
+from lutetia.coordinator.acceptance.rate_limits import Pace
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.worker.client import WorkshopFailed, WorkshopRefused
+from lutetia.protocol.blobs.store import BlobMissing
+from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditJob, AuditReport, AuditRequest, serve_audits
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import NodeRecord, RecordRefused
+from lutetia.protocol.transport.base import Stream, Transport
+
+_LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
+
+
+@dataclass
+class AuditDesk:
+    """`peers` are the node records that the DHT shows now; `pace` bounds how often one address asks."""
+
+    transport: Transport
+    bench: Bench
+    tools: NetworkTools
+    peers: Callable[[], list[NodeRecord]]
+    pace: Pace = field(default_factory=lambda: Pace(120))
+
+    async def serve(self) -> None:
+        await serve_audits(self.transport, self._answer, self._admit, self.manifest.steps_per_epoch)
+
+    def _admit(self, stream: Stream) -> AuditAnswer | None:
+        if wait := self.pace.wait(stream.origin, self.transport.now()):
+            return AuditAnswer(retry_after=wait, text="too many requests for audits from this address")
+        return None
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.tools.manifest
+
+    async def _answer(self, request: AuditRequest) -> AuditAnswer:
+        if request.report is not None:
+            return await self._take(request.report)
+        related = relatives(request.owner, self.peers())
+        lend = await self.bench.hear(AuditWanted(request.owner, self.transport.now(), related))
+        assert isinstance(lend, Lend)
+        if lend.audit is None:
+            return AuditAnswer(retry_after=lend.retry_after)
+        return AuditAnswer(job=job_of(lend.audit, lend.until, self.manifest))
+
+    async def _take(self, report: AuditReport) -> AuditAnswer:
+        run = self.bench.state.run
+        if report.run != run.run:
+            raise RecordRefused(f"the report is of run {report.run[:12]}, not of {run.run[:12]}")
+        lent = self.bench.state.lent.get(report.checkpoint)
+        if lent is None or lent[0] != report.owner:
+            raise RecordRefused("no audit of that result was lent to this peer")
+        finding = await self._finding(report, run)
+        heard = AuditDelivered(report.owner, report.checkpoint, finding, report.seconds, self.transport.now())
+        await self.bench.hear(heard)
+        return AuditAnswer()
+
+    async def _finding(self, report: AuditReport, run: RunState) -> Finding:
+        """The peer's losses against the author's trace, which the peer was not given."""
+        audit = run.audits.get(report.checkpoint)
+        link = audit and run.shards[audit.shard].link(report.checkpoint)
+        if audit is None or link is None or link.trace is None or link.made is None:
+            return Finding(outcome="inconclusive", text="the result was rolled back meanwhile")
+        policy, steps = self.manifest.audit, self.manifest.steps_per_epoch
+        asked = steps if audit.whole else min(steps, policy.replay_steps)
+        if len(report.losses) != asked or (audit.whole and report.drift is None):
+            return Finding(outcome="inconclusive", text=f"it reports {len(report.losses)} losses of the {asked} steps asked for")
+        try:
+            published = await self.tools.published(link.trace)
+        except (WorkshopFailed, WorkshopRefused, BlobMissing) as error:
+            return Finding(outcome="inconclusive", text=str(error))
+        losses = [math.nan if loss is None else loss for loss in report.losses]
+        return compare(published, losses, report.drift, link.made, report.made)
+
+
+def relatives(owner: str, peers: list[NodeRecord]) -> frozenset[str]:
+    """Those who share an operator or a public address with `owner`, by what they say of themselves."""
+    own = [record for record in peers if record.owner == owner]
+    operators = {record.operator for record in own if record.operator} | {owner}
+    hosts = {host for record in own for host in _hosts(record)}
+    return frozenset(
+        record.owner for record in peers if record.operator in operators or record.owner in operators or hosts & _hosts(record)
+    )
+
+
+def _hosts(record: NodeRecord) -> set[str]:
+    """The public IP addresses among a peer's multiaddrs."""
+    return {"/".join(address.split("/")[:3]) for address in record.addresses if not address.startswith(_LOCAL)}
+
+
+def job_of(audit: Audit, until: float, manifest: Manifest) -> AuditJob:
+    """What the peer is told: where to begin and how far to go, not what the author says came out."""
+    due, link, parent = audit.audit, audit.link, audit.parent
+    given, policy = link.acceptance, manifest.audit
+    init = manifest.expert_of(due.shard).init
+    return AuditJob(
+        checkpoint=due.checkpoint, shard=due.shard, epoch=due.epoch, epochs=link.budgets[0],
+        steps=manifest.steps_per_epoch if due.whole else min(manifest.steps_per_epoch, policy.replay_steps),
+        precision=link.made.precision if link.made else "float32",
+        weights=parent.weights if parent else init, state=parent.state if parent else None,
+        end_weights=given.weights if due.whole else None, end_state=given.state if due.whole else None, until=until,
+    )  # fmt: skip

@@ -1,0 +1,219 @@
+"""Where the judge sits: stimuli come in one by one, what they decide is written down first and carried out then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.checks import Limits, Replayed, Tools, Verdict, climb
+from lutetia.coordinator.acceptance.messages import (
+    Action,
+    Answer,
+    Audit,
+    Audited,
+    Check,
+    Checked,
+    Discard,
+    Lend,
+    LimitsKnown,
+    Noted,
+    Proclaim,
+    Publish,
+    Stimulus,
+    Tick,
+    Write,
+)
+from lutetia.coordinator.acceptance.state_machine import JudgeState, Rules, judge
+from lutetia.coordinator.ledger.events import (
+    AuditDone,
+    CheckpointAccepted,
+    CheckpointRefused,
+    CheckpointSuperseded,
+    Event,
+    LineageRolledBack,
+    PeerQuarantined,
+)
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import PendingAudit, RunState
+from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from lutetia.system.errors import DiskError, plain
+
+_log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+_TICK_SECONDS = 1.0
+
+Reply = OfferReply | Lend | None
+Waiting = asyncio.Future[Reply]
+
+
+class Hands(Tools, Protocol):
+    """What the bench needs besides the rungs. `keep`, `discard` and `forget` block on the disk."""
+
+    async def limits(self) -> Limits: ...
+
+    async def replay(self, audit: Audit) -> Replayed: ...
+
+    def forget(self, run: RunState) -> None: ...
+
+    def still_whole(self, record: CheckpointRecord) -> Verdict | None: ...
+
+    def keep(self, record: CheckpointRecord) -> None: ...
+
+    def discard(self, record: CheckpointRecord, run: RunState) -> None: ...
+
+
+@dataclass
+class Bench:
+    """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state.
+
+    `state` is what is on disk: whoever reads it, at any time, may tell the world of it.
+    """
+
+    rules: Rules
+    ledger: Ledger
+    hands: Hands
+    publish: Callable[[AcceptanceRecord | ResetRecord], Awaitable[None]]
+    now: Callable[[], float]
+    changed: Callable[[RunState], None] = lambda state: None
+    state: JudgeState = field(init=False)
+    _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.state = JudgeState.restored(self.ledger.state)
+
+    async def hear(self, stimulus: Stimulus) -> Reply:
+        """Have `stimulus` judged; the reply, to an offer or a wish for an audit, comes once all that it decided is on disk."""
+        future: Waiting = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait((stimulus, future))
+        return await future
+
+    async def note(self, *events: Event) -> None:
+        """Append what happened outside, in one transaction."""
+        await self.hear(Noted(events, self.now()))
+
+    async def run(self) -> None:
+        """Judge until cancelled. Raises DiskError when ledger or results cannot be written: nobody was told what is lacking."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tick())
+            group.create_task(self._learn_limits())
+            while True:
+                batch = [await self._inbox.get()]
+                while len(batch) < _AT_ONCE and not self._inbox.empty():
+                    batch.append(self._inbox.get_nowait())
+                await self._judge_batch(batch, group)
+
+    async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
+        """What comes in together is committed together: one write to the disk, however many acceptances."""
+        state, actions = self.state, list[Action]()
+        replies: list[tuple[Waiting, Reply]] = []
+        for stimulus, waiting in batch:
+            state, taken = judge(self.rules, state, stimulus)
+            actions += taken
+            replies.append((waiting, _reply_in(taken)))
+        await self._carry_out(state, actions, group)
+        for waiting, reply in replies:
+            if not waiting.done():
+                waiting.set_result(reply)
+
+    async def _carry_out(self, state: JudgeState, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
+        """Blobs safe, then the ledger, then the world: `state`, which the actions lead to, is nobody's to see before."""
+        accepted = [action for action in actions if isinstance(action, Publish)]
+        for action in accepted:
+            await asyncio.to_thread(self.hands.keep, action.record)
+        if events := [action.event for action in actions if isinstance(action, Write)]:
+            await asyncio.to_thread(self.ledger.append, events)
+            for event in events:
+                _tell(event)
+        self.state = state
+        if events:
+            self.changed(state.run)
+        for action in actions:
+            match action:
+                case Publish(acceptance=record) | Proclaim(record=record):
+                    group.create_task(self._publish(record))
+                case Check():
+                    group.create_task(self._check(action))
+                case Audit():
+                    group.create_task(self._audit(action))
+                case Discard(record=record):
+                    await asyncio.to_thread(self.hands.discard, record, self.state.run)
+        if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
+            await asyncio.to_thread(self.hands.forget, self.state.run)
+
+    async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
+        await self.publish(record)
+
+    async def _check(self, check: Check) -> None:
+        """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
+        climbing = climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        [verdict] = await asyncio.gather(climbing, return_exceptions=True)
+        if isinstance(verdict, Verdict) and verdict.outcome == "valid":
+            verdict = await asyncio.to_thread(self.hands.still_whole, check.record) or verdict
+        if isinstance(verdict, BaseException):
+            verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
+        await self.hear(Checked(check.record, verdict, self.now()))
+
+    async def _audit(self, audit: Audit) -> None:
+        """As `_check`."""
+        [done] = await asyncio.gather(self.hands.replay(audit), return_exceptions=True)
+        if isinstance(done, BaseException):
+            done = Replayed(Finding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
+        await self.hear(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
+
+    async def _learn_limits(self) -> None:
+        await self.hear(LimitsKnown(await self.hands.limits(), self.now()))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            await self.hear(Tick(self.now()))
+
+
+def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
+    """What the ledger says of it; the traceback goes into the log. Who is cancelled stays cancelled.
+
+    A disk that takes no results ends the service, as one that takes no ledger does: boxes wait for a coordinator that is away,
+    and give up one that cannot judge them.
+    """
+    if not isinstance(error, Exception) or isinstance(error, DiskError):
+        raise error
+    _log.error("the %s of shard %d epoch %d of %s failed", work, on.shard, on.epoch, on.owner[:8], exc_info=error)
+    return f"the {work} failed unexpectedly ({type(error).__name__}: {plain(str(error))[:600]}); the coordinator's log says more"
+
+
+def _reply_in(actions: Sequence[Action]) -> Reply:
+    for action in actions:
+        if isinstance(action, Answer):
+            return action.reply
+        if isinstance(action, Lend):
+            return action
+    return None
+
+
+def _tell(event: Event) -> None:
+    match event:
+        case CheckpointAccepted(acceptance=given):
+            loss, before = given.holdout_loss, event.parent_loss
+            _log.info(
+                "shard %d epoch %d accepted from %s: %.4f after %.4f", given.shard, given.epoch, given.author[:8], loss, before
+            )
+        case CheckpointRefused():
+            facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.rung, event.text)
+            _log.info("shard %d epoch %d of %s is %s at rung %s: %s", *facts)
+        case CheckpointSuperseded():
+            _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
+        case AuditDone():
+            facts = (event.shard, event.epoch, event.owner[:8], event.outcome, event.text)
+            _log.info("audit of shard %d epoch %d of %s: %s, %s", *facts)
+        case PeerQuarantined():
+            _log.warning("peer %s is quarantined: %s", event.owner, event.text)
+        case LineageRolledBack():
+            _log.warning("shard %d goes on from epoch %d again; %d epochs are void", event.shard, event.epoch, event.dropped)
+        case _:
+            _log.debug("%s", event.kind)

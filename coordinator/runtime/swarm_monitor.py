@@ -1,0 +1,129 @@
+"""Watches the DHT: who is there, claims what and holds what was accepted, and which results nobody offered by stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.protocol.dht_records import read_records
+from lutetia.protocol.rpc.accepted_checkpoints import holders_of
+from lutetia.protocol.schema.manifest import Manifest, Timing
+from lutetia.protocol.schema.records import (
+    AcceptanceRecord,
+    CheckpointRecord,
+    ClaimRecord,
+    NodeRecord,
+    checkpoint_key,
+    claim_key,
+    node_keys,
+)
+from lutetia.protocol.transport.base import Transport
+
+_log = logging.getLogger(__name__)
+
+_READS_AT_ONCE = 16
+FULL_PACE = 1000
+"""Peers up to which all node records are read at every look."""
+
+Key = tuple[str, int]
+R = TypeVar("R", NodeRecord, ClaimRecord)
+
+
+@dataclass
+class Lookout:
+    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count."""
+
+    transport: Transport
+    manifest: Manifest
+    found: Callable[[CheckpointRecord], Awaitable[None]]
+    accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
+    view: LiveView = field(default_factory=LiveView)
+    _since: dict[Key, float] = field(default_factory=dict)
+    _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
+    _nodes_due: float = float("-inf")
+
+    async def run(self) -> None:
+        """Look four times per heartbeat until cancelled; count copies once a lease."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.look_at_peers, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.count_copies, lambda timing: timing.lease))
+
+    async def _repeat(self, look: Callable[[], Awaitable[None]], pace: Callable[[Timing], float]) -> None:
+        while True:
+            pause = pace(self.manifest.timing)
+            try:
+                await look()
+            except (ConnectionError, TimeoutError) as error:
+                _log.warning("could not read the DHT (%s); trying again in %.1f s", error, pause)
+            await asyncio.sleep(pause)
+
+    async def look_at_peers(self) -> None:
+        """Refresh `view`; the node records of a large swarm not every time."""
+        run, shards, now = self.manifest.run_id, range(len(self.manifest.shards)), self.transport.now()
+        if now >= self._nodes_due:
+            self._nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
+            self._nodes_due = now + nodes_pause(len(self._nodes), self.manifest.timing.heartbeat)
+        claims = [
+            item for item in await self._read(claim_key(run, shard) for shard in shards) if isinstance(item[0], ClaimRecord)
+        ]
+        now = self.transport.now()
+        nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        view, self._since = sighted(nodes, claims, self._since, now)
+        self.view = replace(view, copies=self.view.copies)
+
+    async def look_at_checkpoints(self) -> None:
+        """Tell `found` of every result in the DHT."""
+        run = self.manifest.run_id
+        for record, _ in await self._read(checkpoint_key(run, shard) for shard in range(len(self.manifest.shards))):
+            if isinstance(record, CheckpointRecord):
+                await self.found(record)
+
+    async def count_copies(self) -> None:
+        """Who of the peers in `view` says that it holds an accepted checkpoint, as a number by checkpoint."""
+        alive = {node.record.owner for node in self.view.nodes if node.record.state != "left"}
+        places = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def count(acceptance: AcceptanceRecord) -> tuple[str, int]:
+            async with places:
+                return acceptance.checkpoint, len(await holders_of(self.transport, self.manifest, acceptance, alive))
+
+        counted = await asyncio.gather(*map(count, self.accepted()))
+        self.view = replace(self.view, copies=dict(counted))
+
+    async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:
+        """The live records under all `keys`."""
+        places = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def read(key: str) -> list[tuple[Any, float]]:
+            async with places:
+                return await read_records(self.transport, key)
+
+        return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
+
+
+def nodes_pause(nodes: int, heartbeat: float) -> float:
+    """Seconds for which so many node records are good: they are as many bytes as there are peers, and live three heartbeats."""
+    return heartbeat / 4 * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
+
+
+def sighted(
+    nodes: Iterable[tuple[NodeRecord, float]], claims: Iterable[tuple[ClaimRecord, float]], known: Mapping[Key, float], now: float
+) -> tuple[LiveView, dict[Key, float]]:
+    """The view of what was found with its expiries, and since when each has been seen; `known` is that of the look before.
+
+    A released claim counts as gone, so that claiming again begins anew.
+    """
+    since: dict[Key, float] = {}
+
+    def sighting(record: R, expires: float, key: Key) -> Sighting[R]:
+        since[key] = known.get(key, now)
+        return Sighting(record, expires, since[key])
+
+    peers = [sighting(record, expires, (record.owner, -1)) for record, expires in nodes]
+    held = [sighting(record, expires, (record.owner, record.shard)) for record, expires in claims if record.state != "released"]
+    return LiveView(peers, held), since

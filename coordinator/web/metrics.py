@@ -1,0 +1,90 @@
+"""The status document as Prometheus metrics: base units, few labels, nothing that is not in the document."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lutetia.coordinator.ledger.status_builder import Health
+from lutetia.protocol.schema.status import SwarmStatus
+
+
+class _StatusCollector(Collector):
+    """Makes the metrics of the newest document at every scrape."""
+
+    def __init__(self, produce: Callable[[], SwarmStatus]) -> None:
+        self._produce = produce
+
+    def describe(self) -> list[Metric]:
+        return []  # so that registering does not already ask for a document
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._produce()
+        yield from _run_metrics(status)
+        yield from _rung_metrics(status)
+        yield from _shard_metrics(status)
+
+
+def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    yield CounterMetricFamily("lutetia_results_accepted", "Results accepted.", status.accepted)
+    yield CounterMetricFamily("lutetia_results_rejected", "Results found invalid.", status.rejected)
+    yield CounterMetricFamily("lutetia_events", "Events in the ledger.", status.events)
+    peers = GaugeMetricFamily("lutetia_peers", "Peers seen, by what their accepted work says of them.", labels=["health"])
+    tally = Tally(node.health for node in status.nodes)
+    for health in get_args(Health):
+        peers.add_metric([health], tally[health])
+    yield peers
+    yield GaugeMetricFamily(
+        "lutetia_finished", "1 once every budget is done and the final mixture is stitched.", int(status.finished)
+    )
+    if status.router:
+        yield GaugeMetricFamily("lutetia_router_accuracy_ratio", "Held-out accuracy of the router.", status.router.accuracy)
+    yield GaugeMetricFamily("lutetia_status_time_seconds", "Coordinator's clock, Unix seconds.", status.time)
+
+
+def _rung_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    labels = ["rung", "outcome"]
+    climbed = CounterMetricFamily("lutetia_rungs_climbed", "Rungs of the acceptance ladder climbed.", labels=labels)
+    seconds = CounterMetricFamily("lutetia_rung_seconds", "Time that a rung took.", labels=labels)
+    size = CounterMetricFamily("lutetia_rung_bytes", "Bytes that a rung fetched or read.", labels=labels)
+    for rung in status.rungs:
+        for family, value in ((climbed, rung.count), (seconds, rung.seconds), (size, rung.size)):
+            family.add_metric([rung.rung, rung.outcome], value)
+    yield from (climbed, seconds, size)
+    yield GaugeMetricFamily("lutetia_audits_due", "Accepted results that wait for an audit.", status.audits_due)
+    yield GaugeMetricFamily("lutetia_peers_quarantined", "Peers whose work an audit found invalid.", len(status.quarantined))
+
+
+def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    epochs = GaugeMetricFamily("lutetia_shard_epochs", "Accepted checkpoints.", labels=["shard"])
+    budget = GaugeMetricFamily("lutetia_shard_budget_epochs", "Checkpoints after which the shard is done.", labels=["shard"])
+    loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
+    last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
+    copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
+    states = GaugeMetricFamily("lutetia_shards", "Shards by state.", labels=["state"])
+    tally = Tally(shard.state for shard in status.shards)
+    for state in ("unclaimed", "claimed", "training", "overdue", "done"):
+        states.add_metric([state], tally[state])
+    for shard in status.shards:
+        label = [str(shard.shard)]
+        epochs.add_metric(label, shard.epoch)
+        budget.add_metric(label, shard.epochs)
+        if shard.holdout_loss is not None:
+            loss.add_metric(label, shard.holdout_loss)
+        if shard.last_accepted is not None:
+            last.add_metric(label, shard.last_accepted)
+        if shard.copies is not None:
+            copies.add_metric(label, shard.copies)
+    yield from (epochs, budget, loss, last, copies, states)
+
+
+def metrics_text(produce: Callable[[], SwarmStatus]) -> Callable[[], bytes]:
+    """A function that gives the exposition text of what `produce` makes."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_StatusCollector(produce))
+    return lambda: generate_latest(registry)

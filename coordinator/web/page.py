@@ -1,0 +1,96 @@
+"""The status document as one self-contained page: no script, no external asset, everything escaped."""
+
+from __future__ import annotations
+
+from html import escape
+
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
+
+_STYLE = """
+:root { color-scheme: light dark; --soft: color-mix(in srgb, currentColor 55%, transparent); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
+p, .soft { color: var(--soft); } table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 600; } th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #8883; }
+td.n { font-variant-numeric: tabular-nums; } code { font-size: .9em; }
+.bar { background: #8883; border-radius: 3px; height: .6rem; min-width: 7rem; } .bar i { display: block; height: 100%;
+border-radius: 3px; background: #3a86c8; } .overdue, .invalid { color: #c2410c; } .working, .done { color: #15803d; }
+"""
+
+
+def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
+    """HTML for `status`; the browser asks again every `refresh_seconds`."""
+    online = sum(node.health == "working" for node in status.nodes)
+    state = "finished" if status.finished else "done, being stitched" if status.done else "training"
+    router = f"router {100 * status.router.accuracy:.1f} % right" if status.router else "no router yet"
+    mixture = f"mixture <code>{escape(status.mixture[:12])}</code>" if status.mixture else "no mixture yet"
+    facts = (
+        f"{state} · {len(status.shards)} experts · {len(status.nodes)} peers, {online} with work accepted in time · "
+        f"{status.accepted} results accepted, {status.rejected} invalid · {router} · {mixture}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="refresh" content="{refresh_seconds}"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(status.name)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(status.name)}</h1><p>{facts}</p>"
+        f"{_shards(status)}{_nodes(status)}{_refusals(status)}"
+        f"<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. The same as "
+        '<a href="status.json">JSON</a> and as <a href="metrics">metrics</a>.</p></body></html>'
+    )
+
+
+def _table(title: str, heads: str, rows: list[str]) -> str:
+    cells = "".join(f"<th>{head}</th>" for head in heads.split("|"))
+    return f"<h2>{title}</h2><table><tr>{cells}</tr>{''.join(rows)}</table>" if rows else ""
+
+
+def _shards(status: SwarmStatus) -> str:
+    rows = [_shard(shard, status.time) for shard in status.shards]
+    return _table("Experts", "#|cluster|epochs||held-out loss|last accepted|copies|audit|state", rows)
+
+
+def _shard(shard: ShardStatus, now: float) -> str:
+    share = 100 * shard.epoch / shard.epochs
+    loss = "–" if shard.holdout_loss is None else f"{shard.holdout_loss:.4f}"
+    return (
+        f"<tr><td>{shard.shard:03d}</td><td>{escape(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
+        f'<td><div class=bar><i style="width:{share:.0f}%"></i></div></td><td class=n>{loss}</td>'
+        f"<td class=n>{_ago(shard.last_accepted, now)}</td>"
+        f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{shard.audit or '–'}</td>"
+        f"<td class={shard.state}>{shard.state}</td></tr>"
+    )
+
+
+def _nodes(status: SwarmStatus) -> str:
+    return _table(
+        "Peers", "peer|device|expert|accepted|invalid|last accepted|is|says", [_node(n, status.time) for n in status.nodes]
+    )
+
+
+def _node(node: NodeStatus, now: float) -> str:
+    return (
+        f"<tr><td><code>…{escape(node.peer_id[-8:])}</code></td><td>{escape(node.device)}</td>"
+        f"<td>{'–' if node.shard is None else f'{node.shard:03d}'}</td>"
+        f"<td class=n>{node.accepted}</td><td class=n>{node.rejected}</td>"
+        f"<td class=n>{_ago(node.last_accepted, now)}</td><td class={node.health}>{node.health}</td>"
+        f"<td class=soft>{escape(node.state)}</td></tr>"
+    )
+
+
+def _refusals(status: SwarmStatus) -> str:
+    rows = [
+        f"<tr><td class=n>{_ago(refusal.time, status.time)}</td><td>{refusal.shard:03d}</td><td class=n>{refusal.epoch}</td>"
+        f"<td class={refusal.verdict}>{refusal.verdict}</td><td>{refusal.rung}</td><td>{escape(refusal.text)}</td></tr>"
+        for refusal in reversed(status.refusals)
+    ]
+    return _table("Not accepted", "when|expert|epoch|verdict|rung|why", rows)
+
+
+def _ago(moment: float | None, now: float) -> str:
+    if moment is None:
+        return "–"
+    seconds = max(0.0, now - moment)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

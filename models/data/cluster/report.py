@@ -1,0 +1,157 @@
+"""What a person should know of a clustering: sizes, silhouette, purity against known kinds, and a name for each cluster."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from lutetia.models.data.cluster.kmeans import Clustering, Vectors
+from lutetia.models.data.encode.text import split_words
+from lutetia.protocol.schema.canonical import Frozen
+
+_SILHOUETTE_CLIPS = 2000
+_MAX_NAME = 48
+_DULL_WORDS = """
+about above after all an and are as at be below by down for from has have her his in into is it its left more of off on one or out
+over right she some than that the their them there they this to two under up very was were while with
+"""
+_DULL = frozenset(_DULL_WORDS.split())
+
+
+class ClusterSummary(Frozen):
+    """One cluster. `typical` are captions at its centre; `purity` is the share of its commonest kind, None without kinds."""
+
+    index: int
+    name: str
+    clips: int
+    share: float
+    silhouette: float
+    keywords: tuple[str, ...]
+    typical: tuple[str, ...]
+    purity: float | None = None
+    kinds: dict[str, int] = {}
+
+
+class ClusterReport(Frozen):
+    """The whole clustering. `nmi` is the normalised mutual information with the kinds; `largest_uncapped` as in Clustering."""
+
+    clusters: tuple[ClusterSummary, ...]
+    silhouette: float
+    purity: float | None = None
+    nmi: float | None = None
+    largest_uncapped: float
+
+
+def summarise(found: Clustering, vectors: Vectors, captions: Sequence[str], kinds: Sequence[str]) -> ClusterReport:
+    """Deterministic. `vectors`, `captions` and `kinds` are those of the clustered clips, in order."""
+    labels, number = found.labels, int(found.labels.max()) + 1
+    scores = _silhouettes(vectors, labels)
+    known = any(kinds)
+    members = [np.flatnonzero(labels == index).tolist() for index in range(number)]
+    words = keywords([[captions[i] for i in rows] for rows in members])
+    tallies = [Counter(kinds[i] for i in rows) if known else Counter[str]() for rows in members]
+    names = name_clusters(words, tallies, [[captions[i] for i in rows] for rows in members])
+    clusters = [
+        ClusterSummary(
+            index=index,
+            name=names[index],
+            clips=len(rows),
+            share=round(len(rows) / len(labels), 4),
+            silhouette=round(float(np.nanmean(scores[rows])) if np.isfinite(scores[rows]).any() else 0.0, 4),
+            keywords=tuple(words[index][:6]),
+            typical=tuple(captions[i] for i in central(vectors, rows, 5)),
+            purity=round(max(tallies[index].values()) / len(rows), 4) if known else None,
+            kinds=dict(sorted(tallies[index].items())),
+        )
+        for index, rows in enumerate(members)
+    ]
+    return ClusterReport(
+        clusters=tuple(clusters),
+        silhouette=round(float(np.nanmean(scores)), 4) if number > 1 else 0.0,
+        purity=round(_purity(labels, kinds), 4) if known else None,
+        nmi=round(_mutual_information(labels, kinds), 4) if known else None,
+        largest_uncapped=round(found.uncapped_share, 4),
+    )
+
+
+def central(vectors: Vectors, rows: Sequence[int], number: int) -> list[int]:
+    """The clips of `rows` that are nearest to their mean."""
+    own = vectors[np.asarray(rows)]
+    distance = ((own - own.mean(0)) ** 2).sum(1)
+    return [rows[i] for i in np.argsort(distance, kind="stable")[:number]]
+
+
+def keywords(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """For each group of captions its words, most telling first: common in it and rarer elsewhere."""
+    tallies = [Counter(word for caption in group for word in set(split_words(caption))) for group in groups]
+    total, everything = sum(len(group) for group in groups), sum(tallies, Counter[str]())
+    found = []
+    for group, tally in zip(groups, tallies, strict=True):
+        elsewhere = total - len(group)
+
+        def weight(word: str, group: Sequence[str] = group, tally: Counter[str] = tally, elsewhere: int = elsewhere) -> float:
+            inside = tally[word] / len(group)
+            outside = (everything[word] - tally[word] + 0.5) / (elsewhere + 1)
+            return inside * math.log(inside / outside) if len(word) > 1 and word not in _DULL else -1.0
+
+        scored = {word: weight(word) for word in tally}
+        found.append(sorted((word for word in scored if scored[word] > 0), key=lambda word: (-scored[word], word)))
+    return found
+
+
+def name_clusters(words: Sequence[Sequence[str]], kinds: Sequence[Counter[str]], captions: Sequence[Sequence[str]]) -> list[str]:
+    """Distinct short names that a manifest takes: the kind where one prevails, else telling words; then what sets twins apart."""
+    stems = []
+    for own, tally in zip(words, kinds, strict=True):
+        kind, hits = tally.most_common(1)[0] if tally else ("", 0)
+        prevails = bool(kind) and hits >= 0.8 * tally.total()
+        stems.append(_plain(kind) if prevails and _plain(kind) else "-".join(filter(None, map(_plain, own[:2]))) or "cluster")
+    names = list(stems)
+    for stem in set(stems):
+        twins = [index for index, other in enumerate(stems) if other == stem]
+        if len(twins) > 1:
+            for index, telling in zip(twins, keywords([captions[twin] for twin in twins]), strict=True):
+                extra = next((_plain(word) for word in telling if _plain(word) and _plain(word) not in stem.split("-")), "")
+                names[index] = f"{stem}-{extra}" if extra else stem
+    taken: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        taken[name] += 1
+        names[index] = name if taken[name] == 1 else f"{name}-{taken[name]}"
+    return names
+
+
+def _plain(text: str) -> str:
+    """ASCII letters, digits and hyphens of `text`, as a manifest's names allow."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[: _MAX_NAME // 2]
+
+
+def _silhouettes(vectors: Vectors, labels: np.ndarray) -> np.ndarray:
+    """One score per clip; beyond 2,000 clips an evenly spaced sample is scored and the others are NaN."""
+    from sklearn.metrics import silhouette_samples
+
+    scores = np.full(len(labels), np.nan)
+    rows = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), _SILHOUETTE_CLIPS)).astype(int))
+    if 1 < len(set(labels[rows].tolist())) < len(rows):
+        scores[rows] = silhouette_samples(vectors[rows].astype(np.float64), labels[rows])
+    else:
+        scores[rows] = 0.0
+    return scores
+
+
+def _purity(labels: np.ndarray, kinds: Sequence[str]) -> float:
+    """The share of clips whose kind is the commonest of their cluster (Manning et al. 2008, 16.3)."""
+    from sklearn.metrics.cluster import contingency_matrix
+
+    return float(np.asarray(contingency_matrix(list(kinds), labels)).max(axis=0).sum() / len(labels))
+
+
+def _mutual_information(labels: np.ndarray, kinds: Sequence[str]) -> float:
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(list(kinds), labels))

@@ -1,0 +1,163 @@
+"""Turn clips into latents and features, and captions into embeddings, through the cache: each is computed once per content."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lutetia.models.data.encode.cache import ArrayCache, cache_key
+from lutetia.models.data.encode.features import Features
+from lutetia.models.data.encode.latents import Latents
+from lutetia.models.data.encode.text import TextEncoder
+from lutetia.models.data.ingest.listing import BadClip, ClipSource
+from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip, hash_file, in_pool
+from lutetia.system.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total), called after every clip or so; stages: clips, captions, clusters, shards."""
+
+_PACK_CLIPS = 64
+_PACK_BYTES = 64 << 20
+_CAPTIONS_AT_ONCE = 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a clip's file becomes arrays. Its fingerprints are part of the cache's keys."""
+
+    shape: ClipShape
+    latents: Latents
+    features: Sequence[Features]
+
+    def latents_key(self, digest: str) -> str:
+        made_by = {"latents": self.latents.ref, "fingerprint": self.latents.fingerprint}
+        return cache_key(kind="latents", file=digest, shape=self.shape.model_dump(mode="json"), **made_by)
+
+    def features_key(self, digest: str, features: Features) -> str:
+        return cache_key(kind="features", of=self.latents_key(digest), name=features.name, fingerprint=features.fingerprint)
+
+
+@dataclass
+class PreparedClips:
+    """The usable clips in order, the SHA-256 of their files, and how many came out of the cache."""
+
+    clips: list[ClipSource] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    bad: list[BadClip] = field(default_factory=list)
+    cached: int = 0
+
+
+def prepare_clips(
+    clips: Sequence[ClipSource], recipe: Recipe, cache: ArrayCache, *, workers: int, skip_bad: bool, on_progress: Progress
+) -> PreparedClips:
+    """Decode and encode whatever the cache lacks. Raises DataError at the first clip that cannot be used, unless `skip_bad`."""
+    prepared = PreparedClips()
+    pack: dict[str, dict[str, NDArray[Any]]] = {}
+
+    def work(clip: ClipSource) -> tuple[str, dict[str, NDArray[Any]]]:
+        return _prepare_clip(clip, recipe, cache)
+
+    with _one_thread_each():
+        try:
+            for done, (clip, outcome) in enumerate(in_pool(clips, work, workers), 1):
+                if isinstance(outcome, ClipRefused):
+                    _refuse(clip, outcome, prepared, skip_bad)
+                else:
+                    digest, arrays = outcome
+                    prepared.clips.append(clip)
+                    prepared.digests.append(digest)
+                    prepared.cached += not arrays
+                    pack.update({key: {"array": array} for key, array in arrays.items()})
+                    if len(pack) >= _PACK_CLIPS or sum(a["array"].nbytes for a in pack.values()) > _PACK_BYTES:
+                        cache.put(pack)
+                        pack.clear()
+                on_progress("clips", done, len(clips))
+        finally:
+            cache.put(pack)  # an interrupted build goes on from here
+    return prepared
+
+
+def _refuse(clip: ClipSource, refusal: ClipRefused, prepared: PreparedClips, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise DataError(f"{refusal}; or leave such clips out with --skip-bad") from refusal
+    _log.warning("left out: %s", refusal)
+    prepared.bad.append(BadClip(clip.name, str(refusal)))
+
+
+def _prepare_clip(clip: ClipSource, recipe: Recipe, cache: ArrayCache) -> tuple[str, dict[str, NDArray[Any]]]:
+    """The file's digest and the arrays that the cache lacks, by key. Clip by clip, so that no clip's numbers depend on others."""
+    digest = hash_file(clip.path)
+    latents_key = recipe.latents_key(digest)
+    lacking = {recipe.features_key(digest, features): features for features in recipe.features}
+    lacking = {key: features for key, features in lacking.items() if key not in cache}
+    if latents_key in cache and not lacking:
+        return digest, {}
+    frames = decode_clip(clip.path, recipe.shape)
+    known = cache.get(latents_key)
+    latents = torch.from_numpy(known["array"]) if known else recipe.latents.encode(frames[None])[0]
+    if not torch.isfinite(latents).all():
+        raise ClipRefused(f"{clip.name} has latents that are not finite; remove it or use other latents")
+    made: dict[str, NDArray[Any]] = {} if known else {latents_key: latents.numpy()}
+    made.update({key: features.of(frames, latents) for key, features in lacking.items()})
+    return digest, made
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Several clips are encoded side by side, so each must not use all cores: spinning threads slow each other manifold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cached_array(cache: ArrayCache, key: str, name: str = "array") -> NDArray[Any]:
+    """What was filed. Raises DataError when the cache lost it meanwhile."""
+    found = cache.get(key)
+    if found is None:
+        raise DataError("the cache of latents was damaged or cleared while it was in use; run the build again")
+    return found[name]
+
+
+@dataclass(frozen=True)
+class EmbeddedCaptions:
+    """The distinct captions' pooled vectors [P]; their tokens, which take far more, stay on disk until a shard wants them."""
+
+    cache: ArrayCache
+    keys: Mapping[str, str]
+    pooled: Mapping[str, Tensor]
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """[N, L, D] in half precision, as shards keep them. Raises DataError when the cache lost them meanwhile."""
+        return torch.stack([torch.from_numpy(cached_array(self.cache, self.keys[each], "tokens")).half() for each in captions])
+
+
+def prepare_captions(captions: Sequence[str], encoder: TextEncoder, cache: ArrayCache, on_progress: Progress) -> EmbeddedCaptions:
+    """Embed each distinct caption, or find it in the cache."""
+    unique = sorted(set(captions))
+    keys = {
+        caption: cache_key(
+            kind="text", caption=caption, encoder=encoder.ref, fingerprint=encoder.fingerprint, tokens=encoder.tokens
+        )
+        for caption in unique
+    }
+    pooled: dict[str, Tensor] = {}
+    for start in range(0, len(unique), _CAPTIONS_AT_ONCE):
+        part = unique[start : start + _CAPTIONS_AT_ONCE]
+        if any(cache.get(keys[caption]) is None for caption in part):
+            tokens, vectors = (tensor.numpy().astype(np.float32) for tensor in encoder.encode(part))
+            cache.put({keys[caption]: {"tokens": tokens[row], "pooled": vectors[row]} for row, caption in enumerate(part)})
+        pooled.update({caption: torch.from_numpy(cached_array(cache, keys[caption], "pooled")) for caption in part})
+        on_progress("captions", min(start + _CAPTIONS_AT_ONCE, len(unique)), len(unique))
+    return EmbeddedCaptions(cache, keys, pooled)

@@ -1,0 +1,222 @@
+"""Latents: what the experts learn to denoise, made from frames by an autoencoder and turned back into frames.
+
+`pixels` is the frames themselves; `builtin:demo` the small autoencoder shipped with the package; anything else a folder or hub id
+of a diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or causal (AutoencoderKLWan, AutoencoderKLHunyuanVideo).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import ConfigError
+
+BUILTIN_LATENTS = ("builtin:demo", "pixels")
+PER_FRAME = ("AutoencoderTiny", "AutoencoderKL")
+CAUSAL = ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
+_FRAMES_AT_ONCE = 64
+
+
+class Latents(ABC):
+    """Frames uint8 [N, F, H, W, 3] to latents float32 [N, C, f, h, w] and back. Weights are read at first use.
+
+    With `mean` and `std` (one per channel) the latents are (raw - mean) / std, otherwise raw.
+    """
+
+    def __init__(self, ref: str, device: str = "cpu") -> None:
+        self.ref, self.device = ref, device
+        self._mean: Tensor | None = None
+        self._std: Tensor | None = None
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> Latents:
+        """From now on, hand out and take (raw - mean) / std. Empty sequences mean raw. Returns itself."""
+        shape = (1, -1, 1, 1, 1)
+        self._mean = torch.tensor(tuple(mean), device=self.device).view(shape) if len(mean) else None
+        self._std = torch.tensor(tuple(std), device=self.device).view(shape) if len(std) else None
+        return self
+
+    @torch.no_grad()
+    def encode(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
+        """Latents on the CPU. Raises ConfigError when the autoencoder does not take frames of this shape."""
+        clips = torch.as_tensor(frames)
+        self.shape_of(clips.shape[1], clips.shape[2], clips.shape[3])
+        raw = self._encode(clips.to(self.device).movedim(-1, 1).float() / 127.5 - 1).float()
+        if self._mean is not None and self._std is not None:
+            raw = (raw - self._mean) / self._std
+        return raw.cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Frames of latents as `encode` gives them."""
+        raw = latents.to(self.device).float()
+        if self._mean is not None and self._std is not None:
+            raw = raw * self._std + self._mean
+        pictures = self._decode(raw).float()
+        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+    @abstractmethod
+    def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, f, h, w) of one clip. Raises ConfigError when the autoencoder does not take this size."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the autoencoder does: part of the cache's keys."""
+        return self.ref
+
+    @property
+    def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, std) per channel that come with the weights, or None: then the data's own are measured."""
+        return None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The diffusers autoencoder, for a pipeline's `vae` folder; None for pixels."""
+        return None
+
+    @abstractmethod
+    def _encode(self, pictures: Tensor) -> Tensor:
+        """[N, 3, F, H, W] in -1..1 to raw latents."""
+
+    @abstractmethod
+    def _decode(self, raw: Tensor) -> Tensor:
+        """Raw latents to [N, 3, F, H, W] in about -1..1."""
+
+
+def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu") -> Latents:
+    """The autoencoder that `ref` names; with `spec` its latents are normalised as the run's are.
+
+    Raises ConfigError, in one sentence, when there is no such autoencoder or it is of a class that is not supported.
+    """
+    if ref == "pixels":
+        latents: Latents = PixelLatents(ref, device)
+    elif ref == "builtin:demo":
+        latents = AutoencoderLatents(ref, ModelRef(ref, str(demo_autoencoder())), device)
+    elif ref.startswith("builtin:"):
+        raise ConfigError(f"there are no latents {ref!r}; use {', '.join(BUILTIN_LATENTS)}, a folder or owner/name")
+    else:
+        latents = AutoencoderLatents(ref, parse_ref(ref, "latents", BUILTIN_LATENTS), device)
+    if spec is not None:
+        latents.normalise(spec.mean, spec.std)
+    return latents
+
+
+def demo_autoencoder() -> Path:
+    """The folder of the autoencoder that is shipped with the package."""
+    return Path(__file__).parents[1] / "weights" / "demo_autoencoder"
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keep a library from warning of config entries that it does not know, such as the latents' statistics."""
+    chosen = logging.getLogger(logger)
+    before = chosen.level
+    chosen.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        chosen.setLevel(before)
+
+
+class PixelLatents(Latents):
+    """No autoencoder: three channels in -1..1."""
+
+    def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return 3, frames, height, width
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        return pictures
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+class AutoencoderLatents(Latents):
+    """A diffusers autoencoder by its class name and own loader."""
+
+    def __init__(self, ref: str, model: ModelRef, device: str = "cpu") -> None:
+        super().__init__(ref, device)
+        self._model = model
+        self._one_at_a_time = threading.Lock()
+        self._config = read_config("latents", model)
+        self.class_name = str(self._config.get("_class_name"))
+        if self.class_name not in PER_FRAME + CAUSAL:
+            known = ", ".join(PER_FRAME + CAUSAL)
+            raise ConfigError(f"latents {ref!r} are of class {self.class_name}, which is not supported; use one of {known}")
+
+    @cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return fingerprint(self._model)
+
+    @cached_property
+    def module(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        import diffusers
+
+        with hub_errors("latents", self._model), _quiet("diffusers.configuration_utils"):
+            model = getattr(diffusers, self.class_name).from_pretrained(
+                self._model.location, use_safetensors=True, low_cpu_mem_usage=False, **self._model.options
+            )
+        return model.float().eval().requires_grad_(False).to(self.device)
+
+    @property
+    def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        mean, std = self._config.get("latents_mean"), self._config.get("latents_std")
+        return (tuple(mean), tuple(std)) if mean and std else None
+
+    def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        space, time = self._factors()
+        if height % space or width % space:
+            raise ConfigError(
+                f"latents {self.ref!r} take sides in multiples of {space}, not {height}×{width}; change the clip size"
+            )
+        if (frames - 1) % time:
+            near = max(1, round((frames - 1) / time)) * time + 1
+            raise ConfigError(f"latents {self.ref!r} take {time}n+1 frames, not {frames}; ask for {near} frames")
+        return self._channels(), (frames - 1) // time + 1, height // space, width // space
+
+    def _factors(self) -> tuple[int, int]:
+        """How many pixels and frames one latent stands for."""
+        config = self._config
+        match self.class_name:
+            case "AutoencoderTiny":
+                return 2 ** (len(config.get("encoder_block_out_channels", "4444")) - 1), 1
+            case "AutoencoderKL":
+                return 2 ** (len(config.get("block_out_channels", "1")) - 1), 1
+            case "AutoencoderKLWan":
+                stages = config.get("temperal_downsample", [False, True, True])  # spelt so in diffusers
+                patch = config.get("patch_size") or 1
+                return 2 ** len(stages) * patch, 2 ** sum(stages)
+            case _:
+                return config.get("spatial_compression_ratio", 8), config.get("temporal_compression_ratio", 4)
+
+    def _channels(self) -> int:
+        return int(self._config.get("z_dim" if self.class_name == "AutoencoderKLWan" else "latent_channels", 16))
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        if self.class_name in CAUSAL:
+            with self._one_at_a_time:  # they keep the previous frames' features in the module
+                return torch.cat([self.module.encode(clip).latent_dist.mode() for clip in pictures.split(1)])
+        count, frames = len(pictures), pictures.transpose(1, 2).flatten(0, 1)
+        parts = [self.module.encode(part) for part in frames.split(_FRAMES_AT_ONCE)]
+        raw = torch.cat([part.latents if self.class_name == "AutoencoderTiny" else part.latent_dist.mode() for part in parts])
+        return raw.unflatten(0, (count, -1)).transpose(1, 2)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        if self.class_name in CAUSAL:
+            with self._one_at_a_time:
+                return torch.cat([self.module.decode(clip).sample for clip in raw.split(1)])
+        count, latents = len(raw), raw.transpose(1, 2).flatten(0, 1)
+        pictures = torch.cat([self.module.decode(part).sample for part in latents.split(_FRAMES_AT_ONCE)])
+        return pictures.unflatten(0, (count, -1)).transpose(1, 2)

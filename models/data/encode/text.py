@@ -1,0 +1,237 @@
+"""Text encoders: captions to token vectors, which the experts attend to, and one pooled vector, which the router sees.
+
+`builtin:words` needs no weights; anything else is a folder or hub id that transformers loads: CLIP, T5, UMT5, BERT and MiniLM.
+`A+B` takes the tokens from A and the pooled vector from B, as Paris 2.0 does with T5 and CLIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
+from lutetia.system.errors import ConfigError
+
+BUILTIN_TEXT = ("builtin:words",)
+MODEL_TYPES = ("clip", "clip_text_model", "t5", "umt5", "bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
+WORD_WIDTH = 64
+MAX_TOKENS = 512
+CLIP_TOKENS = 77
+BATCH = 16
+
+
+class TextEncoder(ABC):
+    """Captions to `tokens` [N, L, D], zero where a caption is shorter, and `pooled` [N, P]; float32 on the CPU.
+
+    The empty caption of classifier-free guidance is zeros in both. Weights are read at first use.
+    """
+
+    ref: str
+    tokens: int
+    width: int
+    pooled_width: int
+    longest: int = MAX_TOKENS
+    """How many tokens it can give at most."""
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Longer captions lose their end. Raises ConfigError when the encoder's files are unusable."""
+
+    @abstractmethod
+    def count(self, captions: Sequence[str]) -> int:
+        """Tokens that the longest of `captions` takes, be it more than the encoder can hold."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the encoder does: part of the cache's keys."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The transformers model of the tokens, or None where there are no weights."""
+        return None
+
+
+def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu") -> TextEncoder:
+    """The encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError."""
+    if tokens < 1 or tokens > MAX_TOKENS:
+        raise ConfigError(f"a text encoder cannot give {tokens} tokens; ask for 1 to {MAX_TOKENS}")
+    if ref == "builtin:words":
+        return WordEncoder(tokens)
+    if "+" in ref and not Path(ref).expanduser().is_dir():
+        first, second = ref.split("+", 1)
+        longest = load_text_encoder(second, 1).longest  # a text may take more tokens there than in the first
+        return PairEncoder(load_text_encoder(first, tokens, device=device), load_text_encoder(second, longest, device=device))
+    if ref.startswith("builtin:"):
+        raise ConfigError(f"there is no text encoder {ref!r}; use {', '.join(BUILTIN_TEXT)}, a folder or owner/name")
+    return TransformersEncoder(ref, parse_ref(ref, "text encoder", BUILTIN_TEXT), tokens, device)
+
+
+class WordEncoder(TextEncoder):
+    """Hashed words: every word has a fixed random direction, its place in the caption a small sinusoid. It needs no weights.
+
+    It knows no synonyms and no grammar: a stand-in where captions use few words, honest about being one.
+    """
+
+    ref, width, pooled_width = "builtin:words", WORD_WIDTH, WORD_WIDTH
+    fingerprint = "words-1"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    _PLACE = 0.3  # share of the position in a token, relative to the word
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        tokens = np.zeros((len(captions), self.tokens, self.width), np.float32)
+        pooled = np.zeros((len(captions), self.width), np.float32)
+        places = _places(self.tokens)
+        for row, caption in enumerate(captions):
+            words = split_words(caption)[: self.tokens]
+            if not words:
+                continue
+            vectors = np.stack([_word(word) for word in words])
+            tokens[row, : len(words)] = (vectors + self._PLACE * places[: len(words)]) / math.sqrt(1 + self._PLACE**2)
+            pooled[row] = vectors.sum(0) / math.sqrt(len(words))
+        scale = math.sqrt(self.width)  # unit variance per coordinate
+        return torch.from_numpy(tokens * scale), torch.from_numpy(pooled * scale)
+
+    def count(self, captions: Sequence[str]) -> int:
+        return max((len(split_words(caption)) for caption in captions), default=1)
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and numbers; punctuation separates and is dropped."""
+    return re.findall(r"\w+", text.casefold())
+
+
+@lru_cache(maxsize=1 << 16)
+def _word(word: str) -> np.ndarray[Any, Any]:
+    """A word's unit vector [64], the same on every machine: Philox keyed by the word's SHA-256."""
+    key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:16], "little")
+    vector = np.random.Generator(np.random.Philox(key)).standard_normal(WORD_WIDTH)
+    return vector / np.linalg.norm(vector)
+
+
+@lru_cache
+def _places(tokens: int) -> np.ndarray[Any, Any]:
+    """Unit sinusoids [tokens, 64] of the places."""
+    angle = np.arange(tokens)[:, None] / 100 ** (2 * np.arange(WORD_WIDTH // 2) / WORD_WIDTH)
+    places = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(tokens, WORD_WIDTH)
+    return places / np.linalg.norm(places, axis=1, keepdims=True)
+
+
+class TransformersEncoder(TextEncoder):
+    """A transformers text model by its own loader.
+
+    Tokens are the last hidden states, zero beyond the caption. Pooled is CLIP's own pooled state (of the end token); of the
+    others the mean over the caption's tokens, and for the BERT family its direction, scaled to unit variance per coordinate.
+    """
+
+    def __init__(self, ref: str, model: ModelRef, tokens: int, device: str = "cpu") -> None:
+        self.ref, self.tokens, self._model, self._device = ref, tokens, model, device
+        config = read_config("text encoder", model)
+        self.model_type = str(config.get("model_type"))
+        if self.model_type not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise ConfigError(f"text encoder {ref!r} is of type {self.model_type}, which is not supported; use one of {known}")
+        text = config.get("text_config") or config
+        self.width = int(text.get("d_model") or text.get("dim") or text.get("hidden_size") or 512)
+        self.pooled_width = self.width
+        longest = text.get("max_position_embeddings") or (CLIP_TOKENS if self.is_clip else None)
+        self.longest = min(int(longest), MAX_TOKENS) if longest and not self.is_t5 else MAX_TOKENS
+        if tokens > self.longest:
+            raise ConfigError(
+                f"text encoder {ref!r} holds at most {self.longest} tokens, not {tokens}; ask for fewer text tokens"
+            )
+
+    @property
+    def is_clip(self) -> bool:
+        return self.model_type.startswith("clip")
+
+    @property
+    def is_t5(self) -> bool:
+        return self.model_type in ("t5", "umt5")
+
+    @cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return fingerprint(self._model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with hub_errors("the tokenizer of text encoder", self._model):
+            return AutoTokenizer.from_pretrained(self._model.location, **self._model.options)
+
+    @cached_property
+    def module(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        import transformers
+
+        kinds = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+        loader = getattr(transformers, kinds.get(self.model_type, "AutoModel"))
+        with hub_errors("text encoder", self._model):
+            model = loader.from_pretrained(self._model.location, use_safetensors=True, dtype=torch.float32, **self._model.options)
+        return model.eval().requires_grad_(False).to(self._device)
+
+    def count(self, captions: Sequence[str]) -> int:
+        ids = self.tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
+        return max((len(row) for row in ids), default=1)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if not captions:
+            return torch.zeros(0, self.tokens, self.width), torch.zeros(0, self.pooled_width)
+        # batches of one size: a caption's embedding must not depend on its neighbours' number
+        padded = [*captions, *[""] * (-len(captions) % BATCH)]
+        parts = [self._encode(padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
+        tokens = torch.cat([part[0] for part in parts])[: len(captions)]
+        pooled = torch.cat([part[1] for part in parts])[: len(captions)]
+        said = torch.tensor([bool(caption.strip()) for caption in captions])
+        return tokens * said[:, None, None], pooled * said[:, None]
+
+    def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
+        ).to(self._device)  # fmt: skip
+        output = self.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        mask = batch["attention_mask"][..., None].float()
+        tokens = output.last_hidden_state.float() * mask
+        if self.is_clip:
+            pooled = output.pooler_output.float()
+        else:
+            pooled = tokens.sum(1) / mask.sum(1).clamp(min=1)
+            if not self.is_t5:
+                pooled = nn.functional.normalize(pooled, dim=-1) * math.sqrt(self.width)
+        return tokens.cpu(), pooled.cpu()
+
+
+class PairEncoder(TextEncoder):
+    """Tokens of one encoder, pooled vector of another."""
+
+    def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
+        self.first, self.second = first, second
+        self.ref, self.tokens, self.longest = f"{first.ref}+{second.ref}", first.tokens, first.longest
+        self.width, self.pooled_width = first.width, second.pooled_width
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.first.fingerprint}+{self.second.fingerprint}@{self.second.tokens}"
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.first.module
+
+    def count(self, captions: Sequence[str]) -> int:
+        return self.first.count(captions)
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.first.encode(captions)[0], self.second.encode(captions)[1]

@@ -1,0 +1,158 @@
+"""Write what a build found: shard files, contact sheets, `clips.jsonl` and `data.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lutetia.models.data.cluster.assignment import Placement, Split
+from lutetia.models.data.cluster.contact_sheets import SHEET_CLIPS, write_sheet
+from lutetia.models.data.cluster.report import central
+from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
+from lutetia.models.data.encode.cache import ArrayCache
+from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
+from lutetia.models.data.encode.text import TextEncoder
+from lutetia.models.data.ingest.video import decode_clip
+from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import ConfigError, DataError
+from lutetia.system.files import write_atomic
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the files of a build are made from."""
+
+    recipe: Recipe
+    cache: ArrayCache
+    prepared: PreparedClips
+    embedded: EmbeddedCaptions
+    placement: Placement
+
+    def latents(self, row: int) -> np.ndarray:
+        """Raw latents [C, F, H, W] of a clip."""
+        return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row]))
+
+
+def latent_spec(source: Source, encoder: TextEncoder, normalisation: Literal["auto", "measured", "shipped"]) -> LatentSpec:
+    """The run's latent spec, with mean and std per channel: shipped with the autoencoder, or measured on the training clips."""
+    recipe, shape = source.recipe, source.recipe.shape
+    channels, frames, height, width = recipe.latents.shape_of(shape.frames, shape.height, shape.width)
+    shipped = recipe.latents.shipped_statistics
+    if normalisation == "shipped" and shipped is None:
+        raise ConfigError(f"latents {recipe.latents.ref!r} come without mean and std; measure them instead")
+    if shipped is not None and normalisation != "measured":
+        mean, std = shipped
+        _log.info("latents are normalised by the statistics that %s ships", recipe.latents.ref)
+    else:
+        mean, std = _measure(source)
+        _log.info("latents are normalised by statistics of the training clips")
+    return LatentSpec(
+        channels=channels, frames=frames, height=height, width=width, mean=mean, std=std,
+        vae=recipe.latents.ref, pixel_frames=shape.frames, pixel_height=shape.height, pixel_width=shape.width, fps=shape.fps,
+        text_encoder=encoder.ref, text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width,
+    )  # fmt: skip
+
+
+def _measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel over all training clips."""
+    count, total, squares = 0, 0.0, 0.0
+    for row, split in enumerate(source.placement.splits):
+        if split == "train":
+            raw = source.latents(row).astype(np.float64).reshape(source.latents(row).shape[0], -1)
+            count, total, squares = count + raw.shape[1], total + raw.sum(1), squares + (raw**2).sum(1)
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 1e-8))
+    return tuple(round(float(value), 6) for value in mean), tuple(round(float(value), 6) for value in std)
+
+
+def write_data(
+    folder: Path, source: Source, latent: LatentSpec, settings: Mapping[str, Any], on_progress: Progress
+) -> DataDescription:
+    """Fill `folder`; returns what `data.json` says."""
+    placement, clusters = source.placement, source.placement.report.clusters
+    total = len(source.prepared.clips) - placement.count("test")
+    shards = []
+    for summary in clusters:
+        index = summary.index
+        files = {
+            split: _write_split(folder, source, latent, index, summary.name, split) for split in ("train", "holdout", "test")
+        }
+        train, holdout = files["train"], files["holdout"]
+        if train is None or holdout is None:
+            raise DataError(f"cluster {summary.name} has no clips left to train on or to hold out; use fewer experts")
+        share = (train.clips + holdout.clips) / total
+        shard = DataShard(index=index, name=summary.name, train=train, holdout=holdout, test=files["test"], prior=share)
+        shards.append(shard.model_copy(update={"keywords": summary.keywords}))
+        _write_sheet(folder / "sheets" / f"{index:03d}-{summary.name}.png", source, index, summary.name)
+        on_progress("shards", index + 1, len(clusters))
+    write_atomic(folder / "clips.jsonl", _clip_lines(source))
+    description = DataDescription(
+        latent=latent,
+        shards=tuple(shards),
+        clustering=placement.report,
+        settings=dict(settings),
+        skipped=len(source.prepared.bad),
+    )
+    write_atomic(folder / DATA_FILE, canonical(description))
+    return description
+
+
+def _write_split(folder: Path, source: Source, latent: LatentSpec, index: int, name: str, split: Split) -> DataFile | None:
+    rows = source.placement.rows(index, split)
+    if not rows:
+        return None
+    clips = [source.prepared.clips[row] for row in rows]
+    captions = [clip.caption for clip in clips]
+    shape = (1, -1, 1, 1, 1)
+    raw = torch.from_numpy(np.stack([source.latents(row) for row in rows]))
+    data = ShardData(
+        latents=(raw - torch.tensor(latent.mean).view(shape)) / torch.tensor(latent.std).view(shape),
+        tokens=source.embedded.tokens(captions),
+        pooled=torch.stack([source.embedded.pooled[caption] for caption in captions]),
+        captions=captions,
+        kinds=[clip.kind for clip in clips],
+    )
+    sources = tuple(source.prepared.digests[row] for row in rows)
+    relative = f"shards/{index:03d}.{split}.safetensors"
+    write_shard(folder / relative, data, ShardMetadata(latent=latent, name=name, split=split, sources=sources))
+    return DataFile(path=relative, blob=ChunkTable.of_file(folder / relative).ref, clips=len(rows))
+
+
+def _write_sheet(path: Path, source: Source, index: int, name: str) -> None:
+    """Half the clips from the cluster's centre, half spread evenly out to its rim."""
+    rows = source.placement.rows(index, "train")
+    ranked = central(source.placement.vectors, rows, len(rows))
+    half = SHEET_CLIPS // 2
+    spread = np.linspace(half, len(ranked) - 1, half).round().astype(int) if len(ranked) > half else np.empty(0, int)
+    chosen = ranked[:half] + [ranked[place] for place in np.unique(spread) if place >= half]
+    clips = [source.prepared.clips[row] for row in chosen]
+    frames = [decode_clip(clip.path, source.recipe.shape) for clip in clips]
+    write_sheet(
+        path, f"{name}: {len(rows)} clips; the most typical first, then outwards", frames, [clip.caption for clip in clips]
+    )
+
+
+def _clip_lines(source: Source) -> bytes:
+    """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then what was left out and why."""
+    placement, prepared = source.placement, source.prepared
+    lines: list[dict[str, Any]] = [
+        {
+            "file_name": clip.name, "sha256": digest, "caption": clip.caption, "kind": clip.kind,
+            "split": placement.splits[row], "shard": int(placement.shards[row]),
+        }
+        for row, (clip, digest) in enumerate(zip(prepared.clips, prepared.digests, strict=True))
+    ]  # fmt: skip
+    lines += [{"file_name": bad.name, "left_out": bad.reason} for bad in prepared.bad]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

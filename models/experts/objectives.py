@@ -1,0 +1,100 @@
+"""What experts predict, how they are taught it, and how every prediction becomes one thing: the velocity of the flow.
+
+Flow time t runs from data (0) to noise (1) on the straight path `x_t = (1-t) x0 + t eps` with velocity `u = eps - x0`. An expert
+may live on another path, `z_s = A(s) x0 + B(s) eps`, and predict velocity, x0 (`sample`) or eps. Because the time with the same
+signal-to-noise ratio shows the expert the same picture up to scale, nothing is retrained: choose s with A/B = (1-t)/t, show it
+`z = c x_t` with c = A/(1-t) = B/t, and turn its answer into u (heterogeneous DDM, arXiv 2603.06741; conversion rederived).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lutetia.protocol.schema.manifest import ExpertSpec, TimeSampling
+
+Prediction = Literal["velocity", "sample", "epsilon"]
+Schedule = Literal["linear", "vp_cosine"]
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(noisy latents on the expert's own path, its own time s [B] in [0, 1]) -> raw prediction."""
+
+T_MIN = 0.05  # floor of t where x0 is turned into a velocity ("Back to Basics", arXiv 2511.13720)
+ALPHA_MIN = 0.01  # floor of 1-t where eps is turned into x0 (heterogeneous DDM)
+X0_LIMIT = 20.0  # and the clamp on that x0; latents have unit variance
+
+
+def matched(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The expert's own time s with the signal-to-noise ratio of flow time t, and the scale c of its input `z = c x_t`."""
+    if schedule == "linear":
+        return t, torch.ones_like(t)
+    return torch.atan2(t, 1 - t) * (2 / math.pi), 1 / torch.hypot(1 - t, t)  # A = cos(pi s/2), B = sin(pi s/2)
+
+
+def to_velocity(prediction: Prediction, schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The flow's velocity at (x_t, t) from the raw answer `out` that the expert gave to `(c x_t, s)`."""
+    t = _columns(t, x_t)
+    if prediction == "sample":
+        return (x_t - out) / t.clamp_min(T_MIN)
+    if prediction == "epsilon":
+        x0 = ((x_t - t * out) / (1 - t).clamp_min(ALPHA_MIN)).clamp(-X0_LIMIT, X0_LIMIT)
+        return out - x0
+    if schedule == "linear":
+        return out
+    scale = 1 / torch.hypot(1 - t, t)
+    a, b, z = scale * (1 - t), scale * t, scale * x_t
+    return (b * z + a * out) - (a * z - b * out)  # out = A eps - B x0 and A^2 + B^2 = 1 (Salimans and Ho 2022)
+
+
+def velocity(prediction: Prediction, schedule: Schedule, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
+    """Ask an expert of any kind for the flow's velocity at `x_t [B, ...]`, `t [B]`. Keeps the dtype of `x_t`.
+
+    All but the expert's own work is done at least in single precision: noise turned into data is a difference of near numbers.
+    """
+    exact = torch.promote_types(x_t.dtype, torch.float32)
+    wide, time = x_t.to(exact), t.to(exact)
+    s, scale = matched(schedule, time)
+    z = wide if schedule == "linear" else wide * _columns(scale, wide)
+    return to_velocity(prediction, schedule, predict(z, s).to(exact), wide, time).to(x_t.dtype)
+
+
+def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The training loss of every row [B] at flow times `t [B]`, each the mean over the row's elements.
+
+    velocity: squared error of the own path's velocity. epsilon: of eps. sample: of the velocity that x0 implies,
+    `(x_t - x0)/max(t, T_MIN)`, clamped alike in target and prediction so that its minimiser is E[x0 | x_t] at every t.
+    """
+    s, scale = matched(spec.noise_schedule, t)
+    time, scale = _columns(t, x0), _columns(scale, x0)
+    x_t = torch.lerp(x0, noise, time)
+    if spec.noise_schedule != "linear":
+        x_t = scale * x_t
+    out = predict(x_t, s).to(x0.dtype)
+    if spec.prediction == "sample":
+        error = (out - x0) / time.clamp_min(T_MIN)
+    elif spec.prediction == "epsilon":
+        error = out - noise
+    elif spec.noise_schedule == "linear":
+        error = out - (noise - x0)
+    else:
+        error = out - scale * ((1 - time) * noise - time * x0)
+    return error.square().flatten(1).mean(1)
+
+
+def times(sampling: TimeSampling, uniforms: Tensor) -> Tensor:
+    """Flow times of the run's distribution from uniforms in (0, 1): a logit-normal, then the resolution shift."""
+    normal = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
+    s = torch.sigmoid(sampling.mean + sampling.std * normal)
+    return shift_time(s, sampling.shift).float()
+
+
+def shift_time(s: Tensor, shift: float) -> Tensor:
+    """`shift s / (1 + (shift-1) s)`: the same signal-to-noise ratio at more pixels (SD3, Open-Sora 2.0)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def _columns(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,127 @@
+"""Clips to judge, sampled from a mixture prompt by prompt and kept on disk, so that a run that was cut goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.mixing.sampling import initial_noise
+from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
+from lutetia.system.files import atomic_path
+
+
+class Sampling(Frozen):
+    """How clips are sampled. None: as the mixture itself says."""
+
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
+    mode: Literal["top1", "top2", "full", "sticky"] | None = None
+    expert: int | None = Field(default=None, ge=0, description="this expert alone, whatever the router says")
+    batch: int = Field(default=8, ge=1)
+
+
+class Sampler(Protocol):
+    """Prompts to frames uint8 [N, F, H, W, 3] and the experts' weights [steps, N, K]; prompt i starts from noise `seed + i`.
+
+    `tag` changes with the mixture and with how it is asked; `shape` is that of the clips.
+    """
+
+    tag: str
+    shape: ClipShape
+
+    def __call__(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+class MixtureSampler:
+    """A stitched mixture folder as a sampler. Raises ConfigError when the folder holds none.
+
+    With `oracle`, prompt to expert, each prompt goes to the expert of its cluster instead of where the router would send it.
+    """
+
+    def __init__(self, folder: Path, sampling: Sampling, device: str = "cpu", oracle: Mapping[str, int] | None = None) -> None:
+        from lutetia.models.mixing.description import read_mixture
+        from lutetia.models.pipeline import load_pipeline
+
+        self.tag = read_mixture(folder).mixture.digest + (f"/oracle-{digest_of(dict(oracle))}" if oracle else "")
+        self.pipeline, self.sampling, self.oracle = load_pipeline(folder, device=device), sampling, oracle
+        spec = self.pipeline.spec
+        self.shape = ClipShape(frames=spec.pixel_frames, fps=spec.fps, height=spec.pixel_height, width=spec.pixel_width)
+
+    def __call__(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+        seeds = list(range(seed, seed + len(prompts)))
+        if self.oracle is None:
+            return self._ask(prompts, seeds, self.sampling.expert)
+        chosen = [self.oracle[prompt] for prompt in prompts]
+        frames, routing = {}, {}
+        for expert in sorted(set(chosen)):
+            rows = [row for row, own in enumerate(chosen) if own == expert]
+            clips, weights = self._ask([prompts[row] for row in rows], [seeds[row] for row in rows], expert)
+            frames.update(zip(rows, clips, strict=True))
+            routing.update(zip(rows, weights.unbind(1), strict=True))
+        order = range(len(prompts))
+        return torch.stack([frames[row] for row in order]), torch.stack([routing[row] for row in order], dim=1)
+
+    def _ask(self, prompts: Sequence[str], seeds: Sequence[int], expert: int | None) -> tuple[Tensor, Tensor]:
+        asked = self.sampling
+        output: Any = self.pipeline(
+            list(prompts), asked.steps, asked.guidance, mode=asked.mode, expert=expert, seed=seeds[0],
+            latents=initial_noise(self.pipeline.spec.shape, seeds), cut_prompts=True,
+        )  # fmt: skip
+        return torch.from_numpy(output.frames), output.routing
+
+
+def generate(
+    sampler: Sampler,
+    prompts: ClipSet,
+    sampling: Sampling,
+    seed: int,
+    folder: Path | None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[ClipSet, Tensor]:
+    """One clip per caption of `prompts`, with noise of its own by `seed` and number, and the routing [steps, N, K] of all.
+
+    With a `folder`, every finished batch is kept below it under mixture, prompts, settings and seed.
+    """
+    frames, weights = [], []
+    for start in range(0, len(prompts), sampling.batch):
+        captions = prompts.captions[start : start + sampling.batch]
+        first = seed * 1_000_003 + start
+        path = _path(folder, sampler.tag, sampling, captions, first)
+        batch = _read(path)
+        if batch is None:
+            clips, routing = sampler(captions, first)
+            batch = {"frames": clips, "routing": routing}
+            if path is not None:
+                with atomic_path(path) as temporary:
+                    save_file({name: value.contiguous() for name, value in batch.items()}, temporary)
+        frames.append(batch["frames"])
+        weights.append(batch["routing"])
+        if on_progress:
+            on_progress("sampling", start + len(captions), len(prompts))
+    return prompts.with_frames(torch.cat(frames)), torch.cat(weights, dim=1)
+
+
+def _path(folder: Path | None, tag: str, sampling: Sampling, captions: Sequence[str], seed: int) -> Path | None:
+    if folder is None:
+        return None
+    asked = {"tag": tag, "sampling": sampling.model_dump(mode="json"), "captions": list(captions), "seed": seed}
+    return folder / "generated" / f"{hashlib.sha256(canonical(asked)).hexdigest()}.safetensors"
+
+
+def _read(path: Path | None) -> dict[str, Tensor] | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except SafetensorError:
+        return None

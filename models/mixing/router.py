@@ -1,0 +1,272 @@
+"""The router: which expert's data does this noisy latent come from? A small DiT classifier over (noisy latent, t, pooled text).
+
+The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the
+router must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors,
+never balanced), and its accuracy and calibration error are reported per bin of t.
+
+At t = 1 the latent is noise and says nothing, so the router sees it weighted by 1 - t, the share of the data in it: the first
+decision of a path, which the others follow, is the text's alone (the priors', for a text-blind router).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lutetia.models.data.shards import ShardData
+from lutetia.models.experts.families import TIMESTEPS
+from lutetia.models.randomness import normals, seed_of, stream
+from lutetia.models.tensor_files import read_document, write_tensors
+from lutetia.protocol.schema.manifest import LatentSpec, Manifest, RouterSpec
+from lutetia.system.errors import DataError, IntegrityError
+
+MAX_PATCHES = 32  # keeps the router near a tenth of an expert's cost, also where experts are tiny
+TIME_BINS = 10
+_CALIBRATION_BINS = 15
+_REPORT_NOISES = 4
+
+
+class VideoRouter(ModelMixin, ConfigMixin):
+    """Logits over experts `[B, K]` from noisy latents `[B, C, F, H, W]`, flow time `[B]` and pooled text `[B, P]`.
+
+    `pooled_width` 0 makes it text-blind. `weighted` multiplies the latents by 1 - t. Saves and loads like every diffusers model.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        experts: int,
+        channels: int,
+        latent_size: tuple[int, int, int],
+        patch_size: tuple[int, int, int],
+        pooled_width: int = 0,
+        hidden: int = 96,
+        layers: int = 3,
+        weighted: bool = False,  # what a file without this entry was trained with
+    ) -> None:
+        super().__init__()
+        self.weighted = weighted
+        heads = max(1, hidden // 32)
+        patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
+        p_t, p_h, p_w = patch_size  # a list when it comes from a file
+        self.embed = nn.Conv3d(channels, hidden, (p_t, p_h, p_w), (p_t, p_h, p_w))
+        self.place = nn.Parameter(torch.randn(1, patches, hidden) * 0.02)
+        self.wave = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(64, hidden)
+        self.text = nn.Sequential(nn.RMSNorm(pooled_width, eps=1e-6), nn.Linear(pooled_width, hidden)) if pooled_width else None
+        self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(2 * hidden, experts)
+
+    def forward(self, hidden_states: Tensor, time: Tensor, pooled: Tensor | None = None) -> Tensor:
+        condition = self.time(self.wave(time * TIMESTEPS).to(hidden_states.dtype))
+        if self.text is not None and pooled is not None:
+            condition = condition + self.text(pooled)
+        if self.weighted:
+            hidden_states = hidden_states * (1 - time).to(hidden_states.dtype).view(-1, 1, 1, 1, 1)
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2) + self.place
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(torch.cat([self.norm(x).mean(1), condition], dim=1))
+
+
+class _Block(nn.Module):
+    """A DiT block (adaLN-zero) at half the usual MLP width."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(hidden, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+        nn.init.zeros_(self.modulation[1].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.modulation[1].bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate1 * self.out(attended)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """On held-out clips drawn by the priors, with their text: overall and in ten equal bins of t. ece: calibration error."""
+
+    accuracy: float
+    accuracy_by_time: tuple[float, ...]
+    ece: float
+    ece_by_time: tuple[float, ...]
+    loss: float
+    steps: int
+
+
+def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
+    """The run's router, freshly initialised."""
+    return router_of(manifest.latent, manifest.router, len(manifest.shards), seed)
+
+
+def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0, weighted: bool = True) -> VideoRouter:
+    """A router among `experts` for such latents, freshly initialised."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VideoRouter(
+            experts=experts,
+            channels=latent.channels,
+            latent_size=latent.shape[1:],
+            patch_size=_patch_size(latent.shape[1:]),
+            pooled_width=latent.pooled_width if spec.text_conditioned else 0,
+            hidden=spec.hidden,
+            layers=spec.layers,
+            weighted=weighted,
+        )
+
+
+def write_router(router: VideoRouter, path: Path) -> None:
+    """The router's weights in one file that is whole or absent. Raises DiskError."""
+    write_tensors(path, {name: tensor.cpu() for name, tensor in router.state_dict().items()}, {"weighted": router.weighted})
+
+
+def read_router(manifest: Manifest, path: Path) -> VideoRouter:
+    """The run's router with the weights of `write_router`. Raises IntegrityError when they are another model's."""
+    try:
+        with safe_open(path, "pt") as file:
+            weighted = bool(read_document(file.metadata()).get("weighted", False))
+        router = router_of(manifest.latent, manifest.router, len(manifest.shards), weighted=weighted)
+        router.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise IntegrityError(f"{path.name} is not the router of this run; train it again") from error
+    return router.eval()
+
+
+def train_router(
+    manifest: Manifest,
+    shards: Sequence[ShardData],
+    *,
+    seed: int,
+    steps: int | None = None,
+    holdouts: Sequence[ShardData] | None = None,
+    on_progress: Callable[[int, int, float], None] | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[VideoRouter, RouterReport]:
+    """Train the run's router on all shards' clips and report on `holdouts` (None: every tenth clip of `shards`, kept apart).
+
+    `on_progress` is told (steps done, steps, loss). Equal arguments, equal router on a CPU. Raises DataError for missing shards.
+    """
+    if len(shards) != len(manifest.shards) or (holdouts is not None and len(holdouts) != len(shards)):
+        raise DataError(f"the router needs the data of all {len(manifest.shards)} shards, not of {len(shards)}; fetch the others")
+    if holdouts is None:
+        shards, holdouts = _split(shards)
+    spec, run = manifest.router, manifest.run_id
+    router = build_router(manifest, seed_of(run, seed, "router"))
+    nn.Module.to(router, device)
+    steps = steps or max(1, spec.samples // spec.batch)
+    optimiser = torch.optim.AdamW(router.parameters(), lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        optimiser.param_groups[0]["lr"] = spec.learning_rate * rate
+        draw = stream(run, seed, 0, step, "router")
+        rows = _choose(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
+        logits = router(*(tensor.to(device) for tensor in _noisy(shards, rows, draw)))
+        loss = nn.functional.cross_entropy(logits, rows.labels.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimiser.step()
+        if on_progress:
+            on_progress(step + 1, steps, loss.item())
+    return router.eval(), report_router(manifest, router, holdouts, steps=steps)
+
+
+@torch.no_grad()
+def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[ShardData], *, steps: int = 0) -> RouterReport:
+    """Accuracy and calibration of `router`; same clips, noise and times for every router of a run."""
+    count = max(256, _REPORT_NOISES * sum(len(holdout) for holdout in holdouts))
+    draw = stream(manifest.run_id, 0, 0, 0, "router report")
+    rows = _choose(manifest, holdouts, draw, count, text_dropout=0.0)
+    device = next(router.parameters()).device
+    parts = (_noisy(holdouts, part, draw) for part in rows.split(64))
+    logits = torch.cat([router(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
+    t, labels = rows.t, rows.labels
+    confidence, guess = logits.softmax(1).max(1)
+    right = (guess == labels).float()
+    bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    inside = [bins == b for b in range(TIME_BINS)]
+    return RouterReport(
+        accuracy=right.mean().item(),
+        accuracy_by_time=tuple(right[rows].mean().item() for rows in inside),
+        ece=_calibration_error(confidence, right),
+        ece_by_time=tuple(_calibration_error(confidence[rows], right[rows]) for rows in inside),
+        loss=nn.functional.cross_entropy(logits, labels).item(),
+        steps=steps,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the natural mixture: shard (`labels`) and clip of each, its time, and whether its text is shown. All [N]."""
+
+    labels: Tensor
+    clips: Tensor
+    t: Tensor
+    told: Tensor
+
+    def split(self, size: int) -> list[_Rows]:
+        parts = (getattr(self, field.name).split(size) for field in fields(self))
+        return [_Rows(*part) for part in zip(*parts, strict=True)]
+
+
+def _choose(manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Generator, count: int, text_dropout: float) -> _Rows:
+    """`count` rows by the shards' priors, with times uniform and stratified."""
+    priors = np.array([shard.prior for shard in manifest.shards])
+    labels = draw.choice(len(shards), size=count, p=priors / priors.sum())
+    clips = torch.tensor([int(draw.integers(len(shards[label]))) for label in labels])
+    t = torch.from_numpy((draw.permutation(count) + draw.random(count)) / count).float()
+    return _Rows(torch.from_numpy(labels), clips, t, torch.from_numpy(draw.random(count) >= text_dropout))
+
+
+def _noisy(shards: Sequence[ShardData], rows: _Rows, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What the router sees of `rows`: noisy latents, times and pooled texts."""
+    places = list(zip(rows.labels.tolist(), rows.clips.tolist(), strict=True))
+    latents = torch.stack([shards[label].latents[clip] for label, clip in places]).float()
+    pooled = torch.stack([shards[label].pooled[clip] for label, clip in places])
+    noisy = torch.lerp(latents, normals(draw, tuple(latents.shape)), rows.t.view(-1, 1, 1, 1, 1))
+    return noisy, rows.t, pooled * rows.told[:, None]
+
+
+def _split(shards: Sequence[ShardData]) -> tuple[list[ShardData], list[ShardData]]:
+    def rows(shard: ShardData, kept: bool) -> list[int]:
+        return [row for row in range(len(shard)) if (row % 10 == 9) != kept or len(shard) < 10]
+
+    return [shard.take(rows(shard, True)) for shard in shards], [shard.take(rows(shard, False)) for shard in shards]
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """How far confidence and accuracy lie apart, over equal bins of confidence weighted by their share (Guo et al. 2017)."""
+    bins = (confidence * _CALIBRATION_BINS).long().clamp(0, _CALIBRATION_BINS - 1)
+    gaps = [((bins == b).float().mean(), (right - confidence)[bins == b]) for b in bins.unique().tolist()]
+    return sum((share * gap.mean().abs()).item() for share, gap in gaps)
+
+
+def _patch_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The patch that leaves at most MAX_PATCHES: the longest axis is divided by its smallest factor, again and again."""
+    counts, patch = list(size), [1, 1, 1]
+    while math.prod(counts) > MAX_PATCHES:
+        axis = max(range(3), key=lambda a: counts[a])
+        factor = next(n for n in range(2, counts[axis] + 1) if counts[axis] % n == 0)
+        patch[axis], counts[axis] = patch[axis] * factor, counts[axis] // factor
+    return patch[0], patch[1], patch[2]

@@ -1,0 +1,128 @@
+"""Is this file what the manifest says a checkpoint must be? Asked before any tensor of a stranger is used.
+
+Cheapest first: size of the header, names, shapes, dtypes, then (reading one tensor at a time) finite numbers and norm bounds.
+Only safetensors is read; there is nothing to execute in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lutetia.models.experts.families import Schema, build_meta, weight_schema
+from lutetia.models.training.optimisers import hidden_matrices
+from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.system.errors import IntegrityError
+
+Reason = Literal["missing", "extra", "shape", "dtype", "non-finite", "norm", "header"]
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_ROOT_MEAN_SQUARE = 100.0  # trained weights lie around 0.01 to 1
+MAX_TRACE = 1 << 20
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+class CheckpointRefused(IntegrityError):
+    """A checkpoint file that does not fit the manifest; `reason` is the kind of misfit, the text names file and tensor."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason: Reason = reason
+
+
+def check_weights(path: Path, spec: ExpertSpec) -> None:
+    """Raises CheckpointRefused unless `path` holds exactly the expert's weights, finite and of bounded size."""
+    _check(path, weight_schema(spec), {})
+
+
+def check_state(path: Path, spec: ExpertSpec, optimisation: Optimisation) -> None:
+    """Raises CheckpointRefused unless `path` holds a training state that this expert and optimiser can go on from."""
+    required, optional = state_schema(spec, optimisation)
+    _check(path, required, optional)
+
+
+def state_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, Schema]:
+    """What a training state must hold (parameters) and may hold (moments, EMA, loss trace of any length)."""
+    model = build_meta(spec)
+    matrices = hidden_matrices(model) if optimisation.optimizer == "muon" else set()
+    required: Schema = {}
+    optional: Schema = {"trace": ((-1,), torch.float32)}
+    for name, parameter in model.named_parameters():
+        form = tuple(parameter.shape), parameter.dtype
+        required[f"param.{name}"] = optional[f"ema.{name}"] = form
+        moments = ("muon.momentum_buffer",) if name in matrices else ("adamw.exp_avg", "adamw.exp_avg_sq")
+        optional |= {f"{moment}.{name}": form for moment in moments}
+    return required, optional
+
+
+def _check(path: Path, required: Schema, optional: Schema) -> None:
+    header = _read_header(path)
+    _check_names(path, header, required, optional)
+    expected = required | optional
+    for name, entry in header.items():
+        _check_form(path, name, entry, *expected[name])
+    _check_values(path, header)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The tensor entries of a safetensors header, read by ourselves so that a hostile size never allocates anything."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointRefused("header", f"{path.name} has a header of {length} bytes in a file of {size}; refused")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointRefused("header", f"the header of {path.name} is not JSON; refused") from error
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise CheckpointRefused("header", f"the header of {path.name} does not describe tensors; refused")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _check_names(path: Path, header: Mapping[str, Any], required: Schema, optional: Schema) -> None:
+    missing = sorted(required.keys() - header.keys())
+    if missing:
+        raise CheckpointRefused("missing", f"{path.name} lacks {len(missing)} tensors, among them {missing[0]}; refused")
+    extra = sorted(header.keys() - required.keys() - optional.keys())
+    if extra:
+        raise CheckpointRefused("extra", f"{path.name} holds {len(extra)} tensors too many, among them {extra[0][:80]}; refused")
+
+
+def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    found = entry.get("shape")
+    if shape == (-1,):
+        fits = isinstance(found, list) and len(found) == 1 and isinstance(found[0], int) and 0 <= found[0] <= MAX_TRACE
+    else:
+        fits = found == list(shape)
+    if not fits:
+        raise CheckpointRefused("shape", f"{name} of {path.name} has shape {str(found)[:80]} instead of {list(shape)}; refused")
+    if entry.get("dtype") != _DTYPES[dtype]:
+        raise CheckpointRefused("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {_DTYPES[dtype]}; refused")
+
+
+def _check_values(path: Path, header: Mapping[str, Any]) -> None:
+    """One tensor in memory at a time; a single pass gives both the norm and, as it is not finite otherwise, the finiteness."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in header:
+                tensor = file.get_tensor(name)
+                if tensor.numel() == 0:
+                    continue
+                norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+                if not math.isfinite(norm):
+                    raise CheckpointRefused("non-finite", f"{name} of {path.name} holds NaN or infinity; refused")
+                if norm > MAX_ROOT_MEAN_SQUARE * math.sqrt(tensor.numel()):
+                    size = norm / math.sqrt(tensor.numel())
+                    raise CheckpointRefused(
+                        "norm", f"{name} of {path.name} has root mean square {size:.3g}, above {MAX_ROOT_MEAN_SQUARE}; refused"
+                    )
+    except SafetensorError as error:
+        raise CheckpointRefused("header", f"{path.name} is no whole safetensors file ({error}); refused") from error

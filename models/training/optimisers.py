@@ -1,0 +1,102 @@
+"""Learning-rate schedule, AdamW and Muon, EMA: the update of one step, and its state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lutetia.models.training.muon import Muon
+from lutetia.protocol.schema.manifest import Optimisation
+
+LAST_RATE = 0.02  # the cosine ends at this share of the peak
+MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one dial fits both
+
+
+def learning_rate(optimisation: Optimisation, step: int, steps: int) -> float:
+    """The rate of global step `step` (0, 1, …) of a shard's whole budget of `steps`: linear warm-up times constant or cosine."""
+    warmup = min(1.0, (step + 1) / optimisation.warmup_steps) if optimisation.warmup_steps else 1.0
+    if optimisation.schedule == "constant":
+        return optimisation.learning_rate * warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return optimisation.learning_rate * warmup * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+
+def ema_decay(optimisation: Optimisation, step: int) -> float:
+    """The decay after global step `step`: grows to the manifest's, so that the mean forgets the initial weights early."""
+    return min(optimisation.ema_decay, (2 + step) / (11 + step))
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """What Muon trains: the weights of linear layers inside transformer blocks. All the rest is AdamW's."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name}
+
+
+class Optimiser:
+    """AdamW, or Muon for hidden matrices beside AdamW for the rest, over the named parameters of one model."""
+
+    def __init__(self, model: nn.Module, optimisation: Optimisation) -> None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = hidden_matrices(model) & parameters.keys() if optimisation.optimizer == "muon" else set()
+        decay = optimisation.weight_decay
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
+        rest = [p for name, p in parameters.items() if name not in matrices]
+        betas = (optimisation.beta1, optimisation.beta2)
+        self._parts["adamw"] = torch.optim.AdamW(rest, betas=betas, weight_decay=decay, fused=True), 1.0
+        if matrices:
+            hidden = [parameters[name] for name in parameters if name in matrices]
+            self._parts["muon"] = Muon(hidden, weight_decay=decay), MUON_RATE
+
+    def step(self, rate: float) -> None:
+        """Update from the gradients with learning rate `rate`, then drop the gradients."""
+        for part, factor in self._parts.values():
+            for group in part.param_groups:
+                group["lr"] = rate * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """`adamw.exp_avg.<parameter>` and so on: the live tensors, to be cloned by who keeps them."""
+        for kind, (part, _) in self._parts.items():
+            for parameter, moments in part.state.items():
+                for moment, tensor in moments.items():
+                    if moment != "step":
+                        yield f"{kind}.{moment}.{self._names[parameter]}", tensor
+
+    def load(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Restore what `state` gave after `steps` updates. Adam's moments that are missing then count as zero.
+
+        They may not begin anew: a trainer that goes on would correct their bias otherwise than one that reloads what it saved.
+        """
+        for kind, (part, _) in self._parts.items():
+            part.state.clear()
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                suffix = f".{self._names[parameter]}"
+                for name in (f"{kind}.{moment}{suffix}" for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer")):
+                    if name in moments:
+                        part.state[parameter][name.split(".", 2)[1]] = moments[name].to(parameter.device, copy=True)
+                if kind == "adamw" and steps:
+                    found = part.state[parameter]
+                    found["step"] = torch.tensor(float(steps), device=parameter.device)
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        found.setdefault(moment, torch.zeros_like(parameter))
+
+
+class Ema:
+    """The exponential moving average of a model's parameters: the weights that are published."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._averaged = list(self.weights.values())
+        self._live = [p.detach() for p in self._parameters.values()]
+
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(self._averaged, self._live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.weights.items():
+            tensor.copy_(weights[name])

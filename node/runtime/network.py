@@ -1,0 +1,211 @@
+"""What a node does on the network, in the words of its state machine: look, claim, renew, offer, fetch, announce."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from lutetia.node.machine.messages import Claim
+from lutetia.node.trainer.checkpoint_folder import Kept
+from lutetia.protocol.blobs.download import Provider, fetch_blob
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
+from lutetia.protocol.dht_records import publish, read_records
+from lutetia.protocol.joining import coordinator_addresses
+from lutetia.protocol.rpc.checkpoint_offer import OfferReply, offer_checkpoint
+from lutetia.protocol.rpc.introduction import software_version
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.records import (
+    AcceptanceRecord,
+    ClaimRecord,
+    Hardware,
+    NodeRecord,
+    NodeState,
+    ProviderRecord,
+    QuarantineRecord,
+    Record,
+    RecordLimits,
+    ResetRecord,
+    acceptance_key,
+    claim_key,
+    provider_key,
+    quarantine_key,
+    seal,
+)
+from lutetia.protocol.schema.ticket import Address, Ticket
+from lutetia.protocol.transport.base import Transport
+
+log = logging.getLogger(__name__)
+
+_LOOKUPS_AT_ONCE = 8
+_PROVIDERS_AT_ONCE = 4
+_MAX_ADDRESSES = 8
+_RECORD_AGAIN = 600.0
+_ADDRESS = TypeAdapter(Address)
+
+
+def _fits_records(address: str) -> bool:
+    with contextlib.suppress(ValidationError):
+        _ADDRESS.validate_python(address)
+        return True
+    return False
+
+
+@dataclass
+class Network:
+    """One peer's doings on `transport`, which is replaced when p2pd has died."""
+
+    identity: Identity
+    transport: Transport
+    manifest: Manifest
+    ticket: Ticket
+    store: BlobStore
+    operator: str | None = None
+    acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
+    quarantined: frozenset[str] = frozenset()
+    _quarantine_seen: float = float("-inf")
+    _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _announced: dict[str, float] = field(default_factory=dict)
+    _recorded: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.upgrade(self.manifest)
+
+    def upgrade(self, manifest: Manifest) -> None:
+        """Go on under this version of the manifest."""
+        self.manifest = manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self.coordinators = list(coordinator_addresses(manifest, self.ticket).items())
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Those of p2pd's that a record may name: it takes almost any to announce."""
+        return tuple(address for address in self.transport.addresses() if _fits_records(address))[:_MAX_ADDRESSES]
+
+    async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
+        """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""
+        gate = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        await self._look_at_quarantine()
+
+        async def one(shard: int) -> ShardView | None:
+            async with gate:
+                try:
+                    return await self._look_at(shard)
+                except ConnectionError as error:
+                    log.info("cannot look up shard %d: %s", shard, error)
+                    return None
+
+        return tuple(view for view in await asyncio.gather(*map(one, shards)) if view is not None)
+
+    async def _look_at(self, shard: int) -> ShardView:
+        run = self.manifest.run_id
+        claims = await read_records(self.transport, claim_key(run, shard))
+        accepted = await read_records(self.transport, acceptance_key(run, shard))
+        newest = latest_acceptance(record for record, _ in accepted if isinstance(record, AcceptanceRecord | ResetRecord))
+        live = tuple(
+            LiveClaim(record, expires)
+            for record, expires in claims
+            if isinstance(record, ClaimRecord) and record.owner not in self.quarantined
+        )
+        if isinstance(newest, ResetRecord):
+            self.acceptances.pop(shard, None)
+            return ShardView(shard, live, None, newest.term)
+        if newest:
+            self.acceptances[shard] = newest
+        return ShardView(shard, live, newest)
+
+    async def _look_at_quarantine(self) -> None:
+        """Whose claims do not count; asked at most once per heartbeat."""
+        now = time.monotonic()
+        if now - self._quarantine_seen < self.manifest.timing.heartbeat:
+            return
+        try:
+            found = await read_records(self.transport, quarantine_key(self.manifest.run_id))
+        except ConnectionError as error:
+            log.info("cannot look up who is quarantined: %s", error)
+            return
+        self._quarantine_seen = now
+        records = [record for record, _ in found if isinstance(record, QuarantineRecord)]
+        self.quarantined = frozenset(peer for record in records for peer in record.peers)
+
+    async def publish_claim(self, claim: Claim) -> None:
+        record = ClaimRecord(
+            run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
+            shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
+        )  # fmt: skip
+        async with self._claiming:  # one after another, or the DHT refuses the one that is overtaken
+            if not await self._publish(record, self.limits.longest("claim")):
+                log.warning("no peer took our claim on shard %d", claim.shard)
+
+    async def publish_node(self, state: NodeState, hardware: Hardware, rate: float, shard: int | None) -> None:
+        record = NodeRecord(
+            run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
+            peer_id=self.identity.peer_id, addresses=self.addresses, hardware=hardware, samples_per_second=rate,
+            software=software_version(), state=state, shard=shard, operator=self.operator,
+        )  # fmt: skip
+        await self._publish(record, self.limits.longest("node"))
+
+    async def _publish(self, record: Record, ttl: float) -> bool:
+        return await publish(self.transport, self.identity, record, ttl, skew=self.limits.maximum_clock_skew)
+
+    async def announce(self, blobs: Iterable[str]) -> None:
+        """Say that we hold these blobs, where that is not known or about to be forgotten."""
+        ttl, now = self.limits.longest("provider"), time.monotonic()
+        due = [digest for digest in blobs if now - self._announced.get(digest, -ttl) > ttl / 3]
+        for digest in due:
+            record = ProviderRecord(
+                run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
+                blob=digest, peer_id=self.identity.peer_id, addresses=self.addresses,
+            )  # fmt: skip
+            if await self._publish(record, ttl):
+                self._announced[digest] = now
+
+    async def offer(self, kept: Kept) -> OfferReply:
+        """File the checkpoint's record and offer it to the coordinators in turn. Raises ConnectionError when none answers."""
+        record = kept.record(self.identity.public_key, self.identity.peer_id, self.addresses, self.transport.now())
+        ttl, now = self.limits.longest("checkpoint"), time.monotonic()
+        if now - self._recorded.get(record.digest, -_RECORD_AGAIN) >= _RECORD_AGAIN:
+            await self._publish(record, ttl)
+            self._recorded = {record.digest: now}
+        expires = record.issued + ttl
+        sealed = seal(record, self.identity, expires)
+        problem = ConnectionError("the manifest names no coordinator")
+        for peer, addresses in self.coordinators:
+            try:
+                return await offer_checkpoint(self.transport, peer, sealed, expires, addresses=addresses)
+            except ConnectionError as error:
+                problem = error
+        raise problem
+
+    async def fetch(self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None) -> Path:
+        """The blob's file, from the store or from peers. Raises UnreachableError, IntegrityError or DiskError."""
+        if await asyncio.to_thread(self.store.has, ref.digest):
+            return self.store.path(ref.digest)
+        return await fetch_blob(self.transport, self.store, ref, await self._providers(ref), on_progress)
+
+    async def _providers(self, ref: BlobRef) -> list[Provider]:
+        """Volunteers first, so that the coordinator is spared; it holds everything."""
+        found = []
+        try:
+            for record, _ in await read_records(self.transport, provider_key(self.manifest.run_id, ref.digest)):
+                if isinstance(record, ProviderRecord) and record.peer_id != self.identity.peer_id:
+                    found.append(Provider(record.peer_id, record.addresses))
+        except ConnectionError as error:
+            log.info("cannot look up the providers of blob %s: %s", ref.digest[:12], error)
+        origins = [Provider(peer, addresses) for peer, addresses in self.coordinators]
+        known = {origin.peer_id for origin in origins}
+        return [*(provider for provider in found if provider.peer_id not in known), *origins]
+
+    def moved(self, transport: Transport) -> None:
+        """The network side was built anew: what was announced from the old place is to be said again."""
+        self.transport = transport
+        self._announced.clear()
+        self._recorded.clear()

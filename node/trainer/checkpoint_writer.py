@@ -1,0 +1,179 @@
+"""Writes a trainer's checkpoints and local states in the background, so that the step loop never waits for the disk.
+
+A full disk loses nothing: the snapshot stays in memory and is written when there is space again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
+from lutetia.models.training.replay import made_with
+from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, Kept, Local, WorkFolder
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.rpc.introduction import software_version
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.system.errors import DiskError
+from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+Say = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    snapshot: Snapshot
+    whole: bool
+    """An epoch is done: a checkpoint to publish; else a local state."""
+    budget: int | None
+
+
+class CheckpointWriter:
+    """One background thread with room for one waiting job. `parent`: the checkpoint on which the trainer started."""
+
+    def __init__(self, folder: WorkFolder, parent: str | None, say: Say) -> None:
+        self.folder, self.parent, self.say = folder, parent, say
+        self._job: _Job | None = None
+        self._busy = False
+        self._closing = False
+        self._full = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        return self._job is None and not self._busy
+
+    def submit(
+        self, snapshot: Snapshot, *, whole: bool, budget: int | None = None, may_wait: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Queue a snapshot; a waiting local state gives way to it. `budget`: the epochs under which it was trained.
+
+        Waits while another checkpoint waits and `may_wait()`. Whether it was taken.
+        """
+        with self._changed:
+            while self._job is not None and self._job.whole:
+                if not may_wait() or not self._thread.is_alive():
+                    return False
+                self._changed.wait(0.2)
+            if not self._thread.is_alive():
+                raise RuntimeError("the writer of checkpoints has ended; its error stands above")
+            self._job = _Job(snapshot, whole, budget)
+            self._changed.notify_all()
+            return True
+
+    def close(self) -> bool:
+        """Write what waits, and end. With a full disk it tries once more, then gives up. Whether everything was written."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        return self._job is None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._job is None and not self._closing:
+                    self._changed.wait()
+                if self._job is None:
+                    return
+                job, self._job, self._busy = self._job, None, True
+                self._changed.notify_all()
+            written = self._persist(job)
+            with self._changed:
+                self._busy = False
+                if not written and self._job is None:
+                    self._job = job  # for `close` to report
+                self._changed.notify_all()
+                if not written:
+                    return
+
+    def _persist(self, job: _Job) -> bool:
+        """Try until it is written, or until there is no more time. A local state gives way to anything newer."""
+        while True:
+            closing = self._closing
+            try:
+                self._write(job)
+            except DiskError as error:
+                self._tell_full(str(error))
+            else:
+                self._tell_free()
+                return True
+            if closing:
+                return False
+            with self._changed:
+                self._changed.wait_for(lambda job=job: self._closing or self._overtaken(job), RETRY_SECONDS)
+                if self._overtaken(job):
+                    return True
+
+    def _overtaken(self, job: _Job) -> bool:
+        return self._job is not None and not job.whole
+
+    def _write(self, job: _Job) -> None:
+        if job.whole:
+            self._write_checkpoint(job.snapshot)
+        else:
+            self._write_local(job.snapshot, job.budget)
+
+    def _write_local(self, snapshot: Snapshot, budget: int | None) -> None:
+        name = f"local-{snapshot.epoch}-{snapshot.step}.safetensors"
+        with disk_errors(self.folder.path):
+            write_state(snapshot, self.folder.path / name)
+            local = Local(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent, budget=budget)
+            self.folder.set_local(local)
+        self.say({"say": "saved", "epoch": snapshot.epoch, "step": snapshot.step})
+
+    def _write_checkpoint(self, snapshot: Snapshot) -> None:
+        target = self.folder.epoch_folder(snapshot.epoch)
+        part = target.with_name(target.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with disk_errors(target):
+                kept = self._fill(part, snapshot)
+                self.folder.drop_epoch(snapshot.epoch)
+                os.replace(part, target)
+                fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        self.parent = kept.digest
+        self.folder.drop_local()  # it belongs to the epoch that is done
+        self.say({"say": "checkpoint", "kept": kept.model_dump(mode="json")})
+
+    def _fill(self, part: Path, snapshot: Snapshot) -> Kept:
+        make_folder(part.parent)
+        part.mkdir()
+        paths = {name: part / f"{name}.safetensors" for name in FILES}
+        write_weights(snapshot, paths["weights"])
+        write_state(snapshot, paths["state"], ema=False)  # the EMA is what the weights file holds
+        write_tensors(paths["trace"], {"trace": torch.tensor(snapshot.trace, dtype=torch.float32)})
+        refs = {name: ChunkTable.of_file(path).ref for name, path in paths.items()}
+        kept = Kept(
+            run=snapshot.run, shard=snapshot.shard, epoch=snapshot.epoch, parent=self.parent, samples=snapshot.samples,
+            loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
+            made=made_with(snapshot.device, snapshot.precision, snapshot.micro_batch, software_version()),
+        )  # fmt: skip
+        write_atomic(part / CHECKPOINT, canonical(kept))
+        return kept
+
+    def _tell_full(self, text: str) -> None:
+        if not self._full:
+            self._full = True
+            self.say({"say": "disk", "full": True, "text": text})
+
+    def _tell_free(self) -> None:
+        if self._full:
+            self._full = False
+            self.say({"say": "disk", "full": False})

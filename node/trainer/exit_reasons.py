@@ -1,0 +1,38 @@
+"""Why training ends, in the words that the daemon knows how to treat."""
+
+from __future__ import annotations
+
+import torch
+
+from lutetia.models.training.trainer import TrainingDiverged
+from lutetia.node.machine.messages import Exit
+from lutetia.system.errors import DiskError, LutetiaError
+
+
+class Ended(LutetiaError):
+    """The trainer cannot go on, for a reason that the daemon knows how to treat."""
+
+    def __init__(self, reason: Exit, text: str) -> None:
+        super().__init__(text)
+        self.reason: Exit = reason
+
+
+def reason_of(error: BaseException) -> tuple[Exit, str] | None:
+    """How the daemon is to treat `error`; None: a bug."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    match error:
+        case Ended():
+            return error.reason, str(error)
+        case DiskError():
+            return "disk-full", str(error)
+        case TrainingDiverged():
+            return "crash", str(error)
+        case torch.OutOfMemoryError() | MemoryError():
+            return "out-of-memory", text
+        case RuntimeError() if "can't allocate memory" in text or "out of memory" in text:
+            return "out-of-memory", text
+        case torch.AcceleratorError():
+            return "hardware", text
+        case RuntimeError() if "CUDA error" in text or "CUDA driver" in text:
+            return "hardware", text
+    return None

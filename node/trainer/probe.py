@@ -1,0 +1,188 @@
+"""What this box can do for a run, found by trying it. Runs in a trainer child, which may crash or hang: `trainer_loop` answers
+the daemon's `probe` with it. The same child then waits for work, warm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import Field
+
+from lutetia.node.trainer.devices import Accelerators, Precision, choose_device, choose_precision
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
+from lutetia.protocol.schema.records import Hardware
+from lutetia.system.errors import LutetiaError
+
+log = logging.getLogger(__name__)
+
+SECONDS = 300.0
+
+
+class Question(Frozen):
+    """What the volunteer allows. `free_disk`: bytes that blobs may still take."""
+
+    manifest: Path
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch: int | None = None
+    threads: int | None = None
+    free_disk: int = Field(ge=0)
+
+
+class ShardFit(Frozen):
+    """How a shard's expert fits: fitness 0 (not at all) or 1, the micro-batch that works, and why."""
+
+    fitness: float
+    micro_batch: int | None = None
+    reason: str
+
+
+class Finding(Frozen):
+    """The box and each shard's fit. `samples_per_second` was measured on the smallest working trial."""
+
+    question: Digest
+    hardware: Hardware
+    device: str
+    precision: Precision
+    precision_reason: str
+    samples_per_second: float
+    shards: dict[int, ShardFit]
+
+    @property
+    def fitness(self) -> dict[int, float]:
+        return {shard: fit.fitness for shard, fit in self.shards.items()}
+
+
+def describe(device: str) -> Hardware:
+    """Name, memory and cores as the node record tells them."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        return Hardware(device=device, name=properties.name[:64], memory_bytes=properties.total_memory, cores=cores)
+    return Hardware(device=device, name=_cpu_name(), memory_bytes=psutil.virtual_memory().total, cores=cores)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()[:64]
+    return ""
+
+
+def unmet_need(needs: HardwareNeeds, hardware: Hardware, free_disk: int) -> str | None:
+    """Why the manifest does not want this box, or None."""
+    if needs.cuda and not hardware.device.startswith("cuda"):
+        return "the run wants a CUDA device"
+    if hardware.memory_bytes < needs.memory_bytes:
+        return (
+            f"the run wants {needs.memory_bytes / 1e9:.1f} GB of memory, {hardware.device} has {hardware.memory_bytes / 1e9:.1f}"
+        )
+    if free_disk < needs.disk_bytes:
+        return f"the run wants {needs.disk_bytes / 1e9:.1f} GB of disk, {free_disk / 1e9:.1f} are free"
+    return None
+
+
+def largest_working(batch: int, works: Callable[[int], bool]) -> int | None:
+    """The largest of batch, batch/2, batch/4, … (rounded up) with which a step works; None when not even one clip does."""
+    size = batch
+    while True:
+        if works(size):
+            return size
+        if size == 1:
+            return None
+        size = -(-size // 2)
+
+
+def find(question: Question) -> Finding:
+    """Look and try. Raises HardwareError when the wanted device is not there."""
+    import torch
+
+    if question.threads:
+        torch.set_num_threads(question.threads)
+    manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
+    accelerators = Accelerators.seen()
+    device, device_reason = choose_device(question.device, accelerators)
+    precision, precision_reason = choose_precision(device, question.precision, accelerators)
+    hardware = describe(device)
+    log.info("device %s; precision %s", device_reason, precision_reason)
+    unmet = unmet_need(manifest.hardware, hardware, question.free_disk)
+    fits: dict[int, ShardFit] = {}
+    rate, tried = 0.0, {}
+    for shard in manifest.shards:
+        spec = manifest.expert_of(shard.index)
+        kind = spec.model_dump_json()
+        if unmet is None and kind not in tried:
+            tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question.micro_batch)
+            rate = rate or measured
+            log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
+        fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
+    return Finding(
+        question=question_digest(question), hardware=hardware, device=device, precision=precision,
+        precision_reason=precision_reason, samples_per_second=rate, shards=fits,
+    )  # fmt: skip
+
+
+def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precision, wanted: int | None) -> tuple[ShardFit, float]:
+    """Steps of the real expert on random clips, with the largest micro-batch that works. (fit, samples per second)."""
+    import torch
+
+    from lutetia.models.data.shards import ShardData
+    from lutetia.models.training.trainer import ExpertTrainer
+    from lutetia.node.trainer.exit_reasons import reason_of
+
+    latent, batch = manifest.latent, manifest.optimisation.batch
+    data = ShardData(
+        torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
+        torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
+    )  # fmt: skip
+    said, rates = "", [0.0]
+
+    def works(size: int) -> bool:
+        nonlocal said
+        try:
+            trainer = ExpertTrainer(manifest, shard, data, device=device, micro_batch=size, precision=precision)
+            trainer.step()  # the first one allocates moments and compiles kernels
+            start = time.monotonic()
+            trainer.step()
+            rates.append(batch / (time.monotonic() - start))
+        except (RuntimeError, MemoryError) as error:
+            known = reason_of(error)
+            if known is None or known[0] != "out-of-memory":
+                raise
+            said = known[1]
+        except LutetiaError as error:
+            said = str(error)
+            return False
+        else:
+            return True
+        finally:
+            trainer = None
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        return False
+
+    size = largest_working(min(wanted or batch, batch), works)
+    if size is None:
+        return ShardFit(fitness=0.0, reason=f"does not fit this box: {said}"), 0.0
+    why = "asked for" if wanted and size == wanted else "the whole batch fits" if size >= batch else "the largest that fits"
+    return ShardFit(fitness=1.0, micro_batch=size, reason=f"micro-batch {size}: {why}"), rates[-1]
+
+
+def question_digest(question: Question) -> str:
+    """Names what the finding depends on: manifest, wishes and software."""
+    parts = [question.manifest.read_bytes().hex(), question.model_dump_json(exclude={"free_disk", "manifest"})]
+    parts += [importlib.metadata.version(name) for name in ("torch", "diffusers")]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""A blob on its way: the chunks that have arrived and been verified, on disk, so that a restart loses none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable, chunk_count
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.system.errors import IntegrityError
+from lutetia.system.files import disk_errors
+
+_DATA, _TABLE, _MARKS = "data", "table", "arrived"
+
+
+class PartialBlob:
+    """One transfer in `<store>/partial/<digest>/`: `data` (full size), `table`, and `arrived` (one byte per verified chunk).
+
+    Room for the whole blob is reserved with the table: a full disk shows before the first chunk travels, and nobody fills a disk
+    by naming a size. After a restart the chunks marked as arrived are hashed again, as marks can outlive their bytes in a power
+    loss; `given_up` ends that early. One process at a time, which has `arrived` locked; methods block on the disk.
+    """
+
+    def __init__(self, folder: Path, ref: BlobRef, given_up: threading.Event | None = None) -> None:
+        self.folder, self.ref = folder, ref
+        self.data_file, self._marks_file, self._table_file = folder / _DATA, folder / _MARKS, folder / _TABLE
+        self._table: ChunkTable | None = None
+        self._writing = threading.Lock()  # closing waits for a write in another thread: its descriptor may be reused at once
+        self._arrived = bytearray(chunk_count(ref.size))
+        self._data = -1
+        with disk_errors(folder):
+            self._marks = self._begin()
+        try:
+            with disk_errors(folder):
+                os.utime(self._marks_file)  # who takes it up wants it: nobody sweeps it away for a while
+                self._data = os.open(self.data_file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._resume(given_up or threading.Event())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def table(self) -> ChunkTable:
+        """Raises IntegrityError before `set_table`."""
+        if self._table is None:
+            raise IntegrityError(f"the chunk table of blob {self.ref.digest[:12]} has not arrived yet")
+        return self._table
+
+    @property
+    def has_table(self) -> bool:
+        return self._table is not None
+
+    @property
+    def complete(self) -> bool:
+        return self._table is not None and all(self._arrived)
+
+    @property
+    def arrived_bytes(self) -> int:
+        table = self._table
+        return sum(table.chunk_size(i) for i, there in enumerate(self._arrived) if there) if table else 0
+
+    def set_table(self, table: ChunkTable) -> None:
+        """Keep the table, which the caller has checked against the blob's name. Raises DiskError: no room for the blob."""
+        with self._writing:
+            if self._table is not None or self._marks < 0:
+                return
+            self._reserve()
+            with disk_errors(self._table_file):
+                self._table_file.write_bytes(table.hashes)  # a torn one is noticed after a restart: it is checked by name again
+            self._table = table
+
+    def missing(self) -> list[int]:
+        """The chunks still to fetch, in order."""
+        return [index for index, there in enumerate(self._arrived) if not there]
+
+    def write(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
+        """Verify a chunk and keep it. Raises IntegrityError (wrong bytes) or DiskError; then nothing counts as arrived."""
+        self.table.verify(index, chunk)
+        with self._writing, disk_errors(self.data_file):
+            if self._data < 0 or self._arrived[index]:
+                return
+            _write_at(self._data, chunk, index * CHUNK)
+            _write_at(self._marks, b"\1", index)
+            self._arrived[index] = 1
+
+    def close(self) -> None:
+        """Let go of the files; what has arrived stays for the next attempt, later writes are dropped. Idempotent."""
+        with self._writing:
+            if self._marks >= 0 and os.fstat(self._marks).st_size == 0:  # nothing has ever arrived
+                _remove(self.folder)
+            self._let_go()
+
+    def discard(self) -> None:
+        """Remove the transfer from disk; one that is closed, unless somebody else is at it."""
+        with self._writing:
+            if self._marks >= 0:
+                _remove(self.folder)
+            else:
+                discard_unheld(self.folder)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for descriptor in (self._data, self._marks):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._data = self._marks = -1
+
+    def _begin(self) -> int:
+        """The locked marks, in a folder that is there."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir()
+            with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed the folder
+                if (marks := _locked(self.folder)) is not None:
+                    return marks
+                raise IntegrityError(
+                    f"another process is fetching blob {self.ref.digest[:12]} into {self.folder.parent}; let it finish or stop it"
+                )
+
+    def _reserve(self) -> None:
+        with disk_errors(self.data_file):
+            if self.ref.size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._data, 0, self.ref.size)
+            os.ftruncate(self._data, self.ref.size)
+
+    def _resume(self, given_up: threading.Event) -> None:
+        """Believe the table only if the blob's name says so, and a mark only if its chunk hashes right."""
+        with contextlib.suppress(OSError, IntegrityError):
+            self._table = ChunkTable.checked(self.ref, self._table_file.read_bytes())
+        if self._table is None:
+            return
+        self._reserve()
+        marks = os.pread(self._marks, len(self._arrived), 0)
+        for index, mark in enumerate(marks):
+            if given_up.is_set():
+                return
+            with contextlib.suppress(IntegrityError):
+                if mark:
+                    self._table.verify(index, os.pread(self._data, CHUNK, index * CHUNK))
+                    self._arrived[index] = 1
+
+
+def discard_unheld(folder: Path, before: float = float("inf")) -> None:
+    """Remove the transfer in `folder`, unless somebody is at it or has been since `before` (Unix seconds)."""
+    with contextlib.suppress(OSError):
+        if os.stat(folder / _MARKS).st_mtime >= before or (marks := _locked(folder)) is None:
+            return
+        try:
+            if os.fstat(marks).st_mtime < before:  # still
+                _remove(folder)
+        finally:
+            os.close(marks)
+
+
+def _locked(folder: Path) -> int | None:
+    """The marks in `folder`, open and locked; None while somebody else has them. Raises FileNotFoundError without the folder."""
+    while True:
+        marks = os.open(folder / _MARKS, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(marks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(marks), os.stat(folder / _MARKS)):
+                return marks
+        except BlockingIOError:
+            os.close(marks)
+            return None
+        except BaseException:
+            os.close(marks)
+            raise
+        os.close(marks)  # whoever had it has removed it, and somebody has begun anew
+
+
+def _remove(folder: Path) -> None:
+    """To be called with the marks locked. They go last: who locks new ones from then on finds nothing of the old transfer."""
+    with contextlib.suppress(OSError):
+        for name in (_DATA, _TABLE, _MARKS):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _write_at(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,265 @@
+"""The stream `/lutetia/blob/1`. Several requests may follow each other on one stream.
+
+    request   32 bytes digest, 4 bytes first chunk, 4 bytes count (0: the chunk table)
+    answer    1 byte status, 8 bytes length, that many bytes
+    receiver  1 byte, once everything has arrived
+
+All numbers are big-endian. A receiver knows from the blob's name and size how long each answer must be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
+from lutetia.protocol.blobs.store import BlobMissing, BlobStore
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.transport.base import Stream
+
+BLOB = "/lutetia/blob/1"
+OK, ABSENT, BUSY, MALFORMED = range(4)
+ACK = b"\x06"
+REQUEST_BYTES = 40
+ANSWER_BYTES = 9
+PIECE = 1 << 18
+
+MAX_STREAMS = 64
+MAX_STREAMS_PER_PEER = 8
+MAX_STREAMS_PER_ORIGIN = 32
+STALL_TIMEOUT = 20.0
+"""Seconds without PIECE bytes of progress, after which a peer has stalled: 13 KiB/s is the slowest that is served or used."""
+IDLE_TIMEOUT = 60.0
+TURN_TIMEOUT = STALL_TIMEOUT / 2
+"""Seconds that a request waits for others to end, before it is told that the provider is busy."""
+
+
+class Refused(ConnectionError):
+    """The provider answered that it will not serve this; `status` says why."""
+
+    def __init__(self, status: int) -> None:
+        reasons = {ABSENT: "does not hold it", BUSY: "is busy", MALFORMED: "does not understand the request"}
+        super().__init__(reasons.get(status, f"answered with status {status}"))
+        self.status = status
+
+
+class RateLimit:
+    """At most `bytes_per_second` over all streams together; None is no limit."""
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+
+    @property
+    def answers_at_once(self) -> int:
+        """How many can share the rate so that each gets a PIECE in half of the time after which its receiver gives up."""
+        return max(1, min(MAX_STREAMS, int(self._rate * STALL_TIMEOUT / (2 * PIECE)))) if self._rate else MAX_STREAMS
+
+    async def take(self, count: int) -> None:
+        if self._rate:
+            now = asyncio.get_running_loop().time()
+            self._free_at = max(self._free_at, now) + count / self._rate
+            try:
+                await asyncio.sleep(self._free_at - now)
+            except asyncio.CancelledError:
+                self._free_at -= count / self._rate  # not sent
+                raise
+
+
+class Turns:
+    """Answers under way: at most `places`, half of them for one origin. Who finds none free waits, for TURN_TIMEOUT at most.
+
+    All would share what there is otherwise, until nobody gets enough of it to go on.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places, self._share = places, (places + 1) // 2
+        self._taken: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    async def take(self, origin: str) -> bool:
+        """Whether `origin` got a place, which it has to give back."""
+        turn = origin, asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._admit()
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT):
+                await turn[1]
+        except BaseException as error:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            else:
+                self.give_back(origin)  # its turn came together with the end of its patience
+            if isinstance(error, TimeoutError):
+                return False
+            raise
+        return True
+
+    def give_back(self, origin: str) -> None:
+        self._taken[origin] -= 1
+        self._taken += Counter()  # forget origins without a place
+        self._admit()
+
+    def _admit(self) -> None:
+        for turn in list(self._waiting):
+            origin, future = turn
+            if self._taken.total() < self._places and self._taken[origin] < self._share:
+                self._waiting.remove(turn)
+                self._taken[origin] += 1
+                if not future.done():
+                    future.set_result(None)
+
+
+class BlobServer:
+    """Answers blob streams from a store."""
+
+    def __init__(self, store: BlobStore, rate: RateLimit) -> None:
+        self._store, self._rate = store, rate
+        self._streams: Counter[str] = Counter()
+        self._origins: Counter[str] = Counter()
+        self._turns = Turns(rate.answers_at_once)
+
+    async def answer(self, stream: Stream) -> None:
+        """The handler: requests until the peer closes, stalls, or has had too many streams."""
+        peer, origin = stream.peer_id, stream.origin
+        if (
+            self._streams.total() >= MAX_STREAMS
+            or self._streams[peer] >= MAX_STREAMS_PER_PEER
+            or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN
+        ):
+            async with asyncio.timeout(STALL_TIMEOUT):  # to close on an unread request is to reset the stream: the answer is lost
+                await stream.read_exactly(REQUEST_BYTES)
+            await _refuse(stream, BUSY)
+            return
+        self._streams[peer] += 1
+        self._origins[origin] += 1
+        try:
+            while await self._answer_one(stream):
+                pass
+        finally:
+            self._streams[peer] -= 1
+            self._origins[origin] -= 1
+            self._streams += Counter()  # forget peers without a stream
+            self._origins += Counter()
+
+    async def _answer_one(self, stream: Stream) -> bool:
+        async with asyncio.timeout(IDLE_TIMEOUT):
+            try:
+                request = await stream.read_exactly(1)
+            except ConnectionError:
+                return False  # between two requests that is how a client ends
+            request += await stream.read_exactly(REQUEST_BYTES - 1)
+        digest, first, count = request[:32].hex(), int.from_bytes(request[32:36], "big"), int.from_bytes(request[36:], "big")
+        try:
+            size = self._store.path(digest).stat().st_size
+        except (BlobMissing, FileNotFoundError):
+            await _refuse(stream, ABSENT)
+            return False
+        if count and first + count > chunk_count(size):
+            await _refuse(stream, MALFORMED)
+            return False
+        if not await self._turns.take(stream.origin):
+            await _refuse(stream, BUSY)
+            return False
+        try:
+            if count == 0:
+                await self._send_table(stream, digest)
+            else:
+                await self._send_chunks(stream, digest, size, first, count)
+        finally:
+            self._turns.give_back(stream.origin)
+        async with asyncio.timeout(STALL_TIMEOUT):
+            return await stream.read_exactly(1) == ACK
+
+    async def _send_table(self, stream: Stream, digest: str) -> None:
+        hashes = self._store.table(digest).hashes
+        await stream.write(bytes([OK]) + len(hashes).to_bytes(8, "big"))
+        await self._send(stream, hashes)
+
+    async def _send_chunks(self, stream: Stream, digest: str, size: int, first: int, count: int) -> None:
+        length = min(size, (first + count) * CHUNK) - first * CHUNK
+        await stream.write(bytes([OK]) + length.to_bytes(8, "big"))
+        async with aclosing(self._read_ahead(digest, first, count)) as chunks:
+            async for chunk in chunks:
+                await self._send(stream, chunk)
+
+    async def _read_ahead(self, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
+        """Read chunk n+1 from disk, in a thread, while chunk n is sent."""
+        coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, first))
+        try:
+            for index in range(first + 1, first + count + 1):
+                chunk = await coming
+                if index < first + count:
+                    coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, index))
+                yield chunk
+        finally:
+            coming.cancel()
+
+    async def _send(self, stream: Stream, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            await self._rate.take(len(piece))
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await stream.write(piece)
+
+
+class BlobClient:
+    """The asking side of one stream. Methods raise ConnectionError: refused, cut, stalled or lying about lengths."""
+
+    def __init__(self, stream: Stream, ref: BlobRef) -> None:
+        self._stream, self._ref = stream, ref
+        self._owed = b""
+
+    async def table(self) -> bytes:
+        """The chunk hashes, unverified."""
+        await self._ask(0, 0, HASH * chunk_count(self._ref.size))
+        data = bytearray(HASH * chunk_count(self._ref.size))
+        await self.read_into(memoryview(data))
+        self._owed = ACK
+        return bytes(data)
+
+    async def ask_chunks(self, first: int, count: int) -> None:
+        """Then `read_into` for each chunk, and say `finished`."""
+        await self._ask(first, count, min(self._ref.size, (first + count) * CHUNK) - first * CHUNK)
+
+    def finished(self) -> None:
+        """All that was asked for has been read. The next request carries the word to the provider, or `close` does."""
+        self._owed = ACK
+
+    async def read_into(self, target: memoryview) -> None:
+        """The next bytes of the answer; no PIECE of them may take longer than STALL_TIMEOUT."""
+        try:
+            for start in range(0, len(target), PIECE):
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await self._stream.read_into(target[start : start + PIECE])
+        except TimeoutError as error:
+            raise ConnectionError(f"stalled for {STALL_TIMEOUT:.0f} s") from error
+
+    async def close(self) -> None:
+        """End the stream, with the acknowledgement if it is owed."""
+        try:
+            if self._owed:
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await self._stream.write(self._owed)
+        finally:
+            await self._stream.close()
+
+    async def _ask(self, first: int, count: int, expected: int) -> None:
+        request = bytes.fromhex(self._ref.digest) + first.to_bytes(4, "big") + count.to_bytes(4, "big")
+        owed, self._owed = self._owed, b""
+        await self._stream.write(owed + request)
+        header = bytearray(ANSWER_BYTES)
+        await self.read_into(memoryview(header))
+        if header[0] != OK:
+            raise Refused(header[0])
+        if (length := int.from_bytes(header[1:], "big")) != expected:
+            raise ConnectionError(f"announced {length} bytes instead of {expected}")
+
+
+async def _refuse(stream: Stream, status: int) -> None:
+    async with asyncio.timeout(STALL_TIMEOUT):
+        await stream.write(bytes([status]) + bytes(8))
+        await stream.read_exactly(1)

@@ -1,0 +1,169 @@
+"""One provider's share in a transfer: ask, read, verify, keep; again after a hiccup; give up its place when it lies or lags."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lutetia.protocol.async_helpers import to_its_end
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
+from lutetia.protocol.blobs.partial import PartialBlob
+from lutetia.protocol.blobs.scheduler import Plan, Span
+from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, Refused
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.transport.base import Transport
+from lutetia.system.errors import IntegrityError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+BACKOFF = 0.5
+IDLE_STEP = 1.0
+
+Progress = Callable[[int, int], None]
+"""(bytes arrived, bytes in all)"""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A peer that says it holds a blob."""
+
+    peer_id: str
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass
+class Transfer:
+    """What the workers of one transfer share. `overtake` ends workers that were too slow."""
+
+    transport: Transport
+    ref: BlobRef
+    partial: PartialBlob
+    listeners: list[Progress]
+    overtake: Callable[[list[int]], None]
+    workers: int = 0
+    plan: Plan | None = None
+    bytes_here: int = 0
+    lost: dict[str, Exception] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def begin(self) -> Plan:
+        """The table is there: plan for what is missing."""
+        self.plan = Plan(self.partial.missing())
+        self.bytes_here = self.partial.arrived_bytes
+        self.report(0)
+        return self.plan
+
+    def report(self, more: int) -> None:
+        self.bytes_here += more
+        for listener in self.listeners:
+            listener(self.bytes_here, self.ref.size)
+
+    def notify(self) -> None:
+        """Wake idle workers: work may be pending again, or all is done."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def change(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+
+class Worker:
+    """Fetches from `provider` until nothing is left to do or the provider is lost."""
+
+    def __init__(self, number: int, provider: Provider, transfer: Transfer) -> None:
+        self.number, self.provider = number, provider
+        self._transfer = transfer
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Ends when the blob is complete or the provider is lost (see `Transfer.lost`). Raises DiskError."""
+        while True:
+            try:
+                await self._draw()
+                return
+            except IntegrityError as error:
+                self._lose(error)
+                return
+            except (OSError, EOFError, TimeoutError) as error:
+                self._failures += 1
+                hopeless = isinstance(error, Refused) and error.status in (ABSENT, MALFORMED)
+                if hopeless or self._failures >= ATTEMPTS:
+                    self._lose(error)
+                    return
+                await asyncio.sleep(BACKOFF * 2**self._failures)
+
+    async def _draw(self) -> None:
+        """Take span after span over one stream; a span that was cut short by a thief costs a new stream."""
+        plan = self._transfer.plan
+        while plan is None or not plan.done:
+            client = await self._connect()
+            try:
+                plan = plan or self._transfer.plan or await self._fetch_table(client)
+                reusable = True
+                while reusable and not plan.done:
+                    if span := self._next_span(plan):
+                        reusable = await self._fetch_span(client, plan, span)
+                    else:
+                        await self._transfer.change(IDLE_STEP)
+            finally:
+                await client.close()
+
+    async def _connect(self) -> BlobClient:
+        stream = await self._transfer.transport.open_stream(self.provider.peer_id, BLOB, self.provider.addresses)
+        return BlobClient(stream, self._transfer.ref)
+
+    async def _fetch_table(self, client: BlobClient) -> Plan:
+        """Several workers may do this at once; the first table that matches the name is kept."""
+        table = ChunkTable.checked(self._transfer.ref, await client.table())
+        if self._transfer.plan is None:
+            # reserves room, which some file systems do slowly; whoever closes the transfer must not wait for that on the loop
+            await to_its_end(asyncio.to_thread(self._transfer.partial.set_table, table))
+        return self._transfer.plan or self._transfer.begin()
+
+    def _next_span(self, plan: Plan) -> Span | None:
+        now = asyncio.get_running_loop().time()
+        return plan.take(self.number, now, self._transfer.workers) or plan.steal(self.number, now)
+
+    async def _fetch_span(self, client: BlobClient, plan: Plan, span: Span) -> bool:
+        """Read chunk n+1 while chunk n is verified and written in a thread. False: the stream still carries unwanted bytes."""
+        asked, table, loop = span.end, self._transfer.partial.table, asyncio.get_running_loop()
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]  # one is read into while the other is kept
+        keeping: asyncio.Task[None] | None = None
+        try:
+            await client.ask_chunks(span.next, span.left)
+            while span.left:
+                index = span.next
+                chunk = buffers[index % 2][: table.chunk_size(index)]
+                await client.read_into(chunk)
+                plan.advance(span, loop.time())
+                if keeping:
+                    await keeping
+                keeping = loop.create_task(self._keep(plan, span, index, chunk))
+            if keeping:
+                await keeping
+        finally:
+            if keeping:
+                keeping.cancel()
+                await asyncio.gather(keeping, return_exceptions=True)
+            plan.release(span)
+            self._transfer.notify()
+        if span.next == asked:
+            client.finished()
+        return span.next == asked
+
+    async def _keep(self, plan: Plan, span: Span, index: int, chunk: memoryview) -> None:
+        await asyncio.to_thread(self._transfer.partial.write, index, chunk)
+        self._failures = 0
+        if plan.is_missing(index):
+            self._transfer.overtake(plan.arrived(span, index))
+            self._transfer.report(len(chunk))
+
+    def _lose(self, error: Exception) -> None:
+        log.warning("peer %s loses its place for blob %s: %s", self.provider.peer_id, self._transfer.ref.digest[:12], error)
+        self._transfer.lost[self.provider.peer_id] = error

@@ -1,0 +1,152 @@
+"""Dialling one peer from a short-lived process, over py-libp2p: TCP, noise, yamux, nothing else on offer.
+
+Noise proves that the other side holds the key of the peer id in the address. No other security protocol is ever proposed: the
+plaintext one, which py-libp2p offers by default, proves nothing.
+
+Importing this module loads py-libp2p, so that no open connection waits for that: p2pd gives it 15 s to become secure, and on a
+busy machine, or from a slow disk, loading takes longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from lutetia.protocol.light_client import bindings as library
+
+if TYPE_CHECKING:
+    from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+
+_ADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)/p2p/(\w+)")
+_READ = 1 << 18
+_NEGOTIATION = 10
+
+
+class ThinStream:
+    """A stream to one peer. Methods raise ConnectionError; the caller sets time limits."""
+
+    def __init__(self, stream: YamuxStream) -> None:
+        self._stream = stream
+
+    async def read_exactly(self, count: int) -> bytes:
+        data = bytearray()
+        with _as_connection_error():
+            while len(data) < count:
+                part = await self._stream.read(min(count - len(data), _READ))
+                if not part:
+                    raise ConnectionError("the answer was cut short")
+                data += part
+        return bytes(data)
+
+    async def write(self, data: bytes) -> None:
+        with _as_connection_error():
+            await self._stream.write(data)
+
+    async def close(self) -> None:
+        with _as_connection_error():
+            await self._stream.close()
+
+
+class ThinConnection:
+    """An encrypted, authenticated connection to one peer."""
+
+    def __init__(self, muxer: Yamux) -> None:
+        self._muxer = muxer
+
+    async def open_stream(self, protocol: str) -> ThinStream:
+        """Raises ConnectionError when the peer does not speak `protocol`."""
+        with _as_connection_error():
+            stream = await self._muxer.open_stream()
+            await _select(stream, protocol)
+            return ThinStream(stream)
+
+
+@contextlib.asynccontextmanager
+async def dial(address: str) -> AsyncIterator[ThinConnection]:
+    """Connect to a multiaddr with peer id, for as long as the block lasts. Raises ConnectionError with a few words of reason."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConnectionError("not an address of the form /ip4/HOST/tcp/PORT/p2p/ID")
+    socket_stream = await _connect(match[1], int(match[2]))
+    async with socket_stream:
+        muxer = await _upgrade(socket_stream, match[3])
+        with _unwrapped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(muxer.start)
+                await muxer.event_started.wait()
+                yield ThinConnection(muxer)
+                nursery.cancel_scope.cancel()
+
+
+async def _connect(host: str, port: int) -> trio.SocketStream:
+    try:
+        return await trio.open_tcp_stream(host, port)
+    except socket.gaierror as error:
+        raise ConnectionError(f"the name {host} does not resolve (DNS)") from error
+    except OSError as error:
+        causes = error.__cause__.exceptions if isinstance(error.__cause__, BaseExceptionGroup) else (error.__cause__ or error,)
+        if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+            raise ConnectionError("connection refused (nobody answers there)") from error
+        raise ConnectionError(getattr(causes[0], "strerror", None) or str(causes[0])) from error
+
+
+async def _upgrade(socket_stream: trio.SocketStream, peer_id: str) -> Yamux:
+    """Noise, then yamux, under a key of this moment."""
+    peer = library.ID.from_base58(peer_id)
+    noise = library.Noise(library.create_new_key_pair(), library.create_noise_key_pair().private_key)
+    raw = library.RawConnection(library.TrioTCPStream(socket_stream), initiator=True)
+    with _as_connection_error():
+        await _select(raw, library.NOISE)
+        secure = await noise.secure_outbound(raw, peer)
+        await _select(secure, library.YAMUX)
+    return library.Yamux(secure, peer, is_initiator=True)
+
+
+async def _select(connection: Any, protocol: str) -> None:
+    """Agree on `protocol`, and on nothing else."""
+    communicator = library.MultiselectCommunicator(connection)
+    await library.MultiselectClient().select_one_of([library.TProtocol(protocol)], communicator, _NEGOTIATION)
+
+
+@contextlib.contextmanager
+def _as_connection_error() -> Iterator[None]:
+    """py-libp2p raises many unrelated classes; callers of the network handle one."""
+    try:
+        yield
+    except library.FAILURES as error:
+        raise ConnectionError(_few_words(error)) from error
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """A nursery raises groups: give the caller its own exception back, or the connection's if that is all there is."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        leaves = list(_leaves(group))
+        own = [error for error in leaves if not isinstance(error, library.FAILURES)]
+        if own:
+            raise own[0] from None
+        raise ConnectionError(_few_words(leaves[0])) from group
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _few_words(error: BaseException) -> str:
+    text = str(error)
+    if type(error).__name__ == "PeerIDMismatchesPubkey":
+        return "another peer than the address names answers there"
+    if "protocols not supported" in text:
+        return "that peer does not offer this"
+    return text.splitlines()[0][:200] if text else type(error).__name__

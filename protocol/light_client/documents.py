@@ -1,0 +1,63 @@
+"""Ask a swarm for a document without being part of it: py-libp2p (TCP, noise, yamux) inside this process, for a second or two.
+
+It runs where p2pd does not, and imports neither hivemind nor torch. The ticket's addresses carry peer ids, so whoever answers has
+proved the key that the ticket names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from lutetia.protocol.light_client.dial import dial
+from lutetia.protocol.rpc.framing import read_framed
+from lutetia.protocol.rpc.introduction import ACK
+from lutetia.protocol.schema.status import MAX_STATUS_BYTES
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import BootstrapError
+
+
+@dataclass
+class _Answer:
+    data: bytes | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
+    """What the first of the ticket's peers to answer sends on `protocol`; all are asked at once, each for `timeout` seconds.
+
+    Raises BootstrapError, naming every address with its reason, when none answers.
+    """
+    answer = _Answer()
+    trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, answer)
+    if answer.data is None:
+        reasons = "; ".join(f"{address}: {reason}" for address, reason in answer.failures.items())
+        raise BootstrapError(f"no peer of the ticket answered ({reasons}); check your network or ask for a fresh ticket")
+    return answer.data
+
+
+async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, answer: _Answer) -> None:
+    async def ask(address: str) -> None:
+        try:
+            with trio.fail_after(seconds):
+                answer.data = await _ask(address, protocol, limit)
+        except trio.TooSlowError:
+            answer.failures[address] = f"no answer within {seconds:.0f} s"
+        except ConnectionError as error:
+            answer.failures[address] = str(error)
+        else:
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for address in addresses:
+            nursery.start_soon(ask, address)
+
+
+async def _ask(address: str, protocol: str, limit: int) -> bytes:
+    async with dial(address) as connection:
+        stream = await connection.open_stream(protocol)
+        document = await read_framed(stream.read_exactly, limit)
+        await stream.write(ACK)
+        await stream.close()
+    return document

@@ -1,0 +1,62 @@
+"""What a run's manifest allows in records: the check that every peer applies when it stores or reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import Record, RecordLimits, RecordRefused, open_record
+from lutetia.protocol.transport.base import RecordCheck
+
+
+def record_check(manifest: Manifest | Callable[[], Manifest], now: Callable[[], float]) -> RecordCheck:
+    """The check of every record of this run: `open_record`, and what the manifest says of runs, shards and the allowlist.
+
+    Given a function, each record is checked by the manifest that it gives at that moment.
+    """
+    current = manifest if callable(manifest) else lambda: manifest
+    rules = _Rules(current())
+
+    def check(key: str | None, subkey: str, value: bytes, expires: float) -> str:
+        nonlocal rules
+        if rules.manifest is not current():
+            rules = _Rules(current())
+        trusted = rules.manifest.coordinators
+        record = open_record(
+            value, key=key, subkey=subkey, expires=expires, now=now(), limits=rules.limits, coordinators=trusted
+        )  # fmt: skip
+        rules.check(record)
+        return record.key()
+
+    return check
+
+
+class _Rules:
+    """What one version of the manifest says of records."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self._run, self._shards = manifest.run_id, len(manifest.shards)
+        self._allowed = None if manifest.allowlist is None else {*manifest.allowlist, *manifest.coordinators}
+
+    def check(self, record: Record) -> None:
+        """Raises RecordRefused."""
+        if record.run != self._run:
+            raise RecordRefused(f"record is of run {record.run[:12]}, not of {self._run[:12]}")
+        if self._allowed is not None and record.owner not in self._allowed:
+            raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
+        if (getattr(record, "shard", None) or 0) >= self._shards:
+            raise RecordRefused(f"the run has {self._shards} shards and no such one")
+        _check_addresses(record)
+
+
+def _check_addresses(record: Record) -> None:
+    """A record may only send others to its owner."""
+    peer_id = getattr(record, "peer_id", None)
+    if peer_id is None:
+        return
+    own = peer_id_of(record.owner)
+    if peer_id != own or not all(address.endswith(f"/p2p/{own}") for address in getattr(record, "addresses", ())):
+        raise RecordRefused(f"record of peer {own} names another peer")

@@ -1,0 +1,94 @@
+"""Documents over streams: the answering peer sends length and bytes, the asking one acknowledges. Bounded in size and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from lutetia.protocol.rpc.framing import read_message, write_message
+from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.manifest import Digest, SignedManifest
+from lutetia.protocol.transport.base import Stream, Transport
+
+HELLO = "/lutetia/hello/1"
+MANIFEST = "/lutetia/manifest/1"
+STATUS = "/lutetia/status/1"
+MIXTURE = "/lutetia/mixture/1"
+"""The signed description of the last mixture (`mixture.json`), empty before there is one; its files are served as blobs."""
+PROTOCOL_VERSION = 1
+
+MAX_DOCUMENT_BYTES = 4 << 20
+MAX_HELLO_BYTES = 4096
+SERVE_TIMEOUT = 30.0
+ACK = b"\x06"
+
+
+class Hello(Frozen):
+    """What a peer says of itself before anything else. `clock` is its Unix time at the moment of the answer."""
+
+    run: Digest
+    protocol: int
+    software: str
+    clock: float
+    manifest_version: int
+
+
+def software_version() -> str:
+    """The version of the installed package, for instance 0.1.0."""
+    try:
+        return version("lutetia")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+async def serve_document(transport: Transport, protocol: str, produce: Callable[[], bytes]) -> None:
+    """Answer every stream of `protocol` with what `produce()` gives at that moment."""
+
+    async def answer(stream: Stream) -> None:
+        async with asyncio.timeout(SERVE_TIMEOUT):
+            await write_message(stream, produce())
+            await stream.read_exactly(1)  # closing before it has all arrived could cut it short
+
+    await transport.serve(protocol, answer)
+
+
+async def ask_document(
+    transport: Transport,
+    peer_id: str,
+    protocol: str,
+    addresses: Sequence[str] = (),
+    limit_bytes: int = MAX_DOCUMENT_BYTES,
+    timeout: float = 10.0,  # noqa: ASYNC109 - the caller wants a ConnectionError, not a TimeoutError
+) -> bytes:
+    """What `peer_id` serves under `protocol`. Raises ConnectionError: away, slower than `timeout` seconds, or too large."""
+    try:
+        async with asyncio.timeout(timeout):
+            stream = await transport.open_stream(peer_id, protocol, addresses)
+            try:
+                data = await read_message(stream, limit_bytes)
+                await stream.write(ACK)
+                return data
+            finally:
+                await stream.close()
+    except TimeoutError as error:
+        raise ConnectionError(f"peer {peer_id} did not answer {protocol} within {timeout:.0f} s") from error
+
+
+async def serve_introduction(transport: Transport, manifest: Callable[[], SignedManifest]) -> None:
+    """Answer HELLO and MANIFEST, so that newcomers can join through this peer."""
+
+    def hello() -> bytes:
+        current = manifest().manifest
+        return canonical(
+            Hello(
+                run=current.run_id,
+                protocol=PROTOCOL_VERSION,
+                software=software_version(),
+                clock=transport.now(),
+                manifest_version=current.version,
+            )
+        )
+
+    await serve_document(transport, HELLO, hello)
+    await serve_document(transport, MANIFEST, lambda: manifest().to_bytes())

@@ -1,0 +1,91 @@
+"""The newest manifest that this peer knows, held in one place: what it serves, checks records by and works by follows it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lutetia.protocol.rpc.introduction import ACK, HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
+from lutetia.protocol.schema.manifest_upgrade import check_upgrade
+from lutetia.protocol.transport.base import Stream, Transport
+from lutetia.system.files import write_atomic
+
+_NEWS_SECONDS = 10.0
+
+NEWS = "/lutetia/news/1"
+"""Whoever serves a newer manifest says so: eight bytes, the version, big-endian. The manifest itself is then asked for."""
+
+
+class LiveManifest:
+    """Calling it gives the manifest, so that it can stand where a manifest is looked up anew each time.
+
+    With `cached`, each adopted version is on disk before it counts: a restart cannot fall behind it.
+    """
+
+    def __init__(self, signed: SignedManifest, cached: Path | None = None) -> None:
+        self.signed, self.cached = signed, cached
+
+    def __call__(self) -> Manifest:
+        return self.signed.manifest
+
+    @property
+    def version(self) -> int:
+        return self.signed.manifest.version
+
+    def adopt(self, data: bytes, now: float) -> bool:
+        """Take `data` if it is a newer version of the same run, signed by the same owner. Whether it was newer.
+
+        Raises ConfigError (malformed, expired, older; UpgradeRefused when it breaks the lineage) or AuthorisationError.
+        """
+        old = self.signed.manifest
+        new = open_manifest(data, now=now, run=old.run_id, owner=old.owner, at_least_version=old.version)
+        if new.manifest.version == old.version:
+            return False
+        check_upgrade(old, new.manifest)
+        if self.cached:
+            write_atomic(self.cached, new.to_bytes())
+        self.signed = new
+        return True
+
+
+async def version_at(transport: Transport, peer_id: str, addresses: Sequence[str] = ()) -> tuple[str, int]:
+    """(run, manifest version) that a peer names in its introduction. Raises ConnectionError."""
+    try:
+        data = await ask_document(transport, peer_id, HELLO, addresses, limit_bytes=MAX_HELLO_BYTES)
+        hello = Hello.model_validate_json(data)
+    except ValidationError as error:
+        raise ConnectionError(f"peer {peer_id} speaks another protocol") from error
+    if hello.protocol != PROTOCOL_VERSION:
+        raise ConnectionError(f"peer {peer_id} speaks protocol {hello.protocol}")
+    return hello.run, hello.manifest_version
+
+
+async def fetch_newer(transport: Transport, live: LiveManifest, peer_id: str, addresses: Sequence[str] = ()) -> bool:
+    """Ask one peer for its manifest and adopt it if it is newer. Whether it was.
+
+    Raises ConnectionError, or what `LiveManifest.adopt` raises.
+    """
+    data = await ask_document(transport, peer_id, MANIFEST, addresses, limit_bytes=MAX_MANIFEST_BYTES)
+    return live.adopt(data, transport.now())
+
+
+async def tell_news(transport: Transport, version: int, peer_id: str, addresses: Sequence[str] = ()) -> None:
+    """Tell one peer that we serve this version. Raises ConnectionError."""
+    stream = await transport.open_stream(peer_id, NEWS, addresses)
+    try:
+        await stream.write(version.to_bytes(8, "big"))
+        await stream.read_exactly(len(ACK))
+    finally:
+        await stream.close()
+
+
+async def read_news(stream: Stream) -> int:
+    """The version that the peer at the other end says it serves. Raises ConnectionError, or TimeoutError when it dawdles."""
+    async with asyncio.timeout(_NEWS_SECONDS):
+        version = int.from_bytes(await stream.read_exactly(8), "big")
+        await stream.write(ACK)
+    return version

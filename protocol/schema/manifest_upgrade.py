@@ -1,0 +1,101 @@
+"""What a later version of a run's manifest may change, as a pure rule that owner, coordinator and every peer apply alike.
+
+A lineage stays one lineage only while every accepted epoch means the same: equal data, expert, batches, interval.
+Whatever says how much is trained, how it is judged, by whom and how fast may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from lutetia.protocol.schema.manifest import Manifest, first_problem
+from lutetia.system.errors import ConfigError
+
+Reason = Literal["run", "version", "lineage", "budget", "value"]
+
+CHANGEABLE = frozenset({
+    "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "raw_tolerance", "sampling", "timing", "audit",
+    "hardware", "allowlist",
+})  # fmt: skip
+"""Fields of the manifest that a later version may set anew; tables among them also key by key (`timing.heartbeat`)."""
+
+_BOOKKEEPING = frozenset({"run", "version"})
+_DAY = 86_400.0
+
+
+class UpgradeRefused(ConfigError):
+    """A version that cannot follow the one before it. `reason` says of what kind, `field` where."""
+
+    def __init__(self, reason: Reason, field: str, text: str) -> None:
+        super().__init__(text)
+        self.reason, self.field = reason, field
+
+
+def check_upgrade(old: Manifest, new: Manifest, accepted_epochs: int = 0) -> None:
+    """Raises UpgradeRefused unless `new` may follow `old` in a run of which some shard has `accepted_epochs` accepted epochs."""
+    if (new.run_id, new.owner) != (old.run_id, old.owner):
+        raise UpgradeRefused(
+            "run", "run", f"that is a manifest of run {new.run_id[:12]}, not {old.run_id[:12]}; check the folder"
+        )
+    if new.version <= old.version:
+        text = f"manifest version {new.version} does not follow version {old.version}; an older version is refused"
+        raise UpgradeRefused("version", "version", text)
+    for field in Manifest.model_fields:
+        if field not in CHANGEABLE | _BOOKKEEPING and getattr(new, field) != getattr(old, field):
+            raise _fixed(field)
+    if new.epochs < accepted_epochs:
+        raise UpgradeRefused(
+            "budget",
+            "samples_per_shard",
+            f"samples_per_shard {new.samples_per_shard} is less than what is accepted already "
+            f"({accepted_epochs * new.checkpoint_samples}); set at least that",
+        )
+
+
+def next_version(old: Manifest, changes: Mapping[str, Any], now: float, accepted_epochs: int = 0) -> Manifest:
+    """The version after `old` with `changes` by dotted field; `valid_days` stands for `expires`, counted from `now`.
+
+    Raises UpgradeRefused when a field may not change, does not exist, or the value makes no sense.
+    """
+    document = old.model_dump(mode="json")
+    for name, value in changes.items():
+        if name == "valid_days":
+            if not isinstance(value, int | float) or value <= 0:
+                raise UpgradeRefused("value", name, "valid_days must be a number of days above 0")
+            name, value = "expires", now + value * _DAY
+        _set(document, name, value)
+    document |= {"run": old.run_id, "version": old.version + 1}
+    try:
+        new = Manifest.model_validate(document)
+    except ValidationError as error:
+        raise UpgradeRefused("value", first_problem(error).partition(":")[0], f"{first_problem(error)}; correct it") from error
+    check_upgrade(old, new, accepted_epochs)
+    return new
+
+
+def training_changed(old: Manifest, new: Manifest) -> bool:
+    """Whether a trainer that goes on under `old` would take other steps than one under `new`: a cosine knows the budget's end."""
+    return old.optimisation.schedule == "cosine" and old.samples_per_shard != new.samples_per_shard
+
+
+def _set(document: dict[str, Any], name: str, value: Any) -> None:
+    top, _, rest = name.partition(".")
+    if top not in Manifest.model_fields:
+        known = ", ".join(sorted({*CHANGEABLE, "valid_days"}))
+        raise UpgradeRefused("value", name, f"a manifest has no {name!r}; what may change: {known}")
+    if top not in CHANGEABLE:
+        raise _fixed(top)
+    if not rest:
+        document[top] = value
+    elif isinstance(document[top], dict) and rest in document[top]:
+        document[top][rest] = value
+    else:
+        raise UpgradeRefused("value", name, f"the manifest's {top} has no {rest!r}; look at `lutetia run show`")
+
+
+def _fixed(field: str) -> UpgradeRefused:
+    text = f"{field} cannot change in a run: accepted epochs would no longer follow from one another; create a new run for that"
+    return UpgradeRefused("lineage", field, text)

@@ -1,0 +1,71 @@
+"""How many records one network address may have in one peer's part of the DHT. Pure but for its memory.
+
+A record does not say where it comes from, but who hands it over does: the line over which it arrives
+(`protocol.transport.network_origin`). A peer
+that passes on the records of others, as replicas do for a newcomer, brings them on its own account; what it may not bring arrives
+from their owners with the next heartbeat. Peers behind relays share one origin.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Name = TypeVar("Name", str, tuple[str, str])
+
+PER_KEY = {"claims": 64, "checkpoints": 64, "providers": 128}
+"""Live records of one origin under one key, by the kind of the key."""
+PER_OTHER_KEY = 512
+IN_ALL = 1 << 14
+
+
+@dataclass
+class Crowd:
+    """What is held of whom. Keys are `<run>/<kind>/…`."""
+
+    per_key: dict[str, int] = field(default_factory=lambda: dict(PER_KEY))
+    in_all: int = IN_ALL
+    _held: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+    _under_key: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _of_origin: Counter[str] = field(default_factory=Counter)
+    _ends: list[tuple[float, str, str]] = field(default_factory=list)
+
+    def admits(self, key: str, owner: str, origin: str, expires: float, now: float) -> bool:
+        """Whether a checked record of `owner` that `origin` hands over may be kept; counts it if so."""
+        self._forget(now)
+        known = self._held.get((key, owner))
+        if known and known[1] >= expires:
+            return True  # nothing new for the counts
+        if known is None or known[0] != origin:
+            most = self.per_key.get(key.split("/")[1], PER_OTHER_KEY)
+            if self._under_key[key, origin] >= most or self._of_origin[origin] >= self.in_all:
+                return False
+            if known:
+                self._drop(key, owner)
+            self._under_key[key, origin] += 1
+            self._of_origin[origin] += 1
+        self._held[key, owner] = origin, expires
+        heapq.heappush(self._ends, (expires, key, owner))
+        if len(self._ends) > 2 * len(self._held) + 64:  # who renews all the time leaves old ends behind
+            self._ends = [(ends, *names) for names, (_, ends) in self._held.items()]
+            heapq.heapify(self._ends)
+        return True
+
+    def _forget(self, now: float) -> None:
+        while self._ends and self._ends[0][0] <= now:
+            expires, key, owner = heapq.heappop(self._ends)
+            if self._held.get((key, owner), ("", 0.0))[1] == expires:
+                self._drop(key, owner)
+
+    def _drop(self, key: str, owner: str) -> None:
+        origin, _ = self._held.pop((key, owner))
+        _count_down(self._under_key, (key, origin))
+        _count_down(self._of_origin, origin)
+
+
+def _count_down(counter: Counter[Name], name: Name) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]

@@ -1,0 +1,214 @@
+"""Speaking with p2pd over its control socket: connect, open streams, take inbound streams.
+
+p2pd (hivemind's go-libp2p daemon) dials, encrypts and multiplexes. Every request and every stream is one Unix-socket connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from lutetia.protocol.transport.base import Handler, Stream
+from lutetia.protocol.transport.hivemind.bindings import Multiaddr, PeerID, messages
+from lutetia.protocol.transport.hivemind.unix_socket import Wire
+from lutetia.protocol.transport.inbound_limits import HandlerTasks
+from lutetia.protocol.transport.network_origin import origin_of
+
+DIAL_TIMEOUT = 8.0
+CONTROL_TIMEOUT = 10.0
+
+
+def useful(addresses: list[str]) -> list[str]:
+    """Without those of this machine alone, where there are others: whoever reads them elsewhere would dial itself."""
+    outside = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return outside or addresses
+
+
+class DaemonStream(Stream):
+    """A libp2p stream as p2pd passes it on."""
+
+    def __init__(self, peer_id: str, wire: Wire, origin: str = "") -> None:
+        self.peer_id, self.origin = peer_id, origin
+        self._wire = wire
+
+    async def read_exactly(self, count: int) -> bytes:
+        return await self._wire.read_exactly(count)
+
+    async def read_into(self, target: memoryview) -> None:
+        await self._wire.read_into(target)
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await self._wire.write(data)
+
+    async def close(self) -> None:
+        self._wire.close()
+
+
+class Control:
+    """A client of the p2pd whose sockets lie in `folder` (no trailing slash)."""
+
+    def __init__(self, folder: str, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self._folder = folder
+        self._handlers: dict[str, Handler] = {}
+        self._tasks = HandlerTasks()
+        self._greeting: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def address(self) -> str:
+        """The multiaddr of the control socket."""
+        return f"/unix{self._folder}/control.sock"
+
+    async def addresses(self) -> list[str]:
+        """The multiaddrs, with peer id, that p2pd believes it can be dialled under."""
+        response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
+        return useful([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
+
+    async def connected(self) -> list[str]:
+        """The ids of all peers with a live connection."""
+        return list(await self.origins())
+
+    async def origins(self) -> dict[str, str]:
+        """Peer id -> origin of the line to it (see `origins.origin_of`), of all peers with a live connection."""
+        response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
+        return {PeerID(peer.id).to_base58(): _origin(peer.addrs[0]) if peer.addrs else "" for peer in response.peers}
+
+    async def connect(self, peer_id: str, addresses: Sequence[str] = (), seconds: float = DIAL_TIMEOUT) -> None:
+        """Connect to `peer_id`, by `addresses` or by what the DHT knows. Raises ConnectionError with p2pd's reason."""
+        peer, plain = _peer_bytes(peer_id), [packed for packed in map(_address_bytes, addresses) if packed]
+        if addresses and not plain:
+            raise ConnectionError(f"none of the addresses given for peer {peer_id} can be dialled")
+        connect = messages.ConnectRequest(peer=peer, addrs=plain, timeout=max(1, int(seconds)))
+        await self._ask(messages.Request(type=messages.Request.CONNECT, connect=connect), seconds + 1)
+
+    async def open_stream(self, peer_id: str, protocol: str, seconds: float = DIAL_TIMEOUT) -> DaemonStream:
+        """Raises ConnectionError when the peer cannot be reached or does not speak `protocol`."""
+        peer = _peer_bytes(peer_id)
+        opening = messages.StreamOpenRequest(peer=peer, proto=[protocol], timeout=max(1, int(seconds)))
+        wire = await self._connection()
+        try:
+            async with _time_limit(seconds + 1, f"peer {peer_id} did not answer"):
+                await _request(wire, messages.Request(type=messages.Request.STREAM_OPEN, streamOpen=opening))
+        except BaseException:
+            wire.close()
+            raise
+        return DaemonStream(peer_id, wire)
+
+    async def serve(self, protocol: str, handler: Handler) -> None:
+        """Answer inbound streams of `protocol`; serving it again replaces the handler."""
+        path = f"{self._folder}/streams.sock"
+        if self._listener is None:
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_unix_server(lambda: Wire(self._connected), path)
+        if protocol not in self._handlers:
+            address = Multiaddr(f"/unix{path}").to_bytes()
+            request = messages.StreamHandlerRequest(addr=address, proto=[protocol], balanced=False)
+            await self._ask(messages.Request(type=messages.Request.STREAM_HANDLER, streamHandler=request))
+        self._handlers[protocol] = handler
+
+    async def close(self) -> None:
+        """Stop listening and cancel the handlers. Idempotent."""
+        if self._listener:
+            self._listener.close()
+        for greeting in self._greeting:
+            greeting.cancel()
+        await self._tasks.close()
+
+    def _connected(self, wire: Wire) -> None:
+        """p2pd connects once per inbound stream."""
+        task = asyncio.get_running_loop().create_task(self._inbound(wire))
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+
+    async def _inbound(self, wire: Wire) -> None:
+        """It says first whose stream it is, and for what."""
+        try:
+            async with asyncio.timeout(CONTROL_TIMEOUT):
+                info = messages.StreamInfo.FromString(await _read_message(wire))
+        except (TimeoutError, OSError):
+            wire.close()
+            return
+        handler = self._handlers.get(info.proto)
+        stream = DaemonStream(PeerID(info.peer).to_base58(), wire, _origin(info.addr))
+        if handler is None or not self._tasks.start(info.proto, handler, stream):
+            wire.close()
+
+    async def _ask(self, request: Any, seconds: float = CONTROL_TIMEOUT) -> Any:
+        wire = await self._connection()
+        try:
+            async with _time_limit(seconds, "p2pd did not answer"):
+                return await _request(wire, request)
+        finally:
+            wire.close()
+
+    async def _connection(self) -> Wire:
+        """Raises ConnectionError when p2pd is gone."""
+        try:
+            _, wire = await asyncio.get_running_loop().create_unix_connection(Wire, f"{self._folder}/control.sock")
+        except FileNotFoundError as error:
+            raise ConnectionError("p2pd has ended") from error
+        return wire
+
+
+def _peer_bytes(peer_id: str) -> bytes:
+    """Raises ConnectionError for what is no peer id, as a ticket or a stranger may contain."""
+    try:
+        return PeerID.from_base58(peer_id).to_bytes()
+    except ValueError as error:
+        raise ConnectionError(f"{peer_id} is no peer id") from error
+
+
+def _origin(packed: bytes) -> str:
+    try:
+        return origin_of(str(Multiaddr(packed)))
+    except ValueError:
+        return ""
+
+
+def _address_bytes(address: str) -> bytes | None:
+    """None for an address that cannot be: records of strangers hold hosts and ports that look like some and are none."""
+    try:
+        return Multiaddr(address.partition("/p2p/")[0]).to_bytes()
+    except ValueError:
+        return None
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(seconds: float, sentence: str) -> AsyncIterator[None]:
+    """Time out as ConnectionError, which is what callers of the network handle."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise ConnectionError(f"{sentence} within {seconds:.0f} s") from error
+
+
+async def _request(wire: Wire, request: Any) -> Any:
+    message = request.SerializeToString()
+    await wire.write(_varint(len(message)) + message)
+    response = messages.Response.FromString(await _read_message(wire))
+    if response.type == messages.Response.ERROR:
+        raise ConnectionError(response.error.msg)
+    return response
+
+
+async def _read_message(wire: Wire) -> bytes:
+    size = shift = 0
+    while True:
+        byte = (await wire.read_exactly(1))[0]
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    return await wire.read_exactly(size)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])

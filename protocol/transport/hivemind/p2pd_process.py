@@ -1,0 +1,234 @@
+"""One p2pd process: started under our identity on a free port, killed by the kernel with us, its sockets in a private folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import ipaddress
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.hivemind.bindings import P2PD
+from lutetia.protocol.transport.hivemind.p2pd_client import Control
+from lutetia.system.errors import IdentityError, UnreachableError
+from lutetia.system.files import disk_errors, write_atomic
+from lutetia.system.tether import command
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT = 20.0
+_IDLE_TIMEOUT = "0s" if sys.platform.startswith("linux") else "60s"
+"""How long p2pd lives without a DHT client; where the kernel does not tie it to us, that is what ends it."""
+_LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a peer is to be found from outside: UPnP, AutoNAT with hole punching, circuit relays."""
+
+    nat_port_map: bool = True
+    auto_nat: bool = True
+    relay: bool = True
+    auto_relay: bool = False
+    trusted_relays: tuple[str, ...] = ()
+    no_listen: bool = False
+
+    @classmethod
+    def of(cls, listen: str) -> Reach:
+        """Everything off where only this machine can connect: nothing outside is asked, and tests stay on loopback."""
+        host = listen.split("/")[2] if listen.count("/") >= 2 else ""
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host).is_loopback:
+                return cls(nat_port_map=False, auto_nat=False, relay=False)
+        return cls()
+
+    def arguments(self) -> list[str]:
+        switches = {"natPortMap": self.nat_port_map, "autonat": self.auto_nat, "relay": self.relay, "autoRelay": self.auto_relay}
+        arguments = [f"-{name}={int(on)}" for name, on in switches.items()]
+        if self.trusted_relays:
+            arguments.append("-trustedRelays=" + ",".join(self.trusted_relays))
+        return [*arguments, "-noListenAddrs"] if self.no_listen else arguments
+
+
+class Daemon:
+    """A running p2pd and the `control` over it. Make it with `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str) -> None:
+        self.process = process
+        self.control = Control(str(sockets.path), peer_id)
+        self._sockets = sockets
+        self._output: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, identity: Identity, listen: str, state_folder: Path, reach: Reach | None = None, announce: Sequence[str] = ()
+    ) -> Daemon:
+        """Start p2pd under `identity`. Raises UnreachableError when the listen address cannot be had."""
+        _require_free(listen)
+        sockets = _SocketFolder(state_folder)
+        try:
+            daemon = cls(await _spawn(identity, listen, sockets, reach, announce), sockets, identity.peer_id)
+        except BaseException:
+            sockets.remove()  # or this process itself would keep the state folder from its next attempt
+            raise
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await daemon._wait_until_ready(listen)
+        except TimeoutError as error:
+            await daemon.close()
+            raise UnreachableError(f"p2pd did not start within {START_TIMEOUT:.0f} s; is this machine overloaded?") from error
+        except BaseException:
+            await daemon.close()
+            raise
+        finally:
+            _key_file(sockets).unlink(missing_ok=True)
+        return daemon
+
+    @property
+    def running(self) -> bool:
+        return self.process.returncode is None
+
+    async def close(self) -> None:
+        """End the handlers and p2pd, and remove its folder. Idempotent."""
+        await self.control.close()
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+        try:
+            async with asyncio.timeout(5):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        if self._output:
+            await asyncio.gather(self._output, return_exceptions=True)
+        self._sockets.remove()
+
+    async def _wait_until_ready(self, listen: str) -> None:
+        assert self.process.stdout
+        said = []
+        while line := (await self.process.stdout.readline()).decode(errors="replace").strip():
+            said.append(line)
+            if line.startswith("Peer ID:"):
+                self._output = asyncio.create_task(self._log_output(self.process.stdout))
+                return
+        raise UnreachableError(_why_not_listening(listen, " ".join(said)))
+
+    async def _log_output(self, output: asyncio.StreamReader) -> None:
+        async for line in output:
+            log.debug("p2pd: %s", line.decode(errors="replace").strip())
+
+
+async def _spawn(
+    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reach | None, announce: Sequence[str]
+) -> asyncio.subprocess.Process:
+    key = _key_file(sockets)
+    write_atomic(key, identity.libp2p_bytes(), mode=0o600)
+    arguments = [
+        f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
+        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reach.of(listen)).arguments(),
+    ]  # fmt: skip
+    if announce:
+        arguments.append("-announceAddrs=" + ",".join(announce))
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
+            start_new_session=True,  # Ctrl-C is for us: the network must outlive it by a farewell
+        )  # fmt: skip
+    except OSError as error:
+        raise UnreachableError(f"p2pd cannot be started ({error.strerror}); free memory or processes and try again") from error
+
+
+def _key_file(sockets: _SocketFolder) -> Path:
+    return sockets.path / "identity"
+
+
+class _SocketFolder:
+    """A private folder for sockets inside the state folder, cleared at every start: a killed process cannot clear its own.
+
+    `path` names it in few enough bytes for a socket: where the real path is too long, through this process's open descriptor.
+    """
+
+    def __init__(self, state_folder: Path) -> None:
+        """Raises IdentityError while another process uses `state_folder`."""
+        home = state_folder.resolve()
+        self._folder, self._descriptor = home / "p2pd", -1
+        self.path = self._folder
+        with disk_errors(self._folder):
+            home.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(home / "p2pd.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._claim(home)
+            try:
+                self._make()
+            except BaseException:
+                self.remove()
+                raise
+
+    def _make(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        if len(os.fsencode(self._folder / "control.sock")) > _LONGEST_SOCKET_PATH:
+            self.path = self._short_path()
+
+    def remove(self) -> None:
+        """Clear the folder and let others use the state folder. Idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            elif self.path != self._folder:
+                self.path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _short_path(self) -> Path:
+        if sys.platform.startswith("linux"):
+            self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+            return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        link = Path(tempfile.gettempdir()) / f"lutetia-{hashlib.sha256(os.fsencode(self._folder)).hexdigest()[:16]}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self._folder)
+        return link
+
+    def _claim(self, home: Path) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise IdentityError(f"another process uses the state folder {home}; stop it or choose another folder") from error
+
+
+def _require_free(listen: str) -> None:
+    """Refuse a taken port before p2pd starts: two p2pd of one user would share it (SO_REUSEPORT) and steal each other's peers."""
+    match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d+)", listen)
+    if match is None:
+        raise UnreachableError(f"cannot listen on {listen}; give an address such as /ip4/0.0.0.0/tcp/41000")
+    family = socket.AF_INET if match[1] == "4" else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((match[2], int(match[3])))
+        except (OSError, OverflowError) as error:
+            raise UnreachableError(_why_not_listening(listen, str(error))) from error
+
+
+def _why_not_listening(listen: str, said: str) -> str:
+    if "in use" in said:
+        return f"cannot listen on {listen}: another program holds the port; stop it or choose another port with --listen"
+    if "assign" in said:
+        return f"cannot listen on {listen}: this machine has no such address; choose one of its own or /ip4/0.0.0.0/tcp/0"
+    if "ermission" in said:
+        return f"cannot listen on {listen}: not permitted; choose a port above 1023"
+    return f"cannot listen on {listen}: {said or 'p2pd ended without a word'}; choose another address with --listen"

@@ -1,0 +1,202 @@
+"""The real network: libp2p through hivemind's p2pd for streams, hivemind's DHT for records, in the event loop of the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from lutetia.protocol.async_helpers import gather_quickly
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.base import Handler, RecordCheck, Stored, Stream, Transport
+from lutetia.protocol.transport.hivemind.dht.node import Dht
+from lutetia.protocol.transport.hivemind.p2pd_client import DIAL_TIMEOUT
+from lutetia.protocol.transport.hivemind.p2pd_process import Daemon, Reach
+from lutetia.protocol.transport.reachability import why_unreachable
+from lutetia.system.errors import BootstrapError
+
+log = logging.getLogger(__name__)
+
+MAINTENANCE_PERIOD = 20.0
+_PINGS_PER_ROUND = 3
+
+
+class HivemindTransport(Transport):
+    """One peer over libp2p. Made by `connect_hivemind`, or by `start` and later `enter_dht` where the check comes later."""
+
+    def __init__(self, daemon: Daemon, addresses: list[str]) -> None:
+        self.peer_id = daemon.control.peer_id
+        self._daemon, self._addresses = daemon, addresses
+        self._dht: Dht | None = None
+        self._bootstrap: tuple[str, ...] = ()
+        self._periodic: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    @classmethod
+    async def start(
+        cls, identity: Identity, *, listen: str, state_folder: Path, announce: Sequence[str] = (), reach: Reach | None = None
+    ) -> HivemindTransport:
+        """Streams only: no DHT yet. Raises UnreachableError (address taken) or IdentityError (state folder in use)."""
+        daemon = await Daemon.start(identity, listen, state_folder, reach, announce)
+        try:
+            return cls(daemon, await daemon.control.addresses())
+        except BaseException:
+            await daemon.close()
+            raise
+
+    async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
+        """Join the DHT through those of `bootstrap` that answer; alone if it is empty. Raises BootstrapError."""
+        self._dht = await Dht.start(self._daemon.control.address, check, self._daemon.control.origins)
+        self._bootstrap = tuple(address for address in bootstrap if _peer_of(address) != self.peer_id)
+        if self._bootstrap:
+            refused = await self.dial_each(self._bootstrap)
+            if len(refused) == len(self._bootstrap):
+                raise BootstrapError(bootstrap_sentence(refused))
+            await self._meet_all({_peer_of(address) for address in self._bootstrap if address not in refused})
+            await self._dht.look_around()
+        self.every(MAINTENANCE_PERIOD, self._maintain)
+
+    async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
+        """Dial all at once; returns for each address that failed why it did. After the first success laggards are left."""
+        reasons = await gather_quickly([self._dial(address) for address in addresses], lambda reason: reason == "")
+        given = ("no answer yet" if reason is None else reason for reason in reasons)
+        return {address: reason for address, reason in zip(addresses, given, strict=True) if reason}
+
+    def now(self) -> float:
+        return time.time()
+
+    def addresses(self) -> list[str]:
+        return list(self._addresses)
+
+    def alive(self) -> bool:
+        return not self._closed and self._daemon.running and (self._dht is None or self._dht.speaks)
+
+    async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
+        dht = self._require_dht()
+        try:
+            return await dht.store(key, subkey, value, expires)
+        except TimeoutError:
+            log.warning("storing %s took too long; counted as not stored", key)
+            return False
+
+    async def get(self, key: str) -> dict[str, Stored]:
+        dht = self._require_dht()
+        try:
+            return await dht.get(key)
+        except TimeoutError as error:
+            raise ConnectionError(f"looking up {key} took too long") from error
+
+    async def open_stream(self, peer_id: str, protocol: str, addresses: Sequence[str] = ()) -> Stream:
+        self._require_alive()
+        if addresses:
+            await self._daemon.control.connect(peer_id, addresses)
+        return await self._daemon.control.open_stream(peer_id, protocol)
+
+    async def serve(self, protocol: str, handler: Handler) -> None:
+        self._require_alive()
+        await self._daemon.control.serve(protocol, handler)
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in self._periodic:
+            task.cancel()
+        await asyncio.gather(*self._periodic, return_exceptions=True)
+        if self._dht:
+            await self._dht.close()
+        await self._daemon.close()
+
+    def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
+        """Do `action` every `period` seconds for as long as this peer is online; its ConnectionErrors are passed over."""
+        self._periodic.append(asyncio.get_running_loop().create_task(self._repeat(period, action)))
+
+    async def neighbours(self) -> list[str]:
+        """Peer ids in the DHT's routing table, for reports and tests."""
+        return self._require_dht().neighbours()
+
+    async def _dial(self, address: str) -> str:
+        """Connect to one address; the reason why not, or nothing."""
+        try:
+            await self._daemon.control.connect(_peer_of(address), [address], DIAL_TIMEOUT)
+        except OSError as error:
+            return await why_unreachable(address, str(error))
+        return ""
+
+    async def _meet_all(self, peer_ids: set[str]) -> None:
+        dht = self._require_dht()
+        met = await asyncio.gather(*(dht.meet(peer_id) for peer_id in sorted(peer_ids)))
+        log.info("entered the DHT through %d of %d peers", sum(met), len(met))
+
+    async def _repeat(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(period)
+            if not self._daemon.running:
+                log.error("p2pd ended with status %s; this peer is off the network", self._daemon.process.returncode)
+                return
+            with contextlib.suppress(ConnectionError):
+                await action()
+
+    async def _maintain(self) -> None:
+        """Drop dead neighbours, return to lost bootstrap peers, learn our own addresses anew."""
+        dht = self._require_dht()
+        neighbours = dht.neighbours()
+        for peer_id in random.sample(neighbours, min(_PINGS_PER_ROUND, len(neighbours))):
+            if not await dht.meet(peer_id):
+                log.info("neighbour %s is gone", peer_id)
+        lost = [address for address in self._bootstrap if _peer_of(address) not in dht.neighbours()]
+        if lost:
+            refused = await self.dial_each(lost)
+            back = {_peer_of(address) for address in lost if address not in refused}
+            if back:
+                await self._meet_all(back)
+                await dht.look_around()
+        self._addresses = await self._daemon.control.addresses()
+
+    def _require_alive(self) -> None:
+        if not self.alive():
+            raise ConnectionError("this peer is off the network: its p2pd has ended, or hears nothing any more")
+
+    def _require_dht(self) -> Dht:
+        self._require_alive()
+        if self._dht is None:
+            raise ConnectionError("this peer has not entered the DHT yet")
+        return self._dht
+
+
+async def connect_hivemind(
+    identity: Identity,
+    *,
+    listen: str = "/ip4/0.0.0.0/tcp/0",
+    bootstrap: Sequence[str] = (),
+    check: RecordCheck,
+    announce: Sequence[str] = (),
+    state_folder: Path,
+    reach: Reach | None = None,
+) -> HivemindTransport:
+    """Go on the network as `identity`; with no `bootstrap`, alone until others come.
+
+    `reach` None chooses by `listen`: on loopback nothing outside is asked. Raises BootstrapError (names each address and its
+    reason), UnreachableError (port taken) or IdentityError (state folder in use).
+    """
+    transport = await HivemindTransport.start(
+        identity, listen=listen, state_folder=state_folder, announce=announce, reach=reach
+    )  # fmt: skip
+    try:
+        await transport.enter_dht(check, bootstrap)
+    except BaseException:
+        await transport.close()
+        raise
+    return transport
+
+
+def bootstrap_sentence(refused: dict[str, str]) -> str:
+    """One sentence for a BootstrapError from `dial_each`'s answer."""
+    each = "; ".join(f"{address}: {reason}" for address, reason in refused.items())
+    return f"none of the {len(refused)} bootstrap addresses answers ({each}); check this machine's network or get a new ticket"
+
+
+def _peer_of(address: str) -> str:
+    return address.rpartition("/p2p/")[2]

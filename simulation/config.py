@@ -1,0 +1,125 @@
+"""The numbers of a simulated run: its manifest, its boxes and its lines, all drawn from one seed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lutetia.protocol.schema.identity import Identity, peer_id_of
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, Timing
+from lutetia.simulation.event_queue import START
+
+MIB = 1 << 20
+OWNER = Identity.derived("simulated owner")
+COORDINATOR = Identity.derived("simulated coordinator")
+DEVICES = ("cpu", "cuda A", "cuda B")
+_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scenario may turn. Times in seconds, sizes in bytes, rates in bytes per second.
+
+    `epoch_seconds` is what a box of speed 1 needs for one checkpoint; speeds are log-normal with `speed_sigma`. A packet takes
+    `latency` (median, one way) with a log-normal spread `latency_sigma`, plus `jitter` (uniform), plus what the boxes' lines add.
+    `operators`: so many people run the boxes, in turn, and say so; 0: everybody their own.
+    `signed`: records travel as the real sealed bytes and every replica and reader verifies them.
+    """
+
+    shards: int = 4
+    epochs: int = 8
+    heartbeat: float = 20.0
+    tenure: float = 600.0
+    epoch_seconds: float = 60.0
+    speed_sigma: float = 0.35
+    latency: float = 0.04
+    latency_sigma: float = 0.5
+    jitter: float = 0.0
+    access: float = 0.02
+    loss: float = 0.0
+    replicas: int = 5
+    skew: float = 0.0
+    one_device: bool = False
+    unfit: float = 0.0
+    weights_bytes: int = 6 * MIB
+    state_bytes: int = 18 * MIB
+    shard_bytes: int = 40 * MIB
+    up: float = 4.0 * MIB
+    origin_up: float = 60.0 * MIB
+    origin_slots: int = 64
+    check_seconds: float = 1.5
+    checks_at_once: int = 4
+    write_seconds: float = 0.3
+    save_every: float = 10.0
+    join_within: float = 10.0
+    status_every: float = 10.0
+    poll_every: float | None = None
+    signed: bool = False
+    operators: int = 0
+
+    @property
+    def lease(self) -> float:
+        return 3 * self.heartbeat
+
+
+@dataclass(frozen=True)
+class Box:
+    """One volunteer's machine: `speed` against the setting's, `line` seconds that its access adds to every packet."""
+
+    owner: str
+    identity: Identity | None
+    speed: float
+    device: str
+    line: float
+    up: float
+    fitness: Mapping[int, float]
+    skew: float = 0.0
+    operator: str | None = None
+    peer_id: str = field(default="", compare=False)
+
+
+def draw_box(setting: Setting, seed: int, index: int) -> Box:
+    """Box number `index`: depends on nothing but the seed and its number, so that leaving others out changes nothing here."""
+    rng = random.Random(f"{seed}|box|{index}")
+    identity = Identity.derived(f"{seed}|{index}") if setting.signed else None
+    owner = identity.public_key if identity else hashlib.sha256(f"{seed}|{index}".encode()).hexdigest()
+    fits = rng.random() >= setting.unfit
+    strength = round(rng.uniform(0.4, 1.0), 2)
+    operator = hashlib.sha256(f"operator {index % setting.operators}".encode()).hexdigest() if setting.operators else None
+    return Box(
+        owner=owner, identity=identity, speed=rng.lognormvariate(0.0, setting.speed_sigma),
+        device=DEVICES[0] if setting.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / setting.access),
+        up=setting.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(setting.shards), strength if fits else 0.0),
+        skew=rng.uniform(-setting.skew, setting.skew),
+        operator=operator, peer_id=peer_id_of(owner),
+    )  # fmt: skip
+
+
+def make_manifest(setting: Setting) -> Manifest:
+    """A real manifest with made-up blobs; version 2, so that the run id need not be computed again and again."""
+    latent = LatentSpec(
+        channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
+        text_encoder="builtin:words", text_tokens=4, text_width=8, pooled_width=8,
+    )  # fmt: skip
+    batch = 16
+    return Manifest(
+        name="simulated", run=hashlib.sha256(b"simulated run").hexdigest(), version=2, owner=OWNER.public_key,
+        coordinators=(COORDINATOR.public_key,), created=START - 60, expires=START + 30 * 86400, latent=latent,
+        expert=ExpertSpec(config={}), optimisation=Optimisation(batch=batch), checkpoint_samples=batch * _STEPS,
+        samples_per_shard=batch * _STEPS * setting.epochs,
+        timing=Timing(heartbeat=setting.heartbeat, tenure=setting.tenure),
+        shards=tuple(_shard(setting, index) for index in range(setting.shards)),
+    )  # fmt: skip
+
+
+def _shard(setting: Setting, index: int) -> ShardSpec:
+    return ShardSpec(
+        index=index, name=f"shard {index}", train=blob(f"train {index}", setting.shard_bytes),
+        holdout=blob(f"holdout {index}", MIB), clips=1000, holdout_clips=16, prior=1 / setting.shards,
+    )  # fmt: skip
+
+
+def blob(text: str, size: int) -> BlobRef:
+    return BlobRef(digest=hashlib.sha256(text.encode()).hexdigest(), size=size)

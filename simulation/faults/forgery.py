@@ -1,0 +1,48 @@
+"""Records as a liar would send them, thrown at the replicas' real checks. Needs a signed setting."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import ClaimRecord, claim_key, seal
+from lutetia.simulation.network.dht import Stored
+
+if TYPE_CHECKING:
+    from lutetia.simulation.world import World
+
+KINDS = ("unbounded", "future", "foreign", "prolonged", "oversized", "unknown field")
+
+
+def forge(world: World, liar: int, victim: int, kind: str) -> None:
+    """`liar` files a claim of the given kind on the victim's shard (else shard 0) with every replica, past its own checks."""
+    source, target = world.volunteers[liar], world.volunteers[victim]
+    assert source.box.identity
+    assert target.box.identity
+    shard = target.state.work.shard if target.state.work else 0
+    now, lease, key = world.agenda.now, world.setting.lease, claim_key(world.manifest.run_id, shard)
+    record = ClaimRecord(
+        run=world.manifest.run_id, owner=source.box.owner, issued=now, shard=shard, epoch=0, samples=0, state="training"
+    )  # fmt: skip
+    expires, owner = now + lease, source.box.owner
+    identity: Identity = source.box.identity
+    match kind:
+        case "unbounded":
+            expires = now + 365 * 86400
+        case "future":
+            record, expires = record.model_copy(update={"issued": now + 3600}), now + 3600 + lease
+        case "foreign":  # the victim's claim, released in its name
+            owner = target.box.owner
+            record = record.model_copy(update={"owner": owner, "state": "released"})
+            expires = now + 2 * lease
+    sealed = seal(record, identity, expires)
+    if kind == "prolonged":  # a claim that really was, filed again with a later expiry
+        expires += 10 * lease
+    elif kind == "oversized":
+        sealed = sealed[:-1] + b" " * 5000 + b"}"
+    elif kind == "unknown field":
+        document = json.loads(sealed)
+        document["record"]["priority"] = 9
+        sealed = json.dumps(document).encode()
+    world.dht.thrust(source, key, owner, Stored(record, expires, sealed, world.agenda.cause))

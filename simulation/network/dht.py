@@ -1,0 +1,239 @@
+"""The records of the swarm: each replica keeps its own part, each record arrives when it arrives, each reader asks who is there.
+
+The model follows `protocol.transport.memory`: a record goes to the replicas that follow its key on a hash ring, and stays with
+its writer too; of each owner the record that expires last is kept; replicas and readers check by their own clocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import RecordLimits, RecordRefused, ResetRecord, acceptance_key, check_times, claim_key, seal
+from lutetia.simulation.costs import Costs
+from lutetia.simulation.event_queue import Agenda
+from lutetia.simulation.network.links import Lines, Member
+
+Record = Any
+"""One of `protocol.schema.records`' five, built without validation where nobody forges."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """`sealed` is empty where the setting does without signatures. `cause` is the happening that wrote it."""
+
+    record: Record
+    expires: float
+    sealed: bytes
+    cause: int
+
+
+class Replica(Member, Protocol):
+    parts: dict[str, dict[str, Stored]]
+    written: set[str]
+    """Keys under which it filed records of its own."""
+    denies: bool
+    """A sybil's replica: says that it keeps, and never shows anything."""
+
+    def clock(self) -> float: ...
+
+
+class Dht:
+    def __init__(self, agenda: Agenda, lines: Lines, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool) -> None:
+        """`strict`: clocks differ or somebody forges, so every replica and reader checks for itself, every time."""
+        self._agenda, self._lines, self._costs, self._replicas, self._strict = agenda, lines, costs, replicas, strict
+        self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        run, shards = manifest.run_id, range(len(manifest.shards))
+        self.claim_keys = [claim_key(run, shard) for shard in shards]
+        self.acceptance_keys = [acceptance_key(run, shard) for shard in shards]
+        self._ring: list[tuple[int, int]] = []
+        self._members: dict[int, Replica] = {}
+        self._places: dict[str, int] = {}
+        self._near: dict[tuple[str, int], tuple[tuple[int, int], list[Replica]]] = {}
+        self._shards = {key: shard for keys in (self.claim_keys, self.acceptance_keys) for shard, key in enumerate(keys)}
+        self._views: dict[int, dict[int, ShardView]] = {}
+        self._views_version = (0, 0)
+        self._ring_version = 0
+        self._clock = 0.0
+        self._real_check = record_check(manifest, lambda: self._clock)
+        self.refused: list[str] = []
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    # membership
+
+    def enter(self, member: Replica, name: str) -> None:
+        """`member` answers from now on; its neighbours hand it what it is to hold."""
+        self._members[member.index] = member
+        place = (_position(name), member.index)
+        if place not in self._ring:
+            bisect.insort(self._ring, place)
+        self._ring_version += 1
+        start = bisect.bisect_left(self._ring, place)
+        for offset in range(1, min(len(self._ring), self._replicas + 1)):
+            neighbour = self._members[self._ring[(start + offset) % len(self._ring)][1]]
+            if self._lines.dials(member, neighbour):
+                self._hand_over(neighbour, member)
+
+    def _hand_over(self, giver: Replica, taker: Replica) -> None:
+        for key, part in giver.parts.items():
+            if taker in self.nearest(taker, key):
+                for owner, stored in part.items():
+                    self._keep(taker, key, owner, stored)
+
+    def depart(self, member: Replica) -> None:
+        """Gone, with all that it kept."""
+        self._members.pop(member.index, None)
+        self._ring = [place for place in self._ring if place[1] != member.index]
+        member.parts.clear()
+        member.written.clear()
+        self._ring_version += 1
+
+    def changed(self) -> None:
+        """Somebody stopped or began to answer."""
+        self._ring_version += 1
+
+    def nearest(self, source: Replica, key: str) -> list[Replica]:
+        """The replicas of `key` as `source` finds them, itself included."""
+        slot = (key, -1 - source.index if self._lines.blocked else self._lines.group(source.index))
+        version = (self._ring_version, self._lines.version)
+        known = self._near.get(slot)
+        if known is None or known[0] != version:
+            known = self._near[slot] = (version, self._walk(source, key))
+        return known[1]
+
+    def _walk(self, source: Replica, key: str) -> list[Replica]:
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _position(key)
+        start, found = bisect.bisect_left(self._ring, (place, -1)), []
+        for offset in range(len(self._ring)):
+            member = self._members[self._ring[(start + offset) % len(self._ring)][1]]
+            if member is source or self._lines.dials(source, member):
+                found.append(member)
+                if len(found) == self._replicas:
+                    break
+        return found
+
+    # writing
+
+    def store(self, source: Replica, record: Record, expires: float, identity: Identity | None, sealed: bytes = b"") -> None:
+        """File `record` with the replicas; each gets it after its own delay, or never."""
+        if identity is not None and not sealed:
+            sealed = seal(record, identity, expires)
+        stored, key = Stored(record, expires, sealed, self._agenda.cause), record.key()
+        near = self.nearest(source, key)
+        self._costs.stored(record.kind, len(near), self.size)
+        source.written.add(key)
+        self._keep(source, key, record.owner, stored, own=True)
+        for replica in near:
+            if replica is not source and not self._lines.lost():
+                self._agenda.after(2 * self._lines.packet(source, replica), self._arrive, source, replica, key, stored)
+
+    def thrust(self, source: Replica, key: str, owner: str, stored: Stored) -> None:
+        """Offer every replica a record that an honest writer would not have made."""
+        for replica in self.nearest(source, key):
+            if replica is not source:
+                self._keep(replica, key, owner, stored)
+
+    def _arrive(self, source: Replica, replica: Replica, key: str, stored: Stored) -> None:
+        if replica.answering and self._lines.together(source.index, replica.index):
+            self._keep(replica, key, stored.record.owner, stored)
+
+    def _keep(self, replica: Replica, key: str, owner: str, stored: Stored, *, own: bool = False) -> None:
+        if not own and (replica.denies or not self._accepts(key, owner, stored, replica.clock())):
+            return
+        mine = replica.parts.setdefault(key, {})
+        old = mine.get(owner)
+        if old is None or old.expires < stored.expires:
+            now = self._agenda.now
+            if len(mine) > 8:
+                for other in [name for name, held in mine.items() if held.expires < now - 120]:
+                    del mine[other]
+            mine[owner] = stored
+            if (shard := self._shards.get(key)) is not None:
+                for known in self._views.values():
+                    known.pop(shard, None)
+
+    def _accepts(self, key: str, owner: str, stored: Stored, clock: float) -> bool:
+        try:
+            if stored.sealed:
+                self._clock = clock
+                return self._real_check(key, owner, stored.sealed, stored.expires) == key
+            check_times(stored.record.kind, stored.record.issued, stored.expires, clock, self._limits)
+        except RecordRefused as error:
+            if len(self.refused) < 1000:
+                self.refused.append(str(error))
+            return False
+        return True
+
+    # reading
+
+    def read(self, source: Replica, key: str, *, own: bool = True) -> dict[str, Stored]:
+        """The live records under `key` that reach `source`, newest per owner; `own`: also what it holds, replica or not."""
+        mine = source.parts.get(key, {}) if own else {}
+        found = dict(mine)
+        for replica in self.nearest(source, key):
+            if (replica is source and own) or replica.denies or (replica is not source and self._lose()):
+                continue
+            clock = replica.clock()
+            for owner, stored in replica.parts.get(key, {}).items():
+                if stored.expires > clock and (owner not in found or stored.expires > found[owner].expires):
+                    found[owner] = stored
+        clock = source.clock()
+        live = {owner: stored for owner, stored in found.items() if stored.expires > clock}
+        if self._strict:
+            live = {
+                owner: stored for owner, stored in live.items()
+                if mine.get(owner) is stored or self._accepts(key, owner, stored, clock)
+            }  # fmt: skip
+        return live
+
+    def _lose(self) -> bool:
+        """Question or answer."""
+        return self._lines.lost() or self._lines.lost()
+
+    def look(self, source: Replica, shards: Sequence[int]) -> tuple[ShardView, ...]:
+        """Claims and acceptances. Readers who would see the same get the same objects, made when a record or a line changes."""
+        if self._strict or self._lines.loss or self._lines.blocked:
+            return tuple([self._view(source, shard) for shard in shards])
+        version = (self._ring_version, self._lines.version)
+        if version != self._views_version:
+            self._views.clear()
+            self._views_version = version
+        known = self._views.setdefault(self._lines.group(source.index), {})
+        for shard in shards:
+            if shard not in known:
+                known[shard] = self._view(source, shard, own=False)
+        if not source.written:
+            return tuple([known[shard] for shard in shards])
+        own, claims, given = source.written, self.claim_keys, self.acceptance_keys
+        return tuple(  # a writer sees what it wrote before any replica has it
+            [self._view(source, shard) if claims[shard] in own or given[shard] in own else known[shard] for shard in shards]
+        )
+
+    def _view(self, source: Replica, shard: int, *, own: bool = True) -> ShardView:
+        found = self.read(source, self.claim_keys[shard], own=own)
+        live = tuple([LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found)])
+        given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
+        if isinstance(given, ResetRecord):
+            return ShardView(shard, live, None, given.term)
+        return ShardView(shard, live, given)
+
+    def writers(self, source: Replica, shard: int) -> list[int]:
+        """The happenings that wrote what `source` sees of the shard."""
+        keys = self.claim_keys[shard], self.acceptance_keys[shard]
+        return [stored.cause for key in keys for stored in self.read(source, key).values()]
+
+
+def _position(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

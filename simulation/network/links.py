@@ -1,0 +1,128 @@
+"""The lines between boxes: how long a packet takes, whether it arrives, and who cannot reach whom."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Protocol
+
+from lutetia.simulation.config import Setting
+
+RPC_TIMEOUT = 3.0
+RETRANSMIT = 0.2
+_BITS = 10
+_LOOKUPS_AT_ONCE = 8
+
+
+class Member(Protocol):
+    """Whoever is on the network: a volunteer or a coordinator."""
+
+    index: int
+    line: float
+    up: float
+
+    @property
+    def answering(self) -> bool: ...
+
+
+class Lines:
+    """Delays are drawn from a table of the setting's distribution: exact enough, and three times cheaper than drawing each.
+
+    A look at n shards takes ceil(n / 8) rounds as the node's network side makes them, each as long as its slowest lookup.
+    """
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.loss = setting.loss
+        self.slow: dict[int, float] = {}
+        self.random = random.Random(f"{seed}|lines")
+        self.version = 0
+        self._group: dict[int, int] = {}
+        self._blocked: set[tuple[int, int]] = set()
+        self._replicas = setting.replicas
+        self.draw(setting)
+
+    def draw(self, setting: Setting, latency: float | None = None, jitter: float | None = None) -> None:
+        """Make the tables of one packet, one lookup (find, then ask each replica) and one round of lookups."""
+        rng, median = self.random, setting.latency if latency is None else latency
+        spread = setting.jitter if jitter is None else jitter
+        one = [median * rng.lognormvariate(0.0, setting.latency_sigma) + spread * rng.uniform(-1, 1) for _ in range(1 << _BITS)]
+        self._packet = [max(0.001, value) for value in one]
+
+        def lookup() -> float:
+            return max(4 * self._packet[rng.getrandbits(_BITS)] for _ in range(self._replicas))
+
+        self._lookup = [lookup() for _ in range(1 << _BITS)]
+        self._round = [
+            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(_LOOKUPS_AT_ONCE))
+            for _ in range(1 << _BITS)
+        ]
+
+    # who can reach whom
+
+    def partition(self, groups: Iterable[Iterable[int]]) -> None:
+        """Cut the network; whoever is not named forms one more group."""
+        self._group = {index: number for number, group in enumerate(groups, 1) for index in group}
+        self.version += 1
+
+    def block(self, source: int, target: int) -> None:
+        """One-way, as behind a NAT: `source` cannot dial `target`."""
+        self._blocked.add((source, target))
+        self.version += 1
+
+    def heal(self) -> None:
+        self._group.clear()
+        self._blocked.clear()
+        self.version += 1
+
+    @property
+    def whole(self) -> bool:
+        return not self._group and not self._blocked
+
+    @property
+    def blocked(self) -> bool:
+        return bool(self._blocked)
+
+    def group(self, index: int) -> int:
+        return self._group.get(index, 0)
+
+    def together(self, a: int, b: int) -> bool:
+        return not self._group or self._group.get(a, 0) == self._group.get(b, 0)
+
+    def dials(self, source: Member, target: Member) -> bool:
+        """Whether `source` can open a stream to `target` or ask it a question."""
+        if not (source.answering and target.answering):
+            return False
+        return self.whole or (
+            self.together(source.index, target.index) and (not self._blocked or (source.index, target.index) not in self._blocked)
+        )
+
+    # how long it takes
+
+    def lost(self) -> bool:
+        return self.loss > 0 and self.random.random() < self.loss
+
+    def packet(self, a: Member, b: Member) -> float:
+        """One datagram, one way."""
+        return self._packet[self.random.getrandbits(_BITS)] + a.line + b.line
+
+    def stream(self, a: Member, b: Member, size: int = 0) -> float:
+        """One message of `size` bytes over a stream: what is lost is sent again."""
+        seconds = self.packet(a, b) + size / self.rate(a)
+        while self.lost():
+            seconds += RETRANSMIT
+        return seconds
+
+    def rate(self, sender: Member) -> float:
+        return min(sender.up, self.slow.get(sender.index, sender.up))
+
+    def look(self, source: Member, shards: int) -> float:
+        """Claims and acceptances of so many shards."""
+        if shards == 1:
+            draw, table = self.random.getrandbits, self._lookup
+            seconds = table[draw(_BITS)] + table[draw(_BITS)]
+        else:
+            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // _LOOKUPS_AT_ONCE)))
+        seconds += 8 * source.line
+        if self.loss and self.random.random() < 1 - (1 - self.loss) ** (2 * self._replicas):
+            seconds += RPC_TIMEOUT  # one answer at least does not come
+        return seconds

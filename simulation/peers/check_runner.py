@@ -1,0 +1,56 @@
+"""The ladder's tools over the model of blobs: fetching takes as long as the lines want, looking `check_seconds`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lutetia.coordinator.acceptance.checks import Stopped
+from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.simulation.network.blobs import Content, Pause
+from lutetia.system.errors import UnreachableError
+
+if TYPE_CHECKING:
+    from lutetia.simulation.peers.coordinator import Office
+
+_FETCH_GRACE = 30.0
+
+
+class Rungs:
+    def __init__(self, office: Office) -> None:
+        self._office, self._world = office, office.world
+
+    def _content(self, record: CheckpointRecord) -> Content:
+        return self._world.goods.contents[record.digest]
+
+    async def fetch(self, record: CheckpointRecord) -> None:
+        """Bytes that do not hash to their name count as not arrived, from whomever they come."""
+        world, digest = self._world, record.digest
+        size = world.setting.weights_bytes + world.setting.state_bytes
+        begun = world.agenda.now
+        try:
+            if not self._content(record).intact:
+                await Pause(_FETCH_GRACE / 10)
+                raise UnreachableError("its bytes do not hash to their name")
+            await world.goods.fetch(self._office, digest, size)
+            if world.agenda.now - begun > _FETCH_GRACE + size / (64 << 10):
+                raise UnreachableError("it did not arrive in time")
+        except UnreachableError as error:
+            raise Stopped("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
+
+    async def inspect(self, record: CheckpointRecord) -> None:
+        await Pause(self._world.setting.check_seconds / 3)
+        if not self._content(record).sound:
+            raise Stopped("invalid", "numbers", "its tensors are not what the manifest wants")
+
+    async def baseline(self, shard: int) -> float:
+        await Pause(self._world.setting.check_seconds / 3)
+        return (0.25 + 0.05 * (shard % 3)) * 3.2
+
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        return self._content(record).loss
+
+    async def loss(self, record: CheckpointRecord) -> float:
+        await Pause(self._world.setting.check_seconds / 3)
+        loss = self._content(record).loss
+        return loss if self._content(record).sound else math.nan

@@ -1,0 +1,286 @@
+"""The coordinator: the real judge, ladder, ledger state and status, and a model of the shell around them.
+
+The ledger is a list that survives a crash; everything else is rebuilt from it. Fetching takes as long as the lines want, looking
+into a checkpoint `check_seconds`; the held-out loss is that of the content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lutetia.coordinator.acceptance import messages as j
+from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.checks import SizeLimits
+from lutetia.coordinator.acceptance.state_machine import JudgeState
+from lutetia.coordinator.acceptance.state_machine import Rules as JudgeRules
+from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
+from lutetia.coordinator.ledger.status_builder import LiveView
+from lutetia.coordinator.runtime.audit_service import relatives
+from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, sighted
+from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import (
+    NODE_BUCKETS,
+    CheckpointRecord,
+    NodeRecord,
+    RecordLimits,
+    RecordRefused,
+    checkpoint_key,
+    open_record,
+)
+from lutetia.simulation.config import COORDINATOR, MIB
+from lutetia.simulation.network.blobs import Pause, drive
+from lutetia.simulation.peers.announcer import Crier
+from lutetia.simulation.peers.auditor import found, replay_steps
+from lutetia.simulation.peers.check_runner import Rungs
+from lutetia.simulation.peers.manifest_updates import Edition
+from lutetia.simulation.peers.streams import shard_parcel
+
+if TYPE_CHECKING:
+    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.world import World
+
+_TICK_SECONDS = 1.0
+
+
+class Office:
+    """One coordinator process on one disk (`ledger`). `boot` counts its starts."""
+
+    def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
+        self.world, self.index, self.identity = world, index, identity
+        self.line, self.up = 0.0, world.setting.origin_up
+        self.running = self.serving = self.recovering = self.denies = False
+        self.boot = self.stopped_itself = 0
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.written: set[str] = set()
+        self.view = LiveView()
+        self.refuse_publishing = False
+        """Dies between writing the ledger and telling anybody (a crash at the worst moment)."""
+        manifest = world.manifest
+        self.ledger: list[Event] = ledger if ledger is not None else [
+            RunCreated(
+                time=world.agenda.now, run=manifest.run_id, name=manifest.name, owner=manifest.owner,
+                coordinator=identity.public_key, shards=len(manifest.shards), epochs=manifest.epochs,
+            )
+        ]  # fmt: skip
+        self.rules = JudgeRules(manifest, identity.public_key, b"simulated", checks_at_once=world.setting.checks_at_once)
+        self.state = JudgeState(world.decide.replayed(self.ledger))
+        self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
+        self._since: dict[tuple[str, int], float] = {}
+        self._nodes: list[tuple[NodeRecord, float]] = []
+        self._nodes_due = float("-inf")
+        self.crier = Crier(self, self._limits)
+        self.edition = Edition(self)
+
+    def __repr__(self) -> str:
+        return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
+
+    @property
+    def answering(self) -> bool:
+        return self.running
+
+    def clock(self) -> float:
+        return self.world.agenda.now
+
+    # --- life -----------------------------------------------------------------------------------------------------------
+
+    def start(self, *, recover: bool = False) -> None:
+        """From the ledger alone; in signed settings through its canonical bytes, as from a real file.
+
+        `recover`: look for a lease what the DHT shows of its own word and the ledger lacks, and take that back.
+        """
+        if self.running:
+            return
+        self.boot += 1
+        self.running, self.recovering = True, recover
+        self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
+        events = [read_event(canonical(event)) for event in self.ledger] if self.world.setting.signed else self.ledger
+        self.state = JudgeState.restored(self.world.decide.replayed(events))
+        self.world.dht.enter(self, self.identity.peer_id + str(self.index))
+        self.follow_folder()
+        if recover:
+            self._recover(self.boot, self.clock() + self.world.setting.lease)
+        else:
+            self._serve()
+
+    def _recover(self, boot: int, until: float) -> None:
+        if boot != self.boot:
+            return
+        self._take_back()
+        if self.clock() < until:
+            self.world.agenda.after(_TICK_SECONDS, self._recover, boot, until)
+        else:
+            self._serve()
+
+    def _serve(self) -> None:
+        if self._behind():
+            return
+        self.serving = True
+        self.world.invariants.after_restart(self)
+        for shard in range(len(self.world.manifest.shards)):
+            self.world.goods.put(shard_parcel(shard), self)
+        setting = self.world.setting
+        size = SizeLimits(2 * setting.weights_bytes + MIB, 2 * setting.state_bytes + MIB, MIB)
+        self.hear(j.LimitsKnown(dict.fromkeys(range(setting.shards), size), self.clock()))
+        poll = setting.poll_every or setting.heartbeat / 4
+        for seconds, call in (
+            (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._keep_word),
+            (setting.heartbeat, self.edition.tell), (setting.status_every, self._tell),
+        ):  # fmt: skip
+            self._every(self.boot, seconds, call)
+
+    def follow_folder(self) -> None:
+        """Go on under the newest manifest in the folder."""
+        if self.running and (entry := self.edition.adopt()):
+            self.rules = replace(self.rules, manifest=self.edition.live())
+            self.hear(j.Noted((entry,), self.clock()))
+            self.edition.tell()
+
+    def _take_back(self) -> None:
+        if lost := self.crier.lost():
+            self.hear(j.Noted(tuple(lost), self.clock()))
+
+    def _behind(self) -> bool:
+        """As `coordinator.runtime.split_brain`: its ledger is not the newest, so it stops."""
+        if not self.crier.behind():
+            return False
+        self.stopped_itself += 1
+        self.crash()
+        return True
+
+    def _keep_word(self) -> None:
+        """As `coordinator.service`: what the DHT shows under its key is looked at before its own renewals cover that."""
+        if self.recovering:
+            self._take_back()
+        if not self._behind():
+            self.crier.renew()
+
+    def _every(self, boot: int, seconds: float, call: Any) -> None:
+        if boot == self.boot and self.running:
+            call()
+            self.world.agenda.after(seconds, self._every, boot, seconds, call)
+
+    def crash(self) -> None:
+        """What was under way is lost: candidates' checks, replies, acceptances written but not yet published."""
+        if self.running:
+            self.running = self.serving = False
+            self.boot += 1
+            self.world.dht.depart(self)
+            self.view, self._since, self._nodes, self._nodes_due = LiveView(), {}, [], float("-inf")
+
+    # --- judging --------------------------------------------------------------------------------------------------------
+
+    def offered(self, record: CheckpointRecord, sealed: bytes = b"", life: float = 0.0) -> OfferReply:
+        """`sealed`: the offer as bytes, opened as the offer stream does; without signatures the record itself is believed."""
+        if sealed:
+            try:
+                open_record(
+                    sealed, key=None, subkey=record.owner, expires=record.issued + life, now=self.clock(), limits=self._limits
+                )
+            except RecordRefused as error:
+                return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+        reply = self.hear(j.Offered(record, self.clock()))
+        assert isinstance(reply, OfferReply)
+        return reply
+
+    def hear(self, stimulus: j.Stimulus) -> OfferReply | j.Lend | None:
+        """Judge, write the ledger, then carry out."""
+        world = self.world
+        world.costs.judged += 1
+        self.state, actions = world.decide.judge(self.rules, self.state, stimulus)
+        if world.story is not None:
+            world.story.judged(self, stimulus, actions)
+        reply = None
+        for action in actions:
+            if isinstance(action, j.Write):
+                self.ledger.append(action.event)
+        world.invariants.after_judge(self, actions)
+        for action in actions:
+            match action:
+                case j.Answer():
+                    reply = action.reply
+                case j.Lend():
+                    reply = action
+                case j.Publish():
+                    world.goods.put(action.record.digest, self)
+                    if self.refuse_publishing:
+                        self.refuse_publishing = False
+                        world.agenda.after(0.0, self.crash)
+                    else:
+                        self.crier.publish(action.acceptance)
+                case j.Check():
+                    self._check(action)
+                case j.Audit():
+                    drive(world.agenda, self._replay(action), partial(self._audited, self.boot, action))
+                case j.Proclaim():
+                    self.crier.publish(action.record)
+                case _:
+                    pass
+        return reply
+
+    def _check(self, check: j.Check) -> None:
+        boot = self.boot
+
+        def done(verdict: Any) -> None:
+            if boot == self.boot:
+                self.hear(j.Checked(check.record, verdict, self.clock()))
+
+        drive(self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, Rungs(self)), done)
+
+    def lend(self, asking: Volunteer) -> j.Lend:
+        """As `coordinator.runtime.audit_service`: an audit of somebody with whom the asking peer has nothing to do."""
+        known = [sighting.record for sighting in self.view.nodes] if self.world.setting.operators else []
+        lend = self.hear(j.AuditWanted(asking.box.owner, self.clock(), relatives(asking.box.owner, known)))
+        assert isinstance(lend, j.Lend)
+        return lend
+
+    def told(self, auditor: Volunteer, checkpoint: str, finding: Finding) -> None:
+        """A report, from whom the audit was lent to; others are refused."""
+        lent = self.state.lent.get(checkpoint)
+        if lent is not None and lent[0] == auditor.box.owner:
+            self.hear(j.AuditDelivered(auditor.box.owner, checkpoint, finding, 1.0, self.clock()))
+
+    async def _replay(self, action: j.Audit) -> Finding:
+        """Steps cost here what they cost a box of speed 1."""
+        world, steps = self.world, replay_steps(self.world, action.audit)
+        await Pause(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
+        return found(world, action.audit)
+
+    def _audited(self, boot: int, action: j.Audit, finding: Finding) -> None:
+        if boot == self.boot:
+            self.hear(j.Audited(action.audit.checkpoint, finding, self.clock()))
+
+    # --- every now and then ---------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self.hear(j.Tick(self.clock()))
+
+    def _poll(self) -> None:
+        """As `coordinator.runtime.swarm_monitor`: results that nobody offered by stream, nodes and claims."""
+        world, run = self.world, self.world.manifest.run_id
+        for shard in range(world.setting.shards):
+            for stored in world.dht.read(self, checkpoint_key(run, shard)).values():
+                if world.story is not None:
+                    world.story.found(self, stored)
+                self.hear(j.Offered(stored.record, self.clock(), "poll"))
+        views = world.dht.look(self, range(world.setting.shards))
+        claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
+        now, setting = self.clock(), world.setting
+        if now >= self._nodes_due:
+            self._nodes = [
+                (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
+                if sighting.expires > now and (not peer.running or world.lines.together(peer.index, self.index))
+            ]  # fmt: skip
+            self._nodes_due = now + nodes_pause(len(self._nodes), setting.heartbeat)
+            world.costs.listed(NODE_BUCKETS, len(self._nodes), setting.replicas, world.dht.size, "watch")
+        world.costs.looked(setting.shards, len(claims), setting.replicas, world.dht.size, "watch")
+        nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        self.view, self._since = sighted(nodes, claims, self._since, now)
+
+    def _tell(self) -> None:
+        """Make the status document, as anybody who asks would get it."""
+        document = self.world.decide.status(self.state.run, self.world.manifest, self.view, self.clock())
+        self.world.invariants.after_status(self, document)

@@ -1,0 +1,257 @@
+"""One volunteer: the real node machine, and a model of the shell around it (clock, timers, network side, hands)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lutetia.node.machine import messages as m
+from lutetia.node.machine.state import Rules, State, next_wake
+from lutetia.simulation.config import Box
+from lutetia.simulation.network.blobs import drive
+from lutetia.simulation.peers.auditor import Auditor
+from lutetia.simulation.peers.manifest_updates import News
+from lutetia.simulation.peers.node_network import Network
+from lutetia.simulation.peers.streams import offer_round, sync_round
+from lutetia.simulation.peers.trainer import Hands
+
+if TYPE_CHECKING:
+    from lutetia.simulation.world import World
+
+_PROBE_SECONDS = 0.5
+_LAST_WORDS = 1.0
+_TICK = 1e-6  # a timer must not come a rounding error too early
+
+
+class Volunteer:
+    """`boot` counts its starts: what an earlier process asked for does not reach a later one."""
+
+    def __init__(self, world: World, index: int, box: Box) -> None:
+        self.world, self.index, self.box = world, index, box
+        self.line, self.up, self.skew = box.line, box.up, box.skew
+        self.rules = Rules.of(world.manifest, box.owner)
+        """Those of the manifest on its disk (`news`)."""
+        self.state = State()
+        self.running = self.online = self.frozen = self.denies = self.disk_full = False
+        self.device_ok = True
+        self.met = False
+        self.boot = self.joins = self.sync_number = 0
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.written: set[str] = set()
+        self.network = Network(self)
+        self.hands = Hands(self)
+        self.auditor = Auditor(self)
+        self.news = News(self)
+        self.holds: int | None = None
+        self.eligible_since: float | None = None
+        self._backlog: list[tuple[Callable[..., m.Event], tuple[Any, ...]]] = []
+        self._timer = float("inf")
+
+    def __repr__(self) -> str:
+        return f"peer {self.index}"
+
+    @property
+    def answering(self) -> bool:
+        return self.running and self.online and not self.frozen
+
+    def clock(self) -> float:
+        return self.world.agenda.now + self.skew
+
+    # --- life -----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The process begins, with whatever its disk holds."""
+        if self.running:
+            return
+        self.boot += 1
+        self.running, self.frozen, self.online = True, False, False
+        remembered = frozenset(shard for shard, shelf in self.hands.shelves.items() if shelf.kept or shelf.local)
+        self.state = State(since=self.clock(), remembered=remembered)
+        self._timer = float("inf")
+        self._join(self.boot, 1)
+
+    def _join(self, boot: int, attempt: int) -> None:
+        """Dial the bootstrap peers and, if this box has been here before, whomever it met."""
+        if boot != self.boot or not self.running or self.online:
+            return
+        if not self.world.greets(self):
+            self.world.agenda.after(self.rules.backoff(attempt, "rejoin"), self._join, boot, attempt + 1)
+            return
+        self.world.agenda.after(6 * self.world.lines.packet(self, self), self._joined, boot)
+
+    def _joined(self, boot: int) -> None:
+        if boot != self.boot or not self.running or self.online:
+            return
+        self.online = self.met = True
+        self.joins += 1
+        self.world.dht.enter(self, self.box.peer_id)
+        if self.state.phase == "joining":
+            self.hear(boot, m.Joined)
+            self.auditor.begin(boot)
+            self.news.begin(boot)
+        else:
+            self.hear(boot, m.NetworkBack)
+        self.network.joined(boot)
+
+    def lose_network(self) -> None:
+        """p2pd died: it is started anew at once."""
+        if self.online:
+            self.online = False
+            self.world.dht.depart(self)
+            self.hear(self.boot, m.NetworkLost)
+            self._join(self.boot, 1)
+
+    def kill(self) -> None:
+        """SIGKILL, or the power cut."""
+        if not self.running:
+            return
+        self.hands.stop(save=False)
+        self._gone()
+
+    def _gone(self) -> None:
+        self.running = self.frozen = False
+        self.boot += 1
+        if self.online:
+            self.online = False
+            self.world.dht.depart(self)
+        self._backlog.clear()
+        self.world.invariants.after_peer(self)
+
+    def freeze(self) -> None:
+        """SIGSTOP, or a closed lid: the clock goes on, nothing else does."""
+        if self.running and not self.frozen:
+            self.hands.freeze()
+            self.frozen = True
+            self.world.dht.changed()
+
+    def thaw(self) -> None:
+        if not self.frozen:
+            return
+        self.frozen = False
+        self.world.dht.changed()
+        self.hands.thaw()
+        backlog, self._backlog = self._backlog, []
+        for kind, arguments in backlog:
+            self.hear(self.boot, kind, *arguments)
+        if self.running:
+            self.hear(self.boot, m.Tick)
+
+    # --- the machine ----------------------------------------------------------------------------------------------------
+
+    def soon(self, kind: Callable[..., m.Event], *arguments: Any) -> None:
+        """An event that follows at once, but not within the same call of the machine."""
+        self.world.agenda.after(0.0, self.hear, self.boot, kind, *arguments)
+
+    def hear(self, boot: int, kind: Callable[..., m.Event], *arguments: Any) -> None:
+        """Feed the machine an event of this moment; a stopped process hears it when it wakes."""
+        if boot != self.boot or not self.running:
+            return
+        if self.frozen:
+            self._backlog.append((kind, arguments))
+            return
+        world = self.world
+        event = kind(self.clock(), *arguments)
+        if kind is m.TrainerExited:
+            self.hands.exiting = False
+        before = self.state.phase
+        self.state, actions = world.decide.advance(self.rules, self.state, event)
+        if world.story is not None:
+            world.story.machine(self, event, before, actions)
+        for action in actions:
+            if type(action) is not m.Report:
+                _DO[type(action)](self, action)
+        world.invariants.after_peer(self)
+        if self.running:
+            self._arm()
+
+    def _arm(self) -> None:
+        due = next_wake(self.rules, self.state)
+        if due is None:
+            return
+        now = self.world.agenda.now
+        wait = min(max(0.0, due - self.skew - now), self.rules.heartbeat) + _TICK
+        if self._timer > now + wait or self._timer < now:
+            self._timer = now + wait
+            self.world.agenda.after(wait, self._wake, self.boot, self._timer)
+
+    def _wake(self, boot: int, timer: float) -> None:
+        if boot != self.boot or timer != self._timer:
+            return
+        self._timer = float("inf")
+        if self.frozen:
+            self._backlog.append((m.Tick, ()))
+            return
+        due = next_wake(self.rules, self.state)
+        if due is not None and due <= self.clock():
+            self.hear(boot, m.Tick)
+        elif self.running:
+            self._arm()
+
+    # --- what the machine asks for ----------------------------------------------------------------------------------------
+
+    def _probe(self, action: m.Probe) -> None:
+        self.world.agenda.after(_PROBE_SECONDS, self._probed, self.boot)
+
+    def _probed(self, boot: int) -> None:
+        if self.device_ok:
+            self.hear(boot, m.Probed, self.box.fitness)
+        else:
+            self.hear(boot, m.ProbeFailed, "no driver")
+
+    def _look(self, action: m.Look) -> None:
+        if self.online:
+            self.network.look(action.shards)
+
+    def _publish_claim(self, action: m.PublishClaim) -> None:
+        if self.online:
+            self.network.file_claim(action.claim)
+
+    def _renew(self, action: m.RenewRecords) -> None:
+        if self.online:
+            self.network.renew(action.claim)
+
+    def _sync(self, action: m.Sync) -> None:
+        self.sync_number += 1
+        boot, number = self.boot, self.sync_number
+
+        def done(event: tuple[Any, ...]) -> None:
+            if number == self.sync_number and self.state.phase == "syncing":
+                self.hear(boot, *event)
+
+        drive(self.world.agenda, sync_round(self, action, boot), done)
+
+    def _publish_checkpoint(self, action: m.PublishCheckpoint) -> None:
+        boot, candidate = self.boot, action.candidate
+        drive(
+            self.world.agenda, offer_round(self, candidate, boot),
+            lambda answer: self.hear(boot, m.OfferAnswered, candidate.digest, *answer),
+        )  # fmt: skip
+
+    def _superseded(self, action: m.Superseded) -> None:
+        self.hands.forget(action.shard, below=action.epoch)
+
+    def _discard(self, action: m.DiscardWork) -> None:
+        self.hands.forget(action.shard, above=-1 if action.epoch is None else action.epoch)
+
+    def _leave(self, action: m.Leave) -> None:
+        self.world.agenda.after(_LAST_WORDS, self._left, self.boot)
+
+    def _left(self, boot: int) -> None:
+        if boot == self.boot and self.running:
+            self._gone()
+
+
+_DO: dict[type, Callable[[Volunteer, Any], None]] = {
+    m.Probe: Volunteer._probe,
+    m.Look: Volunteer._look,
+    m.PublishClaim: Volunteer._publish_claim,
+    m.RenewRecords: Volunteer._renew,
+    m.Sync: Volunteer._sync,
+    m.StartTrainer: lambda peer, action: peer.hands.start(action),
+    m.AllowEpochs: lambda peer, action: peer.hands.allow(action.until),
+    m.StopTrainer: lambda peer, action: peer.hands.stop(save=action.save),
+    m.PublishCheckpoint: Volunteer._publish_checkpoint,
+    m.DiscardWork: Volunteer._discard,
+    m.Superseded: Volunteer._superseded,
+    m.Leave: Volunteer._leave,
+}

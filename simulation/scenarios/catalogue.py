@@ -1,0 +1,136 @@
+"""The scenarios: each of the twenty faults that can be simulated, the calm run, and all at once."""
+
+from __future__ import annotations
+
+from random import Random
+
+from lutetia.simulation.config import Setting
+from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.scenarios.adversaries import LIES
+from lutetia.simulation.scenarios.links import LINES
+from lutetia.simulation.scenarios.machines import BOXES
+from lutetia.simulation.scenarios.scenario import Scenario, advanced, completed, joins, no_double_work, owned
+from lutetia.system.errors import UsageError
+
+NOT_SIMULATED = {
+    19: "two daemons on one box are kept apart by a file lock and a port, which only a real box has",
+}
+"""Faults that need a real machine, and why."""
+
+
+_WHATEVER = (
+    "kill", "stop", "pause", "trainer fails", "network process dies", "disk full", "device lost", "cut", "coordinator",
+)  # fmt: skip
+
+
+def _calm(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    return joins(setting, peers, rng)
+
+
+def _late(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    return [Step(300.0, "join", (index,)) for index in range(peers)]
+
+
+def _herd(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    return joins(setting, peers, rng, within=1.0)
+
+
+def _crowd(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """An ordinary hour of a large swarm: each box dies after two hours on average, and is back ten minutes later."""
+    steps = joins(setting, peers, rng)
+    for index in range(peers):
+        at = rng.expovariate(1 / 7200)
+        while at < 3600:
+            steps += [Step(at + 60, "kill", (index,)), Step(at + 60 + rng.expovariate(1 / 600), "join", (index,))]
+            at += 700 + rng.expovariate(1 / 7200)
+    return steps
+
+
+def _chaos(setting: Setting, peers: int, rng: Random) -> list[Step]:
+    """Anything may happen to anybody, once a minute, until five minutes before the end."""
+    steps, cut = joins(setting, peers, rng), False
+    for minute in range(2, 45):
+        at, box = 60.0 * minute + rng.uniform(0, 50), rng.randrange(1, peers)
+        kind = rng.choice(
+            ("kill", "stop", "pause", "trainer fails", "network process dies", "disk full", "device lost", "cut", "coordinator")
+        )
+        if kind == "kill":
+            steps += [Step(at, "kill", (box,)), Step(at + rng.uniform(5, 200), "join", (box,))]
+        elif kind == "stop":
+            steps += [Step(at, "stop", (box,)), Step(at + rng.uniform(5, 150), "continue", (box,))]
+        elif kind == "pause":
+            steps.append(Step(at, "pause", (box,), value=rng.uniform(5, 120)))
+        elif kind == "trainer fails":
+            steps.append(Step(at, "trainer fails", (box,), word=rng.choice(("crash", "out-of-memory", "bad-state"))))
+        elif kind == "network process dies":
+            steps.append(Step(at, "network process dies", (box,)))
+        elif kind == "disk full":
+            steps += [Step(at, "disk full", (box,)), Step(at + rng.uniform(5, 100), "disk free", (box,))]
+        elif kind == "device lost":
+            steps += [Step(at, "device lost", (box,)), Step(at + rng.uniform(5, 100), "device back", (box,))]
+        elif kind == "cut" and not cut:
+            half = tuple(sorted(rng.sample(range(peers), peers // 2)))
+            steps += [Step(at, "partition", half, word=rng.choice(("", "with"))), Step(at + rng.uniform(20, 150), "heal")]
+        elif kind == "coordinator":
+            steps += [Step(at, "coordinator crashes"), Step(at + rng.uniform(2, 100), "coordinator starts")]
+    return steps
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("calm", "nothing goes wrong", 0, _calm, seconds=2400, ends=(completed, no_double_work)),
+        Scenario(
+            "herd",
+            "everybody joins within one second, and the origin turns most away",
+            17,
+            _herd,
+            seconds=600,
+            peers=300,
+            setting=Setting(shards=12, epochs=1000, origin_slots=4),
+            ends=(owned, advanced(0.4)),
+        ),
+        Scenario(
+            "alone",
+            "one peer, and before it joins nobody at all",
+            18,
+            _late,
+            seconds=1500,
+            peers=1,
+            setting=Setting(shards=2, epochs=6, speed_sigma=0.0),
+            ends=(completed,),
+        ),
+        Scenario(
+            "chaos",
+            "kills, stops, cuts, full disks, lost devices and coordinator crashes, one a minute",
+            0,
+            _chaos,
+            seconds=3600,
+            peers=10,
+            setting=Setting(shards=4, epochs=200),
+            ends=(owned, advanced(0.15)),
+        ),
+        Scenario(
+            "crowd",
+            "an ordinary hour of a thousand volunteers, who come and go",
+            0,
+            _crowd,
+            seconds=3600,
+            peers=1000,
+            setting=Setting(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
+            ends=(advanced(0.5),),
+            least=16,
+        ),
+        *BOXES,
+        *LINES,
+        *LIES,
+    )
+}
+
+
+def scenario(name: str) -> Scenario:
+    """Raises UsageError for an unknown name."""
+    try:
+        return SCENARIOS[name]
+    except KeyError:
+        raise UsageError(f"there is no scenario {name!r}; `lutetia simulate --list` names all {len(SCENARIOS)}") from None

@@ -1,0 +1,126 @@
+"""What a scenario is: numbers, a plan drawn from the seed, and what must be true at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from lutetia.coordinator.ledger.events import AuditDone, AuditReported
+from lutetia.simulation.config import Setting
+from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.world import World
+
+PlanOf = Callable[[Setting, int, Random], list[Step]]
+End = Callable[[World], str | None]
+"""None, or a sentence that says what is not as it should be at the end."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`fault`: its number in the list of twenty (0: none). `strict`: every replica and reader checks by its own clock."""
+
+    name: str
+    summary: str
+    fault: int
+    plan: PlanOf
+    seconds: float = 1200.0
+    peers: int = 8
+    setting: Setting = field(default_factory=Setting)
+    strict: bool = False
+    ends: tuple[End, ...] = ()
+    least: int = 1
+    """Fewest peers with which the scenario makes sense."""
+
+
+def joins(setting: Setting, peers: int, rng: Random, within: float | None = None) -> list[Step]:
+    """Every box joins within the first seconds, one step each."""
+    span = setting.join_within if within is None else within
+    return [Step(rng.uniform(0, span), "join", (index,)) for index in range(peers)]
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------------
+
+
+def owned(world: World) -> str | None:
+    """Every shard with work left has exactly one owner; one that was lost a moment ago may be between two."""
+    owners = world.owners()
+    for shard in range(world.setting.shards):
+        if world.invariants.heads[shard] >= world.manifest.epochs:
+            continue
+        held = owners.get(shard, [])
+        if len(held) > 1:
+            return f"shard {shard} has {len(held)} owners: {held}"
+        if not held and len(owners) < min(world.setting.shards, sum(peer.answering for peer in world.volunteers)):
+            return f"shard {shard} has no owner"
+    return None
+
+
+def advanced(share: float) -> End:
+    """At least `share` of the work was accepted that as many boxes of speed 1 as there are shards or peers would have done."""
+
+    def end(world: World) -> str | None:
+        at_work = min(world.setting.shards, len(world.volunteers))
+        possible = min(at_work * world.now / world.setting.epoch_seconds, world.setting.shards * world.manifest.epochs)
+        if world.accepted < share * possible:
+            return f"{world.accepted} epochs were accepted, fewer than {share:.0%} of the {possible:.0f} that were possible"
+        return None
+
+    return end
+
+
+def completed(world: World) -> str | None:
+    return None if world.done else f"the run is not complete: epochs {world.invariants.heads} of {world.manifest.epochs}"
+
+
+def refused_all(kinds: int) -> End:
+    """At least so many different kinds of forged records were refused."""
+
+    def end(world: World) -> str | None:
+        reasons = {reason.split(":")[0].split(" of ")[0] for reason in world.dht.refused}
+        return None if len(reasons) >= kinds else f"only {len(reasons)} kinds of refusals: {sorted(reasons)}"
+
+    return end
+
+
+def caught(world: World) -> str | None:
+    """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
+    run = world.offices[0].state.run
+    for shard in run.shards.values():
+        for link in shard.lineage:
+            faked = world.goods.contents[link.acceptance.checkpoint].faked
+            if faked == "all" and world.agenda.now - link.at > 5 * world.setting.epoch_seconds:
+                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
+    return None
+
+
+def up_to_date(world: World) -> str | None:
+    """Everybody who is there goes on under the newest manifest."""
+    late = [peer for peer in world.volunteers if peer.answering and peer.news.live.version < world.manifest.version]
+    return f"{late} know no newer manifest than version {late[0].news.live.version}" if late else None
+
+
+def audited_by_peers(least: int) -> End:
+    """At least so many audits were carried out by peers."""
+
+    def end(world: World) -> str | None:
+        told = [event for event in world.offices[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
+        return None if len(told) >= least else f"peers carried out {len(told)} audits, fewer than {least}"
+
+    return end
+
+
+def stopped_itself(world: World) -> str | None:
+    """A coordinator whose ledger lacks its own word stopped, and one of them, not two, serves at the end."""
+    serving = sum(office.serving for office in world.offices)
+    if not any(office.stopped_itself for office in world.offices):
+        return "no coordinator has noticed that its ledger is not the newest"
+    return None if serving == 1 else f"{serving} coordinators serve"
+
+
+def no_double_work(world: World) -> str | None:
+    """Nobody trains what others train: at most a tenth of all steps were for nothing."""
+    steps = world.manifest.steps_per_epoch
+    taken = sum(peer.hands.taken for peer in world.volunteers)
+    useful = world.accepted * steps + len(world.owners()) * 4 * steps
+    return None if taken <= 1.1 * useful else f"{taken} steps were taken for {world.accepted} accepted epochs of {steps}"

@@ -1,0 +1,156 @@
+"""Who did what because of what: recorded when a violation is told, cut to what led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lutetia.coordinator.acceptance import messages as j
+from lutetia.node.machine import messages as m
+from lutetia.simulation.event_queue import START, Agenda
+
+if TYPE_CHECKING:
+    from lutetia.simulation.faults.plan import Step
+    from lutetia.simulation.network.dht import Stored
+    from lutetia.simulation.peers.coordinator import Office
+    from lutetia.simulation.peers.node import Volunteer
+
+_ROUTINE = (m.RenewRecords, m.Look, m.Report)
+_SEARCHED = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """`causes` are earlier happenings. `dull`: nothing came of it but what comes every heartbeat."""
+
+    time: float
+    who: str
+    text: str
+    causes: tuple[int, ...]
+    dull: bool
+
+
+class Story:
+    """Bind to a world's agenda before it runs."""
+
+    def __init__(self) -> None:
+        self.happenings: list[Happening] = []
+        self.agenda: Agenda | None = None
+
+    def _note(self, who: str, text: str, causes: Sequence[int] = (), *, dull: bool = False) -> None:
+        assert self.agenda
+        known = tuple(cause for cause in (self.agenda.cause, *causes) if cause >= 0)
+        self.agenda.cause = len(self.happenings)
+        self.happenings.append(Happening(self.agenda.now - START, who, text, known, dull))
+
+    def step(self, step: Step) -> None:
+        self._note("fault" if step.what != "join" else "plan", step.sentence)
+
+    def machine(self, peer: Volunteer, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
+        told = [_action(action) for action in actions if not isinstance(action, m.Report)]
+        moved = f" [{before} → {peer.state.phase}]" if before != peer.state.phase else ""
+        dull = not moved and all(isinstance(action, _ROUTINE) for action in actions)
+        why = f": {peer.state.why}" if moved else ""
+        self._note(str(peer), f"{_event(event)}{moved}{why}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
+
+    def read(self, peer: Volunteer, shards: Sequence[int]) -> None:
+        writers = [cause for shard in shards for cause in peer.world.dht.writers(peer, shard)]
+        self._note(str(peer), f"reads the records of shards {', '.join(map(str, shards))}", writers, dull=True)
+
+    def judged(self, office: Office, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
+        told = [_decision(action) for action in actions]
+        dull = isinstance(stimulus, j.Tick | j.LimitsKnown) or not any(
+            isinstance(action, j.Write | j.Publish) for action in actions
+        )
+        self._note(str(office), f"{_stimulus(stimulus)}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
+
+    def found(self, office: Office, stored: Stored) -> None:
+        """The next happening follows from a record that somebody wrote."""
+        self._note(str(office), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True)
+
+    def lines(self, causes: Sequence[int] = (), most: int = 24) -> list[str]:
+        """What led to the last happening and to `causes`, oldest first: the nearest `most` that were more than routine.
+
+        The plan's steps are told too, for a death or a cut causes nothing by itself: things just do not happen.
+        """
+        if not self.happenings:
+            return []
+        assert self.agenda
+        last = self.agenda.cause if self.agenda.cause >= 0 else len(self.happenings) - 1
+        begin = sorted({last, *(cause for cause in causes if cause >= 0)})
+        seen, queue, found = set(begin), begin, []
+        while queue and len(seen) < _SEARCHED:
+            queue.sort()
+            number = queue.pop()
+            if not self.happenings[number].dull or number == last:
+                found.append(number)
+            for cause in self.happenings[number].causes:
+                if cause not in seen:
+                    seen.add(cause)
+                    queue.append(cause)
+        steps = [number for number, happening in enumerate(self.happenings) if happening.who in ("fault", "plan")]
+        told = sorted({*found[:most], *steps[-most // 2 :]})
+        return [f"{h.time:9.2f} s  {h.who:<16} {h.text}" for h in (self.happenings[number] for number in told)]
+
+
+def _event(event: m.Event) -> str:
+    match event:
+        case m.SwarmSeen(views=views):
+            return "sees " + "; ".join(_view(view) for view in views[:3]) + (" …" if len(views) > 3 else "")
+        case m.CheckpointReady(candidate=whole):
+            return f"checkpoint {whole.digest[:8]} of epoch {whole.epoch} is whole"
+        case m.OfferAnswered(digest=digest, verdict=verdict, text=text):
+            return f"hears that {digest[:8]} is {verdict}" + (f" ({text})" if text else "")
+        case m.UserVerb(verb=verb):
+            return f"is told to {verb}"
+        case m.TrainerExited(reason=reason):
+            return f"loses its trainer ({reason})"
+        case m.SyncFailed(reason=reason):
+            return f"cannot sync: {reason}"
+        case _:
+            return type(event).__name__
+
+
+def _view(view: Any) -> str:
+    claims = ", ".join(f"{claim.record.owner[:6]} {claim.record.state}" for claim in view.claims) or "no claim"
+    return f"shard {view.shard} at epoch {view.epoch} ({claims})"
+
+
+def _action(action: m.Action) -> str:
+    match action:
+        case m.PublishClaim(claim=claim):
+            return f"claim shard {claim.shard} ({claim.state})"
+        case m.RenewRecords(claim=claim):
+            return "renew" + (f" the claim on shard {claim.shard} ({claim.state})" if claim else " the node record")
+        case m.Look(shards=shards):
+            return f"look at {', '.join(map(str, shards[:6]))}{' …' if len(shards) > 6 else ''}"
+        case m.StartTrainer(shard=shard, epoch=epoch):
+            return f"train shard {shard} on epoch {epoch}"
+        case m.PublishCheckpoint(candidate=whole):
+            return f"offer {whole.digest[:8]} as epoch {whole.epoch}"
+        case _:
+            return type(action).__name__
+
+
+def _stimulus(stimulus: j.Stimulus) -> str:
+    match stimulus:
+        case j.Offered(record=record, via=via):
+            kind = "is offered" if via == "offer" else "finds"
+            return f"{kind} {record.digest[:8]} of {record.owner[:6]} as epoch {record.epoch} of shard {record.shard}"
+        case j.Checked(record=record, verdict=verdict):
+            return f"has checked {record.digest[:8]}: {verdict.outcome} {verdict.text}".rstrip()
+        case _:
+            return type(stimulus).__name__
+
+
+def _decision(action: j.Action) -> str:
+    match action:
+        case j.Write(event=event):
+            return f"write {event.kind}"
+        case j.Publish(acceptance=given):
+            return f"accept {given.checkpoint[:8]} as epoch {given.epoch} of shard {given.shard}"
+        case j.Answer(reply=reply):
+            return f"answer {reply.verdict}"
+        case _:
+            return type(action).__name__

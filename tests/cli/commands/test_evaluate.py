@@ -1,0 +1,78 @@
+"""`lutetia evaluate` as people call it: figures, what is left out and why, files, errors, progress with its pace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lutetia.cli.progress import Lines
+from lutetia.models.data.ingest.synthetic import make_clips
+from tests.cli.command_runner import failure, lutetia
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn clips, every other one held out."""
+    folder = tmp_path_factory.mktemp("evaluate") / "clips"
+    make_clips(folder, 96, 0, 8, 32)
+    metadata = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number % 2 else "train"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_real_clips_are_judged_by_what_there_is(clips: Path, tmp_path: Path) -> None:
+    out, nothing = tmp_path / "report", tmp_path / "no assets"
+    sizes = ("--clips", "24", "--spare", "24", "--fit-clips", "24", "--frames", "8", "--fps", "8", "--size", "32")
+    run = lutetia(
+        "evaluate", clips, clips, *sizes, "--out", out, "--json", LUTETIA_ASSETS=str(nothing), LUTETIA_CACHE=str(tmp_path / "c")
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    distance = next(entry for entry in report["entries"] if entry["name"] == "motion distance")
+    assert distance["figure"]["n"] == distance["real"]["n"] == 24
+    assert distance["figure"]["low"] <= distance["figure"]["value"] <= distance["figure"]["high"]
+    assert report["left_out"]["fvd"].endswith("set LUTETIA_ASSETS to the folder that holds it, or give its path")
+    assert json.loads((out / "report.json").read_text()) == report
+    assert "| motion distance ↓ |" in (out / "report.md").read_text()
+    assert "judging: reading real clips 24/24" in run.stderr
+    assert "/s" in run.stderr
+    wanted = lutetia("evaluate", clips, clips, *sizes, "--metric", "fvd", "--json", LUTETIA_ASSETS=str(nothing))
+    assert "the metric fvd cannot be measured" in failure(wanted)["message"]
+
+
+def test_what_is_no_mixture_is_said_in_a_sentence(clips: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("empty").mkdir()
+    run = lutetia("evaluate", tmp_path / "empty", clips, "--json")
+    assert failure(run)["code"] == 10
+    assert "holds no mixture" in failure(run)["message"]
+    unknown = lutetia("evaluate", clips, clips, "--metric", "beauty", "--json")
+    assert "judges.metrics.0" in failure(unknown)["message"]
+
+
+def test_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines("work", lambda: now[0])
+    for done in range(101):
+        now[0] = done / 4
+        lines("eat", done, 100)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "work: eat 0/100"
+    assert said[5] == "work: eat 50/100 (4/s, 12 s left)"
+    assert said[-1] == "work: eat 100/100 (4/s)"
+    assert len(said) == 11
+
+
+def test_a_slow_stage_is_heard_of_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines("work", lambda: now[0])
+    for done in range(1000):
+        now[0] = done * 2.0
+        lines("chew", done, 100_000)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["work: chew 0/100000", "work: chew 30/100000 (0.5/s, 199940 s left)"]
+    assert len(said) == 1000 // 30 + 1

@@ -1,0 +1,178 @@
+"""`run create`: a whole run or nothing, and one sentence for each wrong wish."""
+
+from __future__ import annotations
+
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lutetia.coordinator.admin.create import create_run
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.settings import RunSettings, ServeSettings, small_expert, tiny_expert
+from lutetia.models.experts.families import build_expert
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.audit_request import MAX_STEPS
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import ConfigError, DataError, IdentityError, IntegrityError
+from tests.coordinator.tiny_data import build_tiny, latent_spec
+
+TINY = RunSettings(preset="tiny", name="tiny run", addresses=("127.0.0.1:41777",))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("built") / "data")
+
+
+def test_a_run_is_made_whole(data: Path, tmp_path: Path):
+    created = create_run(data, tmp_path / "run", TINY)
+    run = RunFolder(created.folder)
+    signed = run.read_manifest(time.time())
+    assert signed.manifest == created.manifest
+    assert created.run == signed.manifest.run_id
+    assert (signed.manifest.samples_per_shard, signed.manifest.epochs) == (24, 3), "the preset's values"
+    ticket = Ticket.decode(run.ticket.read_text())
+    coordinator = Identity.load(run.coordinator_key)
+    assert ticket == Ticket.decode(created.ticket)
+    assert ticket.addresses == (f"/ip4/127.0.0.1/tcp/41777/p2p/{coordinator.peer_id}",)
+    assert ticket.owner == Identity.load(run.owner_key).public_key == signed.manifest.owner
+    assert signed.manifest.coordinators == (coordinator.public_key,)
+    for key in (run.owner_key, run.coordinator_key):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    store = BlobStore(run.blobs)
+    for shard in signed.manifest.shards:
+        assert store.has(shard.train.digest)
+        assert store.has(shard.holdout.digest)
+    ledger = Ledger.open(run.ledger, created.run)
+    assert (ledger.state.manifest_version, ledger.state.accepted_epochs) == (1, (0, 0))
+    ledger.close()
+    assert run.read_endpoint().listen == "/ip4/127.0.0.1/tcp/41777"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "listen", "first"),
+    [
+        (("203.0.113.5:4100", "swarm.example.org:4100"), "/ip4/0.0.0.0/tcp/4100", "/ip4/203.0.113.5/tcp/4100/p2p/"),
+        (("swarm.example.org:4100",), "/ip4/0.0.0.0/tcp/4100", "/dns/swarm.example.org/tcp/4100/p2p/"),
+        (("[2001:db8::7]:4100",), "/ip6/::/tcp/4100", "/ip6/2001:db8::7/tcp/4100/p2p/"),
+        (("[::1]:4100",), "/ip6/::1/tcp/4100", "/ip6/::1/tcp/4100/p2p/"),
+    ],
+)
+def test_addresses_become_listener_and_ticket(data: Path, tmp_path: Path, addresses, listen, first):
+    created = create_run(data, tmp_path / "run", TINY.model_copy(update={"addresses": addresses}))
+    assert RunFolder(created.folder).read_endpoint().listen == listen
+    assert Ticket.decode(created.ticket).addresses[0].startswith(first)
+
+
+BAD = [
+    ({"experts": 5}, "wants? 5 experts, more than the data have clusters"),
+    ({"experts": 1}, "fewer than the data have clusters"),
+    ({"optimisation": Optimisation(batch=8)}, "has 6 clips, fewer than a batch of 8"),
+    ({"checkpoint_samples": 7}, "batch must divide checkpoint_samples"),
+    (
+        {"checkpoint_samples": 2 * MAX_STEPS + 2, "samples_per_shard": 4 * MAX_STEPS + 4},
+        f"epoch of {MAX_STEPS + 1} steps .* at most {2 * MAX_STEPS}",
+    ),
+    ({"expert": ExpertSpec(class_name="NoSuchModel", config={})}, "NoSuchModel"),
+    ({"expert": ExpertSpec(config={"in_channels": 5, "out_channels": 5, "text_dim": 9})}, "in_channels is 5"),
+    ({"expert": ExpertSpec(config={"colour": "red"})}, "unknown keys"),
+    ({"addresses": ("127.0.0.1:70000",)}, "no port between 1 and 65535"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD)
+def test_wrong_wishes_are_one_sentence_and_leave_nothing(data: Path, tmp_path: Path, change, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        create_run(data, tmp_path / "run", TINY.model_copy(update=change))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_start_travels_with_the_run(data: Path, tmp_path: Path):
+    given = build_expert(tiny_expert(latent_spec()), 7)
+    given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
+    created = create_run(data, tmp_path / "run", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
+    init = created.manifest.expert.init
+    assert init is not None
+    weights = load_file(BlobStore(RunFolder(created.folder).blobs).path(init.digest))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in given.state_dict().items())
+    assert RunFolder(created.folder).read_manifest(time.time()).manifest == created.manifest
+    for unlike in (tiny_expert(latent_spec().model_copy(update={"text_width": 9})), small_expert(latent_spec())):
+        settings = TINY.model_copy(update={"warm_start": str(tmp_path / "given"), "expert": unlike})
+        with pytest.raises(ConfigError, match="the settings' expert"):
+            create_run(data, tmp_path / "other", settings)
+    path = tmp_path / "given" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="cannot load warm start"):
+        create_run(data, tmp_path / "other", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["given", "run"]
+    with pytest.raises(ValidationError, match="name the weights to begin with by warm_start"):
+        RunSettings(expert=created.manifest.expert)
+
+
+def test_what_is_set_wins_over_the_preset():
+    from lutetia.models.data import recipe
+
+    demo = RunSettings(preset="demo", samples_per_shard=16 * recipe.RUN["checkpoint_samples"]).resolved()
+    assert demo.samples_per_shard == 16 * recipe.RUN["checkpoint_samples"]
+    assert demo.checkpoint_samples == recipe.RUN["checkpoint_samples"]
+    assert demo.sampling.prompts == recipe.PROMPTS
+    assert demo.name == "demo"
+
+
+def test_an_existing_run_is_never_overwritten(data: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    create_run(data, folder, TINY)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="exists already"):
+        create_run(data, folder, TINY)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_data_that_are_absent_or_changed_are_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"data\.json"):
+        create_run(tmp_path, tmp_path / "run", TINY)
+    data = build_tiny(tmp_path / "data")
+    path = data / "shards" / "001.train.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match="has changed since it was built"):
+        create_run(data, tmp_path / "run", TINY)
+    assert not (tmp_path / "run").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (RunSettings, {"expertz": 3}),
+        (ServeSettings, {"port": 1}),
+        (RunSettings, {"preset": "x"}),
+        (ServeSettings, {"announce": ["203.0.113.5:41000"]}),
+    ],
+)
+def test_unknown_settings_are_refused(model, values):
+    with pytest.raises(ValidationError):
+        model(**values)
+
+
+def test_a_second_coordinator_on_one_folder_is_refused(data: Path, tmp_path: Path):
+    run = RunFolder(create_run(data, tmp_path / "run", TINY).folder)
+    with run.locked(), pytest.raises(IdentityError, match="another coordinator"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_no_run_there(tmp_path: Path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        RunFolder(tmp_path).read_manifest(time.time())

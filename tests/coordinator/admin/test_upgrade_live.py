@@ -1,0 +1,167 @@
+"""A run that is under way gets a new version of its manifest: real coordinator, real node, nobody restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lutetia.coordinator.admin.create import CreatedRun, create_run
+from lutetia.coordinator.admin.upgrade import upgrade_run
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.serve import serve_run
+from lutetia.coordinator.settings import RunSettings
+from lutetia.node.control import ask
+from lutetia.protocol.joining import MANIFEST_FILE, join_swarm
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import AuditPolicy
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError, LutetiaError
+from tests.coordinator.admin.test_rotate import check_signatures
+from tests.coordinator.scripted_node import Coordinator, free_port, until
+from tests.coordinator.test_serve import make_run, up
+from tests.coordinator.test_with_node import start_node
+from tests.coordinator.tiny_data import build_tiny
+
+SETTINGS = json.dumps({"stitch": "end", "gallery": False})
+
+
+async def command(*words: str) -> tuple[int, dict[str, Any]]:
+    """`lutetia … --json` in a process of its own: exit code and document."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "lutetia.cli", *words, "--json", stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    return process.returncode or 0, json.loads(output)
+
+
+async def node_says(folder: Path) -> dict[str, Any]:
+    try:
+        return await ask(folder, "status")
+    except LutetiaError:
+        return {"state": "not there yet", "manifest_version": None}
+
+
+def unaudited_run(root: Path, samples: int) -> CreatedRun:
+    """One shard, and no audits: what is tested here is not what they are about, and replays take a processor's time."""
+    settings = RunSettings(
+        preset="tiny", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=samples,
+        audit=AuditPolicy(replay_steps=0, whole_epoch=0.0),
+    )  # fmt: skip
+    return create_run(build_tiny(root / "data", 1), root / "run", settings)
+
+
+@pytest.mark.timeout(900)
+async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordinators_key_is_new(tmp_path: Path):
+    run = unaudited_run(tmp_path, 8)
+    coordinator = await Coordinator.start(run.folder, SETTINGS)
+    await up(coordinator)
+    node = await start_node(run.ticket, tmp_path / "node")
+
+    async def finished_with(accepted: int) -> bool:
+        assert node.returncode is None
+        status = coordinator.status()
+        return status.finished and status.accepted == accepted
+
+    async def accepted_again() -> bool:
+        assert node.returncode is None
+        return coordinator.status().accepted >= 3
+
+    async def idle_under(version: int) -> bool:
+        said = await node_says(tmp_path / "node")
+        return (said["state"], said["manifest_version"]) == ("idle", version)
+
+    try:
+        await until(lambda: finished_with(1), "the end of the first budget")
+        await until(lambda: idle_under(1), "the node to stand by")
+        assert await command("run", "upgrade", str(run.folder), "--set", "checkpoint_samples=4") == (
+            10,
+            {"error": {"name": "config", "code": 10, "message": refusal("checkpoint_samples")}},
+        )
+        code, said = await command("run", "upgrade", str(run.folder), "--set", "samples_per_shard=16")
+        assert (code, said["version"], said["epochs"]) == (0, 2, 2)
+        await until(lambda: finished_with(2), "the end of the raised budget")
+        await until(lambda: idle_under(2), "the node to stand by again")
+        check_ledger(run)
+        await refuse_the_older_version(run, tmp_path)
+
+        refused, _ = await command("run", "rotate", str(run.folder))
+        assert refused == IdentityError.code, "not while it is served"
+        old = Identity.load(RunFolder(run.folder).coordinator_key)
+        assert await coordinator.end(signal.SIGTERM) == 0
+        code, said = await command("run", "rotate", str(run.folder))
+        assert (code, said["version"], said["old"]) == (0, 3, old.public_key)
+        upgrade_run(RunFolder(run.folder), {"samples_per_shard": 160})
+        coordinator = await Coordinator.start(run.folder, SETTINGS)
+        await up(coordinator)
+        await until(accepted_again, "the node to train on for the new key")
+        assert (await node_says(tmp_path / "node"))["manifest_version"] == 4
+        assert coordinator.status().coordinator == said["new"]
+        check_signatures(run, old, said["ticket"])
+        await ask(tmp_path / "node", "leave")
+    finally:
+        for process in (node, coordinator.process):
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(node.wait(), 300) == 0
+        assert await asyncio.wait_for(coordinator.process.wait(), 300) == 0
+
+
+def refusal(field: str) -> str:
+    return f"{field} cannot change in a run: accepted epochs would no longer follow from one another; create a new run for that"
+
+
+def check_ledger(run: CreatedRun) -> None:
+    ledger = Ledger.open(run.folder / "ledger.sqlite", run.run)
+    kinds = [row.event().kind for row in ledger.rows()]
+    ledger.close()
+    assert kinds.count("manifest-published") == 2
+    assert kinds.count("coordinator-started") == 1, "nobody was restarted"
+    assert kinds.count("run-finished") == 2
+    state = ledger.state
+    assert (state.epochs, state.manifest_version, state.finished) == (2, 2, True)
+    assert RunFolder(run.folder).version(1).exists(), "the version before is kept"
+
+
+async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
+    """Somebody puts version 1 back: the coordinator goes on with version 2, and so does a box that has seen it."""
+    folder = RunFolder(run.folder)
+    newest = folder.manifest.read_bytes()
+    visit = root / "visit"
+    transport, signed = await join_swarm(
+        Identity.derived("visitor"), Ticket.decode(run.ticket), listen="/ip4/127.0.0.1/tcp/0", state_folder=visit
+    )
+    await transport.close()
+    assert signed.manifest.version == 2
+    assert (visit / MANIFEST_FILE).read_bytes() == newest
+    folder.manifest.write_bytes(folder.version(1).read_bytes())
+    with pytest.raises(ConfigError, match=r"version 1, older than version 2 that the ledger has published"):
+        await serve_run_beside(run.folder)
+    folder.manifest.write_bytes(newest)
+
+
+async def serve_run_beside(folder: Path) -> None:
+    """What a coordinator on a copy of this folder would say; the running one holds the lock of its own."""
+    from shutil import copytree, ignore_patterns
+
+    copy = folder.with_name("copy")
+    copytree(folder, copy, ignore=ignore_patterns("*.lock", "network"))
+    await serve_run(copy)
+
+
+def test_only_the_owner_upgrades(tmp_path: Path):
+    run = make_run(tmp_path, shards=1)
+    stranger = tmp_path / "stranger.key"
+    Identity.derived("mallory").save(stranger)
+    before = (run.folder / "manifest.json").read_bytes()
+    with pytest.raises(AuthorisationError, match="another owner"):
+        upgrade_run(RunFolder(run.folder), {"holdout_tolerance": 9.0}, stranger)
+    with pytest.raises(ConfigError, match="nothing is to be changed"):
+        upgrade_run(RunFolder(run.folder), {})
+    assert (run.folder / "manifest.json").read_bytes() == before

@@ -1,0 +1,92 @@
+"""Stated fact: whenever the swarm hears of an acceptance, author and coordinator both hold its blobs, whatever happens next.
+
+The blobs are whole and durable in the coordinator's store before the ledger says so, and the ledger before anybody is told. Here
+a real bench accepts on real files, and the power fails after each of its system calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.protocol.blobs.store import BlobStore
+from tests.coordinator.acceptance.judge_driver import make_manifest
+from tests.protocol.power_loss import every_power_loss, needs_strace, record
+
+BENCH = """
+import asyncio, os, sys, time
+from pathlib import Path
+root = Path(sys.argv[1])
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, first_event, limits_of, make_manifest, make_record
+from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.acceptance.messages import Offered
+from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.protocol.blobs.store import BlobStore
+
+class Hands(NetworkTools):
+    async def limits(self):
+        return limits_of(2)
+    async def fetch(self, record):
+        for name in ("weights", "state", "trace"):
+            self.incoming.add_bytes(f"{name} of epoch {record.epoch}".encode() * 3)
+    async def inspect(self, record):
+        pass
+    async def baseline(self, shard):
+        return 0.5
+    async def loss(self, record):
+        return 0.4
+    async def raw_loss(self, record):
+        return 0.4
+    async def replay(self, audit):
+        await asyncio.Event().wait()
+
+async def main():
+    manifest = make_manifest()
+    ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest))
+    hands = Hands(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0)
+    told = asyncio.Queue()
+    async def publish(record):
+        print("@published", record.epoch, flush=True)
+        told.put_nowait(record)
+    bench = Bench(Rules(manifest, COORDINATOR.public_key, b"secret"), ledger, hands, publish, time.time)
+    running = asyncio.create_task(bench.run())
+    print("@ready", flush=True)
+    parent = None
+    for epoch in (1, 2):
+        refs = {name: hands.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state", "trace")}
+        result = make_record(manifest, PEERS[0], 0, epoch, parent, **refs)
+        reply = await bench.hear(Offered(result, time.time()))
+        assert reply.verdict == "queued", reply
+        hearing = asyncio.create_task(told.get())
+        await asyncio.wait([hearing, running], return_when=asyncio.FIRST_COMPLETED)
+        parent = (hearing if hearing.done() else running).result().checkpoint
+    sys.stdout.flush()
+    os._exit(0)
+
+asyncio.run(main())
+"""
+
+
+@needs_strace
+@pytest.mark.timeout(900)
+def test_no_acceptance_is_ever_told_or_written_whose_blobs_could_be_lost(tmp_path: Path):
+    run = make_manifest().run_id
+
+    def check(folder: Path, marks: list[str]) -> None:
+        if "ready" not in marks:
+            return
+        ledger = Ledger.open(folder / "ledger.sqlite", run)
+        ledger.close()
+        shard, blobs = ledger.state.shards[0], BlobStore(folder / "blobs")
+        assert shard.epoch >= max((int(mark.split()[1]) for mark in marks if mark != "ready"), default=0), "told, and forgotten"
+        if shard.acceptance:
+            for ref in (shard.acceptance.weights, shard.acceptance.state):
+                assert blobs.has(ref.digest), "accepted, and its blob is lost"
+                blobs.verify(ref.digest)
+
+    calls = record(BENCH, tmp_path / "root")
+    assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check) > 60

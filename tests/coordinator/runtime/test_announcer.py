@@ -1,0 +1,136 @@
+"""After a crash between the ledger and the DHT, the DHT is told again where each shard stands and who is quarantined."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from lutetia.coordinator.acceptance.messages import Noted
+from lutetia.coordinator.ledger.events import PeerPardoned
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.coordinator.runtime.announcer import Crier
+from lutetia.coordinator.runtime.swarm_monitor import Lookout
+from lutetia.protocol.claims import latest_acceptance
+from lutetia.protocol.dht_records import read_records
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import (
+    MAX_QUARANTINED,
+    AcceptanceRecord,
+    ClaimRecord,
+    QuarantineRecord,
+    ResetRecord,
+    acceptance_key,
+    quarantine_key,
+)
+from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.memory import MemoryNetwork
+from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, Court, court, first_event
+
+
+def convicted() -> Court:
+    """Shard 0 falls back to epoch 1, shard 1 to its beginning."""
+    c = court(epochs=5, holdout_tolerance=0.1)
+    c.accept(PEERS[1])
+    c.audited("valid")
+    c.accept(PEERS[0])
+    c.audited("invalid")
+    c.accept(PEERS[2], 1)
+    c.audited("invalid")
+    return c
+
+
+def test_what_a_crash_left_untold_is_told_after_the_restart(tmp_path):
+    c = convicted()
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", first_event(c.manifest))
+    ledger.append(c.events[1:])
+    ledger.close()
+    restored = Ledger.open(tmp_path / "ledger.sqlite").state
+    assert restored == c.state.run
+
+    async def story(transport: Transport) -> None:
+        first = c.state.run.shards[0].lineage[0].acceptance
+        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: restored)
+        await crier.announce(first.model_copy(update={"epoch": 2, "checkpoint": "f" * 64, "term": 0}))  # before the crash
+        await crier.renew()
+        shown = [await read_records(transport, acceptance_key(c.manifest.run_id, shard)) for shard in (0, 1)]
+        newest = [latest_acceptance(r for r, _ in found if isinstance(r, AcceptanceRecord | ResetRecord)) for found in shown]
+        assert isinstance(newest[0], AcceptanceRecord)
+        assert (newest[0].epoch, newest[0].term, newest[0].checkpoint) == (1, 1, first.checkpoint)
+        assert isinstance(newest[1], ResetRecord)
+        assert newest[1].term == 1
+        assert set(await quarantined(transport, c)) == {PEERS[0].public_key, PEERS[2].public_key}
+
+    on_a_network(c, story)
+
+
+def test_a_renewal_under_way_does_not_take_back_what_is_announced_meanwhile():
+    c = court(epochs=5)
+    for shard in (0, 1):
+        c.accept(PEERS[0], shard)
+
+    async def story(transport: Transport) -> None:
+        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
+        renewal = asyncio.create_task(crier.renew())
+        await asyncio.sleep(0)  # it is at shard 0, whose publication takes a while
+        c.accept(PEERS[1], 1)
+        accepted = c.state.run.shards[1].acceptance
+        assert accepted is not None
+        await crier.announce(accepted)
+        await renewal
+        found = await read_records(transport, acceptance_key(c.manifest.run_id, 1))
+        assert [record.epoch for record, _ in found if isinstance(record, AcceptanceRecord)] == [2]
+
+    on_a_network(c, story)
+
+
+def test_there_is_room_for_those_who_claim_something_now():
+    c = convicted()
+    why = c.state.run.quarantined[PEERS[0].public_key]
+    others = [Identity.derived(f"convict {number}").public_key for number in range(60)]
+    crowd = {owner: why.model_copy(update={"owner": owner, "time": START + n}) for n, owner in enumerate(others)}
+    run = replace(c.state.run, quarantined=crowd)
+    claim = ClaimRecord(run=run.run, owner=others[3], issued=START, shard=0, epoch=0, samples=0, state="training")
+
+    async def story(transport: Transport) -> None:
+        lookout = Lookout(transport, c.manifest, _ignore)
+        lookout.view = LiveView((), (Sighting(claim, START + 60, START),))
+        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: run, lookout)
+        await crier.tell_quarantine()
+        told = await quarantined(transport, c)
+        assert len(told) == MAX_QUARANTINED
+        assert told[0] == others[3]
+        assert told[1:] == others[:-MAX_QUARANTINED:-1][: MAX_QUARANTINED - 1]
+
+    on_a_network(c, story)
+
+
+def test_after_the_last_pardon_nobody_is_named():
+    c = convicted()
+    c.hears(Noted(tuple(PeerPardoned(time=c.now, owner=owner) for owner in c.state.run.quarantined), c.now))
+
+    async def story(transport: Transport) -> None:
+        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
+        await crier.tell_quarantine()
+        assert await quarantined(transport, c) == []
+
+    on_a_network(c, story)
+
+
+async def _ignore(record: object) -> None: ...
+
+
+async def quarantined(transport: Transport, c: Court) -> list[str]:
+    found = await read_records(transport, quarantine_key(c.manifest.run_id))
+    return [peer for record, _ in found if isinstance(record, QuarantineRecord) for peer in record.peers]
+
+
+def on_a_network(c: Court, story: Callable[[Transport], Awaitable[None]]) -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        await story(network.peer(COORDINATOR, record_check(c.manifest, network.now)))
+
+    run_virtual(main, START)

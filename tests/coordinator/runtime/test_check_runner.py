@@ -1,0 +1,196 @@
+"""What the service keeps, forgets and refuses to be kept waiting for; and the judge's bench with hands of straw."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.checks import Limits, Replayed, Stopped, Verdict
+from lutetia.coordinator.acceptance.messages import Audit, Offered
+from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.ledger.events import MixtureStitched, RouterTrained
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.coordinator.runtime.check_runner import KEPT_STATES, NetworkTools
+from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.runtime.stitcher import next_step
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from tests.coordinator.acceptance.judge_driver import (
+    COORDINATOR,
+    PEERS,
+    START,
+    court,
+    first_event,
+    limits_of,
+    make_manifest,
+    make_record,
+)
+
+
+def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
+    blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
+    tools = NetworkTools(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    c, records = court(epochs=9), []
+    for epoch in range(1, 9):
+        weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))
+        records.append(c.accept(PEERS[0], weights=weights, state=state, trace=trace))
+        tools.keep(records[-1])
+        if epoch > 1:
+            c.audited("valid" if epoch != 3 else "inconclusive")
+        tools.forget(c.state.run)
+    held = set(blobs.digests())
+    assert incoming.digests() == []
+    assert all({record.weights.digest, record.trace.digest} <= held for record in records)
+    due = {audit.epoch for audit in c.state.run.audits.values()}
+    needed = {epoch for audit in due for epoch in (audit - 1, audit)} | set(range(9 - KEPT_STATES, 9))
+    assert min(due) < 9 - KEPT_STATES
+    assert {record.epoch for record in records if record.state.digest in held} == needed - {0}
+
+
+@dataclass
+class StrawHands:
+    """Hands that do what the test says; `losses` by epoch."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    raw: dict[int, float] = field(default_factory=dict)
+    trouble: dict[str, Stopped] = field(default_factory=dict)
+    kept: list[CheckpointRecord] = field(default_factory=list)
+    dropped: list[CheckpointRecord] = field(default_factory=list)
+
+    async def limits(self) -> Limits:
+        return limits_of(2)
+
+    async def fetch(self, record: CheckpointRecord) -> None:
+        if record.owner in self.trouble:
+            raise self.trouble[record.owner]
+
+    async def inspect(self, record: CheckpointRecord) -> None: ...
+
+    async def baseline(self, shard: int) -> float:
+        return 1.0
+
+    async def loss(self, record: CheckpointRecord) -> float:
+        return self.losses.get(record.epoch, 0.9)
+
+    async def replay(self, audit: Audit) -> Replayed:
+        return Replayed(Finding(outcome="valid"), 0.1)
+
+    def forget(self, run: RunState) -> None: ...
+
+    async def raw_loss(self, record: CheckpointRecord) -> float:
+        return self.raw.get(record.epoch, 0.95)
+
+    def still_whole(self, record: CheckpointRecord) -> Verdict | None:
+        return None
+
+    def keep(self, record: CheckpointRecord) -> None:
+        self.kept.append(record)
+
+    def discard(self, record: CheckpointRecord, run: RunState) -> None:
+        self.dropped.append(record)
+
+
+async def seated(
+    path: Path, hands: StrawHands, offers: list[CheckpointRecord], until: int
+) -> tuple[Ledger, list[AcceptanceRecord]]:
+    """Run a bench until the ledger holds `until` final verdicts."""
+    manifest = make_manifest(holdout_tolerance=0.1)
+    ledger = Ledger.create(path / "ledger.sqlite", first_event(manifest))
+    published: list[AcceptanceRecord] = []
+    done = asyncio.Event()
+
+    async def publish(acceptance: AcceptanceRecord | ResetRecord) -> None:
+        assert isinstance(acceptance, AcceptanceRecord)
+        published.append(acceptance)
+
+    def changed(state: RunState) -> None:
+        if state.accepted + state.rejected >= until:
+            done.set()
+
+    bench = Bench(Rules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
+    running = asyncio.create_task(bench.run())
+    for offer in offers:
+        await bench.hear(Offered(offer, START))
+    await asyncio.wait_for(done.wait(), 120)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    return ledger, published
+
+
+async def test_the_bench_writes_before_it_tells(tmp_path: Path):
+    manifest = make_manifest(holdout_tolerance=0.1)
+    hands = StrawHands(trouble={PEERS[1].public_key: Stopped("invalid", "format", "header bomb")})
+    bad, good = make_record(manifest, PEERS[1]), make_record(manifest, PEERS[0])
+    ledger, published = await seated(tmp_path, hands, [bad, good], 2)
+    assert [(a.checkpoint, a.holdout_loss) for a in published] == [(good.digest, 0.9)]
+    assert (hands.kept, hands.dropped) == ([good], [bad])
+    assert ledger.state.shards[0].baseline == 1.0
+    assert ledger.replay() == ledger.state
+    ledger.close()
+
+
+@pytest.mark.parametrize("loss", [1.11, float("nan"), float("inf")])
+async def test_a_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
+    hands = StrawHands(losses={1: loss})
+    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    assert published == []
+    assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
+    ledger.close()
+
+
+@pytest.mark.parametrize("raw", [1.31, float("nan")])
+async def test_poisoned_raw_parameters_beside_good_averages_are_invalid(tmp_path: Path, raw: float):
+    hands = StrawHands(raw={1: raw})
+    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    assert published == []
+    assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
+    assert [(cost.rung, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
+        ("transfer", "valid"), ("numbers", "valid"), ("holdout", "valid"), ("holdout", "valid"), ("raw", "invalid"),
+    ]  # fmt: skip
+    shown = status(ledger.state, make_manifest(), LiveView(), START)
+    assert [(rung.rung, rung.outcome, rung.count, rung.size) for rung in shown.rungs] == [
+        ("transfer", "valid", 1, 300), ("numbers", "valid", 1, 300), ("holdout", "valid", 2, 100), ("raw", "invalid", 1, 100),
+    ]  # fmt: skip
+    ledger.close()
+
+
+async def test_a_loss_within_the_tolerance_is_accepted(tmp_path: Path):
+    hands = StrawHands(losses={1: 1.09})
+    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    assert [acceptance.epoch for acceptance in published] == [1]
+    ledger.close()
+
+
+def test_what_is_made_when():
+    state = apply(RunState(), first_event(make_manifest(epochs=1)))
+    assert next_step(state, when="refresh", rested=True) == "nothing"
+    router = RouterTrained(time=START, epochs=(1, 0), router=make_record(make_manifest(), PEERS[0]).weights, accuracy=0.9)
+    half = accepted(state, 0)
+    assert next_step(half, when="refresh", rested=False) == "router"
+    half = apply(half, router)
+    assert next_step(half, when="refresh", rested=False) == "nothing"
+    assert next_step(half, when="refresh", rested=True) == "mixture"
+    assert next_step(half, when="end", rested=True) == "nothing"
+    half = apply(half, MixtureStitched(time=START, epochs=(1, 0), mixture="a" * 64))
+    assert next_step(half, when="refresh", rested=True) == "nothing"
+    whole = accepted(half, 1)
+    assert next_step(whole, when="end", rested=False) == "mixture", "the last one waits for nothing"
+    whole = apply(whole, MixtureStitched(time=START, epochs=(1, 1), mixture="b" * 64))
+    assert next_step(whole, when="end", rested=False) == "finish"
+
+
+def accepted(state: RunState, shard: int) -> RunState:
+    from lutetia.coordinator.ledger.events import CheckpointAccepted
+
+    record = make_record(make_manifest(epochs=1), PEERS[0], shard)
+    given = AcceptanceRecord(
+        run=record.run, owner=COORDINATOR.public_key, issued=START, shard=shard, epoch=1, checkpoint=record.digest, parent=None,
+        weights=record.weights, state=record.state, samples=4, author=record.owner, tenure_until=START, holdout_loss=0.5,
+    )  # fmt: skip
+    return apply(state, CheckpointAccepted(time=START, acceptance=given, parent_loss=1.0))

@@ -1,0 +1,245 @@
+"""What a restored coordinator, or an old copy, learns of its own word from the swarm: acceptances, roll-backs, quarantines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import Checked, Discard, LimitsKnown, Noted
+from lutetia.coordinator.acceptance.state_machine import JudgeState
+from lutetia.coordinator.ledger.describe import sentence
+from lutetia.coordinator.ledger.events import (
+    AcceptanceRecovered,
+    Event,
+    MixtureStitched,
+    PeerPardoned,
+    QuarantineRecovered,
+    ResetRecovered,
+)
+from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.reducer import LedgerOutOfOrder, RunState, apply
+from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.coordinator.runtime.announcer import Crier
+from lutetia.coordinator.runtime.recovery import Lineage, forgotten
+from lutetia.coordinator.runtime.split_brain import refuse_a_rival
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.manifest import SignedManifest
+from lutetia.protocol.schema.records import AcceptanceRecord, QuarantineRecord
+from lutetia.protocol.transport.memory import MemoryNetwork
+from lutetia.system.errors import IdentityError
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS, Court, court, first_event, limits_of, make_record
+
+CHEAT, HONEST = PEERS[0], PEERS[1]
+
+
+# --- while a result of that shard is judged ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["valid", "invalid"])
+@pytest.mark.parametrize("word", ["an acceptance", "a reset"])
+def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str):
+    c = court(epochs=9)
+    c.accept(HONEST)
+    given = c.state.run.shards[0].acceptance
+    assert given
+    late = make_record(c.manifest, CHEAT, 0, 2, given.checkpoint)
+    assert c.offer(late).verdict == "queued"
+    event: Event = ResetRecovered(time=c.now, shard=0, term=1)
+    if word == "an acceptance":
+        newer = given.model_copy(update={"epoch": 4, "checkpoint": "c" * 64})
+        event = AcceptanceRecovered(time=c.now, acceptance=newer)
+    actions = c.hears(Noted((event,), c.now))
+    assert [action.record for action in actions if isinstance(action, Discard)] == [late]
+    assert not c.state.checking
+    assert not c.state.pending
+    before = c.state
+    assert c.hears(Checked(late, Verdict(outcome, "holdout", "x", 0.4, 0.5), c.now)) == ()
+    assert c.state == before
+
+
+def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
+    c = court()
+    c.accept(HONEST)
+    given = c.state.run.shards[0].acceptance
+    assert given
+    assert c.hears(Noted((AcceptanceRecovered(time=c.now, acceptance=given),), c.now)) == ()
+    assert c.hears(Noted((), c.now)) == ()
+
+
+def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offers():
+    c = court()
+    waiting = make_record(c.manifest, CHEAT)
+    c.offer(waiting)
+    c.hears(Noted((QuarantineRecovered(time=c.now, owner=CHEAT.public_key),), c.now))
+    assert c.state.run.shards[0].candidates == {}
+    reply = c.offer(waiting)
+    assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
+    assert "was lost" in reply.text
+    shown = status(c.state.run, c.manifest, LiveView(), c.now).quarantined
+    assert [(why.owner, why.epoch) for why in shown] == [(CHEAT.public_key, 0)]
+    assert "is quarantined" in sentence(c.state.run.quarantined[CHEAT.public_key])
+    c.hears(Noted((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
+    assert c.offer(make_record(c.manifest, CHEAT, text="after the pardon")).verdict == "queued"
+
+
+def test_a_recovered_reset_is_a_roll_back_to_the_beginning():
+    c = court(shards=1, epochs=1)
+    c.accept(CHEAT)
+    c.hears(Noted((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
+    c.hears(Noted((ResetRecovered(time=c.now, shard=0, term=2),), c.now))
+    shard = c.state.run.shards[0]
+    assert (shard.epoch, shard.term, shard.acceptance, shard.parent_loss) == (0, 2, None, 0.5)
+    assert not c.state.run.audits
+    assert c.state.run.mixture is None
+    with pytest.raises(LedgerOutOfOrder, match="cannot be reset in term 2"):
+        apply(c.state.run, ResetRecovered(time=c.now, shard=0, term=2))
+    c.accept(HONEST)
+    assert c.state.run.shards[0].term == 2
+
+
+# --- an old ledger, and what the swarm holds ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Swarm:
+    """A coordinator in a memory network that convicts; `backup` are its ledger's first events."""
+
+    root: Path
+    room: Court = field(init=False)
+    network: MemoryNetwork = field(init=False)
+    backup: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.room = c = court(epochs=5)
+        c.now = time.time()
+        c.manifest = c.manifest.model_copy(update={"created": c.now - 10, "expires": c.now + 1e6})
+        c.rules = replace(c.rules, manifest=c.manifest)
+        c.events = [first_event(c.manifest, c.now)]
+        c.state = JudgeState(apply(RunState(), c.events[0]), limits=limits_of(2))
+        self.network = MemoryNetwork(latency=0.001)
+        self.transport = self.network.peer(COORDINATOR, record_check(c.manifest, time.time))
+        self.network.peer(PEERS[5], record_check(c.manifest, time.time))
+
+    async def show(self) -> None:
+        """What the coordinator with the newest ledger keeps in the DHT."""
+        await Crier(self.transport, COORDINATOR, lambda: self.room.rules, lambda: self.room.state.run).renew()
+
+    def ledger(self, events: list[Event]) -> Ledger:
+        first, *rest = events
+        ledger = Ledger.create(self.root / f"{len(events)}.sqlite", first)  # pyright: ignore[reportArgumentType]
+        ledger.append(rest)
+        return ledger
+
+    @property
+    def lineage(self) -> Lineage:
+        live = LiveManifest(SignedManifest.sign(self.room.manifest, OWNER))
+        return Lineage(self.transport, live, COORDINATOR.public_key)
+
+
+async def convicted(root: Path, honest: int) -> Swarm:
+    """Shard 0: `honest` epochs, then the cheat's, which is convicted after the backup."""
+    swarm = Swarm(root)
+    for _ in range(honest):
+        swarm.room.accept(HONEST)
+        swarm.room.audited("valid")
+    faked = swarm.room.accept(CHEAT)
+    swarm.backup = list(swarm.room.events)
+    swarm.room.audited("invalid", faked.digest)
+    await swarm.show()
+    return swarm
+
+
+@pytest.mark.parametrize("honest", [0, 2], ids=["to the beginning", "to a later epoch"])
+async def test_an_old_ledger_does_not_go_on_without_the_roll_back_that_it_lacks(tmp_path: Path, honest: int):
+    swarm = await convicted(tmp_path, honest)
+    old, new = swarm.ledger(swarm.backup), swarm.ledger(swarm.room.events)
+    await refuse_a_rival(swarm.transport, new, COORDINATOR.public_key)
+    with pytest.raises(IdentityError, match="this folder is an old copy"):
+        await refuse_a_rival(swarm.transport, old, COORDINATOR.public_key)
+    old.close()
+    new.close()
+
+
+@pytest.mark.parametrize("honest", [0, 2], ids=["to the beginning", "to a later epoch"])
+async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path: Path, honest: int):
+    swarm = await convicted(tmp_path, honest)
+    ledger = swarm.ledger(swarm.backup)
+    await swarm.lineage.recover(ledger, 0.0)
+    shard = ledger.state.shards[0]
+    newest = swarm.room.state.run.shards[0]
+    assert (shard.term, shard.epoch, shard.accepted) == (1, honest, newest.accepted)
+    assert set(ledger.state.quarantined) == {CHEAT.public_key}
+    assert await swarm.lineage.lost(lambda: ledger.state) == []
+    await refuse_a_rival(swarm.transport, ledger, COORDINATOR.public_key)
+    assert ledger.replay() == ledger.state
+
+    c = swarm.room
+    c.state = JudgeState(ledger.state, limits=limits_of(2))
+    again = make_record(c.manifest, CHEAT, 0, honest + 1, shard.accepted)
+    assert c.offer(again).rung == "quarantine"
+    assert c.accept(HONEST, text="again").epoch == honest + 1
+    ledger.close()
+
+
+async def test_a_recovered_quarantine_is_carried_out_whole(tmp_path: Path):
+    """What the peer had in judgement is refused, and what was accepted of it elsewhere is looked at again."""
+    swarm = Swarm(tmp_path)
+    c = swarm.room
+    elsewhere = c.accept(CHEAT, shard=1)
+    c.audited("valid", elsewhere.digest)
+    c.offer(make_record(c.manifest, CHEAT, 1, 2, elsewhere.digest))
+    swarm.backup = list(c.events)
+    faked = c.accept(CHEAT)
+    c.audited("invalid", faked.digest)
+    await swarm.show()
+
+    ledger = swarm.ledger(swarm.backup)
+    await swarm.lineage.recover(ledger, 0.0)
+    assert [(due.shard, due.epoch, due.whole) for due in ledger.state.audits.values()] == [(1, 1, True)]
+    assert ledger.state.shards[1].candidates
+    c.state, c.events = JudgeState.restored(ledger.state), []
+    c.hears(LimitsKnown(limits_of(2), c.now))
+    assert not c.state.run.shards[1].candidates
+    assert not c.state.checking
+    assert [why.rung for why in c.state.run.refusals[-1:]] == ["quarantine"]
+    ledger.close()
+
+
+async def test_a_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
+    """The roll-back may be hidden by a newer word: who is quarantined still is."""
+    swarm = await convicted(tmp_path, 0)
+    events = [*swarm.backup, ResetRecovered(time=time.time(), shard=0, term=1)]
+    ledger = swarm.ledger(events)
+    with pytest.raises(IdentityError, match="a quarantine under this coordinator's key"):
+        await refuse_a_rival(swarm.transport, ledger, COORDINATOR.public_key)
+    ledger.close()
+
+
+def test_a_pardon_is_not_undone_by_an_older_word():
+    c = court()
+    c.accept(CHEAT)
+    c.audited("invalid")
+    word = QuarantineRecord(run=c.manifest.run_id, owner=COORDINATOR.public_key, issued=c.now, peers=(CHEAT.public_key,))
+    assert forgotten(c.state.run, [word]) == []
+    c.now += 100
+    c.hears(Noted((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
+    assert forgotten(c.state.run, [word]) == []
+    later = word.model_copy(update={"issued": c.now + 3600})
+    assert forgotten(c.state.run, [word, later]) == [CHEAT.public_key], "a newer ledger has convicted it again"
+
+
+def test_an_acceptance_of_a_later_term_makes_the_mixture_void():
+    c = court(shards=1, epochs=1)
+    c.accept(CHEAT)
+    c.hears(Noted((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
+    given = c.state.run.shards[0].acceptance
+    assert isinstance(given, AcceptanceRecord)
+    c.hears(
+        Noted((AcceptanceRecovered(time=c.now, acceptance=given.model_copy(update={"term": 1, "checkpoint": "b" * 64})),), c.now)
+    )
+    assert c.state.run.mixture is None

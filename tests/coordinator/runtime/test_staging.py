@@ -1,0 +1,96 @@
+"""What is fetched of results that nobody has decided on: it takes no room that its bytes do not need and goes with the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from lutetia.coordinator.acceptance.checks import Stopped
+from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.staging import restored_incoming
+from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
+from lutetia.protocol.blobs.download import serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
+from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest, make_record
+
+MANIFEST = make_manifest()
+DATA = os.urandom(4 * CHUNK)
+
+
+def allocated(store: BlobStore) -> int:
+    """Bytes that the store takes of the disk."""
+    return sum(path.stat().st_blocks * 512 for path in store.root.rglob("*") if path.is_file())
+
+
+def offered(number: int) -> CheckpointRecord:
+    weights = ChunkTable.of_bytes(DATA + bytes([number])).ref
+    return make_record(MANIFEST, PEERS[0], text=str(number), weights=weights)
+
+
+def at_a_coordinator(tmp_path: Path, story: Callable[[NetworkTools, MemoryTransport], Awaitable[None]]) -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        check = record_check(MANIFEST, network.now)
+        coordinator, author = network.peer(COORDINATOR, check), network.peer(PEERS[0], check)
+        blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
+        tools = NetworkTools(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0)  # pyright: ignore[reportArgumentType]
+        await story(tools, author)
+
+    run_virtual(main, START)
+
+
+def test_results_that_nobody_holds_take_no_room(tmp_path: Path):
+    async def story(tools: NetworkTools, author: MemoryTransport) -> None:
+        await serve_blobs(author, BlobStore(tmp_path / "author"))
+        for number in range(6):
+            with pytest.raises(Stopped, match="could not be fetched"):
+                await tools.fetch(offered(number))
+            assert allocated(tools.incoming) == 0, "before it is given up"
+
+    at_a_coordinator(tmp_path, story)
+
+
+def test_what_arrived_of_a_result_goes_with_it(tmp_path: Path):
+    """A provider may show a true table, and a true chunk, and then be gone."""
+
+    async def story(tools: NetworkTools, author: MemoryTransport) -> None:
+        held = BlobStore(tmp_path / "author")
+        ref = held.add_bytes(DATA + bytes([0]))
+        await serve_blobs(author, held)
+        with held.path(ref.digest).open("r+b") as file:
+            file.seek(CHUNK)
+            file.write(b"rot")
+        with pytest.raises(Stopped):
+            await tools.fetch(offered(0))
+        assert allocated(tools.incoming) >= len(DATA), "it may be fetched again"
+        tools.discard(offered(0), RunState())
+        assert allocated(tools.incoming) == 0
+
+    at_a_coordinator(tmp_path, story)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_restart_keeps_what_arrived_of_results_that_wait_and_nothing_else(tmp_path: Path, waiting: bool):
+    folder, c = RunFolder(tmp_path), court(limits=False)
+    wanted, *given_up = (bytes([number]) + DATA for number in range(3))
+    for data in (wanted, *given_up):
+        table = ChunkTable.of_bytes(data)
+        partial = BlobStore(folder.incoming).partial(table.ref)
+        partial.set_table(table)
+        partial.write(0, data[:CHUNK])
+        partial.close()
+    ref = ChunkTable.of_bytes(wanted).ref
+    if waiting:
+        assert c.offer(make_record(c.manifest, PEERS[0], weights=ref)).verdict == "queued"
+    incoming = restored_incoming(folder, BlobStore(folder.blobs), c.state.run)
+    assert incoming.arriving() == ([ref.digest] if waiting else [])
+    assert incoming.partial(ref).missing() == [*([] if waiting else [0]), 1, 2, 3, 4]

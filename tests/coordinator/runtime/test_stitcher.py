@@ -1,0 +1,158 @@
+"""When a mixture is made, and from what: never from work that was taken back, and not before its blobs are here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lutetia.coordinator.acceptance.messages import Noted
+from lutetia.coordinator.ledger.events import AcceptanceRecovered, MixtureStitched
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.runtime import stitcher
+from lutetia.coordinator.runtime.stitcher import Stitcher, next_step
+from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture, read_mixture
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import AcceptanceRecord
+from lutetia.system.files import write_atomic
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest
+from tests.coordinator.acceptance.test_intake import PATIENCE, Intake, StrawShop, contents, intake, made_of
+
+
+@dataclass
+class StitchShop(StrawShop):
+    """Writes a mixture of the experts that it is given, without their files."""
+
+    manifest: Manifest = field(default_factory=make_manifest)
+
+    async def ask(self, verb: str, *, limit: float, sign: Any = None, **fields: Any) -> dict[str, Any]:
+        if verb != "stitch":
+            return await super().ask(verb, limit=limit, **fields)
+        await super().ask(verb, limit=limit)
+        given = [AcceptanceRecord.model_validate(record, strict=False) for record in fields["accepted"]]
+        manifest = self.manifest
+        document = MixtureDocument(
+            name=manifest.name, run=manifest.run_id, manifest=manifest.run_id, manifest_version=1, latent=manifest.latent,
+            sampling=manifest.sampling, files={},
+            experts=tuple(
+                ExpertEntry(
+                    name=f"shard {record.shard}", folder=None, class_name="x", prediction="velocity", noise_schedule="linear",
+                    prior=1.0, epoch=record.epoch, samples=record.samples, checkpoint=record.checkpoint,
+                )
+                for record in given
+            ),
+        )  # fmt: skip
+        write_atomic(Path(fields["folder"]) / FILE, canonical(SignedMixture.sign(document, sign)))
+        return {"digest": document.digest}
+
+
+@asynccontextmanager
+async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]:
+    """A run of one epoch of one shard, whose mixture is made at the end."""
+    async with intake(root, shards=1, epochs=1) as room:
+        shop = StitchShop(manifest=room.manifest)
+        stitcher = Stitcher(
+            RunFolder(root), room.manifest, COORDINATOR, room.tools.blobs, room.bench,
+            shop, time.time, "end", 3600.0, False,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        heard = room.bench.changed
+
+        def changed(run: Any) -> None:
+            heard(run)
+            stitcher.wake()
+
+        room.bench.changed = changed
+        working = asyncio.create_task(stitcher.run())
+        try:
+            yield room, shop
+            assert not working.done(), working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+@pytest.mark.timeout(120)
+async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_path: Path):
+    async with stitching_room(tmp_path) as (room, shop):
+        gate, room.tools.found = shop.gate("stitch", -1), "invalid"
+        faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
+        await room.offer(faked)
+        await asyncio.wait_for(gate.reached.wait(), PATIENCE)
+        room.tools.replays.set()
+        await room.until(lambda run: run.shards[0].term == 1)
+        room.tools.found = "valid"
+        gate.opened.set()
+        honest = made_of(room.manifest, PEERS[1], await room.peer(PEERS[1], *contents("honest")))
+        await room.offer(honest)
+        run = await room.until(lambda run: run.finished)
+        held = read_mixture(RunFolder(tmp_path).mixture).mixture
+        assert [expert.checkpoint for expert in held.experts] == [honest.digest]
+        assert run.mixture
+        assert run.mixture.mixture == held.digest
+
+
+def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
+    c = court(shards=1, epochs=1)
+    c.accept(PEERS[0])
+    stitched = MixtureStitched(time=START, epochs=(1,), terms=c.state.run.terms, mixture="a" * 64)
+    c.audited("invalid")
+    c.hears(Noted((stitched,), c.now))
+    c.accept(PEERS[1])
+    c.audited("valid")
+    assert c.state.run.mixture is None
+    assert next_step(c.state.run, when="end", rested=False) == "mixture"
+    c.hears(Noted((stitched.model_copy(update={"terms": (1,)}),), c.now))
+    assert next_step(c.state.run, when="end", rested=False) == "finish"
+
+
+def test_ledgers_of_earlier_versions_do_not_say_in_which_term_was_stitched():
+    c = court(shards=1, epochs=1)
+    c.accept(PEERS[0])
+    c.audited("valid")
+    c.hears(Noted((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))
+    assert next_step(c.state.run, when="end", rested=False) == "finish"
+
+
+class Told(logging.Handler):
+    """Sets `heard` when a line with `words` is logged."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.heard = words, asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            self.heard.set()
+
+
+@pytest.mark.timeout(120)
+async def test_a_recovered_acceptance_whose_weights_are_with_peers_alone_is_stitched_once_they_are_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stitcher, "_RETRY_SECONDS", 0.05)
+    told = Told("could not make the mixture: blob ")
+    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(told)
+    try:
+        async with stitching_room(tmp_path) as (room, _):
+            weights, state, trace = await room.peer(PEERS[0], *contents("lost"))
+            record = made_of(room.manifest, PEERS[0], [weights, state, trace])
+            given = AcceptanceRecord(
+                run=record.run, owner=COORDINATOR.public_key, issued=record.issued, shard=0, epoch=1, checkpoint=record.digest,
+                parent=None, weights=weights, state=state, samples=record.samples, author=record.owner, tenure_until=0.0,
+                holdout_loss=0.4,
+            )  # fmt: skip
+            await room.bench.note(AcceptanceRecovered(time=time.time(), acceptance=given))
+            await asyncio.wait_for(told.heard.wait(), PATIENCE)
+            room.tools.blobs.add_bytes(contents("lost")[0])
+            run = await room.until(lambda run: run.finished)
+            assert run.mixture
+    finally:
+        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(told)

@@ -1,0 +1,59 @@
+"""The cache by content: found again by another process, damaged packs noticed, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lutetia.models.data.encode.cache import ArrayCache, cache_key
+
+ARRAYS = {"latents": np.arange(12, dtype=np.float32).reshape(3, 4), "features": np.ones(5, np.float32)}
+
+
+def test_what_was_put_is_found_by_a_later_run(tmp_path: Path) -> None:
+    ArrayCache(tmp_path).put({"one": ARRAYS, "two": {"latents": ARRAYS["latents"] + 1}})
+    found = ArrayCache(tmp_path)
+    assert "one" in found
+    assert "three" not in found
+    first, second = found.get("one"), found.get("two")
+    assert first is not None
+    assert second is not None
+    assert all((first[name] == ARRAYS[name]).all() for name in ARRAYS)
+    assert (second["latents"] == ARRAYS["latents"] + 1).all()
+    assert found.get("three") is None
+
+
+def test_known_keys_are_not_written_again(tmp_path: Path) -> None:
+    cache = ArrayCache(tmp_path)
+    cache.put({"one": ARRAYS})
+    cache.put({"one": ARRAYS})
+    ArrayCache(tmp_path).put({"one": ARRAYS})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_pack_is_dropped_and_made_again(tmp_path: Path) -> None:
+    ArrayCache(tmp_path).put({"one": ARRAYS})
+    (pack,) = tmp_path.iterdir()
+    data = bytearray(pack.read_bytes())
+    data[-3] ^= 1
+    pack.write_bytes(data)
+    cache = ArrayCache(tmp_path)
+    assert cache.get("one") is None
+    assert "one" not in cache
+    cache.put({"one": ARRAYS})
+    assert ArrayCache(tmp_path).get("one") is not None
+
+
+def test_a_pack_cut_short_is_dropped(tmp_path: Path) -> None:
+    ArrayCache(tmp_path).put({"one": ARRAYS})
+    (pack,) = tmp_path.iterdir()
+    pack.write_bytes(pack.read_bytes()[:40])
+    assert "one" not in ArrayCache(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_is_made_of_everything_that_matters() -> None:
+    key = cache_key(file="ab", shape={"frames": 8, "fps": 8.0}, latents="pixels")
+    assert key == cache_key(latents="pixels", shape={"fps": 8.0, "frames": 8}, file="ab")
+    assert key != cache_key(file="ab", shape={"frames": 9, "fps": 8.0}, latents="pixels")

@@ -1,0 +1,167 @@
+"""Captions and their files: three ways to give them, and every fault of a folder by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lutetia.models.data.ingest.listing import read_listing
+from lutetia.system.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files that look like clips by name; nothing here is decoded."""
+    (tmp_path / "deep").mkdir()
+    for name in ("a.mp4", "deep/b.gif"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def rows(folder: Path, *lines: object) -> Path:
+    (folder / "metadata.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return folder
+
+
+A = {"file_name": "a.mp4", "caption": "a  dog\nruns"}
+B = {"file_name": "deep/b.gif", "text": "a cat", "kind": "animal", "split": "validation"}
+
+
+def test_metadata_jsonl_gives_captions_kinds_and_splits(folder: Path) -> None:
+    listing = read_listing(rows(folder, A, "", B))
+    assert [(clip.name, clip.caption, clip.kind, clip.split) for clip in listing.clips] == [
+        ("a.mp4", "a dog runs", "", "train"),
+        ("deep/b.gif", "a cat", "animal", "test"),
+    ]
+    assert listing.bad == []
+
+
+def test_metadata_csv_gives_the_same(folder: Path) -> None:
+    (folder / "metadata.csv").write_text('\ufefffile_name,text,split\na.mp4,"a dog, running",train\ndeep/b.gif,a cat,test\n')
+    listing = read_listing(folder)
+    assert [(clip.name, clip.caption, clip.split) for clip in listing.clips] == [
+        ("a.mp4", "a dog, running", "train"),
+        ("deep/b.gif", "a cat", "test"),
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b"])
+def test_only_line_breaks_end_a_row(folder: Path, separator: str) -> None:
+    caption = f"a dog{separator}runs"
+    table = folder / "metadata.jsonl"
+    row = json.dumps({"file_name": "a.mp4", "caption": f"a dog{separator}runs"}, ensure_ascii=False)
+    table.write_text(row + "\r\n", newline="")
+    assert [clip.caption for clip in read_listing(folder).clips] == ["a dog runs"]
+    table.unlink()
+    (folder / "metadata.csv").write_text(f'file_name,caption\r\na.mp4,{caption}\r\ndeep/b.gif,"a\ncat"\r\n', newline="")
+    assert [clip.caption for clip in read_listing(folder).clips] == ["a dog runs", "a cat"]
+
+
+def test_a_text_file_of_the_same_name_is_a_caption(folder: Path) -> None:
+    (folder / "a.txt").write_text("a dog\n")
+    (folder / "deep/b.txt").write_text("a cat")
+    assert [clip.caption for clip in read_listing(folder).clips] == ["a dog", "a cat"]
+
+
+def test_a_clip_outside_the_metadata_may_have_its_text_file(folder: Path) -> None:
+    (folder / "deep/b.txt").write_text("a cat")
+    assert [clip.caption for clip in read_listing(rows(folder, A)).clips] == ["a dog runs", "a cat"]
+
+
+def test_each_folder_may_have_its_own_metadata(folder: Path) -> None:
+    (folder / "deep/metadata.csv").write_text("file_name,caption\nb.gif,a cat\n")
+    listing = read_listing(rows(folder, A))
+    assert [(clip.name, clip.caption, clip.path) for clip in listing.clips][1] == ("deep/b.gif", "a cat", folder / "deep/b.gif")
+    (bad,) = read_listing(rows(folder, A, B)).bad
+    assert bad.reason == "deep/metadata.csv line 2: b.gif is listed 2 times; keep one row per file"
+    (folder / "deep/metadata.csv").write_text("file_name,caption\n../a.mp4,a cat\n")
+    assert any("lies outside the folder" in bad.reason for bad in read_listing(folder).bad)
+
+
+def test_hidden_files_are_no_clips(folder: Path) -> None:
+    (folder / ".hidden.mp4").write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/c.mp4").write_bytes(b"x")
+    assert read_listing(rows(folder, A, B)).bad == []
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"file_name": "deep/b.gif"}, "has no caption; write one"),
+        ({"file_name": "deep/b.gif", "caption": "  "}, "has no caption; write one"),
+        ({"file_name": "deep/b.gif", "caption": 7}, "not text"),
+        ({"file_name": "deep/b.gif", "caption": "x" * 3000}, "more than 2000"),
+        ({"file_name": "deep/b.gif", "caption": "x", "split": "exam"}, "has the split 'exam'; write train, validation or test"),
+        ({"file_name": "deep/b.gif", "caption": "x", "kind": "k" * 80}, "kind longer than 64"),
+        ({"caption": "x"}, "names no file"),
+        ({"file_name": "gone.mp4", "caption": "x"}, "gone.mp4 does not exist; remove the row or add the file"),
+        ({"file_name": "/etc/passwd.mp4", "caption": "x"}, "lies outside the folder"),
+        ({"file_name": "../a.mp4", "caption": "x"}, "lies outside the folder"),
+        ({"file_name": "deep/../../a.mp4", "caption": "x"}, "lies outside the folder"),
+        ({"file_name": "deep\\b.gif", "caption": "x"}, "not a plain relative path"),
+        ({"file_name": "a\0.mp4", "caption": "x"}, "not a plain relative path"),
+        ({"file_name": "metadata.jsonl", "caption": "x"}, "is no video that can be read here"),
+    ],
+)
+def test_a_faulty_row_is_named_with_its_line_and_a_remedy(folder: Path, row: dict[str, object], words: str) -> None:
+    bad = read_listing(rows(folder, A, row)).bad
+    assert any(words in clip.reason and "metadata.jsonl line 2" in clip.reason for clip in bad)
+
+
+def test_a_clip_without_any_caption_is_named(folder: Path) -> None:
+    (bad,) = read_listing(rows(folder, A)).bad
+    assert bad.reason == "deep/b.gif has no caption; add a row in metadata.jsonl or metadata.csv, or a file b.txt beside it"
+
+
+def test_a_file_listed_twice_is_named_once_and_not_used(folder: Path) -> None:
+    listing = read_listing(rows(folder, A, B, A))
+    assert [clip.name for clip in listing.clips] == ["deep/b.gif"]
+    assert [bad.reason for bad in listing.bad] == ["metadata.jsonl line 1: a.mp4 is listed 2 times; keep one row per file"]
+
+
+def test_links_that_lead_outside_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "secret.mp4"
+    outside.write_bytes(b"x")
+    (folder / "link.mp4").symlink_to(outside)
+    (folder / "link.txt").write_text("a link")
+    for prepare in (lambda: rows(folder, A, B), lambda: rows(folder, A, B, {"file_name": "link.mp4", "caption": "x"})):
+        prepare()
+        assert ["leads outside" in bad.reason for bad in read_listing(folder).bad] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.mp4"', "line 1 is not JSON"),
+        ("metadata.jsonl", '["a.mp4"]', "line 1 is not an object"),
+        ("metadata.jsonl", "\n", "has no rows"),
+        ("metadata.csv", "name,caption\na.mp4,x\n", "no column file_name"),
+        ("metadata.csv", "file_name,caption\na.mp4,one,two\n", "line 2 has more values than columns"),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_refused(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_listing(folder)
+
+
+def test_metadata_in_another_encoding_are_refused(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_bytes('{"file_name": "a.mp4", "caption": "café"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="save it as UTF-8"):
+        read_listing(folder)
+
+
+def test_two_metadata_files_are_refused(folder: Path) -> None:
+    (rows(folder, A) / "metadata.csv").write_text("file_name,caption\n")
+    with pytest.raises(DataError, match="both metadata.jsonl and metadata.csv"):
+        read_listing(folder)
+
+
+def test_a_folder_that_is_absent_or_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder of clips"):
+        read_listing(tmp_path / "absent")
+    with pytest.raises(DataError, match="holds no clips"):
+        read_listing(tmp_path)

@@ -1,0 +1,100 @@
+"""The equations with perfect answers: no learning, so that every error is the code's."""
+
+import math
+
+import pytest
+import torch
+
+from lutetia.models.experts.objectives import ALPHA_MIN, T_MIN, matched, row_losses, shift_time, to_velocity, velocity
+from lutetia.protocol.schema.manifest import ExpertSpec
+from tests.models.tiny_experts import WAN
+
+SCHEDULES = ("linear", "vp_cosine")
+PREDICTIONS = ("velocity", "sample", "epsilon")
+
+
+def path(schedule: str, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if schedule == "linear":
+        return 1 - s, s
+    return torch.cos(math.pi * s / 2), torch.sin(math.pi * s / 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_matched_time_shows_the_same_picture_up_to_scale(schedule) -> None:
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    s, c = matched(schedule, t)
+    a, b = path(schedule, s)
+    assert torch.allclose(c * (1 - t), a, atol=1e-12)
+    assert torch.allclose(c * t, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_answer_of_any_kind_becomes_the_true_velocity(prediction, schedule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 40, 3, generator=generator, dtype=torch.float64)
+    t = torch.linspace(T_MIN, 1 - ALPHA_MIN, 40, dtype=torch.float64)
+    x_t = (1 - t)[:, None] * x0 + t[:, None] * noise
+
+    def perfect(z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        a, b = (v[:, None] for v in path(schedule, s))
+        assert torch.allclose(z, a * x0 + b * noise, atol=1e-12)
+        if prediction == "sample":
+            return x0
+        if prediction == "epsilon":
+            return noise
+        return noise - x0 if schedule == "linear" else a * noise - b * x0
+
+    found = velocity(prediction, schedule, perfect, x_t, t)
+    assert (found - (noise - x0)).abs().max() < 1e-10
+    spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
+    assert row_losses(spec, perfect, x0, noise, t).max() < 1e-20
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_expert_in_half_precision_is_turned_into_a_velocity_in_single(prediction, schedule) -> None:
+    """Near pure noise x0 is a difference of near numbers over a small one: only the answer itself may be rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 40, 50, generator=generator)
+    t = torch.full((40,), 0.97)
+    x_t = torch.lerp(x0, noise, t[:, None])
+
+    def rounded(z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        a, b = (v[:, None] for v in path(schedule, s))
+        answer = {"sample": x0, "epsilon": noise, "velocity": noise - x0 if schedule == "linear" else a * noise - b * x0}
+        return answer[prediction].bfloat16()
+
+    found = velocity(prediction, schedule, rounded, x_t, t)
+    assert found.dtype == torch.float32
+    error = (found - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
+    assert error < (0.06 if prediction == "epsilon" else 0.006)  # bfloat16 keeps eight bits; 1 / (1 - t) is 33
+
+
+def test_sample_loss_is_the_velocity_error_above_the_floor_and_has_the_mean_as_minimiser_below() -> None:
+    spec = WAN.model_copy(update={"prediction": "sample"})
+    x0, noise, guess = torch.randn(3, 4, 6, dtype=torch.float64)
+    t = torch.tensor([0.01, 0.04, 0.3, 0.9], dtype=torch.float64)
+    losses = row_losses(spec, lambda z, s: guess, x0, noise, t)
+    x_t = (1 - t)[:, None] * x0 + t[:, None] * noise
+    implied = to_velocity("sample", "linear", guess, x_t, t)
+    assert torch.allclose(losses[2:], (implied - (noise - x0)).square().mean(1)[2:])
+    assert torch.allclose(losses[:2], ((guess - x0) / T_MIN).square().mean(1)[:2])
+
+
+def test_answers_stay_finite_at_both_ends_of_time() -> None:
+    x_t, out = torch.randn(2, 2, 6)
+    for prediction in PREDICTIONS:
+        for schedule in SCHEDULES:
+            found = velocity(prediction, schedule, lambda z, s: out, x_t, torch.tensor([0.0, 1.0]))
+            assert torch.isfinite(found).all()
+            assert found.abs().max() < 1e3
+
+
+def test_time_shift_keeps_the_ends_and_goes_through_the_known_point() -> None:
+    ends = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.allclose(shift_time(ends, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+
+
+def test_spec_of_experts_on_both_paths_is_accepted() -> None:
+    assert ExpertSpec(config={}, prediction="epsilon", noise_schedule="vp_cosine").noise_schedule == "vp_cosine"

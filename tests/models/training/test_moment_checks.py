@@ -1,0 +1,102 @@
+"""Optimiser moments: what training leaves is always possible, and what a poisoner writes is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_io import write_state, write_weights
+from lutetia.models.training.holdout_loss import holdout_loss
+from lutetia.models.training.moment_checks import check_moments, moment_ratio
+from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.schema.manifest import Optimisation
+from tests.models.tiny_experts import toy_data, toy_manifest
+
+
+@pytest.mark.parametrize(
+    "optimisation",
+    [{}, {"optimizer": "muon"}, {"gradient_clip": 0.01}, {"beta1": 0.5, "beta2": 0.3}, {"beta1": 0.9, "beta2": 0.999}],
+)
+def test_what_training_leaves_passes_at_every_step(tmp_path: Path, optimisation: dict):
+    trainer = ExpertTrainer(toy_manifest(optimisation={"learning_rate": 3e-2, **optimisation}), 0, toy_data())
+    for _ in range(8):
+        trainer.step()
+        write_state(trainer.snapshot(), tmp_path / "state")
+        check_moments(tmp_path / "state", trainer.manifest.optimisation)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=60), st.floats(0, 0.98), st.floats(0.5, 0.999))
+def test_the_bound_holds_for_every_row_of_gradients(gradients: list[float], beta1: float, beta2: float):
+    first = second = 0.0
+    for gradient in gradients:
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+    ratio = moment_ratio(Optimisation(beta1=beta1, beta2=beta2))
+    assert first**2 <= ratio * second * (1 + 1e-9) + 1e-300
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertTrainer, Path]:
+    trainer = ExpertTrainer(toy_manifest(optimisation={"optimizer": "muon"}), 0, toy_data())
+    for _ in range(trainer.manifest.steps_per_epoch):
+        trainer.step()
+    path = tmp_path_factory.mktemp("moments") / "state"
+    write_state(trainer.snapshot(), path)
+    return trainer, path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("negative", "negative entries"), ("no second", "without the other"), ("large first", "contradict each other"),
+        ("tiny second", "contradict each other"), ("large both", "clipped gradients give at most"),
+        ("large momentum", "momenta in"),
+    ],
+)  # fmt: skip
+def test_each_poison_is_named(honest, tmp_path: Path, kind: str, words: str):
+    trainer, path = honest
+    tensors = load_file(path)
+    first = next(name for name in sorted(tensors) if name.startswith("adamw.exp_avg."))
+    second = first.replace("exp_avg", "exp_avg_sq")
+    momentum = next(name for name in sorted(tensors) if name.startswith("muon."))
+    match kind:
+        case "negative":
+            tensors[second].view(-1)[0] = -1e-3
+        case "no second":
+            del tensors[second]
+        case "large first":
+            tensors[first].view(-1)[0] = 0.5
+        case "tiny second":
+            tensors[second] *= 1e-4
+        case "large both":
+            tensors[first] += 3
+            tensors[second] += 9
+        case "large momentum":
+            tensors[momentum] += 1
+    save_file(tensors, tmp_path / "state")
+    with pytest.raises(CheckpointRefused, match=words) as caught:
+        check_moments(tmp_path / "state", trainer.manifest.optimisation)
+    assert caught.value.reason in ("norm", "missing")
+
+
+def test_raw_parameters_are_scored_apart_from_the_averages(honest, tmp_path: Path):
+    trainer, path = honest
+    manifest, data = trainer.manifest, toy_data(6, seed=1)
+    write_weights(trainer.snapshot(), tmp_path / "weights")
+    averages = holdout_loss(manifest, 0, tmp_path / "weights", data).loss
+    raw = holdout_loss(manifest, 0, path, data, raw=True).loss
+    assert raw == pytest.approx(averages, rel=0.3)
+    assert raw != averages
+    tensors = load_file(path)
+    for name in tensors:
+        if name.startswith("param."):
+            tensors[name] += 0.3 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, tmp_path / "poisoned")
+    assert holdout_loss(manifest, 0, tmp_path / "poisoned", data, raw=True).loss > 1.5 * averages

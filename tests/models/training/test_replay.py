@@ -1,0 +1,221 @@
+"""Replays of real training: an honest author is never called invalid, and what was not trained is found out."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from lutetia.coordinator.acceptance.audit_comparison import (
+    BFLOAT16_CPU,
+    BFLOAT16_OTHER,
+    FLOAT32_CPU,
+    FLOAT32_OTHER,
+    compare,
+    tolerance,
+)
+from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.checkpoint_io import write_state, write_weights
+from lutetia.models.training.replay import Doubt, End, Parent, read_trace, replay
+from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.schema.records import Made
+from lutetia.system.errors import IntegrityError
+from tests.child_environment import child_environment
+from tests.models.tiny_experts import toy_data, toy_manifest
+
+CPU = Made()
+MANIFEST = toy_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
+
+
+def author(folder: Path, **options) -> tuple[Parent, End, list[float]]:
+    """Two epochs: the first is the parent, the second is audited."""
+    trainer = ExpertTrainer(MANIFEST, 0, toy_data(), **options)
+    for name in ("parent", "end"):
+        for _ in range(MANIFEST.steps_per_epoch):
+            trainer.step()
+        write_weights(trainer.snapshot(), folder / f"{name}.weights")
+        write_state(trainer.snapshot(), folder / f"{name}.state", ema=False)
+    return parent_of(folder), End(folder / "end.weights", folder / "end.state"), trainer.trace
+
+
+def parent_of(folder: Path) -> Parent:
+    return Parent(1, folder / "parent.weights", folder / "parent.state")
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"micro_batch": 3}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
+    parent, end, trace = author(tmp_path, **options)
+    precision = options.get("precision", "float32")
+    found = replay(MANIFEST, 0, toy_data(), parent, 4, end=end if whole else None, precision=precision)
+    assert len(found.losses) == (12 if whole else 4)
+    finding = compare(trace, found.losses, found.drift, Made(precision=precision), found.made)
+    assert finding.outcome == "valid", finding.text
+    if not options:
+        assert list(found.losses) == trace[: len(found.losses)], "bit by bit on the same processor"
+        assert found.drift in (None, 0.0)
+
+
+def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
+    """The author is a process of its own, with two threads and without vector units."""
+    environment = child_environment(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", OMP_NUM_THREADS="2")
+    code = "import sys, pathlib, torch; torch.set_num_threads(2); from tests.models.training.test_replay import author\n"
+    code += "print(author(pathlib.Path(sys.argv[1]))[2])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    trace = [float(loss) for loss in done.stdout.strip().strip("[]").split(",")]
+    end = End(tmp_path / "end.weights", tmp_path / "end.state")
+    found = replay(MANIFEST, 0, toy_data(), parent_of(tmp_path), 4, end=end)
+    finding = compare(trace, found.losses, found.drift, CPU, found.made)
+    assert finding.outcome == "valid", finding.text
+
+
+def test_an_invented_trace_is_invalid_and_the_text_names_step_and_numbers(tmp_path):
+    parent, _, trace = author(tmp_path)
+    found = replay(MANIFEST, 0, toy_data(), parent, 4)
+    invented = [*trace[:2], trace[2] * 1.05, *trace[3:]]
+    finding = compare(invented, found.losses, None, CPU, found.made)
+    assert finding.outcome == "invalid"
+    assert "step 2" in finding.text
+    assert f"{invented[2]:.6g}" in finding.text
+    assert f"{found.losses[2]:.6g}" in finding.text
+    assert "1e-04" in finding.text
+    assert compare(trace[:3], found.losses, None, CPU, found.made).outcome == "invalid", "too short a trace"
+
+
+def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
+    """The parent with noise is published as the end, beside a trace that is honest for the steps that are usually replayed."""
+    parent, end, trace = author(tmp_path)
+    assert parent.weights
+    assert parent.state
+    fake = [*trace[:4], *(loss * 1.3 for loss in trace[4:])]
+    part = replay(MANIFEST, 0, toy_data(), parent, 4)
+    assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "that is the hole"
+    whole = replay(MANIFEST, 0, toy_data(), parent, 4, end=End(parent.weights, parent.state))
+    assert whole.drift is not None
+    assert whole.drift > 0.9
+    assert compare(fake, whole.losses, whole.drift, CPU, whole.made).outcome == "invalid"
+    finding = compare(trace, whole.losses, whole.drift, CPU, whole.made)
+    assert finding.outcome == "invalid", "honest losses with another end"
+    assert "of the replayed way" in finding.text
+
+
+def test_a_replay_from_the_beginning_needs_no_files(tmp_path):
+    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    losses = [trainer.step() for _ in range(4)]
+    assert replay(MANIFEST, 0, toy_data(), Parent(0), 4).losses == tuple(losses)
+    assert len(replay(MANIFEST, 0, toy_data(), Parent(0), 99).losses) == 12, "no more than an epoch"
+
+
+def test_a_replay_that_diverges_concludes_nothing():
+    assert compare([1.0, 1.0], [1.0, math.nan], None, CPU, CPU).outcome == "inconclusive"
+    assert compare([1.0], [], None, CPU, CPU).outcome == "inconclusive"
+    assert compare([1.0, math.inf], [1.0, 1.0], None, CPU, CPU).outcome == "invalid"
+
+
+made = st.builds(
+    Made, device=st.sampled_from(["cpu", "cuda", "mps", "other"]), precision=st.sampled_from(["float32", "bfloat16"])
+)
+
+
+@settings(max_examples=200)
+@given(made, made)
+def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, auditor):
+    bounds = tolerance(author, auditor)
+    assert bounds in (FLOAT32_CPU, BFLOAT16_CPU, FLOAT32_OTHER, BFLOAT16_OTHER)
+    for near, far in (bounds.first, bounds.later, bounds.drift):
+        assert 0 < near < far
+    assert bounds.first[1] <= 0.1
+    assert bounds.drift[1] < 0.9, "not training is a drift of 1"
+    assert bounds.first[1] / bounds.first[0] == pytest.approx(bounds.later[1] / bounds.later[0]), "the worst step decides"
+    assert compare([2.0] * 4, [1.0] * 4, None, author, auditor).outcome == "invalid"
+    assert compare([1.0] * 4, [1.0] * 4, 0.0, author, auditor).outcome == "valid"
+    assert compare([1.0] * 4, [1.0] * 4, math.nan, author, auditor).outcome == "invalid"
+
+
+losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
+
+
+@settings(max_examples=200)
+@given(made, made, losses, losses)
+def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(author, auditor, published, replayed):
+    """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
+    if compare(published, replayed, None, CPU, CPU).outcome == "invalid":
+        finding = compare(published, replayed, None, author, auditor)
+        assert finding.outcome == "invalid" or finding.closer
+        assert not finding.doubt
+
+
+@settings(max_examples=200)
+@given(made, made, st.floats(0, 2), st.none() | st.floats(0, 1))
+def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author, auditor, drift, noise):
+    bounds = tolerance(author, auditor)
+    (near, far), (alike, apart) = bounds.drift, bounds.noise
+    finding = compare([1.0] * 4, [1.0] * 4, drift, author, auditor, noise)
+    if drift <= near or drift > far:
+        assert finding == compare([1.0] * 4, [1.0] * 4, drift, author, auditor)
+        assert finding.outcome == ("valid" if drift <= near else "invalid")
+    elif noise is None:
+        assert (finding.outcome, finding.doubt) == ("inconclusive", True)
+    else:
+        expected = "valid" if drift <= alike * noise else "invalid" if drift > apart * noise else "inconclusive"
+        assert (finding.outcome, finding.doubt) == (expected, expected == "inconclusive")
+
+
+def halfway(folder: Path, parent: Parent) -> End:
+    """The end of who trains half of the second epoch."""
+    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    trainer.restore(parent.epoch, parent.weights, parent.state)
+    for _ in range(MANIFEST.steps_per_epoch // 2):
+        trainer.step()
+    write_weights(trainer.snapshot(), folder / "half.weights")
+    write_state(trainer.snapshot(), folder / "half.state", ema=False)
+    return End(folder / "half.weights", folder / "half.state")
+
+
+@pytest.mark.parametrize("said", [CPU, Made(device="other", precision="bfloat16")], ids=str)
+def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(tmp_path, said):
+    parent, _, trace = author(tmp_path)
+    bounds = tolerance(said, Made(precision=said.precision))
+    doubt = Doubt(bounds.drift[0], 2.0, coarse=said != CPU)
+    found = replay(
+        MANIFEST, 0, toy_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
+    )  # fmt: skip
+    assert found.drift is not None
+    assert found.noise is not None
+    assert 0.2 < found.drift < 0.8
+    assert 0 < found.noise < (1e-4 if said == CPU else 0.02)
+    finding = compare(trace, found.losses, found.drift, said, found.made, found.noise)
+    assert finding.outcome == "invalid", finding.text
+
+
+def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
+    parent, end, _ = author(tmp_path)
+    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=Doubt(1e-3, 2.0, False)).noise is None
+    base = End(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
+    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=Doubt(1e-3, 2.0, False))
+    assert alone.drift is not None
+    assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
+
+
+def test_a_trace_file_is_read_with_suspicion(tmp_path):
+    write_tensors(tmp_path / "good", {"trace": torch.tensor([1.0, 2.0])})
+    assert read_trace(tmp_path / "good") == (1.0, 2.0)
+    for name, tensors in {
+        "wide": {"trace": torch.zeros(2, 2)},
+        "other": {"loss": torch.zeros(2)}, "double": {"trace": torch.zeros(2, dtype=torch.float64)},
+    }.items():  # fmt: skip
+        save_file(tensors, tmp_path / name)
+        with pytest.raises(IntegrityError, match="not one row"):
+            read_trace(tmp_path / name)
+    (tmp_path / "junk").write_bytes(b"\xff" * 40)
+    with pytest.raises(IntegrityError, match="no safetensors file"):
+        read_trace(tmp_path / "junk")

@@ -1,0 +1,57 @@
+"""Probing anew while the node works: what is known stays known, and no child is forgotten. Real children."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from lutetia.node.runtime.hardware_prober import Prober
+from lutetia.node.runtime.trainer_process import Hands
+from lutetia.node.runtime.workspace import Places
+from lutetia.node.settings import NodeSettings
+from lutetia.system.errors import HardwareError
+from tests.node.scripted_coordinator import children_of, running
+from tests.node.tiny_run import TinyRun, make_run
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def prober_of(run: TinyRun, folder: Path) -> Prober:
+    places = Places(folder / "box", run.manifest.run_id)
+    places.folder.mkdir(parents=True)
+    places.manifest.write_bytes(run.manifest_file.read_bytes())
+    settings = NodeSettings(ticket="", state_folder=folder / "box", device="cpu", threads=1)
+    return Prober(settings, places, Hands(lambda event: None, time.time, 1))
+
+
+async def test_two_probes_at_once_keep_the_old_finding_until_there_is_a_new_one_and_leave_no_child(tmp_path: Path):
+    before, run = children_of(os.getpid()), make_run(tmp_path / "run")
+    prober = prober_of(run, tmp_path)
+    first = await prober.find(run.manifest)
+    probes = asyncio.gather(prober.find(run.manifest), prober.find(run.manifest))
+    known = []
+    while not probes.done():
+        known.append(prober.finding)
+        await asyncio.wait([probes], timeout=0.05)
+    assert None not in known
+    assert known[0] is first
+    assert prober.finding in await probes
+    own = children_of(os.getpid()) - before
+    assert len(running(own)) <= 1, "at most one waits for work"
+    await prober.hands.close()
+    assert not running(own)
+
+
+async def test_a_probe_that_fails_leaves_what_was_found_before(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    prober = prober_of(run, tmp_path)
+    first = await prober.find(run.manifest)
+    prober.places.manifest.write_text("torn")
+    with pytest.raises(HardwareError):
+        await prober.find(run.manifest)
+    assert prober.finding is first
+    await prober.hands.close()

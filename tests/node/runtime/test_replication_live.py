@@ -1,0 +1,81 @@
+"""Accepted checkpoints outlive their author and their coordinator: real daemons, real p2pd, real SIGKILL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from lutetia.node.control import ask
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.dht_records import publish
+from lutetia.protocol.rpc.accepted_checkpoints import live_nodes, newest_of
+from lutetia.protocol.schema.records import acceptance_key
+from tests.node.scripted_coordinator import DaemonProcess, ToyCoordinator, eventually, toy_coordinator
+from tests.node.tiny_run import COORDINATOR, TinyRun, make_run
+
+
+async def holders(toy: ToyCoordinator, shard: int) -> set[str]:
+    nodes = {node.owner for node in await live_nodes(toy.transport, toy.run.manifest.run_id)}
+    found = await newest_of(toy.transport, toy.run.manifest, shard, nodes)
+    return set(found.holders) if found else set()
+
+
+async def holders_of_both(toy: ToyCoordinator) -> list[set[str]]:
+    return [await holders(toy, 0), await holders(toy, 1)]
+
+
+async def renew(toy: ToyCoordinator) -> None:
+    """As a coordinator does every lease, so that who came later holds the acceptances too."""
+    for shard in (0, 1):
+        for record in await toy.records(acceptance_key(toy.run.manifest.run_id, shard)):
+            assert await publish(toy.transport, COORDINATOR, record.model_copy(update={"issued": toy.transport.now()}), 3600)
+
+
+@pytest.mark.timeout(900)
+async def test_copies_are_made_when_the_author_dies_and_can_be_fetched_without_a_coordinator(tmp_path: Path):
+    run = make_run(tmp_path / "run", epochs=1, steps=10, heartbeat=1.0)
+    async with toy_coordinator(run, tmp_path / "coordinator") as toy, DaemonProcess.running(toy, tmp_path / "ann") as ann:
+        ticket = toy.ticket.encode()
+        await ann.until(state="idle", accepted=2)
+        author = (await ask(ann.state, "status"))["owner"]
+        async with DaemonProcess.running(toy, tmp_path / "bob") as bob:
+            keeper = (await bob.until(state="idle"))["owner"]
+
+            async def both_hold() -> bool:
+                return await holders_of_both(toy) == [{author, keeper}] * 2
+
+            await eventually(both_hold, 200)
+            ann.process.send_signal(signal.SIGKILL)
+            await ann.process.wait()
+            async with DaemonProcess.running(toy, tmp_path / "cid") as cid:
+                third = (await cid.until(state="idle"))["owner"]
+
+                async def others_hold() -> bool:
+                    return await holders_of_both(toy) == [{keeper, third}] * 2
+
+                await eventually(others_hold, 200)
+                await renew(toy)
+                address = (await ask(cid.state, "status"))["addresses"][0]
+                await toy.transport.close()  # and its disk with it
+                await fetch_from(address, ticket, run, tmp_path / "saved")
+
+
+async def fetch_from(address: str, ticket: str, run: TinyRun, out: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "lutetia.cli", "swarm", "fetch", ticket, "--checkpoints", "--peer", address, "--out", str(out),
+        "--json", stdout=asyncio.subprocess.PIPE, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output
+    assert [found["epoch"] for found in json.loads(output)["checkpoints"]] == [1, 1]
+    for shard in (0, 1):
+        folder = out / f"shard-{shard:04d}"
+        accepted = json.loads((folder / "acceptance.json").read_bytes())
+        for name in ("weights", "state"):
+            assert ChunkTable.of_file(folder / f"{name}.safetensors").ref.digest == accepted[name]["digest"]

@@ -1,0 +1,173 @@
+"""Chores of a node on real files, beside a coordinator in memory: what goes wrong is an answer, no exception."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lutetia.node.machine import messages as m
+from lutetia.node.runtime.hardware_prober import Prober
+from lutetia.node.runtime.network import Network
+from lutetia.node.runtime.tasks import Chores
+from lutetia.node.runtime.trainer_process import Hands
+from lutetia.node.runtime.workspace import Material, Places
+from lutetia.node.settings import NodeSettings
+from lutetia.node.trainer.checkpoint_folder import Kept
+from lutetia.node.trainer.probe import Finding, ShardFit
+from lutetia.protocol.blobs.download import serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.records import Hardware
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.node.checkpoint_files import Meanwhile, write_checkpoint
+from tests.node.small_disk import make_read_only, small_disk
+from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run
+
+NODE = Identity.derived("a node with chores")
+
+
+@dataclass
+class Box:
+    """A node's files and its place in the network, beside a coordinator that takes every offer."""
+
+    run: TinyRun
+    material: Material
+    chores: Chores
+
+    @classmethod
+    async def made(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> Box:
+        network = network or MemoryNetwork(latency=0.001)
+        check = record_check(run.manifest, time.time)
+        coordinator, transport = network.peer(COORDINATOR, check), network.peer(NODE, check)
+        origin = BlobStore(run.folder / "origin")
+        for shard in run.manifest.shards:
+            origin.add_file(run.data(shard.index))
+
+        async def accepted(peer_id: str, offer: Offer) -> OfferReply:
+            return OfferReply(verdict="accepted")
+
+        await serve_offers(coordinator, accepted)
+        await serve_blobs(coordinator, origin)
+        ticket = Ticket(run=run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(coordinator.addresses()))
+        places = Places(state, run.manifest.run_id)
+        places.folder.mkdir(parents=True)
+        places.manifest.write_bytes(run.manifest_file.read_bytes())
+        store = BlobStore(places.blobs)
+        settings = NodeSettings(ticket=ticket.encode(), state_folder=state, device="cpu", threads=1)
+        material = Material(places, run.manifest, store)
+        prober = Prober(settings, places, Hands(lambda event: None, time.time, 1))
+        return cls(run, material, Chores(settings, Network(NODE, transport, run.manifest, ticket, store), material, prober))
+
+    def checkpoint(self) -> Kept:
+        return write_checkpoint(self.material, 1, None)
+
+
+def finding() -> Finding:
+    fit = ShardFit(fitness=1.0, micro_batch=4, reason="it fits")
+    hardware = Hardware(device="cpu", memory_bytes=1, cores=1)
+    return Finding(
+        question="0" * 64, hardware=hardware, device="cpu", precision="float32", precision_reason="", samples_per_second=1.0,
+        shards={0: fit, 1: fit},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TinyRun:
+    return make_run(tmp_path / "run")
+
+
+async def test_a_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
+    box = await Box.made(run, tmp_path / "box")
+    kept = box.checkpoint()
+    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
+    assert all(box.material.store.has(ref.digest) for ref in kept.refs)
+
+
+async def test_work_that_becomes_void_while_it_is_published_is_simply_not_judged(run: TinyRun, tmp_path: Path):
+    box = await Box.made(run, tmp_path / "box")
+    kept = box.checkpoint()
+    store = Meanwhile(box.material.places.blobs, lambda: box.material.discard(0, 0))
+    box.material.store = store
+    answer = await box.chores.publish(kept.candidate)
+    assert answer.verdict == "unreachable", "nobody refused it"
+    assert "\n" not in answer.text
+    assert "epoch 1 of shard 0" in answer.text
+    assert not store.digests()
+
+
+async def test_a_read_only_disk_stops_a_trainer_that_is_to_start_like_a_full_one(run: TinyRun, tmp_path: Path):
+    with small_disk(tmp_path / "small", "4m") as disk:
+        box = await Box.made(run, disk / "box")
+        assert isinstance(await box.chores.sync(m.Sync(0, 0, None)), m.SyncDone)
+        work = box.material.work(0)
+        work.path.mkdir(parents=True)
+        (work.path / "local-0-1.safetensors").touch()
+        box.chores.prober.finding = finding()
+        make_read_only(disk)
+        answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2, shrink=1))
+        assert isinstance(answer, m.TrainerExited)
+        assert answer.reason == "disk-full"
+        assert "read-only" in str(box.chores.disk_problem)
+
+
+def total(refs: Iterable[BlobRef]) -> int:
+    return sum(ref.size for ref in refs)
+
+
+async def test_under_a_disk_limit_a_shard_that_is_done_makes_room_for_the_next(run: TinyRun, tmp_path: Path):
+    box = await Box.made(run, tmp_path / "box")
+    await box.chores.sync(m.Sync(0, 0, None))
+    kept = box.checkpoint()
+    await box.chores.publish(kept.candidate)
+    box.material.superseded(0, 1)
+    data = [shard.train for shard in run.manifest.shards]
+    box.material.store.limit_bytes = data[1].size + total(kept.refs)
+    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
+    assert not box.material.store.has(data[0].digest)
+    assert box.material.work(0).kept() == [kept], "own checkpoints go last"
+    later = write_checkpoint(box.material, 1, None, shard=1)
+    box.material.store.limit_bytes = data[1].size + total(later.refs)
+    assert (await box.chores.publish(later.candidate)).verdict == "accepted"
+    assert set(box.material.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
+    assert box.material.work(0).kept() == [], "what is served no more takes no space in the work folder either"
+
+
+async def test_under_a_disk_limit_work_that_is_not_accepted_yet_is_never_lost(run: TinyRun, tmp_path: Path):
+    box = await Box.made(run, tmp_path / "box")
+    await box.chores.sync(m.Sync(0, 0, None))
+    kept = box.checkpoint()
+    await box.chores.publish(kept.candidate)
+    box.material.store.limit_bytes = run.manifest.shards[1].train.size
+    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
+    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
+    back = await box.chores.sync(m.Sync(0, 0, None))
+    assert isinstance(back, m.SyncDone)
+    assert back.pending == (kept.candidate,)
+    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
+
+
+async def test_a_disk_limit_that_is_too_small_for_one_shard_is_a_sentence(run: TinyRun, tmp_path: Path):
+    """Nothing that the same shard rests on goes to make room for the rest of it."""
+    box = await Box.made(run, tmp_path / "box")
+    await box.chores.sync(m.Sync(0, 0, None))
+    kept = box.checkpoint()
+    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
+    answer = await box.chores.publish(kept.candidate)
+    assert answer.verdict == "unreachable"
+    assert "raise the limit" in answer.text
+    assert box.material.store.has(run.manifest.shards[0].train.digest)
+
+
+async def test_without_a_finding_no_trainer_starts_and_the_device_is_probed_again(run: TinyRun, tmp_path: Path):
+    box = await Box.made(run, tmp_path / "box")
+    answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2))
+    assert isinstance(answer, m.TrainerExited)
+    assert answer.reason == "hardware"

@@ -1,0 +1,188 @@
+"""A coordinator without torch for daemon tests: bootstrap peer, blob origin, and a judge that accepts epoch + 1 on its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lutetia.node.control import ask
+from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.dht_records import publish, read_records
+from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
+from lutetia.protocol.rpc.introduction import serve_introduction
+from lutetia.protocol.schema.manifest import SignedManifest
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, read_envelope
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.hivemind.transport import connect_hivemind
+from lutetia.system.errors import LutetiaError
+from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun
+
+
+@dataclass
+class ToyCoordinator:
+    run: TinyRun
+    transport: Transport
+    store: BlobStore
+    accepted: dict[int, list[CheckpointRecord]] = field(default_factory=dict)
+    judging: bool = True
+
+    @property
+    def ticket(self) -> Ticket:
+        return Ticket(run=self.run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(self.transport.addresses()))
+
+    @property
+    def epoch(self) -> int:
+        return max((len(lineage) for lineage in self.accepted.values()), default=0)
+
+    async def answer(self, peer_id: str, offer: Offer) -> OfferReply:
+        record = read_envelope(offer.sealed.encode())
+        assert isinstance(record, CheckpointRecord)
+        lineage = self.accepted.setdefault(record.shard, [])
+        if record.digest in [item.digest for item in lineage]:
+            return OfferReply(verdict="accepted")
+        if not self.judging:
+            return OfferReply(verdict="busy", retry_after=0.5)
+        head = lineage[-1].digest if lineage else None
+        if (record.epoch, record.parent) != (len(lineage) + 1, head):
+            return OfferReply(verdict="superseded", rung="lineage", text="not on the accepted parent")
+        for ref in (record.weights, record.state, record.trace):
+            await fetch_blob(self.transport, self.store, ref, [Provider(peer_id, record.addresses)])
+        lineage.append(record)
+        now = time.time()
+        acceptance = AcceptanceRecord(
+            run=record.run, owner=COORDINATOR.public_key, issued=now, shard=record.shard, epoch=record.epoch,
+            checkpoint=record.digest, parent=record.parent, weights=record.weights, state=record.state, samples=record.samples,
+            author=record.owner, tenure_until=now + 60, holdout_loss=1.0,
+        )  # fmt: skip
+        await publish(self.transport, COORDINATOR, acceptance, 3600)
+        return OfferReply(verdict="accepted")
+
+    async def records(self, key: str) -> list[Any]:
+        return [record for record, _ in await read_records(self.transport, key)]
+
+
+@contextlib.asynccontextmanager
+async def toy_coordinator(run: TinyRun, folder: Path, listen: str = "/ip4/127.0.0.1/tcp/0") -> AsyncIterator[ToyCoordinator]:
+    check = record_check(run.manifest, time.time)
+    transport = await connect_hivemind(COORDINATOR, listen=listen, check=check, state_folder=folder)
+    try:
+        store = BlobStore(folder / "blobs")
+        for shard in run.manifest.shards:
+            store.add_file(run.data(shard.index))
+        coordinator = ToyCoordinator(run, transport, store)
+        signed = SignedManifest.model_validate_json(run.manifest_file.read_bytes())
+        await serve_introduction(transport, lambda: signed)
+        await serve_blobs(transport, store)
+        await serve_offers(transport, coordinator.answer)
+        yield coordinator
+    finally:
+        await transport.close()
+
+
+@dataclass
+class DaemonProcess:
+    """`lutetia join` as a real process on `state`."""
+
+    process: asyncio.subprocess.Process
+    state: Path
+    log: Path
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(
+        cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()
+    ) -> AsyncIterator[DaemonProcess]:
+        """It does not outlive the block."""
+        daemon = await cls.start(coordinator, state, *flags, prefix=prefix)
+        try:
+            yield daemon
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                daemon.process.kill()
+            await daemon.process.wait()
+
+    @classmethod
+    async def start(cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()) -> DaemonProcess:
+        """`prefix`: what is to execute it."""
+        log = state.parent / f"{state.name}.log"
+        arguments = ["join", coordinator.ticket.encode(), "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0"]
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *prefix, sys.executable, "-m", "lutetia.cli", *arguments, "--device", "cpu", "--threads", "1", *flags,
+                stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "LUTETIA_SAVE_EVERY": "0.2"},
+            )  # fmt: skip
+        return cls(process, state, log)
+
+    async def until(self, seconds: float = 400.0, **wanted: Any) -> dict[str, Any]:
+        """The first status in which every field is as wanted (or, for a callable, makes it true)."""
+        status: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    with contextlib.suppress(LutetiaError):
+                        status = await ask(self.state, "status")
+                        if all(want(status[key]) if callable(want) else status[key] == want for key, want in wanted.items()):
+                            return status
+                    assert self.process.returncode is None, f"the daemon ended\n{self.words()}"
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            raise AssertionError(f"never {wanted}; last {status}\n{self.words()}") from error
+
+    def words(self) -> str:
+        return self.log.read_text()[-4000:]
+
+    async def ended(self, seconds: float = 300.0) -> int:
+        async with asyncio.timeout(seconds):
+            return await self.process.wait()
+
+
+def children_of(pid: int) -> set[int]:
+    """All descendants of a process, by /proc."""
+    found: set[int] = set()
+    fresh = {pid}
+    while fresh:
+        parents, fresh = fresh, set()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[1]) in parents and int(path.parent.name) not in found:
+                    fresh.add(int(path.parent.name))
+        found |= fresh
+    return found
+
+
+def running(pids: set[int]) -> set[int]:
+    """Those of `pids` that live (a zombie does not)."""
+    alive = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                alive.add(pid)
+    return alive
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 300.0) -> None:
+    """Until `condition` holds. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if await condition():
+                return
+            await asyncio.sleep(0.05)
+
+
+async def all_gone(pids: set[int], seconds: float = 300.0) -> None:
+    async def gone() -> bool:
+        return not running(pids)
+
+    await eventually(gone, seconds)

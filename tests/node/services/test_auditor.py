@@ -1,0 +1,44 @@
+"""What a replay leaves on the disk of the box that did it. A real child, a network in memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from lutetia.node.contributions import Contributions
+from lutetia.node.runtime.replication_policy import Seed
+from lutetia.node.runtime.shell import Shell
+from lutetia.node.services.auditor import Auditor
+from lutetia.protocol.rpc.audit_request import AuditJob
+from lutetia.protocol.transport.base import Transport
+from tests.node.runtime.test_tasks import Box, finding
+from tests.node.tiny_run import make_run
+
+pytestmark = pytest.mark.timeout(600)
+
+
+async def test_copies_kept_for_others_survive_the_replay_of_that_very_checkpoint(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    box = await Box.made(run, tmp_path / "box")
+    store = box.material.store
+
+    async def rejoin() -> Transport:
+        raise ConnectionError("this network does not go away")
+
+    contributions = Contributions(tmp_path / "contributions.json")
+    shell = Shell(box.chores.settings, box.chores.network, box.material, contributions, rejoin)
+    shell.prober.finding = finding()
+    weights, state = store.add_bytes(b"accepted weights"), store.add_bytes(b"accepted state")
+    shell.seeder.seeds[0] = Seed(shard=0, epoch=1, checkpoint="c" * 64, weights=weights, state=state)
+    job = AuditJob(
+        checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=1, precision="float32", end_weights=weights, end_state=state,
+        until=time.time() + 600,
+    )  # fmt: skip
+    store.limit_bytes = store.used_bytes() + run.manifest.shards[0].train.size
+    spare = store.add_bytes(b"of no use")
+    assert await Auditor(shell)._replayed(job) is None, "those are no weights, so there is nothing to report"
+    assert set(store.digests()) == {weights.digest, state.digest}
+    assert not store.has(spare.digest)
+    await shell.hands.close()

@@ -1,0 +1,75 @@
+"""Few standbys look after each shard, all of one mind; when most of them go, the others look after more."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, buckets_before, duties, enough, own_duty, pace
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import NODE_BUCKETS, Hardware, NodeRecord, NodeState, node_bucket
+
+RUN = "ab" * 32
+PEER = Identity.derived("any peer").peer_id
+
+
+def node(number: int, state: NodeState = "idle", rate: float = 1.0) -> NodeRecord:
+    return NodeRecord(
+        run=RUN, owner=f"{number:064x}", issued=0.0, peer_id=PEER, hardware=Hardware(device="cpu", memory_bytes=1, cores=1),
+        samples_per_second=rate, software="0", state=state,
+    )  # fmt: skip
+
+
+def names(count: int) -> list[str]:
+    return [node(number).owner for number in range(count)]
+
+
+def test_few_standbys_look_after_everything():
+    assert duties(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
+
+
+@settings(max_examples=25)
+@given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
+def test_every_shard_is_looked_after_by_as_many_however_many_there_are(standbys: int, shards: int, turn: int):
+    given_ = duties(RUN, names(standbys), shards, turn)
+    for shard in range(shards):
+        assert STEADY <= sum(shard in held for held in given_.values()) <= STEADY + CHANGING
+
+
+def test_half_of_those_in_charge_stay_and_half_change():
+    first, second = (duties(RUN, names(300), 10, turn) for turn in (1, 2))
+    for shard in range(10):
+        early, late = ({owner for owner, held in found.items() if shard in held} for found in (first, second))
+        assert len(early & late) >= STEADY
+        assert early != late
+
+
+@settings(max_examples=25)
+@given(st.sets(st.integers(0, 2000), min_size=1, max_size=150), st.integers(0, 9), st.data())
+def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
+    states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])
+    everybody = [node(number, data.draw(states), data.draw(st.sampled_from([0.0, 1.0, 1.0]))) for number in sorted(numbers)]
+    me = data.draw(st.sampled_from(everybody))
+    order, read = buckets_before(me.owner), []
+    assert sorted(order) == list(range(NODE_BUCKETS))
+    for bucket in order:
+        read += [other for other in everybody if node_bucket(other.owner) == bucket]
+        if enough(RUN, me.owner, read):
+            break
+    assert own_duty(RUN, me.owner, read, 12, turn) == own_duty(RUN, me.owner, everybody, 12, turn)
+
+
+def test_who_is_not_listed_as_free_looks_after_everything():
+    assert own_duty(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+
+
+def test_a_box_on_which_no_expert_works_looks_after_nothing_and_is_not_counted():
+    unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
+    assert own_duty(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
+    for other in others:
+        assert own_duty(RUN, other.owner, [unfit, *others], 6, 0) == own_duty(RUN, other.owner, others, 6, 0)
+
+
+def test_a_large_swarm_is_read_less_often():
+    assert pace(10) == pace(FULL_PACE) == 1
+    assert pace(4 * FULL_PACE) == 4

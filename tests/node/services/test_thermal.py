@@ -1,0 +1,112 @@
+"""A box that gets too hot rests more; a box without a sensor says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lutetia.node.services.thermal import hottest, next_share, parse_nvidia
+from lutetia.node.settings import LEAST_SHARE
+from tests.node.scripted_coordinator import DaemonProcess, toy_coordinator
+from tests.node.tiny_run import make_run
+
+SHARES, DEGREES = st.floats(LEAST_SHARE, 1.0), st.floats(1, 150)
+
+
+@given(SHARES, DEGREES, st.floats(30, 110))
+def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share: float, celsius: float, limit: float):
+    after = next_share(share, celsius, limit)
+    assert LEAST_SHARE <= after <= 1
+    if celsius > limit:
+        assert after < share or after == LEAST_SHARE
+    elif celsius >= limit - 3:
+        assert after == share
+    else:
+        assert after >= share
+
+
+@given(st.floats(50, 120), st.floats(0.02, 0.5), st.floats(60, 90))
+def test_a_box_settles_below_its_limit(full: float, inertia: float, limit: float):
+    """A box of 35 degrees at rest and `full` at full load, which covers a share of the way there at every look."""
+    celsius, share, seen = 35.0, 1.0, []
+    for _ in range(400):
+        celsius += inertia * (35 + share * (full - 35) - celsius)
+        share = next_share(share, celsius, limit)
+        seen.append(celsius)
+    assert max(seen[200:]) < limit + 3
+    assert min(seen[200:]) > min(full, limit) - 12, "no colder than it must be"
+
+
+def test_what_nvidia_smi_prints():
+    shown = "NVIDIA GeForce RTX 3060, 71\nNVIDIA H200, 44\nTesla K80, [N/A]\n"
+    assert [(each.sensor, each.celsius) for each in parse_nvidia(shown)] == [("NVIDIA GeForce RTX 3060", 71), ("NVIDIA H200", 44)]
+    assert parse_nvidia("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n") == []
+
+
+class Sensor:
+    """A processor's temperature as the kernel shows it, in a mount namespace of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        thermal, empty = Path("/sys/class/thermal"), folder / "empty"
+        if os.geteuid() != 0 or not thermal.is_dir():
+            pytest.skip("needs root and /sys/class/thermal, to lay a folder over it")
+        self.zone = folder / "thermal" / "thermal_zone0"
+        self.zone.mkdir(parents=True)
+        empty.mkdir()
+        mounts = (
+            f"mount --bind {folder / 'thermal'} {thermal}; ! test -d /sys/class/hwmon || mount --bind {empty} /sys/class/hwmon"
+        )
+        self.prefix = ["unshare", "--mount", "sh", "-ec", f'{mounts}; exec "$@"', "sh"]
+        if subprocess.run([*self.prefix, "true"], capture_output=True).returncode:
+            pytest.skip("this machine does not let root mount")
+
+    def shows(self, celsius: float) -> None:
+        (self.zone / "type").write_text("x86_pkg_temp\n")
+        (self.zone / "temp").write_text(f"{1000 * celsius:.0f}\n")
+
+
+@pytest.fixture
+def sensor(tmp_path: Path) -> Sensor:
+    return Sensor(tmp_path / "sensor")
+
+
+@pytest.mark.timeout(600)
+async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Sensor, tmp_path: Path):
+    sensor.shows(74)
+    run = make_run(tmp_path / "run", heartbeat=1.0)
+    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
+        flags = ("--max-temp", "70")
+        async with DaemonProcess.running(toy, tmp_path / "box", *flags, prefix=sensor.prefix) as daemon:
+            status = await daemon.until(slowed=lambda why: why and "64%" in why)
+            assert status["slowed"] == "x86_pkg_temp shows 74 °C, and 70 is the most: trains 64% of its time"
+            sensor.shows(40)
+            await daemon.until(slowed=None)
+            await daemon.until(accepted=lambda count: count)
+            assert "cool again (x86_pkg_temp shows 40 °C): full pace" in daemon.words()
+
+
+def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
+    def doctor() -> str:
+        command = [*sensor.prefix, sys.executable, "-c", "from lutetia.cli.doctor_checks import check_heat; print(check_heat().seen)"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    if hottest("auto") is None:
+        assert doctor() == "no sensor can be read: --max-temp cannot be kept here, --duty can"
+    sensor.shows(61.4)
+    assert doctor() == "61 °C (x86_pkg_temp)"
+
+
+async def test_without_a_sensor_a_limit_is_refused_before_anything_is_written(sensor: Sensor, tmp_path: Path):
+    run = make_run(tmp_path / "run", heartbeat=1.0)
+    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
+        state = tmp_path / "box"
+        daemon = await DaemonProcess.start(toy, state, "--max-temp", "70", prefix=sensor.prefix)
+        assert await daemon.ended() == 20
+        assert "lutetia: this box shows no temperature, so max_temp cannot be kept" in daemon.words()
+        assert not state.exists()

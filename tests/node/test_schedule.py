@@ -1,0 +1,161 @@
+"""Windows of local time in which a box may train, and what the machine makes of their ends."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lutetia.node.machine import messages as m
+from lutetia.node.schedule import DAYS, Hours, keep_hours
+from lutetia.node.settings import load_settings
+from lutetia.system.errors import ConfigError
+from tests.node.machine.machine_driver import T, Walk
+
+PARIS = ZoneInfo("Europe/Paris")
+LATER = T + 3600
+
+
+def at(day: str, clock: str) -> float:
+    """Unix seconds of a day in the week of Monday, 2 March 2026, in Paris."""
+    hour, minute = map(int, clock.split(":"))
+    return datetime(2026, 3, 2 + DAYS.index(day), hour, minute, tzinfo=PARIS).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("hours", "now", "opening"),
+    [
+        ("22:00-07:00", ("mon", "23:00"), None),
+        ("22:00-07:00", ("mon", "06:59"), None),
+        ("22:00-07:00", ("mon", "07:00"), ("mon", "22:00")),
+        ("mon-fri 18:30-08:00, sat-sun", ("fri", "12:00"), ("fri", "18:30")),
+        ("mon-fri 18:30-08:00, sat-sun", ("sat", "12:00"), None),
+        ("mon-fri 18:30-08:00, sat-sun", ("mon", "00:00"), ("mon", "18:30")),
+        ("sun 22:00-06:00", ("mon", "05:00"), None),
+        ("fri-mon 9:00-17:00", ("tue", "10:00"), ("fri", "09:00")),
+        ("tue", ("mon", "12:00"), ("tue", "00:00")),
+        ("00:00-24:00", ("wed", "12:00"), None),
+        ("SAT 1:00 - 2:00", ("sat", "00:30"), ("sat", "01:00")),
+    ],
+)
+def test_when_a_box_may_train(hours: str, now: tuple[str, str], opening: tuple[str, str] | None):
+    assert Hours.parse(hours).closed_until(at(*now), PARIS) == (at(*opening) if opening else None)
+
+
+@pytest.mark.parametrize(
+    "hours", ["", "always", "22-7", "22:00-22:00", "25:00-07:00", "07:00-24:30", "24:00-07:00", "mon-", "22:00-07:00,"]
+)
+def test_hours_that_cannot_be_read_are_refused_in_one_sentence(hours: str):
+    with pytest.raises(ConfigError, match="22:00-07:00") as refused:
+        load_settings({"ticket": "x", "hours": hours})
+    assert "hours" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+window = st.tuples(st.sampled_from(DAYS), st.sampled_from(DAYS), st.integers(0, 1439), st.integers(0, 1440)).filter(
+    lambda drawn: drawn[2] != drawn[3]
+)
+
+
+def written(drawn: tuple[str, str, int, int]) -> str:
+    first, last, begin, end = drawn
+    return f"{first}-{last} {begin // 60}:{begin % 60:02}-{end // 60}:{end % 60:02}"
+
+
+@given(st.lists(window, min_size=1, max_size=4), st.integers(0, 7 * 24 * 60 - 1))
+def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[str, str, int, int]], minute: int):
+    hours = Hours.parse(",".join(map(written, windows)))
+    now = at("mon", "00:00") + 60 * minute
+    opening = hours.closed_until(now, PARIS)
+    if opening is not None:
+        assert now < opening <= now + 7 * 86_400
+        assert hours.closed_until(opening, PARIS) is None
+        assert hours.closed_until((now + opening) // 2, PARIS) == opening
+        assert hours.closed_until(opening - 60, PARIS) == opening
+
+
+def test_clocks_that_change_in_the_night_move_the_opening():
+    """On 29 March 2026 Paris goes from 02:00 to 03:00: seven o'clock comes an hour earlier."""
+    evening = datetime(2026, 3, 28, 23, 0, tzinfo=PARIS)
+    opening = Hours.parse("07:00-08:00").closed_until(evening.timestamp(), PARIS)
+    assert opening is not None
+    assert opening == (evening + timedelta(hours=8)).timestamp()
+    assert opening - evening.timestamp() == 7 * 3600
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------------
+
+
+def test_at_the_end_of_a_window_the_shard_is_given_back_and_at_the_beginning_of_the_next_it_goes_on():
+    walk = Walk().training()
+    walk.feed(m.HoursChanged(walk.now, LATER))
+    assert (walk.state.phase, walk.state.why) == ("paused", "outside of its hours")
+    assert walk.said(m.StopTrainer) == [m.StopTrainer(save=True)]
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
+    walk.feed(m.HoursChanged(LATER, None))
+    assert walk.state.phase == "idle"
+    assert walk.said(m.Look)
+
+
+def test_a_box_that_starts_outside_of_its_hours_waits():
+    walk = Walk()
+    walk.feed(m.Joined(T))
+    walk.feed(m.HoursChanged(T, LATER))
+    walk.feed(m.Probed(T, {0: 1.0}))
+    assert walk.state.phase == "paused"
+    assert not walk.said(m.Look)
+
+
+def test_resume_counts_until_the_next_window_has_ended():
+    walk = Walk().training()
+    walk.feed(m.HoursChanged(walk.now, LATER))
+    walk.feed(m.UserVerb(walk.now, "resume"))
+    assert walk.state.phase == "idle"
+    walk.feed(m.HoursChanged(LATER, None))
+    assert walk.state.phase == "idle"
+    walk.feed(m.HoursChanged(LATER + 60, LATER + 120))
+    assert walk.state.phase == "paused"
+
+
+def test_who_paused_stays_paused_when_a_window_begins():
+    walk = Walk().training()
+    walk.feed(m.UserVerb(walk.now, "pause"))
+    walk.feed(m.HoursChanged(walk.now, LATER))
+    walk.feed(m.HoursChanged(LATER, None))
+    assert (walk.state.phase, walk.state.why) == ("paused", "paused by the volunteer")
+
+
+def test_a_pause_that_ends_outside_of_the_hours_goes_on():
+    walk = Walk().training()
+    walk.feed(m.UserVerb(walk.now, "pause", until=T + 600))
+    walk.feed(m.HoursChanged(T + 300, LATER))
+    walk.feed(m.Tick(T + 601))
+    assert (walk.state.phase, walk.state.why) == ("paused", "outside of its hours")
+    walk.feed(m.HoursChanged(LATER, None))
+    assert walk.state.phase == "idle"
+
+
+def test_who_finishes_is_not_kept_by_the_hours():
+    walk = Walk().training()
+    walk.checkpoint(1, None)
+    walk.feed(m.UserVerb(walk.now, "finish"))
+    walk.feed(m.HoursChanged(walk.now, LATER))
+    assert walk.state.phase == "draining"
+
+
+async def test_the_companion_tells_at_the_start_only_what_is_closed():
+    """Of hours that are never open now: a window of one minute, twelve hours from here."""
+    told: list[m.HoursChanged] = []
+    begin = datetime.now() + timedelta(hours=12)
+    end = begin + timedelta(minutes=1)
+    for text in ("00:00-24:00", f"{begin:%H:%M}-{end:%H:%M}"):
+        task = asyncio.create_task(keep_hours(Hours.parse(text), told.append))
+        await asyncio.sleep(0)  # until it waits for the next minute
+        task.cancel()
+    (event,) = told
+    assert event.closed_until is not None
+    assert 11 * 3600 < event.closed_until - event.now <= 12 * 3600

@@ -1,0 +1,117 @@
+"""Choosing device, dtype and micro-batch, each with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lutetia.node.trainer.devices import Accelerators, CudaDevice, choose_device, choose_precision
+from lutetia.node.trainer.exit_reasons import Ended, reason_of
+from lutetia.node.trainer.probe import Question, find, largest_working, question_digest, unmet_need
+from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
+from lutetia.protocol.schema.records import Hardware
+from lutetia.system.errors import DataError, DiskError, HardwareError
+from tests.node.tiny_run import make_run
+
+
+def test_largest_micro_batch_that_works():
+    tried = []
+
+    def up_to(limit: int):
+        return lambda size: tried.append(size) or size <= limit
+
+    assert largest_working(16, up_to(16)) == 16
+    assert largest_working(16, up_to(5)) == 4
+    assert largest_working(12, up_to(1)) == 1
+    assert largest_working(16, up_to(0)) is None
+    assert tried[:1] == [16]
+    assert tried[-5:] == [16, 8, 4, 2, 1]
+
+
+NOTHING = Accelerators()
+TWO_GPUS = Accelerators(cuda=(CudaDevice("NVIDIA H100", (9, 0)), CudaDevice("Tesla T4", (7, 5))))
+
+
+def test_without_an_accelerator_it_is_the_cpu():
+    assert choose_device("auto", NOTHING) == ("cpu", "cpu: no accelerator that torch can use")
+    assert choose_precision("cpu", "auto", NOTHING) == ("float32", "float32: CPU")
+    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: asked for")
+    for wanted in ("cuda", "cuda:3", "mps"):
+        with pytest.raises(HardwareError, match=wanted):
+            choose_device(wanted, NOTHING)
+
+
+def test_device_and_precision_follow_the_accelerators():
+    assert choose_device("auto", TWO_GPUS) == ("cuda:0", "cuda:0: NVIDIA H100")
+    assert choose_device("cuda:1", TWO_GPUS)[0] == "cuda:1"
+    assert choose_precision("cuda:0", "auto", TWO_GPUS) == ("bfloat16", "bfloat16: CUDA SM 90")
+    assert choose_precision("cuda:1", "auto", TWO_GPUS) == ("float32", "float32: CUDA SM 75 has no bfloat16")
+    assert choose_device("auto", Accelerators(mps=True)) == ("mps", "mps: Apple GPU")
+    with pytest.raises(HardwareError, match="sees 2 CUDA devices"):
+        choose_device("cuda:2", TWO_GPUS)
+
+
+def test_what_torch_sees_here_can_be_used():
+    seen = Accelerators.seen()
+    device, _ = choose_device("auto", seen)
+    assert torch.ones(2, device=device).sum().item() == 2
+    assert len(seen.cuda) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_needs_of_the_run():
+    box = Hardware(device="cpu", memory_bytes=8 * 10**9, cores=4)
+    assert unmet_need(HardwareNeeds(), box, 0) is None
+    assert "CUDA" in str(unmet_need(HardwareNeeds(cuda=True), box, 0))
+    assert "16.0 GB of memory" in str(unmet_need(HardwareNeeds(memory_bytes=16 * 10**9), box, 0))
+    assert "2.0 GB of disk" in str(unmet_need(HardwareNeeds(disk_bytes=2 * 10**9), box, 10**9))
+
+
+def test_tries_the_real_expert(tmp_path: Path):
+    run = make_run(tmp_path)
+    finding = find(Question(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert finding.fitness == {0: 1.0, 1: 1.0}
+    assert finding.shards[0].micro_batch == 4
+    assert finding.samples_per_second > 0
+    assert finding.hardware.cores >= 1
+    poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
+    refused = find(Question(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
+    assert refused.fitness == {0: 0.0, 1: 0.0}
+    assert refused.shards[0].reason == "the run wants a CUDA device"
+
+
+def test_expert_that_does_not_fit_the_latents_is_no_fit_rather_than_a_crash(tmp_path: Path):
+    run = make_run(tmp_path, expert=ExpertSpec(class_name="NoSuchTransformer3DModel", config={}))
+    finding = find(Question(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert finding.fitness == {0: 0.0, 1: 0.0}
+    assert "NoSuchTransformer3DModel" in finding.shards[0].reason
+
+
+def test_finding_is_of_one_question(tmp_path: Path):
+    run = make_run(tmp_path)
+    question = Question(manifest=run.manifest_file, free_disk=1)
+    assert question_digest(question) == question_digest(question.model_copy(update={"free_disk": 2}))
+    assert question_digest(question) != question_digest(question.model_copy(update={"device": "cpu"}))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out-of-memory"),
+        (MemoryError(), "out-of-memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), "out-of-memory"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "hardware"),
+        (DiskError("full"), "disk-full"),
+        (Ended("bad-shard", "torn"), "bad-shard"),
+    ],
+)
+def test_failures_are_told_apart(error: Exception, reason: str):
+    known = reason_of(error)
+    assert known is not None
+    assert known[0] == reason
+
+
+def test_unknown_errors_are_bugs():
+    assert reason_of(RuntimeError("shapes do not match")) is None
+    assert reason_of(DataError("unexpected here")) is None

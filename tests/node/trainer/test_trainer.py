@@ -1,0 +1,259 @@
+"""The trainer child: a real process that is killed, stopped, held, slowed and starved of disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from lutetia.node.trainer.assignment import EXIT_CODES
+from lutetia.node.trainer.checkpoint_folder import Local, Resume, WorkFolder, resume_point
+from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
+from lutetia.node.trainer.exit_reasons import Ended
+from lutetia.node.trainer.loop import begun_under, build
+from lutetia.system.process import Child
+from tests.node.scripted_coordinator import all_gone
+from tests.node.small_disk import fill, small_disk
+from tests.node.tiny_run import TinyRun, a_trainer, hear, make_run, raise_budget
+
+pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minutes on a busy one
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"), epochs=2, steps=40)
+
+
+def files(work: WorkFolder, epoch: int) -> dict[str, bytes]:
+    return {name: (work.epoch_folder(epoch) / f"{name}.safetensors").read_bytes() for name in ("weights", "state", "trace")}
+
+
+async def train_through(run: TinyRun, work: WorkFolder) -> None:
+    """From wherever `work` stands to the end of the budget."""
+    place = resume_point(0, None, work.kept(), work.local())
+    async with a_trainer(run.assignment(work, **of(work, place))) as child:
+        await hear(child, "progress", waiting=True)
+        assert await child.stop(60) == 0
+    assert len(work.kept()) == run.manifest.epochs
+
+
+def of(work: WorkFolder, place: Resume) -> dict:
+    """An assignment's fields for a resume point whose files still lie in the work folder."""
+    fields: dict = {"epoch": place.epoch, "parent": place.parent, "local": place.local}
+    if place.kept:
+        folder = work.epoch_folder(place.epoch)
+        fields |= {"weights": folder / "weights.safetensors", "state": folder / "state.safetensors"}
+    return fields
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run: TinyRun) -> WorkFolder:
+    work = run.work("uninterrupted")
+    asyncio.run(train_through(run, work))
+    return work
+
+
+async def test_killed_at_random_steps_and_resumed_ends_with_equal_bytes(run: TinyRun, uninterrupted: WorkFolder):
+    chance = random.Random(7)
+    work = run.work("killed")
+    for _ in range(3):
+        place = resume_point(0, None, work.kept(), work.local())
+        async with a_trainer(run.assignment(work, **of(work, place), save_every=0.001, duty=0.3)) as child:
+            await some_saves(child, chance.randrange(1, 6))
+            await asyncio.sleep(chance.random() * 0.02)  # anywhere in a step or in the middle of a write
+            await child.kill()
+    await train_through(run, work)
+    for epoch in (1, 2):
+        assert files(work, epoch) == files(uninterrupted, epoch)
+    assert work.kept() == uninterrupted.kept()
+    assert not list(work.path.glob("**/.*.part"))
+
+
+async def some_saves(child: Child, count: int) -> None:
+    async for message in child.messages():
+        count -= message["say"] == "saved"
+        if not count or message.get("waiting"):
+            return
+
+
+async def test_checkpoints_form_a_chain_and_training_goes_straight_on(run: TinyRun, uninterrupted: WorkFolder):
+    first, second = uninterrupted.kept()
+    assert (first.epoch, first.parent, second.epoch, second.parent) == (1, None, 2, first.digest)
+    assert second.samples == run.manifest.samples_per_shard
+    assert all(ref.size > 0 for ref in second.refs)
+
+
+async def test_held_at_its_epoch_until_allowed_on_and_deaf_to_signals_for_the_daemon(run: TinyRun):
+    work = run.work("held")
+    async with a_trainer(run.assignment(work, until=1)) as child:
+        await hear(child, "progress", waiting=True, epoch=1)
+        assert [kept.epoch for kept in work.kept()] in ([1], [])
+        child.process.send_signal(signal.SIGTERM)
+        child.process.send_signal(signal.SIGINT)
+        await child.send({"do": "allow", "until": 2})
+        await hear(child, "progress", waiting=True, epoch=2)
+        assert await child.stop(60) == 0
+    assert [kept.epoch for kept in work.kept()] == [1, 2]
+
+
+async def test_stop_saves_the_place_progress_says_where_it_is_and_duty_leaves_the_processor_to_its_owner(run: TinyRun):
+    work = run.work("lazy")
+    async with a_trainer(run.assignment(work)) as child:
+        ready = await hear(child, "ready")
+        await child.send({"do": "duty", "share": 0.1})
+        assert (ready["epoch"], ready["step"], ready["device"]) == (0, 0, "cpu")
+        start, before = time.monotonic(), cpu_seconds(child.process.pid)
+        progress = await hear(child, "progress", epoch=0)
+        while progress["step"] < 10:
+            progress = await hear(child, "progress", epoch=0)
+        share = (cpu_seconds(child.process.pid) - before) / (time.monotonic() - start)
+        assert share < 0.4
+        assert progress["samples"] == progress["step"] * 4
+        assert progress["loss"] > 0
+        await child.send({"do": "stop", "save": True})
+        assert (await hear(child, "exit"))["reason"] == "stopped"
+        assert await child.stop(60) == EXIT_CODES["stopped"]
+    local = work.local()
+    assert local is not None
+    assert local.step >= progress["step"]
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Path):
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"no tensors here")
+    work = run.work("bad")
+    with pytest.raises(Ended) as caught:
+        build(run.assignment(work, epoch=1, weights=junk, state=junk))
+    assert caught.value.reason == "bad-state"
+    async with a_trainer(run.assignment(work, data=junk)) as child:
+        message = await hear(child, "exit")
+        assert message["reason"] == "bad-shard"
+        assert str(junk.name) in message["text"]
+        assert await child.stop(60) == EXIT_CODES["bad-shard"]
+
+
+async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: TinyRun, uninterrupted: WorkFolder, tmp_path: Path):
+    with small_disk(tmp_path / "small", "2m") as disk:
+        work = WorkFolder(disk, run.manifest.run_id, 0)
+        work.path.mkdir()
+        ballast = fill(disk, leave=60_000)
+        async with a_trainer(run.assignment(work)) as child:
+            said = await hear(child, "disk", full=True)
+            assert str(work.path) in said["text"]
+            assert "no space left" in said["text"]
+            assert not list(work.path.glob("epoch-*")), "nothing half-written"
+            ballast.unlink()
+            await hear(child, "disk", full=False)
+            while len(work.kept()) < 2:
+                await hear(child, "checkpoint")
+            assert await child.stop(60) == 0
+        for epoch in (1, 2):
+            assert files(work, epoch) == files(uninterrupted, epoch)
+
+
+async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as_it_was_begun(tmp_path: Path):
+    """The schedule is a cosine: the epoch equals one trained in one go under the old budget, the next one under the new."""
+    old = make_run(tmp_path / "run", epochs=2, steps=40)
+    whole, cut = old.work("whole"), old.work("cut")
+    await train(old, whole, 1)
+    async with a_trainer(old.assignment(cut, duty=0.1)) as child:
+        await in_the_middle(child)
+        await child.send({"do": "stop", "save": True})
+        assert await child.stop(60) == 0
+    local = cut.local()
+    assert local
+    assert (local.epoch, local.budget) == (0, 2)
+    assert 0 < local.step < 40
+    new = raise_budget(old, 4)
+    async with a_trainer(new.assignment(cut, local=local, until=2, duty=0.1, save_every=0.001)) as child:
+        await hear(child, "saved")
+        await child.kill()  # once more, still in that epoch
+    local = cut.local()
+    assert local
+    assert (local.epoch, local.budget) == (0, 2)
+    await train(new, cut, 2)
+    await train(new, whole, 2)
+    assert [files(cut, epoch) for epoch in (1, 2)] == [files(whole, epoch) for epoch in (1, 2)]
+    assert cut.kept() == whole.kept()
+
+
+async def train(run: TinyRun, work: WorkFolder, until: int) -> None:
+    place = resume_point(0, None, work.kept(), work.local())
+    async with a_trainer(run.assignment(work, **of(work, place), until=until)) as child:
+        await hear(child, "progress", waiting=True, epoch=until)
+        assert await child.stop(60) == 0
+
+
+async def in_the_middle(child: Child) -> None:
+    progress = await hear(child, "progress", epoch=0)
+    while progress["step"] < 5:
+        progress = await hear(child, "progress", epoch=0)
+
+
+def saved_state(run: TinyRun) -> tuple[WorkFolder, Local]:
+    """Three steps into the first epoch, as a trainer leaves it."""
+    work = run.work("saved")
+    trainer = build(run.assignment(work))
+    for _ in range(3):
+        trainer.step()
+    work.path.mkdir(parents=True)
+    writer = CheckpointWriter(work, None, lambda message: None)
+    assert writer.submit(trainer.snapshot(), whole=False, budget=run.manifest.epochs)
+    assert writer.close()
+    local = work.local()
+    assert local
+    return work, local
+
+
+@pytest.mark.parametrize(("schedule", "raised", "step"), [("cosine", True, 0), ("cosine", False, 3), ("constant", True, 3)])
+def test_a_state_that_does_not_say_its_budget_counts_where_there_was_one_or_it_does_not_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: Literal["constant", "cosine"], raised: bool, step: int
+):
+    """Older software left none in `local.json`."""
+    run = make_run(tmp_path / "run", schedule=schedule)
+    work, local = saved_state(run)
+    run = raise_budget(run, 4) if raised else run
+    trainer = build(run.assignment(work, local=local.model_copy(update={"budget": None})))
+    assert trainer.step_in_epoch == step
+    assert ("does not say under which budget" in caplog.text) == (step == 0)
+
+
+def test_where_the_local_state_is_damaged_the_epoch_begins_under_the_budget_of_today(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    work, local = saved_state(run)
+    run = raise_budget(run, 4)
+    assert begun_under(build(run.assignment(work, local=local)), local).epochs == 2
+    (work.path / local.file).write_bytes(b"no tensors here")
+    assert begun_under(build(run.assignment(work, local=local)), local) == run.manifest
+
+
+async def test_ends_with_its_parent_even_while_it_imports():
+    script = """
+        import asyncio
+        from lutetia.system.process import Child
+        async def main():
+            child = await Child.start('lutetia.node.trainer')
+            print(child.process.pid, flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(script), stdout=subprocess.PIPE)
+    assert parent.stdout
+    pid = int(await parent.stdout.readline())
+    parent.kill()
+    await parent.wait()
+    await all_gone({pid})

@@ -1,0 +1,136 @@
+"""The client that is no peer: quick, without hivemind or torch, and sure of whom it talks to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from lutetia.protocol.blobs.download import serve_blobs
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.introduction import STATUS, serve_document
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
+from tests.protocol.example_documents import COORDINATOR, OWNER, RUN, STRANGER
+from tests.protocol.networks import LOOPBACK
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DOCUMENT = bytes(range(256)) * 1500
+ASK = """
+import json, resource, sys, time
+from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import LutetiaError
+ticket, protocol, limit = json.loads(sys.argv[1])
+answer = {}
+try:
+    answer["size"] = len(thin_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
+except LutetiaError as error:
+    answer["error"], answer["code"] = str(error), error.code
+answer["heavy"] = [name for name in ("hivemind", "torch", "aioquic.quic.connection", "httpx", "grpc") if name in sys.modules]
+used = resource.getrusage(resource.RUSAGE_SELF)
+answer["seconds"] = used.ru_utime + used.ru_stime
+print(json.dumps(answer))
+"""
+FETCH = """
+import json, sys
+from pathlib import Path
+from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.light_client.blobs import thin_blobs
+from lutetia.protocol.schema.ticket import Ticket
+ticket, path, digest, size = json.loads(sys.argv[1])
+thin_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
+"""
+
+ORDER = """
+import json, sys
+from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.schema.ticket import Ticket
+dialled, late = [], []
+def heard(event, arguments):
+    if event == "socket.connect":
+        dialled.append(arguments[1])
+    elif event == "import" and dialled:
+        late.append(arguments[0])
+sys.addaudithook(heard)
+ticket, protocol = json.loads(sys.argv[1])
+thin_document(Ticket.decode(ticket), protocol)
+libraries = ("libp2p", "noise", "cryptography", "lutetia")
+print(json.dumps([len(dialled), [name for name in late if name.partition(".")[0] in libraries]]))
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def peer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[HivemindTransport]:
+    folder = tmp_path_factory.mktemp("peer")
+    transport = await connect_hivemind(COORDINATOR, listen=LOOPBACK, check=lambda *_: "", state_folder=folder)
+    await serve_document(transport, STATUS, lambda: DOCUMENT)
+    await serve_blobs(transport, BlobStore(folder / "blobs"))
+    yield transport
+    await transport.close()
+
+
+def ticket(*addresses: str) -> str:
+    return Ticket(run=RUN, owner=OWNER.public_key, addresses=addresses).encode()
+
+
+def command(code: str, *arguments: Any) -> list[str]:
+    return [sys.executable, "-c", code, json.dumps(arguments)]
+
+
+async def run(line: list[str]) -> str:
+    """Run a process while this one's loop goes on answering it."""
+    import asyncio
+
+    process = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
+
+
+async def ask(*addresses: str, protocol: str = STATUS, limit: int = 1 << 20) -> dict[str, Any]:
+    return json.loads(await run(command(ASK, ticket(*addresses), protocol, limit)))
+
+
+async def test_a_document_in_less_than_two_seconds_without_anything_heavy(peer: HivemindTransport) -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
+    answer = await ask(dead, *peer.addresses())
+    assert answer["size"] == len(DOCUMENT)
+    assert answer["heavy"] == []
+    assert answer["seconds"] < 1.6, "the whole command has two seconds, and python itself and the table take their part"
+
+
+async def test_no_open_connection_waits_for_a_library_to_load(peer: HivemindTransport) -> None:
+    """p2pd closes one that is not secure within 15 s, and so long it took to load py-libp2p on a machine with much else to do."""
+    assert json.loads(await run(command(ORDER, ticket(*peer.addresses()), STATUS))) == [1, []]
+
+
+async def test_each_address_is_named_with_its_reason(peer: HivemindTransport) -> None:
+    refused = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
+    wrong = peer.addresses()[0].replace(peer.peer_id, STRANGER.peer_id)
+    answer = await ask(refused, wrong)
+    assert answer["code"] == 30
+    assert f"{refused}: connection refused" in answer["error"]
+    assert f"{wrong}: another peer than the address names answers there" in answer["error"]
+
+
+async def test_a_document_that_is_not_offered_or_too_large_is_refused(peer: HivemindTransport) -> None:
+    assert "does not offer this" in (await ask(*peer.addresses(), protocol="/test/none"))["error"]
+    assert "larger than 1000" in (await ask(*peer.addresses(), limit=1000))["error"]
+
+
+async def test_blobs_come_verified_from_real_p2pd(peer: HivemindTransport, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    data = time.time_ns().to_bytes(8, "big") * (3 << 17)
+    ref = store.add_bytes(data)
+    await serve_blobs(peer, store)
+    await run(command(FETCH, ticket(*peer.addresses()), str(tmp_path / "fetched"), ref.digest, ref.size))
+    assert (tmp_path / "fetched").read_bytes() == data

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lutetia.protocol.schema import records as r
+from lutetia.protocol.schema.identity import Identity
+from tests.protocol.example_documents import COORDINATOR, NOW, PEER, STRANGER, records
+
+LIMITS = r.RecordLimits(heartbeat=20)
+COORDINATORS = (COORDINATOR.public_key,)
+KINDS = sorted(records())
+
+
+def author_of(kind: str) -> Identity:
+    return COORDINATOR if kind == "acceptance" else PEER
+
+
+def opened(data: bytes, kind: str = "claim", *, expires: float = NOW + 30, now: float = NOW, key: str | None = None) -> r.Record:
+    record = records()[kind]
+    return r.open_record(
+        data, key=key or record.key(), subkey=record.owner, expires=expires, now=now, limits=LIMITS, coordinators=COORDINATORS
+    )
+
+
+def sealed(kind: str, expires: float = NOW + 30, signer: Identity | None = None) -> bytes:
+    return r.seal(records()[kind], signer or author_of(kind), expires)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_small_and_survives_the_round_trip(kind: str) -> None:
+    data = sealed(kind)
+    assert len(data) <= r.MAX_RECORD_BYTES
+    assert opened(data, kind) == records()[kind] == r.read_envelope(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_owner_signs(kind: str) -> None:
+    with pytest.raises(r.RecordRefused, match="signature"):
+        opened(sealed(kind, signer=STRANGER), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_record_cannot_be_prolonged_or_filed_elsewhere(kind: str) -> None:
+    data = sealed(kind)
+    with pytest.raises(r.RecordRefused, match="signature"):
+        opened(data, kind, expires=NOW + 31)
+    with pytest.raises(r.RecordRefused, match="filed under"):
+        opened(data, kind, key=r.claim_key("cd" * 32, 3))
+    with pytest.raises(r.RecordRefused, match="expired"):
+        opened(data, kind, now=NOW + 30)
+
+
+def test_a_record_belongs_under_its_owners_subkey() -> None:
+    record = records()["claim"]
+    with pytest.raises(r.RecordRefused, match="owner"):
+        r.open_record(sealed("claim"), key=record.key(), subkey=STRANGER.public_key, expires=NOW + 30, now=NOW, limits=LIMITS)
+
+
+def test_nobody_but_a_coordinator_accepts() -> None:
+    by_peer = records()["acceptance"].model_copy(update={"owner": PEER.public_key})
+    with pytest.raises(r.RecordRefused, match="no coordinator"):
+        r.open_record(
+            r.seal(by_peer, PEER, NOW + 30), key=by_peer.key(), subkey=PEER.public_key, expires=NOW + 30, now=NOW, limits=LIMITS,
+            coordinators=COORDINATORS,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds"), [("node", 60), ("claim", 60), ("provider", 600), ("checkpoint", 21600), ("acceptance", 21600)]
+)
+def test_no_record_outlives_its_kind(kind: str, seconds: float) -> None:
+    longest = NOW + seconds + LIMITS.maximum_clock_skew
+    assert opened(sealed(kind, longest), kind, expires=longest)
+    with pytest.raises(r.RecordRefused, match="wants to live"):
+        opened(sealed(kind, longest + 1), kind, expires=longest + 1)
+    year = NOW + 365 * 86400
+    with pytest.raises(r.RecordRefused, match="wants to live"):
+        opened(sealed(kind, year), kind, expires=year)
+
+
+def test_a_record_from_the_future_is_refused_but_a_skewed_clock_is_borne() -> None:
+    assert opened(sealed("claim"), now=NOW - 29)
+    with pytest.raises(r.RecordRefused, match="future"):
+        opened(sealed("claim"), now=NOW - 31)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda d: d["record"].update(extra=1),
+        lambda d: d["record"].update(shard=-1),
+        lambda d: d["record"].update(shard="3"),
+        lambda d: d["record"].update(kind="vote"),
+        lambda d: d["record"].pop("epoch"),
+        lambda d: d.update(signature="00"),
+        lambda d: d.update(comment="x" * 5000),
+    ],
+)
+def test_what_the_schema_does_not_know_is_refused(spoil) -> None:
+    document = json.loads(sealed("claim"))
+    spoil(document)
+    with pytest.raises(r.RecordRefused):
+        opened(json.dumps(document).encode())
+
+
+@given(st.binary(max_size=5000))
+def test_arbitrary_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(r.RecordRefused):
+        opened(data)
+
+
+@given(st.integers(min_value=0), st.binary(min_size=1, max_size=3))
+def test_no_flipped_byte_gets_through(place: int, flip: bytes) -> None:
+    data = bytearray(sealed("checkpoint"))
+    for offset, bits in enumerate(flip):
+        data[(place + offset) % len(data)] ^= bits
+    if bytes(data) == sealed("checkpoint"):
+        return
+    with pytest.raises(r.RecordRefused):
+        opened(bytes(data), "checkpoint")
+
+
+def test_a_result_keeps_its_digest_under_another_name() -> None:
+    mine = records(PEER)["checkpoint"]
+    copied = records(STRANGER)["checkpoint"]
+    assert isinstance(mine, r.CheckpointRecord)
+    assert isinstance(copied, r.CheckpointRecord)
+    assert mine.digest == copied.digest
+    assert mine.model_copy(update={"epoch": 2}).digest != mine.digest
+
+
+def test_nodes_spread_over_all_buckets() -> None:
+    run = "ab" * 32
+    keys = {r.node_key(run, Identity.derived(f"node {i}").public_key) for i in range(400)}
+    assert keys == set(r.node_keys(run))

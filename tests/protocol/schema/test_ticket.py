@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import base64
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lutetia.protocol.schema.ticket import PREFIX, Ticket
+from lutetia.system.errors import ConfigError
+from tests.protocol.example_documents import OWNER, PEER, RUN
+
+TICKET = Ticket(run=RUN, owner=OWNER.public_key, addresses=(f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER.peer_id}",))
+WORD = TICKET.encode()
+
+
+def packed(document: bytes) -> str:
+    body = zlib.compress(document, 9)
+    return PREFIX + base64.b32encode(body + zlib.crc32(body).to_bytes(4, "big")).decode().lower().rstrip("=")
+
+
+def test_round_trip_also_with_whitespace_around() -> None:
+    assert Ticket.decode(f"  {WORD}\n") == TICKET
+
+
+@given(st.integers(min_value=0, max_value=len(WORD) - 1))
+def test_cut_short_anywhere_it_is_refused(length: int) -> None:
+    with pytest.raises(ConfigError):
+        Ticket.decode(WORD[:length])
+
+
+@given(st.integers(min_value=len(PREFIX), max_value=len(WORD) - 1), st.sampled_from("abcdefghijklmnopqrstuvwxyz234567!"))
+def test_one_letter_mistyped_it_is_refused(place: int, letter: str) -> None:
+    typed = WORD[:place] + letter + WORD[place + 1 :]
+    if typed == WORD:
+        return
+    try:
+        assert Ticket.decode(typed) == TICKET  # base32's spare bits at the very end carry nothing
+    except ConfigError:
+        return
+    assert place == len(WORD) - 1
+
+
+@given(st.text(max_size=300))
+def test_arbitrary_text_is_refused_or_decoded_but_never_crashes(text: str) -> None:
+    for candidate in (text, PREFIX + text):
+        with pytest.raises(ConfigError):
+            Ticket.decode(candidate)
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        (b"{}", "run"),
+        (b'{"run":"' + b"a" * 64 + b'","owner":"' + b"b" * 64 + b'","addresses":["http://evil"]}', "addresses"),
+        (TICKET.model_dump_json().replace('"run"', '"more":1,"run"').encode(), "more"),
+        (b"[" * 60_000, "malformed"),
+        (b" " * 1_000_000, "64 KiB"),
+    ],
+    ids=["empty", "no multiaddr", "unknown key", "deep nesting", "bomb"],
+)
+def test_a_well_packed_but_wrong_document_is_refused(document: bytes, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Ticket.decode(packed(document))
+
+
+def test_an_endless_word_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ConfigError, match="characters"):
+        Ticket.decode(PREFIX + "a" * 100_000)

@@ -1,0 +1,333 @@
+"""What only real p2pd processes can show: how they start, why they do not, and that they never stay behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvloop
+
+from lutetia.protocol.dht_records import publish
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import claim_key
+from lutetia.protocol.transport.base import reachability
+from lutetia.protocol.transport.hivemind import p2pd_process
+from lutetia.protocol.transport.hivemind.bindings import DHTID, DictionaryDHTValue, PeerID
+from lutetia.protocol.transport.hivemind.dht.node import _believable
+from lutetia.protocol.transport.hivemind.dht.routing_table import place_of
+from lutetia.protocol.transport.hivemind.dht.storage import merged
+from lutetia.protocol.transport.hivemind.p2pd_client import useful
+from lutetia.protocol.transport.hivemind.p2pd_process import Reach
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
+from lutetia.system.errors import BootstrapError, DiskError, IdentityError, UnreachableError
+from tests.protocol.example_documents import records
+from tests.protocol.networks import LOOPBACK, honest, manifest_of_now, until
+
+ANNA, BEN = Identity.derived("anna"), Identity.derived("ben")
+NOBODY = Identity.derived("nobody").peer_id
+
+
+async def peer(
+    name: str, folder: Path, run: Manifest, listen: str = LOOPBACK, bootstrap: list[str] | None = None
+) -> HivemindTransport:
+    return await connect_hivemind(
+        Identity.derived(name), listen=listen, bootstrap=bootstrap or [], check=honest(run), state_folder=folder / name
+    )
+
+
+def litter() -> set[str]:
+    return {path.name for pattern in ("hivemind-*", "lutetia-*") for path in Path(tempfile.gettempdir()).glob(pattern)}
+
+
+async def test_a_taken_port_is_named_with_its_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        listen = f"/ip4/127.0.0.1/tcp/{holder.getsockname()[1]}"
+        with pytest.raises(UnreachableError, match=rf"{listen}: another program holds the port; .*--listen"):
+            await peer("anna", tmp_path, manifest_of_now(), listen)
+    assert list((tmp_path / "anna").glob("p2pd/*")) == []
+
+
+async def test_two_peers_cannot_share_a_port_or_a_state_folder(tmp_path: Path) -> None:
+    """p2pd itself would let them: it listens with SO_REUSEPORT."""
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    try:
+        with pytest.raises(UnreachableError, match="holds the port"):
+            await peer("ben", tmp_path, run, anna.addresses()[0].partition("/p2p/")[0])
+        with pytest.raises(IdentityError, match="another process uses the state folder"):
+            await peer("anna", tmp_path, run)
+        assert anna.alive()
+        assert await anna.get(claim_key(run.run_id, 0)) == {}
+    finally:
+        await anna.close()
+    await (await peer("anna", tmp_path, run)).close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "says"),
+    [
+        ("/ip4/198.51.100.7/tcp/0", "no such address"),
+        ("/ip4/127.0.0.1/udp/0/quic-v1", "give an address such as"),
+        ("/ip4/127.0.0.1/tcp/99999", "cannot listen on"),
+    ],
+)
+async def test_an_impossible_address_is_refused(tmp_path: Path, listen: str, says: str) -> None:
+    with pytest.raises(UnreachableError, match=says):
+        await peer("anna", tmp_path, manifest_of_now(), listen)
+
+
+async def test_when_all_bootstraps_are_down_each_is_named_with_its_reason(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    refused, wrong = f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}", anna.addresses()[0].replace(anna.peer_id, BEN.peer_id)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        deaf = f"/ip4/127.0.0.1/tcp/{stranger.getsockname()[1]}/p2p/{ANNA.peer_id}"
+        with pytest.raises(BootstrapError) as caught:
+            await peer("cleo", tmp_path, run, bootstrap=[refused, wrong, deaf])
+    text = str(caught.value)
+    assert f"{refused}: connection refused" in text
+    assert f"{wrong}: wrong peer id" in text
+    assert f"{deaf}: something answers there that is no peer of ours" in text
+    assert caught.value.code == 30
+    await anna.close()
+
+
+async def test_one_bootstrap_that_lives_is_enough(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    ben = await peer("ben", tmp_path, run, bootstrap=[f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}", *anna.addresses()])
+    assert await ben.neighbours() == [anna.peer_id]
+    await ben.close()
+    await anna.close()
+
+
+async def test_its_own_address_among_the_bootstraps_is_no_obstacle(tmp_path: Path) -> None:
+    """As when a coordinator starts with its own ticket."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    own = f"/ip4/127.0.0.1/tcp/{port}/p2p/{ANNA.peer_id}"
+    anna = await peer("anna", tmp_path, manifest_of_now(), own.partition("/p2p/")[0], bootstrap=[own])
+    assert anna.addresses() == [own]
+    await anna.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (socket.gaierror(-2, "no name"), "does not resolve"),
+        (OSError(113, "No route to host"), "no route to host"),
+        (None, "no answer within"),
+    ],
+)
+async def test_each_kind_of_silence_has_its_words(failure: OSError | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        if failure:
+            raise failure
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    monkeypatch.setattr(reachability, "PROBE_TIMEOUT", 0.05)
+    assert says in await reachability.why_unreachable(f"/dns4/swarm.example/tcp/4001/p2p/{NOBODY}", "dial failed")
+
+
+@pytest.mark.parametrize("host", ["dns4/a..b", f"dns4/{'a' * 64}.example", "dns/.", "ip4/a..b", "ip4/999.1.1.1"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_host_that_cannot_be_is_not_reached_and_nothing_worse(host: str, run: Callable[..., Any]) -> None:
+    """Node records of strangers hold such names; to resolve them raises UnicodeError."""
+    for port in ("4001", "99999"):
+        address = f"/{host}/tcp/{port}/p2p/{NOBODY}"
+        assert run(reachability.why_unreachable(address, "dial failed"))
+        assert not run(reachability.answers(address))
+
+
+async def test_when_its_p2pd_dies_the_peer_knows(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    os.kill(anna._daemon.process.pid, signal.SIGKILL)
+
+    async def noticed() -> bool:
+        return not anna.alive()
+
+    await until(noticed)
+    with pytest.raises(ConnectionError, match="p2pd has ended"):
+        await anna.get(claim_key(run.run_id, 0))
+    await anna.close()
+
+
+def test_p2pd_does_not_outlive_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
+    before = litter()
+    child = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("transport_process.py"), tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout
+    pid, address = child.stdout.readline().split()
+    p2pd = psutil.Process(int(pid))
+    assert p2pd.name() == "p2pd"
+    assert not list(tmp_path.rglob("identity"))
+    child.kill()
+    child.wait()
+    gone, alive = psutil.wait_procs([p2pd], timeout=60)
+    assert not alive or alive[0].status() == psutil.STATUS_ZOMBIE
+    port = int(address.split("/")[4])
+    with socket.create_server(("127.0.0.1", port)):  # its port is free again
+        pass
+    assert litter() == before
+
+    async def start_again() -> None:
+        await (await peer("", tmp_path, manifest_of_now())).close()
+
+    asyncio.run(start_again())
+    assert not list(tmp_path.rglob("*.sock"))
+
+
+async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
+    before = litter()
+    anna = await peer("anna", tmp_path, manifest_of_now())
+    await anna.serve("/test/any", lambda stream: stream.close())
+    await anna.close()
+    assert [path.name for path in (tmp_path / "anna").iterdir()] == ["p2pd.lock"]
+    assert litter() == before
+
+
+async def test_a_long_state_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """Unix sockets have short names."""
+    run, before = manifest_of_now(), litter()
+    folder = tmp_path / ("long" * 30)
+    anna = await peer("anna", folder, run)
+    ben = await peer("ben", folder, run, bootstrap=anna.addresses())
+    try:
+        await anna.serve("/test/hello", lambda stream: stream.write(b"hello"))
+        stream = await ben.open_stream(anna.peer_id, "/test/hello")
+        assert await stream.read_exactly(5) == b"hello"
+        await stream.close()
+    finally:
+        await ben.close()
+        await anna.close()
+    assert litter() == before
+    assert {path.name for path in folder.rglob("*")} == {"anna", "ben", "p2pd.lock"}
+
+
+async def test_a_bootstrap_peer_that_comes_back_is_found_again(tmp_path: Path) -> None:
+    run = manifest_of_now()
+    anna = await peer("anna", tmp_path, run)
+    listen = anna.addresses()[0].partition("/p2p/")[0]
+    ben = await peer("ben", tmp_path, run, bootstrap=anna.addresses())
+    await anna.close()
+    await ben._maintain()
+    assert await ben.neighbours() == []
+    anna = await peer("anna", tmp_path, run, listen)
+
+    async def together() -> bool:
+        await ben._maintain()
+        return await ben.neighbours() == [anna.peer_id] and await anna.neighbours() == [ben.peer_id]
+
+    await until(together)
+    claim = records(BEN, run.run_id)["claim"].model_copy(update={"issued": time.time()})
+    assert await publish(ben, BEN, claim, 30)
+    assert BEN.public_key in await anna.get(claim.key())
+    await ben.close()
+    await anna.close()
+
+
+@pytest.mark.parametrize("listen", [LOOPBACK, "/ip6/::1/tcp/0", "/ip4/127.8.8.8/tcp/4000"])
+def test_on_loopback_nothing_outside_is_asked(listen: str) -> None:
+    assert Reach.of(listen) == Reach(nat_port_map=False, auto_nat=False, relay=False)
+    assert {"-natPortMap=0", "-autonat=0", "-relay=0", "-autoRelay=0"} == set(Reach.of(listen).arguments())
+
+
+def test_elsewhere_a_peer_tries_to_be_reachable() -> None:
+    arguments = Reach.of("/ip4/0.0.0.0/tcp/0").arguments()
+    assert {"-natPortMap=1", "-autonat=1", "-relay=1"} <= set(arguments)
+    assert "-trustedRelays=/a,/b" in Reach(trusted_relays=("/a", "/b")).arguments()
+
+
+def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None:
+    answer, expires = DictionaryDHTValue(), time.time() + 30
+    answer.store("owner", b"value", expires)
+    answer.latest_expiration_time = float("inf")
+    believed = merged([answer])
+    assert believed.latest_expiration_time == expires
+    assert believed.entries() == [("owner", b"value", expires)]
+    assert not merged([])
+
+
+def test_addresses_of_this_machine_alone_are_kept_to_itself() -> None:
+    here, lan = ["/ip4/127.0.0.1/tcp/1/p2p/X", "/ip6/::1/tcp/1/p2p/X"], "/ip4/192.0.2.7/tcp/1/p2p/X"
+    assert useful([*here, lan]) == [lan]
+    assert useful(here) == here
+
+
+def test_neighbours_are_believed_only_where_they_belong() -> None:
+    honest_peers = [PeerID.from_base58(Identity.derived(str(number)).peer_id) for number in range(60)]
+    named = {place_of(peer): peer for peer in honest_peers}
+    named[DHTID.generate(source=b"beside the key")] = PeerID.from_base58(NOBODY)
+    assert _believable(dict(reversed(named.items()))).keys() <= {place_of(peer) for peer in honest_peers}
+    assert len(_believable(named)) == 40
+
+
+def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
+    code = """if True:
+        import sys, psutil, lutetia.protocol.transport.hivemind.transport
+        print([m for m in ("torch", "scipy", "numpy", "hivemind.averaging", "hivemind.moe") if m in sys.modules])
+        print(psutil.Process().memory_info().rss >> 20)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, megabytes = run.stdout.splitlines()
+    assert loaded == "[]"
+    assert int(megabytes) < 120
+
+
+@pytest.mark.parametrize("first", ["thin_library", "transport_hivemind"])
+def test_both_libp2p_libraries_fit_into_one_process(first: str) -> None:
+    second = {"thin_library": "transport_hivemind", "transport_hivemind": "thin_library"}[first]
+    code = f"import lutetia.protocol.{first}, lutetia.protocol.{second}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_a_p2pd_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nexec sleep 60\n")
+    mute.chmod(0o755)
+    monkeypatch.setattr(p2pd_process, "P2PD", str(mute))
+    monkeypatch.setattr(p2pd_process, "START_TIMEOUT", 0.5)
+    with pytest.raises(UnreachableError, match="did not start within"):
+        await peer("anna", tmp_path, manifest_of_now())
+    assert not list((tmp_path / "anna").glob("p2pd/*"))
+
+
+@pytest.mark.parametrize("failing", ["write_atomic", "mkdir", "exec"])
+async def test_a_start_that_fails_does_not_keep_the_state_folder_from_the_next(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when p2pd has died on a full disk: with space again, the same process goes back on the network."""
+
+    def full(*_: object, **__: object) -> None:
+        raise DiskError("no space left on device")
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "mkdir":
+        (tmp_path / "anna").mkdir()
+        monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: no_room() if path.name == "p2pd" else None)
+    elif failing == "exec":
+        monkeypatch.setattr(p2pd_process, "P2PD", str(tmp_path / "none"))
+        monkeypatch.setattr(p2pd_process, "command", lambda *arguments: arguments)
+    else:
+        monkeypatch.setattr(p2pd_process, failing, full)
+    with pytest.raises((DiskError, UnreachableError), match=r"(?i)no space left|cannot be started \(No such file"):
+        await peer("anna", tmp_path, manifest_of_now())
+    monkeypatch.undo()
+    await (await peer("anna", tmp_path, manifest_of_now())).close()

@@ -1,0 +1,48 @@
+"""The simulated clock: hours pass at once, in the same order every time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lutetia.protocol.transport.virtual_time import Stuck, run_virtual
+
+
+def test_an_hour_passes_at_once_and_in_order() -> None:
+    async def main() -> list[tuple[str, float]]:
+        loop, story = asyncio.get_running_loop(), []
+        start = loop.time()
+
+        async def beat(name: str, period: float, times: int) -> None:
+            for _ in range(times):
+                await asyncio.sleep(period)
+                story.append((name, round(loop.time() - start, 3)))
+
+        await asyncio.gather(beat("slow", 1800, 2), beat("quick", 1000, 3))
+        return story
+
+    story = run_virtual(main)
+    assert story == [("quick", 1000.0), ("slow", 1800.0), ("quick", 2000.0), ("quick", 3000.0), ("slow", 3600.0)]
+    assert run_virtual(main) == story
+
+
+def test_timeouts_and_threads_work() -> None:
+    async def main() -> tuple[float, int]:
+        start = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(7):
+                await asyncio.Event().wait()
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.to_thread(lambda: 1 // 0)
+        return asyncio.get_running_loop().time() - start, await asyncio.to_thread(lambda: 42)
+
+    assert run_virtual(main) == (7.0, 42)
+
+
+def test_a_deadlock_is_reported_instead_of_waited_for() -> None:
+    async def main() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Stuck, match="no timer is left"):
+        run_virtual(main)
