@@ -27,7 +27,7 @@ _STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorFinding:
     """One thing that was looked at. `code` is the exit code that a failure of it stands for."""
 
     check: str
@@ -37,66 +37,70 @@ class Finding:
     code: int = 0
 
 
-def run_checks(state_folder: Path) -> list[Finding]:
+def run_checks(state_folder: Path) -> list[DoctorFinding]:
     """All checks of this box, cheap ones first; none of them dials anything outside the machine."""
-    checks: tuple[Callable[[], Finding], ...] = (
+    checks: tuple[Callable[[], DoctorFinding], ...] = (
         check_python, check_packages, check_p2pd, check_ports,
         lambda: check_disk(state_folder), lambda: check_identity(state_folder), check_memory, check_heat, check_device,
     )  # fmt: skip
     return [check() for check in checks]
 
 
-def check_python() -> Finding:
-    return Finding("python", "ok", f"{sys.version.split()[0]} in {sys.prefix}")
+def check_python() -> DoctorFinding:
+    return DoctorFinding("python", "ok", f"{sys.version.split()[0]} in {sys.prefix}")
 
 
-def check_packages() -> Finding:
+def check_packages() -> DoctorFinding:
     versions: dict[str, str] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return Finding(
+            return DoctorFinding(
                 "packages", "fail", f"{name} is missing", "install lutetia again with its constraints.txt", ConfigError.code
             )
-    return Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return DoctorFinding("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
-def check_p2pd() -> Finding:
+def check_p2pd() -> DoctorFinding:
     """hivemind's libp2p daemon is there and starts on this machine."""
     spec = importlib.util.find_spec("hivemind")
     places = list(spec.submodule_search_locations or []) if spec else []
     binary = Path(places[0]) / "hivemind_cli" / "p2pd" if places else None
     if binary is None or not os.access(binary, os.X_OK):
-        return Finding("p2pd", "fail", "hivemind's libp2p daemon is missing", "install the hivemind wheel for this system", 70)
+        return DoctorFinding(
+            "p2pd", "fail", "hivemind's libp2p daemon is missing", "install the hivemind wheel for this system", 70
+        )
     try:
         subprocess.run([binary, "-help"], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("p2pd", "fail", f"{binary} does not start: {error}", "install the hivemind wheel for this processor", 70)
-    return Finding("p2pd", "ok", str(binary))
+        return DoctorFinding(
+            "p2pd", "fail", f"{binary} does not start: {error}", "install the hivemind wheel for this processor", 70
+        )
+    return DoctorFinding("p2pd", "ok", str(binary))
 
 
-def check_ports() -> Finding:
+def check_ports() -> DoctorFinding:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            return Finding("ports", "ok", f"can listen on TCP (tried {server.getsockname()[1]} on loopback)")
+            return DoctorFinding("ports", "ok", f"can listen on TCP (tried {server.getsockname()[1]} on loopback)")
     except OSError as error:
-        return Finding(
+        return DoctorFinding(
             "ports", "fail", f"cannot listen on TCP: {error}", "allow this user to open sockets", UnreachableError.code
         )
 
 
-def check_disk(folder: Path) -> Finding:
+def check_disk(folder: Path) -> DoctorFinding:
     place = folder.absolute()
     home = next(parent for parent in (place, *place.parents) if _there(parent))
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         problem = "cannot be written" if home.is_dir() else "is a file"
-        return Finding("disk", "fail", f"{home} {problem}", "choose another --state-folder", DiskError.code)
+        return DoctorFinding("disk", "fail", f"{home} {problem}", "choose another --state-folder", DiskError.code)
     free = shutil.disk_usage(home).free
     seen = f"{size(free)} free for {folder}"
     if free < LOW_DISK:
-        return Finding("disk", "warn", seen, f"checkpoints and shards want at least {size(LOW_DISK)}")
-    return Finding("disk", "ok", seen)
+        return DoctorFinding("disk", "warn", seen, f"checkpoints and shards want at least {size(LOW_DISK)}")
+    return DoctorFinding("disk", "ok", seen)
 
 
 def _there(path: Path) -> bool:
@@ -106,58 +110,62 @@ def _there(path: Path) -> bool:
     return False
 
 
-def check_identity(folder: Path) -> Finding:
+def check_identity(folder: Path) -> DoctorFinding:
     from lutetia.cli.arguments import key_path
     from lutetia.protocol.schema.identity import Identity
 
     path = key_path(folder)
     try:
         if not path.exists():
-            return Finding("identity", "ok", f"none yet; `lutetia join` will make {path}")
+            return DoctorFinding("identity", "ok", f"none yet; `lutetia join` will make {path}")
         identity = Identity.load(path)
     except PermissionError:
-        return Finding("identity", "fail", f"this user may not see {path}", "choose another --state-folder", IdentityError.code)
+        return DoctorFinding(
+            "identity", "fail", f"this user may not see {path}", "choose another --state-folder", IdentityError.code
+        )
     except IdentityError as error:
-        return Finding("identity", "fail", str(error), "restore it with lutetia identity import", IdentityError.code)
-    return Finding("identity", "ok", f"{identity.public_key[:16]}… in {path}; back it up with lutetia identity export")
+        return DoctorFinding("identity", "fail", str(error), "restore it with lutetia identity import", IdentityError.code)
+    return DoctorFinding("identity", "ok", f"{identity.public_key[:16]}… in {path}; back it up with lutetia identity export")
 
 
-def check_memory() -> Finding:
+def check_memory() -> DoctorFinding:
     import psutil
 
     available = psutil.virtual_memory().available
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     seen = f"{size(available)} free, {cores} cores"
     if available < LOW_MEMORY:
-        return Finding("memory", "warn", seen, "close other programs; small runs may still fit")
-    return Finding("memory", "ok", seen)
+        return DoctorFinding("memory", "warn", seen, "close other programs; small runs may still fit")
+    return DoctorFinding("memory", "ok", seen)
 
 
-def check_heat() -> Finding:
+def check_heat() -> DoctorFinding:
     from lutetia.node.services.thermal import hottest
 
     found = hottest("auto")
     if found is None:
-        return Finding("temperature", "ok", "no sensor can be read: --max-temp cannot be kept here, --duty can")
-    return Finding("temperature", "ok", f"{found.celsius:.0f} °C ({found.sensor})")
+        return DoctorFinding("temperature", "ok", "no sensor can be read: --max-temp cannot be kept here, --duty can")
+    return DoctorFinding("temperature", "ok", f"{found.celsius:.0f} °C ({found.sensor})")
 
 
-def check_device() -> Finding:
+def check_device() -> DoctorFinding:
     """Torch and the driver, in a child process: a broken driver may hang."""
     code = "import torch; print(', '.join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or 'cpu')"
     try:
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return Finding(
+        return DoctorFinding(
             "device", "fail", "asking the driver took over 60 s", "restart the machine or its driver", HardwareError.code
         )
     if answer.returncode:
         last = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return Finding("device", "fail", f"torch does not start: {last}", "install torch for this system", HardwareError.code)
-    return Finding("device", "ok", answer.stdout.strip())
+        return DoctorFinding(
+            "device", "fail", f"torch does not start: {last}", "install torch for this system", HardwareError.code
+        )
+    return DoctorFinding("device", "ok", answer.stdout.strip())
 
 
-def render_findings(findings: list[Finding]) -> RenderableType:
+def render_findings(findings: list[DoctorFinding]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 

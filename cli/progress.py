@@ -18,7 +18,7 @@ def progress(title: str) -> Iterator[OnProgress]:
 
     out = console(stderr=True)
     if not out.is_terminal:
-        yield Lines(title)
+        yield ProgressLines(title)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -41,7 +41,7 @@ def progress(title: str) -> Iterator[OnProgress]:
         yield report
 
 
-class Lines:
+class ProgressLines:
     """A line at the first and the last item of a stage, and between them every tenth, and after a minute without one."""
 
     def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:

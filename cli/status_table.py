@@ -25,7 +25,7 @@ _NODES_DO_WITHOUT = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FittingTable:
     """A table that leaves out one column after the other on a narrow terminal, where rich would cut all of them short.
 
     `make` builds it without the columns that it is given; `order` names those it can do without, the least important first.
@@ -78,10 +78,10 @@ def render_status(status: SwarmStatus, now: float, live: bool = True) -> Rendera
     from rich.console import Group
     from rich.text import Text
 
-    shards = Fitting(lambda without: shard_table(status, now, without), _SHARDS_DO_WITHOUT)
+    shards = FittingTable(lambda without: shard_table(status, now, without), _SHARDS_DO_WITHOUT)
     parts: list[RenderableType] = [Text(headline(status, now, live), style="bold"), Text(), shards]
     if status.nodes:
-        parts.append(Fitting(lambda without: node_table(status, now, without), _NODES_DO_WITHOUT))
+        parts.append(FittingTable(lambda without: node_table(status, now, without), _NODES_DO_WITHOUT))
     parts.append(Text(tail(status, now)))
     return Group(*parts)
 

@@ -15,11 +15,11 @@ from lutetia.coordinator.admin.upgrade import check_version, published
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.signed_head import check_head
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime.recovery import Lineage
+from lutetia.coordinator.runtime.recovery import SignedLineages
 from lutetia.coordinator.service import Service
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.app import bind
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
@@ -50,7 +50,7 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
         )  # fmt: skip
 
     try:
-        return await join(PeerCache(folder.peers).load())
+        return await join(Peerstore(folder.peers).load())
     except BootstrapError as error:
         _log.info("none of the peers met before is there, so this coordinator begins alone: %s", error)
         return await join(())
@@ -85,7 +85,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         sign_mixture_anew(folder, ledger.state, identity)
         transport = await connecting(live, identity, folder, settings)
         try:
-            lineage = Lineage(transport, live, identity.public_key)
+            lineage = SignedLineages(transport, live, identity.public_key)
             if recover:
                 await lineage.recover(ledger, signed.manifest.timing.lease)
                 folder.restored.unlink(missing_ok=True)

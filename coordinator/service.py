@@ -12,32 +12,32 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.messages import Offered
 from lutetia.coordinator.acceptance.rate_limits import Admission
-from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.pardon import noted_pardons, remove_notes
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped, PeerPardoned
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.ledger.status_builder import status as status_of
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime.announcer import Crier
-from lutetia.coordinator.runtime.audit_service import AuditDesk
-from lutetia.coordinator.runtime.check_runner import NetworkTools
-from lutetia.coordinator.runtime.judge_loop import Bench
-from lutetia.coordinator.runtime.manifest_watch import Herald, ManifestWatch
-from lutetia.coordinator.runtime.recovery import Lineage, fetch_missing
+from lutetia.coordinator.runtime.announcer import Announcer
+from lutetia.coordinator.runtime.audit_service import AuditService
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.runtime.manifest_watch import ManifestNotifier, ManifestWatch
+from lutetia.coordinator.runtime.recovery import SignedLineages, fetch_missing
 from lutetia.coordinator.runtime.split_brain import refuse_a_rival
 from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.coordinator.runtime.stitcher import Stitcher
-from lutetia.coordinator.runtime.swarm_monitor import Lookout
+from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.app import build_app, serve_http
-from lutetia.coordinator.worker.client import WorkshopClient
+from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
 from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
@@ -75,33 +75,35 @@ class Service:
     ledger: Ledger
     transport: Transport
     settings: ServeSettings
-    lineage: Lineage
+    lineage: SignedLineages
     recovering: bool
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.software = software_version()
-        self.herald = Herald(self.transport, self.live)
+        self.herald = ManifestNotifier(self.transport, self.live)
         self.watch = ManifestWatch(self.folder, self.live, self.identity, self._upgraded)
         self.blobs = BlobStore(self.folder.blobs)
         self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.head = HeadFile(self.folder.head, self.ledger, self.identity)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
         self.checking, self.making, self.auditing = (self._workshop(name) for name in ("checking", "making", "auditing"))
-        self.tools = NetworkTools(
+        self.tools = NetworkCheckRunner(
             self.transport, self.manifest, self.blobs, self.incoming, self.checking,
             self.auditing, self.settings.slowest_bytes_per_second, self.ledger.accepted_states(), self.settings.kept_states,
         )  # fmt: skip
         self.tools.forget(self.ledger.state)
-        self.crier = Crier(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
-        self.bench = Bench(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
+        self.crier = Announcer(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
+        self.bench = JudgeLoop(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
         self.admission = Admission(4 * self.settings.offers_per_minute)
-        self.lookout = self.crier.lookout = Lookout(self.transport, self.manifest, self._found, self._accepted)
+        self.lookout = self.crier.lookout = SwarmMonitor(self.transport, self.manifest, self._found, self._accepted)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
         )  # fmt: skip
-        self.desk = AuditDesk(self.transport, self.bench, self.tools, lambda: [node.record for node in self.lookout.view.nodes])
+        self.desk = AuditService(
+            self.transport, self.bench, self.tools, lambda: [node.record for node in self.lookout.view.nodes]
+        )
         self._status: tuple[float, SwarmStatus] | None = None
         self._news = asyncio.Event()
 
@@ -155,13 +157,13 @@ class Service:
     async def _tell_peers(self) -> None:
         await self.herald.tell([node.record for node in self.lookout.view.nodes])
 
-    def _workshop(self, name: str) -> WorkshopClient:
+    def _workshop(self, name: str) -> WorkerClient:
         """Checks, stitching and audits have one each, so that a long training of the router or replay delays no acceptance."""
-        return WorkshopClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
+        return WorkerClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
 
-    def _rules(self) -> Rules:
+    def _rules(self) -> JudgeRules:
         secret = hashlib.sha256(b"lutetia-audit-lottery" + self.identity.seed).digest()
-        return Rules(
+        return JudgeRules(
             self.manifest, self.identity.public_key, secret,
             offers_per_minute=self.settings.offers_per_minute, checks_at_once=self.settings.checks_at_once,
         )  # fmt: skip
@@ -261,7 +263,7 @@ class Service:
     async def _remember_peers(self) -> None:
         nodes = [node.record for node in self.lookout.view.nodes]
         if nodes:
-            cache = PeerCache(self.folder.peers)
+            cache = Peerstore(self.folder.peers)
             await asyncio.to_thread(cache.remember_nodes, nodes, except_peer=self.transport.peer_id)
 
     async def _pardon(self) -> None:

@@ -18,7 +18,7 @@ from lutetia.models.experts.families import FAMILIES, full_config
 from lutetia.models.mixing.description import FILE, ExpertEntry, read_mixture
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
 from lutetia.models.tensor_files import write_tensors
-from lutetia.models.training.checkpoint_checks import CheckpointRefused, check_weights
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest
 from lutetia.system.errors import ConfigError
 
@@ -26,14 +26,14 @@ _WHAT = "warm start"
 
 
 @dataclass(frozen=True)
-class Source:
+class InitialWeights:
     """One expert's weights and what they are weights of."""
 
     model: ModelRef
     spec: ExpertSpec
 
 
-def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> tuple[Source, ...]:
+def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> tuple[InitialWeights, ...]:
     """Where the experts of the shards called `names` begin; no weights are read. `wanted`: what the run's settings ask for.
 
     Raises ConfigError: nothing there, a class that cannot be trained, another config than `wanted`, other experts than shards.
@@ -52,7 +52,7 @@ def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> t
     return found if len(found) > 1 else found * len(names)
 
 
-def write_weights(source: Source, path: Path) -> None:
+def write_weights(source: InitialWeights, path: Path) -> None:
     """The source's weights in float32 as `path`, as a checkpoint's weights file is.
 
     Raises ConfigError where they are not whole, not finite or do not fit the source's own config; DiskError.
@@ -69,7 +69,7 @@ def write_weights(source: Source, path: Path) -> None:
     write_tensors(path, {name: tensor.contiguous() for name, tensor in expert.state_dict().items()})
     try:
         check_weights(path, source.spec)
-    except CheckpointRefused as error:
+    except CheckpointMisfit as error:
         text = str(error).replace(path.name, "its weights").removesuffix("; refused")
         raise ConfigError(f"cannot begin with {_WHAT} {model.text!r}: {text}; name another") from error
 
@@ -85,7 +85,7 @@ def warm(manifest: Manifest, weights: Sequence[BlobRef]) -> Manifest:
     return manifest.model_copy(update={"shards": tuple(shards)})
 
 
-def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[Source, ...]:
+def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWeights, ...]:
     experts = read_mixture(folder).mixture.experts
     known = [expert.name for expert in experts]
     if len(experts) > 1 and known != list(names):
@@ -102,7 +102,7 @@ def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[Source, .
     return tuple(sources)
 
 
-def _source(model: ModelRef, as_in: ExpertEntry | ExpertSpec | None) -> Source:
+def _source(model: ModelRef, as_in: ExpertEntry | ExpertSpec | None) -> InitialWeights:
     """What it predicts and on which schedule is taken from `as_in`; None: a spec's defaults."""
     config = read_config(_WHAT, model)
     class_name = str(config.get("_class_name"))
@@ -112,7 +112,7 @@ def _source(model: ModelRef, as_in: ExpertEntry | ExpertSpec | None) -> Source:
     spec = ExpertSpec(class_name=class_name, config={key: value for key, value in config.items() if not key.startswith("_")})
     if as_in:
         spec = spec.model_copy(update={"prediction": as_in.prediction, "noise_schedule": as_in.noise_schedule})
-    return Source(model, spec)
+    return InitialWeights(model, spec)
 
 
 def _agree(ref: str, found: ExpertSpec, wanted: ExpertSpec) -> None:

@@ -30,7 +30,7 @@ _SECONDS = 5.0
 _LONGEST_PATH = 100  # sun_path holds 104 to 108 bytes
 
 
-class Request(Frozen):
+class ControlRequest(Frozen):
     """`seconds` ends a pause by itself."""
 
     verb: Literal["status", "pause", "resume", "finish", "leave"]
@@ -90,7 +90,7 @@ class _Reply(Frozen):
     error: _Refusal | None = None
 
 
-Answer = Callable[[Request], Awaitable[dict[str, Any]]]
+Answer = Callable[[ControlRequest], Awaitable[dict[str, Any]]]
 
 
 @contextlib.contextmanager
@@ -148,10 +148,10 @@ async def serve_control(folder: Path, answer: Answer):
             (folder / SOCKET).unlink(missing_ok=True)
 
 
-def read_request(line: bytes) -> Request:
+def read_request(line: bytes) -> ControlRequest:
     """Raises UsageError when `line` asks for nothing that the daemon knows."""
     try:
-        return Request.model_validate_json(line)
+        return ControlRequest.model_validate_json(line)
     except ValidationError as error:
         raise UsageError(f"the daemon does not understand: {first_problem(error)}") from error
 

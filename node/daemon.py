@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from lutetia.node.contributions import Contributions
-from lutetia.node.control import LocalStatus, Request, serve_control
+from lutetia.node.control import ControlRequest, LocalStatus, serve_control
 from lutetia.node.machine.messages import UserVerb
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.shell import Shell
-from lutetia.node.runtime.workspace import Material, Places
-from lutetia.node.schedule import Hours, keep_hours
-from lutetia.node.services.auditor import Auditor
-from lutetia.node.services.manifest_updates import News
-from lutetia.node.services.membership import Roster
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.runtime.workspace import RunPaths, Workspace
+from lutetia.node.schedule import WeeklyHours, keep_hours
+from lutetia.node.services.auditor import NodeAuditor
+from lutetia.node.services.manifest_updates import ManifestUpdates
+from lutetia.node.services.membership import Membership
 from lutetia.node.services.thermal import check_sensors, keep_cool
 from lutetia.node.settings import NodeSettings, announced
 from lutetia.node.state_lock import state_lock
@@ -52,7 +52,7 @@ async def run_node(settings: NodeSettings) -> None:
     with state_lock(settings.state_folder):
         for ours in ("runs", "blobs"):  # beside them may lie what is not ours
             sweep_parts(settings.state_folder / ours)
-        daemon = Daemon(settings, _identity(settings))
+        daemon = NodeDaemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
             with daemon.signals():
                 log.info("joining run %s as %s", ticket.run[:12], daemon.identity.peer_id)
@@ -77,21 +77,21 @@ def _identity(settings: NodeSettings) -> Identity:
     return identity
 
 
-class Daemon:
+class NodeDaemon:
     """What lives as long as the process: identity, control, signals; the shell as soon as the network and manifest are known."""
 
     def __init__(self, settings: NodeSettings, identity: Identity) -> None:
         self.settings, self.identity = settings, identity
         self.started = time.time()
         self.ending = asyncio.Event()
-        self.shell: Shell | None = None
-        self.news: News | None = None
+        self.shell: NodeShell | None = None
+        self.news: ManifestUpdates | None = None
         self._verbs: list[UserVerb] = []
         self._signals = 0
 
     async def run(self) -> None:
         """Join, work, leave."""
-        places = Places(self.settings.state_folder, self.settings.decoded_ticket.run)
+        places = RunPaths(self.settings.state_folder, self.settings.decoded_ticket.run)
         joining = asyncio.create_task(self.join(places))
         ending = asyncio.create_task(self.ending.wait())
         try:
@@ -108,7 +108,7 @@ class Daemon:
         finally:
             await (self.shell.network.transport if self.shell else transport).close()
 
-    async def join(self, places: Places, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
+    async def join(self, places: RunPaths, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
         """Also used to come back after p2pd has died, then with the manifest known so far."""
         settings = self.settings
         announce = announced(settings.announce, self.identity.peer_id)
@@ -117,28 +117,28 @@ class Daemon:
             listen=settings.listen, announce=announce, state_folder=places.folder, live=live,
         )  # fmt: skip
 
-    async def _work(self, transport: Transport, live: LiveManifest, places: Places) -> None:
+    async def _work(self, transport: Transport, live: LiveManifest, places: RunPaths) -> None:
         manifest = live()
         store = await asyncio.to_thread(BlobStore, places.blobs, self.settings.disk_limit)
-        network = Network(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
+        network = NodeNetwork(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
         contributions = Contributions(places.folder / "contributions.json")
-        shell = Shell(self.settings, network, Material(places, manifest, store), contributions, self.rejoined)
-        self.news = News(network, live, lambda: shell.upgrade(live()))
+        shell = NodeShell(self.settings, network, Workspace(places, manifest, store), contributions, self.rejoined)
+        self.news = ManifestUpdates(network, live, lambda: shell.upgrade(live()))
         self.shell = shell
         await self.serve(transport, store)
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._verbs:
             self.shell.early(verb)
-        companions = [self.news.run(), Roster(shell, copies=self.settings.copies).run()]
+        companions = [self.news.run(), Membership(shell, copies=self.settings.copies).run()]
         if self.settings.hours:
-            companions.append(keep_hours(Hours.parse(self.settings.hours), shell.feed))
+            companions.append(keep_hours(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:
             companions.append(self._keep_cool(shell, limit))
         if self.settings.audits:
-            companions.append(Auditor(shell).run())
+            companions.append(NodeAuditor(shell).run())
         await shell.run(*companions)
 
-    async def _keep_cool(self, shell: Shell, limit: float) -> None:
+    async def _keep_cool(self, shell: NodeShell, limit: float) -> None:
         def slowed(why: str | None) -> None:
             shell.slowed = why
 
@@ -173,7 +173,7 @@ class Daemon:
         else:
             self._verbs.append(event)
 
-    async def answer(self, request: Request) -> dict[str, Any]:
+    async def answer(self, request: ControlRequest) -> dict[str, Any]:
         """What the control socket says."""
         if request.verb != "status":
             now = time.time()

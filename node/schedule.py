@@ -27,13 +27,13 @@ _WINDOW = re.compile(
 
 
 @dataclass(frozen=True)
-class Hours:
+class WeeklyHours:
     """Windows [begin, end) in minutes since Monday 00:00, in order, apart from each other, none longer than the week."""
 
     windows: tuple[tuple[int, int], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Hours:
+    def parse(cls, text: str) -> WeeklyHours:
         """Windows separated by commas. One past midnight belongs to the day on which it begins. Raises ValueError."""
         return cls(_merged([window for part in text.split(",") for window in _windows(part.strip().lower())]))
 
@@ -78,7 +78,7 @@ def _merged(windows: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-async def keep_hours(hours: Hours, feed: Callable[[HoursChanged], None]) -> None:
+async def keep_hours(hours: WeeklyHours, feed: Callable[[HoursChanged], None]) -> None:
     """Tell the machine whenever a window begins or ends, and at the start if none is open."""
     known: float | None = None
     while True:

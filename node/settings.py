@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from lutetia.node.schedule import Hours
+from lutetia.node.schedule import WeeklyHours
 from lutetia.protocol.schema.manifest import first_problem
 from lutetia.protocol.schema.ticket import PORT, Ticket
 from lutetia.system.errors import ConfigError
@@ -106,7 +106,7 @@ class NodeSettings(BaseSettings):
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
         if value is not None:
-            Hours.parse(value)
+            WeeklyHours.parse(value)
         return value
 
     @field_validator("state_folder")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 GRACE = 1.0
@@ -29,6 +30,17 @@ async def gather_quickly(
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def gather_bounded(call: Callable[[S], Awaitable[T]], items: Iterable[S], limit: int) -> list[T]:
+    """`call(item)` for every item, at most `limit` at a time; the results in order of the items. The first error is raised."""
+    slots = asyncio.Semaphore(limit)
+
+    async def one(item: S) -> T:
+        async with slots:
+            return await call(item)
+
+    return await asyncio.gather(*map(one, items))
 
 
 async def heeding(call: Coroutine[Any, Any, T]) -> T:

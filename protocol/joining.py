@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lutetia.protocol.async_helpers import gather_quickly
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.introduction import (
     HELLO,
     MANIFEST,
@@ -36,7 +36,7 @@ from lutetia.system.errors import BootstrapError, ConfigError, IdentityError, Lu
 from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from lutetia.protocol.transport.hivemind.p2pd_process import Reach
+    from lutetia.protocol.transport.hivemind.p2pd_process import Reachability
     from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ REMEMBER_PERIOD = 120.0
 
 
 @dataclass(frozen=True)
-class Met:
+class Introduction:
     """What one peer answered. `offset` is its clock minus ours in seconds, give or take `doubt`."""
 
     peer_id: str
@@ -64,7 +64,7 @@ async def enter_swarm(
     listen: str = "/ip4/0.0.0.0/tcp/0",
     state_folder: Path,
     announce: Sequence[str] = (),
-    reach: Reach | None = None,
+    reach: Reachability | None = None,
     live: LiveManifest | None = None,
 ) -> tuple[HivemindTransport, LiveManifest]:
     """Go on the network of `ticket`'s run as `identity`, with every record checked against the run's newest manifest.
@@ -103,7 +103,7 @@ async def _enter(
 ) -> LiveManifest:
     from lutetia.protocol.record_rules import record_check
 
-    cache, cached = PeerCache(state_folder / PEERS_FILE), state_folder / MANIFEST_FILE
+    cache, cached = Peerstore(state_folder / PEERS_FILE), state_folder / MANIFEST_FILE
     reachable = await _dial(transport, ticket, cache, _load_cached(cached, ticket))
     met = await _meet(transport, ticket, reachable)
     signed = choose_manifest(ticket, met, cached, transport.now())
@@ -135,7 +135,7 @@ def coordinator_addresses(manifest: Manifest, ticket: Ticket) -> dict[str, tuple
     return found
 
 
-async def _dial(transport: HivemindTransport, ticket: Ticket, cache: PeerCache, known: SignedManifest | None) -> list[str]:
+async def _dial(transport: HivemindTransport, ticket: Ticket, cache: Peerstore, known: SignedManifest | None) -> list[str]:
     """The addresses that answer. Raises BootstrapError."""
     from lutetia.protocol.transport.hivemind.transport import bootstrap_sentence
 
@@ -154,11 +154,13 @@ async def _dial(transport: HivemindTransport, ticket: Ticket, cache: PeerCache, 
     return reachable
 
 
-async def _meet(transport: Transport, ticket: Ticket, reachable: Sequence[str]) -> list[Met]:
+async def _meet(transport: Transport, ticket: Ticket, reachable: Sequence[str]) -> list[Introduction]:
     """Ask every reachable peer who it is. Raises BootstrapError or ConfigError when none of them is of our run."""
     peer_ids = list(dict.fromkeys(_peer_of(address) for address in reachable))
-    replies = await gather_quickly([_introduce(transport, peer_id) for peer_id in peer_ids], lambda reply: isinstance(reply, Met))
-    met = [reply for reply in replies if isinstance(reply, Met)]
+    replies = await gather_quickly(
+        [_introduce(transport, peer_id) for peer_id in peer_ids], lambda reply: isinstance(reply, Introduction)
+    )
+    met = [reply for reply in replies if isinstance(reply, Introduction)]
     if not met:
         reasons = "; ".join(str(reply) for reply in replies)
         raise BootstrapError(f"none of the {len(peer_ids)} reachable peers introduces itself ({reasons}); try again later")
@@ -174,7 +176,7 @@ async def _meet(transport: Transport, ticket: Ticket, reachable: Sequence[str]) 
     return ours
 
 
-async def _introduce(transport: Transport, peer_id: str) -> Met | ConnectionError:
+async def _introduce(transport: Transport, peer_id: str) -> Introduction | ConnectionError:
     try:
         sent = transport.now()
         hello = Hello.model_validate_json(await ask_document(transport, peer_id, HELLO, limit_bytes=MAX_HELLO_BYTES))
@@ -184,10 +186,10 @@ async def _introduce(transport: Transport, peer_id: str) -> Met | ConnectionErro
         return error
     except ValidationError:
         return ConnectionError(f"peer {peer_id} speaks another protocol")
-    return Met(peer_id, hello, manifest, hello.clock - (sent + received) / 2, (received - sent) / 2)
+    return Introduction(peer_id, hello, manifest, hello.clock - (sent + received) / 2, (received - sent) / 2)
 
 
-def choose_manifest(ticket: Ticket, met: Sequence[Met], cached: Path, now: float) -> SignedManifest:
+def choose_manifest(ticket: Ticket, met: Sequence[Introduction], cached: Path, now: float) -> SignedManifest:
     """The newest valid manifest among those offered and the cached one, which then replaces the cached one.
 
     Raises what is wrong with the best offer when there is none (ConfigError or AuthorisationError).
@@ -214,7 +216,7 @@ def choose_manifest(ticket: Ticket, met: Sequence[Met], cached: Path, now: float
     return best
 
 
-def check_clock(met: Sequence[Met], tolerance: float) -> None:
+def check_clock(met: Sequence[Introduction], tolerance: float) -> None:
     """Raises ConfigError when this clock differs from the median of the peers' by more than `tolerance` seconds."""
     offset = median(peer.offset for peer in met)
     if abs(offset) > tolerance + max(peer.doubt for peer in met):
@@ -252,9 +254,9 @@ async def _refuse_a_double(transport: Transport, identity: Identity, run: str, s
 
 async def _proves_identity(addresses: Sequence[str], peer_id: str, state_folder: Path) -> bool:
     """Dial as a stranger: libp2p's handshake succeeds only if the other side holds the key of `peer_id`."""
-    from lutetia.protocol.transport.hivemind.p2pd_process import Daemon
+    from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess
 
-    stranger = await Daemon.start(Identity.generate(), "/ip4/127.0.0.1/tcp/0", state_folder / "stranger")
+    stranger = await P2pdProcess.start(Identity.generate(), "/ip4/127.0.0.1/tcp/0", state_folder / "stranger")
     try:
         await stranger.control.connect(peer_id, addresses)
     except ConnectionError:
@@ -265,7 +267,7 @@ async def _proves_identity(addresses: Sequence[str], peer_id: str, state_folder:
         await stranger.close()
 
 
-async def remember_nodes(transport: Transport, run: str, cache: PeerCache) -> None:
+async def remember_nodes(transport: Transport, run: str, cache: Peerstore) -> None:
     """Note the addresses of the nodes that are online now, for a later join without the ticket's bootstrap peers."""
     found = await asyncio.gather(*(transport.get(key) for key in node_keys(run)))
     records = [read_envelope(stored.value) for values in found for stored in values.values()]

@@ -21,7 +21,7 @@ MAX_PEERS = 64
 _ADDRESSES = TypeAdapter(Annotated[list[Address], Field(max_length=MAX_PEERS * 8)])
 
 
-class PeerCache:
+class Peerstore:
     """The newest MAX_PEERS peers' addresses in one file. A damaged file counts as empty."""
 
     def __init__(self, path: Path) -> None:

@@ -15,11 +15,11 @@ from lutetia.protocol.claims import ShardView
 
 IDLE, SLOWEST = 2, 24
 
-Seen = Mapping[str, "Watched"]
+Seen = Mapping[str, "ClaimHistory"]
 """Owner -> what this reader has seen of its claim on one shard."""
 
 
-class Watched(NamedTuple):
+class ClaimHistory(NamedTuple):
     """`since` this claim has had no acceptance of its own, `moved` when its samples last rose, `seen` when it was last seen."""
 
     place: tuple[int, int]
@@ -29,23 +29,23 @@ class Watched(NamedTuple):
     seen: float
 
 
-def watch(known: Seen, view: ShardView, now: float, longest_gap: float) -> dict[str, Watched]:
+def observe_claims(known: Seen, view: ShardView, now: float, longest_gap: float) -> dict[str, ClaimHistory]:
     """`known` of a shard after a look at it. Claims not seen for `longest_gap` seconds are watched anew, those gone forgotten."""
-    watched: dict[str, Watched] = {}
+    watched: dict[str, ClaimHistory] = {}
     for claim in view.live(now):
         owner, samples = claim.record.owner, claim.record.samples
         old = known.get(owner)
         if old is None or now - old.seen > longest_gap or now < old.seen:
-            watched[owner] = Watched(view.place, samples, now, now, now)
+            watched[owner] = ClaimHistory(view.place, samples, now, now, now)
             continue
         own = view.place != old.place and view.acceptance is not None and view.acceptance.author == owner
         moved = own or samples > old.samples
         since, most = now if own else old.since, samples if view.place != old.place else max(samples, old.samples)
-        watched[owner] = Watched(view.place, most, since, now if moved else old.moved, now)
+        watched[owner] = ClaimHistory(view.place, most, since, now if moved else old.moved, now)
     return watched
 
 
-def protected(seen: Seen, view: ShardView, owner: str, tenure: float, interval: int, now: float) -> ShardView:
+def without_stalled(seen: Seen, view: ShardView, owner: str, tenure: float, interval: int, now: float) -> ShardView:
     """The view without the claims of others that have lost their protection. `interval`: samples of an epoch.
 
     Who says that its epoch is whole waits for the coordinator, and only the longer time runs against it.

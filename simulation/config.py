@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lutetia.protocol.schema.identity import Identity, peer_id_of
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, Timing
+from lutetia.protocol.schema.manifest import (
+    BlobRef,
+    ExpertSpec,
+    LatentSpec,
+    Manifest,
+    Optimisation,
+    ShardSpec,
+    Timing,
+    lease_seconds,
+)
 from lutetia.simulation.event_queue import START
 
 MIB = 1 << 20
@@ -19,7 +28,7 @@ _STEPS = 50
 
 
 @dataclass(frozen=True)
-class Setting:
+class SimulationConfig:
     """What a scenario may turn. Times in seconds, sizes in bytes, rates in bytes per second.
 
     `epoch_seconds` is what a box of speed 1 needs for one checkpoint; speeds are log-normal with `speed_sigma`. A packet takes
@@ -61,11 +70,11 @@ class Setting:
 
     @property
     def lease(self) -> float:
-        return 3 * self.heartbeat
+        return lease_seconds(self.heartbeat)
 
 
 @dataclass(frozen=True)
-class Box:
+class SimulatedMachine:
     """One volunteer's machine: `speed` against the setting's, `line` seconds that its access adds to every packet."""
 
     owner: str
@@ -80,7 +89,7 @@ class Box:
     peer_id: str = field(default="", compare=False)
 
 
-def draw_box(setting: Setting, seed: int, index: int) -> Box:
+def draw_box(setting: SimulationConfig, seed: int, index: int) -> SimulatedMachine:
     """Box number `index`: depends on nothing but the seed and its number, so that leaving others out changes nothing here."""
     rng = random.Random(f"{seed}|box|{index}")
     identity = Identity.derived(f"{seed}|{index}") if setting.signed else None
@@ -88,7 +97,7 @@ def draw_box(setting: Setting, seed: int, index: int) -> Box:
     fits = rng.random() >= setting.unfit
     strength = round(rng.uniform(0.4, 1.0), 2)
     operator = hashlib.sha256(f"operator {index % setting.operators}".encode()).hexdigest() if setting.operators else None
-    return Box(
+    return SimulatedMachine(
         owner=owner, identity=identity, speed=rng.lognormvariate(0.0, setting.speed_sigma),
         device=DEVICES[0] if setting.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / setting.access),
         up=setting.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(setting.shards), strength if fits else 0.0),
@@ -97,7 +106,7 @@ def draw_box(setting: Setting, seed: int, index: int) -> Box:
     )  # fmt: skip
 
 
-def make_manifest(setting: Setting) -> Manifest:
+def make_manifest(setting: SimulationConfig) -> Manifest:
     """A real manifest with made-up blobs; version 2, so that the run id need not be computed again and again."""
     latent = LatentSpec(
         channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
@@ -114,7 +123,7 @@ def make_manifest(setting: Setting) -> Manifest:
     )  # fmt: skip
 
 
-def _shard(setting: Setting, index: int) -> ShardSpec:
+def _shard(setting: SimulationConfig, index: int) -> ShardSpec:
     return ShardSpec(
         index=index, name=f"shard {index}", train=blob(f"train {index}", setting.shard_bytes),
         holdout=blob(f"holdout {index}", MIB), clips=1000, holdout_clips=16, prior=1 / setting.shards,

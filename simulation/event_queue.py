@@ -10,11 +10,11 @@ START = 1_800_000_000.0
 _SPINS = 200_000
 
 
-class Stuck(RuntimeError):
+class EventLoopStuck(RuntimeError):
     """Calls beget calls and time does not pass: a loop in the program that is being simulated."""
 
 
-class Agenda:
+class EventQueue:
     """`now` is Unix seconds. Every call remembers the happening that caused it, so that a violation can be traced back."""
 
     __slots__ = ("_count", "_heap", "_spins", "cause", "done", "now")
@@ -41,7 +41,7 @@ class Agenda:
             else:
                 self._spins += 1
                 if self._spins > _SPINS:
-                    raise Stuck(f"{_SPINS} calls in a row at the same moment, the last {call!r}")
+                    raise EventLoopStuck(f"{_SPINS} calls in a row at the same moment, the last {call!r}")
             self.done += 1
             call(*args)
         self.now = max(self.now, until)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lutetia.coordinator.acceptance.messages import Publish, Write
 from lutetia.coordinator.ledger.events import LineageRolledBack
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
-    from lutetia.simulation.peers.node import Volunteer
-    from lutetia.simulation.world import World
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+    from lutetia.simulation.peers.node import SimulatedNode
+    from lutetia.simulation.world import SimulatedWorld
 
 NAMES = {
     "I1": "at most one accepted lineage per (shard, epoch)",
@@ -43,7 +43,7 @@ class Violation(AssertionError):
 
 
 class Invariants:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self.checks: Counter[str] = Counter()
         setting = world.setting
@@ -66,7 +66,7 @@ class Invariants:
 
     # --- nodes ----------------------------------------------------------------------------------------------------------
 
-    def after_peer(self, peer: Volunteer) -> None:
+    def after_peer(self, peer: SimulatedNode) -> None:
         """After every event of a node's machine, and after its end."""
         state, trainer, checks = peer.state, peer.hands.trainer, self.checks
         work = state.work if peer.running else None
@@ -90,7 +90,7 @@ class Invariants:
         elif peer.eligible_since is None:
             peer.eligible_since = self._world.agenda.now
 
-    def _follow_holder(self, peer: Volunteer, work: Any) -> None:
+    def _follow_holder(self, peer: SimulatedNode, work: Any) -> None:
         """Which shard is in this peer's hands, as far as others are concerned."""
         state = peer.state
         holds = None
@@ -154,7 +154,7 @@ class Invariants:
 
     # --- the coordinator --------------------------------------------------------------------------------------------------
 
-    def after_judge(self, office: Office, actions: Sequence[Any]) -> None:
+    def after_judge(self, office: SimulatedCoordinator, actions: Sequence[Any]) -> None:
         """After everything that a coordinator decides."""
         self.checks["I3"] += 1
         run = office.state.run
@@ -195,12 +195,12 @@ class Invariants:
             self.rolled_back += 1
         self.heads[event.shard] = event.epoch
 
-    def _check_kept(self, office: Office, shard: int, run: RunState) -> None:
+    def _check_kept(self, office: SimulatedCoordinator, shard: int, run: RunState) -> None:
         if run.shards[shard].epoch < self.heads[shard]:
             text = f"{office} is at epoch {run.shards[shard].epoch} of shard {shard}; {self.heads[shard]} was accepted"
             self._fail("I3", text, self._accepting.get((shard, self.heads[shard]), -1))
 
-    def after_restart(self, office: Office) -> None:
+    def after_restart(self, office: SimulatedCoordinator) -> None:
         """A coordinator came up from its ledger."""
         for shard in range(len(self.heads)):
             self.checks["I3"] += 1
@@ -215,7 +215,7 @@ class Invariants:
                 if head is not None and not self._world.goods.holders.get(head):
                     self._fail("I3", f"no copy of accepted epoch {epoch} of shard {shard} is left")
 
-    def after_status(self, office: Office, document: SwarmStatus) -> None:
+    def after_status(self, office: SimulatedCoordinator, document: SwarmStatus) -> None:
         """I6, from the acceptances that really were: at most twice the longest interval between them, and a lease."""
         now, timing = self._world.agenda.now, self._world.manifest.timing
         for node in document.nodes:
@@ -231,7 +231,7 @@ class Invariants:
 
     # --- I7 ---------------------------------------------------------------------------------------------------------------
 
-    def trained(self, peer: Volunteer, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
+    def trained(self, peer: SimulatedNode, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
         """An honest box ended an epoch, however often it was interrupted: its weights are those of an uninterrupted one."""
         self.checks["I7"] += 1
         if weights != uninterrupted:

@@ -6,25 +6,27 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lutetia.coordinator.acceptance.checks import Tools, Verdict, climb
+from lutetia.coordinator.acceptance.checks import CheckRunner, Verdict, run_checks
 from lutetia.coordinator.acceptance.messages import Action as JudgeAction
 from lutetia.coordinator.acceptance.messages import Stimulus
-from lutetia.coordinator.acceptance.state_machine import JudgeState, judge
-from lutetia.coordinator.acceptance.state_machine import Rules as JudgeRules
+from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
+from lutetia.coordinator.acceptance.state_machine import judge
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.node.machine.machine import advance
 from lutetia.node.machine.messages import Action, Event
-from lutetia.node.machine.state import Rules, State
+from lutetia.node.machine.state import MachineState, NodeRules
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.network.blobs import weights_after
 
-Advance = Callable[[Rules, State, Event], tuple[State, list[Action]]]
+Advance = Callable[[NodeRules, MachineState, Event], tuple[MachineState, list[Action]]]
 Judge = Callable[[JudgeRules, JudgeState, Stimulus], tuple[JudgeState, tuple[JudgeAction, ...]]]
-Climb = Callable[[CheckpointRecord, float | None, Manifest, Tools], Coroutine[Any, Any, Verdict]]
+Climb = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner], Coroutine[Any, Any, Verdict]]
 Status = Callable[[RunState, Manifest, LiveView, float], SwarmStatus]
 
 
@@ -37,10 +39,10 @@ def replayed(events: Sequence[LedgerEvent]) -> RunState:
 
 
 @dataclass(frozen=True)
-class Decisions:
+class RulesUnderTest:
     advance: Advance = advance
     judge: Judge = judge
-    climb: Climb = climb
+    run_checks: Climb = run_checks
     replayed: Callable[[Sequence[LedgerEvent]], RunState] = replayed
     status: Status = status
     weights: Callable[[int, int, str, str, tuple[tuple[int, int], ...]], str] = weights_after

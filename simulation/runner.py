@@ -15,11 +15,11 @@ from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import START
 from lutetia.simulation.faults.plan import Step, plan
 from lutetia.simulation.invariants import Violation
-from lutetia.simulation.rules_under_test import Decisions
+from lutetia.simulation.rules_under_test import RulesUnderTest
 from lutetia.simulation.scenarios.scenario import Scenario
 from lutetia.simulation.shrink import MOST_TRIES, shortest
-from lutetia.simulation.trace import Story
-from lutetia.simulation.world import World
+from lutetia.simulation.trace import Trace
+from lutetia.simulation.world import SimulatedWorld
 
 OnProgress = Callable[[float, float], None]
 """(virtual seconds done, of how many)"""
@@ -27,7 +27,7 @@ _SLICES = 200
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationOutcome:
     """One run. `violation` is None when every promise held; then `shortest` and `story` are empty."""
 
     scenario: str
@@ -56,15 +56,16 @@ def steps_of(scenario: Scenario, peers: int, seed: int) -> list[Step]:
 
 def simulate(
     scenario: Scenario, peers: int, seed: int, *, seconds: float | None = None, keep: Sequence[int] | None = None,
-    decide: Decisions | None = None, on_progress: OnProgress | None = None, shrink: bool = True, most_tries: int = MOST_TRIES,
-) -> Outcome:  # fmt: skip
+    decide: RulesUnderTest | None = None, on_progress: OnProgress | None = None, shrink: bool = True, most_tries: int =
+    MOST_TRIES,
+) -> SimulationOutcome:  # fmt: skip
     """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number). `most_tries` bounds the shrinking."""
     steps = steps_of(scenario, peers, seed)
     numbers = list(range(len(steps))) if keep is None else [number for number in keep if number < len(steps)]
     length = scenario.seconds if seconds is None else seconds
     begun = time.perf_counter()
 
-    def run(chosen: Sequence[int], until: float, story: Story | None = None) -> tuple[World, Violation | None]:
+    def run(chosen: Sequence[int], until: float, story: Trace | None = None) -> tuple[SimulatedWorld, Violation | None]:
         return _run(scenario, peers, seed, [steps[number] for number in chosen], until, decide, story)
 
     world, violation = _run(scenario, peers, seed, [steps[number] for number in numbers], length, decide, None, on_progress)
@@ -86,11 +87,11 @@ def simulate(
         kept = [number for number in numbers if violation.name == "end" and steps[number].what == "join"]
         rest = [number for number in numbers if number not in kept]
         fewest = sorted([*kept, *shortest(rest, lambda chosen: breaks(sorted([*kept, *chosen])), most_tries)])
-        story = Story()
+        story = Trace()
         violation = run(fewest, until, story)[1] or violation
         found = {"shortest": tuple(fewest), "story": tuple(story.lines(violation.causes)), "tries": tries}
         found["told"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
-    return Outcome(
+    return SimulationOutcome(
         scenario.name, peers, seed, length, time.perf_counter() - begun, world.agenda.done, dict(world.invariants.checks),
         world.accepted, {shard: [peer.index for peer in held] for shard, held in sorted(world.owners().items())}, len(numbers),
         world.costs, facts_of(world), violation, **found,
@@ -103,10 +104,10 @@ def _kind(violation: Violation) -> tuple[str, str]:
 
 
 def _run(
-    scenario: Scenario, peers: int, seed: int, steps: Sequence[Step], until: float, decide: Decisions | None,
-    story: Story | None = None, on_progress: OnProgress | None = None,
-) -> tuple[World, Violation | None]:  # fmt: skip
-    world = World(scenario.setting, peers, seed, decide, story, strict=scenario.strict)
+    scenario: Scenario, peers: int, seed: int, steps: Sequence[Step], until: float, decide: RulesUnderTest | None,
+    story: Trace | None = None, on_progress: OnProgress | None = None,
+) -> tuple[SimulatedWorld, Violation | None]:  # fmt: skip
+    world = SimulatedWorld(scenario.setting, peers, seed, decide, story, strict=scenario.strict)
     plan(world, steps)
     gc.freeze()  # what was made up to here stays; looking through it again and again costs a sixth of the time
     gc.disable()
@@ -127,7 +128,7 @@ def _run(
     return world, None
 
 
-def facts_of(world: World) -> dict[str, Any]:
+def facts_of(world: SimulatedWorld) -> dict[str, Any]:
     """Figures of the end."""
     steps = world.manifest.steps_per_epoch
     taken = sum(peer.hands.taken for peer in world.volunteers)

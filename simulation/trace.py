@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.node.machine import messages as m
-from lutetia.simulation.event_queue import START, Agenda
+from lutetia.simulation.event_queue import START, EventQueue
 
 if TYPE_CHECKING:
     from lutetia.simulation.faults.plan import Step
-    from lutetia.simulation.network.dht import Stored
-    from lutetia.simulation.peers.coordinator import Office
-    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.network.dht import SimulatedRecord
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+    from lutetia.simulation.peers.node import SimulatedNode
 
-_ROUTINE = (m.RenewRecords, m.Look, m.Report)
+_ROUTINE = (m.RenewRecords, m.LookAtShards, m.LogSentence)
 _SEARCHED = 3000
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class TraceEntry:
     """`causes` are earlier happenings. `dull`: nothing came of it but what comes every heartbeat."""
 
     time: float
@@ -31,41 +31,41 @@ class Happening:
     dull: bool
 
 
-class Story:
+class Trace:
     """Bind to a world's agenda before it runs."""
 
     def __init__(self) -> None:
-        self.happenings: list[Happening] = []
-        self.agenda: Agenda | None = None
+        self.happenings: list[TraceEntry] = []
+        self.agenda: EventQueue | None = None
 
     def _note(self, who: str, text: str, causes: Sequence[int] = (), *, dull: bool = False) -> None:
         assert self.agenda
         known = tuple(cause for cause in (self.agenda.cause, *causes) if cause >= 0)
         self.agenda.cause = len(self.happenings)
-        self.happenings.append(Happening(self.agenda.now - START, who, text, known, dull))
+        self.happenings.append(TraceEntry(self.agenda.now - START, who, text, known, dull))
 
     def step(self, step: Step) -> None:
         self._note("fault" if step.what != "join" else "plan", step.sentence)
 
-    def machine(self, peer: Volunteer, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
-        told = [_action(action) for action in actions if not isinstance(action, m.Report)]
+    def machine(self, peer: SimulatedNode, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
+        told = [_action(action) for action in actions if not isinstance(action, m.LogSentence)]
         moved = f" [{before} → {peer.state.phase}]" if before != peer.state.phase else ""
         dull = not moved and all(isinstance(action, _ROUTINE) for action in actions)
         why = f": {peer.state.why}" if moved else ""
         self._note(str(peer), f"{_event(event)}{moved}{why}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
 
-    def read(self, peer: Volunteer, shards: Sequence[int]) -> None:
+    def read(self, peer: SimulatedNode, shards: Sequence[int]) -> None:
         writers = [cause for shard in shards for cause in peer.world.dht.writers(peer, shard)]
         self._note(str(peer), f"reads the records of shards {', '.join(map(str, shards))}", writers, dull=True)
 
-    def judged(self, office: Office, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
+    def judged(self, office: SimulatedCoordinator, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
         told = [_decision(action) for action in actions]
-        dull = isinstance(stimulus, j.Tick | j.LimitsKnown) or not any(
+        dull = isinstance(stimulus, j.JudgeTick | j.LimitsKnown) or not any(
             isinstance(action, j.Write | j.Publish) for action in actions
         )
         self._note(str(office), f"{_stimulus(stimulus)}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
 
-    def found(self, office: Office, stored: Stored) -> None:
+    def found(self, office: SimulatedCoordinator, stored: SimulatedRecord) -> None:
         """The next happening follows from a record that somebody wrote."""
         self._note(str(office), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True)
 
@@ -123,7 +123,7 @@ def _action(action: m.Action) -> str:
             return f"claim shard {claim.shard} ({claim.state})"
         case m.RenewRecords(claim=claim):
             return "renew" + (f" the claim on shard {claim.shard} ({claim.state})" if claim else " the node record")
-        case m.Look(shards=shards):
+        case m.LookAtShards(shards=shards):
             return f"look at {', '.join(map(str, shards[:6]))}{' …' if len(shards) > 6 else ''}"
         case m.StartTrainer(shard=shard, epoch=epoch):
             return f"train shard {shard} on epoch {epoch}"
@@ -138,7 +138,7 @@ def _stimulus(stimulus: j.Stimulus) -> str:
         case j.Offered(record=record, via=via):
             kind = "is offered" if via == "offer" else "finds"
             return f"{kind} {record.digest[:8]} of {record.owner[:6]} as epoch {record.epoch} of shard {record.shard}"
-        case j.Checked(record=record, verdict=verdict):
+        case j.CheckDone(record=record, verdict=verdict):
             return f"has checked {record.digest[:8]}: {verdict.outcome} {verdict.text}".rstrip()
         case _:
             return type(stimulus).__name__

@@ -7,61 +7,63 @@ from typing import TYPE_CHECKING
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.simulation.config import OWNER, Setting, draw_box, make_manifest
+from lutetia.simulation.config import OWNER, SimulationConfig, draw_box, make_manifest
 from lutetia.simulation.costs import Costs
-from lutetia.simulation.event_queue import START, Agenda
+from lutetia.simulation.event_queue import START, EventQueue
 from lutetia.simulation.invariants import Invariants
-from lutetia.simulation.network.blobs import Goods
-from lutetia.simulation.network.dht import Dht
-from lutetia.simulation.network.links import Lines
-from lutetia.simulation.network.membership import Roster
-from lutetia.simulation.peers.coordinator import Office
-from lutetia.simulation.peers.node import Volunteer
-from lutetia.simulation.rules_under_test import Decisions
+from lutetia.simulation.network.blobs import SimulatedBlobs
+from lutetia.simulation.network.dht import SimulatedDht
+from lutetia.simulation.network.links import Links
+from lutetia.simulation.network.membership import SharedMembership
+from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+from lutetia.simulation.peers.node import SimulatedNode
+from lutetia.simulation.rules_under_test import RulesUnderTest
 
 if TYPE_CHECKING:
-    from lutetia.simulation.trace import Story
+    from lutetia.simulation.trace import Trace
 
 _LIST_SECONDS = 5.0
 """Readers of the node records within so many seconds see the same."""
 
 
 @lru_cache(maxsize=8)
-def _signed(setting: Setting) -> SignedManifest:
+def _signed(setting: SimulationConfig) -> SignedManifest:
     return SignedManifest.sign(make_manifest(setting), OWNER)
 
 
-class World:
+class SimulatedWorld:
     """`peers` boxes are drawn at once and start when a step of the plan says so; the coordinator starts at time 0."""
 
     def __init__(
         self,
-        setting: Setting,
+        setting: SimulationConfig,
         peers: int,
         seed: int,
-        decide: Decisions | None = None,
-        story: Story | None = None,
+        decide: RulesUnderTest | None = None,
+        story: Trace | None = None,
         *,
         strict: bool,
     ) -> None:
         self.setting, self.seed, self.story = setting, seed, story
-        self.decide = decide or Decisions()
-        self.agenda = Agenda()
+        self.decide = decide or RulesUnderTest()
+        self.agenda = EventQueue()
         if story is not None:
             story.agenda = self.agenda
         self.signed = _signed(setting)
         """The newest version of the manifest."""
         self.first_version = self.manifest.version
         self.costs = Costs()
-        self.lines = Lines(setting, seed)
-        self.dht = Dht(self.agenda, self.lines, self.costs, self.manifest, setting.replicas, strict=strict or setting.signed)
-        self.goods = Goods(self.agenda, self.lines, self.costs, setting.origin_slots)
-        self.directory: dict[str, tuple[Volunteer, Sighting]] = {}
+        self.lines = Links(setting, seed)
+        self.dht = SimulatedDht(
+            self.agenda, self.lines, self.costs, self.manifest, setting.replicas, strict=strict or setting.signed
+        )
+        self.goods = SimulatedBlobs(self.agenda, self.lines, self.costs, setting.origin_slots)
+        self.directory: dict[str, tuple[SimulatedNode, Sighting]] = {}
         """Node records, which only the coordinator reads: owner → (who filed it, what is seen)."""
-        self._rosters: dict[int, tuple[tuple[int, int], Roster]] = {}
+        self._rosters: dict[int, tuple[tuple[int, int], SharedMembership]] = {}
         self.invariants = Invariants(self)
-        self.volunteers = [Volunteer(self, index, draw_box(setting, seed, index)) for index in range(peers)]
-        self.offices = [Office(self, -1)]
+        self.volunteers = [SimulatedNode(self, index, draw_box(setting, seed, index)) for index in range(peers)]
+        self.offices = [SimulatedCoordinator(self, -1)]
         self.goods.origins.add(-1)
         self.offices[0].start()
 
@@ -79,7 +81,7 @@ class World:
         """Whether anybody is in quarantine; while nobody is, nobody need ask."""
         return any(office.state.run.quarantined for office in self.offices)
 
-    def roster(self, reader: Volunteer) -> Roster:
+    def roster(self, reader: SimulatedNode) -> SharedMembership:
         """What `reader` sees of the node records; the newest may lack."""
         moment, group = (int(self.agenda.now // _LIST_SECONDS), self.lines.version), self.lines.group(reader.index)
         known = self._rosters.get(group)
@@ -90,10 +92,10 @@ class World:
                 if sighting.expires > now and (not peer.running or self.lines.group(peer.index) == group)
             ]  # fmt: skip
             turn = int(now // self.setting.lease)
-            known = self._rosters[group] = moment, Roster(self.manifest.run_id, seen, self.setting.shards, turn)
+            known = self._rosters[group] = moment, SharedMembership(self.manifest.run_id, seen, self.setting.shards, turn)
         return known[1]
 
-    def greets(self, newcomer: Volunteer) -> bool:
+    def greets(self, newcomer: SimulatedNode) -> bool:
         """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""
         lines = self.lines
         wanting, newcomer.online = newcomer.online, True  # it dials before it is on the network itself
@@ -104,9 +106,9 @@ class World:
         finally:
             newcomer.online = wanting
 
-    def owners(self) -> dict[int, list[Volunteer]]:
+    def owners(self) -> dict[int, list[SimulatedNode]]:
         """Who holds which shard now; whose lease may have lapsed (`checking`) counts as nobody."""
-        found: dict[int, list[Volunteer]] = {}
+        found: dict[int, list[SimulatedNode]] = {}
         for peer in self.volunteers:
             if peer.running and (work := peer.state.work) and work.owned and not work.checking:
                 found.setdefault(work.shard, []).append(peer)

@@ -125,7 +125,9 @@ def test_rooms_import_only_rooms_below() -> None:
                 wrong.append(f"{name_of(path)} imports {'.'.join(parts)}")
             if parts[0] in BANNED:
                 wrong.append(f"{name_of(path)} imports {parts[0]}, which can run code when it loads")
-            if room == "protocol" and (parts[0] == "torch" or (parts[0] == "hivemind" and not name_of(path).startswith(BACKENDS))):
+            if room == "protocol" and (
+                parts[0] == "torch" or (parts[0] == "hivemind" and not name_of(path).startswith(BACKENDS))
+            ):
                 wrong.append(f"{name_of(path)} imports {parts[0]}")
     assert not wrong
 

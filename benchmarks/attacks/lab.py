@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.checks import Verdict, climb
-from lutetia.coordinator.runtime.check_runner import NetworkTools, doubt_of, finding_of
-from lutetia.coordinator.worker.client import WorkshopClient, WorkshopRefused
-from lutetia.coordinator.worker.process import Workshop, _answer
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.checks import Verdict, run_checks
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, doubt_of, finding_of
+from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
+from lutetia.coordinator.worker.process import WorkerProcess, _answer
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Precision, Snapshot, write_state, write_weights
@@ -23,7 +23,7 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
-from lutetia.protocol.schema.records import CheckpointRecord, Made
+from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
 from lutetia.system.process import Message, ParentChannel
 
 STEPS, BATCH, EPOCHS, HOLDOUT = 16, 4, 4, 16
@@ -64,13 +64,13 @@ class _Quiet:
 class _Direct:
     """The workshop without a process of its own."""
 
-    def __init__(self, shop: Workshop) -> None:
+    def __init__(self, shop: WorkerProcess) -> None:
         self._shop = shop
 
     async def ask(self, verb: str, *, limit: float, **fields: Any) -> dict[str, Any]:
         answer = _answer(self._shop, {"id": 0, "verb": verb, **fields})
         if "refused" in answer:
-            raise WorkshopRefused(answer["refused"]["text"], answer["refused"].get("rung"))
+            raise WorkerRefused(answer["refused"]["text"], answer["refused"].get("rung"))
         return answer["done"]
 
 
@@ -81,7 +81,7 @@ class Result:
     weights: Path
     state: Path
     trace: Path
-    made: Made
+    made: TrainedWith
     epoch: int
 
 
@@ -89,8 +89,8 @@ class Result:
 class Audited:
     """`first` is what a replay of the first SHORT steps finds, `whole` one of the epoch."""
 
-    first: Finding
-    whole: Finding
+    first: AuditFinding
+    whole: AuditFinding
     drift: float | None
     noise: float | None
 
@@ -108,8 +108,8 @@ class Lab:
     setting: Honest
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
-    shop: Workshop = field(init=False)
-    tools: NetworkTools = field(init=False)
+    shop: WorkerProcess = field(init=False)
+    tools: NetworkCheckRunner = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,11 +125,11 @@ class Lab:
             latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         )  # fmt: skip
-        self.shop = Workshop(self.manifest, cast(ParentChannel, _Quiet()))
-        direct = cast(WorkshopClient, _Direct(self.shop))
-        self.tools = NetworkTools(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
+        self.shop = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
+        direct = cast(WorkerClient, _Direct(self.shop))
+        self.tools = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
         self._names = itertools.count()
-        self._known: dict[Path, list[tuple[Made, dict[str, Any]]]] = {}
+        self._known: dict[Path, list[tuple[TrainedWith, dict[str, Any]]]] = {}
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
@@ -156,7 +156,7 @@ class Lab:
         snapshot = trainer.snapshot()
         return self.publish(snapshot), snapshot
 
-    def publish(self, snapshot: Snapshot, made: Made | None = None) -> Result:
+    def publish(self, snapshot: Snapshot, made: TrainedWith | None = None) -> Result:
         place = self.folder / f"result{next(self._names):03d}"
         files = [place / f"{name}.safetensors" for name in ("weights", "state", "trace")]
         write_weights(snapshot, files[0])
@@ -166,7 +166,7 @@ class Lab:
             files[0],
             files[1],
             files[2],
-            made or Made(micro_batch=snapshot.micro_batch, precision=snapshot.precision),
+            made or TrainedWith(micro_batch=snapshot.micro_batch, precision=snapshot.precision),
             snapshot.epoch,
         )
 
@@ -180,9 +180,9 @@ class Lab:
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await climb(record, parent_loss, self.manifest, self.tools)
+        return await run_checks(record, parent_loss, self.manifest, self.tools)
 
-    def audited(self, result: Result, parent: Result | None, said: Made | None = None) -> Audited:
+    def audited(self, result: Result, parent: Result | None, said: TrainedWith | None = None) -> Audited:
         """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.
 
         `said`: what the author says of its device, if not the truth.
@@ -192,7 +192,7 @@ class Lab:
         few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
         return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
 
-    def _replayed(self, result: Result, parent: Result | None, author: Made) -> dict[str, Any]:
+    def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> dict[str, Any]:
         """The workshop's answer; one that was given before, where it would be the same."""
         doubt = doubt_of(author)
         for made, known in self._known.get(result.weights, []):

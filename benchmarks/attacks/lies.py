@@ -12,7 +12,7 @@ from benchmarks.attacks.lab import SHORT, STEPS, Lab, Result, clips
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.experts.objectives import row_losses
 from lutetia.models.training.checkpoint_io import Snapshot
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "poisoned moments": poisoned_moments,
     "negative second moments": negative_moments,
 }
-EXCUSES: Mapping[str, Made] = {
-    "its own kind": Made(),
-    "a CPU in bfloat16": Made(precision="bfloat16"),
-    "a GPU in float32": Made(device="cuda"),
-    "another device in bfloat16": Made(device="other", precision="bfloat16"),
+EXCUSES: Mapping[str, TrainedWith] = {
+    "its own kind": TrainedWith(),
+    "a CPU in bfloat16": TrainedWith(precision="bfloat16"),
+    "a GPU in float32": TrainedWith(device="cuda"),
+    "another device in bfloat16": TrainedWith(device="other", precision="bfloat16"),
 }
 """What a liar may say of its device: one word for each tolerance, the coordinator's own kind first."""

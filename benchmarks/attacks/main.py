@@ -27,10 +27,10 @@ from benchmarks.attacks.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
 from benchmarks.attacks.lies import EXCUSES, LIES, Scene, trigger_loss
 from benchmarks.attacks.tables import Replays, Try, summary
 from benchmarks.report import Machine
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 
 
-def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, Made | None]) -> Iterator[Replays]:
+def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, TrainedWith | None]) -> Iterator[Replays]:
     for name, said in devices.items():
         found = lab.audited(result, parent, said)
         whole = found.whole
@@ -38,7 +38,12 @@ def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str
 
 
 async def judged(
-    lab: Lab, who: str, result: Result, parent: Result | None, parent_loss: float | None, devices: Mapping[str, Made | None]
+    lab: Lab,
+    who: str,
+    result: Result,
+    parent: Result | None,
+    parent_loss: float | None,
+    devices: Mapping[str, TrainedWith | None],
 ) -> tuple[Try, Any]:
     verdict = await lab.judged(result, parent_loss)
     seconds = [(cost.rung, cost.seconds) for cost in verdict.costs]
@@ -89,7 +94,7 @@ def settings(count: int) -> Iterator[Honest]:
         )  # fmt: skip
 
 
-def truths(setting: Honest) -> dict[str, Made | None]:
+def truths(setting: Honest) -> dict[str, TrainedWith | None]:
     """What an honest box may be taken for: who computes in float32 is no worse than any other, who does not must not say so."""
     return {"": None, **{name: said for name, said in EXCUSES.items() if setting.precision in ("float32", said.precision)}}
 

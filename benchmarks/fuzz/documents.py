@@ -12,7 +12,8 @@ from benchmarks.fuzz.contract import Target
 from lutetia.cli.commands.swarm import read_status
 from lutetia.cli.fetch_mixture import read_description
 from lutetia.coordinator.ledger import events
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.node.control import read_answer, read_request
 from lutetia.protocol.schema.canonical import canonical

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 from lutetia.coordinator.ledger import events
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.models.mixing.description import ExpertEntry, MixtureDocument, SignedMixture
 from lutetia.protocol.blobs.chunk_table import ChunkTable
@@ -98,13 +99,13 @@ def all_events() -> tuple[events.Event, ...]:
         ),
         events.ManifestPublished(time=NOW, version=1, digest=run.run_id, expires=run.expires),
         events.CoordinatorStarted(time=NOW, software="lutetia 0.1"),
-        events.CheckpointSeen(time=NOW, record=found, via="offer"),
-        events.CheckpointRefused(**verdict, verdict="inconclusive", rung="transfer", text="its blobs are away", again_at=NOW + 5),
+        events.ResultSeen(time=NOW, record=found, via="offer"),
+        events.ResultRefused(**verdict, verdict="inconclusive", rung="transfer", text="its blobs are away", again_at=NOW + 5),
         events.BaselineMeasured(time=NOW, shard=1, loss=0.5),
         events.CheckpointAccepted(time=NOW, acceptance=acceptance, parent_loss=0.5),
         events.AuditDue(**verdict, streak=0),
         events.AuditDone(**verdict, outcome="valid"),
-        events.CheckpointSuperseded(**{**verdict, "epoch": 2}, by=found.digest),
+        events.ResultSuperseded(**{**verdict, "epoch": 2}, by=found.digest),
         events.ResetRecovered(time=NOW, shard=0, term=1),
         events.QuarantineRecovered(time=NOW, owner=OWNER.public_key),
         events.RouterTrained(time=NOW, epochs=(0, 1), router=blob("r"), accuracy=0.9, accuracy_by_time=(0.9,) * 10),

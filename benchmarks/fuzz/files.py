@@ -21,7 +21,7 @@ from lutetia.models.data.description import DATA_FILE, read_data
 from lutetia.models.data.ingest.listing import read_listing
 from lutetia.models.data.ingest.webdataset import TarMember
 from lutetia.node.settings import load_settings
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.system.errors import DataError
@@ -73,7 +73,7 @@ def run_folder(data: bytes) -> None:
             path.chmod(0o600)
             Identity.load(path)
         case _:
-            cache = PeerCache(_written("run/peers.json", rest))
+            cache = Peerstore(_written("run/peers.json", rest))
             cache.load()
             cache.remember([examples.ADDRESS])
 

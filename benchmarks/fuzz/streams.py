@@ -20,7 +20,7 @@ from lutetia.protocol.rpc.framing import framed, read_framed
 from lutetia.protocol.rpc.introduction import MANIFEST, MAX_DOCUMENT_BYTES, ask_document
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import RecordLimits, open_record, read_envelope
-from lutetia.protocol.transport.base import Handler, Stored, Stream, Transport
+from lutetia.protocol.transport.base import Handler, StoredValue, Stream, Transport
 
 LIMITS = RecordLimits(2.0)
 
@@ -63,7 +63,7 @@ class Player(Transport):
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         return False
 
-    async def get(self, key: str) -> dict[str, Stored]:
+    async def get(self, key: str) -> dict[str, StoredValue]:
         return {}
 
     async def open_stream(self, peer_id: str, protocol: str, addresses: Sequence[str] = ()) -> Stream:

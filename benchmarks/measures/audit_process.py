@@ -15,7 +15,7 @@ from benchmarks.measures.audit import BATCH, STEPS
 from lutetia.coordinator.settings import small_expert
 from lutetia.models.data.shards import ShardData
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
-from lutetia.models.training.replay import End, Parent, drift, raw_parameters
+from lutetia.models.training.replay import ReplayEnd, ReplayParent, drift, raw_parameters
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec
@@ -49,8 +49,8 @@ def data() -> ShardData:
     return ShardData(smooth, text, text.mean(1), [""] * CLIPS, [""] * CLIPS)
 
 
-def parent(folder: Path, run: Manifest) -> Parent:
-    base = Parent(1, folder / "parent.weights", folder / "parent.state")
+def parent(folder: Path, run: Manifest) -> ReplayParent:
+    base = ReplayParent(1, folder / "parent.weights", folder / "parent.state")
     if not (folder / "parent.state").exists():
         trainer = ExpertTrainer(run, 0, data())
         for _ in range(STEPS):
@@ -59,7 +59,7 @@ def parent(folder: Path, run: Manifest) -> Parent:
     return base
 
 
-def again(folder: Path, run: Manifest, base: Parent, ask: dict[str, Any]) -> dict[str, Any]:
+def again(folder: Path, run: Manifest, base: ReplayParent, ask: dict[str, Any]) -> dict[str, Any]:
     """One replay; its end is kept for others to be compared with."""
     torch.set_num_threads(ask.get("threads", 1))
     how = {name: ask[name] for name in ("device", "precision", "micro_batch") if name in ask}
@@ -96,8 +96,8 @@ def _write(snapshot: Snapshot, folder: Path, name: str) -> None:
     write_state(snapshot, folder / f"{name}.state", ema=False)
 
 
-def _end(folder: Path, name: str) -> End:
-    return End(folder / f"{name}.weights", folder / f"{name}.state")
+def _end(folder: Path, name: str) -> ReplayEnd:
+    return ReplayEnd(folder / f"{name}.weights", folder / f"{name}.state")
 
 
 def main() -> None:

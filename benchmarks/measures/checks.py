@@ -17,7 +17,7 @@ from lutetia.models.training.checkpoint_checks import check_state, check_weights
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_moments
-from lutetia.models.training.replay import Parent, replay
+from lutetia.models.training.replay import ReplayParent, replay
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 
@@ -50,7 +50,7 @@ def run() -> list[Row]:
             "numbers: moments": lambda: check_moments(state, optimisation),
             f"holdout, {HELD_OUT} clips": lambda: holdout_loss(described, 0, weights, held),
             f"raw, {HELD_OUT} clips": lambda: holdout_loss(described, 0, state, held, raw=True),
-            "audit, 4 steps": lambda: replay(described, 0, clips, Parent(1, weights, state), 4),
+            "audit, 4 steps": lambda: replay(described, 0, clips, ReplayParent(1, weights, state), 4),
         }
         typical = rows[0].value
         for name, rung in rungs.items():

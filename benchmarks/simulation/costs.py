@@ -21,13 +21,13 @@ from benchmarks.report import Machine
 from lutetia.coordinator.runtime.swarm_monitor import nodes_pause
 from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, WAVES, pace
 from lutetia.protocol.schema.records import NODE_BUCKETS
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.costs import QUESTION_BYTES, lookup_hops, record_bytes
 from lutetia.simulation.event_queue import START
-from lutetia.simulation.world import World
+from lutetia.simulation.world import SimulatedWorld
 
 _SETTLED, _END = 60.0, 180.0
-_SETTING = Setting(epochs=100_000, epoch_seconds=300.0)
+_SETTING = SimulationConfig(epochs=100_000, epoch_seconds=300.0)
 _LOOK_PERIOD = 43.0
 """Seconds between two looks of a standby at a shard that it looks after: claims live 60 s, and are renewed every 20 s."""
 _FIXED, _SHARE = 16, 10
@@ -101,7 +101,7 @@ class Notes:
 
 def _measure(peers: int, shards: int) -> Size:
     began, memory = time.process_time(), _memory()
-    world = World(replace(_SETTING, shards=shards), peers, 7, strict=False)
+    world = SimulatedWorld(replace(_SETTING, shards=shards), peers, 7, strict=False)
     for peer in world.volunteers:
         world.agenda.after(peer.index / peers, peer.start)
     settled = math.inf
@@ -123,7 +123,7 @@ def _measure(peers: int, shards: int) -> Size:
     return found
 
 
-def _counted(world: World) -> tuple[float, float, float, float, float]:
+def _counted(world: SimulatedWorld) -> tuple[float, float, float, float, float]:
     """Messages and bytes of all peers, their looks at shards, the bytes that the coordinator read, and what it judged."""
     costs = world.costs
     messages, size = (
@@ -132,7 +132,7 @@ def _counted(world: World) -> tuple[float, float, float, float, float]:
     return messages, size, costs.shards_seen, costs.bytes["watch"], costs.judged
 
 
-def _one_owner_each(world: World) -> bool:
+def _one_owner_each(world: SimulatedWorld) -> bool:
     owners = world.owners()
     at_work = min(world.setting.shards, len(world.volunteers))
     return len(owners) == at_work and all(len(held) == 1 for held in owners.values())
@@ -150,7 +150,7 @@ def _memory() -> float:
 
 def _checkpoint_bytes(peers: int) -> tuple[float, float, int]:
     """(bytes of talk, bytes of blobs) per accepted checkpoint, and how many there were: ten minutes with epochs of a minute."""
-    world = World(replace(_SETTING, shards=_FIXED, epoch_seconds=60.0), peers, 7, strict=False)
+    world = SimulatedWorld(replace(_SETTING, shards=_FIXED, epoch_seconds=60.0), peers, 7, strict=False)
     for peer in world.volunteers:
         world.agenda.after(10 * peer.index / peers, peer.start)
     world.agenda.run(START + 600.0)

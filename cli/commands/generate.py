@@ -32,13 +32,13 @@ def generate(
 ) -> None:
     """Generate a clip from a prompt."""
     from lutetia.cli.local.gallery import check_ending, write_clip
-    from lutetia.cli.local.sampler import Sampler
+    from lutetia.cli.local.sampler import MixtureLoader
     from lutetia.cli.workspace import ready
 
     check_ending(out)
     ready(out.parent)
 
-    sampler = Sampler(mixture)
+    sampler = MixtureLoader(mixture)
     sampled = sampler.sample([prompt] * n, seed=seed, mode=mode, steps=steps, guidance=guidance)
     files = numbered(out, n)
     for file, clip in zip(files, sampled.clips, strict=True):

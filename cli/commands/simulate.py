@@ -13,7 +13,7 @@ from lutetia.system.errors import InvariantError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lutetia.simulation.runner import Outcome
+    from lutetia.simulation.runner import SimulationOutcome
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +54,7 @@ def simulate(
 
 def _run(
     name: str, peers: int | None, seed: int, seconds: float | None, shards: int | None, keep: str | None, broken: str | None
-) -> Outcome:  # fmt: skip
+) -> SimulationOutcome:  # fmt: skip
     from dataclasses import replace
 
     from lutetia.cli.progress import progress
@@ -89,7 +89,7 @@ def _numbers(text: str, steps: int) -> list[int]:
     return numbers
 
 
-def _document(outcome: Outcome) -> dict[str, Any]:
+def _document(outcome: SimulationOutcome) -> dict[str, Any]:
     violation = outcome.violation
     return {
         "scenario": outcome.scenario, "peers": outcome.peers, "seed": outcome.seed, "virtual_seconds": outcome.seconds,
@@ -103,7 +103,7 @@ def _document(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(outcome: Outcome) -> RenderableType:
+def _table(outcome: SimulationOutcome) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -131,7 +131,7 @@ def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:16])) + (f" … ({len(numbers)})" if len(numbers) > 16 else "")
 
 
-def _story(outcome: Outcome, command: str) -> str:
+def _story(outcome: SimulationOutcome, command: str) -> str:
     steps = "\n".join(f"  {line}" for line in outcome.told) or "  (none: it happens without any)"
     told = "\n".join(f"  {line}" for line in outcome.story)
     return (
@@ -140,7 +140,7 @@ def _story(outcome: Outcome, command: str) -> str:
     )
 
 
-def _command(outcome: Outcome, seconds: float | None, shards: int | None, broken: str | None) -> str:
+def _command(outcome: SimulationOutcome, seconds: float | None, shards: int | None, broken: str | None) -> str:
     parts = ["lutetia simulate", outcome.scenario, f"--peers {outcome.peers} --seed {outcome.seed}"]
     parts += [f"--seconds {seconds:g}"] if seconds is not None else []
     parts += [f"--shards {shards}"] if shards is not None else []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lutetia.models.study.config import StudyConfig
     from lutetia.models.study.estimate import Estimate
-    from lutetia.models.study.plan import Plan
+    from lutetia.models.study.plan import StudyPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -89,7 +89,7 @@ def load_study(path: Path, device: str | None = None, tune: bool = False) -> Stu
     return settings
 
 
-def render_plan(plan: Plan, guess: Estimate) -> RenderableType:
+def render_plan(plan: StudyPlan, guess: Estimate) -> RenderableType:
     """Arms and budgets as a table, then the hours."""
     from rich.console import Group
     from rich.table import Table

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lutetia.cli.formatting import bar, clock, number
-from lutetia.cli.local.poller import Worker, busy_worker, samples_done
+from lutetia.cli.local.poller import LocalWorker, busy_worker, samples_done
 from lutetia.cli.output import console
 from lutetia.protocol.schema.status import SwarmStatus
 
@@ -37,7 +37,7 @@ class ShardRow:
     eta: float | None
 
 
-def shard_rows(status: SwarmStatus, workers: Mapping[str, Worker]) -> list[ShardRow]:
+def shard_rows(status: SwarmStatus, workers: Mapping[str, LocalWorker]) -> list[ShardRow]:
     """What the coordinator accepted, joined with what the workers say they are doing (by public key)."""
     rows = []
     for shard in status.shards:
@@ -75,7 +75,7 @@ def line(row: ShardRow) -> str:
 
 
 @dataclass
-class View:
+class LiveTable:
     """What the demo shows. `timeline` keeps what happened, as (seconds since the start, sentence)."""
 
     out: Console
@@ -142,15 +142,15 @@ def _rows_table(rows: Sequence[ShardRow]) -> RenderableType:
 
 
 @contextlib.contextmanager
-def live_view() -> Iterator[View]:
+def live_view() -> Iterator[LiveTable]:
     """A View on stdout: a Live table on a terminal, lines elsewhere."""
     out = console()
     if not out.is_terminal:
-        yield View(out)
+        yield LiveTable(out)
         return
     from rich.live import Live
 
-    view = View(out)
+    view = LiveTable(out)
     with Live(view.table(), console=out, auto_refresh=False, vertical_overflow="visible") as live:
         view.live = live
         yield view

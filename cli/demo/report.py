@@ -20,7 +20,7 @@ LOSSES, ROUTER = "held-out-loss.png", "router-accuracy.png"
 
 
 @dataclass(frozen=True)
-class Phase:
+class DemoPhase:
     """One stretch of the demo, in seconds."""
 
     name: str
@@ -28,13 +28,13 @@ class Phase:
 
 
 @dataclass
-class Story:
+class DemoReport:
     """Everything that the report tells. `timeline` holds (seconds since the start, sentence)."""
 
     manifest: Manifest
     status: SwarmStatus
     curves: Sequence[LossCurve]
-    phases: Sequence[Phase]
+    phases: Sequence[DemoPhase]
     timeline: Sequence[tuple[float, str]]
     workers: dict[str, str]  # public key -> name
     speeds: dict[str, str]  # name -> what limits it
@@ -45,7 +45,7 @@ class Story:
     parts: dict[str, int] = field(default_factory=dict)  # part of the mixture -> bytes
 
 
-def write_report(story: Story, folder: Path) -> None:
+def write_report(story: DemoReport, folder: Path) -> None:
     """Write `report.md` and its pictures into `folder`."""
     takeover = story.takeover
     draw_losses(story.curves, folder / LOSSES, (takeover.shard, takeover.epoch) if takeover else None)
@@ -70,7 +70,7 @@ def _table(*rows: Sequence[object]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
 
 
-def _head(story: Story) -> str:
+def _head(story: DemoReport) -> str:
     total = sum(phase.seconds for phase in story.phases)
     when = datetime.fromtimestamp(story.status.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
     tiny = "\n\nThis was the tiny preset: its parts work together, its clips are noise." if story.preset == "tiny" else ""
@@ -82,7 +82,7 @@ def _head(story: Story) -> str:
     )
 
 
-def _samples(story: Story) -> str:
+def _samples(story: DemoReport) -> str:
     return (
         "## Samples\n\n![real clip, mixture and single expert for every prompt](samples.gif)\n\n"
         "Per prompt: the held-out real clip with the nearest caption, the mixture's clip, and the clip of "
@@ -91,7 +91,7 @@ def _samples(story: Story) -> str:
     )
 
 
-def _experts(story: Story) -> str:
+def _experts(story: DemoReport) -> str:
     rows: list[Sequence[object]] = [
         ("expert", "cluster", "clips", "share", "held-out loss, start", "end", "epochs", "samples", "trained by")
     ]
@@ -105,7 +105,7 @@ def _experts(story: Story) -> str:
     return f"## Experts\n\n{_table(*rows)}\n\n![held-out loss per expert over accepted epochs]({LOSSES})"
 
 
-def _router(story: Story) -> str:
+def _router(story: DemoReport) -> str:
     router = story.status.router
     if router is None:
         return "## Router\n\nNo router was trained."
@@ -114,7 +114,7 @@ def _router(story: Story) -> str:
     return f"## Router\n\nIt names the right expert for {right} of held-out noisy clips, over all noise levels.{picture}"
 
 
-def _kill(story: Story) -> str:
+def _kill(story: DemoReport) -> str:
     takeover = story.takeover
     if takeover is None:
         return "## The killed worker\n\nNo worker was killed: the work was done before the right moment came."
@@ -124,7 +124,7 @@ def _kill(story: Story) -> str:
     return f"## The killed worker\n\n{_table(*rows)}\n\n{lost} A lease here is {story.manifest.timing.lease:.0f} s."
 
 
-def _phases(story: Story) -> str:
+def _phases(story: DemoReport) -> str:
     rows: list[Sequence[object]] = [("phase", "time")]
     rows += [(phase.name, clock(phase.seconds)) for phase in story.phases]
     rows.append(("**all**", f"**{clock(sum(phase.seconds for phase in story.phases))}**"))
@@ -150,7 +150,7 @@ def machine() -> str:
     return f"{processor}, {cores} cores, {size(psutil.virtual_memory().total)} memory, {system}"
 
 
-def _onward(story: Story) -> str:
+def _onward(story: DemoReport) -> str:
     prompt = story.prompts[0] if story.prompts else "a purple star spins"
     return f"""## Go on
 

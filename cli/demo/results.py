@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lutetia.cli.demo.curves import LossCurve, loss_curves
-from lutetia.cli.demo.report import Story, write_report
-from lutetia.cli.local.gallery import Row, compose, write_gif, write_mp4
+from lutetia.cli.demo.report import DemoReport, write_report
+from lutetia.cli.local.gallery import GalleryRow, compose, write_gif, write_mp4
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import LutetiaError
@@ -18,7 +18,7 @@ from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
     from lutetia.cli.demo.setup import MadeRun
-    from lutetia.cli.demo.swarm_run import Act, Telling
+    from lutetia.cli.demo.swarm_run import DemoClock, DemoSwarm
     from lutetia.cli.local.gallery import Frames
     from lutetia.coordinator.run_folder import RunFolder
     from lutetia.models.data.ingest.listing import ClipSource
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SEED = 1
 
 
-def finish(work: Path, made: MadeRun, act: Act, telling: Telling, keep_run: bool) -> Path:
+def finish(work: Path, made: MadeRun, act: DemoSwarm, telling: DemoClock, keep_run: bool) -> Path:
     """The folder that the user gets, complete but not yet in its place."""
     from lutetia.coordinator.run_folder import RunFolder
 
@@ -40,7 +40,7 @@ def finish(work: Path, made: MadeRun, act: Act, telling: Telling, keep_run: bool
         samples = sample(folder / "mixture", made.clips, manifest)
         write_gallery(samples, folder)
     write_atomic(folder / "status.json", canonical(status) + b"\n")
-    story = Story(
+    story = DemoReport(
         manifest=manifest, status=status, curves=curves_of(run, manifest), phases=telling.phases, timeline=telling.view.timeline,
         workers=act.watch.names, speeds={limit.name: limit.words for limit in act.plan.workers}, takeover=act.takeover,
         prompts=manifest.sampling.prompts, single=samples.single, preset=act.plan.name,
@@ -63,22 +63,22 @@ def curves_of(run: RunFolder, manifest: Manifest) -> list[LossCurve]:
 class Samples:
     """The gallery's rows and what the third column shows."""
 
-    rows: list[Row]
+    rows: list[GalleryRow]
     single: str
     fps: float
 
 
 def sample(mixture: Path, clips: Path, manifest: Manifest) -> Samples:
     """One row per fixed prompt: a real clip, the mixture's, and the largest cluster's expert alone from the same noise."""
-    from lutetia.cli.local.sampler import Sampler
+    from lutetia.cli.local.sampler import MixtureLoader
 
-    sampler = Sampler(mixture)
+    sampler = MixtureLoader(mixture)
     prompts = list(manifest.sampling.prompts)
     largest = max(manifest.shards, key=lambda shard: shard.prior)
     mixed = sampler.sample(prompts, seed=SEED)
     alone = sampler.sample(prompts, seed=SEED, expert=largest.index)
     real = real_clips(clips, prompts, manifest)
-    rows = [Row(*row) for row in zip(prompts, zip(real, mixed.clips, alone.clips, strict=True), strict=True)]
+    rows = [GalleryRow(*row) for row in zip(prompts, zip(real, mixed.clips, alone.clips, strict=True), strict=True)]
     return Samples(rows, f"expert {largest.index} ({largest.name})", sampler.fps)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lutetia.cli.demo.live_view import live_view
-from lutetia.cli.demo.swarm_run import Telling, perform
+from lutetia.cli.demo.swarm_run import DemoClock, perform
 from lutetia.cli.formatting import clock
 from lutetia.cli.local.processes import free_port
 from lutetia.cli.output import say
@@ -33,7 +33,7 @@ def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
     check_replaceable(out, MARKS)
     plan = preset_of(preset)
     with workspace(out) as work, live_view() as view:
-        telling = Telling(view)
+        telling = DemoClock(view)
         made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling.phase)
         with telling.phase("train three experts in a swarm"), _logs_kept(work / "logs", out):
             act = asyncio.run(perform(telling, plan, made, work))
@@ -53,7 +53,7 @@ def _logs_kept(logs: Path, out: Path) -> Iterator[None]:
         raise
 
 
-def closing_words(out: Path, telling: Telling) -> None:
+def closing_words(out: Path, telling: DemoClock) -> None:
     from lutetia.cli.output import console
 
     lines = (

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lutetia.cli.demo.live_view import View, shard_rows
-from lutetia.cli.demo.report import Phase
+from lutetia.cli.demo.live_view import LiveTable, shard_rows
+from lutetia.cli.demo.report import DemoPhase
 from lutetia.cli.demo.takeover import Takeover, choose_victim
-from lutetia.cli.local.poller import Watch
+from lutetia.cli.local.poller import SwarmPoller
 from lutetia.cli.local.processes import LocalSwarm
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import LutetiaError
@@ -30,12 +30,12 @@ COORDINATOR = "coordinator"
 
 
 @dataclass
-class Telling:
+class DemoClock:
     """The demo's clock, its phases and what it shows."""
 
-    view: View
+    view: LiveTable
     began: float = field(default_factory=time.monotonic)
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[DemoPhase] = field(default_factory=list)
 
     def at(self) -> float:
         return time.monotonic() - self.began
@@ -45,28 +45,28 @@ class Telling:
         self.view.enter(self.at(), name)
         start = self.at()
         yield
-        self.phases.append(Phase(name, self.at() - start))
+        self.phases.append(DemoPhase(name, self.at() - start))
 
     def happened(self, sentence: str) -> None:
         self.view.happened(self.at(), sentence)
 
 
-async def perform(telling: Telling, plan: Preset, made: MadeRun, work: Path) -> Act:
+async def perform(telling: DemoClock, plan: Preset, made: MadeRun, work: Path) -> DemoSwarm:
     """The swarm from its first process to its last."""
     async with LocalSwarm(work / "logs") as swarm:
-        act = Act(telling, plan, swarm, Watch(made.folder, work))
+        act = DemoSwarm(telling, plan, swarm, SwarmPoller(made.folder, work))
         await act.run(made.ticket)
     return act
 
 
 @dataclass
-class Act:
+class DemoSwarm:
     """The swarm's part: start, kill, takeover, wait for the mixture."""
 
-    telling: Telling
+    telling: DemoClock
     plan: Preset
     swarm: LocalSwarm
-    watch: Watch
+    watch: SwarmPoller
     takeover: Takeover | None = None
     status: SwarmStatus | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lutetia.cli.local.poller import Worker
+from lutetia.cli.local.poller import LocalWorker
 from lutetia.protocol.schema.status import ShardStatus, SwarmStatus
 
 
@@ -30,7 +30,7 @@ class Takeover:
     def complete(self) -> bool:
         return self.accepted is not None
 
-    def seen(self, at: float, shard: ShardStatus, workers: Mapping[str, Worker]) -> Takeover:
+    def seen(self, at: float, shard: ShardStatus, workers: Mapping[str, LocalWorker]) -> Takeover:
         """What is known after a look at the shard and at the surviving workers (by owner) at time `at`."""
         now = self
         done = shard.epoch >= shard.epochs
@@ -63,7 +63,7 @@ class Takeover:
         return [(at, text) for at, text in told if at is not None]
 
 
-def choose_victim(status: SwarmStatus, workers: Mapping[str, Worker], slowest_first: Sequence[str]) -> Worker | None:
+def choose_victim(status: SwarmStatus, workers: Mapping[str, LocalWorker], slowest_first: Sequence[str]) -> LocalWorker | None:
     """The worker to kill now, or None while it is too early.
 
     It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and a whole epoch ahead:

@@ -26,14 +26,14 @@ MP4_SECONDS = 10.0  # short clips are repeated up to about this length
 
 
 @dataclass(frozen=True)
-class Row:
+class GalleryRow:
     """One prompt and its clips in the order of the headings; all clips have the same number of frames."""
 
     prompt: str
     clips: tuple[Frames, ...]
 
 
-def compose(rows: Sequence[Row], headings: Sequence[str], cell: int = CELL, columns: int = 0) -> list[Image.Image]:
+def compose(rows: Sequence[GalleryRow], headings: Sequence[str], cell: int = CELL, columns: int = 0) -> list[Image.Image]:
     """One picture per frame: a block per prompt, title above, clips side by side. `columns` of blocks, 0 chooses."""
     from PIL import Image, ImageDraw
 
@@ -62,7 +62,7 @@ class _Sheet:
     count: int
 
     @classmethod
-    def fitting(cls, rows: Sequence[Row], headings: Sequence[str], cell: int, columns: int) -> _Sheet:
+    def fitting(cls, rows: Sequence[GalleryRow], headings: Sequence[str], cell: int, columns: int) -> _Sheet:
         block = len(headings) * cell + (len(headings) - 1) * GAP
         lines = max(len(wrap(row.prompt, font(15), block)) for row in rows)
         return cls(cell, columns, len(headings), lines, len(rows))
@@ -91,7 +91,7 @@ class _Sheet:
         left, top = self.corner(index)
         return left + clip * (self.cell + GAP), top + self.lines * LINE + 4
 
-    def draw_words(self, draw: ImageDraw.ImageDraw, rows: Sequence[Row], headings: Sequence[str]) -> None:
+    def draw_words(self, draw: ImageDraw.ImageDraw, rows: Sequence[GalleryRow], headings: Sequence[str]) -> None:
         for block in range(min(self.columns, len(rows))):
             for clip, heading in enumerate(headings):
                 left, _ = self.place(block, clip)

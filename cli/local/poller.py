@@ -12,7 +12,7 @@ from lutetia.protocol.schema.status import ShardStatus, SwarmStatus
 from lutetia.system.errors import LutetiaError
 
 
-class Watch:
+class SwarmPoller:
     """The last known state of a run in folder `run` and of the workers whose state folders lie in `folder`."""
 
     def __init__(self, run: Path, folder: Path) -> None:
@@ -20,20 +20,20 @@ class Watch:
         self.status: SwarmStatus | None = None
         self.names: dict[str, str] = {}  # public key -> name, also of the dead
         self._folders: dict[str, Path] = {}
-        self._seen: dict[str, Worker] = {}
+        self._seen: dict[str, LocalWorker] = {}
 
     def add(self, name: str) -> Path:
         """A new worker's state folder."""
         self._folders[name] = self.folder / name
         return self._folders[name]
 
-    def forget(self, name: str) -> Worker:
+    def forget(self, name: str) -> LocalWorker:
         """The worker's last known state; it will not be asked again."""
         del self._folders[name]
         return self._seen.pop(name)
 
     @property
-    def workers(self) -> dict[str, Worker]:
+    def workers(self) -> dict[str, LocalWorker]:
         """The living workers by public key."""
         return {worker.owner: worker for worker in self._seen.values()}
 
@@ -54,21 +54,21 @@ class Watch:
         self.names[worker.owner] = name
 
 
-def busy_worker(shard: ShardStatus, workers: Mapping[str, Worker]) -> Worker | None:
+def busy_worker(shard: ShardStatus, workers: Mapping[str, LocalWorker]) -> LocalWorker | None:
     """The worker (by public key) that trains `shard` now, as far as both sides say so."""
     worker = workers.get(shard.owner or "")
     return worker if worker and worker.shard == shard.shard and shard.state != "done" else None
 
 
-def samples_done(shard: ShardStatus, workers: Mapping[str, Worker]) -> int:
+def samples_done(shard: ShardStatus, workers: Mapping[str, LocalWorker]) -> int:
     """Samples of `shard` that are accepted, or that its worker has trained on, whichever are more."""
     busy = busy_worker(shard, workers)
     return max(shard.samples, busy.samples if busy else 0)
 
 
-def worker_of(name: str, document: dict[str, Any]) -> Worker:
+def worker_of(name: str, document: dict[str, Any]) -> LocalWorker:
     """The daemon's own status document, as far as it is shown."""
-    return Worker(
+    return LocalWorker(
         name=name, owner=document["owner"], state=document["state"], shard=document.get("shard"), epoch=document.get("epoch"),
         step=document.get("step") or 0, loss=document.get("loss"),
         samples_per_second=document.get("samples_per_second") or 0.0, samples=document.get("samples") or 0,
@@ -76,7 +76,7 @@ def worker_of(name: str, document: dict[str, Any]) -> Worker:
 
 
 @dataclass(frozen=True)
-class Worker:
+class LocalWorker:
     """One of the demo's workers as its own control socket tells it; `samples` is counted within the run's shard."""
 
     name: str

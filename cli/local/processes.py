@@ -25,7 +25,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 @dataclass
-class Member:
+class LocalProcess:
     """One process of the swarm."""
 
     name: str
@@ -53,7 +53,7 @@ class LocalSwarm:
     """Starts, watches and ends the processes of one swarm; leave it by `async with` and none is left."""
 
     logs: Path
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, LocalProcess] = field(default_factory=dict)
 
     async def __aenter__(self) -> LocalSwarm:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class LocalSwarm:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.shield(self.stop(*self.members))
 
-    async def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Member:
+    async def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> LocalProcess:
         """Run `lutetia ARGUMENTS` as process `name`; its output goes to `logs/name.log`."""
         log = self.logs / f"{name}.log"
         with log.open("ab") as output:
@@ -71,7 +71,7 @@ class LocalSwarm:
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                 env={**os.environ, "NO_COLOR": "1", **(environment or {}), "LUTETIA_PARENT": str(os.getpid())},
             )  # fmt: skip
-        self.members[name] = member = Member(name, process, log)
+        self.members[name] = member = LocalProcess(name, process, log)
         return member
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class LocalSwarm:
                     member.process.terminate()
         await asyncio.gather(*(self._end(member) for member in members))
 
-    async def _end(self, member: Member) -> None:
+    async def _end(self, member: LocalProcess) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE):
                 await member.process.wait()

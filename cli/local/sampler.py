@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledClips:
     """Clips uint8 [F, H, W, 3], and for each of them the experts' weights (by name) in every step."""
 
     clips: list[Frames]
     experts: list[list[dict[str, float]]]
 
 
-class Sampler:
+class MixtureLoader:
     """A mixture, loaded once."""
 
     def __init__(self, folder: Path) -> None:
@@ -42,14 +42,14 @@ class Sampler:
         mode: Any = None,
         steps: int | None = None,
         guidance: float | None = None,
-    ) -> Sampled:
+    ) -> SampledClips:
         """One clip per prompt, from the noise of `seed`, `seed + 1`, …; what is None is the mixture's own choice.
 
         `expert` samples that expert alone. Raises UsageError for prompts and options that the mixture cannot take.
         """
         output = self.pipeline(list(prompts), steps, guidance, mode=mode, expert=expert, seed=seed)
         experts = [[_named(self.names, step[clip]) for step in output.routing] for clip in range(len(prompts))]
-        return Sampled(list(output.frames), experts)
+        return SampledClips(list(output.frames), experts)
 
 
 def _named(names: Sequence[str], weights: Any) -> dict[str, float]:

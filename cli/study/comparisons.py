@@ -13,7 +13,7 @@ from lutetia.system.files import write_atomic
 if TYPE_CHECKING:
     from lutetia.cli.study.state import StudyState
     from lutetia.models.metrics.comparison import Comparison
-    from lutetia.models.metrics.evaluator import Entry
+    from lutetia.models.metrics.evaluator import MetricEntry
     from lutetia.models.metrics.stats.intervals import Figure
     from lutetia.models.study.config import Prompts
     from lutetia.models.study.plan import Reading, Training
@@ -97,7 +97,7 @@ class Comparisons:
                 found[reading.name] = ratio
         return found
 
-    def rebuilt(self, prompts: Prompts) -> tuple[Entry, ...]:
+    def rebuilt(self, prompts: Prompts) -> tuple[MetricEntry, ...]:
         """Real clips through the autoencoder alone."""
         from lutetia.models.study.results import Rebuilt
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lutetia.models.metrics.clips import ClipSet
     from lutetia.models.study.clips import ClipCounts
     from lutetia.models.study.config import StudyConfig
-    from lutetia.models.study.evaluation import Bench, Judged
-    from lutetia.models.study.plan import Plan, Reading, Training
+    from lutetia.models.study.evaluation import EvaluatedReading, StudyEvaluation
+    from lutetia.models.study.plan import Reading, StudyPlan, Training
 
 
 Progress = Callable[[str, int, int], None]
@@ -34,25 +34,25 @@ class StudyState:
     out: Path
     cache: Path
     on_progress: Progress
-    plan: Plan
+    plan: StudyPlan
     counts: ClipCounts
-    bench: Bench
+    bench: StudyEvaluation
     latents: str
     autoencoder_psnr: dict[str, float]
-    judged: dict[str, Judged] = field(default_factory=dict)
+    judged: dict[str, EvaluatedReading] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, config: StudyConfig, home: Path, out: Path, cache: Path, on_progress: Progress) -> StudyState:
         """Clips in their roles, and the plan."""
         from lutetia.models.study.clips import split_clips
-        from lutetia.models.study.evaluation import Bench
+        from lutetia.models.study.evaluation import StudyEvaluation
         from lutetia.models.study.plan import plan_study, planned_latent
 
         plan = plan_study(config, planned_latent(config))
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
         latents, psnr = own_latents(config, home / "clips" / "train", cache, on_progress)
-        bench = Bench(config, home / "clips", cache / "metrics", on_progress)
+        bench = StudyEvaluation(config, home / "clips", cache / "metrics", on_progress)
         return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
 
     def carry_on(self, training: Training) -> bool:
@@ -84,13 +84,13 @@ class StudyState:
 
     def recall(self) -> None:
         """Read the figures that earlier calls left, so that a report after a cut is not emptier than the last before it."""
-        from lutetia.models.study.evaluation import Judged
+        from lutetia.models.study.evaluation import EvaluatedReading
 
         for training in self.plan.trainings:
             for reading in self.plan.readings_of(training):
                 path = self.figure(reading.name)
                 if path.is_file() and study_training.finished(self.folder(training) / "run"):
-                    self.judged[reading.name] = Judged.model_validate_json(path.read_bytes())
+                    self.judged[reading.name] = EvaluatedReading.model_validate_json(path.read_bytes())
 
     def folder(self, training: Training) -> Path:
         return self.home / "runs" / training.name

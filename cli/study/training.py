@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lutetia.cli.local.poller import Watch, samples_done
+from lutetia.cli.local.poller import SwarmPoller, samples_done
 from lutetia.cli.local.processes import LocalSwarm, free_port
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, LutetiaError
@@ -69,7 +69,7 @@ def train(
 
 def create(training: Training, data: Path, run: Path, config: StudyConfig, start: Path | None = None) -> None:
     """The run of `training`, its keys and so its weights a function of study, training and seed."""
-    from lutetia.coordinator.admin.create import Birth, create_run
+    from lutetia.coordinator.admin.create import RunSecrets, create_run
     from lutetia.coordinator.settings import RunSettings
     from lutetia.protocol.schema.manifest import AuditPolicy, Timing
 
@@ -89,7 +89,7 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig, start
         audit=AuditPolicy() if machines.audits else AuditPolicy(replay_steps=0, whole_epoch=0.0),
         valid_days=_STUDY_DAYS,
     )
-    create_run(data, run, settings, Birth.of_seed(f"{config.name}|{training.name}"))
+    create_run(data, run, settings, RunSecrets.of_seed(f"{config.name}|{training.name}"))
 
 
 def check_budget(training: Training, folder: Path) -> None:
@@ -132,7 +132,7 @@ def _add_seconds(folder: Path, more: float) -> None:
 
 async def _swarm(training: Training, folder: Path, machines: Machines, on_progress: Callable[[str, int, int], None]) -> None:
     run, team, patience = folder / "run", Team.of(machines, training.experts, cores()), _Patience(training.name, folder, machines)
-    watch, most = Watch(run, folder), 0
+    watch, most = SwarmPoller(run, folder), 0
     async with LocalSwarm(folder / "logs") as swarm:
         serve = ["coordinator", "serve", str(run), "--stitch", "end", "--no-gallery", "--exit-when-done"]
         began = time.time()
@@ -157,7 +157,7 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
         raise LutetiaError(f"the swarm of {training.name} ended before its budget was done; its logs are in {folder / 'logs'}")
 
 
-async def _join(swarm: LocalSwarm, watch: Watch, team: Team, device: str) -> None:
+async def _join(swarm: LocalSwarm, watch: SwarmPoller, team: Team, device: str) -> None:
     """Start the workers; each has a state folder of its own, where it finds what it had begun before a cut."""
     ticket = (watch.run / "ticket.txt").read_text().strip()
     environment = {"LUTETIA_STOP_WITHIN": "0", "OMP_NUM_THREADS": str(team.threads)}

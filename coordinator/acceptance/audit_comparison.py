@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from lutetia.coordinator.ledger.events import Outcome
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 
 
-class Finding(Frozen):
+class AuditFinding(Frozen):
     """What a replay came to, and why. `closer`: a replay of the whole epoch would tell more.
 
     `doubt`: nothing is proved, but the end of the epoch is not where honest work of any kind was ever seen to end.
@@ -66,7 +66,7 @@ OWN_KIND = FLOAT32_CPU
 """What it finds invalid in a few steps is at least looked at closer, whatever the pair."""
 
 
-def tolerance(author: Made, auditor: Made) -> Tolerance:
+def tolerance(author: TrainedWith, auditor: TrainedWith) -> Tolerance:
     """The tolerance of a pair. Whatever a peer says of itself, it is one of four."""
     processors = author.device == auditor.device == "cpu"
     if author.precision == auditor.precision == "float32":
@@ -78,10 +78,10 @@ def compare(
     published: Sequence[float],
     replayed: Sequence[float],
     drift: float | None,
-    author: Made,
-    auditor: Made,
+    author: TrainedWith,
+    auditor: TrainedWith,
     noise: float | None = None,
-) -> Finding:
+) -> AuditFinding:
     """The author's losses of an epoch against the replayed ones of its first steps, and its end's `drift` if replayed whole.
 
     The worst step decides. A replay that diverges, or that has no step, concludes nothing. Losses alone that fall between the
@@ -91,9 +91,9 @@ def compare(
     bounds = tolerance(author, auditor)
     pair = f"{bounds.name}{'' if bounds.measured else ', assumed'}"
     if not replayed or not all(map(math.isfinite, replayed)):
-        return Finding(outcome="inconclusive", text="the replay gave no finite losses")
+        return AuditFinding(outcome="inconclusive", text="the replay gave no finite losses")
     if len(published) < len(replayed):
-        return Finding(outcome="invalid", text=f"it published {len(published)} losses of the {len(replayed)} steps replayed")
+        return AuditFinding(outcome="invalid", text=f"it published {len(published)} losses of the {len(replayed)} steps replayed")
     apart = [_apart(said, found) for said, found in zip(published, replayed, strict=False)]
     step = max(range(len(apart)), key=lambda index: apart[index] / bounds.loss(index)[0])
     most, too_much = bounds.loss(step)
@@ -104,13 +104,13 @@ def compare(
         end, told = judged_end(drift, noise, bounds)
         text += f"; {told}"
     if apart[step] > too_much or end == "invalid":
-        return Finding(outcome="invalid", text=text)
+        return AuditFinding(outcome="invalid", text=text)
     if apart[step] > most or end == "inconclusive":
-        return Finding(outcome="inconclusive", text=text, closer=drift is None, doubt=end == "inconclusive")
+        return AuditFinding(outcome="inconclusive", text=text, closer=drift is None, doubt=end == "inconclusive")
     if drift is None and any(found > OWN_KIND.loss(index)[1] for index, found in enumerate(apart)):
         text += f"; {OWN_KIND.name} would not differ like that, so the whole epoch decides"
-        return Finding(outcome="inconclusive", text=text, closer=True)
-    return Finding(outcome="valid", text=text)
+        return AuditFinding(outcome="inconclusive", text=text, closer=True)
+    return AuditFinding(outcome="valid", text=text)
 
 
 def judged_end(drift: float, noise: float | None, bounds: Tolerance) -> tuple[Outcome, str]:

@@ -11,14 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery
-from lutetia.coordinator.acceptance.messages import Audit, AuditDelivered, Audited, AuditWanted, Lend, Proclaim
+from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, PublishReset, StartAudit
 from lutetia.coordinator.acceptance.rollback import can_fall, due, move, quarantine, re_audits
-from lutetia.coordinator.acceptance.transition import Rules, Turn
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
 from lutetia.coordinator.ledger.events import AuditDone, AuditReason, AuditReported, LineageRolledBack, PeerQuarantined
-from lutetia.coordinator.ledger.reducer import HISTORY, PendingAudit, RunState
+from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
 
@@ -28,7 +29,7 @@ def build_of(record: CheckpointRecord, manifest: Manifest) -> str:
     return f"{record.made.software}/{digest_of(manifest.expert_of(record.shard))[:12]}"
 
 
-def consider(turn: Turn, record: CheckpointRecord) -> None:
+def consider(turn: JudgeTransition, record: CheckpointRecord) -> None:
     """`record` was accepted: by the adaptive rule, is it to be audited, and whole or in part?"""
     policy, peer = turn.rules.manifest.audit, turn.run.peer(record.owner)
     whole = lottery(turn.rules.secret, record.digest, "whole") < policy.whole_epoch
@@ -38,7 +39,7 @@ def consider(turn: Turn, record: CheckpointRecord) -> None:
         _due(turn, record.digest, record.shard, whole, "streak" if peer.streak < policy.streak else "lottery")
 
 
-def _due(turn: Turn, checkpoint: str, shard: int, whole: bool, why: AuditReason) -> None:
+def _due(turn: JudgeTransition, checkpoint: str, shard: int, whole: bool, why: AuditReason) -> None:
     turn.write(due(turn.run, shard, checkpoint, turn.now, whole, why))
 
 
@@ -54,7 +55,7 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
     return any(audit.shard == shard and epoch - audit.epoch > HISTORY - 2 for audit in run.audits.values())
 
 
-def start_audit(turn: Turn) -> None:
+def start_audit(turn: JudgeTransition) -> None:
     """One audit at a time by the coordinator itself, the oldest result first; those that a peer has, or may yet take, wait."""
     if turn.state.auditing is not None or not turn.run.audits:
         return
@@ -66,7 +67,7 @@ def start_audit(turn: Turn) -> None:
             return
 
 
-def _pointless(turn: Turn, audit: PendingAudit, seconds: float = 0.0) -> bool:
+def _pointless(turn: JudgeTransition, audit: PendingAudit, seconds: float = 0.0) -> bool:
     """Whether its lineage could not be rolled back any more; then it is done with, so that nothing waits behind it.
 
     Results that would bring that about are put off (`audits_lag`); ledgers of earlier versions may hold such audits.
@@ -78,7 +79,7 @@ def _pointless(turn: Turn, audit: PendingAudit, seconds: float = 0.0) -> bool:
     return True
 
 
-def _for_peers(turn: Turn, audit: PendingAudit) -> bool:
+def _for_peers(turn: JudgeTransition, audit: PendingAudit) -> bool:
     """Whether a peer carries it out, or one may take it soon: a peer asked lately, and the result has not waited long.
 
     At the end of the run nobody waits for a peer any more.
@@ -92,15 +93,15 @@ def _for_peers(turn: Turn, audit: PendingAudit) -> bool:
     return audit.reported is None and not audit.attempts and turn.now < min(turn.state.asked, audit.since) + wait
 
 
-def _job(turn: Turn, audit: PendingAudit) -> Audit:
+def _job(turn: JudgeTransition, audit: PendingAudit) -> StartAudit:
     shard = turn.run.shards[audit.shard]
     link = shard.link(audit.checkpoint)
     assert link is not None, "a due audit is of an accepted epoch: a roll-back takes it away"
     before = shard.before(link)
-    return Audit(audit, link, before.acceptance if before else None)
+    return StartAudit(audit, link, before.acceptance if before else None)
 
 
-def audited(turn: Turn, heard: Audited) -> None:
+def audited(turn: JudgeTransition, heard: Audited) -> None:
     """A replay came to its end."""
     audit = turn.run.audits.get(heard.checkpoint)
     if turn.state.auditing == heard.checkpoint:
@@ -110,7 +111,7 @@ def audited(turn: Turn, heard: Audited) -> None:
     finding, again_at = heard.finding, None
     again = heard.again and not finding.doubt  # the same replay would find the same
     if finding.outcome == "inconclusive" and again and audit.attempts + 1 < turn.rules.audit_attempts:
-        delay = 0.0 if finding.closer else min(_LONGEST_DELAY, turn.rules.audit_delay * 2**audit.attempts)
+        delay = 0.0 if finding.closer else backoff(audit.attempts + 1, first=turn.rules.audit_delay, longest=_LONGEST_DELAY)
         again_at = turn.now + delay
     told = {"outcome": finding.outcome, "text": finding.text[:1000], "by": heard.by, "seconds": heard.seconds}
     told |= {"closer": finding.closer and again_at is not None, "doubt": finding.doubt and again_at is None}
@@ -119,11 +120,11 @@ def audited(turn: Turn, heard: Audited) -> None:
         _convict(turn, audit, finding.text)
 
 
-def lend(turn: Turn, wanted: AuditWanted) -> None:
+def lend(turn: JudgeTransition, wanted: AuditWanted) -> None:
     """Give the asking peer the oldest audit that nobody has, of somebody it has nothing to do with; one at a time."""
     rules, allowed = turn.rules, turn.rules.manifest.allowlist
     if wanted.owner in turn.run.quarantined or (allowed is not None and wanted.owner not in allowed):
-        turn.actions.append(Lend(None, retry_after=_LONGEST_DELAY))
+        turn.actions.append(LendAudit(None, retry_after=_LONGEST_DELAY))
         return
     turn.state = replace(turn.state, asked=turn.now)
     lent = {name: loan for name, loan in turn.state.lent.items() if name in turn.run.audits}  # a second time it is not lent
@@ -132,15 +133,15 @@ def lend(turn: Turn, wanted: AuditWanted) -> None:
         held = _free_for(turn, lent, {wanted.owner, *wanted.related})
     if held is None or _pointless(turn, turn.run.audits[held]):
         turn.state = replace(turn.state, lent=lent)
-        turn.actions.append(Lend(None, retry_after=rules.audit_wait / 4 + len(turn.state.offers) / rules.asks_per_second))
+        turn.actions.append(LendAudit(None, retry_after=rules.audit_wait / 4 + len(turn.state.offers) / rules.asks_per_second))
         return
     loan = rules.audit_loan * (6 if turn.run.audits[held].whole else 1)
     lent.setdefault(held, (wanted.owner, turn.now + loan))  # who asks again has lost it, and gets the same
     turn.state = replace(turn.state, lent=lent)
-    turn.actions.append(Lend(_job(turn, turn.run.audits[held]), lent[held][1]))
+    turn.actions.append(LendAudit(_job(turn, turn.run.audits[held]), lent[held][1]))
 
 
-def _free_for(turn: Turn, lent: Mapping[str, tuple[str, float]], strangers: set[str]) -> str | None:
+def _free_for(turn: JudgeTransition, lent: Mapping[str, tuple[str, float]], strangers: set[str]) -> str | None:
     """The oldest audit that nobody has, and whose author is none of `strangers`."""
     free = [
         (audit.since, name)
@@ -150,7 +151,7 @@ def _free_for(turn: Turn, lent: Mapping[str, tuple[str, float]], strangers: set[
     return min(free, default=(0.0, None))[1]
 
 
-def delivered(turn: Turn, report: AuditDelivered) -> None:
+def delivered(turn: JudgeTransition, report: AuditDelivered) -> None:
     """A peer's report. `valid` from an auditor that was often right is believed, except when the lottery wants it checked.
 
     Everything else is replayed here before it counts: nobody is convicted on a stranger's word.
@@ -169,7 +170,7 @@ def delivered(turn: Turn, report: AuditDelivered) -> None:
         turn.write(AuditReported(**facts))
 
 
-def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
+def _convict(turn: JudgeTransition, audit: PendingAudit, text: str) -> None:
     """Quarantine the author, take back what stands on the faked epoch, look again at all that it did before, oldest first."""
     if audit.owner not in turn.run.quarantined:
         quarantine(turn, PeerQuarantined(time=turn.now, **_facts(audit), text=text[:1000]))
@@ -178,15 +179,15 @@ def _convict(turn: Turn, audit: PendingAudit, text: str) -> None:
         turn.write(again)
 
 
-def _roll_back(turn: Turn, audit: PendingAudit) -> None:
+def _roll_back(turn: JudgeTransition, audit: PendingAudit) -> None:
     """The shard goes on from the last epoch before the faked one, in a new term; other shards are not touched."""
     shard = turn.run.shards[audit.shard]
     place: dict[str, Any] = {"epoch": audit.epoch - 1, "term": shard.term + 1, "dropped": shard.epoch - audit.epoch + 1}
     move(turn, audit.shard, LineageRolledBack(time=turn.now, shard=audit.shard, **place, checkpoint=audit.checkpoint))
-    turn.actions.append(Proclaim(standing(turn.rules, turn.run, audit.shard, turn.now)))
+    turn.actions.append(PublishReset(standing(turn.rules, turn.run, audit.shard, turn.now)))
 
 
-def standing(rules: Rules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
+def standing(rules: JudgeRules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
     """What the DHT is to show of a shard: its accepted epoch, or that it stands at its beginning again."""
     ledger = run.shards[shard]
     if ledger.acceptance is not None:

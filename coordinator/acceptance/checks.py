@@ -10,7 +10,7 @@
     raw        the raw parameters, from which training goes on, score about as well as the averages that are published
     audit      after the acceptance, where the adaptive rule wants it: replayed from the parent, losses compared (`auditing`)
 
-Rungs up to `size` and the comparison of losses are pure; the others are carried out by `Tools`.
+Rungs up to `size` and the comparison of losses are pure; the others are carried out by `CheckRunner`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.ledger.events import Outcome, RungCost
-from lutetia.coordinator.ledger.reducer import ShardLedger
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.ledger.events import CheckCost, Outcome
+from lutetia.coordinator.ledger.run_state import ShardLedger
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.errors import DiskError, LutetiaError
 
 _TRACE_BYTES_PER_STEP = 64
@@ -43,19 +43,19 @@ class Verdict:
     """
 
     outcome: Outcome
-    rung: Rung
+    rung: CheckName
     text: str = ""
     loss: float | None = None
     parent_loss: float | None = None
-    costs: tuple[RungCost, ...] = ()
+    costs: tuple[CheckCost, ...] = ()
 
 
-class Stopped(LutetiaError):
+class CheckFailed(LutetiaError):
     """Raised by a rung that the result does not pass."""
 
     code, name = 50, "integrity"
 
-    def __init__(self, outcome: Literal["invalid", "inconclusive"], rung: Rung, text: str) -> None:
+    def __init__(self, outcome: Literal["invalid", "inconclusive"], rung: CheckName, text: str) -> None:
         super().__init__(text)
         self.verdict = Verdict(outcome, rung, text)
 
@@ -129,12 +129,12 @@ def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict
 class Replayed:
     """How a replay came out after `seconds`. `again`: whether trying again can bring more, where nothing was concluded."""
 
-    finding: Finding
+    finding: AuditFinding
     seconds: float = 0.0
     again: bool = True
 
 
-class Tools(Protocol):
+class CheckRunner(Protocol):
     """What the rungs with input and output need. Each raises Stopped with its own rung."""
 
     async def fetch(self, record: CheckpointRecord) -> None:
@@ -172,31 +172,31 @@ class _Climb:
     """What each rung costs, by `clock`; a rung that raises is counted too."""
 
     clock: Callable[[], float]
-    costs: list[RungCost] = field(default_factory=list)
+    costs: list[CheckCost] = field(default_factory=list)
 
-    async def rung(self, name: Rung, work: Awaitable[T], size: int = 0) -> T:
+    async def rung(self, name: CheckName, work: Awaitable[T], size: int = 0) -> T:
         began, outcome = self.clock(), "inconclusive"
         try:
             result = await work
             outcome = "valid"
-        except Stopped as stop:
+        except CheckFailed as stop:
             outcome = stop.verdict.outcome
             name = stop.verdict.rung
             raise
         except DiskError:  # the machine's trouble, and nobody can be judged on it
             raise
         except LutetiaError as error:  # a blob that was removed meanwhile, for instance: it says nothing about the result
-            raise Stopped("inconclusive", name, str(error)) from error
+            raise CheckFailed("inconclusive", name, str(error)) from error
         finally:
-            self.costs.append(RungCost(rung=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
+            self.costs.append(CheckCost(rung=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
         return result
 
 
-async def climb(
+async def run_checks(
     record: CheckpointRecord,
     parent_loss: float | None,
     manifest: Manifest,
-    tools: Tools,
+    tools: CheckRunner,
     clock: Callable[[], float] = time.monotonic,
 ) -> Verdict:
     """Carry out the rungs from `transfer` to `raw`. `parent_loss` None: measure the initial model first."""
@@ -212,7 +212,7 @@ async def climb(
         if verdict.outcome == "valid":
             raw = await climbing.rung("raw", tools.raw_loss(record), record.state.size)
             verdict = compare_raw(raw, loss, parent_loss, manifest.raw_tolerance) or verdict
-    except Stopped as stop:
+    except CheckFailed as stop:
         return replace(stop.verdict, costs=tuple(climbing.costs))
     last = climbing.costs.pop()
     return replace(verdict, costs=(*climbing.costs, last.model_copy(update={"outcome": verdict.outcome})))

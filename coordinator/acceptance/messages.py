@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
 from lutetia.coordinator.ledger.events import Event
-from lutetia.coordinator.ledger.reducer import Link, PendingAudit
+from lutetia.coordinator.ledger.run_state import AcceptedEpoch, PendingAudit
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 
@@ -23,7 +23,7 @@ class Offered:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckDone:
     """The ladder's verdict on a candidate."""
 
     record: CheckpointRecord
@@ -39,7 +39,7 @@ class Audited:
     """
 
     checkpoint: str
-    finding: Finding
+    finding: AuditFinding
     now: float
     seconds: float = 0.0
     by: str | None = None
@@ -61,7 +61,7 @@ class AuditDelivered:
 
     owner: str
     checkpoint: str
-    finding: Finding
+    finding: AuditFinding
     seconds: float
     now: float
 
@@ -75,21 +75,21 @@ class LimitsKnown:
 
 
 @dataclass(frozen=True)
-class Tick:
+class JudgeTick:
     """Time passes: retries may be due."""
 
     now: float
 
 
 @dataclass(frozen=True)
-class Noted:
+class LedgerFacts:
     """Facts from outside: a mixture was stitched, a lost acceptance found. What is out of date is dropped."""
 
     events: tuple[Event, ...]
     now: float
 
 
-Stimulus = Offered | Checked | Audited | AuditWanted | AuditDelivered | LimitsKnown | Tick | Noted
+Stimulus = Offered | CheckDone | Audited | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Climb the ladder with this candidate and come back with `Checked`."""
+class StartCheck:
+    """Climb the ladder with this candidate and come back with `CheckDone`."""
 
     record: CheckpointRecord
     parent_loss: float | None
@@ -123,35 +123,35 @@ class Publish:
 
 
 @dataclass(frozen=True)
-class Audit:
+class StartAudit:
     """Replay this accepted epoch from `parent` (None: from the beginning) and come back with `Audited`."""
 
     audit: PendingAudit
-    link: Link
+    link: AcceptedEpoch
     parent: AcceptanceRecord | None
 
 
 @dataclass(frozen=True)
-class Lend:
+class LendAudit:
     """The answer to who wants an audit: one, until then; or when to ask again."""
 
-    audit: Audit | None
+    audit: StartAudit | None
     until: float = 0.0
     retry_after: float = 0.0
 
 
 @dataclass(frozen=True)
-class Proclaim:
+class PublishReset:
     """A shard was rolled back: publish where it stands now."""
 
     record: AcceptanceRecord | ResetRecord
 
 
 @dataclass(frozen=True)
-class Discard:
+class DiscardCandidate:
     """The candidate is out: what was fetched of it may go."""
 
     record: CheckpointRecord
 
 
-Action = Write | Answer | Check | Publish | Audit | Lend | Proclaim | Discard
+Action = Write | Answer | StartCheck | Publish | StartAudit | LendAudit | PublishReset | DiscardCandidate

@@ -23,7 +23,7 @@ BUSY_SECONDS = 10.0
 
 
 @dataclass
-class Pace:
+class RateWindow:
     """At most `per_minute` requests from one origin within any minute."""
 
     per_minute: int
@@ -45,7 +45,7 @@ class Admission:
     """`offers_per_minute` and `undecided` are of one origin."""
 
     def __init__(self, offers_per_minute: int = 120, undecided: int = 8) -> None:
-        self._pace, self._undecided = Pace(offers_per_minute), undecided
+        self._pace, self._undecided = RateWindow(offers_per_minute), undecided
         self._origins: OrderedDict[str, str] = OrderedDict()
 
     def refusal(self, peer_id: str, origin: str, waiting: Collection[str], now: float) -> OfferReply | None:

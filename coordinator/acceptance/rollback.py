@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import Discard
-from lutetia.coordinator.acceptance.transition import Turn, refusal
+from lutetia.coordinator.acceptance.messages import DiscardCandidate
+from lutetia.coordinator.acceptance.transition import JudgeTransition, refusal
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
     AuditDue,
@@ -18,10 +18,10 @@ from lutetia.coordinator.ledger.events import (
     QuarantineRecovered,
     ResetRecovered,
 )
-from lutetia.coordinator.ledger.reducer import Link, RunState
+from lutetia.coordinator.ledger.run_state import AcceptedEpoch, RunState
 
 
-def noted(turn: Turn, event: Event) -> None:
+def noted(turn: JudgeTransition, event: Event) -> None:
     """A fact from outside. It was found or made beside the judge, who may have gone on meanwhile: then it is out of date."""
     match event:
         case MixtureStitched():
@@ -40,22 +40,22 @@ def noted(turn: Turn, event: Event) -> None:
             turn.write(event)
 
 
-def _take_back(turn: Turn, event: AcceptanceRecovered | ResetRecovered, shard: int, place: tuple[int, int]) -> None:
+def _take_back(turn: JudgeTransition, event: AcceptanceRecovered | ResetRecovered, shard: int, place: tuple[int, int]) -> None:
     ledger = turn.run.shards[shard]
     if place > (ledger.term, ledger.epoch):
         move(turn, shard, event)
 
 
-def move(turn: Turn, shard: int, event: LineageRolledBack | AcceptanceRecovered | ResetRecovered) -> None:
+def move(turn: JudgeTransition, shard: int, event: LineageRolledBack | AcceptanceRecovered | ResetRecovered) -> None:
     """`event` puts the shard elsewhere: what is in judgement there stands on nothing any more."""
     waiting = [candidate.record for candidate in turn.run.shards[shard].candidates.values()]
     turn.write(event)
     _forget_check(turn, shard)
-    turn.actions += [Discard(record) for record in waiting]
+    turn.actions += [DiscardCandidate(record) for record in waiting]
     turn.tidy(shard)
 
 
-def quarantine(turn: Turn, event: PeerQuarantined | QuarantineRecovered) -> None:
+def quarantine(turn: JudgeTransition, event: PeerQuarantined | QuarantineRecovered) -> None:
     """What the peer has in judgement is refused."""
     turn.write(event)
     for index in sorted(turn.state.pending):
@@ -64,7 +64,7 @@ def quarantine(turn: Turn, event: PeerQuarantined | QuarantineRecovered) -> None
             why = Verdict("invalid", "quarantine", "its author was quarantined meanwhile")
             turn.write(refusal(waiting.record, why, turn.now))
             _forget_check(turn, index, event.owner)
-            turn.actions.append(Discard(waiting.record))
+            turn.actions.append(DiscardCandidate(waiting.record))
             turn.tidy(index)
 
 
@@ -95,13 +95,13 @@ def re_audits(run: RunState, owner: str, now: float) -> list[AuditDue]:
     return [due(run, shard, checkpoint, now, True, "re-audit") for _, shard, checkpoint in sorted(earlier)]
 
 
-def _worth_another_look(run: RunState, shard: int, link: Link) -> bool:
+def _worth_another_look(run: RunState, shard: int, link: AcceptedEpoch) -> bool:
     """Not while a replay of the whole epoch is due already, nor where nothing could follow from one."""
     known = run.audits.get(link.acceptance.checkpoint)
     return (known is None or not known.whole) and can_fall(run, shard, link.acceptance.checkpoint)
 
 
-def _forget_check(turn: Turn, shard: int, owner: str | None = None) -> None:
+def _forget_check(turn: JudgeTransition, shard: int, owner: str | None = None) -> None:
     checking = turn.state.checking
     if shard in checking and owner in (None, checking[shard][0]):
         turn.state = replace(turn.state, checking={k: v for k, v in checking.items() if k != shard})

@@ -18,44 +18,42 @@ from lutetia.coordinator.acceptance.messages import (
     AuditDelivered,
     Audited,
     AuditWanted,
-    Check,
-    Checked,
-    Discard,
-    Lend,
+    CheckDone,
+    DiscardCandidate,
+    JudgeTick,
+    LedgerFacts,
+    LendAudit,
     LimitsKnown,
-    Noted,
     Offered,
     Publish,
+    StartCheck,
     Stimulus,
-    Tick,
 )
 from lutetia.coordinator.acceptance.rollback import noted
-from lutetia.coordinator.acceptance.transition import JudgeState, Rules, Turn, refusal
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, JudgeTransition, refusal
 from lutetia.coordinator.ledger.events import (
     BaselineMeasured,
     CheckpointAccepted,
-    CheckpointRefused,
-    CheckpointSeen,
-    CheckpointSuperseded,
     QuarantineRecovered,
+    ResultRefused,
+    ResultSeen,
+    ResultSuperseded,
 )
-from lutetia.coordinator.ledger.persistent_map import Table
-from lutetia.coordinator.ledger.reducer import HISTORY, Candidate, RunState, ShardLedger
+from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.coordinator.ledger.run_state import HISTORY, RunState, ShardLedger, WaitingResult
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
-
-__all__ = ["JudgeState", "Rules", "judge"]
 
 _MINUTE = 60.0
 
 
-def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
+def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
     """Everything that follows from `stimulus`; actions are to be carried out in order."""
     turn = _Turn(rules, state, stimulus.now)
     match stimulus:
         case Offered():
             turn.actions.append(Answer(turn.offered(stimulus)))
-        case Checked():
+        case CheckDone():
             turn.checked(stimulus.record, stimulus.verdict)
         case LimitsKnown():
             turn.state = replace(turn.state, limits=stimulus.limits)
@@ -65,9 +63,9 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
             turn.wanted(stimulus)
         case AuditDelivered():
             delivered(turn, stimulus)
-        case Tick():
+        case JudgeTick():
             turn.forget_offers()
-        case Noted():
+        case LedgerFacts():
             for event in stimulus.events:
                 noted(turn, event)
         case _:
@@ -77,7 +75,7 @@ def judge(rules: Rules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeSta
     return turn.state, tuple(turn.actions)
 
 
-class _Turn(Turn):
+class _Turn(JudgeTransition):
     """One call of `judge`."""
 
     # offers
@@ -106,7 +104,7 @@ class _Turn(Turn):
         if record.owner in shard.candidates or len(shard.candidates) >= self._places(offer):
             text = f"a result for epoch {record.epoch} of shard {record.shard} is still being judged"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
-        self.write(CheckpointSeen(time=self.now, record=record, via=offer.via))
+        self.write(ResultSeen(time=self.now, record=record, via=offer.via))
         self.state = replace(self.state, pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
 
@@ -121,11 +119,11 @@ class _Turn(Turn):
 
     @property
     def _patience(self) -> float:
-        return self.rules.retry_delay * 2**self.rules.attempts
+        return self.rules.retry_after(self.rules.attempts)
 
     def wanted(self, stimulus: AuditWanted) -> None:
         if wait := self._over_rate(stimulus.owner):
-            self.actions.append(Lend(None, retry_after=wait))
+            self.actions.append(LendAudit(None, retry_after=wait))
         else:
             lend(self, stimulus)
 
@@ -145,7 +143,7 @@ class _Turn(Turn):
         """Peers that have been silent for a minute cost no memory."""
         begin = self.now - _MINUTE
         if any(moments[-1] <= begin for moments in self.state.offers.values()):
-            kept: Table[str, tuple[float, ...]] = Table()
+            kept: PersistentMap[str, tuple[float, ...]] = PersistentMap()
             for owner, moments in self.state.offers.items():
                 if moments[-1] > begin:
                     kept = kept.set(owner, moments)
@@ -173,10 +171,10 @@ class _Turn(Turn):
                 continue
             checking = {**self.state.checking, record.shard: (record.owner, record.digest)}
             self.state = replace(self.state, checking=checking)
-            self.actions.append(Check(record, self.state.run.shards[record.shard].parent_loss))
+            self.actions.append(StartCheck(record, self.state.run.shards[record.shard].parent_loss))
             free -= 1
 
-    def _ready(self) -> Iterator[Candidate]:
+    def _ready(self) -> Iterator[WaitingResult]:
         for index in sorted(self.state.pending - self.state.checking.keys()):
             for candidate in self.state.run.shards[index].candidates.values():
                 if candidate.not_before <= self.now:
@@ -199,10 +197,10 @@ class _Turn(Turn):
         candidate = self.state.run.shards[record.shard].candidates[record.owner]
         again_at = None
         if verdict.outcome == "inconclusive" and candidate.attempts + 1 < self.rules.attempts:
-            again_at = self.now + self.rules.retry_delay * 2**candidate.attempts
+            again_at = self.now + self.rules.retry_after(candidate.attempts)
         self.write(refusal(record, verdict, self.now, again_at))
         if again_at is None:
-            self.actions.append(Discard(record))
+            self.actions.append(DiscardCandidate(record))
         self.tidy(record.shard)
 
     def _accepted(self, record: CheckpointRecord, verdict: Verdict) -> None:
@@ -226,11 +224,11 @@ class _Turn(Turn):
         for other in tuple(self.state.run.shards[record.shard].candidates.values()):
             late = other.record
             self.write(
-                CheckpointSuperseded(
+                ResultSuperseded(
                     time=self.now, shard=late.shard, epoch=late.epoch, owner=late.owner, checkpoint=late.digest, by=record.digest
                 )
             )
-            self.actions.append(Discard(late))
+            self.actions.append(DiscardCandidate(late))
         self.tidy(record.shard)
 
 
@@ -257,14 +255,14 @@ def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> Of
     if waiting and waiting.record.digest == digest:
         return OfferReply(verdict="queued")
     match shard.judged.get((record.owner, digest)):
-        case CheckpointRefused() as refusal:
+        case ResultRefused() as refusal:
             return OfferReply(verdict=refusal.verdict, rung=refusal.rung, text=refusal.text)
-        case CheckpointSuperseded():
+        case ResultSuperseded():
             return OfferReply(verdict="superseded")
     return None
 
 
-def _acceptance(rules: Rules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
+def _acceptance(rules: JudgeRules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
     return AcceptanceRecord(
         run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
         parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field, replace
 
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
 from lutetia.coordinator.acceptance.messages import Action, Write
-from lutetia.coordinator.ledger.events import CheckpointRefused, Event
-from lutetia.coordinator.ledger.persistent_map import Table
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.events import Event, ResultRefused
+from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.system.retry import backoff
+
+_LONGEST_RETRY = 3600.0
 
 
 @dataclass(frozen=True)
-class Rules:
+class JudgeRules:
     """What does not change while the service runs. `secret` makes audits unforeseeable.
 
     `audit_attempts`: how often an audit without outcome is tried before it is given up; `audit_delay` seconds double every time.
@@ -38,6 +42,10 @@ class Rules:
     audit_loan: float = 600.0
     asks_per_second: float = 5.0
 
+    def retry_after(self, attempts: int) -> float:
+        """Seconds until a result is checked again after `attempts` checks without a verdict (0: the first delay)."""
+        return backoff(attempts + 1, first=self.retry_delay, longest=_LONGEST_RETRY)
+
 
 @dataclass(frozen=True)
 class JudgeState:
@@ -51,7 +59,7 @@ class JudgeState:
     limits: Limits | None = None
     pending: frozenset[int] = frozenset()
     checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
-    offers: Table[str, tuple[float, ...]] = field(default_factory=Table)
+    offers: PersistentMap[str, tuple[float, ...]] = field(default_factory=PersistentMap)
     auditing: str | None = None
     lent: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     asked: float = float("-inf")
@@ -62,10 +70,10 @@ class JudgeState:
         return cls(run, pending=frozenset(index for index, shard in run.shards.items() if shard.candidates))
 
 
-class Turn:
+class JudgeTransition:
     """One call of `judge`: collects events and actions."""
 
-    def __init__(self, rules: Rules, state: JudgeState, now: float) -> None:
+    def __init__(self, rules: JudgeRules, state: JudgeState, now: float) -> None:
         self.rules, self.state, self.now = rules, state, now
         self.actions: list[Action] = []
 
@@ -83,10 +91,10 @@ class Turn:
             self.state = replace(self.state, pending=self.state.pending - {shard})
 
 
-def refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: float | None = None) -> CheckpointRefused:
+def refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: float | None = None) -> ResultRefused:
     """The event that says it."""
     assert verdict.outcome != "valid"
-    return CheckpointRefused(
+    return ResultRefused(
         time=now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
         verdict=verdict.outcome, rung=verdict.rung, text=verdict.text[:1000], again_at=again_at, costs=verdict.costs,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore

@@ -30,7 +30,7 @@ from lutetia.system.errors import ConfigError, IntegrityError
 from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
 
 if TYPE_CHECKING:
-    from lutetia.models.warm_start import Source
+    from lutetia.models.warm_start import InitialWeights
 
 _DAY = 86400.0
 _EPOCH = 1_767_225_600.0  # 2026-01-01, the birth of all seeded runs
@@ -47,7 +47,7 @@ class CreatedRun:
 
 
 @dataclass(frozen=True)
-class Birth:
+class RunSecrets:
     """What makes one run differ from another of equal settings: its keys and its time of birth (Unix seconds)."""
 
     owner: Identity
@@ -55,17 +55,17 @@ class Birth:
     time: float
 
     @classmethod
-    def now(cls) -> Birth:
+    def now(cls) -> RunSecrets:
         """Fresh keys, as every real run has them."""
         return cls(Identity.generate(), Identity.generate(), time.time())
 
     @classmethod
-    def of_seed(cls, seed: str) -> Birth:
+    def of_seed(cls, seed: str) -> RunSecrets:
         """The same keys for the same seed, so that equal data give equal weights. Anybody can forge them: loopback only."""
         return cls(Identity.derived(f"owner|{seed}"), Identity.derived(f"coordinator|{seed}"), _EPOCH)
 
 
-def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: Birth | None = None) -> CreatedRun:
+def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: RunSecrets | None = None) -> CreatedRun:
     """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
 
     Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, epochs too long for audits, expert
@@ -77,7 +77,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
         raise ConfigError(f"{folder} exists already; a run is never overwritten, name a new folder")
     description = read_data(data)
     _check_experts(settings, description)
-    birth = birth or Birth.now()
+    birth = birth or RunSecrets.now()
     owner, coordinator = birth.owner, birth.coordinator
     sources = _warm_start(settings, description)
     manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
@@ -125,7 +125,7 @@ def _check_expert(manifest: Manifest) -> None:
         check_fits(spec, manifest.latent)
 
 
-def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[Source, ...]:
+def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[InitialWeights, ...]:
     """Where each shard's expert begins; none where all begin fresh."""
     if settings.warm_start is None:
         return ()
@@ -134,7 +134,7 @@ def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[So
     return find_sources(settings.warm_start, [shard.name for shard in description.shards], settings.expert)
 
 
-def _warmed(manifest: Manifest, sources: Sequence[Source], part: Path) -> Manifest:
+def _warmed(manifest: Manifest, sources: Sequence[InitialWeights], part: Path) -> Manifest:
     """The manifest that names the sources' weights, which lie in the store of `part` then. Each source is read once."""
     if not sources:
         return manifest
@@ -149,7 +149,7 @@ def _warmed(manifest: Manifest, sources: Sequence[Source], part: Path) -> Manife
     return warm(manifest, [found[source.model] for source in sources])
 
 
-def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[Source]) -> ExpertSpec:
+def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[InitialWeights]) -> ExpertSpec:
     if sources:
         return sources[0].spec
     if settings.expert is not None:
@@ -159,7 +159,7 @@ def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[Source]
 
 def _manifest(
     settings: RunSettings, description: DataDescription, owner: Identity, coordinator: Identity, now: float,
-    sources: Sequence[Source],
+    sources: Sequence[InitialWeights],
 ) -> Manifest:  # fmt: skip
     total = sum(shard.prior for shard in description.shards)
     specs = [source.spec for source in sources]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lutetia.coordinator.ledger.events import PeerPardoned
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.system.errors import IdentityError, UsageError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lutetia.coordinator.admin.upgrade import publish_version
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE

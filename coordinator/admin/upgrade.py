@@ -10,7 +10,7 @@ from typing import Any
 
 from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.identity import Identity

@@ -14,9 +14,6 @@ from lutetia.coordinator.ledger.events import (
     AuditReported,
     BaselineMeasured,
     CheckpointAccepted,
-    CheckpointRefused,
-    CheckpointSeen,
-    CheckpointSuperseded,
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
@@ -27,12 +24,15 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
     QuarantineRecovered,
     ResetRecovered,
+    ResultRefused,
+    ResultSeen,
+    ResultSuperseded,
     RouterTrained,
     RunCreated,
     RunFinished,
 )
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 
 
@@ -49,7 +49,7 @@ def sentence(event: Event) -> str:
             return "coordinator stopped"
         case BaselineMeasured():
             return f"shard {event.shard}: the initial model's held-out loss is {event.loss:.5f}"
-        case CheckpointSeen(record=record):
+        case ResultSeen(record=record):
             return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
         case AcceptanceRecovered(acceptance=given):
             return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} taken back from peers"
@@ -77,12 +77,12 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
 
 
-def _verdict(event: CheckpointRefused | CheckpointSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined) -> str:
+def _verdict(event: ResultRefused | ResultSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined) -> str:
     match event:
-        case CheckpointRefused():
+        case ResultRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
             return f"is {event.verdict} at rung {event.rung}: {event.text}{again}"
-        case CheckpointSuperseded():
+        case ResultSuperseded():
             return f"is superseded by {event.by[:12]}"
         case AuditDue():
             why = {"streak": f"{event.streak} valid in a row are too few", "lottery": f"drawn, 1 in {event.streak}"}

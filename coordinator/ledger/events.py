@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import BlobRef, Digest, Name, PublicKey
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
@@ -67,7 +67,7 @@ class BaselineMeasured(_Event):
     loss: float
 
 
-class CheckpointSeen(_Event):
+class ResultSeen(_Event):
     """A result came in whose signature and lineage are right; it waits for judgement."""
 
     kind: Literal["checkpoint-seen"] = "checkpoint-seen"
@@ -82,27 +82,27 @@ class _Verdict(_Event):
     checkpoint: Digest
 
 
-class RungCost(Frozen):
+class CheckCost(Frozen):
     """One rung of the ladder, climbed: what came of it, and what it took in seconds and in bytes fetched or read."""
 
-    rung: Rung
+    rung: CheckName
     outcome: Literal["valid", "invalid", "inconclusive"]
     seconds: float = Field(ge=0)
     size: int = Field(default=0, ge=0)
 
 
-class CheckpointRefused(_Verdict):
+class ResultRefused(_Verdict):
     """`invalid` is final. `inconclusive` could not be judged; it is tried again at `again_at`, or given up when that is None."""
 
     kind: Literal["checkpoint-refused"] = "checkpoint-refused"
     verdict: Refusal
-    rung: Rung
+    rung: CheckName
     text: Sentence
     again_at: float | None = None
-    costs: tuple[RungCost, ...] = Field(default=(), max_length=16)
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16)
 
 
-class CheckpointSuperseded(_Verdict):
+class ResultSuperseded(_Verdict):
     """Another result was accepted for the same epoch first. No blame: the first valid one wins."""
 
     kind: Literal["checkpoint-superseded"] = "checkpoint-superseded"
@@ -119,7 +119,7 @@ class CheckpointAccepted(_Event):
     acceptance: AcceptanceRecord
     parent_loss: float
     build: str = Field(default="", max_length=128)
-    costs: tuple[RungCost, ...] = Field(default=(), max_length=16)
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16)
 
 
 class AcceptanceRecovered(_Event):
@@ -252,9 +252,9 @@ Event = Annotated[
     | CoordinatorStarted
     | CoordinatorStopped
     | BaselineMeasured
-    | CheckpointSeen
-    | CheckpointRefused
-    | CheckpointSuperseded
+    | ResultSeen
+    | ResultRefused
+    | ResultSuperseded
     | CheckpointAccepted
     | AcceptanceRecovered
     | ResetRecovered

@@ -26,7 +26,8 @@ from lutetia.coordinator.ledger.events import (
     RunCreated,
     read_event,
 )
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.system.errors import ConfigError, DiskError, IntegrityError
 
@@ -44,7 +45,7 @@ CREATE TRIGGER no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the 
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One line of the ledger; `text` is the event's canonical JSON."""
 
     id: int
@@ -142,7 +143,7 @@ class Ledger:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[LedgerRow]:
         """Every line, verified against the chain. Raises IntegrityError at the first that does not add up."""
         with _sqlite_errors(self.path):
             for row, _ in self._verified():
@@ -161,9 +162,11 @@ class Ledger:
         with self._writing, _sqlite_errors(self.path):
             return bool(self._connection.execute(accepted, (f'"checkpoint":"{checkpoint}"',)).fetchone()[0])
 
-    def _verified(self) -> Iterator[tuple[Row, Event]]:
+    def _verified(self) -> Iterator[tuple[LedgerRow, Event]]:
         chain, expected = _START, 1
-        for row in (Row(*line) for line in self._connection.execute("SELECT id, time, event, chain FROM events ORDER BY id")):
+        for row in (
+            LedgerRow(*line) for line in self._connection.execute("SELECT id, time, event, chain FROM events ORDER BY id")
+        ):
             chain = _link(chain, row.time, row.text)
             if row.id != expected or row.chain != chain:
                 raise IntegrityError(f"the ledger {self.path} was changed at event {expected}; restore it from a backup")

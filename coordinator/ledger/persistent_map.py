@@ -17,7 +17,7 @@ def _bucket(key: int | str) -> int:
     return (key if isinstance(key, int) else zlib.crc32(key.encode())) % _BUCKETS
 
 
-class Table(Mapping[K, V], Generic[K, V]):
+class PersistentMap(Mapping[K, V], Generic[K, V]):
     """Immutable mapping from int or str; `set` costs O(n / 128)."""
 
     __slots__ = ("_buckets", "_count")
@@ -39,8 +39,8 @@ class Table(Mapping[K, V], Generic[K, V]):
     def __repr__(self) -> str:
         return f"Table({dict(self)})"
 
-    def set(self, key: K, value: V) -> Table[K, V]:
+    def set(self, key: K, value: V) -> PersistentMap[K, V]:
         index = _bucket(key)
         old = self._buckets[index]
         grown = self._count + (key not in old)
-        return Table((*self._buckets[:index], {**old, key: value}, *self._buckets[index + 1 :]), grown)
+        return PersistentMap((*self._buckets[:index], {**old, key: value}, *self._buckets[index + 1 :]), grown)

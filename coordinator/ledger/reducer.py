@@ -16,10 +16,8 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReported,
     BaselineMeasured,
+    CheckCost,
     CheckpointAccepted,
-    CheckpointRefused,
-    CheckpointSeen,
-    CheckpointSuperseded,
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
@@ -31,35 +29,32 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
     QuarantineRecovered,
     ResetRecovered,
+    ResultRefused,
+    ResultSeen,
+    ResultSuperseded,
     RouterTrained,
     RunCreated,
     RunFinished,
-    RungCost,
 )
-from lutetia.coordinator.ledger.persistent_map import Table
+from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
     HISTORY,
-    Candidate,
-    Link,
+    AcceptedEpoch,
+    CheckCosts,
     PeerLedger,
     PendingAudit,
     RunState,
     ShardLedger,
-    Spent,
+    WaitingResult,
 )
 from lutetia.protocol.schema.status import AuditState
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.errors import IntegrityError
-
-__all__ = [
-    "HISTORY", "Candidate", "LedgerOutOfOrder", "Link", "PeerLedger", "PendingAudit", "RunState", "ShardLedger", "Spent",
-    "apply",
-]  # fmt: skip
 
 REMEMBERED_REFUSALS = 32
 _REMEMBERED_VERDICTS = 256
-_BLAMELESS_RUNGS: frozenset[Rung] = frozenset({"signature", "lineage", "transfer"})
+_BLAMELESS_RUNGS: frozenset[CheckName] = frozenset({"signature", "lineage", "transfer"})
 """Anybody can send a forged record in a peer's name, and a partition makes honest lineages stale: no evidence of bad work."""
 _FREE_RUNGS = _BLAMELESS_RUNGS | {"quarantine", "size"}
 """Refusals that cost throw-away identities nothing: a peer of which nothing else is known is not remembered for them."""
@@ -80,16 +75,16 @@ class Changes(TypedDict, total=False):
     budgets: tuple[int, ...]
     manifest_version: int
     manifest: str
-    shards: Table[int, ShardLedger]
-    peers: Table[str, PeerLedger]
+    shards: PersistentMap[int, ShardLedger]
+    peers: PersistentMap[str, PeerLedger]
     router: RouterTrained | None
     mixture: MixtureStitched | None
     finished: bool
     audits: Mapping[str, PendingAudit]
     quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
     pardoned: Mapping[str, float]
-    refusals: tuple[CheckpointRefused, ...]
-    spent: Mapping[tuple[Rung, Outcome], Spent]
+    refusals: tuple[ResultRefused, ...]
+    spent: Mapping[tuple[CheckName, Outcome], CheckCosts]
     accepted: int
     rejected: int
 
@@ -105,11 +100,11 @@ def _changes(state: RunState, event: Event) -> Changes:
     match event:
         case CheckpointAccepted():
             return _accepted(state, event)
-        case CheckpointSeen():
+        case ResultSeen():
             return _seen(state, event)
-        case CheckpointRefused():
+        case ResultRefused():
             return _refused(state, event)
-        case CheckpointSuperseded():
+        case ResultSuperseded():
             return {"shards": state.shards.set(event.shard, _settled(_shard(state, event.shard), event))}
         case AuditDue():
             return _audit_due(state, event)
@@ -155,7 +150,7 @@ def _shard(state: RunState, index: int) -> ShardLedger:
 def _created(state: RunState, event: RunCreated) -> Changes:
     if state.events:
         raise LedgerOutOfOrder("the ledger creates its run twice; restore it from a backup")
-    shards: Table[int, ShardLedger] = Table()
+    shards: PersistentMap[int, ShardLedger] = PersistentMap()
     for index in range(event.shards):
         shards = shards.set(index, ShardLedger())
     return {
@@ -174,16 +169,16 @@ def _published(state: RunState, event: ManifestPublished) -> Changes:
     }  # fmt: skip
 
 
-def _seen(state: RunState, event: CheckpointSeen) -> Changes:
+def _seen(state: RunState, event: ResultSeen) -> Changes:
     record = event.record
     shard = _shard(state, record.shard)
     if record.epoch != shard.epoch + 1 or record.parent != shard.accepted:
         raise LedgerOutOfOrder(f"a result for epoch {record.epoch} of shard {record.shard} cannot follow epoch {shard.epoch}")
-    candidates = {**shard.candidates, record.owner: Candidate(record, event.time)}
+    candidates = {**shard.candidates, record.owner: WaitingResult(record, event.time)}
     return {"shards": state.shards.set(record.shard, replace(shard, candidates=candidates))}
 
 
-def _settled(shard: ShardLedger, verdict: CheckpointRefused | CheckpointSuperseded) -> ShardLedger:
+def _settled(shard: ShardLedger, verdict: ResultRefused | ResultSuperseded) -> ShardLedger:
     """Without that candidate, remembering why; the oldest verdicts are forgotten so that a flood costs no memory."""
     candidate = shard.candidates.get(verdict.owner)
     waiting = shard.candidates
@@ -197,7 +192,7 @@ def _settled(shard: ShardLedger, verdict: CheckpointRefused | CheckpointSupersed
     return replace(shard, candidates=waiting, judged=judged)
 
 
-def _refused(state: RunState, event: CheckpointRefused) -> Changes:
+def _refused(state: RunState, event: ResultRefused) -> Changes:
     shard = _shard(state, event.shard)
     candidate = shard.candidates.get(event.owner)
     if event.again_at is not None and candidate and candidate.record.digest == event.checkpoint:
@@ -245,20 +240,20 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     }  # fmt: skip
 
 
-def _spent(state: RunState, costs: Iterable[RungCost]) -> Mapping[tuple[Rung, Outcome], Spent]:
+def _spent(state: RunState, costs: Iterable[CheckCost]) -> Mapping[tuple[CheckName, Outcome], CheckCosts]:
     spent = dict(state.spent)
     for cost in costs:
         key = cost.rung, cost.outcome
-        spent[key] = spent.get(key, Spent()).plus(cost.seconds, cost.size)
+        spent[key] = spent.get(key, CheckCosts()).plus(cost.seconds, cost.size)
     return spent
 
 
-def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Link:
+def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> AcceptedEpoch:
     given = event.acceptance
     waiting = shard.candidates.get(given.author)
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
     made = (record.trace, record.made) if record else (None, None)
-    return Link(given, event.time, state.budgets, *made)
+    return AcceptedEpoch(given, event.time, state.budgets, *made)
 
 
 def _judged(shard: ShardLedger, checkpoint: str, audit: AuditState) -> ShardLedger:
@@ -284,7 +279,7 @@ def _audited(state: RunState, event: AuditDone) -> Changes:
     """
     changes: Changes = {}
     if event.outcome != "not carried out":
-        changes["spent"] = _spent(state, [RungCost(rung="audit", outcome=event.outcome, seconds=event.seconds)])
+        changes["spent"] = _spent(state, [CheckCost(rung="audit", outcome=event.outcome, seconds=event.seconds)])
     pending = state.audits.get(event.checkpoint)
     if pending and event.outcome == "inconclusive" and event.again_at is not None:
         whole = pending.whole or event.closer
@@ -312,7 +307,7 @@ def _reported(state: RunState, event: AuditReported) -> Changes:
     return {"audits": {**state.audits, event.checkpoint: replace(pending, reported=(event.by, event.outcome))}}
 
 
-def _rechecked(state: RunState, pending: PendingAudit | None, event: AuditDone) -> Table[str, PeerLedger]:
+def _rechecked(state: RunState, pending: PendingAudit | None, event: AuditDone) -> PersistentMap[str, PeerLedger]:
     """Trust in an auditor grows by reports that the coordinator's own replay confirms; one that it contradicts takes it all."""
     if pending is None or pending.reported is None or event.by is not None or event.outcome not in ("valid", "invalid"):
         return state.peers
@@ -332,7 +327,7 @@ def _recovered(state: RunState, event: AcceptanceRecovered) -> Changes:
     changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
     shard = replace(
         shard, epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
-        lineage=(Link(given, given.issued, state.budgets),), candidates={}, judged={},
+        lineage=(AcceptedEpoch(given, given.issued, state.budgets),), candidates={}, judged={},
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
     return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.ledger.events import (
-    CheckpointRefused,
-    CheckpointSuperseded,
     MixtureStitched,
     Outcome,
     PeerQuarantined,
     QuarantineRecovered,
+    ResultRefused,
+    ResultSuperseded,
     RouterTrained,
 )
-from lutetia.coordinator.ledger.persistent_map import Table
+from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.protocol.schema.manifest import BlobRef
-from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, Made
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.protocol.schema.status import AuditState
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 
 BUDGETS = 3
 HISTORY = 64
@@ -26,7 +26,7 @@ HISTORY = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class WaitingResult:
     """A result that waits for judgement; `not_before` delays the next attempt after an inconclusive one."""
 
     record: CheckpointRecord
@@ -35,11 +35,11 @@ class Candidate:
     not_before: float = 0.0
 
 
-Judged = Mapping[tuple[str, str], CheckpointRefused | CheckpointSuperseded]
+Judged = Mapping[tuple[str, str], ResultRefused | ResultSuperseded]
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class AcceptedEpoch:
     """One accepted epoch of a lineage. `trace` and `made` are its record's.
 
     `budgets` are those of the manifest's versions up to then, newest first: a cosine schedule knows its end, and an epoch may
@@ -50,7 +50,7 @@ class Link:
     at: float
     budgets: tuple[int, ...]
     trace: BlobRef | None = None
-    made: Made | None = None
+    made: TrainedWith | None = None
     audit: AuditState = "not due"
 
 
@@ -84,8 +84,8 @@ class ShardLedger:
     accepted_at: float | None = None
     baseline: float | None = None
     term: int = 0
-    lineage: tuple[Link, ...] = ()
-    candidates: Mapping[str, Candidate] = field(default_factory=dict)
+    lineage: tuple[AcceptedEpoch, ...] = ()
+    candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
     judged: Judged = field(default_factory=dict)
 
     @property
@@ -103,11 +103,11 @@ class ShardLedger:
         """How the accepted checkpoint stands with the auditors."""
         return self.lineage[-1].audit if self.lineage else None
 
-    def link(self, checkpoint: str) -> Link | None:
+    def link(self, checkpoint: str) -> AcceptedEpoch | None:
         """The accepted epoch of that digest, where it is still known and not rolled back."""
         return next((link for link in reversed(self.lineage) if link.acceptance.checkpoint == checkpoint), None)
 
-    def before(self, link: Link) -> Link | None:
+    def before(self, link: AcceptedEpoch) -> AcceptedEpoch | None:
         """The epoch on which `link` stands; None at the beginning, or when it is too long ago."""
         place = self.lineage.index(link)
         return self.lineage[place - 1] if place else None
@@ -135,15 +135,15 @@ class PeerLedger:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class CheckCosts:
     """What one rung has taken in all, by outcome: how often, seconds, bytes."""
 
     count: int = 0
     seconds: float = 0.0
     size: int = 0
 
-    def plus(self, seconds: float, size: int) -> Spent:
-        return Spent(self.count + 1, self.seconds + seconds, self.size + size)
+    def plus(self, seconds: float, size: int) -> CheckCosts:
+        return CheckCosts(self.count + 1, self.seconds + seconds, self.size + size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +162,16 @@ class RunState:
     budgets: tuple[int, ...] = ()
     manifest_version: int = 0
     manifest: str = ""
-    shards: Table[int, ShardLedger] = field(default_factory=Table)
-    peers: Table[str, PeerLedger] = field(default_factory=Table)
+    shards: PersistentMap[int, ShardLedger] = field(default_factory=PersistentMap)
+    peers: PersistentMap[str, PeerLedger] = field(default_factory=PersistentMap)
     router: RouterTrained | None = None
     mixture: MixtureStitched | None = None
     finished: bool = False
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
     quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered] = field(default_factory=dict)
     pardoned: Mapping[str, float] = field(default_factory=dict)
-    refusals: tuple[CheckpointRefused, ...] = ()
-    spent: Mapping[tuple[Rung, Outcome], Spent] = field(default_factory=dict)
+    refusals: tuple[ResultRefused, ...] = ()
+    spent: Mapping[tuple[CheckName, Outcome], CheckCosts] = field(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
     events: int = 0

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
-from lutetia.coordinator.ledger.reducer import PeerLedger, RunState
+from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
 from lutetia.protocol.claims import LiveClaim, ShardView, shard_owner
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
 from lutetia.protocol.schema.status import (
+    CheckStatus,
     NodeStatus,
     QuarantineStatus,
     RefusalStatus,
     RouterStatus,
-    RungStatus,
     ShardState,
     ShardStatus,
     SwarmStatus,
 )
-from lutetia.protocol.schema.verdicts import RUNGS
+from lutetia.protocol.schema.verdicts import CHECK_NAMES
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -94,8 +94,10 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
         finished=state.finished,
         rungs=tuple(
-            RungStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
-            for (rung, outcome), spent in sorted(state.spent.items(), key=lambda item: (RUNGS.index(item[0][0]), item[0][1]))
+            CheckStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
+            for (rung, outcome), spent in sorted(
+                state.spent.items(), key=lambda item: (CHECK_NAMES.index(item[0][0]), item[0][1])
+            )
         ),
         audits_due=len(state.audits),
         quarantined=tuple(

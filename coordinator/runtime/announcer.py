@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.audit_policy import standing
-from lutetia.coordinator.acceptance.transition import Rules
-from lutetia.coordinator.ledger.reducer import RunState
-from lutetia.coordinator.runtime.swarm_monitor import Lookout
+from lutetia.coordinator.acceptance.transition import JudgeRules
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import MAX_QUARANTINED, AcceptanceRecord, QuarantineRecord, RecordLimits, ResetRecord
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Crier:
+class Announcer:
     """`rules` and `run` give the newest. `lookout` knows who claims something now, once there is one."""
 
     transport: Transport
     identity: Identity
-    rules: Callable[[], Rules]
+    rules: Callable[[], JudgeRules]
     run: Callable[[], RunState]
-    lookout: Lookout | None = field(default=None)
+    lookout: SwarmMonitor | None = field(default=None)
 
     async def announce(self, record: AcceptanceRecord | ResetRecord) -> None:
         """An acceptance, or what a roll-back left standing; the latter has brought a peer into quarantine."""

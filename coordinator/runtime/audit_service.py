@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding, compare
-from lutetia.coordinator.acceptance.messages import Audit, AuditDelivered, AuditWanted, Lend
-from lutetia.coordinator.acceptance.rate_limits import Pace
-from lutetia.coordinator.ledger.reducer import RunState
-from lutetia.coordinator.runtime.check_runner import NetworkTools
-from lutetia.coordinator.runtime.judge_loop import Bench
-from lutetia.coordinator.worker.client import WorkshopFailed, WorkshopRefused
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
+from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, LendAudit, StartAudit
+from lutetia.coordinator.acceptance.rate_limits import RateWindow
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.worker.client import WorkerFailed, WorkerRefused
 from lutetia.protocol.blobs.store import BlobMissing
 from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditJob, AuditReport, AuditRequest, serve_audits
 from lutetia.protocol.schema.manifest import Manifest
@@ -23,14 +23,14 @@ _LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
 
 
 @dataclass
-class AuditDesk:
+class AuditService:
     """`peers` are the node records that the DHT shows now; `pace` bounds how often one address asks."""
 
     transport: Transport
-    bench: Bench
-    tools: NetworkTools
+    bench: JudgeLoop
+    tools: NetworkCheckRunner
     peers: Callable[[], list[NodeRecord]]
-    pace: Pace = field(default_factory=lambda: Pace(120))
+    pace: RateWindow = field(default_factory=lambda: RateWindow(120))
 
     async def serve(self) -> None:
         await serve_audits(self.transport, self._answer, self._admit, self.manifest.steps_per_epoch)
@@ -49,7 +49,7 @@ class AuditDesk:
             return await self._take(request.report)
         related = relatives(request.owner, self.peers())
         lend = await self.bench.hear(AuditWanted(request.owner, self.transport.now(), related))
-        assert isinstance(lend, Lend)
+        assert isinstance(lend, LendAudit)
         if lend.audit is None:
             return AuditAnswer(retry_after=lend.retry_after)
         return AuditAnswer(job=job_of(lend.audit, lend.until, self.manifest))
@@ -66,20 +66,22 @@ class AuditDesk:
         await self.bench.hear(heard)
         return AuditAnswer()
 
-    async def _finding(self, report: AuditReport, run: RunState) -> Finding:
+    async def _finding(self, report: AuditReport, run: RunState) -> AuditFinding:
         """The peer's losses against the author's trace, which the peer was not given."""
         audit = run.audits.get(report.checkpoint)
         link = audit and run.shards[audit.shard].link(report.checkpoint)
         if audit is None or link is None or link.trace is None or link.made is None:
-            return Finding(outcome="inconclusive", text="the result was rolled back meanwhile")
+            return AuditFinding(outcome="inconclusive", text="the result was rolled back meanwhile")
         policy, steps = self.manifest.audit, self.manifest.steps_per_epoch
         asked = steps if audit.whole else min(steps, policy.replay_steps)
         if len(report.losses) != asked or (audit.whole and report.drift is None):
-            return Finding(outcome="inconclusive", text=f"it reports {len(report.losses)} losses of the {asked} steps asked for")
+            return AuditFinding(
+                outcome="inconclusive", text=f"it reports {len(report.losses)} losses of the {asked} steps asked for"
+            )
         try:
             published = await self.tools.published(link.trace)
-        except (WorkshopFailed, WorkshopRefused, BlobMissing) as error:
-            return Finding(outcome="inconclusive", text=str(error))
+        except (WorkerFailed, WorkerRefused, BlobMissing) as error:
+            return AuditFinding(outcome="inconclusive", text=str(error))
         losses = [math.nan if loss is None else loss for loss in report.losses]
         return compare(published, losses, report.drift, link.made, report.made)
 
@@ -99,7 +101,7 @@ def _hosts(record: NodeRecord) -> set[str]:
     return {"/".join(address.split("/")[:3]) for address in record.addresses if not address.startswith(_LOCAL)}
 
 
-def job_of(audit: Audit, until: float, manifest: Manifest) -> AuditJob:
+def job_of(audit: StartAudit, until: float, manifest: Manifest) -> AuditJob:
     """What the peer is told: where to begin and how far to go, not what the author says came out."""
     due, link, parent = audit.audit, audit.link, audit.parent
     given, policy = link.acceptance, manifest.audit

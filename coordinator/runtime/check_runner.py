@@ -8,17 +8,17 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from lutetia.coordinator.acceptance.audit_comparison import OWN_KIND, Finding, compare, tolerance
-from lutetia.coordinator.acceptance.checks import Replayed, SizeLimits, Stopped, Verdict
-from lutetia.coordinator.acceptance.messages import Audit
-from lutetia.coordinator.ledger.reducer import RunState
-from lutetia.coordinator.worker.client import WorkshopClient, WorkshopFailed, WorkshopRefused
+from lutetia.coordinator.acceptance.audit_comparison import OWN_KIND, AuditFinding, compare, tolerance
+from lutetia.coordinator.acceptance.checks import CheckFailed, Replayed, SizeLimits, Verdict
+from lutetia.coordinator.acceptance.messages import StartAudit
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
-from lutetia.protocol.schema.records import CheckpointRecord, Made, provider_key
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith, provider_key
+from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError, UnreachableError
 
@@ -29,7 +29,7 @@ KEPT_STATES = 3
 
 
 @dataclass
-class NetworkTools:
+class NetworkCheckRunner:
     """Fetches candidates into `incoming`, so that nothing undecided is ever served, and has them looked at by `workshop`.
 
     `auditor` replays, beside the workshop, so that no acceptance waits for it. `states`: the digests of accepted training states
@@ -40,8 +40,8 @@ class NetworkTools:
     manifest: Manifest
     blobs: BlobStore
     incoming: BlobStore
-    workshop: WorkshopClient
-    auditor: WorkshopClient
+    workshop: WorkerClient
+    auditor: WorkerClient
     slowest_bytes_per_second: float
     states: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
@@ -66,9 +66,9 @@ class NetworkTools:
                 async with asyncio.timeout(seconds):
                     await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))
             except TimeoutError as error:
-                raise Stopped("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
+                raise CheckFailed("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
             except (UnreachableError, IntegrityError, ConnectionError) as error:
-                raise Stopped("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error
+                raise CheckFailed("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error
 
     async def _providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:
         providers = [Provider(record.peer_id, tuple(record.addresses))]
@@ -92,7 +92,7 @@ class NetworkTools:
         """Held-out loss of the candidate."""
         return await self._loss(record.shard, self._path(record.weights))
 
-    async def replay(self, audit: Audit) -> Replayed:
+    async def replay(self, audit: StartAudit) -> Replayed:
         """Rung `audit`, by the coordinator's own hands."""
         due, link, parent = audit.audit, audit.link, audit.parent
         if due.epoch > 1 and parent is None:
@@ -102,12 +102,12 @@ class NetworkTools:
             held += [link.acceptance.weights, link.acceptance.state]
         if link.made is None or link.trace is None or not all(self.blobs.has(ref.digest) for ref in held if ref):
             return _impossible("a file that the replay needs is not kept any more")
-        began, finding = time.monotonic(), Finding(outcome="inconclusive")
+        began, finding = time.monotonic(), AuditFinding(outcome="inconclusive")
         for epochs in link.budgets if self.manifest.optimisation.schedule == "cosine" else link.budgets[:1]:
             try:
                 answer = await self.auditor.ask("replay", limit=_REPLAY_LIMIT, epochs=epochs, **self._question(audit))
-            except (WorkshopFailed, WorkshopRefused, BlobMissing) as error:  # the author's files were looked at before
-                return Replayed(Finding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
+            except (WorkerFailed, WorkerRefused, BlobMissing) as error:  # the author's files were looked at before
+                return Replayed(AuditFinding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
             finding = finding_of(answer, link.made)
             if finding.outcome == "valid":
                 break
@@ -117,13 +117,13 @@ class NetworkTools:
         """The losses in an accepted trace. Raises WorkshopFailed, WorkshopRefused or BlobMissing."""
         return (await self.workshop.ask("trace", limit=_INSPECT_LIMIT, path=self._path(trace)))["losses"]
 
-    def _start(self, audit: Audit) -> tuple[BlobRef | None, BlobRef | None]:
+    def _start(self, audit: StartAudit) -> tuple[BlobRef | None, BlobRef | None]:
         """Weights and state from which the epoch was trained."""
         if audit.parent:
             return audit.parent.weights, audit.parent.state
         return self.manifest.expert_of(audit.audit.shard).init, None
 
-    def _question(self, audit: Audit) -> dict[str, Any]:
+    def _question(self, audit: StartAudit) -> dict[str, Any]:
         due, given, made = audit.audit, audit.link.acceptance, audit.link.made
         weights, state = self._start(audit)
         assert audit.link.trace is not None
@@ -140,21 +140,21 @@ class NetworkTools:
         return await self._loss(record.shard, self._path(record.state), raw=True)
 
     async def _loss(self, shard: int, weights: str | None, raw: bool = False) -> float:
-        rung: Rung = "raw" if raw else "holdout"
+        rung: CheckName = "raw" if raw else "holdout"
         holdout = str(self.blobs.path(self.manifest.shards[shard].holdout.digest))
         answer = await self._ask(rung, "loss", _LOSS_LIMIT, shard=shard, weights=weights, holdout=holdout, raw=raw)
         loss = answer["loss"]
         return loss if isinstance(loss, float) else math.nan
 
-    async def _ask(self, rung: Rung, verb: str, limit: float, **fields: Any) -> dict[str, Any]:
+    async def _ask(self, rung: CheckName, verb: str, limit: float, **fields: Any) -> dict[str, Any]:
         """A crash of the workshop says nothing about the result: inconclusive, and tried again."""
         try:
             return await self.workshop.ask(verb, limit=limit, **fields)
-        except WorkshopRefused as error:
-            found = error.rung if error.rung in get_args(Rung) else rung
-            raise Stopped("invalid", found, str(error)) from error  # pyright: ignore[reportArgumentType]
-        except WorkshopFailed as error:
-            raise Stopped("inconclusive", rung, str(error)) from error
+        except WorkerRefused as error:
+            found = error.rung if error.rung in get_args(CheckName) else rung
+            raise CheckFailed("invalid", found, str(error)) from error  # pyright: ignore[reportArgumentType]
+        except WorkerFailed as error:
+            raise CheckFailed("inconclusive", rung, str(error)) from error
 
     def _holding(self, digest: str) -> BlobStore | None:
         """The store that has it."""
@@ -192,17 +192,17 @@ class NetworkTools:
             self.incoming.remove(digest)
 
 
-def doubt_of(author: Made) -> dict[str, Any]:
+def doubt_of(author: TrainedWith) -> dict[str, Any]:
     """Ends that are neither near nor far: there the workshop measures the epoch's own noise (`models.training.replay.Doubt`)."""
-    bounds = tolerance(author, Made(precision=author.precision))
+    bounds = tolerance(author, TrainedWith(precision=author.precision))
     near, far = bounds.drift
     return {"near": near, "far": far, "coarse": bounds is not OWN_KIND}
 
 
-def finding_of(answer: dict[str, Any], author: Made) -> Finding:
+def finding_of(answer: dict[str, Any], author: TrainedWith) -> AuditFinding:
     """What the workshop's answer to `replay` says of an author's work."""
     losses = [math.nan if loss is None else loss for loss in answer["losses"]]
-    made = Made.model_validate(answer["made"])
+    made = TrainedWith.model_validate(answer["made"])
     return compare(answer["published"], losses, answer["drift"], author, made, answer["noise"])
 
 
@@ -219,7 +219,7 @@ def undecided_blobs(run: RunState) -> set[str]:
 def _refuse_wrong_size(store: BlobStore, ref: BlobRef, name: str) -> None:
     """A blob's name covers its size: under a wrong one nobody could fetch what is here."""
     if (size := store.table(ref.digest).size) != ref.size:
-        raise Stopped("invalid", "transfer", f"of its {name} it claims {ref.size} bytes; the blob of that name has {size}")
+        raise CheckFailed("invalid", "transfer", f"of its {name} it claims {ref.size} bytes; the blob of that name has {size}")
 
 
 def needed_states(run: RunState, kept: int) -> set[str]:
@@ -235,4 +235,4 @@ def needed_states(run: RunState, kept: int) -> set[str]:
 
 def _impossible(text: str) -> Replayed:
     """Nobody will ever be able to replay it here."""
-    return Replayed(Finding(outcome="inconclusive", text=text), again=False)
+    return Replayed(AuditFinding(outcome="inconclusive", text=text), again=False)

@@ -8,37 +8,38 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.checks import Limits, Replayed, Tools, Verdict, climb
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
-    Audit,
     Audited,
-    Check,
-    Checked,
-    Discard,
-    Lend,
+    CheckDone,
+    DiscardCandidate,
+    JudgeTick,
+    LedgerFacts,
+    LendAudit,
     LimitsKnown,
-    Noted,
-    Proclaim,
     Publish,
+    PublishReset,
+    StartAudit,
+    StartCheck,
     Stimulus,
-    Tick,
     Write,
 )
-from lutetia.coordinator.acceptance.state_machine import JudgeState, Rules, judge
+from lutetia.coordinator.acceptance.state_machine import judge
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import (
     AuditDone,
     CheckpointAccepted,
-    CheckpointRefused,
-    CheckpointSuperseded,
     Event,
     LineageRolledBack,
     PeerQuarantined,
+    ResultRefused,
+    ResultSuperseded,
 )
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import PendingAudit, RunState
+from lutetia.coordinator.ledger.run_state import PendingAudit, RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from lutetia.system.errors import DiskError, plain
@@ -48,16 +49,16 @@ _log = logging.getLogger(__name__)
 _AT_ONCE = 64
 _TICK_SECONDS = 1.0
 
-Reply = OfferReply | Lend | None
+Reply = OfferReply | LendAudit | None
 Waiting = asyncio.Future[Reply]
 
 
-class Hands(Tools, Protocol):
+class CheckIO(CheckRunner, Protocol):
     """What the bench needs besides the rungs. `keep`, `discard` and `forget` block on the disk."""
 
     async def limits(self) -> Limits: ...
 
-    async def replay(self, audit: Audit) -> Replayed: ...
+    async def replay(self, audit: StartAudit) -> Replayed: ...
 
     def forget(self, run: RunState) -> None: ...
 
@@ -69,15 +70,15 @@ class Hands(Tools, Protocol):
 
 
 @dataclass
-class Bench:
+class JudgeLoop:
     """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state.
 
     `state` is what is on disk: whoever reads it, at any time, may tell the world of it.
     """
 
-    rules: Rules
+    rules: JudgeRules
     ledger: Ledger
-    hands: Hands
+    hands: CheckIO
     publish: Callable[[AcceptanceRecord | ResetRecord], Awaitable[None]]
     now: Callable[[], float]
     changed: Callable[[RunState], None] = lambda state: None
@@ -95,7 +96,7 @@ class Bench:
 
     async def note(self, *events: Event) -> None:
         """Append what happened outside, in one transaction."""
-        await self.hear(Noted(events, self.now()))
+        await self.hear(LedgerFacts(events, self.now()))
 
     async def run(self) -> None:
         """Judge until cancelled. Raises DiskError when ledger or results cannot be written: nobody was told what is lacking."""
@@ -135,13 +136,13 @@ class Bench:
             self.changed(state.run)
         for action in actions:
             match action:
-                case Publish(acceptance=record) | Proclaim(record=record):
+                case Publish(acceptance=record) | PublishReset(record=record):
                     group.create_task(self._publish(record))
-                case Check():
+                case StartCheck():
                     group.create_task(self._check(action))
-                case Audit():
+                case StartAudit():
                     group.create_task(self._audit(action))
-                case Discard(record=record):
+                case DiscardCandidate(record=record):
                     await asyncio.to_thread(self.hands.discard, record, self.state.run)
         if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
             await asyncio.to_thread(self.hands.forget, self.state.run)
@@ -149,21 +150,21 @@ class Bench:
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
         await self.publish(record)
 
-    async def _check(self, check: Check) -> None:
+    async def _check(self, check: StartCheck) -> None:
         """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
-        climbing = climb(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        climbing = run_checks(check.record, check.parent_loss, self.rules.manifest, self.hands)
         [verdict] = await asyncio.gather(climbing, return_exceptions=True)
         if isinstance(verdict, Verdict) and verdict.outcome == "valid":
             verdict = await asyncio.to_thread(self.hands.still_whole, check.record) or verdict
         if isinstance(verdict, BaseException):
             verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
-        await self.hear(Checked(check.record, verdict, self.now()))
+        await self.hear(CheckDone(check.record, verdict, self.now()))
 
-    async def _audit(self, audit: Audit) -> None:
+    async def _audit(self, audit: StartAudit) -> None:
         """As `_check`."""
         [done] = await asyncio.gather(self.hands.replay(audit), return_exceptions=True)
         if isinstance(done, BaseException):
-            done = Replayed(Finding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
+            done = Replayed(AuditFinding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
         await self.hear(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
 
     async def _learn_limits(self) -> None:
@@ -172,7 +173,7 @@ class Bench:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            await self.hear(Tick(self.now()))
+            await self.hear(JudgeTick(self.now()))
 
 
 def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
@@ -191,7 +192,7 @@ def _reply_in(actions: Sequence[Action]) -> Reply:
     for action in actions:
         if isinstance(action, Answer):
             return action.reply
-        if isinstance(action, Lend):
+        if isinstance(action, LendAudit):
             return action
     return None
 
@@ -203,10 +204,10 @@ def _tell(event: Event) -> None:
             _log.info(
                 "shard %d epoch %d accepted from %s: %.4f after %.4f", given.shard, given.epoch, given.author[:8], loss, before
             )
-        case CheckpointRefused():
+        case ResultRefused():
             facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.rung, event.text)
             _log.info("shard %d epoch %d of %s is %s at rung %s: %s", *facts)
-        case CheckpointSuperseded():
+        case ResultSuperseded():
             _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
         case AuditDone():
             facts = (event.shard, event.epoch, event.owner[:8], event.outcome, event.text)

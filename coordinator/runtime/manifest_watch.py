@@ -60,7 +60,7 @@ def _check_named(manifest: Manifest, identity: Identity) -> None:
         )
 
 
-class Herald:
+class ManifestNotifier:
     """Tells every peer that is online of a newer version, once each."""
 
     def __init__(self, transport: Transport, live: LiveManifest) -> None:

@@ -19,7 +19,7 @@ from lutetia.coordinator.acceptance.rollback import re_audits
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.events import AcceptanceRecovered, QuarantineRecovered, ResetRecovered
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState, ShardLedger
+from lutetia.coordinator.ledger.run_state import RunState, ShardLedger
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import read_records
@@ -88,7 +88,7 @@ def recovered(standing: Iterable[Standing], quarantined: Iterable[str], now: flo
 
 
 @dataclass
-class Lineage:
+class SignedLineages:
     """The lineages of one run, and its quarantines, as this coordinator's key has signed them."""
 
     transport: Transport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.blobs.store import BlobStore
 

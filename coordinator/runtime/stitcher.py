@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime.judge_loop import Bench
-from lutetia.coordinator.worker.client import WorkshopClient, WorkshopFailed, WorkshopRefused
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
@@ -54,8 +54,8 @@ class Stitcher:
     manifest: Manifest
     coordinator: Identity
     blobs: BlobStore
-    bench: Bench
-    workshop: WorkshopClient
+    bench: JudgeLoop
+    workshop: WorkerClient
     now: Callable[[], float]
     when: Literal["refresh", "end"]
     refresh_seconds: float
@@ -133,7 +133,7 @@ class Stitcher:
     def _sign(self, message: bytes) -> str:
         """The workshop reads strangers' files: whatever it asks for, nothing but a mixture's description gets a signature."""
         if not message.startswith(_MIXTURE_DOMAIN):
-            raise WorkshopFailed("the workshop asked for a signature that is none of its business")
+            raise WorkerFailed("the workshop asked for a signature that is none of its business")
         return self.coordinator.sign(message)
 
     async def _sample(self) -> None:
@@ -141,7 +141,7 @@ class Stitcher:
         try:
             mixture, out = str(self.folder.mixture), str(self.folder.gallery)
             await self.workshop.ask("gallery", limit=_GALLERY_LIMIT, mixture=mixture, out=out)
-        except (WorkshopFailed, WorkshopRefused) as error:
+        except (WorkerFailed, WorkerRefused) as error:
             _log.warning("could not sample the gallery: %s", error)
 
 

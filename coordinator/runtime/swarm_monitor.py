@@ -34,7 +34,7 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 
 
 @dataclass
-class Lookout:
+class SwarmMonitor:
     """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count."""
 
     transport: Transport

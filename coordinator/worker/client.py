@@ -18,7 +18,7 @@ IDLE_SECONDS = 900.0
 """After so long without a job a child ends: it holds some hundred MiB, and a new one starts in seconds."""
 
 
-class WorkshopRefused(LutetiaError):
+class WorkerRefused(LutetiaError):
     """The job was carried out, and what it was given is wrong; `rung` is set when a checkpoint's file is."""
 
     code, name = 50, "integrity"
@@ -28,13 +28,13 @@ class WorkshopRefused(LutetiaError):
         self.rung = rung
 
 
-class WorkshopFailed(LutetiaError):
+class WorkerFailed(LutetiaError):
     """The child crashed, took too long or cannot be understood: nothing is known about the job."""
 
     code, name = 70, "internal"
 
 
-class WorkshopClient:
+class WorkerClient:
     """`ask` starts `python -m lutetia.coordinator.workshop` where none lives. `threads` and `nice` bound what it takes."""
 
     def __init__(self, manifest: Path, *, name: str, threads: int, nice: int, idle: float = IDLE_SECONDS) -> None:
@@ -67,19 +67,19 @@ class WorkshopClient:
                     answer = await self._ask(message, sign)
             except TimeoutError as error:
                 await self._end()
-                raise WorkshopFailed(f"the workshop took longer than {limit:.0f} s to {verb} and was ended") from error
+                raise WorkerFailed(f"the workshop took longer than {limit:.0f} s to {verb} and was ended") from error
             except ConnectionError as error:
                 status = await self._end(_STOP_GRACE)
                 _log.warning("%s workshop ended with status %s during %s; it will be started again", self._name, status, verb)
-                raise WorkshopFailed(f"the workshop crashed (status {status}) during {verb}") from error
+                raise WorkerFailed(f"the workshop crashed (status {status}) during {verb}") from error
             except ValueError as error:
                 await self._end()  # the rest of it would be taken for the next answer
-                raise WorkshopFailed(f"the workshop's answer to {verb} cannot be read ({error}); it was ended") from error
+                raise WorkerFailed(f"the workshop's answer to {verb} cannot be read ({error}); it was ended") from error
             except asyncio.CancelledError:
                 await self._end()  # its answer would be taken for the next job's
                 raise
         if "refused" in answer:
-            raise WorkshopRefused(answer["refused"]["text"], answer["refused"].get("rung"))
+            raise WorkerRefused(answer["refused"]["text"], answer["refused"].get("rung"))
         return answer["done"]
 
     async def _ask(self, message: Message, sign: Callable[[bytes], str] | None) -> Message:

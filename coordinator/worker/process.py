@@ -33,7 +33,7 @@ LEAN = ("checking", "auditing")
 _NUMBER_REASONS = ("non-finite", "norm")
 
 
-class Workshop:
+class WorkerProcess:
     """The verbs. Each takes the message's other fields and returns what `done` carries."""
 
     def __init__(self, manifest: Manifest, channel: ParentChannel) -> None:
@@ -68,7 +68,7 @@ class Workshop:
 
     def inspect(self, shard: int, epoch: int, weights: str, state: str, trace: str) -> dict[str, Any]:
         """Weights and training state must be exactly what the manifest says, and belong together; a trace has a loss per step."""
-        from lutetia.models.training.checkpoint_checks import CheckpointRefused, check_state, check_weights
+        from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
         from lutetia.models.training.moment_checks import check_moments
         from lutetia.models.training.replay import read_trace
 
@@ -79,7 +79,7 @@ class Workshop:
         _check_agreement(self.manifest, shard, epoch, Path(weights), Path(state))
         if (steps := len(read_trace(Path(trace)))) != self.manifest.steps_per_epoch:
             text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
-            raise CheckpointRefused("shape", text)
+            raise CheckpointMisfit("shape", text)
         return {}
 
     def loss(self, shard: int, weights: str | None, holdout: str, raw: bool = False) -> dict[str, Any]:
@@ -101,13 +101,14 @@ class Workshop:
     ) -> dict[str, Any]:  # fmt: skip
         """Replay the first `steps` steps after `epoch` under a budget of `epochs`, or with `end` (weights, state) all of them."""
         from lutetia.models.data.shards import load_shard
-        from lutetia.models.training.replay import Doubt, End, Parent, read_trace, replay, under_budget
+        from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay, under_budget
 
         published = read_trace(Path(trace))
-        parent = Parent(epoch, *(Path(path) if path else None for path in (weights, state)))
+        parent = ReplayParent(epoch, *(Path(path) if path else None for path in (weights, state)))
         found = replay(
             under_budget(self.manifest, epochs), shard, load_shard(Path(data), self.manifest.latent), parent, steps,
-            end=End(Path(end[0]), Path(end[1])) if end else None, precision=precision, doubt=Doubt(**doubt) if doubt else None,
+            end=ReplayEnd(Path(end[0]), Path(end[1])) if end else None, precision=precision, doubt=ReplayDoubt(**doubt) if
+            doubt else None,
         )  # fmt: skip
         losses = [loss if math.isfinite(loss) else None for loss in found.losses]
         made = found.made.model_dump()
@@ -169,17 +170,17 @@ def _check_agreement(manifest: Manifest, shard: int, epoch: int, weights: Path, 
     import torch
     from safetensors import safe_open
 
-    from lutetia.models.training.checkpoint_checks import CheckpointRefused
+    from lutetia.models.training.checkpoint_checks import CheckpointMisfit
     from lutetia.models.training.checkpoint_io import read_place
 
     place = read_place(state, manifest, shard)
     if (place["epoch"], place["step"]) != (epoch, 0):
-        raise CheckpointRefused("header", f"the state is of epoch {place['epoch']}, step {place['step']}; refused")
+        raise CheckpointMisfit("header", f"the state is of epoch {place['epoch']}, step {place['step']}; refused")
     with safe_open(state, framework="pt") as states, safe_open(weights, framework="pt") as published:
         for name in states.keys():  # noqa: SIM118 (not a dictionary)
             own = name.removeprefix("ema.")
             if own != name and not torch.equal(states.get_tensor(name), published.get_tensor(own)):
-                raise CheckpointRefused("norm", f"{own} in the state's averages is not the published one; refused")
+                raise CheckpointMisfit("norm", f"{own} in the state's averages is not the published one; refused")
 
 
 def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:
@@ -209,7 +210,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _answer(shop: Workshop, message: Message) -> Message:
+def _answer(shop: WorkerProcess, message: Message) -> Message:
     fields = {name: value for name, value in message.items() if name not in ("id", "verb")}
     verb: Callable[..., dict[str, Any]] = getattr(shop, message["verb"])
     try:
@@ -233,4 +234,4 @@ def main() -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     manifest = SignedManifest.model_validate_json(Path(sys.argv[1]).read_bytes()).manifest
-    Workshop(manifest, channel).run()
+    WorkerProcess(manifest, channel).run()

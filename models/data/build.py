@@ -27,7 +27,7 @@ from lutetia.models.data.encode.text import MAX_TOKENS, TextEncoder, load_text_e
 from lutetia.models.data.ingest.listing import BadClip, read_listing
 from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.data.output import check_output, output_folder
-from lutetia.models.data.shard_writer import Source, latent_spec, write_data
+from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
 from lutetia.models.device import Device
 from lutetia.models.networks.model_ref import anchored
 from lutetia.protocol.schema.canonical import Frozen
@@ -135,7 +135,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
             placement = place_clips(prepared, vectors, settings.clustering, settings.holdout)
             progress("clusters", 1, 1)
         with _timed(seconds, "shards"):
-            source = Source(recipe, cache, prepared, embedded, placement)
+            source = BuildInputs(recipe, cache, prepared, embedded, placement)
             latent = latent_spec(source, encoder, settings.normalisation)
             description = write_data(part, source, latent, settings.model_dump(mode="json", exclude=_NOT_CONTENT), progress)
     return BuildReport(

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class BuildInputs:
     """All that the files of a build are made from."""
 
     recipe: Recipe
@@ -45,7 +45,7 @@ class Source:
         return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row]))
 
 
-def latent_spec(source: Source, encoder: TextEncoder, normalisation: Literal["auto", "measured", "shipped"]) -> LatentSpec:
+def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Literal["auto", "measured", "shipped"]) -> LatentSpec:
     """The run's latent spec, with mean and std per channel: shipped with the autoencoder, or measured on the training clips."""
     recipe, shape = source.recipe, source.recipe.shape
     channels, frames, height, width = recipe.latents.shape_of(shape.frames, shape.height, shape.width)
@@ -65,7 +65,7 @@ def latent_spec(source: Source, encoder: TextEncoder, normalisation: Literal["au
     )  # fmt: skip
 
 
-def _measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measure(source: BuildInputs) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel over all training clips."""
     count, total, squares = 0, 0.0, 0.0
     for row, split in enumerate(source.placement.splits):
@@ -78,7 +78,7 @@ def _measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def write_data(
-    folder: Path, source: Source, latent: LatentSpec, settings: Mapping[str, Any], on_progress: Progress
+    folder: Path, source: BuildInputs, latent: LatentSpec, settings: Mapping[str, Any], on_progress: Progress
 ) -> DataDescription:
     """Fill `folder`; returns what `data.json` says."""
     placement, clusters = source.placement, source.placement.report.clusters
@@ -109,7 +109,7 @@ def write_data(
     return description
 
 
-def _write_split(folder: Path, source: Source, latent: LatentSpec, index: int, name: str, split: Split) -> DataFile | None:
+def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: int, name: str, split: Split) -> DataFile | None:
     rows = source.placement.rows(index, split)
     if not rows:
         return None
@@ -130,7 +130,7 @@ def _write_split(folder: Path, source: Source, latent: LatentSpec, index: int, n
     return DataFile(path=relative, blob=ChunkTable.of_file(folder / relative).ref, clips=len(rows))
 
 
-def _write_sheet(path: Path, source: Source, index: int, name: str) -> None:
+def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None:
     """Half the clips from the cluster's centre, half spread evenly out to its rim."""
     rows = source.placement.rows(index, "train")
     ranked = central(source.placement.vectors, rows, len(rows))
@@ -144,7 +144,7 @@ def _write_sheet(path: Path, source: Source, index: int, name: str) -> None:
     )
 
 
-def _clip_lines(source: Source) -> bytes:
+def _clip_lines(source: BuildInputs) -> bytes:
     """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then what was left out and why."""
     placement, prepared = source.placement, source.prepared
     lines: list[dict[str, Any]] = [

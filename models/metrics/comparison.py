@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lutetia.models.metrics.clips import ClipSet
-from lutetia.models.metrics.evaluator import Judges, View
+from lutetia.models.metrics.evaluator import Evaluator, FeaturePair
 from lutetia.models.metrics.fvd import distance_ratio
 from lutetia.models.metrics.stats.frechet import Array, frechet_debiased, frechet_of_rows
 from lutetia.models.metrics.stats.intervals import Figure, Statistic, nested, subsampling
@@ -35,7 +35,7 @@ class Comparison(Frozen):
 
 
 def compare(
-    judges: Judges, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> tuple[Comparison, ...]:
     """All metrics of `judges` on two sides: one set of clips per training seed and side, all from the same prompts in one order.
 
@@ -53,7 +53,7 @@ def compare(
 
 
 def compare_kinds(
-    judges: Judges, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> dict[str, tuple[Comparison, ...]]:
     """The first distance of `judges`, plain and debiased, within each kind of the reference that has FEWEST clips or more.
 
@@ -68,13 +68,13 @@ def compare_kinds(
     for kind in sorted(set(kinds)):
         rows = [row for row, other in enumerate(kinds) if other == kind]
         if len(rows) >= FEWEST:
-            view = View(whole.reference[rows], lambda clips, rows=rows: whole.features(clips)[rows])
+            view = FeaturePair(whole.reference[rows], lambda clips, rows=rows: whole.features(clips)[rows])
             found[kind] = tuple(_distances(name, view, first, second, seeds, resamples))
     return found
 
 
 def main_ratio(
-    judges: Judges, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> Figure | None:
     """The first distance of `judges` to one side over that to the other; None where there is no distance."""
     _check(first, second, seeds)
@@ -96,7 +96,7 @@ def comparison_table(comparisons: Sequence[Comparison], first: str, second: str)
 
 
 def _distances(
-    name: str, view: View, first: Sequence[ClipSet], second: Sequence[ClipSet], seeds: Sequence[int], resamples: int
+    name: str, view: FeaturePair, first: Sequence[ClipSet], second: Sequence[ClipSet], seeds: Sequence[int], resamples: int
 ) -> list[Comparison]:
     x = view.reference
     a, b = ([view.features(clips) for clips in side] for side in (first, second))

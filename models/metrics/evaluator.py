@@ -23,7 +23,7 @@ from lutetia.models.metrics.motion import METHOD, MotionExtractor
 from lutetia.models.metrics.stats.classifier import CLASSIFIER_NAME, WORDS_NAME, Accuracy, classify, fit_classifier
 from lutetia.models.metrics.stats.intervals import Figure, mean
 from lutetia.models.metrics.stats.retrieval import PROBE_NAME, Retrieval, fit_probe, retrieve
-from lutetia.models.networks.clip import AestheticHead, Clip
+from lutetia.models.networks.clip import AestheticHead, ClipModel
 from lutetia.models.networks.efficientnet import EfficientNetExtractor
 from lutetia.models.networks.i3d import I3DExtractor, Precision
 from lutetia.models.networks.sentences import MiniLM
@@ -37,7 +37,7 @@ Step = Callable[[str, int, int], None]
 logger = logging.getLogger(__name__)
 
 
-class Entry(Frozen):
+class MetricEntry(Frozen):
     """One line of a report. `real`: the same metric on real held-out clips, or for distances the real-vs-real floor."""
 
     name: str
@@ -47,7 +47,7 @@ class Entry(Frozen):
     note: str = ""
 
 
-class JudgeSettings(Frozen):
+class EvaluatorSettings(Frozen):
     """Where weights lie (None: the assets), and what to leave out. `clip` and `aesthetic` are the user's and have no default."""
 
     metrics: tuple[Name, ...] = ("fvd", "motion", "retrieval", "classifier", "clip")
@@ -62,14 +62,14 @@ class JudgeSettings(Frozen):
     resamples: int = 60
 
 
-class View(NamedTuple):
+class FeaturePair(NamedTuple):
     """What a distance compares: `reference` features [M, D] with `features` [N, D] of clips."""
 
     reference: Array
     features: Callable[[ClipSet], Array]
 
 
-class Judges:
+class Evaluator:
     """The metrics that this machine has weights for. `left_out` says of the others why.
 
     `views` (for distances, lower is better) and `values` (one number per clip, higher is better) are the parts of which
@@ -77,7 +77,12 @@ class Judges:
     """
 
     def __init__(
-        self, fit: ClipSet, reference: ClipSet, spare: ClipSet | None, settings: JudgeSettings, on_progress: Step | None = None
+        self,
+        fit: ClipSet,
+        reference: ClipSet,
+        spare: ClipSet | None,
+        settings: EvaluatorSettings,
+        on_progress: Step | None = None,
     ) -> None:
         """`fit`: real training clips. `reference`: real held-out clips, whose captions are the candidates too. `spare`: further
         real held-out clips for floors and for the scores of real clips; without them floors come from halves of the reference.
@@ -86,10 +91,10 @@ class Judges:
         self.cache = FeatureCache(settings.cache)
         self.candidates = tuple(dict.fromkeys(reference.captions + (spare.captions if spare else ())))
         self.left_out: dict[str, str] = {}
-        self.views: dict[str, View] = {}
+        self.views: dict[str, FeaturePair] = {}
         self.values: dict[str, Callable[[ClipSet], Array]] = {}
-        self._judges: list[Callable[[ClipSet, tuple[int, ...]], list[Entry]]] = []
-        makers: dict[Name, Callable[[ClipSet], Callable[[ClipSet, tuple[int, ...]], list[Entry]]]] = {
+        self._judges: list[Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]] = []
+        makers: dict[Name, Callable[[ClipSet], Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]]] = {
             "fvd": self._fvd,
             "motion": self._motion,
             "retrieval": self._retrieval,
@@ -103,7 +108,7 @@ class Judges:
                 self.left_out[name] = str(error)
                 logger.warning("metric %s is left out: %s", name, error)
 
-    def judge(self, clips: ClipSet, seeds: Sequence[int] = ()) -> list[Entry]:
+    def judge(self, clips: ClipSet, seeds: Sequence[int] = ()) -> list[MetricEntry]:
         """Every metric's entries for `clips`, whose captions must be among the reference's (or the spare clips')."""
         return [entry for judge in self._judges for entry in judge(clips, tuple(seeds))]
 
@@ -115,27 +120,29 @@ class Judges:
 
     def _distance(
         self, extractor: Extractor, key: str, label: str, note: str
-    ) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    ) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         reference = self.features(extractor, self.reference, key, label)
         spare = self.features(extractor, self.spare, key, label) if self.spare else None
 
-        self.views[label] = View(reference, lambda clips: self.features(extractor, clips, key, label))
+        self.views[label] = FeaturePair(reference, lambda clips: self.features(extractor, clips, key, label))
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             rows = self.features(extractor, clips, key, label)
             found = distances(reference, rows, spare=spare, resamples=self.settings.resamples, seeds=seeds)
             return [
-                Entry(name=label, better="lower", figure=found.plain, real=found.floor, note=note),
-                Entry(
+                MetricEntry(name=label, better="lower", figure=found.plain, real=found.floor, note=note),
+                MetricEntry(
                     name=f"{label}, debiased", better="lower", figure=found.debiased, note="0 for equal distributions at any N"
                 ),
-                Entry(name=f"{label}, N to infinity", better="lower", figure=found.at_infinity, note="too high where N < 400"),
-                Entry(name=f"{label}, kernel distance", better="lower", figure=found.kernel, real=found.kernel_floor),
+                MetricEntry(
+                    name=f"{label}, N to infinity", better="lower", figure=found.at_infinity, note="too high where N < 400"
+                ),
+                MetricEntry(name=f"{label}, kernel distance", better="lower", figure=found.kernel, real=found.kernel_floor),
             ]
 
         return judge
 
-    def _fvd(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    def _fvd(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         self.i3d = self._network()
         exact = "" if self.i3d.precision == "float32" else f" in {self.i3d.precision}"
         return self._distance(self.i3d, "logits", "FVD", f"I3D Kinetics-400 logits{exact}, 224 px; compare at equal N only")
@@ -143,20 +150,23 @@ class Judges:
     def _network(self) -> I3DExtractor:
         return I3DExtractor(self.settings.i3d, self.settings.device, precision=self.settings.i3d_precision)
 
-    def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         extractor = MotionExtractor()
         note = f"Fréchet distance of optical-flow fields ({METHOD}); colours and shapes do not enter"
         distance = self._distance(extractor, "field", "motion distance", note)
         real = mean(self.features(extractor, self.reference, "speed", "motion")[:, 0])
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             speed = mean(self.features(extractor, clips, "speed", "motion")[:, 0], seeds=seeds)
             size = f"{clips.frames.shape[3]}x{clips.frames.shape[2]} px, {METHOD}"
-            return [*distance(clips, seeds), Entry(name="motion, px/frame", better="neither", figure=speed, real=real, note=size)]
+            return [
+                *distance(clips, seeds),
+                MetricEntry(name="motion, px/frame", better="neither", figure=speed, real=real, note=size),
+            ]
 
         return judge
 
-    def _retrieval(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    def _retrieval(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         extractor, encode = self._network(), MiniLM(self.settings.minilm)
         probe = fit_probe(self.features(extractor, fit, "pooled", PROBE_NAME), encode(fit.captions).numpy())
         vectors = encode(self.candidates).numpy()
@@ -169,11 +179,11 @@ class Judges:
         self.values[f"{PROBE_NAME}, MRR"] = lambda clips: 1 / found_in(clips).ranks
         real = found_in(self._real)
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             found = found_in(clips, seeds)
             note = f"stand-in, not CLIP; fitted on {probe.pairs} real pairs; {found.candidates} candidates"
             return [
-                Entry(name=f"{PROBE_NAME}, {label}", better="higher", figure=figure, real=of_real, note=note)
+                MetricEntry(name=f"{PROBE_NAME}, {label}", better="higher", figure=figure, real=of_real, note=note)
                 for label, figure, of_real in (
                     ("R@1", found.recall_1, real.recall_1),
                     ("R@5", found.recall_5, real.recall_5),
@@ -183,7 +193,7 @@ class Judges:
 
         return judge
 
-    def _classifier(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    def _classifier(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         extractor = EfficientNetExtractor(self.settings.efficientnet, self.settings.device)
 
         def rows_of(clips: ClipSet) -> Array:
@@ -199,7 +209,7 @@ class Judges:
         self.values[WORDS_NAME] = lambda clips: found_in(clips).per_clip
         real = found_in(self._real)
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             found = found_in(clips, seeds)
             note = (
                 f"{len(classifier.vocabulary)} words, fitted on {classifier.pairs} real pairs; {len(self.candidates)} candidates"
@@ -209,15 +219,15 @@ class Judges:
                 (f"{CLASSIFIER_NAME}, R@5", found.retrieval.recall_5, real.retrieval.recall_5),
                 (WORDS_NAME, found.words, real.words),
             )
-            return [Entry(name=name, better="higher", figure=a, real=b, note=note) for name, a, b in named]
+            return [MetricEntry(name=name, better="higher", figure=a, real=b, note=note) for name, a, b in named]
 
         return judge
 
-    def _clip(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[Entry]]:
+    def _clip(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
         ref = self.settings.clip
         if ref is None:
             raise ConfigError("no CLIP is named; give a folder or hub id, for instance openai/clip-vit-large-patch14")
-        clip = Clip(ref, self.settings.device)
+        clip = ClipModel(ref, self.settings.device)
         head = AestheticHead(self.settings.aesthetic) if self.settings.aesthetic else None
 
         def images(clips: ClipSet) -> Tensor:
@@ -232,9 +242,9 @@ class Judges:
         self.values.update(scores)
         real = {name: mean(score(self._real)) for name, score in scores.items()}
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[Entry]:
+        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             return [
-                Entry(name=name, better="higher", figure=mean(score(clips), seeds=seeds), real=real[name], note=ref)
+                MetricEntry(name=name, better="higher", figure=mean(score(clips), seeds=seeds), real=real[name], note=ref)
                 for name, score in scores.items()
             ]
 

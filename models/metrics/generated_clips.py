@@ -20,7 +20,7 @@ from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
 from lutetia.system.files import atomic_path
 
 
-class Sampling(Frozen):
+class SamplingOptions(Frozen):
     """How clips are sampled. None: as the mixture itself says."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -30,7 +30,7 @@ class Sampling(Frozen):
     batch: int = Field(default=8, ge=1)
 
 
-class Sampler(Protocol):
+class ClipSampler(Protocol):
     """Prompts to frames uint8 [N, F, H, W, 3] and the experts' weights [steps, N, K]; prompt i starts from noise `seed + i`.
 
     `tag` changes with the mixture and with how it is asked; `shape` is that of the clips.
@@ -48,7 +48,9 @@ class MixtureSampler:
     With `oracle`, prompt to expert, each prompt goes to the expert of its cluster instead of where the router would send it.
     """
 
-    def __init__(self, folder: Path, sampling: Sampling, device: str = "cpu", oracle: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, sampling: SamplingOptions, device: str = "cpu", oracle: Mapping[str, int] | None = None
+    ) -> None:
         from lutetia.models.mixing.description import read_mixture
         from lutetia.models.pipeline import load_pipeline
 
@@ -81,9 +83,9 @@ class MixtureSampler:
 
 
 def generate(
-    sampler: Sampler,
+    sampler: ClipSampler,
     prompts: ClipSet,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     seed: int,
     folder: Path | None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -111,7 +113,7 @@ def generate(
     return prompts.with_frames(torch.cat(frames)), torch.cat(weights, dim=1)
 
 
-def _path(folder: Path | None, tag: str, sampling: Sampling, captions: Sequence[str], seed: int) -> Path | None:
+def _path(folder: Path | None, tag: str, sampling: SamplingOptions, captions: Sequence[str], seed: int) -> Path | None:
     if folder is None:
         return None
     asked = {"tag": tag, "sampling": sampling.model_dump(mode="json"), "captions": list(captions), "seed": seed}

@@ -16,8 +16,8 @@ from pydantic import Field
 from lutetia.models.data.ingest.listing import METADATA_NAMES, read_listing
 from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.evaluator import Entry, Judges, JudgeSettings
-from lutetia.models.metrics.generated_clips import MixtureSampler, Sampling, generate
+from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings, MetricEntry
+from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate
 from lutetia.models.metrics.routing import Routing, loss_table, routing_figures
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
 from lutetia.models.mixing.description import FILE as MIXTURE
@@ -44,8 +44,8 @@ class EvaluateSettings(Frozen):
     loss_clips: int = Field(default=256, ge=0)
     complete: bool = False
     shape: ClipShape | None = None
-    sampling: Sampling = Sampling()
-    judges: JudgeSettings = JudgeSettings()
+    sampling: SamplingOptions = SamplingOptions()
+    judges: EvaluatorSettings = EvaluatorSettings()
 
 
 class MetricsReport(Frozen):
@@ -60,8 +60,8 @@ class MetricsReport(Frozen):
     shape: str
     seed: int
     prompts: str
-    sampling: Sampling | None
-    entries: tuple[Entry, ...]
+    sampling: SamplingOptions | None
+    entries: tuple[MetricEntry, ...]
     routing: Routing | None
     losses: dict[str, TimedLoss] = {}
     left_out: dict[str, str]
@@ -117,7 +117,7 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
     wants_spare = min(left, settings.spare) >= 2  # a small test split leaves none, and floors then come from halves
     spare = read("test", settings.clips, settings.spare, "reading further real clips") if wants_spare else None
     fit = read("train", 0, settings.fit_clips, "reading clips to fit the probes on")
-    judges = Judges(fit, reference, spare, settings.judges, on_progress)
+    judges = Evaluator(fit, reference, spare, settings.judges, on_progress)
     if settings.complete and judges.left_out:
         name, reason = next(iter(judges.left_out.items()))
         raise DataError(f"the metric {name} cannot be measured: {reason}; or leave it out of the metrics asked for")

@@ -16,7 +16,7 @@ StepDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledLatents:
     """`latents [N, C, F, H, W]` and the experts' weights of every step, `routing [steps, N, K]`."""
 
     latents: Tensor
@@ -46,7 +46,7 @@ def sample(
     expert: int | None = None,
     seeds: Sequence[int] | None = None,
     on_step: StepDone | None = None,
-) -> Sampled:
+) -> SampledLatents:
     """Integrate the flow from `noise [N, C, F, H, W]` at `times[0]` to `times[-1]` for texts `tokens [N, L, D]`, `pooled [N, P]`.
 
     `v = v(null) + guidance (v(text) - v(null))`, both branches with the same experts and weights. `expert` asks that one alone.
@@ -61,7 +61,7 @@ def sample(
         routing.append(weights.float().cpu())
         if on_step:
             on_step(step + 1, len(times) - 1)
-    return Sampled(x, torch.stack(routing))
+    return SampledLatents(x, torch.stack(routing))
 
 
 def guided_velocity(

@@ -19,7 +19,7 @@ from lutetia.models.networks.model_ref import fingerprint, hub_errors, parse_ref
 from lutetia.system.errors import IntegrityError
 
 
-class Clip:
+class ClipModel:
     """A CLIP model from a folder or hub id. Raises ConfigError when it cannot be loaded."""
 
     def __init__(self, ref: str, device: str = "cpu", frames: int = 8, batch: int = 32) -> None:

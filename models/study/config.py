@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from lutetia.models.data.build import BuildSettings
 from lutetia.models.device import Device
-from lutetia.models.metrics.evaluator import JudgeSettings
+from lutetia.models.metrics.evaluator import EvaluatorSettings
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
 
@@ -82,7 +82,7 @@ class Controls(Frozen):
     clips: int = Field(default=128, ge=20)
 
 
-class Judging(Frozen):
+class EvaluationPlan(Frozen):
     """How sides are judged: `clips` prompts and real clips at the end, `curve_clips` of them along the way. `on`: never judge
     a recipe on `test` before it is fixed; `tune` are clips carved out of train for that. `spare` real clips make the floors.
     """
@@ -96,7 +96,7 @@ class Judging(Frozen):
     prompts: tuple[Prompts, ...] = Field(default=("natural", "stratified"), min_length=1)
     batch: Count = 16
     resamples: int = Field(default=100, ge=12)
-    judges: JudgeSettings = JudgeSettings()
+    judges: EvaluatorSettings = EvaluatorSettings()
 
 
 class Machines(Frozen):
@@ -136,7 +136,7 @@ class StudyConfig(Frozen):
     sampling: SamplingSpec = SamplingSpec()
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     controls: Controls = Controls()
-    judging: Judging = Judging()
+    judging: EvaluationPlan = EvaluationPlan()
     machines: Machines = Machines()
 
     @model_validator(mode="after")

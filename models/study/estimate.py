@@ -11,7 +11,7 @@ from lutetia.models.data.encode.autoencoder_training import sample_step
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.networks.i3d import MIN_FRAMES, I3DExtractor
 from lutetia.models.study.config import StudyConfig
-from lutetia.models.study.plan import Plan, Training
+from lutetia.models.study.plan import StudyPlan, Training
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import DataError
@@ -32,7 +32,7 @@ class Estimate(Frozen):
         return self.autoencoder + self.training + self.sampling + (self.network or 0.0)
 
 
-def estimate(config: StudyConfig, plan: Plan, latent: LatentSpec) -> Estimate:
+def estimate(config: StudyConfig, plan: StudyPlan, latent: LatentSpec) -> Estimate:
     """Probe the steps of autoencoder and experts and the network of FVD, each for about a second on one core, and add up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,8 +12,8 @@ import torch
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.comparison import Comparison, compare, compare_kinds, main_ratio
-from lutetia.models.metrics.evaluator import Entry, Judges
-from lutetia.models.metrics.generated_clips import MixtureSampler, Sampling, generate
+from lutetia.models.metrics.evaluator import Evaluator, MetricEntry
+from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate
 from lutetia.models.metrics.routing import Routing, routing_figures
 from lutetia.models.metrics.stats.intervals import Figure
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
@@ -25,14 +25,14 @@ PROMPT_ORDER = 0  # the seed by which held-out clips are put in order, the same 
 Progress = Callable[[str, int, int], None]
 
 
-class Judged(Frozen):
+class EvaluatedReading(Frozen):
     """What was found about one reading. `values`: numbers per clip, by metric, for comparisons within it.
 
     `labels`: the clips' clusters. `left_out`: metric to the reason why this box cannot measure it.
     """
 
     reading: Reading
-    entries: tuple[Entry, ...]
+    entries: tuple[MetricEntry, ...]
     routing: Routing | None = None
     losses: dict[str, TimedLoss] = {}
     values: dict[str, tuple[float, ...]] = {}
@@ -40,7 +40,7 @@ class Judged(Frozen):
     left_out: dict[str, str] = {}
 
 
-class Bench:
+class StudyEvaluation:
     """`clips`: the folder of `split_clips`; `cache` keeps samples and features between calls and between studies."""
 
     def __init__(self, config: StudyConfig, clips: Path, cache: Path, on_progress: Progress) -> None:
@@ -59,7 +59,7 @@ class Bench:
             on_progress=lambda done, total: self.on_progress("reading clips", done, total),
         )  # fmt: skip
 
-    def _judges(self, prompts: Prompts, count: int) -> Judges:
+    def _judges(self, prompts: Prompts, count: int) -> Evaluator:
         judging = self.config.judging
         everything = self.read(prompts, 0, count + min(count, judging.spare))
         spare = everything.take(range(count, len(everything))) if len(everything) >= count + 2 else None
@@ -68,22 +68,24 @@ class Bench:
             skip_bad=self.config.data.skip_bad,
             on_progress=lambda done, total: self.on_progress("reading clips to fit probes on", done, total),
         )  # fmt: skip
-        return Judges(fit, everything.take(range(min(count, len(everything)))), spare, self.settings, self.on_progress)
+        return Evaluator(fit, everything.take(range(min(count, len(everything)))), spare, self.settings, self.on_progress)
 
     def sampler(self, reading: Reading, mixture: Path, labels: Mapping[str, int] | None) -> MixtureSampler:
         """The mixture as `reading` asks it; `labels` (prompt to cluster) for the oracle."""
-        sampling = Sampling(mode=reading.mode, expert=reading.expert, batch=self.config.judging.batch)
+        sampling = SamplingOptions(mode=reading.mode, expert=reading.expert, batch=self.config.judging.batch)
         oracle = labels if reading.route == "oracle" else None
         return MixtureSampler(mixture, sampling, self.settings.device, oracle)
 
-    def sample(self, reading: Reading, mixture: Path, seed: int, labels: Mapping[str, int] | None) -> tuple[ClipSet, Judged]:
+    def sample(
+        self, reading: Reading, mixture: Path, seed: int, labels: Mapping[str, int] | None
+    ) -> tuple[ClipSet, EvaluatedReading]:
         """The reading's clips (kept, so asked again they cost nothing) and, so far, only how they were routed."""
         sampler = self.sampler(reading, mixture, labels)
         prompts = self.judges(reading.prompts, reading.clips).reference
         clips, weights = generate(sampler, prompts, sampler.sampling, seed, self.cache, self.on_progress)
-        return clips, Judged(reading=reading, entries=(), routing=routing_figures(weights))
+        return clips, EvaluatedReading(reading=reading, entries=(), routing=routing_figures(weights))
 
-    def judge(self, reading: Reading, mixture: Path, seed: int, labels: Mapping[str, int]) -> Judged:
+    def judge(self, reading: Reading, mixture: Path, seed: int, labels: Mapping[str, int]) -> EvaluatedReading:
         """All metrics of a reading."""
         judges = self.judges(reading.prompts, reading.clips)
         clips, found = self.sample(reading, mixture, seed, labels)
@@ -102,7 +104,7 @@ class Bench:
         more = {"entries": entries, "losses": losses, "values": values, "labels": known, "left_out": judges.left_out}
         return found.model_copy(update=more)
 
-    def rebuilt(self, latents: str, prompts: Prompts, count: int) -> tuple[Entry, ...]:
+    def rebuilt(self, latents: str, prompts: Prompts, count: int) -> tuple[MetricEntry, ...]:
         """Real clips encoded to latents and decoded again, judged as an arm's clips are: what no arm can be expected to pass.
 
         They are others than the reference: a clip beside itself would hide what every other figure owes to the small N.
@@ -130,7 +132,7 @@ class Bench:
         judges = self.judges(prompts, count)
         distances = tuple(name for name in self.settings.metrics if name in ("fvd", "motion"))
         settings = self.settings.model_copy(update={"metrics": distances})
-        beyond = Judges(judges.reference, self._through(latents, judges.reference), judges.spare, settings, self.on_progress)
+        beyond = Evaluator(judges.reference, self._through(latents, judges.reference), judges.spare, settings, self.on_progress)
         return compare(beyond, first, second, seeds=seeds, resamples=self.config.judging.resamples)
 
     def compare_kinds(

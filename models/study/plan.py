@@ -25,7 +25,7 @@ Method = Literal["kmeans", "random", "kinds", "balanced"]
 Route = Literal["router", "text-blind", "oracle"]
 
 
-class Begin(Frozen):
+class WarmStart(Frozen):
     """A warm start from another training's `epoch`, whose `flops` count as the starter's own."""
 
     training: str
@@ -52,7 +52,7 @@ class Training(Frozen):
     pass_flops: int = Field(description="of one top-1 step on one clip without guidance: one expert, and the router")
     parameters: int = Field(description="of all experts together, without the router")
     active_parameters: int = Field(description="of one expert: what a top-1 step runs")
-    begin: Begin | None = None
+    begin: WarmStart | None = None
 
     @property
     def data(self) -> str:
@@ -95,7 +95,7 @@ class Reading(Frozen):
         return self.route == "router" and self.mode is None and self.expert is None
 
 
-class Plan(Frozen):
+class StudyPlan(Frozen):
     """All trainings and all readings, in the order in which they are best carried out: what the headline needs comes first."""
 
     trainings: tuple[Training, ...]
@@ -143,7 +143,7 @@ def planned_latent(config: StudyConfig) -> LatentSpec:
     )  # fmt: skip
 
 
-def plan_study(config: StudyConfig, latent: LatentSpec) -> Plan:
+def plan_study(config: StudyConfig, latent: LatentSpec) -> StudyPlan:
     """Budgets such that no arm spends more FLOPs than the tier's budget, nor less by more than a step per checkpoint.
 
     Raises ConfigError where the budget is too small for that.
@@ -151,7 +151,7 @@ def plan_study(config: StudyConfig, latent: LatentSpec) -> Plan:
     costs = _Costs(config, latent)
     trainings = [*_headline(config, costs), *_controls(config, costs)]
     readings = [reading for training in trainings for reading in _readings(config, training)]
-    return Plan(trainings=tuple(trainings), readings=tuple(readings))
+    return StudyPlan(trainings=tuple(trainings), readings=tuple(readings))
 
 
 class _Costs:
@@ -182,7 +182,7 @@ class _Costs:
 
 def _training(
     costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
-    method: Method | None = None, begin: Begin | None = None, learning_rate: float | None = None,
+    method: Method | None = None, begin: WarmStart | None = None, learning_rate: float | None = None,
 ) -> Training:  # fmt: skip
     """The training whose samples use up the tier's budget, to the whole checkpoint."""
     spec = spec or costs.config.expert
@@ -256,11 +256,11 @@ def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) ->
             return _training(costs, tier, arm, seed, experts=experts, batch=small, spec=config.narrow)
 
 
-def _base(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> Begin:
+def _base(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> WarmStart:
     """The first checkpoint of the monolith of that budget."""
     tier = "headline" if shared(config, seed) else tier
     monolith = next(each for each in _pair(config, costs, tier, seed) if each.arm == "monolith")
-    return Begin(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
+    return WarmStart(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
 
 
 def shared(config: StudyConfig, seed: int) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from lutetia.models.metrics.comparison import Comparison
-from lutetia.models.metrics.evaluator import Entry
+from lutetia.models.metrics.evaluator import MetricEntry
 from lutetia.models.metrics.stats.intervals import Figure, mean
 from lutetia.models.study.clips import ClipCounts
-from lutetia.models.study.evaluation import Judged
-from lutetia.models.study.plan import Plan, Reading, Training
+from lutetia.models.study.evaluation import EvaluatedReading
+from lutetia.models.study.plan import Reading, StudyPlan, Training
 from lutetia.protocol.schema.canonical import Frozen
 
 PAPER = {"FVD": (561.04, 279.01), "CLIP text-video": (0.2032, 0.2178), "aesthetic": (3.795, 3.904)}
@@ -48,7 +48,7 @@ class Against(Frozen):
 class Rebuilt(Frozen):
     """Figures of real clips (others than the reference) after the autoencoder alone."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[MetricEntry, ...]
 
 
 class StudyResults(Frozen):
@@ -62,27 +62,27 @@ class StudyResults(Frozen):
 
     name: str
     config: dict[str, Any]
-    plan: Plan
+    plan: StudyPlan
     clips: ClipCounts
     clusters: dict[str, dict[str, Any]]
     trainings: dict[str, Trained]
-    judged: dict[str, Judged]
+    judged: dict[str, EvaluatedReading]
     headline: dict[str, tuple[Comparison, ...]]
     hardware: str
     seconds: float
     autoencoder_psnr: dict[str, float] = {}
-    rebuilt: dict[str, tuple[Entry, ...]] = {}
+    rebuilt: dict[str, tuple[MetricEntry, ...]] = {}
     beyond: dict[str, tuple[Comparison, ...]] = {}
     kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
     against: dict[str, Figure] = {}
     rivals: dict[str, dict[str, tuple[Comparison, ...]]] = {}
 
-    def of(self, reading: Reading) -> Judged | None:
+    def of(self, reading: Reading) -> EvaluatedReading | None:
         """What was found about a reading, None while it is not judged."""
         return self.judged.get(reading.name)
 
 
-def entry(entries: Sequence[Entry], name: str) -> Entry | None:
+def entry(entries: Sequence[MetricEntry], name: str) -> MetricEntry | None:
     """The line of metric `name`."""
     return next((entry for entry in entries if entry.name == name), None)
 
@@ -110,7 +110,7 @@ class CurvePoint(Frozen):
 
 def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
     """Learning curve of an arm of the headline at one N, over its seeds."""
-    points: dict[int, list[tuple[Training, Judged, Entry]]] = {}
+    points: dict[int, list[tuple[Training, EvaluatedReading, MetricEntry]]] = {}
     wanted = results.config["judging"]["curve_clips"]
     for training in results.plan.of("headline", arm):
         for reading in results.plan.readings_of(training):

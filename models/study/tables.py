@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lutetia.models.metrics.comparison import comparison_table
 from lutetia.models.metrics.routing import loss_table
 from lutetia.models.study.config import StudyConfig
-from lutetia.models.study.evaluation import Judged
+from lutetia.models.study.evaluation import EvaluatedReading
 from lutetia.models.study.plan import Reading, Training
 from lutetia.models.study.results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
 
@@ -160,7 +160,7 @@ def _metrics(results: StudyResults) -> list[str]:
     return [name, f"{name}, debiased", *motion, *higher, "held-out loss"]
 
 
-def _figure(judged: Judged, metric: str) -> str:
+def _figure(judged: EvaluatedReading, metric: str) -> str:
     if metric == "held-out loss":
         return f"{judged.losses['mixture'].loss:.4f}" if "mixture" in judged.losses else "–"
     found = entry(judged.entries, metric)

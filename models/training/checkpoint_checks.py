@@ -28,7 +28,7 @@ MAX_TRACE = 1 << 20
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
-class CheckpointRefused(IntegrityError):
+class CheckpointMisfit(IntegrityError):
     """A checkpoint file that does not fit the manifest; `reason` is the kind of misfit, the text names file and tensor."""
 
     def __init__(self, reason: Reason, text: str) -> None:
@@ -76,13 +76,13 @@ def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointRefused("header", f"{path.name} has a header of {length} bytes in a file of {size}; refused")
+            raise CheckpointMisfit("header", f"{path.name} has a header of {length} bytes in a file of {size}; refused")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise CheckpointRefused("header", f"the header of {path.name} is not JSON; refused") from error
+            raise CheckpointMisfit("header", f"the header of {path.name} is not JSON; refused") from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise CheckpointRefused("header", f"the header of {path.name} does not describe tensors; refused")
+        raise CheckpointMisfit("header", f"the header of {path.name} does not describe tensors; refused")
     header.pop("__metadata__", None)
     return header
 
@@ -90,10 +90,10 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _check_names(path: Path, header: Mapping[str, Any], required: Schema, optional: Schema) -> None:
     missing = sorted(required.keys() - header.keys())
     if missing:
-        raise CheckpointRefused("missing", f"{path.name} lacks {len(missing)} tensors, among them {missing[0]}; refused")
+        raise CheckpointMisfit("missing", f"{path.name} lacks {len(missing)} tensors, among them {missing[0]}; refused")
     extra = sorted(header.keys() - required.keys() - optional.keys())
     if extra:
-        raise CheckpointRefused("extra", f"{path.name} holds {len(extra)} tensors too many, among them {extra[0][:80]}; refused")
+        raise CheckpointMisfit("extra", f"{path.name} holds {len(extra)} tensors too many, among them {extra[0][:80]}; refused")
 
 
 def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -103,9 +103,9 @@ def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, 
     else:
         fits = found == list(shape)
     if not fits:
-        raise CheckpointRefused("shape", f"{name} of {path.name} has shape {str(found)[:80]} instead of {list(shape)}; refused")
+        raise CheckpointMisfit("shape", f"{name} of {path.name} has shape {str(found)[:80]} instead of {list(shape)}; refused")
     if entry.get("dtype") != _DTYPES[dtype]:
-        raise CheckpointRefused("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {_DTYPES[dtype]}; refused")
+        raise CheckpointMisfit("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {_DTYPES[dtype]}; refused")
 
 
 def _check_values(path: Path, header: Mapping[str, Any]) -> None:
@@ -118,11 +118,11 @@ def _check_values(path: Path, header: Mapping[str, Any]) -> None:
                     continue
                 norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
                 if not math.isfinite(norm):
-                    raise CheckpointRefused("non-finite", f"{name} of {path.name} holds NaN or infinity; refused")
+                    raise CheckpointMisfit("non-finite", f"{name} of {path.name} holds NaN or infinity; refused")
                 if norm > MAX_ROOT_MEAN_SQUARE * math.sqrt(tensor.numel()):
                     size = norm / math.sqrt(tensor.numel())
-                    raise CheckpointRefused(
+                    raise CheckpointMisfit(
                         "norm", f"{name} of {path.name} has root mean square {size:.3g}, above {MAX_ROOT_MEAN_SQUARE}; refused"
                     )
     except SafetensorError as error:
-        raise CheckpointRefused("header", f"{path.name} is no whole safetensors file ({error}); refused") from error
+        raise CheckpointMisfit("header", f"{path.name} is no whole safetensors file ({error}); refused") from error

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lutetia.models.tensor_files import read_document, write_tensors
-from lutetia.models.training.checkpoint_checks import CheckpointRefused, check_state, check_weights
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
 from lutetia.protocol.schema.manifest import Manifest
 
 Precision = Literal["float32", "bfloat16"]
@@ -97,13 +97,13 @@ def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
             said = read_document(file.metadata())
             numbers = {name: int(said[name]) for name in _NUMBERS}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise CheckpointRefused("header", f"the state {path.name} does not say where it belongs; refused") from error
+            raise CheckpointMisfit("header", f"the state {path.name} does not say where it belongs; refused") from error
     steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
     if (said.get("run"), numbers["shard"]) != (manifest.run_id, shard):
-        raise CheckpointRefused("header", f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
+        raise CheckpointMisfit("header", f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
     fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
     if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
-        raise CheckpointRefused("header", f"the state {path.name} names a place that this run does not have; refused")
+        raise CheckpointMisfit("header", f"the state {path.name} names a place that this run does not have; refused")
     precision = "bfloat16" if said.get("precision") == "bfloat16" else "float32"
     return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(said.get("device", ""))}
 

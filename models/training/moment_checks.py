@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.protocol.schema.manifest import Optimisation
 
 _SLACK = 1.02  # rounding
@@ -43,23 +43,23 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
         first, second = ({name.removeprefix(kind) for name in names if name.startswith(kind)} for kind in (_FIRST, _SECOND))
         if first != second:
             odd = min(first ^ second)
-            raise CheckpointRefused("missing", f"{path.name} has one of Adam's two moments of {odd} without the other; refused")
+            raise CheckpointMisfit("missing", f"{path.name} has one of Adam's two moments of {odd} without the other; refused")
         for name in sorted(first):
             m, v = file.get_tensor(_FIRST + name), file.get_tensor(_SECOND + name)
             if bool((v < 0).any()):
-                raise CheckpointRefused("norm", f"the second moment of {name} in {path.name} has negative entries; refused")
+                raise CheckpointMisfit("norm", f"the second moment of {name} in {path.name} has negative entries; refused")
             if bool((m.abs() > v.mul(ratio).sqrt().mul_(_SLACK).add_(_TINY)).any()):
                 text = f"the moments of {name} in {path.name} contradict each other: no gradients give both; refused"
-                raise CheckpointRefused("norm", text)
+                raise CheckpointMisfit("norm", text)
             norms[_FIRST] += torch.linalg.vector_norm(m, dtype=torch.float64).item() ** 2
             norms[_SECOND] += v.sum(dtype=torch.float64).item()
         for name in (name for name in names if name.startswith(_MUON)):
             norms[_MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
     if not any(norms.values()):
-        raise CheckpointRefused("missing", f"{path.name} holds no moments of the optimiser, which every step leaves; refused")
+        raise CheckpointMisfit("missing", f"{path.name} holds no moments of the optimiser, which every step leaves; refused")
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
         if math.sqrt(squared) > most * _SLACK:
             what = {_FIRST: "first moments", _SECOND: "second moments' roots", _MUON: "momenta"}[kind]
             text = f"the {what} in {path.name} have norm {math.sqrt(squared):.3g}; clipped gradients give at most {most:g}"
-            raise CheckpointRefused("norm", f"{text}; refused")
+            raise CheckpointMisfit("norm", f"{text}; refused")

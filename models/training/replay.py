@@ -16,18 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lutetia.models.data.shards import ShardData
-from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Precision, Snapshot
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 
 Lookup = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Parent:
+class ReplayParent:
     """Where the audited epoch begins: the files of accepted `epoch`; at epoch 0 nothing, or the weights of a warm start."""
 
     epoch: int
@@ -36,7 +36,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class End:
+class ReplayEnd:
     """The author's published end of the epoch."""
 
     weights: Path
@@ -53,12 +53,12 @@ class Replay:
 
     losses: tuple[float, ...]
     drift: float | None
-    made: Made
+    made: TrainedWith
     noise: float | None = None
 
 
 @dataclass(frozen=True)
-class Doubt:
+class ReplayDoubt:
     """Where the drift falls between `near` and `far`, measure the epoch's own noise by a second replay.
 
     `coarse`: by the other precision (bfloat16 for float32 or the reverse), whose rounding is coarser than any device's; else by
@@ -74,14 +74,14 @@ def replay(
     manifest: Manifest,
     shard: int,
     data: ShardData,
-    parent: Parent,
+    parent: ReplayParent,
     steps: int,
     *,
-    end: End | None = None,
+    end: ReplayEnd | None = None,
     device: str = "cpu",
     precision: Precision = "float32",
     micro_batch: int | None = None,
-    doubt: Doubt | None = None,
+    doubt: ReplayDoubt | None = None,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Replay:
     """Train the first `steps` steps after `parent`; with `end` the whole epoch, whose outcome is compared too.
@@ -123,7 +123,7 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
     )  # fmt: skip
 
 
-def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTrainer, parent: Parent) -> float | None:
+def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTrainer, parent: ReplayParent) -> float | None:
     """How far the ends of both lie apart, over the length of the way; None where the second diverges."""
     other.restore(parent.epoch, parent.weights, parent.state)
     try:
@@ -141,10 +141,10 @@ def under_budget(manifest: Manifest, epochs: int) -> Manifest:
     return manifest.model_copy(update={"run": manifest.run_id, "samples_per_shard": samples})
 
 
-def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> Made:
+def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> TrainedWith:
     """The words for it that peers exchange."""
     kind = device if device in ("cpu", "cuda", "mps") else "other"
-    return Made(device=kind, precision=precision, micro_batch=micro_batch, software=software)
+    return TrainedWith(device=kind, precision=precision, micro_batch=micro_batch, software=software)
 
 
 def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
 
 
-def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: End) -> float:
+def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> float:
     """The larger of the parameters' and the averages' distance from the author's, over the length of the replayed way."""
     with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
         return _apart(trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor)
@@ -177,9 +177,9 @@ def read_trace(path: Path) -> tuple[float, ...]:
         with safe_open(path, framework="pt") as file:
             trace = file.get_tensor("trace") if list(file.keys()) == ["trace"] else None
     except SafetensorError as error:
-        raise CheckpointRefused("header", f"the trace {path.name} is no safetensors file ({error}); refused") from error
+        raise CheckpointMisfit("header", f"the trace {path.name} is no safetensors file ({error}); refused") from error
     if trace is None or trace.ndim != 1 or trace.dtype != torch.float32:
-        raise CheckpointRefused("shape", f"the trace {path.name} is not one row of float32 losses; refused")
+        raise CheckpointMisfit("shape", f"the trace {path.name} is not one row of float32 losses; refused")
     if not bool(torch.isfinite(trace).all()):
-        raise CheckpointRefused("non-finite", f"the trace {path.name} holds NaN or infinity; refused")
+        raise CheckpointMisfit("non-finite", f"the trace {path.name} holds NaN or infinity; refused")
     return tuple(trace.tolist())

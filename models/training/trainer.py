@@ -26,7 +26,7 @@ from lutetia.models.experts.families import build_expert, call_expert, check_fit
 from lutetia.models.experts.objectives import row_losses
 from lutetia.models.randomness import seed_of
 from lutetia.models.training.batches import Batch, Batches
-from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Precision, Snapshot, read_state, read_weights, write_state, write_weights
 from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, learning_rate
 from lutetia.protocol.schema.manifest import Manifest
@@ -187,7 +187,7 @@ class ExpertTrainer:
         ema = read_weights(weights, self.manifest, self.shard) if weights is not None else state.ema
         if not self._ema.weights.keys() <= ema.keys():
             text = f"the state of shard {self.shard} has no EMA and came without its weights; fetch them too"
-            raise CheckpointRefused("missing", text)
+            raise CheckpointMisfit("missing", text)
         self._start(state.parameters, state.epoch)
         self._ema.load(ema)
         self._place(state.epoch, state.step, state.trace if state.step else [])

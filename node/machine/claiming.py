@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterable
 
 from lutetia.node.machine.lease import own_shard_seen, start_sync
-from lutetia.node.machine.messages import Claim, Look, PublishClaim
-from lutetia.node.machine.transition import Turn
+from lutetia.node.machine.messages import Claim, LookAtShards, PublishClaim
+from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, shard_owner
-from lutetia.protocol.stalled_claims import protected, watch
+from lutetia.protocol.stalled_claims import observe_claims, without_stalled
 
 WAVE = 16
 """How many shards are looked at before the first choice: what looks free among them is claimed before the rest is seen."""
 
 
-def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
+def swarm_seen(turn: NodeTransition, views: tuple[ShardView, ...]) -> None:
     state, known, looked, rules = turn.state, dict(turn.state.views), dict(turn.state.looked), turn.rules
     watched = dict(state.watched)
     for view in views:
@@ -23,8 +23,8 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
         if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
             view = old.with_claims(view.claims)
         if view.claims or (old and old.claims):
-            watched[view.shard] = seen = watch(watched.get(view.shard, {}), view, turn.now, 2 * rules.lease)
-            view = protected(seen, view, rules.owner, rules.tenure, rules.interval, turn.now)
+            watched[view.shard] = seen = observe_claims(watched.get(view.shard, {}), view, turn.now, 2 * rules.lease)
+            view = without_stalled(seen, view, rules.owner, rules.tenure, rules.interval, turn.now)
         known[view.shard], looked[view.shard] = view, turn.now
     turn.set(views=known, looked=looked, watched=watched)
     fresh = {view.shard for view in views}
@@ -36,7 +36,7 @@ def swarm_seen(turn: Turn, views: tuple[ShardView, ...]) -> None:
         _choose(turn)
 
 
-def take_duty(turn: Turn, shards: frozenset[int] | None, until: float) -> None:
+def take_duty(turn: NodeTransition, shards: frozenset[int] | None, until: float) -> None:
     """From now on we look after these shards. Who has just begun to stand by, and has no duty yet, looks at all of them."""
     standing_by = turn.state.phase in ("idle", "claiming")
     turn.set(duty=shards if standing_by else None, duty_until=until, to_look=())
@@ -44,7 +44,7 @@ def take_duty(turn: Turn, shards: frozenset[int] | None, until: float) -> None:
         turn.set(look_at=min(turn.state.look_at, turn.now))
 
 
-def _duty(turn: Turn) -> Iterable[int]:
+def _duty(turn: NodeTransition) -> Iterable[int]:
     """In ascending order: the views of other shards may be old, and others look after those."""
     state = turn.state
     if state.duty is None or turn.now >= state.duty_until:
@@ -52,14 +52,14 @@ def _duty(turn: Turn) -> Iterable[int]:
     return sorted(state.duty)
 
 
-def _strangers(turn: Turn, view: ShardView) -> ShardView:
+def _strangers(turn: NodeTransition, view: ShardView) -> ShardView:
     """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
     if turn.rules.owner not in view.claimants:
         return view
     return view.with_claims(claim for claim in view.claims if claim.record.owner != turn.rules.owner)
 
 
-def _open_views(turn: Turn) -> list[ShardView]:
+def _open_views(turn: NodeTransition) -> list[ShardView]:
     """Shards that we look after, with work left, fitting, and not given up lately; without our own claims."""
     seen = [view for shard in _duty(turn) if (view := turn.state.views.get(shard))]
     state, now, epochs, owner = turn.state, turn.now, turn.rules.epochs, turn.rules.owner
@@ -71,7 +71,7 @@ def _open_views(turn: Turn) -> list[ShardView]:
     ]
 
 
-def _choose(turn: Turn) -> None:
+def _choose(turn: NodeTransition) -> None:
     """Go for the best free shard, or stand by."""
     state, rules, now = turn.state, turn.rules, turn.now
     views = _open_views(turn)
@@ -92,7 +92,7 @@ def _choose(turn: Turn) -> None:
     turn.because(_why_idle(turn, views))
 
 
-def _fitness(turn: Turn, view: ShardView) -> float:
+def _fitness(turn: NodeTransition, view: ShardView) -> float:
     """Hardware fit × work left, twice that for a shard of which we hold local work.
 
     Work left counts in quarters: exact differences would send all newcomers to one shard.
@@ -102,7 +102,7 @@ def _fitness(turn: Turn, view: ShardView) -> float:
     return turn.state.fitness[view.shard] * quarters * (2 if view.shard in turn.state.remembered else 1)
 
 
-def _why_idle(turn: Turn, views: list[ShardView]) -> str:
+def _why_idle(turn: NodeTransition, views: list[ShardView]) -> str:
     state = turn.state
     if not any(value > 0 for value in state.fitness.values()):
         return "no device of this box fits the run; probing again now and then"
@@ -117,7 +117,7 @@ def _why_idle(turn: Turn, views: list[ShardView]) -> str:
     return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
 
 
-def _next_look(turn: Turn, views: list[ShardView]) -> float:
+def _next_look(turn: NodeTransition, views: list[ShardView]) -> float:
     """When the first claim that we saw may have expired, and at least once per lease."""
     rules, now = turn.rules, turn.now
     spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
@@ -128,7 +128,7 @@ def _next_look(turn: Turn, views: list[ShardView]) -> float:
     return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
 
 
-def look_around(turn: Turn) -> None:
+def look_around(turn: NodeTransition) -> None:
     """Look at what may have changed, a wave at a time."""
     state, rules, now = turn.state, turn.rules, turn.now
     if not state.online or now < state.look_at:
@@ -141,10 +141,10 @@ def look_around(turn: Turn) -> None:
     if len(due) > WAVE and not state.to_look:
         due = _promising_first(turn, due)
     turn.set(to_look=due[WAVE:])
-    turn.do(Look(due[:WAVE]))
+    turn.do(LookAtShards(due[:WAVE]))
 
 
-def _promising_first(turn: Turn, shards: Iterable[int]) -> tuple[int, ...]:
+def _promising_first(turn: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
     """In the order in which we would claim them if all were free: so newcomers spread, and none waits for a look at the rest."""
     state, rules = turn.state, turn.rules
     return tuple(
@@ -157,7 +157,7 @@ def _promising_first(turn: Turn, shards: Iterable[int]) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:
+def _looks_due(turn: NodeTransition, now: float, soon: float) -> tuple[int, ...]:
     """The shards of which our picture may be out of date: never or long ago seen, or with claims that will have run out.
 
     If any is `now`, all that will be `soon`: fewer and larger looks. Else none.
@@ -178,7 +178,7 @@ def _looks_due(turn: Turn, now: float, soon: float) -> tuple[int, ...]:
     return tuple(due) if first <= now else ()
 
 
-def go_on_claiming(turn: Turn) -> None:
+def go_on_claiming(turn: NodeTransition) -> None:
     """The steps of claiming that time brings; `_target_seen` has the others."""
     state, rules, now = turn.state, turn.rules, turn.now
     if now < state.act_at or state.target is None:
@@ -189,10 +189,10 @@ def go_on_claiming(turn: Turn) -> None:
         return
     stage = {"delay": "check", "settle": "judge"}.get(state.stage, state.stage)
     turn.set(stage=stage, act_at=now + rules.heartbeat)
-    turn.do(Look((state.target,)))
+    turn.do(LookAtShards((state.target,)))
 
 
-def _target_seen(turn: Turn, view: ShardView) -> None:
+def _target_seen(turn: NodeTransition, view: ShardView) -> None:
     state, rules, now = turn.state, turn.rules, turn.now
     if state.stage == "check":
         if not free_shards([_strangers(turn, view)], rules.epochs, now):
@@ -213,7 +213,7 @@ def _target_seen(turn: Turn, view: ShardView) -> None:
             _back_to_idle(turn, f"lost shard {view.shard} to an equal claim")
 
 
-def _back_to_idle(turn: Turn, why: str) -> None:
+def _back_to_idle(turn: NodeTransition, why: str) -> None:
     rules = turn.rules
     turn.set(target=None, look_at=turn.now + rules.propagation * (1 + rules.jitter("again", int(turn.now))))
     turn.enter("idle", why)

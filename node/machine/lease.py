@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from lutetia.node.machine.messages import Claim, DiscardWork, PublishClaim, StopTrainer, Superseded, Sync, SyncDone, SyncFailed
-from lutetia.node.machine.state import Work
-from lutetia.node.machine.transition import Turn
+from lutetia.node.machine.messages import (
+    CheckpointsSuperseded,
+    Claim,
+    DiscardWork,
+    PublishClaim,
+    StopTrainer,
+    Sync,
+    SyncDone,
+    SyncFailed,
+)
+from lutetia.node.machine.state import ShardWork
+from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import LiveClaim, ShardView, Stand, shard_owner
 from lutetia.protocol.schema.records import ClaimRecord
 
 # --- taking a shard up, and letting it go ---------------------------------------------------------------------------------
 
 
-def start_sync(turn: Turn, shard: int, known: Stand = (0, 0, None)) -> None:
+def start_sync(turn: NodeTransition, shard: int, known: Stand = (0, 0, None)) -> None:
     """The shard is ours: fetch its data and the accepted state. `known`: an acceptance that the DHT may not show yet."""
     view = turn.state.views.get(shard) or ShardView(shard)
     term, epoch, checkpoint = known if known[:2] >= view.place else view.stand
-    turn.set(work=Work(shard, epoch, checkpoint, term=term, at=epoch), renew_at=turn.now)
+    turn.set(work=ShardWork(shard, epoch, checkpoint, term=term, at=epoch), renew_at=turn.now)
     turn.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
     turn.do(Sync(shard, epoch, checkpoint))
 
 
-def release(turn: Turn, *, save: bool) -> None:
+def release(turn: NodeTransition, *, save: bool) -> None:
     """Stop the trainer and tell the swarm that the shard is free."""
     work = turn.state.work
     if work is None:
@@ -34,14 +43,14 @@ def release(turn: Turn, *, save: bool) -> None:
     turn.set(work=None, views=views, remembered=remembered | {work.shard} if save else remembered - {work.shard})
 
 
-def give_up(turn: Turn, why: str, *, save: bool, seconds: float) -> None:
+def give_up(turn: NodeTransition, why: str, *, save: bool, seconds: float) -> None:
     """Let the shard go and leave it alone for a while."""
     turn.set(shunned={**turn.state.shunned, turn.work.shard: turn.now + seconds})
     turn.warn(f"giving shard {turn.work.shard} up: {why}")
     to_idle(turn, why, save=save)
 
 
-def to_idle(turn: Turn, why: str, *, save: bool) -> None:
+def to_idle(turn: NodeTransition, why: str, *, save: bool) -> None:
     leaving = turn.state.phase == "draining"
     release(turn, save=save)
     turn.set(look_at=turn.now)
@@ -52,7 +61,7 @@ def to_idle(turn: Turn, why: str, *, save: bool) -> None:
 # --- syncing --------------------------------------------------------------------------------------------------------------
 
 
-def shard_synced(turn: Turn, event: SyncDone) -> None:
+def shard_synced(turn: NodeTransition, event: SyncDone) -> None:
     work = turn.state.work
     if turn.state.phase != "syncing" or not work:
         return
@@ -63,7 +72,7 @@ def shard_synced(turn: Turn, event: SyncDone) -> None:
     turn.enter("training", f"training shard {event.shard}, begun on top of epoch {turn.work.newest}")
 
 
-def sync_failed(turn: Turn, event: SyncFailed) -> None:
+def sync_failed(turn: NodeTransition, event: SyncFailed) -> None:
     work = turn.state.work
     if turn.state.phase != "syncing" or not work or work.shard != event.shard:
         return
@@ -79,7 +88,7 @@ def sync_failed(turn: Turn, event: SyncFailed) -> None:
 # --- what the swarm shows of our shard ------------------------------------------------------------------------------------
 
 
-def own_shard_seen(turn: Turn) -> None:
+def own_shard_seen(turn: NodeTransition) -> None:
     """Yield to a rightful owner; then follow the accepted lineage."""
     state, rules, now, work = turn.state, turn.rules, turn.now, turn.work
     view = state.views[work.shard]
@@ -98,7 +107,7 @@ def own_shard_seen(turn: Turn) -> None:
     _follow(turn, view, resync=True)
 
 
-def _with_own_claim(turn: Turn, view: ShardView) -> ShardView:
+def _with_own_claim(turn: NodeTransition, view: ShardView) -> ShardView:
     """A replica may lag behind our own renewals; we know that our claim lives."""
     rules, work = turn.rules, turn.work
     claim = work.claim(draining=False)
@@ -110,7 +119,7 @@ def _with_own_claim(turn: Turn, view: ShardView) -> ShardView:
     return view.with_claims([*others, LiveClaim(record, turn.state.renewed_at + rules.lease)])
 
 
-def _follow(turn: Turn, view: ShardView, *, resync: bool) -> None:
+def _follow(turn: NodeTransition, view: ShardView, *, resync: bool) -> None:
     """Stand on the newest acceptance: ours moves us forward, another's fences us, a roll-back takes us along."""
     work, before = turn.work, turn.work.term
     term, epoch, checkpoint = view.stand
@@ -137,7 +146,7 @@ def _follow(turn: Turn, view: ShardView, *, resync: bool) -> None:
         start_sync(turn, work.shard)
 
 
-def _overtaken(turn: Turn) -> None:
+def _overtaken(turn: NodeTransition) -> None:
     """Go on from what others did instead: late results of who held the shard before us, who may have had so many pending.
 
     More than those come from somebody who holds it now, and whose claim looks expired to us: one clock is off by a lease.
@@ -152,7 +161,7 @@ def _overtaken(turn: Turn) -> None:
     give_up(turn, why, save=False, seconds=rules.lease)
 
 
-def void(turn: Turn, epoch: int) -> None:
+def void(turn: NodeTransition, epoch: int) -> None:
     """Stop the trainer and drop all work beyond accepted `epoch`."""
     if turn.work.trainer == "on":
         turn.do(StopTrainer(save=False))
@@ -161,10 +170,10 @@ def void(turn: Turn, epoch: int) -> None:
     turn.do(DiscardWork(turn.work.shard, epoch))
 
 
-def own_accepted(turn: Turn, epoch: int, digest: str) -> None:
+def own_accepted(turn: NodeTransition, epoch: int, digest: str) -> None:
     work, now = turn.work, turn.now
     rest = tuple(candidate for candidate in work.pending if candidate.epoch > epoch)
     turn.change(epoch=epoch, checkpoint=digest, pending=rest, offering=None, offers=0, unjudged=0, offer_at=now)
     turn.set(rejections={**turn.state.rejections, work.shard: 0}, overtaken={**turn.state.overtaken, work.shard: 0})
     turn.info(f"epoch {epoch} of shard {work.shard} was accepted")
-    turn.do(Superseded(work.shard, epoch))
+    turn.do(CheckpointsSuperseded(work.shard, epoch))

@@ -17,42 +17,42 @@ from lutetia.node.machine.messages import (
     Action,
     CheckpointReady,
     Claim,
+    ClockTick,
     DiskFree,
     DiskFull,
-    DutyGiven,
     Event,
     HoursChanged,
     Joined,
     Leave,
-    Look,
+    LookAtShards,
     ManifestChanged,
     NetworkBack,
     NetworkLost,
     OfferAnswered,
-    Probe,
     Probed,
     ProbeFailed,
+    ProbeHardware,
     PublishClaim,
     RenewRecords,
     SwarmSeen,
     SyncDone,
     SyncFailed,
-    Tick,
     TrainerExited,
     TrainerProgress,
     UserVerb,
+    WatchedShardsSet,
 )
-from lutetia.node.machine.state import Rules, State, wants_trainer
+from lutetia.node.machine.state import MachineState, NodeRules, wants_trainer
 from lutetia.node.machine.submission import answered
 from lutetia.node.machine.training import checkpoint_ready, manifest_changed, trainer_exited, trainer_progress, work_on
-from lutetia.node.machine.transition import Turn
+from lutetia.node.machine.transition import NodeTransition
 
 
-def advance(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]:
+def advance(rules: NodeRules, state: MachineState, event: Event) -> tuple[MachineState, list[Action]]:
     """The whole machine. Deterministic: equal arguments, equal results."""
     if state.phase == "left":
         return state, []
-    turn = Turn(rules, state, event.now)
+    turn = NodeTransition(rules, state, event.now)
     if state.work and event.now - state.last > 2 * rules.heartbeat:
         turn.change(progress_at=event.now)  # the box slept, and its trainer with it
     if event.now < state.last:
@@ -64,7 +64,7 @@ def advance(rules: Rules, state: State, event: Event) -> tuple[State, list[Actio
     return turn.state, turn.actions
 
 
-def _clock_went_back(turn: Turn) -> None:
+def _clock_went_back(turn: NodeTransition) -> None:
     """Nothing that was due soon may now be due in hours."""
     state, soon = turn.state, turn.now + turn.rules.heartbeat
     turn.set(
@@ -78,14 +78,14 @@ def _clock_went_back(turn: Turn) -> None:
         )  # fmt: skip
 
 
-def _absorb(turn: Turn, event: Event) -> None:
+def _absorb(turn: NodeTransition, event: Event) -> None:
     """Take the event's facts in."""
     match event:
-        case Tick():
+        case ClockTick():
             pass
         case SwarmSeen(views=views):
             swarm_seen(turn, views)
-        case DutyGiven(shards=shards, until=until):
+        case WatchedShardsSet(shards=shards, until=until):
             take_duty(turn, shards, until)
         case TrainerProgress():
             trainer_progress(turn, event)
@@ -134,12 +134,12 @@ def _absorb(turn: Turn, event: Event) -> None:
                 turn.info("the disk has space again; going on")
 
 
-def _act(turn: Turn) -> None:
+def _act(turn: NodeTransition) -> None:
     """Do what is due now."""
     state, now = turn.state, turn.now
     if state.probe_at is not None and now >= state.probe_at:
         turn.set(probe_at=None)
-        turn.do(Probe())
+        turn.do(ProbeHardware())
     if state.pause_until is not None and now >= state.pause_until:
         turn.set(wanted="run", pause_until=None)
         if state.closed_until is None:
@@ -163,12 +163,12 @@ def _act(turn: Turn) -> None:
 # --- hardware -------------------------------------------------------------------------------------------------------------
 
 
-def _probe(turn: Turn, why: str) -> None:
+def _probe(turn: NodeTransition, why: str) -> None:
     turn.enter("probing", why)
-    turn.do(Probe())
+    turn.do(ProbeHardware())
 
 
-def _probed(turn: Turn, fitness: dict[int, float]) -> None:
+def _probed(turn: NodeTransition, fitness: dict[int, float]) -> None:
     turn.set(fitness=fitness, probe_failures=0)
     fits = any(value > 0 for value in fitness.values())
     turn.set(probe_at=None if fits else turn.now + turn.rules.probe_again)
@@ -184,7 +184,7 @@ def _probed(turn: Turn, fitness: dict[int, float]) -> None:
 # --- heartbeat ------------------------------------------------------------------------------------------------------------
 
 
-def _heartbeat(turn: Turn) -> None:
+def _heartbeat(turn: NodeTransition) -> None:
     """Renew our records; a lease that may have lapsed (a sleeping laptop, a lost network) is looked at before it is renewed."""
     state, rules, now = turn.state, turn.rules, turn.now
     work = state.work
@@ -200,13 +200,13 @@ def _heartbeat(turn: Turn) -> None:
         turn.set(renewed_at=now)
         turn.do(RenewRecords(work.claim(state.phase == "draining")))
     if not stuck:
-        turn.do(Look((work.shard,)))
+        turn.do(LookAtShards((work.shard,)))
 
 
 # --- the volunteer's wishes -----------------------------------------------------------------------------------------------
 
 
-def _wish(turn: Turn, event: UserVerb) -> None:
+def _wish(turn: NodeTransition, event: UserVerb) -> None:
     turn.set(wanted="run" if event.verb == "resume" else event.verb, pause_until=event.until if event.verb == "pause" else None)
     phase = turn.state.phase
     busy = phase in ("training", "publishing", "draining") or (turn.state.work is not None and bool(turn.state.work.pending))
@@ -223,7 +223,7 @@ def _wish(turn: Turn, event: UserVerb) -> None:
         _resume(turn)
 
 
-def _resume(turn: Turn) -> None:
+def _resume(turn: NodeTransition) -> None:
     turn.set(drain_until=None)
     if turn.state.phase == "paused" or (turn.state.work and not turn.state.work.owned):
         turn.set(work=None, look_at=turn.now)
@@ -232,7 +232,7 @@ def _resume(turn: Turn) -> None:
         turn.enter("training", "finishing was called off")
 
 
-def _hours(turn: Turn, closed_until: float | None) -> None:
+def _hours(turn: NodeTransition, closed_until: float | None) -> None:
     """The clock's wish, which gives way to the volunteer's: who paused stays paused, who leaves leaves."""
     turn.set(closed_until=closed_until)
     if turn.state.wanted != "run" or turn.state.phase in ("joining", "probing"):
@@ -243,14 +243,14 @@ def _hours(turn: Turn, closed_until: float | None) -> None:
         _resume(turn)
 
 
-def _why_paused(turn: Turn) -> str:
+def _why_paused(turn: NodeTransition) -> str:
     if turn.state.wanted != "pause":
         return "outside of its hours"
     until = turn.state.pause_until
     return "paused by the volunteer" if until is None else f"paused for {until - turn.now:.0f} s by the volunteer"
 
 
-def _pause(turn: Turn) -> None:
+def _pause(turn: NodeTransition) -> None:
     """Stop training and let the lease go; checkpoints that are whole are still offered."""
     work = turn.state.work
     release(turn, save=True)
@@ -261,7 +261,7 @@ def _pause(turn: Turn) -> None:
     turn.enter("paused", _why_paused(turn))
 
 
-def _drain(turn: Turn) -> None:
+def _drain(turn: NodeTransition) -> None:
     """Leave once the last checkpoint is accepted, refused, or out of patience, and no failed trainer is to be restarted."""
     state, work = turn.state, turn.state.work
     if work is None:
@@ -280,7 +280,7 @@ def _drain(turn: Turn) -> None:
         _leave(turn, "the last checkpoint was not judged in time; it stays on this disk and is offered again next time; leaving")
 
 
-def _leave(turn: Turn, why: str) -> None:
+def _leave(turn: NodeTransition, why: str) -> None:
     if turn.state.phase == "claiming" and turn.state.stage in ("settle", "judge") and turn.state.target is not None:
         turn.do(PublishClaim(Claim(turn.state.target, 0, 0, "released")))
     release(turn, save=True)

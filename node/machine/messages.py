@@ -14,7 +14,7 @@ Exit = Literal["stopped", "crash", "out-of-memory", "disk-full", "bad-shard", "b
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class OwnCheckpoint:
     """A checkpoint of our own that is whole on disk: epoch `epoch` of `shard` on top of `parent` (a checkpoint digest)."""
 
     shard: int
@@ -27,7 +27,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class ClockTick:
     """Time passed; due when `next_wake` says so."""
 
     now: float
@@ -66,14 +66,14 @@ class ProbeFailed:
 
 @dataclass(frozen=True, slots=True)
 class SwarmSeen:
-    """The answer to `Look`: what the DHT shows of these shards."""
+    """The answer to `LookAtShards`: what the DHT shows of these shards."""
 
     now: float
     views: tuple[ShardView, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class DutyGiven:
+class WatchedShardsSet:
     """Which shards this node looks after while it stands by, until another list comes or `until`; None: all of them."""
 
     now: float
@@ -89,7 +89,7 @@ class SyncDone:
     shard: int
     epoch: int
     checkpoint: str | None
-    pending: tuple[Candidate, ...] = ()
+    pending: tuple[OwnCheckpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class TrainerExited:
 class CheckpointReady:
     now: float
     run: int
-    candidate: Candidate
+    candidate: OwnCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class HoursChanged:
 
 
 Event = (
-    Tick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | DutyGiven | SyncDone | SyncFailed
+    ClockTick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | WatchedShardsSet | SyncDone | SyncFailed
     | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
     | HoursChanged
 )  # fmt: skip
@@ -187,12 +187,12 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ProbeHardware:
     """Find out what this box can do; answer with Probed or ProbeFailed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class LookAtShards:
     """Read claims and acceptances of these shards; answer with SwarmSeen."""
 
     shards: tuple[int, ...]
@@ -264,7 +264,7 @@ class StopTrainer:
 class PublishCheckpoint:
     """Store its blobs, announce it and offer it to the coordinator (idempotent); answer OfferAnswered."""
 
-    candidate: Candidate
+    candidate: OwnCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ class DiscardWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Superseded:
+class CheckpointsSuperseded:
     """Own checkpoints of this shard older than `epoch` are no longer needed."""
 
     shard: int
@@ -284,7 +284,7 @@ class Superseded:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class LogSentence:
     """A sentence for the log."""
 
     level: Literal["info", "warning"]
@@ -297,6 +297,6 @@ class Leave:
 
 
 Action = (
-    Probe | Look | PublishClaim | RenewRecords | Sync | StartTrainer | AllowEpochs | StopTrainer
-    | PublishCheckpoint | DiscardWork | Superseded | Report | Leave
+    ProbeHardware | LookAtShards | PublishClaim | RenewRecords | Sync | StartTrainer | AllowEpochs | StopTrainer
+    | PublishCheckpoint | DiscardWork | CheckpointsSuperseded | LogSentence | Leave
 )  # fmt: skip

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lutetia.node.machine.messages import Candidate, Claim
+from lutetia.node.machine.messages import Claim, OwnCheckpoint
 from lutetia.protocol.claims import ShardView, Stand, rendezvous
-from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.manifest import Manifest, lease_seconds
 from lutetia.protocol.schema.records import NodeState
 from lutetia.protocol.stalled_claims import Seen
+from lutetia.system.retry import backoff
 
 Immutable = TypeVar("Immutable")
 
@@ -31,7 +32,7 @@ def evolve(old: Immutable, **changes: Any) -> Immutable:
 
 
 @dataclass(frozen=True)
-class Rules:
+class NodeRules:
     """The run's constants as one node needs them. Times in seconds."""
 
     run: str
@@ -60,7 +61,7 @@ class Rules:
     """Samples of an epoch."""
 
     @classmethod
-    def of(cls, manifest: Manifest, owner: str) -> Rules:
+    def of(cls, manifest: Manifest, owner: str) -> NodeRules:
         """Propagation delay: a twentieth of the heartbeat, between 0.25 s (loopback) and 2 s."""
         heartbeat = manifest.timing.heartbeat
         return cls(
@@ -71,7 +72,7 @@ class Rules:
 
     @property
     def lease(self) -> float:
-        return 3 * self.heartbeat
+        return lease_seconds(self.heartbeat)
 
     def jitter(self, *words: object) -> float:
         """A number in [0, 1) that depends on this node and on `words` only."""
@@ -80,8 +81,7 @@ class Rules:
 
     def backoff(self, attempt: int, *words: object) -> float:
         """1, 2, 4, … s capped, plus up to a quarter of jitter so that peers spread."""
-        base = min(self.longest_backoff, 2.0 ** min(attempt - 1, 30))
-        return base * (1 + self.jitter("backoff", attempt, *words) / 4)
+        return backoff(attempt, longest=self.longest_backoff, jitter=self.jitter("backoff", attempt, *words))
 
     def takeover_delay(self, shard: int, epoch: int) -> float:
         """How long this node waits before it claims a free shard.
@@ -94,14 +94,14 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardWork:
     """One shard in our hands. `epoch` and `checkpoint` are the accepted state that we stand on, in term `term` of the shard."""
 
     shard: int
     epoch: int
     checkpoint: str | None
     term: int = 0
-    pending: tuple[Candidate, ...] = ()
+    pending: tuple[OwnCheckpoint, ...] = ()
     owned: bool = True
     checking: bool = False
     """Our lease may have lapsed: look before renewing it."""
@@ -139,11 +139,11 @@ class Work:
         """The newest epoch of ours that is whole on disk."""
         return self.pending[-1].epoch if self.pending else self.epoch
 
-    def most(self, rules: Rules) -> int:
+    def most(self, rules: NodeRules) -> int:
         """The epoch below which a trainer may work: the budget, and not too far ahead of what is accepted."""
         return min(rules.epochs, self.epoch + rules.max_pending)
 
-    def may_train(self, rules: Rules) -> bool:
+    def may_train(self, rules: NodeRules) -> bool:
         return self.newest < self.most(rules)
 
     @property
@@ -156,7 +156,7 @@ class Work:
         """Whether the trainer has said anything since it was started."""
         return self.progress_at > self.started_at
 
-    def silent_from(self, rules: Rules) -> float:
+    def silent_from(self, rules: NodeRules) -> float:
         """When the trainer counts as hung if it says nothing until then."""
         return self.progress_at + (rules.hang_after if self.begun else max(rules.hang_after, rules.start_within))
 
@@ -168,7 +168,7 @@ Stage = Literal["delay", "check", "settle", "judge"]
 
 
 @dataclass(frozen=True)
-class State:
+class MachineState:
     """Everything a node decides by."""
 
     last: float = 0.0
@@ -192,7 +192,7 @@ class State:
     rejections: Mapping[int, int] = field(default_factory=dict)
     overtaken: Mapping[int, int] = field(default_factory=dict)
     """How often in a row others' work on a shard that we hold was accepted instead of ours."""
-    work: Work | None = None
+    work: ShardWork | None = None
     target: int | None = None
     stage: Stage = "delay"
     judged: int = 0
@@ -215,14 +215,14 @@ class State:
     """When the disk was last full from, and until: what is full again soon after was full all the time."""
 
 
-def wants_trainer(rules: Rules, state: State, work: Work) -> bool:
+def wants_trainer(rules: NodeRules, state: MachineState, work: ShardWork) -> bool:
     """Whether a trainer is to be started at `restart_at`: on a leaving node only in the place of one that failed half-way."""
     if work.trainer == "on" or state.disk_full_since is not None or not work.may_train(rules):
         return False
     return state.phase == "training" or (state.phase == "draining" and work.owned and work.cut_short)
 
 
-def next_wake(rules: Rules, state: State) -> float | None:
+def next_wake(rules: NodeRules, state: MachineState) -> float | None:
     """When the machine wants its next Tick (Unix seconds); None: only on other events."""
     if state.phase in ("joining", "left"):
         return None
@@ -242,7 +242,7 @@ def next_wake(rules: Rules, state: State) -> float | None:
     return min(times, default=None)
 
 
-def _work_times(rules: Rules, state: State, work: Work) -> list[float]:
+def _work_times(rules: NodeRules, state: MachineState, work: ShardWork) -> list[float]:
     times = []
     if state.phase == "syncing" and work.sync_at is not None:
         times.append(work.sync_at)

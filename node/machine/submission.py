@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lutetia.node.machine.lease import give_up, own_accepted, release, start_sync, void
-from lutetia.node.machine.messages import Look, OfferAnswered
-from lutetia.node.machine.transition import Turn
+from lutetia.node.machine.messages import LookAtShards, OfferAnswered
+from lutetia.node.machine.transition import NodeTransition
+from lutetia.system.retry import backoff
 
 
-def answered(turn: Turn, event: OfferAnswered) -> None:
+def answered(turn: NodeTransition, event: OfferAnswered) -> None:
     work, rules = turn.state.work, turn.rules
     if not work or not work.pending or work.pending[0].digest != event.digest:
         return
@@ -17,7 +18,7 @@ def answered(turn: Turn, event: OfferAnswered) -> None:
     match event.verdict:
         case "accepted":
             own_accepted(turn, head.epoch, head.digest)
-            turn.do(Look((work.shard,)))
+            turn.do(LookAtShards((work.shard,)))
         case "invalid":
             _rejected(turn, event.text)
         case "quarantined":
@@ -25,9 +26,9 @@ def answered(turn: Turn, event: OfferAnswered) -> None:
             _leave_to_others(turn, event.text, save=False)
         case "superseded":
             turn.change(offer_at=turn.now + rules.heartbeat * jitter)
-            turn.do(Look((work.shard,)))
+            turn.do(LookAtShards((work.shard,)))
         case "queued":
-            wait = event.retry_after or min(rules.heartbeat, rules.propagation * 1.5**offers)
+            wait = event.retry_after or backoff(offers + 1, first=rules.propagation, longest=rules.heartbeat, factor=1.5)
             turn.change(offer_at=turn.now + wait * jitter)
         case "busy":
             turn.change(offer_at=turn.now + (event.retry_after or rules.heartbeat) * jitter)
@@ -39,7 +40,7 @@ def answered(turn: Turn, event: OfferAnswered) -> None:
                 _unjudged(turn, event.text)
 
 
-def _unjudged(turn: Turn, text: str) -> None:
+def _unjudged(turn: NodeTransition, text: str) -> None:
     """The coordinator cannot fetch or check our result: after some rounds of that, somebody with a better line may try.
 
     Another shard would fare no better, so it is left to others, too, for a while. What was trained stays on disk.
@@ -49,14 +50,14 @@ def _unjudged(turn: Turn, text: str) -> None:
         _leave_to_others(turn, f"the coordinator cannot judge its checkpoint ({text})", save=True)
 
 
-def _leave_to_others(turn: Turn, why: str, *, save: bool) -> None:
+def _leave_to_others(turn: NodeTransition, why: str, *, save: bool) -> None:
     """Give the shard up, and take no other for a while."""
     long = 10 * turn.rules.lease
     turn.set(shunned=dict.fromkeys(range(turn.rules.shards), turn.now + long))
     give_up(turn, why, save=save, seconds=long)
 
 
-def _rejected(turn: Turn, text: str) -> None:
+def _rejected(turn: NodeTransition, text: str) -> None:
     """Train the epoch again from the accepted state; a second refusal in a row means that we cannot do this shard."""
     work, rules = turn.work, turn.rules
     head, count = work.pending[0], turn.state.rejections.get(work.shard, 0) + 1

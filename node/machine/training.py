@@ -16,19 +16,19 @@ from lutetia.node.machine.messages import (
     TrainerProgress,
 )
 from lutetia.node.machine.state import wants_trainer
-from lutetia.node.machine.transition import Turn
+from lutetia.node.machine.transition import NodeTransition
 
 _HEALTHY = 600.0
 """A trainer that has run this long starts a new count of crashes."""
 
 
-def trainer_progress(turn: Turn, event: TrainerProgress) -> None:
+def trainer_progress(turn: NodeTransition, event: TrainerProgress) -> None:
     work = turn.state.work
     if work and work.trainer == "on" and event.run == turn.state.trainers:
         turn.change(at=event.epoch, samples=event.samples, waiting=event.waiting, progress_at=turn.now)
 
 
-def checkpoint_ready(turn: Turn, event: CheckpointReady) -> None:
+def checkpoint_ready(turn: NodeTransition, event: CheckpointReady) -> None:
     """A trainer that was stopped may still finish writing: what it wrote counts while it fits our lineage."""
     work, candidate = turn.state.work, event.candidate
     if not work or candidate.shard != work.shard or candidate.epoch != work.newest + 1:
@@ -40,7 +40,7 @@ def checkpoint_ready(turn: Turn, event: CheckpointReady) -> None:
         turn.change(offer_at=turn.now)
 
 
-def trainer_exited(turn: Turn, event: TrainerExited) -> Exit | None:
+def trainer_exited(turn: NodeTransition, event: TrainerExited) -> Exit | None:
     """Back off and restart, sync again, or give up. Returns the reason if this trainer was in our hands."""
     state, work = turn.state, turn.state.work
     if not work or work.trainer != "on" or event.run != state.trainers:
@@ -53,7 +53,7 @@ def trainer_exited(turn: Turn, event: TrainerExited) -> Exit | None:
     return event.reason
 
 
-def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
+def _trainer_failed(turn: NodeTransition, reason: Exit, text: str) -> None:
     turn.change(failure=text)
     work, rules, now = turn.work, turn.rules, turn.now
     if reason == "disk-full":  # it starts again when there is space
@@ -85,7 +85,7 @@ def _trainer_failed(turn: Turn, reason: Exit, text: str) -> None:
         turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
 
 
-def manifest_changed(turn: Turn, training: bool) -> None:
+def manifest_changed(turn: NodeTransition, training: bool) -> None:
     """A trainer at work ends its epoch as it began it; where the new version changes training, another takes the next one."""
     work = turn.state.work
     if work and training and work.trainer == "on":
@@ -94,7 +94,7 @@ def manifest_changed(turn: Turn, training: bool) -> None:
         turn.enter("training", f"the budget was raised: training shard {work.shard} on")
 
 
-def _until(turn: Turn) -> int:
+def _until(turn: NodeTransition) -> int:
     """The epoch below which the trainer may work. A leaving node ends the epoch under way, and no other."""
     work = turn.work
     most = work.most(turn.rules)
@@ -109,7 +109,7 @@ def _until(turn: Turn) -> int:
     return min(most, turn.work.drain or 0)
 
 
-def _train_on(turn: Turn) -> None:
+def _train_on(turn: NodeTransition) -> None:
     """Start, hold, restart or end the trainer as the lineage asks."""
     state, rules, now = turn.state, turn.rules, turn.now
     until = _until(turn)
@@ -131,13 +131,13 @@ def _train_on(turn: Turn) -> None:
         turn.do(StartTrainer(number, work.shard, work.epoch, work.checkpoint, until, work.shrink))
 
 
-def _silent(turn: Turn) -> bool:
+def _silent(turn: NodeTransition) -> bool:
     """Whether the trainer hangs: it has nothing to wait for, and says nothing."""
     waits = turn.work.waiting or turn.state.disk_full_since is not None
     return not waits and turn.now >= turn.work.silent_from(turn.rules)
 
 
-def _end_trainer_when_due(turn: Turn, until: int) -> None:
+def _end_trainer_when_due(turn: NodeTransition, until: int) -> None:
     work, state = turn.work, turn.state
     whole = work.newest >= until  # all that it may do is written
     if whole and (state.phase == "draining" or until >= turn.rules.epochs or work.relay is not None):
@@ -145,7 +145,7 @@ def _end_trainer_when_due(turn: Turn, until: int) -> None:
         turn.change(trainer="off", waiting=False, restart_at=turn.now)
 
 
-def work_on(turn: Turn) -> None:
+def work_on(turn: NodeTransition) -> None:
     """What is due for the shard in our hands."""
     state, now = turn.state, turn.now
     if state.phase == "syncing" and turn.work.sync_at is not None and now >= turn.work.sync_at:
@@ -161,7 +161,7 @@ def work_on(turn: Turn) -> None:
         _budget(turn)
 
 
-def _budget(turn: Turn) -> None:
+def _budget(turn: NodeTransition) -> None:
     """The shard's last epoch: wait for its acceptance, then look for other work."""
     work, epochs = turn.work, turn.rules.epochs
     if work.epoch >= epochs:

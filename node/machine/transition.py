@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lutetia.node.machine.messages import Action, Report
-from lutetia.node.machine.state import Rules, State, Work, evolve
+from lutetia.node.machine.messages import Action, LogSentence
+from lutetia.node.machine.state import MachineState, NodeRules, ShardWork, evolve
 from lutetia.protocol.schema.records import NodeState
 
 _WORTH_TELLING = frozenset({"idle", "training", "publishing", "paused", "draining"})
@@ -14,10 +14,10 @@ _RELAPSE = 120.0
 """Seconds: what is full again so soon after was full all the time."""
 
 
-class Turn:
+class NodeTransition:
     """Collects what one event changes."""
 
-    def __init__(self, rules: Rules, state: State, now: float) -> None:
+    def __init__(self, rules: NodeRules, state: MachineState, now: float) -> None:
         self.rules = rules
         self.state = state
         self.now = now
@@ -32,7 +32,7 @@ class Turn:
         self.state = evolve(self.state, work=evolve(self.state.work, **changes))
 
     @property
-    def work(self) -> Work:
+    def work(self) -> ShardWork:
         assert self.state.work
         return self.state.work
 
@@ -62,7 +62,7 @@ class Turn:
             self.warn(text)
 
     def info(self, text: str) -> None:
-        self.do(Report("info", text))
+        self.do(LogSentence("info", text))
 
     def warn(self, text: str) -> None:
-        self.do(Report("warning", text))
+        self.do(LogSentence("warning", text))

@@ -9,10 +9,10 @@ import shutil
 
 from pydantic import ValidationError
 
-from lutetia.node.runtime.trainer_process import Hands
-from lutetia.node.runtime.workspace import Places
+from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.runtime.workspace import RunPaths
 from lutetia.node.settings import NodeSettings
-from lutetia.node.trainer.probe import SECONDS, Finding, Question, question_digest
+from lutetia.node.trainer.probe import SECONDS, ProbeQuestion, ProbeResult, question_digest
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import DiskError, HardwareError
@@ -21,28 +21,28 @@ from lutetia.system.files import write_atomic
 log = logging.getLogger(__name__)
 
 
-class Prober:
+class HardwareProber:
     """The first `find` may reuse what an earlier daemon found on the same question (manifest, wishes, software); later ones ask
     the probe, for the hardware may have changed. `finding` stays until there is a newer one: trainers may be started meanwhile.
     """
 
-    def __init__(self, settings: NodeSettings, places: Places, hands: Hands) -> None:
+    def __init__(self, settings: NodeSettings, places: RunPaths, hands: TrainerProcess) -> None:
         self.settings, self.places, self.hands = settings, places, hands
-        self.finding: Finding | None = None
+        self.finding: ProbeResult | None = None
         self._first = True
         self._asking = asyncio.Lock()
 
-    async def find(self, manifest: Manifest) -> Finding:
+    async def find(self, manifest: Manifest) -> ProbeResult:
         """One at a time. Raises HardwareError when the device is missing, or the probe crashed or took too long."""
         async with self._asking:
             finding = await self._find(manifest)
         self.finding = finding
         return finding
 
-    async def _find(self, manifest: Manifest) -> Finding:
+    async def _find(self, manifest: Manifest) -> ProbeResult:
         settings = self.settings
         free = shutil.disk_usage(settings.state_folder).free
-        question = Question(
+        question = ProbeQuestion(
             manifest=self.places.manifest, device=settings.device, precision=settings.precision,
             micro_batch=settings.micro_batch, threads=settings.threads,
             free_disk=min(free, settings.disk_limit) if settings.disk_limit else free,
@@ -54,28 +54,28 @@ class Prober:
             await asyncio.to_thread(self._remember, finding)
         return finding
 
-    def _remembered(self, question: Question, manifest: Manifest) -> Finding | None:
+    def _remembered(self, question: ProbeQuestion, manifest: Manifest) -> ProbeResult | None:
         with contextlib.suppress(OSError, ValidationError):
-            finding = Finding.model_validate_json(self.places.finding.read_bytes())
+            finding = ProbeResult.model_validate_json(self.places.finding.read_bytes())
             fits = any(fit.fitness > 0 for fit in finding.shards.values())
             if fits and finding.question == question_digest(question) and question.free_disk >= manifest.hardware.disk_bytes:
                 log.info("this box was probed before: %s; %s", finding.device, finding.precision_reason)
                 return finding
         return None
 
-    def _remember(self, finding: Finding) -> None:
+    def _remember(self, finding: ProbeResult) -> None:
         with contextlib.suppress(DiskError, OSError):
             write_atomic(self.places.finding, canonical(finding))
 
-    async def _ask(self, question: Question) -> Finding:
+    async def _ask(self, question: ProbeQuestion) -> ProbeResult:
         child = await self.hands.take()
-        finding: Finding | None = None
+        finding: ProbeResult | None = None
         try:
             async with asyncio.timeout(SECONDS):
                 await child.send({"do": "probe", "question": question.model_dump(mode="json")})
                 message = await anext(child.messages(), None)
             if message and message["say"] == "finding":
-                finding = Finding.model_validate(message["finding"])
+                finding = ProbeResult.model_validate(message["finding"])
         except TimeoutError as error:
             raise HardwareError(f"probing the hardware took longer than {SECONDS:.0f} s; look at the driver") from error
         except ConnectionError as error:

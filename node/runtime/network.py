@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from lutetia.node.machine.messages import Claim
-from lutetia.node.trainer.checkpoint_folder import Kept
+from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
@@ -60,7 +60,7 @@ def _fits_records(address: str) -> bool:
 
 
 @dataclass
-class Network:
+class NodeNetwork:
     """One peer's doings on `transport`, which is replaced when p2pd has died."""
 
     identity: Identity
@@ -168,7 +168,7 @@ class Network:
             if await self._publish(record, ttl):
                 self._announced[digest] = now
 
-    async def offer(self, kept: Kept) -> OfferReply:
+    async def offer(self, kept: KeptCheckpoint) -> OfferReply:
         """File the checkpoint's record and offer it to the coordinators in turn. Raises ConnectionError when none answers."""
         record = kept.record(self.identity.public_key, self.identity.peer_id, self.addresses, self.transport.now())
         ttl, now = self.limits.longest("checkpoint"), time.monotonic()

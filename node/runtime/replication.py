@@ -13,34 +13,34 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.replication_policy import WANTED, Ring, Seed, Thin, affordable, outdated
-from lutetia.node.runtime.workspace import Material
-from lutetia.protocol.rpc.accepted_checkpoints import Held, live_nodes, newest_of
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.replication_policy import WANTED, PeerRing, Replica, UnderReplicated, affordable, outdated
+from lutetia.node.runtime.workspace import Workspace
+from lutetia.protocol.rpc.accepted_checkpoints import HeldCheckpoint, live_nodes, newest_of
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import disk_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
-_SEEDS = TypeAdapter(list[Seed])
+_SEEDS = TypeAdapter(list[Replica])
 _LOOKS_AT_ONCE = 8
 _FREE_SHARE = 0.05
 """Of the disk, which seeds never take; other people's files come first."""
 
 
 @dataclass
-class Seeder:
+class Replicator:
     """`seeds` are what this box keeps for others, by shard; they survive a restart in `path`, with those that are still coming.
 
     Nothing is fetched before `path` names it: so whatever arrives of a copy is either kept, or removed once it is outdated.
     """
 
-    network: Network
-    material: Material
+    network: NodeNetwork
+    material: Workspace
     path: Path
-    seeds: dict[int, Seed] = field(default_factory=dict)
-    _coming: dict[int, Seed] = field(default_factory=dict)
+    seeds: dict[int, Replica] = field(default_factory=dict)
+    _coming: dict[int, Replica] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Seeder:
 
     async def _look(self, nodes: Sequence[NodeRecord]) -> None:
         manifest, own = self.network.manifest, self.network.identity.public_key
-        ring, now = Ring(manifest.run_id, nodes), self.network.transport.now()
+        ring, now = PeerRing(manifest.run_id, nodes), self.network.transport.now()
         held = await self._held_by(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds, *self._coming}))
         thin = self._thin(await self._online(held, {node.owner for node in nodes}))
         newest = {shard: found.seed for shard, found in thin.items()}
@@ -75,7 +75,7 @@ class Seeder:
             for seed in affordable(due, await asyncio.to_thread(self._spare)):
                 await self._keep(seed)
 
-    async def _held_by(self, shards: Iterable[int]) -> dict[int, Held]:
+    async def _held_by(self, shards: Iterable[int]) -> dict[int, HeldCheckpoint]:
         """The newest accepted checkpoints of `shards`, and who says that it holds them."""
         places, found = asyncio.Semaphore(_LOOKS_AT_ONCE), {}
 
@@ -87,27 +87,30 @@ class Seeder:
         await asyncio.gather(*map(one, shards))
         return found
 
-    async def _online(self, found: dict[int, Held], known: set[str]) -> dict[int, tuple[Seed, frozenset[str]]]:
+    async def _online(self, found: dict[int, HeldCheckpoint], known: set[str]) -> dict[int, tuple[Replica, frozenset[str]]]:
         """Of the holders those that are online; `known` are. A box counts itself only while its copy is whole."""
         own, manifest = self.network.identity.public_key, self.network.manifest
         strangers = {node_bucket(owner) for held in found.values() for owner in held.holders if owner not in known}
         known = known | {node.owner for node in await live_nodes(self.network.transport, manifest.run_id, strangers)}
         online = {}
         for shard, held in found.items():
-            seed = Seed.of(held.acceptance)
+            seed = Replica.of(held.acceptance)
             holders = known & set(held.holders)
             online[shard] = seed, frozenset(holders if self._whole(seed) else holders - {own})
         return online
 
-    def _thin(self, online: dict[int, tuple[Seed, frozenset[str]]]) -> dict[int, Thin]:
+    def _thin(self, online: dict[int, tuple[Replica, frozenset[str]]]) -> dict[int, UnderReplicated]:
         """With how long each has had too few holders."""
         now, known, self._since = self.network.transport.now(), self._since, {}
         for seed, holders in online.values():
             if len(holders) < WANTED:
                 self._since[seed.checkpoint] = known.get(seed.checkpoint, now)
-        return {shard: Thin(seed, holders, self._since.get(seed.checkpoint, now)) for shard, (seed, holders) in online.items()}
+        return {
+            shard: UnderReplicated(seed, holders, self._since.get(seed.checkpoint, now))
+            for shard, (seed, holders) in online.items()
+        }
 
-    async def _keep(self, seed: Seed) -> None:
+    async def _keep(self, seed: Replica) -> None:
         """Fetch it and say that we hold it; what arrived of it stays for the next attempt."""
         if self._coming.get(seed.shard) != seed:
             await asyncio.to_thread(self._save, seed)
@@ -121,7 +124,7 @@ class Seeder:
         await self.network.announce([seed.weights.digest, seed.state.digest])
         log.info("keeping a copy of epoch %d of shard %d: fewer than %d other peers do", seed.epoch, seed.shard, WANTED)
 
-    async def _forget(self, seed: Seed, newer: Seed) -> None:
+    async def _forget(self, seed: Replica, newer: Replica) -> None:
         """Unless this box's own work rests on it. The room first: on a full disk nothing can be noted before."""
         own = await asyncio.to_thread(self.material.held)
         for ref in (seed.weights, seed.state):
@@ -141,9 +144,9 @@ class Seeder:
             return free
         return min(free, max(0, limit - sum({**self.material.held(), **self.held()}.values())))
 
-    def _whole(self, seed: Seed) -> bool:
+    def _whole(self, seed: Replica) -> bool:
         return all(self.material.store.has(ref.digest) for ref in (seed.weights, seed.state))
 
-    def _save(self, *more: Seed) -> None:
+    def _save(self, *more: Replica) -> None:
         seeds = [*self.seeds.values(), *self._coming.values(), *more]
         write_atomic(self.path, json.dumps([seed.model_dump(mode="json") for seed in seeds]).encode())

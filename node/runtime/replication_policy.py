@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import islice
 
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, Digest
+from lutetia.protocol.schema.manifest import BlobRef, Digest, lease_seconds
 from lutetia.protocol.schema.records import NODE_BUCKETS, AcceptanceRecord, NodeRecord, node_bucket
 
 WANTED = 2
@@ -29,7 +29,7 @@ _ARC = 2**64 // NODE_BUCKETS
 _AWAY = ("joining", "probing", "draining", "left")
 
 
-class Seed(Frozen):
+class Replica(Frozen):
     """An accepted checkpoint that this box keeps for others."""
 
     shard: int
@@ -39,7 +39,7 @@ class Seed(Frozen):
     state: BlobRef
 
     @classmethod
-    def of(cls, given: AcceptanceRecord) -> Seed:
+    def of(cls, given: AcceptanceRecord) -> Replica:
         return cls(shard=given.shard, epoch=given.epoch, checkpoint=given.checkpoint, weights=given.weights, state=given.state)
 
     @property
@@ -48,15 +48,15 @@ class Seed(Frozen):
 
 
 @dataclass(frozen=True)
-class Thin:
+class UnderReplicated:
     """A checkpoint as this node sees it: `holders` besides the coordinators, and `since` when it has had too few."""
 
-    seed: Seed
+    seed: Replica
     holders: frozenset[str]
     since: float
 
 
-class Ring:
+class PeerRing:
     """The peers that may keep copies. Equal on all peers that see the same nodes."""
 
     def __init__(self, run: str, nodes: Iterable[NodeRecord]) -> None:
@@ -78,7 +78,7 @@ class Ring:
         """The shards of which `owner` may have to keep copies."""
         return [shard for shard in range(shards) if owner in islice(self.order(shard), LOOKED_AT)]
 
-    def is_due(self, owner: str, thin: Thin, now: float, heartbeat: float) -> bool:
+    def is_due(self, owner: str, thin: UnderReplicated, now: float, heartbeat: float) -> bool:
         """Whether `owner` is to fetch it now.
 
         A checkpoint is given one heartbeat, in which its author's own announcement arrives or the next epoch is accepted.
@@ -87,10 +87,10 @@ class Ring:
         if missing <= 0 or waited < 0 or owner in thin.holders:
             return False
         others = (peer for peer in self.order(thin.seed.shard) if peer not in thin.holders)
-        return owner in islice(others, missing + int(waited // (3 * heartbeat)))
+        return owner in islice(others, missing + int(waited // lease_seconds(heartbeat)))
 
 
-def affordable(due: Iterable[Thin], spare: int) -> list[Seed]:
+def affordable(due: Iterable[UnderReplicated], spare: int) -> list[Replica]:
     """What of `due` fits into `spare` bytes, those with the fewest holders first."""
     chosen = []
     for thin in sorted(due, key=lambda t: (len(t.holders), t.seed.bytes, t.seed.shard)):
@@ -100,7 +100,7 @@ def affordable(due: Iterable[Thin], spare: int) -> list[Seed]:
     return chosen
 
 
-def outdated(kept: Iterable[Seed], newest: Mapping[int, Seed]) -> list[Seed]:
+def outdated(kept: Iterable[Replica], newest: Mapping[int, Replica]) -> list[Replica]:
     """What need not be kept: another checkpoint of its shard is the accepted one now."""
     return [seed for seed in kept if seed.shard in newest and newest[seed.shard].checkpoint != seed.checkpoint]
 

@@ -14,13 +14,13 @@ from typing import Any
 from lutetia.node.contributions import Contributions
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
-from lutetia.node.machine.state import Rules, State, next_wake
-from lutetia.node.runtime.hardware_prober import Prober
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.replication import Seeder
-from lutetia.node.runtime.tasks import Chores
-from lutetia.node.runtime.trainer_process import Hands
-from lutetia.node.runtime.workspace import Material
+from lutetia.node.machine.state import MachineState, NodeRules, next_wake
+from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.replication import Replicator
+from lutetia.node.runtime.tasks import NodeTasks
+from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.runtime.workspace import Workspace
 from lutetia.node.settings import LEAST_SHARE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import remembered_shards
@@ -39,29 +39,29 @@ _DISK_PATIENCE = 30.0
 _LAST_WORDS_SECONDS = 5.0
 
 
-class Shell:
+class NodeShell:
     """One node at work. Made when the network is up; `run` returns when it has left."""
 
     def __init__(
         self,
         settings: NodeSettings,
-        network: Network,
-        material: Material,
+        network: NodeNetwork,
+        material: Workspace,
         contributions: Contributions,
         rejoin: Callable[[], Awaitable[Transport]],
     ) -> None:
         self.settings, self.network, self.material, self.contributions = settings, network, material, contributions
         self.manifest = network.manifest
-        self.rules = Rules.of(self.manifest, network.identity.public_key)
+        self.rules = NodeRules.of(self.manifest, network.identity.public_key)
         remembered = remembered_shards(material.places.work, self.manifest.run_id)
-        self.state = State(since=time.time(), remembered=remembered)
-        self.hands = Hands(self.feed, time.time, settings.threads)
-        self.prober = Prober(settings, material.places, self.hands)
-        self.chores = Chores(settings, network, material, self.prober)
+        self.state = MachineState(since=time.time(), remembered=remembered)
+        self.hands = TrainerProcess(self.feed, time.time, settings.threads)
+        self.prober = HardwareProber(settings, material.places, self.hands)
+        self.chores = NodeTasks(settings, network, material, self.prober)
         self.left = asyncio.Event()
         self.problem: str | None = None
         self.slowed: str | None = None
-        self.seeder = Seeder(network, material, material.places.folder / "seeds.json")
+        self.seeder = Replicator(network, material, material.places.folder / "seeds.json")
         self._rejoin = rejoin
         self._early: list[m.UserVerb] = []
         self._group: asyncio.TaskGroup | None = None
@@ -100,7 +100,7 @@ class Shell:
         self.manifest = self.material.manifest = self.chores.manifest = manifest
         self.network.upgrade(manifest)
         rate = self.prober.finding.samples_per_second if self.prober.finding else 0.0
-        self.rules = patient_rules(Rules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
+        self.rules = patient_rules(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
         self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
         if manifest.hardware != old.hardware and self._group:
             self._spawn(self._probe())
@@ -130,7 +130,7 @@ class Shell:
         due = next_wake(self.rules, self.state)
         if due is not None:
             wait = min(max(0.0, due - time.time()), self.rules.heartbeat)
-            self._timer = asyncio.get_running_loop().call_later(wait, lambda: self.feed(m.Tick(time.time())))
+            self._timer = asyncio.get_running_loop().call_later(wait, lambda: self.feed(m.ClockTick(time.time())))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._group
@@ -150,12 +150,12 @@ class Shell:
 
     def _do(self, action: m.Action) -> None:
         match action:
-            case m.Report(level=level, text=text):
+            case m.LogSentence(level=level, text=text):
                 log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
                 self.problem = text if level == "warning" else self.problem
-            case m.Probe():
+            case m.ProbeHardware():
                 self._spawn(self._probe())
-            case m.Look(shards=shards):
+            case m.LookAtShards(shards=shards):
                 self._spawn(self._look(shards))
             case m.PublishClaim(claim=claim):
                 self._spawn(self._publish_claim(claim))
@@ -173,7 +173,7 @@ class Shell:
                 self._spawn(self._publish_checkpoint(candidate))
             case m.DiscardWork(shard=shard, epoch=epoch):
                 self._ordered(self._tidy(self.material.discard, shard, epoch))
-            case m.Superseded(shard=shard, epoch=epoch):
+            case m.CheckpointsSuperseded(shard=shard, epoch=epoch):
                 self.contributions.count_accepted(time.time())
                 if self.state.disk_full_since is None:  # an acceptance says nothing about a disk that takes no writes
                     self.problem = None
@@ -260,7 +260,7 @@ class Shell:
         else:
             self._told(assignment)
 
-    async def _publish_checkpoint(self, candidate: m.Candidate) -> None:
+    async def _publish_checkpoint(self, candidate: m.OwnCheckpoint) -> None:
         answer = await self.chores.publish(candidate)
         if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
             self.contributions.count_refused()
@@ -334,7 +334,7 @@ class Shell:
         return document
 
 
-def patient_rules(rules: Rules, manifest: Manifest, settings: NodeSettings, rate: float) -> Rules:
+def patient_rules(rules: NodeRules, manifest: Manifest, settings: NodeSettings, rate: float) -> NodeRules:
     """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second at full duty."""
     pace = rate * settings.duty * (LEAST_SHARE if settings.max_temp else 1)
     longest = 20 * manifest.optimisation.batch / pace if pace > 0 else 0.0

@@ -8,12 +8,12 @@ import time
 from collections.abc import Collection
 
 from lutetia.node.machine import messages as m
-from lutetia.node.runtime.hardware_prober import Prober
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.workspace import Base, Discarded, Material
+from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.workspace import AcceptedBase, CheckpointDiscarded, Workspace
 from lutetia.node.settings import NodeSettings
 from lutetia.node.trainer.assignment import Assignment
-from lutetia.node.trainer.checkpoint_folder import Kept
+from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.system.errors import DiskError, HardwareError, IntegrityError, LutetiaError, UnreachableError
 from lutetia.system.files import disk_errors, make_folder
@@ -21,10 +21,10 @@ from lutetia.system.files import disk_errors, make_folder
 log = logging.getLogger(__name__)
 
 
-class Chores:
+class NodeTasks:
     """`disk_problem` is set when a chore failed for want of disk space; whoever reads it clears it."""
 
-    def __init__(self, settings: NodeSettings, network: Network, material: Material, prober: Prober) -> None:
+    def __init__(self, settings: NodeSettings, network: NodeNetwork, material: Workspace, prober: HardwareProber) -> None:
         self.settings, self.network, self.material, self.prober = settings, network, material, prober
         self.manifest = network.manifest
         self.disk_problem: str | None = None
@@ -47,7 +47,7 @@ class Chores:
             return m.SyncFailed(time.time(), shard, _one_line(error))
         return m.SyncDone(time.time(), shard, epoch, checkpoint, tuple(item.candidate for item in kept))
 
-    async def _base(self, shard: int, epoch: int, checkpoint: str | None) -> Base:
+    async def _base(self, shard: int, epoch: int, checkpoint: str | None) -> AcceptedBase:
         accepted = self.network.acceptances.get(shard)
         base = await asyncio.to_thread(self.material.base, shard, epoch, checkpoint, accepted)
         if base is None:
@@ -93,7 +93,7 @@ class Chores:
 
     # --- publishing ---------------------------------------------------------------------------------------------------------
 
-    async def publish(self, candidate: m.Candidate) -> m.OfferAnswered:
+    async def publish(self, candidate: m.OwnCheckpoint) -> m.OfferAnswered:
         """Put the checkpoint's blobs where others can fetch them, say so, and offer it. Idempotent."""
         verdict: m.Verdict = "unreachable"
         text, after = "", None
@@ -107,12 +107,12 @@ class Chores:
                 verdict = "quarantined"
         except IntegrityError as error:
             verdict, text = "invalid", _one_line(error)
-        except (DiskError, Discarded, ConnectionError) as error:
+        except (DiskError, CheckpointDiscarded, ConnectionError) as error:
             self._note_disk(error)
             text = _one_line(error)
         return m.OfferAnswered(time.time(), candidate.digest, verdict, text, after)
 
-    def _servable(self, candidate: m.Candidate) -> Kept:
+    def _servable(self, candidate: m.OwnCheckpoint) -> KeptCheckpoint:
         """The checkpoint, after its files went into the store. Blocks on the disk; raises what `into_store` does."""
         for kept in self.material.work(candidate.shard).kept():
             if kept.digest == candidate.digest:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lutetia.node.machine.messages import CheckpointReady, DiskFree, DiskFull, Event, Exit, TrainerExited, TrainerProgress
 from lutetia.node.trainer.assignment import EXIT_CODES, Assignment
-from lutetia.node.trainer.checkpoint_folder import Kept
+from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.system.process import Child, Message
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _MODULE = "lutetia.node.trainer"
 
 
 @dataclass
-class Report:
+class TrainerReport:
     """The newest progress of the trainer, for the local status."""
 
     epoch: int = 0
@@ -34,7 +34,7 @@ class Report:
     rate: float = 0.0
 
 
-class Hands:
+class TrainerProcess:
     """At most one trainer child at work, and at most one warm one waiting. `tell` takes events; `now` is the daemon's clock."""
 
     def __init__(self, tell: Callable[[Event], None], now: Callable[[], float], threads: int | None) -> None:
@@ -49,7 +49,7 @@ class Hands:
         self._pace: float | None = None
         self.disk_full = False
         """What the trainer at work says of its disk; it tries again and again, and tells."""
-        self.report: Report | None = None
+        self.report: TrainerReport | None = None
 
     # --- the warm child: its imports take seconds, which pass while a claim settles ----------------------------------------
 
@@ -94,7 +94,7 @@ class Hands:
         """Start trainer number `run`; what becomes of it comes as events."""
         await self.stop(save=False)
         self._child, self._stopping, self.disk_full = await self.take(), False, False
-        self.report = Report(epoch=assignment.epoch)
+        self.report = TrainerReport(epoch=assignment.epoch)
         self._listener = asyncio.create_task(self._listen(run, self._child))
         await self._send({"do": "start", "assignment": assignment.model_dump(mode="json")})
 
@@ -160,10 +160,10 @@ class Hands:
         match message:
             case {"say": "progress", "epoch": epoch, "step": step, "steps": steps, "samples": samples}:
                 if not self._stopping:
-                    self.report = Report(epoch, step, steps, samples, message.get("loss"), message.get("rate") or 0.0)
+                    self.report = TrainerReport(epoch, step, steps, samples, message.get("loss"), message.get("rate") or 0.0)
                 self._tell(TrainerProgress(now, run, epoch, samples, bool(message.get("waiting"))))
             case {"say": "checkpoint", "kept": kept}:
-                self._tell(CheckpointReady(now, run, Kept.model_validate(kept).candidate))
+                self._tell(CheckpointReady(now, run, KeptCheckpoint.model_validate(kept).candidate))
             case {"say": "disk", "full": True, "text": text}:
                 self.disk_full = not self._stopping
                 self._tell(DiskFull(now, text))

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, Kept, Resume, WorkFolder, chain, resume_point
+from lutetia.node.trainer.checkpoint_folder import (
+    CHECKPOINT,
+    FILES,
+    CheckpointFolder,
+    KeptCheckpoint,
+    ResumePoint,
+    chain,
+    resume_point,
+)
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest
@@ -28,12 +36,12 @@ log = logging.getLogger(__name__)
 BASE = "base.json"
 
 
-class Discarded(LutetiaError):
+class CheckpointDiscarded(LutetiaError):
     """A checkpoint of our own that became void while it was being published."""
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where things of one run lie in the state folder."""
 
     state: Path
@@ -60,7 +68,7 @@ class Places:
         return self.state / "blobs"
 
 
-class Base(Frozen):
+class AcceptedBase(Frozen):
     """The accepted checkpoint on which a shard's work stands."""
 
     epoch: int
@@ -69,47 +77,47 @@ class Base(Frozen):
     state: BlobRef
 
 
-def _base_of(kept: Kept) -> Base:
-    return Base(epoch=kept.epoch, checkpoint=kept.digest, weights=kept.weights, state=kept.state)
+def _base_of(kept: KeptCheckpoint) -> AcceptedBase:
+    return AcceptedBase(epoch=kept.epoch, checkpoint=kept.digest, weights=kept.weights, state=kept.state)
 
 
 @dataclass(frozen=True)
-class Start:
+class TrainerFiles:
     """Files from which a trainer starts."""
 
-    place: Resume
+    place: ResumePoint
     weights: Path | None
     state: Path | None
 
 
-class Material:
+class Workspace:
     """The files of one run's work. Methods block on the disk."""
 
-    def __init__(self, places: Places, manifest: Manifest, store: BlobStore) -> None:
+    def __init__(self, places: RunPaths, manifest: Manifest, store: BlobStore) -> None:
         self.places, self.manifest, self.store = places, manifest, store
 
-    def work(self, shard: int) -> WorkFolder:
-        return WorkFolder(self.places.work, self.manifest.run_id, shard)
+    def work(self, shard: int) -> CheckpointFolder:
+        return CheckpointFolder(self.places.work, self.manifest.run_id, shard)
 
     # --- bases --------------------------------------------------------------------------------------------------------------
 
-    def base(self, shard: int, epoch: int, checkpoint: str | None, accepted: AcceptanceRecord | None) -> Base | None:
+    def base(self, shard: int, epoch: int, checkpoint: str | None, accepted: AcceptanceRecord | None) -> AcceptedBase | None:
         """The blobs of accepted (`epoch`, `checkpoint`): our own, or as the acceptance or an earlier sync named them."""
         for kept in self.work(shard).kept():
             if (kept.epoch, kept.digest) == (epoch, checkpoint):
                 return _base_of(kept)
         if accepted and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint):
-            return Base(epoch=epoch, checkpoint=accepted.checkpoint, weights=accepted.weights, state=accepted.state)
+            return AcceptedBase(epoch=epoch, checkpoint=accepted.checkpoint, weights=accepted.weights, state=accepted.state)
         known = self.known_base(shard)
         return known if known and (known.epoch, known.checkpoint) == (epoch, checkpoint) else None
 
-    def known_base(self, shard: int) -> Base | None:
+    def known_base(self, shard: int) -> AcceptedBase | None:
         """The accepted checkpoint that the last sync, or the acceptance of our own since, has left us on."""
         with contextlib.suppress(OSError, ValidationError):
-            return Base.model_validate_json((self.work(shard).path / BASE).read_bytes())
+            return AcceptedBase.model_validate_json((self.work(shard).path / BASE).read_bytes())
         return None
 
-    def set_base(self, shard: int, base: Base | None) -> None:
+    def set_base(self, shard: int, base: AcceptedBase | None) -> None:
         """Remember what was fetched (None: work begins anew); what was fetched before it is not needed any more."""
         old = self.known_base(shard)
         if old and old != base:
@@ -124,7 +132,7 @@ class Material:
 
     # --- own checkpoints ----------------------------------------------------------------------------------------------------
 
-    def pending(self, shard: int, epoch: int, checkpoint: str | None) -> list[Kept]:
+    def pending(self, shard: int, epoch: int, checkpoint: str | None) -> list[KeptCheckpoint]:
         """Own whole checkpoints on top of (`epoch`, `checkpoint`); the rest of the chain after a damaged one is dropped."""
         work = self.work(shard)
         work.sweep()
@@ -137,21 +145,21 @@ class Material:
                 return own[:index]
         return own
 
-    def _file(self, kept: Kept, name: str) -> Path:
+    def _file(self, kept: KeptCheckpoint, name: str) -> Path:
         return self.work(kept.shard).epoch_folder(kept.epoch) / f"{name}.safetensors"
 
-    def start(self, shard: int, epoch: int, checkpoint: str | None, base: Base | None) -> Start:
+    def start(self, shard: int, epoch: int, checkpoint: str | None, base: AcceptedBase | None) -> TrainerFiles:
         """The newest place to train from, and its files."""
         work = self.work(shard)
         place = resume_point(epoch, checkpoint, self.pending(shard, epoch, checkpoint), work.local())
         if place.kept:
-            return Start(place, self._file(place.kept, "weights"), self._file(place.kept, "state"))
+            return TrainerFiles(place, self._file(place.kept, "weights"), self._file(place.kept, "state"))
         if base:
-            return Start(place, self.store.path(base.weights.digest), self.store.path(base.state.digest))
+            return TrainerFiles(place, self.store.path(base.weights.digest), self.store.path(base.state.digest))
         init = self.manifest.expert_of(shard).init
-        return Start(place, self.store.path(init.digest) if init else None, None)
+        return TrainerFiles(place, self.store.path(init.digest) if init else None, None)
 
-    def into_store(self, kept: Kept, keep: Collection[str]) -> None:
+    def into_store(self, kept: KeptCheckpoint, keep: Collection[str]) -> None:
         """Make a checkpoint's files servable; they share the disk space of the work folder.
 
         Raises DiskError, IntegrityError (damaged or lost), or Discarded when they are removed meanwhile.
@@ -161,7 +169,7 @@ class Material:
             if not self.store.has(ref.digest):
                 self._take_in(kept, name, ref)
 
-    def _take_in(self, kept: Kept, name: str, ref: BlobRef) -> None:
+    def _take_in(self, kept: KeptCheckpoint, name: str, ref: BlobRef) -> None:
         path = self._file(kept, name)
         link = path.with_suffix(".link")  # hashing takes long, and a trainer that starts meanwhile sweeps `.part` files away
         try:
@@ -177,7 +185,9 @@ class Material:
                     found = self.store.add_file(link, move=True)
         except FileNotFoundError as error:
             if path.exists() or not path.with_name(CHECKPOINT).exists():
-                raise Discarded(f"the files of epoch {kept.epoch} of shard {kept.shard} were removed meanwhile") from error
+                raise CheckpointDiscarded(
+                    f"the files of epoch {kept.epoch} of shard {kept.shard} were removed meanwhile"
+                ) from error
             raise IntegrityError(f"{path} is missing; checkpoint {kept.epoch} of shard {kept.shard} is lost") from error
         if found != ref:
             self.store.remove(found.digest)
@@ -215,14 +225,14 @@ class Material:
         if epoch is None:
             self._check_fetched(shard)
 
-    def begins_with(self, shard: int, base: Base | None) -> list[BlobRef]:
+    def begins_with(self, shard: int, base: AcceptedBase | None) -> list[BlobRef]:
         """What others give for work on this shard on top of `base`: its data, and what its training begins with."""
         data, init = self.manifest.shards[shard].train, self.manifest.expert_of(shard).init
         if base:
             return [data, base.weights, base.state]
         return [data, init] if init else [data]
 
-    def needed(self, shard: int, base: Base | None) -> set[str]:
+    def needed(self, shard: int, base: AcceptedBase | None) -> set[str]:
         """Blobs without which the work on this shard on top of `base` cannot go on, or not be handed in."""
         own = [kept for kept in self.work(shard).kept() if base is None or kept.epoch >= base.epoch]
         refs = [*self.begins_with(shard, base), *(ref for kept in own for ref in kept.refs)]

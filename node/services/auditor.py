@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from lutetia.node.runtime.shell import Shell
+from lutetia.node.runtime.shell import NodeShell
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.manifest import BlobRef
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import LutetiaError
 
 log = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.5
 
 
-class Auditor:
+class NodeAuditor:
     """A companion of the shell."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: NodeShell) -> None:
         self.shell = shell
 
     @property
@@ -104,7 +104,7 @@ class Auditor:
             found = await self._ask_child(job, paths)
             if found is None:
                 return None
-            made = Made.model_validate({**found["made"], "software": software_version()})
+            made = TrainedWith.model_validate({**found["made"], "software": software_version()})
             return AuditReport(
                 run=network.manifest.run_id, owner=network.identity.public_key, checkpoint=job.checkpoint,
                 losses=tuple(found["losses"]), drift=found["drift"], made=made, seconds=time.monotonic() - began,

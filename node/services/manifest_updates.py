@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from lutetia.node.runtime.network import Network
+from lutetia.node.runtime.network import NodeNetwork
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.manifest_sync import NEWS, LiveManifest, fetch_newer, read_news, version_at
 from lutetia.protocol.schema.records import NodeRecord, node_keys
@@ -16,10 +16,10 @@ from lutetia.system.errors import LutetiaError
 log = logging.getLogger(__name__)
 
 
-class News:
+class ManifestUpdates:
     """Keeps `live` at the newest version that the swarm has; `heard` is called after each change."""
 
-    def __init__(self, network: Network, live: LiveManifest, heard: Callable[[], None]) -> None:
+    def __init__(self, network: NodeNetwork, live: LiveManifest, heard: Callable[[], None]) -> None:
         self.network, self.live, self._heard = network, live, heard
         self._fetching = asyncio.Lock()
         self._told_at = float("-inf")

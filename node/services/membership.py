@@ -8,7 +8,7 @@ import time
 from itertools import islice
 
 from lutetia.node.machine import messages as m
-from lutetia.node.runtime.shell import Shell
+from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.services.standby_policy import WAVES, buckets_before, enough, own_duty, pace
 from lutetia.protocol.rpc.accepted_checkpoints import live_nodes
 from lutetia.protocol.schema.records import NodeRecord
@@ -17,10 +17,10 @@ from lutetia.system.errors import LutetiaError
 log = logging.getLogger(__name__)
 
 
-class Roster:
+class Membership:
     """A companion of the shell. `copies`: also keep copies of accepted checkpoints that too few peers hold."""
 
-    def __init__(self, shell: Shell, *, copies: bool) -> None:
+    def __init__(self, shell: NodeShell, *, copies: bool) -> None:
         self.shell, self.copies = shell, copies
         self._seeding: asyncio.Task[None] | None = None
 
@@ -43,7 +43,7 @@ class Roster:
         lease = manifest.timing.lease
         wait = lease / 2 * pace(len(nodes))
         shards = own_duty(manifest.run_id, owner, nodes, len(manifest.shards), int(now // lease))
-        self.shell.feed(m.DutyGiven(now, shards, now + 2 * wait))
+        self.shell.feed(m.WatchedShardsSet(now, shards, now + 2 * wait))
         if self.copies and (self._seeding is None or self._seeding.done()):
             self._seeding = group.create_task(self.shell.seeder.tend(nodes))
         return wait

@@ -28,7 +28,7 @@ _ASKED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Reading:
+class Temperature:
     """What a sensor shows, in degrees Celsius."""
 
     sensor: str
@@ -45,7 +45,7 @@ def next_share(share: float, celsius: float, limit: float) -> float:
     return min(1.0, max(LEAST_SHARE, share * factor))
 
 
-def hottest(device: str) -> Reading | None:
+def hottest(device: str) -> Temperature | None:
     """Of the processor, and unless `device` is cpu of the NVIDIA GPUs that may be used; None where nothing can be read."""
     found = _processor() + ([] if device == "cpu" else _nvidia())
     return max(found, key=lambda reading: reading.celsius, default=None)
@@ -73,18 +73,20 @@ async def keep_cool(
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-def _processor() -> list[Reading]:
+def _processor() -> list[Temperature]:
     """Of the first kind of sensor that there is, in the order of how much they tell."""
     read = getattr(psutil, "sensors_temperatures", None)  # not on macOS
     shown = read() if read else {}
     for chip in _CPU_SENSORS:
-        found = [Reading(chip, each.current) for each in shown.get(chip, ()) if _PLAUSIBLE[0] <= each.current <= _PLAUSIBLE[1]]
+        found = [
+            Temperature(chip, each.current) for each in shown.get(chip, ()) if _PLAUSIBLE[0] <= each.current <= _PLAUSIBLE[1]
+        ]
         if found:
             return found
     return []
 
 
-def _nvidia() -> list[Reading]:
+def _nvidia() -> list[Temperature]:
     if not shutil.which("nvidia-smi"):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -97,7 +99,7 @@ def _nvidia() -> list[Reading]:
     return parse_nvidia(shown)
 
 
-def parse_nvidia(shown: str) -> list[Reading]:
+def parse_nvidia(shown: str) -> list[Temperature]:
     """Lines of name and degrees, as nvidia-smi prints them; a GPU without a sensor shows [N/A]."""
     lines = [line.rpartition(",") for line in shown.splitlines()]
-    return [Reading(name.strip(), float(celsius)) for name, _, celsius in lines if celsius.strip().isdecimal()]
+    return [Temperature(name.strip(), float(celsius)) for name, _, celsius in lines if celsius.strip().isdecimal()]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from lutetia.node.machine.messages import Exit
-from lutetia.node.trainer.checkpoint_folder import Local
+from lutetia.node.trainer.checkpoint_folder import LocalState
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Digest
 
@@ -33,7 +33,7 @@ class Assignment(Frozen):
     parent: Digest | None
     weights: Path | None = None
     state: Path | None = None
-    local: Local | None = None
+    local: LocalState | None = None
     until: int
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"

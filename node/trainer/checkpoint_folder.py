@@ -16,17 +16,17 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from lutetia.node.machine.messages import Candidate
+from lutetia.node.machine.messages import OwnCheckpoint
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey
-from lutetia.protocol.schema.records import CheckpointRecord, Made
+from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
 from lutetia.system.files import write_atomic
 
 CHECKPOINT, LOCAL = "checkpoint.json", "local.json"
 FILES = ("weights", "state", "trace")
 
 
-class Kept(Frozen):
+class KeptCheckpoint(Frozen):
     """A whole checkpoint of our own: epoch `epoch` on top of checkpoint `parent`, after `samples` samples of the shard."""
 
     run: Digest
@@ -38,7 +38,7 @@ class Kept(Frozen):
     trace: BlobRef
     samples: int
     loss: float
-    made: Made = Made()
+    made: TrainedWith = TrainedWith()
 
     def record(self, owner: PublicKey, peer_id: str, addresses: Sequence[str], issued: float) -> CheckpointRecord:
         """What is offered to the coordinator."""
@@ -54,11 +54,11 @@ class Kept(Frozen):
         return self.weights, self.state, self.trace
 
     @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.shard, self.epoch, self.digest, self.parent)
+    def candidate(self) -> OwnCheckpoint:
+        return OwnCheckpoint(self.shard, self.epoch, self.digest, self.parent)
 
 
-class Local(Frozen):
+class LocalState(Frozen):
     """The newest local state: `step` steps into the epoch on top of checkpoint `parent` at `epoch`.
 
     `budget`: the epochs of the manifest under which those steps were taken; None where older software wrote it.
@@ -72,19 +72,19 @@ class Local(Frozen):
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumePoint:
     """Where a trainer starts: at `epoch` on top of `parent`, from its own state, its own checkpoint, or the accepted base."""
 
     source: Literal["local", "kept", "base"]
     epoch: int
     parent: str | None
-    kept: Kept | None = None
-    local: Local | None = None
+    kept: KeptCheckpoint | None = None
+    local: LocalState | None = None
 
 
-def chain(epoch: int, checkpoint: str | None, kept: Sequence[Kept]) -> list[Kept]:
+def chain(epoch: int, checkpoint: str | None, kept: Sequence[KeptCheckpoint]) -> list[KeptCheckpoint]:
     """Those of `kept` that descend without a gap from (`epoch`, `checkpoint`), oldest first."""
-    found: list[Kept] = []
+    found: list[KeptCheckpoint] = []
     by_parent = {(item.epoch, item.parent): item for item in kept}
     while item := by_parent.get((epoch + 1, checkpoint)):
         found.append(item)
@@ -92,16 +92,16 @@ def chain(epoch: int, checkpoint: str | None, kept: Sequence[Kept]) -> list[Kept
     return found
 
 
-def resume_point(epoch: int, checkpoint: str | None, kept: Sequence[Kept], local: Local | None) -> Resume:
+def resume_point(epoch: int, checkpoint: str | None, kept: Sequence[KeptCheckpoint], local: LocalState | None) -> ResumePoint:
     """The newest state that descends from accepted (`epoch`, `checkpoint`)."""
     own = chain(epoch, checkpoint, kept)
     head, parent = (own[-1].epoch, own[-1].digest) if own else (epoch, checkpoint)
     if local and (local.epoch, local.parent) == (head, parent):
-        return Resume("local", head, parent, own[-1] if own else None, local)
-    return Resume("kept" if own else "base", head, parent, own[-1] if own else None)
+        return ResumePoint("local", head, parent, own[-1] if own else None, local)
+    return ResumePoint("kept" if own else "base", head, parent, own[-1] if own else None)
 
 
-class WorkFolder:
+class CheckpointFolder:
     """The files of one shard. Methods block on the disk."""
 
     def __init__(self, work: Path, run: str, shard: int) -> None:
@@ -111,24 +111,24 @@ class WorkFolder:
     def epoch_folder(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:06d}"
 
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[KeptCheckpoint]:
         """Whole checkpoints of this run and shard, by epoch; what cannot be read is not whole."""
         found = []
         for path in sorted(self.path.glob(f"epoch-*/{CHECKPOINT}")):
             with contextlib.suppress(ValidationError, OSError):
-                item = Kept.model_validate_json(path.read_bytes())
+                item = KeptCheckpoint.model_validate_json(path.read_bytes())
                 if (item.run, item.shard) == (self.run, self.shard) and path.parent == self.epoch_folder(item.epoch):
                     found.append(item)
         return found
 
-    def local(self) -> Local | None:
+    def local(self) -> LocalState | None:
         with contextlib.suppress(ValidationError, OSError):
-            local = Local.model_validate_json((self.path / LOCAL).read_bytes())
+            local = LocalState.model_validate_json((self.path / LOCAL).read_bytes())
             if (self.path / local.file).is_file():
                 return local
         return None
 
-    def set_local(self, local: Local) -> None:
+    def set_local(self, local: LocalState) -> None:
         """`local.file` is whole: from now on it is the one to resume from."""
         write_atomic(self.path / LOCAL, canonical(local))
         for path in self.path.glob("local-*.safetensors"):
@@ -160,7 +160,7 @@ def remembered_shards(work: Path, run: str) -> frozenset[int]:
     found = set()
     for path in work.glob("*"):
         if re.fullmatch(r"\d{4}", path.name):
-            folder = WorkFolder(work, run, int(path.name))
+            folder = CheckpointFolder(work, run, int(path.name))
             if folder.local() or folder.kept():
                 found.add(folder.shard)
     return frozenset(found)

@@ -19,7 +19,7 @@ import torch
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
 from lutetia.models.training.replay import made_with
-from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, Kept, Local, WorkFolder
+from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, CheckpointFolder, KeptCheckpoint, LocalState
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.canonical import canonical
@@ -43,7 +43,7 @@ class _Job:
 class CheckpointWriter:
     """One background thread with room for one waiting job. `parent`: the checkpoint on which the trainer started."""
 
-    def __init__(self, folder: WorkFolder, parent: str | None, say: Say) -> None:
+    def __init__(self, folder: CheckpointFolder, parent: str | None, say: Say) -> None:
         self.folder, self.parent, self.say = folder, parent, say
         self._job: _Job | None = None
         self._busy = False
@@ -132,7 +132,7 @@ class CheckpointWriter:
         name = f"local-{snapshot.epoch}-{snapshot.step}.safetensors"
         with disk_errors(self.folder.path):
             write_state(snapshot, self.folder.path / name)
-            local = Local(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent, budget=budget)
+            local = LocalState(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent, budget=budget)
             self.folder.set_local(local)
         self.say({"say": "saved", "epoch": snapshot.epoch, "step": snapshot.step})
 
@@ -152,7 +152,7 @@ class CheckpointWriter:
         self.folder.drop_local()  # it belongs to the epoch that is done
         self.say({"say": "checkpoint", "kept": kept.model_dump(mode="json")})
 
-    def _fill(self, part: Path, snapshot: Snapshot) -> Kept:
+    def _fill(self, part: Path, snapshot: Snapshot) -> KeptCheckpoint:
         make_folder(part.parent)
         part.mkdir()
         paths = {name: part / f"{name}.safetensors" for name in FILES}
@@ -160,7 +160,7 @@ class CheckpointWriter:
         write_state(snapshot, paths["state"], ema=False)  # the EMA is what the weights file holds
         write_tensors(paths["trace"], {"trace": torch.tensor(snapshot.trace, dtype=torch.float32)})
         refs = {name: ChunkTable.of_file(path).ref for name, path in paths.items()}
-        kept = Kept(
+        kept = KeptCheckpoint(
             run=snapshot.run, shard=snapshot.shard, epoch=snapshot.epoch, parent=self.parent, samples=snapshot.samples,
             loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
             made=made_with(snapshot.device, snapshot.precision, snapshot.micro_batch, software_version()),

@@ -9,7 +9,7 @@ from lutetia.node.machine.messages import Exit
 from lutetia.system.errors import DiskError, LutetiaError
 
 
-class Ended(LutetiaError):
+class TrainerEnded(LutetiaError):
     """The trainer cannot go on, for a reason that the daemon knows how to treat."""
 
     def __init__(self, reason: Exit, text: str) -> None:
@@ -21,7 +21,7 @@ def reason_of(error: BaseException) -> tuple[Exit, str] | None:
     """How the daemon is to treat `error`; None: a bug."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     match error:
-        case Ended():
+        case TrainerEnded():
             return error.reason, str(error)
         case DiskError():
             return "disk-full", str(error)

@@ -15,10 +15,10 @@ from lutetia.models.training.replay import under_budget
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
-from lutetia.node.trainer.checkpoint_folder import Local, WorkFolder
+from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
-from lutetia.node.trainer.exit_reasons import Ended, reason_of
-from lutetia.node.trainer.probe import Question, find
+from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
+from lutetia.node.trainer.probe import ProbeQuestion, find
 from lutetia.node.trainer.replay import replayed
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _RATE_SECONDS = 10.0
 
 
-class Orders:
+class DaemonOrders:
     """What the daemon wants, heard by a thread of its own."""
 
     def __init__(self, channel: ParentChannel) -> None:
@@ -83,15 +83,15 @@ class Orders:
             self._changed.wait_for(lambda: self.stopping or epoch < self.until)
 
 
-class Loop:
+class TrainerLoop:
     """Steps, snapshots, progress."""
 
-    def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: Orders, channel: ParentChannel) -> None:
+    def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: DaemonOrders, channel: ParentChannel) -> None:
         self.trainer, self.orders, self.channel = trainer, orders, channel
         self.manifest = trainer.manifest
         trainer.manifest = begun_under(trainer, assignment.local)
         self.save_every = assignment.save_every
-        self.folder = WorkFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
+        self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
         self.writer = CheckpointWriter(self.folder, assignment.parent, channel.send)
         self._loss: float | None = None
         self._told = self._saved = time.monotonic()
@@ -127,7 +127,7 @@ class Loop:
         if self.trainer.at_epoch_end:
             self._saved = time.monotonic()
             if not self.writer.submit(self.trainer.snapshot(), whole=True, may_wait=lambda: not self.orders.stopping):
-                raise Ended("disk-full", "the last checkpoint could not be written before the trainer was stopped")
+                raise TrainerEnded("disk-full", "the last checkpoint could not be written before the trainer was stopped")
             self._tell(now=True)
         elif time.monotonic() - self._saved >= self.save_every and self.writer.idle:
             self._saved = time.monotonic()
@@ -153,7 +153,7 @@ class Loop:
         if self.orders.save and self.place[1]:
             self._save()
         if not self.writer.close():
-            raise Ended("disk-full", "the disk is full: the newest state was not written")
+            raise TrainerEnded("disk-full", "the disk is full: the newest state was not written")
 
 
 class _Rate:
@@ -180,7 +180,7 @@ class _Rate:
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to a `probe`."""
     try:
-        return {"say": "finding", "finding": find(Question.model_validate(question)).model_dump(mode="json")}
+        return {"say": "finding", "finding": find(ProbeQuestion.model_validate(question)).model_dump(mode="json")}
     except LutetiaError as error:
         return {"say": "failed", "text": str(error)}
 
@@ -195,7 +195,7 @@ def build(assignment: Assignment) -> ExpertTrainer:
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
-        raise Ended("bad-shard", str(error)) from error
+        raise TrainerEnded("bad-shard", str(error)) from error
     local = assignment.folder / assignment.local.file if assignment.local else None
     if assignment.local and not can_be_ended(assignment.local, manifest):
         log.warning("the local state %s does not say under which budget it was trained; its epoch begins anew", local)
@@ -203,16 +203,16 @@ def build(assignment: Assignment) -> ExpertTrainer:
     try:
         log.info("%s", trainer.restore(assignment.epoch, assignment.weights, assignment.state, local))
     except (IntegrityError, ConfigError) as error:
-        raise Ended("bad-state", str(error)) from error
+        raise TrainerEnded("bad-state", str(error)) from error
     return trainer
 
 
-def can_be_ended(local: Local, manifest: Manifest) -> bool:
+def can_be_ended(local: LocalState, manifest: Manifest) -> bool:
     """Whether the epoch of a local state can end as it began: a cosine knows the budget's end, which an upgrade moves."""
     return local.budget is not None or manifest.version == 1 or manifest.optimisation.schedule == "constant"
 
 
-def begun_under(trainer: ExpertTrainer, local: Local | None) -> Manifest:
+def begun_under(trainer: ExpertTrainer, local: LocalState | None) -> Manifest:
     """The manifest by which the trainer ends the epoch it stands in: where it goes on from `local`, with that one's budget."""
     if trainer.step_in_epoch == 0 or local is None or local.budget in (None, trainer.manifest.epochs):
         return trainer.manifest
@@ -227,17 +227,17 @@ def read_manifest(assignment: Assignment) -> Manifest:
 
 def work(channel: ParentChannel) -> Exit:
     """One assignment from start to end; returns why it ended."""
-    orders = Orders(channel)
+    orders = DaemonOrders(channel)
     try:
         assignment = orders.assignment()
         if assignment is None:
             return "stopped"
         if assignment.threads:
             torch.set_num_threads(assignment.threads)
-        WorkFolder(assignment.folder.parent, "", assignment.shard).sweep()
+        CheckpointFolder(assignment.folder.parent, "", assignment.shard).sweep()
         trainer = build(assignment)
         orders.listen()
-        loop = Loop(trainer, assignment, orders, channel)
+        loop = TrainerLoop(trainer, assignment, orders, channel)
         channel.send({"say": "ready", "epoch": loop.place[0], "step": loop.place[1], "device": str(trainer.device)})
         loop.run()
         loop.finish()

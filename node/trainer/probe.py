@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SECONDS = 300.0
 
 
-class Question(Frozen):
+class ProbeQuestion(Frozen):
     """What the volunteer allows. `free_disk`: bytes that blobs may still take."""
 
     manifest: Path
@@ -47,7 +47,7 @@ class ShardFit(Frozen):
     reason: str
 
 
-class Finding(Frozen):
+class ProbeResult(Frozen):
     """The box and each shard's fit. `samples_per_second` was measured on the smallest working trial."""
 
     question: Digest
@@ -106,7 +106,7 @@ def largest_working(batch: int, works: Callable[[int], bool]) -> int | None:
         size = -(-size // 2)
 
 
-def find(question: Question) -> Finding:
+def find(question: ProbeQuestion) -> ProbeResult:
     """Look and try. Raises HardwareError when the wanted device is not there."""
     import torch
 
@@ -129,7 +129,7 @@ def find(question: Question) -> Finding:
             rate = rate or measured
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
         fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
-    return Finding(
+    return ProbeResult(
         question=question_digest(question), hardware=hardware, device=device, precision=precision,
         precision_reason=precision_reason, samples_per_second=rate, shards=fits,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
     return ShardFit(fitness=1.0, micro_batch=size, reason=f"micro-batch {size}: {why}"), rates[-1]
 
 
-def question_digest(question: Question) -> str:
+def question_digest(question: ProbeQuestion) -> str:
     """Names what the finding depends on: manifest, wishes and software."""
     parts = [question.manifest.read_bytes().hex(), question.model_dump_json(exclude={"free_disk", "manifest"})]
     parts += [importlib.metadata.version(name) for name in ("torch", "diffusers")]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lutetia.models.data.shards import load_shard
-from lutetia.models.training.replay import End, Parent, replay, under_budget
+from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay, under_budget
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.system.errors import LutetiaError
@@ -39,11 +39,12 @@ def replayed(question: dict[str, Any]) -> dict[str, Any]:
     ask = ReplayQuestion.model_validate(question)
     if ask.threads:
         torch.set_num_threads(ask.threads)
-    end = End(ask.end_weights, ask.end_state) if ask.end_weights and ask.end_state else None
+    end = ReplayEnd(ask.end_weights, ask.end_state) if ask.end_weights and ask.end_state else None
     try:
         manifest = under_budget(SignedManifest.model_validate_json(ask.manifest.read_bytes()).manifest, ask.epochs)
         found = replay(
-            manifest, ask.shard, load_shard(ask.data, manifest.latent), Parent(ask.epoch, ask.weights, ask.state), ask.steps,
+            manifest, ask.shard, load_shard(ask.data, manifest.latent), ReplayParent(ask.epoch, ask.weights, ask.state),
+            ask.steps,
             end=end, device=ask.device, precision=ask.precision, micro_batch=ask.micro_batch,
         )  # fmt: skip
     except (LutetiaError, RuntimeError, MemoryError) as error:

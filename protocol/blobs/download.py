@@ -13,7 +13,7 @@ from lutetia.protocol.async_helpers import to_its_end
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
-from lutetia.protocol.blobs.worker import Progress, Provider, Transfer, Worker
+from lutetia.protocol.blobs.worker import DownloadWorker, Progress, Provider, SharedDownload
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
@@ -61,7 +61,7 @@ class _Fetch:
         self._transport, self._store, self._ref = transport, store, ref
         unique = {provider.peer_id: provider for provider in providers if provider.peer_id != transport.peer_id}
         self._standby = deque(unique.values())
-        self._active: dict[int, tuple[Worker, asyncio.Task[None]]] = {}
+        self._active: dict[int, tuple[DownloadWorker, asyncio.Task[None]]] = {}
 
     async def run(self) -> Path:
         if await asyncio.to_thread(self._store.has, self._ref.digest):
@@ -85,13 +85,13 @@ class _Fetch:
 
     async def _gather(self, partial: PartialBlob) -> None:
         """Until all chunks are there, or all providers are lost."""
-        transfer = Transfer(self._transport, self._ref, partial, self.listeners, self._overtake)
+        transfer = SharedDownload(self._transport, self._ref, partial, self.listeners, self._overtake)
         plan = transfer.begin() if partial.has_table else None
         number = 0
         try:
             while plan is None or not plan.done:
                 while self._standby and len(self._active) < PARALLEL:
-                    worker = Worker(number, self._standby.popleft(), transfer)
+                    worker = DownloadWorker(number, self._standby.popleft(), transfer)
                     self._active[number] = worker, asyncio.get_running_loop().create_task(worker.run())
                     number += 1
                 if not self._active:
@@ -121,7 +121,7 @@ class _Fetch:
                 if not task.cancelled():
                     task.result()
 
-    def _failure(self, transfer: Transfer) -> LutetiaError:
+    def _failure(self, transfer: SharedDownload) -> LutetiaError:
         name = f"blob {self._ref.digest[:12]} ({transfer.bytes_here} of {self._ref.size} bytes are here)"
         if not transfer.lost:
             return UnreachableError(f"nobody offers {name}; wait until a peer that holds it is online")

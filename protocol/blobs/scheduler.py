@@ -30,7 +30,7 @@ class Span:
         return max(0, self.end - self.next)
 
 
-class Plan:
+class DownloadPlan:
     """The chunks still missing and the spans in flight. Times are seconds of any clock that only grows."""
 
     def __init__(self, missing: Iterable[int]) -> None:

@@ -36,7 +36,7 @@ TURN_TIMEOUT = STALL_TIMEOUT / 2
 """Seconds that a request waits for others to end, before it is told that the provider is busy."""
 
 
-class Refused(ConnectionError):
+class BlobRefused(ConnectionError):
     """The provider answered that it will not serve this; `status` says why."""
 
     def __init__(self, status: int) -> None:
@@ -68,7 +68,7 @@ class RateLimit:
                 raise
 
 
-class Turns:
+class AnswerSlots:
     """Answers under way: at most `places`, half of them for one origin. Who finds none free waits, for TURN_TIMEOUT at most.
 
     All would share what there is otherwise, until nobody gets enough of it to go on.
@@ -119,7 +119,7 @@ class BlobServer:
         self._store, self._rate = store, rate
         self._streams: Counter[str] = Counter()
         self._origins: Counter[str] = Counter()
-        self._turns = Turns(rate.answers_at_once)
+        self._turns = AnswerSlots(rate.answers_at_once)
 
     async def answer(self, stream: Stream) -> None:
         """The handler: requests until the peer closes, stalls, or has had too many streams."""
@@ -254,7 +254,7 @@ class BlobClient:
         header = bytearray(ANSWER_BYTES)
         await self.read_into(memoryview(header))
         if header[0] != OK:
-            raise Refused(header[0])
+            raise BlobRefused(header[0])
         if (length := int.from_bytes(header[1:], "big")) != expected:
             raise ConnectionError(f"announced {length} bytes instead of {expected}")
 

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from lutetia.protocol.async_helpers import to_its_end
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
-from lutetia.protocol.blobs.scheduler import Plan, Span
-from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, Refused
+from lutetia.protocol.blobs.scheduler import DownloadPlan, Span
+from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, BlobRefused
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError
+from lutetia.system.retry import backoff
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-BACKOFF = 0.5
+FIRST_RETRY = 1.0  # seconds
 IDLE_STEP = 1.0
 
 Progress = Callable[[int, int], None]
@@ -36,7 +37,7 @@ class Provider:
 
 
 @dataclass
-class Transfer:
+class SharedDownload:
     """What the workers of one transfer share. `overtake` ends workers that were too slow."""
 
     transport: Transport
@@ -45,14 +46,14 @@ class Transfer:
     listeners: list[Progress]
     overtake: Callable[[list[int]], None]
     workers: int = 0
-    plan: Plan | None = None
+    plan: DownloadPlan | None = None
     bytes_here: int = 0
     lost: dict[str, Exception] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def begin(self) -> Plan:
+    def begin(self) -> DownloadPlan:
         """The table is there: plan for what is missing."""
-        self.plan = Plan(self.partial.missing())
+        self.plan = DownloadPlan(self.partial.missing())
         self.bytes_here = self.partial.arrived_bytes
         self.report(0)
         return self.plan
@@ -73,16 +74,16 @@ class Transfer:
                 await self._changed.wait()
 
 
-class Worker:
+class DownloadWorker:
     """Fetches from `provider` until nothing is left to do or the provider is lost."""
 
-    def __init__(self, number: int, provider: Provider, transfer: Transfer) -> None:
+    def __init__(self, number: int, provider: Provider, transfer: SharedDownload) -> None:
         self.number, self.provider = number, provider
         self._transfer = transfer
         self._failures = 0
 
     async def run(self) -> None:
-        """Ends when the blob is complete or the provider is lost (see `Transfer.lost`). Raises DiskError."""
+        """Ends when the blob is complete or the provider is lost (see `SharedDownload.lost`). Raises DiskError."""
         while True:
             try:
                 await self._draw()
@@ -92,11 +93,11 @@ class Worker:
                 return
             except (OSError, EOFError, TimeoutError) as error:
                 self._failures += 1
-                hopeless = isinstance(error, Refused) and error.status in (ABSENT, MALFORMED)
+                hopeless = isinstance(error, BlobRefused) and error.status in (ABSENT, MALFORMED)
                 if hopeless or self._failures >= ATTEMPTS:
                     self._lose(error)
                     return
-                await asyncio.sleep(BACKOFF * 2**self._failures)
+                await asyncio.sleep(backoff(self._failures, first=FIRST_RETRY))
 
     async def _draw(self) -> None:
         """Take span after span over one stream; a span that was cut short by a thief costs a new stream."""
@@ -118,7 +119,7 @@ class Worker:
         stream = await self._transfer.transport.open_stream(self.provider.peer_id, BLOB, self.provider.addresses)
         return BlobClient(stream, self._transfer.ref)
 
-    async def _fetch_table(self, client: BlobClient) -> Plan:
+    async def _fetch_table(self, client: BlobClient) -> DownloadPlan:
         """Several workers may do this at once; the first table that matches the name is kept."""
         table = ChunkTable.checked(self._transfer.ref, await client.table())
         if self._transfer.plan is None:
@@ -126,11 +127,11 @@ class Worker:
             await to_its_end(asyncio.to_thread(self._transfer.partial.set_table, table))
         return self._transfer.plan or self._transfer.begin()
 
-    def _next_span(self, plan: Plan) -> Span | None:
+    def _next_span(self, plan: DownloadPlan) -> Span | None:
         now = asyncio.get_running_loop().time()
         return plan.take(self.number, now, self._transfer.workers) or plan.steal(self.number, now)
 
-    async def _fetch_span(self, client: BlobClient, plan: Plan, span: Span) -> bool:
+    async def _fetch_span(self, client: BlobClient, plan: DownloadPlan, span: Span) -> bool:
         """Read chunk n+1 while chunk n is verified and written in a thread. False: the stream still carries unwanted bytes."""
         asked, table, loop = span.end, self._transfer.partial.table, asyncio.get_running_loop()
         buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]  # one is read into while the other is kept
@@ -157,7 +158,7 @@ class Worker:
             client.finished()
         return span.next == asked
 
-    async def _keep(self, plan: Plan, span: Span, index: int, chunk: memoryview) -> None:
+    async def _keep(self, plan: DownloadPlan, span: Span, index: int, chunk: memoryview) -> None:
         await asyncio.to_thread(self._transfer.partial.write, index, chunk)
         self._failures = 0
         if plan.is_missing(index):

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import trio
 
 from lutetia.protocol.blobs.chunk_table import HASH, ChunkTable, chunk_count
-from lutetia.protocol.light_client.dial import ThinStream, dial
+from lutetia.protocol.light_client.dial import LightStream, dial
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
@@ -72,14 +72,14 @@ class _Session:
         except trio.TooSlowError as error:
             raise UnreachableError(f"no answer within {self._timeout:.0f} s") from error
 
-    async def _fetch_one(self, stream: ThinStream, path: Path, ref: BlobRef) -> None:
+    async def _fetch_one(self, stream: LightStream, path: Path, ref: BlobRef) -> None:
         table = ChunkTable.checked(ref, await self._ask(stream, ref, 0, 0, HASH * chunk_count(ref.size)))
         await stream.write(_ACK)
         with atomic_path(path) as part, part.open("wb") as file:
             for first in range(0, table.count, _BATCH):
                 await self._fetch_chunks(stream, ref, table, first, file)
 
-    async def _fetch_chunks(self, stream: ThinStream, ref: BlobRef, table: ChunkTable, first: int, file: BinaryIO) -> None:
+    async def _fetch_chunks(self, stream: LightStream, ref: BlobRef, table: ChunkTable, first: int, file: BinaryIO) -> None:
         count = min(_BATCH, table.count - first)
         sizes = [table.chunk_size(index) for index in range(first, first + count)]
         await self._ask(stream, ref, first, count, sum(sizes), read=False)
@@ -91,7 +91,7 @@ class _Session:
             self._on_bytes(self._done, self._total)
         await stream.write(_ACK)
 
-    async def _ask(self, stream: ThinStream, ref: BlobRef, first: int, count: int, expected: int, read: bool = True) -> bytes:
+    async def _ask(self, stream: LightStream, ref: BlobRef, first: int, count: int, expected: int, read: bool = True) -> bytes:
         await stream.write(bytes.fromhex(ref.digest) + first.to_bytes(4, "big") + count.to_bytes(4, "big"))
         header = await self._read(stream, 9)
         if header[0] != _OK:
@@ -100,7 +100,7 @@ class _Session:
             raise IntegrityError(f"it announced a wrong length for blob {ref.digest[:12]}")
         return await self._read(stream, expected) if read else b""
 
-    async def _read(self, stream: ThinStream, count: int) -> bytes:
+    async def _read(self, stream: LightStream, count: int) -> bytes:
         """Exactly `count` bytes; `timeout` seconds without a further _PIECE are too many."""
         data = bytearray()
         while len(data) < count:

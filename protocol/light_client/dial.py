@@ -27,7 +27,7 @@ _READ = 1 << 18
 _NEGOTIATION = 10
 
 
-class ThinStream:
+class LightStream:
     """A stream to one peer. Methods raise ConnectionError; the caller sets time limits."""
 
     def __init__(self, stream: YamuxStream) -> None:
@@ -52,22 +52,22 @@ class ThinStream:
             await self._stream.close()
 
 
-class ThinConnection:
+class LightConnection:
     """An encrypted, authenticated connection to one peer."""
 
     def __init__(self, muxer: Yamux) -> None:
         self._muxer = muxer
 
-    async def open_stream(self, protocol: str) -> ThinStream:
+    async def open_stream(self, protocol: str) -> LightStream:
         """Raises ConnectionError when the peer does not speak `protocol`."""
         with _as_connection_error():
             stream = await self._muxer.open_stream()
             await _select(stream, protocol)
-            return ThinStream(stream)
+            return LightStream(stream)
 
 
 @contextlib.asynccontextmanager
-async def dial(address: str) -> AsyncIterator[ThinConnection]:
+async def dial(address: str) -> AsyncIterator[LightConnection]:
     """Connect to a multiaddr with peer id, for as long as the block lasts. Raises ConnectionError with a few words of reason."""
     match = _ADDRESS.fullmatch(address)
     if match is None:
@@ -79,7 +79,7 @@ async def dial(address: str) -> AsyncIterator[ThinConnection]:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(muxer.start)
                 await muxer.event_started.wait()
-                yield ThinConnection(muxer)
+                yield LightConnection(muxer)
                 nursery.cancel_scope.cancel()
 
 

@@ -58,7 +58,7 @@ class AcceptedDocument(Frozen):
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldCheckpoint:
     """The newest accepted checkpoint of a shard, and the live peers besides the coordinators that hold all of it."""
 
     acceptance: AcceptanceRecord
@@ -76,7 +76,7 @@ async def live_nodes(transport: Transport, run: str, buckets: Iterable[int] = ra
     return [record for record in records if isinstance(record, NodeRecord) and record.state != "left"]
 
 
-async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive: set[str] | None = None) -> Held | None:
+async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive: set[str] | None = None) -> HeldCheckpoint | None:
     """What the DHT shows of one shard. `alive`: public keys of the peers that are online; without, whoever says so holds it."""
     run = manifest.run_id
     found = await transport.get(acceptance_key(run, shard))
@@ -86,7 +86,7 @@ async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive:
         return None
     holders = await holders_of(transport, manifest, newest, alive)
     stored = found[newest.owner]
-    return Held(newest, stored.value, stored.expires, tuple(sorted(holders)))
+    return HeldCheckpoint(newest, stored.value, stored.expires, tuple(sorted(holders)))
 
 
 async def holders_of(
@@ -126,7 +126,7 @@ class AcceptedService:
         manifest, places = self._live(), asyncio.Semaphore(_READS_AT_ONCE)
         nodes = {record.owner: record for record in await live_nodes(self._transport, manifest.run_id)}
 
-        async def one(shard: int) -> Held | None:
+        async def one(shard: int) -> HeldCheckpoint | None:
             async with places:
                 return await newest_of(self._transport, manifest, shard, set(nodes))
 
@@ -134,7 +134,7 @@ class AcceptedService:
         return AcceptedDocument(entries=tuple(_entry(found, nodes) for found in held))
 
 
-def _entry(found: Held, nodes: dict[str, NodeRecord]) -> AcceptedEntry:
+def _entry(found: HeldCheckpoint, nodes: dict[str, NodeRecord]) -> AcceptedEntry:
     places = [address for owner in found.holders[:_MOST_HOLDERS] for address in nodes[owner].addresses]
     return AcceptedEntry(sealed=found.sealed.decode(), expires=found.expires, holders=tuple(places))
 

@@ -15,7 +15,7 @@ from lutetia.protocol.rpc.request_response import exchange, serve_exchange
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
 from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey, Signature, first_problem
-from lutetia.protocol.schema.records import Made, RecordRefused
+from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream, Transport
 
 AUDIT = "/lutetia/audit/1"
@@ -56,7 +56,7 @@ class AuditReport(Frozen):
     checkpoint: Digest
     losses: tuple[Loss, ...] = Field(max_length=MAX_STEPS)
     drift: float | None = Field(default=None, ge=0)
-    made: Made
+    made: TrainedWith
     seconds: float = Field(ge=0, le=1e7)
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.records import MAX_RECORD_BYTES, RecordRefused
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Stream, Transport
 
 OFFER = "/lutetia/offer/1"
@@ -38,7 +38,7 @@ class OfferReply(Frozen):
     """
 
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"]
-    rung: Rung | None = None
+    rung: CheckName | None = None
     text: str = Field(default="", max_length=1000)
     retry_after: float | None = None
 

@@ -130,8 +130,13 @@ class SamplingSpec(Frozen):
     prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(default=(), max_length=64)
 
 
+def lease_seconds(heartbeat: float) -> float:
+    """A lease is three heartbeats without renewal."""
+    return 3 * heartbeat
+
+
 class Timing(Frozen):
-    """Seconds. A lease is three heartbeats without renewal."""
+    """Seconds."""
 
     heartbeat: Positive = 20.0
     tenure: Positive = 600.0
@@ -139,7 +144,7 @@ class Timing(Frozen):
 
     @property
     def lease(self) -> float:
-        return 3 * self.heartbeat
+        return lease_seconds(self.heartbeat)
 
 
 class AuditPolicy(Frozen):

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
 from lutetia.protocol.schema.identity import Identity, verify
-from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey, Signature, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey, Signature, first_problem, lease_seconds
 from lutetia.protocol.schema.ticket import Address
 from lutetia.system.errors import LutetiaError
 
@@ -52,7 +52,7 @@ class Hardware(Frozen):
     cores: int = Field(ge=1)
 
 
-class Made(Frozen):
+class TrainedWith(Frozen):
     """With what a result was trained, as its author says. It chooses the tolerance of an audit, which is bounded in any case.
 
     `software` is the author's version of Lutetia; trust that was earned with one version does not carry over to the next.
@@ -109,7 +109,7 @@ class CheckpointRecord(_Record):
     loss: float
     peer_id: PeerId
     addresses: Addresses = ()
-    made: Made = Made()
+    made: TrainedWith = TrainedWith()
 
     @property
     def digest(self) -> Digest:
@@ -246,8 +246,9 @@ class RecordLimits:
     maximum_clock_skew: float = 30.0
 
     def longest(self, kind: str) -> float:
-        """A node or claim lives three heartbeats, a provider minutes, checkpoints and acceptances hours."""
-        return {"node": 3 * self.heartbeat, "claim": 3 * self.heartbeat, "provider": 600.0}.get(kind, 6 * 3600.0)
+        """A node or claim lives one lease, a provider minutes, checkpoints and acceptances hours."""
+        lease = lease_seconds(self.heartbeat)
+        return {"node": lease, "claim": lease, "provider": 600.0}.get(kind, 6 * 3600.0)
 
 
 class _Envelope(Frozen):

@@ -10,20 +10,20 @@ from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.ledger_head import SignedHead
 from lutetia.protocol.schema.manifest import Digest, PublicKey
 from lutetia.protocol.schema.records import NodeState, Word
-from lutetia.protocol.schema.verdicts import Rung
+from lutetia.protocol.schema.verdicts import CheckName
 
 MAX_STATUS_BYTES = 4 << 20
 AuditState = Literal["not due", "due", "valid", "invalid", "inconclusive", "not carried out"]
 ShardState = Literal["unclaimed", "claimed", "training", "overdue", "done"]
 
 
-class Told(Frozen):
+class TolerantDocument(Frozen):
     """Part of the status, which nobody signs or hashes: what a newer coordinator says besides, an older reader passes over."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class ShardStatus(Told):
+class ShardStatus(TolerantDocument):
     """Accepted work of one shard. `last_accepted` is Unix seconds; `due` is when the next acceptance should be there."""
 
     shard: int
@@ -48,7 +48,7 @@ class ShardStatus(Told):
     )
 
 
-class NodeStatus(Told):
+class NodeStatus(TolerantDocument):
     """A peer. `health` is `working` only while its own work is being accepted in time (invariant I6)."""
 
     owner: PublicKey
@@ -66,7 +66,7 @@ class NodeStatus(Told):
     software: Word = ""
 
 
-class RouterStatus(Told):
+class RouterStatus(TolerantDocument):
     """Held-out accuracy of the router, overall and for ten equal bins of t."""
 
     accuracy: float
@@ -76,7 +76,7 @@ class RouterStatus(Told):
     calibration_error: float | None = None
 
 
-class RefusalStatus(Told):
+class RefusalStatus(TolerantDocument):
     """A result that was not accepted, and why. `inconclusive` ones may be tried again."""
 
     time: float
@@ -85,21 +85,21 @@ class RefusalStatus(Told):
     owner: PublicKey
     checkpoint: Digest
     verdict: Literal["invalid", "inconclusive"]
-    rung: Rung
+    rung: CheckName
     text: str
 
 
-class RungStatus(Told):
+class CheckStatus(TolerantDocument):
     """What a rung of the ladder has cost: `count` results climbed it with `outcome`, in `seconds`, over `size` bytes."""
 
-    rung: Rung
+    rung: CheckName
     outcome: Literal["valid", "invalid", "inconclusive"]
     count: int
     seconds: float
     size: int
 
 
-class QuarantineStatus(Told):
+class QuarantineStatus(TolerantDocument):
     """A peer whose work an audit found faked: epoch `epoch` of `shard`."""
 
     time: float
@@ -109,7 +109,7 @@ class QuarantineStatus(Told):
     text: str
 
 
-class SwarmStatus(Told):
+class SwarmStatus(TolerantDocument):
     """The whole run as its coordinator sees it at `time`."""
 
     format: Literal[1] = 1
@@ -127,7 +127,7 @@ class SwarmStatus(Told):
     rejected: int = 0
     events: int = 0
     refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last ones, oldest first")
-    rungs: tuple[RungStatus, ...] = Field(default=(), description="What judging has cost, by rung and outcome")
+    rungs: tuple[CheckStatus, ...] = Field(default=(), description="What judging has cost, by rung and outcome")
     audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
     quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The newest, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")

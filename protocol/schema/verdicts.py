@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Rung = Literal["signature", "quarantine", "lineage", "size", "transfer", "format", "numbers", "holdout", "raw", "audit"]
+CheckName = Literal["signature", "quarantine", "lineage", "size", "transfer", "format", "numbers", "holdout", "raw", "audit"]
 """The acceptance ladder, cheapest first."""
 
 
-RUNGS: tuple[Rung, ...] = get_args(Rung)
+CHECK_NAMES: tuple[CheckName, ...] = get_args(CheckName)

@@ -11,7 +11,7 @@ RecordCheck = Callable[[str | None, str, bytes, float], str]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredValue:
     """A live value of the DHT and its expiry in Unix seconds."""
 
     value: bytes
@@ -66,7 +66,7 @@ class Transport(ABC):
         """File a record. False when fewer than one peer (or the local store, if alone) took it."""
 
     @abstractmethod
-    async def get(self, key: str) -> dict[str, Stored]:
+    async def get(self, key: str) -> dict[str, StoredValue]:
         """The live, checked records under `key`, newest per subkey."""
 
     @abstractmethod

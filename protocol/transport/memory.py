@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import RecordRefused
-from lutetia.protocol.transport.base import Handler, RecordCheck, Stored, Stream, Transport
+from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
 from lutetia.protocol.transport.memory_stream import MemoryStream, Pipe
 from lutetia.protocol.transport.network_origin import origin_of
@@ -139,7 +139,7 @@ class MemoryTransport(Transport):
         self.peer_id, self.skew = peer_id, skew
         self._network, self._check = network, check
         self._address = f"/ip4/10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}/tcp/4001/p2p/{peer_id}"
-        self._records: dict[str, dict[str, Stored]] = {}
+        self._records: dict[str, dict[str, StoredValue]] = {}
         self._handlers: dict[str, Handler] = {}
         self._tasks = HandlerTasks()
         self._streams: list[tuple[str, MemoryStream]] = []
@@ -156,17 +156,17 @@ class MemoryTransport(Transport):
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         self._require_alive()
-        stored = Stored(value, expires)
+        stored = StoredValue(value, expires)
         if not self.keep(key, subkey, stored):
             return False
         others = [peer for peer in self._network.nearest(self.peer_id, key) if peer is not self]
         answered = await self._ask(others)
         return not others or sum(peer.keep(key, subkey, stored) for peer in answered) > 0
 
-    async def get(self, key: str) -> dict[str, Stored]:
+    async def get(self, key: str) -> dict[str, StoredValue]:
         self._require_alive()
         others = [peer for peer in self._network.nearest(self.peer_id, key) if peer is not self]
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredValue] = {}
         for peer in [self, *await self._ask(others)]:
             for subkey, stored in peer.held(key).items():
                 newer = subkey not in found or stored.expires > found[subkey].expires
@@ -198,7 +198,7 @@ class MemoryTransport(Transport):
             self._network.kill(self)
         await self._tasks.close()
 
-    def keep(self, key: str, subkey: str, stored: Stored) -> bool:
+    def keep(self, key: str, subkey: str, stored: StoredValue) -> bool:
         """File a record here if this peer's check accepts it and it outlives the one that it replaces."""
         if not self._accepts(key, subkey, stored):
             return False
@@ -207,7 +207,7 @@ class MemoryTransport(Transport):
             mine[subkey] = stored
         return True
 
-    def held(self, key: str) -> dict[str, Stored]:
+    def held(self, key: str) -> dict[str, StoredValue]:
         """The records here that live by this peer's clock."""
         now = self.now()
         live = {subkey: stored for subkey, stored in self._records.get(key, {}).items() if stored.expires > now}
@@ -244,7 +244,7 @@ class MemoryTransport(Transport):
         self._handlers.clear()
         self._records.clear()
 
-    def _accepts(self, key: str, subkey: str, stored: Stored) -> bool:
+    def _accepts(self, key: str, subkey: str, stored: StoredValue) -> bool:
         try:
             return self._check(key, subkey, stored.value, stored.expires) == key
         except RecordRefused as error:

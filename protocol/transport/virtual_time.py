@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Stuck(RuntimeError):
+class Deadlock(RuntimeError):
     """Every task waits for something that no timer and no other task will bring about: a deadlock of the simulated program."""
 
 
@@ -21,7 +21,7 @@ class _NoWait(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise Stuck("every task waits, and no timer is left that could wake one")
+            raise Deadlock("every task waits, and no timer is left that could wake one")
         if timeout > 0:
             self.jump()
         return []

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import ClaimRecord, claim_key, seal
-from lutetia.simulation.network.dht import Stored
+from lutetia.simulation.network.dht import SimulatedRecord
 
 if TYPE_CHECKING:
-    from lutetia.simulation.world import World
+    from lutetia.simulation.world import SimulatedWorld
 
 KINDS = ("unbounded", "future", "foreign", "prolonged", "oversized", "unknown field")
 
 
-def forge(world: World, liar: int, victim: int, kind: str) -> None:
+def forge(world: SimulatedWorld, liar: int, victim: int, kind: str) -> None:
     """`liar` files a claim of the given kind on the victim's shard (else shard 0) with every replica, past its own checks."""
     source, target = world.volunteers[liar], world.volunteers[victim]
     assert source.box.identity
@@ -45,4 +45,4 @@ def forge(world: World, liar: int, victim: int, kind: str) -> None:
         document = json.loads(sealed)
         document["record"]["priority"] = 9
         sealed = json.dumps(document).encode()
-    world.dht.thrust(source, key, owner, Stored(record, expires, sealed, world.agenda.cause))
+    world.dht.thrust(source, key, owner, SimulatedRecord(record, expires, sealed, world.agenda.cause))

@@ -6,32 +6,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lutetia.coordinator.acceptance import messages as j
-from lutetia.coordinator.acceptance.checks import Stopped, Tools, Verdict, compare_losses
-from lutetia.coordinator.acceptance.state_machine import JudgeState, judge
-from lutetia.coordinator.acceptance.state_machine import Rules as JudgeRules
+from lutetia.coordinator.acceptance.checks import CheckFailed, CheckRunner, Verdict, compare_losses
+from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
+from lutetia.coordinator.acceptance.state_machine import judge
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
-from lutetia.node.machine.state import Rules, State
+from lutetia.node.machine.state import MachineState, NodeRules
 from lutetia.protocol.claims import LiveClaim, ShardView
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
-from lutetia.simulation.rules_under_test import Decisions, replayed
+from lutetia.simulation.rules_under_test import RulesUnderTest, replayed
 from lutetia.system.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Broken:
+class Mutant:
     """`promise`: the invariant that goes with the rule. `scenario`: one that shows it."""
 
     summary: str
     promise: str
     scenario: str
-    decide: Callable[[], Decisions]
+    decide: Callable[[], RulesUnderTest]
 
 
 def _accept_twice(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) -> tuple[JudgeState, tuple[j.Action, ...]]:
@@ -55,11 +56,11 @@ def _believe_auditors(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus
     return judge(rules, state, stimulus)
 
 
-async def _climb_blindly(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: Tools) -> Verdict:
+async def _climb_blindly(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner) -> Verdict:
     """No look inside: whatever arrives counts as sound."""
     try:
         await tools.fetch(record)
-    except Stopped as stop:
+    except CheckFailed as stop:
         return stop.verdict
     return compare_losses(0.0, 1.0 if parent_loss is None else parent_loss, manifest.holdout_tolerance)
 
@@ -70,7 +71,7 @@ def _replay_without_end(events: Sequence[LedgerEvent]) -> RunState:
     return replayed(events[:last])
 
 
-def _claims_live_forever(rules: Rules, state: State, event: m.Event) -> tuple[State, list[m.Action]]:
+def _claims_live_forever(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
     """A claim that was seen once counts for good: nobody takes over from the dead."""
     if isinstance(event, m.SwarmSeen):
         event = replace(event, views=tuple(_still_claimed(state.views.get(view.shard), view, event.now) for view in event.views))
@@ -83,7 +84,7 @@ def _still_claimed(before: ShardView | None, view: ShardView, now: float) -> Sha
     return replace(view, claims=tuple(LiveClaim(claim.record, claim.expires + 1e6) for claim in before.claims))
 
 
-def _trainers_run_on(rules: Rules, state: State, event: m.Event) -> tuple[State, list[m.Action]]:
+def _trainers_run_on(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
     """Who loses a shard forgets to stop its trainer."""
     after, actions = advance(rules, state, event)
     return after, [action for action in actions if not isinstance(action, m.StopTrainer)]
@@ -103,37 +104,39 @@ def _resume_depends_on_history(shard: int, epoch: int, parent: str, device: str,
     return hashlib.sha256(f"{shard}|{epoch}|{parent}|{device}|{spans}".encode()).hexdigest()
 
 
-BROKEN: dict[str, Broken] = {
-    "accept-twice": Broken(
-        "a second result for an accepted epoch is accepted too (I1)", "I1", "partition", lambda: Decisions(judge=_accept_twice)
+BROKEN: dict[str, Mutant] = {
+    "accept-twice": Mutant(
+        "a second result for an accepted epoch is accepted too (I1)", "I1", "partition", lambda:
+        RulesUnderTest(judge=_accept_twice)
     ),
-    "climb-blindly": Broken(
-        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda: Decisions(climb=_climb_blindly)
+    "climb-blindly": Mutant(
+        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda: RulesUnderTest(climb=_climb_blindly)
     ),
-    "forget-the-last": Broken(
+    "forget-the-last": Mutant(
         "a restarted coordinator lacks the last acceptance (I3)", "I3", "coordinator-crash",
-        lambda: Decisions(replayed=_replay_without_end),
+        lambda: RulesUnderTest(replayed=_replay_without_end),
     ),
-    "believe-auditors": Broken(
-        "a stranger's word convicts (I3)", "I3", "auditors", lambda: Decisions(judge=_believe_auditors)
+    "believe-auditors": Mutant(
+        "a stranger's word convicts (I3)", "I3", "auditors", lambda: RulesUnderTest(judge=_believe_auditors)
     ),
-    "claims-for-good": Broken(
-        "a claim that has run out still holds others off (I4)", "I4", "killed", lambda: Decisions(advance=_claims_live_forever)
+    "claims-for-good": Mutant(
+        "a claim that has run out still holds others off (I4)", "I4", "killed", lambda:
+        RulesUnderTest(advance=_claims_live_forever)
     ),
-    "trainers-run-on": Broken(
-        "a trainer is not stopped when its shard is lost (I5)", "I5", "sleep", lambda: Decisions(advance=_trainers_run_on)
+    "trainers-run-on": Mutant(
+        "a trainer is not stopped when its shard is lost (I5)", "I5", "sleep", lambda: RulesUnderTest(advance=_trainers_run_on)
     ),
-    "believe-claims": Broken(
-        "status calls whoever claims a shard working (I6)", "I6", "calm", lambda: Decisions(status=_status_believes_claims)
+    "believe-claims": Mutant(
+        "status calls whoever claims a shard working (I6)", "I6", "calm", lambda: RulesUnderTest(status=_status_believes_claims)
     ),
-    "resume-elsewhere": Broken(
+    "resume-elsewhere": Mutant(
         "a resumed epoch does not take the steps of an uninterrupted one (I7)", "I7", "resume",
-        lambda: Decisions(weights=_resume_depends_on_history),
+        lambda: RulesUnderTest(weights=_resume_depends_on_history),
     ),
 }  # fmt: skip
 
 
-def broken_decisions(name: str) -> Decisions:
+def broken_decisions(name: str) -> RulesUnderTest:
     """Raises UsageError for an unknown name."""
     if name not in BROKEN:
         raise UsageError(f"there is no broken rule {name!r}; `lutetia simulate --list` names all of them")

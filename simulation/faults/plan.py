@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from lutetia.node.machine import messages as m
 from lutetia.simulation.faults.forgery import forge
-from lutetia.simulation.peers.coordinator import Office
+from lutetia.simulation.peers.coordinator import SimulatedCoordinator
 from lutetia.simulation.peers.manifest_updates import upgrade
-from lutetia.simulation.peers.node import Volunteer
+from lutetia.simulation.peers.node import SimulatedNode
 
 if TYPE_CHECKING:
-    from lutetia.simulation.world import World
+    from lutetia.simulation.world import SimulatedWorld
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Step:
         return " ".join(part for part in parts if part)
 
 
-def carry_out(world: World, step: Step) -> None:
+def carry_out(world: SimulatedWorld, step: Step) -> None:
     if world.story is not None:
         world.agenda.cause = -1
         world.story.step(step)
@@ -44,30 +44,30 @@ def carry_out(world: World, step: Step) -> None:
         _ALL[step.what](world, step)
 
 
-def plan(world: World, steps: Sequence[Step]) -> None:
+def plan(world: SimulatedWorld, steps: Sequence[Step]) -> None:
     for step in steps:
         world.agenda.after(step.at, carry_out, world, step)
 
 
-def _say(verb: m.Verb) -> Callable[[Volunteer, Step], None]:
-    def tell(peer: Volunteer, step: Step) -> None:
+def _say(verb: m.Verb) -> Callable[[SimulatedNode, Step], None]:
+    def tell(peer: SimulatedNode, step: Step) -> None:
         until = peer.clock() + step.value if verb == "pause" and step.value else None
         peer.hear(peer.boot, m.UserVerb, verb, until)
 
     return tell
 
 
-def _disk_full(peer: Volunteer, step: Step) -> None:
+def _disk_full(peer: SimulatedNode, step: Step) -> None:
     peer.disk_full = True
     peer.hear(peer.boot, m.DiskFull, "the disk is full; free some space")
 
 
-def _disk_free(peer: Volunteer, step: Step) -> None:
+def _disk_free(peer: SimulatedNode, step: Step) -> None:
     peer.disk_full = False
     peer.hear(peer.boot, m.DiskFree)
 
 
-def _disk_lost(peer: Volunteer, step: Step) -> None:
+def _disk_lost(peer: SimulatedNode, step: Step) -> None:
     """The disk dies, and the box with it."""
     held = [parcel for parcel, holders in peer.world.goods.holders.items() if peer.index in holders]
     peer.kill()
@@ -75,8 +75,8 @@ def _disk_lost(peer: Volunteer, step: Step) -> None:
     peer.world.invariants.after_loss(held)
 
 
-def _device(works: bool) -> Callable[[Volunteer, Step], None]:
-    def turn(peer: Volunteer, step: Step) -> None:
+def _device(works: bool) -> Callable[[SimulatedNode, Step], None]:
+    def turn(peer: SimulatedNode, step: Step) -> None:
         peer.device_ok = works
         if not works:
             peer.hands.fail("hardware", "the device has fallen off the bus")
@@ -84,81 +84,81 @@ def _device(works: bool) -> Callable[[Volunteer, Step], None]:
     return turn
 
 
-def _skew(peer: Volunteer, step: Step) -> None:
+def _skew(peer: SimulatedNode, step: Step) -> None:
     """The clock jumps by `value` seconds."""
     peer.skew += step.value
-    peer.hear(peer.boot, m.Tick)
+    peer.hear(peer.boot, m.ClockTick)
 
 
-def _spoil(peer: Volunteer, step: Step) -> None:
+def _spoil(peer: SimulatedNode, step: Step) -> None:
     """Everything that this box serves from now on is bad, as a failing disk makes it."""
     for parcel in list(peer.world.goods.holders):
         peer.world.goods.rotten.add((peer.index, parcel))
 
 
-def _conduct(peer: Volunteer, step: Step) -> None:
+def _conduct(peer: SimulatedNode, step: Step) -> None:
     peer.hands.conduct = step.word  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _audits(peer: Volunteer, step: Step) -> None:
+def _audits(peer: SimulatedNode, step: Step) -> None:
     peer.auditor.word = step.word  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _copy_identity(world: World, step: Step) -> None:
+def _copy_identity(world: SimulatedWorld, step: Step) -> None:
     """The second box runs with a copy of the first one's key."""
     first, second = (world.volunteers[index] for index in step.who)
     box = replace(second.box, owner=first.box.owner, identity=first.box.identity, peer_id=first.box.peer_id)
     second.kill()
-    world.volunteers[second.index] = Volunteer(world, second.index, box)
+    world.volunteers[second.index] = SimulatedNode(world, second.index, box)
     world.volunteers[second.index].start()
 
 
-def _second_coordinator(world: World, step: Step) -> None:
+def _second_coordinator(world: SimulatedWorld, step: Step) -> None:
     """Somebody starts another coordinator with the same key on a copy of the ledger."""
-    twin = Office(world, -2, ledger=list(world.offices[0].ledger))
+    twin = SimulatedCoordinator(world, -2, ledger=list(world.offices[0].ledger))
     world.goods.origins.add(-2)
     world.offices.append(twin)
     twin.start()
 
 
-def _old_ledger(world: World, step: Step) -> None:
+def _old_ledger(world: SimulatedWorld, step: Step) -> None:
     """While the coordinator is down, its folder is replaced by a copy that is `value` seconds old."""
     office = world.offices[0]
     office.crash()
     office.ledger = [event for event in office.ledger if event.time <= world.agenda.now - step.value]
 
 
-def _upgrade(world: World, step: Step) -> None:
+def _upgrade(world: SimulatedWorld, step: Step) -> None:
     """The owner raises the budget by `value` epochs."""
     upgrade(world, {"samples_per_shard": world.manifest.samples_per_shard + int(step.value) * world.manifest.checkpoint_samples})
 
 
-def _partition(world: World, step: Step) -> None:
+def _partition(world: SimulatedWorld, step: Step) -> None:
     """The boxes named are cut off from the others. `word` "with" takes the coordinator along, "with the second" another one."""
     along = {"with": (-1,), "with the second": (-2,)}.get(step.word, ())
     world.lines.partition([[*step.who, *along]])
 
 
-def _block(world: World, step: Step) -> None:
+def _block(world: SimulatedWorld, step: Step) -> None:
     """The first box cannot dial the others, which can dial it."""
     for target in step.who[1:]:
         world.lines.block(step.who[0], target)
 
 
-def _loss(world: World, step: Step) -> None:
+def _loss(world: SimulatedWorld, step: Step) -> None:
     world.lines.loss = step.value
 
 
-def _latency(world: World, step: Step) -> None:
+def _latency(world: SimulatedWorld, step: Step) -> None:
     """`value` seconds in the median; `word`: jitter to either side."""
     world.lines.draw(world.setting, step.value, float(step.word or 0))
 
 
-def _crash_after_writing(world: World, step: Step) -> None:
+def _crash_after_writing(world: SimulatedWorld, step: Step) -> None:
     world.offices[0].refuse_publishing = True
 
 
-_ONE_BY_ONE: dict[str, Callable[[Volunteer, Step], None]] = {
+_ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "join": lambda peer, step: peer.start(),
     "kill": lambda peer, step: peer.kill(),
     "stop": lambda peer, step: peer.freeze(),
@@ -182,7 +182,7 @@ _ONE_BY_ONE: dict[str, Callable[[Volunteer, Step], None]] = {
     "denies records": lambda peer, step: setattr(peer, "denies", True),
     "newer version": lambda peer, step: setattr(peer.network, "newer", True),
 }
-_ALL: dict[str, Callable[[World, Step], None]] = {
+_ALL: dict[str, Callable[[SimulatedWorld, Step], None]] = {
     "partition": _partition,
     "heal": lambda world, step: world.lines.heal(),
     "one-way": _block,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from lutetia.simulation.costs import Costs
-from lutetia.simulation.event_queue import Agenda
-from lutetia.simulation.network.links import Lines, Member
+from lutetia.simulation.event_queue import EventQueue
+from lutetia.simulation.network.links import Links, SimulatedPeer
 from lutetia.system.errors import UnreachableError
 
 T = TypeVar("T")
@@ -42,17 +42,17 @@ def honest_loss(shard: int, epoch: int, weights: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause(Awaitable[None]):
+class SimulatedDelay(Awaitable[None]):
     """Awaited inside a simulated coroutine: go on in `seconds`."""
 
     seconds: float
 
-    def __await__(self) -> Generator[Pause, None, None]:
+    def __await__(self) -> Generator[SimulatedDelay, None, None]:
         yield self
 
 
-def drive(agenda: Agenda, work: Coroutine[Any, Any, T], done: Callable[[T], object]) -> None:
-    """Run a coroutine that waits by `Pause` only; `done` gets its result in virtual time."""
+def drive(agenda: EventQueue, work: Coroutine[Any, Any, T], done: Callable[[T], object]) -> None:
+    """Run a coroutine that waits by `SimulatedDelay` only; `done` gets its result in virtual time."""
     try:
         pause = work.send(None)
     except StopIteration as end:
@@ -61,32 +61,32 @@ def drive(agenda: Agenda, work: Coroutine[Any, Any, T], done: Callable[[T], obje
         agenda.after(pause.seconds, drive, agenda, work, done)
 
 
-class Goods:
+class SimulatedBlobs:
     """Who holds which parcel. A parcel is all blobs of a checkpoint (by its digest) or the data of a shard (by its name)."""
 
-    def __init__(self, agenda: Agenda, lines: Lines, costs: Costs, slots: int) -> None:
+    def __init__(self, agenda: EventQueue, lines: Links, costs: Costs, slots: int) -> None:
         self._agenda, self._lines, self._costs, self._slots = agenda, lines, costs, slots
         self.contents: dict[str, Content] = {}
-        self.holders: dict[str, dict[int, Member]] = {}
+        self.holders: dict[str, dict[int, SimulatedPeer]] = {}
         self.rotten: set[tuple[int, str]] = set()
         self.origins: set[int] = set()
         self._serving: dict[int, int] = {}
 
-    def put(self, parcel: str, holder: Member) -> None:
+    def put(self, parcel: str, holder: SimulatedPeer) -> None:
         self.holders.setdefault(parcel, {})[holder.index] = holder
 
-    def drop(self, parcel: str, holder: Member) -> None:
+    def drop(self, parcel: str, holder: SimulatedPeer) -> None:
         self.holders.get(parcel, {}).pop(holder.index, None)
 
-    def wipe(self, holder: Member) -> None:
+    def wipe(self, holder: SimulatedPeer) -> None:
         """Its disk is gone."""
         for parcel in self.holders.values():
             parcel.pop(holder.index, None)
 
-    def has(self, parcel: str, holder: Member) -> bool:
+    def has(self, parcel: str, holder: SimulatedPeer) -> bool:
         return holder.index in self.holders.get(parcel, {})
 
-    async def fetch(self, taker: Member, parcel: str, size: int, hints: Iterable[Member] = ()) -> None:
+    async def fetch(self, taker: SimulatedPeer, parcel: str, size: int, hints: Iterable[SimulatedPeer] = ()) -> None:
         """Volunteers first, up to four at once, each by its rate; what a provider spoils or leaves undone comes from the others.
 
         Raises UnreachableError when nobody is left who could give the rest.
@@ -96,11 +96,11 @@ class Goods:
             sources = self._sources(taker, parcel, known, refused)
             rates = [self._lines.rate(source) / (1 + self._serving.get(source.index, 0)) for source in sources]
             if not sources or sum(rates) < _HOPELESS:
-                await Pause(_PATIENCE if sources else 3.0)
+                await SimulatedDelay(_PATIENCE if sources else 3.0)
                 raise UnreachableError(f"nobody within reach gives parcel {parcel[:12]} in time; trying again")
             for source in sources:
                 self._serving[source.index] = self._serving.get(source.index, 0) + 1
-            await Pause(4 * self._lines.packet(taker, sources[0]) + left / sum(rates))
+            await SimulatedDelay(4 * self._lines.packet(taker, sources[0]) + left / sum(rates))
             failed = 0.0
             for source, rate in zip(sources, rates, strict=True):
                 self._serving[source.index] -= 1
@@ -111,7 +111,9 @@ class Goods:
             left *= failed
         self.put(parcel, taker)
 
-    def _sources(self, taker: Member, parcel: str, known: dict[int, Member], refused: set[int]) -> list[Member]:
+    def _sources(
+        self, taker: SimulatedPeer, parcel: str, known: dict[int, SimulatedPeer], refused: set[int]
+    ) -> list[SimulatedPeer]:
         held = self.holders.get(parcel, {})
         fit = [
             member for index, member in {**held, **known}.items()

@@ -18,15 +18,15 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import RecordLimits, RecordRefused, ResetRecord, acceptance_key, check_times, claim_key, seal
 from lutetia.simulation.costs import Costs
-from lutetia.simulation.event_queue import Agenda
-from lutetia.simulation.network.links import Lines, Member
+from lutetia.simulation.event_queue import EventQueue
+from lutetia.simulation.network.links import Links, SimulatedPeer
 
 Record = Any
 """One of `protocol.schema.records`' five, built without validation where nobody forges."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class SimulatedRecord:
     """`sealed` is empty where the setting does without signatures. `cause` is the happening that wrote it."""
 
     record: Record
@@ -35,8 +35,8 @@ class Stored:
     cause: int
 
 
-class Replica(Member, Protocol):
-    parts: dict[str, dict[str, Stored]]
+class SimulatedReplica(SimulatedPeer, Protocol):
+    parts: dict[str, dict[str, SimulatedRecord]]
     written: set[str]
     """Keys under which it filed records of its own."""
     denies: bool
@@ -45,8 +45,10 @@ class Replica(Member, Protocol):
     def clock(self) -> float: ...
 
 
-class Dht:
-    def __init__(self, agenda: Agenda, lines: Lines, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool) -> None:
+class SimulatedDht:
+    def __init__(
+        self, agenda: EventQueue, lines: Links, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool
+    ) -> None:
         """`strict`: clocks differ or somebody forges, so every replica and reader checks for itself, every time."""
         self._agenda, self._lines, self._costs, self._replicas, self._strict = agenda, lines, costs, replicas, strict
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
@@ -54,9 +56,9 @@ class Dht:
         self.claim_keys = [claim_key(run, shard) for shard in shards]
         self.acceptance_keys = [acceptance_key(run, shard) for shard in shards]
         self._ring: list[tuple[int, int]] = []
-        self._members: dict[int, Replica] = {}
+        self._members: dict[int, SimulatedReplica] = {}
         self._places: dict[str, int] = {}
-        self._near: dict[tuple[str, int], tuple[tuple[int, int], list[Replica]]] = {}
+        self._near: dict[tuple[str, int], tuple[tuple[int, int], list[SimulatedReplica]]] = {}
         self._shards = {key: shard for keys in (self.claim_keys, self.acceptance_keys) for shard, key in enumerate(keys)}
         self._views: dict[int, dict[int, ShardView]] = {}
         self._views_version = (0, 0)
@@ -71,7 +73,7 @@ class Dht:
 
     # membership
 
-    def enter(self, member: Replica, name: str) -> None:
+    def enter(self, member: SimulatedReplica, name: str) -> None:
         """`member` answers from now on; its neighbours hand it what it is to hold."""
         self._members[member.index] = member
         place = (_position(name), member.index)
@@ -84,13 +86,13 @@ class Dht:
             if self._lines.dials(member, neighbour):
                 self._hand_over(neighbour, member)
 
-    def _hand_over(self, giver: Replica, taker: Replica) -> None:
+    def _hand_over(self, giver: SimulatedReplica, taker: SimulatedReplica) -> None:
         for key, part in giver.parts.items():
             if taker in self.nearest(taker, key):
                 for owner, stored in part.items():
                     self._keep(taker, key, owner, stored)
 
-    def depart(self, member: Replica) -> None:
+    def depart(self, member: SimulatedReplica) -> None:
         """Gone, with all that it kept."""
         self._members.pop(member.index, None)
         self._ring = [place for place in self._ring if place[1] != member.index]
@@ -102,7 +104,7 @@ class Dht:
         """Somebody stopped or began to answer."""
         self._ring_version += 1
 
-    def nearest(self, source: Replica, key: str) -> list[Replica]:
+    def nearest(self, source: SimulatedReplica, key: str) -> list[SimulatedReplica]:
         """The replicas of `key` as `source` finds them, itself included."""
         slot = (key, -1 - source.index if self._lines.blocked else self._lines.group(source.index))
         version = (self._ring_version, self._lines.version)
@@ -111,7 +113,7 @@ class Dht:
             known = self._near[slot] = (version, self._walk(source, key))
         return known[1]
 
-    def _walk(self, source: Replica, key: str) -> list[Replica]:
+    def _walk(self, source: SimulatedReplica, key: str) -> list[SimulatedReplica]:
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = _position(key)
@@ -126,11 +128,13 @@ class Dht:
 
     # writing
 
-    def store(self, source: Replica, record: Record, expires: float, identity: Identity | None, sealed: bytes = b"") -> None:
+    def store(
+        self, source: SimulatedReplica, record: Record, expires: float, identity: Identity | None, sealed: bytes = b""
+    ) -> None:
         """File `record` with the replicas; each gets it after its own delay, or never."""
         if identity is not None and not sealed:
             sealed = seal(record, identity, expires)
-        stored, key = Stored(record, expires, sealed, self._agenda.cause), record.key()
+        stored, key = SimulatedRecord(record, expires, sealed, self._agenda.cause), record.key()
         near = self.nearest(source, key)
         self._costs.stored(record.kind, len(near), self.size)
         source.written.add(key)
@@ -139,17 +143,17 @@ class Dht:
             if replica is not source and not self._lines.lost():
                 self._agenda.after(2 * self._lines.packet(source, replica), self._arrive, source, replica, key, stored)
 
-    def thrust(self, source: Replica, key: str, owner: str, stored: Stored) -> None:
+    def thrust(self, source: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord) -> None:
         """Offer every replica a record that an honest writer would not have made."""
         for replica in self.nearest(source, key):
             if replica is not source:
                 self._keep(replica, key, owner, stored)
 
-    def _arrive(self, source: Replica, replica: Replica, key: str, stored: Stored) -> None:
+    def _arrive(self, source: SimulatedReplica, replica: SimulatedReplica, key: str, stored: SimulatedRecord) -> None:
         if replica.answering and self._lines.together(source.index, replica.index):
             self._keep(replica, key, stored.record.owner, stored)
 
-    def _keep(self, replica: Replica, key: str, owner: str, stored: Stored, *, own: bool = False) -> None:
+    def _keep(self, replica: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord, *, own: bool = False) -> None:
         if not own and (replica.denies or not self._accepts(key, owner, stored, replica.clock())):
             return
         mine = replica.parts.setdefault(key, {})
@@ -164,7 +168,7 @@ class Dht:
                 for known in self._views.values():
                     known.pop(shard, None)
 
-    def _accepts(self, key: str, owner: str, stored: Stored, clock: float) -> bool:
+    def _accepts(self, key: str, owner: str, stored: SimulatedRecord, clock: float) -> bool:
         try:
             if stored.sealed:
                 self._clock = clock
@@ -178,7 +182,7 @@ class Dht:
 
     # reading
 
-    def read(self, source: Replica, key: str, *, own: bool = True) -> dict[str, Stored]:
+    def read(self, source: SimulatedReplica, key: str, *, own: bool = True) -> dict[str, SimulatedRecord]:
         """The live records under `key` that reach `source`, newest per owner; `own`: also what it holds, replica or not."""
         mine = source.parts.get(key, {}) if own else {}
         found = dict(mine)
@@ -202,7 +206,7 @@ class Dht:
         """Question or answer."""
         return self._lines.lost() or self._lines.lost()
 
-    def look(self, source: Replica, shards: Sequence[int]) -> tuple[ShardView, ...]:
+    def look(self, source: SimulatedReplica, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptances. Readers who would see the same get the same objects, made when a record or a line changes."""
         if self._strict or self._lines.loss or self._lines.blocked:
             return tuple([self._view(source, shard) for shard in shards])
@@ -221,7 +225,7 @@ class Dht:
             [self._view(source, shard) if claims[shard] in own or given[shard] in own else known[shard] for shard in shards]
         )
 
-    def _view(self, source: Replica, shard: int, *, own: bool = True) -> ShardView:
+    def _view(self, source: SimulatedReplica, shard: int, *, own: bool = True) -> ShardView:
         found = self.read(source, self.claim_keys[shard], own=own)
         live = tuple([LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found)])
         given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
@@ -229,7 +233,7 @@ class Dht:
             return ShardView(shard, live, None, given.term)
         return ShardView(shard, live, given)
 
-    def writers(self, source: Replica, shard: int) -> list[int]:
+    def writers(self, source: SimulatedReplica, shard: int) -> list[int]:
         """The happenings that wrote what `source` sees of the shard."""
         keys = self.claim_keys[shard], self.acceptance_keys[shard]
         return [stored.cause for key in keys for stored in self.read(source, key).values()]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from typing import Protocol
 
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 
 RPC_TIMEOUT = 3.0
 RETRANSMIT = 0.2
@@ -14,7 +14,7 @@ _BITS = 10
 _LOOKUPS_AT_ONCE = 8
 
 
-class Member(Protocol):
+class SimulatedPeer(Protocol):
     """Whoever is on the network: a volunteer or a coordinator."""
 
     index: int
@@ -25,13 +25,13 @@ class Member(Protocol):
     def answering(self) -> bool: ...
 
 
-class Lines:
+class Links:
     """Delays are drawn from a table of the setting's distribution: exact enough, and three times cheaper than drawing each.
 
     A look at n shards takes ceil(n / 8) rounds as the node's network side makes them, each as long as its slowest lookup.
     """
 
-    def __init__(self, setting: Setting, seed: int) -> None:
+    def __init__(self, setting: SimulationConfig, seed: int) -> None:
         self.loss = setting.loss
         self.slow: dict[int, float] = {}
         self.random = random.Random(f"{seed}|lines")
@@ -41,7 +41,7 @@ class Lines:
         self._replicas = setting.replicas
         self.draw(setting)
 
-    def draw(self, setting: Setting, latency: float | None = None, jitter: float | None = None) -> None:
+    def draw(self, setting: SimulationConfig, latency: float | None = None, jitter: float | None = None) -> None:
         """Make the tables of one packet, one lookup (find, then ask each replica) and one round of lookups."""
         rng, median = self.random, setting.latency if latency is None else latency
         spread = setting.jitter if jitter is None else jitter
@@ -88,7 +88,7 @@ class Lines:
     def together(self, a: int, b: int) -> bool:
         return not self._group or self._group.get(a, 0) == self._group.get(b, 0)
 
-    def dials(self, source: Member, target: Member) -> bool:
+    def dials(self, source: SimulatedPeer, target: SimulatedPeer) -> bool:
         """Whether `source` can open a stream to `target` or ask it a question."""
         if not (source.answering and target.answering):
             return False
@@ -101,21 +101,21 @@ class Lines:
     def lost(self) -> bool:
         return self.loss > 0 and self.random.random() < self.loss
 
-    def packet(self, a: Member, b: Member) -> float:
+    def packet(self, a: SimulatedPeer, b: SimulatedPeer) -> float:
         """One datagram, one way."""
         return self._packet[self.random.getrandbits(_BITS)] + a.line + b.line
 
-    def stream(self, a: Member, b: Member, size: int = 0) -> float:
+    def stream(self, a: SimulatedPeer, b: SimulatedPeer, size: int = 0) -> float:
         """One message of `size` bytes over a stream: what is lost is sent again."""
         seconds = self.packet(a, b) + size / self.rate(a)
         while self.lost():
             seconds += RETRANSMIT
         return seconds
 
-    def rate(self, sender: Member) -> float:
+    def rate(self, sender: SimulatedPeer) -> float:
         return min(sender.up, self.slow.get(sender.index, sender.up))
 
-    def look(self, source: Member, shards: int) -> float:
+    def look(self, source: SimulatedPeer, shards: int) -> float:
         """Claims and acceptances of so many shards."""
         if shards == 1:
             draw, table = self.random.getrandbits, self._lookup

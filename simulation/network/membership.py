@@ -14,7 +14,7 @@ from lutetia.node.services.standby_policy import STEADY, WAVES, buckets_before, 
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 
 
-class Roster:
+class SharedMembership:
     """`seen` are all node records at one moment. Duties are made from all of them: a part that is `enough` gives the same."""
 
     def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, turn: int) -> None:

@@ -21,11 +21,11 @@ from lutetia.protocol.schema.records import (
 )
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
 
 
-class Crier:
-    def __init__(self, office: Office, limits: RecordLimits) -> None:
+class SimulatedAnnouncer:
+    def __init__(self, office: SimulatedCoordinator, limits: RecordLimits) -> None:
         self._office, self._world, self._limits = office, office.world, limits
         self._key = office.identity.public_key
         self._expiries: dict[str, float] = {}

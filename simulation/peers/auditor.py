@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Literal
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.messages import Audit, Lend
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.messages import LendAudit, StartAudit
 from lutetia.coordinator.ledger.run_state import PendingAudit
-from lutetia.simulation.network.blobs import Pause, drive
+from lutetia.simulation.network.blobs import SimulatedDelay, drive
 from lutetia.simulation.peers.streams import DIAL_TIMEOUT, shard_parcel
 from lutetia.system.errors import UnreachableError
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
-    from lutetia.simulation.peers.node import Volunteer
-    from lutetia.simulation.world import World
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+    from lutetia.simulation.peers.node import SimulatedNode
+    from lutetia.simulation.world import SimulatedWorld
 
 _WATCH_SECONDS = 5.0
 
@@ -23,22 +23,22 @@ Word = Literal["honest", "valid", "invalid"]
 """What an auditor reports: what it found, or always the same, without a replay."""
 
 
-def replay_steps(world: World, audit: PendingAudit) -> int:
+def replay_steps(world: SimulatedWorld, audit: PendingAudit) -> int:
     """How many steps a replay takes."""
     return world.manifest.steps_per_epoch if audit.whole else world.manifest.audit.replay_steps
 
 
-def found(world: World, audit: PendingAudit) -> Finding:
+def found(world: SimulatedWorld, audit: PendingAudit) -> AuditFinding:
     """What a replay finds: the first steps tell who took none, all of them who faked the end."""
     faked = world.goods.contents[audit.checkpoint].faked
     caught = faked == "all" or (faked == "end" and audit.whole)
-    return Finding(outcome="invalid", text="the replay gave other losses") if caught else Finding(outcome="valid")
+    return AuditFinding(outcome="invalid", text="the replay gave other losses") if caught else AuditFinding(outcome="valid")
 
 
-class Auditor:
+class SimulatedAuditor:
     """A companion of one volunteer. `word`: see Word."""
 
-    def __init__(self, box: Volunteer) -> None:
+    def __init__(self, box: SimulatedNode) -> None:
         self._box, self._world = box, box.world
         self.word: Word = "honest"
 
@@ -77,20 +77,20 @@ class Auditor:
                 await self._hand_in(office, lend.audit, finding, boot, lend.until)
         return 0.0
 
-    async def _asked(self, office: Office) -> Lend | None:
+    async def _asked(self, office: SimulatedCoordinator) -> LendAudit | None:
         box, lines = self._box, self._world.lines
         if not lines.dials(box, office):
-            await Pause(DIAL_TIMEOUT)
+            await SimulatedDelay(DIAL_TIMEOUT)
             return None
-        await Pause(lines.stream(box, office) + lines.stream(office, box))
+        await SimulatedDelay(lines.stream(box, office) + lines.stream(office, box))
         self._world.costs.asked()
         return office.lend(box) if lines.dials(box, office) and office.serving else None
 
-    async def _replayed(self, job: Audit, boot: int, until: float) -> Finding | None:
+    async def _replayed(self, job: StartAudit, boot: int, until: float) -> AuditFinding | None:
         """None when its time was up, or the node got work of its own. Raises UnreachableError when a blob cannot be fetched."""
         box, world, audit = self._box, self._world, job.audit
         if self.word != "honest":
-            return Finding(outcome=self.word, text="as always")
+            return AuditFinding(outcome=self.word, text="as always")
         setting, own = world.setting, set(itertools.chain(*(shelf.digests for shelf in box.hands.shelves.values())))
         parcels = {shard_parcel(audit.shard): setting.shard_bytes}
         if job.parent:
@@ -106,7 +106,7 @@ class Auditor:
                 if not self._free(boot) or box.clock() >= until:
                     return None
                 part = min(left, _WATCH_SECONDS)
-                await Pause(part)
+                await SimulatedDelay(part)
                 left -= part
             return found(world, audit)
         finally:
@@ -114,14 +114,16 @@ class Auditor:
                 if parcel not in own and not (box.state.work and parcel == box.state.work.checkpoint):
                     world.goods.drop(parcel, box)
 
-    async def _hand_in(self, office: Office, job: Audit, finding: Finding, boot: int, until: float) -> None:
+    async def _hand_in(
+        self, office: SimulatedCoordinator, job: StartAudit, finding: AuditFinding, boot: int, until: float
+    ) -> None:
         """Again and again while it is wanted."""
         box, lines = self._box, self._world.lines
         for attempt in itertools.count(1):
             if boot != box.boot or not box.running:
                 return
             if lines.dials(box, office):
-                await Pause(lines.stream(box, office, 4000))
+                await SimulatedDelay(lines.stream(box, office, 4000))
                 self._world.costs.asked()
                 if lines.dials(box, office) and office.serving and boot == box.boot:
                     office.told(box, job.audit.checkpoint, finding)
@@ -129,4 +131,4 @@ class Auditor:
             wait = box.rules.backoff(attempt, "audit")
             if box.clock() + wait > until:
                 return
-            await Pause(wait)
+            await SimulatedDelay(wait)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lutetia.coordinator.acceptance.checks import Stopped
+from lutetia.coordinator.acceptance.checks import CheckFailed
 from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.simulation.network.blobs import Content, Pause
+from lutetia.simulation.network.blobs import Content, SimulatedDelay
 from lutetia.system.errors import UnreachableError
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
 
 _FETCH_GRACE = 30.0
 
 
-class Rungs:
-    def __init__(self, office: Office) -> None:
+class SimulatedChecks:
+    def __init__(self, office: SimulatedCoordinator) -> None:
         self._office, self._world = office, office.world
 
     def _content(self, record: CheckpointRecord) -> Content:
@@ -30,27 +30,27 @@ class Rungs:
         begun = world.agenda.now
         try:
             if not self._content(record).intact:
-                await Pause(_FETCH_GRACE / 10)
+                await SimulatedDelay(_FETCH_GRACE / 10)
                 raise UnreachableError("its bytes do not hash to their name")
             await world.goods.fetch(self._office, digest, size)
             if world.agenda.now - begun > _FETCH_GRACE + size / (64 << 10):
                 raise UnreachableError("it did not arrive in time")
         except UnreachableError as error:
-            raise Stopped("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
+            raise CheckFailed("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
 
     async def inspect(self, record: CheckpointRecord) -> None:
-        await Pause(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.setting.check_seconds / 3)
         if not self._content(record).sound:
-            raise Stopped("invalid", "numbers", "its tensors are not what the manifest wants")
+            raise CheckFailed("invalid", "numbers", "its tensors are not what the manifest wants")
 
     async def baseline(self, shard: int) -> float:
-        await Pause(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.setting.check_seconds / 3)
         return (0.25 + 0.05 * (shard % 3)) * 3.2
 
     async def raw_loss(self, record: CheckpointRecord) -> float:
         return self._content(record).loss
 
     async def loss(self, record: CheckpointRecord) -> float:
-        await Pause(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.setting.check_seconds / 3)
         loss = self._content(record).loss
         return loss if self._content(record).sound else math.nan

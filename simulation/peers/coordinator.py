@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lutetia.coordinator.acceptance import messages as j
-from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits
-from lutetia.coordinator.acceptance.state_machine import JudgeState
-from lutetia.coordinator.acceptance.state_machine import Rules as JudgeRules
+from lutetia.coordinator.acceptance.transition import JudgeRules as JudgeRules
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.audit_service import relatives
@@ -32,24 +32,26 @@ from lutetia.protocol.schema.records import (
     open_record,
 )
 from lutetia.simulation.config import COORDINATOR, MIB
-from lutetia.simulation.network.blobs import Pause, drive
-from lutetia.simulation.peers.announcer import Crier
+from lutetia.simulation.network.blobs import SimulatedDelay, drive
+from lutetia.simulation.peers.announcer import SimulatedAnnouncer
 from lutetia.simulation.peers.auditor import found, replay_steps
-from lutetia.simulation.peers.check_runner import Rungs
+from lutetia.simulation.peers.check_runner import SimulatedChecks
 from lutetia.simulation.peers.manifest_updates import Edition
 from lutetia.simulation.peers.streams import shard_parcel
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import Volunteer
-    from lutetia.simulation.world import World
+    from lutetia.simulation.peers.node import SimulatedNode
+    from lutetia.simulation.world import SimulatedWorld
 
 _TICK_SECONDS = 1.0
 
 
-class Office:
+class SimulatedCoordinator:
     """One coordinator process on one disk (`ledger`). `boot` counts its starts."""
 
-    def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
+    def __init__(
+        self, world: SimulatedWorld, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None
+    ) -> None:
         self.world, self.index, self.identity = world, index, identity
         self.line, self.up = 0.0, world.setting.origin_up
         self.running = self.serving = self.recovering = self.denies = False
@@ -72,7 +74,7 @@ class Office:
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
         self._nodes_due = float("-inf")
-        self.crier = Crier(self, self._limits)
+        self.crier = SimulatedAnnouncer(self, self._limits)
         self.edition = Edition(self)
 
     def __repr__(self) -> str:
@@ -136,12 +138,12 @@ class Office:
         """Go on under the newest manifest in the folder."""
         if self.running and (entry := self.edition.adopt()):
             self.rules = replace(self.rules, manifest=self.edition.live())
-            self.hear(j.Noted((entry,), self.clock()))
+            self.hear(j.LedgerFacts((entry,), self.clock()))
             self.edition.tell()
 
     def _take_back(self) -> None:
         if lost := self.crier.lost():
-            self.hear(j.Noted(tuple(lost), self.clock()))
+            self.hear(j.LedgerFacts(tuple(lost), self.clock()))
 
     def _behind(self) -> bool:
         """As `coordinator.runtime.split_brain`: its ledger is not the newest, so it stops."""
@@ -186,7 +188,7 @@ class Office:
         assert isinstance(reply, OfferReply)
         return reply
 
-    def hear(self, stimulus: j.Stimulus) -> OfferReply | j.Lend | None:
+    def hear(self, stimulus: j.Stimulus) -> OfferReply | j.LendAudit | None:
         """Judge, write the ledger, then carry out."""
         world = self.world
         world.costs.judged += 1
@@ -202,7 +204,7 @@ class Office:
             match action:
                 case j.Answer():
                     reply = action.reply
-                case j.Lend():
+                case j.LendAudit():
                     reply = action
                 case j.Publish():
                     world.goods.put(action.record.digest, self)
@@ -211,52 +213,56 @@ class Office:
                         world.agenda.after(0.0, self.crash)
                     else:
                         self.crier.publish(action.acceptance)
-                case j.Check():
+                case j.StartCheck():
                     self._check(action)
-                case j.Audit():
+                case j.StartAudit():
                     drive(world.agenda, self._replay(action), partial(self._audited, self.boot, action))
-                case j.Proclaim():
+                case j.PublishReset():
                     self.crier.publish(action.record)
                 case _:
                     pass
         return reply
 
-    def _check(self, check: j.Check) -> None:
+    def _check(self, check: j.StartCheck) -> None:
         boot = self.boot
 
         def done(verdict: Any) -> None:
             if boot == self.boot:
-                self.hear(j.Checked(check.record, verdict, self.clock()))
+                self.hear(j.CheckDone(check.record, verdict, self.clock()))
 
-        drive(self.world.agenda, self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, Rungs(self)), done)
+        drive(
+            self.world.agenda,
+            self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
+            done,
+        )
 
-    def lend(self, asking: Volunteer) -> j.Lend:
+    def lend(self, asking: SimulatedNode) -> j.LendAudit:
         """As `coordinator.runtime.audit_service`: an audit of somebody with whom the asking peer has nothing to do."""
         known = [sighting.record for sighting in self.view.nodes] if self.world.setting.operators else []
         lend = self.hear(j.AuditWanted(asking.box.owner, self.clock(), relatives(asking.box.owner, known)))
-        assert isinstance(lend, j.Lend)
+        assert isinstance(lend, j.LendAudit)
         return lend
 
-    def told(self, auditor: Volunteer, checkpoint: str, finding: Finding) -> None:
+    def told(self, auditor: SimulatedNode, checkpoint: str, finding: AuditFinding) -> None:
         """A report, from whom the audit was lent to; others are refused."""
         lent = self.state.lent.get(checkpoint)
         if lent is not None and lent[0] == auditor.box.owner:
             self.hear(j.AuditDelivered(auditor.box.owner, checkpoint, finding, 1.0, self.clock()))
 
-    async def _replay(self, action: j.Audit) -> Finding:
+    async def _replay(self, action: j.StartAudit) -> AuditFinding:
         """Steps cost here what they cost a box of speed 1."""
         world, steps = self.world, replay_steps(self.world, action.audit)
-        await Pause(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
+        await SimulatedDelay(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
         return found(world, action.audit)
 
-    def _audited(self, boot: int, action: j.Audit, finding: Finding) -> None:
+    def _audited(self, boot: int, action: j.StartAudit, finding: AuditFinding) -> None:
         if boot == self.boot:
             self.hear(j.Audited(action.audit.checkpoint, finding, self.clock()))
 
     # --- every now and then ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.hear(j.Tick(self.clock()))
+        self.hear(j.JudgeTick(self.clock()))
 
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: results that nobody offered by stream, nodes and claims."""

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.node.machine import messages as m
-from lutetia.node.machine.state import Rules
+from lutetia.node.machine.state import NodeRules
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version, training_changed
 from lutetia.simulation.config import OWNER
-from lutetia.simulation.network.blobs import Pause, drive
+from lutetia.simulation.network.blobs import SimulatedDelay, drive
 from lutetia.simulation.peers.streams import DIAL_TIMEOUT
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
-    from lutetia.simulation.peers.node import Volunteer
-    from lutetia.simulation.world import World
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+    from lutetia.simulation.peers.node import SimulatedNode
+    from lutetia.simulation.world import SimulatedWorld
 
 
-def upgrade(world: World, changes: dict[str, Any]) -> None:
+def upgrade(world: SimulatedWorld, changes: dict[str, Any]) -> None:
     """The owner signs the next version and puts it into the coordinator's folder; who serves takes it up within a second."""
     epochs = max(world.invariants.heads)
     manifest = next_version(world.manifest, changes, world.agenda.now, epochs)
@@ -36,7 +36,7 @@ def upgrade(world: World, changes: dict[str, Any]) -> None:
 class Edition:
     """The version that a coordinator serves. Newly started it serves the newest in its folder."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, office: SimulatedCoordinator) -> None:
         self._office, self._world = office, office.world
         self.live = LiveManifest(office.world.signed)
         self._told: dict[str, int] = {}
@@ -55,21 +55,21 @@ class Edition:
             if self.live.version > self._told.get(sighting.record.owner, self._world.first_version):
                 drive(self._world.agenda, self._tell(peer), lambda _: None)
 
-    async def _tell(self, peer: Volunteer) -> None:
+    async def _tell(self, peer: SimulatedNode) -> None:
         office, lines, version = self._office, self._world.lines, self.live.version
         if not lines.dials(office, peer):
-            await Pause(DIAL_TIMEOUT)
+            await SimulatedDelay(DIAL_TIMEOUT)
             return
-        await Pause(lines.stream(office, peer))
+        await SimulatedDelay(lines.stream(office, peer))
         if lines.dials(office, peer):
             self._told[peer.box.owner] = version
             peer.news.hear(self.live)
 
 
-class News:
+class SimulatedManifestUpdates:
     """A volunteer's: the version on its disk, which it goes on under, and serves to others."""
 
-    def __init__(self, box: Volunteer) -> None:
+    def __init__(self, box: SimulatedNode) -> None:
         self._box, self._world = box, box.world
         self.live = LiveManifest(box.world.signed)
 
@@ -87,14 +87,14 @@ class News:
         box, world, lines = self._box, self._world, self._world.lines
         for office in world.offices:
             if office.serving and lines.dials(box, office):
-                await Pause(2 * lines.stream(box, office))
+                await SimulatedDelay(2 * lines.stream(box, office))
                 self.hear(office.edition.live)
                 return
-            await Pause(DIAL_TIMEOUT)
+            await SimulatedDelay(DIAL_TIMEOUT)
         others = [peer for peer in world.volunteers if peer is not box and lines.dials(box, peer)]
         if others:
             other = others[int(box.clock()) % len(others)]
-            await Pause(2 * lines.stream(box, other))
+            await SimulatedDelay(2 * lines.stream(box, other))
             self.hear(other.news.live)
 
     def hear(self, other: LiveManifest) -> None:
@@ -103,5 +103,5 @@ class News:
         if not box.answering or other.version <= self.live.version or not self.live.adopt(other.signed.to_bytes(), box.clock()):
             return
         new = self.live()
-        box.rules = Rules.of(new, box.box.owner)
+        box.rules = NodeRules.of(new, box.box.owner)
         box.hear(box.boot, m.ManifestChanged, new.version, training_changed(old, new))

@@ -6,42 +6,42 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lutetia.node.machine import messages as m
-from lutetia.node.machine.state import Rules, State, next_wake
-from lutetia.simulation.config import Box
+from lutetia.node.machine.state import MachineState, NodeRules, next_wake
+from lutetia.simulation.config import SimulatedMachine
 from lutetia.simulation.network.blobs import drive
-from lutetia.simulation.peers.auditor import Auditor
-from lutetia.simulation.peers.manifest_updates import News
-from lutetia.simulation.peers.node_network import Network
+from lutetia.simulation.peers.auditor import SimulatedAuditor
+from lutetia.simulation.peers.manifest_updates import SimulatedManifestUpdates
+from lutetia.simulation.peers.node_network import SimulatedNodeNetwork
 from lutetia.simulation.peers.streams import offer_round, sync_round
-from lutetia.simulation.peers.trainer import Hands
+from lutetia.simulation.peers.trainer import SimulatedTrainer
 
 if TYPE_CHECKING:
-    from lutetia.simulation.world import World
+    from lutetia.simulation.world import SimulatedWorld
 
 _PROBE_SECONDS = 0.5
 _LAST_WORDS = 1.0
 _TICK = 1e-6  # a timer must not come a rounding error too early
 
 
-class Volunteer:
+class SimulatedNode:
     """`boot` counts its starts: what an earlier process asked for does not reach a later one."""
 
-    def __init__(self, world: World, index: int, box: Box) -> None:
+    def __init__(self, world: SimulatedWorld, index: int, box: SimulatedMachine) -> None:
         self.world, self.index, self.box = world, index, box
         self.line, self.up, self.skew = box.line, box.up, box.skew
-        self.rules = Rules.of(world.manifest, box.owner)
+        self.rules = NodeRules.of(world.manifest, box.owner)
         """Those of the manifest on its disk (`news`)."""
-        self.state = State()
+        self.state = MachineState()
         self.running = self.online = self.frozen = self.denies = self.disk_full = False
         self.device_ok = True
         self.met = False
         self.boot = self.joins = self.sync_number = 0
         self.parts: dict[str, dict[str, Any]] = {}
         self.written: set[str] = set()
-        self.network = Network(self)
-        self.hands = Hands(self)
-        self.auditor = Auditor(self)
-        self.news = News(self)
+        self.network = SimulatedNodeNetwork(self)
+        self.hands = SimulatedTrainer(self)
+        self.auditor = SimulatedAuditor(self)
+        self.news = SimulatedManifestUpdates(self)
         self.holds: int | None = None
         self.eligible_since: float | None = None
         self._backlog: list[tuple[Callable[..., m.Event], tuple[Any, ...]]] = []
@@ -66,7 +66,7 @@ class Volunteer:
         self.boot += 1
         self.running, self.frozen, self.online = True, False, False
         remembered = frozenset(shard for shard, shelf in self.hands.shelves.items() if shelf.kept or shelf.local)
-        self.state = State(since=self.clock(), remembered=remembered)
+        self.state = MachineState(since=self.clock(), remembered=remembered)
         self._timer = float("inf")
         self._join(self.boot, 1)
 
@@ -134,7 +134,7 @@ class Volunteer:
         for kind, arguments in backlog:
             self.hear(self.boot, kind, *arguments)
         if self.running:
-            self.hear(self.boot, m.Tick)
+            self.hear(self.boot, m.ClockTick)
 
     # --- the machine ----------------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Volunteer:
         if world.story is not None:
             world.story.machine(self, event, before, actions)
         for action in actions:
-            if type(action) is not m.Report:
+            if type(action) is not m.LogSentence:
                 _DO[type(action)](self, action)
         world.invariants.after_peer(self)
         if self.running:
@@ -179,17 +179,17 @@ class Volunteer:
             return
         self._timer = float("inf")
         if self.frozen:
-            self._backlog.append((m.Tick, ()))
+            self._backlog.append((m.ClockTick, ()))
             return
         due = next_wake(self.rules, self.state)
         if due is not None and due <= self.clock():
-            self.hear(boot, m.Tick)
+            self.hear(boot, m.ClockTick)
         elif self.running:
             self._arm()
 
     # --- what the machine asks for ----------------------------------------------------------------------------------------
 
-    def _probe(self, action: m.Probe) -> None:
+    def _probe(self, action: m.ProbeHardware) -> None:
         self.world.agenda.after(_PROBE_SECONDS, self._probed, self.boot)
 
     def _probed(self, boot: int) -> None:
@@ -198,7 +198,7 @@ class Volunteer:
         else:
             self.hear(boot, m.ProbeFailed, "no driver")
 
-    def _look(self, action: m.Look) -> None:
+    def _look(self, action: m.LookAtShards) -> None:
         if self.online:
             self.network.look(action.shards)
 
@@ -227,7 +227,7 @@ class Volunteer:
             lambda answer: self.hear(boot, m.OfferAnswered, candidate.digest, *answer),
         )  # fmt: skip
 
-    def _superseded(self, action: m.Superseded) -> None:
+    def _superseded(self, action: m.CheckpointsSuperseded) -> None:
         self.hands.forget(action.shard, below=action.epoch)
 
     def _discard(self, action: m.DiscardWork) -> None:
@@ -241,17 +241,17 @@ class Volunteer:
             self._gone()
 
 
-_DO: dict[type, Callable[[Volunteer, Any], None]] = {
-    m.Probe: Volunteer._probe,
-    m.Look: Volunteer._look,
-    m.PublishClaim: Volunteer._publish_claim,
-    m.RenewRecords: Volunteer._renew,
-    m.Sync: Volunteer._sync,
+_DO: dict[type, Callable[[SimulatedNode, Any], None]] = {
+    m.ProbeHardware: SimulatedNode._probe,
+    m.LookAtShards: SimulatedNode._look,
+    m.PublishClaim: SimulatedNode._publish_claim,
+    m.RenewRecords: SimulatedNode._renew,
+    m.Sync: SimulatedNode._sync,
     m.StartTrainer: lambda peer, action: peer.hands.start(action),
     m.AllowEpochs: lambda peer, action: peer.hands.allow(action.until),
     m.StopTrainer: lambda peer, action: peer.hands.stop(save=action.save),
-    m.PublishCheckpoint: Volunteer._publish_checkpoint,
-    m.DiscardWork: Volunteer._discard,
-    m.Superseded: Volunteer._superseded,
-    m.Leave: Volunteer._leave,
+    m.PublishCheckpoint: SimulatedNode._publish_checkpoint,
+    m.DiscardWork: SimulatedNode._discard,
+    m.CheckpointsSuperseded: SimulatedNode._superseded,
+    m.Leave: SimulatedNode._leave,
 }

@@ -14,16 +14,16 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.peers.node import SimulatedNode
 
 _ANNOUNCE_EVERY = 10  # heartbeats: a third of a provider record's life
 _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
 
 
-class Network:
+class SimulatedNodeNetwork:
     """`acceptances` are the newest seen; `newer`: this box's version writes a field into records that others do not know."""
 
-    def __init__(self, box: Volunteer) -> None:
+    def __init__(self, box: SimulatedNode) -> None:
         self._box, self._world = box, box.world
         self.acceptances: dict[int, Any] = {}
         self.newer = False
@@ -91,7 +91,7 @@ class Network:
             world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
             wait *= pace(records)
             if box.state.duty is not None or box.state.phase in ("idle", "claiming"):
-                box.hear(boot, m.DutyGiven, roster.duties.get(box.box.owner), box.clock() + 2 * wait)
+                box.hear(boot, m.WatchedShardsSet, roster.duties.get(box.box.owner), box.clock() + 2 * wait)
         world.agenda.after(wait, self._list, boot, joins)
 
     # --- filing -----------------------------------------------------------------------------------------------------------

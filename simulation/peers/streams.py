@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lutetia.node.machine import messages as m
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
-from lutetia.simulation.network.blobs import Pause
+from lutetia.simulation.network.blobs import SimulatedDelay
 from lutetia.system.errors import UnreachableError
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import Office
-    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+    from lutetia.simulation.peers.node import SimulatedNode
 
 DIAL_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 10.0
@@ -23,7 +23,7 @@ def shard_parcel(shard: int) -> str:
     return f"the data of shard {shard}"
 
 
-async def sync_round(peer: Volunteer, action: m.Sync, boot: int) -> tuple[Any, ...]:
+async def sync_round(peer: SimulatedNode, action: m.Sync, boot: int) -> tuple[Any, ...]:
     """As `node.runtime.tasks.sync`: the data, the accepted state, and what of our own stands on it."""
     world, shard, epoch, checkpoint = peer.world, action.shard, action.epoch, action.checkpoint
     try:
@@ -39,19 +39,19 @@ async def sync_round(peer: Volunteer, action: m.Sync, boot: int) -> tuple[Any, .
         if peer.disk_full:
             raise UnreachableError("no space left on device")
     except UnreachableError as error:
-        await Pause(0.05)
+        await SimulatedDelay(0.05)
         return m.SyncFailed, shard, str(error)
-    await Pause(0.05)
+    await SimulatedDelay(0.05)
     return m.SyncDone, shard, epoch, checkpoint, peer.hands.pending(shard, epoch, checkpoint)
 
 
-async def offer_round(peer: Volunteer, candidate: m.Candidate, boot: int) -> tuple[m.Verdict, str, float | None]:
+async def offer_round(peer: SimulatedNode, candidate: m.OwnCheckpoint, boot: int) -> tuple[m.Verdict, str, float | None]:
     """As `node.runtime.tasks.publish` and `node.runtime.network.offer`: file the record, then offer it to the coordinators in
     turn.
     """
     world = peer.world
     record = peer.hands.kept(candidate.shard, candidate.digest)
-    await Pause(0.02)
+    await SimulatedDelay(0.02)
     if record is None:
         return "invalid", f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more", None
     if not peer.answering or boot != peer.boot:
@@ -67,14 +67,14 @@ async def offer_round(peer: Volunteer, candidate: m.Candidate, boot: int) -> tup
     return "unreachable", "no coordinator answered", None
 
 
-async def _offer(peer: Volunteer, office: Office, record: Any, boot: int) -> OfferReply | None:
+async def _offer(peer: SimulatedNode, office: SimulatedCoordinator, record: Any, boot: int) -> OfferReply | None:
     """Dial, send, and wait for the answer. None: nobody there, or the answer is lost with the line."""
     lines = peer.world.lines
     if not lines.dials(peer, office):
-        await Pause(DIAL_TIMEOUT)
+        await SimulatedDelay(DIAL_TIMEOUT)
         return None
     there = lines.stream(peer, office) + lines.stream(office, peer) + lines.stream(peer, office, 2000)
-    await Pause(min(there, _ANSWER_TIMEOUT))
+    await SimulatedDelay(min(there, _ANSWER_TIMEOUT))
     if there >= _ANSWER_TIMEOUT or boot != peer.boot or not lines.dials(peer, office):
         return None
     peer.world.costs.offered()
@@ -84,5 +84,5 @@ async def _offer(peer: Volunteer, office: Office, record: Any, boot: int) -> Off
         record, peer.network.sealed(record, record.issued + _OFFER_LIFE) if peer.box.identity else b"", _OFFER_LIFE
     )
     back = lines.stream(office, peer)
-    await Pause(back)
+    await SimulatedDelay(back)
     return reply if boot == peer.boot and lines.together(peer.index, office.index) and office.running else None

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from lutetia.node.machine.messages import Candidate as Whole
 from lutetia.node.machine.messages import CheckpointReady, Exit, StartTrainer, TrainerExited, TrainerProgress
+from lutetia.node.machine.messages import OwnCheckpoint as Whole
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.config import blob
 from lutetia.simulation.network.blobs import Content, honest_loss, sitting
 
 if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import Volunteer
+    from lutetia.simulation.peers.node import SimulatedNode
 
 Spans = tuple[tuple[int, int], ...]
 Conduct = Literal["honest", "untrained", "not-a-number", "wrong-shapes", "spoilt", "poisoned"]
@@ -24,7 +24,7 @@ Conduct = Literal["honest", "untrained", "not-a-number", "wrong-shapes", "spoilt
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class SimulatedState:
     """A saved training state: `steps` taken on top of (`epoch`, `parent`)."""
 
     epoch: int
@@ -34,16 +34,16 @@ class Local:
 
 
 @dataclass(slots=True)
-class Shelf:
+class SimulatedDisk:
     """What one box has on disk of its own work on one shard."""
 
     kept: list[CheckpointRecord] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
-    local: Local | None = None
+    local: SimulatedState | None = None
 
 
 @dataclass(slots=True)
-class Trainer:
+class SimulatedTraining:
     """Works on top of `epoch`, may do so below `until`; `steps` were done when it was at `since`. `turn` outdates old timers."""
 
     number: int
@@ -58,21 +58,21 @@ class Trainer:
     turn: int = 0
 
 
-class Hands:
-    def __init__(self, box: Volunteer) -> None:
+class SimulatedTrainer:
+    def __init__(self, box: SimulatedNode) -> None:
         self._box, self._world = box, box.world
-        self.trainer: Trainer | None = None
+        self.trainer: SimulatedTraining | None = None
         self.exiting = False
         """The trainer has ended by itself, and the machine has not heard of it yet."""
-        self.shelves: dict[int, Shelf] = {}
+        self.shelves: dict[int, SimulatedDisk] = {}
         self.conduct: Conduct = "honest"
         self.steps_per_epoch = box.world.manifest.steps_per_epoch
         self.speed = box.box.speed * self.steps_per_epoch / box.world.setting.epoch_seconds
         self.taken = 0
         """Steps really taken: the work that this box did."""
 
-    def shelf(self, shard: int) -> Shelf:
-        return self.shelves.setdefault(shard, Shelf())
+    def shelf(self, shard: int) -> SimulatedDisk:
+        return self.shelves.setdefault(shard, SimulatedDisk())
 
     # orders
 
@@ -86,7 +86,7 @@ class Hands:
             self._box.soon(TrainerExited, order.run, "bad-state", "the accepted state is not on this disk")
             return
         local = shelf.local if shelf.local and (shelf.local.epoch, shelf.local.parent) == (epoch, parent) else None
-        self.trainer = Trainer(
+        self.trainer = SimulatedTraining(
             order.run, order.shard, epoch, parent, order.until, local.steps if local else 0, local.spans if local else (),
             self._world.agenda.now, waiting=epoch >= order.until,
         )  # fmt: skip
@@ -109,7 +109,9 @@ class Hands:
             return
         done = self._done(trainer, saved=not save)
         self.taken += self._done(trainer) - trainer.steps
-        self.shelf(trainer.shard).local = Local(trainer.epoch, trainer.parent, done, sitting(trainer.spans, trainer.steps, done))
+        self.shelf(trainer.shard).local = SimulatedState(
+            trainer.epoch, trainer.parent, done, sitting(trainer.spans, trainer.steps, done)
+        )
 
     def fail(self, reason: Exit, text: str = "") -> None:
         """The trainer ends by itself."""
@@ -165,7 +167,7 @@ class Hands:
 
     # the model of training
 
-    def _go(self, trainer: Trainer) -> None:
+    def _go(self, trainer: SimulatedTraining) -> None:
         trainer.turn += 1
         if not trainer.waiting:
             left = (self.steps_per_epoch - trainer.steps) / self._pace()
@@ -174,7 +176,7 @@ class Hands:
     def _pace(self) -> float:
         return self.speed * (20 if self.conduct in ("untrained", "poisoned") else 1)
 
-    def _done(self, trainer: Trainer, *, saved: bool = False) -> int:
+    def _done(self, trainer: SimulatedTraining, *, saved: bool = False) -> int:
         """Steps of this epoch that are done, or `saved` on disk."""
         if trainer.waiting or self._box.frozen:
             return trainer.steps
@@ -184,14 +186,14 @@ class Hands:
             seconds = seconds // every * every
         return min(self.steps_per_epoch, trainer.steps + int(seconds * self._pace()))
 
-    def _report(self, boot: int, trainer: Trainer, turn: int) -> None:
+    def _report(self, boot: int, trainer: SimulatedTraining, turn: int) -> None:
         if boot != self._box.boot or self.trainer is not trainer or self._box.frozen:
             return
         samples = (trainer.epoch * self.steps_per_epoch + self._done(trainer)) * 16
         self._box.hear(boot, TrainerProgress, trainer.number, trainer.epoch, samples, trainer.waiting)
         self._world.agenda.after(self._world.setting.heartbeat, self._report, boot, trainer, turn)
 
-    def _finish(self, boot: int, trainer: Trainer, turn: int) -> None:
+    def _finish(self, boot: int, trainer: SimulatedTraining, turn: int) -> None:
         """The last step of an epoch: its checkpoint is being written while the next epoch begins."""
         box, world = self._box, self._world
         if boot != box.boot or self.trainer is not trainer or trainer.turn != turn or box.frozen:
@@ -222,7 +224,7 @@ class Hands:
             self._box.hear(boot, TrainerProgress, number, trainer.epoch, samples, trainer.waiting)
         self._box.hear(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
 
-    def _result(self, trainer: Trainer, spans: Spans) -> CheckpointRecord:
+    def _result(self, trainer: SimulatedTraining, spans: Spans) -> CheckpointRecord:
         world, box, epoch = self._world, self._box, trainer.epoch + 1
         goods, setting = world.goods, world.setting
         parent = goods.contents.get(trainer.parent or "")
@@ -243,7 +245,7 @@ class Hands:
         return record
 
 
-def _following(shelf: Shelf, epoch: int, parent: str | None) -> str | None:
+def _following(shelf: SimulatedDisk, epoch: int, parent: str | None) -> str | None:
     """The digest of the own checkpoint that stands on (`epoch`, `parent`)."""
     for record, digest in zip(shelf.kept, shelf.digests, strict=True):
         if record.epoch == epoch + 1 and record.parent == parent:

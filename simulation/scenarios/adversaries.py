@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from random import Random
 
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.forgery import KINDS
 from lutetia.simulation.faults.plan import Step
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, audited_by_peers, caught, joins, owned, refused_all
 
-_SIGNED = Setting(shards=3, epochs=100, signed=True)
+_SIGNED = SimulationConfig(shards=3, epochs=100, signed=True)
 
 
-def _forgers(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _forgers(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A liar throws every kind of bad record at everybody."""
     steps = joins(setting, peers, rng)
     for round_ in range(4):
@@ -21,7 +21,7 @@ def _forgers(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _liars(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _liars(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A third of the boxes offer checkpoints that are not numbers, of another shape, or bytes that do not match their name."""
     steps = joins(setting, peers, rng)
     for index in range(0, peers, 3):
@@ -29,23 +29,23 @@ def _liars(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _sybils(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _sybils(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Half of all identities are one attacker's: they take part in the DHT and deny every record, but never claim."""
     steps = joins(setting, peers, rng)
     return steps + [Step(0.0, "denies records", (index,)) for index in range(0, peers, 2)]
 
 
-def _double(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _double(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Somebody copied the state folder: two boxes speak under one identity."""
     return [*joins(setting, peers, rng), Step(rng.uniform(60, 200), "copied identity", (0, 1))]
 
 
-def _versions(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _versions(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A third of the boxes write a field into every record that the others do not know."""
     return [Step(0.0, "newer version", (index,)) for index in range(0, peers, 3)] + joins(setting, peers, rng)
 
 
-def _cheats(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _cheats(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A quarter of the boxes fake: some offer their parent again, some take the first steps and invent the rest."""
     steps = joins(setting, peers, rng)
     for index in range(0, peers, 4):
@@ -53,7 +53,7 @@ def _cheats(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _auditors(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _auditors(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Cheats as above; a quarter of the others call every result valid, some every one invalid, and some die over a replay."""
     steps = _cheats(setting, peers, rng)
     for index in range(1, peers, 4):
@@ -72,7 +72,7 @@ LIES = (
         _auditors,
         peers=16,
         seconds=2400,
-        setting=Setting(shards=4, epochs=200, operators=6),
+        setting=SimulationConfig(shards=4, epochs=200, operators=6),
         ends=(owned, caught, audited_by_peers(10), advanced(0.2)),
         least=8,
     ),
@@ -83,7 +83,7 @@ LIES = (
         _cheats,
         peers=12,
         seconds=2400,
-        setting=Setting(shards=4, epochs=200),
+        setting=SimulationConfig(shards=4, epochs=200),
         ends=(owned, caught, advanced(0.2)),
         least=4,
     ),
@@ -105,7 +105,7 @@ LIES = (
         11,
         _liars,
         peers=9,
-        setting=Setting(shards=4, epochs=200),
+        setting=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.15),),
         least=3,
     ),
@@ -115,7 +115,7 @@ LIES = (
         12,
         _sybils,
         peers=24,
-        setting=Setting(shards=4, epochs=200),
+        setting=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.15),),
         least=2,
     ),
@@ -124,7 +124,7 @@ LIES = (
         "one key on two boxes",
         13,
         _double,
-        setting=Setting(shards=4, epochs=200),
+        setting=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.3),),
         least=2,
     ),

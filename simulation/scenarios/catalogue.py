@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.plan import Step
 from lutetia.simulation.scenarios.adversaries import LIES
 from lutetia.simulation.scenarios.links import LINES
@@ -23,19 +23,19 @@ _WHATEVER = (
 )  # fmt: skip
 
 
-def _calm(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _calm(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return joins(setting, peers, rng)
 
 
-def _late(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _late(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return [Step(300.0, "join", (index,)) for index in range(peers)]
 
 
-def _herd(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _herd(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return joins(setting, peers, rng, within=1.0)
 
 
-def _crowd(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _crowd(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """An ordinary hour of a large swarm: each box dies after two hours on average, and is back ten minutes later."""
     steps = joins(setting, peers, rng)
     for index in range(peers):
@@ -46,7 +46,7 @@ def _crowd(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _chaos(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _chaos(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Anything may happen to anybody, once a minute, until five minutes before the end."""
     steps, cut = joins(setting, peers, rng), False
     for minute in range(2, 45):
@@ -87,7 +87,7 @@ SCENARIOS: dict[str, Scenario] = {
             _herd,
             seconds=600,
             peers=300,
-            setting=Setting(shards=12, epochs=1000, origin_slots=4),
+            setting=SimulationConfig(shards=12, epochs=1000, origin_slots=4),
             ends=(owned, advanced(0.4)),
         ),
         Scenario(
@@ -97,7 +97,7 @@ SCENARIOS: dict[str, Scenario] = {
             _late,
             seconds=1500,
             peers=1,
-            setting=Setting(shards=2, epochs=6, speed_sigma=0.0),
+            setting=SimulationConfig(shards=2, epochs=6, speed_sigma=0.0),
             ends=(completed,),
         ),
         Scenario(
@@ -107,7 +107,7 @@ SCENARIOS: dict[str, Scenario] = {
             _chaos,
             seconds=3600,
             peers=10,
-            setting=Setting(shards=4, epochs=200),
+            setting=SimulationConfig(shards=4, epochs=200),
             ends=(owned, advanced(0.15)),
         ),
         Scenario(
@@ -117,7 +117,7 @@ SCENARIOS: dict[str, Scenario] = {
             _crowd,
             seconds=3600,
             peers=1000,
-            setting=Setting(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
+            setting=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
             ends=(advanced(0.5),),
             least=16,
         ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.plan import Step
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, completed, joins, owned, stopped_itself, up_to_date
 
-_LONG = Setting(shards=4, epochs=200)
+_LONG = SimulationConfig(shards=4, epochs=200)
 
 
-def _killed(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _killed(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """SIGKILL at any moment: mid-step, while a checkpoint is written, while it is offered. Half of the boxes come back."""
     steps = joins(setting, peers, rng)
     for index in range(1, peers):
@@ -23,12 +23,12 @@ def _killed(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _drain(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _drain(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """SIGTERM: every second box finishes the checkpoint under way and leaves."""
     return joins(setting, peers, rng) + [Step(rng.uniform(100, 500), "finish", (index,)) for index in range(0, peers, 2)]
 
 
-def _sleep(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _sleep(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A laptop's lid closes for longer than a lease, and opens again."""
     steps = joins(setting, peers, rng)
     for index in range(peers // 2):
@@ -37,7 +37,7 @@ def _sleep(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _coordinator_crash(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _coordinator_crash(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """It crashes four times, once between writing an acceptance and telling anybody, and starts again from its ledger."""
     steps = joins(setting, peers, rng)
     for number in range(4):
@@ -47,7 +47,7 @@ def _coordinator_crash(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _two_coordinators(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _two_coordinators(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A second one starts on a copy of the ledger; then the first dies."""
     return [
         *joins(setting, peers, rng), Step(rng.uniform(150, 250), "second coordinator"),
@@ -55,7 +55,7 @@ def _two_coordinators(setting: Setting, peers: int, rng: Random) -> list[Step]:
     ]  # fmt: skip
 
 
-def _rival(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _rival(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The coordinator is cut off, so its operator starts a second one on a copy of its ledger; then the first is back."""
     at, everybody = rng.uniform(150, 250), tuple(range(peers))
     return [
@@ -64,7 +64,7 @@ def _rival(setting: Setting, peers: int, rng: Random) -> list[Step]:
     ]  # fmt: skip
 
 
-def _old_copy(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _old_copy(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The coordinator's folder is replaced by an old copy: it refuses to serve, until it is told to take its word back."""
     at = rng.uniform(300, 600)
     return [
@@ -73,7 +73,7 @@ def _old_copy(setting: Setting, peers: int, rng: Random) -> list[Step]:
     ]  # fmt: skip
 
 
-def _upgrade(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _upgrade(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The owner raises the budget twice: while a third is cut off, and while the coordinator is down. Some die meanwhile."""
     first, second = rng.uniform(100, 500), rng.uniform(700, 1100)
     third = tuple(sorted(rng.sample(range(peers), peers // 3)))
@@ -87,7 +87,7 @@ def _upgrade(setting: Setting, peers: int, rng: Random) -> list[Step]:
     ]  # fmt: skip
 
 
-def _bootstraps_down(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _bootstraps_down(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The only bootstrap peer is down before half of the swarm joins, and again later; who restarts then knows whom it met."""
     steps = [Step(at, "join", (index,)) for index, at in enumerate(sorted(rng.uniform(20, 120) for _ in range(peers)))]
     steps += [Step(60.0, "coordinator crashes"), Step(160.0, "coordinator starts")]
@@ -98,7 +98,7 @@ def _bootstraps_down(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _disks(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _disks(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Disks fill up while checkpoints are written or shards fetched; one is never emptied, one dies with all that is on it."""
     steps = joins(setting, peers, rng)
     for index in range(1, peers):
@@ -109,7 +109,7 @@ def _disks(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return [*steps, Step(rng.uniform(200, 600), "disk lost", (0,)), Step(800.0, "join", (0,))]
 
 
-def _devices(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _devices(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Drivers that come late, memory that runs out, devices that fall off the bus."""
     steps = joins(setting, peers, rng)
     for index in range(peers // 3):
@@ -122,7 +122,7 @@ def _devices(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _churn(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _churn(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Each box dies after 100 s on average, and is back after 30 s on average (Poisson)."""
     steps = []
     for index in range(peers):
@@ -135,13 +135,13 @@ def _churn(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _collapse(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _collapse(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Nineteen of twenty boxes, with most owners among them, die at the same moment and do not come back."""
     dead = tuple(sorted(rng.sample(range(peers), peers - peers // 20)))
     return [*joins(setting, peers, rng), Step(300.0 + rng.uniform(0, 60), "kill", dead)]
 
 
-def _resume(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _resume(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Boxes of one kind, killed at random steps and started again at once: the weights are those of an uninterrupted run."""
     steps = joins(setting, peers, rng)
     for index in range(peers):
@@ -151,7 +151,7 @@ def _resume(setting: Setting, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _wishes(setting: Setting, peers: int, rng: Random) -> list[Step]:
+def _wishes(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Volunteers pause, resume, finish and leave as they like."""
     steps = joins(setting, peers, rng)
     for index in range(1, peers):
@@ -221,7 +221,7 @@ BOXES = (
         _upgrade,
         seconds=2700,
         peers=9,
-        setting=Setting(epochs=6),
+        setting=SimulationConfig(epochs=6),
         ends=(completed, up_to_date),
         least=6,
     ),
@@ -251,7 +251,7 @@ BOXES = (
         _churn,
         seconds=3600,
         peers=32,
-        setting=Setting(shards=8, epochs=500),
+        setting=SimulationConfig(shards=8, epochs=500),
         ends=(advanced(0.1),),
     ),
     Scenario(
@@ -261,7 +261,7 @@ BOXES = (
         _collapse,
         seconds=700,
         peers=160,
-        setting=Setting(shards=6, epochs=500, unfit=0.2),
+        setting=SimulationConfig(shards=6, epochs=500, unfit=0.2),
         ends=(advanced(0.2),),
         least=20,
     ),
@@ -271,7 +271,7 @@ BOXES = (
         20,
         _resume,
         peers=6,
-        setting=Setting(shards=3, epochs=8, one_device=True, save_every=5.0),
+        setting=SimulationConfig(shards=3, epochs=8, one_device=True, save_every=5.0),
         seconds=2400,
         ends=(completed,),
     ),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from random import Random
 
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.plan import Step
-from lutetia.simulation.world import World
+from lutetia.simulation.world import SimulatedWorld
 
-PlanOf = Callable[[Setting, int, Random], list[Step]]
-End = Callable[[World], str | None]
+PlanOf = Callable[[SimulationConfig, int, Random], list[Step]]
+End = Callable[[SimulatedWorld], str | None]
 """None, or a sentence that says what is not as it should be at the end."""
 
 
@@ -26,14 +26,14 @@ class Scenario:
     plan: PlanOf
     seconds: float = 1200.0
     peers: int = 8
-    setting: Setting = field(default_factory=Setting)
+    setting: SimulationConfig = field(default_factory=SimulationConfig)
     strict: bool = False
     ends: tuple[End, ...] = ()
     least: int = 1
     """Fewest peers with which the scenario makes sense."""
 
 
-def joins(setting: Setting, peers: int, rng: Random, within: float | None = None) -> list[Step]:
+def joins(setting: SimulationConfig, peers: int, rng: Random, within: float | None = None) -> list[Step]:
     """Every box joins within the first seconds, one step each."""
     span = setting.join_within if within is None else within
     return [Step(rng.uniform(0, span), "join", (index,)) for index in range(peers)]
@@ -42,7 +42,7 @@ def joins(setting: Setting, peers: int, rng: Random, within: float | None = None
 # --- ends -----------------------------------------------------------------------------------------------------------------
 
 
-def owned(world: World) -> str | None:
+def owned(world: SimulatedWorld) -> str | None:
     """Every shard with work left has exactly one owner; one that was lost a moment ago may be between two."""
     owners = world.owners()
     for shard in range(world.setting.shards):
@@ -59,7 +59,7 @@ def owned(world: World) -> str | None:
 def advanced(share: float) -> End:
     """At least `share` of the work was accepted that as many boxes of speed 1 as there are shards or peers would have done."""
 
-    def end(world: World) -> str | None:
+    def end(world: SimulatedWorld) -> str | None:
         at_work = min(world.setting.shards, len(world.volunteers))
         possible = min(at_work * world.now / world.setting.epoch_seconds, world.setting.shards * world.manifest.epochs)
         if world.accepted < share * possible:
@@ -69,21 +69,21 @@ def advanced(share: float) -> End:
     return end
 
 
-def completed(world: World) -> str | None:
+def completed(world: SimulatedWorld) -> str | None:
     return None if world.done else f"the run is not complete: epochs {world.invariants.heads} of {world.manifest.epochs}"
 
 
 def refused_all(kinds: int) -> End:
     """At least so many different kinds of forged records were refused."""
 
-    def end(world: World) -> str | None:
+    def end(world: SimulatedWorld) -> str | None:
         reasons = {reason.split(":")[0].split(" of ")[0] for reason in world.dht.refused}
         return None if len(reasons) >= kinds else f"only {len(reasons)} kinds of refusals: {sorted(reasons)}"
 
     return end
 
 
-def caught(world: World) -> str | None:
+def caught(world: SimulatedWorld) -> str | None:
     """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
     run = world.offices[0].state.run
     for shard in run.shards.values():
@@ -94,7 +94,7 @@ def caught(world: World) -> str | None:
     return None
 
 
-def up_to_date(world: World) -> str | None:
+def up_to_date(world: SimulatedWorld) -> str | None:
     """Everybody who is there goes on under the newest manifest."""
     late = [peer for peer in world.volunteers if peer.answering and peer.news.live.version < world.manifest.version]
     return f"{late} know no newer manifest than version {late[0].news.live.version}" if late else None
@@ -103,14 +103,14 @@ def up_to_date(world: World) -> str | None:
 def audited_by_peers(least: int) -> End:
     """At least so many audits were carried out by peers."""
 
-    def end(world: World) -> str | None:
+    def end(world: SimulatedWorld) -> str | None:
         told = [event for event in world.offices[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
         return None if len(told) >= least else f"peers carried out {len(told)} audits, fewer than {least}"
 
     return end
 
 
-def stopped_itself(world: World) -> str | None:
+def stopped_itself(world: SimulatedWorld) -> str | None:
     """A coordinator whose ledger lacks its own word stopped, and one of them, not two, serves at the end."""
     serving = sum(office.serving for office in world.offices)
     if not any(office.stopped_itself for office in world.offices):
@@ -118,7 +118,7 @@ def stopped_itself(world: World) -> str | None:
     return None if serving == 1 else f"{serving} coordinators serve"
 
 
-def no_double_work(world: World) -> str | None:
+def no_double_work(world: SimulatedWorld) -> str | None:
     """Nobody trains what others train: at most a tenth of all steps were for nothing."""
     steps = world.manifest.steps_per_epoch
     taken = sum(peer.hands.taken for peer in world.volunteers)

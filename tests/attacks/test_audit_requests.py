@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.rate_limits import Pace
-from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.acceptance.rate_limits import RateWindow
+from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.runtime.audit_service import AuditDesk
-from lutetia.coordinator.runtime.check_runner import NetworkTools
-from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.runtime.audit_service import AuditService
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import AUDIT, AuditAnswer, AuditRequest, ask_audit
 from lutetia.protocol.rpc.framing import framed
@@ -26,24 +26,24 @@ from tests.coordinator.runtime.test_check_runner import StrawHands  # pyright: i
 
 
 def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_minute() -> None:
-    pace = Pace(per_minute=5)
+    pace = RateWindow(per_minute=5)
     assert [pace.wait("203.0.113.5", second / 10) is None for second in range(8)] == [True] * 5 + [False] * 3
     assert pace.wait("203.0.113.5", 10.0) == pytest.approx(50.0)
     assert pace.wait("198.51.100.7", 10.0) is None
     assert pace.wait("203.0.113.5", 61.0) is None
 
 
-def desk_of(folder: Path, transport: Transport, pace: Pace) -> AuditDesk:
+def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditService:
     """A coordinator's desk with its judge; nothing is due for an audit."""
 
     async def publish(record: AcceptanceRecord | ResetRecord) -> None: ...
 
     manifest, store = manifest_of_now(), BlobStore(folder / "blobs")
-    tools = NetworkTools(transport, manifest, store, store, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    tools = NetworkCheckRunner(transport, manifest, store, store, None, None, 1.0)  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(folder / "ledger.sqlite", judge_driver.first_event(manifest, time.time()))
-    rules = Rules(manifest, judge_driver.COORDINATOR.public_key, b"secret")
-    bench = Bench(rules, ledger, StrawHands(), publish, transport.now, lambda state: None)
-    return AuditDesk(transport, bench, tools, list, pace)
+    rules = JudgeRules(manifest, judge_driver.COORDINATOR.public_key, b"secret")
+    bench = JudgeLoop(rules, ledger, StrawHands(), publish, transport.now, lambda state: None)
+    return AuditService(transport, bench, tools, list, pace)
 
 
 @pytest.mark.timeout(300)
@@ -56,7 +56,7 @@ async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(
 
     async with network(tmp_path, manifest_of_now()) as start:
         coordinator = await start("coordinator")
-        desk = desk_of(tmp_path, coordinator, Pace(per_minute=20))
+        desk = desk_of(tmp_path, coordinator, RateWindow(per_minute=20))
         await desk.serve()
         judging = asyncio.create_task(desk.bench.run())
         names = [f"sybil {number}" for number in range(3)]

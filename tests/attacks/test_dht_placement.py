@@ -19,10 +19,10 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import STRANGERS_AT_ONCE, Door, alternate, gives_way
-from lutetia.protocol.transport.hivemind.dht.lookup import DOUBTFUL, Search, run
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import STRANGERS_AT_ONCE, NewcomerLimit, alternate, gives_way
+from lutetia.protocol.transport.hivemind.dht.lookup import DOUBTFUL, Lookup, run
 from lutetia.protocol.transport.hivemind.dht.node import REPLICAS, SEARCH_WIDTH
-from lutetia.protocol.transport.hivemind.dht.routing_table import Origins, Table, place_of
+from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, place_of
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import anything, claim, manifest_of_now, network
 
@@ -35,9 +35,9 @@ def made_up(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + hashlib.sha256(str(number).encode()).digest())
 
 
-def crowded_table(sybils: int, honest: int) -> Table:
+def crowded_table(sybils: int, honest: int) -> DiverseRoutingTable:
     """First the made-up peers of one address, then honest ones of an address each."""
-    table = Table(place_of(made_up(-1)), BUCKET, SPLITS)
+    table = DiverseRoutingTable(place_of(made_up(-1)), BUCKET, SPLITS)
     for number in range(sybils + honest):
         peer = made_up(number)
         table.origins[place_of(peer)] = SYBIL if number < sybils else f"198.51.100.{number - sybils}"
@@ -90,7 +90,7 @@ def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[
 
 
 def test_the_door_lets_in_some_at_once_and_then_one_a_second_for_each_origin() -> None:
-    door = Door()
+    door = NewcomerLimit()
     assert sum(door.admits(SYBIL, 0.0) for _ in range(1000)) == STRANGERS_AT_ONCE
     assert door.admits("198.51.100.7", 0.0)
     assert sum(door.admits(SYBIL, now / 10) for now in range(1, 601)) == 60
@@ -106,7 +106,7 @@ async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
         asked.append(time.monotonic())
         return {f"peer {number}": str(number) for number in range(50)}
 
-    origins = Origins(ask)
+    origins = OriginLookup(ask)
     assert await origins.of("peer 0") == "0"
     found = await asyncio.gather(
         *(origins.of(f"peer {number}") for number in range(50)), *(origins.of("gone") for _ in range(50))
@@ -151,7 +151,7 @@ async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> Non
                 return None
             return nearest(invented if node == liar else tables[node], key, 20)
 
-        search = Search(key, SEARCH_WIDTH, {liar, *nearest(tables[storer], key, 20)} - {storer})
+        search = Lookup(key, SEARCH_WIDTH, {liar, *nearest(tables[storer], key, 20)} - {storer})
         await run(search, ask)
         found = search.nearest()
         assert set(found) <= set(peers)
@@ -170,7 +170,7 @@ async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search(
 
     for _ in range(50):
         key = draw.getrandbits(160)
-        search = Search(key, SEARCH_WIDTH, [peers[0]])
+        search = Lookup(key, SEARCH_WIDTH, [peers[0]])
         await run(search, ask)
         assert set(search.nearest()) >= set(nearest(set(peers) - dead, key, REPLICAS)) & set(nearest(peers, key, 20))
 
@@ -184,7 +184,7 @@ async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> No
             return [1000 + node] if node < 200 else await asyncio.get_running_loop().create_future()
         return [200 + node]
 
-    await run(search := Search(0, 10, range(1, 20)), ask)
+    await run(search := Lookup(0, 10, range(1, 20)), ask)
     assert search.nearest() == list(range(1, 11))
     assert asyncio.get_running_loop().time() - at < 2
 
@@ -225,7 +225,7 @@ async def test_the_origins_of_all_candidates_cost_one_question() -> None:
         asked.append(time.monotonic())
         return {"peer": "198.51.100.7"}
 
-    origins = Origins(ask)
+    origins = OriginLookup(ask)
     assert await origins.of_all(["peer"]) == ["198.51.100.7"]
     assert await origins.of_all([*(f"gone {number}" for number in range(10)), "peer"]) == [*[""] * 10, "198.51.100.7"]
     assert len(asked) == 2

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.fuzz import examples
 from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.joining import PEERS_FILE, join_swarm
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.checkpoint_offer import offer_checkpoint
 from lutetia.protocol.rpc.introduction import serve_introduction
 from lutetia.protocol.schema.identity import Identity
@@ -91,7 +91,7 @@ async def test_a_poisoned_cache_of_peers_costs_time_and_nothing_else(tmp_path: P
         honest = await start("coordinator")
         await serve_introduction(honest, lambda: SignedManifest.sign(run, examples.OWNER))
         state = tmp_path / "joiner"
-        cache = PeerCache(state / PEERS_FILE)
+        cache = Peerstore(state / PEERS_FILE)
         peer = Identity.derived("nobody").peer_id
         poison = [f"/ip4/999.1.1.1/tcp/1/p2p/{peer}", f"/ip4/127.0.0.1/tcp/1/p2p/{peer}", "/ip4/127.0.0.1/tcp/2/p2p/0OIl"]
         cache.remember([*poison, *stranger.addresses()])

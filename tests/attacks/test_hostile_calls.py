@@ -16,8 +16,8 @@ import pytest
 
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID, dht_messages
 from lutetia.protocol.transport.hivemind.dht import rpc_server as answers
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import Door
-from lutetia.protocol.transport.hivemind.dht.storage import Records, within
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
+from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, within
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import manifest_of_now, network, until
 
@@ -126,7 +126,7 @@ async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_p
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
         honest = await start("honest", check=by_value, bootstrap=victim.addresses(), host="127.0.0.3")
         assert victim._dht
-        victim._dht._protocol.calls = Door(at_once=50, per_second=0.001)
+        victim._dht._protocol.calls = NewcomerLimit(at_once=50, per_second=0.001)
         ping = dht_messages.PingRequest()
         replies = await asyncio.gather(
             *(call(attacker, victim, "rpc_ping", ping, dht_messages.PingResponse, 10.0) for _ in range(60)),
@@ -158,16 +158,16 @@ async def test_a_refused_call_is_refused_before_anything_is_looked_up(tmp_path: 
         looked: list[DHTID] = []
         kept = protocol.kept
         protocol.kept = lambda key: looked.append(key) or kept(key)  # type: ignore[method-assign]
-        protocol.calls = Door(at_once=3, per_second=0.001)
+        protocol.calls = NewcomerLimit(at_once=3, per_second=0.001)
         await failure_of(call(attacker, victim, "rpc_find", find, dht_messages.FindResponse, 10.0))
         assert looked == []
-        protocol.calls = Door(answers.CALLS_AT_ONCE)
+        protocol.calls = NewcomerLimit(answers.CALLS_AT_ONCE)
         await call(attacker, victim, "rpc_find", find, dht_messages.FindResponse, 10.0)
         assert len(looked) == answers.MAX_KEYS_PER_FIND
 
 
 def test_an_answer_that_cannot_hold_all_holds_some_by_chance() -> None:
-    records = Records()
+    records = KeyRecords()
     for number in range(300):
         records.store(f"owner {number}", bytes(1000), time.time() + 100 + number)
     chosen = [set(dict(within(records, 50_000)[0].items())) for _ in range(2)]

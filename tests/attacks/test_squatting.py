@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import examples
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
-from lutetia.node.machine.state import Rules, State, next_wake
+from lutetia.node.machine.state import MachineState, NodeRules, next_wake
 from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, shard_owner
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord
-from lutetia.protocol.stalled_claims import IDLE, SLOWEST, Seen, protected, watch
+from lutetia.protocol.stalled_claims import IDLE, SLOWEST, Seen, observe_claims, without_stalled
 
 RUN, SHARD = examples.manifest().run_id, 0
 HEARTBEAT, TENURE, INTERVAL = 20.0, 600.0, 1000
@@ -45,8 +45,8 @@ class Reader:
     def sees(self, *claims: LiveClaim, acceptance: AcceptanceRecord | None = None, seconds: float = 3 * HEARTBEAT) -> ShardView:
         self.now += seconds
         view = ShardView(SHARD, claims, acceptance)
-        self.seen = watch(self.seen, view, self.now, 6 * HEARTBEAT)
-        return protected(self.seen, view, STANDBY, TENURE, INTERVAL, self.now)
+        self.seen = observe_claims(self.seen, view, self.now, 6 * HEARTBEAT)
+        return without_stalled(self.seen, view, STANDBY, TENURE, INTERVAL, self.now)
 
 
 def test_who_holds_a_shard_and_does_nothing_is_passed_over_after_two_tenures() -> None:
@@ -116,17 +116,17 @@ def test_another_owners_acceptance_does_not_help_the_squatter() -> None:
 
 def test_a_standby_takes_the_shard_of_a_squatter_and_keeps_it() -> None:
     """The whole machine of a node: it stands by, passes the squatter over when the time has come, claims, syncs, and stays."""
-    rules = Rules(RUN, STANDBY, shards=1, epochs=9, heartbeat=HEARTBEAT, propagation=1.0, tenure=TENURE, interval=INTERVAL)
-    state, now, own = State(), START, None
+    rules = NodeRules(RUN, STANDBY, shards=1, epochs=9, heartbeat=HEARTBEAT, propagation=1.0, tenure=TENURE, interval=INTERVAL)
+    state, now, own = MachineState(), START, None
     queue: list[m.Event] = [m.Joined(now), m.Probed(now, {0: 1.0})]
     while now - START < 4 * TENURE:
-        event = queue.pop(0) if queue else m.Tick(now := max(now, next_wake(rules, state) or now))
+        event = queue.pop(0) if queue else m.ClockTick(now := max(now, next_wake(rules, state) or now))
         state, actions = advance(rules, state, event)
         for action in actions:
             match action:
                 case m.PublishClaim(claim=made) | m.RenewRecords(claim=m.Claim() as made):
                     own = claim(STANDBY, made.samples, now, made.state)
-                case m.Look():
+                case m.LookAtShards():
                     claims = (claim(SQUATTER, 0, now), *([own] if own else []))
                     queue.append(m.SwarmSeen(now, (ShardView(SHARD, claims),)))
                 case m.Sync():

@@ -14,15 +14,15 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID
-from lutetia.protocol.transport.hivemind.dht.record_quota import IN_ALL, PER_KEY, Crowd
-from lutetia.protocol.transport.hivemind.dht.storage import Storage
+from lutetia.protocol.transport.hivemind.dht.record_quota import IN_ALL, PER_KEY, RecordQuota
+from lutetia.protocol.transport.hivemind.dht.storage import RecordStorage
 from tests.attacks.hivemind_swarm import claim, manifest_of_now, network
 
 CLAIMS = f"{'0' * 64}/claims/0"
 
 
 def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
-    crowd = Crowd(in_all=100)
+    crowd = RecordQuota(in_all=100)
     most = PER_KEY["claims"]
     taken = [crowd.admits(CLAIMS, f"sybil {n}", "203.0.113.5", 60.0, 0.0) for n in range(200)]
     assert taken == [True] * most + [False] * (200 - most)
@@ -38,7 +38,7 @@ def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", ""]), st.integers(1, 40)), max_size=80)
 )
 def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, str, int]]) -> None:
-    crowd = Crowd(per_key={"claims": 3}, in_all=6)
+    crowd = RecordQuota(per_key={"claims": 3}, in_all=6)
     for now, (key, owner, origin, life) in enumerate(story):
         crowd.admits(f"run/claims/{key}", str(owner), origin, now + life + owner / 10, now)
         held = list(crowd._held.items())
@@ -52,7 +52,7 @@ def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, st
 
 
 def test_storing_a_record_again_costs_no_memory_and_an_older_one_takes_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, key, now = Storage(), DHTID.generate(source=CLAIMS), time.time()
+    storage, key, now = RecordStorage(), DHTID.generate(source=CLAIMS), time.time()
     clock = sys.modules["hivemind.utils.timed_storage"]
     assert storage.store_subkey(key, "owner", b"old", now + 1)
     assert storage.store_subkey(key, "owner", b"new", now + 60)
@@ -71,7 +71,7 @@ def test_storing_a_record_again_costs_no_memory_and_an_older_one_takes_nothing_a
 
 
 def test_renewing_all_the_time_costs_no_memory() -> None:
-    storage, crowd, key, now = Storage(), Crowd(), DHTID.generate(source=CLAIMS), time.time()
+    storage, crowd, key, now = RecordStorage(), RecordQuota(), DHTID.generate(source=CLAIMS), time.time()
     for number in range(10_000):
         assert storage.store_subkey(key, f"owner {number % 10}", b"new", now + 60 + number / 1000)
         assert crowd.admits(CLAIMS, f"owner {number % 10}", "203.0.113.5", now + 60 + number / 1000, now)

@@ -19,7 +19,7 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.dht_records import read_records
-from lutetia.protocol.schema.records import CheckpointRecord, Made, QuarantineRecord, quarantine_key
+from lutetia.protocol.schema.records import CheckpointRecord, QuarantineRecord, TrainedWith, quarantine_key
 from lutetia.protocol.schema.ticket import Ticket
 from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
 from tests.coordinator.test_serve import up
@@ -48,7 +48,7 @@ def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> Checkp
         run=manifest.run_id, owner=peer.identity.public_key, issued=peer.transport.now(), shard=0, epoch=2, parent=parent.digest,
         **refs, samples=snapshot.samples, loss=1.385,
         peer_id=peer.transport.peer_id, addresses=tuple(peer.transport.addresses()),
-        made=Made(device="other", precision="bfloat16"),
+        made=TrainedWith(device="other", precision="bfloat16"),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.ledger.events import CheckpointRefused
-from lutetia.node.trainer.checkpoint_folder import WorkFolder
+from lutetia.coordinator.ledger.events import ResultRefused
+from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from tests.faults.world.pair import Pair, caught, owner, parts, torn
 from tests.faults.world.processes import gone, litter, until
 from tests.faults.world.world import LEASE, Box, acceptances, accepted, events
@@ -67,7 +67,7 @@ async def test_killed_in_the_middle_of_an_upload(pair: Pair) -> None:
     await holder.end(signal.SIGKILL)
     assert torn(incoming), "it was killed before the file was whole"
     await pair.taken_over(standby)
-    refusals = [event for event in events(pair.coordinator.run) if isinstance(event, CheckpointRefused)]
+    refusals = [event for event in events(pair.coordinator.run) if isinstance(event, ResultRefused)]
     assert all((event.verdict, event.rung) == ("inconclusive", "transfer") for event in refusals), "nobody is blamed for dying"
 
 
@@ -102,7 +102,7 @@ async def test_asleep_past_its_lease_it_wakes_up_fenced(pair: Pair) -> None:
 async def test_its_trainer_is_killed_for_memory(pair: Pair) -> None:
     """F15. What the kernel does to a process that takes too much: the daemon starts another from the last local state."""
     holder, _ = await pair.ready()
-    trainer, work = holder.child("node.trainer"), WorkFolder(holder.work.parent, pair.world.run.run, 0)
+    trainer, work = holder.child("node.trainer"), CheckpointFolder(holder.work.parent, pair.world.run.run, 0)
 
     def in_an_epoch() -> bool:
         local, done = work.local(), [kept.epoch for kept in work.kept()]

@@ -14,7 +14,7 @@ from lutetia.coordinator.ledger.events import Event, read_event
 from lutetia.coordinator.run_folder import Endpoint
 from lutetia.models.data.description import DataDescription
 from lutetia.models.mixing.description import SignedMixture
-from lutetia.node.control import LocalStatus, Request
+from lutetia.node.control import ControlRequest, LocalStatus
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply
 from lutetia.protocol.rpc.introduction import Hello
 from lutetia.protocol.schema import records
@@ -27,7 +27,7 @@ from tests.fuzz.strategies import documents, manifests
 KINDS: dict[str, type[BaseModel]] = {
     kind.__name__: kind
     for kind in (
-        Hello, Ticket, Offer, OfferReply, SwarmStatus, SignedMixture, Request, LocalStatus, Endpoint, DataDescription,
+        Hello, Ticket, Offer, OfferReply, SwarmStatus, SignedMixture, ControlRequest, LocalStatus, Endpoint, DataDescription,
         records.NodeRecord, records.ClaimRecord, records.CheckpointRecord, records.ProviderRecord, records.AcceptanceRecord,
     )
 }  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lutetia.node.runtime.workspace import Material
-from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, Kept
+from lutetia.node.runtime.workspace import Workspace
+from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, KeptCheckpoint
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.canonical import canonical
@@ -15,14 +15,14 @@ from lutetia.protocol.schema.manifest import BlobRef
 NOTHING = BlobRef(digest="0" * 64, size=0)
 
 
-def kept(epoch: int, parent: str | None, run: str = "ab" * 32, shard: int = 0, **refs: BlobRef) -> Kept:
+def kept(epoch: int, parent: str | None, run: str = "ab" * 32, shard: int = 0, **refs: BlobRef) -> KeptCheckpoint:
     weights, state, trace = (refs.get(name, NOTHING) for name in ("weights", "state", "trace"))
-    return Kept(
+    return KeptCheckpoint(
         run=run, shard=shard, epoch=epoch, parent=parent, samples=epoch * 8, loss=0.5, weights=weights, state=state, trace=trace
     )
 
 
-def write_checkpoint(material: Material, epoch: int, parent: str | None, shard: int = 0) -> Kept:
+def write_checkpoint(material: Workspace, epoch: int, parent: str | None, shard: int = 0) -> KeptCheckpoint:
     folder = material.work(shard).epoch_folder(epoch)
     folder.mkdir(parents=True)
     refs = {}

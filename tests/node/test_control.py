@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from lutetia.node.control import SOCKET, Request, ask, serve_control
+from lutetia.node.control import SOCKET, ControlRequest, ask, serve_control
 from lutetia.node.state_lock import PIDFILE, state_lock
 from lutetia.system.errors import DiskError, IdentityError, UnreachableError, UsageError
 
 
-async def echo(request: Request) -> dict[str, Any]:
+async def echo(request: ControlRequest) -> dict[str, Any]:
     if request.verb == "leave":
         raise DiskError("no room to leave")
     return request.model_dump()

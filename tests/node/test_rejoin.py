@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.node.daemon import Daemon
+from lutetia.node.daemon import NodeDaemon
 from lutetia.node.machine.messages import UserVerb
 from lutetia.node.settings import NodeSettings
 from lutetia.protocol.blobs.store import BlobStore
@@ -22,7 +22,7 @@ from tests.node.tiny_run import make_run
 pytestmark = pytest.mark.timeout(600)
 
 
-class Stumbling(Daemon):
+class Stumbling(NodeDaemon):
     """Its new p2pd dies, too, just when it begins to serve for the second time."""
 
     served = 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.node.machine import messages as m
-from lutetia.node.schedule import DAYS, Hours, keep_hours
+from lutetia.node.schedule import DAYS, WeeklyHours, keep_hours
 from lutetia.node.settings import load_settings
 from lutetia.system.errors import ConfigError
 from tests.node.machine.machine_driver import T, Walk
@@ -43,7 +43,7 @@ def at(day: str, clock: str) -> float:
     ],
 )
 def test_when_a_box_may_train(hours: str, now: tuple[str, str], opening: tuple[str, str] | None):
-    assert Hours.parse(hours).closed_until(at(*now), PARIS) == (at(*opening) if opening else None)
+    assert WeeklyHours.parse(hours).closed_until(at(*now), PARIS) == (at(*opening) if opening else None)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def written(drawn: tuple[str, str, int, int]) -> str:
 
 @given(st.lists(window, min_size=1, max_size=4), st.integers(0, 7 * 24 * 60 - 1))
 def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[str, str, int, int]], minute: int):
-    hours = Hours.parse(",".join(map(written, windows)))
+    hours = WeeklyHours.parse(",".join(map(written, windows)))
     now = at("mon", "00:00") + 60 * minute
     opening = hours.closed_until(now, PARIS)
     if opening is not None:
@@ -81,7 +81,7 @@ def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[s
 def test_clocks_that_change_in_the_night_move_the_opening():
     """On 29 March 2026 Paris goes from 02:00 to 03:00: seven o'clock comes an hour earlier."""
     evening = datetime(2026, 3, 28, 23, 0, tzinfo=PARIS)
-    opening = Hours.parse("07:00-08:00").closed_until(evening.timestamp(), PARIS)
+    opening = WeeklyHours.parse("07:00-08:00").closed_until(evening.timestamp(), PARIS)
     assert opening is not None
     assert opening == (evening + timedelta(hours=8)).timestamp()
     assert opening - evening.timestamp() == 7 * 3600
@@ -98,7 +98,7 @@ def test_at_the_end_of_a_window_the_shard_is_given_back_and_at_the_beginning_of_
     assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
     walk.feed(m.HoursChanged(LATER, None))
     assert walk.state.phase == "idle"
-    assert walk.said(m.Look)
+    assert walk.said(m.LookAtShards)
 
 
 def test_a_box_that_starts_outside_of_its_hours_waits():
@@ -107,7 +107,7 @@ def test_a_box_that_starts_outside_of_its_hours_waits():
     walk.feed(m.HoursChanged(T, LATER))
     walk.feed(m.Probed(T, {0: 1.0}))
     assert walk.state.phase == "paused"
-    assert not walk.said(m.Look)
+    assert not walk.said(m.LookAtShards)
 
 
 def test_resume_counts_until_the_next_window_has_ended():
@@ -133,7 +133,7 @@ def test_a_pause_that_ends_outside_of_the_hours_goes_on():
     walk = Walk().training()
     walk.feed(m.UserVerb(walk.now, "pause", until=T + 600))
     walk.feed(m.HoursChanged(T + 300, LATER))
-    walk.feed(m.Tick(T + 601))
+    walk.feed(m.ClockTick(T + 601))
     assert (walk.state.phase, walk.state.why) == ("paused", "outside of its hours")
     walk.feed(m.HoursChanged(LATER, None))
     assert walk.state.phase == "idle"
@@ -153,7 +153,7 @@ async def test_the_companion_tells_at_the_start_only_what_is_closed():
     begin = datetime.now() + timedelta(hours=12)
     end = begin + timedelta(minutes=1)
     for text in ("00:00-24:00", f"{begin:%H:%M}-{end:%H:%M}"):
-        task = asyncio.create_task(keep_hours(Hours.parse(text), told.append))
+        task = asyncio.create_task(keep_hours(WeeklyHours.parse(text), told.append))
         await asyncio.sleep(0)  # until it waits for the next minute
         task.cancel()
     (event,) = told

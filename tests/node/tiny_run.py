@@ -13,7 +13,7 @@ import torch
 
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.node.trainer.assignment import Assignment
-from lutetia.node.trainer.checkpoint_folder import WorkFolder
+from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
@@ -57,10 +57,10 @@ class TinyRun:
     def data(self, shard: int) -> Path:
         return self.folder / f"{shard}.train.safetensors"
 
-    def work(self, name: str, shard: int = 0) -> WorkFolder:
-        return WorkFolder(self.folder / name, self.manifest.run_id, shard)
+    def work(self, name: str, shard: int = 0) -> CheckpointFolder:
+        return CheckpointFolder(self.folder / name, self.manifest.run_id, shard)
 
-    def assignment(self, work: WorkFolder, **fields: Any) -> Assignment:
+    def assignment(self, work: CheckpointFolder, **fields: Any) -> Assignment:
         values: dict[str, Any] = {
             "manifest": self.manifest_file, "shard": work.shard, "data": self.data(work.shard), "folder": work.path,
             "epoch": 0, "parent": None, "until": self.manifest.epochs, "threads": 1,

@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from lutetia.protocol.dht_records import publish, read_records
-from lutetia.protocol.joining import PEERS_FILE, Met, check_clock, choose_manifest, join_swarm, remember_nodes
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.joining import PEERS_FILE, Introduction, check_clock, choose_manifest, join_swarm, remember_nodes
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import Hello, serve_introduction
 from lutetia.protocol.schema.identity import Identity
@@ -83,7 +83,7 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
     second, again = await run.join(SECOND, "second")
     assert again == run.signed
     assert await publish(second, SECOND, node_record(SECOND, second, run_id), 60)
-    await remember_nodes(first, run_id, PeerCache(run.folder / "first" / PEERS_FILE))  # as it does every now and then
+    await remember_nodes(first, run_id, Peerstore(run.folder / "first" / PEERS_FILE))  # as it does every now and then
     await first.close()
 
     back, _ = await run.join(FIRST, "first")  # its own old record, at a dead address, is no double
@@ -128,9 +128,9 @@ def ticket_of(described: Manifest) -> Ticket:
     return Ticket(run=described.run_id, owner=OWNER.public_key, addresses=(HERE,))
 
 
-def met(signed: SignedManifest, offset: float = 0.0, doubt: float = 0.1) -> Met:
+def met(signed: SignedManifest, offset: float = 0.0, doubt: float = 0.1) -> Introduction:
     hello = Hello(run=signed.manifest.run_id, protocol=1, software="0", clock=NOW, manifest_version=signed.manifest.version)
-    return Met(COORDINATOR.peer_id, hello, signed.to_bytes(), offset, doubt)
+    return Introduction(COORDINATOR.peer_id, hello, signed.to_bytes(), offset, doubt)
 
 
 def version(number: int, **changes: Any) -> SignedManifest:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.schema.manifest import BlobRef, SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from tests.protocol.example_documents import NOW, OWNER, manifest
@@ -77,7 +77,7 @@ import sys
 from pathlib import Path
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 root, first, second, now = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 from lutetia.system.files import write_atomic
 write_atomic(root / "deep" / "manifest.json", first.encode())
@@ -85,7 +85,7 @@ print("@manifest 1", flush=True)
 live = LiveManifest(SignedManifest.model_validate_json(first), root / "deep" / "manifest.json")
 assert live.adopt(second.encode(), now)
 print("@manifest 2", flush=True)
-cache = PeerCache(root / "peers.json")
+cache = Peerstore(root / "peers.json")
 for number in (1, 2):
     cache.remember([f"/ip4/127.0.0.1/tcp/{number}/p2p/peer{number}"])
     print("@peers", number, flush=True)
@@ -103,7 +103,7 @@ def test_small_files_are_the_old_or_the_new_ones(tmp_path: Path):
         path = folder / "deep" / "manifest.json"
         version = open_manifest(path.read_bytes(), now=NOW, owner=OWNER.public_key).manifest.version if path.exists() else 0
         assert version >= int(said.get("manifest", 0)), "a version that was adopted is forgotten: peers could be rolled back"
-        peers = PeerCache(folder / "peers.json").load()
+        peers = Peerstore(folder / "peers.json").load()
         assert len(peers) >= int(said.get("peers", 0))
 
     calls = record(FILES, tmp_path / "root", *words, str(NOW))

@@ -14,7 +14,7 @@ import pytest
 
 from lutetia.protocol.async_helpers import gather_quickly, heeding, to_its_end
 from lutetia.protocol.dht_records import publish, read_records
-from lutetia.protocol.peerstore import MAX_PEERS, PeerCache
+from lutetia.protocol.peerstore import MAX_PEERS, Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import (
     HELLO,
@@ -205,7 +205,7 @@ def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
 
 
 def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
-    cache = PeerCache(tmp_path / "peers.json")
+    cache = Peerstore(tmp_path / "peers.json")
     assert cache.load() == []
     addresses = [
         f"/ip4/127.0.0.1/tcp/{number}/p2p/{Identity.derived(str(number)).peer_id}" for number in range(1, MAX_PEERS + 11)

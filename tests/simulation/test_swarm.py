@@ -7,26 +7,26 @@ import random
 import pytest
 
 from lutetia.protocol.schema.records import claim_key
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.event_queue import START
-from lutetia.simulation.world import World
+from lutetia.simulation.world import SimulatedWorld
 
 LEASE = 60.0
 
 
-def started(seed: int, peers: int, shards: int, epochs: int, within: float = 1.0) -> World:
-    world = World(Setting(shards=shards, epochs=epochs), peers, seed, strict=False)
+def started(seed: int, peers: int, shards: int, epochs: int, within: float = 1.0) -> SimulatedWorld:
+    world = SimulatedWorld(SimulationConfig(shards=shards, epochs=epochs), peers, seed, strict=False)
     rng = random.Random(seed)
     for peer in world.volunteers:
         world.agenda.after(rng.uniform(0, within), peer.start)
     return world
 
 
-def run(world: World, seconds: float) -> None:
+def run(world: SimulatedWorld, seconds: float) -> None:
     world.agenda.run(START + world.now + seconds)
 
 
-def owners(world: World) -> dict[int, int]:
+def owners(world: SimulatedWorld) -> dict[int, int]:
     return {shard: len(held) for shard, held in world.owners().items()}
 
 

@@ -72,7 +72,7 @@ HELD_OUT = frozenset(
 
 
 @dataclass(frozen=True)
-class Clip:
+class SyntheticClip:
     """One clip still to be drawn; `words` are the slots of its caption in order."""
 
     kind: str
@@ -92,23 +92,23 @@ class Clip:
                 return f"the camera {first} {second}"
 
 
-def plan(count: int, seed: int) -> list[Clip]:
+def plan(count: int, seed: int) -> list[SyntheticClip]:
     """`count` clips in the kinds' proportions, shuffled; within a kind every combination of words is equally frequent.
 
     So no colour tells the digit: what is drawn and how it looks must be learnt apart.
     """
     rng = np.random.default_rng(seed)
-    clips: list[Clip] = []
+    clips: list[SyntheticClip] = []
     for kind, number in _split_count(count).items():
         combinations = list(product(*_slots(kind)))
         order = rng.permutation(len(combinations))
         for place in range(number):
-            clip = Clip(kind, combinations[order[place % len(order)]], "train", int(rng.integers(2**31)))
+            clip = SyntheticClip(kind, combinations[order[place % len(order)]], "train", int(rng.integers(2**31)))
             clips.append(replace(clip, split="test") if clip.caption in HELD_OUT or rng.random() < TEST_SHARE else clip)
     return [clips[i] for i in rng.permutation(len(clips))]
 
 
-def draw(clip: Clip, frames: int, size: int) -> Frames:
+def draw(clip: SyntheticClip, frames: int, size: int) -> Frames:
     """The clip's pixels, uint8 [frames, size, size, 3]; a pure function of its arguments."""
     rng = np.random.default_rng(clip.seed)
     painter = {"digit": _draw_digit, "shape": _draw_shape, "camera": _draw_camera}[clip.kind]

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Probe:
+class RetrievalProbe:
     """A linear map from standardised features [D] to sentence space [E]; `pairs` real pairs chose it and its penalty `alpha`."""
 
     mean: Array
@@ -44,7 +44,7 @@ class Probe:
         return _unit(rows @ self.weight + self.offset)
 
 
-def fit_probe(features: ArrayLike, sentences: ArrayLike) -> Probe:
+def fit_probe(features: ArrayLike, sentences: ArrayLike) -> RetrievalProbe:
     """Fit the probe on features [N, D] and sentence vectors [N, E] of real pairs; the penalty is chosen by leave-one-out.
 
     Never give it generated clips: it would learn to forgive their faults. Raises DataError with fewer than 20 pairs.
@@ -56,10 +56,10 @@ def fit_probe(features: ArrayLike, sentences: ArrayLike) -> Probe:
         raise DataError(f"a retrieval probe needs {MIN_PAIRS} or more real pairs, not {len(x)} clips and {len(y)} captions")
     centre, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
     ridge: Any = RidgeCV(alphas=ALPHAS).fit((x - centre) / scale, y)
-    return Probe(centre, scale, ridge.coef_.T.copy(), np.asarray(ridge.intercept_), float(ridge.alpha_), len(x))
+    return RetrievalProbe(centre, scale, ridge.coef_.T.copy(), np.asarray(ridge.intercept_), float(ridge.alpha_), len(x))
 
 
-def save_probe(path: Path, probe: Probe) -> None:
+def save_probe(path: Path, probe: RetrievalProbe) -> None:
     """Keep a probe (safetensors, float64), so that later studies judge by the same one."""
     arrays = {name: torch.from_numpy(getattr(probe, name)) for name in ("mean", "scale", "weight", "offset")}
     chosen = torch.tensor([probe.alpha, float(probe.pairs)], dtype=torch.float64)
@@ -67,13 +67,13 @@ def save_probe(path: Path, probe: Probe) -> None:
         save_file({**arrays, "chosen": chosen}, temporary)
 
 
-def load_probe(path: Path) -> Probe:
+def load_probe(path: Path) -> RetrievalProbe:
     """A probe that `save_probe` kept. Raises DataError when there is none."""
     if not path.is_file():
         raise DataError(f"there is no probe at {path}; fit one on real pairs")
     tensors = {name: value.numpy() for name, value in load_file(path).items()}
     alpha, pairs = tensors.pop("chosen")
-    return Probe(**tensors, alpha=float(alpha), pairs=int(pairs))
+    return RetrievalProbe(**tensors, alpha=float(alpha), pairs=int(pairs))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def summarise(ranks: NDArray[np.int64], candidates: int, seeds: Sequence[int] = 
 
 
 def retrieve(
-    probe: Probe,
+    probe: RetrievalProbe,
     features: ArrayLike,
     captions: Sequence[str],
     candidates: Sequence[str],

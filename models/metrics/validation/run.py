@@ -40,7 +40,7 @@ SHAPE = ClipShape(frames=16, fps=8, height=64, width=64)
 SET, COUNT, FITTED = 64, 264, 200
 
 
-class Bench:
+class ValidationData:
     """The real clips of the study and the extractors, shared by all sections."""
 
     def __init__(self, clips: ClipSet, cache: FeatureCache, note: Callable[[str], None]) -> None:
@@ -69,7 +69,7 @@ class Differences:
         return self.extractor((steps.div(2, rounding_mode="floor") + 128).to(torch.uint8))
 
 
-def companions(bench: Bench) -> Iterator[list[str]]:
+def companions(bench: ValidationData) -> Iterator[list[str]]:
     """Which features notice that frames are shuffled, debiased distance from the reference, real clips beside them."""
     flow, differences = MotionExtractor(), Differences(bench.i3d)
     mixed = shuffled_frames(bench.real, 0)
@@ -92,7 +92,7 @@ def _apart(x: Array, y: Array) -> Figure:
     return subsampling(lambda i, j: frechet_debiased(x[i], y[j]), [len(x), len(y)], resamples=40)
 
 
-def ladder_markdown(bench: Bench) -> str:
+def ladder_markdown(bench: ValidationData) -> str:
     """The sanity ladder on the character set."""
     flow, image = MotionExtractor(), EfficientNetExtractor(frames=4)
     encode = MiniLM()
@@ -132,7 +132,7 @@ def ladder_markdown(bench: Bench) -> str:
 def run(clips: ClipSet, cache: FeatureCache, note: Callable[[str], None]) -> str:
     """The whole document."""
     began, wall = time.process_time(), time.monotonic()
-    bench = Bench(clips, cache, note)
+    bench = ValidationData(clips, cache, note)
     sections: list[tuple[str, str]] = []
 
     def add(title: str, head: list[str], rows: Iterator[list[str]]) -> None:

@@ -53,7 +53,7 @@ class Measure:
         return [self.reference, clips] if self.reference else [clips]
 
 
-class Row(Frozen):
+class SensitivityRow(Frozen):
     """One metric: its figure on every rung and how much worse that is than on the same clips without the fault (`excess`).
 
     `in_order`: whether `climbs` rise strictly; `whole_ladder`: whether all of `ORDER` does; `notices`: excess above 0.
@@ -69,10 +69,10 @@ class Row(Frozen):
     notices: tuple[str, ...]
 
 
-class LadderTable(Frozen):
+class SensitivityTable(Frozen):
     """All rows. `unnoticed`: faults that no metric tells from real clips; empty means that the set of metrics is sound."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SensitivityRow, ...]
     rungs: tuple[str, ...]
     unnoticed: tuple[str, ...]
 
@@ -132,7 +132,7 @@ def ladder(
     seed: int = 0,
     resamples: int = 60,
     on_progress: Callable[[str, str], None] | None = None,
-) -> LadderTable:
+) -> SensitivityTable:
     """Judge `real` clips, which no measure has in its reference, with every fault by every measure. `rungs` must hold "real"."""
     sets = degraded(real, rungs, seed)
     rows = []
@@ -144,12 +144,12 @@ def ladder(
             prepared[rung] = measure.prepare(clips)
         rows.append(_row(measure, prepared, measure.sizes(len(real)), resamples))
     noticed = {rung for row in rows for rung in row.notices}
-    return LadderTable(
+    return SensitivityTable(
         rows=tuple(rows), rungs=tuple(rungs), unnoticed=tuple(rung for rung in rungs if rung != REAL and rung not in noticed)
     )
 
 
-def _row(measure: Measure, prepared: dict[str, Statistic], sizes: list[int], resamples: int) -> Row:
+def _row(measure: Measure, prepared: dict[str, Statistic], sizes: list[int], resamples: int) -> SensitivityRow:
     sign = 1 if measure.better == "lower" else -1
     figures = {rung: subsampling(statistic, sizes, resamples=resamples) for rung, statistic in prepared.items()}
 
@@ -165,7 +165,7 @@ def _row(measure: Measure, prepared: dict[str, Statistic], sizes: list[int], res
 
     present = [rung for rung in measure.climbs if rung in figures]
     whole = [rung for rung in ORDER if rung in figures]
-    return Row(
+    return SensitivityRow(
         name=measure.name,
         better=measure.better,
         figures=figures,

@@ -12,7 +12,7 @@ from typing import Any
 
 from lutetia.protocol.transport.base import Handler, Stream
 from lutetia.protocol.transport.hivemind.bindings import Multiaddr, PeerID, messages
-from lutetia.protocol.transport.hivemind.unix_socket import Wire
+from lutetia.protocol.transport.hivemind.unix_socket import UnixSocket
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
 from lutetia.protocol.transport.network_origin import origin_of
 
@@ -26,10 +26,10 @@ def useful(addresses: list[str]) -> list[str]:
     return outside or addresses
 
 
-class DaemonStream(Stream):
+class P2pdStream(Stream):
     """A libp2p stream as p2pd passes it on."""
 
-    def __init__(self, peer_id: str, wire: Wire, origin: str = "") -> None:
+    def __init__(self, peer_id: str, wire: UnixSocket, origin: str = "") -> None:
         self.peer_id, self.origin = peer_id, origin
         self._wire = wire
 
@@ -46,7 +46,7 @@ class DaemonStream(Stream):
         self._wire.close()
 
 
-class Control:
+class P2pdClient:
     """A client of the p2pd whose sockets lie in `folder` (no trailing slash)."""
 
     def __init__(self, folder: str, peer_id: str) -> None:
@@ -84,7 +84,7 @@ class Control:
         connect = messages.ConnectRequest(peer=peer, addrs=plain, timeout=max(1, int(seconds)))
         await self._ask(messages.Request(type=messages.Request.CONNECT, connect=connect), seconds + 1)
 
-    async def open_stream(self, peer_id: str, protocol: str, seconds: float = DIAL_TIMEOUT) -> DaemonStream:
+    async def open_stream(self, peer_id: str, protocol: str, seconds: float = DIAL_TIMEOUT) -> P2pdStream:
         """Raises ConnectionError when the peer cannot be reached or does not speak `protocol`."""
         peer = _peer_bytes(peer_id)
         opening = messages.StreamOpenRequest(peer=peer, proto=[protocol], timeout=max(1, int(seconds)))
@@ -95,14 +95,14 @@ class Control:
         except BaseException:
             wire.close()
             raise
-        return DaemonStream(peer_id, wire)
+        return P2pdStream(peer_id, wire)
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of `protocol`; serving it again replaces the handler."""
         path = f"{self._folder}/streams.sock"
         if self._listener is None:
             loop = asyncio.get_running_loop()
-            self._listener = await loop.create_unix_server(lambda: Wire(self._connected), path)
+            self._listener = await loop.create_unix_server(lambda: UnixSocket(self._connected), path)
         if protocol not in self._handlers:
             address = Multiaddr(f"/unix{path}").to_bytes()
             request = messages.StreamHandlerRequest(addr=address, proto=[protocol], balanced=False)
@@ -117,13 +117,13 @@ class Control:
             greeting.cancel()
         await self._tasks.close()
 
-    def _connected(self, wire: Wire) -> None:
+    def _connected(self, wire: UnixSocket) -> None:
         """p2pd connects once per inbound stream."""
         task = asyncio.get_running_loop().create_task(self._inbound(wire))
         self._greeting.add(task)
         task.add_done_callback(self._greeting.discard)
 
-    async def _inbound(self, wire: Wire) -> None:
+    async def _inbound(self, wire: UnixSocket) -> None:
         """It says first whose stream it is, and for what."""
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT):
@@ -132,7 +132,7 @@ class Control:
             wire.close()
             return
         handler = self._handlers.get(info.proto)
-        stream = DaemonStream(PeerID(info.peer).to_base58(), wire, _origin(info.addr))
+        stream = P2pdStream(PeerID(info.peer).to_base58(), wire, _origin(info.addr))
         if handler is None or not self._tasks.start(info.proto, handler, stream):
             wire.close()
 
@@ -144,10 +144,10 @@ class Control:
         finally:
             wire.close()
 
-    async def _connection(self) -> Wire:
+    async def _connection(self) -> UnixSocket:
         """Raises ConnectionError when p2pd is gone."""
         try:
-            _, wire = await asyncio.get_running_loop().create_unix_connection(Wire, f"{self._folder}/control.sock")
+            _, wire = await asyncio.get_running_loop().create_unix_connection(UnixSocket, f"{self._folder}/control.sock")
         except FileNotFoundError as error:
             raise ConnectionError("p2pd has ended") from error
         return wire
@@ -186,7 +186,7 @@ async def _time_limit(seconds: float, sentence: str) -> AsyncIterator[None]:
         raise ConnectionError(f"{sentence} within {seconds:.0f} s") from error
 
 
-async def _request(wire: Wire, request: Any) -> Any:
+async def _request(wire: UnixSocket, request: Any) -> Any:
     message = request.SerializeToString()
     await wire.write(_varint(len(message)) + message)
     response = messages.Response.FromString(await _read_message(wire))
@@ -195,7 +195,7 @@ async def _request(wire: Wire, request: Any) -> Any:
     return response
 
 
-async def _read_message(wire: Wire) -> bytes:
+async def _read_message(wire: UnixSocket) -> bytes:
     size = shift = 0
     while True:
         byte = (await wire.read_exactly(1))[0]

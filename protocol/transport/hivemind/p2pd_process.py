@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.hivemind.bindings import P2PD
-from lutetia.protocol.transport.hivemind.p2pd_client import Control
+from lutetia.protocol.transport.hivemind.p2pd_client import P2pdClient
 from lutetia.system.errors import IdentityError, UnreachableError
 from lutetia.system.files import disk_errors, write_atomic
 from lutetia.system.tether import command
@@ -34,7 +34,7 @@ _LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
 
 
 @dataclass(frozen=True)
-class Reach:
+class Reachability:
     """How a peer is to be found from outside: UPnP, AutoNAT with hole punching, circuit relays."""
 
     nat_port_map: bool = True
@@ -45,7 +45,7 @@ class Reach:
     no_listen: bool = False
 
     @classmethod
-    def of(cls, listen: str) -> Reach:
+    def of(cls, listen: str) -> Reachability:
         """Everything off where only this machine can connect: nothing outside is asked, and tests stay on loopback."""
         host = listen.split("/")[2] if listen.count("/") >= 2 else ""
         with contextlib.suppress(ValueError):
@@ -61,19 +61,19 @@ class Reach:
         return [*arguments, "-noListenAddrs"] if self.no_listen else arguments
 
 
-class Daemon:
+class P2pdProcess:
     """A running p2pd and the `control` over it. Make it with `start`."""
 
     def __init__(self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str) -> None:
         self.process = process
-        self.control = Control(str(sockets.path), peer_id)
+        self.control = P2pdClient(str(sockets.path), peer_id)
         self._sockets = sockets
         self._output: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, identity: Identity, listen: str, state_folder: Path, reach: Reach | None = None, announce: Sequence[str] = ()
-    ) -> Daemon:
+        cls, identity: Identity, listen: str, state_folder: Path, reach: Reachability | None = None, announce: Sequence[str] = ()
+    ) -> P2pdProcess:
         """Start p2pd under `identity`. Raises UnreachableError when the listen address cannot be had."""
         _require_free(listen)
         sockets = _SocketFolder(state_folder)
@@ -131,13 +131,13 @@ class Daemon:
 
 
 async def _spawn(
-    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reach | None, announce: Sequence[str]
+    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reachability | None, announce: Sequence[str]
 ) -> asyncio.subprocess.Process:
     key = _key_file(sockets)
     write_atomic(key, identity.libp2p_bytes(), mode=0o600)
     arguments = [
         f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
-        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reach.of(listen)).arguments(),
+        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=1", *(reach or Reachability.of(listen)).arguments(),
     ]  # fmt: skip
     if announce:
         arguments.append("-announceAddrs=" + ",".join(announce))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from lutetia.protocol.async_helpers import gather_quickly
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.base import Handler, RecordCheck, Stored, Stream, Transport
-from lutetia.protocol.transport.hivemind.dht.node import Dht
+from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
+from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
 from lutetia.protocol.transport.hivemind.p2pd_client import DIAL_TIMEOUT
-from lutetia.protocol.transport.hivemind.p2pd_process import Daemon, Reach
+from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
 from lutetia.protocol.transport.reachability import why_unreachable
 from lutetia.system.errors import BootstrapError
 
@@ -28,20 +28,26 @@ _PINGS_PER_ROUND = 3
 class HivemindTransport(Transport):
     """One peer over libp2p. Made by `connect_hivemind`, or by `start` and later `enter_dht` where the check comes later."""
 
-    def __init__(self, daemon: Daemon, addresses: list[str]) -> None:
+    def __init__(self, daemon: P2pdProcess, addresses: list[str]) -> None:
         self.peer_id = daemon.control.peer_id
         self._daemon, self._addresses = daemon, addresses
-        self._dht: Dht | None = None
+        self._dht: HivemindDht | None = None
         self._bootstrap: tuple[str, ...] = ()
         self._periodic: list[asyncio.Task[None]] = []
         self._closed = False
 
     @classmethod
     async def start(
-        cls, identity: Identity, *, listen: str, state_folder: Path, announce: Sequence[str] = (), reach: Reach | None = None
+        cls,
+        identity: Identity,
+        *,
+        listen: str,
+        state_folder: Path,
+        announce: Sequence[str] = (),
+        reach: Reachability | None = None,
     ) -> HivemindTransport:
         """Streams only: no DHT yet. Raises UnreachableError (address taken) or IdentityError (state folder in use)."""
-        daemon = await Daemon.start(identity, listen, state_folder, reach, announce)
+        daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce)
         try:
             return cls(daemon, await daemon.control.addresses())
         except BaseException:
@@ -50,7 +56,7 @@ class HivemindTransport(Transport):
 
     async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
         """Join the DHT through those of `bootstrap` that answer; alone if it is empty. Raises BootstrapError."""
-        self._dht = await Dht.start(self._daemon.control.address, check, self._daemon.control.origins)
+        self._dht = await HivemindDht.start(self._daemon.control.address, check, self._daemon.control.origins)
         self._bootstrap = tuple(address for address in bootstrap if _peer_of(address) != self.peer_id)
         if self._bootstrap:
             refused = await self.dial_each(self._bootstrap)
@@ -83,7 +89,7 @@ class HivemindTransport(Transport):
             log.warning("storing %s took too long; counted as not stored", key)
             return False
 
-    async def get(self, key: str) -> dict[str, Stored]:
+    async def get(self, key: str) -> dict[str, StoredValue]:
         dht = self._require_dht()
         try:
             return await dht.get(key)
@@ -159,7 +165,7 @@ class HivemindTransport(Transport):
         if not self.alive():
             raise ConnectionError("this peer is off the network: its p2pd has ended, or hears nothing any more")
 
-    def _require_dht(self) -> Dht:
+    def _require_dht(self) -> HivemindDht:
         self._require_alive()
         if self._dht is None:
             raise ConnectionError("this peer has not entered the DHT yet")
@@ -174,7 +180,7 @@ async def connect_hivemind(
     check: RecordCheck,
     announce: Sequence[str] = (),
     state_folder: Path,
-    reach: Reach | None = None,
+    reach: Reachability | None = None,
 ) -> HivemindTransport:
     """Go on the network as `identity`; with no `bootstrap`, alone until others come.
 

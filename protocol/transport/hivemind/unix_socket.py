@@ -11,13 +11,13 @@ WRITE_LIMIT = 1 << 20
 LINGER = 30.0
 
 
-class Wire(asyncio.BufferedProtocol):
+class UnixSocket(asyncio.BufferedProtocol):
     """One connection. Bytes that arrive while nobody reads are stocked up to HIGH_WATER, then the other side waits.
 
     One task reads and one writes at a time. A read that is cancelled loses its place: later reads raise ConnectionError.
     """
 
-    def __init__(self, on_connect: Callable[[Wire], None] | None = None) -> None:
+    def __init__(self, on_connect: Callable[[UnixSocket], None] | None = None) -> None:
         self._on_connect = on_connect
         self._transport: asyncio.Transport | None = None
         self._spare = memoryview(bytearray(SPARE))

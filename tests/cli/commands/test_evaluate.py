@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.cli.progress import Lines
+from lutetia.cli.progress import ProgressLines
 from lutetia.models.data.ingest.synthetic import make_clips
 from tests.cli.command_runner import failure, lutetia
 
@@ -56,7 +56,7 @@ def test_what_is_no_mixture_is_said_in_a_sentence(clips: Path, tmp_path: Path) -
 
 def test_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    lines = Lines("work", lambda: now[0])
+    lines = ProgressLines("work", lambda: now[0])
     for done in range(101):
         now[0] = done / 4
         lines("eat", done, 100)
@@ -69,7 +69,7 @@ def test_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_slow_stage_is_heard_of_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    lines = Lines("work", lambda: now[0])
+    lines = ProgressLines("work", lambda: now[0])
     for done in range(1000):
         now[0] = done * 2.0
         lines("chew", done, 100_000)

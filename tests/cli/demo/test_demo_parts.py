@@ -13,10 +13,10 @@ import psutil
 import pytest
 from rich.console import Console
 
-from lutetia.cli.demo.live_view import View, shard_rows
+from lutetia.cli.demo.live_view import LiveTable, shard_rows
 from lutetia.cli.demo.takeover import Takeover, choose_victim
 from lutetia.cli.formatting import ago, clock, size, thousands
-from lutetia.cli.local.poller import Worker, samples_done
+from lutetia.cli.local.poller import LocalWorker, samples_done
 from lutetia.cli.local.processes import LocalSwarm, free_port
 from lutetia.cli.status_table import render_status
 from lutetia.cli.workspace import check_replaceable, workspace
@@ -28,8 +28,8 @@ from tests.cli.sample_documents import NOW, PEERS, shard, status
 KEYS = [peer.public_key for peer in PEERS]
 
 
-def worker(index: int, state: str = "training", speed: float = 10.0, **more: object) -> Worker:
-    return Worker(f"worker-{index + 1}", KEYS[index], state, more.pop("shard", index), samples_per_second=speed, **more)  # type: ignore[arg-type]
+def worker(index: int, state: str = "training", speed: float = 10.0, **more: object) -> LocalWorker:
+    return LocalWorker(f"worker-{index + 1}", KEYS[index], state, more.pop("shard", index), samples_per_second=speed, **more)  # type: ignore[arg-type]
 
 
 def printed(renderable: object, width: int = 132) -> str:
@@ -70,7 +70,7 @@ SLOWEST_FIRST = ["worker-3", "worker-2", "worker-1"]
 
 
 def test_the_slowest_dies_once_somebody_is_free() -> None:
-    def victim(swarm: SwarmStatus, *workers: Worker) -> str | None:
+    def victim(swarm: SwarmStatus, *workers: LocalWorker) -> str | None:
         chosen = choose_victim(swarm, {worker.owner: worker for worker in workers}, SLOWEST_FIRST)
         return chosen and chosen.name
 
@@ -129,7 +129,7 @@ def test_samples_under_way_count_for_the_shard_in_training_alone() -> None:
 
 
 def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
-    view = View(Console(width=132))
+    view = LiveTable(Console(width=132))
     view.enter(0.0, "train")
     view.show(1.0, shard_rows(status(), {}))
     view.show(2.0, shard_rows(status(), {}))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lutetia.cli.demo.curves import LossCurve, loss_curves
-from lutetia.cli.demo.report import Phase, Story, write_report
+from lutetia.cli.demo.report import DemoPhase, DemoReport, write_report
 from lutetia.cli.demo.takeover import Takeover
-from lutetia.cli.local.gallery import Row, compose, wrap, write_clip, write_gif, write_mp4
+from lutetia.cli.local.gallery import GalleryRow, compose, wrap, write_clip, write_gif, write_mp4
 from lutetia.coordinator.ledger.events import BaselineMeasured, CheckpointAccepted
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
@@ -26,12 +26,12 @@ def clip(colour: tuple[int, int, int], frames: int = 4, side: int = 16) -> np.nd
 
 
 @pytest.fixture
-def rows() -> list[Row]:
+def rows() -> list[GalleryRow]:
     prompts = ("a red square", "a green square that stands still on a long and winding description of nothing at all")
-    return [Row(prompt, (clip((200, 30, 30)), clip((30, 200, 30)), clip((30, 30, 200)))) for prompt in prompts]
+    return [GalleryRow(prompt, (clip((200, 30, 30)), clip((30, 200, 30)), clip((30, 30, 200)))) for prompt in prompts]
 
 
-def test_the_gallery_puts_clips_side_by_side_below_their_prompt(rows: list[Row], tmp_path: Path) -> None:
+def test_the_gallery_puts_clips_side_by_side_below_their_prompt(rows: list[GalleryRow], tmp_path: Path) -> None:
     pictures = compose(rows, ("real clip", "mixture", "expert 0 alone"), cell=64)
     assert len(pictures) == 4
     pixels = np.asarray(pictures[0])
@@ -43,7 +43,7 @@ def test_the_gallery_puts_clips_side_by_side_below_their_prompt(rows: list[Row],
     assert left[0] < left[1] < left[2]
 
 
-def test_gif_and_mp4_hold_every_frame(rows: list[Row], tmp_path: Path) -> None:
+def test_gif_and_mp4_hold_every_frame(rows: list[GalleryRow], tmp_path: Path) -> None:
     pictures = compose(rows, ("a", "b", "c"), cell=32)
     write_gif(pictures, tmp_path / "samples.gif", fps=8)
     write_mp4(pictures, tmp_path / "samples.mp4", fps=8, seconds=1.0)
@@ -106,11 +106,11 @@ def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> 
         LossCurve(k, name, (0, 1, 2), (1.0, 0.8, 0.6), (0.0, 1.0, 2.0), ("", *[PEERS[k].public_key] * 2))
         for k, name in enumerate(("digits", "shapes", "cameras"))
     ]
-    story = Story(
+    story = DemoReport(
         manifest(),
         status(),
         curves,
-        [Phase("make clips", 12.2), Phase("train", 200.0)],
+        [DemoPhase("make clips", 12.2), DemoPhase("train", 200.0)],
         takeover.steps(),
         {peer.public_key: f"worker-{k + 1}" for k, peer in enumerate(PEERS)},
         {"worker-1": "all of the time"},

@@ -5,12 +5,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict
-from lutetia.coordinator.acceptance.messages import Action, Answer, Audit, Audited, Check, Checked, Offered, Stimulus, Write
-from lutetia.coordinator.acceptance.state_machine import JudgeState, Rules, judge
+from lutetia.coordinator.acceptance.messages import (
+    Action,
+    Answer,
+    Audited,
+    CheckDone,
+    Offered,
+    StartAudit,
+    StartCheck,
+    Stimulus,
+    Write,
+)
+from lutetia.coordinator.acceptance.state_machine import judge
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import Event, Outcome, RunCreated
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, Timing
@@ -76,19 +88,19 @@ class Court:
     """A judge with its state, driven step by step; every event that it wrote is kept."""
 
     manifest: Manifest
-    rules: Rules
+    rules: JudgeRules
     state: JudgeState
     events: list[Event] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
+    checks: list[StartCheck] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
-    audits: list[Audit] = field(default_factory=list)
+    audits: list[StartAudit] = field(default_factory=list)
     now: float = START
 
     def hears(self, stimulus: Stimulus) -> tuple[Action, ...]:
         self.state, actions = judge(self.rules, self.state, stimulus)
         self.events += [action.event for action in actions if isinstance(action, Write)]
-        self.checks += [action for action in actions if isinstance(action, Check)]
-        self.audits += [action for action in actions if isinstance(action, Audit)]
+        self.checks += [action for action in actions if isinstance(action, StartCheck)]
+        self.audits += [action for action in actions if isinstance(action, StartAudit)]
         self.actions += actions
         return actions
 
@@ -99,17 +111,17 @@ class Court:
     def verdict(self, record: CheckpointRecord, loss: float = 0.4) -> tuple[Action, ...]:
         """The ladder finds `record` valid."""
         parent = self.state.run.shards[record.shard].parent_loss
-        return self.hears(Checked(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
+        return self.hears(CheckDone(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
 
     def refused(self, record: CheckpointRecord, text: str = "tensor x is not finite") -> None:
         """The ladder finds `record` invalid."""
         assert self.offer(record).verdict == "queued"
-        self.hears(Checked(record, Verdict("invalid", "numbers", text), self.now))
+        self.hears(CheckDone(record, Verdict("invalid", "numbers", text), self.now))
 
     def audited(self, outcome: Outcome, checkpoint: str | None = None) -> tuple[Action, ...]:
         """The replay that is under way (or of `checkpoint`) comes to `outcome`."""
         asked = checkpoint or self.audits[-1].audit.checkpoint
-        return self.hears(Audited(asked, Finding(outcome=outcome, text="step 2: 0.7 and 0.9"), self.now, 1.5))
+        return self.hears(Audited(asked, AuditFinding(outcome=outcome, text="step 2: 0.7 and 0.9"), self.now, 1.5))
 
     def accept(self, peer: Identity, shard: int = 0, **changes: object) -> CheckpointRecord:
         """`peer`'s result for the next epoch of `shard` is accepted."""
@@ -128,7 +140,7 @@ def court(
     shards: int = 2, epochs: int = 3, limits: bool = True, rules: dict[str, object] | None = None, **changes: object
 ) -> Court:
     manifest = make_manifest(shards, epochs, **changes)
-    made = Rules(manifest, COORDINATOR.public_key, b"secret", **(rules or {}))  # pyright: ignore[reportArgumentType]
+    made = JudgeRules(manifest, COORDINATOR.public_key, b"secret", **(rules or {}))  # pyright: ignore[reportArgumentType]
     created = first_event(manifest)
     state = JudgeState(apply(RunState(), created), limits=limits_of(shards) if limits else None)
     return Court(manifest, made, state, [created])

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.messages import Audit, Audited, AuditWanted, Lend, Tick
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.messages import Audited, AuditWanted, JudgeTick, LendAudit, StartAudit
 from lutetia.coordinator.ledger.events import AuditDone, AuditDue, CheckpointAccepted, LineageRolledBack
-from lutetia.coordinator.ledger.reducer import HISTORY, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import HISTORY
 from lutetia.protocol.schema.records import AcceptanceRecord
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, Court, court, make_record
 
@@ -33,9 +34,9 @@ def test_results_wait_when_the_audits_are_a_whole_history_behind() -> None:
     room = court(shards=1, epochs=4 * HISTORY)
     reached = accept_until_busy(room)
     assert reached == HISTORY - 1
-    oldest = next(action.audit for action in room.actions if isinstance(action, Audit))
+    oldest = next(action.audit for action in room.actions if isinstance(action, StartAudit))
     assert oldest.epoch == 1
-    room.hears(Audited(oldest.checkpoint, Finding(outcome="valid"), room.now))
+    room.hears(Audited(oldest.checkpoint, AuditFinding(outcome="valid"), room.now))
     head = room.state.run.shards[0]
     record = make_record(room.manifest, PEERS[0], epoch=reached + 1, parent=head.accepted)
     assert room.offer(record).verdict == "queued"
@@ -45,8 +46,8 @@ def test_the_oldest_audit_that_is_due_can_still_roll_its_lineage_back() -> None:
     room = court(shards=1, epochs=4 * HISTORY)
     accept_until_busy(room)
     for outcome in ("valid", "valid", "invalid"):
-        audit = [action.audit for action in room.actions if isinstance(action, Audit)][-1]
-        room.hears(Audited(audit.checkpoint, Finding(outcome=outcome), room.now))
+        audit = [action.audit for action in room.actions if isinstance(action, StartAudit)][-1]
+        room.hears(Audited(audit.checkpoint, AuditFinding(outcome=outcome), room.now))
     rolled = [event for event in room.events if isinstance(event, LineageRolledBack)]
     assert [event.epoch for event in rolled] == [2]
     assert room.state.run.shards[0].epoch == 2
@@ -74,7 +75,7 @@ def test_a_conviction_that_makes_an_old_epoch_due_again_puts_off_what_would_push
     room.verdict(waiting)
     assert room.state.run.shards[0].epoch == HISTORY, "put off"
     checks = len(room.checks)
-    room.hears(Tick(room.now + 5))
+    room.hears(JudgeTick(room.now + 5))
     assert len(room.checks) == checks, "nor is it checked in vain meanwhile"
     assert room.offer(waiting).verdict == "queued"
     room.audited("valid", due.audit.checkpoint)
@@ -128,12 +129,12 @@ def test_an_audit_from_which_nothing_could_follow_is_settled(how: str) -> None:
     if how == "by a peer":
         room.state = replace(room.state, auditing="e" * 64)  # the coordinator is busy with another one
         lent = room.hears(AuditWanted(PEERS[3].public_key, room.now))
-        assert [action.audit for action in lent if isinstance(action, Lend)] == [None]
+        assert [action.audit for action in lent if isinstance(action, LendAudit)] == [None]
     elif how == "after its replay":
         room.state = replace(room.state, auditing=checkpoint)
         room.audited("valid", checkpoint)
     else:
-        room.hears(Tick(room.now))
+        room.hears(JudgeTick(room.now))
     assert len(room.audits) == replays, "no replay is wasted on it"
     done = [event for event in room.events if isinstance(event, AuditDone)][-1]
     assert (done.checkpoint, done.outcome, done.again_at) == (checkpoint, "inconclusive", None)

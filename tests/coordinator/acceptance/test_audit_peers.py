@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, Lend, LimitsKnown, Tick
-from lutetia.coordinator.acceptance.state_machine import JudgeState
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, JudgeTick, LendAudit, LimitsKnown
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import AuditDone, Outcome
 from lutetia.coordinator.runtime.audit_service import relatives
 from lutetia.protocol.schema.identity import Identity
@@ -20,9 +20,9 @@ def owner(peer) -> str:
     return peer.public_key
 
 
-def wants(c: Court, peer=AUDITOR, related: frozenset[str] = frozenset()) -> Lend:
+def wants(c: Court, peer=AUDITOR, related: frozenset[str] = frozenset()) -> LendAudit:
     actions = c.hears(AuditWanted(owner(peer), c.now, related))
-    return next(action for action in actions if isinstance(action, Lend))
+    return next(action for action in actions if isinstance(action, LendAudit))
 
 
 def lent_to_auditor(**changes) -> tuple[Court, str]:
@@ -39,7 +39,7 @@ def lent_to_auditor(**changes) -> tuple[Court, str]:
 
 
 def delivers(c: Court, checkpoint: str, outcome: Outcome, peer=AUDITOR):
-    finding = Finding(outcome=outcome, text="step 1: 0.5 and 0.5")
+    finding = AuditFinding(outcome=outcome, text="step 1: 0.5 and 0.5")
     return c.hears(AuditDelivered(owner(peer), checkpoint, finding, 3.0, c.now))
 
 
@@ -54,14 +54,14 @@ def test_an_audit_that_nobody_takes_or_brings_back_is_done_by_the_coordinator():
     wants(c)
     c.accept(HONEST)
     c.now += c.rules.audit_wait + 0.1
-    c.hears(Tick(c.now))
+    c.hears(JudgeTick(c.now))
     assert len(c.audits) == 1, "nobody took it"
     c, checkpoint = lent_to_auditor()
     c.now += c.rules.audit_loan - 1
-    c.hears(Tick(c.now))
+    c.hears(JudgeTick(c.now))
     assert not c.audits
     c.now += 1.1
-    c.hears(Tick(c.now))
+    c.hears(JudgeTick(c.now))
     assert [audit.audit.checkpoint for audit in c.audits] == [checkpoint], "nobody brought it back"
 
 
@@ -71,7 +71,7 @@ def test_what_was_not_brought_back_is_not_lent_again():
     wants(c)
     busy = c.accept(PEERS[3], 1)
     c.now += c.rules.audit_wait
-    c.hears(Tick(c.now))
+    c.hears(JudgeTick(c.now))
     assert c.audits[-1].audit.checkpoint == busy.digest, "the coordinator is at work on another"
     wants(c)
     record = c.accept(HONEST)

@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding, audit_due, lottery
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, audit_due, lottery
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import Audited, Check, Checked, Discard, LimitsKnown, Noted, Proclaim, Tick
-from lutetia.coordinator.acceptance.state_machine import JudgeState
+from lutetia.coordinator.acceptance.messages import (
+    Audited,
+    CheckDone,
+    DiscardCandidate,
+    JudgeTick,
+    LedgerFacts,
+    LimitsKnown,
+    PublishReset,
+    StartCheck,
+)
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.admin.pardon import noted_pardons, pardon, remove_notes
 from lutetia.coordinator.ledger.events import (
@@ -23,7 +32,8 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
 )
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
@@ -110,10 +120,10 @@ def test_an_audit_without_outcome_is_tried_again_and_then_given_up_without_trust
         c.audited("inconclusive")
         asked = len(c.audits)
         c.now += delay - 0.1
-        c.hears(Tick(c.now))
+        c.hears(JudgeTick(c.now))
         assert len(c.audits) == asked
         c.now += 0.2
-        c.hears(Tick(c.now))
+        c.hears(JudgeTick(c.now))
         assert len(c.audits) == asked + 1
     c.audited("inconclusive")
     assert not c.state.run.audits
@@ -126,7 +136,7 @@ def test_losses_between_the_bounds_ask_for_the_whole_epoch_at_once():
     c = court(audit={"whole_epoch": 0})
     first = c.accept(HONEST)
     assert not c.audits[-1].audit.whole
-    c.hears(Audited(first.digest, Finding(outcome="inconclusive", text="step 1", closer=True), c.now))
+    c.hears(Audited(first.digest, AuditFinding(outcome="inconclusive", text="step 1", closer=True), c.now))
     assert (c.audits[-1].audit.checkpoint, c.audits[-1].audit.whole) == (first.digest, True)
     c.audited("valid")
     assert c.state.run.peer(owner(HONEST)).streak == 1
@@ -140,7 +150,7 @@ def test_an_end_in_doubt_takes_all_trust_and_is_not_replayed_again():
     assert c.state.run.peer(owner(CHEAT)).streak == 3
     while not c.state.run.audits:
         slip = c.accept(CHEAT)
-    c.hears(Audited(slip.digest, Finding(outcome="inconclusive", text="12 times as far", doubt=True), c.now))
+    c.hears(Audited(slip.digest, AuditFinding(outcome="inconclusive", text="12 times as far", doubt=True), c.now))
     assert not c.state.run.audits
     assert c.events[-1].kind == "audit-done"
     assert c.state.run.peer(owner(CHEAT)).streak == 0
@@ -205,9 +215,9 @@ def test_a_conviction_quarantines_rolls_back_and_looks_again():
     assert (one.epoch, one.term) == (2, 0), "other shards are not touched"
     assert (two.epoch, two.term) == (1, 0)
     assert two.candidates == {}, "what the cheat had in judgement is refused"
-    proclaimed = [action.record for action in actions if isinstance(action, Proclaim)]
+    proclaimed = [action.record for action in actions if isinstance(action, PublishReset)]
     assert [(record.epoch, record.term) for record in proclaimed if isinstance(record, AcceptanceRecord)] == [(1, 1)]
-    assert len([action for action in actions if isinstance(action, Discard)]) == 2
+    assert len([action for action in actions if isinstance(action, DiscardCandidate)]) == 2
     again = [event for event in c.events if isinstance(event, AuditDue) and event.why == "re-audit"]
     assert [(event.checkpoint, event.whole) for event in again] == [(earlier.digest, True)], "also what was found valid in part"
     assert c.audits[-1].audit.checkpoint == earlier.digest, "it is the oldest"
@@ -224,7 +234,7 @@ def test_a_quarantined_peer_is_refused_with_a_typed_reason_until_it_is_pardoned(
     shown = status(c.state.run, c.manifest, LiveView(), c.now)
     assert [(why.owner, why.shard, why.epoch) for why in shown.quarantined] == [(owner(CHEAT), 0, 2)]
     assert shown.shards[0].term == 1
-    c.hears(Noted((PeerPardoned(time=c.now, owner=owner(CHEAT)),), c.now))
+    c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=owner(CHEAT)),), c.now))
     assert c.offer(record).verdict == "queued"
     assert c.state.run.peer(owner(CHEAT)).streak == 0
 
@@ -244,7 +254,7 @@ def test_a_second_conviction_falls_further_to_the_beginning():
     actions = c.audited("invalid", earlier.digest)
     shard = c.state.run.shards[1]
     assert (shard.epoch, shard.term, shard.acceptance, shard.accepted) == (0, 1, None, None)
-    assert [type(action.record) for action in actions if isinstance(action, Proclaim)] == [ResetRecord]
+    assert [type(action.record) for action in actions if isinstance(action, PublishReset)] == [ResetRecord]
     assert len([event for event in c.events if isinstance(event, PeerQuarantined)]) == 1
     assert shard.parent_loss == 0.5, "compared with the initial model again"
     c.accept(OTHER, 1, text="from the beginning")
@@ -256,10 +266,10 @@ def test_a_check_that_was_under_way_when_the_lineage_fell_changes_nothing():
     c.accept(CHEAT)
     late = make_record(c.manifest, HONEST, 0, 2, c.state.run.shards[0].accepted)
     c.offer(late)
-    assert c.checks[-1] == Check(late, 0.4)
+    assert c.checks[-1] == StartCheck(late, 0.4)
     c.audited("invalid")
     before = c.state
-    assert c.hears(Checked(late, Verdict("valid", "holdout", "", 0.3, 0.4), c.now)) == ()
+    assert c.hears(CheckDone(late, Verdict("valid", "holdout", "", 0.3, 0.4), c.now)) == ()
     assert c.state == before
     assert c.accept(HONEST).epoch == 1
 
@@ -297,8 +307,8 @@ def test_whatever_happens_the_lineages_are_whole_and_the_ledger_adds_up(moves, s
             c.state = JudgeState.restored(c.state.run)
             c.hears(LimitsKnown(limits_of(2), c.now))
         elif move == "pardon":
-            c.hears(Noted((PeerPardoned(time=c.now, owner=owner(PEERS[who])),), c.now))
-        c.hears(Tick(c.now))
+            c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=owner(PEERS[who])),), c.now))
+        c.hears(JudgeTick(c.now))
         check_lineages(c.state.run)
     for event in c.events:
         if isinstance(event, LineageRolledBack):

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Replayed
-from lutetia.coordinator.acceptance.messages import Audit, Offered
-from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.acceptance.messages import Offered, StartAudit
+from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.events import Outcome
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState
-from lutetia.coordinator.runtime.check_runner import NetworkTools
-from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
@@ -67,17 +67,17 @@ class StrawShop:
 
 
 @dataclass
-class Tools(NetworkTools):
+class Tools(NetworkCheckRunner):
     """The service's own tools; `found` says what replays come to once they may, and is raised where it is an error."""
 
     found: Outcome | BaseException = "valid"
     replays: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def replay(self, audit: Audit) -> Replayed:
+    async def replay(self, audit: StartAudit) -> Replayed:
         await self.replays.wait()
         if isinstance(self.found, BaseException):
             raise self.found
-        return Replayed(Finding(outcome=self.found, text="step 2: 0.7 and 0.9"), 0.1)
+        return Replayed(AuditFinding(outcome=self.found, text="step 2: 0.7 and 0.9"), 0.1)
 
 
 @dataclass
@@ -90,15 +90,15 @@ class Intake:
     shop: StrawShop
     ledger: Ledger
     root: Path
-    bench: Bench = field(init=False)
+    bench: JudgeLoop = field(init=False)
     running: asyncio.Task[None] = field(init=False)
     published: list[AcceptanceRecord | ResetRecord] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
         """A bench that goes on from the ledger."""
-        rules = Rules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1)
-        self.bench = Bench(rules, self.ledger, self.tools, self._publish, time.time, lambda run: self._news.set())
+        rules = JudgeRules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1)
+        self.bench = JudgeLoop(rules, self.ledger, self.tools, self._publish, time.time, lambda run: self._news.set())
         self.running = asyncio.create_task(self.bench.run())
 
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:

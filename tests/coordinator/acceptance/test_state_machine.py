@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import Check, Checked, Discard, LimitsKnown, Publish, Tick
-from lutetia.coordinator.acceptance.state_machine import JudgeState
-from lutetia.coordinator.ledger.events import CheckpointAccepted, CheckpointRefused
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, JudgeTick, LimitsKnown, Publish, StartCheck
+from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.ledger.events import CheckpointAccepted, ResultRefused
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord
 from tests.coordinator.acceptance.judge_driver import PEERS, Court, court, limits_of, make_record
@@ -20,7 +21,7 @@ def test_a_valid_result_is_queued_checked_accepted_and_published():
     c = court()
     first = make_record(c.manifest, PEERS[0])
     assert c.offer(first).verdict == "queued"
-    assert c.checks == [Check(first, None)]
+    assert c.checks == [StartCheck(first, None)]
     assert c.offer(first).verdict == "queued", "offering again asks how it stands"
     actions = c.verdict(first, 0.4)
     acceptance = next(action.acceptance for action in actions if isinstance(action, Publish))
@@ -47,7 +48,7 @@ def test_the_next_epoch_must_stand_on_the_accepted_one():
     assert (reply.verdict, reply.rung) == ("invalid", "lineage")
     assert "its parent is 0000" in reply.text
     assert c.offer(early).verdict == "queued"
-    assert c.checks[-1] == Check(early, 0.4), "compared with the accepted parent"
+    assert c.checks[-1] == StartCheck(early, 0.4), "compared with the accepted parent"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_oversized_blobs_that_came_before_the_limits_were_known_are_refused_then
     assert c.offer(big).verdict == "queued"
     c.hears(LimitsKnown(limits_of(2), c.now))
     refusal = c.events[-1]
-    assert isinstance(refusal, CheckpointRefused)
+    assert isinstance(refusal, ResultRefused)
     assert refusal.rung == "size"
     assert not c.checks
     assert c.offer(big).verdict == "invalid"
@@ -125,12 +126,12 @@ def test_old_ledgers_tell_of_strangers_whom_the_state_need_not_remember():
     facts = {"time": c.now, "shard": 0, "epoch": 2, "checkpoint": "e" * 64, "verdict": "invalid", "text": "its parent is another"}
     run = c.state.run
     for index in range(20):
-        run = apply(run, CheckpointRefused(**facts, owner=f"{index:064x}", rung="lineage"))
-    run = apply(run, CheckpointRefused(**facts, owner=PEERS[0].public_key, rung="lineage"))
+        run = apply(run, ResultRefused(**facts, owner=f"{index:064x}", rung="lineage"))
+    run = apply(run, ResultRefused(**facts, owner=PEERS[0].public_key, rung="lineage"))
     assert set(run.peers) == {PEERS[0].public_key}
     assert run.peer(PEERS[0].public_key).rejected == 1
     assert run.rejected == 21
-    spoilt = apply(run, CheckpointRefused(**facts, owner=PEERS[1].public_key, rung="numbers"))
+    spoilt = apply(run, ResultRefused(**facts, owner=PEERS[1].public_key, rung="numbers"))
     assert spoilt.peer(PEERS[1].public_key).rejected == 1, "bytes that had to be looked at are remembered"
 
 
@@ -148,10 +149,10 @@ def test_first_valid_wins_and_the_others_are_superseded_without_blame():
     for result in results:
         assert c.offer(result).verdict == "queued"
     assert len(c.checks) == 1, "one check per shard at a time"
-    c.hears(Checked(results[0], Verdict("invalid", "numbers", "tensor x is not finite"), c.now))
+    c.hears(CheckDone(results[0], Verdict("invalid", "numbers", "tensor x is not finite"), c.now))
     assert c.checks[-1].record == results[1], "the next in line gets its turn"
     actions = c.verdict(results[1])
-    assert [a.record for a in actions if isinstance(a, Discard)] == [results[2]]
+    assert [a.record for a in actions if isinstance(a, DiscardCandidate)] == [results[2]]
     assert c.kinds()[-1] == "checkpoint-superseded"
     assert c.offer(results[2]).verdict == "superseded"
     third = c.state.run.peer(PEERS[2].public_key)
@@ -178,16 +179,16 @@ def test_an_inconclusive_check_is_retried_with_back_off_and_then_given_up():
     result = make_record(c.manifest, PEERS[0])
     c.offer(result)
     for delay in (5.0, 10.0):
-        c.hears(Checked(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
+        c.hears(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
         asked = len(c.checks)
         c.now += delay - 0.1
-        c.hears(Tick(c.now))
+        c.hears(JudgeTick(c.now))
         assert len(c.checks) == asked
         c.now += 0.2
-        c.hears(Tick(c.now))
+        c.hears(JudgeTick(c.now))
         assert len(c.checks) == asked + 1
-    actions = c.hears(Checked(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
-    assert any(isinstance(action, Discard) for action in actions)
+    actions = c.hears(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
+    assert any(isinstance(action, DiscardCandidate) for action in actions)
     assert c.offer(result).verdict == "inconclusive"
     assert c.offer(result, "poll").verdict == "inconclusive"
     assert c.state.run.rejected == 0
@@ -204,7 +205,7 @@ def test_a_peer_that_offers_too_often_waits():
     result = make_record(c.manifest, PEERS[0])
     assert [c.offer(result).verdict for _ in range(4)] == ["queued", "queued", "queued", "busy"]
     c.now += 61
-    c.hears(Tick(c.now))
+    c.hears(JudgeTick(c.now))
     assert len(c.state.offers) == 0
     assert c.offer(result).verdict == "queued"
 
@@ -260,7 +261,7 @@ def test_never_two_acceptances_of_one_epoch_whatever_happens(moves):
             c.offer(make_record(c.manifest, PEERS[who], shard, max(1, ledger.epoch + ahead), digest, text=str(wait)), move)
         elif move == "tick":
             c.now += wait
-            c.hears(Tick(c.now))
+            c.hears(JudgeTick(c.now))
         elif move == "restart":
             c.state = JudgeState.restored(c.state.run)
             c.hears(LimitsKnown(limits_of(2), c.now))
@@ -269,7 +270,7 @@ def test_never_two_acceptances_of_one_epoch_whatever_happens(moves):
             if move in ("valid", "late"):
                 c.verdict(record)
             else:
-                c.hears(Checked(record, Verdict(move, "transfer", "why"), c.now))
+                c.hears(CheckDone(record, Verdict(move, "transfer", "why"), c.now))
         for index, expected in c.state.run.shards.items():
             assert expected.epoch <= c.manifest.epochs
             assert bool(expected.candidates) == (index in c.state.pending)

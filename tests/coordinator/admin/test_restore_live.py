@@ -15,7 +15,7 @@ from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import publish
-from lutetia.protocol.peerstore import PeerCache
+from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.schema.records import CheckpointRecord, ProviderRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.coordinator.admin.test_upgrade_live import unaudited_run
@@ -57,7 +57,7 @@ async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_bac
     await up(coordinator)
     async with joined("ann", Ticket.decode(run.ticket), tmp_path) as ann:
         first = await accept(ann)
-        PeerCache(RunFolder(run.folder).peers).remember(ann.transport.addresses())
+        Peerstore(RunFolder(run.folder).peers).remember(ann.transport.addresses())
         code, said = await lutetia("coordinator", "backup", str(run.folder), str(tmp_path / "backup"))
         assert (code, "holds run" in said) == (0, True), said
         second = await accept(ann)

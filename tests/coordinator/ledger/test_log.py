@@ -11,18 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import Checked, Discard
+from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate
 from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
-    CheckpointSeen,
     Event,
     ManifestPublished,
     MixtureStitched,
+    ResultSeen,
     RouterTrained,
     read_event,
 )
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import LedgerOutOfOrder, RunState, apply
+from lutetia.coordinator.ledger.reducer import LedgerOutOfOrder, apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError, IntegrityError
@@ -42,7 +43,7 @@ def lived(steps: list[tuple[int, int, str]]) -> list[Event]:
                 c.verdict(asked, 0.1 + count / 7)
             else:
                 verdict = Verdict(outcome, "transfer", "naïve ünïcode – why")  # pyright: ignore[reportArgumentType]
-                c.hears(Checked(asked, verdict, c.now))
+                c.hears(CheckDone(asked, verdict, c.now))
     mixture = make_record(c.manifest, PEERS[0]).digest
     return [
         *c.events,
@@ -168,7 +169,7 @@ def test_a_refused_transaction_leaves_nothing(path: Path):
     record = make_record(make_manifest(epochs=4), PEERS[2], epoch=1)
     fine = ManifestPublished(time=START + 99, version=2, digest="c" * 64, expires=START + 1e6)
     with pytest.raises(LedgerOutOfOrder):
-        ledger.append([fine, CheckpointSeen(time=START + 100, record=record, via="offer")])
+        ledger.append([fine, ResultSeen(time=START + 100, record=record, via="offer")])
     assert ledger.state is before
     assert len(list(ledger.rows())) == rows
     ledger.close()
@@ -218,5 +219,5 @@ def test_what_comes_in_together_is_written_together(tmp_path: Path):
         ledger.append(c.events[before:])
     assert ledger.state == c.state.run
     assert c.state.run.accepted == 200
-    assert not any(isinstance(action, Discard) for action in c.actions)
+    assert not any(isinstance(action, DiscardCandidate) for action in c.actions)
     ledger.close()

@@ -20,14 +20,14 @@ import asyncio, os, sys, time
 from pathlib import Path
 root = Path(sys.argv[1])
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, first_event, limits_of, make_manifest, make_record
-from lutetia.coordinator.runtime.judge_loop import Bench
-from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.acceptance.messages import Offered
-from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.protocol.blobs.store import BlobStore
 
-class Hands(NetworkTools):
+class Runner(NetworkCheckRunner):
     async def limits(self):
         return limits_of(2)
     async def fetch(self, record):
@@ -47,17 +47,18 @@ class Hands(NetworkTools):
 async def main():
     manifest = make_manifest()
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest))
-    hands = Hands(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0)
+    runner = Runner(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0)
     told = asyncio.Queue()
     async def publish(record):
         print("@published", record.epoch, flush=True)
         told.put_nowait(record)
-    bench = Bench(Rules(manifest, COORDINATOR.public_key, b"secret"), ledger, hands, publish, time.time)
+    bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"secret"), ledger, runner, publish, time.time)
     running = asyncio.create_task(bench.run())
     print("@ready", flush=True)
     parent = None
     for epoch in (1, 2):
-        refs = {name: hands.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state", "trace")}
+        refs = {name: runner.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state",
+        "trace")}
         result = make_record(manifest, PEERS[0], 0, epoch, parent, **refs)
         reply = await bench.hear(Offered(result, time.time()))
         assert reply.verdict == "queued", reply

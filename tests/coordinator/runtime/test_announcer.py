@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from lutetia.coordinator.acceptance.messages import Noted
+from lutetia.coordinator.acceptance.messages import LedgerFacts
 from lutetia.coordinator.ledger.events import PeerPardoned
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
-from lutetia.coordinator.runtime.announcer import Crier
-from lutetia.coordinator.runtime.swarm_monitor import Lookout
+from lutetia.coordinator.runtime.announcer import Announcer
+from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.protocol.claims import latest_acceptance
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.record_rules import record_check
@@ -53,7 +53,7 @@ def test_what_a_crash_left_untold_is_told_after_the_restart(tmp_path):
 
     async def story(transport: Transport) -> None:
         first = c.state.run.shards[0].lineage[0].acceptance
-        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: restored)
+        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: restored)
         await crier.announce(first.model_copy(update={"epoch": 2, "checkpoint": "f" * 64, "term": 0}))  # before the crash
         await crier.renew()
         shown = [await read_records(transport, acceptance_key(c.manifest.run_id, shard)) for shard in (0, 1)]
@@ -73,7 +73,7 @@ def test_a_renewal_under_way_does_not_take_back_what_is_announced_meanwhile():
         c.accept(PEERS[0], shard)
 
     async def story(transport: Transport) -> None:
-        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
+        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
         renewal = asyncio.create_task(crier.renew())
         await asyncio.sleep(0)  # it is at shard 0, whose publication takes a while
         c.accept(PEERS[1], 1)
@@ -96,9 +96,9 @@ def test_there_is_room_for_those_who_claim_something_now():
     claim = ClaimRecord(run=run.run, owner=others[3], issued=START, shard=0, epoch=0, samples=0, state="training")
 
     async def story(transport: Transport) -> None:
-        lookout = Lookout(transport, c.manifest, _ignore)
+        lookout = SwarmMonitor(transport, c.manifest, _ignore)
         lookout.view = LiveView((), (Sighting(claim, START + 60, START),))
-        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: run, lookout)
+        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: run, lookout)
         await crier.tell_quarantine()
         told = await quarantined(transport, c)
         assert len(told) == MAX_QUARANTINED
@@ -110,10 +110,10 @@ def test_there_is_room_for_those_who_claim_something_now():
 
 def test_after_the_last_pardon_nobody_is_named():
     c = convicted()
-    c.hears(Noted(tuple(PeerPardoned(time=c.now, owner=owner) for owner in c.state.run.quarantined), c.now))
+    c.hears(LedgerFacts(tuple(PeerPardoned(time=c.now, owner=owner) for owner in c.state.run.quarantined), c.now))
 
     async def story(transport: Transport) -> None:
-        crier = Crier(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
+        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
         await crier.tell_quarantine()
         assert await quarantined(transport, c) == []
 

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.audit_comparison import Finding
-from lutetia.coordinator.acceptance.checks import Limits, Replayed, Stopped, Verdict
-from lutetia.coordinator.acceptance.messages import Audit, Offered
-from lutetia.coordinator.acceptance.state_machine import Rules
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.checks import CheckFailed, Limits, Replayed, Verdict
+from lutetia.coordinator.acceptance.messages import Offered, StartAudit
+from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.events import MixtureStitched, RouterTrained
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import RunState, apply
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
-from lutetia.coordinator.runtime.check_runner import KEPT_STATES, NetworkTools
-from lutetia.coordinator.runtime.judge_loop import Bench
+from lutetia.coordinator.runtime.check_runner import KEPT_STATES, NetworkCheckRunner
+from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.runtime.stitcher import next_step
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
@@ -35,7 +36,7 @@ from tests.coordinator.acceptance.judge_driver import (
 
 def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-    tools = NetworkTools(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    tools = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
     c, records = court(epochs=9), []
     for epoch in range(1, 9):
         weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))
@@ -59,7 +60,7 @@ class StrawHands:
 
     losses: dict[int, float] = field(default_factory=dict)
     raw: dict[int, float] = field(default_factory=dict)
-    trouble: dict[str, Stopped] = field(default_factory=dict)
+    trouble: dict[str, CheckFailed] = field(default_factory=dict)
     kept: list[CheckpointRecord] = field(default_factory=list)
     dropped: list[CheckpointRecord] = field(default_factory=list)
 
@@ -78,8 +79,8 @@ class StrawHands:
     async def loss(self, record: CheckpointRecord) -> float:
         return self.losses.get(record.epoch, 0.9)
 
-    async def replay(self, audit: Audit) -> Replayed:
-        return Replayed(Finding(outcome="valid"), 0.1)
+    async def replay(self, audit: StartAudit) -> Replayed:
+        return Replayed(AuditFinding(outcome="valid"), 0.1)
 
     def forget(self, run: RunState) -> None: ...
 
@@ -113,7 +114,7 @@ async def seated(
         if state.accepted + state.rejected >= until:
             done.set()
 
-    bench = Bench(Rules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
+    bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
     running = asyncio.create_task(bench.run())
     for offer in offers:
         await bench.hear(Offered(offer, START))
@@ -125,7 +126,7 @@ async def seated(
 
 async def test_the_bench_writes_before_it_tells(tmp_path: Path):
     manifest = make_manifest(holdout_tolerance=0.1)
-    hands = StrawHands(trouble={PEERS[1].public_key: Stopped("invalid", "format", "header bomb")})
+    hands = StrawHands(trouble={PEERS[1].public_key: CheckFailed("invalid", "format", "header bomb")})
     bad, good = make_record(manifest, PEERS[1]), make_record(manifest, PEERS[0])
     ledger, published = await seated(tmp_path, hands, [bad, good], 2)
     assert [(a.checkpoint, a.holdout_loss) for a in published] == [(good.digest, 0.9)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import Checked, Discard, LimitsKnown, Noted
-from lutetia.coordinator.acceptance.state_machine import JudgeState
+from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, LedgerFacts, LimitsKnown
+from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
@@ -21,10 +21,11 @@ from lutetia.coordinator.ledger.events import (
     ResetRecovered,
 )
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.ledger.reducer import LedgerOutOfOrder, RunState, apply
+from lutetia.coordinator.ledger.reducer import LedgerOutOfOrder, apply
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
-from lutetia.coordinator.runtime.announcer import Crier
-from lutetia.coordinator.runtime.recovery import Lineage, forgotten
+from lutetia.coordinator.runtime.announcer import Announcer
+from lutetia.coordinator.runtime.recovery import SignedLineages, forgotten
 from lutetia.coordinator.runtime.split_brain import refuse_a_rival
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
@@ -53,12 +54,12 @@ def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str
     if word == "an acceptance":
         newer = given.model_copy(update={"epoch": 4, "checkpoint": "c" * 64})
         event = AcceptanceRecovered(time=c.now, acceptance=newer)
-    actions = c.hears(Noted((event,), c.now))
-    assert [action.record for action in actions if isinstance(action, Discard)] == [late]
+    actions = c.hears(LedgerFacts((event,), c.now))
+    assert [action.record for action in actions if isinstance(action, DiscardCandidate)] == [late]
     assert not c.state.checking
     assert not c.state.pending
     before = c.state
-    assert c.hears(Checked(late, Verdict(outcome, "holdout", "x", 0.4, 0.5), c.now)) == ()
+    assert c.hears(CheckDone(late, Verdict(outcome, "holdout", "x", 0.4, 0.5), c.now)) == ()
     assert c.state == before
 
 
@@ -67,15 +68,15 @@ def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
     c.accept(HONEST)
     given = c.state.run.shards[0].acceptance
     assert given
-    assert c.hears(Noted((AcceptanceRecovered(time=c.now, acceptance=given),), c.now)) == ()
-    assert c.hears(Noted((), c.now)) == ()
+    assert c.hears(LedgerFacts((AcceptanceRecovered(time=c.now, acceptance=given),), c.now)) == ()
+    assert c.hears(LedgerFacts((), c.now)) == ()
 
 
 def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offers():
     c = court()
     waiting = make_record(c.manifest, CHEAT)
     c.offer(waiting)
-    c.hears(Noted((QuarantineRecovered(time=c.now, owner=CHEAT.public_key),), c.now))
+    c.hears(LedgerFacts((QuarantineRecovered(time=c.now, owner=CHEAT.public_key),), c.now))
     assert c.state.run.shards[0].candidates == {}
     reply = c.offer(waiting)
     assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
@@ -83,15 +84,15 @@ def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offer
     shown = status(c.state.run, c.manifest, LiveView(), c.now).quarantined
     assert [(why.owner, why.epoch) for why in shown] == [(CHEAT.public_key, 0)]
     assert "is quarantined" in sentence(c.state.run.quarantined[CHEAT.public_key])
-    c.hears(Noted((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
+    c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
     assert c.offer(make_record(c.manifest, CHEAT, text="after the pardon")).verdict == "queued"
 
 
 def test_a_recovered_reset_is_a_roll_back_to_the_beginning():
     c = court(shards=1, epochs=1)
     c.accept(CHEAT)
-    c.hears(Noted((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
-    c.hears(Noted((ResetRecovered(time=c.now, shard=0, term=2),), c.now))
+    c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
+    c.hears(LedgerFacts((ResetRecovered(time=c.now, shard=0, term=2),), c.now))
     shard = c.state.run.shards[0]
     assert (shard.epoch, shard.term, shard.acceptance, shard.parent_loss) == (0, 2, None, 0.5)
     assert not c.state.run.audits
@@ -127,7 +128,7 @@ class Swarm:
 
     async def show(self) -> None:
         """What the coordinator with the newest ledger keeps in the DHT."""
-        await Crier(self.transport, COORDINATOR, lambda: self.room.rules, lambda: self.room.state.run).renew()
+        await Announcer(self.transport, COORDINATOR, lambda: self.room.rules, lambda: self.room.state.run).renew()
 
     def ledger(self, events: list[Event]) -> Ledger:
         first, *rest = events
@@ -136,9 +137,9 @@ class Swarm:
         return ledger
 
     @property
-    def lineage(self) -> Lineage:
+    def lineage(self) -> SignedLineages:
         live = LiveManifest(SignedManifest.sign(self.room.manifest, OWNER))
-        return Lineage(self.transport, live, COORDINATOR.public_key)
+        return SignedLineages(self.transport, live, COORDINATOR.public_key)
 
 
 async def convicted(root: Path, honest: int) -> Swarm:
@@ -227,7 +228,7 @@ def test_a_pardon_is_not_undone_by_an_older_word():
     word = QuarantineRecord(run=c.manifest.run_id, owner=COORDINATOR.public_key, issued=c.now, peers=(CHEAT.public_key,))
     assert forgotten(c.state.run, [word]) == []
     c.now += 100
-    c.hears(Noted((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
+    c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=CHEAT.public_key),), c.now))
     assert forgotten(c.state.run, [word]) == []
     later = word.model_copy(update={"issued": c.now + 3600})
     assert forgotten(c.state.run, [word, later]) == [CHEAT.public_key], "a newer ledger has convicted it again"
@@ -236,10 +237,12 @@ def test_a_pardon_is_not_undone_by_an_older_word():
 def test_an_acceptance_of_a_later_term_makes_the_mixture_void():
     c = court(shards=1, epochs=1)
     c.accept(CHEAT)
-    c.hears(Noted((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
+    c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
     given = c.state.run.shards[0].acceptance
     assert isinstance(given, AcceptanceRecord)
     c.hears(
-        Noted((AcceptanceRecovered(time=c.now, acceptance=given.model_copy(update={"term": 1, "checkpoint": "b" * 64})),), c.now)
+        LedgerFacts(
+            (AcceptanceRecovered(time=c.now, acceptance=given.model_copy(update={"term": 1, "checkpoint": "b" * 64})),), c.now
+        )
     )
     assert c.state.run.mixture is None

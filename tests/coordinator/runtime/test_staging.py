@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.checks import Stopped
-from lutetia.coordinator.ledger.reducer import RunState
+from lutetia.coordinator.acceptance.checks import CheckFailed
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime.check_runner import NetworkTools
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.download import serve_blobs
@@ -36,23 +36,23 @@ def offered(number: int) -> CheckpointRecord:
     return make_record(MANIFEST, PEERS[0], text=str(number), weights=weights)
 
 
-def at_a_coordinator(tmp_path: Path, story: Callable[[NetworkTools, MemoryTransport], Awaitable[None]]) -> None:
+def at_a_coordinator(tmp_path: Path, story: Callable[[NetworkCheckRunner, MemoryTransport], Awaitable[None]]) -> None:
     async def main() -> None:
         network = MemoryNetwork()
         check = record_check(MANIFEST, network.now)
         coordinator, author = network.peer(COORDINATOR, check), network.peer(PEERS[0], check)
         blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-        tools = NetworkTools(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0)  # pyright: ignore[reportArgumentType]
+        tools = NetworkCheckRunner(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0)  # pyright: ignore[reportArgumentType]
         await story(tools, author)
 
     run_virtual(main, START)
 
 
 def test_results_that_nobody_holds_take_no_room(tmp_path: Path):
-    async def story(tools: NetworkTools, author: MemoryTransport) -> None:
+    async def story(tools: NetworkCheckRunner, author: MemoryTransport) -> None:
         await serve_blobs(author, BlobStore(tmp_path / "author"))
         for number in range(6):
-            with pytest.raises(Stopped, match="could not be fetched"):
+            with pytest.raises(CheckFailed, match="could not be fetched"):
                 await tools.fetch(offered(number))
             assert allocated(tools.incoming) == 0, "before it is given up"
 
@@ -62,14 +62,14 @@ def test_results_that_nobody_holds_take_no_room(tmp_path: Path):
 def test_what_arrived_of_a_result_goes_with_it(tmp_path: Path):
     """A provider may show a true table, and a true chunk, and then be gone."""
 
-    async def story(tools: NetworkTools, author: MemoryTransport) -> None:
+    async def story(tools: NetworkCheckRunner, author: MemoryTransport) -> None:
         held = BlobStore(tmp_path / "author")
         ref = held.add_bytes(DATA + bytes([0]))
         await serve_blobs(author, held)
         with held.path(ref.digest).open("r+b") as file:
             file.seek(CHUNK)
             file.write(b"rot")
-        with pytest.raises(Stopped):
+        with pytest.raises(CheckFailed):
             await tools.fetch(offered(0))
         assert allocated(tools.incoming) >= len(DATA), "it may be fetched again"
         tools.discard(offered(0), RunState())

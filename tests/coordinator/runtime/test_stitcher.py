@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lutetia.coordinator.acceptance.messages import Noted
+from lutetia.coordinator.acceptance.messages import LedgerFacts
 from lutetia.coordinator.ledger.events import AcceptanceRecovered, MixtureStitched
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime import stitcher
@@ -104,12 +104,12 @@ def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
     c.accept(PEERS[0])
     stitched = MixtureStitched(time=START, epochs=(1,), terms=c.state.run.terms, mixture="a" * 64)
     c.audited("invalid")
-    c.hears(Noted((stitched,), c.now))
+    c.hears(LedgerFacts((stitched,), c.now))
     c.accept(PEERS[1])
     c.audited("valid")
     assert c.state.run.mixture is None
     assert next_step(c.state.run, when="end", rested=False) == "mixture"
-    c.hears(Noted((stitched.model_copy(update={"terms": (1,)}),), c.now))
+    c.hears(LedgerFacts((stitched.model_copy(update={"terms": (1,)}),), c.now))
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 
@@ -117,7 +117,7 @@ def test_ledgers_of_earlier_versions_do_not_say_in_which_term_was_stitched():
     c = court(shards=1, epochs=1)
     c.accept(PEERS[0])
     c.audited("valid")
-    c.hears(Noted((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))
+    c.hears(LedgerFacts((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 

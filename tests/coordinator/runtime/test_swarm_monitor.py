@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lutetia.coordinator.ledger.status_builder import status
-from lutetia.coordinator.runtime.swarm_monitor import FULL_PACE, Lookout, nodes_pause
+from lutetia.coordinator.runtime.swarm_monitor import FULL_PACE, SwarmMonitor, nodes_pause
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import Hardware, NodeRecord, ProviderRecord
@@ -33,7 +33,7 @@ def test_copies_are_counted_of_peers_that_are_online_and_hold_all_of_it():
         network = MemoryNetwork()
         check = record_check(c.manifest, network.now)
         eye = network.peer(COORDINATOR, check)
-        lookout = Lookout(eye, c.manifest, _ignore, lambda: [given])
+        lookout = SwarmMonitor(eye, c.manifest, _ignore, lambda: [given])
 
         def shown() -> list[int | None]:
             return [shard.copies for shard in status(c.state.run, c.manifest, lookout.view, network.now()).shards]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
-from lutetia.coordinator.worker.client import WorkshopClient, WorkshopFailed, WorkshopRefused
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
@@ -43,7 +43,7 @@ class Site:
     run: RunFolder
     manifest: Manifest
     files: Path
-    shop: WorkshopClient
+    shop: WorkerClient
 
     def weights(self, shard: int = 0) -> Path:
         return self.files / f"{shard}.weights.safetensors"
@@ -82,7 +82,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     for shard in range(2):
         train_epoch(created.manifest, shard, root / "files")
     run = RunFolder(created.folder)
-    shop = WorkshopClient(run.manifest, name="test", threads=1, nice=3)
+    shop = WorkerClient(run.manifest, name="test", threads=1, nice=3)
     yield Site(run, created.manifest, root / "files", shop)
     await shop.close()
 
@@ -191,7 +191,7 @@ def header_of(path: Path) -> dict[str, str]:
 )
 async def test_each_wrong_checkpoint_is_refused_at_its_rung(site: Site, tmp_path: Path, kind: str, rung: str, words: str):
     weights, state = mutated(site, kind, tmp_path)
-    with pytest.raises(WorkshopRefused, match=words) as caught:
+    with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(weights, state)
     assert caught.value.rung == rung
     assert "\n" not in str(caught.value)
@@ -210,7 +210,7 @@ async def test_a_trace_has_one_finite_loss_per_step(
     site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], rung: str, words: str
 ):
     save_file(trace, tmp_path / "t.safetensors")
-    with pytest.raises(WorkshopRefused, match=words) as caught:
+    with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(site.weights(), site.state(), tmp_path / "t.safetensors")
     assert caught.value.rung == rung
 
@@ -231,7 +231,7 @@ async def test_header_bombs_are_refused_and_the_workshop_lives(site: Site, tmp_p
     bomb = tmp_path / "bomb.safetensors"
     bomb.write_bytes(data)
     pid = site.shop.pid
-    with pytest.raises(WorkshopRefused) as caught:
+    with pytest.raises(WorkerRefused) as caught:
         await site.inspect(bomb, site.state())
     assert caught.value.rung == "format"
     assert site.shop.pid == pid
@@ -284,7 +284,7 @@ async def test_a_crash_is_survived(site: Site):
     pid = site.shop.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(WorkshopFailed, match="crashed"):
+    with pytest.raises(WorkerFailed, match="crashed"):
         await site.inspect(site.weights(), site.state())
     await site.inspect(site.weights(), site.state())
     assert site.shop.pid not in (None, pid)
@@ -296,7 +296,7 @@ async def test_an_answer_too_long_for_a_line_is_a_failed_job(site: Site, tmp_pat
     await site.shop.ask("limits", limit=LIMIT)
     pid = site.shop.pid
     assert pid is not None
-    with pytest.raises(WorkshopFailed, match="answer to trace cannot be read"):
+    with pytest.raises(WorkerFailed, match="answer to trace cannot be read"):
         await site.shop.ask("trace", limit=LIMIT, path=str(tmp_path / "long.safetensors"))
     assert not psutil.pid_exists(pid)
     assert len((await site.shop.ask("trace", limit=LIMIT, path=str(site.trace())))["losses"]) == 4
@@ -327,7 +327,7 @@ async def test_half_a_line_of_a_killed_child_is_its_end(tmp_path: Path):
 
 
 async def test_a_long_idle_child_ends_and_the_next_job_starts_another(site: Site):
-    shop = WorkshopClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
+    shop = WorkerClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
     await shop.ask("limits", limit=LIMIT)
     assert (first := shop.pid) is not None
 
@@ -346,6 +346,6 @@ async def test_a_hang_is_ended(site: Site):
     pid = site.shop.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(WorkshopFailed, match="longer than 1 s"):
+    with pytest.raises(WorkerFailed, match="longer than 1 s"):
         await site.shop.ask("limits", limit=1.0)
     assert not psutil.pid_exists(pid)

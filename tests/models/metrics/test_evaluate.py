@@ -14,8 +14,8 @@ import torch
 
 from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.evaluator import JudgeSettings
-from lutetia.models.metrics.generated_clips import MixtureSampler, Sampling, generate
+from lutetia.models.metrics.evaluator import EvaluatorSettings
+from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate
 from lutetia.models.metrics.report import EvaluateSettings, MetricsReport, evaluate
 from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
 from lutetia.models.mixing.router import RouterReport, build_router
@@ -79,7 +79,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSettings:
     """Only what needs no weights: the flow."""
     monkeypatch.setenv("LUTETIA_ASSETS", str(tmp_path / "no assets"))
-    judges = JudgeSettings(cache=tmp_path / "cache", resamples=12)
+    judges = EvaluatorSettings(cache=tmp_path / "cache", resamples=12)
     return EvaluateSettings(clips=22, spare=22, fit_clips=24, judges=judges)
 
 
@@ -115,7 +115,7 @@ def test_a_mixture_that_lacks_an_expert_is_judged_by_the_others(data: Path, sett
 
 
 def test_prompts_longer_than_the_mixture_reads_are_cut_as_captions_are_in_training(mixture: Path) -> None:
-    sampler, longer = MixtureSampler(mixture, Sampling()), "a red square moves left and further than anybody reads"
+    sampler, longer = MixtureSampler(mixture, SamplingOptions()), "a red square moves left and further than anybody reads"
     assert sampler.pipeline.text.count([longer]) > sampler.pipeline.spec.text_tokens
     assert torch.equal(sampler([longer], 0)[0], sampler([" ".join(longer.split()[:6])], 0)[0])
     with pytest.raises(UsageError, match="prompt 1 has 10 tokens, but this mixture reads 6"):
@@ -200,7 +200,7 @@ class Counting:
 
 
 def test_sampling_goes_on_where_it_was_cut(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    prompts, sampling = squares(10), Sampling(batch=4)
+    prompts, sampling = squares(10), SamplingOptions(batch=4)
 
     class Cut(Counting):
         def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:

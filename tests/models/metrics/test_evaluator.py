@@ -11,7 +11,7 @@ import pytest
 from lutetia.models.metrics import evaluator as room
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.comparison import compare, compare_kinds, comparison_table
-from lutetia.models.metrics.evaluator import Judges, JudgeSettings
+from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
 from lutetia.models.metrics.stats.retrieval import PROBE_NAME
 from lutetia.models.metrics.validation.degradations import frozen, noisy, shuffled_captions
 from lutetia.system.errors import DataError
@@ -31,13 +31,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ready(assets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, squares: Callable[..., ClipSet]) -> Judges:
+def ready(assets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, squares: Callable[..., ClipSet]) -> Evaluator:
     monkeypatch.setenv("LUTETIA_ASSETS", str(assets))
-    settings = JudgeSettings(metrics=("fvd", "retrieval", "classifier"), resamples=12, cache=cache)
-    return Judges(squares(60, seed=1), squares(30, seed=2), squares(30, seed=3), settings)
+    settings = EvaluatorSettings(metrics=("fvd", "retrieval", "classifier"), resamples=12, cache=cache)
+    return Evaluator(squares(60, seed=1), squares(30, seed=2), squares(30, seed=3), settings)
 
 
-def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
     assert ready.left_out == {}
     clips = squares(30, seed=4)
     good = {entry.name: entry for entry in ready.judge(clips, seeds=(4, 5))}
@@ -59,9 +59,9 @@ def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Judges, squar
     assert swapped["FVD"].figure.value == good["FVD"].figure.value
 
 
-def test_without_spare_clips_the_floor_tells_its_n(ready: Judges, squares: Callable[..., ClipSet]) -> None:
-    settings = JudgeSettings(metrics=("fvd",), resamples=12, cache=ready.settings.cache)
-    alone = Judges(squares(60, seed=1), squares(30, seed=2), None, settings)
+def test_without_spare_clips_the_floor_tells_its_n(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
+    settings = EvaluatorSettings(metrics=("fvd",), resamples=12, cache=ready.settings.cache)
+    alone = Evaluator(squares(60, seed=1), squares(30, seed=2), None, settings)
     entry = alone.judge(squares(30, seed=4))[0]
     assert entry.real is not None
     assert (entry.figure.n, entry.real.n) == (30, 15)
@@ -75,12 +75,12 @@ def test_short_clips_leave_fvd_out_with_its_reason(
 ) -> None:
     monkeypatch.setenv("LUTETIA_ASSETS", str(assets))
     short = squares(24, frames=8)
-    judges = Judges(short, short, None, JudgeSettings(metrics=("fvd",)))
+    judges = Evaluator(short, short, None, EvaluatorSettings(metrics=("fvd",)))
     assert judges.left_out["fvd"].startswith("a clip of 8 frames is too short for I3D, which needs 10")
     assert judges.judge(short) == []
 
 
-def test_two_sides_are_compared_prompt_by_prompt(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+def test_two_sides_are_compared_prompt_by_prompt(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
     prompts = squares(30, seed=4)
     worse = [noisy(prompts, 40, seed) for seed in (0, 1)]
     better = [noisy(prompts, 15, seed) for seed in (0, 1)]
@@ -101,7 +101,7 @@ def test_two_sides_are_compared_prompt_by_prompt(ready: Judges, squares: Callabl
         compare(ready, worse, better[:1], seeds=(0, 1))
 
 
-def test_one_hit_more_is_no_difference(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+def test_one_hit_more_is_no_difference(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
     ready.views.clear()
     ready.values = {"hits": lambda clips: np.eye(1, len(clips))[0] * float(clips.frames.float().std() > 60)}
     prompts = squares(30, seed=4)
@@ -111,12 +111,12 @@ def test_one_hit_more_is_no_difference(ready: Judges, squares: Callable[..., Cli
     assert row.second_is == "not told apart"
 
 
-def test_a_gain_in_one_kind_shows_in_that_kind_alone(ready: Judges, squares: Callable[..., ClipSet]) -> None:
+def test_a_gain_in_one_kind_shows_in_that_kind_alone(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
     assert compare_kinds(ready, [ready.reference], [ready.reference], seeds=(0,), resamples=12) == {}  # all are of one kind
     clips = squares(50, seed=2)
     kinds = ("left",) * 24 + ("right",) * 24 + ("rare",) * 2
     reference = ClipSet(clips.frames, clips.captions, kinds)
-    judges = Judges(squares(60, seed=1), reference, None, JudgeSettings(metrics=("fvd",), cache=ready.settings.cache))
+    judges = Evaluator(squares(60, seed=1), reference, None, EvaluatorSettings(metrics=("fvd",), cache=ready.settings.cache))
     prompts = squares(50, seed=4)
     mended = noisy(prompts, 40, 0).frames.clone()
     mended[:24] = prompts.frames[:24]

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from lutetia.models.metrics.clips import ClipSet
-from lutetia.models.metrics.evaluator import Judges, JudgeSettings
+from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
 from lutetia.models.metrics.stats.classifier import classify, fit_classifier, words
 from lutetia.models.metrics.stats.retrieval import fit_probe, load_probe, rank, retrieve, save_probe
-from lutetia.models.networks.clip import AestheticHead, Clip, spread
+from lutetia.models.networks.clip import AestheticHead, ClipModel, spread
 from lutetia.models.networks.sentences import MiniLM
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 
@@ -104,7 +104,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., ClipSet]) -> None:
-    clip = Clip(str(tiny_clip), frames=4)
+    clip = ClipModel(str(tiny_clip), frames=4)
     clips = squares(3).frames
     images, text = clip.images(clips), clip.text(["a cat that runs", "an owl", "a fox that hides " * 20])
     assert images.shape == (3, 4, 8)
@@ -124,9 +124,9 @@ def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., 
 
 def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
     save_file({"weight": torch.randn(1, 8), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
-    settings = JudgeSettings(metrics=("clip",), clip=str(tiny_clip), aesthetic=tmp_path / "head.safetensors", cache=tmp_path)
+    settings = EvaluatorSettings(metrics=("clip",), clip=str(tiny_clip), aesthetic=tmp_path / "head.safetensors", cache=tmp_path)
     clips = squares(6)
-    judges = Judges(clips, clips, None, settings)
+    judges = Evaluator(clips, clips, None, settings)
     similarity, aesthetic = judges.judge(clips)
     assert (similarity.name, aesthetic.name) == ("CLIP text-video similarity", "aesthetic score")
     assert similarity.real == similarity.figure
@@ -136,9 +136,9 @@ def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path, squar
 
 def test_a_folder_without_clip_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot load CLIP"):
-        Clip(str(tmp_path))
+        ClipModel(str(tmp_path))
     with pytest.raises(ConfigError, match=r"no existing folder and no hub id"):
-        Clip("/nowhere/at all")
+        ClipModel("/nowhere/at all")
 
 
 def test_both_forms_of_the_aesthetic_head(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lutetia.models.mixing.router import build_router, read_router, router_of, w
 from lutetia.models.mixing.stitch import WEIGHTS, stitch
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline import load_pipeline
-from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
@@ -83,7 +83,7 @@ def test_failed_stitch_leaves_the_old_folder(mixed, tmp_path) -> None:
     folder = tmp_path / "out" / "mixture"
     digest = stitch(folder, manifest, files, build_router(manifest))
     files[1].write_bytes(files[0].read_bytes())
-    with pytest.raises(CheckpointRefused):
+    with pytest.raises(CheckpointMisfit):
         stitch(folder, manifest, files, build_router(manifest))
     assert read_mixture(folder).mixture.digest == digest
     assert os.listdir(folder.parent) == ["mixture"]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.flops import expert_cost, router_cost
-from lutetia.models.study.plan import Plan, plan_study, planned_latent
+from lutetia.models.study.plan import StudyPlan, plan_study, planned_latent
 from lutetia.protocol.schema.manifest import ExpertSpec, RouterSpec
 from lutetia.system.errors import ConfigError
 from tests.models.tiny_experts import LATENT, WAN
@@ -28,7 +28,7 @@ def config(**changes: Any) -> StudyConfig:
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
+def plan() -> StudyPlan:
     return plan_study(settings := config(), planned_latent(settings))
 
 
@@ -48,7 +48,7 @@ def test_counting_without_arithmetic_agrees_with_counting_a_real_pass() -> None:
     assert counter.get_total_flops() == expert_cost(WAN, LATENT).training
 
 
-def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: Plan) -> None:
+def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: StudyPlan) -> None:
     for tier in ("headline", "control"):
         arms = [training for training in plan.trainings if training.tier == tier]
         budget = config().samples * arms[0].flops_per_sample * (1 if tier == "headline" else config().controls.share)
@@ -66,7 +66,7 @@ def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: Plan) -> Non
     assert 1 < mixture.pass_flops / monolith.pass_flops < 1.25
 
 
-def test_controls_are_what_they_are_called(plan: Plan) -> None:
+def test_controls_are_what_they_are_called(plan: StudyPlan) -> None:
     arms = {training.arm: training for training in plan.trainings if training.tier == "control"}
     monolith, mixture = arms["monolith"], arms["mixture"]
     assert arms["small-batch"].batch * 3 == monolith.batch
@@ -89,7 +89,7 @@ def test_controls_are_what_they_are_called(plan: Plan) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed(plan: Plan) -> None:
+def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed(plan: StudyPlan) -> None:
     rivals = plan.of("headline", "small-batch")
     assert [rival.seed for rival in rivals] == [0, 1, 2]
     monolith = plan.of("headline", "monolith")[0]
@@ -113,7 +113,7 @@ def test_other_learning_rates_change_the_pair_in_nothing_else() -> None:
     assert {reading.training for _, reading in plan.controls(settings)} == {training.name for training in arms.values()}
 
 
-def test_curves_have_one_n_and_the_end_has_all_clips(plan: Plan) -> None:
+def test_curves_have_one_n_and_the_end_has_all_clips(plan: StudyPlan) -> None:
     readings = plan.readings_of(plan.of("headline", "monolith")[0])
     assert [(r.epoch, r.clips) for r in readings if r.clips == 128] == [(1, 128), (2, 128), (3, 128), (4, 128)]
     assert {(r.epoch, r.prompts) for r in readings if r.clips == 256} == {(4, "natural"), (4, "stratified")}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lutetia.models.experts.families import build_expert
-from lutetia.models.training.checkpoint_checks import MAX_HEADER_BYTES, CheckpointRefused, check_state, check_weights
+from lutetia.models.training.checkpoint_checks import MAX_HEADER_BYTES, CheckpointMisfit, check_state, check_weights
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
 from lutetia.protocol.schema.manifest import Optimisation
@@ -27,7 +27,7 @@ def good() -> dict[str, torch.Tensor]:
 
 
 def reason_of(path: Path) -> str:
-    with pytest.raises(CheckpointRefused) as refusal:
+    with pytest.raises(CheckpointMisfit) as refusal:
         check_weights(path, WAN)
     assert path.name in str(refusal.value)
     assert len(str(refusal.value)) < 300
@@ -127,7 +127,7 @@ def test_any_flipped_byte_either_passes_as_weights_or_is_refused_cleanly(positio
     flipped = path.with_name("flipped.now")
     whole[position % len(whole)] = value
     flipped.write_bytes(whole)
-    with contextlib.suppress(CheckpointRefused):
+    with contextlib.suppress(CheckpointMisfit):
         check_weights(flipped, WAN)
 
 
@@ -142,11 +142,11 @@ def test_states_pass_and_foreign_tensors_in_them_do_not(optimizer, tmp_path) -> 
     check_state(tmp_path / "state", WAN, manifest.optimisation)
     snapshot.moments["sgd.velocity.x"] = torch.zeros(1)
     write_state(snapshot, tmp_path / "state")
-    with pytest.raises(CheckpointRefused, match="sgd.velocity.x"):
+    with pytest.raises(CheckpointMisfit, match="sgd.velocity.x"):
         check_state(tmp_path / "state", WAN, manifest.optimisation)
     del snapshot.moments["sgd.velocity.x"], snapshot.parameters[NAME]
     write_state(snapshot, tmp_path / "state")
-    with pytest.raises(CheckpointRefused, match="lacks 1 tensors"):
+    with pytest.raises(CheckpointMisfit, match="lacks 1 tensors"):
         check_state(tmp_path / "state", WAN, Optimisation(optimizer=optimizer))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lutetia.models.training.checkpoint_checks import CheckpointRefused
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_moments, moment_ratio
@@ -81,7 +81,7 @@ def test_each_poison_is_named(honest, tmp_path: Path, kind: str, words: str):
         case "large momentum":
             tensors[momentum] += 1
     save_file(tensors, tmp_path / "state")
-    with pytest.raises(CheckpointRefused, match=words) as caught:
+    with pytest.raises(CheckpointMisfit, match=words) as caught:
         check_moments(tmp_path / "state", trainer.manifest.optimisation)
     assert caught.value.reason in ("norm", "missing")
 

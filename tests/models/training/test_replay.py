@@ -23,18 +23,18 @@ from lutetia.coordinator.acceptance.audit_comparison import (
 )
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
-from lutetia.models.training.replay import Doubt, End, Parent, read_trace, replay
+from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.records import Made
+from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 from tests.child_environment import child_environment
 from tests.models.tiny_experts import toy_data, toy_manifest
 
-CPU = Made()
+CPU = TrainedWith()
 MANIFEST = toy_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
 
 
-def author(folder: Path, **options) -> tuple[Parent, End, list[float]]:
+def author(folder: Path, **options) -> tuple[ReplayParent, ReplayEnd, list[float]]:
     """Two epochs: the first is the parent, the second is audited."""
     trainer = ExpertTrainer(MANIFEST, 0, toy_data(), **options)
     for name in ("parent", "end"):
@@ -42,11 +42,11 @@ def author(folder: Path, **options) -> tuple[Parent, End, list[float]]:
             trainer.step()
         write_weights(trainer.snapshot(), folder / f"{name}.weights")
         write_state(trainer.snapshot(), folder / f"{name}.state", ema=False)
-    return parent_of(folder), End(folder / "end.weights", folder / "end.state"), trainer.trace
+    return parent_of(folder), ReplayEnd(folder / "end.weights", folder / "end.state"), trainer.trace
 
 
-def parent_of(folder: Path) -> Parent:
-    return Parent(1, folder / "parent.weights", folder / "parent.state")
+def parent_of(folder: Path) -> ReplayParent:
+    return ReplayParent(1, folder / "parent.weights", folder / "parent.state")
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"micro_batch": 3}, {"precision": "bfloat16"}])
@@ -56,7 +56,7 @@ def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
     precision = options.get("precision", "float32")
     found = replay(MANIFEST, 0, toy_data(), parent, 4, end=end if whole else None, precision=precision)
     assert len(found.losses) == (12 if whole else 4)
-    finding = compare(trace, found.losses, found.drift, Made(precision=precision), found.made)
+    finding = compare(trace, found.losses, found.drift, TrainedWith(precision=precision), found.made)
     assert finding.outcome == "valid", finding.text
     if not options:
         assert list(found.losses) == trace[: len(found.losses)], "bit by bit on the same processor"
@@ -72,7 +72,7 @@ def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
     trace = [float(loss) for loss in done.stdout.strip().strip("[]").split(",")]
-    end = End(tmp_path / "end.weights", tmp_path / "end.state")
+    end = ReplayEnd(tmp_path / "end.weights", tmp_path / "end.state")
     found = replay(MANIFEST, 0, toy_data(), parent_of(tmp_path), 4, end=end)
     finding = compare(trace, found.losses, found.drift, CPU, found.made)
     assert finding.outcome == "valid", finding.text
@@ -99,7 +99,7 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
     fake = [*trace[:4], *(loss * 1.3 for loss in trace[4:])]
     part = replay(MANIFEST, 0, toy_data(), parent, 4)
     assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "that is the hole"
-    whole = replay(MANIFEST, 0, toy_data(), parent, 4, end=End(parent.weights, parent.state))
+    whole = replay(MANIFEST, 0, toy_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
     assert whole.drift is not None
     assert whole.drift > 0.9
     assert compare(fake, whole.losses, whole.drift, CPU, whole.made).outcome == "invalid"
@@ -111,8 +111,8 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
 def test_a_replay_from_the_beginning_needs_no_files(tmp_path):
     trainer = ExpertTrainer(MANIFEST, 0, toy_data())
     losses = [trainer.step() for _ in range(4)]
-    assert replay(MANIFEST, 0, toy_data(), Parent(0), 4).losses == tuple(losses)
-    assert len(replay(MANIFEST, 0, toy_data(), Parent(0), 99).losses) == 12, "no more than an epoch"
+    assert replay(MANIFEST, 0, toy_data(), ReplayParent(0), 4).losses == tuple(losses)
+    assert len(replay(MANIFEST, 0, toy_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
 
 
 def test_a_replay_that_diverges_concludes_nothing():
@@ -122,7 +122,7 @@ def test_a_replay_that_diverges_concludes_nothing():
 
 
 made = st.builds(
-    Made, device=st.sampled_from(["cpu", "cuda", "mps", "other"]), precision=st.sampled_from(["float32", "bfloat16"])
+    TrainedWith, device=st.sampled_from(["cpu", "cuda", "mps", "other"]), precision=st.sampled_from(["float32", "bfloat16"])
 )
 
 
@@ -170,7 +170,7 @@ def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author,
         assert (finding.outcome, finding.doubt) == (expected, expected == "inconclusive")
 
 
-def halfway(folder: Path, parent: Parent) -> End:
+def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
     """The end of who trains half of the second epoch."""
     trainer = ExpertTrainer(MANIFEST, 0, toy_data())
     trainer.restore(parent.epoch, parent.weights, parent.state)
@@ -178,14 +178,14 @@ def halfway(folder: Path, parent: Parent) -> End:
         trainer.step()
     write_weights(trainer.snapshot(), folder / "half.weights")
     write_state(trainer.snapshot(), folder / "half.state", ema=False)
-    return End(folder / "half.weights", folder / "half.state")
+    return ReplayEnd(folder / "half.weights", folder / "half.state")
 
 
-@pytest.mark.parametrize("said", [CPU, Made(device="other", precision="bfloat16")], ids=str)
+@pytest.mark.parametrize("said", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
 def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(tmp_path, said):
     parent, _, trace = author(tmp_path)
-    bounds = tolerance(said, Made(precision=said.precision))
-    doubt = Doubt(bounds.drift[0], 2.0, coarse=said != CPU)
+    bounds = tolerance(said, TrainedWith(precision=said.precision))
+    doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=said != CPU)
     found = replay(
         MANIFEST, 0, toy_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
     )  # fmt: skip
@@ -199,9 +199,9 @@ def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(t
 
 def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
     parent, end, _ = author(tmp_path)
-    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=Doubt(1e-3, 2.0, False)).noise is None
-    base = End(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
-    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=Doubt(1e-3, 2.0, False))
+    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
+    base = ReplayEnd(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
+    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
     assert alone.drift is not None
     assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
 

@@ -7,13 +7,13 @@ from typing import cast
 
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
-from lutetia.node.machine.state import Rules, State, next_wake
+from lutetia.node.machine.state import MachineState, NodeRules, next_wake
 from lutetia.protocol.claims import LiveClaim, ShardView
 from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord
 
 ME, OTHER = "11" * 32, "22" * 32
 T = 1_800_000_000.0
-RULES = Rules("ab" * 32, ME, shards=2, epochs=4, heartbeat=20.0, propagation=1.0)
+RULES = NodeRules("ab" * 32, ME, shards=2, epochs=4, heartbeat=20.0, propagation=1.0)
 
 
 def claim_record(owner: str, claim: m.Claim, now: float) -> ClaimRecord:
@@ -34,8 +34,8 @@ def claimed(shard: int, owner: str, expires: float, state: str = "training", epo
 class Walk:
     """A machine, and the clock in its hands."""
 
-    def __init__(self, rules: Rules = RULES) -> None:
-        self.rules, self.now, self.state = rules, T, State()
+    def __init__(self, rules: NodeRules = RULES) -> None:
+        self.rules, self.now, self.state = rules, T, MachineState()
         self.actions: list[m.Action] = []
 
     def feed(self, event: m.Event) -> list[m.Action]:
@@ -47,7 +47,7 @@ class Walk:
         due = next_wake(self.rules, self.state)
         assert due is not None
         self.now = max(self.now, due)
-        return self.feed(m.Tick(self.now))
+        return self.feed(m.ClockTick(self.now))
 
     def until(self, kind: type, limit: int = 20) -> m.Action:
         """Tick until an action of `kind` comes."""
@@ -72,10 +72,10 @@ class Walk:
 
     def syncing(self) -> Walk:
         self.claiming()
-        self.until(m.Look)
+        self.until(m.LookAtShards)
         self.feed(m.SwarmSeen(self.now, (ShardView(0),)))
         assert self.said(m.PublishClaim)
-        self.until(m.Look)
+        self.until(m.LookAtShards)
         self.feed(m.SwarmSeen(self.now, (claimed(0, ME, self.now + 60, "claiming"),)))
         assert self.state.phase == "syncing"
         return self
@@ -87,7 +87,7 @@ class Walk:
         return self
 
     def checkpoint(self, epoch: int, parent: str | None) -> list[m.Action]:
-        return self.feed(m.CheckpointReady(self.now, self.state.trainers, m.Candidate(0, epoch, f"d{epoch}", parent)))
+        return self.feed(m.CheckpointReady(self.now, self.state.trainers, m.OwnCheckpoint(0, epoch, f"d{epoch}", parent)))
 
     def progress(self, epoch: int, waiting: bool = False) -> list[m.Action]:
         return self.feed(m.TrainerProgress(self.now, self.state.trainers, epoch, epoch * 100, waiting))

@@ -48,7 +48,7 @@ def draining() -> Walk:
 
 
 def reports(walk: Walk) -> str:
-    return "; ".join(action.text for action in walk.said(m.Report))  # type: ignore[union-attr]
+    return "; ".join(action.text for action in walk.said(m.LogSentence))  # type: ignore[union-attr]
 
 
 def handed_in(walk: Walk) -> None:

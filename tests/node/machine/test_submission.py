@@ -10,14 +10,14 @@ def test_checkpoint_is_offered_while_training_goes_on():
     walk = Walk().training()
     walk.progress(1)
     actions = walk.checkpoint(1, None)
-    assert m.PublishCheckpoint(m.Candidate(0, 1, "d1", None)) in actions
+    assert m.PublishCheckpoint(m.OwnCheckpoint(0, 1, "d1", None)) in actions
     assert not walk.said(m.StopTrainer)
     walk.checkpoint(2, "d1")
     assert not walk.said(m.PublishCheckpoint), "the second waits for the verdict on the first"
     actions = walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
-    assert m.Superseded(0, 1) in actions
+    assert m.CheckpointsSuperseded(0, 1) in actions
     assert m.AllowEpochs(4) in actions
-    assert m.PublishCheckpoint(m.Candidate(0, 2, "d2", "d1")) in actions
+    assert m.PublishCheckpoint(m.OwnCheckpoint(0, 2, "d2", "d1")) in actions
 
 
 def test_acceptance_seen_in_the_dht_counts_like_a_reply():
@@ -106,7 +106,7 @@ def test_rounds_that_end_in_an_acceptance_are_forgotten():
 
 def test_recovered_checkpoints_are_offered_after_a_restart():
     walk = Walk().syncing()
-    kept = (m.Candidate(0, 1, "d1", None), m.Candidate(0, 2, "d2", "d1"))
+    kept = (m.OwnCheckpoint(0, 1, "d1", None), m.OwnCheckpoint(0, 2, "d2", "d1"))
     actions = walk.feed(m.SyncDone(walk.now, 0, 0, None, kept))
     assert m.PublishCheckpoint(kept[0]) in actions
     assert walk.state.work

@@ -25,7 +25,7 @@ def test_fenced_when_another_peers_epoch_is_accepted(owned_by_me: bool):
     else:
         assert walk.state.phase == "idle"
         assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
-    late = m.CheckpointReady(walk.now, 1, m.Candidate(0, 2, "d2", "d1"))
+    late = m.CheckpointReady(walk.now, 1, m.OwnCheckpoint(0, 2, "d2", "d1"))
     walk.feed(late)
     assert not walk.state.work or not walk.state.work.pending, "what the stopped trainer still writes is void"
 
@@ -77,7 +77,7 @@ def test_pause_releases_the_lease_and_resume_returns():
         walk.tick()
         assert not walk.said(m.PublishClaim)
     walk.now = T + 7300
-    walk.feed(m.Tick(walk.now))
+    walk.feed(m.ClockTick(walk.now))
     assert walk.state.phase == "idle"
     assert 0 in walk.state.remembered
 
@@ -105,12 +105,12 @@ def test_finish_trains_to_the_next_checkpoint_waits_for_its_acceptance_and_leave
     walk.progress(1, waiting=True)
     actions = walk.checkpoint(1, None)
     assert m.StopTrainer(save=False) in actions
-    assert m.PublishCheckpoint(m.Candidate(0, 1, "d1", None)) in actions
+    assert m.PublishCheckpoint(m.OwnCheckpoint(0, 1, "d1", None)) in actions
     actions = walk.feed(m.OfferAnswered(walk.now, "d1", "accepted"))
     assert m.PublishClaim(m.Claim(0, 1, 100, "released")) in actions
     assert actions[-2:] == [m.RenewRecords(None), m.Leave()]
     assert walk.state.phase == "left"
-    assert walk.feed(m.Tick(walk.now)) == []
+    assert walk.feed(m.ClockTick(walk.now)) == []
 
 
 def test_finish_does_not_wait_for_a_silent_coordinator_for_ever():
@@ -199,7 +199,7 @@ def test_bad_shard_is_left_alone():
 def test_a_lost_device_is_probed_again():
     walk = Walk().training()
     actions = walk.feed(m.TrainerExited(walk.now, 1, "hardware", "CUDA error"))
-    assert m.Probe() in actions
+    assert m.ProbeHardware() in actions
     assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in actions
 
 
@@ -217,18 +217,18 @@ def test_a_hung_trainer_is_killed_and_restarted():
 def test_a_trainer_that_has_not_begun_is_given_time_to_import_its_libraries():
     walk = Walk(replace(RULES, hang_after=5.0)).training()
     walk.now += 60
-    walk.feed(m.Tick(walk.now))
+    walk.feed(m.ClockTick(walk.now))
     assert not walk.said(m.StopTrainer)
     walk.progress(0)
     walk.now += 6
-    walk.feed(m.Tick(walk.now))
+    walk.feed(m.ClockTick(walk.now))
     assert walk.said(m.StopTrainer), "but once it has begun, silence counts"
 
 
 def test_full_disk_reports_once_and_keeps_the_trainer():
     walk = Walk().training()
     actions = walk.feed(m.DiskFull(walk.now, "the disk is full"))
-    assert m.Report("warning", "the disk is full") in actions
+    assert m.LogSentence("warning", "the disk is full") in actions
     assert walk.feed(m.DiskFull(walk.now, "the disk is full")) == []
     for _ in range(40):
         walk.tick()
@@ -237,7 +237,7 @@ def test_full_disk_reports_once_and_keeps_the_trainer():
     assert walk.state.work.trainer == "on", "silence is no hang while the disk is full"
     assert walk.state.work.checking, "but the lease is let go after a while"
     walk.feed(m.DiskFree(walk.now))
-    walk.until(m.Look)
+    walk.until(m.LookAtShards)
     walk.feed(m.SwarmSeen(walk.now, (ShardView(0),)))
     assert m.RenewRecords(m.Claim(0, 0, 0, "training")) in walk.actions
 
@@ -290,7 +290,7 @@ def test_sync_answer_of_an_older_epoch_is_ignored():
 
 def test_done_budget_waits_for_acceptance_then_looks_for_other_work():
     walk = Walk().syncing()
-    kept = tuple(m.Candidate(0, e, f"d{e}", f"d{e - 1}" if e > 1 else None) for e in (1, 2, 3))
+    kept = tuple(m.OwnCheckpoint(0, e, f"d{e}", f"d{e - 1}" if e > 1 else None) for e in (1, 2, 3))
     walk.feed(m.SyncDone(walk.now, 0, 0, None, kept))
     assert not walk.said(m.StartTrainer), "three wait already"
     for epoch in (1, 2):

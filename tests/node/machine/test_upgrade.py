@@ -72,7 +72,7 @@ def test_a_node_that_stands_by_a_finished_run_looks_again():
     done = acceptance(0, 4, "d4", ME), acceptance(1, 4, "e4", ME)
     walk.feed(m.SwarmSeen(walk.now, tuple(ShardView(shard, (), given) for shard, given in enumerate(done))))
     assert "complete" in walk.state.why
-    assert m.Look((0, 1)) in upgraded(walk, training=True)
+    assert m.LookAtShards((0, 1)) in upgraded(walk, training=True)
     walk.feed(m.SwarmSeen(walk.now, tuple(ShardView(shard, (), given) for shard, given in enumerate(done))))
     assert walk.state.phase == "claiming"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.node.runtime.hardware_prober import Prober
-from lutetia.node.runtime.trainer_process import Hands
-from lutetia.node.runtime.workspace import Places
+from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.runtime.workspace import RunPaths
 from lutetia.node.settings import NodeSettings
 from lutetia.system.errors import HardwareError
 from tests.node.scripted_coordinator import children_of, running
@@ -20,12 +20,12 @@ from tests.node.tiny_run import TinyRun, make_run
 pytestmark = pytest.mark.timeout(600)
 
 
-def prober_of(run: TinyRun, folder: Path) -> Prober:
-    places = Places(folder / "box", run.manifest.run_id)
+def prober_of(run: TinyRun, folder: Path) -> HardwareProber:
+    places = RunPaths(folder / "box", run.manifest.run_id)
     places.folder.mkdir(parents=True)
     places.manifest.write_bytes(run.manifest_file.read_bytes())
     settings = NodeSettings(ticket="", state_folder=folder / "box", device="cpu", threads=1)
-    return Prober(settings, places, Hands(lambda event: None, time.time, 1))
+    return HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
 
 
 async def test_two_probes_at_once_keep_the_old_finding_until_there_is_a_new_one_and_leave_no_child(tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lutetia.node.runtime.network import Network
+from lutetia.node.runtime.network import NodeNetwork
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.record_rules import record_check
@@ -28,7 +28,7 @@ async def test_addresses_that_no_record_may_name_are_left_out(tmp_path: Path):
     try:
         assert len(transport.addresses()) > 1
         ticket = Ticket(run=run.manifest.run_id, owner=OWNER.public_key, addresses=(f"{good}/p2p/{NODE.peer_id}",))
-        network = Network(NODE, transport, run.manifest, ticket, BlobStore(tmp_path / "blobs"))
+        network = NodeNetwork(NODE, transport, run.manifest, ticket, BlobStore(tmp_path / "blobs"))
         await network.publish_node("idle", Hardware(device="cpu", memory_bytes=1, cores=1), 1.0, None)
         [(record, _)] = await read_records(transport, node_key(run.manifest.run_id, NODE.public_key))
         assert isinstance(record, NodeRecord)

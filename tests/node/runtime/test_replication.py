@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.replication import Seeder
-from lutetia.node.runtime.workspace import Material, Places
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.replication import Replicator
+from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
@@ -51,12 +51,12 @@ class Site:
         self.restart()
 
     def restart(self) -> None:
-        places = Places(self.folder / "state", self.run.manifest.run_id)
+        places = RunPaths(self.folder / "state", self.run.manifest.run_id)
         self.store = BlobStore(places.blobs)
         ticket = Ticket(run=self.run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(self.coordinator.addresses()))
-        self.material = Material(places, self.run.manifest, self.store)
-        network = Network(KEEPER, self.transport, self.run.manifest, ticket, self.store)
-        self.seeder = Seeder(network, self.material, places.folder / "seeds.json")
+        self.material = Workspace(places, self.run.manifest, self.store)
+        network = NodeNetwork(KEEPER, self.transport, self.run.manifest, ticket, self.store)
+        self.seeder = Replicator(network, self.material, places.folder / "seeds.json")
 
     async def accept(self, epoch: int) -> tuple[BlobRef, BlobRef]:
         """Epoch `epoch` of shard 0 is accepted, and nobody but the coordinator holds it; (weights, state)."""

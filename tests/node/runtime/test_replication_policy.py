@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.node.runtime.replication_policy import LOOKED_AT, WANTED, Ring, Seed, Thin, affordable, outdated
+from lutetia.node.runtime.replication_policy import LOOKED_AT, WANTED, PeerRing, Replica, UnderReplicated, affordable, outdated
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import Hardware, NodeRecord, NodeState
@@ -23,17 +23,17 @@ def node(index: int, state: NodeState = "idle") -> NodeRecord:
     )  # fmt: skip
 
 
-def seed(shard: int = 0, epoch: int = 1, size: int = 100) -> Seed:
+def seed(shard: int = 0, epoch: int = 1, size: int = 100) -> Replica:
     refs = [BlobRef(digest=f"{shard:02d}{epoch:02d}{kind}".ljust(64, "0"), size=size) for kind in "12"]
-    return Seed(shard=shard, epoch=epoch, checkpoint=f"{shard:032x}{epoch:032x}", weights=refs[0], state=refs[1])
+    return Replica(shard=shard, epoch=epoch, checkpoint=f"{shard:032x}{epoch:032x}", weights=refs[0], state=refs[1])
 
 
-def thin(holders: set[str], waited: float, shard: int = 0) -> Thin:
-    return Thin(seed(shard), frozenset(holders), NOW - waited)
+def thin(holders: set[str], waited: float, shard: int = 0) -> UnderReplicated:
+    return UnderReplicated(seed(shard), frozenset(holders), NOW - waited)
 
 
-def due(nodes: list[NodeRecord], found: Thin) -> set[str]:
-    ring = Ring(RUN, nodes)
+def due(nodes: list[NodeRecord], found: UnderReplicated) -> set[str]:
+    ring = PeerRing(RUN, nodes)
     return {peer.owner for peer in nodes if ring.is_due(peer.owner, found, NOW, HEARTBEAT)}
 
 
@@ -62,14 +62,14 @@ def test_nobody_fetches_before_the_author_could_speak():
 
 def test_when_the_first_cannot_the_next_moves_up_and_the_first_may_still():
     nodes = [node(index) for index in range(8)]
-    order = list(Ring(RUN, nodes).order(0))
+    order = list(PeerRing(RUN, nodes).order(0))
     for leases in range(4):
         assert due(nodes, thin(set(), HEARTBEAT + leases * 3 * HEARTBEAT)) == set(order[: WANTED + leases])
 
 
 def test_a_peer_looks_only_at_what_it_may_have_to_keep():
     nodes = [node(index) for index in range(40)]
-    ring, shards = Ring(RUN, nodes), 200
+    ring, shards = PeerRing(RUN, nodes), 200
     looks = {peer.owner: ring.looked_at(peer.owner, shards) for peer in nodes}
     assert sum(map(len, looks.values())) == LOOKED_AT * shards
     for shard in range(0, shards, 9):
@@ -79,7 +79,7 @@ def test_a_peer_looks_only_at_what_it_may_have_to_keep():
 
 def test_shards_spread_over_the_peers():
     nodes = [node(index) for index in range(40)]
-    ring = Ring(RUN, nodes)
+    ring = PeerRing(RUN, nodes)
     first = [next(ring.order(shard)) for shard in range(400)]
     assert len(set(first)) > 25
     assert max(first.count(owner) for owner in set(first)) < 80

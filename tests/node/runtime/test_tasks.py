@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from lutetia.node.machine import messages as m
-from lutetia.node.runtime.hardware_prober import Prober
-from lutetia.node.runtime.network import Network
-from lutetia.node.runtime.tasks import Chores
-from lutetia.node.runtime.trainer_process import Hands
-from lutetia.node.runtime.workspace import Material, Places
+from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.tasks import NodeTasks
+from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.settings import NodeSettings
-from lutetia.node.trainer.checkpoint_folder import Kept
-from lutetia.node.trainer.probe import Finding, ShardFit
+from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
+from lutetia.node.trainer.probe import ProbeResult, ShardFit
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
@@ -39,8 +39,8 @@ class Box:
     """A node's files and its place in the network, beside a coordinator that takes every offer."""
 
     run: TinyRun
-    material: Material
-    chores: Chores
+    material: Workspace
+    chores: NodeTasks
 
     @classmethod
     async def made(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> Box:
@@ -57,23 +57,25 @@ class Box:
         await serve_offers(coordinator, accepted)
         await serve_blobs(coordinator, origin)
         ticket = Ticket(run=run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(coordinator.addresses()))
-        places = Places(state, run.manifest.run_id)
+        places = RunPaths(state, run.manifest.run_id)
         places.folder.mkdir(parents=True)
         places.manifest.write_bytes(run.manifest_file.read_bytes())
         store = BlobStore(places.blobs)
         settings = NodeSettings(ticket=ticket.encode(), state_folder=state, device="cpu", threads=1)
-        material = Material(places, run.manifest, store)
-        prober = Prober(settings, places, Hands(lambda event: None, time.time, 1))
-        return cls(run, material, Chores(settings, Network(NODE, transport, run.manifest, ticket, store), material, prober))
+        material = Workspace(places, run.manifest, store)
+        prober = HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
+        return cls(
+            run, material, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), material, prober)
+        )
 
-    def checkpoint(self) -> Kept:
+    def checkpoint(self) -> KeptCheckpoint:
         return write_checkpoint(self.material, 1, None)
 
 
-def finding() -> Finding:
+def finding() -> ProbeResult:
     fit = ShardFit(fitness=1.0, micro_batch=4, reason="it fits")
     hardware = Hardware(device="cpu", memory_bytes=1, cores=1)
-    return Finding(
+    return ProbeResult(
         question="0" * 64, hardware=hardware, device="cpu", precision="float32", precision_reason="", samples_per_second=1.0,
         shards={0: fit, 1: fit},
     )  # fmt: skip

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from lutetia.node.contributions import Contributions
-from lutetia.node.runtime.workspace import Base, Material, Places
-from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, Local, WorkFolder, chain, remembered_shards, resume_point
+from lutetia.node.runtime.workspace import AcceptedBase, RunPaths, Workspace
+from lutetia.node.trainer.checkpoint_folder import (
+    CHECKPOINT,
+    FILES,
+    CheckpointFolder,
+    LocalState,
+    chain,
+    remembered_shards,
+    resume_point,
+)
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.system.errors import IntegrityError
 from tests.node.checkpoint_files import NOTHING, Meanwhile, kept, write_checkpoint
@@ -20,8 +28,8 @@ SECOND = kept(2, FIRST.digest)
 THIRD = kept(3, SECOND.digest)
 
 
-def local(epoch: int, parent: str | None) -> Local:
-    return Local(file=f"local-{epoch}-5.safetensors", epoch=epoch, step=5, parent=parent)
+def local(epoch: int, parent: str | None) -> LocalState:
+    return LocalState(file=f"local-{epoch}-5.safetensors", epoch=epoch, step=5, parent=parent)
 
 
 def test_chain_follows_parents_without_gaps():
@@ -48,12 +56,12 @@ def run(tmp_path: Path) -> TinyRun:
 
 
 @pytest.fixture
-def material(run: TinyRun, tmp_path: Path) -> Material:
-    places = Places(tmp_path / "state", run.manifest.run_id)
-    return Material(places, run.manifest, BlobStore(places.blobs))
+def material(run: TinyRun, tmp_path: Path) -> Workspace:
+    places = RunPaths(tmp_path / "state", run.manifest.run_id)
+    return Workspace(places, run.manifest, BlobStore(places.blobs))
 
 
-def test_publishing_shares_the_disk_space_and_is_idempotent(material: Material):
+def test_publishing_shares_the_disk_space_and_is_idempotent(material: Workspace):
     item = write_checkpoint(material, 1, None)
     for _ in range(2):
         material.into_store(item, ())
@@ -64,7 +72,7 @@ def test_publishing_shares_the_disk_space_and_is_idempotent(material: Material):
     assert set(material.held()) >= {ref.digest for ref in item.refs}
 
 
-def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(material: Material):
+def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(material: Workspace):
     item = write_checkpoint(material, 1, None)
     material.store = Meanwhile(material.places.blobs, material.work(0).sweep)
     material.into_store(item, ())
@@ -74,7 +82,7 @@ def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(materia
     )
 
 
-def test_a_checkpoint_damaged_on_disk_is_not_published(material: Material):
+def test_a_checkpoint_damaged_on_disk_is_not_published(material: Workspace):
     item = write_checkpoint(material, 1, None)
     (material.work(0).epoch_folder(1) / "weights.safetensors").write_bytes(b"flipped")
     with pytest.raises(IntegrityError, match="damaged"):
@@ -82,7 +90,7 @@ def test_a_checkpoint_damaged_on_disk_is_not_published(material: Material):
     assert item.weights.digest not in material.store.digests()
 
 
-def test_a_hole_in_the_chain_ends_it(material: Material):
+def test_a_hole_in_the_chain_ends_it(material: Workspace):
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)
     write_checkpoint(material, 3, second.digest)
@@ -91,10 +99,10 @@ def test_a_hole_in_the_chain_ends_it(material: Material):
     assert [item.epoch for item in material.work(0).kept()] == [1]
 
 
-def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material: Material):
+def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material: Workspace):
     weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
     material.work(0).path.mkdir(parents=True)
-    material.set_base(0, Base(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
+    material.set_base(0, AcceptedBase(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
     second = write_checkpoint(material, 2, "c" * 64)
     third = write_checkpoint(material, 3, second.digest)
     for item in (second, third):
@@ -108,7 +116,7 @@ def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material
     assert [item.epoch for item in material.work(0).kept()] == [3]
 
 
-def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Material):
+def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Workspace):
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)
     for item in (first, second):
@@ -121,7 +129,7 @@ def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Mate
     assert material.store.digests() == []
 
 
-def test_fetched_blobs_that_rotted_are_found_when_nothing_is_trusted(material: Material, run: TinyRun):
+def test_fetched_blobs_that_rotted_are_found_when_nothing_is_trusted(material: Workspace, run: TinyRun):
     ref = material.store.add_file(run.data(0))
     material.work(0).path.mkdir(parents=True)
     with material.store.path(ref.digest).open("r+b") as file:
@@ -130,7 +138,7 @@ def test_fetched_blobs_that_rotted_are_found_when_nothing_is_trusted(material: M
     assert not material.store.has(ref.digest)
 
 
-def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Material):
+def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Workspace):
     store = BlobStore(material.places.blobs, limit_bytes=10_000)
     material.store = store
     refs = [store.add_bytes(bytes([number]) * 3000) for number in range(3)]
@@ -144,39 +152,39 @@ def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Material):
     assert sum(store.has(ref.digest) for ref in refs) == 2, "there was room"
 
 
-def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: Material):
+def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: Workspace):
     weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
-    material.set_base(0, Base(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
+    material.set_base(0, AcceptedBase(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
     material.set_base(0, None)
     assert material.known_base(0) is None
     assert not material.store.digests()
 
 
-def test_a_checkpoint_of_our_own_is_no_fetched_base_that_may_go(material: Material):
+def test_a_checkpoint_of_our_own_is_no_fetched_base_that_may_go(material: Workspace):
     """The DHT may show our last acceptance late."""
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)
     for item in (first, second):
         material.into_store(item, ())
     material.superseded(0, 2)
-    material.set_base(0, Base(epoch=1, checkpoint=first.digest, weights=first.weights, state=first.state))
+    material.set_base(0, AcceptedBase(epoch=1, checkpoint=first.digest, weights=first.weights, state=first.state))
     assert all(material.store.has(ref.digest) for ref in second.refs)
 
 
-def test_base_is_known_from_own_work_or_an_earlier_sync(material: Material):
+def test_base_is_known_from_own_work_or_an_earlier_sync(material: Workspace):
     first = write_checkpoint(material, 1, None)
     own = material.base(0, 1, first.digest, None)
     assert own is not None
     assert own.weights == first.weights
     assert material.base(0, 1, "d" * 64, None) is None
-    base = Base(epoch=4, checkpoint="d" * 64, weights=NOTHING, state=NOTHING)
+    base = AcceptedBase(epoch=4, checkpoint="d" * 64, weights=NOTHING, state=NOTHING)
     material.set_base(0, base)
     assert material.base(0, 4, "d" * 64, None) == base
 
 
 def test_remembered_shards_and_garbage(tmp_path: Path):
     run = "ab" * 32
-    folder = WorkFolder(tmp_path, run, 3)
+    folder = CheckpointFolder(tmp_path, run, 3)
     folder.path.mkdir(parents=True)
     (tmp_path / "junk").mkdir()
     assert remembered_shards(tmp_path, run) == frozenset()
@@ -188,7 +196,7 @@ def test_remembered_shards_and_garbage(tmp_path: Path):
 
 
 def test_sweep_removes_what_a_killed_trainer_left(tmp_path: Path):
-    folder = WorkFolder(tmp_path, "ab" * 32, 0)
+    folder = CheckpointFolder(tmp_path, "ab" * 32, 0)
     (folder.path / "epoch-000001.part").mkdir(parents=True)
     (folder.path / ".local-1-1.safetensors.abc.part").touch()
     (folder.path / "local-1-0.safetensors").touch()
@@ -198,7 +206,7 @@ def test_sweep_removes_what_a_killed_trainer_left(tmp_path: Path):
 
 def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
     with small_disk(tmp_path / "small", "1m") as disk:
-        folder = WorkFolder(disk, "ab" * 32, 0)
+        folder = CheckpointFolder(disk, "ab" * 32, 0)
         (folder.path / "epoch-000001.part").mkdir(parents=True)
         (folder.path / ".local-1-1.safetensors.abc.part").touch()
         make_read_only(disk)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lutetia.node.contributions import Contributions
-from lutetia.node.runtime.replication_policy import Seed
-from lutetia.node.runtime.shell import Shell
-from lutetia.node.services.auditor import Auditor
+from lutetia.node.runtime.replication_policy import Replica
+from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.services.auditor import NodeAuditor
 from lutetia.protocol.rpc.audit_request import AuditJob
 from lutetia.protocol.transport.base import Transport
 from tests.node.runtime.test_tasks import Box, finding
@@ -28,17 +28,17 @@ async def test_copies_kept_for_others_survive_the_replay_of_that_very_checkpoint
         raise ConnectionError("this network does not go away")
 
     contributions = Contributions(tmp_path / "contributions.json")
-    shell = Shell(box.chores.settings, box.chores.network, box.material, contributions, rejoin)
+    shell = NodeShell(box.chores.settings, box.chores.network, box.material, contributions, rejoin)
     shell.prober.finding = finding()
     weights, state = store.add_bytes(b"accepted weights"), store.add_bytes(b"accepted state")
-    shell.seeder.seeds[0] = Seed(shard=0, epoch=1, checkpoint="c" * 64, weights=weights, state=state)
+    shell.seeder.seeds[0] = Replica(shard=0, epoch=1, checkpoint="c" * 64, weights=weights, state=state)
     job = AuditJob(
         checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=1, precision="float32", end_weights=weights, end_state=state,
         until=time.time() + 600,
     )  # fmt: skip
     store.limit_bytes = store.used_bytes() + run.manifest.shards[0].train.size
     spare = store.add_bytes(b"of no use")
-    assert await Auditor(shell)._replayed(job) is None, "those are no weights, so there is nothing to report"
+    assert await NodeAuditor(shell)._replayed(job) is None, "those are no weights, so there is nothing to report"
     assert set(store.digests()) == {weights.digest, state.digest}
     assert not store.has(spare.digest)
     await shell.hands.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.node.services.manifest_updates import News
+from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import MANIFEST, serve_document
 from lutetia.protocol.rpc.manifest_sync import LiveManifest, tell_news
@@ -29,7 +29,7 @@ class Told:
         self.box, self.network, self.heartbeat = box, network, heartbeat
         self.heard: list[int] = []
         self.live = LiveManifest(signed)
-        self.news = News(box.chores.network, self.live, lambda: self.heard.append(self.live.version))
+        self.news = ManifestUpdates(box.chores.network, self.live, lambda: self.heard.append(self.live.version))
         self.asked: dict[str, int] = {}
 
     @classmethod

@@ -93,7 +93,12 @@ async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Senso
 
 def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
     def doctor() -> str:
-        command = [*sensor.prefix, sys.executable, "-c", "from lutetia.cli.doctor_checks import check_heat; print(check_heat().seen)"]
+        command = [
+            *sensor.prefix,
+            sys.executable,
+            "-c",
+            "from lutetia.cli.doctor_checks import check_heat; print(check_heat().seen)",
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     if hottest("auto") is None:

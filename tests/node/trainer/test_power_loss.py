@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from lutetia.node.trainer.checkpoint_folder import FILES, WorkFolder
+from lutetia.node.trainer.checkpoint_folder import FILES, CheckpointFolder
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from tests.node.tiny_run import make_run
 from tests.protocol.power_loss import every_power_loss, needs_strace, record
@@ -20,7 +20,7 @@ import torch
 torch.set_num_threads(1)
 from lutetia.models.data.shards import load_shard
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.node.trainer.checkpoint_folder import WorkFolder
+from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.protocol.schema.manifest import SignedManifest
 root, run = Path(sys.argv[1]), Path(sys.argv[2])
@@ -33,7 +33,7 @@ def say(message):
     elif message["say"] == "checkpoint":
         print("@checkpoint", message["kept"]["epoch"], flush=True)
     written.set()
-writer = CheckpointWriter(WorkFolder(root / "work", manifest.run_id, 0), None, say)
+writer = CheckpointWriter(CheckpointFolder(root / "work", manifest.run_id, 0), None, say)
 def write(whole):
     written.clear()
     assert writer.submit(trainer.snapshot(), whole=whole)
@@ -51,7 +51,7 @@ def test_training_survives_a_power_loss_at_any_moment(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=2, steps=STEPS, batch=2)
 
     def check(folder: Path, marks: list[str]) -> None:
-        work = WorkFolder(folder / "work", run.manifest.run_id, 0)
+        work = CheckpointFolder(folder / "work", run.manifest.run_id, 0)
         kept = work.kept()
         for item in kept:
             for name, ref in zip(FILES, item.refs, strict=True):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lutetia.node.trainer.devices import Accelerators, CudaDevice, choose_device, choose_precision
-from lutetia.node.trainer.exit_reasons import Ended, reason_of
-from lutetia.node.trainer.probe import Question, find, largest_working, question_digest, unmet_need
+from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
+from lutetia.node.trainer.probe import ProbeQuestion, find, largest_working, question_digest, unmet_need
 from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
@@ -70,27 +70,27 @@ def test_needs_of_the_run():
 
 def test_tries_the_real_expert(tmp_path: Path):
     run = make_run(tmp_path)
-    finding = find(Question(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
     assert finding.fitness == {0: 1.0, 1: 1.0}
     assert finding.shards[0].micro_batch == 4
     assert finding.samples_per_second > 0
     assert finding.hardware.cores >= 1
     poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
-    refused = find(Question(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
+    refused = find(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
     assert refused.shards[0].reason == "the run wants a CUDA device"
 
 
 def test_expert_that_does_not_fit_the_latents_is_no_fit_rather_than_a_crash(tmp_path: Path):
     run = make_run(tmp_path, expert=ExpertSpec(class_name="NoSuchTransformer3DModel", config={}))
-    finding = find(Question(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
     assert finding.fitness == {0: 0.0, 1: 0.0}
     assert "NoSuchTransformer3DModel" in finding.shards[0].reason
 
 
 def test_finding_is_of_one_question(tmp_path: Path):
     run = make_run(tmp_path)
-    question = Question(manifest=run.manifest_file, free_disk=1)
+    question = ProbeQuestion(manifest=run.manifest_file, free_disk=1)
     assert question_digest(question) == question_digest(question.model_copy(update={"free_disk": 2}))
     assert question_digest(question) != question_digest(question.model_copy(update={"device": "cpu"}))
 
@@ -103,7 +103,7 @@ def test_finding_is_of_one_question(tmp_path: Path):
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), "out-of-memory"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "hardware"),
         (DiskError("full"), "disk-full"),
-        (Ended("bad-shard", "torn"), "bad-shard"),
+        (TrainerEnded("bad-shard", "torn"), "bad-shard"),
     ],
 )
 def test_failures_are_told_apart(error: Exception, reason: str):

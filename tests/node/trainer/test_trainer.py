@@ -16,9 +16,9 @@ from typing import Literal
 import pytest
 
 from lutetia.node.trainer.assignment import EXIT_CODES
-from lutetia.node.trainer.checkpoint_folder import Local, Resume, WorkFolder, resume_point
+from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState, ResumePoint, resume_point
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
-from lutetia.node.trainer.exit_reasons import Ended
+from lutetia.node.trainer.exit_reasons import TrainerEnded
 from lutetia.node.trainer.loop import begun_under, build
 from lutetia.system.process import Child
 from tests.node.scripted_coordinator import all_gone
@@ -33,11 +33,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("run"), epochs=2, steps=40)
 
 
-def files(work: WorkFolder, epoch: int) -> dict[str, bytes]:
+def files(work: CheckpointFolder, epoch: int) -> dict[str, bytes]:
     return {name: (work.epoch_folder(epoch) / f"{name}.safetensors").read_bytes() for name in ("weights", "state", "trace")}
 
 
-async def train_through(run: TinyRun, work: WorkFolder) -> None:
+async def train_through(run: TinyRun, work: CheckpointFolder) -> None:
     """From wherever `work` stands to the end of the budget."""
     place = resume_point(0, None, work.kept(), work.local())
     async with a_trainer(run.assignment(work, **of(work, place))) as child:
@@ -46,7 +46,7 @@ async def train_through(run: TinyRun, work: WorkFolder) -> None:
     assert len(work.kept()) == run.manifest.epochs
 
 
-def of(work: WorkFolder, place: Resume) -> dict:
+def of(work: CheckpointFolder, place: ResumePoint) -> dict:
     """An assignment's fields for a resume point whose files still lie in the work folder."""
     fields: dict = {"epoch": place.epoch, "parent": place.parent, "local": place.local}
     if place.kept:
@@ -56,13 +56,13 @@ def of(work: WorkFolder, place: Resume) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run: TinyRun) -> WorkFolder:
+def uninterrupted(run: TinyRun) -> CheckpointFolder:
     work = run.work("uninterrupted")
     asyncio.run(train_through(run, work))
     return work
 
 
-async def test_killed_at_random_steps_and_resumed_ends_with_equal_bytes(run: TinyRun, uninterrupted: WorkFolder):
+async def test_killed_at_random_steps_and_resumed_ends_with_equal_bytes(run: TinyRun, uninterrupted: CheckpointFolder):
     chance = random.Random(7)
     work = run.work("killed")
     for _ in range(3):
@@ -85,7 +85,7 @@ async def some_saves(child: Child, count: int) -> None:
             return
 
 
-async def test_checkpoints_form_a_chain_and_training_goes_straight_on(run: TinyRun, uninterrupted: WorkFolder):
+async def test_checkpoints_form_a_chain_and_training_goes_straight_on(run: TinyRun, uninterrupted: CheckpointFolder):
     first, second = uninterrupted.kept()
     assert (first.epoch, first.parent, second.epoch, second.parent) == (1, None, 2, first.digest)
     assert second.samples == run.manifest.samples_per_shard
@@ -136,7 +136,7 @@ async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Pa
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(b"no tensors here")
     work = run.work("bad")
-    with pytest.raises(Ended) as caught:
+    with pytest.raises(TrainerEnded) as caught:
         build(run.assignment(work, epoch=1, weights=junk, state=junk))
     assert caught.value.reason == "bad-state"
     async with a_trainer(run.assignment(work, data=junk)) as child:
@@ -146,9 +146,11 @@ async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Pa
         assert await child.stop(60) == EXIT_CODES["bad-shard"]
 
 
-async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(run: TinyRun, uninterrupted: WorkFolder, tmp_path: Path):
+async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(
+    run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path
+):
     with small_disk(tmp_path / "small", "2m") as disk:
-        work = WorkFolder(disk, run.manifest.run_id, 0)
+        work = CheckpointFolder(disk, run.manifest.run_id, 0)
         work.path.mkdir()
         ballast = fill(disk, leave=60_000)
         async with a_trainer(run.assignment(work)) as child:
@@ -191,7 +193,7 @@ async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as
     assert cut.kept() == whole.kept()
 
 
-async def train(run: TinyRun, work: WorkFolder, until: int) -> None:
+async def train(run: TinyRun, work: CheckpointFolder, until: int) -> None:
     place = resume_point(0, None, work.kept(), work.local())
     async with a_trainer(run.assignment(work, **of(work, place), until=until)) as child:
         await hear(child, "progress", waiting=True, epoch=until)
@@ -204,7 +206,7 @@ async def in_the_middle(child: Child) -> None:
         progress = await hear(child, "progress", epoch=0)
 
 
-def saved_state(run: TinyRun) -> tuple[WorkFolder, Local]:
+def saved_state(run: TinyRun) -> tuple[CheckpointFolder, LocalState]:
     """Three steps into the first epoch, as a trainer leaves it."""
     work = run.work("saved")
     trainer = build(run.assignment(work))

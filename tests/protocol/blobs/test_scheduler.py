@@ -7,13 +7,13 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.protocol.blobs.scheduler import MAX_SPAN, Plan, Span
+from lutetia.protocol.blobs.scheduler import MAX_SPAN, DownloadPlan, Span
 
 
 @given(st.sets(st.integers(min_value=0, max_value=300)), st.integers(min_value=1, max_value=4), st.randoms(use_true_random=False))
 def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: int, chance: random.Random) -> None:
     """Workers read, fail, give back and steal at random."""
-    plan, held, arrived, now = Plan(missing), {}, set(), 0.0
+    plan, held, arrived, now = DownloadPlan(missing), {}, set(), 0.0
     for _ in range(20_000):
         if plan.done:
             break
@@ -40,7 +40,7 @@ def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: in
 
 
 def test_a_worker_gets_about_two_seconds_of_work_and_leaves_some_to_the_others() -> None:
-    plan = Plan(range(1000))
+    plan = DownloadPlan(range(1000))
     first = plan.take(0, 0.0, workers=2)
     assert first
     for second in range(first.left):
@@ -50,14 +50,14 @@ def test_a_worker_gets_about_two_seconds_of_work_and_leaves_some_to_the_others()
     following = plan.take(0, 1.0, workers=2)
     assert following
     assert following.left == 20
-    alone = Plan(range(1000)).take(0, 0.0)
+    alone = DownloadPlan(range(1000)).take(0, 0.0)
     assert alone
     assert alone.left <= MAX_SPAN
-    assert (Plan(range(6)).take(0, 0.0, workers=3) or alone).left == 1
+    assert (DownloadPlan(range(6)).take(0, 0.0, workers=3) or alone).left == 1
 
 
 def test_the_idle_rob_the_slow_of_their_later_half() -> None:
-    plan = Plan(range(8))
+    plan = DownloadPlan(range(8))
     slow = plan.take(0, 0.0)
     assert slow
     assert plan.take(1, 0.0) is None
@@ -68,7 +68,7 @@ def test_the_idle_rob_the_slow_of_their_later_half() -> None:
 
 
 def test_a_last_overdue_chunk_is_doubled_once_and_the_slow_one_overtaken() -> None:
-    plan = Plan([7])
+    plan = DownloadPlan([7])
     slow = plan.take(0, 0.0)
     assert slow
     double = plan.steal(1, 30.0)
@@ -81,7 +81,7 @@ def test_a_last_overdue_chunk_is_doubled_once_and_the_slow_one_overtaken() -> No
 
 
 def test_what_a_failed_worker_leaves_is_pending_again() -> None:
-    plan = Plan(range(8))
+    plan = DownloadPlan(range(8))
     span = plan.take(0, 0.0)
     assert span
     plan.advance(span, 1.0)

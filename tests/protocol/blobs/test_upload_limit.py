@@ -10,7 +10,7 @@ import pytest
 from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import MAX_STREAMS, PIECE, STALL_TIMEOUT, TURN_TIMEOUT, RateLimit, Turns
+from lutetia.protocol.blobs.stream import MAX_STREAMS, PIECE, STALL_TIMEOUT, TURN_TIMEOUT, AnswerSlots, RateLimit
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import UnreachableError
@@ -81,7 +81,7 @@ def test_what_was_taken_back_is_not_charged() -> None:
 
 def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_order() -> None:
     async def scenario() -> None:
-        turns, loop = Turns(4), asyncio.get_running_loop()
+        turns, loop = AnswerSlots(4), asyncio.get_running_loop()
         crowd = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
         await asyncio.sleep(1)
         assert [task.done() for task in crowd] == [True, True, False, False, False]
@@ -102,7 +102,7 @@ def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_ord
 
 def test_whose_turn_comes_as_it_is_cancelled_gives_it_back() -> None:
     async def scenario() -> None:
-        turns = Turns(1)
+        turns = AnswerSlots(1)
         assert await turns.take("a")
         waiting = asyncio.ensure_future(turns.take("b"))
         await asyncio.sleep(1)

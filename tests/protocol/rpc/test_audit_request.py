@@ -19,7 +19,7 @@ from lutetia.protocol.rpc.audit_request import (
 from lutetia.protocol.rpc.framing import read_message, write_message
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.records import Made, RecordRefused
+from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
 from lutetia.protocol.transport.virtual_time import run_virtual
@@ -29,7 +29,8 @@ ANN, BOB = Identity.derived("ann"), Identity.derived("bob")
 
 def report(owner: Identity = ANN, **changes) -> AuditReport:
     fields = {
-        "run": "0" * 64, "owner": owner.public_key, "checkpoint": "1" * 64, "losses": (0.5, None), "made": Made(), "seconds": 1.0,
+        "run": "0" * 64, "owner": owner.public_key, "checkpoint": "1" * 64, "losses": (0.5, None), "made": TrainedWith(),
+        "seconds": 1.0,
     }  # fmt: skip
     return AuditReport(**{**fields, **changes})
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lutetia.protocol.transport.virtual_time import Stuck, run_virtual
+from lutetia.protocol.transport.virtual_time import Deadlock, run_virtual
 
 
 def test_an_hour_passes_at_once_and_in_order() -> None:
@@ -44,5 +44,5 @@ def test_a_deadlock_is_reported_instead_of_waited_for() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(Stuck, match="no timer is left"):
+    with pytest.raises(Deadlock, match="no timer is left"):
         run_virtual(main)

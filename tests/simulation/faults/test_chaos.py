@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from lutetia.node.machine import messages as m
-from lutetia.simulation.config import Setting
+from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.event_queue import START
 from lutetia.simulation.faults.plan import Step, carry_out
-from lutetia.simulation.world import World
+from lutetia.simulation.world import SimulatedWorld
 
 BOX = st.integers(0, 4)  # the last box is left alone, so that somebody can end the run
 PAIRS = (("stop", "continue"), ("disk full", "disk free"), ("device lost", "device back"), ("kill", "join"))
 
 
 class Chaos(RuleBasedStateMachine):
-    """`World.invariants` raises after the event that breaks a promise."""
+    """`SimulatedWorld.invariants` raises after the event that breaks a promise."""
 
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed: int) -> None:
-        self.world = World(Setting(shards=3, epochs=6), 6, seed, strict=False)
+        self.world = SimulatedWorld(SimulationConfig(shards=3, epochs=6), 6, seed, strict=False)
         for index in range(6):
             self.befall("join", index)
         self.passes(20)

@@ -8,11 +8,11 @@ import pytest
 
 from lutetia.simulation.faults.mutants import BROKEN
 from lutetia.simulation.invariants import NAMES
-from lutetia.simulation.runner import Outcome, simulate, steps_of
+from lutetia.simulation.runner import SimulationOutcome, simulate, steps_of
 from lutetia.simulation.scenarios.catalogue import SCENARIOS
 
 
-def first_violation(name: str, most_tries: int = 12) -> Outcome:
+def first_violation(name: str, most_tries: int = 12) -> SimulationOutcome:
     """The first seed that shows the broken rule, with a plan that is shrunk as far as so many runs go."""
     broken = BROKEN[name]
     scenario = SCENARIOS[broken.scenario]

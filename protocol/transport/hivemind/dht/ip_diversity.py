@@ -42,7 +42,7 @@ def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
 
 
 @dataclass
-class Door:
+class NewcomerLimit:
     """Lets in strangers, or calls, of each origin at a bounded rate: a token bucket for each. A flood waits and comes again."""
 
     at_once: int = STRANGERS_AT_ONCE

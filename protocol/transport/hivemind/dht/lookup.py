@@ -12,15 +12,17 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lutetia.system.retry import backoff
+
 AT_ONCE = 12
 DOUBTFUL = 8
 """So many of somebody's peers may be silent, one more for each DOUBTFUL that answered, before the rest are left alone."""
 PATIENCE = 1.0
 """Seconds without news, after which a search that has found enough does not wait for the slow."""
-_REST, _MOST_DOUBLED, _MOST_SILENT = 5.0, 6, 4096
+_REST, _LONGEST_REST, _MOST_SILENT = 5.0, 320.0, 4096
 
 
-class Search:
+class Lookup:
     """Nodes are numbers; those of least XOR distance to `target` are sought. `known` are the first to ask."""
 
     def __init__(self, target: int, width: int, known: Iterable[int]) -> None:
@@ -77,7 +79,7 @@ class Search:
         return node ^ self._target
 
 
-async def run(search: Search, ask: Callable[[int], Awaitable[Iterable[int] | None]]) -> None:
+async def run(search: Lookup, ask: Callable[[int], Awaitable[Iterable[int] | None]]) -> None:
     """Drive `search` to its end. `ask` returns what a node names, None when it does not answer."""
     asked: dict[asyncio.Future[Iterable[int] | None], int] = {}
     try:
@@ -101,14 +103,14 @@ async def run(search: Search, ask: Callable[[int], Awaitable[Iterable[int] | Non
 
 
 @dataclass
-class Silent:
+class UnresponsivePeers:
     """Who did not answer is left alone for a while, each time for twice as long. Times are seconds of any clock."""
 
     _until: dict[Any, tuple[int, float]] = field(default_factory=dict)
 
     def add(self, name: Any, now: float) -> None:
         times, _ = self._until.pop(name, (0, 0.0))
-        self._until[name] = times + 1, now + _REST * 2 ** min(times, _MOST_DOUBLED)
+        self._until[name] = times + 1, now + backoff(times + 1, first=_REST, longest=_LONGEST_REST)
         if len(self._until) > _MOST_SILENT:
             del self._until[next(iter(self._until))]
 

@@ -21,7 +21,7 @@ from typing import Any
 import msgpack
 
 from lutetia.protocol.async_helpers import heeding
-from lutetia.protocol.transport.base import RecordCheck, Stored
+from lutetia.protocol.transport.base import RecordCheck, StoredValue
 from lutetia.protocol.transport.hivemind.bindings import (
     DHTID,
     P2P,
@@ -31,13 +31,13 @@ from lutetia.protocol.transport.hivemind.bindings import (
     PeerID,
     dht_messages,
 )
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import Door, alternate
-from lutetia.protocol.transport.hivemind.dht.lookup import Search, Silent, run
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit, alternate
+from lutetia.protocol.transport.hivemind.dht.lookup import Lookup, UnresponsivePeers, run
 from lutetia.protocol.transport.hivemind.dht.p2p_fixes import mend, speaks
-from lutetia.protocol.transport.hivemind.dht.record_quota import Crowd
-from lutetia.protocol.transport.hivemind.dht.routing_table import Origins, Table, place_of
-from lutetia.protocol.transport.hivemind.dht.rpc_server import CALLS_AT_ONCE, CALLS_PER_SECOND, Answers, Check
-from lutetia.protocol.transport.hivemind.dht.storage import Storage, merged
+from lutetia.protocol.transport.hivemind.dht.record_quota import RecordQuota
+from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, place_of
+from lutetia.protocol.transport.hivemind.dht.rpc_server import CALLS_AT_ONCE, CALLS_PER_SECOND, RpcServer, WireRecordCheck
+from lutetia.protocol.transport.hivemind.dht.storage import RecordStorage, merged
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,17 @@ MAX_NEIGHBOURS = 40
 BUCKET_SIZE, DEPTH_MODULO = 20, 5
 
 
-class Dht:
+class HivemindDht:
     """A DHT node over a running p2pd. Make it with `start`."""
 
-    def __init__(self, p2p: P2P, protocol: Answers) -> None:
+    def __init__(self, p2p: P2P, protocol: RpcServer) -> None:
         self._p2p, self._protocol = p2p, protocol
-        self._silent = Silent()
+        self._silent = UnresponsivePeers()
 
     @classmethod
-    async def start(cls, control_address: str, check: RecordCheck, origins: Callable[[], Awaitable[dict[str, str]]]) -> Dht:
+    async def start(
+        cls, control_address: str, check: RecordCheck, origins: Callable[[], Awaitable[dict[str, str]]]
+    ) -> HivemindDht:
         """`control_address` is the multiaddr of p2pd's control socket; `origins` gives those of the connected peers."""
         p2p = await P2P.replicate(Multiaddr(control_address))
         assert p2p.peer_id
@@ -68,13 +70,17 @@ class Dht:
             p2p, place, BUCKET_SIZE, DEPTH_MODULO, REPLICAS, RPC_TIMEOUT,
             client_mode=True,  # else it would already answer, as hivemind does
         )  # fmt: skip
-        protocol.__class__ = Answers
-        assert isinstance(protocol, Answers)
+        protocol.__class__ = RpcServer
+        assert isinstance(protocol, RpcServer)
         protocol.node_info = dht_messages.NodeInfo(node_id=place.to_bytes())
-        protocol.storage, protocol.cache = Storage(), Storage()
-        protocol.check, protocol.crowd, protocol.calls = Check(check), Crowd(), Door(CALLS_AT_ONCE, CALLS_PER_SECOND)
-        protocol.origins, protocol.door = Origins(origins), Door()
-        protocol.routing_table = Table(place, BUCKET_SIZE, DEPTH_MODULO)
+        protocol.storage, protocol.cache = RecordStorage(), RecordStorage()
+        protocol.check, protocol.crowd, protocol.calls = (
+            WireRecordCheck(check),
+            RecordQuota(),
+            NewcomerLimit(CALLS_AT_ONCE, CALLS_PER_SECOND),
+        )
+        protocol.origins, protocol.door = OriginLookup(origins), NewcomerLimit()
+        protocol.routing_table = DiverseRoutingTable(place, BUCKET_SIZE, DEPTH_MODULO)
         await protocol.serve(p2p)
         return cls(p2p, protocol)
 
@@ -113,7 +119,7 @@ class Dht:
             nearest, _ = await self._search(key_id, SEARCH_WIDTH)
             return alone or await self._hand_to(nearest, key_id, subkey, packed, expires) > 0
 
-    async def get(self, key: str) -> dict[str, Stored]:
+    async def get(self, key: str) -> dict[str, StoredValue]:
         """The live records under `key` that pass the check, the longest-lived of each subkey."""
         key_id = DHTID.generate(source=key)
         async with asyncio.timeout(SEARCH_TIMEOUT):
@@ -122,7 +128,7 @@ class Dht:
         for owner, value, expires in records.entries():
             if self._protocol.storage.is_newer(key_id, owner, expires):
                 self._protocol.cache.store_subkey(key_id, owner, value, expires)
-        values = {owner: Stored(msgpack.unpackb(value), expires) for owner, value, expires in records.entries()}
+        values = {owner: StoredValue(msgpack.unpackb(value), expires) for owner, value, expires in records.entries()}
         return {
             owner: each for owner, each in values.items() if self._protocol.check.passes(key, owner, each.value, each.expires)
         }
@@ -147,7 +153,7 @@ class Dht:
             peers.update(named)
             return named
 
-        search = Search(target, width, peers)
+        search = Lookup(target, width, peers)
         await run(search, ask)
         return [peers[DHTID(place)] for place in search.nearest()], found
 

@@ -22,7 +22,7 @@ IN_ALL = 1 << 14
 
 
 @dataclass
-class Crowd:
+class RecordQuota:
     """What is held of whom. Keys are `<run>/<kind>/…`."""
 
     per_key: dict[str, int] = field(default_factory=lambda: dict(PER_KEY))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lutetia.protocol.transport.hivemind.bindings import DHTID, DHTProtocol, KBucket, PeerID, RoutingTable
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import Door, gives_way
-from lutetia.protocol.transport.hivemind.dht.storage import Records, Storage
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit, gives_way
+from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, RecordStorage
 
 BATCH_BYTES, BATCH_RECORDS = 1 << 19, 512
 _OVERHEAD = 256  # key, owner, expiry and what packing adds
@@ -24,7 +24,7 @@ _Handed = tuple[DHTID, str, bytes, float]
 
 
 @dataclass
-class Origins:
+class OriginLookup:
     """The origins of connected peers, asked from p2pd when a stranger appears, but not all the time."""
 
     ask: Callable[[], Awaitable[dict[str, str]]]
@@ -52,7 +52,7 @@ class Origins:
                     self._known = await self.ask()
 
 
-class Table(RoutingTable):
+class DiverseRoutingTable(RoutingTable):
     """A full bucket makes room for a newcomer from a less crowded origin, and remembers only as many others as it has places."""
 
     def __init__(self, node_id: DHTID, bucket_size: int, depth_modulo: int) -> None:
@@ -80,14 +80,14 @@ class Table(RoutingTable):
             bucket.replacement_nodes[leaves] = bucket.nodes_to_peer_id.pop(leaves)
 
 
-class Placing(DHTProtocol):
+class PlacementProtocol(DHTProtocol):
     """The part of the DHT's protocol that says who becomes a neighbour, and hands newcomers what they should keep."""
 
-    origins: Origins
-    door: Door
-    routing_table: Table
-    storage: Storage
-    cache: Storage
+    origins: OriginLookup
+    door: NewcomerLimit
+    routing_table: DiverseRoutingTable
+    storage: RecordStorage
+    cache: RecordStorage
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
         """A peer sits at its place or nowhere, and strangers of one origin come in at a bounded rate."""
@@ -122,7 +122,7 @@ class Placing(DHTProtocol):
                 keys.append(key)
             if number % BREATH == 0:
                 await asyncio.sleep(0)
-        for batch in _batches((key, *entry) for key in keys for entry in (self.storage.of(key) or Records()).entries()):
+        for batch in _batches((key, *entry) for key in keys for entry in (self.storage.of(key) or KeyRecords()).entries()):
             ids, owners, values, ends = zip(*batch, strict=True)
             if await self.call_store(peer_id, ids, values, ends, subkeys=owners) is None:
                 return

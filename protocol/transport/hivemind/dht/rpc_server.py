@@ -16,10 +16,10 @@ import msgpack
 from lutetia.protocol.schema.records import RecordRefused
 from lutetia.protocol.transport.base import RecordCheck
 from lutetia.protocol.transport.hivemind.bindings import DHTID, P2P, DHTRecord, DictionaryDHTValue, dht_messages
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import Door
-from lutetia.protocol.transport.hivemind.dht.record_quota import Crowd
-from lutetia.protocol.transport.hivemind.dht.routing_table import BREATH, Placing, place_of
-from lutetia.protocol.transport.hivemind.dht.storage import MAX_RECORDS_PER_KEY, Records, merged, within
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
+from lutetia.protocol.transport.hivemind.dht.record_quota import RecordQuota
+from lutetia.protocol.transport.hivemind.dht.routing_table import BREATH, PlacementProtocol, place_of
+from lutetia.protocol.transport.hivemind.dht.storage import MAX_RECORDS_PER_KEY, KeyRecords, merged, within
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _RECORDS_PER_CALL = 4
 """So much of an answer, and so many records to verify, cost as much as another call."""
 
 
-class Check:
+class WireRecordCheck:
     """A RecordCheck for what comes over the wire: a hashed key, MessagePack-ed owner and value."""
 
     def __init__(self, check: RecordCheck) -> None:
@@ -61,12 +61,12 @@ class Check:
             return None
 
 
-class Answers(Placing):
+class RpcServer(PlacementProtocol):
     """The answering side of hivemind's protocol."""
 
-    check: Check
-    crowd: Crowd
-    calls: Door
+    check: WireRecordCheck
+    crowd: RecordQuota
+    calls: NewcomerLimit
 
     async def serve(self, p2p: P2P) -> None:
         """From here on others can call."""
@@ -110,10 +110,10 @@ class Answers(Placing):
             kept.append(welcome and await self._keep_all(records, origin))
         return dht_messages.StoreResponse(store_ok=kept, peer=self.node_info)
 
-    def kept(self, key: DHTID) -> Records:
+    def kept(self, key: DHTID) -> KeyRecords:
         """What we hold under a key, as a replica or because we have read it."""
         held, seen = self.storage.of(key), self.cache.of(key)
-        return merged([held, seen]) if held and seen else held or seen or Records()
+        return merged([held, seen]) if held and seen else held or seen or KeyRecords()
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
         """What others answer: drop the records that do not pass and keep the rest."""

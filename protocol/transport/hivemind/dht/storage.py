@@ -37,7 +37,7 @@ class _Tidy(TimedStorage):
         return stored
 
 
-class Records(_Tidy, DictionaryDHTValue):
+class KeyRecords(_Tidy, DictionaryDHTValue):
     """The records under one key by owner. Beyond MAX_RECORDS_PER_KEY those that expire first give way."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Records(_Tidy, DictionaryDHTValue):
         return [(owner, entry.value, entry.expiration_time) for owner, entry in items]
 
 
-class Storage(_Tidy, DHTLocalStorage):
+class RecordStorage(_Tidy, DHTLocalStorage):
     """Keys with their records; beyond MAX_KEYS those give way whose last record expires first."""
 
     def __init__(self) -> None:
@@ -57,13 +57,13 @@ class Storage(_Tidy, DHTLocalStorage):
 
     def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
         """False where nothing changes: the one held lives as long."""
-        records = self.of(key) or Records()
+        records = self.of(key) or KeyRecords()
         stored = records.store(subkey, value, expiration_time)
         if stored:
             self.store(key, records, expiration_time)
         return stored
 
-    def of(self, key: DHTID) -> Records | None:
+    def of(self, key: DHTID) -> KeyRecords | None:
         found: Any = self.get(key)
         return found.value if found else None
 
@@ -74,9 +74,9 @@ class Storage(_Tidy, DHTLocalStorage):
         return held is None or expires > held.expiration_time
 
 
-def merged(parts: Iterable[Any]) -> Records:
+def merged(parts: Iterable[Any]) -> KeyRecords:
     """The newest of each owner in some dictionaries of records."""
-    records = Records()
+    records = KeyRecords()
     for part in parts:
         for owner, (value, expires) in part.items():
             records.store(owner, value, expires)

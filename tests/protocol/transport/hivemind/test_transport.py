@@ -23,14 +23,14 @@ from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import claim_key
-from lutetia.protocol.transport.base import reachability
+from lutetia.protocol.transport import reachability
 from lutetia.protocol.transport.hivemind import p2pd_process
 from lutetia.protocol.transport.hivemind.bindings import DHTID, DictionaryDHTValue, PeerID
 from lutetia.protocol.transport.hivemind.dht.node import _believable
 from lutetia.protocol.transport.hivemind.dht.routing_table import place_of
 from lutetia.protocol.transport.hivemind.dht.storage import merged
 from lutetia.protocol.transport.hivemind.p2pd_client import useful
-from lutetia.protocol.transport.hivemind.p2pd_process import Reach
+from lutetia.protocol.transport.hivemind.p2pd_process import Reachability
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
 from lutetia.system.errors import BootstrapError, DiskError, IdentityError, UnreachableError
 from tests.protocol.example_documents import records
@@ -244,14 +244,14 @@ async def test_a_bootstrap_peer_that_comes_back_is_found_again(tmp_path: Path) -
 
 @pytest.mark.parametrize("listen", [LOOPBACK, "/ip6/::1/tcp/0", "/ip4/127.8.8.8/tcp/4000"])
 def test_on_loopback_nothing_outside_is_asked(listen: str) -> None:
-    assert Reach.of(listen) == Reach(nat_port_map=False, auto_nat=False, relay=False)
-    assert {"-natPortMap=0", "-autonat=0", "-relay=0", "-autoRelay=0"} == set(Reach.of(listen).arguments())
+    assert Reachability.of(listen) == Reachability(nat_port_map=False, auto_nat=False, relay=False)
+    assert {"-natPortMap=0", "-autonat=0", "-relay=0", "-autoRelay=0"} == set(Reachability.of(listen).arguments())
 
 
 def test_elsewhere_a_peer_tries_to_be_reachable() -> None:
-    arguments = Reach.of("/ip4/0.0.0.0/tcp/0").arguments()
+    arguments = Reachability.of("/ip4/0.0.0.0/tcp/0").arguments()
     assert {"-natPortMap=1", "-autonat=1", "-relay=1"} <= set(arguments)
-    assert "-trustedRelays=/a,/b" in Reach(trusted_relays=("/a", "/b")).arguments()
+    assert "-trustedRelays=/a,/b" in Reachability(trusted_relays=("/a", "/b")).arguments()
 
 
 def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None:
