@@ -89,24 +89,24 @@ class SimulatedMachine:
     peer_id: str = field(default="", compare=False)
 
 
-def draw_box(setting: SimulationConfig, seed: int, index: int) -> SimulatedMachine:
+def draw_machine(config: SimulationConfig, seed: int, index: int) -> SimulatedMachine:
     """Box number `index`: depends on nothing but the seed and its number, so that leaving others out changes nothing here."""
     rng = random.Random(f"{seed}|box|{index}")
-    identity = Identity.derived(f"{seed}|{index}") if setting.signed else None
+    identity = Identity.derived(f"{seed}|{index}") if config.signed else None
     owner = identity.public_key if identity else hashlib.sha256(f"{seed}|{index}".encode()).hexdigest()
-    fits = rng.random() >= setting.unfit
+    fits = rng.random() >= config.unfit
     strength = round(rng.uniform(0.4, 1.0), 2)
-    operator = hashlib.sha256(f"operator {index % setting.operators}".encode()).hexdigest() if setting.operators else None
+    operator = hashlib.sha256(f"operator {index % config.operators}".encode()).hexdigest() if config.operators else None
     return SimulatedMachine(
-        owner=owner, identity=identity, speed=rng.lognormvariate(0.0, setting.speed_sigma),
-        device=DEVICES[0] if setting.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / setting.access),
-        up=setting.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(setting.shards), strength if fits else 0.0),
-        skew=rng.uniform(-setting.skew, setting.skew),
+        owner=owner, identity=identity, speed=rng.lognormvariate(0.0, config.speed_sigma),
+        device=DEVICES[0] if config.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / config.access),
+        up=config.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(config.shards), strength if fits else 0.0),
+        skew=rng.uniform(-config.skew, config.skew),
         operator=operator, peer_id=peer_id_of(owner),
     )  # fmt: skip
 
 
-def make_manifest(setting: SimulationConfig) -> Manifest:
+def make_manifest(config: SimulationConfig) -> Manifest:
     """A real manifest with made-up blobs; version 2, so that the run id need not be computed again and again."""
     latent = LatentSpec(
         channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
@@ -117,16 +117,16 @@ def make_manifest(setting: SimulationConfig) -> Manifest:
         name="simulated", run=hashlib.sha256(b"simulated run").hexdigest(), version=2, owner=OWNER.public_key,
         coordinators=(COORDINATOR.public_key,), created=START - 60, expires=START + 30 * 86400, latent=latent,
         expert=ExpertSpec(config={}), optimisation=Optimisation(batch=batch), checkpoint_samples=batch * _STEPS,
-        samples_per_shard=batch * _STEPS * setting.epochs,
-        timing=Timing(heartbeat=setting.heartbeat, tenure=setting.tenure),
-        shards=tuple(_shard(setting, index) for index in range(setting.shards)),
+        samples_per_shard=batch * _STEPS * config.epochs,
+        timing=Timing(heartbeat=config.heartbeat, tenure=config.tenure),
+        shards=tuple(_shard(config, index) for index in range(config.shards)),
     )  # fmt: skip
 
 
-def _shard(setting: SimulationConfig, index: int) -> ShardSpec:
+def _shard(config: SimulationConfig, index: int) -> ShardSpec:
     return ShardSpec(
-        index=index, name=f"shard {index}", train=blob(f"train {index}", setting.shard_bytes),
-        holdout=blob(f"holdout {index}", MIB), clips=1000, holdout_clips=16, prior=1 / setting.shards,
+        index=index, name=f"shard {index}", train=blob(f"train {index}", config.shard_bytes),
+        holdout=blob(f"holdout {index}", MIB), clips=1000, holdout_clips=16, prior=1 / config.shards,
     )  # fmt: skip
 
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lutetia.coordinator.acceptance.messages import Publish, Write
 from lutetia.coordinator.ledger.events import LineageRolledBack
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
-
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
-    from lutetia.simulation.peers.node import SimulatedNode
-    from lutetia.simulation.world import SimulatedWorld
+from lutetia.simulation.interfaces import Coordinator, Node, World
 
 NAMES = {
     "I1": "at most one accepted lineage per (shard, epoch)",
@@ -43,35 +39,35 @@ class Violation(AssertionError):
 
 
 class Invariants:
-    def __init__(self, world: SimulatedWorld) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self.checks: Counter[str] = Counter()
-        setting = world.setting
+        config = world.config
         self.accepted: dict[tuple[int, int], str] = {}
         self._accepting: dict[tuple[int, int], int] = {}
         """The happening in which each epoch was accepted."""
         self._ever: dict[tuple[int, int], set[str]] = {}
         """Everything that was ever accepted there, rolled back or not."""
         self.rolled_back = 0
-        self.heads = [0] * setting.shards
-        self._holders = [0] * setting.shards
-        self._free_number = [0] * setting.shards
-        self._claim_expires = [0.0] * setting.shards
+        self.heads = [0] * config.shards
+        self._holders = [0] * config.shards
+        self._free_number = [0] * config.shards
+        self._claim_expires = [0.0] * config.shards
         self._works: dict[tuple[str, int], list[float]] = {}
-        for shard in range(setting.shards):
+        for shard in range(config.shards):
             self._became_free(shard)
 
     def _fail(self, name: str, text: str, *causes: int) -> None:
-        raise Violation(name, text, self._world.agenda.now, causes)
+        raise Violation(name, text, self._world.queue.now, causes)
 
     # --- nodes ----------------------------------------------------------------------------------------------------------
 
-    def after_peer(self, peer: SimulatedNode) -> None:
+    def after_peer(self, peer: Node) -> None:
         """After every event of a node's machine, and after its end."""
-        state, trainer, checks = peer.state, peer.hands.trainer, self.checks
+        state, trainer, checks = peer.state, peer.trainer.training, self.checks
         work = state.work if peer.running else None
         checks["I5"] += 1
-        runs, wanted = trainer is not None or peer.hands.exiting, work is not None and work.trainer == "on"
+        runs, wanted = trainer is not None or peer.trainer.exiting, work is not None and work.trainer == "on"
         if runs != wanted or (trainer is not None and not peer.running):
             self._fail("I5", f"{peer} in phase {state.phase}: its machine and its trainer differ ({wanted}, {trainer})")
         if trainer is not None and trainer.shard != work.shard:  # pyright: ignore[reportOptionalMemberAccess]
@@ -88,9 +84,9 @@ class Invariants:
         if not standby or state.disk_full_since is not None:
             peer.eligible_since = None
         elif peer.eligible_since is None:
-            peer.eligible_since = self._world.agenda.now
+            peer.eligible_since = self._world.queue.now
 
-    def _follow_holder(self, peer: SimulatedNode, work: Any) -> None:
+    def _follow_holder(self, peer: Node, work: Any) -> None:
         """Which shard is in this peer's hands, as far as others are concerned."""
         state = peer.state
         holds = None
@@ -120,9 +116,9 @@ class Invariants:
         """Nobody has the shard. It is free for others once the last claim has run out; then the clock of I4 runs."""
         self._free_number[shard] += 1
         world = self._world
-        free_from = max(world.agenda.now, min(self._claim_expires[shard], world.agenda.now + world.setting.lease))
-        world.agenda.after(
-            free_from - world.agenda.now + 2 * world.setting.lease, self._still_free, shard, self._free_number[shard], free_from
+        free_from = max(world.queue.now, min(self._claim_expires[shard], world.queue.now + world.config.lease))
+        world.queue.after(
+            free_from - world.queue.now + 2 * world.config.lease, self._still_free, shard, self._free_number[shard], free_from
         )
 
     def budget_changed(self) -> None:
@@ -131,9 +127,9 @@ class Invariants:
         for shard, holders in enumerate(self._holders):
             if not holders:
                 self._free_number[shard] += 1
-                free_from = world.agenda.now + 1.25 * world.setting.lease
-                wait = free_from - world.agenda.now + 2 * world.setting.lease
-                world.agenda.after(wait, self._still_free, shard, self._free_number[shard], free_from)
+                free_from = world.queue.now + 1.25 * world.config.lease
+                wait = free_from - world.queue.now + 2 * world.config.lease
+                world.queue.after(wait, self._still_free, shard, self._free_number[shard], free_from)
 
     def _still_free(self, shard: int, number: int, free_from: float) -> None:
         world = self._world
@@ -141,27 +137,27 @@ class Invariants:
         if number != self._free_number[shard] or self.heads[shard] >= world.manifest.epochs:
             return
         skew = world.manifest.timing.maximum_clock_skew
-        for peer in world.volunteers:
+        for peer in world.nodes:
             since = peer.eligible_since
             if since is None or since > free_from or not peer.answering or abs(peer.skew) > skew:
                 continue
-            if peer.news.live.version < world.manifest.version:
+            if peer.manifest_updates.live.version < world.manifest.version:
                 continue
             shunned = peer.state.shunned.get(shard, 0.0) - peer.skew > free_from
-            if peer.state.fitness.get(shard, 0) > 0 and not shunned and peer.box.fitness.get(shard, 0) > 0:
+            if peer.state.fitness.get(shard, 0) > 0 and not shunned and peer.machine.fitness.get(shard, 0) > 0:
                 self._fail("I4", f"shard {shard} has been free for two leases, and {peer} stood by all the time")
         self._became_free(shard)
 
     # --- the coordinator --------------------------------------------------------------------------------------------------
 
-    def after_judge(self, office: SimulatedCoordinator, actions: Sequence[Any]) -> None:
+    def after_judge(self, coordinator: Coordinator, actions: Sequence[Any]) -> None:
         """After everything that a coordinator decides."""
         self.checks["I3"] += 1
-        run = office.state.run
+        run = coordinator.state.run
         for action in actions:
             if isinstance(action, Publish):
                 self._check_acceptance(action)
-                self._check_kept(office, action.acceptance.shard, run)
+                self._check_kept(coordinator, action.acceptance.shard, run)
             elif isinstance(action, Write) and isinstance(action.event, LineageRolledBack):
                 self._check_roll_back(action.event)
 
@@ -169,7 +165,7 @@ class Invariants:
         given, world = action.acceptance, self._world
         place = given.shard, given.epoch
         self.checks["I1"] += 1
-        known, cause = self.accepted.setdefault(place, given.checkpoint), self._accepting.setdefault(place, world.agenda.cause)
+        known, cause = self.accepted.setdefault(place, given.checkpoint), self._accepting.setdefault(place, world.queue.cause)
         if known != given.checkpoint:
             text = f"epoch {given.epoch} of shard {given.shard} was accepted as {known[:12]} and as {given.checkpoint[:12]}"
             self._fail("I1", text, cause)
@@ -179,15 +175,15 @@ class Invariants:
             self._fail("I1", f"epoch {given.epoch} of shard {given.shard} stands on {given.parent}, but accepted was {parent}")
         self.heads[given.shard] = max(self.heads[given.shard], given.epoch)
         self.checks["I2"] += 1
-        content = world.goods.contents.get(given.checkpoint)
+        content = world.blobs.contents.get(given.checkpoint)
         if content is None or not (content.intact and content.sound):
             self._fail("I2", f"accepted epoch {given.epoch} of shard {given.shard} is {content}")
-        self._works.setdefault((given.author, given.shard), []).append(world.agenda.now)
+        self._works.setdefault((given.author, given.shard), []).append(world.queue.now)
 
     def _check_roll_back(self, event: LineageRolledBack) -> None:
         """Only what stands on a faked epoch is taken back."""
         self.checks["I3"] += 1
-        if self._world.goods.contents[event.checkpoint].faked == "none":
+        if self._world.blobs.contents[event.checkpoint].faked == "none":
             self._fail("I3", f"honest epoch {event.epoch + 1} of shard {event.shard} was taken back ({event.checkpoint[:12]})")
         for epoch in range(event.epoch + 1, self.heads[event.shard] + 1):
             self.accepted.pop((event.shard, epoch), None)
@@ -195,16 +191,16 @@ class Invariants:
             self.rolled_back += 1
         self.heads[event.shard] = event.epoch
 
-    def _check_kept(self, office: SimulatedCoordinator, shard: int, run: RunState) -> None:
+    def _check_kept(self, coordinator: Coordinator, shard: int, run: RunState) -> None:
         if run.shards[shard].epoch < self.heads[shard]:
-            text = f"{office} is at epoch {run.shards[shard].epoch} of shard {shard}; {self.heads[shard]} was accepted"
+            text = f"{coordinator} is at epoch {run.shards[shard].epoch} of shard {shard}; {self.heads[shard]} was accepted"
             self._fail("I3", text, self._accepting.get((shard, self.heads[shard]), -1))
 
-    def after_restart(self, office: SimulatedCoordinator) -> None:
+    def after_restart(self, coordinator: Coordinator) -> None:
         """A coordinator came up from its ledger."""
         for shard in range(len(self.heads)):
             self.checks["I3"] += 1
-            self._check_kept(office, shard, office.state.run)
+            self._check_kept(coordinator, shard, coordinator.state.run)
 
     def after_loss(self, parcels: Sequence[str]) -> None:
         """Disks were lost: some copy of every accepted head is left, if there were two."""
@@ -212,12 +208,12 @@ class Invariants:
             head = self.accepted.get((shard, epoch))
             if head in parcels:
                 self.checks["I3"] += 1
-                if head is not None and not self._world.goods.holders.get(head):
+                if head is not None and not self._world.blobs.holders.get(head):
                     self._fail("I3", f"no copy of accepted epoch {epoch} of shard {shard} is left")
 
-    def after_status(self, office: SimulatedCoordinator, document: SwarmStatus) -> None:
+    def after_status(self, coordinator: Coordinator, document: SwarmStatus) -> None:
         """I6, from the acceptances that really were: at most twice the longest interval between them, and a lease."""
-        now, timing = self._world.agenda.now, self._world.manifest.timing
+        now, timing = self._world.queue.now, self._world.manifest.timing
         for node in document.nodes:
             if node.health != "working":
                 continue
@@ -231,7 +227,7 @@ class Invariants:
 
     # --- I7 ---------------------------------------------------------------------------------------------------------------
 
-    def trained(self, peer: SimulatedNode, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
+    def trained(self, peer: Node, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
         """An honest box ended an epoch, however often it was interrupted: its weights are those of an uninterrupted one."""
         self.checks["I7"] += 1
         if weights != uninterrupted:

@@ -9,9 +9,8 @@ from typing import Any
 from lutetia.coordinator.acceptance.checks import CheckRunner, Verdict, run_checks
 from lutetia.coordinator.acceptance.messages import Action as JudgeAction
 from lutetia.coordinator.acceptance.messages import Stimulus
-from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
 from lutetia.coordinator.acceptance.state_machine import judge
-from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
@@ -26,7 +25,7 @@ from lutetia.simulation.network.blobs import weights_after
 
 Advance = Callable[[NodeRules, MachineState, Event], tuple[MachineState, list[Action]]]
 Judge = Callable[[JudgeRules, JudgeState, Stimulus], tuple[JudgeState, tuple[JudgeAction, ...]]]
-Climb = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner], Coroutine[Any, Any, Verdict]]
+RunChecks = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner], Coroutine[Any, Any, Verdict]]
 Status = Callable[[RunState, Manifest, LiveView, float], SwarmStatus]
 
 
@@ -42,7 +41,7 @@ def replayed(events: Sequence[LedgerEvent]) -> RunState:
 class RulesUnderTest:
     advance: Advance = advance
     judge: Judge = judge
-    run_checks: Climb = run_checks
+    run_checks: RunChecks = run_checks
     replayed: Callable[[Sequence[LedgerEvent]], RunState] = replayed
     status: Status = status
     weights: Callable[[int, int, str, str, tuple[tuple[int, int], ...]], str] = weights_after

@@ -13,7 +13,8 @@ from typing import Any
 
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import START
-from lutetia.simulation.faults.plan import Step, plan
+from lutetia.simulation.faults.plan import plan
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.invariants import Violation
 from lutetia.simulation.rules_under_test import RulesUnderTest
 from lutetia.simulation.scenarios.scenario import Scenario
@@ -28,7 +29,7 @@ _SLICES = 200
 
 @dataclass(frozen=True)
 class SimulationOutcome:
-    """One run. `violation` is None when every promise held; then `shortest` and `story` are empty."""
+    """One run. `violation` is None when every promise held; then `shortest`, `plan` and `trace` are empty."""
 
     scenario: str
     peers: int
@@ -44,14 +45,14 @@ class SimulationOutcome:
     facts: dict[str, Any] = field(default_factory=dict)
     violation: Violation | None = None
     shortest: tuple[int, ...] = ()
-    told: tuple[str, ...] = ()
-    story: tuple[str, ...] = ()
+    plan: tuple[str, ...] = ()
+    trace: tuple[str, ...] = ()
     tries: int = 0
 
 
 def steps_of(scenario: Scenario, peers: int, seed: int) -> list[Step]:
     """The scenario's plan, in order of time; a step's number is its place in this list."""
-    return sorted(scenario.plan(scenario.setting, peers, Random(f"{seed}|plan")), key=lambda step: step.at)
+    return sorted(scenario.plan(scenario.config, peers, Random(f"{seed}|plan")), key=lambda step: step.at)
 
 
 def simulate(
@@ -65,8 +66,8 @@ def simulate(
     length = scenario.seconds if seconds is None else seconds
     begun = time.perf_counter()
 
-    def run(chosen: Sequence[int], until: float, story: Trace | None = None) -> tuple[SimulatedWorld, Violation | None]:
-        return _run(scenario, peers, seed, [steps[number] for number in chosen], until, decide, story)
+    def run(chosen: Sequence[int], until: float, trace: Trace | None = None) -> tuple[SimulatedWorld, Violation | None]:
+        return _run(scenario, peers, seed, [steps[number] for number in chosen], until, decide, trace)
 
     world, violation = _run(scenario, peers, seed, [steps[number] for number in numbers], length, decide, None, on_progress)
     found: dict[str, Any] = {}
@@ -87,12 +88,12 @@ def simulate(
         kept = [number for number in numbers if violation.name == "end" and steps[number].what == "join"]
         rest = [number for number in numbers if number not in kept]
         fewest = sorted([*kept, *shortest(rest, lambda chosen: breaks(sorted([*kept, *chosen])), most_tries)])
-        story = Trace()
-        violation = run(fewest, until, story)[1] or violation
-        found = {"shortest": tuple(fewest), "story": tuple(story.lines(violation.causes)), "tries": tries}
-        found["told"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
+        trace = Trace()
+        violation = run(fewest, until, trace)[1] or violation
+        found = {"shortest": tuple(fewest), "trace": tuple(trace.explain(violation.causes)), "tries": tries}
+        found["plan"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
     return SimulationOutcome(
-        scenario.name, peers, seed, length, time.perf_counter() - begun, world.agenda.done, dict(world.invariants.checks),
+        scenario.name, peers, seed, length, time.perf_counter() - begun, world.queue.done, dict(world.invariants.checks),
         world.accepted, {shard: [peer.index for peer in held] for shard, held in sorted(world.owners().items())}, len(numbers),
         world.costs, facts_of(world), violation, **found,
     )  # fmt: skip
@@ -105,21 +106,21 @@ def _kind(violation: Violation) -> tuple[str, str]:
 
 def _run(
     scenario: Scenario, peers: int, seed: int, steps: Sequence[Step], until: float, decide: RulesUnderTest | None,
-    story: Trace | None = None, on_progress: OnProgress | None = None,
+    trace: Trace | None = None, on_progress: OnProgress | None = None,
 ) -> tuple[SimulatedWorld, Violation | None]:  # fmt: skip
-    world = SimulatedWorld(scenario.setting, peers, seed, decide, story, strict=scenario.strict)
+    world = SimulatedWorld(scenario.config, peers, seed, decide, trace, strict=scenario.strict)
     plan(world, steps)
     gc.freeze()  # what was made up to here stays; looking through it again and again costs a sixth of the time
     gc.disable()
     try:
         for part in range(1, _SLICES + 1):
-            world.agenda.run(START + until * part / _SLICES)
+            world.queue.run(START + until * part / _SLICES)
             if on_progress is not None:
                 on_progress(until * part / _SLICES, until)
         if until >= scenario.seconds:
             for end in scenario.ends:
                 if (problem := end(world)) is not None:
-                    raise Violation("end", problem, world.agenda.now)
+                    raise Violation("end", problem, world.queue.now)
     except Violation as violation:
         return world, violation
     finally:
@@ -131,15 +132,15 @@ def _run(
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:
     """Figures of the end."""
     steps = world.manifest.steps_per_epoch
-    taken = sum(peer.hands.taken for peer in world.volunteers)
+    taken = sum(peer.trainer.taken for peer in world.nodes)
     return {
         "epochs": list(world.invariants.heads),
-        "peers_online": sum(peer.answering for peer in world.volunteers),
+        "peers_online": sum(peer.answering for peer in world.nodes),
         "rolled_back": world.invariants.rolled_back,
-        "quarantined": len(world.offices[0].state.run.quarantined),
-        "refused": world.offices[0].state.run.rejected,
+        "quarantined": len(world.coordinators[0].state.run.quarantined),
+        "refused": world.coordinators[0].state.run.rejected,
         "steps_taken": taken,
         "useful": round(world.accepted * steps / taken, 3) if taken else None,
-        "keys": len({key for peer in world.volunteers for key in peer.parts}),
+        "keys": len({key for peer in world.nodes for key in peer.parts}),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }

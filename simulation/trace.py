@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.node.machine import messages as m
 from lutetia.simulation.event_queue import START, EventQueue
+from lutetia.simulation.interfaces import Coordinator, Node
 
 if TYPE_CHECKING:
-    from lutetia.simulation.faults.plan import Step
+    from lutetia.simulation.faults.step import Step
     from lutetia.simulation.network.dht import SimulatedRecord
-    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
-    from lutetia.simulation.peers.node import SimulatedNode
 
 _ROUTINE = (m.RenewRecords, m.LookAtShards, m.LogSentence)
 _SEARCHED = 3000
@@ -35,63 +34,65 @@ class Trace:
     """Bind to a world's agenda before it runs."""
 
     def __init__(self) -> None:
-        self.happenings: list[TraceEntry] = []
-        self.agenda: EventQueue | None = None
+        self.entries: list[TraceEntry] = []
+        self.queue: EventQueue | None = None
 
     def _note(self, who: str, text: str, causes: Sequence[int] = (), *, dull: bool = False) -> None:
-        assert self.agenda
-        known = tuple(cause for cause in (self.agenda.cause, *causes) if cause >= 0)
-        self.agenda.cause = len(self.happenings)
-        self.happenings.append(TraceEntry(self.agenda.now - START, who, text, known, dull))
+        assert self.queue
+        known = tuple(cause for cause in (self.queue.cause, *causes) if cause >= 0)
+        self.queue.cause = len(self.entries)
+        self.entries.append(TraceEntry(self.queue.now - START, who, text, known, dull))
 
     def step(self, step: Step) -> None:
         self._note("fault" if step.what != "join" else "plan", step.sentence)
 
-    def machine(self, peer: SimulatedNode, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
+    def machine(self, peer: Node, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
         told = [_action(action) for action in actions if not isinstance(action, m.LogSentence)]
         moved = f" [{before} → {peer.state.phase}]" if before != peer.state.phase else ""
         dull = not moved and all(isinstance(action, _ROUTINE) for action in actions)
         why = f": {peer.state.why}" if moved else ""
         self._note(str(peer), f"{_event(event)}{moved}{why}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
 
-    def read(self, peer: SimulatedNode, shards: Sequence[int]) -> None:
+    def read(self, peer: Node, shards: Sequence[int]) -> None:
         writers = [cause for shard in shards for cause in peer.world.dht.writers(peer, shard)]
         self._note(str(peer), f"reads the records of shards {', '.join(map(str, shards))}", writers, dull=True)
 
-    def judged(self, office: SimulatedCoordinator, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
+    def judged(self, coordinator: Coordinator, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
         told = [_decision(action) for action in actions]
         dull = isinstance(stimulus, j.JudgeTick | j.LimitsKnown) or not any(
             isinstance(action, j.Write | j.Publish) for action in actions
         )
-        self._note(str(office), f"{_stimulus(stimulus)}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
+        self._note(str(coordinator), f"{_stimulus(stimulus)}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
 
-    def found(self, office: SimulatedCoordinator, stored: SimulatedRecord) -> None:
+    def found(self, coordinator: Coordinator, stored: SimulatedRecord) -> None:
         """The next happening follows from a record that somebody wrote."""
-        self._note(str(office), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True)
+        self._note(
+            str(coordinator), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True
+        )
 
-    def lines(self, causes: Sequence[int] = (), most: int = 24) -> list[str]:
+    def explain(self, causes: Sequence[int] = (), most: int = 24) -> list[str]:
         """What led to the last happening and to `causes`, oldest first: the nearest `most` that were more than routine.
 
         The plan's steps are told too, for a death or a cut causes nothing by itself: things just do not happen.
         """
-        if not self.happenings:
+        if not self.entries:
             return []
-        assert self.agenda
-        last = self.agenda.cause if self.agenda.cause >= 0 else len(self.happenings) - 1
+        assert self.queue
+        last = self.queue.cause if self.queue.cause >= 0 else len(self.entries) - 1
         begin = sorted({last, *(cause for cause in causes if cause >= 0)})
         seen, queue, found = set(begin), begin, []
         while queue and len(seen) < _SEARCHED:
             queue.sort()
             number = queue.pop()
-            if not self.happenings[number].dull or number == last:
+            if not self.entries[number].dull or number == last:
                 found.append(number)
-            for cause in self.happenings[number].causes:
+            for cause in self.entries[number].causes:
                 if cause not in seen:
                     seen.add(cause)
                     queue.append(cause)
-        steps = [number for number, happening in enumerate(self.happenings) if happening.who in ("fault", "plan")]
+        steps = [number for number, entry in enumerate(self.entries) if entry.who in ("fault", "plan")]
         told = sorted({*found[:most], *steps[-most // 2 :]})
-        return [f"{h.time:9.2f} s  {h.who:<16} {h.text}" for h in (self.happenings[number] for number in told)]
+        return [f"{h.time:9.2f} s  {h.who:<16} {h.text}" for h in (self.entries[number] for number in told)]
 
 
 def _event(event: m.Event) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.simulation.config import OWNER, SimulationConfig, draw_box, make_manifest
+from lutetia.simulation.config import OWNER, SimulationConfig, draw_machine, make_manifest
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import START, EventQueue
 from lutetia.simulation.invariants import Invariants
@@ -27,8 +27,8 @@ _LIST_SECONDS = 5.0
 
 
 @lru_cache(maxsize=8)
-def _signed(setting: SimulationConfig) -> SignedManifest:
-    return SignedManifest.sign(make_manifest(setting), OWNER)
+def _signed(config: SimulationConfig) -> SignedManifest:
+    return SignedManifest.sign(make_manifest(config), OWNER)
 
 
 class SimulatedWorld:
@@ -36,36 +36,36 @@ class SimulatedWorld:
 
     def __init__(
         self,
-        setting: SimulationConfig,
+        config: SimulationConfig,
         peers: int,
         seed: int,
         decide: RulesUnderTest | None = None,
-        story: Trace | None = None,
+        trace: Trace | None = None,
         *,
         strict: bool,
     ) -> None:
-        self.setting, self.seed, self.story = setting, seed, story
+        self.config, self.seed, self.trace = config, seed, trace
         self.decide = decide or RulesUnderTest()
-        self.agenda = EventQueue()
-        if story is not None:
-            story.agenda = self.agenda
-        self.signed = _signed(setting)
+        self.queue = EventQueue()
+        if trace is not None:
+            trace.queue = self.queue
+        self.signed = _signed(config)
         """The newest version of the manifest."""
         self.first_version = self.manifest.version
         self.costs = Costs()
-        self.lines = Links(setting, seed)
+        self.links = Links(config, seed)
         self.dht = SimulatedDht(
-            self.agenda, self.lines, self.costs, self.manifest, setting.replicas, strict=strict or setting.signed
+            self.queue, self.links, self.costs, self.manifest, config.replicas, strict=strict or config.signed
         )
-        self.goods = SimulatedBlobs(self.agenda, self.lines, self.costs, setting.origin_slots)
+        self.blobs = SimulatedBlobs(self.queue, self.links, self.costs, config.origin_slots)
         self.directory: dict[str, tuple[SimulatedNode, Sighting]] = {}
         """Node records, which only the coordinator reads: owner → (who filed it, what is seen)."""
-        self._rosters: dict[int, tuple[tuple[int, int], SharedMembership]] = {}
+        self._memberships: dict[int, tuple[tuple[int, int], SharedMembership]] = {}
         self.invariants = Invariants(self)
-        self.volunteers = [SimulatedNode(self, index, draw_box(setting, seed, index)) for index in range(peers)]
-        self.offices = [SimulatedCoordinator(self, -1)]
-        self.goods.origins.add(-1)
-        self.offices[0].start()
+        self.nodes = [SimulatedNode(self, index, draw_machine(config, seed, index)) for index in range(peers)]
+        self.coordinators = [SimulatedCoordinator(self, -1)]
+        self.blobs.origins.add(-1)
+        self.coordinators[0].start()
 
     @property
     def manifest(self) -> Manifest:
@@ -74,42 +74,42 @@ class SimulatedWorld:
     @property
     def now(self) -> float:
         """Seconds since the begin."""
-        return self.agenda.now - START
+        return self.queue.now - START
 
     @property
     def quarantining(self) -> bool:
         """Whether anybody is in quarantine; while nobody is, nobody need ask."""
-        return any(office.state.run.quarantined for office in self.offices)
+        return any(coordinator.state.run.quarantined for coordinator in self.coordinators)
 
-    def roster(self, reader: SimulatedNode) -> SharedMembership:
+    def membership(self, reader: SimulatedNode) -> SharedMembership:
         """What `reader` sees of the node records; the newest may lack."""
-        moment, group = (int(self.agenda.now // _LIST_SECONDS), self.lines.version), self.lines.group(reader.index)
-        known = self._rosters.get(group)
+        moment, group = (int(self.queue.now // _LIST_SECONDS), self.links.version), self.links.group(reader.index)
+        known = self._memberships.get(group)
         if known is None or known[0] != moment:
-            now = self.agenda.now
+            now = self.queue.now
             seen = [
                 sighting.record for peer, sighting in self.directory.values()
-                if sighting.expires > now and (not peer.running or self.lines.group(peer.index) == group)
+                if sighting.expires > now and (not peer.running or self.links.group(peer.index) == group)
             ]  # fmt: skip
-            turn = int(now // self.setting.lease)
-            known = self._rosters[group] = moment, SharedMembership(self.manifest.run_id, seen, self.setting.shards, turn)
+            turn = int(now // self.config.lease)
+            known = self._memberships[group] = moment, SharedMembership(self.manifest.run_id, seen, self.config.shards, turn)
         return known[1]
 
     def greets(self, newcomer: SimulatedNode) -> bool:
         """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""
-        lines = self.lines
+        links = self.links
         wanting, newcomer.online = newcomer.online, True  # it dials before it is on the network itself
         try:
-            if any(lines.dials(newcomer, office) for office in self.offices):
+            if any(links.dials(newcomer, coordinator) for coordinator in self.coordinators):
                 return True
-            return newcomer.met and any(peer is not newcomer and lines.dials(newcomer, peer) for peer in self.volunteers)
+            return newcomer.met and any(peer is not newcomer and links.dials(newcomer, peer) for peer in self.nodes)
         finally:
             newcomer.online = wanting
 
     def owners(self) -> dict[int, list[SimulatedNode]]:
         """Who holds which shard now; whose lease may have lapsed (`checking`) counts as nobody."""
         found: dict[int, list[SimulatedNode]] = {}
-        for peer in self.volunteers:
+        for peer in self.nodes:
             if peer.running and (work := peer.state.work) and work.owned and not work.checking:
                 found.setdefault(work.shard, []).append(peer)
         return found

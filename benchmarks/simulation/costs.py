@@ -102,15 +102,15 @@ class Notes:
 def _measure(peers: int, shards: int) -> Size:
     began, memory = time.process_time(), _memory()
     world = SimulatedWorld(replace(_SETTING, shards=shards), peers, 7, strict=False)
-    for peer in world.volunteers:
-        world.agenda.after(peer.index / peers, peer.start)
+    for peer in world.nodes:
+        world.queue.after(peer.index / peers, peer.start)
     settled = math.inf
     while world.now < _SETTLED:
-        world.agenda.run(START + world.now + 1.0)
+        world.queue.run(START + world.now + 1.0)
         if settled == math.inf and _one_owner_each(world):
             settled = world.now
     early = _counted(world)
-    world.agenda.run(START + _END)
+    world.queue.run(START + _END)
     messages, size, looks, watch, stimuli = (
         (after - before) / (_END - _SETTLED) for before, after in zip(early, _counted(world), strict=True)
     )
@@ -134,7 +134,7 @@ def _counted(world: SimulatedWorld) -> tuple[float, float, float, float, float]:
 
 def _one_owner_each(world: SimulatedWorld) -> bool:
     owners = world.owners()
-    at_work = min(world.setting.shards, len(world.volunteers))
+    at_work = min(world.config.shards, len(world.nodes))
     return len(owners) == at_work and all(len(held) == 1 for held in owners.values())
 
 
@@ -151,9 +151,9 @@ def _memory() -> float:
 def _checkpoint_bytes(peers: int) -> tuple[float, float, int]:
     """(bytes of talk, bytes of blobs) per accepted checkpoint, and how many there were: ten minutes with epochs of a minute."""
     world = SimulatedWorld(replace(_SETTING, shards=_FIXED, epoch_seconds=60.0), peers, 7, strict=False)
-    for peer in world.volunteers:
-        world.agenda.after(10 * peer.index / peers, peer.start)
-    world.agenda.run(START + 600.0)
+    for peer in world.nodes:
+        world.queue.after(10 * peer.index / peers, peer.start)
+    world.queue.run(START + 600.0)
     blobs = world.costs.bytes["blob"]
     return (sum(world.costs.bytes.values()) - blobs) / world.accepted, blobs / world.accepted, world.accepted
 
@@ -161,24 +161,24 @@ def _checkpoint_bytes(peers: int) -> tuple[float, float, int]:
 def _model(peers: int, shards: int, looks: float | None) -> Size:
     """The same figures by formula. `looks` at each shard per second; None: every standby looks at every shard, as it once was."""
     shards = max(1, shards)
-    setting, sizes, hops = _SETTING, record_bytes(), lookup_hops(peers)
-    replicas, owners = min(setting.replicas, peers), min(shards, peers)
+    config, sizes, hops = _SETTING, record_bytes(), lookup_hops(peers)
+    replicas, owners = min(config.replicas, peers), min(shards, peers)
     standbys, steps = peers - owners, hops + replicas
     if looks is None or standbys <= STEADY:
-        looks = standbys / _LOOK_PERIOD + 1 / setting.heartbeat
+        looks = standbys / _LOOK_PERIOD + 1 / config.heartbeat
     looked = looks * shards / peers
     buckets, records = _list_read(peers, standbys)
-    listed = 2 / setting.lease / pace(records)
-    beats = (1 + owners / peers) / setting.heartbeat
+    listed = 2 / config.lease / pace(records)
+    beats = (1 + owners / peers) / config.heartbeat
     messages = 4 * steps * looked + 2 * steps * (beats + buckets * listed)
     look_bytes = 2 * (2 * hops + replicas) * QUESTION_BYTES + replicas * (sizes["claim"] + sizes["acceptance"])
     beat_bytes = 2 * hops * QUESTION_BYTES + replicas * (sizes["node"] + QUESTION_BYTES)
     list_bytes = 2 * buckets * steps * QUESTION_BYTES + replicas * records * sizes["node"]
     size = looked * look_bytes + beats * beat_bytes + listed * list_bytes
-    polls = 4 / setting.heartbeat
-    every = setting.heartbeat / 4 + nodes_pause(peers, setting.heartbeat)
-    watch = polls * shards * look_bytes + replicas * peers * sizes["node"] / max(setting.heartbeat / 4, every)
-    stimuli = 1.0 + shards * polls + 3 * owners / setting.epoch_seconds + min(5.0, standbys / setting.heartbeat)
+    polls = 4 / config.heartbeat
+    every = config.heartbeat / 4 + nodes_pause(peers, config.heartbeat)
+    watch = polls * shards * look_bytes + replicas * peers * sizes["node"] / max(config.heartbeat / 4, every)
+    stimuli = 1.0 + shards * polls + 3 * owners / config.epoch_seconds + min(5.0, standbys / config.heartbeat)
     return Size(peers, shards, math.nan, messages, size, looks, watch, stimuli, math.nan, math.nan, simulated=False)
 
 
@@ -207,13 +207,13 @@ def _report(series: Sizes, model: Sizes, before: Sizes, accepted: dict[int, tupl
             tail = f"{s.memory / 2**20:.0f} | {s.wall:.0f}" if s.simulated else "- | -"
             rates = f"{s.messages:.1f} | {s.bytes:.0f} | {s.looks:.2f} | {s.watch / 1024:.0f} | {s.stimuli:.1f}"
             lines.append(f"| {s.peers} | {s.shards} | {settled} | {rates} | {tail} |")
-    setting = _SETTING
-    parcel = (setting.weights_bytes + setting.state_bytes) / 2**20
+    config = _SETTING
+    parcel = (config.weights_bytes + config.state_bytes) / 2**20
     lines += [
         "", "Memory and time are those of the simulation, all peers in one process, setting up included; not of a real box.",
         "", "## Bytes sent per accepted checkpoint", "",
         f"{_FIXED} shards, epochs of 60 s, ten minutes, joining included; a checkpoint has {parcel:.0f} MiB, a shard's data "
-        f"{setting.shard_bytes / 2**20:.0f} MiB.", "",
+        f"{config.shard_bytes / 2**20:.0f} MiB.", "",
         "| peers | accepted | blobs, MiB per accepted | records and lookups, KiB per accepted |", "|---|---|---|---|",
     ]  # fmt: skip
     for peers, (talk, blobs, count) in accepted.items():

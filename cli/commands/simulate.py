@@ -65,7 +65,7 @@ def _run(
 
     chosen = find(name)
     if shards is not None:
-        chosen = replace(chosen, setting=replace(chosen.setting, shards=shards))
+        chosen = replace(chosen, config=replace(chosen.config, shards=shards))
     count = chosen.peers if peers is None else peers
     if count < chosen.least:
         raise UsageError(f"scenario {name} needs at least {chosen.least} peers")
@@ -97,8 +97,8 @@ def _document(outcome: SimulationOutcome) -> dict[str, Any]:
         "accepted": outcome.accepted, "owners": outcome.owners, "facts": outcome.facts,
         "messages": dict(outcome.costs.messages), "bytes": dict(outcome.costs.bytes),
         "violation": None if violation is None else {
-            "invariant": violation.name, "text": str(violation), "keep": list(outcome.shortest), "steps": list(outcome.told),
-            "story": list(outcome.story), "tries": outcome.tries,
+            "invariant": violation.name, "text": str(violation), "keep": list(outcome.shortest), "steps": list(outcome.plan),
+            "trace": list(outcome.trace), "tries": outcome.tries,
         },
     }  # fmt: skip
 
@@ -132,8 +132,8 @@ def _short(numbers: list[int]) -> str:
 
 
 def _story(outcome: SimulationOutcome, command: str) -> str:
-    steps = "\n".join(f"  {line}" for line in outcome.told) or "  (none: it happens without any)"
-    told = "\n".join(f"  {line}" for line in outcome.story)
+    steps = "\n".join(f"  {line}" for line in outcome.plan) or "  (none: it happens without any)"
+    told = "\n".join(f"  {line}" for line in outcome.trace)
     return (
         f"\nThe shortest plan that breaks it ({len(outcome.shortest)} of {outcome.steps} steps, {outcome.tries} runs):\n{steps}\n"
         f"\nWhat led to it:\n{told}\n\nAgain: {command}"

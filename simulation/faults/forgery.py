@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import ClaimRecord, claim_key, seal
+from lutetia.simulation.interfaces import World
 from lutetia.simulation.network.dht import SimulatedRecord
-
-if TYPE_CHECKING:
-    from lutetia.simulation.world import SimulatedWorld
 
 KINDS = ("unbounded", "future", "foreign", "prolonged", "oversized", "unknown field")
 
 
-def forge(world: SimulatedWorld, liar: int, victim: int, kind: str) -> None:
+def forge(world: World, liar: int, victim: int, kind: str) -> None:
     """`liar` files a claim of the given kind on the victim's shard (else shard 0) with every replica, past its own checks."""
-    source, target = world.volunteers[liar], world.volunteers[victim]
-    assert source.box.identity
-    assert target.box.identity
+    source, target = world.nodes[liar], world.nodes[victim]
+    assert source.machine.identity
+    assert target.machine.identity
     shard = target.state.work.shard if target.state.work else 0
-    now, lease, key = world.agenda.now, world.setting.lease, claim_key(world.manifest.run_id, shard)
+    now, lease, key = world.queue.now, world.config.lease, claim_key(world.manifest.run_id, shard)
     record = ClaimRecord(
-        run=world.manifest.run_id, owner=source.box.owner, issued=now, shard=shard, epoch=0, samples=0, state="training"
+        run=world.manifest.run_id, owner=source.machine.owner, issued=now, shard=shard, epoch=0, samples=0, state="training"
     )  # fmt: skip
-    expires, owner = now + lease, source.box.owner
-    identity: Identity = source.box.identity
+    expires, owner = now + lease, source.machine.owner
+    identity: Identity = source.machine.identity
     match kind:
         case "unbounded":
             expires = now + 365 * 86400
         case "future":
             record, expires = record.model_copy(update={"issued": now + 3600}), now + 3600 + lease
         case "foreign":  # the victim's claim, released in its name
-            owner = target.box.owner
+            owner = target.machine.owner
             record = record.model_copy(update={"owner": owner, "state": "released"})
             expires = now + 2 * lease
     sealed = seal(record, identity, expires)
@@ -45,4 +42,4 @@ def forge(world: SimulatedWorld, liar: int, victim: int, kind: str) -> None:
         document = json.loads(sealed)
         document["record"]["priority"] = 9
         sealed = json.dumps(document).encode()
-    world.dht.thrust(source, key, owner, SimulatedRecord(record, expires, sealed, world.agenda.cause))
+    world.dht.thrust(source, key, owner, SimulatedRecord(record, expires, sealed, world.queue.cause))

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.checks import CheckFailed, CheckRunner, Verdict, compare_losses
-from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
 from lutetia.coordinator.acceptance.state_machine import judge
-from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
 from lutetia.coordinator.ledger.run_state import RunState
@@ -56,7 +55,7 @@ def _believe_auditors(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus
     return judge(rules, state, stimulus)
 
 
-async def _climb_blindly(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner) -> Verdict:
+async def _check_nothing(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner) -> Verdict:
     """No look inside: whatever arrives counts as sound."""
     try:
         await tools.fetch(record)
@@ -109,8 +108,9 @@ BROKEN: dict[str, Mutant] = {
         "a second result for an accepted epoch is accepted too (I1)", "I1", "partition", lambda:
         RulesUnderTest(judge=_accept_twice)
     ),
-    "climb-blindly": Mutant(
-        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda: RulesUnderTest(climb=_climb_blindly)
+    "check-nothing": Mutant(
+        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda:
+        RulesUnderTest(run_checks=_check_nothing)
     ),
     "forget-the-last": Mutant(
         "a restarted coordinator lacks the last acceptance (I3)", "I3", "coordinator-crash",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lutetia.node.machine import messages as m
 from lutetia.simulation.faults.forgery import forge
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.peers.coordinator import SimulatedCoordinator
 from lutetia.simulation.peers.manifest_updates import upgrade
 from lutetia.simulation.peers.node import SimulatedNode
@@ -16,37 +17,20 @@ if TYPE_CHECKING:
     from lutetia.simulation.world import SimulatedWorld
 
 
-@dataclass(frozen=True)
-class Step:
-    """At `at` seconds `what` happens to the boxes `who`; `value` and `word` say how much and of which kind."""
-
-    at: float
-    what: str
-    who: tuple[int, ...] = ()
-    value: float = 0.0
-    word: str = ""
-
-    @property
-    def sentence(self) -> str:
-        boxes = ", ".join(map(str, self.who[:8])) + (f" … ({len(self.who)})" if len(self.who) > 8 else "")
-        parts = [self.what, f"boxes {boxes}" if boxes else "", self.word, f"{self.value:g}" if self.value else ""]
-        return " ".join(part for part in parts if part)
-
-
 def carry_out(world: SimulatedWorld, step: Step) -> None:
-    if world.story is not None:
-        world.agenda.cause = -1
-        world.story.step(step)
+    if world.trace is not None:
+        world.queue.cause = -1
+        world.trace.step(step)
     if step.what in _ONE_BY_ONE:
         for index in step.who:
-            _ONE_BY_ONE[step.what](world.volunteers[index], step)
+            _ONE_BY_ONE[step.what](world.nodes[index], step)
     else:
         _ALL[step.what](world, step)
 
 
 def plan(world: SimulatedWorld, steps: Sequence[Step]) -> None:
     for step in steps:
-        world.agenda.after(step.at, carry_out, world, step)
+        world.queue.after(step.at, carry_out, world, step)
 
 
 def _say(verb: m.Verb) -> Callable[[SimulatedNode, Step], None]:
@@ -69,9 +53,9 @@ def _disk_free(peer: SimulatedNode, step: Step) -> None:
 
 def _disk_lost(peer: SimulatedNode, step: Step) -> None:
     """The disk dies, and the box with it."""
-    held = [parcel for parcel, holders in peer.world.goods.holders.items() if peer.index in holders]
+    held = [parcel for parcel, holders in peer.world.blobs.holders.items() if peer.index in holders]
     peer.kill()
-    peer.hands.wipe()
+    peer.trainer.wipe()
     peer.world.invariants.after_loss(held)
 
 
@@ -79,7 +63,7 @@ def _device(works: bool) -> Callable[[SimulatedNode, Step], None]:
     def turn(peer: SimulatedNode, step: Step) -> None:
         peer.device_ok = works
         if not works:
-            peer.hands.fail("hardware", "the device has fallen off the bus")
+            peer.trainer.fail("hardware", "the device has fallen off the bus")
 
     return turn
 
@@ -92,12 +76,12 @@ def _skew(peer: SimulatedNode, step: Step) -> None:
 
 def _spoil(peer: SimulatedNode, step: Step) -> None:
     """Everything that this box serves from now on is bad, as a failing disk makes it."""
-    for parcel in list(peer.world.goods.holders):
-        peer.world.goods.rotten.add((peer.index, parcel))
+    for parcel in list(peer.world.blobs.holders):
+        peer.world.blobs.rotten.add((peer.index, parcel))
 
 
 def _conduct(peer: SimulatedNode, step: Step) -> None:
-    peer.hands.conduct = step.word  # pyright: ignore[reportAttributeAccessIssue]
+    peer.trainer.conduct = step.word  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _audits(peer: SimulatedNode, step: Step) -> None:
@@ -106,26 +90,26 @@ def _audits(peer: SimulatedNode, step: Step) -> None:
 
 def _copy_identity(world: SimulatedWorld, step: Step) -> None:
     """The second box runs with a copy of the first one's key."""
-    first, second = (world.volunteers[index] for index in step.who)
-    box = replace(second.box, owner=first.box.owner, identity=first.box.identity, peer_id=first.box.peer_id)
+    first, second = (world.nodes[index] for index in step.who)
+    machine = replace(second.machine, owner=first.machine.owner, identity=first.machine.identity, peer_id=first.machine.peer_id)
     second.kill()
-    world.volunteers[second.index] = SimulatedNode(world, second.index, box)
-    world.volunteers[second.index].start()
+    world.nodes[second.index] = SimulatedNode(world, second.index, machine)
+    world.nodes[second.index].start()
 
 
 def _second_coordinator(world: SimulatedWorld, step: Step) -> None:
     """Somebody starts another coordinator with the same key on a copy of the ledger."""
-    twin = SimulatedCoordinator(world, -2, ledger=list(world.offices[0].ledger))
-    world.goods.origins.add(-2)
-    world.offices.append(twin)
+    twin = SimulatedCoordinator(world, -2, ledger=list(world.coordinators[0].ledger))
+    world.blobs.origins.add(-2)
+    world.coordinators.append(twin)
     twin.start()
 
 
 def _old_ledger(world: SimulatedWorld, step: Step) -> None:
     """While the coordinator is down, its folder is replaced by a copy that is `value` seconds old."""
-    office = world.offices[0]
-    office.crash()
-    office.ledger = [event for event in office.ledger if event.time <= world.agenda.now - step.value]
+    coordinator = world.coordinators[0]
+    coordinator.crash()
+    coordinator.ledger = [event for event in coordinator.ledger if event.time <= world.queue.now - step.value]
 
 
 def _upgrade(world: SimulatedWorld, step: Step) -> None:
@@ -136,26 +120,26 @@ def _upgrade(world: SimulatedWorld, step: Step) -> None:
 def _partition(world: SimulatedWorld, step: Step) -> None:
     """The boxes named are cut off from the others. `word` "with" takes the coordinator along, "with the second" another one."""
     along = {"with": (-1,), "with the second": (-2,)}.get(step.word, ())
-    world.lines.partition([[*step.who, *along]])
+    world.links.partition([[*step.who, *along]])
 
 
 def _block(world: SimulatedWorld, step: Step) -> None:
     """The first box cannot dial the others, which can dial it."""
     for target in step.who[1:]:
-        world.lines.block(step.who[0], target)
+        world.links.block(step.who[0], target)
 
 
 def _loss(world: SimulatedWorld, step: Step) -> None:
-    world.lines.loss = step.value
+    world.links.loss = step.value
 
 
 def _latency(world: SimulatedWorld, step: Step) -> None:
     """`value` seconds in the median; `word`: jitter to either side."""
-    world.lines.draw(world.setting, step.value, float(step.word or 0))
+    world.links.draw(world.config, step.value, float(step.word or 0))
 
 
 def _crash_after_writing(world: SimulatedWorld, step: Step) -> None:
-    world.offices[0].refuse_publishing = True
+    world.coordinators[0].refuse_publishing = True
 
 
 _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
@@ -168,7 +152,7 @@ _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "pause": _say("pause"),
     "resume": _say("resume"),
     "network process dies": lambda peer, step: peer.lose_network(),
-    "trainer fails": lambda peer, step: peer.hands.fail(step.word or "crash"),  # pyright: ignore[reportArgumentType]
+    "trainer fails": lambda peer, step: peer.trainer.fail(step.word or "crash"),  # pyright: ignore[reportArgumentType]
     "disk full": _disk_full,
     "disk free": _disk_free,
     "disk lost": _disk_lost,
@@ -178,19 +162,19 @@ _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "serves bad bytes": _spoil,
     "conduct": _conduct,
     "audits without replay": _audits,
-    "slow line": lambda peer, step: peer.world.lines.slow.__setitem__(peer.index, step.value),
+    "slow line": lambda peer, step: peer.world.links.slow.__setitem__(peer.index, step.value),
     "denies records": lambda peer, step: setattr(peer, "denies", True),
     "newer version": lambda peer, step: setattr(peer.network, "newer", True),
 }
 _ALL: dict[str, Callable[[SimulatedWorld, Step], None]] = {
     "partition": _partition,
-    "heal": lambda world, step: world.lines.heal(),
+    "heal": lambda world, step: world.links.heal(),
     "one-way": _block,
     "loss": _loss,
     "latency": _latency,
-    "coordinator crashes": lambda world, step: world.offices[0].crash(),
+    "coordinator crashes": lambda world, step: world.coordinators[0].crash(),
     "coordinator dies before publishing": _crash_after_writing,
-    "coordinator starts": lambda world, step: world.offices[0].start(recover=step.word == "recover"),
+    "coordinator starts": lambda world, step: world.coordinators[0].start(recover=step.word == "recover"),
     "old ledger": _old_ledger,
     "budget raised": _upgrade,
     "second coordinator": _second_coordinator,

@@ -51,21 +51,21 @@ class SimulatedDelay(Awaitable[None]):
         yield self
 
 
-def drive(agenda: EventQueue, work: Coroutine[Any, Any, T], done: Callable[[T], object]) -> None:
+def drive(queue: EventQueue, work: Coroutine[Any, Any, T], done: Callable[[T], object]) -> None:
     """Run a coroutine that waits by `SimulatedDelay` only; `done` gets its result in virtual time."""
     try:
         pause = work.send(None)
     except StopIteration as end:
         done(end.value)
     else:
-        agenda.after(pause.seconds, drive, agenda, work, done)
+        queue.after(pause.seconds, drive, queue, work, done)
 
 
 class SimulatedBlobs:
     """Who holds which parcel. A parcel is all blobs of a checkpoint (by its digest) or the data of a shard (by its name)."""
 
-    def __init__(self, agenda: EventQueue, lines: Links, costs: Costs, slots: int) -> None:
-        self._agenda, self._lines, self._costs, self._slots = agenda, lines, costs, slots
+    def __init__(self, queue: EventQueue, links: Links, costs: Costs, slots: int) -> None:
+        self._queue, self._links, self._costs, self._slots = queue, links, costs, slots
         self.contents: dict[str, Content] = {}
         self.holders: dict[str, dict[int, SimulatedPeer]] = {}
         self.rotten: set[tuple[int, str]] = set()
@@ -94,17 +94,17 @@ class SimulatedBlobs:
         left, refused, known = float(size), set(), {member.index: member for member in hints}
         while left >= 1 and not self.has(parcel, taker):
             sources = self._sources(taker, parcel, known, refused)
-            rates = [self._lines.rate(source) / (1 + self._serving.get(source.index, 0)) for source in sources]
+            rates = [self._links.rate(source) / (1 + self._serving.get(source.index, 0)) for source in sources]
             if not sources or sum(rates) < _HOPELESS:
                 await SimulatedDelay(_PATIENCE if sources else 3.0)
                 raise UnreachableError(f"nobody within reach gives parcel {parcel[:12]} in time; trying again")
             for source in sources:
                 self._serving[source.index] = self._serving.get(source.index, 0) + 1
-            await SimulatedDelay(4 * self._lines.packet(taker, sources[0]) + left / sum(rates))
+            await SimulatedDelay(4 * self._links.packet(taker, sources[0]) + left / sum(rates))
             failed = 0.0
             for source, rate in zip(sources, rates, strict=True):
                 self._serving[source.index] -= 1
-                if (source.index, parcel) in self.rotten or not self._lines.dials(taker, source) or not self.has(parcel, source):
+                if (source.index, parcel) in self.rotten or not self._links.dials(taker, source) or not self.has(parcel, source):
                     refused.add(source.index)
                     failed += rate / sum(rates)
             self._costs.moved(left)
@@ -117,10 +117,10 @@ class SimulatedBlobs:
         held = self.holders.get(parcel, {})
         fit = [
             member for index, member in {**held, **known}.items()
-            if index in held and index != taker.index and index not in refused and self._lines.dials(taker, member)
+            if index in held and index != taker.index and index not in refused and self._links.dials(taker, member)
             and not (index in self.origins and self._serving.get(index, 0) >= self._slots)
         ]  # fmt: skip
-        fit.sort(key=lambda member: (member.index in self.origins, -self._lines.rate(member), member.index))
+        fit.sort(key=lambda member: (member.index in self.origins, -self._links.rate(member), member.index))
         return fit[:_AT_ONCE]
 
 

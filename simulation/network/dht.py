@@ -46,11 +46,9 @@ class SimulatedReplica(SimulatedPeer, Protocol):
 
 
 class SimulatedDht:
-    def __init__(
-        self, agenda: EventQueue, lines: Links, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool
-    ) -> None:
+    def __init__(self, queue: EventQueue, links: Links, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool) -> None:
         """`strict`: clocks differ or somebody forges, so every replica and reader checks for itself, every time."""
-        self._agenda, self._lines, self._costs, self._replicas, self._strict = agenda, lines, costs, replicas, strict
+        self._queue, self._links, self._costs, self._replicas, self._strict = queue, links, costs, replicas, strict
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         run, shards = manifest.run_id, range(len(manifest.shards))
         self.claim_keys = [claim_key(run, shard) for shard in shards]
@@ -83,7 +81,7 @@ class SimulatedDht:
         start = bisect.bisect_left(self._ring, place)
         for offset in range(1, min(len(self._ring), self._replicas + 1)):
             neighbour = self._members[self._ring[(start + offset) % len(self._ring)][1]]
-            if self._lines.dials(member, neighbour):
+            if self._links.dials(member, neighbour):
                 self._hand_over(neighbour, member)
 
     def _hand_over(self, giver: SimulatedReplica, taker: SimulatedReplica) -> None:
@@ -106,8 +104,8 @@ class SimulatedDht:
 
     def nearest(self, source: SimulatedReplica, key: str) -> list[SimulatedReplica]:
         """The replicas of `key` as `source` finds them, itself included."""
-        slot = (key, -1 - source.index if self._lines.blocked else self._lines.group(source.index))
-        version = (self._ring_version, self._lines.version)
+        slot = (key, -1 - source.index if self._links.blocked else self._links.group(source.index))
+        version = (self._ring_version, self._links.version)
         known = self._near.get(slot)
         if known is None or known[0] != version:
             known = self._near[slot] = (version, self._walk(source, key))
@@ -120,7 +118,7 @@ class SimulatedDht:
         start, found = bisect.bisect_left(self._ring, (place, -1)), []
         for offset in range(len(self._ring)):
             member = self._members[self._ring[(start + offset) % len(self._ring)][1]]
-            if member is source or self._lines.dials(source, member):
+            if member is source or self._links.dials(source, member):
                 found.append(member)
                 if len(found) == self._replicas:
                     break
@@ -134,14 +132,14 @@ class SimulatedDht:
         """File `record` with the replicas; each gets it after its own delay, or never."""
         if identity is not None and not sealed:
             sealed = seal(record, identity, expires)
-        stored, key = SimulatedRecord(record, expires, sealed, self._agenda.cause), record.key()
+        stored, key = SimulatedRecord(record, expires, sealed, self._queue.cause), record.key()
         near = self.nearest(source, key)
         self._costs.stored(record.kind, len(near), self.size)
         source.written.add(key)
         self._keep(source, key, record.owner, stored, own=True)
         for replica in near:
-            if replica is not source and not self._lines.lost():
-                self._agenda.after(2 * self._lines.packet(source, replica), self._arrive, source, replica, key, stored)
+            if replica is not source and not self._links.lost():
+                self._queue.after(2 * self._links.packet(source, replica), self._arrive, source, replica, key, stored)
 
     def thrust(self, source: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord) -> None:
         """Offer every replica a record that an honest writer would not have made."""
@@ -150,7 +148,7 @@ class SimulatedDht:
                 self._keep(replica, key, owner, stored)
 
     def _arrive(self, source: SimulatedReplica, replica: SimulatedReplica, key: str, stored: SimulatedRecord) -> None:
-        if replica.answering and self._lines.together(source.index, replica.index):
+        if replica.answering and self._links.together(source.index, replica.index):
             self._keep(replica, key, stored.record.owner, stored)
 
     def _keep(self, replica: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord, *, own: bool = False) -> None:
@@ -159,7 +157,7 @@ class SimulatedDht:
         mine = replica.parts.setdefault(key, {})
         old = mine.get(owner)
         if old is None or old.expires < stored.expires:
-            now = self._agenda.now
+            now = self._queue.now
             if len(mine) > 8:
                 for other in [name for name, held in mine.items() if held.expires < now - 120]:
                     del mine[other]
@@ -204,17 +202,17 @@ class SimulatedDht:
 
     def _lose(self) -> bool:
         """Question or answer."""
-        return self._lines.lost() or self._lines.lost()
+        return self._links.lost() or self._links.lost()
 
     def look(self, source: SimulatedReplica, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptances. Readers who would see the same get the same objects, made when a record or a line changes."""
-        if self._strict or self._lines.loss or self._lines.blocked:
+        if self._strict or self._links.loss or self._links.blocked:
             return tuple([self._view(source, shard) for shard in shards])
-        version = (self._ring_version, self._lines.version)
+        version = (self._ring_version, self._links.version)
         if version != self._views_version:
             self._views.clear()
             self._views_version = version
-        known = self._views.setdefault(self._lines.group(source.index), {})
+        known = self._views.setdefault(self._links.group(source.index), {})
         for shard in shards:
             if shard not in known:
                 known[shard] = self._view(source, shard, own=False)

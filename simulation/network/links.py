@@ -31,21 +31,21 @@ class Links:
     A look at n shards takes ceil(n / 8) rounds as the node's network side makes them, each as long as its slowest lookup.
     """
 
-    def __init__(self, setting: SimulationConfig, seed: int) -> None:
-        self.loss = setting.loss
+    def __init__(self, config: SimulationConfig, seed: int) -> None:
+        self.loss = config.loss
         self.slow: dict[int, float] = {}
         self.random = random.Random(f"{seed}|lines")
         self.version = 0
         self._group: dict[int, int] = {}
         self._blocked: set[tuple[int, int]] = set()
-        self._replicas = setting.replicas
-        self.draw(setting)
+        self._replicas = config.replicas
+        self.draw(config)
 
-    def draw(self, setting: SimulationConfig, latency: float | None = None, jitter: float | None = None) -> None:
+    def draw(self, config: SimulationConfig, latency: float | None = None, jitter: float | None = None) -> None:
         """Make the tables of one packet, one lookup (find, then ask each replica) and one round of lookups."""
-        rng, median = self.random, setting.latency if latency is None else latency
-        spread = setting.jitter if jitter is None else jitter
-        one = [median * rng.lognormvariate(0.0, setting.latency_sigma) + spread * rng.uniform(-1, 1) for _ in range(1 << _BITS)]
+        rng, median = self.random, config.latency if latency is None else latency
+        spread = config.jitter if jitter is None else jitter
+        one = [median * rng.lognormvariate(0.0, config.latency_sigma) + spread * rng.uniform(-1, 1) for _ in range(1 << _BITS)]
         self._packet = [max(0.001, value) for value in one]
 
         def lookup() -> float:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lutetia.coordinator.acceptance.audit_policy import standing
 from lutetia.coordinator.ledger.events import AcceptanceRecovered, CheckpointAccepted
 from lutetia.coordinator.runtime.recovery import Recovered, Standing, ahead, forgotten, recovered
@@ -19,57 +17,55 @@ from lutetia.protocol.schema.records import (
     ResetRecord,
     quarantine_key,
 )
-
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
+from lutetia.simulation.interfaces import Coordinator
 
 
 class SimulatedAnnouncer:
-    def __init__(self, office: SimulatedCoordinator, limits: RecordLimits) -> None:
-        self._office, self._world, self._limits = office, office.world, limits
-        self._key = office.identity.public_key
+    def __init__(self, coordinator: Coordinator, limits: RecordLimits) -> None:
+        self._coordinator, self._world, self._limits = coordinator, coordinator.world, limits
+        self._key = coordinator.identity.public_key
         self._expiries: dict[str, float] = {}
 
     def publish(self, record: AcceptanceRecord | ResetRecord | QuarantineRecord) -> None:
         """What a roll-back leaves standing has somebody in quarantine, which is published with it."""
-        office = self._office
-        if not isinstance(record, QuarantineRecord) and record.term and office.state.run.quarantined:
+        coordinator = self._coordinator
+        if not isinstance(record, QuarantineRecord) and record.term and coordinator.state.run.quarantined:
             self.publish(self._quarantine())
-        record, key = record.model_copy(update={"issued": office.clock()}), record.key()
-        expires = max(office.clock() + self._limits.longest(record.kind), self._expiries.get(key, 0.0) + 0.001)
+        record, key = record.model_copy(update={"issued": coordinator.clock()}), record.key()
+        expires = max(coordinator.clock() + self._limits.longest(record.kind), self._expiries.get(key, 0.0) + 0.001)
         self._expiries[key] = expires
-        self._world.dht.store(office, record, expires, office.identity if self._world.setting.signed else None)
+        self._world.dht.store(coordinator, record, expires, coordinator.identity if self._world.config.signed else None)
 
     def _quarantine(self) -> QuarantineRecord:
         """Who claims something first, then the newest."""
-        office, run = self._office, self._office.state.run
-        claiming = {claim.record.owner for claim in office.view.claims}
+        coordinator, run = self._coordinator, self._coordinator.state.run
+        claiming = {claim.record.owner for claim in coordinator.view.claims}
         known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
         peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
-        return QuarantineRecord(run=run.run, owner=self._key, issued=office.clock(), peers=peers)
+        return QuarantineRecord(run=run.run, owner=self._key, issued=coordinator.clock(), peers=peers)
 
     def renew(self) -> None:
-        office, run = self._office, self._office.state.run
+        coordinator, run = self._coordinator, self._coordinator.state.run
         for index, shard in run.shards.items():
             if shard.acceptance or shard.term:
-                self.publish(standing(office.rules, run, index, office.clock()))
+                self.publish(standing(coordinator.rules, run, index, coordinator.clock()))
 
     # --- its own word -----------------------------------------------------------------------------------------------------
 
     def lost(self) -> list[Recovered]:
         """What the DHT shows under its key and the ledger lacks."""
-        run = self._office.state.run
-        return recovered(ahead(run, self._own_word()), forgotten(run, self._own_quarantines()), self._office.clock())
+        run = self._coordinator.state.run
+        return recovered(ahead(run, self._own_word()), forgotten(run, self._own_quarantines()), self._coordinator.clock())
 
     def behind(self) -> bool:
         """Whether the DHT shows an acceptance, roll-back or quarantine under its key that the ledger has never known."""
-        run, words = self._office.state.run, self._own_word()
+        run, words = self._coordinator.state.run, self._own_word()
         if any(unknown_term(record, run) for record in words) or forgotten(run, self._own_quarantines()):
             return True
         doubts = [record for record in words if isinstance(record, AcceptanceRecord) and doubtful(record, run, self._key)]
         if not doubts:
             return False
-        ledger = self._office.ledger
+        ledger = self._coordinator.ledger
         known = {event.acceptance.checkpoint for event in ledger if isinstance(event, CheckpointAccepted | AcceptanceRecovered)}
         return any(record.checkpoint not in known for record in doubts)
 
@@ -78,8 +74,10 @@ class SimulatedAnnouncer:
         return [record for record in found if isinstance(record, AcceptanceRecord | ResetRecord)]
 
     def _own_quarantines(self) -> list[QuarantineRecord]:
-        key = quarantine_key(self._office.state.run.run)
+        key = quarantine_key(self._coordinator.state.run.run)
         return [record for record in self._own(key) if isinstance(record, QuarantineRecord)]
 
     def _own(self, key: str) -> list[Record]:
-        return [stored.record for stored in self._world.dht.read(self._office, key).values() if stored.record.owner == self._key]
+        return [
+            stored.record for stored in self._world.dht.read(self._coordinator, key).values() if stored.record.owner == self._key
+        ]

@@ -3,54 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
 from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.simulation.interfaces import Coordinator
 from lutetia.simulation.network.blobs import Content, SimulatedDelay
 from lutetia.system.errors import UnreachableError
-
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.coordinator import SimulatedCoordinator
 
 _FETCH_GRACE = 30.0
 
 
 class SimulatedChecks:
-    def __init__(self, office: SimulatedCoordinator) -> None:
-        self._office, self._world = office, office.world
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator, self._world = coordinator, coordinator.world
 
     def _content(self, record: CheckpointRecord) -> Content:
-        return self._world.goods.contents[record.digest]
+        return self._world.blobs.contents[record.digest]
 
     async def fetch(self, record: CheckpointRecord) -> None:
         """Bytes that do not hash to their name count as not arrived, from whomever they come."""
         world, digest = self._world, record.digest
-        size = world.setting.weights_bytes + world.setting.state_bytes
-        begun = world.agenda.now
+        size = world.config.weights_bytes + world.config.state_bytes
+        begun = world.queue.now
         try:
             if not self._content(record).intact:
                 await SimulatedDelay(_FETCH_GRACE / 10)
                 raise UnreachableError("its bytes do not hash to their name")
-            await world.goods.fetch(self._office, digest, size)
-            if world.agenda.now - begun > _FETCH_GRACE + size / (64 << 10):
+            await world.blobs.fetch(self._coordinator, digest, size)
+            if world.queue.now - begun > _FETCH_GRACE + size / (64 << 10):
                 raise UnreachableError("it did not arrive in time")
         except UnreachableError as error:
             raise CheckFailed("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
 
     async def inspect(self, record: CheckpointRecord) -> None:
-        await SimulatedDelay(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.config.check_seconds / 3)
         if not self._content(record).sound:
             raise CheckFailed("invalid", "numbers", "its tensors are not what the manifest wants")
 
     async def baseline(self, shard: int) -> float:
-        await SimulatedDelay(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.config.check_seconds / 3)
         return (0.25 + 0.05 * (shard % 3)) * 3.2
 
     async def raw_loss(self, record: CheckpointRecord) -> float:
         return self._content(record).loss
 
     async def loss(self, record: CheckpointRecord) -> float:
-        await SimulatedDelay(self._world.setting.check_seconds / 3)
+        await SimulatedDelay(self._world.config.check_seconds / 3)
         loss = self._content(record).loss
         return loss if self._content(record).sound else math.nan

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits
-from lutetia.coordinator.acceptance.transition import JudgeRules as JudgeRules
-from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.audit_service import relatives
@@ -32,6 +31,7 @@ from lutetia.protocol.schema.records import (
     open_record,
 )
 from lutetia.simulation.config import COORDINATOR, MIB
+from lutetia.simulation.interfaces import Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
 from lutetia.simulation.peers.announcer import SimulatedAnnouncer
 from lutetia.simulation.peers.auditor import found, replay_steps
@@ -39,21 +39,15 @@ from lutetia.simulation.peers.check_runner import SimulatedChecks
 from lutetia.simulation.peers.manifest_updates import Edition
 from lutetia.simulation.peers.streams import shard_parcel
 
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import SimulatedNode
-    from lutetia.simulation.world import SimulatedWorld
-
 _TICK_SECONDS = 1.0
 
 
 class SimulatedCoordinator:
     """One coordinator process on one disk (`ledger`). `boot` counts its starts."""
 
-    def __init__(
-        self, world: SimulatedWorld, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None
-    ) -> None:
+    def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
         self.world, self.index, self.identity = world, index, identity
-        self.line, self.up = 0.0, world.setting.origin_up
+        self.line, self.up = 0.0, world.config.origin_up
         self.running = self.serving = self.recovering = self.denies = False
         self.boot = self.stopped_itself = 0
         self.parts: dict[str, dict[str, Any]] = {}
@@ -64,17 +58,17 @@ class SimulatedCoordinator:
         manifest = world.manifest
         self.ledger: list[Event] = ledger if ledger is not None else [
             RunCreated(
-                time=world.agenda.now, run=manifest.run_id, name=manifest.name, owner=manifest.owner,
+                time=world.queue.now, run=manifest.run_id, name=manifest.name, owner=manifest.owner,
                 coordinator=identity.public_key, shards=len(manifest.shards), epochs=manifest.epochs,
             )
         ]  # fmt: skip
-        self.rules = JudgeRules(manifest, identity.public_key, b"simulated", checks_at_once=world.setting.checks_at_once)
+        self.rules = JudgeRules(manifest, identity.public_key, b"simulated", checks_at_once=world.config.checks_at_once)
         self.state = JudgeState(world.decide.replayed(self.ledger))
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
         self._nodes_due = float("-inf")
-        self.crier = SimulatedAnnouncer(self, self._limits)
+        self.announcer = SimulatedAnnouncer(self, self._limits)
         self.edition = Edition(self)
 
     def __repr__(self) -> str:
@@ -85,7 +79,7 @@ class SimulatedCoordinator:
         return self.running
 
     def clock(self) -> float:
-        return self.world.agenda.now
+        return self.world.queue.now
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
@@ -99,12 +93,12 @@ class SimulatedCoordinator:
         self.boot += 1
         self.running, self.recovering = True, recover
         self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
-        events = [read_event(canonical(event)) for event in self.ledger] if self.world.setting.signed else self.ledger
+        events = [read_event(canonical(event)) for event in self.ledger] if self.world.config.signed else self.ledger
         self.state = JudgeState.restored(self.world.decide.replayed(events))
         self.world.dht.enter(self, self.identity.peer_id + str(self.index))
         self.follow_folder()
         if recover:
-            self._recover(self.boot, self.clock() + self.world.setting.lease)
+            self._recover(self.boot, self.clock() + self.world.config.lease)
         else:
             self._serve()
 
@@ -113,7 +107,7 @@ class SimulatedCoordinator:
             return
         self._take_back()
         if self.clock() < until:
-            self.world.agenda.after(_TICK_SECONDS, self._recover, boot, until)
+            self.world.queue.after(_TICK_SECONDS, self._recover, boot, until)
         else:
             self._serve()
 
@@ -123,14 +117,14 @@ class SimulatedCoordinator:
         self.serving = True
         self.world.invariants.after_restart(self)
         for shard in range(len(self.world.manifest.shards)):
-            self.world.goods.put(shard_parcel(shard), self)
-        setting = self.world.setting
-        size = SizeLimits(2 * setting.weights_bytes + MIB, 2 * setting.state_bytes + MIB, MIB)
-        self.hear(j.LimitsKnown(dict.fromkeys(range(setting.shards), size), self.clock()))
-        poll = setting.poll_every or setting.heartbeat / 4
+            self.world.blobs.put(shard_parcel(shard), self)
+        config = self.world.config
+        size = SizeLimits(2 * config.weights_bytes + MIB, 2 * config.state_bytes + MIB, MIB)
+        self.hear(j.LimitsKnown(dict.fromkeys(range(config.shards), size), self.clock()))
+        poll = config.poll_every or config.heartbeat / 4
         for seconds, call in (
-            (_TICK_SECONDS, self._tick), (poll, self._poll), (setting.lease, self._keep_word),
-            (setting.heartbeat, self.edition.tell), (setting.status_every, self._tell),
+            (_TICK_SECONDS, self._tick), (poll, self._poll), (config.lease, self._keep_word),
+            (config.heartbeat, self.edition.tell), (config.status_every, self._tell),
         ):  # fmt: skip
             self._every(self.boot, seconds, call)
 
@@ -142,12 +136,12 @@ class SimulatedCoordinator:
             self.edition.tell()
 
     def _take_back(self) -> None:
-        if lost := self.crier.lost():
+        if lost := self.announcer.lost():
             self.hear(j.LedgerFacts(tuple(lost), self.clock()))
 
     def _behind(self) -> bool:
         """As `coordinator.runtime.split_brain`: its ledger is not the newest, so it stops."""
-        if not self.crier.behind():
+        if not self.announcer.behind():
             return False
         self.stopped_itself += 1
         self.crash()
@@ -158,12 +152,12 @@ class SimulatedCoordinator:
         if self.recovering:
             self._take_back()
         if not self._behind():
-            self.crier.renew()
+            self.announcer.renew()
 
     def _every(self, boot: int, seconds: float, call: Any) -> None:
         if boot == self.boot and self.running:
             call()
-            self.world.agenda.after(seconds, self._every, boot, seconds, call)
+            self.world.queue.after(seconds, self._every, boot, seconds, call)
 
     def crash(self) -> None:
         """What was under way is lost: candidates' checks, replies, acceptances written but not yet published."""
@@ -193,8 +187,8 @@ class SimulatedCoordinator:
         world = self.world
         world.costs.judged += 1
         self.state, actions = world.decide.judge(self.rules, self.state, stimulus)
-        if world.story is not None:
-            world.story.judged(self, stimulus, actions)
+        if world.trace is not None:
+            world.trace.judged(self, stimulus, actions)
         reply = None
         for action in actions:
             if isinstance(action, j.Write):
@@ -207,18 +201,18 @@ class SimulatedCoordinator:
                 case j.LendAudit():
                     reply = action
                 case j.Publish():
-                    world.goods.put(action.record.digest, self)
+                    world.blobs.put(action.record.digest, self)
                     if self.refuse_publishing:
                         self.refuse_publishing = False
-                        world.agenda.after(0.0, self.crash)
+                        world.queue.after(0.0, self.crash)
                     else:
-                        self.crier.publish(action.acceptance)
+                        self.announcer.publish(action.acceptance)
                 case j.StartCheck():
                     self._check(action)
                 case j.StartAudit():
-                    drive(world.agenda, self._replay(action), partial(self._audited, self.boot, action))
+                    drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
                 case j.PublishReset():
-                    self.crier.publish(action.record)
+                    self.announcer.publish(action.record)
                 case _:
                     pass
         return reply
@@ -231,28 +225,28 @@ class SimulatedCoordinator:
                 self.hear(j.CheckDone(check.record, verdict, self.clock()))
 
         drive(
-            self.world.agenda,
-            self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
+            self.world.queue,
+            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
             done,
         )
 
-    def lend(self, asking: SimulatedNode) -> j.LendAudit:
+    def lend(self, asking: Node) -> j.LendAudit:
         """As `coordinator.runtime.audit_service`: an audit of somebody with whom the asking peer has nothing to do."""
-        known = [sighting.record for sighting in self.view.nodes] if self.world.setting.operators else []
-        lend = self.hear(j.AuditWanted(asking.box.owner, self.clock(), relatives(asking.box.owner, known)))
+        known = [sighting.record for sighting in self.view.nodes] if self.world.config.operators else []
+        lend = self.hear(j.AuditWanted(asking.machine.owner, self.clock(), relatives(asking.machine.owner, known)))
         assert isinstance(lend, j.LendAudit)
         return lend
 
-    def told(self, auditor: SimulatedNode, checkpoint: str, finding: AuditFinding) -> None:
+    def told(self, auditor: Node, checkpoint: str, finding: AuditFinding) -> None:
         """A report, from whom the audit was lent to; others are refused."""
         lent = self.state.lent.get(checkpoint)
-        if lent is not None and lent[0] == auditor.box.owner:
-            self.hear(j.AuditDelivered(auditor.box.owner, checkpoint, finding, 1.0, self.clock()))
+        if lent is not None and lent[0] == auditor.machine.owner:
+            self.hear(j.AuditDelivered(auditor.machine.owner, checkpoint, finding, 1.0, self.clock()))
 
     async def _replay(self, action: j.StartAudit) -> AuditFinding:
         """Steps cost here what they cost a box of speed 1."""
         world, steps = self.world, replay_steps(self.world, action.audit)
-        await SimulatedDelay(world.setting.epoch_seconds * steps / world.manifest.steps_per_epoch)
+        await SimulatedDelay(world.config.epoch_seconds * steps / world.manifest.steps_per_epoch)
         return found(world, action.audit)
 
     def _audited(self, boot: int, action: j.StartAudit, finding: AuditFinding) -> None:
@@ -267,22 +261,22 @@ class SimulatedCoordinator:
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: results that nobody offered by stream, nodes and claims."""
         world, run = self.world, self.world.manifest.run_id
-        for shard in range(world.setting.shards):
+        for shard in range(world.config.shards):
             for stored in world.dht.read(self, checkpoint_key(run, shard)).values():
-                if world.story is not None:
-                    world.story.found(self, stored)
+                if world.trace is not None:
+                    world.trace.found(self, stored)
                 self.hear(j.Offered(stored.record, self.clock(), "poll"))
-        views = world.dht.look(self, range(world.setting.shards))
+        views = world.dht.look(self, range(world.config.shards))
         claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
-        now, setting = self.clock(), world.setting
+        now, config = self.clock(), world.config
         if now >= self._nodes_due:
             self._nodes = [
                 (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
-                if sighting.expires > now and (not peer.running or world.lines.together(peer.index, self.index))
+                if sighting.expires > now and (not peer.running or world.links.together(peer.index, self.index))
             ]  # fmt: skip
-            self._nodes_due = now + nodes_pause(len(self._nodes), setting.heartbeat)
-            world.costs.listed(NODE_BUCKETS, len(self._nodes), setting.replicas, world.dht.size, "watch")
-        world.costs.looked(setting.shards, len(claims), setting.replicas, world.dht.size, "watch")
+            self._nodes_due = now + nodes_pause(len(self._nodes), config.heartbeat)
+            world.costs.listed(NODE_BUCKETS, len(self._nodes), config.replicas, world.dht.size, "watch")
+        world.costs.looked(config.shards, len(claims), config.replicas, world.dht.size, "watch")
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         self.view, self._since = sighted(nodes, claims, self._since, now)
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import MachineState, NodeRules, next_wake
 from lutetia.simulation.config import SimulatedMachine
+from lutetia.simulation.interfaces import World
 from lutetia.simulation.network.blobs import drive
 from lutetia.simulation.peers.auditor import SimulatedAuditor
 from lutetia.simulation.peers.manifest_updates import SimulatedManifestUpdates
 from lutetia.simulation.peers.node_network import SimulatedNodeNetwork
 from lutetia.simulation.peers.streams import offer_round, sync_round
 from lutetia.simulation.peers.trainer import SimulatedTrainer
-
-if TYPE_CHECKING:
-    from lutetia.simulation.world import SimulatedWorld
 
 _PROBE_SECONDS = 0.5
 _LAST_WORDS = 1.0
@@ -26,10 +24,10 @@ _TICK = 1e-6  # a timer must not come a rounding error too early
 class SimulatedNode:
     """`boot` counts its starts: what an earlier process asked for does not reach a later one."""
 
-    def __init__(self, world: SimulatedWorld, index: int, box: SimulatedMachine) -> None:
-        self.world, self.index, self.box = world, index, box
-        self.line, self.up, self.skew = box.line, box.up, box.skew
-        self.rules = NodeRules.of(world.manifest, box.owner)
+    def __init__(self, world: World, index: int, machine: SimulatedMachine) -> None:
+        self.world, self.index, self.machine = world, index, machine
+        self.line, self.up, self.skew = machine.line, machine.up, machine.skew
+        self.rules = NodeRules.of(world.manifest, machine.owner)
         """Those of the manifest on its disk (`news`)."""
         self.state = MachineState()
         self.running = self.online = self.frozen = self.denies = self.disk_full = False
@@ -39,9 +37,9 @@ class SimulatedNode:
         self.parts: dict[str, dict[str, Any]] = {}
         self.written: set[str] = set()
         self.network = SimulatedNodeNetwork(self)
-        self.hands = SimulatedTrainer(self)
+        self.trainer = SimulatedTrainer(self)
         self.auditor = SimulatedAuditor(self)
-        self.news = SimulatedManifestUpdates(self)
+        self.manifest_updates = SimulatedManifestUpdates(self)
         self.holds: int | None = None
         self.eligible_since: float | None = None
         self._backlog: list[tuple[Callable[..., m.Event], tuple[Any, ...]]] = []
@@ -55,7 +53,7 @@ class SimulatedNode:
         return self.running and self.online and not self.frozen
 
     def clock(self) -> float:
-        return self.world.agenda.now + self.skew
+        return self.world.queue.now + self.skew
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
@@ -65,7 +63,7 @@ class SimulatedNode:
             return
         self.boot += 1
         self.running, self.frozen, self.online = True, False, False
-        remembered = frozenset(shard for shard, shelf in self.hands.shelves.items() if shelf.kept or shelf.local)
+        remembered = frozenset(shard for shard, disk in self.trainer.disks.items() if disk.kept or disk.local)
         self.state = MachineState(since=self.clock(), remembered=remembered)
         self._timer = float("inf")
         self._join(self.boot, 1)
@@ -75,20 +73,20 @@ class SimulatedNode:
         if boot != self.boot or not self.running or self.online:
             return
         if not self.world.greets(self):
-            self.world.agenda.after(self.rules.backoff(attempt, "rejoin"), self._join, boot, attempt + 1)
+            self.world.queue.after(self.rules.backoff(attempt, "rejoin"), self._join, boot, attempt + 1)
             return
-        self.world.agenda.after(6 * self.world.lines.packet(self, self), self._joined, boot)
+        self.world.queue.after(6 * self.world.links.packet(self, self), self._joined, boot)
 
     def _joined(self, boot: int) -> None:
         if boot != self.boot or not self.running or self.online:
             return
         self.online = self.met = True
         self.joins += 1
-        self.world.dht.enter(self, self.box.peer_id)
+        self.world.dht.enter(self, self.machine.peer_id)
         if self.state.phase == "joining":
             self.hear(boot, m.Joined)
             self.auditor.begin(boot)
-            self.news.begin(boot)
+            self.manifest_updates.begin(boot)
         else:
             self.hear(boot, m.NetworkBack)
         self.network.joined(boot)
@@ -105,7 +103,7 @@ class SimulatedNode:
         """SIGKILL, or the power cut."""
         if not self.running:
             return
-        self.hands.stop(save=False)
+        self.trainer.stop(save=False)
         self._gone()
 
     def _gone(self) -> None:
@@ -120,7 +118,7 @@ class SimulatedNode:
     def freeze(self) -> None:
         """SIGSTOP, or a closed lid: the clock goes on, nothing else does."""
         if self.running and not self.frozen:
-            self.hands.freeze()
+            self.trainer.freeze()
             self.frozen = True
             self.world.dht.changed()
 
@@ -129,7 +127,7 @@ class SimulatedNode:
             return
         self.frozen = False
         self.world.dht.changed()
-        self.hands.thaw()
+        self.trainer.thaw()
         backlog, self._backlog = self._backlog, []
         for kind, arguments in backlog:
             self.hear(self.boot, kind, *arguments)
@@ -140,7 +138,7 @@ class SimulatedNode:
 
     def soon(self, kind: Callable[..., m.Event], *arguments: Any) -> None:
         """An event that follows at once, but not within the same call of the machine."""
-        self.world.agenda.after(0.0, self.hear, self.boot, kind, *arguments)
+        self.world.queue.after(0.0, self.hear, self.boot, kind, *arguments)
 
     def hear(self, boot: int, kind: Callable[..., m.Event], *arguments: Any) -> None:
         """Feed the machine an event of this moment; a stopped process hears it when it wakes."""
@@ -152,11 +150,11 @@ class SimulatedNode:
         world = self.world
         event = kind(self.clock(), *arguments)
         if kind is m.TrainerExited:
-            self.hands.exiting = False
+            self.trainer.exiting = False
         before = self.state.phase
         self.state, actions = world.decide.advance(self.rules, self.state, event)
-        if world.story is not None:
-            world.story.machine(self, event, before, actions)
+        if world.trace is not None:
+            world.trace.machine(self, event, before, actions)
         for action in actions:
             if type(action) is not m.LogSentence:
                 _DO[type(action)](self, action)
@@ -168,11 +166,11 @@ class SimulatedNode:
         due = next_wake(self.rules, self.state)
         if due is None:
             return
-        now = self.world.agenda.now
+        now = self.world.queue.now
         wait = min(max(0.0, due - self.skew - now), self.rules.heartbeat) + _TICK
         if self._timer > now + wait or self._timer < now:
             self._timer = now + wait
-            self.world.agenda.after(wait, self._wake, self.boot, self._timer)
+            self.world.queue.after(wait, self._wake, self.boot, self._timer)
 
     def _wake(self, boot: int, timer: float) -> None:
         if boot != self.boot or timer != self._timer:
@@ -190,11 +188,11 @@ class SimulatedNode:
     # --- what the machine asks for ----------------------------------------------------------------------------------------
 
     def _probe(self, action: m.ProbeHardware) -> None:
-        self.world.agenda.after(_PROBE_SECONDS, self._probed, self.boot)
+        self.world.queue.after(_PROBE_SECONDS, self._probed, self.boot)
 
     def _probed(self, boot: int) -> None:
         if self.device_ok:
-            self.hear(boot, m.Probed, self.box.fitness)
+            self.hear(boot, m.Probed, self.machine.fitness)
         else:
             self.hear(boot, m.ProbeFailed, "no driver")
 
@@ -218,23 +216,23 @@ class SimulatedNode:
             if number == self.sync_number and self.state.phase == "syncing":
                 self.hear(boot, *event)
 
-        drive(self.world.agenda, sync_round(self, action, boot), done)
+        drive(self.world.queue, sync_round(self, action, boot), done)
 
     def _publish_checkpoint(self, action: m.PublishCheckpoint) -> None:
         boot, candidate = self.boot, action.candidate
         drive(
-            self.world.agenda, offer_round(self, candidate, boot),
+            self.world.queue, offer_round(self, candidate, boot),
             lambda answer: self.hear(boot, m.OfferAnswered, candidate.digest, *answer),
         )  # fmt: skip
 
     def _superseded(self, action: m.CheckpointsSuperseded) -> None:
-        self.hands.forget(action.shard, below=action.epoch)
+        self.trainer.forget(action.shard, below=action.epoch)
 
     def _discard(self, action: m.DiscardWork) -> None:
-        self.hands.forget(action.shard, above=-1 if action.epoch is None else action.epoch)
+        self.trainer.forget(action.shard, above=-1 if action.epoch is None else action.epoch)
 
     def _leave(self, action: m.Leave) -> None:
-        self.world.agenda.after(_LAST_WORDS, self._left, self.boot)
+        self.world.queue.after(_LAST_WORDS, self._left, self.boot)
 
     def _left(self, boot: int) -> None:
         if boot == self.boot and self.running:
@@ -247,9 +245,9 @@ _DO: dict[type, Callable[[SimulatedNode, Any], None]] = {
     m.PublishClaim: SimulatedNode._publish_claim,
     m.RenewRecords: SimulatedNode._renew,
     m.Sync: SimulatedNode._sync,
-    m.StartTrainer: lambda peer, action: peer.hands.start(action),
-    m.AllowEpochs: lambda peer, action: peer.hands.allow(action.until),
-    m.StopTrainer: lambda peer, action: peer.hands.stop(save=action.save),
+    m.StartTrainer: lambda peer, action: peer.trainer.start(action),
+    m.AllowEpochs: lambda peer, action: peer.trainer.allow(action.until),
+    m.StopTrainer: lambda peer, action: peer.trainer.stop(save=action.save),
     m.PublishCheckpoint: SimulatedNode._publish_checkpoint,
     m.DiscardWork: SimulatedNode._discard,
     m.CheckpointsSuperseded: SimulatedNode._superseded,

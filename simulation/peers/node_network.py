@@ -5,16 +5,14 @@ is online.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
 from lutetia.node.services.standby_policy import pace
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
-
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import SimulatedNode
+from lutetia.simulation.interfaces import Node
 
 _ANNOUNCE_EVERY = 10  # heartbeats: a third of a provider record's life
 _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
@@ -23,48 +21,48 @@ _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
 class SimulatedNodeNetwork:
     """`acceptances` are the newest seen; `newer`: this box's version writes a field into records that others do not know."""
 
-    def __init__(self, box: SimulatedNode) -> None:
-        self._box, self._world = box, box.world
+    def __init__(self, node: Node) -> None:
+        self._node, self._world = node, node.world
         self.acceptances: dict[int, Any] = {}
         self.newer = False
         self._quarantined: frozenset[str] = frozenset()
         self._quarantine_seen = float("-inf")
         self._expiries: dict[str, float] = {}
         self._filed: dict[str, float] = {}
-        self._node: NodeRecord | None = None
+        self._record: NodeRecord | None = None
         self._beats = 0
 
     def joined(self, boot: int) -> None:
         """On the network, perhaps anew: what was filed from the old place is to be said again."""
         self._expiries.clear()
         self._filed.clear()
-        self._world.agenda.after(self._box.rules.lease / 2, self._list, boot, self._box.joins)
+        self._world.queue.after(self._node.rules.lease / 2, self._list, boot, self._node.joins)
 
     # --- looking ----------------------------------------------------------------------------------------------------------
 
     def look(self, shards: tuple[int, ...]) -> None:
         """The replicas answer with what they hold in the middle of the look."""
-        seconds = self._world.lines.look(self._box, len(shards))
-        self._world.agenda.after(seconds / 2, self._read, self._box.boot, shards, seconds / 2)
+        seconds = self._world.links.look(self._node, len(shards))
+        self._world.queue.after(seconds / 2, self._read, self._node.boot, shards, seconds / 2)
 
     def _read(self, boot: int, shards: tuple[int, ...], rest: float) -> None:
-        box, world = self._box, self._world
-        if boot != box.boot or not box.answering:
+        node, world = self._node, self._world
+        if boot != node.boot or not node.answering:
             return
-        views = world.dht.look(box, shards)
+        views = world.dht.look(node, shards)
         if world.quarantining:
             views = self._unclaimed_by_the_quarantined(views)
-        world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.setting.replicas, world.dht.size)
-        if world.story is not None:
-            world.story.read(box, shards)
-        world.agenda.after(rest, self._seen, boot, views)
+        world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.config.replicas, world.dht.size)
+        if world.trace is not None:
+            world.trace.read(node, shards)
+        world.queue.after(rest, self._seen, boot, views)
 
     def _unclaimed_by_the_quarantined(self, views: tuple[Any, ...]) -> tuple[Any, ...]:
         """Who is quarantined is asked once per heartbeat, and its claims do not count."""
-        box = self._box
-        if box.clock() - self._quarantine_seen >= box.rules.heartbeat:
-            self._quarantine_seen = box.clock()
-            found = self._world.dht.read(box, quarantine_key(box.rules.run)).values()
+        node = self._node
+        if node.clock() - self._quarantine_seen >= node.rules.heartbeat:
+            self._quarantine_seen = node.clock()
+            found = self._world.dht.read(node, quarantine_key(node.rules.run)).values()
             self._quarantined = frozenset(owner for stored in found for owner in stored.record.peers)
         lost = self._quarantined
         return tuple(
@@ -73,56 +71,56 @@ class SimulatedNodeNetwork:
         )
 
     def _seen(self, boot: int, views: tuple[Any, ...]) -> None:
-        if boot == self._box.boot:
+        if boot == self._node.boot:
             for view in views:
                 if view.acceptance is not None:
                     self.acceptances[view.shard] = view.acceptance
-            self._box.hear(boot, m.SwarmSeen, views)
+            self._node.hear(boot, m.SwarmSeen, views)
 
     def _list(self, boot: int, joins: int) -> None:
         """Who is online, and what of it is ours to look after."""
-        box, world = self._box, self._world
-        if boot != box.boot or joins != box.joins or not box.running:
+        node, world = self._node, self._world
+        if boot != node.boot or joins != node.joins or not node.running:
             return
-        wait = box.rules.lease / 2
-        if box.answering:
-            roster = world.roster(box)
-            buckets, records = roster.read_by(box.box.owner)
-            world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
+        wait = node.rules.lease / 2
+        if node.answering:
+            membership = world.membership(node)
+            buckets, records = membership.read_by(node.machine.owner)
+            world.costs.listed(buckets, records, world.config.replicas, world.dht.size)
             wait *= pace(records)
-            if box.state.duty is not None or box.state.phase in ("idle", "claiming"):
-                box.hear(boot, m.WatchedShardsSet, roster.duties.get(box.box.owner), box.clock() + 2 * wait)
-        world.agenda.after(wait, self._list, boot, joins)
+            if node.state.duty is not None or node.state.phase in ("idle", "claiming"):
+                node.hear(boot, m.WatchedShardsSet, membership.duties.get(node.machine.owner), node.clock() + 2 * wait)
+        world.queue.after(wait, self._list, boot, joins)
 
     # --- filing -----------------------------------------------------------------------------------------------------------
 
     def file_claim(self, claim: m.Claim) -> None:
-        box, run = self._box, self._box.rules.run
+        node, run = self._node, self._node.rules.run
         record = ClaimRecord.model_construct(
-            run=run, owner=box.box.owner, issued=box.clock(), shard=claim.shard, epoch=claim.epoch, samples=claim.samples,
+            run=run, owner=node.machine.owner, issued=node.clock(), shard=claim.shard, epoch=claim.epoch, samples=claim.samples,
             state=claim.state,
         )  # fmt: skip
-        expires = self.file(record, claim_key(run, claim.shard), box.rules.lease)
-        self._world.invariants.claimed(claim.shard, expires - box.skew, released=claim.state == "released")
+        expires = self.file(record, claim_key(run, claim.shard), node.rules.lease)
+        self._world.invariants.claimed(claim.shard, expires - node.skew, released=claim.state == "released")
 
     def file(self, record: Any, key: str, ttl: float) -> float:
         """As `services.publish`: a record never expires before the one that it replaces. Returns the expiry."""
-        box = self._box
-        expires = max(box.clock() + ttl, self._expiries.get(key, 0.0) + 0.001)
+        node = self._node
+        expires = max(node.clock() + ttl, self._expiries.get(key, 0.0) + 0.001)
         self._expiries[key] = expires
-        self._world.dht.store(box, record, expires, box.box.identity, self.sealed(record, expires) if self.newer else b"")
+        self._world.dht.store(node, record, expires, node.machine.identity, self.sealed(record, expires) if self.newer else b"")
         return expires
 
     def sealed(self, record: Any, expires: float) -> bytes:
         """As this box's version writes it."""
-        identity = self._box.box.identity
+        identity = self._node.machine.identity
         assert identity
         document = json.loads(seal(record, identity, expires))
         return canonical({**document, "record": {**document["record"], "novelty": 1}} if self.newer else document)
 
     def first_filing(self, digest: str, again_after: float) -> bool:
         """Whether a checkpoint's record is to be filed (again)."""
-        now = self._world.agenda.now
+        now = self._world.queue.now
         if now - self._filed.get(digest, -1e9) < again_after:
             return False
         self._filed = {digest: now}
@@ -132,22 +130,24 @@ class SimulatedNodeNetwork:
         """The heartbeat: the claim, the node record, and now and then the provider records."""
         if claim is not None:
             self.file_claim(claim)
-        box, world, now = self._box, self._world, self._box.clock()
-        world.directory[box.box.owner] = (box, Sighting(self._node_record(now), now + box.rules.lease, now))
-        world.costs.stored("node", world.setting.replicas, world.dht.size)
+        node, world, now = self._node, self._world, self._node.clock()
+        world.directory[node.machine.owner] = (node, Sighting(self._node_record(now), now + node.rules.lease, now))
+        world.costs.stored("node", world.config.replicas, world.dht.size)
         self._beats += 1
-        if self._beats % _ANNOUNCE_EVERY == 0 and box.hands.shelves:
-            parcels = sum(1 + len(shelf.kept) for shelf in box.hands.shelves.values())
-            world.costs.stored("provider", world.setting.replicas, world.dht.size, 2 * parcels)
+        if self._beats % _ANNOUNCE_EVERY == 0 and node.trainer.disks:
+            parcels = sum(1 + len(disk.kept) for disk in node.trainer.disks.values())
+            world.costs.stored("provider", world.config.replicas, world.dht.size, 2 * parcels)
 
     def _node_record(self, now: float) -> NodeRecord:
         """Made anew when it says something else."""
-        box, known = self._box, self._node
-        shard = box.state.work.shard if box.state.work else None
-        if known is None or (known.state, known.shard) != (box.state.phase, shard):
-            rate = box.hands.speed * 16 if any(box.box.fitness.values()) else 0.0
-            known = self._node = NodeRecord.model_construct(
-                run=box.rules.run, owner=box.box.owner, issued=now, peer_id=box.box.peer_id, addresses=(), hardware=_HARDWARE,
-                samples_per_second=rate, software="simulated", state=box.state.phase, shard=shard, operator=box.box.operator,
+        node, known = self._node, self._record
+        shard = node.state.work.shard if node.state.work else None
+        if known is None or (known.state, known.shard) != (node.state.phase, shard):
+            rate = node.trainer.speed * 16 if any(node.machine.fitness.values()) else 0.0
+            known = self._record = NodeRecord.model_construct(
+                run=node.rules.run, owner=node.machine.owner, issued=now, peer_id=node.machine.peer_id, addresses=(),
+                hardware=_HARDWARE,
+                samples_per_second=rate, software="simulated", state=node.state.phase, shard=shard,
+                operator=node.machine.operator,
             )  # fmt: skip
         return known

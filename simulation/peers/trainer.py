@@ -7,16 +7,14 @@ checkpoint is on disk `write_seconds` after its last step; a kill before that le
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lutetia.node.machine.messages import CheckpointReady, Exit, StartTrainer, TrainerExited, TrainerProgress
 from lutetia.node.machine.messages import OwnCheckpoint as Whole
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.config import blob
+from lutetia.simulation.interfaces import Node
 from lutetia.simulation.network.blobs import Content, honest_loss, sitting
-
-if TYPE_CHECKING:
-    from lutetia.simulation.peers.node import SimulatedNode
 
 Spans = tuple[tuple[int, int], ...]
 Conduct = Literal["honest", "untrained", "not-a-number", "wrong-shapes", "spoilt", "poisoned"]
@@ -59,195 +57,195 @@ class SimulatedTraining:
 
 
 class SimulatedTrainer:
-    def __init__(self, box: SimulatedNode) -> None:
-        self._box, self._world = box, box.world
-        self.trainer: SimulatedTraining | None = None
+    def __init__(self, node: Node) -> None:
+        self._node, self._world = node, node.world
+        self.training: SimulatedTraining | None = None
         self.exiting = False
         """The trainer has ended by itself, and the machine has not heard of it yet."""
-        self.shelves: dict[int, SimulatedDisk] = {}
+        self.disks: dict[int, SimulatedDisk] = {}
         self.conduct: Conduct = "honest"
-        self.steps_per_epoch = box.world.manifest.steps_per_epoch
-        self.speed = box.box.speed * self.steps_per_epoch / box.world.setting.epoch_seconds
+        self.steps_per_epoch = node.world.manifest.steps_per_epoch
+        self.speed = node.machine.speed * self.steps_per_epoch / node.world.config.epoch_seconds
         self.taken = 0
         """Steps really taken: the work that this box did."""
 
-    def shelf(self, shard: int) -> SimulatedDisk:
-        return self.shelves.setdefault(shard, SimulatedDisk())
+    def disk(self, shard: int) -> SimulatedDisk:
+        return self.disks.setdefault(shard, SimulatedDisk())
 
     # orders
 
     def start(self, order: StartTrainer) -> None:
-        shelf = self.shelf(order.shard)
+        disk = self.disk(order.shard)
         epoch, parent = order.epoch, order.checkpoint
-        while (following := _following(shelf, epoch, parent)) is not None:
+        while (following := _following(disk, epoch, parent)) is not None:
             epoch, parent = epoch + 1, following
-        if parent is not None and not self._world.goods.has(parent, self._box):
+        if parent is not None and not self._world.blobs.has(parent, self._node):
             self.exiting = True
-            self._box.soon(TrainerExited, order.run, "bad-state", "the accepted state is not on this disk")
+            self._node.soon(TrainerExited, order.run, "bad-state", "the accepted state is not on this disk")
             return
-        local = shelf.local if shelf.local and (shelf.local.epoch, shelf.local.parent) == (epoch, parent) else None
-        self.trainer = SimulatedTraining(
+        local = disk.local if disk.local and (disk.local.epoch, disk.local.parent) == (epoch, parent) else None
+        self.training = SimulatedTraining(
             order.run, order.shard, epoch, parent, order.until, local.steps if local else 0, local.spans if local else (),
-            self._world.agenda.now, waiting=epoch >= order.until,
+            self._world.queue.now, waiting=epoch >= order.until,
         )  # fmt: skip
-        self._go(self.trainer)
-        self._report(self._box.boot, self.trainer, self.trainer.turn)
+        self._go(self.training)
+        self._report(self._node.boot, self.training, self.training.turn)
 
     def allow(self, until: int) -> None:
-        trainer = self.trainer
-        if trainer is None:
+        training = self.training
+        if training is None:
             return
-        trainer.until = until
-        if trainer.waiting and trainer.epoch < until:
-            trainer.waiting, trainer.since = False, self._world.agenda.now
-            self._go(trainer)
+        training.until = until
+        if training.waiting and training.epoch < until:
+            training.waiting, training.since = False, self._world.queue.now
+            self._go(training)
 
     def stop(self, *, save: bool) -> None:
         """An orderly end saves the state under way; a kill leaves what was saved last."""
-        trainer, self.trainer, self.exiting = self.trainer, None, False
-        if trainer is None:
+        training, self.training, self.exiting = self.training, None, False
+        if training is None:
             return
-        done = self._done(trainer, saved=not save)
-        self.taken += self._done(trainer) - trainer.steps
-        self.shelf(trainer.shard).local = SimulatedState(
-            trainer.epoch, trainer.parent, done, sitting(trainer.spans, trainer.steps, done)
+        done = self._done(training, saved=not save)
+        self.taken += self._done(training) - training.steps
+        self.disk(training.shard).local = SimulatedState(
+            training.epoch, training.parent, done, sitting(training.spans, training.steps, done)
         )
 
     def fail(self, reason: Exit, text: str = "") -> None:
         """The trainer ends by itself."""
-        if self.trainer is not None:
-            number = self.trainer.number
+        if self.training is not None:
+            number = self.training.number
             self.stop(save=False)
             self.exiting = True
-            self._box.soon(TrainerExited, number, reason, text or reason)
+            self._node.soon(TrainerExited, number, reason, text or reason)
 
     def freeze(self) -> None:
         """SIGSTOP: no step is taken until `thaw`."""
-        if trainer := self.trainer:
-            done = self._done(trainer)
-            self.taken += done - trainer.steps
-            trainer.spans, trainer.steps = sitting(trainer.spans, trainer.steps, done), done
-            trainer.turn += 1
+        if training := self.training:
+            done = self._done(training)
+            self.taken += done - training.steps
+            training.spans, training.steps = sitting(training.spans, training.steps, done), done
+            training.turn += 1
 
     def thaw(self) -> None:
-        if trainer := self.trainer:
-            trainer.since = self._world.agenda.now
-            if not trainer.waiting:
-                self._go(trainer)
-            self._report(self._box.boot, trainer, trainer.turn)
+        if training := self.training:
+            training.since = self._world.queue.now
+            if not training.waiting:
+                self._go(training)
+            self._report(self._node.boot, training, training.turn)
 
     # the disk
 
     def pending(self, shard: int, epoch: int, checkpoint: str | None) -> tuple[Whole, ...]:
         """Own whole checkpoints that stand on the accepted one, oldest first."""
-        shelf, found = self.shelf(shard), []
-        while (digest := _following(shelf, epoch, checkpoint)) is not None:
+        disk, found = self.disk(shard), []
+        while (digest := _following(disk, epoch, checkpoint)) is not None:
             found.append(Whole(shard, epoch + 1, digest, checkpoint))
             epoch, checkpoint = epoch + 1, digest
         return tuple(found)
 
     def kept(self, shard: int, digest: str) -> CheckpointRecord | None:
-        shelf = self.shelf(shard)
-        return shelf.kept[shelf.digests.index(digest)] if digest in shelf.digests else None
+        disk = self.disk(shard)
+        return disk.kept[disk.digests.index(digest)] if digest in disk.digests else None
 
     def forget(self, shard: int, *, above: int | None = None, below: int | None = None) -> None:
         """Remove own checkpoints of epochs above or below a bound."""
-        shelf = self.shelf(shard)
+        disk = self.disk(shard)
         rest = [
-            (record, digest) for record, digest in zip(shelf.kept, shelf.digests, strict=True)
+            (record, digest) for record, digest in zip(disk.kept, disk.digests, strict=True)
             if (above is None or record.epoch <= above) and (below is None or record.epoch >= below)
         ]  # fmt: skip
-        shelf.kept, shelf.digests = [record for record, _ in rest], [digest for _, digest in rest]
+        disk.kept, disk.digests = [record for record, _ in rest], [digest for _, digest in rest]
         if above is not None:
-            shelf.local = None
+            disk.local = None
 
     def wipe(self) -> None:
-        self.shelves.clear()
-        self._world.goods.wipe(self._box)
+        self.disks.clear()
+        self._world.blobs.wipe(self._node)
 
     # the model of training
 
-    def _go(self, trainer: SimulatedTraining) -> None:
-        trainer.turn += 1
-        if not trainer.waiting:
-            left = (self.steps_per_epoch - trainer.steps) / self._pace()
-            self._world.agenda.after(left, self._finish, self._box.boot, trainer, trainer.turn)
+    def _go(self, training: SimulatedTraining) -> None:
+        training.turn += 1
+        if not training.waiting:
+            left = (self.steps_per_epoch - training.steps) / self._pace()
+            self._world.queue.after(left, self._finish, self._node.boot, training, training.turn)
 
     def _pace(self) -> float:
         return self.speed * (20 if self.conduct in ("untrained", "poisoned") else 1)
 
-    def _done(self, trainer: SimulatedTraining, *, saved: bool = False) -> int:
+    def _done(self, training: SimulatedTraining, *, saved: bool = False) -> int:
         """Steps of this epoch that are done, or `saved` on disk."""
-        if trainer.waiting or self._box.frozen:
-            return trainer.steps
-        seconds = self._world.agenda.now - trainer.since
+        if training.waiting or self._node.frozen:
+            return training.steps
+        seconds = self._world.queue.now - training.since
         if saved:
-            every = self._world.setting.save_every
+            every = self._world.config.save_every
             seconds = seconds // every * every
-        return min(self.steps_per_epoch, trainer.steps + int(seconds * self._pace()))
+        return min(self.steps_per_epoch, training.steps + int(seconds * self._pace()))
 
-    def _report(self, boot: int, trainer: SimulatedTraining, turn: int) -> None:
-        if boot != self._box.boot or self.trainer is not trainer or self._box.frozen:
+    def _report(self, boot: int, training: SimulatedTraining, turn: int) -> None:
+        if boot != self._node.boot or self.training is not training or self._node.frozen:
             return
-        samples = (trainer.epoch * self.steps_per_epoch + self._done(trainer)) * 16
-        self._box.hear(boot, TrainerProgress, trainer.number, trainer.epoch, samples, trainer.waiting)
-        self._world.agenda.after(self._world.setting.heartbeat, self._report, boot, trainer, turn)
+        samples = (training.epoch * self.steps_per_epoch + self._done(training)) * 16
+        self._node.hear(boot, TrainerProgress, training.number, training.epoch, samples, training.waiting)
+        self._world.queue.after(self._world.config.heartbeat, self._report, boot, training, turn)
 
-    def _finish(self, boot: int, trainer: SimulatedTraining, turn: int) -> None:
+    def _finish(self, boot: int, training: SimulatedTraining, turn: int) -> None:
         """The last step of an epoch: its checkpoint is being written while the next epoch begins."""
-        box, world = self._box, self._world
-        if boot != box.boot or self.trainer is not trainer or trainer.turn != turn or box.frozen:
+        node, world = self._node, self._world
+        if boot != node.boot or self.training is not training or training.turn != turn or node.frozen:
             return
-        if box.disk_full:
+        if node.disk_full:
             self.fail("disk-full", "no space left on device")
             return
-        self.taken += self.steps_per_epoch - trainer.steps
-        record = self._result(trainer, sitting(trainer.spans, trainer.steps, self.steps_per_epoch))
+        self.taken += self.steps_per_epoch - training.steps
+        record = self._result(training, sitting(training.spans, training.steps, self.steps_per_epoch))
         digest = record.digest
-        world.agenda.after(world.setting.write_seconds, self._written, boot, trainer.number, record, digest)
-        trainer.epoch, trainer.parent = record.epoch, digest
-        trainer.steps, trainer.spans, trainer.since = 0, (), world.agenda.now
-        trainer.waiting = trainer.epoch >= trainer.until
-        self._go(trainer)
+        world.queue.after(world.config.write_seconds, self._written, boot, training.number, record, digest)
+        training.epoch, training.parent = record.epoch, digest
+        training.steps, training.spans, training.since = 0, (), world.queue.now
+        training.waiting = training.epoch >= training.until
+        self._go(training)
 
     def _written(self, boot: int, number: int, record: CheckpointRecord, digest: str) -> None:
-        if boot != self._box.boot or self._box.disk_full:
+        if boot != self._node.boot or self._node.disk_full:
             return
-        shelf = self.shelf(record.shard)
-        if digest not in shelf.digests:
-            shelf.kept.append(record)
-            shelf.digests.append(digest)
-        self._world.goods.put(digest, self._box)
-        trainer = self.trainer
-        if trainer and trainer.number == number:
-            samples = (trainer.epoch * self.steps_per_epoch) * 16
-            self._box.hear(boot, TrainerProgress, number, trainer.epoch, samples, trainer.waiting)
-        self._box.hear(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
+        disk = self.disk(record.shard)
+        if digest not in disk.digests:
+            disk.kept.append(record)
+            disk.digests.append(digest)
+        self._world.blobs.put(digest, self._node)
+        training = self.training
+        if training and training.number == number:
+            samples = (training.epoch * self.steps_per_epoch) * 16
+            self._node.hear(boot, TrainerProgress, number, training.epoch, samples, training.waiting)
+        self._node.hear(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
 
-    def _result(self, trainer: SimulatedTraining, spans: Spans) -> CheckpointRecord:
-        world, box, epoch = self._world, self._box, trainer.epoch + 1
-        goods, setting = world.goods, world.setting
-        parent = goods.contents.get(trainer.parent or "")
+    def _result(self, training: SimulatedTraining, spans: Spans) -> CheckpointRecord:
+        world, node, epoch = self._world, self._node, training.epoch + 1
+        blobs, config = world.blobs, world.config
+        parent = blobs.contents.get(training.parent or "")
         before = parent.weights if parent else "the initial model"
-        weights = world.decide.weights(trainer.shard, epoch, before, box.box.device, spans)
-        content = Content(weights, honest_loss(trainer.shard, epoch, weights))
-        content = _tampered(self.conduct, content, parent, box.box.owner)
+        weights = world.decide.weights(training.shard, epoch, before, node.machine.device, spans)
+        content = Content(weights, honest_loss(training.shard, epoch, weights))
+        content = _tampered(self.conduct, content, parent, node.machine.owner)
         record = CheckpointRecord(
-            run=world.manifest.run_id, owner=box.box.owner, issued=box.clock(), shard=trainer.shard, epoch=epoch,
-            parent=trainer.parent, weights=blob("weights" + content.weights, setting.weights_bytes),
-            state=blob("state" + content.weights, setting.state_bytes), trace=blob("trace" + content.weights, 4096),
-            samples=epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=box.box.peer_id,
+            run=world.manifest.run_id, owner=node.machine.owner, issued=node.clock(), shard=training.shard, epoch=epoch,
+            parent=training.parent, weights=blob("weights" + content.weights, config.weights_bytes),
+            state=blob("state" + content.weights, config.state_bytes), trace=blob("trace" + content.weights, 4096),
+            samples=epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=node.machine.peer_id,
         )  # fmt: skip
-        goods.contents[record.digest] = content
+        blobs.contents[record.digest] = content
         if self.conduct == "honest":
-            whole = world.decide.weights(trainer.shard, epoch, before, box.box.device, ((0, self.steps_per_epoch),))
-            world.invariants.trained(box, record, weights, whole)
+            whole = world.decide.weights(training.shard, epoch, before, node.machine.device, ((0, self.steps_per_epoch),))
+            world.invariants.trained(node, record, weights, whole)
         return record
 
 
-def _following(shelf: SimulatedDisk, epoch: int, parent: str | None) -> str | None:
+def _following(disk: SimulatedDisk, epoch: int, parent: str | None) -> str | None:
     """The digest of the own checkpoint that stands on (`epoch`, `parent`)."""
-    for record, digest in zip(shelf.kept, shelf.digests, strict=True):
+    for record, digest in zip(disk.kept, disk.digests, strict=True):
         if record.epoch == epoch + 1 and record.parent == parent:
             return digest
     return None

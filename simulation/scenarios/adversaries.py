@@ -6,56 +6,56 @@ from random import Random
 
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.forgery import KINDS
-from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, audited_by_peers, caught, joins, owned, refused_all
 
 _SIGNED = SimulationConfig(shards=3, epochs=100, signed=True)
 
 
-def _forgers(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _forgers(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A liar throws every kind of bad record at everybody."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for round_ in range(4):
         at = 80 + 120 * round_ + rng.uniform(0, 60)
         steps += [Step(at + number, "forgery", (0, rng.randrange(1, peers)), word=kind) for number, kind in enumerate(KINDS)]
     return steps
 
 
-def _liars(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _liars(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A third of the boxes offer checkpoints that are not numbers, of another shape, or bytes that do not match their name."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(0, peers, 3):
         steps.append(Step(0.0, "conduct", (index,), word=rng.choice(("not-a-number", "wrong-shapes", "spoilt"))))
     return steps
 
 
-def _sybils(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _sybils(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Half of all identities are one attacker's: they take part in the DHT and deny every record, but never claim."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     return steps + [Step(0.0, "denies records", (index,)) for index in range(0, peers, 2)]
 
 
-def _double(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _double(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Somebody copied the state folder: two boxes speak under one identity."""
-    return [*joins(setting, peers, rng), Step(rng.uniform(60, 200), "copied identity", (0, 1))]
+    return [*joins(config, peers, rng), Step(rng.uniform(60, 200), "copied identity", (0, 1))]
 
 
-def _versions(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _versions(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A third of the boxes write a field into every record that the others do not know."""
-    return [Step(0.0, "newer version", (index,)) for index in range(0, peers, 3)] + joins(setting, peers, rng)
+    return [Step(0.0, "newer version", (index,)) for index in range(0, peers, 3)] + joins(config, peers, rng)
 
 
-def _cheats(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _cheats(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A quarter of the boxes fake: some offer their parent again, some take the first steps and invent the rest."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(0, peers, 4):
         steps.append(Step(rng.uniform(0, 400), "conduct", (index,), word="untrained" if index % 8 else "poisoned"))
     return steps
 
 
-def _auditors(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _auditors(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Cheats as above; a quarter of the others call every result valid, some every one invalid, and some die over a replay."""
-    steps = _cheats(setting, peers, rng)
+    steps = _cheats(config, peers, rng)
     for index in range(1, peers, 4):
         steps.append(Step(0.0, "audits without replay", (index,), word="valid" if index % 8 == 1 else "invalid"))
     for index in range(2, peers, 4):
@@ -72,7 +72,7 @@ LIES = (
         _auditors,
         peers=16,
         seconds=2400,
-        setting=SimulationConfig(shards=4, epochs=200, operators=6),
+        config=SimulationConfig(shards=4, epochs=200, operators=6),
         ends=(owned, caught, audited_by_peers(10), advanced(0.2)),
         least=8,
     ),
@@ -83,7 +83,7 @@ LIES = (
         _cheats,
         peers=12,
         seconds=2400,
-        setting=SimulationConfig(shards=4, epochs=200),
+        config=SimulationConfig(shards=4, epochs=200),
         ends=(owned, caught, advanced(0.2)),
         least=4,
     ),
@@ -94,7 +94,7 @@ LIES = (
         _forgers,
         peers=7,
         seconds=700,
-        setting=_SIGNED,
+        config=_SIGNED,
         strict=True,
         ends=(owned, refused_all(5), advanced(0.3)),
         least=2,
@@ -105,7 +105,7 @@ LIES = (
         11,
         _liars,
         peers=9,
-        setting=SimulationConfig(shards=4, epochs=200),
+        config=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.15),),
         least=3,
     ),
@@ -115,7 +115,7 @@ LIES = (
         12,
         _sybils,
         peers=24,
-        setting=SimulationConfig(shards=4, epochs=200),
+        config=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.15),),
         least=2,
     ),
@@ -124,7 +124,7 @@ LIES = (
         "one key on two boxes",
         13,
         _double,
-        setting=SimulationConfig(shards=4, epochs=200),
+        config=SimulationConfig(shards=4, epochs=200),
         ends=(advanced(0.3),),
         least=2,
     ),
@@ -135,7 +135,7 @@ LIES = (
         _versions,
         peers=9,
         seconds=700,
-        setting=_SIGNED,
+        config=_SIGNED,
         strict=True,
         ends=(advanced(0.2),),
         least=3,

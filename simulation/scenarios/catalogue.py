@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from lutetia.simulation.config import SimulationConfig
-from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.adversaries import LIES
 from lutetia.simulation.scenarios.links import LINES
 from lutetia.simulation.scenarios.machines import BOXES
@@ -23,21 +23,21 @@ _WHATEVER = (
 )  # fmt: skip
 
 
-def _calm(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    return joins(setting, peers, rng)
+def _calm(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+    return joins(config, peers, rng)
 
 
-def _late(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _late(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return [Step(300.0, "join", (index,)) for index in range(peers)]
 
 
-def _herd(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    return joins(setting, peers, rng, within=1.0)
+def _herd(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+    return joins(config, peers, rng, within=1.0)
 
 
-def _crowd(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _crowd(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """An ordinary hour of a large swarm: each box dies after two hours on average, and is back ten minutes later."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(peers):
         at = rng.expovariate(1 / 7200)
         while at < 3600:
@@ -46,28 +46,28 @@ def _crowd(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _chaos(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _chaos(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Anything may happen to anybody, once a minute, until five minutes before the end."""
-    steps, cut = joins(setting, peers, rng), False
+    steps, cut = joins(config, peers, rng), False
     for minute in range(2, 45):
-        at, box = 60.0 * minute + rng.uniform(0, 50), rng.randrange(1, peers)
+        at, node = 60.0 * minute + rng.uniform(0, 50), rng.randrange(1, peers)
         kind = rng.choice(
             ("kill", "stop", "pause", "trainer fails", "network process dies", "disk full", "device lost", "cut", "coordinator")
         )
         if kind == "kill":
-            steps += [Step(at, "kill", (box,)), Step(at + rng.uniform(5, 200), "join", (box,))]
+            steps += [Step(at, "kill", (node,)), Step(at + rng.uniform(5, 200), "join", (node,))]
         elif kind == "stop":
-            steps += [Step(at, "stop", (box,)), Step(at + rng.uniform(5, 150), "continue", (box,))]
+            steps += [Step(at, "stop", (node,)), Step(at + rng.uniform(5, 150), "continue", (node,))]
         elif kind == "pause":
-            steps.append(Step(at, "pause", (box,), value=rng.uniform(5, 120)))
+            steps.append(Step(at, "pause", (node,), value=rng.uniform(5, 120)))
         elif kind == "trainer fails":
-            steps.append(Step(at, "trainer fails", (box,), word=rng.choice(("crash", "out-of-memory", "bad-state"))))
+            steps.append(Step(at, "trainer fails", (node,), word=rng.choice(("crash", "out-of-memory", "bad-state"))))
         elif kind == "network process dies":
-            steps.append(Step(at, "network process dies", (box,)))
+            steps.append(Step(at, "network process dies", (node,)))
         elif kind == "disk full":
-            steps += [Step(at, "disk full", (box,)), Step(at + rng.uniform(5, 100), "disk free", (box,))]
+            steps += [Step(at, "disk full", (node,)), Step(at + rng.uniform(5, 100), "disk free", (node,))]
         elif kind == "device lost":
-            steps += [Step(at, "device lost", (box,)), Step(at + rng.uniform(5, 100), "device back", (box,))]
+            steps += [Step(at, "device lost", (node,)), Step(at + rng.uniform(5, 100), "device back", (node,))]
         elif kind == "cut" and not cut:
             half = tuple(sorted(rng.sample(range(peers), peers // 2)))
             steps += [Step(at, "partition", half, word=rng.choice(("", "with"))), Step(at + rng.uniform(20, 150), "heal")]
@@ -87,7 +87,7 @@ SCENARIOS: dict[str, Scenario] = {
             _herd,
             seconds=600,
             peers=300,
-            setting=SimulationConfig(shards=12, epochs=1000, origin_slots=4),
+            config=SimulationConfig(shards=12, epochs=1000, origin_slots=4),
             ends=(owned, advanced(0.4)),
         ),
         Scenario(
@@ -97,7 +97,7 @@ SCENARIOS: dict[str, Scenario] = {
             _late,
             seconds=1500,
             peers=1,
-            setting=SimulationConfig(shards=2, epochs=6, speed_sigma=0.0),
+            config=SimulationConfig(shards=2, epochs=6, speed_sigma=0.0),
             ends=(completed,),
         ),
         Scenario(
@@ -107,7 +107,7 @@ SCENARIOS: dict[str, Scenario] = {
             _chaos,
             seconds=3600,
             peers=10,
-            setting=SimulationConfig(shards=4, epochs=200),
+            config=SimulationConfig(shards=4, epochs=200),
             ends=(owned, advanced(0.15)),
         ),
         Scenario(
@@ -117,7 +117,7 @@ SCENARIOS: dict[str, Scenario] = {
             _crowd,
             seconds=3600,
             peers=1000,
-            setting=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
+            config=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
             ends=(advanced(0.5),),
             least=16,
         ),

@@ -5,15 +5,15 @@ from __future__ import annotations
 from random import Random
 
 from lutetia.simulation.config import SimulationConfig
-from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, completed, joins, owned, stopped_itself, up_to_date
 
 _LONG = SimulationConfig(shards=4, epochs=200)
 
 
-def _killed(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _killed(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """SIGKILL at any moment: mid-step, while a checkpoint is written, while it is offered. Half of the boxes come back."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(1, peers):
         for _ in range(2):
             at = rng.uniform(60, 900)
@@ -23,23 +23,23 @@ def _killed(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _drain(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _drain(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """SIGTERM: every second box finishes the checkpoint under way and leaves."""
-    return joins(setting, peers, rng) + [Step(rng.uniform(100, 500), "finish", (index,)) for index in range(0, peers, 2)]
+    return joins(config, peers, rng) + [Step(rng.uniform(100, 500), "finish", (index,)) for index in range(0, peers, 2)]
 
 
-def _sleep(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _sleep(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A laptop's lid closes for longer than a lease, and opens again."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(peers // 2):
         at = rng.uniform(60, 700)
-        steps += [Step(at, "stop", (index,)), Step(at + rng.uniform(setting.lease, 4 * setting.lease), "continue", (index,))]
+        steps += [Step(at, "stop", (index,)), Step(at + rng.uniform(config.lease, 4 * config.lease), "continue", (index,))]
     return steps
 
 
-def _coordinator_crash(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _coordinator_crash(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """It crashes four times, once between writing an acceptance and telling anybody, and starts again from its ledger."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for number in range(4):
         at = 100 + 250 * number + rng.uniform(0, 100)
         steps.append(Step(at, "coordinator dies before publishing" if number == 2 else "coordinator crashes"))
@@ -47,39 +47,39 @@ def _coordinator_crash(setting: SimulationConfig, peers: int, rng: Random) -> li
     return steps
 
 
-def _two_coordinators(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _two_coordinators(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """A second one starts on a copy of the ledger; then the first dies."""
     return [
-        *joins(setting, peers, rng), Step(rng.uniform(150, 250), "second coordinator"),
+        *joins(config, peers, rng), Step(rng.uniform(150, 250), "second coordinator"),
         Step(rng.uniform(500, 700), "coordinator crashes"),
     ]  # fmt: skip
 
 
-def _rival(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _rival(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The coordinator is cut off, so its operator starts a second one on a copy of its ledger; then the first is back."""
     at, everybody = rng.uniform(150, 250), tuple(range(peers))
     return [
-        *joins(setting, peers, rng), Step(at, "partition", everybody, word="with the second"),
+        *joins(config, peers, rng), Step(at, "partition", everybody, word="with the second"),
         Step(at + rng.uniform(10, 40), "second coordinator"), Step(at + rng.uniform(200, 500), "heal"),
     ]  # fmt: skip
 
 
-def _old_copy(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _old_copy(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The coordinator's folder is replaced by an old copy: it refuses to serve, until it is told to take its word back."""
     at = rng.uniform(300, 600)
     return [
-        *joins(setting, peers, rng), Step(at, "old ledger", value=rng.uniform(150, 250)),
+        *joins(config, peers, rng), Step(at, "old ledger", value=rng.uniform(150, 250)),
         Step(at + 5, "coordinator starts"), Step(at + 60, "coordinator starts", word="recover"),
     ]  # fmt: skip
 
 
-def _upgrade(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _upgrade(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The owner raises the budget twice: while a third is cut off, and while the coordinator is down. Some die meanwhile."""
     first, second = rng.uniform(100, 500), rng.uniform(700, 1100)
     third = tuple(sorted(rng.sample(range(peers), peers // 3)))
     dying = rng.sample(range(peers), 2)
     return [
-        *joins(setting, peers, rng), Step(first - 20, "partition", third), Step(first, "budget raised", value=4),
+        *joins(config, peers, rng), Step(first - 20, "partition", third), Step(first, "budget raised", value=4),
         Step(first + rng.uniform(30, 200), "heal"), Step(second - 20, "coordinator crashes"),
         Step(second, "budget raised", value=3), Step(second + rng.uniform(5, 100), "coordinator starts"),
         *(Step(rng.uniform(first, second), "kill", (index,)) for index in dying),
@@ -87,7 +87,7 @@ def _upgrade(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     ]  # fmt: skip
 
 
-def _bootstraps_down(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _bootstraps_down(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The only bootstrap peer is down before half of the swarm joins, and again later; who restarts then knows whom it met."""
     steps = [Step(at, "join", (index,)) for index, at in enumerate(sorted(rng.uniform(20, 120) for _ in range(peers)))]
     steps += [Step(60.0, "coordinator crashes"), Step(160.0, "coordinator starts")]
@@ -98,9 +98,9 @@ def _bootstraps_down(setting: SimulationConfig, peers: int, rng: Random) -> list
     return steps
 
 
-def _disks(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _disks(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Disks fill up while checkpoints are written or shards fetched; one is never emptied, one dies with all that is on it."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(1, peers):
         at = rng.uniform(10, 700)
         steps.append(Step(at, "disk full", (index,)))
@@ -109,9 +109,9 @@ def _disks(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return [*steps, Step(rng.uniform(200, 600), "disk lost", (0,)), Step(800.0, "join", (0,))]
 
 
-def _devices(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _devices(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Drivers that come late, memory that runs out, devices that fall off the bus."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(peers // 3):
         steps += [Step(0.0, "device lost", (index,)), Step(rng.uniform(50, 400), "device back", (index,))]
     for index in range(peers // 3, peers):
@@ -122,11 +122,11 @@ def _devices(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _churn(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _churn(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Each box dies after 100 s on average, and is back after 30 s on average (Poisson)."""
     steps = []
     for index in range(peers):
-        at = rng.uniform(0, setting.join_within)
+        at = rng.uniform(0, config.join_within)
         while at < 3600:
             steps.append(Step(at, "join", (index,)))
             at += rng.expovariate(1 / 100)
@@ -135,15 +135,15 @@ def _churn(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _collapse(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _collapse(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Nineteen of twenty boxes, with most owners among them, die at the same moment and do not come back."""
     dead = tuple(sorted(rng.sample(range(peers), peers - peers // 20)))
-    return [*joins(setting, peers, rng), Step(300.0 + rng.uniform(0, 60), "kill", dead)]
+    return [*joins(config, peers, rng), Step(300.0 + rng.uniform(0, 60), "kill", dead)]
 
 
-def _resume(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _resume(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Boxes of one kind, killed at random steps and started again at once: the weights are those of an uninterrupted run."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(peers):
         for _ in range(4):
             at = rng.uniform(40, 900)
@@ -151,9 +151,9 @@ def _resume(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _wishes(setting: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+def _wishes(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Volunteers pause, resume, finish and leave as they like."""
-    steps = joins(setting, peers, rng)
+    steps = joins(config, peers, rng)
     for index in range(1, peers):
         at = rng.uniform(30, 800)
         steps.append(Step(at, rng.choice(("pause", "pause", "finish", "leave")), (index,), value=rng.uniform(0, 200)))
@@ -167,7 +167,7 @@ BOXES = (
         "workers die by SIGKILL at any moment, most come back",
         1,
         _killed,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.35)),
         least=2,
     ),
@@ -176,18 +176,18 @@ BOXES = (
         "every second box is asked to finish: it hands its checkpoint in and leaves",
         2,
         _drain,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.35)),
     ),
     Scenario(
-        "sleep", "boxes are stopped for longer than a lease, then wake", 3, _sleep, setting=_LONG, ends=(owned, advanced(0.35))
+        "sleep", "boxes are stopped for longer than a lease, then wake", 3, _sleep, config=_LONG, ends=(owned, advanced(0.35))
     ),
     Scenario(
         "coordinator-crash",
         "the coordinator crashes four times and starts again from its ledger",
         4,
         _coordinator_crash,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.3)),
     ),
     Scenario(
@@ -195,7 +195,7 @@ BOXES = (
         "a second coordinator runs on a copy of the ledger, then the first dies",
         4,
         _two_coordinators,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.2)),  # the second may have stopped itself, and then nobody accepts once the first is dead
     ),
     Scenario(
@@ -203,7 +203,7 @@ BOXES = (
         "a coordinator is cut off and replaced by a second one under its key; back again, it stops itself",
         4,
         _rival,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.3), stopped_itself),
     ),
     Scenario(
@@ -211,7 +211,7 @@ BOXES = (
         "the coordinator's folder is replaced by an old copy: it refuses, then takes its word back",
         4,
         _old_copy,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.3), stopped_itself),
     ),
     Scenario(
@@ -221,7 +221,7 @@ BOXES = (
         _upgrade,
         seconds=2700,
         peers=9,
-        setting=SimulationConfig(epochs=6),
+        config=SimulationConfig(epochs=6),
         ends=(completed, up_to_date),
         least=6,
     ),
@@ -230,17 +230,17 @@ BOXES = (
         "the bootstrap peer is down before and after boxes join",
         5,
         _bootstraps_down,
-        setting=_LONG,
+        config=_LONG,
         peers=9,
         ends=(owned, advanced(0.25)),
     ),
-    Scenario("disks", "disks fill up, one dies", 9, _disks, setting=_LONG, ends=(owned, advanced(0.25)), least=3),
+    Scenario("disks", "disks fill up, one dies", 9, _disks, config=_LONG, ends=(owned, advanced(0.25)), least=3),
     Scenario(
         "devices",
         "late drivers, memory that runs out, devices that disappear",
         15,
         _devices,
-        setting=_LONG,
+        config=_LONG,
         ends=(owned, advanced(0.2)),
         least=3,
     ),
@@ -251,7 +251,7 @@ BOXES = (
         _churn,
         seconds=3600,
         peers=32,
-        setting=SimulationConfig(shards=8, epochs=500),
+        config=SimulationConfig(shards=8, epochs=500),
         ends=(advanced(0.1),),
     ),
     Scenario(
@@ -261,7 +261,7 @@ BOXES = (
         _collapse,
         seconds=700,
         peers=160,
-        setting=SimulationConfig(shards=6, epochs=500, unfit=0.2),
+        config=SimulationConfig(shards=6, epochs=500, unfit=0.2),
         ends=(advanced(0.2),),
         least=20,
     ),
@@ -271,11 +271,11 @@ BOXES = (
         20,
         _resume,
         peers=6,
-        setting=SimulationConfig(shards=3, epochs=8, one_device=True, save_every=5.0),
+        config=SimulationConfig(shards=3, epochs=8, one_device=True, save_every=5.0),
         seconds=2400,
         ends=(completed,),
     ),
     Scenario(
-        "wishes", "volunteers pause, resume, finish and leave", 2, _wishes, setting=_LONG, ends=(owned, advanced(0.25)), least=2
+        "wishes", "volunteers pause, resume, finish and leave", 2, _wishes, config=_LONG, ends=(owned, advanced(0.25)), least=2
     ),
 )

@@ -8,7 +8,7 @@ from random import Random
 
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported
 from lutetia.simulation.config import SimulationConfig
-from lutetia.simulation.faults.plan import Step
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.world import SimulatedWorld
 
 PlanOf = Callable[[SimulationConfig, int, Random], list[Step]]
@@ -26,16 +26,16 @@ class Scenario:
     plan: PlanOf
     seconds: float = 1200.0
     peers: int = 8
-    setting: SimulationConfig = field(default_factory=SimulationConfig)
+    config: SimulationConfig = field(default_factory=SimulationConfig)
     strict: bool = False
     ends: tuple[End, ...] = ()
     least: int = 1
     """Fewest peers with which the scenario makes sense."""
 
 
-def joins(setting: SimulationConfig, peers: int, rng: Random, within: float | None = None) -> list[Step]:
+def joins(config: SimulationConfig, peers: int, rng: Random, within: float | None = None) -> list[Step]:
     """Every box joins within the first seconds, one step each."""
-    span = setting.join_within if within is None else within
+    span = config.join_within if within is None else within
     return [Step(rng.uniform(0, span), "join", (index,)) for index in range(peers)]
 
 
@@ -45,13 +45,13 @@ def joins(setting: SimulationConfig, peers: int, rng: Random, within: float | No
 def owned(world: SimulatedWorld) -> str | None:
     """Every shard with work left has exactly one owner; one that was lost a moment ago may be between two."""
     owners = world.owners()
-    for shard in range(world.setting.shards):
+    for shard in range(world.config.shards):
         if world.invariants.heads[shard] >= world.manifest.epochs:
             continue
         held = owners.get(shard, [])
         if len(held) > 1:
             return f"shard {shard} has {len(held)} owners: {held}"
-        if not held and len(owners) < min(world.setting.shards, sum(peer.answering for peer in world.volunteers)):
+        if not held and len(owners) < min(world.config.shards, sum(peer.answering for peer in world.nodes)):
             return f"shard {shard} has no owner"
     return None
 
@@ -60,8 +60,8 @@ def advanced(share: float) -> End:
     """At least `share` of the work was accepted that as many boxes of speed 1 as there are shards or peers would have done."""
 
     def end(world: SimulatedWorld) -> str | None:
-        at_work = min(world.setting.shards, len(world.volunteers))
-        possible = min(at_work * world.now / world.setting.epoch_seconds, world.setting.shards * world.manifest.epochs)
+        at_work = min(world.config.shards, len(world.nodes))
+        possible = min(at_work * world.now / world.config.epoch_seconds, world.config.shards * world.manifest.epochs)
         if world.accepted < share * possible:
             return f"{world.accepted} epochs were accepted, fewer than {share:.0%} of the {possible:.0f} that were possible"
         return None
@@ -85,26 +85,26 @@ def refused_all(kinds: int) -> End:
 
 def caught(world: SimulatedWorld) -> str | None:
     """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
-    run = world.offices[0].state.run
+    run = world.coordinators[0].state.run
     for shard in run.shards.values():
         for link in shard.lineage:
-            faked = world.goods.contents[link.acceptance.checkpoint].faked
-            if faked == "all" and world.agenda.now - link.at > 5 * world.setting.epoch_seconds:
+            faked = world.blobs.contents[link.acceptance.checkpoint].faked
+            if faked == "all" and world.queue.now - link.at > 5 * world.config.epoch_seconds:
                 return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
     return None
 
 
 def up_to_date(world: SimulatedWorld) -> str | None:
     """Everybody who is there goes on under the newest manifest."""
-    late = [peer for peer in world.volunteers if peer.answering and peer.news.live.version < world.manifest.version]
-    return f"{late} know no newer manifest than version {late[0].news.live.version}" if late else None
+    late = [peer for peer in world.nodes if peer.answering and peer.manifest_updates.live.version < world.manifest.version]
+    return f"{late} know no newer manifest than version {late[0].manifest_updates.live.version}" if late else None
 
 
 def audited_by_peers(least: int) -> End:
     """At least so many audits were carried out by peers."""
 
     def end(world: SimulatedWorld) -> str | None:
-        told = [event for event in world.offices[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
+        told = [event for event in world.coordinators[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
         return None if len(told) >= least else f"peers carried out {len(told)} audits, fewer than {least}"
 
     return end
@@ -112,8 +112,8 @@ def audited_by_peers(least: int) -> End:
 
 def stopped_itself(world: SimulatedWorld) -> str | None:
     """A coordinator whose ledger lacks its own word stopped, and one of them, not two, serves at the end."""
-    serving = sum(office.serving for office in world.offices)
-    if not any(office.stopped_itself for office in world.offices):
+    serving = sum(coordinator.serving for coordinator in world.coordinators)
+    if not any(coordinator.stopped_itself for coordinator in world.coordinators):
         return "no coordinator has noticed that its ledger is not the newest"
     return None if serving == 1 else f"{serving} coordinators serve"
 
@@ -121,6 +121,6 @@ def stopped_itself(world: SimulatedWorld) -> str | None:
 def no_double_work(world: SimulatedWorld) -> str | None:
     """Nobody trains what others train: at most a tenth of all steps were for nothing."""
     steps = world.manifest.steps_per_epoch
-    taken = sum(peer.hands.taken for peer in world.volunteers)
+    taken = sum(peer.trainer.taken for peer in world.nodes)
     useful = world.accepted * steps + len(world.owners()) * 4 * steps
     return None if taken <= 1.1 * useful else f"{taken} steps were taken for {world.accepted} accepted epochs of {steps}"

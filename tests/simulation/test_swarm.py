@@ -17,13 +17,13 @@ LEASE = 60.0
 def started(seed: int, peers: int, shards: int, epochs: int, within: float = 1.0) -> SimulatedWorld:
     world = SimulatedWorld(SimulationConfig(shards=shards, epochs=epochs), peers, seed, strict=False)
     rng = random.Random(seed)
-    for peer in world.volunteers:
-        world.agenda.after(rng.uniform(0, within), peer.start)
+    for peer in world.nodes:
+        world.queue.after(rng.uniform(0, within), peer.start)
     return world
 
 
 def run(world: SimulatedWorld, seconds: float) -> None:
-    world.agenda.run(START + world.now + seconds)
+    world.queue.run(START + world.now + seconds)
 
 
 def owners(world: SimulatedWorld) -> dict[int, int]:
@@ -34,7 +34,7 @@ def owners(world: SimulatedWorld) -> dict[int, int]:
 def test_shard_of_a_killed_peer_is_trained_elsewhere_within_lease_and_five_seconds(seed: int) -> None:
     world = started(seed, peers=5, shards=3, epochs=50)
     run(world, 200)
-    victim = next(peer for peer in world.volunteers if peer.state.work)
+    victim = next(peer for peer in world.nodes if peer.state.work)
     assert victim.state.work
     shard = victim.state.work.shard
     victim.kill()
@@ -51,7 +51,7 @@ def test_a_thousand_joiners_settle_with_few_claims_per_shard() -> None:
     assert owners(world) == dict.fromkeys(range(8), 1)
     for shard in range(8):
         key = claim_key(world.manifest.run_id, shard)
-        claimants = {owner for peer in world.volunteers for owner in peer.parts.get(key, {})}
+        claimants = {owner for peer in world.nodes for owner in peer.parts.get(key, {})}
         assert len(claimants) <= 30
     for held in list(world.owners().values()):
         held[0].kill()
@@ -64,10 +64,10 @@ def test_both_halves_of_a_cut_swarm_train_and_one_lineage_survives() -> None:
     run(world, 120)
     reached = list(world.invariants.heads)
     holders = [held[0].index for held in world.owners().values()]
-    world.lines.partition([[index for index in range(8) if index not in holders]])  # the owners stay with the coordinator
+    world.links.partition([[index for index in range(8) if index not in holders]])  # the owners stay with the coordinator
     run(world, 3 * LEASE)
     assert all(len(held) == 2 for held in world.owners().values())
-    world.lines.heal()
+    world.links.heal()
     run(world, 2 * LEASE)
     assert owners(world) == {0: 1, 1: 1}
     assert all(later > earlier for earlier, later in zip(reached, world.invariants.heads, strict=True))

@@ -23,7 +23,7 @@ def test_a_broken_promise_is_code_60_and_its_story_can_be_told_again() -> None:
     assert second.returncode == 60
     violation = json.loads(second.stdout)["violation"]
     assert violation["invariant"] == "I7"
-    assert violation["story"]
+    assert violation["trace"]
     assert violation["text"] in " ".join(first.stdout.split())
 
 

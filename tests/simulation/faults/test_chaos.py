@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from lutetia.node.machine import messages as m
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.event_queue import START
-from lutetia.simulation.faults.plan import Step, carry_out
+from lutetia.simulation.faults.plan import carry_out
+from lutetia.simulation.faults.step import Step
 from lutetia.simulation.world import SimulatedWorld
 
 BOX = st.integers(0, 4)  # the last box is left alone, so that somebody can end the run
@@ -29,10 +30,10 @@ class Chaos(RuleBasedStateMachine):
         self.passes(20)
 
     def passes(self, seconds: float) -> None:
-        self.world.agenda.run(START + self.world.now + seconds)
+        self.world.queue.run(START + self.world.now + seconds)
 
     def befall(self, what: str, *who: int, after: float = 0.0, value: float = 0.0, word: str = "") -> None:
-        self.world.agenda.after(after, carry_out, self.world, Step(0.0, what, who, value, word))
+        self.world.queue.after(after, carry_out, self.world, Step(0.0, what, who, value, word))
         self.passes(0.0)
 
     @rule(seconds=st.sampled_from([0.3, 5, 21, 61, 100]))
@@ -78,7 +79,7 @@ class Chaos(RuleBasedStateMachine):
             self.befall("coordinator starts")
             self.befall("join", 5)
             self.passes(4800)
-            assert self.world.done, [(peer, peer.state.phase, peer.state.why) for peer in self.world.volunteers]
+            assert self.world.done, [(peer, peer.state.phase, peer.state.why) for peer in self.world.nodes]
 
 
 TestChaos = Chaos.TestCase

@@ -30,8 +30,8 @@ def test_a_broken_rule_is_noticed_shrunk_and_told(name: str) -> None:
     assert outcome.violation is not None
     assert outcome.violation.name == broken.promise
     assert len(outcome.shortest) < outcome.steps
-    assert outcome.story
-    assert len(outcome.told) == len(outcome.shortest)
+    assert outcome.trace
+    assert len(outcome.plan) == len(outcome.shortest)
     scenario = SCENARIOS[broken.scenario]
     again = simulate(scenario, outcome.peers, outcome.seed, keep=outcome.shortest, decide=broken.decide(), shrink=False)
     assert again.violation is not None

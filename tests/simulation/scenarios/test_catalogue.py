@@ -16,7 +16,7 @@ _CASES = [(name, seed) for name in SCENARIOS for seed in ((1,) if name in _HEAVY
 def test_every_promise_holds_after_every_event(name: str, seed: int) -> None:
     scenario = SCENARIOS[name]
     outcome = simulate(scenario, _HEAVY.get(name, scenario.peers), seed)
-    assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.told, *outcome.story])
+    assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
     assert outcome.accepted > 0
     assert {"I1", "I2", "I3", "I4", "I5", "I6", "I7"} <= outcome.checks.keys() | ({"I4"} if name == "alone" else set())
 
