@@ -1,4 +1,4 @@
-"""The environment of a Python process that a test starts and that imports `tests.…` itself."""
+"""How tests start processes of their own: with one thread for torch, and so that none outlives a test run that is killed."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """This process's environment with the repository's root on PYTHONPATH, one thread for torch, and `more`."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    """This process's environment with the repository's root on PYTHONPATH, one thread for torch, and `more`.
+
+    LUTETIA_PARENT: a `lutetia` command asks the kernel to kill it when this process ends. Start other programs by
+    `system.tether.command`.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LUTETIA_PARENT": str(os.getpid()), **more}

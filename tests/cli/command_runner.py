@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +21,16 @@ def lutetia(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`lutetia ARGUMENTS` with this interpreter, away from the caller's own LUTETIA_ variables."""
-    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     return subprocess.run(
         [sys.executable, "-m", "lutetia.cli", *map(str, arguments)],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, env=_environment(environment),
     )  # fmt: skip
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Without the caller's own LUTETIA_ variables; the process ends with this one."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
+    return {**base, "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid()), **more}
 
 
 def one_process(
@@ -35,11 +40,10 @@ def one_process(
 
     `without`: capabilities that root lets go of, such as `-dac_override`, so that permissions count for it too.
     """
-    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
     run = subprocess.run(
         [*prefix, sys.executable, "-c", _EACH, json.dumps([[str(word) for word in command] for command in commands])],
-        timeout=240, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
+        timeout=240, capture_output=True, text=True, env=_environment(environment),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return [subprocess.CompletedProcess(*outcome) for outcome in json.loads(run.stdout)]

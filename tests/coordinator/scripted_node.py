@@ -32,6 +32,7 @@ from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, 
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
+from lutetia.system import tether
 from tests.coordinator.tiny_data import clips
 
 PATIENCE = 300.0
@@ -69,7 +70,7 @@ class Coordinator:
     @classmethod
     async def start(cls, folder: Path, settings: str = "{}") -> Coordinator:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            *tether.command(sys.executable),
             "-c",
             _SERVE,
             str(folder),

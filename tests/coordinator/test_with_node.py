@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from lutetia.models.mixing.description import verify_mixture
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.manifest import AuditPolicy
+from tests.child_environment import child_environment
 from tests.coordinator.scripted_node import Coordinator, until
 from tests.coordinator.test_serve import make_run, up
 from tests.coordinator.tiny_data import clips, latent_spec
@@ -28,7 +28,7 @@ async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.sub
     arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu"]
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "lutetia.cli", *arguments, "--threads", str(threads), start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env=child_environment(OMP_NUM_THREADS=str(threads)),
     )  # fmt: skip
 
 

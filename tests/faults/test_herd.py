@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lutetia.system import tether
 from tests.faults.world.pair import Pair, owner
 from tests.faults.world.processes import relatives, say, until
 
@@ -36,7 +37,7 @@ async def test_twenty_peers_join_at_once(pair: Pair, tmp_path: Path) -> None:
     holder, _ = await pair.ready()
     herd = [
         await asyncio.create_subprocess_exec(
-            sys.executable, str(HERD), str(tmp_path / f"herd {number}"), pair.world.run.ticket, str(EACH),
+            *tether.command(sys.executable), str(HERD), str(tmp_path / f"herd {number}"), pair.world.run.ticket, str(EACH),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         for number in range(PROCESSES)

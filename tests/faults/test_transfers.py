@@ -21,6 +21,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from lutetia.system import tether
 from lutetia.system.errors import LutetiaError
 from tests.faults.world.processes import litter, relatives, until
 
@@ -43,7 +44,8 @@ class Market:
     async def provider(self, how: str = "well", store: BlobStore | None = None) -> Provider:
         number = len(self.processes)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(PROVIDER), str(self.folder / f"provider {number}"), str((store or self.good).root), how,
+            *tether.command(sys.executable), str(PROVIDER), str(self.folder / f"provider {number}"), str((store or self.good).root),
+            how,
             stdout=asyncio.subprocess.PIPE, env={**os.environ, "TMPDIR": str(self.folder / "tmp")},
         )  # fmt: skip
         self.processes.append(process)

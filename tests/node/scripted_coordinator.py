@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -25,6 +24,7 @@ from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 from lutetia.system.errors import LutetiaError
+from tests.child_environment import child_environment
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun
 
 
@@ -120,7 +120,7 @@ class DaemonProcess:
             process = await asyncio.create_subprocess_exec(
                 *prefix, sys.executable, "-m", "lutetia.cli", *arguments, "--device", "cpu", "--threads", "1", *flags,
                 stdout=output, stderr=output, start_new_session=True,
-                env={**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "LUTETIA_SAVE_EVERY": "0.2"},
+                env=child_environment(NO_COLOR="1", LUTETIA_SAVE_EVERY="0.2"),
             )  # fmt: skip
         return cls(process, state, log)
 

@@ -134,7 +134,8 @@ def test_a_demo_that_is_stopped_takes_its_processes_along(end: signal.Signals, t
     before = litter()
     command = [sys.executable, "-m", "lutetia.cli", "demo", "--preset", "tiny", "--out", tmp_path / "demo"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **CHILD},
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, 
+        env={**os.environ, **CHILD, "LUTETIA_PARENT": str(os.getpid())},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores Ctrl-C for us
     )  # fmt: skip
     assert process.stdout

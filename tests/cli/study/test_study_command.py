@@ -109,6 +109,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     home, out = tmp_path / "study", tmp_path / "out"
     arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LUTETIA_")}, "OMP_NUM_THREADS": "1"}
+    environment["LUTETIA_PARENT"] = str(os.getpid())
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as first:
         assert first.stderr is not None
         words = []

@@ -18,6 +18,7 @@ from lutetia.protocol.dht_records import publish
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.schema.records import CheckpointRecord, ProviderRecord
 from lutetia.protocol.schema.ticket import Ticket
+from tests.child_environment import child_environment
 from tests.coordinator.admin.test_upgrade_live import unaudited_run
 from tests.coordinator.scripted_node import Coordinator, Volunteer, joined, until
 from tests.coordinator.test_serve import published, up
@@ -25,7 +26,13 @@ from tests.coordinator.test_serve import published, up
 
 async def lutetia(*words: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "lutetia.cli", *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable,
+        "-m",
+        "lutetia.cli",
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=child_environment(),
     )
     output, _ = await process.communicate()
     return process.returncode or 0, output.decode()

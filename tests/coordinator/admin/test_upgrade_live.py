@@ -23,6 +23,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError, LutetiaError
+from tests.child_environment import child_environment
 from tests.coordinator.admin.test_rotate import check_signatures
 from tests.coordinator.scripted_node import Coordinator, free_port, until
 from tests.coordinator.test_serve import make_run, up
@@ -35,7 +36,7 @@ SETTINGS = json.dumps({"stitch": "end", "gallery": False})
 async def command(*words: str) -> tuple[int, dict[str, Any]]:
     """`lutetia … --json` in a process of its own: exit code and document."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "lutetia.cli", *words, "--json", stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "lutetia.cli", *words, "--json", stdout=asyncio.subprocess.PIPE, env=child_environment()
     )
     output, _ = await process.communicate()
     return process.returncode or 0, json.loads(output)

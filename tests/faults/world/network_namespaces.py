@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lutetia.system import tether
+
 WIRE = Path(__file__).with_name("wire.py")
 CLEAN: dict[str, Any] = {"delay": 0.0, "jitter": 0.0, "loss": 0.0, "rate": None, "cut": False, "dials": True}
 
@@ -102,7 +104,12 @@ async def network(*places: str, seed: int = 7) -> AsyncIterator[Network]:
             _ip("-n", name, "link", "set", "wire0", "up", "mtu", "1400")
             words += [name, f"10.77.0.{number}"]
         wire = await asyncio.create_subprocess_exec(
-            sys.executable, str(WIRE), str(seed), *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            *tether.command(sys.executable),
+            str(WIRE),
+            str(seed),
+            *words,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
         )
         assert wire.stdout
         assert await wire.stdout.readline(), "the wire did not start"

@@ -175,7 +175,8 @@ async def say(*arguments: str | Path, prefix: Sequence[str] = (), seconds: float
     clean = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     process = await asyncio.create_subprocess_exec(
         *prefix, sys.executable, "-m", "lutetia.cli", *map(str, arguments),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**clean, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, 
+        env={**clean, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "LUTETIA_PARENT": str(os.getpid())},
     )  # fmt: skip
     try:
         async with asyncio.timeout(seconds):

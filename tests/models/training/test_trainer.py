@@ -17,6 +17,7 @@ from lutetia.models.training.muon import Muon, orthogonalise
 from lutetia.models.training.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged, _Ahead, write_state, write_weights
 from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.system import tether
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from tests.child_environment import child_environment
 from tests.models.tiny_experts import WAN, toy_data, toy_manifest
@@ -36,7 +37,9 @@ def weights_bytes(trainer: ExpertTrainer, folder: Path) -> bytes:
 def child(folder: Path, optimizer: str, micro_batch: int) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(HERE / "trainer_process.py"), str(folder), optimizer, str(micro_batch)]
-    return subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*tether.command(command[0]), *command[1:]], env=child_environment(), stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.rpc.accepted_checkpoints import live_nodes, newest_of
 from lutetia.protocol.schema.records import acceptance_key
+from tests.child_environment import child_environment
 from tests.node.scripted_coordinator import DaemonProcess, ToyCoordinator, eventually, toy_coordinator
 from tests.node.tiny_run import COORDINATOR, TinyRun, make_run
 
@@ -69,7 +69,7 @@ async def test_copies_are_made_when_the_author_dies_and_can_be_fetched_without_a
 async def fetch_from(address: str, ticket: str, run: TinyRun, out: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "lutetia.cli", "swarm", "fetch", ticket, "--checkpoints", "--peer", address, "--out", str(out),
-        "--json", stdout=asyncio.subprocess.PIPE, env={**os.environ, "NO_COLOR": "1"},
+        "--json", stdout=asyncio.subprocess.PIPE, env=child_environment(NO_COLOR="1"),
     )  # fmt: skip
     output, _ = await process.communicate()
     assert process.returncode == 0, output
