@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
+FAST := tests/test_walls.py tests/test_docs.py tests/system tests/protocol/schema tests/protocol/blobs tests/protocol/rpc \
+	tests/protocol/test_claims.py tests/protocol/test_services.py tests/node/machine tests/node/services/test_standby_policy.py \
+	tests/node/runtime/test_replication_policy.py tests/node/test_settings.py tests/node/test_schedule.py \
+	tests/coordinator/acceptance tests/coordinator/ledger tests/coordinator/web tests/fuzz/test_round_trips.py \
+	tests/fuzz/test_claims_machine.py tests/simulation/test_shrink.py tests/simulation/test_swarm.py \
+	tests/models/experts tests/models/test_randomness.py
 
-.PHONY: demo test lint bench faults clean
+.PHONY: demo test test-fast lint bench faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The inner loop: decisions, documents and parsers, without a p2pd or a process of its own.
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(FAST) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Runs the command line in a process of its own."""
+"""Runs the command line in processes of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system import tether
+from tests.child_environment import child_environment
 
 Result = TypeVar("Result")
 
@@ -20,10 +24,35 @@ Result = TypeVar("Result")
 def lutetia(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`lutetia ARGUMENTS` with this interpreter, away from the caller's own LUTETIA_ variables."""
+    """`lutetia ARGUMENTS` in a process forked from one that has the imports done (see `tests.cli.fork_server`)."""
+    words = [str(word) for word in arguments]
+    server = _fork_server()
+    assert server.stdin
+    assert server.stdout
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = {
+            "arguments": words, "cwd": str(cwd or Path.cwd()), "seconds": timeout, "out": out.name, "err": err.name,
+            "environment": {**_environment(environment), "LUTETIA_PARENT": str(server.pid)},
+        }  # fmt: skip
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = json.loads(server.stdout.readline())["code"]
+        return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+@cache
+def _fork_server() -> subprocess.Popen[str]:
+    """One for this process, started when it is first needed. It ends when its stdin does, or when this process is killed."""
+    return subprocess.Popen(
+        [*tether.command(sys.executable), "-m", "tests.cli.fork_server"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(DIFFUSERS_VERBOSITY="error"),
+    )  # fmt: skip
+
+
+def fresh_lutetia(*arguments: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lutetia ARGUMENTS` by an interpreter of its own, imports included."""
     return subprocess.run(
         [sys.executable, "-m", "lutetia.cli", *map(str, arguments)],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True, env=_environment(environment),
+        timeout=timeout, capture_output=True, text=True, env=_environment(environment),
     )  # fmt: skip
 
 

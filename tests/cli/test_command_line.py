@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lutetia.protocol.schema.identity import Identity
-from tests.cli.command_runner import failure, lutetia, one_process, processor_time, ticket
+from tests.cli.command_runner import failure, fresh_lutetia, lutetia, one_process, processor_time, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",
@@ -25,7 +25,7 @@ HELP_SECONDS = 0.3
 
 
 def test_help_names_every_command_quickly() -> None:
-    run, seconds = processor_time(lambda: lutetia("--help"))
+    run, seconds = processor_time(lambda: fresh_lutetia("--help"))
     assert run.returncode == 0
     assert seconds < HELP_SECONDS, f"lutetia --help takes {seconds:.2f} s"
     for command in COMMANDS:

@@ -44,7 +44,8 @@ class Market:
     async def provider(self, how: str = "well", store: BlobStore | None = None) -> Provider:
         number = len(self.processes)
         process = await asyncio.create_subprocess_exec(
-            *tether.command(sys.executable), str(PROVIDER), str(self.folder / f"provider {number}"), str((store or self.good).root),
+            *tether.command(sys.executable), str(PROVIDER),
+            str(self.folder / f"provider {number}"), str((store or self.good).root),
             how,
             stdout=asyncio.subprocess.PIPE, env={**os.environ, "TMPDIR": str(self.folder / "tmp")},
         )  # fmt: skip

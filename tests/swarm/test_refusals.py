@@ -18,7 +18,7 @@ import pytest
 
 from lutetia.models.data.ingest.synthetic import make_clips
 from lutetia.protocol.schema.ticket import Ticket
-from tests.cli.command_runner import failure, lutetia, processor_time  # pyright: ignore[reportMissingImports]
+from tests.cli.command_runner import failure, fresh_lutetia, lutetia, processor_time  # pyright: ignore[reportMissingImports]
 from tests.swarm.leak_check import family, listening, litter
 from tests.swarm.processes import command, until
 
@@ -82,7 +82,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.mark.timeout(900)
 def test_the_thin_client_shows_the_swarm_within_two_seconds(site: Site) -> None:
-    run, seconds = processor_time(lambda: lutetia("swarm", "status", site.ticket, "--json"))
+    run, seconds = processor_time(lambda: fresh_lutetia("swarm", "status", site.ticket, "--json"))
     status = json.loads(run.stdout)
     assert [shard["state"] for shard in status["shards"]].count("unclaimed") == 2
     assert status["nodes"][0]["shard"] is not None
