@@ -12,7 +12,7 @@ from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.transport.base import RecordCheck, Transport
-from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.memory_transport.network import MemoryNetwork
 from tests.protocol.example_documents import manifest
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"

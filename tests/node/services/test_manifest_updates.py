@@ -15,7 +15,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.protocol.transport.base import Transport
-from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.memory_transport.network import MemoryNetwork
 from tests.node.runtime.test_tasks import NODE, Box
 from tests.node.scripted_coordinator import eventually
 from tests.node.tiny_run import OWNER, make_run

@@ -17,9 +17,9 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, OK, REQUEST_BYTES
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import IntegrityError, UnreachableError
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import DATA, REF, TABLE, Swarm, any_record, simulated
 
 

@@ -17,8 +17,8 @@ from lutetia.protocol.blobs import stream as blob_stream
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, MAX_STREAMS_PER_PEER, REQUEST_BYTES
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import DiskError
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import DATA, REF, TABLE, Swarm, any_record, simulated
 from tests.protocol.networks import Hivemind
 

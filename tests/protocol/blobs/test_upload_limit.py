@@ -12,8 +12,8 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import MAX_STREAMS, PIECE, STALL_TIMEOUT, TURN_TIMEOUT, AnswerSlots, RateLimit
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import UnreachableError
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import Swarm as Receivers
 from tests.protocol.blobs.transfers import any_record
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lutetia.protocol.transport.virtual_time import Deadlock, run_virtual
+from tests.memory_transport.virtual_time import Deadlock, run_virtual
 
 
 def test_an_hour_passes_at_once_and_in_order() -> None:

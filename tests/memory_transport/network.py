@@ -19,10 +19,10 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import RecordRefused
 from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
-from lutetia.protocol.transport.memory_stream import MemoryStream, Pipe
 from lutetia.protocol.transport.network_origin import origin_of
-from lutetia.protocol.transport.virtual_time import VirtualTimeLoop
 from lutetia.system.errors import IdentityError
+from tests.memory_transport.stream import MemoryStream, Pipe
+from tests.memory_transport.virtual_time import VirtualTimeLoop
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import pytest
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.memory_stream import WINDOW
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import IdentityError
+from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.stream import WINDOW
+from tests.memory_transport.virtual_time import run_virtual
 
 
 def any_record(key: str | None, subkey: str, value: bytes, expires: float) -> str:
