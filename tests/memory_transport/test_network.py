@@ -10,8 +10,9 @@ import pytest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
 from lutetia.system.errors import IdentityError
-from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.stream import WINDOW
+from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 
 

@@ -24,6 +24,7 @@ from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
 from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError, IdentityError
+from tests.memory_transport.network import MemoryNetwork
 from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, STRANGER, manifest
 from tests.protocol.networks import LOOPBACK, manifest_of_now
 
@@ -76,7 +77,7 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
     assert seen.owner == FIRST.public_key
     await second.close()
 
-    with pytest.raises(IdentityError, match="another box is online under this identity, at /ip4"):
+    with pytest.raises(IdentityError, match="another node is online under this identity, at /ip4"):
         await run.join(FIRST, "copy")
 
     await run.coordinator.close()
@@ -122,6 +123,28 @@ async def test_a_peer_that_does_not_introduce_itself_is_no_way_in(run: Run) -> N
     await run.coordinator.serve("/lutetia/hello/1", lambda stream: stream.write(b"\0\0\0\1x"))
     with pytest.raises(BootstrapError, match="introduces itself"):
         await run.join(FIRST, "first")
+
+
+async def test_joining_works_over_any_backend(tmp_path: Path) -> None:
+    """Over the memory transport: `joining` uses nothing but the `Transport` interface."""
+    network, described = MemoryNetwork(latency=0.001), manifest_of_now()
+    signed = SignedManifest.sign(described, OWNER)
+    coordinator = network.peer(COORDINATOR, record_check(described, time.time))
+    await serve_introduction(coordinator, lambda: signed)
+    ticket = Ticket(run=described.run_id, owner=described.owner, addresses=tuple(coordinator.addresses()))
+    joined, found = await join_swarm(FIRST, ticket, state_folder=tmp_path, start=network.start)
+    assert found == signed
+    assert await publish(joined, FIRST, node_record(FIRST, joined, described.run_id), 60)
+    ((seen, _),) = await read_records(coordinator, node_key(described.run_id, FIRST.public_key))
+    assert seen.owner == FIRST.public_key
+    await joined.close()
+    await coordinator.close()
+
+
+async def test_joining_through_dead_addresses_is_refused(tmp_path: Path) -> None:
+    ticket = ticket_of(manifest_of_now())
+    with pytest.raises(BootstrapError, match=f"{HERE}: .*could not be dialled"):
+        await join_swarm(FIRST, ticket, state_folder=tmp_path, start=MemoryNetwork(timeout=0.01).start)
 
 
 def ticket_of(described: Manifest) -> Ticket:

@@ -30,7 +30,8 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.records import NodeRecord, Record, RecordRefused, claim_key, seal
 from lutetia.protocol.transport.base import Stream
-from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
 

@@ -19,7 +19,8 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import CheckpointRecord
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest, make_record
-from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 
 MANIFEST = make_manifest()

@@ -11,7 +11,8 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 
 DATA = random.Random(5).randbytes(20 * CHUNK + 777)

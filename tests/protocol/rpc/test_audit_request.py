@@ -21,7 +21,8 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream
-from tests.memory_transport.network import MemoryNetwork, MemoryTransport
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 
 ANN, BOB = Identity.derived("ann"), Identity.derived("bob")

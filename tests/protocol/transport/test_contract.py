@@ -321,6 +321,35 @@ async def test_who_cannot_be_reached_is_a_connection_error(swarm: Swarm) -> None
             await swarm.anna.open_stream(swarm.ben.peer_id, "/test/nobody-speaks-this", swarm.ben.addresses())
 
 
+async def test_dialling_names_the_reason_for_each_address_that_failed(swarm: Swarm) -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.derived('nobody').peer_id}"
+    async with asyncio.timeout(120):
+        refused = await swarm.anna.dial_each([*swarm.ben.addresses(), dead])
+    assert list(refused) == [dead]
+    assert refused[dead]
+
+
+async def test_a_peer_without_a_double_finds_none(swarm: Swarm) -> None:
+    async with asyncio.timeout(120):
+        assert await swarm.anna.find_double(swarm.ben.addresses()) is None
+
+
+async def test_a_periodic_action_is_repeated_although_it_fails(swarm: Swarm) -> None:
+    dan, twice, count = await swarm.network.peer("dan", honest(swarm.run)), asyncio.Event(), 0
+
+    async def act() -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            twice.set()
+        raise ConnectionError("a peer is away")
+
+    dan.every(0.01, act)
+    async with asyncio.timeout(120):
+        await twice.wait()
+    await dan.close()
+
+
 async def test_a_closed_peer_is_gone(swarm: Swarm) -> None:
     protocol = fresh()
     dan = await swarm.network.peer("dan", honest(swarm.run))

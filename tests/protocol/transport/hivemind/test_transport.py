@@ -100,7 +100,7 @@ async def test_when_all_bootstraps_are_down_each_is_named_with_its_reason(tmp_pa
     text = str(caught.value)
     assert f"{refused}: connection refused" in text
     assert f"{wrong}: wrong peer id" in text
-    assert f"{deaf}: something answers there that is no peer of ours" in text
+    assert f"{deaf}: something answers there that is not a Lutetia peer" in text
     assert caught.value.code == 30
     await anna.close()
 
