@@ -10,7 +10,7 @@ import pytest
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import MANIFEST, serve_document
-from lutetia.protocol.rpc.manifest_sync import LiveManifest, tell_news
+from lutetia.protocol.rpc.manifest_sync import LiveManifest, announce_version
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
@@ -52,7 +52,7 @@ class Told:
 
     async def tell(self, peer: Transport, version: int) -> None:
         """And wait until nothing is being fetched."""
-        await tell_news(peer, version, NODE.peer_id)
+        await announce_version(peer, version, NODE.peer_id)
 
         async def quiet() -> bool:
             return not self.news._fetching.locked()

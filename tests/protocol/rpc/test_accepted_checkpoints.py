@@ -16,7 +16,14 @@ from lutetia.protocol.rpc.accepted_checkpoints import (
     read_accepted,
 )
 from lutetia.protocol.rpc.introduction import ask_document, serve_introduction
-from lutetia.protocol.rpc.manifest_sync import NEWS, LiveManifest, fetch_newer, read_news, tell_news, version_at
+from lutetia.protocol.rpc.manifest_sync import (
+    MANIFEST_UPDATE,
+    LiveManifest,
+    announce_version,
+    fetch_newer,
+    read_version,
+    version_at,
+)
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
@@ -110,11 +117,11 @@ async def test_news_of_a_version_are_followed_only_where_the_owner_signed_it():
     live, told = LiveManifest(SignedManifest.sign(first, OWNER)), []
 
     async def hear(stream: Stream) -> None:
-        told.append((stream.peer_id, await read_news(stream)))
+        told.append((stream.peer_id, await read_version(stream)))
 
-    await node.serve(NEWS, hear)
-    await tell_news(honest_one, 2, node.peer_id)
-    await tell_news(liar, 2**64 - 1, node.peer_id)
+    await node.serve(MANIFEST_UPDATE, hear)
+    await announce_version(honest_one, 2, node.peer_id)
+    await announce_version(liar, 2**64 - 1, node.peer_id)
     assert told == [(honest_one.peer_id, 2), (liar.peer_id, 2**64 - 1)]
     assert await version_at(node, honest_one.peer_id) == (first.run_id, 2)
     with pytest.raises(UpgradeRefused, match="checkpoint_samples"):
