@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from lutetia.protocol.async_helpers import to_its_end
+from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
@@ -69,7 +69,7 @@ class _Fetch:
         partial = await self._opened()
         try:
             await self._gather(partial)
-            return await to_its_end(asyncio.to_thread(self._store.finish, partial))
+            return await wait_for_thread(asyncio.to_thread(self._store.finish, partial))
         finally:
             partial.close()
 
@@ -78,7 +78,7 @@ class _Fetch:
         given_up = threading.Event()
         opening = asyncio.ensure_future(asyncio.to_thread(self._store.partial, self._ref, given_up))
         try:
-            return await to_its_end(opening, given_up)
+            return await wait_for_thread(opening, given_up)
         except asyncio.CancelledError:
             opening.add_done_callback(_close)
             raise

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lutetia.protocol.async_helpers import to_its_end
+from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.scheduler import DownloadPlan, Span
@@ -124,7 +124,7 @@ class DownloadWorker:
         table = ChunkTable.checked(self._transfer.ref, await client.table())
         if self._transfer.plan is None:
             # reserves room, which some file systems do slowly; whoever closes the transfer must not wait for that on the loop
-            await to_its_end(asyncio.to_thread(self._transfer.partial.set_table, table))
+            await wait_for_thread(asyncio.to_thread(self._transfer.partial.set_table, table))
         return self._transfer.plan or self._transfer.begin()
 
     def _next_span(self, plan: DownloadPlan) -> Span | None:

@@ -25,7 +25,7 @@ OnBytes = Callable[[int, int], None]
 """(bytes that arrived so far, bytes in all)"""
 
 
-def thin_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 20.0, on_bytes: OnBytes | None = None) -> None:
+def fetch_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 20.0, on_bytes: OnBytes | None = None) -> None:
     """Fetch every blob into its file from the first of the ticket's peers that has them; files are whole or absent.
 
     `timeout` seconds without progress count as a failure. Raises UnreachableError, naming each address with its reason, when no

@@ -24,7 +24,7 @@ class _Answer:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
+def fetch_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
     """What the first of the ticket's peers to answer sends on `protocol`; all are asked at once, each for `timeout` seconds.
 
     Raises BootstrapError, naming every address with its reason, when none answers.

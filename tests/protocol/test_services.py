@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lutetia.protocol.async_helpers import gather_quickly, heeding, to_its_end
+from lutetia.protocol.async_helpers import gather_quickly, keep_cancellation, wait_for_thread
 from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.peerstore import MAX_PEERS, Peerstore
 from lutetia.protocol.record_rules import record_check
@@ -161,7 +161,7 @@ async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTrans
     await publish(other, PEER, ours, 30)  # a copied key
     await publish(peer, PEER, ours, 30)
     assert len(complaints) == 1
-    assert "another box is online under this identity" in complaints[0]
+    assert "another node is online under this identity" in complaints[0]
 
 
 def checked(record: Record, author: Identity, expires: float = NOW + 30, **changes: Any) -> str:
@@ -251,7 +251,7 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
     async def call() -> int:
         return await asyncio.wait_for(answer, 60)
 
-    asking = asyncio.create_task(heeding(call()))
+    asking = asyncio.create_task(keep_cancellation(call()))
     await asyncio.sleep(0)
     answer.set_result(1)
     asking.cancel()
@@ -260,7 +260,7 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
 
 
 async def test_a_call_is_answered_when_nobody_cancels() -> None:
-    assert await heeding(asyncio.sleep(0, "answer")) == "answer"
+    assert await keep_cancellation(asyncio.sleep(0, "answer")) == "answer"
 
 
 async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> None:
@@ -273,7 +273,7 @@ async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> 
         going_on.wait(60)
         raise OSError("a full disk")
 
-    asking = asyncio.create_task(to_its_end(asyncio.to_thread(fails)))
+    asking = asyncio.create_task(wait_for_thread(asyncio.to_thread(fails)))
     await asyncio.to_thread(begun.wait, 60)
     asking.cancel()
     await asyncio.sleep(0)

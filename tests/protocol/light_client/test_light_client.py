@@ -26,13 +26,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 DOCUMENT = bytes(range(256)) * 1500
 ASK = """
 import json, resource, sys, time
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import LutetiaError
 ticket, protocol, limit = json.loads(sys.argv[1])
 answer = {}
 try:
-    answer["size"] = len(thin_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
+    answer["size"] = len(fetch_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
 except LutetiaError as error:
     answer["error"], answer["code"] = str(error), error.code
 answer["heavy"] = [name for name in ("hivemind", "torch", "aioquic.quic.connection", "httpx", "grpc") if name in sys.modules]
@@ -44,15 +44,15 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from lutetia.protocol.schema.manifest import BlobRef
-from lutetia.protocol.light_client.blobs import thin_blobs
+from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.schema.ticket import Ticket
 ticket, path, digest, size = json.loads(sys.argv[1])
-thin_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
+fetch_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
 """
 
 ORDER = """
 import json, sys
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.schema.ticket import Ticket
 dialled, late = [], []
 def heard(event, arguments):
@@ -62,7 +62,7 @@ def heard(event, arguments):
         late.append(arguments[0])
 sys.addaudithook(heard)
 ticket, protocol = json.loads(sys.argv[1])
-thin_document(Ticket.decode(ticket), protocol)
+fetch_document(Ticket.decode(ticket), protocol)
 libraries = ("libp2p", "noise", "cryptography", "lutetia")
 print(json.dumps([len(dialled), [name for name in late if name.partition(".")[0] in libraries]]))
 """

@@ -83,7 +83,7 @@ def test_values_that_make_no_sense_are_refused_by_name():
 def test_a_budget_below_what_is_accepted_is_refused():
     bigger = next_version(FIRST, {"samples_per_shard": 4 * FIRST.checkpoint_samples}, LATER)
     assert next_version(bigger, {"samples_per_shard": 3 * FIRST.checkpoint_samples}, LATER, accepted_epochs=3).epochs == 3
-    with pytest.raises(UpgradeRefused, match="accepted already") as caught:
+    with pytest.raises(UpgradeRefused, match="samples accepted already") as caught:
         next_version(bigger, {"samples_per_shard": 3 * FIRST.checkpoint_samples}, LATER, accepted_epochs=4)
     assert caught.value.reason == "budget"
 

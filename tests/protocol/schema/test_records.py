@@ -44,11 +44,11 @@ def test_only_the_owner_signs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_record_cannot_be_prolonged_or_filed_elsewhere(kind: str) -> None:
+def test_a_replayed_record_cannot_be_prolonged_or_moved(kind: str) -> None:
     data = sealed(kind)
     with pytest.raises(r.RecordRefused, match="signature"):
         opened(data, kind, expires=NOW + 31)
-    with pytest.raises(r.RecordRefused, match="filed under"):
+    with pytest.raises(r.RecordRefused, match="was stored under"):
         opened(data, kind, key=r.claim_key("cd" * 32, 3))
     with pytest.raises(r.RecordRefused, match="expired"):
         opened(data, kind, now=NOW + 30)
@@ -62,7 +62,7 @@ def test_a_record_belongs_under_its_owners_subkey() -> None:
 
 def test_nobody_but_a_coordinator_accepts() -> None:
     by_peer = records()["acceptance"].model_copy(update={"owner": PEER.public_key})
-    with pytest.raises(r.RecordRefused, match="no coordinator"):
+    with pytest.raises(r.RecordRefused, match="not a coordinator"):
         r.open_record(
             r.seal(by_peer, PEER, NOW + 30), key=by_peer.key(), subkey=PEER.public_key, expires=NOW + 30, now=NOW, limits=LIMITS,
             coordinators=COORDINATORS,

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgpack
 
-from lutetia.protocol.async_helpers import heeding
+from lutetia.protocol.async_helpers import keep_cancellation
 from lutetia.protocol.transport.base import RecordCheck, StoredValue
 from lutetia.protocol.transport.hivemind.bindings import (
     DHTID,
@@ -96,7 +96,7 @@ class HivemindDht:
     async def meet(self, peer_id: str) -> bool:
         """Ping a connected peer and exchange places with it. False when it does not answer (it then leaves the table)."""
         peer = PeerID.from_base58(peer_id)
-        node_id = await heeding(self._protocol.call_ping(peer, validate=False, strict=False))
+        node_id = await keep_cancellation(self._protocol.call_ping(peer, validate=False, strict=False))
         if node_id is None or node_id != place_of(peer):
             return False
         self._silent.forget(peer)
@@ -161,7 +161,7 @@ class HivemindDht:
         """The checked records that a peer shows under `key`, if any, and whom it names; None when it does not answer."""
         if self._silent.left_alone(peer, time.monotonic()):
             return None
-        answer = await heeding(self._protocol.call_find(peer, [key]))
+        answer = await keep_cancellation(self._protocol.call_find(peer, [key]))
         if not answer:
             self._silent.add(peer, time.monotonic())
             return None
