@@ -45,7 +45,7 @@ async def publish(
 
 
 async def read_records(transport: Transport, key: str) -> list[tuple[Record, float]]:
-    """The live records under `key` with their expiry (Unix seconds), by owner. Raises ConnectionError when this peer is offline."""
+    """The live records under `key` and their expiry in Unix seconds, by owner. Raises ConnectionError when offline."""
     stored = await transport.get(key)
     return [(read_envelope(stored[owner].value), stored[owner].expires) for owner in sorted(stored)]
 

@@ -190,7 +190,7 @@ def test_the_allowlist_is_kept() -> None:
 
 def test_a_shard_that_the_run_does_not_have_is_refused() -> None:
     record = records(PEER, RUN.run_id)["claim"].model_copy(update={"shard": 4})
-    with pytest.raises(RecordRefused, match="4 shards"):
+    with pytest.raises(RecordRefused, match="does not exist: the run has 4"):
         checked(record, PEER)
 
 

@@ -163,7 +163,7 @@ async def test_a_cut_transfer_goes_on_where_it_ended(swarm: Swarm) -> None:
         if done > 0.5 * total:
             swarm.network.kill(first)
 
-    with pytest.raises(UnreachableError, match="what is here is kept"):
+    with pytest.raises(UnreachableError, match="the bytes here are kept"):
         await swarm.fetch(on_progress=vanish)
     kept = swarm.arrived()
     assert TABLE.count // 2 <= kept < TABLE.count
@@ -334,7 +334,7 @@ async def test_more_providers_than_places_step_in_one_by_one(swarm: Swarm) -> No
 
 @simulated
 async def test_without_any_holder_the_error_names_each_provider(swarm: Swarm) -> None:
-    with pytest.raises(UnreachableError, match="nobody offers"):
+    with pytest.raises(UnreachableError, match="no peer offers"):
         await swarm.fetch()
     await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
     gone = Provider(Identity.derived("gone").peer_id)

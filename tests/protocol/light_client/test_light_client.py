@@ -119,7 +119,7 @@ async def test_each_address_is_named_with_its_reason(peer: HivemindTransport) ->
     answer = await ask(refused, wrong)
     assert answer["code"] == 30
     assert f"{refused}: connection refused" in answer["error"]
-    assert f"{wrong}: another peer than the address names answers there" in answer["error"]
+    assert f"{wrong}: a peer other than the address names answers there" in answer["error"]
 
 
 async def test_a_document_that_is_not_offered_or_too_large_is_refused(peer: HivemindTransport) -> None:
