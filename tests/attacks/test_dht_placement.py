@@ -19,10 +19,10 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import STRANGERS_AT_ONCE, NewcomerLimit, alternate, gives_way
-from lutetia.protocol.transport.hivemind.dht.lookup import DOUBTFUL, Lookup, run
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NEWCOMERS_AT_ONCE, NewcomerLimit, alternate, member_to_replace
+from lutetia.protocol.transport.hivemind.dht.lookup import SILENT_ALLOWED, Lookup, run_lookup
 from lutetia.protocol.transport.hivemind.dht.node import REPLICAS, SEARCH_WIDTH
-from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, place_of
+from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, position_of
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import anything, claim, manifest_of_now, network
 
@@ -37,11 +37,11 @@ def made_up(number: int) -> PeerID:
 
 def crowded_table(sybils: int, honest: int) -> DiverseRoutingTable:
     """First the made-up peers of one address, then honest ones of an address each."""
-    table = DiverseRoutingTable(place_of(made_up(-1)), BUCKET, SPLITS)
+    table = DiverseRoutingTable(position_of(made_up(-1)), BUCKET, SPLITS)
     for number in range(sybils + honest):
         peer = made_up(number)
-        table.origins[place_of(peer)] = SYBIL if number < sybils else f"198.51.100.{number - sybils}"
-        table.add_or_update_node(place_of(peer), peer)
+        table.origins[position_of(peer)] = SYBIL if number < sybils else f"198.51.100.{number - sybils}"
+        table.add_or_update_node(position_of(peer), peer)
     return table
 
 
@@ -56,7 +56,7 @@ def test_a_flood_from_one_address_takes_no_neighbour_from_others_and_no_memory()
 def test_a_table_of_one_address_is_hiveminds() -> None:
     """Who is in stays in, as Kademlia has it: a laboratory behind one address notices nothing."""
     table = crowded_table(400, 0)
-    first = {place_of(made_up(number)) for number in range(BUCKET)}
+    first = {position_of(made_up(number)) for number in range(BUCKET)}
     members = {member for bucket in table.buckets for member in bucket.nodes_to_peer_id}
     assert first <= members
     oldest = next(iter(members))
@@ -67,7 +67,7 @@ def test_a_table_of_one_address_is_hiveminds() -> None:
 
 @given(ORIGINS, st.sampled_from("abcd"))
 def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(members: list[str], origin: str) -> None:
-    leaves = gives_way(dict(enumerate(members)), origin)
+    leaves = member_to_replace(dict(enumerate(members)), origin)
     crowds = Counter(members)
     if leaves is None:
         assert max(crowds.values(), default=0) <= crowds[origin] + 1
@@ -91,12 +91,12 @@ def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[
 
 def test_the_door_lets_in_some_at_once_and_then_one_a_second_for_each_origin() -> None:
     door = NewcomerLimit()
-    assert sum(door.admits(SYBIL, 0.0) for _ in range(1000)) == STRANGERS_AT_ONCE
+    assert sum(door.admits(SYBIL, 0.0) for _ in range(1000)) == NEWCOMERS_AT_ONCE
     assert door.admits("198.51.100.7", 0.0)
     assert sum(door.admits(SYBIL, now / 10) for now in range(1, 601)) == 60
     for number in range(10_000):
         assert door.admits(f"198.51.100.{number}", 200.0 + number)
-    assert len(door._spent) <= 2 * STRANGERS_AT_ONCE + 1, "who has not come for a while is forgotten"
+    assert len(door._spent) <= 2 * NEWCOMERS_AT_ONCE + 1, "who has not come for a while is forgotten"
 
 
 async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
@@ -152,11 +152,11 @@ async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> Non
             return nearest(invented if node == liar else tables[node], key, 20)
 
         search = Lookup(key, SEARCH_WIDTH, {liar, *nearest(tables[storer], key, 20)} - {storer})
-        await run(search, ask)
+        await run_lookup(search, ask)
         found = search.nearest()
         assert set(found) <= set(peers)
         assert set(found[: REPLICAS + 1]) >= set(nearest([peer for peer in peers if peer != storer], key, REPLICAS))
-        assert silent <= DOUBTFUL + 1, "what he costs is bounded"
+        assert silent <= SILENT_ALLOWED + 1, "what he costs is bounded"
 
 
 async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search() -> None:
@@ -171,7 +171,7 @@ async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search(
     for _ in range(50):
         key = draw.getrandbits(160)
         search = Lookup(key, SEARCH_WIDTH, [peers[0]])
-        await run(search, ask)
+        await run_lookup(search, ask)
         assert set(search.nearest()) >= set(nearest(set(peers) - dead, key, REPLICAS)) & set(nearest(peers, key, 20))
 
 
@@ -184,7 +184,7 @@ async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> No
             return [1000 + node] if node < 200 else await asyncio.get_running_loop().create_future()
         return [200 + node]
 
-    await run(search := Lookup(0, 10, range(1, 20)), ask)
+    await run_lookup(search := Lookup(0, 10, range(1, 20)), ask)
     assert search.nearest() == list(range(1, 11))
     assert asyncio.get_running_loop().time() - at < 2
 
@@ -192,7 +192,7 @@ async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> No
 @pytest.mark.timeout(300)
 async def test_records_reach_honest_peers_past_a_real_liar_who_names_made_up_ones(tmp_path: Path) -> None:
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
-    invented = {place_of(peer): peer for peer in map(made_up, range(5000))}
+    invented = {position_of(peer): peer for peer in map(made_up, range(5000))}
 
     def nearest_invented(query_id: DHTID, k: int, exclude: DHTID | None = None) -> list[tuple[DHTID, PeerID]]:
         return [(DHTID(place), invented[DHTID(place)]) for place in nearest(invented, query_id, k)]
@@ -236,6 +236,6 @@ def nearest(peers: Collection[int], key: int, count: int) -> list[int]:
 
 
 def distance(key: str, peer_id: str) -> int:
-    away = DHTID.generate(source=key).xor_distance(place_of(PeerID.from_base58(peer_id)))
+    away = DHTID.generate(source=key).xor_distance(position_of(PeerID.from_base58(peer_id)))
     assert isinstance(away, int)
     return away

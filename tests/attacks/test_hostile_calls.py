@@ -17,7 +17,7 @@ import pytest
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID, dht_messages
 from lutetia.protocol.transport.hivemind.dht import rpc_server as answers
 from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
-from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, within
+from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, sample_within
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import manifest_of_now, network, until
 
@@ -170,10 +170,10 @@ def test_an_answer_that_cannot_hold_all_holds_some_by_chance() -> None:
     records = KeyRecords()
     for number in range(300):
         records.store(f"owner {number}", bytes(1000), time.time() + 100 + number)
-    chosen = [set(dict(within(records, 50_000)[0].items())) for _ in range(2)]
+    chosen = [set(dict(sample_within(records, 50_000)[0].items())) for _ in range(2)]
     assert all(40 < len(each) < 50 for each in chosen)
     assert chosen[0] != chosen[1]
-    everything, size = within(records, answers.ANSWER_BYTES)
+    everything, size = sample_within(records, answers.ANSWER_BYTES)
     assert len(dict(everything.items())) == 300
     assert 300_000 < size < answers.ANSWER_BYTES
     assert everything.latest_expiration_time == records.latest_expiration_time

@@ -85,7 +85,7 @@ class HivemindTransport(Transport):
         return list(self._addresses)
 
     def alive(self) -> bool:
-        return not self._closed and self._daemon.running and (self._dht is None or self._dht.speaks)
+        return not self._closed and self._daemon.running and (self._dht is None or self._dht.responsive)
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         dht = self._require_dht()

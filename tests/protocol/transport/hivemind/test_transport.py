@@ -26,10 +26,10 @@ from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport import reachability
 from lutetia.protocol.transport.hivemind import p2pd_process
 from lutetia.protocol.transport.hivemind.bindings import DHTID, DictionaryDHTValue, PeerID
-from lutetia.protocol.transport.hivemind.dht.node import _believable
-from lutetia.protocol.transport.hivemind.dht.routing_table import place_of
+from lutetia.protocol.transport.hivemind.dht.node import _plausible
+from lutetia.protocol.transport.hivemind.dht.routing_table import position_of
 from lutetia.protocol.transport.hivemind.dht.storage import merged
-from lutetia.protocol.transport.hivemind.p2pd_client import useful
+from lutetia.protocol.transport.hivemind.p2pd_client import outside_addresses
 from lutetia.protocol.transport.hivemind.p2pd_process import Reachability
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
 from lutetia.system.errors import BootstrapError, DiskError, IdentityError, UnreachableError
@@ -267,16 +267,16 @@ def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None
 
 def test_addresses_of_this_machine_alone_are_kept_to_itself() -> None:
     here, lan = ["/ip4/127.0.0.1/tcp/1/p2p/X", "/ip6/::1/tcp/1/p2p/X"], "/ip4/192.0.2.7/tcp/1/p2p/X"
-    assert useful([*here, lan]) == [lan]
-    assert useful(here) == here
+    assert outside_addresses([*here, lan]) == [lan]
+    assert outside_addresses(here) == here
 
 
 def test_neighbours_are_believed_only_where_they_belong() -> None:
     honest_peers = [PeerID.from_base58(Identity.derived(str(number)).peer_id) for number in range(60)]
-    named = {place_of(peer): peer for peer in honest_peers}
+    named = {position_of(peer): peer for peer in honest_peers}
     named[DHTID.generate(source=b"beside the key")] = PeerID.from_base58(NOBODY)
-    assert _believable(dict(reversed(named.items()))).keys() <= {place_of(peer) for peer in honest_peers}
-    assert len(_believable(named)) == 40
+    assert _plausible(dict(reversed(named.items()))).keys() <= {position_of(peer) for peer in honest_peers}
+    assert len(_plausible(named)) == 40
 
 
 def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
