@@ -53,8 +53,8 @@ async def read_records(transport: Transport, key: str) -> list[tuple[Record, flo
 async def _warn_of_double(transport: Transport, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
     """Log an error when the DHT holds a newer record under this identity than the one this node stored last."""
     stored = (await transport.get(key)).get(record.owner)
-    ours = expiries.get(key)  # read only now: this node may have published again during the lookup
-    if ours is not None and stored is not None and stored.expires > ours:
+    last = expiries.get(key)  # read only now: this node may have published again during the lookup
+    if last is not None and stored is not None and stored.expires > last:
         other = read_envelope(stored.value)
         log.error(
             "another node is online under this identity (it published %s); give every node its own identity, or both lose work",

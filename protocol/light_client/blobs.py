@@ -29,7 +29,7 @@ def fetch_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 
     """Fetch blobs from the first of the ticket's peers that has all of them. Files are whole or absent.
 
     Args:
-        ticket: Whom to ask.
+        ticket: The peers to ask.
         files: Which blob goes into which file.
         timeout: Seconds without progress after which a peer counts as failed.
         on_bytes: Called with (bytes arrived, bytes in all).

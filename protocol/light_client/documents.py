@@ -28,7 +28,7 @@ def fetch_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_by
     """Ask all peers of the ticket at once and return the first answer.
 
     Args:
-        ticket: Whom to ask.
+        ticket: The peers to ask.
         protocol: Name of the document's stream.
         timeout: Seconds for each peer.
         limit_bytes: Longest document that is accepted.

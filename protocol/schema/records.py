@@ -25,7 +25,7 @@ _SIGNING_DOMAIN = b"lutetia-record-1\n"
 NodeState = Literal["joining", "probing", "idle", "claiming", "syncing", "training", "publishing", "paused", "draining", "left"]
 Addresses = Annotated[tuple[Address, ...], Field(max_length=8)]
 PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{20,80}$")]
-Word = Annotated[str, Field(max_length=64)]
+ShortText = Annotated[str, Field(max_length=64)]
 
 
 class RecordRefused(LutetiaError):
@@ -46,8 +46,8 @@ class _Record(Frozen):
 class Hardware(Frozen):
     """The hardware that a node offers."""
 
-    device: Word = Field(description="Kind of device, for instance cpu or cuda")
-    name: Word = Field(default="", description="Model of the device, for people")
+    device: ShortText = Field(description="Kind of device, for instance cpu or cuda")
+    name: ShortText = Field(default="", description="Model of the device, for people")
     memory_bytes: int = Field(ge=0, description="Memory of the device in bytes")
     cores: int = Field(ge=1, description="CPU cores")
 
@@ -58,7 +58,7 @@ class TrainedWith(Frozen):
     device: Literal["cpu", "cuda", "mps", "other"] = Field(default="cpu", description="Kind of device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the forward and backward pass")
     micro_batch: int = Field(default=1, ge=1, description="Samples computed at once")
-    software: Word = Field(default="", description="Version of Lutetia; trust earned with one does not carry over to the next")
+    software: ShortText = Field(default="", description="Version of Lutetia; trust earned with one is lost with the next")
 
 
 class NodeRecord(_Record):
@@ -69,7 +69,7 @@ class NodeRecord(_Record):
     addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which it can be dialled")
     hardware: Hardware = Field(description="Its device")
     samples_per_second: float = Field(ge=0, description="Training speed in samples per second, as measured by itself; 0: unknown")
-    software: Word = Field(description="Version of Lutetia")
+    software: ShortText = Field(description="Version of Lutetia")
     state: NodeState = Field(description="What it is doing")
     shard: int | None = Field(default=None, ge=0, description="Index of the shard that it works on; null: none")
     operator: PublicKey | None = Field(

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.ledger_head import SignedHead
 from lutetia.protocol.schema.manifest import Digest, PublicKey
-from lutetia.protocol.schema.records import NodeState, Word
+from lutetia.protocol.schema.records import NodeState, ShortText
 from lutetia.protocol.schema.verdicts import CheckName
 
 MAX_STATUS_BYTES = 4 << 20
@@ -57,7 +57,7 @@ class NodeStatus(TolerantDocument):
     health: Literal["working", "starting", "standby", "paused", "overdue", "quarantined"] = Field(
         description="`working` only while its own results are being accepted in time (invariant I6)"
     )
-    device: Word = Field(description="Kind of device, for instance cpu or cuda")
+    device: ShortText = Field(description="Kind of device, for instance cpu or cuda")
     samples_per_second: float = Field(description="Training speed in samples per second, as measured by itself")
     shard: int | None = Field(default=None, description="Index of the shard that it holds; null: none")
     accepted: int = Field(default=0, description="Its accepted results")
@@ -65,7 +65,7 @@ class NodeStatus(TolerantDocument):
     last_accepted: float | None = Field(default=None, description="Time of its last acceptance in Unix seconds")
     last_seen: float = Field(description="When it made its newest record, in Unix seconds")
     relayed: bool = Field(default=False, description="Whether it can be reached only through a relay")
-    software: Word = Field(default="", description="Version of Lutetia")
+    software: ShortText = Field(default="", description="Version of Lutetia")
 
 
 class RouterStatus(TolerantDocument):

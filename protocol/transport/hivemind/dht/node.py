@@ -130,8 +130,8 @@ class HivemindDht:
         """The live records under `key` that pass the check. Of each subkey the one that expires last."""
         key_id = DHTID.generate(source=key)
         async with asyncio.timeout(SEARCH_TIMEOUT):
-            _, found = await self._search(key_id, SEARCH_WIDTH)
-        records = merged([self._protocol.kept(key_id), *found])
+            _, returned = await self._search(key_id, SEARCH_WIDTH)
+        records = merged([self._protocol.kept(key_id), *returned])
         for owner, value, expires in records.entries():
             if self._protocol.storage.is_newer(key_id, owner, expires):
                 self._protocol.cache.store_subkey(key_id, owner, value, expires)
@@ -147,7 +147,7 @@ class HivemindDht:
         """The peers nearest to `target` that answer, the nearest first, and the records that all asked peers returned."""
         table = self._protocol.routing_table
         peers = dict(table.get_nearest_neighbors(target, BUCKET_SIZE, exclude=self._protocol.node_id))
-        found: list[DictionaryDHTValue] = []
+        returned: list[DictionaryDHTValue] = []
 
         async def ask(position: int) -> Iterable[int] | None:
             node_id = DHTID(position)
@@ -156,13 +156,13 @@ class HivemindDht:
                 return None
             records, named = answer
             if records is not None:
-                found.append(records)
+                returned.append(records)
             peers.update(named)
             return named
 
         search = Lookup(target, width, peers)
         await run_lookup(search, ask)
-        return [peers[DHTID(position)] for position in search.nearest()], found
+        return [peers[DHTID(position)] for position in search.nearest()], returned
 
     async def _ask(self, peer: PeerID, key: DHTID) -> tuple[Any, dict[DHTID, PeerID]] | None:
         """The checked records that a peer returns for `key`, if any, and the peers it names. None when it does not answer."""
@@ -173,8 +173,8 @@ class HivemindDht:
             self._unresponsive.add(peer, time.monotonic())
             return None
         self._unresponsive.forget(peer)
-        returned, named = answer[key]
-        records = returned.value if returned and isinstance(returned.value, DictionaryDHTValue) else None
+        value, named = answer[key]
+        records = value.value if value and isinstance(value.value, DictionaryDHTValue) else None
         return records, {position: other for position, other in _plausible(named).items() if other != self._p2p.peer_id}
 
     async def _send_to(self, candidates: list[PeerID], key_id: DHTID, subkey: str, packed: bytes, expires: float) -> int:

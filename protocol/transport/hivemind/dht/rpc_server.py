@@ -86,15 +86,15 @@ class RpcServer(PlacementProtocol):
         """Answer with the records kept under each key and the known peers near it."""
         if len(request.keys) > MAX_KEYS_PER_FIND or len(set(request.keys)) < len(request.keys):
             raise ValueError(f"a call asks for at most {MAX_KEYS_PER_FIND} keys, each once")
-        keys, found, room = [DHTID.from_bytes(key) for key in request.keys], [], ANSWER_BYTES
+        keys, answer, room = [DHTID.from_bytes(key) for key in request.keys], [], ANSWER_BYTES
         await self._require_calls_left(context, len(keys))
         for key in keys:
             records, size = sample_within(self.kept(key), room)
             await self._require_calls_left(context, size / _BYTES_PER_CALL)
             room -= size
-            found.append(records)
+            answer.append(records)
         self._meet_caller(request, context)
-        results = [self._result(key, records, context) for key, records in zip(keys, found, strict=True)]
+        results = [self._result(key, records, context) for key, records in zip(keys, answer, strict=True)]
         return dht_messages.FindResponse(results=results, peer=self.node_info)
 
     async def rpc_store(self, request: Any, context: Any) -> Any:

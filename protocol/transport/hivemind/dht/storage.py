@@ -65,8 +65,8 @@ class RecordStorage(_CompactStorage, DHTLocalStorage):
         return stored
 
     def of(self, key: DHTID) -> KeyRecords | None:
-        found: Any = self.get(key)
-        return found.value if found else None
+        entry: Any = self.get(key)
+        return entry.value if entry else None
 
     def is_newer(self, key: DHTID, subkey: str, expires: float) -> bool:
         """Whether a record of that owner and expiry would replace the one held."""
