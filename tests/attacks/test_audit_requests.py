@@ -25,7 +25,7 @@ from tests.coordinator.acceptance import judge_driver
 from tests.coordinator.runtime.test_check_runner import StrawHands  # pyright: ignore[reportMissingImports]
 
 
-def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_minute() -> None:
+def test_audit_requests_of_one_origin_are_limited_for_a_minute() -> None:
     pace = RateWindow(per_minute=5)
     assert [pace.wait("203.0.113.5", second / 10) is None for second in range(8)] == [True] * 5 + [False] * 3
     assert pace.wait("203.0.113.5", 10.0) == pytest.approx(50.0)
@@ -47,7 +47,7 @@ def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditServic
 
 
 @pytest.mark.timeout(300)
-async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(tmp_path: Path) -> None:
+async def test_hostile_audit_requests_leave_others_served(tmp_path: Path) -> None:
     """Three identities at one address ask forty times at once, while another sends a giant and one holds streams open."""
 
     def ask(peer: Transport, name: str) -> asyncio.Task[AuditAnswer]:

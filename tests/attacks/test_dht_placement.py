@@ -45,7 +45,7 @@ def crowded_table(sybils: int, honest: int) -> DiverseRoutingTable:
     return table
 
 
-def test_a_flood_from_one_address_takes_no_neighbour_from_others_and_no_memory() -> None:
+def test_a_flood_of_one_origin_replaces_no_other_neighbour() -> None:
     sybils, honest = 20_000, 150
     table = crowded_table(sybils, honest)
     placed = Counter(table.origins[member] for bucket in table.buckets for member in bucket.nodes_to_peer_id)
@@ -53,7 +53,7 @@ def test_a_flood_from_one_address_takes_no_neighbour_from_others_and_no_memory()
     assert len(table.uid_to_peer_id) == len(table.peer_id_to_uid) == len(table.origins) <= 2 * BUCKET * len(table.buckets)
 
 
-def test_a_table_of_one_address_is_hiveminds() -> None:
+def test_a_table_of_one_origin_is_hiveminds() -> None:
     """Who is in stays in, as Kademlia has it: a laboratory behind one address notices nothing."""
     table = crowded_table(400, 0)
     first = {position_of(made_up(number)) for number in range(BUCKET)}
@@ -66,7 +66,7 @@ def test_a_table_of_one_address_is_hiveminds() -> None:
 
 
 @given(ORIGINS, st.sampled_from("abcd"))
-def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(members: list[str], origin: str) -> None:
+def test_only_the_most_frequent_origin_is_replaced(members: list[str], origin: str) -> None:
     leaves = member_to_replace(dict(enumerate(members)), origin)
     crowds = Counter(members)
     if leaves is None:
@@ -77,7 +77,7 @@ def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(me
 
 
 @given(ORIGINS)
-def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[str]) -> None:
+def test_origins_alternate(origins: list[str]) -> None:
     order = alternate(range(len(origins)), origins)
     assert sorted(order) == list(range(len(origins)))
     total = Counter(origins)
@@ -89,7 +89,7 @@ def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[
         assert mine == sorted(mine), "the nearest of each origin first"
 
 
-def test_the_door_lets_in_some_at_once_and_then_one_a_second_for_each_origin() -> None:
+def test_newcomers_of_an_origin_are_limited_in_rate() -> None:
     door = NewcomerLimit()
     assert sum(door.admits(SYBIL, 0.0) for _ in range(1000)) == NEWCOMERS_AT_ONCE
     assert door.admits("198.51.100.7", 0.0)
@@ -99,7 +99,7 @@ def test_the_door_lets_in_some_at_once_and_then_one_a_second_for_each_origin() -
     assert len(door._spent) <= 2 * NEWCOMERS_AT_ONCE + 1, "who has not come for a while is forgotten"
 
 
-async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
+async def test_origins_of_several_newcomers_cost_one_request() -> None:
     asked: list[float] = []
 
     async def ask() -> dict[str, str]:
@@ -117,7 +117,7 @@ async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_one_honest_replica_among_made_up_ones_nearer_to_the_key_keeps_the_record(tmp_path: Path) -> None:
+async def test_an_honest_replica_behind_made_up_ones_keeps_the_record(tmp_path: Path) -> None:
     """Real p2pd. The made-up peers answer that they keep nothing, and are as many as a record has replicas."""
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
     async with network(tmp_path, run) as start:
@@ -134,7 +134,7 @@ async def test_one_honest_replica_among_made_up_ones_nearer_to_the_key_keeps_the
 
 
 @pytest.mark.parametrize("honest", [15, 60, 200])
-async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> None:
+async def test_a_liar_that_names_made_up_peers_hides_no_key(honest: int) -> None:
     """He keeps many invented ids and names the nearest of them to whatever is sought. He needs to run none of them."""
     draw = random.Random(honest)
     peers = [draw.getrandbits(160) for _ in range(honest)]
@@ -159,7 +159,7 @@ async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> Non
         assert silent <= SILENT_ALLOWED + 1, "what he costs is bounded"
 
 
-async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search() -> None:
+async def test_dead_neighbours_do_not_end_a_lookup() -> None:
     """Half of the swarm has just died; a newcomer knows one peer only."""
     draw = random.Random(3)
     peers = [draw.getrandbits(160) for _ in range(60)]
@@ -175,7 +175,7 @@ async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search(
         assert set(search.nearest()) >= set(nearest(set(peers) - dead, key, REPLICAS)) & set(nearest(peers, key, 20))
 
 
-async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> None:
+async def test_a_lookup_with_enough_answers_ends() -> None:
     """Somebody names peers at addresses that swallow every dial."""
     at = asyncio.get_running_loop().time()
 
@@ -190,7 +190,7 @@ async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> No
 
 
 @pytest.mark.timeout(300)
-async def test_records_reach_honest_peers_past_a_real_liar_who_names_made_up_ones(tmp_path: Path) -> None:
+async def test_records_reach_honest_peers_despite_a_real_liar(tmp_path: Path) -> None:
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
     invented = {position_of(peer): peer for peer in map(made_up, range(5000))}
 
@@ -218,7 +218,7 @@ async def until_neighbours(peer: HivemindTransport, others: list[HivemindTranspo
         assert await other._dht.meet(peer.peer_id)
 
 
-async def test_the_origins_of_all_candidates_cost_one_question() -> None:
+async def test_origins_of_all_candidates_cost_one_request() -> None:
     asked: list[float] = []
 
     async def ask() -> dict[str, str]:

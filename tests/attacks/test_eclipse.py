@@ -52,7 +52,7 @@ def ticket(run: Manifest, addresses: list[str]) -> Ticket:
 
 
 @pytest.mark.timeout(900)
-async def test_one_honest_peer_among_liars_is_enough_and_liars_alone_deceive_nobody(tmp_path: Path) -> None:
+async def test_one_honest_peer_among_liars_is_enough(tmp_path: Path) -> None:
     run = manifest_of_now()
     async with network(tmp_path, run) as start:
         false = await liars(start, run)
@@ -81,7 +81,7 @@ async def test_one_honest_peer_among_liars_is_enough_and_liars_alone_deceive_nob
 
 
 @pytest.mark.timeout(900)
-async def test_a_poisoned_cache_of_peers_costs_time_and_nothing_else(tmp_path: Path) -> None:
+async def test_a_poisoned_peerstore_costs_only_time(tmp_path: Path) -> None:
     """It names hosts that cannot be, dead ones, and a peer of another run, who is asked and not believed."""
     run = manifest_of_now()
     other = manifest_of_now(name="another run")

@@ -31,7 +31,7 @@ from tests.coordinator.acceptance import judge_driver
         ("", ""),
     ],
 )
-def test_an_origin_is_what_one_line_is_given(address: str, origin: str) -> None:
+def test_an_origin_is_an_ipv4_address_or_a_64_prefix(address: str, origin: str) -> None:
     assert origin_of(address) == origin
 
 
@@ -55,7 +55,7 @@ async def _listen(stream: Stream) -> None:
     await stream.read_exactly(1)
 
 
-async def test_a_thousand_silent_identities_behind_one_address_leave_room_for_others() -> None:
+async def test_silent_peers_of_one_origin_leave_room_for_others() -> None:
     tasks = HandlerTasks(limit=64)
     swarm = [Waiting(f"sybil {number}", "203.0.113.5") for number in range(1000)]
     assert sum(tasks.start("/x/1", _listen, stream) for stream in swarm) == 32
@@ -69,7 +69,7 @@ async def test_a_thousand_silent_identities_behind_one_address_leave_room_for_ot
     await tasks.close()
 
 
-async def test_real_streams_know_their_origin_and_a_crowd_of_peers_gets_half_of_the_blob_places(
+async def test_peers_of_one_origin_get_half_of_the_blob_streams(
     tmp_path: Path,
 ) -> None:
     """Four identities on one address hold all the places that it may have; the fifth is told that the provider is busy."""
@@ -95,7 +95,7 @@ async def test_real_streams_know_their_origin_and_a_crowd_of_peers_gets_half_of_
         assert fetched.read_bytes() == b"x" * 1000
 
 
-def test_a_crowd_behind_one_address_shares_its_places_before_the_judge() -> None:
+def test_peers_of_one_origin_share_its_places_at_the_judge() -> None:
     admission = Admission(offers_per_minute=20, undecided=3)
     crowd = [f"sybil {number}" for number in range(10)]
     waiting: set[str] = set()
@@ -108,7 +108,7 @@ def test_a_crowd_behind_one_address_shares_its_places_before_the_judge() -> None
     assert admission.refusal("sybil 9", "203.0.113.5", set(), 2.0) is None  # decided results give their places back
 
 
-def test_offers_from_one_address_are_limited_and_forgotten_after_a_minute() -> None:
+def test_offers_of_one_origin_are_limited_for_a_minute() -> None:
     admission = Admission(offers_per_minute=20, undecided=8)
     replies = [admission.refusal(f"peer {number}", "203.0.113.5", set(), number / 10) for number in range(50)]
     assert [reply is None for reply in replies] == [True] * 20 + [False] * 30
@@ -121,7 +121,7 @@ def test_offers_from_one_address_are_limited_and_forgotten_after_a_minute() -> N
     assert len(admission._origins) <= 4096
 
 
-def test_records_in_the_dht_never_take_all_the_places_of_a_shard() -> None:
+def test_dht_records_leave_places_of_a_shard_free() -> None:
     court = judge_driver.court(limits=False, rules={"candidates_per_shard": 8})
     crowd = [Identity.derived(f"sybil {number}") for number in range(20)]
     for peer in crowd:

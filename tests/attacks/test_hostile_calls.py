@@ -57,7 +57,7 @@ def keep(peer: HivemindTransport, key: str, owner: str, size: int) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_a_call_for_thousands_of_keys_is_refused_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_call_for_thousands_of_keys_is_refused(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -74,7 +74,7 @@ async def test_a_call_for_thousands_of_keys_is_refused_at_once_and_leaves_nothin
 
 
 @pytest.mark.timeout(300)
-async def test_calls_that_are_taken_back_leave_nothing(tmp_path: Path) -> None:
+async def test_cancelled_calls_leave_nothing(tmp_path: Path) -> None:
     """A ping that asks to be called back, by a caller who does not wait, and a find that waits for p2pd."""
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
@@ -95,7 +95,7 @@ async def test_calls_that_are_taken_back_leave_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_a_key_with_more_records_than_fit_into_a_message_can_be_read(tmp_path: Path) -> None:
+async def test_a_key_with_too_many_records_for_a_message_is_readable(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         replica = await start("replica", check=by_value)
         reader = await start("reader", check=by_value, bootstrap=replica.addresses())
@@ -108,7 +108,7 @@ async def test_a_key_with_more_records_than_fit_into_a_message_can_be_read(tmp_p
 
 
 @pytest.mark.timeout(300)
-async def test_who_keeps_more_than_fits_into_a_message_still_has_newcomers_as_neighbours(tmp_path: Path) -> None:
+async def test_a_full_replica_still_admits_newcomers(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         full = await start("full", check=by_value)
         for number in range(6000):
@@ -120,7 +120,7 @@ async def test_who_keeps_more_than_fits_into_a_message_still_has_newcomers_as_ne
         assert await full.neighbours() == [newcomer.peer_id]
 
 
-async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_path: Path) -> None:
+async def test_calls_are_limited_per_origin(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -145,7 +145,7 @@ async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_p
         assert len((await call(honest, victim, "rpc_ping", ping, dht_messages.PingResponse, 10.0)).peer.node_id) == 20
 
 
-async def test_a_refused_call_is_refused_before_anything_is_looked_up(tmp_path: Path) -> None:
+async def test_a_refused_call_looks_nothing_up(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -166,7 +166,7 @@ async def test_a_refused_call_is_refused_before_anything_is_looked_up(tmp_path: 
         assert len(looked) == answers.MAX_KEYS_PER_FIND
 
 
-def test_an_answer_that_cannot_hold_all_holds_some_by_chance() -> None:
+def test_an_answer_without_room_for_all_holds_random_records() -> None:
     records = KeyRecords()
     for number in range(300):
         records.store(f"owner {number}", bytes(1000), time.time() + 100 + number)

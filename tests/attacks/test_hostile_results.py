@@ -48,14 +48,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
 
 
 @pytest.mark.parametrize(("name", "rung"), STOPPED.items())
-async def test_the_ladder_stops_it(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
+async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
     stage, parent = scene
     verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
     assert (verdict.outcome, verdict.rung) == ("invalid", rung), verdict.text
 
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])
-async def test_what_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
+async def test_a_fake_that_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
     """The held-out loss cannot tell it from honest work; a replay can, of the first steps or else of the whole epoch."""
     stage, parent = scene
     result = stage.lab.publish(LIES[name](stage))
@@ -75,7 +75,7 @@ async def test_what_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict],
     ],
     ids=str,
 )
-async def test_an_honest_box_of_any_kind_passes_every_judge(setting: Honest, tmp_path: Path) -> None:
+async def test_an_honest_result_of_any_device_passes(setting: Honest, tmp_path: Path) -> None:
     lab, parent, parent_loss = Lab(tmp_path, setting), None, None
     for _ in range(2):
         result, _ = lab.honest(parent)

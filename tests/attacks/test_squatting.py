@@ -49,7 +49,7 @@ class Reader:
         return without_stalled(self.seen, view, STANDBY, TENURE, INTERVAL, self.now)
 
 
-def test_who_holds_a_shard_and_does_nothing_is_passed_over_after_two_tenures() -> None:
+def test_an_idle_claim_is_ignored_after_two_tenures() -> None:
     reader = Reader({})
     while free_shards([reader.sees(claim(SQUATTER, 0, reader.now + 60))], 9, reader.now) == []:
         assert reader.now - START < 10 * TENURE
@@ -57,7 +57,7 @@ def test_who_holds_a_shard_and_does_nothing_is_passed_over_after_two_tenures() -
     assert IDLE * TENURE < held <= IDLE * TENURE + 3 * 3 * HEARTBEAT
 
 
-def test_who_lies_about_its_samples_is_passed_over_at_the_slowest_pace_that_is_borne() -> None:
+def test_a_claim_that_lies_about_samples_is_ignored_in_the_end() -> None:
     """It reports one sample more at every heartbeat: nobody can tell that from a slow box, until far too long has passed."""
     reader, samples = Reader({}), 0
     while free_shards([reader.sees(claim(SQUATTER, samples, reader.now + 60))], 9, reader.now) == []:
@@ -66,7 +66,7 @@ def test_who_lies_about_its_samples_is_passed_over_at_the_slowest_pace_that_is_b
     assert SLOWEST * TENURE < reader.now - START <= SLOWEST * TENURE + 3 * 3 * HEARTBEAT
 
 
-def test_who_says_that_its_epoch_is_whole_gets_the_longer_time_only() -> None:
+def test_a_claim_with_a_whole_epoch_gets_the_longer_time() -> None:
     """While the coordinator is down honest peers wait with whole epochs; they keep their shards, and a liar does for a while."""
     reader = Reader({})
     while reader.now - START < SLOWEST * TENURE - 100:
@@ -82,7 +82,7 @@ def test_who_says_that_its_epoch_is_whole_gets_the_longer_time_only() -> None:
     st.floats(20.0, 100.0),
     st.integers(0, 2**32),
 )
-def test_nobody_who_works_is_passed_over(paces: list[float], look: float, seed: int) -> None:
+def test_a_working_claim_is_never_ignored(paces: list[float], look: float, seed: int) -> None:
     """Honest peers of any speed, one after another, until each has had an epoch accepted: no look ever finds the shard free."""
     reader, acceptance = Reader({}), None
     for epoch, pace in enumerate(paces):
@@ -96,7 +96,7 @@ def test_nobody_who_works_is_passed_over(paces: list[float], look: float, seed: 
         acceptance = accepted(epoch + 1, owner, reader.now)
 
 
-def test_who_did_not_look_for_a_while_judges_nobody() -> None:
+def test_a_reader_with_a_gap_ignores_no_claim() -> None:
     """A laptop that slept for a week has not seen anybody do nothing."""
     reader = Reader({})
     reader.sees(claim(HONEST, 10, reader.now + 60))
@@ -114,7 +114,7 @@ def test_another_owners_acceptance_does_not_help_the_squatter() -> None:
     assert shard_owner(RUN, view, reader.now) == HONEST
 
 
-def test_a_standby_takes_the_shard_of_a_squatter_and_keeps_it() -> None:
+def test_a_standby_takes_a_squatters_shard_and_keeps_it() -> None:
     """The whole machine of a node: it stands by, passes the squatter over when the time has come, claims, syncs, and stays."""
     rules = NodeRules(RUN, STANDBY, shards=1, epochs=9, heartbeat=HEARTBEAT, propagation=1.0, tenure=TENURE, interval=INTERVAL)
     state, now, own = MachineState(), START, None

@@ -33,7 +33,7 @@ def in_simulation(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 
 
 @in_simulation
-async def test_records_live_in_their_own_half_of_a_partition_and_meet_after_it() -> None:
+async def test_records_stay_in_their_half_of_a_partition() -> None:
     network = MemoryNetwork()
     peers = peers_of(network, 12)
     left, right = peers[:6], peers[6:]
@@ -50,7 +50,7 @@ async def test_records_live_in_their_own_half_of_a_partition_and_meet_after_it()
 
 
 @in_simulation
-async def test_records_survive_the_death_of_half_the_peers_and_then_expire() -> None:
+async def test_records_survive_dead_replicas_and_expire() -> None:
     network = MemoryNetwork(seed=3)
     peers = peers_of(network, 10)
     until = network.now() + 60

@@ -67,7 +67,7 @@ def fetch_again(store: BlobStore, ref: BlobRef, data: bytes) -> None:
 
 
 @needs_strace
-def test_the_blob_store_survives_a_power_loss_at_any_moment(tmp_path: Path):
+def test_the_blob_store_survives_a_power_loss(tmp_path: Path):
     calls = record(STORE, tmp_path / "root")
     assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check_store) > 60
 
@@ -93,7 +93,7 @@ for number in (1, 2):
 
 
 @needs_strace
-def test_small_files_are_the_old_or_the_new_ones(tmp_path: Path):
+def test_a_small_file_is_old_or_new_after_a_power_loss(tmp_path: Path):
     first = SignedManifest.sign(manifest(), OWNER)
     second = SignedManifest.sign(next_version(first.manifest, {"holdout_tolerance": 0.5}, NOW), OWNER)
     words = [signed.to_bytes().decode() for signed in (first, second)]

@@ -55,7 +55,7 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
 
 
 @simulated
-async def test_a_document_is_made_when_it_is_asked_for(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_a_document_is_made_at_each_request(peer: MemoryTransport, other: MemoryTransport) -> None:
     await serve_document(peer, "/test/time", lambda: str(peer.now()).encode())
     first = await ask_document(other, peer.peer_id, "/test/time")
     await asyncio.sleep(5)
@@ -105,7 +105,7 @@ async def test_a_peer_introduces_itself(peer: MemoryTransport, other: MemoryTran
 
 
 @simulated
-async def test_records_are_published_and_read_in_the_order_of_their_owners(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_records_are_read_in_the_order_of_their_owners(peer: MemoryTransport, other: MemoryTransport) -> None:
     for author, transport in ((PEER, peer), (STRANGER, other)):
         assert await publish(transport, author, records(author, RUN.run_id)["claim"], 30)
     found = await read_records(other, claim_key(RUN.run_id, 3))
@@ -123,7 +123,7 @@ async def test_each_publication_replaces_the_one_before(peer: MemoryTransport, o
 
 
 @pytest.mark.parametrize("jump", [20.0, 3600.0])
-def test_a_clock_that_jumped_ahead_and_back_silences_nobody(jump: float) -> None:
+def test_records_are_stored_after_a_clock_jumped_and_returned(jump: float) -> None:
     """What was sealed meanwhile stays in the box itself, and is refused by all others."""
 
     @simulated
@@ -148,7 +148,7 @@ def test_a_clock_that_jumped_ahead_and_back_silences_nobody(jump: float) -> None
 
 
 @simulated
-async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_another_node_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
     complaints: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: complaints.append(record.getMessage())
@@ -169,7 +169,7 @@ def checked(record: Record, author: Identity, expires: float = NOW + 30, **chang
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_this_run_passes_and_of_another_run_does_not(kind: str) -> None:
+def test_only_records_of_this_run_pass(kind: str) -> None:
     author = COORDINATOR if kind == "acceptance" else PEER
     record = records(PEER, RUN.run_id)[kind]
     assert checked(record, author) == record.key()
@@ -177,7 +177,7 @@ def test_every_kind_of_this_run_passes_and_of_another_run_does_not(kind: str) ->
         checked(records()[kind], author)
 
 
-def test_the_allowlist_is_kept() -> None:
+def test_an_owner_off_the_allowlist_is_refused() -> None:
     guarded = manifest(4, allowlist=(PEER.public_key,))
     check = record_check(guarded, lambda: NOW)
     for author, kind in ((PEER, "claim"), (COORDINATOR, "acceptance")):
@@ -195,7 +195,7 @@ def test_a_shard_that_the_run_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["node", "checkpoint", "provider"])
-def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
+def test_a_record_that_names_another_peer_is_refused(kind: str) -> None:
     record = records(PEER, RUN.run_id)[kind]
     for changes in (
         {"peer_id": STRANGER.peer_id},
@@ -205,7 +205,7 @@ def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
             checked(record.model_copy(update=changes), PEER)
 
 
-def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
+def test_the_peerstore_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
     cache = Peerstore(tmp_path / "peers.json")
     assert cache.load() == []
     addresses = [
@@ -226,7 +226,7 @@ def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> 
     assert cache.load() == list(node.addresses)
 
 
-def test_the_quick_do_not_wait_for_the_slow() -> None:
+def test_gathering_does_not_wait_for_slow_calls() -> None:
     async def after(seconds: float) -> float:
         await asyncio.sleep(seconds)
         return seconds
@@ -244,7 +244,7 @@ def test_the_quick_do_not_wait_for_the_slow() -> None:
     assert took == pytest.approx(2.0)
 
 
-async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
+async def test_a_cancellation_with_the_result_is_not_lost() -> None:
     """What hivemind's calls do in Python 3.11: `wait_for` returns the result and forgets that the task is to end."""
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -259,11 +259,11 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
         await asking
 
 
-async def test_a_call_is_answered_when_nobody_cancels() -> None:
+async def test_a_call_without_cancellation_returns_its_result() -> None:
     assert await keep_cancellation(asyncio.sleep(0, "answer")) == "answer"
 
 
-async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> None:
+async def test_errors_of_an_abandoned_thread_are_dropped() -> None:
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     begun, going_on = threading.Event(), threading.Event()

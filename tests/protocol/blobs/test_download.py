@@ -40,7 +40,7 @@ async def test_a_blob_arrives_from_four_peers_faster_than_from_one(swarm: Swarm)
 
 
 @simulated
-async def test_a_blob_that_is_here_is_not_fetched_and_an_empty_one_costs_nothing(swarm: Swarm) -> None:
+async def test_a_held_or_empty_blob_is_not_fetched(swarm: Swarm) -> None:
     swarm.store.add_bytes(DATA)
     assert (await swarm.fetch()).read_bytes() == DATA
     empty = swarm.source.add_bytes(b"")
@@ -70,14 +70,14 @@ def damaged(swarm: Swarm, *chunks: int) -> BlobStore:
 
 
 @simulated
-async def test_one_flipped_chunk_costs_its_sender_the_place_and_nothing_else(swarm: Swarm) -> None:
+async def test_a_provider_of_a_wrong_chunk_is_replaced(swarm: Swarm) -> None:
     await swarm.holder(store=damaged(swarm, *range(TABLE.count)))
     await swarm.holder()
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
 @simulated
-async def test_when_all_lie_the_error_says_so_and_the_good_chunks_stay(swarm: Swarm) -> None:
+async def test_all_providers_wrong_is_an_error_and_good_chunks_stay(swarm: Swarm) -> None:
     await swarm.holder(store=damaged(swarm, 7))
     await swarm.holder(store=damaged(swarm, 7))
     with pytest.raises(IntegrityError, match="chunk 7"):
@@ -109,7 +109,7 @@ async def counted(swarm: Swarm) -> Callable[[], int]:
 
 
 @simulated
-async def test_a_table_that_lies_costs_the_liar_its_place(swarm: Swarm) -> None:
+async def test_a_provider_of_a_wrong_table_is_replaced(swarm: Swarm) -> None:
     liar = await swarm.holder()
 
     async def lie(stream: Stream) -> None:
@@ -156,7 +156,7 @@ async def test_a_provider_that_vanishes_at_the_end_is_replaced(swarm: Swarm) -> 
 
 
 @simulated
-async def test_a_cut_transfer_goes_on_where_it_ended(swarm: Swarm) -> None:
+async def test_an_interrupted_transfer_continues(swarm: Swarm) -> None:
     first = await swarm.holder()
 
     def vanish(done: int, total: int) -> None:
@@ -175,7 +175,7 @@ async def test_a_cut_transfer_goes_on_where_it_ended(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_a_cancelled_transfer_can_be_taken_up(swarm: Swarm) -> None:
+async def test_a_cancelled_transfer_continues(swarm: Swarm) -> None:
     await swarm.holder(rate=4 << 20)
     task = asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(3)
@@ -186,9 +186,7 @@ async def test_a_cancelled_transfer_can_be_taken_up(swarm: Swarm) -> None:
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
-async def test_a_transfer_cancelled_while_it_hashes_what_arrived_lets_go_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_transfer_cancelled_while_hashing_closes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of gigabytes that takes many seconds, in a thread that no cancellation reaches. In real time: threads are inline else."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
@@ -222,9 +220,7 @@ async def test_a_transfer_cancelled_while_it_hashes_what_arrived_lets_go_of_it(
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
-async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_transfer_cancelled_while_storing_ends_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or whoever fetches it next goes on in a file that is being moved away."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
@@ -251,9 +247,7 @@ async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
     assert list(swarm.store.partial_folder.iterdir()) == []
 
 
-async def test_a_transfer_cancelled_while_its_room_is_reserved_leaves_the_loop_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_transfer_cancelled_while_reserving_frees_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems reserve by writing zeros."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
@@ -277,7 +271,7 @@ async def test_a_transfer_cancelled_while_its_room_is_reserved_leaves_the_loop_f
 
 
 @simulated
-async def test_who_comes_while_a_cancelled_transfer_ends_waits_for_that(swarm: Swarm) -> None:
+async def test_a_call_waits_for_the_end_of_a_cancelled_transfer(swarm: Swarm) -> None:
     await swarm.holder()
     leaving = asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(1)
@@ -288,7 +282,7 @@ async def test_who_comes_while_a_cancelled_transfer_ends_waits_for_that(swarm: S
 
 
 @simulated
-async def test_blobs_that_nobody_serves_take_no_room(swarm: Swarm) -> None:
+async def test_a_blob_without_provider_takes_no_space(swarm: Swarm) -> None:
     await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
     for _ in range(3):
         with pytest.raises(UnreachableError):
@@ -297,7 +291,7 @@ async def test_blobs_that_nobody_serves_take_no_room(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_nobody_waits_for_a_crawling_provider(swarm: Swarm) -> None:
+async def test_a_very_slow_provider_is_overtaken(swarm: Swarm) -> None:
     await swarm.holder(rate=40 << 10)  # would take nine minutes
     await swarm.holder(rate=2 << 20)
     start = swarm.network.now()
@@ -306,7 +300,7 @@ async def test_nobody_waits_for_a_crawling_provider(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_a_provider_that_trickles_has_stalled(swarm: Swarm) -> None:
+async def test_a_trickling_provider_counts_as_stalled(swarm: Swarm) -> None:
     await swarm.holder(rate=1 << 10)
     start = swarm.network.now()
     with pytest.raises(UnreachableError, match="stalled"):
@@ -325,7 +319,7 @@ async def test_a_silent_provider_does_not_hold_up_the_table(swarm: Swarm) -> Non
 
 
 @simulated
-async def test_more_providers_than_places_step_in_one_by_one(swarm: Swarm) -> None:
+async def test_further_providers_replace_failed_ones(swarm: Swarm) -> None:
     for _ in range(6):
         await swarm.holder(store=damaged(swarm, *range(TABLE.count)))
     await swarm.holder()
@@ -333,7 +327,7 @@ async def test_more_providers_than_places_step_in_one_by_one(swarm: Swarm) -> No
 
 
 @simulated
-async def test_without_any_holder_the_error_names_each_provider(swarm: Swarm) -> None:
+async def test_an_absent_blob_is_an_error_that_names_each_provider(swarm: Swarm) -> None:
     with pytest.raises(UnreachableError, match="no peer offers"):
         await swarm.fetch()
     await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
@@ -351,7 +345,7 @@ async def test_two_callers_share_one_transfer(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_one_caller_leaving_does_not_end_the_transfer_for_the_other(swarm: Swarm) -> None:
+async def test_a_leaving_caller_does_not_end_a_shared_transfer(swarm: Swarm) -> None:
     await swarm.holder()
     leaving, staying = asyncio.ensure_future(swarm.fetch()), asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(1)
@@ -360,7 +354,7 @@ async def test_one_caller_leaving_does_not_end_the_transfer_for_the_other(swarm:
 
 
 @simulated
-async def test_packet_loss_and_jitter_slow_it_but_do_not_break_it(swarm: Swarm) -> None:
+async def test_packet_loss_and_jitter_do_not_break_a_transfer(swarm: Swarm) -> None:
     swarm.network = MemoryNetwork(seed=3, latency=lambda rng, a, b: rng.uniform(0.0, 0.5), loss=0.1)
     swarm.receiver = swarm.network.peer(Identity.derived("receiver"), any_record)
     for _ in range(3):

@@ -55,7 +55,7 @@ def test_the_empty_blob(store: BlobStore) -> None:
     assert store.path(ref.digest).read_bytes() == b""
 
 
-def test_absent_and_removed_blobs_say_so(store: BlobStore) -> None:
+def test_an_absent_or_removed_blob_is_reported(store: BlobStore) -> None:
     ref = store.add_bytes(DATA)
     store.remove(ref.digest)
     store.remove(ref.digest)
@@ -64,7 +64,7 @@ def test_absent_and_removed_blobs_say_so(store: BlobStore) -> None:
         store.path(ref.digest)
 
 
-def test_damage_on_disk_is_named(store: BlobStore) -> None:
+def test_the_damaged_chunk_is_named(store: BlobStore) -> None:
     ref = store.add_bytes(DATA)
     file = store.path(ref.digest)
     file.write_bytes(DATA[:CHUNK] + b"x" + DATA[CHUNK + 1 :])
@@ -116,7 +116,7 @@ def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.Mon
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
 
 
-def test_what_a_killed_process_left_is_swept(store: BlobStore) -> None:
+def test_files_of_a_killed_process_are_removed(store: BlobStore) -> None:
     old, fresh = store.partial_folder / "incoming-dead", store.partial_folder / "incoming-live"
     old.write_bytes(b"x")
     fresh.write_bytes(b"x")
@@ -142,7 +142,7 @@ def test_a_transfer_survives_a_restart(store: BlobStore) -> None:
     assert list(store.partial_folder.iterdir()) == []
 
 
-def test_marks_that_outlived_their_bytes_are_not_believed(store: BlobStore) -> None:
+def test_marks_without_their_bytes_are_ignored(store: BlobStore) -> None:
     table, chunks = ChunkTable.of_bytes(DATA), chunks_of(DATA)
     first = store.partial(table.ref)
     first.set_table(table)
@@ -197,7 +197,7 @@ def transfers(store: BlobStore) -> list[str]:
     return sorted(path.name for path in store.partial_folder.iterdir())
 
 
-def test_room_is_reserved_when_a_provider_has_shown_the_table(store: BlobStore) -> None:
+def test_disk_space_is_reserved_with_the_table(store: BlobStore) -> None:
     """Who only says how large a blob is must not fill the disk by that."""
     table = ChunkTable.of_bytes(DATA)
     partial = store.partial(table.ref)
@@ -208,7 +208,7 @@ def test_room_is_reserved_when_a_provider_has_shown_the_table(store: BlobStore) 
 
 
 @pytest.mark.parametrize("with_table", [False, True])
-def test_a_transfer_of_which_nothing_arrived_leaves_nothing(store: BlobStore, with_table: bool) -> None:
+def test_a_transfer_without_any_chunk_leaves_nothing(store: BlobStore, with_table: bool) -> None:
     table = ChunkTable.of_bytes(DATA)
     partial = store.partial(table.ref)
     if with_table:
@@ -219,7 +219,7 @@ def test_a_transfer_of_which_nothing_arrived_leaves_nothing(store: BlobStore, wi
     assert transfers(store) == []
 
 
-def test_what_arrived_outlives_attempts_that_bring_nothing(store: BlobStore) -> None:
+def test_arrived_chunks_survive_failed_attempts(store: BlobStore) -> None:
     ref = interrupted(store)
     table_file = store.partial_folder / ref.digest / "table"
     table_file.write_bytes(b"torn by a power loss")
@@ -230,7 +230,7 @@ def test_what_arrived_outlives_attempts_that_bring_nothing(store: BlobStore) -> 
     assert store.partial(ref).missing() == [1, 2]
 
 
-def test_removing_a_blob_removes_what_had_arrived_of_it(store: BlobStore) -> None:
+def test_removing_a_blob_removes_its_transfer(store: BlobStore) -> None:
     ref = interrupted(store)
     store.remove(ref.digest)
     assert transfers(store) == []
@@ -251,7 +251,7 @@ def age(store: BlobStore, *refs: BlobRef) -> None:
             os.utime(path, (long_ago, long_ago))
 
 
-def test_a_transfer_that_nobody_took_up_for_a_week_is_swept(store: BlobStore) -> None:
+def test_a_transfer_unused_for_a_week_is_removed(store: BlobStore) -> None:
     old, held, retried, fresh = (interrupted(store, bytes([n]) + DATA) for n in range(4))
     holder = store.partial(held)
     age(store, old, held, retried)
@@ -263,7 +263,7 @@ def test_a_transfer_that_nobody_took_up_for_a_week_is_swept(store: BlobStore) ->
     assert transfers(store) == [retried.digest], "and at a start"
 
 
-def test_a_transfer_has_one_owner_at_a_time_however_many_come_and_go(store: BlobStore) -> None:
+def test_a_transfer_has_one_process_at_a_time(store: BlobStore) -> None:
     """Locks belong to open files, so that threads meet here as processes would."""
     table, owners, most = ChunkTable.of_bytes(b"tiny"), 0, 0
     problems: list[Exception] = []

@@ -45,7 +45,7 @@ async def test_a_peer_gets_a_limited_number_of_streams(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_impolite_requests_are_refused(swarm: Swarm) -> None:
+async def test_invalid_requests_are_refused(swarm: Swarm) -> None:
     peer = await swarm.holder()
     for digest, first, count, status in (
         ("ab" * 32, 0, 1, ABSENT),
@@ -82,7 +82,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
 
 
-def test_a_disk_that_fills_during_the_transfer_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_in_a_transfer_keeps_whole_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no room can be reserved (network file systems), a write fails in the middle."""
 
     async def scenario() -> None:

@@ -21,7 +21,7 @@ RATE, SECONDS, SIZE = 128 << 10, 900.0, 8 * CHUNK
 
 
 @pytest.mark.parametrize("receivers", [1, 8, 24])
-def test_what_a_slow_upload_carries_arrives_however_many_ask(receivers: int, tmp_path: Path) -> None:
+def test_a_slow_upload_serves_many_requests(receivers: int, tmp_path: Path) -> None:
     """They give up after STALL_TIMEOUT without a PIECE, and come again, as nodes do."""
 
     async def scenario() -> None:
@@ -58,13 +58,13 @@ def test_what_a_slow_upload_carries_arrives_however_many_ask(receivers: int, tmp
 
 
 @pytest.mark.parametrize(("rate", "places"), [(None, MAX_STREAMS), (1, 1), (RATE, 5), (416 << 10, 16), (1 << 40, MAX_STREAMS)])
-def test_so_many_share_a_rate_that_each_is_twice_as_fast_as_it_must_be(rate: float | None, places: int) -> None:
+def test_each_answer_gets_twice_the_slowest_rate(rate: float | None, places: int) -> None:
     assert RateLimit(rate).answers_at_once == places
     if rate and places > 1 and places < MAX_STREAMS:
         assert rate / places >= 2 * PIECE / STALL_TIMEOUT
 
 
-def test_what_was_taken_back_is_not_charged() -> None:
+def test_cancelled_bytes_are_not_charged() -> None:
     async def scenario() -> None:
         rate, loop = RateLimit(100.0), asyncio.get_running_loop()
         given_up = [asyncio.ensure_future(rate.take(1000)) for _ in range(10)]
@@ -79,7 +79,7 @@ def test_what_was_taken_back_is_not_charged() -> None:
     run_virtual(scenario)
 
 
-def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_order() -> None:
+def test_an_origin_gets_half_of_the_slots_in_order() -> None:
     async def scenario() -> None:
         turns, loop = AnswerSlots(4), asyncio.get_running_loop()
         crowd = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
@@ -100,7 +100,7 @@ def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_ord
     run_virtual(scenario)
 
 
-def test_whose_turn_comes_as_it_is_cancelled_gives_it_back() -> None:
+def test_a_cancelled_request_gives_its_slot_back() -> None:
     async def scenario() -> None:
         turns = AnswerSlots(1)
         assert await turns.take("a")

@@ -51,7 +51,7 @@ def entry(record: AcceptanceRecord, signer: Identity = COORDINATOR, expires: flo
     return AcceptedEntry(sealed=seal(record, signer, expires).decode(), expires=expires, holders=(HOLDER,))
 
 
-def test_only_what_a_coordinator_signed_for_this_run_is_believed():
+def test_only_acceptances_of_a_coordinator_are_read():
     good = acceptance(epoch=3)
     document = AcceptedDocument(
         entries=(
@@ -69,7 +69,7 @@ def test_only_what_a_coordinator_signed_for_this_run_is_believed():
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format":2}', b'{"entries":[{"sealed":1,"expires":0}]}', b"\xff"])
-def test_a_malformed_list_is_one_sentence(data: bytes):
+def test_a_malformed_list_is_refused_in_one_sentence(data: bytes):
     with pytest.raises(IntegrityError, match="ask another peer") as caught:
         read_accepted(data, RUN, NOW)
     assert "\n" not in str(caught.value)
@@ -79,7 +79,7 @@ async def put(transport: Transport, who: Identity, record: NodeRecord | Provider
     assert await publish(transport, who, record, 30)
 
 
-async def test_holders_are_peers_that_are_online_and_have_all_of_it():
+async def test_holders_are_online_and_hold_weights_and_state():
     run, network, now = manifest_of_now(), Memory(), time.time()
     peers = {name: Identity.derived(name) for name in ("ann", "bob", "cid")}
     transports = {name: await network.peer(name, honest(run)) for name in peers}
@@ -106,7 +106,7 @@ async def test_holders_are_peers_that_are_online_and_have_all_of_it():
     assert [record.checkpoint for record, _ in read_accepted(data, run, now)] == [given.checkpoint]
 
 
-async def test_news_of_a_version_are_followed_only_where_the_owner_signed_it():
+async def test_a_newer_manifest_is_adopted_only_if_its_owner_signed_it():
     first = manifest_of_now()
     second = next_version(first, {"holdout_tolerance": 0.5}, time.time())
     broken = second.model_copy(update={"version": 9, "checkpoint_samples": second.samples_per_shard})

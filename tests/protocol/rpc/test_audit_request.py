@@ -75,7 +75,7 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
 
 
 @simulated
-async def test_requests_arrive_and_refusals_are_told(ann: MemoryTransport, bob: MemoryTransport) -> None:
+async def test_requests_arrive_and_refusals_are_answered(ann: MemoryTransport, bob: MemoryTransport) -> None:
     heard: list[AuditRequest] = []
 
     async def answer(request: AuditRequest) -> AuditAnswer:
@@ -95,7 +95,7 @@ async def test_requests_arrive_and_refusals_are_told(ann: MemoryTransport, bob: 
 
 
 @simulated
-async def test_an_oversized_and_a_silent_request_end_their_own_stream(ann: MemoryTransport, bob: MemoryTransport) -> None:
+async def test_an_oversized_or_silent_request_ends_its_own_stream(ann: MemoryTransport, bob: MemoryTransport) -> None:
     async def answer(request: AuditRequest) -> AuditAnswer:
         return AuditAnswer(retry_after=7.0)
 
@@ -110,9 +110,7 @@ async def test_an_oversized_and_a_silent_request_end_their_own_stream(ann: Memor
 
 
 @simulated
-async def test_a_coordinator_that_talks_nonsense_or_not_at_all_is_a_connection_error(
-    ann: MemoryTransport, bob: MemoryTransport
-) -> None:
+async def test_an_invalid_or_missing_answer_is_a_connection_error(ann: MemoryTransport, bob: MemoryTransport) -> None:
     async def nonsense(stream: Stream) -> None:
         await read_message(stream, 1 << 20)
         await write_message(stream, b"{}{}")

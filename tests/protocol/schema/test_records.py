@@ -60,7 +60,7 @@ def test_a_record_belongs_under_its_owners_subkey() -> None:
         r.open_record(sealed("claim"), key=record.key(), subkey=STRANGER.public_key, expires=NOW + 30, now=NOW, limits=LIMITS)
 
 
-def test_nobody_but_a_coordinator_accepts() -> None:
+def test_an_acceptance_by_another_peer_is_refused() -> None:
     by_peer = records()["acceptance"].model_copy(update={"owner": PEER.public_key})
     with pytest.raises(r.RecordRefused, match="not a coordinator"):
         r.open_record(
@@ -82,7 +82,7 @@ def test_no_record_outlives_its_kind(kind: str, seconds: float) -> None:
         opened(sealed(kind, year), kind, expires=year)
 
 
-def test_a_record_from_the_future_is_refused_but_a_skewed_clock_is_borne() -> None:
+def test_a_future_record_is_refused_beyond_the_clock_skew() -> None:
     assert opened(sealed("claim"), now=NOW - 29)
     with pytest.raises(r.RecordRefused, match="future"):
         opened(sealed("claim"), now=NOW - 31)
@@ -100,7 +100,7 @@ def test_a_record_from_the_future_is_refused_but_a_skewed_clock_is_borne() -> No
         lambda d: d.update(comment="x" * 5000),
     ],
 )
-def test_what_the_schema_does_not_know_is_refused(spoil) -> None:
+def test_an_unknown_field_is_refused(spoil) -> None:
     document = json.loads(sealed("claim"))
     spoil(document)
     with pytest.raises(r.RecordRefused):
@@ -114,7 +114,7 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
 
 
 @given(st.integers(min_value=0), st.binary(min_size=1, max_size=3))
-def test_no_flipped_byte_gets_through(place: int, flip: bytes) -> None:
+def test_any_flipped_byte_is_refused(place: int, flip: bytes) -> None:
     data = bytearray(sealed("checkpoint"))
     for offset, bits in enumerate(flip):
         data[(place + offset) % len(data)] ^= bits
@@ -124,7 +124,7 @@ def test_no_flipped_byte_gets_through(place: int, flip: bytes) -> None:
         opened(bytes(data), "checkpoint")
 
 
-def test_a_result_keeps_its_digest_under_another_name() -> None:
+def test_a_result_offered_by_another_peer_keeps_its_digest() -> None:
     mine = records(PEER)["checkpoint"]
     copied = records(STRANGER)["checkpoint"]
     assert isinstance(mine, r.CheckpointRecord)

@@ -111,7 +111,7 @@ async def test_a_record_vanishes_when_it_expires(swarm: Swarm) -> None:
     assert time.time() >= expires
 
 
-async def test_an_older_record_stored_again_takes_the_newer_away_from_nobody(swarm: Swarm) -> None:
+async def test_storing_an_older_record_again_keeps_the_newer(swarm: Swarm) -> None:
     """Anybody who has seen it can do that, and replicas that missed the newer one do it in good faith."""
     old, new = swarm.claim(CLEO, 0), swarm.claim(CLEO, 0, samples=9)
     ends, later = time.time() + 2, time.time() + 40
@@ -177,7 +177,7 @@ async def test_a_future_dated_record_is_refused(swarm: Swarm) -> None:
     assert not await swarm.lie(record.key(), record.owner, seal(record, LIAR, expires), expires)
 
 
-async def test_a_peer_does_not_even_send_what_it_knows_to_be_wrong(swarm: Swarm) -> None:
+async def test_a_peer_does_not_send_an_invalid_record(swarm: Swarm) -> None:
     record, expires = swarm.claim(ANNA, 2), time.time() + 20
     assert not await swarm.anna.store(record.key(), record.owner, seal(record, BEN, expires), expires)
 
@@ -243,7 +243,7 @@ async def test_the_answering_side_may_speak_first(swarm: Swarm) -> None:
     await stream.close()
 
 
-async def test_what_was_written_before_a_close_arrives_and_then_the_end(swarm: Swarm) -> None:
+async def test_bytes_written_before_a_close_arrive(swarm: Swarm) -> None:
     protocol = fresh()
 
     async def answer(stream: Stream) -> None:
@@ -310,7 +310,7 @@ async def test_a_failing_handler_ends_its_own_stream_only(swarm: Swarm, caplog: 
     assert "a bug in a handler" in caplog.text
 
 
-async def test_who_cannot_be_reached_is_a_connection_error(swarm: Swarm) -> None:
+async def test_an_unreachable_peer_is_a_connection_error(swarm: Swarm) -> None:
     nobody = Identity.derived("nobody").peer_id
     async with asyncio.timeout(120):
         with pytest.raises(ConnectionError):

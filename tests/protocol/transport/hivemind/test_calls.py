@@ -25,7 +25,7 @@ async def peer(name: str, folder: Path, bootstrap: list[str] | None = None) -> H
     )
 
 
-async def test_a_call_cancelled_as_its_answer_comes_does_not_end_the_reader(tmp_path: Path) -> None:
+async def test_a_call_cancelled_with_its_answer_keeps_the_reader(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     ben = await peer("ben", tmp_path, anna.addresses())
     control, call_id = calls_of(ben), uuid.uuid4()
@@ -45,7 +45,7 @@ async def test_a_call_cancelled_as_its_answer_comes_does_not_end_the_reader(tmp_
     await anna.close()
 
 
-async def test_calls_that_end_in_any_way_are_not_kept(tmp_path: Path) -> None:
+async def test_finished_calls_are_forgotten(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     kept = calls_of(anna)._handler_tasks
 
@@ -62,7 +62,7 @@ async def test_calls_that_end_in_any_way_are_not_kept(tmp_path: Path) -> None:
     await anna.close()
 
 
-async def test_when_calls_no_longer_come_and_go_the_peer_knows(tmp_path: Path) -> None:
+async def test_a_peer_whose_calls_fail_is_not_alive(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     assert anna.alive()
     reader = calls_of(anna)._read_task
