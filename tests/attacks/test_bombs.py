@@ -1,6 +1,6 @@
-"""Small documents that would like to become large: what they cost in memory and processor time, in a process of their own.
+"""Small documents that unpack to large ones: what they cost in memory and CPU time, in a process of their own.
 
-What they are refused with is tested in tests/fuzz; safetensors headers in tests/coordinator/worker/test_process.py.
+The error texts are tested in tests/fuzz, safetensors headers in tests/coordinator/worker/test_process.py.
 """
 
 from __future__ import annotations

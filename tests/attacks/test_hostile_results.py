@@ -1,9 +1,9 @@
-"""Results that lie, before the coordinator's real ladder and replay: real tiny experts, real safetensors files.
+"""Hostile results against the coordinator's real checks and replay: real tiny experts, real safetensors files.
 
-Rates over many seeds, and over honest boxes, are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
+Rates over many seeds and honest devices are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
 hostile headers and wrong forms in tests/coordinator/worker/test_process.py and
 tests/models/training/test_checkpoint_checks.py, a copied result in
-tests/coordinator/acceptance/test_state_machine.py, a faker in a real swarm and its roll-back in
+tests/coordinator/acceptance/test_state_machine.py, a cheater in a real swarm and the rollback in
 tests/coordinator/test_cheater.py.
 """
 
@@ -56,7 +56,7 @@ async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verd
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])
 async def test_a_fake_that_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
-    """The held-out loss cannot tell it from honest work; a replay can, of the first steps or else of the whole epoch."""
+    """The held-out loss does not reveal it. A replay does, of the first steps or of the whole epoch."""
     stage, parent = scene
     result = stage.lab.publish(LIES[name](stage))
     assert (await stage.lab.judged(result, parent.loss)).outcome == "valid"

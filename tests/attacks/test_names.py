@@ -1,6 +1,6 @@
-"""Names of strangers become paths in one place only, the files of a mixture; elsewhere they never do.
+"""Names sent by peers become paths only for the files of a mixture.
 
-Listings of clips that lead outside their folder: tests/models/data. What is not hex is no blob:
+Listings of clips that lead outside their folder: tests/models/data. Blob names that are not hex:
 tests/coordinator/web/test_app.py.
 """
 
@@ -55,7 +55,7 @@ def test_an_accepted_name_lies_below_its_folder(name: str) -> None:
 
 
 def test_files_without_a_coordinators_signature_are_not_fetched() -> None:
-    """A liar's description could name a terabyte; its signature is checked before the first byte."""
+    """A forged description could name a terabyte, so its signature is checked before the first byte is fetched."""
     signed = read_description(examples.signed_mixture())
     assert signed_document(signed, [examples.COORDINATOR.public_key], "x") == signed.mixture
     stranger = Identity.derived("stranger")

@@ -1,4 +1,4 @@
-"""A swarm of made-up owners at one address that floods the DHT with records: it gets its share of the places, and no more."""
+"""Many made-up owners at one address flood the DHT with records: they get that origin's share and no more."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
     taken = [quota.admits(CLAIMS, f"sybil {n}", "203.0.113.5", 60.0, 0.0) for n in range(200)]
     assert taken == [True] * most + [False] * (200 - most)
     assert quota.admits(CLAIMS, "honest", "198.51.100.7", 60.0, 0.0)
-    assert quota.admits(CLAIMS, "sybil 0", "203.0.113.5", 90.0, 0.0), "who is in may renew"
+    assert quota.admits(CLAIMS, "sybil 0", "203.0.113.5", 90.0, 0.0), "a held record may be renewed"
     others = [quota.admits(f"{'0' * 64}/providers/{n}", "sybil", "203.0.113.5", 60.0, 0.0) for n in range(100)]
     assert sum(others) == 100 - most
-    assert quota.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records give their places back"
+    assert quota.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records free their places"
 
 
 @settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", ""]), st.integers(1, 40)), max_size=80)
 )
-def test_the_quota_counts_live_records(story: list[tuple[int, int, str, int]]) -> None:
+def test_the_quota_counts_live_records(records: list[tuple[int, int, str, int]]) -> None:
     quota = RecordQuota(per_key={"claims": 3}, per_origin=6)
-    for now, (key, owner, origin, life) in enumerate(story):
+    for now, (key, owner, origin, life) in enumerate(records):
         quota.admits(f"run/claims/{key}", str(owner), origin, now + life + owner / 10, now)
         held = list(quota._held.items())
         assert all(expires > now for _, (_, expires) in held)
@@ -92,7 +92,7 @@ async def test_a_flood_of_claims_leaves_the_honest_claim(tmp_path: Path) -> None
         assert 0 < sum(taken) <= most
         honest = await start("honest", bootstrap=keeper.addresses(), host="127.0.0.3")
         assert await claim(honest, run.run_id, "honest")
-        await sybil.close()  # what it keeps itself it shows to whoever asks it; what others keep of it counts here
+        await sybil.close()  # it returns what it keeps itself; what others keep counts here
         found = await keeper.get(claim_key(run.run_id, 0))
         assert Identity.derived("honest").public_key in found
         assert sum(taken) <= len(found) - 1 <= most

@@ -1,4 +1,4 @@
-"""The simulated network: faults do what they say, and one seed gives one history."""
+"""The memory network: each fault has its effect, and one seed gives one history."""
 
 from __future__ import annotations
 

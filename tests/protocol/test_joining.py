@@ -1,4 +1,4 @@
-"""From a ticket to a member of the swarm: over real libp2p, and what is believed on the way."""
+"""Joining a swarm over real libp2p, and what a newcomer believes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HERE = f"/ip4/127.0.0.1/tcp/4001/p2p/{COORDINATOR.peer_id}"
 
 @dataclass
 class Run:
-    """A coordinator that is online, and the way to it."""
+    """A coordinator that is online, and its ticket."""
 
     signed: SignedManifest
     ticket: Ticket
@@ -66,7 +66,7 @@ def node_record(identity: Identity, transport: Transport, run: str) -> NodeRecor
 
 
 async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> None:
-    """Join; a copied identity is refused; then the coordinator goes, and a known box still comes back through its friends."""
+    """Join; a copied identity is refused; after the coordinator has left, a known node rejoins through peers met before."""
     first, signed = await run.join(FIRST, "first")
     assert signed == run.signed
     run_id = signed.manifest.run_id
@@ -84,10 +84,10 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
     second, again = await run.join(SECOND, "second")
     assert again == run.signed
     assert await publish(second, SECOND, node_record(SECOND, second, run_id), 60)
-    await remember_nodes(first, run_id, Peerstore(run.folder / "first" / PEERS_FILE))  # as it does every now and then
+    await remember_nodes(first, run_id, Peerstore(run.folder / "first" / PEERS_FILE))  # as it does from time to time
     await first.close()
 
-    back, _ = await run.join(FIRST, "first")  # its own old record, at a dead address, is no double
+    back, _ = await run.join(FIRST, "first")  # its own old record at a dead address is not a double
     await back.close()
     await second.close()
     with pytest.raises(BootstrapError) as caught:

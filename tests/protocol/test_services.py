@@ -1,4 +1,4 @@
-"""Documents, records and their check over any transport, on the simulated network."""
+"""Documents, records, their check and the helpers for asyncio, on the memory network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = sorted(records())
 
 
 def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[None]]) -> Callable[[], None]:
-    """Two peers of the run, at the moment when the test documents are dated."""
+    """Two peers of the run, at the time of the test documents."""
 
     async def main() -> None:
         network = MemoryNetwork()
@@ -89,7 +89,7 @@ async def test_documents_are_bounded_in_time(peer: MemoryTransport, other: Memor
     await serve_document(peer, "/test/taken", lambda: bytes(10))
     stream = await other.open_stream(peer.peer_id, "/test/taken")
     await stream.read_exactly(14)
-    with pytest.raises(ConnectionError):  # who does not acknowledge is cut off
+    with pytest.raises(ConnectionError):  # a peer that does not acknowledge is cut off
         await stream.read_exactly(1)
     assert peer.now() - start < 12 + SERVE_TIMEOUT
 
@@ -124,7 +124,7 @@ async def test_each_publication_replaces_the_one_before(peer: MemoryTransport, o
 
 @pytest.mark.parametrize("jump", [20.0, 3600.0])
 def test_records_are_stored_after_a_clock_jumped_and_returned(jump: float) -> None:
-    """What was sealed meanwhile stays in the box itself, and is refused by all others."""
+    """Records that were sealed in between stay on the node itself and are refused by all others."""
 
     @simulated
     async def scenario(peer: MemoryTransport, other: MemoryTransport) -> None:
@@ -245,7 +245,7 @@ def test_gathering_does_not_wait_for_slow_calls() -> None:
 
 
 async def test_a_cancellation_with_the_result_is_not_lost() -> None:
-    """What hivemind's calls do in Python 3.11: `wait_for` returns the result and forgets that the task is to end."""
+    """As hivemind's calls do in Python 3.11: `wait_for` returns the result and loses the cancellation."""
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def call() -> int:
@@ -281,6 +281,6 @@ async def test_errors_of_an_abandoned_thread_are_dropped() -> None:
     with pytest.raises(asyncio.CancelledError):
         await asking
     del asking
-    await asyncio.sleep(0)  # the loop itself lets go of it a turn later
+    await asyncio.sleep(0)  # the loop itself releases it one iteration later
     gc.collect()
     assert not complaints

@@ -1,4 +1,4 @@
-"""Blob names: every byte and the length are covered, and every chunk can be checked alone."""
+"""Blob names cover every byte and the length, and every chunk can be checked alone."""
 
 from __future__ import annotations
 

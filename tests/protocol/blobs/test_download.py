@@ -1,4 +1,4 @@
-"""Transfers between peers that lie, lag and leave, on the simulated network."""
+"""Transfers from providers that send wrong bytes, are slow or vanish, on the memory network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_progress_ends_at_the_whole(swarm: Swarm) -> None:
 
 
 def damaged(swarm: Swarm, *chunks: int) -> BlobStore:
-    """A store whose bytes rotted after they were checked."""
+    """A store whose bytes were damaged after they were checked."""
     store = BlobStore(swarm.source.root.parent / f"damaged {len(swarm.holders)}")
     store.add_bytes(DATA)
     with store.path(REF.digest).open("r+b") as file:
@@ -93,7 +93,7 @@ async def test_all_providers_wrong_is_an_error_and_good_chunks_stay(swarm: Swarm
 
 
 async def counted(swarm: Swarm) -> Callable[[], int]:
-    """A holder that counts the chunks which it is asked for."""
+    """A provider that counts the chunks it is asked for."""
     chunks = 0
 
     class Counting(BlobStore):
@@ -187,7 +187,7 @@ async def test_a_cancelled_transfer_continues(swarm: Swarm) -> None:
 
 
 async def test_a_transfer_cancelled_while_hashing_closes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of gigabytes that takes many seconds, in a thread that no cancellation reaches. In real time: threads are inline else."""
+    """Hashing gigabytes takes long, in a thread that no cancellation reaches. In real time: virtual time has no threads."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     partial = swarm.store.partial(REF)
@@ -209,19 +209,19 @@ async def test_a_transfer_cancelled_while_hashing_closes_its_files(tmp_path: Pat
     leaving = asyncio.ensure_future(swarm.fetch())
     await asyncio.to_thread(hashing.wait, 60)
     leaving.cancel()
-    for _ in range(5):  # the cancellation goes from the caller to the transfer that it shares
+    for _ in range(5):  # the caller's cancellation reaches the shared transfer
         await asyncio.sleep(0)
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert read < TABLE.count // 2, "it went on hashing for nobody"
+    assert read < TABLE.count // 2, "it went on hashing after the cancellation"
     monkeypatch.undo()
-    assert swarm.arrived() == TABLE.count - 1, "nothing is lost, and nobody holds it"
+    assert swarm.arrived() == TABLE.count - 1, "no chunk is lost, and the transfer is not locked"
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
 async def test_a_transfer_cancelled_while_storing_ends_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or whoever fetches it next goes on in a file that is being moved away."""
+    """Otherwise the next caller would write into a file that is being moved away."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     naming, cancelled, replace = threading.Event(), threading.Event(), os.replace
@@ -243,19 +243,19 @@ async def test_a_transfer_cancelled_while_storing_ends_after_it(tmp_path: Path, 
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert (await again).read_bytes() == DATA, "it is there, and needs no room a second time"
+    assert (await again).read_bytes() == DATA, "it is there and needs no space a second time"
     assert list(swarm.store.partial_folder.iterdir()) == []
 
 
 async def test_a_transfer_cancelled_while_reserving_frees_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems reserve by writing zeros."""
+    """Some file systems reserve space by writing zeros, which is slow."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     reserving, free, reserve = threading.Event(), threading.Event(), PartialBlob._reserve
 
     def slow_reserve(partial: PartialBlob) -> None:
         reserving.set()
-        assert free.wait(30), "the loop waits for what only it can end"
+        assert free.wait(30), "the event loop is blocked"
         reserve(partial)
 
     monkeypatch.setattr(PartialBlob, "_reserve", slow_reserve)
@@ -292,7 +292,7 @@ async def test_a_blob_without_provider_takes_no_space(swarm: Swarm) -> None:
 
 @simulated
 async def test_a_very_slow_provider_is_overtaken(swarm: Swarm) -> None:
-    await swarm.holder(rate=40 << 10)  # would take nine minutes
+    await swarm.holder(rate=40 << 10)  # it would take nine minutes
     await swarm.holder(rate=2 << 20)
     start = swarm.network.now()
     assert (await swarm.fetch()).read_bytes() == DATA

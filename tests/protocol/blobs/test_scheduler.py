@@ -1,4 +1,4 @@
-"""The plan of a transfer: every chunk is fetched, whatever the workers do, and nobody waits for a slow one."""
+"""The plan of a transfer: every chunk is fetched whatever the workers do, and no slow worker holds up the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: in
         elif span.left and chance.random() < 0.9:
             index = span.next
             plan.advance(span, now)
-            if chance.random() < 0.95:  # else its chunk turned out wrong
+            if chance.random() < 0.95:  # otherwise the chunk was wrong
                 if plan.is_missing(index):
                     plan.arrived(span, index)
                     arrived.add(index)
@@ -61,7 +61,7 @@ def test_an_idle_worker_steals_the_later_half_of_a_slow_one() -> None:
     slow = plan.take(0, 0.0)
     assert slow
     assert plan.take(1, 0.0) is None
-    assert plan.steal(1, 0.1) is None  # it has only just begun
+    assert plan.steal(1, 0.1) is None  # it has just begun
     stolen = plan.steal(1, 10.0)
     assert stolen
     assert (slow.next, slow.end, stolen.next, stolen.end) == (0, 4, 4, 8)

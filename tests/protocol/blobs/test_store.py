@@ -88,21 +88,21 @@ def test_the_limit_refuses_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_bytes_are_durable_before_they_get_their_name(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsync of the data, then the rename, then fsync of the folder; the table before all of it."""
-    story: list[str] = []
+    calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def traced_fsync(descriptor: int) -> None:
-        story.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "data")
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "data")
         fsync(descriptor)
 
     def traced_replace(source: Path, target: Path) -> None:
-        story.append("name table" if str(target).endswith(".table") else "name blob")
+        calls.append("name table" if str(target).endswith(".table") else "name blob")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", traced_fsync)
     monkeypatch.setattr(os, "replace", traced_replace)
     store.add_bytes(DATA)
-    assert story == ["folder", "data", "name table", "folder", "data", "name blob", "folder"], "a new folder's own name first"
+    assert calls == ["folder", "data", "name table", "folder", "data", "name blob", "folder"], "a new folder's own name first"
 
 
 def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_two_processes_cannot_fetch_one_blob_into_one_store(store: BlobStore) ->
 
 
 def allocated(folder: Path) -> int:
-    """Bytes that the files below `folder` take of the disk."""
+    """Bytes on disk of the files below `folder`."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
@@ -198,7 +198,7 @@ def transfers(store: BlobStore) -> list[str]:
 
 
 def test_disk_space_is_reserved_with_the_table(store: BlobStore) -> None:
-    """Who only says how large a blob is must not fill the disk by that."""
+    """A peer that only names the size of a blob must not fill the disk."""
     table = ChunkTable.of_bytes(DATA)
     partial = store.partial(table.ref)
     assert allocated(store.partial_folder) == 0
@@ -215,7 +215,7 @@ def test_a_transfer_without_any_chunk_leaves_nothing(store: BlobStore, with_tabl
         partial.set_table(table)
     partial.close()
     assert transfers(store) == []
-    partial.set_table(table)  # by a worker that was still at it
+    partial.set_table(table)  # by a worker that was still running
     assert transfers(store) == []
 
 
@@ -238,7 +238,7 @@ def test_removing_a_blob_removes_its_transfer(store: BlobStore) -> None:
     running.set_table(ChunkTable.of_bytes(DATA))
     running.write(1, DATA[CHUNK : 2 * CHUNK])
     store.remove(ref.digest)
-    assert running.missing() == [0, 2], "somebody is at it, who wants it"
+    assert running.missing() == [0, 2], "another process holds it"
     for index in running.missing():
         running.write(index, DATA[index * CHUNK : (index + 1) * CHUNK])
     assert store.finish(running).read_bytes() == DATA
@@ -255,16 +255,16 @@ def test_a_transfer_unused_for_a_week_is_removed(store: BlobStore) -> None:
     old, held, retried, fresh = (interrupted(store, bytes([n]) + DATA) for n in range(4))
     holder = store.partial(held)
     age(store, old, held, retried)
-    store.partial(retried).close()  # nobody could serve it: it is wanted all the same
-    assert transfers(store) == sorted(ref.digest for ref in (held, retried, fresh)), "while the process lives on"
+    store.partial(retried).close()  # no provider could serve it, but it was used
+    assert transfers(store) == sorted(ref.digest for ref in (held, retried, fresh)), "swept while the process runs"
     holder.close()
     age(store, fresh)
     BlobStore(store.root)
-    assert transfers(store) == [retried.digest], "and at a start"
+    assert transfers(store) == [retried.digest], "swept at a start"
 
 
 def test_a_transfer_has_one_process_at_a_time(store: BlobStore) -> None:
-    """Locks belong to open files, so that threads meet here as processes would."""
+    """Locks belong to open files, so threads compete here as processes would."""
     table, owners, most = ChunkTable.of_bytes(b"tiny"), 0, 0
     problems: list[Exception] = []
 

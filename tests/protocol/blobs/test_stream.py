@@ -1,4 +1,4 @@
-"""Serving blobs: limits, impolite clients, full disks, and one transfer over real libp2p."""
+"""Serving blobs: limits, invalid requests, full disks, and one transfer over real libp2p."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 
 
 def test_a_disk_that_fills_in_a_transfer_keeps_whole_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no room can be reserved (network file systems), a write fails in the middle."""
+    """Network file systems cannot reserve space, so a write fails in the middle."""
 
     async def scenario() -> None:
         swarm = Swarm(tmp_path)

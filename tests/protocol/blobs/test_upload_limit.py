@@ -1,4 +1,4 @@
-"""A slow upload is shared among as many as it carries, and the rest is told to wait: it never collapses."""
+"""A slow upload is shared among as many requests as it can serve. The others are refused as busy, so it never collapses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATE, SECONDS, SIZE = 128 << 10, 900.0, 8 * CHUNK
 
 @pytest.mark.parametrize("receivers", [1, 8, 24])
 def test_a_slow_upload_serves_many_requests(receivers: int, tmp_path: Path) -> None:
-    """They give up after STALL_TIMEOUT without a PIECE, and come again, as nodes do."""
+    """The receivers give up after STALL_TIMEOUT without a PIECE and try again, as nodes do."""
 
     async def scenario() -> None:
         swarm = Receivers(tmp_path)
@@ -82,15 +82,15 @@ def test_cancelled_bytes_are_not_charged() -> None:
 def test_an_origin_gets_half_of_the_slots_in_order() -> None:
     async def scenario() -> None:
         turns, loop = AnswerSlots(4), asyncio.get_running_loop()
-        crowd = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
+        requests = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
         await asyncio.sleep(1)
-        assert [task.done() for task in crowd] == [True, True, False, False, False]
+        assert [task.done() for task in requests] == [True, True, False, False, False]
         assert await turns.take("198.51.100.7")
         turns.give_back("203.0.113.5")
-        assert await crowd[2]
+        assert await requests[2]
         start = loop.time()
-        crowd[3].cancel()
-        assert not await crowd[4]
+        requests[3].cancel()
+        assert not await requests[4]
         assert loop.time() - start == pytest.approx(TURN_TIMEOUT - 1)
         for origin in ("203.0.113.5", "203.0.113.5", "198.51.100.7"):
             turns.give_back(origin)

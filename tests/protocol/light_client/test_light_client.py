@@ -1,4 +1,4 @@
-"""The client that is no peer: quick, without hivemind or torch, and sure of whom it talks to."""
+"""The light client is quick, imports neither hivemind nor torch, and verifies the peer that it talks to."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def command(code: str, *arguments: Any) -> list[str]:
 
 
 async def run(line: list[str]) -> str:
-    """Run a process while this one's loop goes on answering it."""
+    """Run a process while the event loop of this one answers it."""
     import asyncio
 
     process = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE)
@@ -105,11 +105,11 @@ async def test_a_document_takes_under_two_seconds_and_light_imports(peer: Hivemi
     answer = await ask(dead, *peer.addresses())
     assert answer["size"] == len(DOCUMENT)
     assert answer["heavy"] == []
-    assert answer["seconds"] < 1.6, "the whole command has two seconds, and python itself and the table take their part"
+    assert answer["seconds"] < 1.6, "the whole command has two seconds, which include the start of python and the table"
 
 
 async def test_no_open_connection_waits_for_a_library_to_load(peer: HivemindTransport) -> None:
-    """p2pd closes one that is not secure within 15 s, and so long it took to load py-libp2p on a machine with much else to do."""
+    """p2pd closes a connection that is not secure within 15 s. Loading py-libp2p took that long on a busy machine."""
     assert json.loads(await run(command(ORDER, ticket(*peer.addresses()), STATUS))) == [1, []]
 
 

@@ -1,4 +1,4 @@
-"""What any peer tells of accepted checkpoints, and of newer manifests: believed for its signatures, not for who tells it."""
+"""Lists of accepted checkpoints and newer manifests from any peer: only the signatures in them count."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_holders_are_online_and_hold_weights_and_state():
     assert {node.owner for node in nodes} == {peers["ann"].public_key, peers["bob"].public_key}
     found = await newest_of(transports["bob"], run, 0, {node.owner for node in nodes})
     assert found
-    assert found.holders == (peers["ann"].public_key,), "bob lacks half of it, cid has left"
+    assert found.holders == (peers["ann"].public_key,), "bob lacks one blob, cid has left"
     assert await newest_of(transports["bob"], run, 1, set()) is None
 
     await AcceptedService(transports["bob"], LiveManifest(SignedManifest.sign(run, OWNER))).serve()
@@ -114,15 +114,15 @@ async def test_a_newer_manifest_is_adopted_only_if_its_owner_signed_it():
     honest_one, liar, node = [await network.peer(name, honest(first)) for name in ("honest", "liar", "node")]
     await serve_introduction(honest_one, lambda: SignedManifest.sign(second, OWNER))
     await serve_introduction(liar, lambda: SignedManifest.sign(broken, OWNER))
-    live, told = LiveManifest(SignedManifest.sign(first, OWNER)), []
+    live, announced = LiveManifest(SignedManifest.sign(first, OWNER)), []
 
-    async def hear(stream: Stream) -> None:
-        told.append((stream.peer_id, await read_version(stream)))
+    async def receive(stream: Stream) -> None:
+        announced.append((stream.peer_id, await read_version(stream)))
 
-    await node.serve(MANIFEST_UPDATE, hear)
+    await node.serve(MANIFEST_UPDATE, receive)
     await announce_version(honest_one, 2, node.peer_id)
     await announce_version(liar, 2**64 - 1, node.peer_id)
-    assert told == [(honest_one.peer_id, 2), (liar.peer_id, 2**64 - 1)]
+    assert announced == [(honest_one.peer_id, 2), (liar.peer_id, 2**64 - 1)]
     assert await version_at(node, honest_one.peer_id) == (first.run_id, 2)
     with pytest.raises(UpgradeRefused, match="checkpoint_samples"):
         await fetch_newer(node, live, liar.peer_id)

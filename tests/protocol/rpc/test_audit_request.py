@@ -1,4 +1,4 @@
-"""The audit stream: what is asked and reported arrives, and what is forged, foreign or oversized is refused."""
+"""The audit stream: requests and reports arrive, forged, foreign or oversized ones are refused."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
     """Ann asks, Bob is the coordinator."""
 
     def run() -> None:
-        async def story() -> None:
+        async def main() -> None:
             network = MemoryNetwork(seed=1)
             ann, bob = (network.peer(identity, lambda key, subkey, value, expires: key or "") for identity in (ANN, BOB))
             await scenario(ann, bob)
 
-        run_virtual(story)
+        run_virtual(main)
 
     run.__name__ = scenario.__name__
     run.__doc__ = scenario.__doc__
@@ -91,7 +91,7 @@ async def test_requests_arrive_and_refusals_are_answered(ann: MemoryTransport, b
     assert "was lent" in refused.text
     stolen = await ask_audit(ann, bob.peer_id, AuditRequest(owner=BOB.public_key))
     assert "own connection" in stolen.text
-    assert len(heard) == 2, "what is refused at the door is not heard"
+    assert len(heard) == 2, "a refused request is not processed"
 
 
 @simulated

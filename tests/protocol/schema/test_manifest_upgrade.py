@@ -1,4 +1,4 @@
-"""Which later versions of a manifest a run survives, and which are refused with what reason."""
+"""Which later versions of a manifest are allowed, and with what reason others are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHANGES = {
     "coordinators": ["cd" * 32],
     "expires": NOW + 1e7,
 }
-"""One change of every field that may change."""
+"""One change of every changeable field."""
 
 
 def test_every_changeable_field_has_an_example():
@@ -57,7 +57,7 @@ def test_a_field_of_the_lineage_cannot_change(field: str):
 
 
 def test_a_signed_version_that_breaks_the_lineage_is_refused(tmp_path: Path):
-    """The owner's signature alone is not enough: peers hold on to what their work stands on."""
+    """The owner's signature alone is not enough: a peer refuses a version that breaks the lineage of its work."""
     broken = FIRST.model_copy(update={"run": FIRST.run_id, "version": 2, "checkpoint_samples": FIRST.samples_per_shard})
     live = LiveManifest(SignedManifest.sign(FIRST, OWNER), tmp_path / "manifest.json")
     with pytest.raises(UpgradeRefused, match="checkpoint_samples cannot change"):
@@ -95,7 +95,7 @@ def test_a_live_manifest_moves_forward_and_is_saved_first(tmp_path: Path):
     versions = {m.version: SignedManifest.sign(m, OWNER).to_bytes() for m in (FIRST, second, third)}
     live = LiveManifest(SignedManifest.sign(FIRST, OWNER), path)
     assert not live.adopt(versions[1], LATER)
-    assert live.adopt(versions[3], LATER), "a peer that was away may skip a version"
+    assert live.adopt(versions[3], LATER), "a peer that was offline may skip a version"
     assert path.read_bytes() == versions[3]
     for older in (1, 2):
         with pytest.raises(ConfigError, match="older than 3, seen before"):

@@ -36,7 +36,7 @@ def test_a_mistyped_ticket_is_refused(place: int, letter: str) -> None:
     if typed == WORD:
         return
     try:
-        assert Ticket.decode(typed) == TICKET  # base32's spare bits at the very end carry nothing
+        assert Ticket.decode(typed) == TICKET  # the spare bits at the end of base32 carry no data
     except ConfigError:
         return
     assert place == len(WORD) - 1

@@ -1,4 +1,4 @@
-"""What every backend of `Transport` promises. Each test runs over the simulated network and over real libp2p."""
+"""The contract of every `Transport`. Each test runs over the memory transport and over real libp2p."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Swarm:
-    """Three honest peers and a liar who passes on what the others refuse."""
+    """Three honest peers, and a liar that stores records which the others refuse."""
 
     network: Network
     run: Manifest
@@ -47,7 +47,7 @@ class Swarm:
         return ClaimRecord.model_validate(fields)
 
     async def lie(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
-        """Have the liar file something; True if an honest peer took it or shows it."""
+        """Let the liar store a record. True if an honest peer took it or returns it."""
         self.anything.key = key
         taken = await self.liar.store(key, subkey, value, expires)
         shown = [subkey in found and found[subkey].value == value for found in [await p.get(key) for p in (self.anna, self.ben)]]
@@ -112,7 +112,7 @@ async def test_a_record_vanishes_when_it_expires(swarm: Swarm) -> None:
 
 
 async def test_storing_an_older_record_again_keeps_the_newer(swarm: Swarm) -> None:
-    """Anybody who has seen it can do that, and replicas that missed the newer one do it in good faith."""
+    """Any peer that has seen the record can do that, and replicas that missed the newer one do it in good faith."""
     old, new = swarm.claim(CLEO, 0), swarm.claim(CLEO, 0, samples=9)
     ends, later = time.time() + 2, time.time() + 40
     sealed = seal(old, CLEO, ends)
@@ -143,7 +143,7 @@ async def test_forged_owners_are_refused_and_do_not_hide_the_honest(swarm: Swarm
     assert await publish(swarm.liar, LIAR, swarm.claim(LIAR, 3), 15)
     assert not await swarm.lie(record.key(), ANNA.public_key, seal(record, LIAR, expires), expires)  # signed by another
     mine = swarm.claim(LIAR, 3)
-    assert not await swarm.lie(mine.key(), ANNA.public_key, seal(mine, LIAR, expires), expires)  # filed under another
+    assert not await swarm.lie(mine.key(), ANNA.public_key, seal(mine, LIAR, expires), expires)  # stored under another
     assert {ANNA.public_key, LIAR.public_key} == set(await swarm.ben.get(record.key()))
 
 

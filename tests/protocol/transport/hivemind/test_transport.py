@@ -1,4 +1,4 @@
-"""What only real p2pd processes can show: how they start, why they do not, and that they never stay behind."""
+"""Real p2pd processes: how they start and fail to start, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_a_taken_port_is_refused_with_its_remedy(tmp_path: Path) -> None:
 
 
 async def test_two_peers_cannot_share_a_port_or_a_state_folder(tmp_path: Path) -> None:
-    """p2pd itself would let them: it listens with SO_REUSEPORT."""
+    """p2pd itself would allow it, because it listens with SO_REUSEPORT."""
     run = manifest_of_now()
     anna = await peer("anna", tmp_path, run)
     try:
@@ -116,7 +116,7 @@ async def test_one_bootstrap_that_lives_is_enough(tmp_path: Path) -> None:
 
 
 async def test_its_own_address_among_the_bootstraps_is_ignored(tmp_path: Path) -> None:
-    """As when a coordinator starts with its own ticket."""
+    """A coordinator may start with its own ticket."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = f"/ip4/127.0.0.1/tcp/{port}/p2p/{ANNA.peer_id}"
@@ -149,7 +149,7 @@ async def test_each_kind_of_failed_dial_has_its_reason(
 @pytest.mark.parametrize("host", ["dns4/a..b", f"dns4/{'a' * 64}.example", "dns/.", "ip4/a..b", "ip4/999.1.1.1"])
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def test_an_impossible_host_is_unreachable(host: str, run: Callable[..., Any]) -> None:
-    """Node records of strangers hold such names; to resolve them raises UnicodeError."""
+    """Node records may hold such names. Resolving them raises UnicodeError."""
     for port in ("4001", "99999"):
         address = f"/{host}/tcp/{port}/p2p/{NOBODY}"
         assert run(reachability.why_unreachable(address, "dial failed"))
@@ -206,7 +206,7 @@ async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
 
 
 async def test_a_long_state_folder_works(tmp_path: Path) -> None:
-    """Unix sockets have short names."""
+    """The path of a Unix socket must be short."""
     run, before = manifest_of_now(), litter()
     folder = tmp_path / ("long" * 30)
     anna = await peer("anna", folder, run)
@@ -310,7 +310,7 @@ async def test_a_silent_p2pd_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("failing", ["write_atomic", "mkdir", "exec"])
 async def test_a_failed_start_unlocks_the_state_folder(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when p2pd has died on a full disk: with space again, the same process goes back on the network."""
+    """When p2pd has died on a full disk, the same process must be able to start it again later."""
 
     def full(*_: object, **__: object) -> None:
         raise DiskError("no space left on device")
