@@ -58,6 +58,7 @@ SUITE = (
     *(
         "tests/coordinator/tiny_data.py",
         "tests/node/small_disk.py",
+        "tests/memory_transport",
         "tests/protocol/networks.py",
         "tests/protocol/example_documents.py",
     ),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lutetia.cli.workspace import check_replaceable, workspace
-from lutetia.protocol.light_client.blobs import thin_blobs
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.blobs import fetch_blobs
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.rpc.accepted_checkpoints import ACCEPTED, read_accepted
 from lutetia.protocol.rpc.introduction import MANIFEST
 from lutetia.protocol.schema.canonical import canonical
@@ -31,9 +31,9 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
     """
     check_replaceable(out, (_MARK,))
     signed = open_manifest(
-        thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
+        fetch_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
     )
-    accepted = read_accepted(thin_document(ticket, ACCEPTED, timeout), signed.manifest, time.time())
+    accepted = read_accepted(fetch_document(ticket, ACCEPTED, timeout), signed.manifest, time.time())
     if not accepted:
         raise UnreachableError(f"that peer knows no accepted checkpoint of run {ticket.run[:12]}; ask another, or later")
     total = sum(given.weights.size + given.state.size for given, _ in accepted)
@@ -47,7 +47,7 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
             places = tuple(dict.fromkeys((*holders, *ticket.addresses)))[:_MOST_ADDRESSES]
             files = {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
             told = before
-            thin_blobs(
+            fetch_blobs(
                 ticket.model_copy(update={"addresses": places}), files, timeout,
                 lambda done, _, told=told: on_bytes(told + done, total),
             )  # fmt: skip

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from lutetia.cli.workspace import check_replaceable, workspace
 from lutetia.models.mixing.description import FILE, MixtureDocument, SignedMixture, signed_document, verify_mixture
-from lutetia.protocol.light_client.blobs import thin_blobs
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.blobs import fetch_blobs
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
 from lutetia.protocol.schema.ticket import Ticket
@@ -43,9 +43,9 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     """
     check_replaceable(out, (FILE,))
     manifest = open_manifest(
-        thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
+        fetch_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
     ).manifest
-    data = thin_document(ticket, MIXTURE, timeout)
+    data = fetch_document(ticket, MIXTURE, timeout)
     if not data:
         raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; look at lutetia swarm status and try again later")
     described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before a byte is fetched
@@ -55,7 +55,7 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
         folder = work / "mixture"
         folder.mkdir()
         (folder / FILE).write_bytes(data)
-        thin_blobs(ticket, {folder / name: ref for name, ref in described.files.items()}, timeout, on_bytes)
+        fetch_blobs(ticket, {folder / name: ref for name, ref in described.files.items()}, timeout, on_bytes)
         document = verify_mixture(folder, manifest.coordinators)
         replace_folder(folder, out)
     return document

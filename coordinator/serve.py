@@ -23,6 +23,7 @@ from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.backend import connect_transport
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import AuthorisationError, BootstrapError
 from lutetia.system.files import sweep_parts
@@ -39,12 +40,10 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
 
     Raises UnreachableError when the port is taken.
     """
-    from lutetia.protocol.transport.hivemind.transport import connect_hivemind
-
     endpoint = folder.read_endpoint()
 
     async def join(bootstrap: Sequence[str]) -> Transport:
-        return await connect_hivemind(
+        return await connect_transport(
             identity, listen=settings.listen or endpoint.listen, check=record_check(live, time.time), bootstrap=bootstrap,
             announce=settings.announce or endpoint.announce, state_folder=folder.network,
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""What all peers of a run must agree on: manifest, signed records, claim rules, blobs, streams, events, status, transport."""
+"""What all peers of a run must agree on: manifest, signed records, claim rules, blobs, streams, status, transport."""

@@ -1,4 +1,4 @@
-"""Waiting for many answers without waiting for the slowest, for libraries that lose a cancellation, and for threads."""
+"""Helpers for asyncio: gather many answers, keep a cancellation that a library swallows, wait for a thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ GRACE = 1.0
 async def gather_quickly(
     calls: Sequence[Coroutine[Any, Any, T]], good: Callable[[T], bool], grace: float = GRACE
 ) -> list[T | None]:
-    """The results in order. Once one is `good`, the others get `grace` seconds more; those still out are cancelled and None."""
+    """Run `calls` at once and do not wait for the slowest.
+
+    Args:
+        calls: What to run.
+        good: Whether a result is the kind that is waited for.
+        grace: Seconds that the others get after the first good result. Those that are not done by then are cancelled.
+
+    Returns the results in order, with None for a call that was cancelled.
+    """
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         waiting: set[asyncio.Future[T]] = set(tasks)
@@ -33,7 +41,7 @@ async def gather_quickly(
 
 
 async def gather_bounded(call: Callable[[S], Awaitable[T]], items: Iterable[S], limit: int) -> list[T]:
-    """`call(item)` for every item, at most `limit` at a time; the results in order of the items. The first error is raised."""
+    """Run `call(item)` for every item, at most `limit` at a time. Returns the results in order; raises the first error."""
     slots = asyncio.Semaphore(limit)
 
     async def one(item: S) -> T:
@@ -43,11 +51,11 @@ async def gather_bounded(call: Callable[[S], Awaitable[T]], items: Iterable[S], 
     return await asyncio.gather(*map(one, items))
 
 
-async def heeding(call: Coroutine[Any, Any, T]) -> T:
-    """The result of `call`, unless this task was cancelled meanwhile: then CancelledError, even if `call` kept that to itself.
+async def keep_cancellation(call: Coroutine[Any, Any, T]) -> T:
+    """Await `call`. Raises CancelledError if this task was cancelled meanwhile, even if `call` swallowed that.
 
-    In Python 3.11 `asyncio.wait_for`, through which hivemind makes its calls, gives a result that comes together with a
-    cancellation, and the task goes on as if nobody had asked it to end.
+    hivemind calls through `asyncio.wait_for`. In Python 3.11 that returns a result that arrives together with a cancellation,
+    and the cancellation is lost.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
@@ -57,8 +65,11 @@ async def heeding(call: Coroutine[Any, Any, T]) -> T:
     return result
 
 
-async def to_its_end(work: Awaitable[T], given_up: threading.Event | None = None) -> T:
-    """The result of `work` in a thread, which no cancellation reaches: who is cancelled sets `given_up` and waits for it."""
+async def wait_for_thread(work: Awaitable[T], given_up: threading.Event | None = None) -> T:
+    """Await `work`, which runs in a thread that no cancellation reaches.
+
+    On a cancellation set `given_up`, which asks the thread to end, wait for it and re-raise CancelledError.
+    """
     working = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(working)
@@ -67,5 +78,5 @@ async def to_its_end(work: Awaitable[T], given_up: threading.Event | None = None
             given_up.set()
         await asyncio.wait([working])
         if not working.cancelled():
-            working.exception()  # nobody is left to hear of it, and asyncio complains of errors that nobody has looked at
+            working.exception()  # else asyncio logs that the exception was never retrieved
         raise

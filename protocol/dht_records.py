@@ -1,4 +1,4 @@
-"""Publish this peer's signed records in the DHT and read those of others."""
+"""Publish this peer's records in the DHT and read the records of all peers."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from lutetia.protocol.transport.base import Transport
 
 log = logging.getLogger(__name__)
 
+_STEP = 0.001
 
 _last_expiry: WeakKeyDictionary[Transport, dict[str, float]] = WeakKeyDictionary()
-
-
-_STEP = 0.001
+"""Transport -> key -> the expiry of the record that was stored last."""
 
 
 async def publish(
     transport: Transport, identity: Identity, record: Record, ttl: float, skew: float = RecordLimits.maximum_clock_skew
 ) -> bool:
-    """Seal `record` and store it for `ttl` seconds. False when no peer took it.
+    """Seal `record` and store it. Returns False when no peer took it.
 
-    The DHT keeps of each owner the record that expires last. So a record never gets an earlier expiry than the one it replaces: a
-    shorter `ttl` cannot take an earlier record back. Only what was sealed while this clock was more than `skew` seconds ahead
-    does not count: nobody took it, nor would take what outlives it. For node records it also looks whether another box uses this
-    identity, and says so in the log.
+    The DHT keeps the record of each owner that expires last. A new record therefore never expires before the one it replaces,
+    even with a shorter `ttl`. An earlier expiry is ignored if it lies more than `skew` beyond the usual one: this clock was ahead
+    then, and no peer took that record. For a node record this also logs an error if another node uses this identity.
+
+    Args:
+        transport: The DHT.
+        identity: The owner's key.
+        record: What to publish.
+        ttl: Time to live in seconds.
+        skew: Seconds by which clocks of peers may differ.
     """
     expiries = _last_expiry.setdefault(transport, {})
     key = record.key()
     if isinstance(record, NodeRecord):
-        await _warn_of_a_double(transport, key, record, expiries)
+        await _warn_of_double(transport, key, record, expiries)
     usual, before = transport.now() + ttl, expiries.get(key, 0.0)
     expires = usual if before > usual + skew else max(usual, before + _STEP)
     expiries[key] = expires
@@ -40,18 +45,18 @@ async def publish(
 
 
 async def read_records(transport: Transport, key: str) -> list[tuple[Record, float]]:
-    """The live records under `key` with their expiry, ordered by owner. Raises ConnectionError when this peer is offline."""
-    found = await transport.get(key)
-    return [(read_envelope(found[owner].value), found[owner].expires) for owner in sorted(found)]
+    """The live records under `key` and their expiry in Unix seconds, by owner. Raises ConnectionError when offline."""
+    stored = await transport.get(key)
+    return [(read_envelope(stored[owner].value), stored[owner].expires) for owner in sorted(stored)]
 
 
-async def _warn_of_a_double(transport: Transport, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
-    """Compare what the DHT holds under our name with what we stored last."""
+async def _warn_of_double(transport: Transport, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
+    """Log an error when the DHT holds a newer record under this identity than the one this node stored last."""
     stored = (await transport.get(key)).get(record.owner)
-    ours = expiries.get(key)  # read now: this box may have published again while the DHT was asked
-    if ours is not None and stored is not None and stored.expires > ours:
+    last = expiries.get(key)  # read only now: this node may have published again during the lookup
+    if last is not None and stored is not None and stored.expires > last:
         other = read_envelope(stored.value)
         log.error(
-            "another box is online under this identity (it published %s); give every box its own identity, or both lose work",
+            "another node is online under this identity (it published %s); give every node its own identity, or both lose work",
             getattr(other, "addresses", ()),
         )

@@ -1,4 +1,4 @@
-"""What a run's manifest allows in records: the check that every peer applies when it stores or reads one."""
+"""The record check of a run: what its manifest allows. Every peer applies it when it stores or reads a record."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from lutetia.protocol.transport.base import RecordCheck
 
 
 def record_check(manifest: Manifest | Callable[[], Manifest], now: Callable[[], float]) -> RecordCheck:
-    """The check of every record of this run: `open_record`, and what the manifest says of runs, shards and the allowlist.
+    """The check of this run's records: `open_record`, then run id, shard numbers, allowlist and addresses.
 
-    Given a function, each record is checked by the manifest that it gives at that moment.
+    Args:
+        manifest: The manifest, or a function that returns the one in force, which is called for each record.
+        now: This peer's clock in Unix seconds.
     """
     current = manifest if callable(manifest) else lambda: manifest
     rules = _Rules(current())
@@ -33,7 +35,7 @@ def record_check(manifest: Manifest | Callable[[], Manifest], now: Callable[[], 
 
 
 class _Rules:
-    """What one version of the manifest says of records."""
+    """What one version of the manifest allows."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -48,15 +50,15 @@ class _Rules:
         if self._allowed is not None and record.owner not in self._allowed:
             raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
         if (getattr(record, "shard", None) or 0) >= self._shards:
-            raise RecordRefused(f"the run has {self._shards} shards and no such one")
+            raise RecordRefused(f"record names a shard that does not exist: the run has {self._shards}")
         _check_addresses(record)
 
 
 def _check_addresses(record: Record) -> None:
-    """A record may only send others to its owner."""
+    """Raises RecordRefused when a record directs others to a peer that is not its owner."""
     peer_id = getattr(record, "peer_id", None)
     if peer_id is None:
         return
-    own = peer_id_of(record.owner)
-    if peer_id != own or not all(address.endswith(f"/p2p/{own}") for address in getattr(record, "addresses", ())):
-        raise RecordRefused(f"record of peer {own} names another peer")
+    owner = peer_id_of(record.owner)
+    if peer_id != owner or not all(address.endswith(f"/p2p/{owner}") for address in getattr(record, "addresses", ())):
+        raise RecordRefused(f"record of peer {owner} names another peer")

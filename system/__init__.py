@@ -1,1 +1,1 @@
-"""What every process of ours needs from its operating system: errors with exit codes, atomic files, paths, children."""
+"""What every process needs of its operating system: errors with exit codes, atomic files, paths, child processes."""

@@ -1,4 +1,4 @@
-"""The errors a person meets: one sentence that says what, where and what to do, and a documented exit code."""
+"""The errors that people see: one sentence that says what, where and what to do, and a documented exit code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LONGEST = 2000
 
 
 def plain(text: str) -> str:
-    """`text` on one line, with what does not print escaped, and cut at 2000 characters.
+    """`text` on one line, with unprintable characters escaped, cut at 2000 characters.
 
-    An error may quote a stranger; it must not let him write to the reader's terminal or forge lines of a log.
+    An error may quote another peer, which must not be able to control the reader's terminal or forge lines of a log.
     """
     if not text.isprintable():
         text = "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
@@ -26,14 +26,14 @@ def _escaped(letter: str) -> str:
 
 
 def disk_reason(error: OSError) -> str:
-    """What was wrong with a file or folder, in a few words."""
+    """What is wrong with a file or folder, in a few words."""
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "a file is where a folder should be"
     return os.strerror(error.errno or 0).lower()
 
 
 class LutetiaError(Exception):
-    """Base of all expected failures. `str(error)` is the whole sentence; `code` is the process's exit code."""
+    """Base of all expected errors. `str(error)` is the whole sentence, `code` the exit code of the process."""
 
     code: ClassVar[int] = 70
     name: ClassVar[str] = "internal"
@@ -43,7 +43,7 @@ class LutetiaError(Exception):
 
 
 class UsageError(LutetiaError):
-    """The command line asks for something that makes no sense."""
+    """The command line is invalid."""
 
     code, name = 2, "usage"
 
@@ -55,7 +55,7 @@ class ConfigError(LutetiaError):
 
 
 class IdentityError(LutetiaError):
-    """The key of this box cannot be read, or two daemons use one identity or state folder."""
+    """The key of this node cannot be read, or two daemons use one identity or state folder."""
 
     code, name = 11, "identity"
 
@@ -67,7 +67,7 @@ class DataError(LutetiaError):
 
 
 class HardwareError(LutetiaError):
-    """No device of this box fits the run."""
+    """No device of this machine fits the run."""
 
     code, name = 20, "hardware"
 
@@ -119,7 +119,7 @@ EXIT_CODES: dict[int, str] = {
 
 @contextlib.contextmanager
 def one_error() -> Iterator[None]:
-    """Of the failures of tasks that ended together, the first expected one, as people should read it."""
+    """Raise the first expected error of an exception group by itself, so that people see one sentence."""
     try:
         yield
     except BaseExceptionGroup as group:

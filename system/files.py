@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, also after power loss."""
+"""Files and folders that are whole or absent, also after a power loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISK_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 }  # fmt: skip
-# not ENOENT: that a file is gone is for the caller to understand
+# without ENOENT: the caller has to handle a missing file
 
 
 def fsync_folder(folder: Path) -> None:
@@ -32,7 +32,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` and those above it, each new name durable in its parent: else a file in it can be lost with its folder."""
+    """Make `folder` and its parents durably: a file is lost in a power loss if its folder is."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -44,7 +44,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk, and a path that cannot be, into one sentence naming `path`."""
+    """Turn the error of a full, read-only or forbidden disk or an impossible path into a DiskError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success fsync it and rename it over `target`, else remove it."""
+    """Yield a temporary path beside `target`. On success fsync it and rename it over `target`, else remove it."""
     with disk_errors(target):
         make_folder(target.parent)
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -76,9 +76,9 @@ def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
 
 
 def sweep_parts(folder: Path) -> None:
-    """Remove what writers that were killed left half-written in `folder` and below. For who holds its lock, before it writes.
+    """Remove the half-written files of killed processes in `folder` and below. Call it with the folder's lock, before writing.
 
-    What cannot be removed stays: the next start comes by here again.
+    What cannot be removed stays until the next start.
     """
     for left in list(folder.rglob(".*.part")):
         if left.is_dir() and not left.is_symlink():
@@ -89,25 +89,25 @@ def sweep_parts(folder: Path) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a configuration file. Raises ConfigError when it cannot be read or is no TOML."""
+    """The tables of a configuration file. Raises ConfigError when it cannot be read or is not TOML."""
     import tomllib
 
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; name an existing file") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, numbers or nesting without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, too long numbers or too deep nesting
         raise ConfigError(f"configuration {path} is not TOML: {error}; correct it") from error
 
 
 def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write `data` to `target` so that a reader sees the old file or the new one, never a part."""
+    """Write `data` to `target`. A reader sees the old file or the new one, never a part."""
     with atomic_path(target, mode) as temporary:
         temporary.write_bytes(data)
 
 
 def takes_writes(folder: Path) -> bool:
-    """Whether a small file can be written in `folder`; it is not kept."""
+    """Whether a small file can be written in `folder`. The file is not kept."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
@@ -119,9 +119,9 @@ def takes_writes(folder: Path) -> bool:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put the folder `new` (same parent) in the place of `target`, durably, and remove what was there.
+    """Replace the folder `target` by `new` (same parent), durably, and remove the old one.
 
-    On Linux a reader finds one whole folder or the other; elsewhere there is none for a moment.
+    On Linux a reader always finds one whole folder. Elsewhere there is none for a moment.
     """
     with disk_errors(target):
         for folder, _, _ in os.walk(new):
@@ -139,7 +139,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths at once by renameat2 (Linux, most file systems). False where that is not to be had."""
+    """Swap two paths atomically with renameat2 (Linux, most file systems). False where that is not supported."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

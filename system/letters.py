@@ -1,4 +1,4 @@
-"""Letters for text in pictures."""
+"""The font for text in pictures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @cache
 def font(size: int) -> Font:
-    """DejaVu Sans of `size` pixels where matplotlib brings it along, else Pillow's own, which has no letters with accents."""
+    """DejaVu Sans of `size` pixels if matplotlib is installed, else Pillow's own font, which lacks letters with accents."""
     from PIL import ImageFont
 
-    matplotlib = find_spec("matplotlib")  # looked up and not imported, which takes a second
+    matplotlib = find_spec("matplotlib")  # not imported, because that takes a second
     if matplotlib and matplotlib.origin:
         path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if path.is_file():

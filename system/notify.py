@@ -1,4 +1,4 @@
-"""Word to systemd about how a service stands: the sd_notify datagram. Without systemd nothing is sent."""
+"""Tell systemd the state of a service (sd_notify). Without systemd nothing is sent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def notify(state: str) -> bool:
-    """Send `state` (`READY=1`, `STATUS=…`, `STOPPING=1`, `WATCHDOG=1`) to the service manager; whether somebody was told."""
+    """Send `state` (`READY=1`, `STATUS=…`, `STOPPING=1`, `WATCHDOG=1`) to the service manager. Returns whether it was sent."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
@@ -20,7 +20,7 @@ def notify(state: str) -> bool:
 
 
 def watchdog_seconds() -> float | None:
-    """How often the service manager wants to hear `WATCHDOG=1`, halved as it advises; None where it does not watch us."""
+    """Seconds between `WATCHDOG=1` messages: half the manager's limit, as it advises. None if it does not watch this process."""
     microseconds, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
     if not microseconds or (pid and int(pid) != os.getpid()):
         return None

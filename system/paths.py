@@ -1,4 +1,4 @@
-"""Where things of this box live: XDG folders, with overrides by environment."""
+"""The default folders of this machine: XDG folders, which environment variables override."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lutetia.system.errors import ConfigError
 
 
 def expanded(path: Path) -> Path:
-    """`path` with `~` as a home folder. Raises ConfigError where this machine does not know whose."""
+    """`path` with `~` expanded. Raises ConfigError when this machine does not know that home folder."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -25,12 +25,12 @@ def _home(variable: str, fallback: str) -> Path:
 
 
 def default_state_folder() -> Path:
-    """Identity, control socket, local checkpoints and blobs of this box's daemon."""
+    """The folder for identity, control socket, local checkpoints and blobs of this machine's daemon."""
     return _home("XDG_STATE_HOME", ".local/state")
 
 
 def default_cache_folder() -> Path:
-    """What can be made again: cached latents, text embeddings and downloads."""
+    """The folder for files that can be made again: latents, text embeddings and downloads."""
     if home := os.environ.get("LUTETIA_HOME"):
         return expanded(Path(home)) / "cache"
     return _home("XDG_CACHE_HOME", ".cache")

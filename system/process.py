@@ -1,4 +1,4 @@
-"""Children that die with their parent, and talk to it in JSON lines over stdin and stdout."""
+"""Child processes that end with their parent and exchange JSON lines with it over stdin and stdout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask Linux to SIGKILL this process when `parent` (the pid that started it) ends; elsewhere do nothing."""
+    """Ask Linux to SIGKILL this process when `parent` (the pid that started it) ends. Elsewhere do nothing."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it had ended before the request
@@ -28,10 +28,10 @@ def die_with_parent(parent: int) -> None:
 
 
 def give_way(niceness: int) -> None:
-    """Let whoever else wants the processor have it first: nicer by `niceness`, as `os.nice` counts.
+    """Lower the CPU priority of this process by `niceness`, as `os.nice` counts.
 
-    Linux with autogroups weighs a nice value within one session only, and sessions against each other by a value of their own
-    (sched(7)). A process that leads its session sets that too; it never touches a session that it only belongs to.
+    With autogroups Linux applies a nice value only within one session, and gives each session a value of its own (sched(7)). A
+    process that leads its session sets that value too. It never changes a session that it only belongs to.
     """
     nice = os.nice(niceness)
     if os.getsid(0) == os.getpid():
@@ -40,14 +40,14 @@ def give_way(niceness: int) -> None:
 
 
 class Child:
-    """A Python child `python -m module` in its own process group, seen from its parent's event loop."""
+    """A child process `python -m module` in its own process group, as its parent's event loop sees it."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
     @classmethod
     async def start(cls, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Start it; `environment` is added to ours. Its stderr is ours."""
+        """Start a child with `environment` added to this process's. It writes to this process's stderr."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, *arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_LINE, start_new_session=True,
@@ -64,16 +64,16 @@ class Child:
         await stdin.drain()
 
     async def messages(self) -> AsyncIterator[Message]:
-        """What the child says, until it ends; half a line of one that was killed is nothing.
+        """The messages of the child, until it ends. The partial last line of a killed child is dropped.
 
-        Raises ValueError, after which it cannot be understood any more: a line longer than MAX_LINE, or no JSON.
+        Raises ValueError for a line longer than MAX_LINE or one that is not JSON. The stream cannot be read any further then.
         """
         assert self.process.stdout
         while (line := await self.process.stdout.readline()).endswith(b"\n"):
             yield json.loads(line)
 
     async def stop(self, grace: float) -> int:
-        """Close its stdin (the request to end), then kill its group after `grace` seconds. Returns its exit status."""
+        """Close the child's stdin, which asks it to end, and kill its group after `grace` seconds. Returns its exit status."""
         if self.process.stdin:
             self.process.stdin.close()
         try:
@@ -89,23 +89,23 @@ class Child:
 
 
 class ParentChannel:
-    """The child's side, made first thing in its main: ties its life to the parent's and keeps prints off the channel."""
+    """The child's side. Make it first in main: it ties the child's life to the parent's and keeps prints off the channel."""
 
     def __init__(self) -> None:
         parent = os.environ.get("LUTETIA_PARENT")
         if parent:
             die_with_parent(int(parent))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides what it means
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of the terminal, and the parent handles it
         self._output = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
 
     def send(self, message: Message) -> None:
-        """Nothing happens where the parent has ended: that shows at the end of `messages`."""
+        """Send `message`. Does nothing when the parent has ended, which `messages` shows by its end."""
         with contextlib.suppress(BrokenPipeError):
             self._output.write(json.dumps(message).encode() + b"\n")
             self._output.flush()
 
     def messages(self) -> Iterator[Message]:
-        """What the parent says, until it closes the channel; blocks."""
+        """The messages of the parent, until it closes the channel. Blocks."""
         for line in sys.stdin.buffer:
             yield json.loads(line)

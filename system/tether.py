@@ -1,7 +1,7 @@
-"""`python -I -S tether.py PARENT PROGRAM ARGUMENTS…`: become PROGRAM, killed by Linux the moment process PARENT ends.
+"""`python -I -S tether.py PARENT PROGRAM ARGUMENTS…`: become PROGRAM, which Linux kills as soon as process PARENT ends.
 
-For programs of others that must not outlive us, such as p2pd. It runs as a file, without the site packages, and replaces itself
-by the program: about 12 ms at the start, nothing afterwards. Elsewhere than on Linux it only starts the program.
+For programs of others that must not outlive their parent, such as p2pd. It runs as a file without site packages and replaces
+itself by the program, which costs about 12 ms at the start. On other systems it only starts the program.
 """
 
 import os
@@ -12,7 +12,7 @@ _SIGKILL = 9
 
 
 def command(program: str, *arguments: str) -> list[str]:
-    """The command line that ties `program` to this process. The thread that starts it must live as long as it is needed."""
+    """The command line that ties `program` to this process. Linux kills it when the thread that started it ends."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), program, *arguments]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lutetia.protocol.rpc.framing import framed, read_framed
 from lutetia.protocol.rpc.introduction import MANIFEST, MAX_DOCUMENT_BYTES, ask_document
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import RecordLimits, open_record, read_envelope
-from lutetia.protocol.transport.base import Handler, StoredValue, Stream, Transport
+from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
 
 LIMITS = RecordLimits(2.0)
 
@@ -59,6 +59,18 @@ class Player(Transport):
 
     def addresses(self) -> list[str]:
         return []
+
+    async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
+        return {}
+
+    async def find_double(self, addresses: Sequence[str]) -> str | None:
+        return None
+
+    async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
+        return None
+
+    def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
+        return None
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         return False

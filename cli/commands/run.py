@@ -143,7 +143,7 @@ def load_manifest(source: str, timeout: float) -> Manifest:
     import time
 
     from lutetia.cli.arguments import read_ticket
-    from lutetia.protocol.light_client.documents import thin_document
+    from lutetia.protocol.light_client.documents import fetch_document
     from lutetia.protocol.rpc.introduction import MANIFEST
     from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
     from lutetia.protocol.schema.ticket import PREFIX
@@ -151,7 +151,7 @@ def load_manifest(source: str, timeout: float) -> Manifest:
 
     if source.startswith(PREFIX) or source.endswith(".txt"):
         ticket = read_ticket(source)
-        data = thin_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
+        data = fetch_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
         return open_manifest(data, now=time.time(), run=ticket.run, owner=ticket.owner).manifest
     path = Path(source)
     path = path / "manifest.json" if path.is_dir() else path

@@ -35,12 +35,12 @@ def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
     """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
     decoded = read_ticket(ticket)
 
-    from lutetia.protocol.light_client.documents import thin_document
+    from lutetia.protocol.light_client.documents import fetch_document
     from lutetia.protocol.rpc.introduction import STATUS
     from lutetia.protocol.schema.status import MAX_STATUS_BYTES
     from lutetia.system.errors import ConfigError
 
-    status = read_status(thin_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
+    status = read_status(fetch_document(decoded, STATUS, timeout, MAX_STATUS_BYTES))
     if status.run != decoded.run:
         raise ConfigError(f"that peer coordinates run {status.run[:12]}, not {decoded.run[:12]}; check the ticket")
     return status

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.protocol.rpc.manifest_sync import LiveManifest, tell_news
+from lutetia.protocol.rpc.manifest_sync import LiveManifest, announce_version
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import NodeRecord
@@ -77,7 +77,7 @@ class ManifestNotifier:
             async with places:
                 try:
                     async with asyncio.timeout(10):
-                        await tell_news(self._transport, version, node.peer_id, node.addresses)
+                        await announce_version(self._transport, version, node.peer_id, node.addresses)
                 except (ConnectionError, TimeoutError) as error:
                     _log.debug("could not tell %s of version %d: %s", node.peer_id, version, error)
                 else:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.protocol.dht_records import read_records
-from lutetia.protocol.rpc.manifest_sync import NEWS, LiveManifest, fetch_newer, read_news, version_at
+from lutetia.protocol.rpc.manifest_sync import MANIFEST_UPDATE, LiveManifest, fetch_newer, read_version, version_at
 from lutetia.protocol.schema.records import NodeRecord, node_keys
 from lutetia.protocol.transport.base import Stream, Transport
 from lutetia.system.errors import LutetiaError
@@ -27,14 +27,14 @@ class ManifestUpdates:
 
     async def serve(self, transport: Transport) -> None:
         """Answer those who tell us of a version."""
-        await transport.serve(NEWS, self._told)
+        await transport.serve(MANIFEST_UPDATE, self._told)
 
     async def _told(self, stream: Stream) -> None:
         """Anybody may tell: what counts is the owner's signature on what is fetched, one fetch at a time.
 
         To check a manifest takes a good part of a second: a coordinator may ask for that at any time, all others together seldom.
         """
-        version = await read_news(stream)
+        version = await read_version(stream)
         if version <= self.live.version or self._fetching.locked():
             return
         if stream.peer_id in dict(self.network.coordinators):

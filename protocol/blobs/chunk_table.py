@@ -1,4 +1,4 @@
-"""Blobs: bytes named by the SHA-256 over the table of their 1 MiB chunk hashes, so that every chunk is verified on arrival."""
+"""A blob is named by the SHA-256 over the table of its 1 MiB chunk hashes, so that every chunk can be verified on arrival."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CHUNKS = 1 << 20
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """The chunk hashes of one blob."""
+    """The chunk hashes of one blob of `size` bytes, HASH bytes each."""
 
     size: int
     hashes: bytes
@@ -35,14 +35,14 @@ class ChunkTable:
         return min(CHUNK, self.size - index * CHUNK)
 
     def verify(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
-        """Raises IntegrityError when `chunk` is not the blob's chunk `index`."""
+        """Raises IntegrityError when `chunk` is not chunk `index` of the blob."""
         expected = self.hashes[index * HASH : (index + 1) * HASH]
         if len(chunk) != self.chunk_size(index) or hashlib.sha256(chunk).digest() != expected:
             raise IntegrityError(f"chunk {index} of blob {self.ref.digest[:12]} does not match its hash; ask another peer")
 
     @classmethod
     def checked(cls, ref: BlobRef, hashes: bytes) -> ChunkTable:
-        """The table that a peer sent for `ref`. Raises IntegrityError when it is not the one that `ref` names."""
+        """The table with `hashes` that a peer sent. Raises IntegrityError when it is not the table of `ref`."""
         table = cls(ref.size, hashes)
         if len(hashes) != HASH * chunk_count(ref.size) or table.ref != ref:
             raise IntegrityError(f"the chunk table for blob {ref.digest[:12]} does not match its name; ask another peer")

@@ -1,4 +1,4 @@
-"""Fetching blobs from several peers at once, every chunk verified on arrival; and serving them."""
+"""Serve blobs, and fetch a blob from several peers at once with every chunk verified on arrival."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from lutetia.protocol.async_helpers import to_its_end
+from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
@@ -26,7 +26,7 @@ PARALLEL = 4
 
 
 async def serve_blobs(transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None) -> None:
-    """Serve every whole blob of `store` to any peer, at most `rate_bytes_per_s` bytes per second over all streams."""
+    """Serve every whole blob of `store` to any peer. `rate_bytes_per_s` limits all streams together; None is no limit."""
     await transport.serve(BLOB, BlobServer(store, RateLimit(rate_bytes_per_s)).answer)
 
 
@@ -37,12 +37,19 @@ async def fetch_blob(
     providers: Sequence[Provider],
     on_progress: Progress | None = None,
 ) -> Path:
-    """Bring `ref` into `store` and return its file; at once if it is there already.
+    """Fetch `ref` into `store` and return its file, at once if it is there already.
 
-    Up to four of `providers` work in parallel, in the order given; one that lies, fails or is overtaken loses its place to the
-    next. What arrived stays on disk, so a later call goes on where this one ended. Calls for one blob share one transfer.
+    Up to PARALLEL providers send at a time. One that sends wrong bytes, fails or is too slow is replaced by the next. What has
+    arrived stays on disk, so a later call continues there. Concurrent calls for one blob share one transfer.
 
-    Raises UnreachableError (nobody could serve it), IntegrityError (all that was served was wrong) or DiskError.
+    Args:
+        transport: How to reach the providers.
+        store: Where the blob goes.
+        ref: The blob.
+        providers: Peers that say they hold it, the preferred ones first.
+        on_progress: Called with (bytes arrived, bytes in all).
+
+    Raises UnreachableError (no provider could serve it), IntegrityError (all of them sent wrong bytes) or DiskError.
     """
     if store.has(ref.digest):
         return store.path(ref.digest)
@@ -54,7 +61,7 @@ async def fetch_blob(
 
 
 class _Fetch:
-    """One transfer: keeps up to PARALLEL workers going."""
+    """One transfer. Keeps up to PARALLEL workers running."""
 
     def __init__(self, transport: Transport, store: BlobStore, ref: BlobRef, providers: Sequence[Provider]) -> None:
         self.listeners: list[Progress] = []
@@ -65,26 +72,26 @@ class _Fetch:
 
     async def run(self) -> Path:
         if await asyncio.to_thread(self._store.has, self._ref.digest):
-            return self._store.path(self._ref.digest)  # a transfer that was given up as it ended has brought it
+            return self._store.path(self._ref.digest)  # a transfer that was cancelled at its very end has stored it
         partial = await self._opened()
         try:
             await self._gather(partial)
-            return await to_its_end(asyncio.to_thread(self._store.finish, partial))
+            return await wait_for_thread(asyncio.to_thread(self._store.finish, partial))
         finally:
             partial.close()
 
     async def _opened(self) -> PartialBlob:
-        """What had arrived is hashed first: when cancelled, that is told to end, and its files are closed."""
+        """Open the partial blob, which first hashes what has arrived. On a cancellation stop that and close its files."""
         given_up = threading.Event()
         opening = asyncio.ensure_future(asyncio.to_thread(self._store.partial, self._ref, given_up))
         try:
-            return await to_its_end(opening, given_up)
+            return await wait_for_thread(opening, given_up)
         except asyncio.CancelledError:
             opening.add_done_callback(_close)
             raise
 
     async def _gather(self, partial: PartialBlob) -> None:
-        """Until all chunks are there, or all providers are lost."""
+        """Run workers until all chunks are there. Raises an error when all providers are lost."""
         transfer = SharedDownload(self._transport, self._ref, partial, self.listeners, self._overtake)
         plan = transfer.begin() if partial.has_table else None
         number = 0
@@ -106,15 +113,15 @@ class _Fetch:
             await asyncio.gather(*(task for _, task in self._active.values()), return_exceptions=True)
 
     def _overtake(self, numbers: list[int]) -> None:
-        """End workers that another one was faster than at the same chunk, even though it began later."""
+        """End the workers that were slower at a chunk than another worker that began it later."""
         for number in numbers:
             if number in self._active:
                 worker, task = self._active[number]
-                log.warning("peer %s loses its place for blob %s: too slow", worker.provider.peer_id, self._ref.digest[:12])
+                log.warning("dropped provider %s of blob %s: too slow", worker.provider.peer_id, self._ref.digest[:12])
                 task.cancel()
 
     def _reap(self) -> None:
-        """Raises what ended a worker for all (a full disk)."""
+        """Forget workers that have ended. Raises an error that ends the whole transfer (a full disk)."""
         for number, (_, task) in list(self._active.items()):
             if task.done():
                 del self._active[number]
@@ -124,11 +131,11 @@ class _Fetch:
     def _failure(self, transfer: SharedDownload) -> LutetiaError:
         name = f"blob {self._ref.digest[:12]} ({transfer.bytes_here} of {self._ref.size} bytes are here)"
         if not transfer.lost:
-            return UnreachableError(f"nobody offers {name}; wait until a peer that holds it is online")
+            return UnreachableError(f"no peer offers {name}; wait until one that holds it is online")
         reasons = "; ".join(f"peer …{peer_id[-8:]}: {error}" for peer_id, error in transfer.lost.items())
         if all(isinstance(error, IntegrityError) for error in transfer.lost.values()):
-            return IntegrityError(f"every provider of {name} sends wrong bytes ({reasons}); ask other peers")
-        return UnreachableError(f"no provider is left for {name} ({reasons}); try again later, what is here is kept")
+            return IntegrityError(f"every provider of {name} sent wrong bytes ({reasons}); ask other peers")
+        return UnreachableError(f"no provider is left for {name} ({reasons}); try again later, the bytes here are kept")
 
 
 def _close(opening: asyncio.Future[PartialBlob]) -> None:
@@ -137,7 +144,7 @@ def _close(opening: asyncio.Future[PartialBlob]) -> None:
 
 
 class _Shared:
-    """One transfer that several callers wait for; it is cancelled when the last of them is. It begins when `after` has ended."""
+    """One transfer that several callers wait for. It starts when `after` has ended, and is cancelled with its last caller."""
 
     def __init__(self, key: tuple[Path, str], fetch: _Fetch, after: _Shared | None) -> None:
         self._key, self._fetch = key, fetch

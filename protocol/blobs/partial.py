@@ -1,4 +1,4 @@
-"""A blob on its way: the chunks that have arrived and been verified, on disk, so that a restart loses none of them."""
+"""A blob in transfer: the chunks that have arrived and been verified, on disk, so that a restart loses none of them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _DATA, _TABLE, _MARKS = "data", "table", "arrived"
 class PartialBlob:
     """One transfer in `<store>/partial/<digest>/`: `data` (full size), `table`, and `arrived` (one byte per verified chunk).
 
-    Room for the whole blob is reserved with the table: a full disk shows before the first chunk travels, and nobody fills a disk
-    by naming a size. After a restart the chunks marked as arrived are hashed again, as marks can outlive their bytes in a power
-    loss; `given_up` ends that early. One process at a time, which has `arrived` locked; methods block on the disk.
+    Space for the whole blob is reserved once the table is there, so a full disk shows before the first chunk is sent, and a peer
+    cannot fill the disk by naming a size. After a restart the chunks marked as arrived are hashed again, because in a power loss
+    marks can outlive their bytes; set `given_up` to end that early. One process at a time holds a transfer, by a lock on
+    `arrived`. Methods block on the disk.
     """
 
     def __init__(self, folder: Path, ref: BlobRef, given_up: threading.Event | None = None) -> None:
         self.folder, self.ref = folder, ref
         self.data_file, self._marks_file, self._table_file = folder / _DATA, folder / _MARKS, folder / _TABLE
         self._table: ChunkTable | None = None
-        self._writing = threading.Lock()  # closing waits for a write in another thread: its descriptor may be reused at once
+        self._writing = threading.Lock()  # close waits for writes of other threads: the descriptor may be reused
         self._arrived = bytearray(chunk_count(ref.size))
         self._data = -1
         with disk_errors(folder):
             self._marks = self._begin()
         try:
             with disk_errors(folder):
-                os.utime(self._marks_file)  # who takes it up wants it: nobody sweeps it away for a while
+                os.utime(self._marks_file)  # it is in use, so the next sweep keeps it
                 self._data = os.open(self.data_file, os.O_RDWR | os.O_CREAT, 0o644)
             self._resume(given_up or threading.Event())
         except BaseException:
@@ -63,13 +64,13 @@ class PartialBlob:
         return sum(table.chunk_size(i) for i, there in enumerate(self._arrived) if there) if table else 0
 
     def set_table(self, table: ChunkTable) -> None:
-        """Keep the table, which the caller has checked against the blob's name. Raises DiskError: no room for the blob."""
+        """Keep the table, which the caller has checked against the blob's name. Raises DiskError: no space for the blob."""
         with self._writing:
             if self._table is not None or self._marks < 0:
                 return
             self._reserve()
             with disk_errors(self._table_file):
-                self._table_file.write_bytes(table.hashes)  # a torn one is noticed after a restart: it is checked by name again
+                self._table_file.write_bytes(table.hashes)  # a torn table is found after a restart, by the blob's name
             self._table = table
 
     def missing(self) -> list[int]:
@@ -77,7 +78,7 @@ class PartialBlob:
         return [index for index, there in enumerate(self._arrived) if not there]
 
     def write(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
-        """Verify a chunk and keep it. Raises IntegrityError (wrong bytes) or DiskError; then nothing counts as arrived."""
+        """Verify and keep a chunk. Raises IntegrityError (wrong bytes) or DiskError; the chunk is then still missing."""
         self.table.verify(index, chunk)
         with self._writing, disk_errors(self.data_file):
             if self._data < 0 or self._arrived[index]:
@@ -87,14 +88,14 @@ class PartialBlob:
             self._arrived[index] = 1
 
     def close(self) -> None:
-        """Let go of the files; what has arrived stays for the next attempt, later writes are dropped. Idempotent."""
+        """Close the files. What has arrived stays for the next attempt; later writes are ignored. Idempotent."""
         with self._writing:
             if self._marks >= 0 and os.fstat(self._marks).st_size == 0:  # nothing has ever arrived
                 _remove(self.folder)
             self._let_go()
 
     def discard(self) -> None:
-        """Remove the transfer from disk; one that is closed, unless somebody else is at it."""
+        """Remove the transfer from disk. If it is closed already, only unless another process has taken it up."""
         with self._writing:
             if self._marks >= 0:
                 _remove(self.folder)
@@ -109,12 +110,12 @@ class PartialBlob:
         self._data = self._marks = -1
 
     def _begin(self) -> int:
-        """The locked marks, in a folder that is there."""
+        """Make the folder and return its locked marks."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir()
-            with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed the folder
+            with contextlib.suppress(FileNotFoundError):  # the previous process has just removed the folder
                 if (marks := _locked(self.folder)) is not None:
                     return marks
                 raise IntegrityError(
@@ -128,7 +129,7 @@ class PartialBlob:
             os.ftruncate(self._data, self.ref.size)
 
     def _resume(self, given_up: threading.Event) -> None:
-        """Believe the table only if the blob's name says so, and a mark only if its chunk hashes right."""
+        """Take up an earlier transfer: its table if it matches the blob's name, its marked chunks if their hashes match."""
         with contextlib.suppress(OSError, IntegrityError):
             self._table = ChunkTable.checked(self.ref, self._table_file.read_bytes())
         if self._table is None:
@@ -145,7 +146,7 @@ class PartialBlob:
 
 
 def discard_unheld(folder: Path, before: float = float("inf")) -> None:
-    """Remove the transfer in `folder`, unless somebody is at it or has been since `before` (Unix seconds)."""
+    """Remove the transfer in `folder`, unless a process uses it or has used it since `before` (Unix seconds)."""
     with contextlib.suppress(OSError):
         if os.stat(folder / _MARKS).st_mtime >= before or (marks := _locked(folder)) is None:
             return
@@ -157,7 +158,7 @@ def discard_unheld(folder: Path, before: float = float("inf")) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """The marks in `folder`, open and locked; None while somebody else has them. Raises FileNotFoundError without the folder."""
+    """The marks in `folder`, open and locked; None while another process holds them. Raises FileNotFoundError: no folder."""
     while True:
         marks = os.open(folder / _MARKS, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -170,11 +171,11 @@ def _locked(folder: Path) -> int | None:
         except BaseException:
             os.close(marks)
             raise
-        os.close(marks)  # whoever had it has removed it, and somebody has begun anew
+        os.close(marks)  # the previous process removed the file and another one made a new one
 
 
 def _remove(folder: Path) -> None:
-    """To be called with the marks locked. They go last: who locks new ones from then on finds nothing of the old transfer."""
+    """Call it with the marks locked. They are removed last: a process that locks new ones finds nothing of the old transfer."""
     with contextlib.suppress(OSError):
         for name in (_DATA, _TABLE, _MARKS):
             (folder / name).unlink(missing_ok=True)

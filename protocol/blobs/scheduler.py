@@ -1,4 +1,4 @@
-"""Who fetches which chunks of a blob: spans handed to workers, stolen from the slow, given back by those that fail. Pure."""
+"""Which worker fetches which chunks of a blob. Spans are given out, stolen from slow workers, returned by failed ones. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SMOOTHING = 0.3
 
 @dataclass(eq=False)
 class Span:
-    """Chunks `first` to `end` (exclusive), read in order by `worker`, who began `next` at `since`.
+    """Chunks `first` to `end` (exclusive), read in order by `worker`, which began chunk `next` at `since`.
 
-    `doubles`: another worker is busy with the same chunk.
+    `doubles`: another worker fetches the same chunk at the same time.
     """
 
     worker: int
@@ -31,11 +31,11 @@ class Span:
 
 
 class DownloadPlan:
-    """The chunks still missing and the spans in flight. Times are seconds of any clock that only grows."""
+    """The chunks still missing and the spans in flight. Times are seconds of any monotonic clock."""
 
     def __init__(self, missing: Iterable[int]) -> None:
         self._missing = set(missing)
-        self._pending = sorted(self._missing, reverse=True)  # the next to hand out is last
+        self._pending = sorted(self._missing, reverse=True)  # the next one to give out is last
         self._spans: list[Span] = []
         self._pace: dict[int, float] = {}
 
@@ -44,11 +44,11 @@ class DownloadPlan:
         return not self._missing
 
     def pace(self, worker: int) -> float | None:
-        """Seconds per chunk of `worker`, lately; None before its first."""
+        """Recent seconds per chunk of `worker`; None before its first."""
         return self._pace.get(worker)
 
     def take(self, worker: int, now: float, workers: int = 1) -> Span | None:
-        """The next span for `worker`: SPAN_SECONDS of work, but never so much that others run dry. None: all are given."""
+        """The next span for `worker`: SPAN_SECONDS of work, less when others need their share. None: all are given out."""
         if not self._pending:
             return None
         pace = self._pace.get(worker)
@@ -61,7 +61,7 @@ class DownloadPlan:
         return self._begin(worker, first, last + 1, now)
 
     def steal(self, thief: int, now: float) -> Span | None:
-        """The later half of what the slowest other worker has left; of a single chunk that is long overdue, the chunk itself."""
+        """The later half of the slowest other worker's span, or its last chunk if that is long overdue. None: not worth it."""
         others = [span for span in self._spans if span.worker != thief and span.left]
         victim = max(others, key=lambda span: self._seconds_left(span, now), default=None)
         if victim is None or self._seconds_left(victim, now) < 2 * self._pace.get(thief, 1.0):
@@ -72,27 +72,27 @@ class DownloadPlan:
             victim.end = middle
             return stolen
         if any(span is not victim and span.first <= victim.next < span.end for span in self._spans):
-            return None  # somebody doubles it already
+            return None  # another worker doubles it already
         return self._begin(thief, victim.next, victim.end, now, doubles=True)
 
     def is_missing(self, index: int) -> bool:
         return index in self._missing
 
     def advance(self, span: Span, now: float) -> None:
-        """`span.next` has been read (not yet verified)."""
+        """Note that chunk `span.next` has been read, though not verified yet."""
         seconds, old = now - span.since, self._pace.get(span.worker)
         self._pace[span.worker] = seconds if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * seconds
         span.next, span.since = span.next + 1, now
 
     def arrived(self, span: Span, index: int) -> list[int]:
-        """Chunk `index` of `span` is verified and kept. Returns the workers that were overtaken at it: they are too slow."""
+        """Note that chunk `index` of `span` is verified and kept. Returns the workers that were too slow at it."""
         self._missing.discard(index)
         if not span.doubles:
             return []
         return [other.worker for other in self._spans if other is not span and other.next == index and other.left]
 
     def release(self, span: Span) -> None:
-        """`span` ends, finished or not; what it leaves behind is pending again."""
+        """End `span`, finished or not. Its missing chunks are pending again."""
         self._spans.remove(span)
         covered = {index for other in self._spans for index in range(other.first, other.end)}
         left = (self._missing - covered).intersection(range(span.first, span.end))
@@ -105,5 +105,5 @@ class DownloadPlan:
         return span
 
     def _seconds_left(self, span: Span, now: float) -> float:
-        """At the worker's pace, or at that of the chunk that it has been busy with, whichever is slower."""
+        """At the worker's pace or that of its current chunk, whichever is slower."""
         return span.left * max(self._pace.get(span.worker, 0.0), now - span.since)

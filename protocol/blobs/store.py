@@ -1,7 +1,7 @@
-"""The blobs of one box: a folder of files named by their digest, each whole and verified, or absent.
+"""The blobs of one machine: files named by their digest, each whole and verified, or absent.
 
-Layout: `<root>/<digest[:2]>/<digest>` holds the bytes and `<digest>.table` the chunk hashes. The table is made durable before
-the bytes get their name, so that a blob which exists can always be served. Transfers in progress live in `<root>/partial`.
+Layout: `<root>/<digest[:2]>/<digest>` holds the bytes and `<digest>.table` the chunk hashes. The table is durable before the
+bytes get their name, so a blob that exists can always be served. Transfers in progress are in `<root>/partial`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_a
 _TABLE = ".table"
 _SWEEP_AGE = 60.0  # seconds
 _UNWANTED_AGE = 7 * 86400.0
-"""Seconds after which a transfer that nobody has taken up again is not wanted any more: long enough for a box that rests."""
+"""Seconds after which an unused transfer is removed. Long enough for a node that is off for some days."""
 
 
 class BlobMissing(IntegrityError):
-    """A blob that this store does not hold."""
+    """The store does not hold this blob."""
 
 
 class BlobStore:
     """Content-addressed files below `root`, which several processes may share. Methods block on the disk.
 
-    `limit_bytes` bounds the bytes of all whole blobs together; adding beyond it raises DiskError before anything is written.
+    `limit_bytes` bounds all whole blobs together. Adding beyond it raises DiskError before anything is written.
     """
 
     def __init__(self, root: Path, limit_bytes: int | None = None) -> None:
@@ -65,7 +65,7 @@ class BlobStore:
         return table
 
     def add_file(self, path: Path, move: bool = False) -> BlobRef:
-        """Hash and store a file; with `move` the file itself is taken (no copy on the same file system). Idempotent."""
+        """Hash and store a file. With `move` the file itself is taken, without a copy on the same file system. Idempotent."""
         if move:
             table = ChunkTable.of_file(path)
             if not self.has(table.ref.digest):
@@ -78,17 +78,17 @@ class BlobStore:
         return self._add_chunks((data[i : i + CHUNK] for i in range(0, len(data), CHUNK)), len(data))
 
     def remove(self, digest: str) -> None:
-        """Forget a blob and what arrived of it, unless it is being fetched; unknown digests are no error."""
+        """Remove a blob and any transfer of it, unless it is being fetched. An unknown digest is no error."""
         discard_unheld(self.partial_folder / digest)
         self._file(digest).unlink(missing_ok=True)
         self._table_file(digest).unlink(missing_ok=True)
 
     def digests(self) -> list[str]:
-        """The names of all whole blobs, sorted."""
+        """The digests of all whole blobs, sorted."""
         return sorted(f.name for f in self.root.glob("[0-9a-f][0-9a-f]/*") if len(f.name) == 64 and self.has(f.name))
 
     def arriving(self) -> list[str]:
-        """The names of all blobs of which a part is here: being fetched, or to be fetched further."""
+        """The digests of all blobs in transfer, running or interrupted."""
         return [folder.name for folder in self._transfers()]
 
     def used_bytes(self) -> int:
@@ -99,20 +99,20 @@ class BlobStore:
         return total
 
     def read_chunk(self, digest: str, index: int) -> bytes:
-        """Chunk `index` of a whole blob, unverified (the receiver verifies). Raises BlobMissing."""
+        """Chunk `index` of a whole blob, not verified (the receiver does that). Raises BlobMissing."""
         with self.path(digest).open("rb") as file:
             return os.pread(file.fileno(), CHUNK, index * CHUNK)
 
     def verify(self, digest: str) -> None:
-        """Read a whole blob again. Raises IntegrityError naming the first damaged chunk."""
+        """Read a whole blob and check every chunk. Raises IntegrityError naming the first damaged one."""
         table = self.table(digest)
         for index, chunk in enumerate(read_chunks(self.path(digest))):
             table.verify(index, chunk)
 
     def partial(self, ref: BlobRef, given_up: threading.Event | None = None) -> PartialBlob:
-        """Begin or continue a transfer of `ref`; `given_up` ends the hashing of what had arrived: it is not wanted any more.
+        """Begin or continue a transfer of `ref`. Set `given_up` to end the hashing of what has arrived before.
 
-        Raises DiskError when there is no room for it, IntegrityError when another process is at it.
+        Raises DiskError (no space) or IntegrityError (another process fetches it).
         """
         self.check_room(ref.size)
         partial = PartialBlob(self.partial_folder / ref.digest, ref, given_up)
@@ -120,15 +120,15 @@ class BlobStore:
         return partial
 
     def finish(self, partial: PartialBlob) -> Path:
-        """Give a complete transfer its name. Raises IntegrityError when a chunk is still missing."""
+        """Turn a complete transfer into a blob. Raises IntegrityError when a chunk is missing."""
         if not partial.complete:
-            raise IntegrityError(f"blob {partial.ref.digest[:12]} still lacks chunks; fetch them before it is stored")
+            raise IntegrityError(f"blob {partial.ref.digest[:12]} still lacks chunks; fetch them first")
         self.adopt(partial.data_file, partial.table)
         partial.discard()
         return self.path(partial.ref.digest)
 
     def adopt(self, path: Path, table: ChunkTable) -> None:
-        """Take over `path`, whose content matches `table`: table, bytes, name, each made durable before the next."""
+        """Take over `path`, whose content matches `table`. Table, bytes and name are made durable in this order."""
         digest = table.ref.digest
         self.check_room(table.size)
         target = self._file(digest)
@@ -143,7 +143,7 @@ class BlobStore:
             fsync_folder(target.parent)
 
     def check_room(self, size: int) -> None:
-        """Raises DiskError when `size` more bytes pass the limit of this store."""
+        """Raises DiskError when `size` more bytes would exceed the limit of this store."""
         if self.limit_bytes is not None and size + (used := self.used_bytes()) > self.limit_bytes:
             raise DiskError(
                 f"the store {self.root} holds {used} bytes and may hold {self.limit_bytes}, too little for a blob of {size}; "
@@ -180,9 +180,9 @@ class BlobStore:
         return [path for path in self.partial_folder.iterdir() if len(path.name) == 64]
 
     def _sweep(self) -> None:
-        """Remove transfers that nobody wants, and what a killed process left half-written.
+        """Remove transfers that are not used any more and files that a killed process left half-written.
 
-        What a living process writes is locked (or seconds old) and stays.
+        Files that a live process writes are locked (or seconds old) and stay.
         """
         for folder in self._transfers():
             discard_unheld(folder, time.time() - _UNWANTED_AGE)

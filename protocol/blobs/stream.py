@@ -1,10 +1,10 @@
-"""The stream `/lutetia/blob/1`. Several requests may follow each other on one stream.
+"""The stream `/lutetia/blob/1`. One stream carries any number of requests, one after another.
 
     request   32 bytes digest, 4 bytes first chunk, 4 bytes count (0: the chunk table)
     answer    1 byte status, 8 bytes length, that many bytes
     receiver  1 byte, once everything has arrived
 
-All numbers are big-endian. A receiver knows from the blob's name and size how long each answer must be.
+All numbers are big-endian. The receiver knows the length of each answer from the size of the blob.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MAX_STREAMS = 64
 MAX_STREAMS_PER_PEER = 8
 MAX_STREAMS_PER_ORIGIN = 32
 STALL_TIMEOUT = 20.0
-"""Seconds without PIECE bytes of progress, after which a peer has stalled: 13 KiB/s is the slowest that is served or used."""
+"""Seconds without PIECE bytes of progress after which a peer counts as stalled: at least 13 KiB/s are needed."""
 IDLE_TIMEOUT = 60.0
 TURN_TIMEOUT = STALL_TIMEOUT / 2
-"""Seconds that a request waits for others to end, before it is told that the provider is busy."""
+"""Seconds that a request waits for other answers to end before it is refused as BUSY."""
 
 
 class BlobRefused(ConnectionError):
-    """The provider answered that it will not serve this; `status` says why."""
+    """The provider refused the request; `status` is the reason."""
 
     def __init__(self, status: int) -> None:
         reasons = {ABSENT: "does not hold it", BUSY: "is busy", MALFORMED: "does not understand the request"}
@@ -46,7 +46,7 @@ class BlobRefused(ConnectionError):
 
 
 class RateLimit:
-    """At most `bytes_per_second` over all streams together; None is no limit."""
+    """At most `bytes_per_second` over all streams together. None is no limit."""
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
@@ -54,7 +54,7 @@ class RateLimit:
 
     @property
     def answers_at_once(self) -> int:
-        """How many can share the rate so that each gets a PIECE in half of the time after which its receiver gives up."""
+        """How many answers can share the rate so that each sends a PIECE in half of STALL_TIMEOUT."""
         return max(1, min(MAX_STREAMS, int(self._rate * STALL_TIMEOUT / (2 * PIECE)))) if self._rate else MAX_STREAMS
 
     async def take(self, count: int) -> None:
@@ -69,9 +69,9 @@ class RateLimit:
 
 
 class AnswerSlots:
-    """Answers under way: at most `places`, half of them for one origin. Who finds none free waits, for TURN_TIMEOUT at most.
+    """Limits the answers in progress to `places`, half of them for one origin. Others wait for up to TURN_TIMEOUT.
 
-    All would share what there is otherwise, until nobody gets enough of it to go on.
+    Without a limit all would share the rate, until none gets enough to make progress.
     """
 
     def __init__(self, places: int) -> None:
@@ -80,7 +80,7 @@ class AnswerSlots:
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
     async def take(self, origin: str) -> bool:
-        """Whether `origin` got a place, which it has to give back."""
+        """Wait for a place. Returns whether `origin` got one, which must be given back."""
         turn = origin, asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._admit()
@@ -91,7 +91,7 @@ class AnswerSlots:
             if turn in self._waiting:
                 self._waiting.remove(turn)
             else:
-                self.give_back(origin)  # its turn came together with the end of its patience
+                self.give_back(origin)  # it got its place just as the wait ended
             if isinstance(error, TimeoutError):
                 return False
             raise
@@ -122,14 +122,14 @@ class BlobServer:
         self._turns = AnswerSlots(rate.answers_at_once)
 
     async def answer(self, stream: Stream) -> None:
-        """The handler: requests until the peer closes, stalls, or has had too many streams."""
+        """The stream handler. Answers requests until the peer closes or stalls; refuses a peer with too many streams."""
         peer, origin = stream.peer_id, stream.origin
         if (
             self._streams.total() >= MAX_STREAMS
             or self._streams[peer] >= MAX_STREAMS_PER_PEER
             or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN
         ):
-            async with asyncio.timeout(STALL_TIMEOUT):  # to close on an unread request is to reset the stream: the answer is lost
+            async with asyncio.timeout(STALL_TIMEOUT):  # closing on an unread request resets the stream and loses the answer
                 await stream.read_exactly(REQUEST_BYTES)
             await _refuse(stream, BUSY)
             return
@@ -149,7 +149,7 @@ class BlobServer:
             try:
                 request = await stream.read_exactly(1)
             except ConnectionError:
-                return False  # between two requests that is how a client ends
+                return False  # the client closes between two requests
             request += await stream.read_exactly(REQUEST_BYTES - 1)
         digest, first, count = request[:32].hex(), int.from_bytes(request[32:36], "big"), int.from_bytes(request[36:], "big")
         try:
@@ -186,7 +186,7 @@ class BlobServer:
                 await self._send(stream, chunk)
 
     async def _read_ahead(self, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
-        """Read chunk n+1 from disk, in a thread, while chunk n is sent."""
+        """Read chunk n+1 from disk in a thread while chunk n is sent."""
         coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, first))
         try:
             for index in range(first + 1, first + count + 1):
@@ -207,14 +207,14 @@ class BlobServer:
 
 
 class BlobClient:
-    """The asking side of one stream. Methods raise ConnectionError: refused, cut, stalled or lying about lengths."""
+    """The asking side of one stream. Methods raise ConnectionError: refused, cut, stalled, or a wrong length."""
 
     def __init__(self, stream: Stream, ref: BlobRef) -> None:
         self._stream, self._ref = stream, ref
         self._owed = b""
 
     async def table(self) -> bytes:
-        """The chunk hashes, unverified."""
+        """Fetch the chunk hashes, which are not verified here."""
         await self._ask(0, 0, HASH * chunk_count(self._ref.size))
         data = bytearray(HASH * chunk_count(self._ref.size))
         await self.read_into(memoryview(data))
@@ -222,15 +222,15 @@ class BlobClient:
         return bytes(data)
 
     async def ask_chunks(self, first: int, count: int) -> None:
-        """Then `read_into` for each chunk, and say `finished`."""
+        """Request chunks. Then call `read_into` for each of them, and `finished`."""
         await self._ask(first, count, min(self._ref.size, (first + count) * CHUNK) - first * CHUNK)
 
     def finished(self) -> None:
-        """All that was asked for has been read. The next request carries the word to the provider, or `close` does."""
+        """Note that all requested chunks have been read. The ACK goes out with the next request or with `close`."""
         self._owed = ACK
 
     async def read_into(self, target: memoryview) -> None:
-        """The next bytes of the answer; no PIECE of them may take longer than STALL_TIMEOUT."""
+        """Read the next bytes of the answer. No PIECE may take longer than STALL_TIMEOUT."""
         try:
             for start in range(0, len(target), PIECE):
                 async with asyncio.timeout(STALL_TIMEOUT):
@@ -239,7 +239,7 @@ class BlobClient:
             raise ConnectionError(f"stalled for {STALL_TIMEOUT:.0f} s") from error
 
     async def close(self) -> None:
-        """End the stream, with the acknowledgement if it is owed."""
+        """Send an ACK that is still owed and end the stream."""
         try:
             if self._owed:
                 async with asyncio.timeout(STALL_TIMEOUT):

@@ -1,4 +1,4 @@
-"""One provider's share in a transfer: ask, read, verify, keep; again after a hiccup; give up its place when it lies or lags."""
+"""Fetch chunks from one provider: ask, read, verify, keep. Retry after failures; drop a provider that sends wrong bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lutetia.protocol.async_helpers import to_its_end
+from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.scheduler import DownloadPlan, Span
@@ -38,7 +38,7 @@ class Provider:
 
 @dataclass
 class SharedDownload:
-    """What the workers of one transfer share. `overtake` ends workers that were too slow."""
+    """What the workers of one transfer share. `overtake` ends the workers of these numbers, because they are too slow."""
 
     transport: Transport
     ref: BlobRef
@@ -52,7 +52,7 @@ class SharedDownload:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def begin(self) -> DownloadPlan:
-        """The table is there: plan for what is missing."""
+        """Plan for the missing chunks, once the table is there."""
         self.plan = DownloadPlan(self.partial.missing())
         self.bytes_here = self.partial.arrived_bytes
         self.report(0)
@@ -64,7 +64,7 @@ class SharedDownload:
             listener(self.bytes_here, self.ref.size)
 
     def notify(self) -> None:
-        """Wake idle workers: work may be pending again, or all is done."""
+        """Wake idle workers: chunks may be pending again, or all are done."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -75,7 +75,7 @@ class SharedDownload:
 
 
 class DownloadWorker:
-    """Fetches from `provider` until nothing is left to do or the provider is lost."""
+    """Fetches from `provider` until the blob is complete or the provider is lost."""
 
     def __init__(self, number: int, provider: Provider, transfer: SharedDownload) -> None:
         self.number, self.provider = number, provider
@@ -83,10 +83,10 @@ class DownloadWorker:
         self._failures = 0
 
     async def run(self) -> None:
-        """Ends when the blob is complete or the provider is lost (see `SharedDownload.lost`). Raises DiskError."""
+        """Return when the blob is complete or the provider is lost (see `SharedDownload.lost`). Raises DiskError."""
         while True:
             try:
-                await self._draw()
+                await self._fetch_spans()
                 return
             except IntegrityError as error:
                 self._lose(error)
@@ -99,8 +99,8 @@ class DownloadWorker:
                     return
                 await asyncio.sleep(backoff(self._failures, first=FIRST_RETRY))
 
-    async def _draw(self) -> None:
-        """Take span after span over one stream; a span that was cut short by a thief costs a new stream."""
+    async def _fetch_spans(self) -> None:
+        """Fetch span after span over one stream. A span from which another worker has stolen costs a new stream."""
         plan = self._transfer.plan
         while plan is None or not plan.done:
             client = await self._connect()
@@ -120,11 +120,11 @@ class DownloadWorker:
         return BlobClient(stream, self._transfer.ref)
 
     async def _fetch_table(self, client: BlobClient) -> DownloadPlan:
-        """Several workers may do this at once; the first table that matches the name is kept."""
+        """Several workers may do this at once. The first table that matches the blob's name is kept."""
         table = ChunkTable.checked(self._transfer.ref, await client.table())
         if self._transfer.plan is None:
-            # reserves room, which some file systems do slowly; whoever closes the transfer must not wait for that on the loop
-            await to_its_end(asyncio.to_thread(self._transfer.partial.set_table, table))
+            # reserves disk space, which can be slow: in a thread, so that closing the transfer never waits for it on the loop
+            await wait_for_thread(asyncio.to_thread(self._transfer.partial.set_table, table))
         return self._transfer.plan or self._transfer.begin()
 
     def _next_span(self, plan: DownloadPlan) -> Span | None:
@@ -132,9 +132,9 @@ class DownloadWorker:
         return plan.take(self.number, now, self._transfer.workers) or plan.steal(self.number, now)
 
     async def _fetch_span(self, client: BlobClient, plan: DownloadPlan, span: Span) -> bool:
-        """Read chunk n+1 while chunk n is verified and written in a thread. False: the stream still carries unwanted bytes."""
+        """Read chunk n+1 while a thread verifies and writes chunk n. Returns False when the stream cannot be used again."""
         asked, table, loop = span.end, self._transfer.partial.table, asyncio.get_running_loop()
-        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]  # one is read into while the other is kept
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]  # one is filled while the other is written
         keeping: asyncio.Task[None] | None = None
         try:
             await client.ask_chunks(span.next, span.left)
@@ -166,5 +166,5 @@ class DownloadWorker:
             self._transfer.report(len(chunk))
 
     def _lose(self, error: Exception) -> None:
-        log.warning("peer %s loses its place for blob %s: %s", self.provider.peer_id, self._transfer.ref.digest[:12], error)
+        log.warning("dropped provider %s of blob %s: %s", self.provider.peer_id, self._transfer.ref.digest[:12], error)
         self._transfer.lost[self.provider.peer_id] = error

@@ -1,8 +1,8 @@
 """py-libp2p's TCP stream, noise, yamux and protocol negotiation, without the rest of py-libp2p.
 
-`import libp2p` also imports QUIC, WebSocket, DNS-over-HTTPS, relays and certificate tooling: half a second of work, which a
-command that asks one question would spend before asking it. So the packages above the needed modules are registered as plain
-namespaces. A process that has imported py-libp2p before keeps that; a release that is laid out otherwise is imported whole.
+`import libp2p` also imports QUIC, WebSocket, DNS-over-HTTPS, relays and certificate tools, which takes half a second: too long
+for a command that asks one question. The packages above the needed modules are therefore registered as plain namespaces. If
+py-libp2p is imported already, that import is used. If a release has another layout, all of it is imported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _import() -> None:
     try:
         _import_lightly()
     except (ImportError, AttributeError) as error:
-        log.info("py-libp2p is laid out in a new way (%s); importing all of it, which takes longer", error)
+        log.info("py-libp2p has a new layout (%s); importing all of it, which takes longer", error)
         for name in [name for name in set(sys.modules) - before if name.partition(".")[0] == "libp2p"]:
             del sys.modules[name]
 
@@ -81,9 +81,9 @@ FAILURES = (
     BaseLibp2pError, NoiseHandshakeError, NoiseInvalidMessage, NoiseValueError, InvalidTag, DecodeError,
     trio.BrokenResourceError, trio.ClosedResourceError, ValueError, RuntimeError,
 )  # fmt: skip
-"""What a peer that misbehaves, or a connection that breaks, makes py-libp2p raise."""
+"""What py-libp2p raises when a peer misbehaves or a connection breaks."""
 
-logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # it reports failed dials as errors; we report them ourselves
+logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # it logs failed dials as errors; our callers report them
 
 __all__ = [
     "ID",

@@ -1,4 +1,4 @@
-"""Blobs for whoever is no part of the swarm: py-libp2p against `/lutetia/blob/1`, every chunk verified as it arrives."""
+"""Fetch blobs without joining the swarm: py-libp2p against `/lutetia/blob/1`, every chunk verified on arrival."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ _BATCH = 8  # chunks asked for at once
 _PIECE = 1 << 18
 
 OnBytes = Callable[[int, int], None]
-"""(bytes that arrived so far, bytes in all)"""
+"""(bytes arrived, bytes in all)"""
 
 
-def thin_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 20.0, on_bytes: OnBytes | None = None) -> None:
-    """Fetch every blob into its file from the first of the ticket's peers that has them; files are whole or absent.
+def fetch_blobs(ticket: Ticket, files: Mapping[Path, BlobRef], timeout: float = 20.0, on_bytes: OnBytes | None = None) -> None:
+    """Fetch blobs from the first of the ticket's peers that has all of them. Files are whole or absent.
 
-    `timeout` seconds without progress count as a failure. Raises UnreachableError, naming each address with its reason, when no
-    peer serves them; IntegrityError when all that was served was wrong; DiskError.
+    Args:
+        ticket: The peers to ask.
+        files: Which blob goes into which file.
+        timeout: Seconds without progress after which a peer counts as failed.
+        on_bytes: Called with (bytes arrived, bytes in all).
+
+    Raises UnreachableError (no peer serves them; the text names each address with its reason), IntegrityError (all bytes served
+    were wrong) or DiskError.
     """
     failures: dict[str, LutetiaError | str] = {}
     trio.run(_fetch_from_any, ticket.addresses, dict(files), timeout, on_bytes or (lambda done, total: None), failures)
@@ -65,7 +71,7 @@ class _Session:
             with trio.fail_after(self._timeout) as limit:
                 async with dial(address) as connection:
                     stream = await connection.open_stream(BLOB)
-                    limit.deadline = math.inf  # from here on, `_read` limits the time without progress
+                    limit.deadline = math.inf  # from here on `_read` limits the time without progress
                     for path, ref in files.items():
                         await self._fetch_one(stream, path, ref)
                     await stream.close()
@@ -101,7 +107,7 @@ class _Session:
         return await self._read(stream, expected) if read else b""
 
     async def _read(self, stream: LightStream, count: int) -> bytes:
-        """Exactly `count` bytes; `timeout` seconds without a further _PIECE are too many."""
+        """Read exactly `count` bytes. Each _PIECE may take `timeout` seconds."""
         data = bytearray()
         while len(data) < count:
             with trio.fail_after(self._timeout):

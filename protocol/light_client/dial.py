@@ -1,10 +1,10 @@
-"""Dialling one peer from a short-lived process, over py-libp2p: TCP, noise, yamux, nothing else on offer.
+"""Dial one peer from a short-lived process, over py-libp2p: TCP, noise, yamux and nothing else.
 
-Noise proves that the other side holds the key of the peer id in the address. No other security protocol is ever proposed: the
+Noise proves that the other side holds the key of the peer id in the address. No other security protocol is offered: the
 plaintext one, which py-libp2p offers by default, proves nothing.
 
-Importing this module loads py-libp2p, so that no open connection waits for that: p2pd gives it 15 s to become secure, and on a
-busy machine, or from a slow disk, loading takes longer.
+Importing this module loads py-libp2p, so that no open connection has to wait for it: p2pd closes a connection that is not secure
+after 15 s, and on a busy machine or a slow disk loading takes longer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NEGOTIATION = 10
 
 
 class LightStream:
-    """A stream to one peer. Methods raise ConnectionError; the caller sets time limits."""
+    """A stream to one peer. Methods raise ConnectionError. The caller sets time limits."""
 
     def __init__(self, stream: YamuxStream) -> None:
         self._stream = stream
@@ -68,7 +68,7 @@ class LightConnection:
 
 @contextlib.asynccontextmanager
 async def dial(address: str) -> AsyncIterator[LightConnection]:
-    """Connect to a multiaddr with peer id, for as long as the block lasts. Raises ConnectionError with a few words of reason."""
+    """Connect to a multiaddr with peer id for the duration of the block. Raises ConnectionError with the reason."""
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise ConnectionError("not an address of the form /ip4/HOST/tcp/PORT/p2p/ID")
@@ -91,12 +91,12 @@ async def _connect(host: str, port: int) -> trio.SocketStream:
     except OSError as error:
         causes = error.__cause__.exceptions if isinstance(error.__cause__, BaseExceptionGroup) else (error.__cause__ or error,)
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-            raise ConnectionError("connection refused (nobody answers there)") from error
+            raise ConnectionError("connection refused (nothing listens there)") from error
         raise ConnectionError(getattr(causes[0], "strerror", None) or str(causes[0])) from error
 
 
 async def _upgrade(socket_stream: trio.SocketStream, peer_id: str) -> Yamux:
-    """Noise, then yamux, under a key of this moment."""
+    """Noise, then yamux, under a key made for this connection."""
     peer = library.ID.from_base58(peer_id)
     noise = library.Noise(library.create_new_key_pair(), library.create_noise_key_pair().private_key)
     raw = library.RawConnection(library.TrioTCPStream(socket_stream), initiator=True)
@@ -108,31 +108,31 @@ async def _upgrade(socket_stream: trio.SocketStream, peer_id: str) -> Yamux:
 
 
 async def _select(connection: Any, protocol: str) -> None:
-    """Agree on `protocol`, and on nothing else."""
+    """Negotiate `protocol`, and no other."""
     communicator = library.MultiselectCommunicator(connection)
     await library.MultiselectClient().select_one_of([library.TProtocol(protocol)], communicator, _NEGOTIATION)
 
 
 @contextlib.contextmanager
 def _as_connection_error() -> Iterator[None]:
-    """py-libp2p raises many unrelated classes; callers of the network handle one."""
+    """Turn the many unrelated errors of py-libp2p into ConnectionError, which callers of the network handle."""
     try:
         yield
     except library.FAILURES as error:
-        raise ConnectionError(_few_words(error)) from error
+        raise ConnectionError(_reason(error)) from error
 
 
 @contextlib.contextmanager
 def _unwrapped() -> Iterator[None]:
-    """A nursery raises groups: give the caller its own exception back, or the connection's if that is all there is."""
+    """A nursery raises groups. Raise the caller's own exception from it or, if there is none, a ConnectionError."""
     try:
         yield
     except BaseExceptionGroup as group:
         leaves = list(_leaves(group))
-        own = [error for error in leaves if not isinstance(error, library.FAILURES)]
-        if own:
-            raise own[0] from None
-        raise ConnectionError(_few_words(leaves[0])) from group
+        others = [error for error in leaves if not isinstance(error, library.FAILURES)]
+        if others:
+            raise others[0] from None
+        raise ConnectionError(_reason(leaves[0])) from group
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -143,10 +143,10 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _few_words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = str(error)
     if type(error).__name__ == "PeerIDMismatchesPubkey":
-        return "another peer than the address names answers there"
+        return "a peer other than the address names answers there"
     if "protocols not supported" in text:
-        return "that peer does not offer this"
+        return "that peer does not offer this protocol"
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""Ask a swarm for a document without being part of it: py-libp2p (TCP, noise, yamux) inside this process, for a second or two.
+"""Ask a swarm for a document without joining it: py-libp2p (TCP, noise, yamux) in this process, for a second or two.
 
-It runs where p2pd does not, and imports neither hivemind nor torch. The ticket's addresses carry peer ids, so whoever answers has
-proved the key that the ticket names.
+It works where p2pd does not run, and imports neither hivemind nor torch. The ticket's addresses contain peer ids, so a peer that
+answers has proved that it holds the key which the ticket names.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ class _Answer:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def thin_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
-    """What the first of the ticket's peers to answer sends on `protocol`; all are asked at once, each for `timeout` seconds.
+def fetch_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
+    """Ask all peers of the ticket at once and return the first answer.
 
-    Raises BootstrapError, naming every address with its reason, when none answers.
+    Args:
+        ticket: The peers to ask.
+        protocol: Name of the document's stream.
+        timeout: Seconds for each peer.
+        limit_bytes: Longest document that is accepted.
+
+    Raises BootstrapError when none answers; the text names every address with its reason.
     """
     answer = _Answer()
     trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, answer)
     if answer.data is None:
         reasons = "; ".join(f"{address}: {reason}" for address, reason in answer.failures.items())
-        raise BootstrapError(f"no peer of the ticket answered ({reasons}); check your network or ask for a fresh ticket")
+        raise BootstrapError(f"no peer of the ticket answered ({reasons}); check your network or get a new ticket")
     return answer.data
 
 

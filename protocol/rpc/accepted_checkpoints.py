@@ -1,6 +1,6 @@
-"""Which checkpoints a run has accepted, told by any peer that is online; the coordinator's signature makes it believable.
+"""The list of accepted checkpoints, served by every peer that is online. The coordinator's signatures prove it.
 
-So accepted work outlives its coordinator: with one peer's address the newest checkpoints can be fetched from those who hold them.
+Accepted work thus outlives its coordinator: through any one peer the newest checkpoints can be found and fetched.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.claims import latest_acceptance
 from lutetia.protocol.rpc.framing import write_message
 from lutetia.protocol.rpc.introduction import ACK, SERVE_TIMEOUT
@@ -43,71 +44,83 @@ _FRESH_SECONDS = 5.0
 
 
 class AcceptedEntry(Frozen):
-    """An acceptance as its coordinator sealed it until `expires`, and addresses of peers that say they hold its blobs."""
+    """One accepted checkpoint and where to fetch it."""
 
-    sealed: Annotated[str, Field(max_length=4096)]
-    expires: float
-    holders: Annotated[tuple[Address, ...], Field(max_length=32)] = ()
+    sealed: Annotated[str, Field(max_length=4096)] = Field(description="The AcceptanceRecord as its coordinator sealed it (JSON)")
+    expires: float = Field(description="Expiry with which it was sealed, in Unix seconds")
+    holders: Annotated[tuple[Address, ...], Field(max_length=32)] = Field(
+        default=(), description="Addresses of peers that say they hold its weights and state"
+    )
 
 
 class AcceptedDocument(Frozen):
     """The newest acceptance of each shard that has one."""
 
-    format: int = Field(default=1, ge=1, le=1)
-    entries: Annotated[tuple[AcceptedEntry, ...], Field(max_length=4096)] = ()
+    format: int = Field(default=1, ge=1, le=1, description="Version of this document's format")
+    entries: Annotated[tuple[AcceptedEntry, ...], Field(max_length=4096)] = Field(
+        default=(), description="One entry per shard with an accepted checkpoint"
+    )
 
 
 @dataclass(frozen=True)
 class HeldCheckpoint:
-    """The newest accepted checkpoint of a shard, and the live peers besides the coordinators that hold all of it."""
+    """The newest accepted checkpoint of a shard. `holders` are the public keys of live peers that hold all of it.
+
+    Coordinators are not among the holders. `expires` is the expiry of the `sealed` acceptance in Unix seconds.
+    """
 
     acceptance: AcceptanceRecord
     sealed: bytes
     expires: float
     holders: tuple[str, ...]
-    """Public keys."""
 
 
 async def live_nodes(transport: Transport, run: str, buckets: Iterable[int] = range(NODE_BUCKETS)) -> list[NodeRecord]:
-    """The peers that are online, or those in some `buckets` of node records. Raises ConnectionError when this one is not."""
+    """The peers that are online, of all or some `buckets` of node records. Raises ConnectionError when this peer is offline."""
     keys = node_keys(run)
-    found = await asyncio.gather(*(transport.get(keys[bucket]) for bucket in buckets))
-    records = [read_envelope(stored.value) for values in found for stored in values.values()]
+    values_by_bucket = await asyncio.gather(*(transport.get(keys[bucket]) for bucket in buckets))
+    records = [read_envelope(stored.value) for values in values_by_bucket for stored in values.values()]
     return [record for record in records if isinstance(record, NodeRecord) and record.state != "left"]
 
 
 async def newest_of(transport: Transport, manifest: Manifest, shard: int, alive: set[str] | None = None) -> HeldCheckpoint | None:
-    """What the DHT shows of one shard. `alive`: public keys of the peers that are online; without, whoever says so holds it."""
+    """The newest accepted checkpoint of one shard, as the DHT shows it; None if there is none.
+
+    With `alive`, the public keys of the peers that are online, only these count as holders.
+    """
     run = manifest.run_id
-    found = await transport.get(acceptance_key(run, shard))
-    records = {owner: read_envelope(stored.value) for owner, stored in found.items()}
+    stored_by_owner = await transport.get(acceptance_key(run, shard))
+    records = {owner: read_envelope(stored.value) for owner, stored in stored_by_owner.items()}
     newest = latest_acceptance(r for r in records.values() if isinstance(r, AcceptanceRecord | ResetRecord))
     if not isinstance(newest, AcceptanceRecord):
         return None
     holders = await holders_of(transport, manifest, newest, alive)
-    stored = found[newest.owner]
+    stored = stored_by_owner[newest.owner]
     return HeldCheckpoint(newest, stored.value, stored.expires, tuple(sorted(holders)))
 
 
 async def holders_of(
     transport: Transport, manifest: Manifest, acceptance: AcceptanceRecord, alive: set[str] | None = None
 ) -> set[str]:
-    """Public keys of the peers besides the coordinators that say they hold weights and state; only those `alive` where given."""
+    """Public keys of the peers that say they hold both weights and state, without the coordinators.
+
+    With `alive`, only those among these public keys.
+    """
     holders = alive
     for ref in (acceptance.weights, acceptance.state):
-        found = await transport.get(provider_key(manifest.run_id, ref.digest))
-        providers = (read_envelope(stored.value) for stored in found.values())
+        stored_by_owner = await transport.get(provider_key(manifest.run_id, ref.digest))
+        providers = (read_envelope(stored.value) for stored in stored_by_owner.values())
         owners = {record.owner for record in providers if isinstance(record, ProviderRecord)}
         holders = owners if holders is None else holders & owners
     return (holders or set()) - set(manifest.coordinators)
 
 
 class AcceptedService:
-    """Answers ACCEPTED with what the DHT shows at that moment, at most every few seconds anew."""
+    """Answers ACCEPTED from the DHT. An answer is used again for a few seconds."""
 
     def __init__(self, transport: Transport, live: LiveManifest) -> None:
         self._transport, self._live = transport, live
-        self._made = (float("-inf"), b"")
+        self._made = (float("-inf"), b"")  # when, and the document
         self._making = asyncio.Lock()
 
     async def serve(self) -> None:
@@ -123,38 +136,37 @@ class AcceptedService:
             await stream.read_exactly(len(ACK))
 
     async def _document(self) -> AcceptedDocument:
-        manifest, places = self._live(), asyncio.Semaphore(_READS_AT_ONCE)
+        manifest = self._live()
         nodes = {record.owner: record for record in await live_nodes(self._transport, manifest.run_id)}
 
-        async def one(shard: int) -> HeldCheckpoint | None:
-            async with places:
-                return await newest_of(self._transport, manifest, shard, set(nodes))
+        async def newest(shard: int) -> HeldCheckpoint | None:
+            return await newest_of(self._transport, manifest, shard, set(nodes))
 
-        held = [found for found in await asyncio.gather(*map(one, range(len(manifest.shards)))) if found]
-        return AcceptedDocument(entries=tuple(_entry(found, nodes) for found in held))
+        held = await gather_bounded(newest, range(len(manifest.shards)), limit=_READS_AT_ONCE)
+        return AcceptedDocument(entries=tuple(_entry(checkpoint, nodes) for checkpoint in held if checkpoint))
 
 
-def _entry(found: HeldCheckpoint, nodes: dict[str, NodeRecord]) -> AcceptedEntry:
-    places = [address for owner in found.holders[:_MOST_HOLDERS] for address in nodes[owner].addresses]
-    return AcceptedEntry(sealed=found.sealed.decode(), expires=found.expires, holders=tuple(places))
+def _entry(held: HeldCheckpoint, nodes: dict[str, NodeRecord]) -> AcceptedEntry:
+    addresses = [address for owner in held.holders[:_MOST_HOLDERS] for address in nodes[owner].addresses]
+    return AcceptedEntry(sealed=held.sealed.decode(), expires=held.expires, holders=tuple(addresses))
 
 
 def read_accepted(data: bytes, manifest: Manifest, now: float) -> list[tuple[AcceptanceRecord, tuple[str, ...]]]:
-    """The acceptances that a coordinator of the run signed and that are still alive, each with its holders' addresses, by shard.
+    """The live acceptances that a coordinator of the run signed, ordered by shard, each with its holders' addresses.
 
-    Whatever else the document says is left out. Raises IntegrityError when it is malformed.
+    Other entries of the document are ignored. `now` is in Unix seconds. Raises IntegrityError when the document is malformed.
     """
     try:
         document = AcceptedDocument.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(f"that peer's list of checkpoints is malformed: {first_problem(error)}; ask another peer") from error
     limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
-    found: dict[int, tuple[AcceptanceRecord, tuple[str, ...]]] = {}
+    newest: dict[int, tuple[AcceptanceRecord, tuple[str, ...]]] = {}
     for entry in document.entries:
         record = _opened(entry, manifest, now, limits)
-        if record and (record.shard not in found or _place(record) > _place(found[record.shard][0])):
-            found[record.shard] = record, entry.holders
-    return [found[shard] for shard in sorted(found)]
+        if record and (record.shard not in newest or _place(record) > _place(newest[record.shard][0])):
+            newest[record.shard] = record, entry.holders
+    return [newest[shard] for shard in sorted(newest)]
 
 
 def _place(record: AcceptanceRecord) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""The audit stream: a peer without a shard asks the coordinator for an audit, replays it, and hands its signed report in.
+"""The audit stream: a peer without a shard asks the coordinator for an audit, replays it and sends its signed report.
 
-One message and one answer per stream. The peer is not told what the author published: it returns the losses that it found, and
-the coordinator compares.
+One message and one answer per stream. The peer does not learn which losses the author published: it returns those of its own
+replay, and the coordinator compares.
 """
 
 from __future__ import annotations
@@ -29,57 +29,55 @@ Loss = Annotated[float, Field(ge=-1e30, le=1e30)] | None
 
 
 class AuditJob(Frozen):
-    """Replay the first `steps` steps of `epoch` of `shard` under a budget of `epochs`, on top of the parent's blobs, by `until`.
+    """Which steps of which epoch to replay. With `end_weights` and `end_state` it is the whole epoch, and its end is compared."""
 
-    `weights` and `state` are the parent's (None where the epoch is the first). With `end_weights` and `end_state` the whole epoch
-    is replayed, and its end compared with them.
-    """
-
-    checkpoint: Digest
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=1)
-    epochs: int = Field(ge=1)
-    steps: int = Field(ge=1, le=MAX_STEPS)
-    precision: Literal["float32", "bfloat16"]
-    weights: BlobRef | None = None
-    state: BlobRef | None = None
-    end_weights: BlobRef | None = None
-    end_state: BlobRef | None = None
-    until: float
+    checkpoint: Digest = Field(description="Digest of the result under audit")
+    shard: int = Field(ge=0, description="Index of its shard")
+    epoch: int = Field(ge=1, description="Its epoch, 1 for the first")
+    epochs: int = Field(ge=1, description="Budget of the shard under which it was trained, in epochs")
+    steps: int = Field(ge=1, le=MAX_STEPS, description="How many steps to replay, from the start of the epoch")
+    precision: Literal["float32", "bfloat16"] = Field(description="Precision in which the author trained")
+    weights: BlobRef | None = Field(default=None, description="Weights of the parent; null for the first epoch")
+    state: BlobRef | None = Field(default=None, description="Training state of the parent; null for the first epoch")
+    end_weights: BlobRef | None = Field(default=None, description="The author's weights after the whole epoch")
+    end_state: BlobRef | None = Field(default=None, description="The author's training state after the whole epoch")
+    until: float = Field(description="Deadline of the report in Unix seconds")
 
 
 class AuditReport(Frozen):
-    """What a replay of `checkpoint` gave: its losses (None: not a number), its distance from the author's end, and with what."""
+    """What a replay gave."""
 
-    run: Digest
-    owner: PublicKey
-    checkpoint: Digest
-    losses: tuple[Loss, ...] = Field(max_length=MAX_STEPS)
-    drift: float | None = Field(default=None, ge=0)
-    made: TrainedWith
-    seconds: float = Field(ge=0, le=1e7)
+    run: Digest = Field(description="Run id")
+    owner: PublicKey = Field(description="Public key of the peer that replayed")
+    checkpoint: Digest = Field(description="Digest of the result that was replayed")
+    losses: tuple[Loss, ...] = Field(max_length=MAX_STEPS, description="Training loss of each replayed step; null: not a number")
+    drift: float | None = Field(
+        default=None, ge=0, description="Relative distance of the replayed end from the author's; null: not compared"
+    )
+    made: TrainedWith = Field(description="Device, precision and software of the replay")
+    seconds: float = Field(ge=0, le=1e7, description="Duration of the replay in seconds")
 
 
 class AuditRequest(Frozen):
-    """`owner` wants work, or hands in a `report` with its signature."""
+    """A peer asks for work, or sends the report of its last audit."""
 
-    owner: PublicKey
-    report: AuditReport | None = None
-    signature: Signature | None = None
+    owner: PublicKey = Field(description="Public key of the asking peer")
+    report: AuditReport | None = Field(default=None, description="The finished audit; null: the peer asks for work")
+    signature: Signature | None = Field(default=None, description="Signature of `owner` over the report")
 
 
 class AuditAnswer(Frozen):
-    """A job; or none, and when to ask again. A report is answered with neither."""
+    """A job, or when to ask again. The answer to a report holds neither."""
 
-    job: AuditJob | None = None
-    retry_after: float = Field(default=0.0, ge=0)
-    text: str = Field(default="", max_length=500)
+    job: AuditJob | None = Field(default=None, description="The audit to carry out; null: there is none")
+    retry_after: float = Field(default=0.0, ge=0, description="Seconds to wait before asking again")
+    text: str = Field(default="", max_length=500, description="Reason of a refusal, for people")
 
 
 Answer = Callable[[AuditRequest], Awaitable[AuditAnswer]]
 """May raise RecordRefused."""
 Admit = Callable[[Stream], AuditAnswer | None]
-"""The answer to whoever must come later, before his request is even parsed."""
+"""The answer to a peer that must ask later, given before its request is parsed; None lets it in."""
 
 
 def _signed_bytes(report: AuditReport) -> bytes:
@@ -87,35 +85,42 @@ def _signed_bytes(report: AuditReport) -> bytes:
 
 
 def sign_report(report: AuditReport, identity: Identity) -> AuditRequest:
-    """The request that hands `report` in."""
+    """The request that carries `report`, signed."""
     return AuditRequest(owner=identity.public_key, report=report, signature=identity.sign(_signed_bytes(report)))
 
 
 def open_request(data: bytes, peer_id: str) -> AuditRequest:
-    """Raises RecordRefused: malformed, asked over another peer's connection, or a report that its owner did not sign."""
+    """Parse a request from `peer_id`.
+
+    Raises RecordRefused: it is malformed, its owner is another peer, or its owner did not sign the report.
+    """
     try:
         request = AuditRequest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise RecordRefused(f"the request for an audit is malformed: {first_problem(error)}") from error
     if peer_id_of(request.owner) != peer_id:
-        raise RecordRefused("audits are asked for and reported by their owner, over its own connection")
+        raise RecordRefused("the owner of an audit request must send it over its own connection")
     report, signature = request.report, request.signature
     if report and (report.owner != request.owner or not signature or not verify(request.owner, _signed_bytes(report), signature)):
-        raise RecordRefused("the report of an audit is not signed by who hands it in")
+        raise RecordRefused("the report of an audit is not signed by the peer that sends it")
     return request
 
 
 async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, addresses: Sequence[str] = ()) -> AuditAnswer:
-    """Ask coordinator `peer_id` for work, or hand a report in. Raises ConnectionError when it is away or answers nonsense."""
+    """Ask coordinator `peer_id` for work, or send it a report. Raises ConnectionError: away, too slow, or no valid answer."""
     return await exchange(
         transport, peer_id, AUDIT, request, AuditAnswer, addresses=addresses, limit=_MAX_MESSAGE_BYTES, seconds=AUDIT_TIMEOUT
     )
 
 
 async def serve_audits(transport: Transport, answer: Answer, admit: Admit = lambda stream: None, steps: int = MAX_STEPS) -> None:
-    """Answer requests; one that is too large, too slow or malformed ends its own stream only.
+    """Answer requests. One that is too large, too slow or malformed ends only its own stream.
 
-    `admit` is asked first. `steps`: of the longest report that anybody is asked for, which bounds what is read.
+    Args:
+        transport: Where to serve.
+        answer: Answers a request that passed all checks of its form.
+        admit: Asked first; its answer, if any, ends the exchange.
+        steps: Steps of the longest report that is asked for, which bounds the bytes read.
     """
 
     async def reply(stream: Stream, data: bytes) -> AuditAnswer:

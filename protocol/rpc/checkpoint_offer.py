@@ -1,6 +1,6 @@
-"""The offer stream: a node hands its sealed checkpoint record to the coordinator, which answers what it will do about it.
+"""The offer stream: a node sends its sealed checkpoint record to the coordinator and gets the state of that result.
 
-The reply is immediate; judging takes longer. Offering the same checkpoint again asks how it stands.
+The reply is immediate, the checks take longer. Offering the same checkpoint again asks for its state.
 """
 
 from __future__ import annotations
@@ -23,36 +23,42 @@ _MAX_REPLY_BYTES = 4096
 
 
 class Offer(Frozen):
-    """`sealed` is what `records.seal` made, `expires` the expiry it was sealed with."""
+    """A result, offered for acceptance."""
 
-    sealed: str = Field(max_length=MAX_RECORD_BYTES)
-    expires: float
+    sealed: str = Field(max_length=MAX_RECORD_BYTES, description="The CheckpointRecord as `records.seal` sealed it (JSON)")
+    expires: float = Field(description="Expiry with which it was sealed, in Unix seconds")
 
 
 class OfferReply(Frozen):
-    """How an offered checkpoint stands.
+    """The state of an offered result.
 
-    `queued`: it waits or is being judged. `busy`: offer it again after `retry_after` seconds. `accepted`. `superseded`: another
-    result was accepted for this epoch; sync and go on from it. `invalid`: refused for good at `rung`. `inconclusive`: it could
-    not be judged (for instance its blobs could not be fetched).
+    Verdicts:
+        queued: It waits for its checks or is being checked.
+        busy: Offer it again after `retry_after` seconds.
+        accepted: It is the newest epoch of its shard, or was.
+        superseded: Another result was accepted for this epoch; sync and continue from that one.
+        invalid: Refused for good.
+        inconclusive: It could not be checked, for instance because its blobs could not be fetched.
     """
 
-    verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"]
-    rung: CheckName | None = None
-    text: str = Field(default="", max_length=1000)
-    retry_after: float | None = None
+    verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"] = Field(
+        description="State of the offered result"
+    )
+    rung: CheckName | None = Field(default=None, description="The check that failed, of an invalid or inconclusive result")
+    text: str = Field(default="", max_length=1000, description="Reason of the verdict, for people")
+    retry_after: float | None = Field(default=None, description="Seconds to wait before offering it again; null: no need")
 
 
 Answer = Callable[[str, Offer], Awaitable[OfferReply]]
 """(peer id of the offering stream, offer) -> reply. May raise RecordRefused."""
 Admit = Callable[[Stream], OfferReply | None]
-"""The reply to whoever must come later, before his offer is even looked at."""
+"""The reply to a peer that must offer later, given before its offer is parsed; None lets it in."""
 
 
 async def offer_checkpoint(
     transport: Transport, peer_id: str, sealed: bytes, expires: float, addresses: Sequence[str] = ()
 ) -> OfferReply:
-    """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError when it is away or answers nonsense."""
+    """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError: away, slow, no valid reply."""
     offer = Offer(sealed=sealed.decode(), expires=expires)
     return await exchange(
         transport, peer_id, OFFER, offer, OfferReply, addresses=addresses, limit=_MAX_REPLY_BYTES, seconds=OFFER_TIMEOUT
@@ -60,7 +66,7 @@ async def offer_checkpoint(
 
 
 async def serve_offers(transport: Transport, answer: Answer, admit: Admit = lambda stream: None) -> None:
-    """Answer offers; one that is too large, too slow or malformed ends its own stream only. `admit` is asked first."""
+    """Answer offers; `admit` is asked first. One that is too large, too slow or malformed ends only its own stream."""
 
     async def reply(stream: Stream, data: bytes) -> OfferReply:
         return admit(stream) or await _answered(answer, stream.peer_id, data)

@@ -1,4 +1,4 @@
-"""Messages on streams: a length of four bytes, big-endian, then that many bytes. A reader says how long it may be."""
+"""Messages on streams: a length of four bytes, big-endian, then that many bytes. The reader sets the longest length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def framed(data: bytes) -> bytes:
 
 
 async def read_framed(read_exactly: Callable[[int], Awaitable[bytes]], limit: int) -> bytes:
-    """The next message. Raises ConnectionError when it is longer than `limit` bytes, before any of it is read."""
+    """Read the next message. Raises ConnectionError before reading any of it when it is longer than `limit` bytes."""
     size = int.from_bytes(await read_exactly(LENGTH), "big")
     if size > limit:
         raise ConnectionError(f"a message of {size} bytes is larger than {limit}; refused")

@@ -1,10 +1,12 @@
-"""Documents over streams: the answering peer sends length and bytes, the asking one acknowledges. Bounded in size and time."""
+"""Documents over streams, bounded in size and time; among them the introduction that a newcomer asks every peer for."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from pydantic import Field
 
 from lutetia.protocol.rpc.framing import read_message, write_message
 from lutetia.protocol.schema.canonical import Frozen, canonical
@@ -15,7 +17,7 @@ HELLO = "/lutetia/hello/1"
 MANIFEST = "/lutetia/manifest/1"
 STATUS = "/lutetia/status/1"
 MIXTURE = "/lutetia/mixture/1"
-"""The signed description of the last mixture (`mixture.json`), empty before there is one; its files are served as blobs."""
+"""The signed description of the last mixture (`mixture.json`), empty before the first. Its files are served as blobs."""
 PROTOCOL_VERSION = 1
 
 MAX_DOCUMENT_BYTES = 4 << 20
@@ -25,13 +27,13 @@ ACK = b"\x06"
 
 
 class Hello(Frozen):
-    """What a peer says of itself before anything else. `clock` is its Unix time at the moment of the answer."""
+    """The introduction of a peer."""
 
-    run: Digest
-    protocol: int
-    software: str
-    clock: float
-    manifest_version: int
+    run: Digest = Field(description="Run id")
+    protocol: int = Field(description="Version of the protocol between peers")
+    software: str = Field(description="Version of Lutetia that the peer runs")
+    clock: float = Field(description="The peer's clock at the moment of the answer, in Unix seconds")
+    manifest_version: int = Field(description="Version of the manifest that the peer serves")
 
 
 def software_version() -> str:
@@ -43,12 +45,12 @@ def software_version() -> str:
 
 
 async def serve_document(transport: Transport, protocol: str, produce: Callable[[], bytes]) -> None:
-    """Answer every stream of `protocol` with what `produce()` gives at that moment."""
+    """Answer every stream of `protocol` with what `produce()` returns at that moment: length, bytes, then wait for the ACK."""
 
     async def answer(stream: Stream) -> None:
         async with asyncio.timeout(SERVE_TIMEOUT):
             await write_message(stream, produce())
-            await stream.read_exactly(1)  # closing before it has all arrived could cut it short
+            await stream.read_exactly(1)  # closing before all of it has arrived could cut it short
 
     await transport.serve(protocol, answer)
 
@@ -61,7 +63,18 @@ async def ask_document(
     limit_bytes: int = MAX_DOCUMENT_BYTES,
     timeout: float = 10.0,  # noqa: ASYNC109 - the caller wants a ConnectionError, not a TimeoutError
 ) -> bytes:
-    """What `peer_id` serves under `protocol`. Raises ConnectionError: away, slower than `timeout` seconds, or too large."""
+    """Fetch what `peer_id` serves under `protocol`.
+
+    Args:
+        transport: How to reach it.
+        peer_id: The peer to ask.
+        protocol: Name of the document's stream.
+        addresses: Where to dial the peer if it is not connected.
+        limit_bytes: Longest document that is accepted.
+        timeout: Seconds for the whole exchange.
+
+    Raises ConnectionError: away, too slow, or too large.
+    """
     try:
         async with asyncio.timeout(timeout):
             stream = await transport.open_stream(peer_id, protocol, addresses)

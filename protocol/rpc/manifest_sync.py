@@ -1,4 +1,4 @@
-"""The newest manifest that this peer knows, held in one place: what it serves, checks records by and works by follows it."""
+"""The newest manifest that this peer knows, in one place, and how peers tell each other of newer ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lutetia.protocol.schema.manifest_upgrade import check_upgrade
 from lutetia.protocol.transport.base import Stream, Transport
 from lutetia.system.files import write_atomic
 
-_NEWS_SECONDS = 10.0
+_UPDATE_SECONDS = 10.0
 
-NEWS = "/lutetia/news/1"
-"""Whoever serves a newer manifest says so: eight bytes, the version, big-endian. The manifest itself is then asked for."""
+MANIFEST_UPDATE = "/lutetia/news/1"
+"""A peer with a newer manifest sends its version, eight bytes, big-endian. The receiver then asks for the manifest itself."""
 
 
 class LiveManifest:
-    """Calling it gives the manifest, so that it can stand where a manifest is looked up anew each time.
+    """The manifest in force. Call it for the manifest of this moment: what the peer serves, checks and does follows it.
 
-    With `cached`, each adopted version is on disk before it counts: a restart cannot fall behind it.
+    With `cached`, each adopted version is written to that file before it takes effect: a restart cannot fall back behind it.
     """
 
     def __init__(self, signed: SignedManifest, cached: Path | None = None) -> None:
@@ -37,7 +37,7 @@ class LiveManifest:
         return self.signed.manifest.version
 
     def adopt(self, data: bytes, now: float) -> bool:
-        """Take `data` if it is a newer version of the same run, signed by the same owner. Whether it was newer.
+        """Take over `data` if it is a newer version of the same run by the same owner. Returns whether it was newer.
 
         Raises ConfigError (malformed, expired, older; UpgradeRefused when it breaks the lineage) or AuthorisationError.
         """
@@ -53,7 +53,7 @@ class LiveManifest:
 
 
 async def version_at(transport: Transport, peer_id: str, addresses: Sequence[str] = ()) -> tuple[str, int]:
-    """(run, manifest version) that a peer names in its introduction. Raises ConnectionError."""
+    """The run id and manifest version in a peer's introduction. Raises ConnectionError."""
     try:
         data = await ask_document(transport, peer_id, HELLO, addresses, limit_bytes=MAX_HELLO_BYTES)
         hello = Hello.model_validate_json(data)
@@ -65,7 +65,7 @@ async def version_at(transport: Transport, peer_id: str, addresses: Sequence[str
 
 
 async def fetch_newer(transport: Transport, live: LiveManifest, peer_id: str, addresses: Sequence[str] = ()) -> bool:
-    """Ask one peer for its manifest and adopt it if it is newer. Whether it was.
+    """Ask one peer for its manifest and adopt it if it is newer. Returns whether it was.
 
     Raises ConnectionError, or what `LiveManifest.adopt` raises.
     """
@@ -73,9 +73,9 @@ async def fetch_newer(transport: Transport, live: LiveManifest, peer_id: str, ad
     return live.adopt(data, transport.now())
 
 
-async def tell_news(transport: Transport, version: int, peer_id: str, addresses: Sequence[str] = ()) -> None:
-    """Tell one peer that we serve this version. Raises ConnectionError."""
-    stream = await transport.open_stream(peer_id, NEWS, addresses)
+async def announce_version(transport: Transport, version: int, peer_id: str, addresses: Sequence[str] = ()) -> None:
+    """Tell one peer that this one serves `version`. Raises ConnectionError."""
+    stream = await transport.open_stream(peer_id, MANIFEST_UPDATE, addresses)
     try:
         await stream.write(version.to_bytes(8, "big"))
         await stream.read_exactly(len(ACK))
@@ -83,9 +83,9 @@ async def tell_news(transport: Transport, version: int, peer_id: str, addresses:
         await stream.close()
 
 
-async def read_news(stream: Stream) -> int:
-    """The version that the peer at the other end says it serves. Raises ConnectionError, or TimeoutError when it dawdles."""
-    async with asyncio.timeout(_NEWS_SECONDS):
+async def read_version(stream: Stream) -> int:
+    """The version that the peer at the other end serves. Raises ConnectionError, or TimeoutError when it is too slow."""
+    async with asyncio.timeout(_UPDATE_SECONDS):
         version = int.from_bytes(await stream.read_exactly(8), "big")
         await stream.write(ACK)
     return version

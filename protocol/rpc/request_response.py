@@ -1,4 +1,4 @@
-"""One message and one answer on a stream of its own, bounded in size and time on both sides."""
+"""One request and one response on a stream of their own, bounded in size and time on both sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ async def exchange(
     limit: int,
     seconds: float,
 ) -> Reply:
-    """What `peer_id` answers, in at most `limit` bytes. Raises ConnectionError: away, slower than `seconds`, no such answer."""
+    """Send `message` to `peer_id` and return its reply.
+
+    Args:
+        transport: How to reach it.
+        peer_id: The peer to ask.
+        protocol: Name of the stream.
+        message: The request.
+        reply: The type of the response.
+        addresses: Where to dial the peer if it is not connected.
+        limit: Longest response in bytes.
+        seconds: Time for the whole exchange.
+
+    Raises ConnectionError: away, too slow, too large, or not a `reply`.
+    """
     try:
         async with asyncio.timeout(seconds):
             stream = await transport.open_stream(peer_id, protocol, addresses)
@@ -38,21 +51,21 @@ async def exchange(
     except TimeoutError as error:
         raise ConnectionError(f"peer {peer_id} did not answer {protocol} within {seconds:.0f} s") from error
     except ValidationError as error:
-        raise ConnectionError(f"peer {peer_id} answered {protocol} with a document that is no reply") from error
+        raise ConnectionError(f"peer {peer_id} answered {protocol} with an invalid document") from error
 
 
 async def serve_exchange(
     transport: Transport, protocol: str, answer: Callable[[Stream, bytes], Awaitable[Frozen]], *, limit: int, seconds: float
 ) -> None:
-    """Answer messages of at most `limit` bytes; one that is too large or too slow ends its own stream only."""
+    """Answer requests of at most `limit` bytes within `seconds`. One that is too large or too slow ends only its own stream."""
 
     async def handle(stream: Stream) -> None:
         try:
             async with asyncio.timeout(seconds):
                 reply = await answer(stream, await read_message(stream, limit))
                 await write_message(stream, canonical(reply))
-                await stream.read_exactly(1)  # the other side's close: ours would cut off what is still under way
+                await stream.read_exactly(1)  # wait for the other side to close: closing first would cut off bytes in flight
         except (TimeoutError, ConnectionError):
-            return  # the asking side went away or dawdled; it will ask again
+            return  # the asking side went away or was too slow; it will ask again
 
     await transport.serve(protocol, handle)

@@ -1,4 +1,4 @@
-"""One byte string per document: JSON with sorted keys, no spaces, UTF-8, finite numbers. Signatures and hashes cover it."""
+"""Canonical bytes of a document, which signatures and hashes cover: JSON, sorted keys, no spaces, UTF-8, finite numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """Base of every document that peers exchange: immutable, unknown fields refused, finite numbers only."""
+    """Base of every document that peers exchange: immutable, no unknown fields, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""A box's Ed25519 key: it signs records and gives the libp2p peer id."""
+"""A peer's Ed25519 key. It signs records and determines the libp2p peer id."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _base58(data: bytes) -> str:
 
 
 def peer_id_of(public_key: str) -> str:
-    """The libp2p peer id of an Ed25519 public key (hex): base58 of its protobuf's identity multihash (libp2p peer-ids spec)."""
+    """The libp2p peer id of an Ed25519 public key (hex): base58 of the identity multihash of its protobuf (libp2p spec)."""
     encoded = _PROTOBUF_ED25519 + b"\x20" + bytes.fromhex(public_key)
     return _base58(b"\x00" + bytes([len(encoded)]) + encoded)
 
 
 def verify(public_key: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` (hex) of `message` was made by `public_key` (hex). Malformed input is False."""
+    """Whether `public_key` (hex) made `signature` (hex) of `message`. False for malformed input."""
     with contextlib.suppress(InvalidSignature, ValueError):
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(bytes.fromhex(signature), message)
         return True
@@ -43,7 +43,7 @@ def verify(public_key: str, message: bytes, signature: str) -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """A private key; `seed` is its 32 secret bytes."""
+    """A private key. `seed` is its 32 secret bytes."""
 
     seed: bytes
 
@@ -53,7 +53,7 @@ class Identity:
 
     @cached_property
     def public_key(self) -> str:
-        """32 bytes as hex: the owner of records."""
+        """32 bytes as hex. It names the owner of records."""
         return self._private.public_key().public_bytes_raw().hex()
 
     @cached_property
@@ -64,7 +64,7 @@ class Identity:
         return self._private.sign(message).hex()
 
     def libp2p_bytes(self) -> bytes:
-        """The key as libp2p's protobuf `PrivateKey`, the form that p2pd's identity file takes."""
+        """The key as libp2p's protobuf `PrivateKey`, the format of p2pd's identity file."""
         data = self.seed + bytes.fromhex(self.public_key)
         return _PROTOBUF_ED25519 + bytes([len(data)]) + data
 
@@ -74,7 +74,7 @@ class Identity:
 
     @classmethod
     def derived(cls, text: str) -> Identity:
-        """A reproducible identity for simulations and tests; never use it on a network."""
+        """A reproducible identity for simulations and tests. Never use it on a real network."""
         return cls(hashlib.sha256(text.encode()).digest())
 
     @classmethod

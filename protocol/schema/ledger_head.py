@@ -1,4 +1,4 @@
-"""How far a ledger reaches, signed by its coordinator: whoever has seen a head can tell a shorter or changed ledger."""
+"""The signed head of a coordinator's ledger. A reader that has seen one can detect a shorter or changed ledger."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _SIGNING_DOMAIN = b"lutetia-ledger-head-1\n"
 
 
 class LedgerHead(Frozen):
-    """The first `events` events of the ledger of `run` hash to `chain`, at `time` (Unix seconds)."""
+    """The length and hash of a ledger at some moment."""
 
-    format: Literal[1] = 1
-    run: Digest
-    events: int = Field(ge=1)
-    chain: Digest
-    time: float
-    coordinator: PublicKey
+    format: Literal[1] = Field(default=1, description="Version of this document's format")
+    run: Digest = Field(description="Run id")
+    events: int = Field(ge=1, description="Events in the ledger")
+    chain: Digest = Field(description="Hash chain over these events (hex)")
+    time: float = Field(description="Time of the head in Unix seconds")
+    coordinator: PublicKey = Field(description="Public key of the coordinator that keeps the ledger")
 
 
 class SignedHead(Frozen):
-    """A head and its coordinator's signature over the canonical bytes."""
+    """A head and its signature."""
 
-    head: LedgerHead
-    signature: Signature
+    head: LedgerHead = Field(description="The head")
+    signature: Signature = Field(description="The coordinator's Ed25519 signature over the canonical bytes (hex)")
 
     @classmethod
     def sign(cls, run: str, events: int, chain: str, time: float, coordinator: Identity) -> SignedHead:
@@ -37,7 +37,7 @@ class SignedHead(Frozen):
         return cls(head=head, signature=coordinator.sign(_SIGNING_DOMAIN + canonical(head)))
 
     def holds(self, run: str, coordinators: Sequence[str]) -> bool:
-        """Whether one of `coordinators` signed it for `run`."""
+        """Whether one of `coordinators` (public keys) signed it for `run`."""
         head = self.head
         known = head.run == run and head.coordinator in coordinators
         return known and verify(head.coordinator, _SIGNING_DOMAIN + canonical(head), self.signature)

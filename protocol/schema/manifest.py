@@ -1,4 +1,4 @@
-"""The signed description of a run. Its owner signs it; peers refuse what is expired, older or signed by another key."""
+"""The manifest: the description of a run, signed by its owner. Peers refuse one that is expired, older or by another key."""
 
 from __future__ import annotations
 
@@ -22,43 +22,47 @@ _SIGNING_DOMAIN = b"lutetia-manifest-1\n"
 
 
 class BlobRef(Frozen):
-    """Bytes by name: `digest` is the SHA-256 over the table of 1 MiB chunk hashes, `size` in bytes."""
+    """A blob by name."""
 
-    digest: Digest
-    size: int = Field(ge=0, le=1 << 40)
+    digest: Digest = Field(description="SHA-256 over the size and the table of 1 MiB chunk hashes (hex)")
+    size: int = Field(ge=0, le=1 << 40, description="Size in bytes")
 
 
 class ExpertSpec(Frozen):
-    """One expert: a diffusers transformer by class name and config, and what it predicts."""
+    """The network of one expert."""
 
-    class_name: str = Field(default="WanTransformer3DModel", pattern=r"^[A-Z][A-Za-z0-9]{2,63}$")
-    config: dict[str, Any]
-    prediction: Literal["velocity", "sample", "epsilon"] = "velocity"
-    noise_schedule: Literal["linear", "vp_cosine"] = "linear"
-    init: BlobRef | None = None
+    class_name: str = Field(
+        default="WanTransformer3DModel", pattern=r"^[A-Z][A-Za-z0-9]{2,63}$", description="Class name of a diffusers transformer"
+    )
+    config: dict[str, Any] = Field(description="Its configuration, as diffusers reads it")
+    prediction: Literal["velocity", "sample", "epsilon"] = Field(default="velocity", description="What it predicts")
+    noise_schedule: Literal["linear", "vp_cosine"] = Field(
+        default="linear", description="How data and noise are mixed over time: flow matching, or a variance-preserving cosine"
+    )
+    init: BlobRef | None = Field(default=None, description="Weights that training starts from; null: random ones")
 
 
 class LatentSpec(Frozen):
-    """Shape of one clip's latent (C, F, H, W) and of its text embedding (tokens, width), and what made them.
+    """Shape and origin of the latents and text embeddings that are trained on.
 
-    The network's latents are (raw - mean) / std per channel, with `mean` and `std` measured on the data; empty means 0 and 1.
+    A network's latents are (raw - mean) / std per channel, with `mean` and `std` measured on the data.
     """
 
-    channels: Count
-    frames: Count
-    height: Count
-    width: Count
-    vae: str
-    pixel_frames: Count
-    pixel_height: Count
-    pixel_width: Count
-    fps: Positive = 8.0
-    text_encoder: str
-    text_tokens: Count
-    text_width: Count
-    pooled_width: Count
-    mean: tuple[float, ...] = ()
-    std: tuple[Positive, ...] = ()
+    channels: Count = Field(description="Channels of a latent")
+    frames: Count = Field(description="Frames of a latent")
+    height: Count = Field(description="Height of a latent, in latent pixels")
+    width: Count = Field(description="Width of a latent, in latent pixels")
+    vae: str = Field(description="Name of the autoencoder that made the latents")
+    pixel_frames: Count = Field(description="Frames of a decoded clip")
+    pixel_height: Count = Field(description="Height of a decoded clip in pixels")
+    pixel_width: Count = Field(description="Width of a decoded clip in pixels")
+    fps: Positive = Field(default=8.0, description="Frames per second of a decoded clip")
+    text_encoder: str = Field(description="Name of the text encoder that made the embeddings")
+    text_tokens: Count = Field(description="Tokens of a text embedding")
+    text_width: Count = Field(description="Numbers per token of a text embedding")
+    pooled_width: Count = Field(description="Numbers in the pooled text embedding, which the router sees")
+    mean: tuple[float, ...] = Field(default=(), description="Mean of the raw latents, per channel; empty: 0")
+    std: tuple[Positive, ...] = Field(default=(), description="Standard deviation of the raw latents, per channel; empty: 1")
 
     @model_validator(mode="after")
     def _one_statistic_per_channel(self) -> LatentSpec:
@@ -68,130 +72,155 @@ class LatentSpec(Frozen):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of one latent."""
         return self.channels, self.frames, self.height, self.width
 
 
 class ShardSpec(Frozen):
-    """One cluster's data. `prior` is its share N_k/N of the natural mixture; `expert` overrides the run's default."""
+    """One cluster's data."""
 
-    index: int = Field(ge=0, le=4095)
-    name: Name
-    train: BlobRef
-    holdout: BlobRef
-    clips: Count
-    holdout_clips: Count
-    prior: float = Field(gt=0, le=1)
-    expert: ExpertSpec | None = None
+    index: int = Field(ge=0, le=4095, description="Number of the shard, from 0")
+    name: Name = Field(description="Name of the cluster, for people")
+    train: BlobRef = Field(description="Blob of the training clips' latents and text embeddings")
+    holdout: BlobRef = Field(description="Blob of the held-out clips, on which results are compared")
+    clips: Count = Field(description="Training clips in the shard")
+    holdout_clips: Count = Field(description="Held-out clips in the shard")
+    prior: float = Field(gt=0, le=1, description="Share of the shard in the natural mixture of all data")
+    expert: ExpertSpec | None = Field(default=None, description="Network of this shard's expert; null: the run's")
 
 
 class TimeSampling(Frozen):
-    """t = shift*s / (1 + (shift-1)*s), s = sigmoid(N(mean, std)) (Open-Sora 2.0; SD3 shift)."""
+    """How a training step draws its time: t = shift*s / (1 + (shift-1)*s), s = sigmoid(N(mean, std)).
 
-    mean: float = 0.0
-    std: Positive = 1.0
-    shift: Positive = 1.0
+    As in Open-Sora 2.0, with the shift of Stable Diffusion 3.
+    """
+
+    mean: float = Field(default=0.0, description="Mean of the normal distribution before the sigmoid")
+    std: Positive = Field(default=1.0, description="Standard deviation of the normal distribution before the sigmoid")
+    shift: Positive = Field(default=1.0, description="Above 1: more steps at high noise; 1: no shift")
 
 
 class Optimisation(Frozen):
     """How every expert is trained."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Positive = 1e-3
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=20, ge=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
-    gradient_clip: Positive = 1.0
-    batch: Count = 16
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    text_dropout: float = Field(default=0.1, ge=0, le=1)
-    time: TimeSampling = TimeSampling()
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="Optimiser")
+    learning_rate: Positive = Field(default=1e-3, description="Learning rate after the warm-up")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the optimiser's first moment per step")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the optimiser's second moment per step")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay")
+    warmup_steps: int = Field(default=20, ge=0, description="Steps over which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="Learning rate after the warm-up: constant, or a cosine to the end of the budget"
+    )
+    gradient_clip: Positive = Field(default=1.0, description="Largest norm of the gradient")
+    batch: Count = Field(default=16, description="Samples per training step")
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the weights' moving average per step")
+    text_dropout: float = Field(default=0.1, ge=0, le=1, description="Share of samples that are trained without text")
+    time: TimeSampling = Field(default=TimeSampling(), description="How the time of a sample is drawn")
 
 
 class RouterSpec(Frozen):
-    """The cluster classifier over (noisy latent, t, pooled text), trained on the natural mixture."""
+    """The router: a classifier of clusters over (noisy latent, t, pooled text), trained on the natural mixture."""
 
-    hidden: Count = 96
-    layers: Count = 3
-    text_conditioned: bool = True
-    samples: Count = 6000
-    batch: Count = 32
-    learning_rate: Positive = 2e-3
+    hidden: Count = Field(default=96, description="Width of the hidden layers")
+    layers: Count = Field(default=3, description="Number of layers")
+    text_conditioned: bool = Field(default=True, description="Whether the router sees the text")
+    samples: Count = Field(default=6000, description="Samples that the router is trained on")
+    batch: Count = Field(default=32, description="Samples per training step")
+    learning_rate: Positive = Field(default=2e-3, description="Learning rate")
 
 
 class SamplingSpec(Frozen):
-    """How the gallery is sampled."""
+    """How the mixture generates clips, in the gallery and by default."""
 
-    mode: Literal["top1", "top2", "full", "sticky"] = "top1"
-    steps: Count = 25
-    guidance: float = Field(default=3.0, ge=0)
-    time_shift: Positive = 1.0
-    prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(default=(), max_length=64)
+    mode: Literal["top1", "top2", "full", "sticky"] = Field(
+        default="top1", description="Experts asked per step: the likeliest, the two likeliest, all, or one drawn at the start"
+    )
+    steps: Count = Field(default=25, description="Denoising steps")
+    guidance: float = Field(default=3.0, ge=0, description="Scale of classifier-free guidance; 1: none")
+    time_shift: Positive = Field(default=1.0, description="Shift of the sampler's time steps; above 1: more at high noise")
+    prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(
+        default=(), max_length=64, description="Captions of the gallery's clips"
+    )
 
 
 def lease_seconds(heartbeat: float) -> float:
-    """A lease is three heartbeats without renewal."""
+    """How long a claim lives without renewal, in seconds: three heartbeats."""
     return 3 * heartbeat
 
 
 class Timing(Frozen):
-    """Seconds."""
+    """The periods of a run."""
 
-    heartbeat: Positive = 20.0
-    tenure: Positive = 600.0
-    maximum_clock_skew: Positive = 30.0
+    heartbeat: Positive = Field(default=20.0, description="Seconds between renewals of a claim or node record")
+    tenure: Positive = Field(
+        default=600.0, description="Seconds after an acceptance in which its author keeps the shard while its claim lives"
+    )
+    maximum_clock_skew: Positive = Field(default=30.0, description="Seconds by which the clocks of peers may differ")
 
     @property
     def lease(self) -> float:
+        """How long a claim lives without renewal, in seconds."""
         return lease_seconds(self.heartbeat)
 
 
 class AuditPolicy(Frozen):
-    """BOINC's adaptive replication: always until `streak` valid results in a row, then with probability 1/n.
+    """Which results are audited and how far. With both `replay_steps` and `whole_epoch` 0 nothing is audited.
 
-    An audit replays the first `replay_steps` steps of an epoch; a share `whole_epoch` of all audits, drawn by a lottery that
-    nobody can foresee, replays all of them and compares the end. Both 0: nothing is audited.
+    BOINC's adaptive replication: every result until an author has `streak` valid ones in a row, then one in n at random, where n
+    is its current streak.
     """
 
-    streak: Count = 10
-    replay_steps: int = Field(default=4, ge=0)
-    whole_epoch: float = Field(default=0.05, ge=0, le=1)
+    streak: Count = Field(default=10, description="Valid results in a row after which not every result is audited")
+    replay_steps: int = Field(default=4, ge=0, description="Training steps that an audit replays, from the start of the epoch")
+    whole_epoch: float = Field(
+        default=0.05, ge=0, le=1, description="Share of audits that replay the whole epoch, drawn by a lottery nobody can foresee"
+    )
 
 
 class HardwareNeeds(Frozen):
-    """What a device must have to take a shard."""
+    """What a machine must have to train a shard."""
 
-    memory_bytes: int = Field(default=0, ge=0)
-    disk_bytes: int = Field(default=0, ge=0)
-    cuda: bool = False
+    memory_bytes: int = Field(default=0, ge=0, description="Memory of the device in bytes")
+    disk_bytes: int = Field(default=0, ge=0, description="Free disk space in bytes")
+    cuda: bool = Field(default=False, description="Whether the device must be a CUDA card")
 
 
 class Manifest(Frozen):
-    """The whole run. `run` is None in the first version, whose digest is the run id that later versions carry."""
+    """The description of a whole run."""
 
-    format: Literal[1] = 1
-    name: Name
-    run: Digest | None = None
-    version: Count = 1
-    owner: PublicKey
-    coordinators: tuple[PublicKey, ...] = Field(min_length=1, max_length=8)
-    created: float
-    expires: float
-    latent: LatentSpec
-    expert: ExpertSpec
-    shards: tuple[ShardSpec, ...] = Field(min_length=1, max_length=4096)
-    optimisation: Optimisation = Optimisation()
-    samples_per_shard: Count
-    checkpoint_samples: Count
-    holdout_tolerance: float = Field(default=0.02, ge=0)
-    raw_tolerance: float = Field(default=0.3, ge=0)
-    router: RouterSpec = RouterSpec()
-    sampling: SamplingSpec = SamplingSpec()
-    timing: Timing = Timing()
-    audit: AuditPolicy = AuditPolicy()
-    hardware: HardwareNeeds = HardwareNeeds()
-    allowlist: tuple[PublicKey, ...] | None = None
+    format: Literal[1] = Field(default=1, description="Version of this document's format")
+    name: Name = Field(description="Name of the run, for people")
+    run: Digest | None = Field(default=None, description="Run id: the digest of version 1; null in version 1 itself")
+    version: Count = Field(default=1, description="Version of the manifest; peers follow the highest one")
+    owner: PublicKey = Field(description="Public key that signs the manifest")
+    coordinators: tuple[PublicKey, ...] = Field(
+        min_length=1, max_length=8, description="Public keys whose acceptances, resets and quarantines count"
+    )
+    created: float = Field(description="When the run was created, in Unix seconds")
+    expires: float = Field(description="When this version stops being valid, in Unix seconds")
+    latent: LatentSpec = Field(description="Latents and text embeddings of the data")
+    expert: ExpertSpec = Field(description="Network of every expert whose shard names no other")
+    shards: tuple[ShardSpec, ...] = Field(min_length=1, max_length=4096, description="The data, one shard per cluster")
+    optimisation: Optimisation = Field(default=Optimisation(), description="How experts are trained")
+    samples_per_shard: Count = Field(description="Budget of each shard in training samples")
+    checkpoint_samples: Count = Field(description="Training samples of one epoch: the interval between checkpoints")
+    holdout_tolerance: float = Field(
+        default=0.02, ge=0, description="Fraction by which a result's held-out loss may exceed its parent's"
+    )
+    raw_tolerance: float = Field(
+        default=0.3,
+        ge=0,
+        description="Fraction by which the held-out loss of the raw parameters may exceed that of average and parent",
+    )
+    router: RouterSpec = Field(default=RouterSpec(), description="The router")
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the mixture generates clips")
+    timing: Timing = Field(default=Timing(), description="Heartbeat, tenure and clock skew")
+    audit: AuditPolicy = Field(default=AuditPolicy(), description="Which results are audited and how far")
+    hardware: HardwareNeeds = Field(default=HardwareNeeds(), description="What a machine must have to train a shard")
+    allowlist: tuple[PublicKey, ...] | None = Field(
+        default=None, description="Public keys that may take part besides the coordinators; null: anyone"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -215,11 +244,12 @@ class Manifest(Frozen):
 
     @property
     def run_id(self) -> str:
+        """The digest of version 1, which names the run."""
         return self.run or digest_of(self)
 
     @property
     def epochs(self) -> int:
-        """Accepted checkpoints after which a shard's budget is done."""
+        """Epochs in a shard's budget. An epoch is one accepted checkpoint, not a pass over the data."""
         return self.samples_per_shard // self.checkpoint_samples
 
     @property
@@ -231,15 +261,15 @@ class Manifest(Frozen):
 
 
 class SignedManifest(Frozen):
-    """A manifest and its owner's signature over the canonical bytes."""
+    """A manifest and its signature."""
 
-    manifest: Manifest
-    signature: Signature
+    manifest: Manifest = Field(description="The manifest")
+    signature: Signature = Field(description="The owner's Ed25519 signature over the canonical bytes (hex)")
 
     @classmethod
     def sign(cls, manifest: Manifest, owner: Identity) -> SignedManifest:
         if owner.public_key != manifest.owner:
-            raise AuthorisationError("the manifest names another owner than the signing key; use the owner's identity")
+            raise AuthorisationError("the manifest names an owner other than the signing key; sign it with the owner's identity")
         return cls(manifest=manifest, signature=owner.sign(_SIGNING_DOMAIN + canonical(manifest)))
 
     def to_bytes(self) -> bytes:
@@ -249,9 +279,16 @@ class SignedManifest(Frozen):
 def open_manifest(
     data: bytes, *, now: float, run: str | None = None, owner: str | None = None, at_least_version: int = 1
 ) -> SignedManifest:
-    """Parse and verify a signed manifest against what the reader has pinned.
+    """Parse and verify a signed manifest.
 
-    Raises ConfigError (malformed, expired, another run, older than `at_least_version`) or AuthorisationError (signature).
+    Args:
+        data: Its bytes.
+        now: Unix seconds, to tell whether it has expired.
+        run: The run id that it must have; None: any.
+        owner: The public key that must have signed it; None: the one that it names.
+        at_least_version: Older versions are refused.
+
+    Raises ConfigError (malformed, expired, another run, too old) or AuthorisationError (another owner, wrong signature).
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ConfigError(f"manifest of {len(data)} bytes is larger than {MAX_MANIFEST_BYTES}; refused")
@@ -274,7 +311,7 @@ def open_manifest(
 
 
 def first_problem(error: ValidationError) -> str:
-    """`where: what` of the first thing that pydantic found wrong."""
+    """The first problem that pydantic found, as `field: problem`."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "document"
     return f"{where}: {problem['msg']}"

@@ -1,7 +1,7 @@
-"""What a later version of a run's manifest may change, as a pure rule that owner, coordinator and every peer apply alike.
+"""What a later version of a manifest may change. Pure: owner, coordinator and every peer apply the same rule.
 
-A lineage stays one lineage only while every accepted epoch means the same: equal data, expert, batches, interval.
-Whatever says how much is trained, how it is judged, by whom and how fast may change.
+All epochs of a lineage must mean the same, so data, expert, batches and interval are fixed. What may change is how much is
+trained, how it is checked, by which coordinators and how fast.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CHANGEABLE = frozenset({
     "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "raw_tolerance", "sampling", "timing", "audit",
     "hardware", "allowlist",
 })  # fmt: skip
-"""Fields of the manifest that a later version may set anew; tables among them also key by key (`timing.heartbeat`)."""
+"""Fields of the manifest that a later version may change. Tables can also be changed key by key (`timing.heartbeat`)."""
 
 _BOOKKEEPING = frozenset({"run", "version"})
 _DAY = 86_400.0
 
 
 class UpgradeRefused(ConfigError):
-    """A version that cannot follow the one before it. `reason` says of what kind, `field` where."""
+    """A version that cannot follow the one before it. `reason` is the kind of problem, `field` the place."""
 
     def __init__(self, reason: Reason, field: str, text: str) -> None:
         super().__init__(text)
@@ -35,13 +35,16 @@ class UpgradeRefused(ConfigError):
 
 
 def check_upgrade(old: Manifest, new: Manifest, accepted_epochs: int = 0) -> None:
-    """Raises UpgradeRefused unless `new` may follow `old` in a run of which some shard has `accepted_epochs` accepted epochs."""
+    """Raises UpgradeRefused unless `new` may follow `old`.
+
+    `accepted_epochs` is the largest number of accepted epochs of any shard: the budget must not fall below it.
+    """
     if (new.run_id, new.owner) != (old.run_id, old.owner):
         raise UpgradeRefused(
-            "run", "run", f"that is a manifest of run {new.run_id[:12]}, not {old.run_id[:12]}; check the folder"
+            "run", "run", f"the manifest is of run {new.run_id[:12]}, not of {old.run_id[:12]}; check the folder"
         )
     if new.version <= old.version:
-        text = f"manifest version {new.version} does not follow version {old.version}; an older version is refused"
+        text = f"manifest version {new.version} does not follow version {old.version}; sign a newer one"
         raise UpgradeRefused("version", "version", text)
     for field in Manifest.model_fields:
         if field not in CHANGEABLE | _BOOKKEEPING and getattr(new, field) != getattr(old, field):
@@ -50,15 +53,21 @@ def check_upgrade(old: Manifest, new: Manifest, accepted_epochs: int = 0) -> Non
         raise UpgradeRefused(
             "budget",
             "samples_per_shard",
-            f"samples_per_shard {new.samples_per_shard} is less than what is accepted already "
+            f"samples_per_shard {new.samples_per_shard} is less than the samples accepted already "
             f"({accepted_epochs * new.checkpoint_samples}); set at least that",
         )
 
 
 def next_version(old: Manifest, changes: Mapping[str, Any], now: float, accepted_epochs: int = 0) -> Manifest:
-    """The version after `old` with `changes` by dotted field; `valid_days` stands for `expires`, counted from `now`.
+    """The manifest that follows `old`.
 
-    Raises UpgradeRefused when a field may not change, does not exist, or the value makes no sense.
+    Args:
+        old: The version in force.
+        changes: New values by dotted field. `valid_days` sets `expires`, counted from `now`.
+        now: Unix seconds.
+        accepted_epochs: The largest number of accepted epochs of any shard.
+
+    Raises UpgradeRefused when a field may not change or does not exist, or a value is invalid.
     """
     document = old.model_dump(mode="json")
     for name, value in changes.items():
@@ -77,25 +86,25 @@ def next_version(old: Manifest, changes: Mapping[str, Any], now: float, accepted
 
 
 def training_changed(old: Manifest, new: Manifest) -> bool:
-    """Whether a trainer that goes on under `old` would take other steps than one under `new`: a cosine knows the budget's end."""
+    """Whether the upgrade changes training steps: a cosine schedule depends on the end of the budget."""
     return old.optimisation.schedule == "cosine" and old.samples_per_shard != new.samples_per_shard
 
 
 def _set(document: dict[str, Any], name: str, value: Any) -> None:
-    top, _, rest = name.partition(".")
+    top, _, key = name.partition(".")
     if top not in Manifest.model_fields:
         known = ", ".join(sorted({*CHANGEABLE, "valid_days"}))
         raise UpgradeRefused("value", name, f"a manifest has no {name!r}; what may change: {known}")
     if top not in CHANGEABLE:
         raise _fixed(top)
-    if not rest:
+    if not key:
         document[top] = value
-    elif isinstance(document[top], dict) and rest in document[top]:
-        document[top][rest] = value
+    elif isinstance(document[top], dict) and key in document[top]:
+        document[top][key] = value
     else:
-        raise UpgradeRefused("value", name, f"the manifest's {top} has no {rest!r}; look at `lutetia run show`")
+        raise UpgradeRefused("value", name, f"the manifest's {top} has no {key!r}; look at `lutetia run show`")
 
 
 def _fixed(field: str) -> UpgradeRefused:
-    text = f"{field} cannot change in a run: accepted epochs would no longer follow from one another; create a new run for that"
+    text = f"{field} cannot change in a run, because all epochs of a lineage must mean the same; create a new run"
     return UpgradeRefused("lineage", field, text)

@@ -25,95 +25,98 @@ _SIGNING_DOMAIN = b"lutetia-record-1\n"
 NodeState = Literal["joining", "probing", "idle", "claiming", "syncing", "training", "publishing", "paused", "draining", "left"]
 Addresses = Annotated[tuple[Address, ...], Field(max_length=8)]
 PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{20,80}$")]
-Word = Annotated[str, Field(max_length=64)]
+ShortText = Annotated[str, Field(max_length=64)]
 
 
 class RecordRefused(LutetiaError):
-    """A record that must not be stored or believed; the text says why."""
+    """A record must not be stored or believed. The text says why."""
 
     code, name = 50, "integrity"
 
 
 class _Record(Frozen):
-    run: Digest
-    owner: PublicKey
-    issued: float
+    run: Digest = Field(description="Run id")
+    owner: PublicKey = Field(description="Public key of the peer that signed the record")
+    issued: float = Field(description="When it was made, in Unix seconds")
 
     def key(self) -> str:
         raise TypeError("only a concrete record has a key")
 
 
 class Hardware(Frozen):
-    """What a volunteer's box offers."""
+    """The hardware that a node offers."""
 
-    device: Word
-    name: Word = ""
-    memory_bytes: int = Field(ge=0)
-    cores: int = Field(ge=1)
+    device: ShortText = Field(description="Kind of device, for instance cpu or cuda")
+    name: ShortText = Field(default="", description="Model of the device, for people")
+    memory_bytes: int = Field(ge=0, description="Memory of the device in bytes")
+    cores: int = Field(ge=1, description="CPU cores")
 
 
 class TrainedWith(Frozen):
-    """With what a result was trained, as its author says. It chooses the tolerance of an audit, which is bounded in any case.
+    """How a result was trained, according to its author. An audit chooses its tolerance by it, within fixed bounds."""
 
-    `software` is the author's version of Lutetia; trust that was earned with one version does not carry over to the next.
-    """
-
-    device: Literal["cpu", "cuda", "mps", "other"] = "cpu"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    micro_batch: int = Field(default=1, ge=1)
-    software: Word = ""
+    device: Literal["cpu", "cuda", "mps", "other"] = Field(default="cpu", description="Kind of device")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the forward and backward pass")
+    micro_batch: int = Field(default=1, ge=1, description="Samples computed at once")
+    software: ShortText = Field(default="", description="Version of Lutetia; trust earned with one is lost with the next")
 
 
 class NodeRecord(_Record):
-    """A peer, its addresses, what it can do and does."""
+    """A node: where it is, what it offers and what it does."""
 
-    kind: Literal["node"] = "node"
-    peer_id: PeerId
-    addresses: Addresses = ()
-    hardware: Hardware
-    samples_per_second: float = Field(ge=0)
-    software: Word
-    state: NodeState
-    shard: int | None = Field(default=None, ge=0)
-    operator: PublicKey | None = None
-    relayed: bool = False
+    kind: Literal["node"] = Field(default="node", description="Kind of record")
+    peer_id: PeerId = Field(description="libp2p peer id of the owner")
+    addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which it can be dialled")
+    hardware: Hardware = Field(description="Its device")
+    samples_per_second: float = Field(ge=0, description="Training speed in samples per second, as measured by itself; 0: unknown")
+    software: ShortText = Field(description="Version of Lutetia")
+    state: NodeState = Field(description="What it is doing")
+    shard: int | None = Field(default=None, ge=0, description="Index of the shard that it works on; null: none")
+    operator: PublicKey | None = Field(
+        default=None, description="Public key of the operator; nodes of one operator do not audit each other"
+    )
+    relayed: bool = Field(default=False, description="Whether it can be reached only through a relay")
 
     def key(self) -> str:
         return node_key(self.run, self.owner)
 
 
 class ClaimRecord(_Record):
-    """A peer's claim to train `shard` on top of accepted `epoch`. `released` takes a claim back (a DHT cannot delete)."""
+    """A peer's claim to train a shard."""
 
-    kind: Literal["claim"] = "claim"
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=0)
-    samples: int = Field(ge=0)
-    state: Literal["claiming", "training", "draining", "released"]
+    kind: Literal["claim"] = Field(default="claim", description="Kind of record")
+    shard: int = Field(ge=0, description="Index of the shard")
+    epoch: int = Field(ge=0, description="The accepted epoch that the peer trains on top of; 0: from the start")
+    samples: int = Field(ge=0, description="Samples of the shard trained so far, earlier epochs included, according to the peer")
+    state: Literal["claiming", "training", "draining", "released"] = Field(
+        description="`released` takes the claim back: a DHT cannot delete"
+    )
 
     def key(self) -> str:
         return claim_key(self.run, self.shard)
 
 
 class CheckpointRecord(_Record):
-    """A result offered for acceptance: epoch `epoch` on top of `parent` (None for the first)."""
+    """A result: a checkpoint offered for acceptance."""
 
-    kind: Literal["checkpoint"] = "checkpoint"
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=1)
-    parent: Digest | None
-    weights: BlobRef
-    state: BlobRef
-    trace: BlobRef
-    samples: int = Field(ge=1)
-    loss: float
-    peer_id: PeerId
-    addresses: Addresses = ()
-    made: TrainedWith = TrainedWith()
+    kind: Literal["checkpoint"] = Field(default="checkpoint", description="Kind of record")
+    shard: int = Field(ge=0, description="Index of the shard")
+    epoch: int = Field(ge=1, description="The epoch that it would be, 1 for the first")
+    parent: Digest | None = Field(
+        description="Digest of the accepted checkpoint that it was trained on; null for the first epoch"
+    )
+    weights: BlobRef = Field(description="Blob of the averaged weights, which the mixture uses")
+    state: BlobRef = Field(description="Blob of the training state, from which training continues")
+    trace: BlobRef = Field(description="Blob of the loss of every training step, which audits compare")
+    samples: int = Field(ge=1, description="Samples of the shard trained so far, earlier epochs included")
+    loss: float = Field(description="Mean training loss of the epoch, according to the author")
+    peer_id: PeerId = Field(description="libp2p peer id of the author")
+    addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which its blobs can be fetched")
+    made: TrainedWith = Field(default=TrainedWith(), description="Device, precision and software of the training")
 
     @property
     def digest(self) -> Digest:
-        """Names the result itself: same weights, state, trace and lineage, same digest, whoever offers it and when."""
+        """The name of the result itself: it depends on blobs and lineage only, not on who offers it or when."""
         blobs = [(ref.digest, ref.size) for ref in (self.weights, self.state, self.trace)]
         return _result_digest(self.run, self.shard, self.epoch, self.parent, *blobs, self.samples)
 
@@ -122,62 +125,59 @@ class CheckpointRecord(_Record):
 
 
 class ProviderRecord(_Record):
-    """Says: I hold this blob."""
+    """A peer's statement that it holds a blob."""
 
-    kind: Literal["provider"] = "provider"
-    blob: Digest
-    peer_id: PeerId
-    addresses: Addresses = ()
+    kind: Literal["provider"] = Field(default="provider", description="Kind of record")
+    blob: Digest = Field(description="Digest of the blob")
+    peer_id: PeerId = Field(description="libp2p peer id of the owner")
+    addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which the blob can be fetched")
 
     def key(self) -> str:
         return provider_key(self.run, self.blob)
 
 
 class AcceptanceRecord(_Record):
-    """A coordinator's signed yes: `checkpoint` is now epoch `epoch` of `shard`; its author has tenure until then.
+    """A coordinator's signed acceptance of a result as the newest epoch of its shard."""
 
-    `term` counts the roll-backs of the shard before it.
-    """
-
-    kind: Literal["acceptance"] = "acceptance"
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=1)
-    checkpoint: Digest
-    parent: Digest | None
-    weights: BlobRef
-    state: BlobRef
-    samples: int = Field(ge=1)
-    author: PublicKey
-    tenure_until: float
-    holdout_loss: float
-    term: int = Field(default=0, ge=0)
+    kind: Literal["acceptance"] = Field(default="acceptance", description="Kind of record")
+    shard: int = Field(ge=0, description="Index of the shard")
+    epoch: int = Field(ge=1, description="The epoch that the result is now")
+    checkpoint: Digest = Field(description="Digest of the result")
+    parent: Digest | None = Field(description="Digest of the accepted checkpoint before it; null for the first epoch")
+    weights: BlobRef = Field(description="Blob of its averaged weights")
+    state: BlobRef = Field(description="Blob of its training state")
+    samples: int = Field(ge=1, description="Samples of the shard trained so far, earlier epochs included")
+    author: PublicKey = Field(description="Public key of the peer that trained it")
+    tenure_until: float = Field(description="Until when the author keeps the shard while its claim lives, in Unix seconds")
+    holdout_loss: float = Field(description="Loss on the held-out clips, measured by the coordinator")
+    term: int = Field(default=0, ge=0, description="How often the shard was rolled back before")
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
 
 
 class ResetRecord(_Record):
-    """A coordinator's word that `shard` stands at its beginning again: in term `term` nothing is accepted yet.
+    """A coordinator's statement that a shard was rolled back to its start: in this term nothing is accepted yet.
 
-    Every roll-back of a shard raises its term; the latest acceptance is the one of the highest term, then of the highest epoch.
+    Every rollback of a shard raises its term. The latest acceptance is the one with the highest term, then the highest epoch.
     """
 
-    kind: Literal["reset"] = "reset"
-    shard: int = Field(ge=0)
-    term: int = Field(ge=1)
+    kind: Literal["reset"] = Field(default="reset", description="Kind of record")
+    shard: int = Field(ge=0, description="Index of the shard")
+    term: int = Field(ge=1, description="How often the shard has been rolled back")
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
 
 
 class QuarantineRecord(_Record):
-    """A coordinator's word that these peers' work was found to be faked: their claims do not count.
+    """The peers whose work a coordinator found to be faked. Their claims do not count.
 
-    It has room for MAX_QUARANTINED: those who claim something go first, then whom the last audits convicted.
+    A record has room for MAX_QUARANTINED: first those with a live claim, then those that the last audits convicted.
     """
 
-    kind: Literal["quarantine"] = "quarantine"
-    peers: tuple[PublicKey, ...] = Field(max_length=MAX_QUARANTINED)
+    kind: Literal["quarantine"] = Field(default="quarantine", description="Kind of record")
+    peers: tuple[PublicKey, ...] = Field(max_length=MAX_QUARANTINED, description="Public keys of the peers")
 
     def key(self) -> str:
         return quarantine_key(self.run)
@@ -202,7 +202,7 @@ _Blob = tuple[str, int]
 def _result_digest(
     run: str, shard: int, epoch: int, parent: str | None, weights: _Blob, state: _Blob, trace: _Blob, samples: int
 ) -> Digest:
-    """Asked for several times at every look at every result. Blobs are given as (digest, size)."""
+    """Cached, because every look at a result asks for it several times. Blobs are given as (digest, size)."""
     blobs = {
         name: {"digest": digest, "size": size}
         for name, (digest, size) in (("weights", weights), ("state", state), ("trace", trace))
@@ -240,24 +240,24 @@ def quarantine_key(run: str) -> str:
 
 @dataclass(frozen=True)
 class RecordLimits:
-    """Longest time to live in seconds of each kind, and how far clocks may differ."""
+    """How long records may live. `heartbeat` and `maximum_clock_skew` are the manifest's, in seconds."""
 
     heartbeat: float
     maximum_clock_skew: float = 30.0
 
     def longest(self, kind: str) -> float:
-        """A node or claim lives one lease, a provider minutes, checkpoints and acceptances hours."""
+        """Longest time to live in seconds: a lease for a node or claim, minutes for a provider, hours for all others."""
         lease = lease_seconds(self.heartbeat)
         return {"node": lease, "claim": lease, "provider": 600.0}.get(kind, 6 * 3600.0)
 
 
 class _Envelope(Frozen):
-    record: Record
-    signature: Signature
+    record: Record = Field(description="The record")
+    signature: Signature = Field(description="The owner's Ed25519 signature over key, record and expiry (hex)")
 
 
 def _signed_bytes(record: _Record, expires: float) -> bytes:
-    """Key, owner (the subkey), value and expiry in one: a record cannot be filed elsewhere, prolonged or replayed later."""
+    """Key, owner (the subkey), value and expiry together: a record cannot be stored elsewhere, prolonged or replayed later."""
     return _SIGNING_DOMAIN + canonical({"key": record.key(), "expires": expires, "record": record.model_dump(mode="json")})
 
 
@@ -276,10 +276,19 @@ def open_record(
     limits: RecordLimits,
     coordinators: tuple[str, ...] = (),
 ) -> Record:
-    """Parse and check a stored record; `key` None means that the caller compares `record.key()` itself (hashed keys).
+    """Parse and check a stored record.
 
-    Raises RecordRefused: too large, malformed, wrong key or owner, bad signature, outside the clock window, TTL too long,
-    or an acceptance, reset or quarantine by somebody who is no coordinator of the run.
+    Args:
+        data: The sealed record.
+        key: The key under which it was stored; None: the caller compares `record.key()` itself (hashed keys).
+        subkey: The owner under which it was stored.
+        expires: The expiry with which it was stored, in Unix seconds.
+        now: The reader's clock in Unix seconds.
+        limits: How long records may live.
+        coordinators: Public keys that may sign acceptances, resets and quarantines.
+
+    Raises RecordRefused: too large, malformed, wrong key or owner, bad signature, dated in the future, expired, living too long,
+    or a coordinator's kind of record by another peer.
     """
     if len(data) > MAX_RECORD_BYTES:
         raise RecordRefused(f"record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
@@ -288,37 +297,37 @@ def open_record(
     except ValidationError as error:
         raise RecordRefused(f"record is malformed: {first_problem(error)}") from error
     if key is not None and record.key() != key:
-        raise RecordRefused(f"record of {record.key()} was filed under {key}")
+        raise RecordRefused(f"record of {record.key()} was stored under {key}")
     if record.owner != subkey:
-        raise RecordRefused(f"record of owner {record.owner[:16]}… was filed under {subkey[:16]}…")
+        raise RecordRefused(f"record of owner {record.owner[:16]}… was stored under {subkey[:16]}…")
     check_times(record.kind, record.issued, expires, now, limits)
     if record.kind in COORDINATORS_ONLY and record.owner not in coordinators:
-        raise RecordRefused(f"{record.kind} by {record.owner[:16]}…, who is no coordinator of this run")
+        raise RecordRefused(f"{record.kind} by {record.owner[:16]}…, which is not a coordinator of this run")
     if not _signature_holds(data, expires):
-        raise RecordRefused("record's signature is wrong")
+        raise RecordRefused("the record's signature is wrong")
     return record
 
 
 def check_times(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
-    """Raises RecordRefused: dated in the future, expired, or wanting to live too long. All times are Unix seconds."""
-    if not math.isfinite(expires):  # a DHT carries whatever a peer sent, and NaN is neither early nor late
+    """Raises RecordRefused: dated in the future, expired, or living too long. All times are Unix seconds."""
+    if not math.isfinite(expires):  # a peer can send NaN, which is neither early nor late
         raise RecordRefused("record does not say when it expires")
     if issued > now + limits.maximum_clock_skew:
         raise RecordRefused(f"record is dated {issued - now:.0f} s in the future")
     if expires <= now:
         raise RecordRefused("record has expired")
     if expires > min(issued, now) + limits.longest(kind) + limits.maximum_clock_skew:
-        raise RecordRefused(f"record wants to live {expires - now:.0f} s; a {kind} record may live {limits.longest(kind):.0f} s")
+        raise RecordRefused(f"record would live {expires - now:.0f} s; a {kind} record may live {limits.longest(kind):.0f} s")
 
 
 def read_envelope(data: bytes) -> Record:
-    """The record inside bytes that `open_record` has checked before."""
+    """The record in bytes that `open_record` has checked before."""
     return _parsed(data).record
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def _parsed(data: bytes) -> _Envelope:
-    """A reader meets one record many times: from every replica, at every look. Only what depends on the clock is checked anew."""
+    """Cached, because a reader gets one record many times: from every replica, at every look."""
     return _Envelope.model_validate_json(data, strict=True)
 
 

@@ -1,4 +1,4 @@
-"""What one needs to join: run id, the owner's key and bootstrap addresses, as one pasteable word with a checksum."""
+"""The ticket: run id, the owner's key and bootstrap addresses, as one word with a checksum that can be pasted."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ PREFIX = "lutetia1"
 MAX_TICKET_CHARACTERS = 8192
 
 PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-"""Up to 65535; a regular expression's own digits would include those of other scripts."""
+"""A TCP port. Written with [0-9], because the digit class also matches digits of other scripts."""
 _HOST = r"/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+"
 Place = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}$", max_length=256)]
-"""Where somebody listens: /ip4/203.0.113.5/tcp/41000"""
+"""Where a peer listens, for instance /ip4/203.0.113.5/tcp/41000"""
 Address = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}/p2p/[A-Za-z0-9]+$", max_length=256)]
 
 
 class Ticket(Frozen):
-    """`addresses` are multiaddrs with peer ids, for instance /ip4/203.0.113.5/tcp/41000/p2p/12D3…"""
+    """What a volunteer needs to join a run."""
 
-    run: Digest
-    owner: PublicKey
-    addresses: tuple[Address, ...] = Field(min_length=1, max_length=16)
+    run: Digest = Field(description="Run id")
+    owner: PublicKey = Field(description="Public key that signs the run's manifest")
+    addresses: tuple[Address, ...] = Field(
+        min_length=1,
+        max_length=16,
+        description="Multiaddrs with peer id of bootstrap peers, for instance /ip4/203.0.113.5/tcp/41000/p2p/12D3…",
+    )
 
     def encode(self) -> str:
         body = zlib.compress(canonical(self), 9)
@@ -38,7 +42,7 @@ class Ticket(Frozen):
 
     @classmethod
     def decode(cls, text: str) -> Ticket:
-        """Raises ConfigError when the word is not a ticket, was cut short or mistyped."""
+        """Raises ConfigError when `text` is not a ticket, was cut short or was mistyped."""
         text = text.strip()
         if not text.startswith(PREFIX):
             raise ConfigError(
@@ -46,9 +50,9 @@ class Ticket(Frozen):
             )
         if len(text) > MAX_TICKET_CHARACTERS:
             raise ConfigError(f"this ticket has {len(text)} characters, more than {MAX_TICKET_CHARACTERS}; refused")
-        word = text[len(PREFIX) :].upper()
+        encoded = text[len(PREFIX) :].upper()
         try:
-            packed = base64.b32decode(word + "=" * (-len(word) % 8))
+            packed = base64.b32decode(encoded + "=" * (-len(encoded) % 8))
         except (binascii.Error, ValueError) as error:
             raise ConfigError("the ticket was cut short or mistyped; paste it whole") from error
         body, checksum = packed[:-4], packed[-4:]

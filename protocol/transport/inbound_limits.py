@@ -1,4 +1,4 @@
-"""Running the handlers of inbound streams: each in its own task, so that a failing one ends its own stream and nothing else."""
+"""Run the handlers of inbound streams, each in its own task: one that fails ends only its own stream."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class HandlerTasks:
-    """The handlers that run now, at most `limit` of them; further streams are refused until one ends.
+    """The running handlers, at most `limit` of them. Further streams are refused until one ends.
 
-    No peer has more than an eighth of the places and no origin more than half of them, so that neither one impolite peer nor many
-    made-up ones behind one address can keep all others out.
+    One peer gets at most an eighth of the places and one origin at most half, so that neither a greedy peer nor many made-up
+    ones behind one address can keep all others out.
     """
 
     def __init__(self, limit: int = 256) -> None:
@@ -26,12 +26,12 @@ class HandlerTasks:
         self._origins: Counter[str] = Counter()
 
     def start(self, protocol: str, handler: Handler, stream: Stream) -> bool:
-        """Answer `stream` in the background and close it at the end. False when too many are running already."""
+        """Run `handler` in the background and close `stream` at its end. False when too many are running."""
         peer, origin = stream.peer_id, stream.origin
         full = len(self._tasks) >= self._limit
         if full or self._peers[peer] >= self._limit // 8 or self._origins[origin] >= self._limit // 2:
             open_here = (len(self._tasks), self._peers[peer], self._origins[origin], origin or "relays")
-            log.warning("refused a stream of %s from %s: %d are open, %d of that peer, %d from %s", protocol, peer, *open_here)
+            log.warning("refused stream %s of %s: %d are open, %d of that peer, %d from %s", protocol, peer, *open_here)
             return False
         self._peers[peer] += 1
         self._origins[origin] += 1
@@ -41,7 +41,7 @@ class HandlerTasks:
         return True
 
     async def close(self) -> None:
-        """Cancel what still runs and wait until it has ended."""
+        """Cancel all handlers and wait until they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Where a stream comes from, as far as caps are concerned: an IPv4 address, or the /64 that one line of IPv6 is given."""
+"""The network from which a stream comes, for limits: an IPv4 address, or the /64 that one IPv6 customer gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _HOST = re.compile(r"^/(ip4|ip6)/([^/]+)")
 
 
 def origin_of(address: str) -> str:
-    """The origin of a multiaddr, for instance 203.0.113.5 or 2001:db8::/64; "" for relayed peers and names."""
+    """The origin of a multiaddr, for instance 203.0.113.5 or 2001:db8::/64. "" for relayed peers and host names."""
     match = _HOST.match(address)
     if match is None or "/p2p-circuit" in address:
         return ""

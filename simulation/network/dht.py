@@ -1,6 +1,6 @@
 """The records of the swarm: each replica keeps its own part, each record arrives when it arrives, each reader asks who is there.
 
-The model follows `protocol.transport.memory`: a record goes to the replicas that follow its key on a hash ring, and stays with
+The model follows `tests.memory_transport`: a record goes to the replicas that follow its key on a hash ring, and stays with
 its writer too; of each owner the record that expires last is kept; replicas and readers check by their own clocks.
 """
 

@@ -1,4 +1,4 @@
-"""Real p2pd peers on loopback for the attacks: honest ones, and ones that check nothing."""
+"""Real p2pd peers on loopback for the attack tests: honest ones, and ones that check nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def manifest_of_now(**changes: Any) -> Manifest:
 
 
 def anything(key: str | None, subkey: str, value: bytes, expires: float) -> str:
-    """The check of a liar."""
+    """The record check of a liar."""
     return key or ""
 
 
@@ -35,9 +35,9 @@ Start = Callable[..., Coroutine[Any, Any, HivemindTransport]]
 
 @asynccontextmanager
 async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
-    """`await start(name, check=…, bootstrap=…, host=…)` makes a peer; all are closed at the end.
+    """`await start(name, check=…, bootstrap=…, host=…)` starts a peer. All are closed at the end.
 
-    Whatever lies in 127.0.0.0/8 is this machine, and a peer dials from where it listens: so `host` gives it an origin of its own.
+    All of 127.0.0.0/8 is this machine, and a peer dials from the address at which it listens, so `host` gives it its own origin.
     """
     async with AsyncExitStack() as stack:
 
@@ -55,14 +55,14 @@ async def network(folder: Path, run: Manifest) -> AsyncIterator[Start]:
 
 
 async def claim(peer: HivemindTransport, run: str, name: str) -> bool:
-    """A correctly signed claim on shard 0 by the owner of that name, who may be made up for it."""
+    """Store a correctly signed claim on shard 0 by the owner of that name, which may be made up for it."""
     owner, expires = Identity.derived(name), time.time() + 170
     record = ClaimRecord(run=run, owner=owner.public_key, issued=time.time(), shard=0, epoch=0, samples=0, state="training")
     return await peer.store(record.key(), owner.public_key, seal(record, owner, expires), expires)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
-    """Wait for what other processes bring about. Raises TimeoutError."""
+    """Wait for an effect of other processes. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for happens in other processes
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The audit stream under attack, over real p2pd: floods from one address, reports out of size, silence."""
+"""Attacks on the audit stream, over real p2pd: floods from one address, oversized reports, silent streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.coordinator.acceptance import judge_driver
 from tests.coordinator.runtime.test_check_runner import StrawHands  # pyright: ignore[reportMissingImports]
 
 
-def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_minute() -> None:
+def test_audit_requests_of_one_origin_are_limited_for_a_minute() -> None:
     pace = RateWindow(per_minute=5)
     assert [pace.wait("203.0.113.5", second / 10) is None for second in range(8)] == [True] * 5 + [False] * 3
     assert pace.wait("203.0.113.5", 10.0) == pytest.approx(50.0)
@@ -34,7 +34,7 @@ def test_a_crowd_behind_one_address_shares_its_pace_and_is_forgotten_after_a_min
 
 
 def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditService:
-    """A coordinator's desk with its judge; nothing is due for an audit."""
+    """A coordinator's audit desk with its judge. No audit is due."""
 
     async def publish(record: AcceptanceRecord | ResetRecord) -> None: ...
 
@@ -47,8 +47,8 @@ def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditServic
 
 
 @pytest.mark.timeout(300)
-async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(tmp_path: Path) -> None:
-    """Three identities at one address ask forty times at once, while another sends a giant and one holds streams open."""
+async def test_hostile_audit_requests_leave_others_served(tmp_path: Path) -> None:
+    """Three identities at one address ask forty times at once; one also sends an oversized report and one holds streams open."""
 
     def ask(peer: Transport, name: str) -> asyncio.Task[AuditAnswer]:
         asked = AuditRequest(owner=Identity.derived(name).public_key)
@@ -60,18 +60,18 @@ async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(
         await desk.serve()
         judging = asyncio.create_task(desk.bench.run())
         names = [f"sybil {number}" for number in range(3)]
-        crowd = [await start(name, bootstrap=coordinator.addresses(), host="127.0.0.2") for name in names]
+        sybils = [await start(name, bootstrap=coordinator.addresses(), host="127.0.0.2") for name in names]
         honest = await start("honest", bootstrap=coordinator.addresses(), host="127.0.0.3")
 
-        giant = await crowd[0].open_stream(coordinator.peer_id, AUDIT)
+        giant = await sybils[0].open_stream(coordinator.peer_id, AUDIT)
         await giant.write(framed(bytes(4096 + 26 * desk.manifest.steps_per_epoch + 1)))
         with pytest.raises(ConnectionError):
-            await giant.read_exactly(1)  # hung up on, unread
-        silent = [await crowd[1].open_stream(coordinator.peer_id, AUDIT) for _ in range(20)]
+            await giant.read_exactly(1)  # closed without being read
+        silent = [await sybils[1].open_stream(coordinator.peer_id, AUDIT) for _ in range(20)]
 
-        replies = await asyncio.gather(*(ask(peer, name) for peer, name in zip(crowd, names, strict=True) for _ in range(10)))
+        replies = await asyncio.gather(*(ask(peer, name) for peer, name in zip(sybils, names, strict=True) for _ in range(10)))
         late = [reply for reply in replies if "this address" in reply.text]
-        assert len(late) == 10, "twenty a minute of all identities at that address together"
+        assert len(late) == 10, "twenty a minute for all identities at that address together"
         assert all(reply.retry_after > 20 for reply in late)
         answered = await ask(honest, "honest")
         assert (answered.text, answered.job) == ("", None)

@@ -1,6 +1,6 @@
-"""Small documents that would like to become large: what they cost in memory and processor time, in a process of their own.
+"""Small documents that unpack to large ones: what they cost in memory and CPU time, in a process of their own.
 
-What they are refused with is tested in tests/fuzz; safetensors headers in tests/coordinator/worker/test_process.py.
+The error texts are tested in tests/fuzz, safetensors headers in tests/coordinator/worker/test_process.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ print(json.dumps({"kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 """
 
 
-def test_no_bomb_goes_off() -> None:
+def test_compressed_bombs_are_refused() -> None:
     run = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

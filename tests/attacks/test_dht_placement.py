@@ -1,4 +1,4 @@
-"""Made-up peers behind one address around a key, and in a routing table: others keep their places."""
+"""Many made-up peers of one address around a key or in a routing table do not displace others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID
-from lutetia.protocol.transport.hivemind.dht.ip_diversity import STRANGERS_AT_ONCE, NewcomerLimit, alternate, gives_way
-from lutetia.protocol.transport.hivemind.dht.lookup import DOUBTFUL, Lookup, run
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NEWCOMERS_AT_ONCE, NewcomerLimit, alternate, member_to_replace
+from lutetia.protocol.transport.hivemind.dht.lookup import SILENT_ALLOWED, Lookup, run_lookup
 from lutetia.protocol.transport.hivemind.dht.node import REPLICAS, SEARCH_WIDTH
-from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, place_of
+from lutetia.protocol.transport.hivemind.dht.routing_table import DiverseRoutingTable, OriginLookup, position_of
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import anything, claim, manifest_of_now, network
 
@@ -35,28 +35,28 @@ def made_up(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + hashlib.sha256(str(number).encode()).digest())
 
 
-def crowded_table(sybils: int, honest: int) -> DiverseRoutingTable:
-    """First the made-up peers of one address, then honest ones of an address each."""
-    table = DiverseRoutingTable(place_of(made_up(-1)), BUCKET, SPLITS)
+def table_of(sybils: int, honest: int) -> DiverseRoutingTable:
+    """A table to which made-up peers of one address are added, then honest ones with an address each."""
+    table = DiverseRoutingTable(position_of(made_up(-1)), BUCKET, SPLITS)
     for number in range(sybils + honest):
         peer = made_up(number)
-        table.origins[place_of(peer)] = SYBIL if number < sybils else f"198.51.100.{number - sybils}"
-        table.add_or_update_node(place_of(peer), peer)
+        table.origins[position_of(peer)] = SYBIL if number < sybils else f"198.51.100.{number - sybils}"
+        table.add_or_update_node(position_of(peer), peer)
     return table
 
 
-def test_a_flood_from_one_address_takes_no_neighbour_from_others_and_no_memory() -> None:
+def test_a_flood_of_one_origin_replaces_no_other_neighbour() -> None:
     sybils, honest = 20_000, 150
-    table = crowded_table(sybils, honest)
+    table = table_of(sybils, honest)
     placed = Counter(table.origins[member] for bucket in table.buckets for member in bucket.nodes_to_peer_id)
-    assert placed[SYBIL] == placed.total() - honest, "all honest peers have a place, and made-up ones what is left"
+    assert placed[SYBIL] == placed.total() - honest, "all honest peers are in, made-up ones get the remaining places"
     assert len(table.uid_to_peer_id) == len(table.peer_id_to_uid) == len(table.origins) <= 2 * BUCKET * len(table.buckets)
 
 
-def test_a_table_of_one_address_is_hiveminds() -> None:
-    """Who is in stays in, as Kademlia has it: a laboratory behind one address notices nothing."""
-    table = crowded_table(400, 0)
-    first = {place_of(made_up(number)) for number in range(BUCKET)}
+def test_a_table_of_one_origin_is_hiveminds() -> None:
+    """As in Kademlia, old members stay: nothing changes for many nodes behind one address."""
+    table = table_of(400, 0)
+    first = {position_of(made_up(number)) for number in range(BUCKET)}
     members = {member for bucket in table.buckets for member in bucket.nodes_to_peer_id}
     assert first <= members
     oldest = next(iter(members))
@@ -66,18 +66,18 @@ def test_a_table_of_one_address_is_hiveminds() -> None:
 
 
 @given(ORIGINS, st.sampled_from("abcd"))
-def test_only_the_most_crowded_origin_gives_way_and_only_where_that_evens_out(members: list[str], origin: str) -> None:
-    leaves = gives_way(dict(enumerate(members)), origin)
-    crowds = Counter(members)
-    if leaves is None:
-        assert max(crowds.values(), default=0) <= crowds[origin] + 1
+def test_only_the_most_frequent_origin_is_replaced(members: list[str], origin: str) -> None:
+    replaced = member_to_replace(dict(enumerate(members)), origin)
+    counts = Counter(members)
+    if replaced is None:
+        assert max(counts.values(), default=0) <= counts[origin] + 1
     else:
-        assert crowds[members[leaves]] == max(crowds.values()) >= crowds[origin] + 2
-        assert members[leaves] not in members[leaves + 1 :], "the newest of its origin"
+        assert counts[members[replaced]] == max(counts.values()) >= counts[origin] + 2
+        assert members[replaced] not in members[replaced + 1 :], "the newest of its origin"
 
 
 @given(ORIGINS)
-def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[str]) -> None:
+def test_origins_alternate(origins: list[str]) -> None:
     order = alternate(range(len(origins)), origins)
     assert sorted(order) == list(range(len(origins)))
     total = Counter(origins)
@@ -86,20 +86,20 @@ def test_no_origin_has_its_next_turn_before_all_others_had_theirs(origins: list[
         assert all(seen[origin] >= min(total[origin], max(seen.values(), default=0) - 1) for origin in total)
     for origin in total:
         mine = [place for place in order if origins[place] == origin]
-        assert mine == sorted(mine), "the nearest of each origin first"
+        assert mine == sorted(mine), "the nearest of each origin come first"
 
 
-def test_the_door_lets_in_some_at_once_and_then_one_a_second_for_each_origin() -> None:
-    door = NewcomerLimit()
-    assert sum(door.admits(SYBIL, 0.0) for _ in range(1000)) == STRANGERS_AT_ONCE
-    assert door.admits("198.51.100.7", 0.0)
-    assert sum(door.admits(SYBIL, now / 10) for now in range(1, 601)) == 60
+def test_newcomers_of_an_origin_are_limited_in_rate() -> None:
+    limit = NewcomerLimit()
+    assert sum(limit.admits(SYBIL, 0.0) for _ in range(1000)) == NEWCOMERS_AT_ONCE
+    assert limit.admits("198.51.100.7", 0.0)
+    assert sum(limit.admits(SYBIL, now / 10) for now in range(1, 601)) == 60
     for number in range(10_000):
-        assert door.admits(f"198.51.100.{number}", 200.0 + number)
-    assert len(door._spent) <= 2 * STRANGERS_AT_ONCE + 1, "who has not come for a while is forgotten"
+        assert limit.admits(f"198.51.100.{number}", 200.0 + number)
+    assert len(limit._spent) <= 2 * NEWCOMERS_AT_ONCE + 1, "origins that were quiet for a while are forgotten"
 
 
-async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
+async def test_origins_of_several_newcomers_cost_one_request() -> None:
     asked: list[float] = []
 
     async def ask() -> dict[str, str]:
@@ -117,8 +117,8 @@ async def test_strangers_who_come_at_once_are_asked_for_together() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_one_honest_replica_among_made_up_ones_nearer_to_the_key_keeps_the_record(tmp_path: Path) -> None:
-    """Real p2pd. The made-up peers answer that they keep nothing, and are as many as a record has replicas."""
+async def test_an_honest_replica_behind_made_up_ones_keeps_the_record(tmp_path: Path) -> None:
+    """Real p2pd. There are as many made-up peers as replicas, and they answer that they keep nothing."""
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
     async with network(tmp_path, run) as start:
         key = claim_key(run.run_id, 0)
@@ -127,15 +127,15 @@ async def test_one_honest_replica_among_made_up_ones_nearer_to_the_key_keeps_the
         nearer = (name for name in tries if distance(key, Identity.derived(name).peer_id) < distance(key, honest.peer_id))
         for name in itertools.islice(nearer, REPLICAS):
             await start(name, check=anything, bootstrap=honest.addresses(), host="127.0.0.2")
-        volunteer = await start("volunteer", bootstrap=honest.addresses())
-        assert await claim(volunteer, run.run_id, "volunteer")
-        await volunteer.close()
-        assert Identity.derived("volunteer").public_key in await honest.get(key)
+        node = await start("node", bootstrap=honest.addresses())
+        assert await claim(node, run.run_id, "node")
+        await node.close()
+        assert Identity.derived("node").public_key in await honest.get(key)
 
 
 @pytest.mark.parametrize("honest", [15, 60, 200])
-async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> None:
-    """He keeps many invented ids and names the nearest of them to whatever is sought. He needs to run none of them."""
+async def test_a_liar_that_names_made_up_peers_hides_no_key(honest: int) -> None:
+    """It has many invented ids, none of which it runs, and names those nearest to any key."""
     draw = random.Random(honest)
     peers = [draw.getrandbits(160) for _ in range(honest)]
     invented = [draw.getrandbits(160) for _ in range(20_000)]
@@ -152,15 +152,15 @@ async def test_one_liar_who_names_made_up_peers_hides_no_key(honest: int) -> Non
             return nearest(invented if node == liar else tables[node], key, 20)
 
         search = Lookup(key, SEARCH_WIDTH, {liar, *nearest(tables[storer], key, 20)} - {storer})
-        await run(search, ask)
+        await run_lookup(search, ask)
         found = search.nearest()
         assert set(found) <= set(peers)
         assert set(found[: REPLICAS + 1]) >= set(nearest([peer for peer in peers if peer != storer], key, REPLICAS))
-        assert silent <= DOUBTFUL + 1, "what he costs is bounded"
+        assert silent <= SILENT_ALLOWED + 1, "the cost of a liar is bounded"
 
 
-async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search() -> None:
-    """Half of the swarm has just died; a newcomer knows one peer only."""
+async def test_dead_neighbours_do_not_end_a_lookup() -> None:
+    """Half of the swarm has just died, and a newcomer knows only one peer."""
     draw = random.Random(3)
     peers = [draw.getrandbits(160) for _ in range(60)]
     dead = set(peers[30:])
@@ -171,12 +171,12 @@ async def test_dead_neighbours_that_honest_peers_still_name_do_not_end_a_search(
     for _ in range(50):
         key = draw.getrandbits(160)
         search = Lookup(key, SEARCH_WIDTH, [peers[0]])
-        await run(search, ask)
+        await run_lookup(search, ask)
         assert set(search.nearest()) >= set(nearest(set(peers) - dead, key, REPLICAS)) & set(nearest(peers, key, 20))
 
 
-async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> None:
-    """Somebody names peers at addresses that swallow every dial."""
+async def test_a_lookup_with_enough_answers_ends() -> None:
+    """A peer names others at addresses where every dial hangs."""
     at = asyncio.get_running_loop().time()
 
     async def ask(node: int) -> list[int]:
@@ -184,15 +184,15 @@ async def test_a_search_that_has_found_enough_does_not_wait_for_the_slow() -> No
             return [1000 + node] if node < 200 else await asyncio.get_running_loop().create_future()
         return [200 + node]
 
-    await run(search := Lookup(0, 10, range(1, 20)), ask)
+    await run_lookup(search := Lookup(0, 10, range(1, 20)), ask)
     assert search.nearest() == list(range(1, 11))
     assert asyncio.get_running_loop().time() - at < 2
 
 
 @pytest.mark.timeout(300)
-async def test_records_reach_honest_peers_past_a_real_liar_who_names_made_up_ones(tmp_path: Path) -> None:
+async def test_records_reach_honest_peers_despite_a_real_liar(tmp_path: Path) -> None:
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
-    invented = {place_of(peer): peer for peer in map(made_up, range(5000))}
+    invented = {position_of(peer): peer for peer in map(made_up, range(5000))}
 
     def nearest_invented(query_id: DHTID, k: int, exclude: DHTID | None = None) -> list[tuple[DHTID, PeerID]]:
         return [(DHTID(place), invented[DHTID(place)]) for place in nearest(invented, query_id, k)]
@@ -204,9 +204,9 @@ async def test_records_reach_honest_peers_past_a_real_liar_who_names_made_up_one
         assert liar._dht
         liar._dht._protocol.routing_table.get_nearest_neighbors = nearest_invented  # type: ignore[method-assign]
         await until_neighbours(liar, honest)
-        volunteer = await start("volunteer", bootstrap=first.addresses())
+        node = await start("node", bootstrap=first.addresses())
         started = time.monotonic()
-        assert await claim(volunteer, run.run_id, "volunteer")
+        assert await claim(node, run.run_id, "node")
         assert time.monotonic() - started < 10
         key = DHTID.generate(source=claim_key(run.run_id, 0))
         assert all(peer._dht and key in peer._dht._protocol.storage for peer in honest)
@@ -218,7 +218,7 @@ async def until_neighbours(peer: HivemindTransport, others: list[HivemindTranspo
         assert await other._dht.meet(peer.peer_id)
 
 
-async def test_the_origins_of_all_candidates_cost_one_question() -> None:
+async def test_origins_of_all_candidates_cost_one_request() -> None:
     asked: list[float] = []
 
     async def ask() -> dict[str, str]:
@@ -236,6 +236,6 @@ def nearest(peers: Collection[int], key: int, count: int) -> list[int]:
 
 
 def distance(key: str, peer_id: str) -> int:
-    away = DHTID.generate(source=key).xor_distance(place_of(PeerID.from_base58(peer_id)))
+    away = DHTID.generate(source=key).xor_distance(position_of(PeerID.from_base58(peer_id)))
     assert isinstance(away, int)
     return away

@@ -1,7 +1,7 @@
-"""Whom a newcomer believes when most of those he meets lie: real libp2p, real joins.
+"""What a newcomer believes when most peers that it meets lie: real libp2p, real joins.
 
 Manifests by other keys, of other runs, older or expired ones: tests/protocol/test_joining.py. Records forged, prolonged, dated
-into the future or filed elsewhere, over real p2pd: tests/protocol/transport/test_contract.py.
+into the future or stored elsewhere, over real p2pd: tests/protocol/transport/test_contract.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def accepted(run: Manifest, by: Identity, epoch: int) -> AcceptanceRecord:
 
 
 async def liars(start: Start, run: Manifest) -> list[HivemindTransport]:
-    """Two peers who replay the run's true manifest and invent acceptances; their DHT takes anything."""
+    """Two peers that serve the run's true manifest and invent acceptances. Their DHT accepts anything."""
     first = await start("liar 0", check=anything)
     second = await start("liar 1", check=anything, bootstrap=first.addresses())
     for liar in (first, second):
@@ -52,14 +52,14 @@ def ticket(run: Manifest, addresses: list[str]) -> Ticket:
 
 
 @pytest.mark.timeout(900)
-async def test_one_honest_peer_among_liars_is_enough_and_liars_alone_deceive_nobody(tmp_path: Path) -> None:
+async def test_one_honest_peer_among_liars_is_enough(tmp_path: Path) -> None:
     run = manifest_of_now()
     async with network(tmp_path, run) as start:
         false = await liars(start, run)
         addresses = [address for liar in false for address in liar.addresses()]
 
         alone, signed = await join_swarm(JOINER, ticket(run, addresses), listen=LOOPBACK, state_folder=tmp_path / "eclipsed")
-        try:  # he is in, with the true manifest; he sees no acceptance that no coordinator signed, and misses the coordinator
+        try:  # it is in, with the true manifest; it believes no unsigned acceptance, and does not see the coordinator
             assert signed.manifest == run
             assert await read_records(alone, acceptance_key(run.run_id, 0)) == []
             with pytest.raises(ConnectionError):
@@ -81,8 +81,8 @@ async def test_one_honest_peer_among_liars_is_enough_and_liars_alone_deceive_nob
 
 
 @pytest.mark.timeout(900)
-async def test_a_poisoned_cache_of_peers_costs_time_and_nothing_else(tmp_path: Path) -> None:
-    """It names hosts that cannot be, dead ones, and a peer of another run, who is asked and not believed."""
+async def test_a_poisoned_peerstore_costs_only_time(tmp_path: Path) -> None:
+    """It names impossible hosts, dead ones, and a peer of another run, which is asked and not believed."""
     run = manifest_of_now()
     other = manifest_of_now(name="another run")
     async with network(tmp_path, run) as start:

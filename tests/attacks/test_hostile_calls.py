@@ -1,6 +1,6 @@
-"""Calls of the DHT that ask for too much, too often or for nothing: they cost the caller's share and leave nothing behind.
+"""DHT calls that ask for too much or too often, or that are cancelled: they use up the caller's limit and leave nothing behind.
 
-Real p2pd. What the callers send is hivemind's wire format; that they may send it does not depend on our code.
+Real p2pd. The callers send hivemind's wire format by themselves, without Lutetia's own limits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pytest
 from lutetia.protocol.transport.hivemind.bindings import DHTID, PeerID, dht_messages
 from lutetia.protocol.transport.hivemind.dht import rpc_server as answers
 from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
-from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, within
+from lutetia.protocol.transport.hivemind.dht.storage import KeyRecords, sample_within
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.attacks.hivemind_swarm import manifest_of_now, network, until
 
 
 def by_value(key: str | None, subkey: str, value: bytes, expires: float) -> str:
-    """The check of a swarm whose records say where they belong."""
+    """A record check that accepts every record under the key it names."""
     return value.partition(b"|")[0].decode()
 
 
@@ -36,28 +36,28 @@ async def call(caller: HivemindTransport, callee: HivemindTransport, name: str, 
 
 
 def handling(peer: HivemindTransport) -> int:
-    """Calls of others that a peer still holds."""
+    """How many calls of others a peer still holds."""
     assert peer._dht
     client: Any = peer._dht._p2p._client
     return len(client.control._handler_tasks)
 
 
 async def failure_of(asked: Any) -> str:
-    """The class of what `asked` raises, be it of hivemind."""
+    """The class of the error that `asked` raises, also one of hivemind."""
     (error,) = await asyncio.gather(asked, return_exceptions=True)
     assert isinstance(error, BaseException), error
     return type(error).__name__
 
 
 def keep(peer: HivemindTransport, key: str, owner: str, size: int) -> None:
-    """A record at `peer` that nobody handed over, to fill it quickly."""
+    """Put a record into the storage of `peer` directly, which is quick."""
     assert peer._dht
     protocol, value = peer._dht._protocol, key.encode() + b"|" + os.urandom(size)
     protocol.storage.store_subkey(DHTID.generate(source=key), owner, protocol.serializer.dumps(value), time.time() + 600)
 
 
 @pytest.mark.timeout(300)
-async def test_a_call_for_thousands_of_keys_is_refused_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_call_for_thousands_of_keys_is_refused(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -74,8 +74,8 @@ async def test_a_call_for_thousands_of_keys_is_refused_at_once_and_leaves_nothin
 
 
 @pytest.mark.timeout(300)
-async def test_calls_that_are_taken_back_leave_nothing(tmp_path: Path) -> None:
-    """A ping that asks to be called back, by a caller who does not wait, and a find that waits for p2pd."""
+async def test_cancelled_calls_leave_nothing(tmp_path: Path) -> None:
+    """Pings that ask to be called back, by a caller that does not wait, and a find that waits for p2pd."""
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -89,13 +89,13 @@ async def test_calls_that_are_taken_back_leave_nothing(tmp_path: Path) -> None:
         replies = await asyncio.gather(
             *(call(attacker, victim, "rpc_ping", plain, dht_messages.PingResponse, 10.0) for _ in range(20))
         )
-        assert not any(reply.available for reply in replies), "nobody is called back"
+        assert not any(reply.available for reply in replies), "the caller is not called back"
         await until(lambda: handling(victim) == 0, 20)
         assert victim.alive()
 
 
 @pytest.mark.timeout(300)
-async def test_a_key_with_more_records_than_fit_into_a_message_can_be_read(tmp_path: Path) -> None:
+async def test_a_key_with_too_many_records_for_a_message_is_readable(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         replica = await start("replica", check=by_value)
         reader = await start("reader", check=by_value, bootstrap=replica.addresses())
@@ -103,12 +103,12 @@ async def test_a_key_with_more_records_than_fit_into_a_message_can_be_read(tmp_p
             keep(replica, "run/nodes/1", f"owner {number}", 2000)
         found = await reader.get("run/nodes/1")
         assert 1000 < len(found) <= 4000
-        assert await replica.neighbours() == [reader.peer_id], "and the reader was not taken for dead"
+        assert await replica.neighbours() == [reader.peer_id], "and the reader still counts as alive"
         assert await reader.neighbours() == [replica.peer_id]
 
 
 @pytest.mark.timeout(300)
-async def test_who_keeps_more_than_fits_into_a_message_still_has_newcomers_as_neighbours(tmp_path: Path) -> None:
+async def test_a_full_replica_still_admits_newcomers(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         full = await start("full", check=by_value)
         for number in range(6000):
@@ -120,7 +120,7 @@ async def test_who_keeps_more_than_fits_into_a_message_still_has_newcomers_as_ne
         assert await full.neighbours() == [newcomer.peer_id]
 
 
-async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_path: Path) -> None:
+async def test_calls_are_limited_per_origin(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -133,19 +133,19 @@ async def test_the_calls_of_one_origin_are_bounded_and_others_are_answered(tmp_p
             return_exceptions=True,
         )
         answered = sum(not isinstance(reply, BaseException) for reply in replies)
-        assert 40 <= answered <= 50, "its own maintenance counts, too"
+        assert 40 <= answered <= 50, "its own maintenance counts too"
         store = dht_messages.StoreRequest(
             keys=[DHTID.generate(source="run/claims/1").to_bytes()], subkeys=[msgpack.packb("owner")],
             values=[msgpack.packb(b"run/claims/1|x")], expiration_time=[time.time() + 60], in_cache=[False],
         )  # fmt: skip
         reply = await call(attacker, victim, "rpc_store", store, dht_messages.StoreResponse, 10.0)
-        assert list(reply.store_ok) == [False], "not an error, which would cost a peer that hands records over its neighbour"
+        assert list(reply.store_ok) == [False], "no error, or a peer that sends records would lose a neighbour"
         reply = await call(honest, victim, "rpc_store", store, dht_messages.StoreResponse, 10.0)
-        assert list(reply.store_ok) == [True], "the same record from elsewhere"
+        assert list(reply.store_ok) == [True], "the same record from another origin"
         assert len((await call(honest, victim, "rpc_ping", ping, dht_messages.PingResponse, 10.0)).peer.node_id) == 20
 
 
-async def test_a_refused_call_is_refused_before_anything_is_looked_up(tmp_path: Path) -> None:
+async def test_a_refused_call_looks_nothing_up(tmp_path: Path) -> None:
     async with network(tmp_path, manifest_of_now()) as start:
         victim = await start("victim", check=by_value)
         attacker = await start("attacker", check=by_value, bootstrap=victim.addresses(), host="127.0.0.2")
@@ -166,14 +166,14 @@ async def test_a_refused_call_is_refused_before_anything_is_looked_up(tmp_path: 
         assert len(looked) == answers.MAX_KEYS_PER_FIND
 
 
-def test_an_answer_that_cannot_hold_all_holds_some_by_chance() -> None:
+def test_an_answer_without_room_for_all_holds_random_records() -> None:
     records = KeyRecords()
     for number in range(300):
         records.store(f"owner {number}", bytes(1000), time.time() + 100 + number)
-    chosen = [set(dict(within(records, 50_000)[0].items())) for _ in range(2)]
+    chosen = [set(dict(sample_within(records, 50_000)[0].items())) for _ in range(2)]
     assert all(40 < len(each) < 50 for each in chosen)
     assert chosen[0] != chosen[1]
-    everything, size = within(records, answers.ANSWER_BYTES)
+    everything, size = sample_within(records, answers.ANSWER_BYTES)
     assert len(dict(everything.items())) == 300
     assert 300_000 < size < answers.ANSWER_BYTES
     assert everything.latest_expiration_time == records.latest_expiration_time

@@ -1,6 +1,6 @@
-"""Names of strangers become paths in one place only, the files of a mixture; elsewhere they never do.
+"""Names sent by peers become paths only for the files of a mixture.
 
-Listings of clips that lead outside their folder: tests/models/data. What is not hex is no blob:
+Listings of clips that lead outside their folder: tests/models/data. Blob names that are not hex:
 tests/coordinator/web/test_app.py.
 """
 
@@ -36,13 +36,13 @@ def described(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", TRICKS)
-def test_no_trick_in_the_name_of_a_file_leaves_its_folder(name: str) -> None:
+def test_a_hostile_file_name_stays_in_its_folder(name: str) -> None:
     with pytest.raises(IntegrityError, match="refused"):
         read_description(described(name))
 
 
 @given(st.text(max_size=30) | st.text("./\\a~-_ %\0", max_size=12))
-def test_whatever_name_passes_lies_below_its_folder(name: str) -> None:
+def test_an_accepted_name_lies_below_its_folder(name: str) -> None:
     try:
         (passed,) = read_description(described(name)).mixture.files
     except IntegrityError:
@@ -54,8 +54,8 @@ def test_whatever_name_passes_lies_below_its_folder(name: str) -> None:
     assert path.as_posix().isascii()
 
 
-def test_nothing_is_fetched_that_no_coordinator_signed() -> None:
-    """A liar's description could name a terabyte; its signature is checked before the first byte."""
+def test_files_without_a_coordinators_signature_are_not_fetched() -> None:
+    """A forged description could name a terabyte, so its signature is checked before the first byte is fetched."""
     signed = read_description(examples.signed_mixture())
     assert signed_document(signed, [examples.COORDINATOR.public_key], "x") == signed.mixture
     stranger = Identity.derived("stranger")
@@ -66,7 +66,7 @@ def test_nothing_is_fetched_that_no_coordinator_signed() -> None:
 
 
 @pytest.mark.parametrize("name", TRICKS)
-def test_built_data_open_no_such_file_and_no_shard_is_called_so(name: str) -> None:
+def test_hostile_names_in_built_data_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         DataFile(path=name, blob=examples.blob(), clips=1)
     if "/" in name or "\\" in name or not name.isprintable():

@@ -1,4 +1,4 @@
-"""Claims held without work: how long a squatter keeps a shard, and that nobody who works is ever passed over."""
+"""Claims held without work: how long a squatter keeps a shard, and that a working claim is never ignored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def accepted(epoch: int, author: str, now: float) -> AcceptanceRecord:
 
 @dataclass
 class Reader:
-    """One peer that looks once per lease."""
+    """A reader that looks once per lease."""
 
     seen: Seen
     now: float = START
@@ -49,7 +49,7 @@ class Reader:
         return without_stalled(self.seen, view, STANDBY, TENURE, INTERVAL, self.now)
 
 
-def test_who_holds_a_shard_and_does_nothing_is_passed_over_after_two_tenures() -> None:
+def test_an_idle_claim_is_ignored_after_two_tenures() -> None:
     reader = Reader({})
     while free_shards([reader.sees(claim(SQUATTER, 0, reader.now + 60))], 9, reader.now) == []:
         assert reader.now - START < 10 * TENURE
@@ -57,8 +57,8 @@ def test_who_holds_a_shard_and_does_nothing_is_passed_over_after_two_tenures() -
     assert IDLE * TENURE < held <= IDLE * TENURE + 3 * 3 * HEARTBEAT
 
 
-def test_who_lies_about_its_samples_is_passed_over_at_the_slowest_pace_that_is_borne() -> None:
-    """It reports one sample more at every heartbeat: nobody can tell that from a slow box, until far too long has passed."""
+def test_a_claim_that_lies_about_samples_is_ignored_in_the_end() -> None:
+    """It reports one more sample at every heartbeat, which looks like a slow node until far too long has passed."""
     reader, samples = Reader({}), 0
     while free_shards([reader.sees(claim(SQUATTER, samples, reader.now + 60))], 9, reader.now) == []:
         samples += 1
@@ -66,8 +66,8 @@ def test_who_lies_about_its_samples_is_passed_over_at_the_slowest_pace_that_is_b
     assert SLOWEST * TENURE < reader.now - START <= SLOWEST * TENURE + 3 * 3 * HEARTBEAT
 
 
-def test_who_says_that_its_epoch_is_whole_gets_the_longer_time_only() -> None:
-    """While the coordinator is down honest peers wait with whole epochs; they keep their shards, and a liar does for a while."""
+def test_a_claim_with_a_whole_epoch_gets_the_longer_time() -> None:
+    """While the coordinator is down, honest peers wait with whole epochs and keep their shards. A liar does so for a while."""
     reader = Reader({})
     while reader.now - START < SLOWEST * TENURE - 100:
         assert not free_shards([reader.sees(claim(HONEST, INTERVAL, reader.now + 60))], 9, reader.now)
@@ -78,12 +78,12 @@ def test_who_says_that_its_epoch_is_whole_gets_the_longer_time_only() -> None:
 
 @settings(max_examples=200)
 @given(
-    st.lists(st.floats(0.02, 20.0), min_size=1, max_size=6),  # tenures per epoch, of boxes from fast to very slow
+    st.lists(st.floats(0.02, 20.0), min_size=1, max_size=6),  # tenures per epoch, of nodes from fast to very slow
     st.floats(20.0, 100.0),
     st.integers(0, 2**32),
 )
-def test_nobody_who_works_is_passed_over(paces: list[float], look: float, seed: int) -> None:
-    """Honest peers of any speed, one after another, until each has had an epoch accepted: no look ever finds the shard free."""
+def test_a_working_claim_is_never_ignored(paces: list[float], look: float, seed: int) -> None:
+    """Honest peers of any speed, one after another, until each has an accepted epoch: the shard never looks free."""
     reader, acceptance = Reader({}), None
     for epoch, pace in enumerate(paces):
         owner = Identity.derived(f"honest {seed} {epoch}").public_key
@@ -96,8 +96,8 @@ def test_nobody_who_works_is_passed_over(paces: list[float], look: float, seed: 
         acceptance = accepted(epoch + 1, owner, reader.now)
 
 
-def test_who_did_not_look_for_a_while_judges_nobody() -> None:
-    """A laptop that slept for a week has not seen anybody do nothing."""
+def test_a_reader_with_a_gap_ignores_no_claim() -> None:
+    """A laptop that slept for a week has not observed any idle claim."""
     reader = Reader({})
     reader.sees(claim(HONEST, 10, reader.now + 60))
     view = reader.sees(claim(HONEST, 10, reader.now + 7 * 86_400), seconds=7 * 86_400)
@@ -114,8 +114,8 @@ def test_another_owners_acceptance_does_not_help_the_squatter() -> None:
     assert shard_owner(RUN, view, reader.now) == HONEST
 
 
-def test_a_standby_takes_the_shard_of_a_squatter_and_keeps_it() -> None:
-    """The whole machine of a node: it stands by, passes the squatter over when the time has come, claims, syncs, and stays."""
+def test_a_standby_takes_a_squatters_shard_and_keeps_it() -> None:
+    """A node's state machine stands by, ignores the squatter in the end, claims the shard, syncs and keeps it."""
     rules = NodeRules(RUN, STANDBY, shards=1, epochs=9, heartbeat=HEARTBEAT, propagation=1.0, tenure=TENURE, interval=INTERVAL)
     state, now, own = MachineState(), START, None
     queue: list[m.Event] = [m.Joined(now), m.Probed(now, {0: 1.0})]

@@ -1,4 +1,4 @@
-"""A swarm of made-up owners at one address that floods the DHT with records: it gets its share of the places, and no more."""
+"""Many made-up owners at one address flood the DHT with records: they get that origin's share and no more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID
-from lutetia.protocol.transport.hivemind.dht.record_quota import IN_ALL, PER_KEY, RecordQuota
+from lutetia.protocol.transport.hivemind.dht.record_quota import PER_KEY, PER_ORIGIN, RecordQuota
 from lutetia.protocol.transport.hivemind.dht.storage import RecordStorage
 from tests.attacks.hivemind_swarm import claim, manifest_of_now, network
 
@@ -22,36 +22,36 @@ CLAIMS = f"{'0' * 64}/claims/0"
 
 
 def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
-    crowd = RecordQuota(in_all=100)
+    quota = RecordQuota(per_origin=100)
     most = PER_KEY["claims"]
-    taken = [crowd.admits(CLAIMS, f"sybil {n}", "203.0.113.5", 60.0, 0.0) for n in range(200)]
+    taken = [quota.admits(CLAIMS, f"sybil {n}", "203.0.113.5", 60.0, 0.0) for n in range(200)]
     assert taken == [True] * most + [False] * (200 - most)
-    assert crowd.admits(CLAIMS, "honest", "198.51.100.7", 60.0, 0.0)
-    assert crowd.admits(CLAIMS, "sybil 0", "203.0.113.5", 90.0, 0.0), "who is in may renew"
-    others = [crowd.admits(f"{'0' * 64}/providers/{n}", "sybil", "203.0.113.5", 60.0, 0.0) for n in range(100)]
+    assert quota.admits(CLAIMS, "honest", "198.51.100.7", 60.0, 0.0)
+    assert quota.admits(CLAIMS, "sybil 0", "203.0.113.5", 90.0, 0.0), "a held record may be renewed"
+    others = [quota.admits(f"{'0' * 64}/providers/{n}", "sybil", "203.0.113.5", 60.0, 0.0) for n in range(100)]
     assert sum(others) == 100 - most
-    assert crowd.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records give their places back"
+    assert quota.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records free their places"
 
 
 @settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", ""]), st.integers(1, 40)), max_size=80)
 )
-def test_the_counts_are_those_of_the_live_records(story: list[tuple[int, int, str, int]]) -> None:
-    crowd = RecordQuota(per_key={"claims": 3}, in_all=6)
-    for now, (key, owner, origin, life) in enumerate(story):
-        crowd.admits(f"run/claims/{key}", str(owner), origin, now + life + owner / 10, now)
-        held = list(crowd._held.items())
+def test_the_quota_counts_live_records(records: list[tuple[int, int, str, int]]) -> None:
+    quota = RecordQuota(per_key={"claims": 3}, per_origin=6)
+    for now, (key, owner, origin, life) in enumerate(records):
+        quota.admits(f"run/claims/{key}", str(owner), origin, now + life + owner / 10, now)
+        held = list(quota._held.items())
         assert all(expires > now for _, (_, expires) in held)
-        assert sum(crowd._of_origin.values()) == sum(crowd._under_key.values()) == len(held)
-        assert max(crowd._under_key.values(), default=0) <= 3
-        assert max(crowd._of_origin.values(), default=0) <= 6
-    crowd._forget(1e9)
-    assert (crowd._held, dict(crowd._under_key), dict(crowd._of_origin)) == ({}, {}, {})
-    assert PER_KEY["claims"] < IN_ALL
+        assert sum(quota._of_origin.values()) == sum(quota._under_key.values()) == len(held)
+        assert max(quota._under_key.values(), default=0) <= 3
+        assert max(quota._of_origin.values(), default=0) <= 6
+    quota._forget(1e9)
+    assert (quota._held, dict(quota._under_key), dict(quota._of_origin)) == ({}, {}, {})
+    assert PER_KEY["claims"] < PER_ORIGIN
 
 
-def test_storing_a_record_again_costs_no_memory_and_an_older_one_takes_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storing_a_record_again_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     storage, key, now = RecordStorage(), DHTID.generate(source=CLAIMS), time.time()
     clock = sys.modules["hivemind.utils.timed_storage"]
     assert storage.store_subkey(key, "owner", b"old", now + 1)
@@ -71,18 +71,18 @@ def test_storing_a_record_again_costs_no_memory_and_an_older_one_takes_nothing_a
 
 
 def test_renewing_all_the_time_costs_no_memory() -> None:
-    storage, crowd, key, now = RecordStorage(), RecordQuota(), DHTID.generate(source=CLAIMS), time.time()
+    storage, quota, key, now = RecordStorage(), RecordQuota(), DHTID.generate(source=CLAIMS), time.time()
     for number in range(10_000):
         assert storage.store_subkey(key, f"owner {number % 10}", b"new", now + 60 + number / 1000)
-        assert crowd.admits(CLAIMS, f"owner {number % 10}", "203.0.113.5", now + 60 + number / 1000, now)
+        assert quota.admits(CLAIMS, f"owner {number % 10}", "203.0.113.5", now + 60 + number / 1000, now)
     records = storage.of(key)
     assert records
-    assert max(len(records.expiration_heap), len(storage.expiration_heap), len(crowd._ends)) < 200
+    assert max(len(records.expiration_heap), len(storage.expiration_heap), len(quota._ends)) < 200
     assert sorted(ends for _, _, ends in records.entries()) == [now + 60 + number / 1000 for number in range(9990, 10_000)]
 
 
 @pytest.mark.timeout(300)
-async def test_a_real_flood_of_claims_from_one_address_leaves_the_honest_claim_and_few_others(tmp_path: Path) -> None:
+async def test_a_flood_of_claims_leaves_the_honest_claim(tmp_path: Path) -> None:
     run = manifest_of_now(timing=Timing(heartbeat=60.0, tenure=600.0))
     most = PER_KEY["claims"]
     async with network(tmp_path, run) as start:
@@ -92,7 +92,7 @@ async def test_a_real_flood_of_claims_from_one_address_leaves_the_honest_claim_a
         assert 0 < sum(taken) <= most
         honest = await start("honest", bootstrap=keeper.addresses(), host="127.0.0.3")
         assert await claim(honest, run.run_id, "honest")
-        await sybil.close()  # what it keeps itself it shows to whoever asks it; what others keep of it counts here
+        await sybil.close()  # it returns what it keeps itself; what others keep counts here
         found = await keeper.get(claim_key(run.run_id, 0))
         assert Identity.derived("honest").public_key in found
         assert sum(taken) <= len(found) - 1 <= most

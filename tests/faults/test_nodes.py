@@ -152,7 +152,7 @@ async def test_the_same_key_on_two_boxes(pair: Pair, tmp_path: Path) -> None:
     second = await pair.world.box("copy", state=copy)
     code = await until(lambda: second.process.returncode, "the copy to be refused")
     assert code == 11, second.words()
-    assert "another box is online under this identity, at /ip4/127.0.0.1/" in second.words().splitlines()[-1]
+    assert "another node is online under this identity, at /ip4/127.0.0.1/" in second.words().splitlines()[-1]
     await pair.coordinator.accepts(1, author=await owner(holder))
 
 

@@ -96,7 +96,7 @@ async def test_one_provider_sends_a_corrupt_chunk(market: Market, caplog: pytest
     liar = await market.provider(store=market.damaged(*range(CHUNKS)))
     honest = [await market.provider() for _ in range(2)]
     await market.fetch([liar, *honest])
-    assert f"peer {liar.peer_id} loses its place" in caplog.text
+    assert f"dropped provider {liar.peer_id}" in caplog.text
 
 
 async def test_a_provider_vanishes_at_99_percent(market: Market) -> None:

@@ -100,7 +100,7 @@ async def test_a_swarm_that_speaks_a_newer_protocol(tomorrow: Tomorrow, tmp_path
     await serve_document(tomorrow.peer, HELLO, lambda: canonical(hello))
     joined = await say("join", tomorrow.ticket.encode(), "--state-folder", tmp_path / "old", "--listen", "/ip4/127.0.0.1/tcp/0")
     assert joined.code == 10, joined.err
-    assert f"the swarm speaks protocol {PROTOCOL_VERSION + 1} (software 9.9.9), this box {PROTOCOL_VERSION}" in joined.sentence()
+    assert f"the swarm speaks protocol {PROTOCOL_VERSION + 1} (software 9.9.9), this node {PROTOCOL_VERSION}" in joined.sentence()
     assert "install the matching version" in joined.sentence()
 
 

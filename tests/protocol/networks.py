@@ -12,7 +12,7 @@ from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.transport.base import RecordCheck, Transport
-from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.memory_transport.network import MemoryNetwork
 from tests.protocol.example_documents import manifest
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -25,7 +25,7 @@ def manifest_of_now(count: int = 4) -> Manifest:
 
 
 class Anything:
-    """The check of a liar: everything is fine, and filed under whatever key it pleases (`key`, where only a hash is known)."""
+    """The record check of a liar: it accepts everything. `key` is its answer where only a hash is known."""
 
     def __init__(self) -> None:
         self.key = ""
@@ -35,7 +35,7 @@ class Anything:
 
 
 class Network(Protocol):
-    """Makes peers that know each other."""
+    """Starts peers that know each other."""
 
     async def peer(self, name: str, check: RecordCheck) -> Transport: ...
 
@@ -43,7 +43,7 @@ class Network(Protocol):
 
 
 class Memory:
-    """Simulated, in real time."""
+    """The memory network, in real time."""
 
     def __init__(self) -> None:
         self.network = MemoryNetwork(seed=1, latency=0.001, timeout=0.3)
@@ -56,7 +56,7 @@ class Memory:
 
 
 class Hivemind:
-    """Real p2pd processes on loopback; the first peer is everybody's bootstrap."""
+    """Real p2pd processes on loopback. The first peer is the bootstrap of the others."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

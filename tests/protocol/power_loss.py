@@ -1,7 +1,7 @@
 """What a disk may hold after a power loss: a program's system calls, recorded by strace, and every prefix of them replayed.
 
-The model is POSIX at its strictest: bytes are safe after fsync of their file, names after fsync of their folder, neither before.
-Whatever is not safe may be there all the same, in any mixture; `DISKS` are the extreme ones.
+The model is the strictest reading of POSIX: bytes are safe after fsync of their file, names after fsync of their folder, neither
+before. What is not safe may still be there, in any mixture. `DISKS` are the extreme mixtures.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Open:
 
 
 class Model:
-    """The file tree below `root`, as it is and as it is safe."""
+    """The file tree below `root`: its current and its safe state."""
 
     def __init__(self, root: Path) -> None:
         self._prefix = os.fspath(root)
@@ -72,7 +72,7 @@ class Model:
         self._said = ""
 
     def apply(self, call: str, arguments: str, result: int) -> bool:
-        """Carry out one recorded call. Whether it could change anything here."""
+        """Replay one recorded call. Returns whether it could change anything."""
         if result < 0:
             return False
         texts = [bytes.fromhex(found.replace("\\x", "")) for found in _TEXT.findall(arguments)]
@@ -136,7 +136,7 @@ class Model:
         node.now[at : at + len(data)] = data
 
     def _place(self, at: str, text: bytes) -> tuple[_Folder, str] | None:
-        """(folder, name) of a path below the root; None for the root itself and anything outside."""
+        """(folder, name) of a path below the root. None for the root itself and paths outside."""
         path = text.decode()
         if path.startswith(self._prefix + "/"):
             node, parts = self.root, path[len(self._prefix) + 1 :].split("/")
@@ -198,7 +198,7 @@ class Model:
 
 
 def record(script: str, root: Path, *arguments: str) -> list[tuple[str, str, int]]:
-    """Run a Python `script` on the empty folder `root` (its first argument) under strace; its calls in order."""
+    """Run a Python `script` on the empty folder `root` (its first argument) under strace. Returns its calls in order."""
     root.mkdir()
     trace = root.with_name(root.name + ".trace")
     done = subprocess.run(
@@ -213,7 +213,7 @@ def record(script: str, root: Path, *arguments: str) -> list[tuple[str, str, int
 
 
 def _calls(trace: Path) -> Iterator[tuple[str, str, int]]:
-    """The calls in the order in which they returned; those of several threads are put together again."""
+    """The calls in the order in which they returned. The two halves of an interrupted line are joined."""
     begun: dict[str, str] = {}
     with trace.open() as lines:
         for line in lines:
@@ -231,9 +231,9 @@ def _calls(trace: Path) -> Iterator[tuple[str, str, int]]:
 def every_power_loss(
     calls: list[tuple[str, str, int]], root: Path, scratch: Path, check: Callable[[Path, list[str]], None]
 ) -> int:
-    """Call `check(folder, marks)` for every different disk that a power loss after any call may leave. Returns how many.
+    """Call `check(folder, marks)` for every distinct disk that a power loss after any call may leave. Returns their number.
 
-    `marks` are the lines that the script had printed with an @ by then.
+    `marks` are the lines starting with @ that the script had printed by then.
     """
     model, seen = Model(root), set()
     for call, arguments, result in calls:

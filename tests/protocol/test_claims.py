@@ -30,7 +30,7 @@ def claims_of(peers: list[str]) -> st.SearchStrategy[list[LiveClaim]]:
 
 
 @given(claims_of(PEERS), st.randoms(), st.none() | st.sampled_from(PEERS))
-def test_every_reader_names_the_same_owner_and_it_is_a_live_claimant(claims: list[LiveClaim], order, author: str | None) -> None:
+def test_every_reader_names_the_same_live_claimant(claims: list[LiveClaim], order, author: str | None) -> None:
     accepted = acceptance(author) if author else None
     owner = shard_owner(RUN, ShardView(0, tuple(claims), accepted), NOW)
     shuffled = list(claims)
@@ -59,7 +59,7 @@ def test_among_equal_claims_the_lowest_rendezvous_hash_wins() -> None:
     assert shard_owner(RUN, ShardView(0, claims), NOW) == min(PEERS, key=lambda peer: rendezvous(RUN, 0, 0, peer))
 
 
-def test_free_means_work_left_and_nobody_there() -> None:
+def test_a_shard_is_free_with_work_left_and_no_claim() -> None:
     views = [
         ShardView(0, (claim(PEERS[0]),)),
         ShardView(1, (claim(PEERS[0], expires=NOW - 1, shard=1),)),
@@ -77,7 +77,7 @@ def test_joiners_of_equal_fitness_spread_over_the_free_shards() -> None:
     assert min(counts) > 60
 
 
-def test_fitness_goes_first_and_zero_means_unfit() -> None:
+def test_fitness_decides_and_zero_means_unfit() -> None:
     free = [ShardView(0), ShardView(1)]
     best = preferred_shard(RUN, PEERS[0], free, {0: 0.5, 1: 2.0})
     assert best is not None

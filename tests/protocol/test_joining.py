@@ -1,4 +1,4 @@
-"""From a ticket to a member of the swarm: over real libp2p, and what is believed on the way."""
+"""Joining a swarm over real libp2p, and what a newcomer believes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
 from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError, IdentityError
+from tests.memory_transport.network import MemoryNetwork
 from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, STRANGER, manifest
 from tests.protocol.networks import LOOPBACK, manifest_of_now
 
@@ -33,7 +34,7 @@ HERE = f"/ip4/127.0.0.1/tcp/4001/p2p/{COORDINATOR.peer_id}"
 
 @dataclass
 class Run:
-    """A coordinator that is online, and the way to it."""
+    """A coordinator that is online, and its ticket."""
 
     signed: SignedManifest
     ticket: Ticket
@@ -65,7 +66,7 @@ def node_record(identity: Identity, transport: Transport, run: str) -> NodeRecor
 
 
 async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> None:
-    """Join; a copied identity is refused; then the coordinator goes, and a known box still comes back through its friends."""
+    """Join; a copied identity is refused; after the coordinator has left, a known node rejoins through peers met before."""
     first, signed = await run.join(FIRST, "first")
     assert signed == run.signed
     run_id = signed.manifest.run_id
@@ -76,17 +77,17 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
     assert seen.owner == FIRST.public_key
     await second.close()
 
-    with pytest.raises(IdentityError, match="another box is online under this identity, at /ip4"):
+    with pytest.raises(IdentityError, match="another node is online under this identity, at /ip4"):
         await run.join(FIRST, "copy")
 
     await run.coordinator.close()
     second, again = await run.join(SECOND, "second")
     assert again == run.signed
     assert await publish(second, SECOND, node_record(SECOND, second, run_id), 60)
-    await remember_nodes(first, run_id, Peerstore(run.folder / "first" / PEERS_FILE))  # as it does every now and then
+    await remember_nodes(first, run_id, Peerstore(run.folder / "first" / PEERS_FILE))  # as it does from time to time
     await first.close()
 
-    back, _ = await run.join(FIRST, "first")  # its own old record, at a dead address, is no double
+    back, _ = await run.join(FIRST, "first")  # its own old record at a dead address is not a double
     await back.close()
     await second.close()
     with pytest.raises(BootstrapError) as caught:
@@ -95,7 +96,7 @@ async def test_a_swarm_outlives_its_bootstrap_and_refuses_a_double(run: Run) -> 
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64])
-async def test_a_node_record_with_an_impossible_name_does_not_stop_later_joins(run: Run, host: str) -> None:
+async def test_an_impossible_host_in_a_node_record_stops_no_join(run: Run, host: str) -> None:
     second, signed = await run.join(SECOND, "second")
     hostile = node_record(SECOND, second, signed.manifest.run_id)
     hostile = hostile.model_copy(update={"addresses": (f"/dns4/{host}/tcp/4001/p2p/{SECOND.peer_id}",)})
@@ -118,10 +119,32 @@ async def test_a_ticket_of_another_run_or_owner_is_refused(run: Run) -> None:
         await run.join(COORDINATOR, "second")
 
 
-async def test_a_peer_that_does_not_introduce_itself_is_no_way_in(run: Run) -> None:
+async def test_joining_through_a_peer_without_introduction_is_refused(run: Run) -> None:
     await run.coordinator.serve("/lutetia/hello/1", lambda stream: stream.write(b"\0\0\0\1x"))
     with pytest.raises(BootstrapError, match="introduces itself"):
         await run.join(FIRST, "first")
+
+
+async def test_joining_works_over_any_backend(tmp_path: Path) -> None:
+    """Over the memory transport: `joining` uses nothing but the `Transport` interface."""
+    network, described = MemoryNetwork(latency=0.001), manifest_of_now()
+    signed = SignedManifest.sign(described, OWNER)
+    coordinator = network.peer(COORDINATOR, record_check(described, time.time))
+    await serve_introduction(coordinator, lambda: signed)
+    ticket = Ticket(run=described.run_id, owner=described.owner, addresses=tuple(coordinator.addresses()))
+    joined, found = await join_swarm(FIRST, ticket, state_folder=tmp_path, start=network.start)
+    assert found == signed
+    assert await publish(joined, FIRST, node_record(FIRST, joined, described.run_id), 60)
+    ((seen, _),) = await read_records(coordinator, node_key(described.run_id, FIRST.public_key))
+    assert seen.owner == FIRST.public_key
+    await joined.close()
+    await coordinator.close()
+
+
+async def test_joining_through_dead_addresses_is_refused(tmp_path: Path) -> None:
+    ticket = ticket_of(manifest_of_now())
+    with pytest.raises(BootstrapError, match=f"{HERE}: .*could not be dialled"):
+        await join_swarm(FIRST, ticket, state_folder=tmp_path, start=MemoryNetwork(timeout=0.01).start)
 
 
 def ticket_of(described: Manifest) -> Ticket:
@@ -147,7 +170,7 @@ def test_the_newest_valid_manifest_wins_and_is_kept(tmp_path: Path) -> None:
     assert choose_manifest(ticket, [met(version(1))], cached, NOW) == version(3)
 
 
-def test_an_older_manifest_is_refused_even_after_the_newer_expired(tmp_path: Path) -> None:
+def test_an_older_manifest_is_refused_after_the_newer_expired(tmp_path: Path) -> None:
     cached, ticket = tmp_path / "manifest.json", ticket_of(manifest(2))
     choose_manifest(ticket, [met(version(2, expires=NOW + 10))], cached, NOW)
     with pytest.raises(ConfigError, match="older than 2"):
@@ -170,7 +193,7 @@ def test_a_damaged_cache_counts_as_none(tmp_path: Path) -> None:
     assert choose_manifest(ticket_of(manifest(2)), [met(version(1))], cached, NOW) == version(1)
 
 
-def test_a_wrong_clock_is_told_by_how_much_but_one_wrong_peer_does_not_matter() -> None:
+def test_a_wrong_clock_is_refused_and_one_wrong_peer_ignored() -> None:
     check_clock([met(version(1), offset) for offset in (0.5, -1.0, 9999.0)], 30.0)
     check_clock([met(version(1), offset=34.0, doubt=5.0)], 30.0)
     with pytest.raises(ConfigError, match=r"clock is 47 s behind the swarm's, and the run allows 30 s; .*timedatectl"):

@@ -1,4 +1,4 @@
-"""After a power loss at any moment: whole blobs are whole, transfers resume, small files are the old or the new ones."""
+"""After a power loss at any moment blobs are whole, transfers resume, and small files are old or new."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ store.remove(ChunkTable.of_bytes(b"taken").ref.digest)
 
 
 def check_store(folder: Path, marks: list[str]) -> None:
-    """Every blob that the store admits to is whole, every one that was acknowledged is there, and the rest can be had again."""
+    """Every blob of the store is whole, every acknowledged one is there, and the others can be added again."""
     store = BlobStore(folder / "blobs")
     for digest in store.digests():
         store.verify(digest)
@@ -54,7 +54,7 @@ def check_store(folder: Path, marks: list[str]) -> None:
 
 
 def fetch_again(store: BlobStore, ref: BlobRef, data: bytes) -> None:
-    """What a transfer left is believed chunk by chunk only, and goes on."""
+    """An interrupted transfer is verified chunk by chunk and continues."""
     if store.has(ref.digest):
         return
     partial = store.partial(ref)
@@ -67,7 +67,7 @@ def fetch_again(store: BlobStore, ref: BlobRef, data: bytes) -> None:
 
 
 @needs_strace
-def test_the_blob_store_survives_a_power_loss_at_any_moment(tmp_path: Path):
+def test_the_blob_store_survives_a_power_loss(tmp_path: Path):
     calls = record(STORE, tmp_path / "root")
     assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check_store) > 60
 
@@ -93,18 +93,18 @@ for number in (1, 2):
 
 
 @needs_strace
-def test_small_files_are_the_old_or_the_new_ones(tmp_path: Path):
+def test_a_small_file_is_old_or_new_after_a_power_loss(tmp_path: Path):
     first = SignedManifest.sign(manifest(), OWNER)
     second = SignedManifest.sign(next_version(first.manifest, {"holdout_tolerance": 0.5}, NOW), OWNER)
     words = [signed.to_bytes().decode() for signed in (first, second)]
 
     def check(folder: Path, marks: list[str]) -> None:
-        said = dict(mark.split() for mark in marks)
+        marked = dict(mark.split() for mark in marks)
         path = folder / "deep" / "manifest.json"
         version = open_manifest(path.read_bytes(), now=NOW, owner=OWNER.public_key).manifest.version if path.exists() else 0
-        assert version >= int(said.get("manifest", 0)), "a version that was adopted is forgotten: peers could be rolled back"
+        assert version >= int(marked.get("manifest", 0)), "an adopted version is lost, so peers could be rolled back"
         peers = Peerstore(folder / "peers.json").load()
-        assert len(peers) >= int(said.get("peers", 0))
+        assert len(peers) >= int(marked.get("peers", 0))
 
     calls = record(FILES, tmp_path / "root", *words, str(NOW))
     assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check) > 20

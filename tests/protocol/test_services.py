@@ -1,4 +1,4 @@
-"""Documents, records and their check over any transport, on the simulated network."""
+"""Documents, records, their check and the helpers for asyncio, on the memory network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lutetia.protocol.async_helpers import gather_quickly, heeding, to_its_end
+from lutetia.protocol.async_helpers import gather_quickly, keep_cancellation, wait_for_thread
 from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.peerstore import MAX_PEERS, Peerstore
 from lutetia.protocol.record_rules import record_check
@@ -30,8 +30,9 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.records import NodeRecord, Record, RecordRefused, claim_key, seal
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.example_documents import COORDINATOR, NOW, OWNER, PEER, STRANGER, manifest, records
 
 RUN = manifest(4)
@@ -39,7 +40,7 @@ KINDS = sorted(records())
 
 
 def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[None]]) -> Callable[[], None]:
-    """Two peers of the run, at the moment when the test documents are dated."""
+    """Two peers of the run, at the time of the test documents."""
 
     async def main() -> None:
         network = MemoryNetwork()
@@ -54,7 +55,7 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
 
 
 @simulated
-async def test_a_document_is_made_when_it_is_asked_for(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_a_document_is_made_at_each_request(peer: MemoryTransport, other: MemoryTransport) -> None:
     await serve_document(peer, "/test/time", lambda: str(peer.now()).encode())
     first = await ask_document(other, peer.peer_id, "/test/time")
     await asyncio.sleep(5)
@@ -88,7 +89,7 @@ async def test_documents_are_bounded_in_time(peer: MemoryTransport, other: Memor
     await serve_document(peer, "/test/taken", lambda: bytes(10))
     stream = await other.open_stream(peer.peer_id, "/test/taken")
     await stream.read_exactly(14)
-    with pytest.raises(ConnectionError):  # who does not acknowledge is cut off
+    with pytest.raises(ConnectionError):  # a peer that does not acknowledge is cut off
         await stream.read_exactly(1)
     assert peer.now() - start < 12 + SERVE_TIMEOUT
 
@@ -104,7 +105,7 @@ async def test_a_peer_introduces_itself(peer: MemoryTransport, other: MemoryTran
 
 
 @simulated
-async def test_records_are_published_and_read_in_the_order_of_their_owners(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_records_are_read_in_the_order_of_their_owners(peer: MemoryTransport, other: MemoryTransport) -> None:
     for author, transport in ((PEER, peer), (STRANGER, other)):
         assert await publish(transport, author, records(author, RUN.run_id)["claim"], 30)
     found = await read_records(other, claim_key(RUN.run_id, 3))
@@ -122,8 +123,8 @@ async def test_each_publication_replaces_the_one_before(peer: MemoryTransport, o
 
 
 @pytest.mark.parametrize("jump", [20.0, 3600.0])
-def test_a_clock_that_jumped_ahead_and_back_silences_nobody(jump: float) -> None:
-    """What was sealed meanwhile stays in the box itself, and is refused by all others."""
+def test_records_are_stored_after_a_clock_jumped_and_returned(jump: float) -> None:
+    """Records that were sealed in between stay on the node itself and are refused by all others."""
 
     @simulated
     async def scenario(peer: MemoryTransport, other: MemoryTransport) -> None:
@@ -147,7 +148,7 @@ def test_a_clock_that_jumped_ahead_and_back_silences_nobody(jump: float) -> None
 
 
 @simulated
-async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
+async def test_another_node_under_the_same_identity_is_reported(peer: MemoryTransport, other: MemoryTransport) -> None:
     complaints: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: complaints.append(record.getMessage())
@@ -160,7 +161,7 @@ async def test_another_box_under_the_same_identity_is_reported(peer: MemoryTrans
     await publish(other, PEER, ours, 30)  # a copied key
     await publish(peer, PEER, ours, 30)
     assert len(complaints) == 1
-    assert "another box is online under this identity" in complaints[0]
+    assert "another node is online under this identity" in complaints[0]
 
 
 def checked(record: Record, author: Identity, expires: float = NOW + 30, **changes: Any) -> str:
@@ -168,7 +169,7 @@ def checked(record: Record, author: Identity, expires: float = NOW + 30, **chang
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_this_run_passes_and_of_another_run_does_not(kind: str) -> None:
+def test_only_records_of_this_run_pass(kind: str) -> None:
     author = COORDINATOR if kind == "acceptance" else PEER
     record = records(PEER, RUN.run_id)[kind]
     assert checked(record, author) == record.key()
@@ -176,7 +177,7 @@ def test_every_kind_of_this_run_passes_and_of_another_run_does_not(kind: str) ->
         checked(records()[kind], author)
 
 
-def test_the_allowlist_is_kept() -> None:
+def test_an_owner_off_the_allowlist_is_refused() -> None:
     guarded = manifest(4, allowlist=(PEER.public_key,))
     check = record_check(guarded, lambda: NOW)
     for author, kind in ((PEER, "claim"), (COORDINATOR, "acceptance")):
@@ -189,12 +190,12 @@ def test_the_allowlist_is_kept() -> None:
 
 def test_a_shard_that_the_run_does_not_have_is_refused() -> None:
     record = records(PEER, RUN.run_id)["claim"].model_copy(update={"shard": 4})
-    with pytest.raises(RecordRefused, match="4 shards"):
+    with pytest.raises(RecordRefused, match="does not exist: the run has 4"):
         checked(record, PEER)
 
 
 @pytest.mark.parametrize("kind", ["node", "checkpoint", "provider"])
-def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
+def test_a_record_that_names_another_peer_is_refused(kind: str) -> None:
     record = records(PEER, RUN.run_id)[kind]
     for changes in (
         {"peer_id": STRANGER.peer_id},
@@ -204,7 +205,7 @@ def test_a_record_may_only_send_others_to_its_owner(kind: str) -> None:
             checked(record.model_copy(update=changes), PEER)
 
 
-def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
+def test_the_peerstore_keeps_the_newest_and_survives_damage(tmp_path: Path) -> None:
     cache = Peerstore(tmp_path / "peers.json")
     assert cache.load() == []
     addresses = [
@@ -225,7 +226,7 @@ def test_the_peer_cache_keeps_the_newest_and_survives_damage(tmp_path: Path) -> 
     assert cache.load() == list(node.addresses)
 
 
-def test_the_quick_do_not_wait_for_the_slow() -> None:
+def test_gathering_does_not_wait_for_slow_calls() -> None:
     async def after(seconds: float) -> float:
         await asyncio.sleep(seconds)
         return seconds
@@ -243,14 +244,14 @@ def test_the_quick_do_not_wait_for_the_slow() -> None:
     assert took == pytest.approx(2.0)
 
 
-async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
-    """What hivemind's calls do in Python 3.11: `wait_for` returns the result and forgets that the task is to end."""
+async def test_a_cancellation_with_the_result_is_not_lost() -> None:
+    """As hivemind's calls do in Python 3.11: `wait_for` returns the result and loses the cancellation."""
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def call() -> int:
         return await asyncio.wait_for(answer, 60)
 
-    asking = asyncio.create_task(heeding(call()))
+    asking = asyncio.create_task(keep_cancellation(call()))
     await asyncio.sleep(0)
     answer.set_result(1)
     asking.cancel()
@@ -258,11 +259,11 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost() -> None:
         await asking
 
 
-async def test_a_call_is_answered_when_nobody_cancels() -> None:
-    assert await heeding(asyncio.sleep(0, "answer")) == "answer"
+async def test_a_call_without_cancellation_returns_its_result() -> None:
+    assert await keep_cancellation(asyncio.sleep(0, "answer")) == "answer"
 
 
-async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> None:
+async def test_errors_of_an_abandoned_thread_are_dropped() -> None:
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     begun, going_on = threading.Event(), threading.Event()
@@ -272,7 +273,7 @@ async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> 
         going_on.wait(60)
         raise OSError("a full disk")
 
-    asking = asyncio.create_task(to_its_end(asyncio.to_thread(fails)))
+    asking = asyncio.create_task(wait_for_thread(asyncio.to_thread(fails)))
     await asyncio.to_thread(begun.wait, 60)
     asking.cancel()
     await asyncio.sleep(0)
@@ -280,6 +281,6 @@ async def test_who_was_cancelled_does_not_hear_of_the_errors_of_his_thread() -> 
     with pytest.raises(asyncio.CancelledError):
         await asking
     del asking
-    await asyncio.sleep(0)  # the loop itself lets go of it a turn later
+    await asyncio.sleep(0)  # the loop itself releases it one iteration later
     gc.collect()
     assert not complaints

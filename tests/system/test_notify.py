@@ -1,4 +1,4 @@
-"""What systemd hears from a service."""
+"""The messages of a service to systemd."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """hivemind's DHT and p2pd bindings, without the rest of hivemind.
 
 `import hivemind` also imports its averagers and optimisers, and with them torch and scipy: 3 s and 280 MB. The DHT needs none of
-them (0.3 s, 40 MB). So the package and two of its folders are registered as plain namespaces first, filled with what the DHT
-takes from them. A process that has imported hivemind before keeps that; a release that is laid out otherwise is imported whole.
+them (0.3 s, 40 MB). The package and two of its folders are therefore registered as plain namespaces first, filled with what the
+DHT uses. If hivemind is imported already, that import is used. If a release has another layout, all of it is imported.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _UTILITIES = ("logging", "serializer", "timed_storage", "asyncio")
 
 
 def _share_key_schema() -> None:
-    """hivemind and py-libp2p both register the protobuf schema crypto.pb, which protobuf refuses.
+    """hivemind and py-libp2p both register the protobuf schema crypto.pb, and protobuf refuses the second.
 
-    libp2p's is the newer copy of the same: where it is installed, both use that one, whichever is imported first.
+    Both are copies of one schema and libp2p's is newer, so both use that one where it is installed.
     """
     spec = importlib.util.find_spec("libp2p")
     if _SCHEMA not in sys.modules and spec and spec.submodule_search_locations:
@@ -60,7 +60,7 @@ def _import() -> None:
     try:
         _import_lightly()
     except (ImportError, AttributeError) as error:
-        log.warning("hivemind is laid out in a new way (%s); importing all of it, which takes longer", error)
+        log.warning("hivemind has a new layout (%s); importing all of it, which takes longer", error)
         for name in [name for name in set(sys.modules) - before if name.partition(".")[0] == "hivemind"]:
             del sys.modules[name]
 
@@ -80,12 +80,12 @@ from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
 from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration  # noqa: E402
 
 use_hivemind_log_handler("nowhere")
-logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames it for the whole process
+logging.addLevelName(logging.WARNING, "WARNING")  # hivemind has renamed it for the whole process
 P2PD = f"{_binaries[0]}/p2pd"
 messages: Any = _p2pd_pb2
-"""The protobuf messages of p2pd's control socket, whose classes are made at import."""
+"""The protobuf messages of p2pd's control socket. Any, because protobuf makes the classes at import."""
 dht_messages: Any = _dht_pb2
-"""Those of the DHT's calls."""
+"""The protobuf messages of the DHT's calls."""
 
 __all__ = [
     "DHTID",

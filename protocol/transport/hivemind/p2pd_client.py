@@ -1,4 +1,4 @@
-"""Speaking with p2pd over its control socket: connect, open streams, take inbound streams.
+"""Client of p2pd's control socket: connect to peers, open streams, serve inbound streams.
 
 p2pd (hivemind's go-libp2p daemon) dials, encrypts and multiplexes. Every request and every stream is one Unix-socket connection.
 """
@@ -20,14 +20,14 @@ DIAL_TIMEOUT = 8.0
 CONTROL_TIMEOUT = 10.0
 
 
-def useful(addresses: list[str]) -> list[str]:
-    """Without those of this machine alone, where there are others: whoever reads them elsewhere would dial itself."""
+def outside_addresses(addresses: list[str]) -> list[str]:
+    """Drop loopback addresses if there are others: a peer on another machine that dialled them would dial itself."""
     outside = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
     return outside or addresses
 
 
 class P2pdStream(Stream):
-    """A libp2p stream as p2pd passes it on."""
+    """A libp2p stream that p2pd forwards over a Unix socket."""
 
     def __init__(self, peer_id: str, wire: UnixSocket, origin: str = "") -> None:
         self.peer_id, self.origin = peer_id, origin
@@ -47,7 +47,7 @@ class P2pdStream(Stream):
 
 
 class P2pdClient:
-    """A client of the p2pd whose sockets lie in `folder` (no trailing slash)."""
+    """A client of the p2pd whose sockets are in `folder` (no trailing slash)."""
 
     def __init__(self, folder: str, peer_id: str) -> None:
         self.peer_id = peer_id
@@ -63,21 +63,21 @@ class P2pdClient:
         return f"/unix{self._folder}/control.sock"
 
     async def addresses(self) -> list[str]:
-        """The multiaddrs, with peer id, that p2pd believes it can be dialled under."""
+        """The multiaddrs with peer id at which p2pd believes it can be dialled."""
         response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
-        return useful([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
+        return outside_addresses([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
 
     async def connected(self) -> list[str]:
         """The ids of all peers with a live connection."""
         return list(await self.origins())
 
     async def origins(self) -> dict[str, str]:
-        """Peer id -> origin of the line to it (see `origins.origin_of`), of all peers with a live connection."""
+        """The origin of each connected peer's address (see `network_origin.origin_of`), by peer id."""
         response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
         return {PeerID(peer.id).to_base58(): _origin(peer.addrs[0]) if peer.addrs else "" for peer in response.peers}
 
     async def connect(self, peer_id: str, addresses: Sequence[str] = (), seconds: float = DIAL_TIMEOUT) -> None:
-        """Connect to `peer_id`, by `addresses` or by what the DHT knows. Raises ConnectionError with p2pd's reason."""
+        """Connect to `peer_id` at `addresses`, or at those that p2pd knows. Raises ConnectionError with p2pd's reason."""
         peer, plain = _peer_bytes(peer_id), [packed for packed in map(_address_bytes, addresses) if packed]
         if addresses and not plain:
             raise ConnectionError(f"none of the addresses given for peer {peer_id} can be dialled")
@@ -98,7 +98,7 @@ class P2pdClient:
         return P2pdStream(peer_id, wire)
 
     async def serve(self, protocol: str, handler: Handler) -> None:
-        """Answer inbound streams of `protocol`; serving it again replaces the handler."""
+        """Answer inbound streams of `protocol`. Serving it again replaces the handler."""
         path = f"{self._folder}/streams.sock"
         if self._listener is None:
             loop = asyncio.get_running_loop()
@@ -118,13 +118,13 @@ class P2pdClient:
         await self._tasks.close()
 
     def _connected(self, wire: UnixSocket) -> None:
-        """p2pd connects once per inbound stream."""
+        """p2pd opens one connection per inbound stream."""
         task = asyncio.get_running_loop().create_task(self._inbound(wire))
         self._greeting.add(task)
         task.add_done_callback(self._greeting.discard)
 
     async def _inbound(self, wire: UnixSocket) -> None:
-        """It says first whose stream it is, and for what."""
+        """Read p2pd's first message, which names peer and protocol, and start the handler."""
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT):
                 info = messages.StreamInfo.FromString(await _read_message(wire))
@@ -154,11 +154,11 @@ class P2pdClient:
 
 
 def _peer_bytes(peer_id: str) -> bytes:
-    """Raises ConnectionError for what is no peer id, as a ticket or a stranger may contain."""
+    """Raises ConnectionError for an invalid peer id, which a ticket or a record may contain."""
     try:
         return PeerID.from_base58(peer_id).to_bytes()
     except ValueError as error:
-        raise ConnectionError(f"{peer_id} is no peer id") from error
+        raise ConnectionError(f"{peer_id} is not a peer id") from error
 
 
 def _origin(packed: bytes) -> str:
@@ -169,7 +169,7 @@ def _origin(packed: bytes) -> str:
 
 
 def _address_bytes(address: str) -> bytes | None:
-    """None for an address that cannot be: records of strangers hold hosts and ports that look like some and are none."""
+    """None for an impossible address: records can hold hosts and ports that look valid and are not."""
     try:
         return Multiaddr(address.partition("/p2p/")[0]).to_bytes()
     except ValueError:
@@ -178,7 +178,7 @@ def _address_bytes(address: str) -> bytes | None:
 
 @contextlib.asynccontextmanager
 async def _time_limit(seconds: float, sentence: str) -> AsyncIterator[None]:
-    """Time out as ConnectionError, which is what callers of the network handle."""
+    """A time limit that raises ConnectionError, the error that callers of the network handle."""
     try:
         async with asyncio.timeout(seconds):
             yield

@@ -1,4 +1,4 @@
-"""One p2pd process: started under our identity on a free port, killed by the kernel with us, its sockets in a private folder."""
+"""One p2pd process: it has this peer's identity and a private folder of sockets, and the kernel kills it with its parent."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = 20.0
 _IDLE_TIMEOUT = "0s" if sys.platform.startswith("linux") else "60s"
-"""How long p2pd lives without a DHT client; where the kernel does not tie it to us, that is what ends it."""
+"""How long p2pd lives without a DHT client. Where the kernel does not kill it with its parent, this ends it."""
 _LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
 
 
 @dataclass(frozen=True)
 class Reachability:
-    """How a peer is to be found from outside: UPnP, AutoNAT with hole punching, circuit relays."""
+    """How a peer makes itself reachable from outside: UPnP, AutoNAT with hole punching, circuit relays."""
 
     nat_port_map: bool = True
     auto_nat: bool = True
@@ -46,7 +46,7 @@ class Reachability:
 
     @classmethod
     def of(cls, listen: str) -> Reachability:
-        """Everything off where only this machine can connect: nothing outside is asked, and tests stay on loopback."""
+        """Everything off for a loopback address, so that nothing outside is asked; else the defaults."""
         host = listen.split("/")[2] if listen.count("/") >= 2 else ""
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(host).is_loopback:
@@ -62,7 +62,7 @@ class Reachability:
 
 
 class P2pdProcess:
-    """A running p2pd and the `control` over it. Make it with `start`."""
+    """A running p2pd and `control`, the client of its socket. Make it with `start`."""
 
     def __init__(self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str) -> None:
         self.process = process
@@ -74,13 +74,17 @@ class P2pdProcess:
     async def start(
         cls, identity: Identity, listen: str, state_folder: Path, reach: Reachability | None = None, announce: Sequence[str] = ()
     ) -> P2pdProcess:
-        """Start p2pd under `identity`. Raises UnreachableError when the listen address cannot be had."""
+        """Start p2pd under `identity`.
+
+        Raises UnreachableError (the listen address is taken or invalid, or p2pd does not start) or IdentityError (the state
+        folder is in use).
+        """
         _require_free(listen)
         sockets = _SocketFolder(state_folder)
         try:
             daemon = cls(await _spawn(identity, listen, sockets, reach, announce), sockets, identity.peer_id)
         except BaseException:
-            sockets.remove()  # or this process itself would keep the state folder from its next attempt
+            sockets.remove()  # or the lock of this process would block its next attempt
             raise
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -117,13 +121,13 @@ class P2pdProcess:
 
     async def _wait_until_ready(self, listen: str) -> None:
         assert self.process.stdout
-        said = []
+        output = []
         while line := (await self.process.stdout.readline()).decode(errors="replace").strip():
-            said.append(line)
+            output.append(line)
             if line.startswith("Peer ID:"):
                 self._output = asyncio.create_task(self._log_output(self.process.stdout))
                 return
-        raise UnreachableError(_why_not_listening(listen, " ".join(said)))
+        raise UnreachableError(_why_not_listening(listen, " ".join(output)))
 
     async def _log_output(self, output: asyncio.StreamReader) -> None:
         async for line in output:
@@ -145,7 +149,7 @@ async def _spawn(
         return await asyncio.create_subprocess_exec(
             *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
-            start_new_session=True,  # Ctrl-C is for us: the network must outlive it by a farewell
+            start_new_session=True,  # Ctrl-C ends this process only: it still needs the network to say goodbye
         )  # fmt: skip
     except OSError as error:
         raise UnreachableError(f"p2pd cannot be started ({error.strerror}); free memory or processes and try again") from error
@@ -156,9 +160,9 @@ def _key_file(sockets: _SocketFolder) -> Path:
 
 
 class _SocketFolder:
-    """A private folder for sockets inside the state folder, cleared at every start: a killed process cannot clear its own.
+    """A private folder for sockets inside the state folder, cleared at every start because a killed process leaves its own.
 
-    `path` names it in few enough bytes for a socket: where the real path is too long, through this process's open descriptor.
+    `path` is short enough for a socket. If the real path is too long, it leads through an open descriptor of this process.
     """
 
     def __init__(self, state_folder: Path) -> None:
@@ -183,7 +187,7 @@ class _SocketFolder:
             self.path = self._short_path()
 
     def remove(self) -> None:
-        """Clear the folder and let others use the state folder. Idempotent."""
+        """Clear the folder and unlock the state folder. Idempotent."""
         if self._lock >= 0:
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._descriptor >= 0:
@@ -211,7 +215,7 @@ class _SocketFolder:
 
 
 def _require_free(listen: str) -> None:
-    """Refuse a taken port before p2pd starts: two p2pd of one user would share it (SO_REUSEPORT) and steal each other's peers."""
+    """Raises UnreachableError for a taken port. Two p2pd of one user would share it (SO_REUSEPORT) and mix up their peers."""
     match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d+)", listen)
     if match is None:
         raise UnreachableError(f"cannot listen on {listen}; give an address such as /ip4/0.0.0.0/tcp/41000")
@@ -224,11 +228,11 @@ def _require_free(listen: str) -> None:
             raise UnreachableError(_why_not_listening(listen, str(error))) from error
 
 
-def _why_not_listening(listen: str, said: str) -> str:
-    if "in use" in said:
+def _why_not_listening(listen: str, reported: str) -> str:
+    if "in use" in reported:
         return f"cannot listen on {listen}: another program holds the port; stop it or choose another port with --listen"
-    if "assign" in said:
+    if "assign" in reported:
         return f"cannot listen on {listen}: this machine has no such address; choose one of its own or /ip4/0.0.0.0/tcp/0"
-    if "ermission" in said:
+    if "ermission" in reported:
         return f"cannot listen on {listen}: not permitted; choose a port above 1023"
-    return f"cannot listen on {listen}: {said or 'p2pd ended without a word'}; choose another address with --listen"
+    return f"cannot listen on {listen}: {reported or 'p2pd ended without an error'}; choose another address with --listen"

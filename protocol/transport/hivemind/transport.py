@@ -1,4 +1,4 @@
-"""The real network: libp2p through hivemind's p2pd for streams, hivemind's DHT for records, in the event loop of the caller."""
+"""The real network: libp2p streams through hivemind's p2pd, records in hivemind's DHT. It runs in the caller's event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, S
 from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
 from lutetia.protocol.transport.hivemind.p2pd_client import DIAL_TIMEOUT
 from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
-from lutetia.protocol.transport.reachability import why_unreachable
+from lutetia.protocol.transport.reachability import answers, bootstrap_failure, why_unreachable
 from lutetia.system.errors import BootstrapError
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ _PINGS_PER_ROUND = 3
 
 
 class HivemindTransport(Transport):
-    """One peer over libp2p. Made by `connect_hivemind`, or by `start` and later `enter_dht` where the check comes later."""
+    """One peer over libp2p. Made by `connect_hivemind`, or by `start` where the record check is known only later."""
 
-    def __init__(self, daemon: P2pdProcess, addresses: list[str]) -> None:
+    def __init__(self, daemon: P2pdProcess, addresses: list[str], state_folder: Path) -> None:
         self.peer_id = daemon.control.peer_id
-        self._daemon, self._addresses = daemon, addresses
+        self._daemon, self._addresses, self._state_folder = daemon, addresses, state_folder
         self._dht: HivemindDht | None = None
         self._bootstrap: tuple[str, ...] = ()
         self._periodic: list[asyncio.Task[None]] = []
@@ -46,31 +46,37 @@ class HivemindTransport(Transport):
         announce: Sequence[str] = (),
         reach: Reachability | None = None,
     ) -> HivemindTransport:
-        """Streams only: no DHT yet. Raises UnreachableError (address taken) or IdentityError (state folder in use)."""
+        """Start p2pd: streams work, the DHT does not yet. See `StartTransport` for arguments and errors.
+
+        `reach` None chooses by `listen`: on loopback nothing outside is asked.
+        """
         daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce)
         try:
-            return cls(daemon, await daemon.control.addresses())
+            return cls(daemon, await daemon.control.addresses(), state_folder)
         except BaseException:
             await daemon.close()
             raise
 
     async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
-        """Join the DHT through those of `bootstrap` that answer; alone if it is empty. Raises BootstrapError."""
         self._dht = await HivemindDht.start(self._daemon.control.address, check, self._daemon.control.origins)
         self._bootstrap = tuple(address for address in bootstrap if _peer_of(address) != self.peer_id)
         if self._bootstrap:
             refused = await self.dial_each(self._bootstrap)
             if len(refused) == len(self._bootstrap):
-                raise BootstrapError(bootstrap_sentence(refused))
+                raise BootstrapError(bootstrap_failure(refused))
             await self._meet_all({_peer_of(address) for address in self._bootstrap if address not in refused})
             await self._dht.look_around()
         self.every(MAINTENANCE_PERIOD, self._maintain)
 
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
-        """Dial all at once; returns for each address that failed why it did. After the first success laggards are left."""
         reasons = await gather_quickly([self._dial(address) for address in addresses], lambda reason: reason == "")
         given = ("no answer yet" if reason is None else reason for reason in reasons)
         return {address: reason for address, reason in zip(addresses, given, strict=True) if reason}
+
+    async def find_double(self, addresses: Sequence[str]) -> str | None:
+        there = await asyncio.gather(*map(answers, addresses))
+        suspects = [address for address, answered in zip(addresses, there, strict=True) if answered]
+        return suspects[0] if suspects and await self._proves_our_key(suspects) else None
 
     def now(self) -> float:
         return time.time()
@@ -79,14 +85,14 @@ class HivemindTransport(Transport):
         return list(self._addresses)
 
     def alive(self) -> bool:
-        return not self._closed and self._daemon.running and (self._dht is None or self._dht.speaks)
+        return not self._closed and self._daemon.running and (self._dht is None or self._dht.responsive)
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         dht = self._require_dht()
         try:
             return await dht.store(key, subkey, value, expires)
         except TimeoutError:
-            log.warning("storing %s took too long; counted as not stored", key)
+            log.warning("record %s counts as not stored: storing it took too long", key)
             return False
 
     async def get(self, key: str) -> dict[str, StoredValue]:
@@ -116,20 +122,31 @@ class HivemindTransport(Transport):
         await self._daemon.close()
 
     def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
-        """Do `action` every `period` seconds for as long as this peer is online; its ConnectionErrors are passed over."""
         self._periodic.append(asyncio.get_running_loop().create_task(self._repeat(period, action)))
 
     async def neighbours(self) -> list[str]:
-        """Peer ids in the DHT's routing table, for reports and tests."""
+        """Peer ids in the DHT's routing table, for benchmarks and tests."""
         return self._require_dht().neighbours()
 
     async def _dial(self, address: str) -> str:
-        """Connect to one address; the reason why not, or nothing."""
+        """Connect to one address. Returns the reason why it failed, or ""."""
         try:
             await self._daemon.control.connect(_peer_of(address), [address], DIAL_TIMEOUT)
         except OSError as error:
             return await why_unreachable(address, str(error))
         return ""
+
+    async def _proves_our_key(self, addresses: Sequence[str]) -> bool:
+        """Dial under a new identity: libp2p's handshake succeeds only if the other side holds the key of our peer id."""
+        stranger = await P2pdProcess.start(Identity.generate(), "/ip4/127.0.0.1/tcp/0", self._state_folder / "stranger")
+        try:
+            await stranger.control.connect(self.peer_id, addresses)
+        except ConnectionError:
+            return False
+        else:
+            return True
+        finally:
+            await stranger.close()
 
     async def _meet_all(self, peer_ids: set[str]) -> None:
         dht = self._require_dht()
@@ -146,7 +163,7 @@ class HivemindTransport(Transport):
                 await action()
 
     async def _maintain(self) -> None:
-        """Drop dead neighbours, return to lost bootstrap peers, learn our own addresses anew."""
+        """Drop dead neighbours, return to lost bootstrap peers, update our own addresses."""
         dht = self._require_dht()
         neighbours = dht.neighbours()
         for peer_id in random.sample(neighbours, min(_PINGS_PER_ROUND, len(neighbours))):
@@ -163,7 +180,7 @@ class HivemindTransport(Transport):
 
     def _require_alive(self) -> None:
         if not self.alive():
-            raise ConnectionError("this peer is off the network: its p2pd has ended, or hears nothing any more")
+            raise ConnectionError("this peer is off the network: its p2pd has ended or no longer answers")
 
     def _require_dht(self) -> HivemindDht:
         self._require_alive()
@@ -182,10 +199,9 @@ async def connect_hivemind(
     state_folder: Path,
     reach: Reachability | None = None,
 ) -> HivemindTransport:
-    """Go on the network as `identity`; with no `bootstrap`, alone until others come.
+    """Start a peer and enter the DHT; with no `bootstrap` it is alone until others come.
 
-    `reach` None chooses by `listen`: on loopback nothing outside is asked. Raises BootstrapError (names each address and its
-    reason), UnreachableError (port taken) or IdentityError (state folder in use).
+    Arguments and errors are those of `HivemindTransport.start` and `Transport.enter_dht`.
     """
     transport = await HivemindTransport.start(
         identity, listen=listen, state_folder=state_folder, announce=announce, reach=reach
@@ -196,12 +212,6 @@ async def connect_hivemind(
         await transport.close()
         raise
     return transport
-
-
-def bootstrap_sentence(refused: dict[str, str]) -> str:
-    """One sentence for a BootstrapError from `dial_each`'s answer."""
-    each = "; ".join(f"{address}: {reason}" for address, reason in refused.items())
-    return f"none of the {len(refused)} bootstrap addresses answers ({each}); check this machine's network or get a new ticket"
 
 
 def _peer_of(address: str) -> str:

@@ -1,4 +1,4 @@
-"""A Unix-socket connection that reads straight into the caller's memory: one copy per byte instead of asyncio streams' three."""
+"""A Unix-socket connection that reads into the caller's memory: one copy per byte, where asyncio streams make three."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ LINGER = 30.0
 
 
 class UnixSocket(asyncio.BufferedProtocol):
-    """One connection. Bytes that arrive while nobody reads are stocked up to HIGH_WATER, then the other side waits.
+    """One connection. Bytes that arrive before they are read are buffered up to HIGH_WATER, then the other side has to wait.
 
-    One task reads and one writes at a time. A read that is cancelled loses its place: later reads raise ConnectionError.
+    One task at a time may read, and one may write. After a cancelled read, later reads raise ConnectionError.
     """
 
     def __init__(self, on_connect: Callable[[UnixSocket], None] | None = None) -> None:
         self._on_connect = on_connect
         self._transport: asyncio.Transport | None = None
         self._spare = memoryview(bytearray(SPARE))
-        self._stock = bytearray()
+        self._buffer = bytearray()
         self._target: memoryview | None = None
         self._filled = 0
         self._reader: asyncio.Future[None] | None = None
@@ -32,7 +32,7 @@ class UnixSocket(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]  # uvloop's transports derive from none of asyncio's
+        self._transport = transport  # type: ignore[assignment]  # uvloop's transports are not subclasses of asyncio's
         self._wire.set_write_buffer_limits(high=WRITE_LIMIT)
         if self._on_connect:
             self._on_connect(self)
@@ -47,8 +47,8 @@ class UnixSocket(asyncio.BufferedProtocol):
                 self._target = None
                 _wake(self._reader)
             return
-        self._stock += self._spare[:nbytes]
-        if len(self._stock) > HIGH_WATER and not self._reading_paused:
+        self._buffer += self._spare[:nbytes]
+        if len(self._buffer) > HIGH_WATER and not self._reading_paused:
             self._reading_paused = True
             self._wire.pause_reading()
 
@@ -76,9 +76,9 @@ class UnixSocket(asyncio.BufferedProtocol):
 
     async def read_into(self, target: memoryview) -> None:
         """Fill `target`. Raises ConnectionError when the stream ends before."""
-        have = min(len(self._stock), len(target))
-        target[:have] = memoryview(self._stock)[:have]
-        del self._stock[:have]
+        have = min(len(self._buffer), len(target))
+        target[:have] = memoryview(self._buffer)[:have]
+        del self._buffer[:have]
         if have == len(target):
             return
         if self._ended is not None:
@@ -91,7 +91,7 @@ class UnixSocket(asyncio.BufferedProtocol):
         try:
             await self._reader
         except asyncio.CancelledError:
-            self._end("a read was given up before")
+            self._end("a read was cancelled before")
             raise
         finally:
             self._target = None
@@ -99,7 +99,7 @@ class UnixSocket(asyncio.BufferedProtocol):
             raise ConnectionError(f"{self._ended}, {len(target) - self._filled} bytes early")
 
     async def write(self, data: bytes | memoryview) -> None:
-        """Waits while more than WRITE_LIMIT bytes are on their way. Raises ConnectionError when the connection is gone."""
+        """Send `data`. Waits while more than WRITE_LIMIT bytes are buffered. Raises ConnectionError when it is gone."""
         if self._lost or self._wire.is_closing():
             raise ConnectionError(self._ended or "the stream is closed")
         self._wire.write(data)
@@ -109,7 +109,7 @@ class UnixSocket(asyncio.BufferedProtocol):
                 raise ConnectionError(self._ended or "the stream is closed")
 
     def close(self) -> None:
-        """What was written still goes out, for at most LINGER seconds. Idempotent."""
+        """Close. Buffered bytes are still sent, for up to LINGER seconds. Idempotent."""
         if self._lost or self._wire.is_closing():
             return
         if self._wire.get_write_buffer_size():

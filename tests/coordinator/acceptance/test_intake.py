@@ -30,9 +30,9 @@ from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
-from lutetia.protocol.transport.memory import MemoryNetwork
 from lutetia.system.errors import DiskError, one_error
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, blob, first_event, make_manifest, make_record
+from tests.memory_transport.network import MemoryNetwork
 
 PATIENCE = 60.0
 SIZE = 3000

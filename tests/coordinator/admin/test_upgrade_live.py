@@ -115,7 +115,7 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
 
 
 def refusal(field: str) -> str:
-    return f"{field} cannot change in a run: accepted epochs would no longer follow from one another; create a new run for that"
+    return f"{field} cannot change in a run, because all epochs of a lineage must mean the same; create a new run"
 
 
 def check_ledger(run: CreatedRun) -> None:

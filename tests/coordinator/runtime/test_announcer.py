@@ -26,9 +26,9 @@ from lutetia.protocol.schema.records import (
     quarantine_key,
 )
 from lutetia.protocol.transport.base import Transport
-from lutetia.protocol.transport.memory import MemoryNetwork
-from lutetia.protocol.transport.virtual_time import run_virtual
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, Court, court, first_event
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.virtual_time import run_virtual
 
 
 def convicted() -> Court:

@@ -31,9 +31,9 @@ from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.records import AcceptanceRecord, QuarantineRecord
-from lutetia.protocol.transport.memory import MemoryNetwork
 from lutetia.system.errors import IdentityError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS, Court, court, first_event, limits_of, make_record
+from tests.memory_transport.network import MemoryNetwork
 
 CHEAT, HONEST = PEERS[0], PEERS[1]
 

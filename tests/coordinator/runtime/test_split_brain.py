@@ -13,10 +13,10 @@ from lutetia.coordinator.runtime.split_brain import refuse_a_rival
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.protocol.transport.memory import MemoryNetwork
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import IdentityError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, first_event, make_manifest, make_record
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.virtual_time import run_virtual
 
 MANIFEST = make_manifest(epochs=3)
 

@@ -18,9 +18,10 @@ from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.virtual_time import run_virtual
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest, make_record
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 
 MANIFEST = make_manifest()
 DATA = os.urandom(4 * CHUNK)

@@ -7,9 +7,9 @@ from lutetia.coordinator.runtime.swarm_monitor import FULL_PACE, SwarmMonitor, n
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import Hardware, NodeRecord, ProviderRecord
-from lutetia.protocol.transport.memory import MemoryNetwork
-from lutetia.protocol.transport.virtual_time import run_virtual
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.virtual_time import run_virtual
 
 HEARTBEAT = 20.0
 

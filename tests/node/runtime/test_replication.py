@@ -22,8 +22,9 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run
 
 KEEPER = Identity.derived("a keeper of copies")

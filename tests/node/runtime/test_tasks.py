@@ -26,7 +26,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import Hardware
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.memory_transport.network import MemoryNetwork
 from tests.node.checkpoint_files import Meanwhile, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run

@@ -10,12 +10,12 @@ import pytest
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import MANIFEST, serve_document
-from lutetia.protocol.rpc.manifest_sync import LiveManifest, tell_news
+from lutetia.protocol.rpc.manifest_sync import LiveManifest, announce_version
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.protocol.transport.base import Transport
-from lutetia.protocol.transport.memory import MemoryNetwork
+from tests.memory_transport.network import MemoryNetwork
 from tests.node.runtime.test_tasks import NODE, Box
 from tests.node.scripted_coordinator import eventually
 from tests.node.tiny_run import OWNER, make_run
@@ -52,7 +52,7 @@ class Told:
 
     async def tell(self, peer: Transport, version: int) -> None:
         """And wait until nothing is being fetched."""
-        await tell_news(peer, version, NODE.peer_id)
+        await announce_version(peer, version, NODE.peer_id)
 
         async def quiet() -> bool:
             return not self.news._fetching.locked()

@@ -1,4 +1,4 @@
-"""Blob names: every byte and the length are covered, and every chunk can be checked alone."""
+"""Blob names cover every byte and the length, and every chunk can be checked alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_names_differ_by_length_alone() -> None:
 
 
 @given(st.integers(min_value=0, max_value=len(DATA) - 1), st.integers(min_value=1, max_value=255))
-def test_any_flipped_byte_is_found_in_its_chunk_and_changes_the_name(place: int, flip: int) -> None:
+def test_a_flipped_byte_is_found_and_changes_the_name(place: int, flip: int) -> None:
     table = ChunkTable.of_bytes(DATA)
     index = place // CHUNK
     chunk = bytearray(DATA[index * CHUNK : (index + 1) * CHUNK])

@@ -1,4 +1,4 @@
-"""Transfers between peers that lie, lag and leave, on the simulated network."""
+"""Transfers from providers that send wrong bytes, are slow or vanish, on the memory network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, OK, REQUEST_BYTES
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import IntegrityError, UnreachableError
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import DATA, REF, TABLE, Swarm, any_record, simulated
 
 
@@ -40,7 +40,7 @@ async def test_a_blob_arrives_from_four_peers_faster_than_from_one(swarm: Swarm)
 
 
 @simulated
-async def test_a_blob_that_is_here_is_not_fetched_and_an_empty_one_costs_nothing(swarm: Swarm) -> None:
+async def test_a_held_or_empty_blob_is_not_fetched(swarm: Swarm) -> None:
     swarm.store.add_bytes(DATA)
     assert (await swarm.fetch()).read_bytes() == DATA
     empty = swarm.source.add_bytes(b"")
@@ -59,7 +59,7 @@ async def test_progress_ends_at_the_whole(swarm: Swarm) -> None:
 
 
 def damaged(swarm: Swarm, *chunks: int) -> BlobStore:
-    """A store whose bytes rotted after they were checked."""
+    """A store whose bytes were damaged after they were checked."""
     store = BlobStore(swarm.source.root.parent / f"damaged {len(swarm.holders)}")
     store.add_bytes(DATA)
     with store.path(REF.digest).open("r+b") as file:
@@ -70,14 +70,14 @@ def damaged(swarm: Swarm, *chunks: int) -> BlobStore:
 
 
 @simulated
-async def test_one_flipped_chunk_costs_its_sender_the_place_and_nothing_else(swarm: Swarm) -> None:
+async def test_a_provider_of_a_wrong_chunk_is_replaced(swarm: Swarm) -> None:
     await swarm.holder(store=damaged(swarm, *range(TABLE.count)))
     await swarm.holder()
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
 @simulated
-async def test_when_all_lie_the_error_says_so_and_the_good_chunks_stay(swarm: Swarm) -> None:
+async def test_all_providers_wrong_is_an_error_and_good_chunks_stay(swarm: Swarm) -> None:
     await swarm.holder(store=damaged(swarm, 7))
     await swarm.holder(store=damaged(swarm, 7))
     with pytest.raises(IntegrityError, match="chunk 7"):
@@ -93,7 +93,7 @@ async def test_when_all_lie_the_error_says_so_and_the_good_chunks_stay(swarm: Sw
 
 
 async def counted(swarm: Swarm) -> Callable[[], int]:
-    """A holder that counts the chunks which it is asked for."""
+    """A provider that counts the chunks it is asked for."""
     chunks = 0
 
     class Counting(BlobStore):
@@ -109,7 +109,7 @@ async def counted(swarm: Swarm) -> Callable[[], int]:
 
 
 @simulated
-async def test_a_table_that_lies_costs_the_liar_its_place(swarm: Swarm) -> None:
+async def test_a_provider_of_a_wrong_table_is_replaced(swarm: Swarm) -> None:
     liar = await swarm.holder()
 
     async def lie(stream: Stream) -> None:
@@ -156,14 +156,14 @@ async def test_a_provider_that_vanishes_at_the_end_is_replaced(swarm: Swarm) -> 
 
 
 @simulated
-async def test_a_cut_transfer_goes_on_where_it_ended(swarm: Swarm) -> None:
+async def test_an_interrupted_transfer_continues(swarm: Swarm) -> None:
     first = await swarm.holder()
 
     def vanish(done: int, total: int) -> None:
         if done > 0.5 * total:
             swarm.network.kill(first)
 
-    with pytest.raises(UnreachableError, match="what is here is kept"):
+    with pytest.raises(UnreachableError, match="the bytes here are kept"):
         await swarm.fetch(on_progress=vanish)
     kept = swarm.arrived()
     assert TABLE.count // 2 <= kept < TABLE.count
@@ -175,7 +175,7 @@ async def test_a_cut_transfer_goes_on_where_it_ended(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_a_cancelled_transfer_can_be_taken_up(swarm: Swarm) -> None:
+async def test_a_cancelled_transfer_continues(swarm: Swarm) -> None:
     await swarm.holder(rate=4 << 20)
     task = asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(3)
@@ -186,10 +186,8 @@ async def test_a_cancelled_transfer_can_be_taken_up(swarm: Swarm) -> None:
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
-async def test_a_transfer_cancelled_while_it_hashes_what_arrived_lets_go_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of gigabytes that takes many seconds, in a thread that no cancellation reaches. In real time: threads are inline else."""
+async def test_a_transfer_cancelled_while_hashing_closes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing gigabytes takes long, in a thread that no cancellation reaches. In real time: virtual time has no threads."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     partial = swarm.store.partial(REF)
@@ -211,21 +209,19 @@ async def test_a_transfer_cancelled_while_it_hashes_what_arrived_lets_go_of_it(
     leaving = asyncio.ensure_future(swarm.fetch())
     await asyncio.to_thread(hashing.wait, 60)
     leaving.cancel()
-    for _ in range(5):  # the cancellation goes from the caller to the transfer that it shares
+    for _ in range(5):  # the caller's cancellation reaches the shared transfer
         await asyncio.sleep(0)
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert read < TABLE.count // 2, "it went on hashing for nobody"
+    assert read < TABLE.count // 2, "it went on hashing after the cancellation"
     monkeypatch.undo()
-    assert swarm.arrived() == TABLE.count - 1, "nothing is lost, and nobody holds it"
+    assert swarm.arrived() == TABLE.count - 1, "no chunk is lost, and the transfer is not locked"
     assert (await swarm.fetch()).read_bytes() == DATA
 
 
-async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or whoever fetches it next goes on in a file that is being moved away."""
+async def test_a_transfer_cancelled_while_storing_ends_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next caller would write into a file that is being moved away."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     naming, cancelled, replace = threading.Event(), threading.Event(), os.replace
@@ -247,21 +243,19 @@ async def test_a_transfer_cancelled_while_its_blob_gets_its_name_ends_with_that(
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert (await again).read_bytes() == DATA, "it is there, and needs no room a second time"
+    assert (await again).read_bytes() == DATA, "it is there and needs no space a second time"
     assert list(swarm.store.partial_folder.iterdir()) == []
 
 
-async def test_a_transfer_cancelled_while_its_room_is_reserved_leaves_the_loop_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some file systems reserve by writing zeros."""
+async def test_a_transfer_cancelled_while_reserving_frees_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems reserve space by writing zeros, which is slow."""
     swarm = Swarm(tmp_path)
     await swarm.holder(rate=1e12)
     reserving, free, reserve = threading.Event(), threading.Event(), PartialBlob._reserve
 
     def slow_reserve(partial: PartialBlob) -> None:
         reserving.set()
-        assert free.wait(30), "the loop waits for what only it can end"
+        assert free.wait(30), "the event loop is blocked"
         reserve(partial)
 
     monkeypatch.setattr(PartialBlob, "_reserve", slow_reserve)
@@ -277,7 +271,7 @@ async def test_a_transfer_cancelled_while_its_room_is_reserved_leaves_the_loop_f
 
 
 @simulated
-async def test_who_comes_while_a_cancelled_transfer_ends_waits_for_that(swarm: Swarm) -> None:
+async def test_a_call_waits_for_the_end_of_a_cancelled_transfer(swarm: Swarm) -> None:
     await swarm.holder()
     leaving = asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(1)
@@ -288,7 +282,7 @@ async def test_who_comes_while_a_cancelled_transfer_ends_waits_for_that(swarm: S
 
 
 @simulated
-async def test_blobs_that_nobody_serves_take_no_room(swarm: Swarm) -> None:
+async def test_a_blob_without_provider_takes_no_space(swarm: Swarm) -> None:
     await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
     for _ in range(3):
         with pytest.raises(UnreachableError):
@@ -297,8 +291,8 @@ async def test_blobs_that_nobody_serves_take_no_room(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_nobody_waits_for_a_crawling_provider(swarm: Swarm) -> None:
-    await swarm.holder(rate=40 << 10)  # would take nine minutes
+async def test_a_very_slow_provider_is_overtaken(swarm: Swarm) -> None:
+    await swarm.holder(rate=40 << 10)  # it would take nine minutes
     await swarm.holder(rate=2 << 20)
     start = swarm.network.now()
     assert (await swarm.fetch()).read_bytes() == DATA
@@ -306,7 +300,7 @@ async def test_nobody_waits_for_a_crawling_provider(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_a_provider_that_trickles_has_stalled(swarm: Swarm) -> None:
+async def test_a_trickling_provider_counts_as_stalled(swarm: Swarm) -> None:
     await swarm.holder(rate=1 << 10)
     start = swarm.network.now()
     with pytest.raises(UnreachableError, match="stalled"):
@@ -325,7 +319,7 @@ async def test_a_silent_provider_does_not_hold_up_the_table(swarm: Swarm) -> Non
 
 
 @simulated
-async def test_more_providers_than_places_step_in_one_by_one(swarm: Swarm) -> None:
+async def test_further_providers_replace_failed_ones(swarm: Swarm) -> None:
     for _ in range(6):
         await swarm.holder(store=damaged(swarm, *range(TABLE.count)))
     await swarm.holder()
@@ -333,8 +327,8 @@ async def test_more_providers_than_places_step_in_one_by_one(swarm: Swarm) -> No
 
 
 @simulated
-async def test_without_any_holder_the_error_names_each_provider(swarm: Swarm) -> None:
-    with pytest.raises(UnreachableError, match="nobody offers"):
+async def test_an_absent_blob_is_an_error_that_names_each_provider(swarm: Swarm) -> None:
+    with pytest.raises(UnreachableError, match="no peer offers"):
         await swarm.fetch()
     await swarm.holder(store=BlobStore(swarm.source.root.parent / "empty"))
     gone = Provider(Identity.derived("gone").peer_id)
@@ -351,7 +345,7 @@ async def test_two_callers_share_one_transfer(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_one_caller_leaving_does_not_end_the_transfer_for_the_other(swarm: Swarm) -> None:
+async def test_a_leaving_caller_does_not_end_a_shared_transfer(swarm: Swarm) -> None:
     await swarm.holder()
     leaving, staying = asyncio.ensure_future(swarm.fetch()), asyncio.ensure_future(swarm.fetch())
     await asyncio.sleep(1)
@@ -360,7 +354,7 @@ async def test_one_caller_leaving_does_not_end_the_transfer_for_the_other(swarm:
 
 
 @simulated
-async def test_packet_loss_and_jitter_slow_it_but_do_not_break_it(swarm: Swarm) -> None:
+async def test_packet_loss_and_jitter_do_not_break_a_transfer(swarm: Swarm) -> None:
     swarm.network = MemoryNetwork(seed=3, latency=lambda rng, a, b: rng.uniform(0.0, 0.5), loss=0.1)
     swarm.receiver = swarm.network.peer(Identity.derived("receiver"), any_record)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The plan of a transfer: every chunk is fetched, whatever the workers do, and nobody waits for a slow one."""
+"""The plan of a transfer: every chunk is fetched whatever the workers do, and no slow worker holds up the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: in
         elif span.left and chance.random() < 0.9:
             index = span.next
             plan.advance(span, now)
-            if chance.random() < 0.95:  # else its chunk turned out wrong
+            if chance.random() < 0.95:  # otherwise the chunk was wrong
                 if plan.is_missing(index):
                     plan.arrived(span, index)
                     arrived.add(index)
@@ -39,7 +39,7 @@ def test_every_missing_chunk_arrives_and_no_other(missing: set[int], workers: in
     assert arrived == missing
 
 
-def test_a_worker_gets_about_two_seconds_of_work_and_leaves_some_to_the_others() -> None:
+def test_a_span_is_two_seconds_of_work_and_leaves_a_share() -> None:
     plan = DownloadPlan(range(1000))
     first = plan.take(0, 0.0, workers=2)
     assert first
@@ -56,18 +56,18 @@ def test_a_worker_gets_about_two_seconds_of_work_and_leaves_some_to_the_others()
     assert (DownloadPlan(range(6)).take(0, 0.0, workers=3) or alone).left == 1
 
 
-def test_the_idle_rob_the_slow_of_their_later_half() -> None:
+def test_an_idle_worker_steals_the_later_half_of_a_slow_one() -> None:
     plan = DownloadPlan(range(8))
     slow = plan.take(0, 0.0)
     assert slow
     assert plan.take(1, 0.0) is None
-    assert plan.steal(1, 0.1) is None  # it has only just begun
+    assert plan.steal(1, 0.1) is None  # it has just begun
     stolen = plan.steal(1, 10.0)
     assert stolen
     assert (slow.next, slow.end, stolen.next, stolen.end) == (0, 4, 4, 8)
 
 
-def test_a_last_overdue_chunk_is_doubled_once_and_the_slow_one_overtaken() -> None:
+def test_an_overdue_last_chunk_is_doubled_once() -> None:
     plan = DownloadPlan([7])
     slow = plan.take(0, 0.0)
     assert slow
@@ -80,7 +80,7 @@ def test_a_last_overdue_chunk_is_doubled_once_and_the_slow_one_overtaken() -> No
     assert plan.done
 
 
-def test_what_a_failed_worker_leaves_is_pending_again() -> None:
+def test_chunks_of_a_failed_worker_are_pending_again() -> None:
     plan = DownloadPlan(range(8))
     span = plan.take(0, 0.0)
     assert span

@@ -55,7 +55,7 @@ def test_the_empty_blob(store: BlobStore) -> None:
     assert store.path(ref.digest).read_bytes() == b""
 
 
-def test_absent_and_removed_blobs_say_so(store: BlobStore) -> None:
+def test_an_absent_or_removed_blob_is_reported(store: BlobStore) -> None:
     ref = store.add_bytes(DATA)
     store.remove(ref.digest)
     store.remove(ref.digest)
@@ -64,7 +64,7 @@ def test_absent_and_removed_blobs_say_so(store: BlobStore) -> None:
         store.path(ref.digest)
 
 
-def test_damage_on_disk_is_named(store: BlobStore) -> None:
+def test_the_damaged_chunk_is_named(store: BlobStore) -> None:
     ref = store.add_bytes(DATA)
     file = store.path(ref.digest)
     file.write_bytes(DATA[:CHUNK] + b"x" + DATA[CHUNK + 1 :])
@@ -88,21 +88,21 @@ def test_the_limit_refuses_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_bytes_are_durable_before_they_get_their_name(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsync of the data, then the rename, then fsync of the folder; the table before all of it."""
-    story: list[str] = []
+    calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def traced_fsync(descriptor: int) -> None:
-        story.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "data")
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "data")
         fsync(descriptor)
 
     def traced_replace(source: Path, target: Path) -> None:
-        story.append("name table" if str(target).endswith(".table") else "name blob")
+        calls.append("name table" if str(target).endswith(".table") else "name blob")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", traced_fsync)
     monkeypatch.setattr(os, "replace", traced_replace)
     store.add_bytes(DATA)
-    assert story == ["folder", "data", "name table", "folder", "data", "name blob", "folder"], "a new folder's own name first"
+    assert calls == ["folder", "data", "name table", "folder", "data", "name blob", "folder"], "a new folder's own name first"
 
 
 def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_failed_write_leaves_nothing(store: BlobStore, monkeypatch: pytest.Mon
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
 
 
-def test_what_a_killed_process_left_is_swept(store: BlobStore) -> None:
+def test_files_of_a_killed_process_are_removed(store: BlobStore) -> None:
     old, fresh = store.partial_folder / "incoming-dead", store.partial_folder / "incoming-live"
     old.write_bytes(b"x")
     fresh.write_bytes(b"x")
@@ -142,7 +142,7 @@ def test_a_transfer_survives_a_restart(store: BlobStore) -> None:
     assert list(store.partial_folder.iterdir()) == []
 
 
-def test_marks_that_outlived_their_bytes_are_not_believed(store: BlobStore) -> None:
+def test_marks_without_their_bytes_are_ignored(store: BlobStore) -> None:
     table, chunks = ChunkTable.of_bytes(DATA), chunks_of(DATA)
     first = store.partial(table.ref)
     first.set_table(table)
@@ -179,7 +179,7 @@ def test_two_processes_cannot_fetch_one_blob_into_one_store(store: BlobStore) ->
 
 
 def allocated(folder: Path) -> int:
-    """Bytes that the files below `folder` take of the disk."""
+    """Bytes on disk of the files below `folder`."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
@@ -197,8 +197,8 @@ def transfers(store: BlobStore) -> list[str]:
     return sorted(path.name for path in store.partial_folder.iterdir())
 
 
-def test_room_is_reserved_when_a_provider_has_shown_the_table(store: BlobStore) -> None:
-    """Who only says how large a blob is must not fill the disk by that."""
+def test_disk_space_is_reserved_with_the_table(store: BlobStore) -> None:
+    """A peer that only names the size of a blob must not fill the disk."""
     table = ChunkTable.of_bytes(DATA)
     partial = store.partial(table.ref)
     assert allocated(store.partial_folder) == 0
@@ -208,18 +208,18 @@ def test_room_is_reserved_when_a_provider_has_shown_the_table(store: BlobStore) 
 
 
 @pytest.mark.parametrize("with_table", [False, True])
-def test_a_transfer_of_which_nothing_arrived_leaves_nothing(store: BlobStore, with_table: bool) -> None:
+def test_a_transfer_without_any_chunk_leaves_nothing(store: BlobStore, with_table: bool) -> None:
     table = ChunkTable.of_bytes(DATA)
     partial = store.partial(table.ref)
     if with_table:
         partial.set_table(table)
     partial.close()
     assert transfers(store) == []
-    partial.set_table(table)  # by a worker that was still at it
+    partial.set_table(table)  # by a worker that was still running
     assert transfers(store) == []
 
 
-def test_what_arrived_outlives_attempts_that_bring_nothing(store: BlobStore) -> None:
+def test_arrived_chunks_survive_failed_attempts(store: BlobStore) -> None:
     ref = interrupted(store)
     table_file = store.partial_folder / ref.digest / "table"
     table_file.write_bytes(b"torn by a power loss")
@@ -230,7 +230,7 @@ def test_what_arrived_outlives_attempts_that_bring_nothing(store: BlobStore) -> 
     assert store.partial(ref).missing() == [1, 2]
 
 
-def test_removing_a_blob_removes_what_had_arrived_of_it(store: BlobStore) -> None:
+def test_removing_a_blob_removes_its_transfer(store: BlobStore) -> None:
     ref = interrupted(store)
     store.remove(ref.digest)
     assert transfers(store) == []
@@ -238,7 +238,7 @@ def test_removing_a_blob_removes_what_had_arrived_of_it(store: BlobStore) -> Non
     running.set_table(ChunkTable.of_bytes(DATA))
     running.write(1, DATA[CHUNK : 2 * CHUNK])
     store.remove(ref.digest)
-    assert running.missing() == [0, 2], "somebody is at it, who wants it"
+    assert running.missing() == [0, 2], "another process holds it"
     for index in running.missing():
         running.write(index, DATA[index * CHUNK : (index + 1) * CHUNK])
     assert store.finish(running).read_bytes() == DATA
@@ -251,20 +251,20 @@ def age(store: BlobStore, *refs: BlobRef) -> None:
             os.utime(path, (long_ago, long_ago))
 
 
-def test_a_transfer_that_nobody_took_up_for_a_week_is_swept(store: BlobStore) -> None:
+def test_a_transfer_unused_for_a_week_is_removed(store: BlobStore) -> None:
     old, held, retried, fresh = (interrupted(store, bytes([n]) + DATA) for n in range(4))
     holder = store.partial(held)
     age(store, old, held, retried)
-    store.partial(retried).close()  # nobody could serve it: it is wanted all the same
-    assert transfers(store) == sorted(ref.digest for ref in (held, retried, fresh)), "while the process lives on"
+    store.partial(retried).close()  # no provider could serve it, but it was used
+    assert transfers(store) == sorted(ref.digest for ref in (held, retried, fresh)), "swept while the process runs"
     holder.close()
     age(store, fresh)
     BlobStore(store.root)
-    assert transfers(store) == [retried.digest], "and at a start"
+    assert transfers(store) == [retried.digest], "swept at a start"
 
 
-def test_a_transfer_has_one_owner_at_a_time_however_many_come_and_go(store: BlobStore) -> None:
-    """Locks belong to open files, so that threads meet here as processes would."""
+def test_a_transfer_has_one_process_at_a_time(store: BlobStore) -> None:
+    """Locks belong to open files, so threads compete here as processes would."""
     table, owners, most = ChunkTable.of_bytes(b"tiny"), 0, 0
     problems: list[Exception] = []
 

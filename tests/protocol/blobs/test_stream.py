@@ -1,4 +1,4 @@
-"""Serving blobs: limits, impolite clients, full disks, and one transfer over real libp2p."""
+"""Serving blobs: limits, invalid requests, full disks, and one transfer over real libp2p."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lutetia.protocol.blobs import stream as blob_stream
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, MAX_STREAMS_PER_PEER, REQUEST_BYTES
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import DiskError
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import DATA, REF, TABLE, Swarm, any_record, simulated
 from tests.protocol.networks import Hivemind
 
@@ -45,7 +45,7 @@ async def test_a_peer_gets_a_limited_number_of_streams(swarm: Swarm) -> None:
 
 
 @simulated
-async def test_impolite_requests_are_refused(swarm: Swarm) -> None:
+async def test_invalid_requests_are_refused(swarm: Swarm) -> None:
     peer = await swarm.holder()
     for digest, first, count, status in (
         ("ab" * 32, 0, 1, ABSENT),
@@ -82,8 +82,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
 
 
-def test_a_disk_that_fills_during_the_transfer_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no room can be reserved (network file systems), a write fails in the middle."""
+def test_a_disk_that_fills_in_a_transfer_keeps_whole_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems cannot reserve space, so a write fails in the middle."""
 
     async def scenario() -> None:
         swarm = Swarm(tmp_path)

@@ -1,4 +1,4 @@
-"""A slow upload is shared among as many as it carries, and the rest is told to wait: it never collapses."""
+"""A slow upload is shared among as many requests as it can serve. The others are refused as busy, so it never collapses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import MAX_STREAMS, PIECE, STALL_TIMEOUT, TURN_TIMEOUT, AnswerSlots, RateLimit
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import UnreachableError
+from tests.memory_transport.virtual_time import run_virtual
 from tests.protocol.blobs.transfers import Swarm as Receivers
 from tests.protocol.blobs.transfers import any_record
 
@@ -21,8 +21,8 @@ RATE, SECONDS, SIZE = 128 << 10, 900.0, 8 * CHUNK
 
 
 @pytest.mark.parametrize("receivers", [1, 8, 24])
-def test_what_a_slow_upload_carries_arrives_however_many_ask(receivers: int, tmp_path: Path) -> None:
-    """They give up after STALL_TIMEOUT without a PIECE, and come again, as nodes do."""
+def test_a_slow_upload_serves_many_requests(receivers: int, tmp_path: Path) -> None:
+    """The receivers give up after STALL_TIMEOUT without a PIECE and try again, as nodes do."""
 
     async def scenario() -> None:
         swarm = Receivers(tmp_path)
@@ -58,13 +58,13 @@ def test_what_a_slow_upload_carries_arrives_however_many_ask(receivers: int, tmp
 
 
 @pytest.mark.parametrize(("rate", "places"), [(None, MAX_STREAMS), (1, 1), (RATE, 5), (416 << 10, 16), (1 << 40, MAX_STREAMS)])
-def test_so_many_share_a_rate_that_each_is_twice_as_fast_as_it_must_be(rate: float | None, places: int) -> None:
+def test_each_answer_gets_twice_the_slowest_rate(rate: float | None, places: int) -> None:
     assert RateLimit(rate).answers_at_once == places
     if rate and places > 1 and places < MAX_STREAMS:
         assert rate / places >= 2 * PIECE / STALL_TIMEOUT
 
 
-def test_what_was_taken_back_is_not_charged() -> None:
+def test_cancelled_bytes_are_not_charged() -> None:
     async def scenario() -> None:
         rate, loop = RateLimit(100.0), asyncio.get_running_loop()
         given_up = [asyncio.ensure_future(rate.take(1000)) for _ in range(10)]
@@ -79,18 +79,18 @@ def test_what_was_taken_back_is_not_charged() -> None:
     run_virtual(scenario)
 
 
-def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_order() -> None:
+def test_an_origin_gets_half_of_the_slots_in_order() -> None:
     async def scenario() -> None:
         turns, loop = AnswerSlots(4), asyncio.get_running_loop()
-        crowd = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
+        requests = [asyncio.ensure_future(turns.take("203.0.113.5")) for _ in range(5)]
         await asyncio.sleep(1)
-        assert [task.done() for task in crowd] == [True, True, False, False, False]
+        assert [task.done() for task in requests] == [True, True, False, False, False]
         assert await turns.take("198.51.100.7")
         turns.give_back("203.0.113.5")
-        assert await crowd[2]
+        assert await requests[2]
         start = loop.time()
-        crowd[3].cancel()
-        assert not await crowd[4]
+        requests[3].cancel()
+        assert not await requests[4]
         assert loop.time() - start == pytest.approx(TURN_TIMEOUT - 1)
         for origin in ("203.0.113.5", "203.0.113.5", "198.51.100.7"):
             turns.give_back(origin)
@@ -100,7 +100,7 @@ def test_no_origin_has_more_than_half_of_the_turns_and_who_waits_gets_his_in_ord
     run_virtual(scenario)
 
 
-def test_whose_turn_comes_as_it_is_cancelled_gives_it_back() -> None:
+def test_a_cancelled_request_gives_its_slot_back() -> None:
     async def scenario() -> None:
         turns = AnswerSlots(1)
         assert await turns.take("a")

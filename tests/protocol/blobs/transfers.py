@@ -1,4 +1,4 @@
-"""A small swarm of blob holders on the simulated network."""
+"""A small swarm of blob providers on the memory network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 
 DATA = random.Random(5).randbytes(20 * CHUNK + 777)
 TABLE = ChunkTable.of_bytes(DATA)
@@ -24,7 +25,7 @@ def any_record(key: str | None, subkey: str, value: bytes, expires: float) -> st
 
 
 class Swarm:
-    """A receiver with an empty store, and holders of DATA, each behind a line of 8 MiB/s."""
+    """A receiver with an empty store, and providers of DATA, each behind a link of 8 MiB/s."""
 
     def __init__(self, folder: Path) -> None:
         self.network = MemoryNetwork(seed=1, latency=0.02)
@@ -49,7 +50,7 @@ class Swarm:
         return await fetch_blob(self.receiver, self.store, REF, self.providers, **more)
 
     def arrived(self) -> int:
-        """Chunks that a broken transfer has left on disk."""
+        """Chunks that an interrupted transfer has left on disk."""
         partial = self.store.partial(REF)
         missing = len(partial.missing()) if partial.has_table else TABLE.count
         partial.close()

@@ -1,4 +1,4 @@
-"""The client that is no peer: quick, without hivemind or torch, and sure of whom it talks to."""
+"""The light client is quick, imports neither hivemind nor torch, and verifies the peer that it talks to."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 DOCUMENT = bytes(range(256)) * 1500
 ASK = """
 import json, resource, sys, time
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import LutetiaError
 ticket, protocol, limit = json.loads(sys.argv[1])
 answer = {}
 try:
-    answer["size"] = len(thin_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
+    answer["size"] = len(fetch_document(Ticket.decode(ticket), protocol, limit_bytes=limit))
 except LutetiaError as error:
     answer["error"], answer["code"] = str(error), error.code
 answer["heavy"] = [name for name in ("hivemind", "torch", "aioquic.quic.connection", "httpx", "grpc") if name in sys.modules]
@@ -44,15 +44,15 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from lutetia.protocol.schema.manifest import BlobRef
-from lutetia.protocol.light_client.blobs import thin_blobs
+from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.schema.ticket import Ticket
 ticket, path, digest, size = json.loads(sys.argv[1])
-thin_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
+fetch_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
 """
 
 ORDER = """
 import json, sys
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.schema.ticket import Ticket
 dialled, late = [], []
 def heard(event, arguments):
@@ -62,7 +62,7 @@ def heard(event, arguments):
         late.append(arguments[0])
 sys.addaudithook(heard)
 ticket, protocol = json.loads(sys.argv[1])
-thin_document(Ticket.decode(ticket), protocol)
+fetch_document(Ticket.decode(ticket), protocol)
 libraries = ("libp2p", "noise", "cryptography", "lutetia")
 print(json.dumps([len(dialled), [name for name in late if name.partition(".")[0] in libraries]]))
 """
@@ -87,7 +87,7 @@ def command(code: str, *arguments: Any) -> list[str]:
 
 
 async def run(line: list[str]) -> str:
-    """Run a process while this one's loop goes on answering it."""
+    """Run a process while the event loop of this one answers it."""
     import asyncio
 
     process = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE)
@@ -100,16 +100,16 @@ async def ask(*addresses: str, protocol: str = STATUS, limit: int = 1 << 20) -> 
     return json.loads(await run(command(ASK, ticket(*addresses), protocol, limit)))
 
 
-async def test_a_document_in_less_than_two_seconds_without_anything_heavy(peer: HivemindTransport) -> None:
+async def test_a_document_takes_under_two_seconds_and_light_imports(peer: HivemindTransport) -> None:
     dead = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
     answer = await ask(dead, *peer.addresses())
     assert answer["size"] == len(DOCUMENT)
     assert answer["heavy"] == []
-    assert answer["seconds"] < 1.6, "the whole command has two seconds, and python itself and the table take their part"
+    assert answer["seconds"] < 1.6, "the whole command has two seconds, which include the start of python and the table"
 
 
 async def test_no_open_connection_waits_for_a_library_to_load(peer: HivemindTransport) -> None:
-    """p2pd closes one that is not secure within 15 s, and so long it took to load py-libp2p on a machine with much else to do."""
+    """p2pd closes a connection that is not secure within 15 s. Loading py-libp2p took that long on a busy machine."""
     assert json.loads(await run(command(ORDER, ticket(*peer.addresses()), STATUS))) == [1, []]
 
 
@@ -119,7 +119,7 @@ async def test_each_address_is_named_with_its_reason(peer: HivemindTransport) ->
     answer = await ask(refused, wrong)
     assert answer["code"] == 30
     assert f"{refused}: connection refused" in answer["error"]
-    assert f"{wrong}: another peer than the address names answers there" in answer["error"]
+    assert f"{wrong}: a peer other than the address names answers there" in answer["error"]
 
 
 async def test_a_document_that_is_not_offered_or_too_large_is_refused(peer: HivemindTransport) -> None:

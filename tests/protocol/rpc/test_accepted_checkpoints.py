@@ -1,4 +1,4 @@
-"""What any peer tells of accepted checkpoints, and of newer manifests: believed for its signatures, not for who tells it."""
+"""Lists of accepted checkpoints and newer manifests from any peer: only the signatures in them count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from lutetia.protocol.rpc.accepted_checkpoints import (
     read_accepted,
 )
 from lutetia.protocol.rpc.introduction import ask_document, serve_introduction
-from lutetia.protocol.rpc.manifest_sync import NEWS, LiveManifest, fetch_newer, read_news, tell_news, version_at
+from lutetia.protocol.rpc.manifest_sync import (
+    MANIFEST_UPDATE,
+    LiveManifest,
+    announce_version,
+    fetch_newer,
+    read_version,
+    version_at,
+)
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
@@ -44,7 +51,7 @@ def entry(record: AcceptanceRecord, signer: Identity = COORDINATOR, expires: flo
     return AcceptedEntry(sealed=seal(record, signer, expires).decode(), expires=expires, holders=(HOLDER,))
 
 
-def test_only_what_a_coordinator_signed_for_this_run_is_believed():
+def test_only_acceptances_of_a_coordinator_are_read():
     good = acceptance(epoch=3)
     document = AcceptedDocument(
         entries=(
@@ -62,7 +69,7 @@ def test_only_what_a_coordinator_signed_for_this_run_is_believed():
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format":2}', b'{"entries":[{"sealed":1,"expires":0}]}', b"\xff"])
-def test_a_malformed_list_is_one_sentence(data: bytes):
+def test_a_malformed_list_is_refused_in_one_sentence(data: bytes):
     with pytest.raises(IntegrityError, match="ask another peer") as caught:
         read_accepted(data, RUN, NOW)
     assert "\n" not in str(caught.value)
@@ -72,7 +79,7 @@ async def put(transport: Transport, who: Identity, record: NodeRecord | Provider
     assert await publish(transport, who, record, 30)
 
 
-async def test_holders_are_peers_that_are_online_and_have_all_of_it():
+async def test_holders_are_online_and_hold_weights_and_state():
     run, network, now = manifest_of_now(), Memory(), time.time()
     peers = {name: Identity.derived(name) for name in ("ann", "bob", "cid")}
     transports = {name: await network.peer(name, honest(run)) for name in peers}
@@ -91,7 +98,7 @@ async def test_holders_are_peers_that_are_online_and_have_all_of_it():
     assert {node.owner for node in nodes} == {peers["ann"].public_key, peers["bob"].public_key}
     found = await newest_of(transports["bob"], run, 0, {node.owner for node in nodes})
     assert found
-    assert found.holders == (peers["ann"].public_key,), "bob lacks half of it, cid has left"
+    assert found.holders == (peers["ann"].public_key,), "bob lacks one blob, cid has left"
     assert await newest_of(transports["bob"], run, 1, set()) is None
 
     await AcceptedService(transports["bob"], LiveManifest(SignedManifest.sign(run, OWNER))).serve()
@@ -99,7 +106,7 @@ async def test_holders_are_peers_that_are_online_and_have_all_of_it():
     assert [record.checkpoint for record, _ in read_accepted(data, run, now)] == [given.checkpoint]
 
 
-async def test_news_of_a_version_are_followed_only_where_the_owner_signed_it():
+async def test_a_newer_manifest_is_adopted_only_if_its_owner_signed_it():
     first = manifest_of_now()
     second = next_version(first, {"holdout_tolerance": 0.5}, time.time())
     broken = second.model_copy(update={"version": 9, "checkpoint_samples": second.samples_per_shard})
@@ -107,15 +114,15 @@ async def test_news_of_a_version_are_followed_only_where_the_owner_signed_it():
     honest_one, liar, node = [await network.peer(name, honest(first)) for name in ("honest", "liar", "node")]
     await serve_introduction(honest_one, lambda: SignedManifest.sign(second, OWNER))
     await serve_introduction(liar, lambda: SignedManifest.sign(broken, OWNER))
-    live, told = LiveManifest(SignedManifest.sign(first, OWNER)), []
+    live, announced = LiveManifest(SignedManifest.sign(first, OWNER)), []
 
-    async def hear(stream: Stream) -> None:
-        told.append((stream.peer_id, await read_news(stream)))
+    async def receive(stream: Stream) -> None:
+        announced.append((stream.peer_id, await read_version(stream)))
 
-    await node.serve(NEWS, hear)
-    await tell_news(honest_one, 2, node.peer_id)
-    await tell_news(liar, 2**64 - 1, node.peer_id)
-    assert told == [(honest_one.peer_id, 2), (liar.peer_id, 2**64 - 1)]
+    await node.serve(MANIFEST_UPDATE, receive)
+    await announce_version(honest_one, 2, node.peer_id)
+    await announce_version(liar, 2**64 - 1, node.peer_id)
+    assert announced == [(honest_one.peer_id, 2), (liar.peer_id, 2**64 - 1)]
     assert await version_at(node, honest_one.peer_id) == (first.run_id, 2)
     with pytest.raises(UpgradeRefused, match="checkpoint_samples"):
         await fetch_newer(node, live, liar.peer_id)

@@ -1,4 +1,4 @@
-"""The audit stream: what is asked and reported arrives, and what is forged, foreign or oversized is refused."""
+"""The audit stream: requests and reports arrive, forged, foreign or oversized ones are refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.virtual_time import run_virtual
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 
 ANN, BOB = Identity.derived("ann"), Identity.derived("bob")
 
@@ -61,12 +62,12 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
     """Ann asks, Bob is the coordinator."""
 
     def run() -> None:
-        async def story() -> None:
+        async def main() -> None:
             network = MemoryNetwork(seed=1)
             ann, bob = (network.peer(identity, lambda key, subkey, value, expires: key or "") for identity in (ANN, BOB))
             await scenario(ann, bob)
 
-        run_virtual(story)
+        run_virtual(main)
 
     run.__name__ = scenario.__name__
     run.__doc__ = scenario.__doc__
@@ -74,7 +75,7 @@ def simulated(scenario: Callable[[MemoryTransport, MemoryTransport], Awaitable[N
 
 
 @simulated
-async def test_requests_arrive_and_refusals_are_told(ann: MemoryTransport, bob: MemoryTransport) -> None:
+async def test_requests_arrive_and_refusals_are_answered(ann: MemoryTransport, bob: MemoryTransport) -> None:
     heard: list[AuditRequest] = []
 
     async def answer(request: AuditRequest) -> AuditAnswer:
@@ -90,11 +91,11 @@ async def test_requests_arrive_and_refusals_are_told(ann: MemoryTransport, bob: 
     assert "was lent" in refused.text
     stolen = await ask_audit(ann, bob.peer_id, AuditRequest(owner=BOB.public_key))
     assert "own connection" in stolen.text
-    assert len(heard) == 2, "what is refused at the door is not heard"
+    assert len(heard) == 2, "a refused request is not processed"
 
 
 @simulated
-async def test_an_oversized_and_a_silent_request_end_their_own_stream(ann: MemoryTransport, bob: MemoryTransport) -> None:
+async def test_an_oversized_or_silent_request_ends_its_own_stream(ann: MemoryTransport, bob: MemoryTransport) -> None:
     async def answer(request: AuditRequest) -> AuditAnswer:
         return AuditAnswer(retry_after=7.0)
 
@@ -109,9 +110,7 @@ async def test_an_oversized_and_a_silent_request_end_their_own_stream(ann: Memor
 
 
 @simulated
-async def test_a_coordinator_that_talks_nonsense_or_not_at_all_is_a_connection_error(
-    ann: MemoryTransport, bob: MemoryTransport
-) -> None:
+async def test_an_invalid_or_missing_answer_is_a_connection_error(ann: MemoryTransport, bob: MemoryTransport) -> None:
     async def nonsense(stream: Stream) -> None:
         await read_message(stream, 1 << 20)
         await write_message(stream, b"{}{}")

@@ -10,7 +10,7 @@ from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
 from lutetia.system.errors import IdentityError
 
 
-def test_peer_id_is_the_one_that_libp2p_derives_from_the_same_key() -> None:
+def test_the_peer_id_is_the_one_that_libp2p_derives() -> None:
     from libp2p.crypto.ed25519 import Ed25519PrivateKey
     from libp2p.peer.id import ID
 
@@ -29,7 +29,7 @@ def test_a_signature_holds_for_its_message_and_key_only(message: bytes, other: b
 
 
 @given(st.text(max_size=140), st.text(max_size=140))
-def test_nonsense_is_no_signature(key: str, signature: str) -> None:
+def test_a_malformed_signature_is_refused(key: str, signature: str) -> None:
     assert not verify(key, b"message", signature)
 
 
@@ -52,6 +52,6 @@ def test_a_broken_or_public_key_file_is_refused_in_one_sentence(tmp_path: Path, 
         Identity.load(path)
 
 
-def test_a_key_file_that_is_missing_is_said_without_the_systems_words(tmp_path: Path) -> None:
+def test_a_missing_key_file_is_reported_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match=r"cannot read the identity \S+: no such file or directory; restore"):
         Identity.load(tmp_path / "identity.key")

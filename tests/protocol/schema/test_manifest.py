@@ -47,7 +47,7 @@ def test_a_later_version_keeps_the_run_id_of_the_first() -> None:
         (SIGNED.to_bytes(), {"now": NOW + 3600}, ConfigError, "expired"),
     ],
 )
-def test_what_is_not_the_owners_current_manifest_is_refused(
+def test_an_invalid_manifest_is_refused_with_its_reason(
     data: bytes, pins: dict[str, Any], error: type[LutetiaError], says: str
 ) -> None:
     with pytest.raises(error, match=says):
@@ -78,6 +78,6 @@ def reshaped(**changes: Any) -> tuple[Any, ...]:
         ({"unknown": True}, "unknown"),
     ],
 )
-def test_a_manifest_that_cannot_work_is_never_made(changes: dict[str, Any], says: str) -> None:
+def test_an_inconsistent_manifest_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         manifest(**changes)

@@ -1,4 +1,4 @@
-"""Which later versions of a manifest a run survives, and which are refused with what reason."""
+"""Which later versions of a manifest are allowed, and with what reason others are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHANGES = {
     "coordinators": ["cd" * 32],
     "expires": NOW + 1e7,
 }
-"""One change of every field that may change."""
+"""One change of every changeable field."""
 
 
 def test_every_changeable_field_has_an_example():
@@ -36,7 +36,7 @@ def test_every_changeable_field_has_an_example():
 
 
 @given(st.sets(st.sampled_from(sorted(CHANGES)), min_size=1))
-def test_what_may_change_changes_and_nothing_else_does(names: set[str]):
+def test_a_changeable_field_changes_alone(names: set[str]):
     new = next_version(FIRST, {name: CHANGES[name] for name in names}, LATER)
     assert (new.version, new.run_id, new.epochs) == (
         2,
@@ -49,15 +49,15 @@ def test_what_may_change_changes_and_nothing_else_does(names: set[str]):
 
 
 @pytest.mark.parametrize("field", sorted(Manifest.model_fields.keys() - CHANGEABLE - {"run", "version"}))
-def test_what_holds_the_lineage_together_may_not_change(field: str):
+def test_a_field_of_the_lineage_cannot_change(field: str):
     with pytest.raises(UpgradeRefused, match=f"^{field} cannot change") as caught:
         next_version(FIRST, {field: "anything"}, LATER)
     assert (caught.value.reason, caught.value.field, caught.value.code) == ("lineage", field, 10)
     assert "\n" not in str(caught.value)
 
 
-def test_a_signed_version_that_breaks_the_lineage_is_refused_by_every_reader(tmp_path: Path):
-    """The owner's signature alone is not enough: peers hold on to what their work stands on."""
+def test_a_signed_version_that_breaks_the_lineage_is_refused(tmp_path: Path):
+    """The owner's signature alone is not enough: a peer refuses a version that breaks the lineage of its work."""
     broken = FIRST.model_copy(update={"run": FIRST.run_id, "version": 2, "checkpoint_samples": FIRST.samples_per_shard})
     live = LiveManifest(SignedManifest.sign(FIRST, OWNER), tmp_path / "manifest.json")
     with pytest.raises(UpgradeRefused, match="checkpoint_samples cannot change"):
@@ -66,7 +66,7 @@ def test_a_signed_version_that_breaks_the_lineage_is_refused_by_every_reader(tmp
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_values_that_make_no_sense_are_refused_by_name():
+def test_an_invalid_value_is_refused_by_its_field():
     for changes, words in (
         ({"samples_per_shard": FIRST.samples_per_shard + 1}, "must divide"),
         ({"timing.heartbeat": -1}, "timing.heartbeat"),
@@ -80,22 +80,22 @@ def test_values_that_make_no_sense_are_refused_by_name():
         assert caught.value.reason == "value"
 
 
-def test_a_budget_below_what_is_accepted_is_refused():
+def test_a_budget_below_the_accepted_samples_is_refused():
     bigger = next_version(FIRST, {"samples_per_shard": 4 * FIRST.checkpoint_samples}, LATER)
     assert next_version(bigger, {"samples_per_shard": 3 * FIRST.checkpoint_samples}, LATER, accepted_epochs=3).epochs == 3
-    with pytest.raises(UpgradeRefused, match="accepted already") as caught:
+    with pytest.raises(UpgradeRefused, match="samples accepted already") as caught:
         next_version(bigger, {"samples_per_shard": 3 * FIRST.checkpoint_samples}, LATER, accepted_epochs=4)
     assert caught.value.reason == "budget"
 
 
-def test_a_live_manifest_only_moves_forward_and_is_on_disk_first(tmp_path: Path):
+def test_a_live_manifest_moves_forward_and_is_saved_first(tmp_path: Path):
     path = tmp_path / "manifest.json"
     second = next_version(FIRST, {"holdout_tolerance": 0.5}, LATER)
     third = next_version(second, {"holdout_tolerance": 0.6}, LATER)
     versions = {m.version: SignedManifest.sign(m, OWNER).to_bytes() for m in (FIRST, second, third)}
     live = LiveManifest(SignedManifest.sign(FIRST, OWNER), path)
     assert not live.adopt(versions[1], LATER)
-    assert live.adopt(versions[3], LATER), "a peer that was away may skip a version"
+    assert live.adopt(versions[3], LATER), "a peer that was offline may skip a version"
     assert path.read_bytes() == versions[3]
     for older in (1, 2):
         with pytest.raises(ConfigError, match="older than 3, seen before"):
@@ -106,7 +106,7 @@ def test_a_live_manifest_only_moves_forward_and_is_on_disk_first(tmp_path: Path)
     assert (live.version, live().holdout_tolerance) == (3, 0.6)
 
 
-def test_only_a_cosine_makes_a_trainer_hand_over():
+def test_only_a_cosine_schedule_changes_the_training():
     longer = next_version(FIRST, {"samples_per_shard": 2 * FIRST.samples_per_shard}, LATER)
     assert training_changed(FIRST, longer) == (FIRST.optimisation.schedule == "cosine")
     constant = FIRST.optimisation.model_copy(update={"schedule": "constant"})

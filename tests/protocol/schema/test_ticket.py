@@ -20,23 +20,23 @@ def packed(document: bytes) -> str:
     return PREFIX + base64.b32encode(body + zlib.crc32(body).to_bytes(4, "big")).decode().lower().rstrip("=")
 
 
-def test_round_trip_also_with_whitespace_around() -> None:
+def test_a_ticket_with_whitespace_around_it_decodes() -> None:
     assert Ticket.decode(f"  {WORD}\n") == TICKET
 
 
 @given(st.integers(min_value=0, max_value=len(WORD) - 1))
-def test_cut_short_anywhere_it_is_refused(length: int) -> None:
+def test_a_truncated_ticket_is_refused(length: int) -> None:
     with pytest.raises(ConfigError):
         Ticket.decode(WORD[:length])
 
 
 @given(st.integers(min_value=len(PREFIX), max_value=len(WORD) - 1), st.sampled_from("abcdefghijklmnopqrstuvwxyz234567!"))
-def test_one_letter_mistyped_it_is_refused(place: int, letter: str) -> None:
+def test_a_mistyped_ticket_is_refused(place: int, letter: str) -> None:
     typed = WORD[:place] + letter + WORD[place + 1 :]
     if typed == WORD:
         return
     try:
-        assert Ticket.decode(typed) == TICKET  # base32's spare bits at the very end carry nothing
+        assert Ticket.decode(typed) == TICKET  # the spare bits at the end of base32 carry no data
     except ConfigError:
         return
     assert place == len(WORD) - 1
@@ -60,11 +60,11 @@ def test_arbitrary_text_is_refused_or_decoded_but_never_crashes(text: str) -> No
     ],
     ids=["empty", "no multiaddr", "unknown key", "deep nesting", "bomb"],
 )
-def test_a_well_packed_but_wrong_document_is_refused(document: bytes, says: str) -> None:
+def test_a_valid_encoding_of_a_wrong_document_is_refused(document: bytes, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Ticket.decode(packed(document))
 
 
-def test_an_endless_word_is_refused_before_it_is_decoded() -> None:
+def test_an_endless_ticket_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ConfigError, match="characters"):
         Ticket.decode(PREFIX + "a" * 100_000)

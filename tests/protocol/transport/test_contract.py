@@ -1,4 +1,4 @@
-"""What every backend of `Transport` promises. Each test runs over the simulated network and over real libp2p."""
+"""The contract of every `Transport`. Each test runs over the memory transport and over real libp2p."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Swarm:
-    """Three honest peers and a liar who passes on what the others refuse."""
+    """Three honest peers, and a liar that stores records which the others refuse."""
 
     network: Network
     run: Manifest
@@ -47,7 +47,7 @@ class Swarm:
         return ClaimRecord.model_validate(fields)
 
     async def lie(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
-        """Have the liar file something; True if an honest peer took it or shows it."""
+        """Let the liar store a record. True if an honest peer took it or returns it."""
         self.anything.key = key
         taken = await self.liar.store(key, subkey, value, expires)
         shown = [subkey in found and found[subkey].value == value for found in [await p.get(key) for p in (self.anna, self.ben)]]
@@ -111,8 +111,8 @@ async def test_a_record_vanishes_when_it_expires(swarm: Swarm) -> None:
     assert time.time() >= expires
 
 
-async def test_an_older_record_stored_again_takes_the_newer_away_from_nobody(swarm: Swarm) -> None:
-    """Anybody who has seen it can do that, and replicas that missed the newer one do it in good faith."""
+async def test_storing_an_older_record_again_keeps_the_newer(swarm: Swarm) -> None:
+    """Any peer that has seen the record can do that, and replicas that missed the newer one do it in good faith."""
     old, new = swarm.claim(CLEO, 0), swarm.claim(CLEO, 0, samples=9)
     ends, later = time.time() + 2, time.time() + 40
     sealed = seal(old, CLEO, ends)
@@ -143,7 +143,7 @@ async def test_forged_owners_are_refused_and_do_not_hide_the_honest(swarm: Swarm
     assert await publish(swarm.liar, LIAR, swarm.claim(LIAR, 3), 15)
     assert not await swarm.lie(record.key(), ANNA.public_key, seal(record, LIAR, expires), expires)  # signed by another
     mine = swarm.claim(LIAR, 3)
-    assert not await swarm.lie(mine.key(), ANNA.public_key, seal(mine, LIAR, expires), expires)  # filed under another
+    assert not await swarm.lie(mine.key(), ANNA.public_key, seal(mine, LIAR, expires), expires)  # stored under another
     assert {ANNA.public_key, LIAR.public_key} == set(await swarm.ben.get(record.key()))
 
 
@@ -177,7 +177,7 @@ async def test_a_future_dated_record_is_refused(swarm: Swarm) -> None:
     assert not await swarm.lie(record.key(), record.owner, seal(record, LIAR, expires), expires)
 
 
-async def test_a_peer_does_not_even_send_what_it_knows_to_be_wrong(swarm: Swarm) -> None:
+async def test_a_peer_does_not_send_an_invalid_record(swarm: Swarm) -> None:
     record, expires = swarm.claim(ANNA, 2), time.time() + 20
     assert not await swarm.anna.store(record.key(), record.owner, seal(record, BEN, expires), expires)
 
@@ -243,7 +243,7 @@ async def test_the_answering_side_may_speak_first(swarm: Swarm) -> None:
     await stream.close()
 
 
-async def test_what_was_written_before_a_close_arrives_and_then_the_end(swarm: Swarm) -> None:
+async def test_bytes_written_before_a_close_arrive(swarm: Swarm) -> None:
     protocol = fresh()
 
     async def answer(stream: Stream) -> None:
@@ -310,7 +310,7 @@ async def test_a_failing_handler_ends_its_own_stream_only(swarm: Swarm, caplog: 
     assert "a bug in a handler" in caplog.text
 
 
-async def test_who_cannot_be_reached_is_a_connection_error(swarm: Swarm) -> None:
+async def test_an_unreachable_peer_is_a_connection_error(swarm: Swarm) -> None:
     nobody = Identity.derived("nobody").peer_id
     async with asyncio.timeout(120):
         with pytest.raises(ConnectionError):
@@ -319,6 +319,35 @@ async def test_who_cannot_be_reached_is_a_connection_error(swarm: Swarm) -> None
             await swarm.anna.open_stream(nobody, "/test/any", [f"/ip4/127.0.0.1/tcp/1/p2p/{nobody}"])
         with pytest.raises(ConnectionError):
             await swarm.anna.open_stream(swarm.ben.peer_id, "/test/nobody-speaks-this", swarm.ben.addresses())
+
+
+async def test_dialling_names_the_reason_for_each_address_that_failed(swarm: Swarm) -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.derived('nobody').peer_id}"
+    async with asyncio.timeout(120):
+        refused = await swarm.anna.dial_each([*swarm.ben.addresses(), dead])
+    assert list(refused) == [dead]
+    assert refused[dead]
+
+
+async def test_a_peer_without_a_double_finds_none(swarm: Swarm) -> None:
+    async with asyncio.timeout(120):
+        assert await swarm.anna.find_double(swarm.ben.addresses()) is None
+
+
+async def test_a_periodic_action_is_repeated_although_it_fails(swarm: Swarm) -> None:
+    dan, twice, count = await swarm.network.peer("dan", honest(swarm.run)), asyncio.Event(), 0
+
+    async def act() -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            twice.set()
+        raise ConnectionError("a peer is away")
+
+    dan.every(0.01, act)
+    async with asyncio.timeout(120):
+        await twice.wait()
+    await dan.close()
 
 
 async def test_a_closed_peer_is_gone(swarm: Swarm) -> None:

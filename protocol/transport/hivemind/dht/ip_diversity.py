@@ -1,9 +1,9 @@
-"""Room for many networks: how the places around a key, and those in a routing table, are shared out among origins. Pure.
+"""Share replicas and places in the routing table among network origins. Pure.
 
-Whoever makes enough keys can sit close to anything in the key space, for next to nothing; network addresses cost more. So no
-origin (`protocol.transport.network_origin`) fills what others would like a place in, as in Ethereum's discovery, and the
-strangers of one origin
-come in at a bounded rate: every new neighbour costs this peer a look at all that it keeps. With one origin only, nothing changes.
+Making keys until one lies close to a target costs almost nothing; network addresses cost more. So no origin
+(`protocol.transport.network_origin`) may fill a bucket that others want to be in, as in Ethereum's discovery. Newcomers of one
+origin are admitted at a bounded rate, because for every new neighbour a peer looks through all records that it keeps. With a
+single origin nothing changes.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import TypeVar
 
 Name = TypeVar("Name")
 
-STRANGERS_AT_ONCE = 64
-STRANGERS_PER_SECOND = 1.0
+NEWCOMERS_AT_ONCE = 64
+NEWCOMERS_PER_SECOND = 1.0
 
 
-def gives_way(members: Mapping[Name, str], origin: str) -> Name | None:
-    """Which member of a full bucket leaves it for a newcomer of `origin`: the newest of the most crowded origin, or none.
+def member_to_replace(members: Mapping[Name, str], origin: str) -> Name | None:
+    """Which member of a full bucket a newcomer of `origin` replaces: the newest of the most frequent origin, or None.
 
-    `members` maps each to its origin, the oldest first: Kademlia trusts who has been there for long.
+    `members` maps each member to its origin, the oldest first: Kademlia prefers nodes that have been there for long.
     """
-    crowds = Counter(members.values())
-    fullest, most = max(crowds.items(), key=lambda crowd: crowd[1], default=("", 0))
-    if most < crowds[origin] + 2:
+    counts = Counter(members.values())
+    most_frequent, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    if most < counts[origin] + 2:
         return None
-    return [name for name, own in members.items() if own == fullest][-1]
+    return [name for name, other in members.items() if other == most_frequent][-1]
 
 
 def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
-    """The same names in another order: the first of each origin, then the second of each, and so on."""
+    """Reorder `names`: the first of each origin, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     ranks: list[int] = []
     for origin in origins:
@@ -43,14 +43,17 @@ def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
 
 @dataclass
 class NewcomerLimit:
-    """Lets in strangers, or calls, of each origin at a bounded rate: a token bucket for each. A flood waits and comes again."""
+    """A token bucket for each origin, which bounds the rate of its newcomers or calls.
 
-    at_once: int = STRANGERS_AT_ONCE
-    per_second: float = STRANGERS_PER_SECOND
+    `at_once` is the size of a bucket, `per_second` the rate at which it refills.
+    """
+
+    at_once: int = NEWCOMERS_AT_ONCE
+    per_second: float = NEWCOMERS_PER_SECOND
     _spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def admits(self, origin: str, now: float, cost: float = 1.0) -> bool:
-        """Whether another of `origin` may come in at `now` (seconds of any clock); counts it, as `cost` of them, if so."""
+        """Whether another one of `origin` is admitted at `now` (seconds of any clock). Takes `cost` tokens if so."""
         spent = self._left_of(origin, now) + cost
         if spent > self.at_once:
             return False
@@ -60,6 +63,6 @@ class NewcomerLimit:
         return True
 
     def _left_of(self, origin: str, now: float) -> float:
-        """How much of what an origin has spent still counts."""
+        """How many of the tokens that an origin has spent are not refilled yet."""
         spent, since = self._spent.get(origin, (0.0, now))
         return max(0.0, spent - (now - since) * self.per_second)

@@ -1,4 +1,4 @@
-"""hivemind's client of p2pd, mended: nothing that peers or cancellations do ends its reader, and no finished call is kept."""
+"""Fixes for hivemind's client of p2pd: no peer or cancellation can end its reader, and finished calls are forgotten."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from uuid import UUID
 from lutetia.protocol.transport.hivemind.bindings import P2P
 
 
-class _Unanswered(dict[UUID, "asyncio.Future[Any]"]):
-    """Our calls. The reader sets the result of what is in here, and the second result of one call would end it.
+class _PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
+    """Outgoing calls. The reader sets the result of a call in here; a second result, or one after a cancellation, would end it.
 
-    So a call that was answered, or cancelled in the moment in which its answer came, is not in here, though its caller has not
-    taken it out yet.
+    A call that is done therefore does not count as contained, although its caller has not removed it yet.
     """
 
     def __contains__(self, call_id: object) -> bool:
-        future = self.get(call_id)  # type: ignore[call-overload]  # whatever it is, it may be looked up
+        future = self.get(call_id)  # type: ignore[call-overload]  # any object may be looked up
         return future is not None and not future.done()
 
 
-class _Answering(dict[UUID, "asyncio.Task[Any]"]):
-    """The calls of others. hivemind forgets to take out those that fail, are cancelled or do not fit, with all they hold."""
+class _HandlerTasks(dict[UUID, "asyncio.Task[Any]"]):
+    """Incoming calls. hivemind does not remove those that fail, are cancelled or do not fit into a message."""
 
     def __setitem__(self, call_id: UUID, task: asyncio.Task[Any]) -> None:
         super().__setitem__(call_id, task)
         task.add_done_callback(lambda _: self.pop(call_id, None))
 
 
-def mend(p2p: P2P) -> None:
-    """Before the first call, from either side."""
+def apply_fixes(p2p: P2P) -> None:
+    """Apply both fixes. Call it before the first call in either direction."""
     control = _control(p2p)
-    control._pending_calls, control._handler_tasks = _Unanswered(control._pending_calls), _Answering(control._handler_tasks)
+    control._pending_calls, control._handler_tasks = _PendingCalls(control._pending_calls), _HandlerTasks(control._handler_tasks)
 
 
-def speaks(p2p: P2P) -> bool:
-    """Whether calls still come and go. What breaks that is a fault of p2pd or of hivemind; a new start is the only remedy."""
+def responsive(p2p: P2P) -> bool:
+    """Whether calls still work. If not, p2pd or hivemind has a fault that only a restart of the transport repairs."""
     control = _control(p2p)
     return not (control._read_task.done() or control._write_task.done())
 

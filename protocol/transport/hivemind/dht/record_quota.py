@@ -1,9 +1,8 @@
-"""How many records one network address may have in one peer's part of the DHT. Pure but for its memory.
+"""How many records of one network origin a peer keeps of the DHT. No I/O.
 
-A record does not say where it comes from, but who hands it over does: the line over which it arrives
-(`protocol.transport.network_origin`). A peer
-that passes on the records of others, as replicas do for a newcomer, brings them on its own account; what it may not bring arrives
-from their owners with the next heartbeat. Peers behind relays share one origin.
+The origin of a record is that of the connection over which it arrives (`protocol.transport.network_origin`). A peer that passes
+on records of others, as replicas do for a newcomer, uses up its own quota; what exceeds it arrives from the owners with the next
+heartbeat. Peers behind relays share one origin.
 """
 
 from __future__ import annotations
@@ -16,31 +15,43 @@ from typing import TypeVar
 Name = TypeVar("Name", str, tuple[str, str])
 
 PER_KEY = {"claims": 64, "checkpoints": 64, "providers": 128}
-"""Live records of one origin under one key, by the kind of the key."""
+"""Live records of one origin under one key, by kind of key."""
 PER_OTHER_KEY = 512
-IN_ALL = 1 << 14
+PER_ORIGIN = 1 << 14
+"""Live records of one origin under all keys together."""
 
 
 @dataclass
 class RecordQuota:
-    """What is held of whom. Keys are `<run>/<kind>/…`."""
+    """Counts the live records of each origin. Keys are `<run>/<kind>/…`.
+
+    `per_key` limits an origin under one key, by kind; `per_origin` limits it over all keys.
+    """
 
     per_key: dict[str, int] = field(default_factory=lambda: dict(PER_KEY))
-    in_all: int = IN_ALL
+    per_origin: int = PER_ORIGIN
     _held: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
     _under_key: Counter[tuple[str, str]] = field(default_factory=Counter)
     _of_origin: Counter[str] = field(default_factory=Counter)
     _ends: list[tuple[float, str, str]] = field(default_factory=list)
 
     def admits(self, key: str, owner: str, origin: str, expires: float, now: float) -> bool:
-        """Whether a checked record of `owner` that `origin` hands over may be kept; counts it if so."""
+        """Whether a checked record may be kept. Counts it if so.
+
+        Args:
+            key: Its key.
+            owner: Its owner.
+            origin: Where it came from.
+            expires: Its expiry in Unix seconds.
+            now: Unix seconds.
+        """
         self._forget(now)
         known = self._held.get((key, owner))
         if known and known[1] >= expires:
-            return True  # nothing new for the counts
+            return True  # counted already
         if known is None or known[0] != origin:
             most = self.per_key.get(key.split("/")[1], PER_OTHER_KEY)
-            if self._under_key[key, origin] >= most or self._of_origin[origin] >= self.in_all:
+            if self._under_key[key, origin] >= most or self._of_origin[origin] >= self.per_origin:
                 return False
             if known:
                 self._drop(key, owner)
@@ -48,7 +59,7 @@ class RecordQuota:
             self._of_origin[origin] += 1
         self._held[key, owner] = origin, expires
         heapq.heappush(self._ends, (expires, key, owner))
-        if len(self._ends) > 2 * len(self._held) + 64:  # who renews all the time leaves old ends behind
+        if len(self._ends) > 2 * len(self._held) + 64:  # renewals leave old expiries behind
             self._ends = [(ends, *names) for names, (_, ends) in self._held.items()]
             heapq.heapify(self._ends)
         return True

@@ -1,7 +1,7 @@
-"""What this peer answers when others call: hivemind's three calls on the wire, with bounds on what each caller costs.
+"""The answering side of hivemind's three calls, with bounds on what each caller may cost.
 
-hivemind answers whatever is asked, at any length and rate, in one go. Here a call has as many keys as honest ones have, an answer
-fits into a message of p2pd, and what the callers of one network address cost together is bounded.
+hivemind answers every call, of any length and at any rate. Here the keys of a call are limited, an answer fits into a message of
+p2pd, and the calls of one network origin are limited together.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from lutetia.protocol.transport.base import RecordCheck
 from lutetia.protocol.transport.hivemind.bindings import DHTID, P2P, DHTRecord, DictionaryDHTValue, dht_messages
 from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
 from lutetia.protocol.transport.hivemind.dht.record_quota import RecordQuota
-from lutetia.protocol.transport.hivemind.dht.routing_table import BREATH, PlacementProtocol, place_of
-from lutetia.protocol.transport.hivemind.dht.storage import MAX_RECORDS_PER_KEY, KeyRecords, merged, within
+from lutetia.protocol.transport.hivemind.dht.routing_table import YIELD_EVERY, PlacementProtocol, position_of
+from lutetia.protocol.transport.hivemind.dht.storage import MAX_RECORDS_PER_KEY, KeyRecords, merged, sample_within
 
 log = logging.getLogger(__name__)
 
 MAX_KEYS_PER_FIND = 16
-"""hivemind asks for no more at once; our own look-ups ask for one."""
+"""hivemind never asks for more at once; our own lookups ask for one."""
 ANSWER_BYTES = 3 << 20
-"""Of records in one answer; p2pd takes messages of up to 4 MiB."""
+"""Bytes of records in one answer. p2pd takes messages of up to 4 MiB."""
 CALLS_AT_ONCE, CALLS_PER_SECOND = 8192, 256.0
-"""What one origin may cost, in calls. A laboratory of twenty boxes behind one address, on a run of a thousand shards, needs 170 a
-second."""
+"""Calls of one origin: burst and rate. Twenty nodes behind one address, on a run of a thousand shards, need 170 a second."""
 _BYTES_PER_CALL = 4096
 _RECORDS_PER_CALL = 4
-"""So much of an answer, and so many records to verify, cost as much as another call."""
+"""Bytes of an answer, and records to verify, that cost as much as one more call."""
 
 
 class WireRecordCheck:
-    """A RecordCheck for what comes over the wire: a hashed key, MessagePack-ed owner and value."""
+    """A RecordCheck for records as they are on the wire: with a hashed key, and owner and value in MessagePack."""
 
     def __init__(self, check: RecordCheck) -> None:
         self._check = check
 
     def key_of(self, record: DHTRecord) -> str | None:
-        """The key of a record that passes, under the hash of that key and by that owner; else None."""
+        """The key of a record if it passes and is stored under the hash of that key and by its owner; else None."""
         owner, value = _unpacked(record.subkey, str), _unpacked(record.value, bytes)
         if owner is None or value is None:
             return None
@@ -50,7 +49,7 @@ class WireRecordCheck:
         return key if key is not None and DHTID.generate(source=key).to_bytes() == record.key else None
 
     def passes(self, key: str, owner: str, value: bytes, expires: float) -> bool:
-        """The check of a reader, who knows the key."""
+        """The check for a reader, which knows the key."""
         return self._passed(key, owner, value, expires) == key
 
     def _passed(self, key: str | None, owner: str, value: bytes, expires: float) -> str | None:
@@ -65,11 +64,11 @@ class RpcServer(PlacementProtocol):
     """The answering side of hivemind's protocol."""
 
     check: WireRecordCheck
-    crowd: RecordQuota
+    quota: RecordQuota
     calls: NewcomerLimit
 
     async def serve(self, p2p: P2P) -> None:
-        """From here on others can call."""
+        """Start to answer the calls of others."""
         for name, answer, request in (
             ("rpc_ping", self.rpc_ping, dht_messages.PingRequest),
             ("rpc_find", self.rpc_find, dht_messages.FindRequest),
@@ -78,45 +77,45 @@ class RpcServer(PlacementProtocol):
             await p2p.add_protobuf_handler(f"DHTProtocol.{name}", answer, request)
 
     async def rpc_ping(self, request: Any, context: Any) -> Any:
-        """Whether we are there. That somebody asks us to call back (`validate`) is passed over: nobody honest does."""
-        await self._require_room(context, 1)
-        self._greet(request, context)
+        """Answer a ping. A request to call back (`validate`) is ignored: no honest peer makes one."""
+        await self._require_calls_left(context, 1)
+        self._meet_caller(request, context)
         return dht_messages.PingResponse(peer=self.node_info, dht_time=time.time(), available=False)
 
     async def rpc_find(self, request: Any, context: Any) -> Any:
-        """For each key what we keep of it and whom we know near it."""
+        """Answer with the records kept under each key and the known peers near it."""
         if len(request.keys) > MAX_KEYS_PER_FIND or len(set(request.keys)) < len(request.keys):
             raise ValueError(f"a call asks for at most {MAX_KEYS_PER_FIND} keys, each once")
-        keys, found, room = [DHTID.from_bytes(key) for key in request.keys], [], ANSWER_BYTES
-        await self._require_room(context, len(keys))
+        keys, answer, room = [DHTID.from_bytes(key) for key in request.keys], [], ANSWER_BYTES
+        await self._require_calls_left(context, len(keys))
         for key in keys:
-            records, size = within(self.kept(key), room)
-            await self._require_room(context, size / _BYTES_PER_CALL)
+            records, size = sample_within(self.kept(key), room)
+            await self._require_calls_left(context, size / _BYTES_PER_CALL)
             room -= size
-            found.append(records)
-        self._greet(request, context)
-        results = [self._result(key, records, context) for key, records in zip(keys, found, strict=True)]
+            answer.append(records)
+        self._meet_caller(request, context)
+        results = [self._result(key, records, context) for key, records in zip(keys, answer, strict=True)]
         return dht_messages.FindResponse(results=results, peer=self.node_info)
 
     async def rpc_store(self, request: Any, context: Any) -> Any:
-        """Somebody wants us to keep records. They never go into the cache, and are known by where they come from."""
+        """Keep the records of a caller, within the quota of its origin. They never go into the cache."""
         origin = await self._origin(context)
-        self._greet(request, context)
+        self._meet_caller(request, context)
         kept: list[bool] = []
         for parts in zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=True):
-            welcome = self._admits(origin, 1 / _RECORDS_PER_CALL + len(parts[2]) / _BYTES_PER_CALL)
-            records = self._offered(*parts) if welcome else []
-            welcome = welcome and self._admits(origin, len(records) / _RECORDS_PER_CALL)
-            kept.append(welcome and await self._keep_all(records, origin))
+            admitted = self._admits(origin, 1 / _RECORDS_PER_CALL + len(parts[2]) / _BYTES_PER_CALL)
+            records = self._offered(*parts) if admitted else []
+            admitted = admitted and self._admits(origin, len(records) / _RECORDS_PER_CALL)
+            kept.append(admitted and await self._keep_all(records, origin))
         return dht_messages.StoreResponse(store_ok=kept, peer=self.node_info)
 
     def kept(self, key: DHTID) -> KeyRecords:
-        """What we hold under a key, as a replica or because we have read it."""
+        """The records under a key that this peer holds, as a replica or because it has read them."""
         held, seen = self.storage.of(key), self.cache.of(key)
         return merged([held, seen]) if held and seen else held or seen or KeyRecords()
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
-        """What others answer: drop the records that do not pass and keep the rest."""
+        """Drop the records of another peer's answer that do not pass the check."""
         for number, (owner, (value, expires)) in enumerate(list(dictionary.items())):
             record = DHTRecord(key_bytes, self.serializer.dumps(owner), value, expires)
             if number >= MAX_RECORDS_PER_KEY or self.check.key_of(record) is None:
@@ -131,14 +130,14 @@ class RpcServer(PlacementProtocol):
         if records:
             result.type, result.value = dht_messages.FOUND_DICTIONARY, self.serializer.dumps(records)
             result.expiration_time = records.latest_expiration_time
-        asker = place_of(context.remote_id)
-        for place, peer in self.routing_table.get_nearest_neighbors(key, k=self.bucket_size, exclude=asker):
-            result.nearest_node_ids.append(place.to_bytes())
+        asker = position_of(context.remote_id)
+        for position, peer in self.routing_table.get_nearest_neighbors(key, k=self.bucket_size, exclude=asker):
+            result.nearest_node_ids.append(position.to_bytes())
             result.nearest_peer_ids.append(peer.to_bytes())
         return result
 
     def _offered(self, key: bytes, tag: bytes, value: bytes, expires: float) -> list[DHTRecord]:
-        """The records in one part of a request: one, or all of a dictionary."""
+        """The records in one part of a request: one record, or all of a dictionary."""
         if tag != self.IS_DICTIONARY:
             return [DHTRecord(key, tag, value, expires)]
         unpacked: Any = self.serializer.loads(value)
@@ -148,31 +147,31 @@ class RpcServer(PlacementProtocol):
         kept = 0
         for number, record in enumerate(records, start=1):
             kept += self._keep(record, origin)
-            if number % BREATH == 0:
+            if number % YIELD_EVERY == 0:
                 await asyncio.sleep(0)
         return kept == len(records)
 
     def _keep(self, record: DHTRecord, origin: str) -> bool:
-        """What is no newer than what we hold costs no more than a look."""
+        """Keep one record. A record that is not newer than the one held is dropped before any expensive check."""
         owner, key_id = _unpacked(record.subkey, str), DHTID.from_bytes(record.key)
         if owner is None or not self.storage.is_newer(key_id, owner, record.expiration_time):
             return False
         key = self.check.key_of(record)
         if key is None:
             return False
-        if not self.crowd.admits(key, owner, origin, record.expiration_time, time.time()):
-            log.info("refused a record under %s: too many come from %s", key, origin or "relays")
+        if not self.quota.admits(key, owner, origin, record.expiration_time, time.time()):
+            log.info("refused a record under %s: too many from %s", key, origin or "relays")
             return False
         return self.storage.store_subkey(key_id, owner, record.value, record.expiration_time)
 
-    def _greet(self, request: Any, context: Any) -> None:
-        """Who calls and has a place becomes a neighbour."""
+    def _meet_caller(self, request: Any, context: Any) -> None:
+        """Put a caller that takes part in the DHT into the routing table."""
         if request.peer.node_id:
-            place = DHTID.from_bytes(request.peer.node_id)
-            asyncio.create_task(self.update_routing_table(place, context.remote_id, responded=True))
+            position = DHTID.from_bytes(request.peer.node_id)
+            asyncio.create_task(self.update_routing_table(position, context.remote_id, responded=True))
 
-    async def _require_room(self, context: Any, cost: float) -> None:
-        """Raises ConnectionRefusedError, which the caller is told."""
+    async def _require_calls_left(self, context: Any, cost: float) -> None:
+        """Raises ConnectionRefusedError, which is sent to the caller, when its origin has used up its calls."""
         if not self._admits(await self._origin(context), cost):
             raise ConnectionRefusedError("too many calls from your network address")
 
@@ -184,7 +183,7 @@ class RpcServer(PlacementProtocol):
 
 
 def _unpacked(packed: bytes, kind: type[Any]) -> Any:
-    """None for what is no MessagePack of that kind."""
+    """Unpack MessagePack. None when it is invalid or not of that kind."""
     try:
         value = msgpack.unpackb(packed)
     except ValueError:

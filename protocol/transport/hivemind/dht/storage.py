@@ -1,4 +1,4 @@
-"""What a peer keeps of the DHT: per key the newest record of each owner, bounded in number and in memory."""
+"""The records that a peer keeps: the newest of each owner per key, bounded in number and in memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ MAX_KEYS = 1 << 17
 _SLACK = 64
 
 
-class _Tidy(TimedStorage):
-    """hivemind's storage gives an entry its new end before it refuses it, and keeps all ends it ever had.
+class _CompactStorage(TimedStorage):
+    """hivemind's storage without two faults.
 
-    So whoever stored an older record again would have taken the newer one away early, and cost memory each time.
+    It registers the expiry of an entry before it refuses the entry, so storing an older record again would expire the newer one
+    early. And it never forgets an expiry, so every such store would cost memory.
     """
 
     def store(self, key: Any, value: Any, expiration_time: float) -> bool:
@@ -37,26 +38,26 @@ class _Tidy(TimedStorage):
         return stored
 
 
-class KeyRecords(_Tidy, DictionaryDHTValue):
-    """The records under one key by owner. Beyond MAX_RECORDS_PER_KEY those that expire first give way."""
+class KeyRecords(_CompactStorage, DictionaryDHTValue):
+    """The records under one key, by owner. Beyond MAX_RECORDS_PER_KEY the ones that expire first are dropped."""
 
     def __init__(self) -> None:
         super().__init__(MAX_RECORDS_PER_KEY)
 
     def entries(self) -> list[tuple[str, bytes, float]]:
-        """Owner, packed value and expiry of each that is live."""
+        """Owner, packed value and expiry of each live record."""
         items: list[tuple[str, Any]] = list(self.items())
         return [(owner, entry.value, entry.expiration_time) for owner, entry in items]
 
 
-class RecordStorage(_Tidy, DHTLocalStorage):
-    """Keys with their records; beyond MAX_KEYS those give way whose last record expires first."""
+class RecordStorage(_CompactStorage, DHTLocalStorage):
+    """The records of all keys. Beyond MAX_KEYS the keys whose last record expires first are dropped."""
 
     def __init__(self) -> None:
         super().__init__(MAX_KEYS)
 
     def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
-        """False where nothing changes: the one held lives as long."""
+        """Store a record. False when the one held does not expire before it."""
         records = self.of(key) or KeyRecords()
         stored = records.store(subkey, value, expiration_time)
         if stored:
@@ -64,18 +65,18 @@ class RecordStorage(_Tidy, DHTLocalStorage):
         return stored
 
     def of(self, key: DHTID) -> KeyRecords | None:
-        found: Any = self.get(key)
-        return found.value if found else None
+        entry: Any = self.get(key)
+        return entry.value if entry else None
 
     def is_newer(self, key: DHTID, subkey: str, expires: float) -> bool:
-        """Whether a record of that owner and expiry would change anything."""
+        """Whether a record of that owner and expiry would replace the one held."""
         records = self.of(key)
         held = records.get(subkey) if records else None
         return held is None or expires > held.expiration_time
 
 
 def merged(parts: Iterable[Any]) -> KeyRecords:
-    """The newest of each owner in some dictionaries of records."""
+    """The newest record of each owner in several dictionaries of records."""
     records = KeyRecords()
     for part in parts:
         for owner, (value, expires) in part.items():
@@ -83,18 +84,18 @@ def merged(parts: Iterable[Any]) -> KeyRecords:
     return records
 
 
-def within(records: DictionaryDHTValue, room: int) -> tuple[DictionaryDHTValue, int]:
-    """As many of `records` as fit into `room` bytes, by chance where not all do, and their size.
+def sample_within(records: DictionaryDHTValue, room: int) -> tuple[DictionaryDHTValue, int]:
+    """Random records that fit into `room` bytes together, and their size in bytes.
 
-    By chance, so that nobody can push others out of answers by living longer, and several replicas show more than one.
+    Random, so that long-lived records cannot push out others, and so that several replicas together show more than one does.
     """
     items: list[tuple[str, ValueWithExpiration[bytes]]] = list(records.items())
     random.shuffle(items)
     chosen, size = DictionaryDHTValue(), 0
     for owner, entry in items:
-        needed = len(owner) + len(entry.value) + 32  # and what MessagePack adds
+        needed = len(owner) + len(entry.value) + 32  # 32: overhead of MessagePack
         if size + needed <= room:
-            chosen.data[owner] = entry  # without ends: it is packed at once
+            chosen.data[owner] = entry  # without the expiry heap, since it is packed at once
             chosen.latest_expiration_time = max(chosen.latest_expiration_time, entry.expiration_time)
             size += needed
     return chosen, size

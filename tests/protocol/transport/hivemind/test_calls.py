@@ -1,4 +1,4 @@
-"""hivemind's client of p2pd, mended: what ends or outlives its calls. Real p2pd."""
+"""The fixes for hivemind's client of p2pd, with real p2pd."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ async def peer(name: str, folder: Path, bootstrap: list[str] | None = None) -> H
     )
 
 
-async def test_a_call_cancelled_as_its_answer_comes_does_not_end_the_reader(tmp_path: Path) -> None:
+async def test_a_call_cancelled_with_its_answer_keeps_the_reader(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     ben = await peer("ben", tmp_path, anna.addresses())
     control, call_id = calls_of(ben), uuid.uuid4()
     control._pending_calls[call_id] = cancelled = asyncio.get_running_loop().create_future()
-    cancelled.cancel()  # its caller takes it out in the next round of the event loop
+    cancelled.cancel()  # its caller removes it in the next iteration of the event loop
     ping = messages.CallUnaryRequest(
         peer=PeerID.from_base58(anna.peer_id).to_bytes(),
         proto="DHTProtocol.rpc_ping",
@@ -45,7 +45,7 @@ async def test_a_call_cancelled_as_its_answer_comes_does_not_end_the_reader(tmp_
     await anna.close()
 
 
-async def test_calls_that_end_in_any_way_are_not_kept(tmp_path: Path) -> None:
+async def test_finished_calls_are_forgotten(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     kept = calls_of(anna)._handler_tasks
 
@@ -55,14 +55,14 @@ async def test_calls_that_end_in_any_way_are_not_kept(tmp_path: Path) -> None:
     tasks = [asyncio.ensure_future(action) for action in (asyncio.Event().wait(), fail(), asyncio.Event().wait())]
     for task in tasks:
         kept[uuid.uuid4()] = task
-    tasks[0].cancel()  # before it began
+    tasks[0].cancel()  # before it started
     await asyncio.gather(*tasks[:2], return_exceptions=True)
     assert list(kept.values()) == tasks[2:]
     tasks[2].cancel()
     await anna.close()
 
 
-async def test_when_calls_no_longer_come_and_go_the_peer_knows(tmp_path: Path) -> None:
+async def test_a_peer_whose_calls_fail_is_not_alive(tmp_path: Path) -> None:
     anna = await peer("anna", tmp_path)
     assert anna.alive()
     reader = calls_of(anna)._read_task

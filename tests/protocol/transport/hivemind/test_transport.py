@@ -1,4 +1,4 @@
-"""What only real p2pd processes can show: how they start, why they do not, and that they never stay behind."""
+"""Real p2pd processes: how they start and fail to start, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport import reachability
 from lutetia.protocol.transport.hivemind import p2pd_process
 from lutetia.protocol.transport.hivemind.bindings import DHTID, DictionaryDHTValue, PeerID
-from lutetia.protocol.transport.hivemind.dht.node import _believable
-from lutetia.protocol.transport.hivemind.dht.routing_table import place_of
+from lutetia.protocol.transport.hivemind.dht.node import _plausible
+from lutetia.protocol.transport.hivemind.dht.routing_table import position_of
 from lutetia.protocol.transport.hivemind.dht.storage import merged
-from lutetia.protocol.transport.hivemind.p2pd_client import useful
+from lutetia.protocol.transport.hivemind.p2pd_client import outside_addresses
 from lutetia.protocol.transport.hivemind.p2pd_process import Reachability
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport, connect_hivemind
 from lutetia.system.errors import BootstrapError, DiskError, IdentityError, UnreachableError
@@ -38,6 +38,7 @@ from tests.protocol.networks import LOOPBACK, honest, manifest_of_now, until
 
 ANNA, BEN = Identity.derived("anna"), Identity.derived("ben")
 NOBODY = Identity.derived("nobody").peer_id
+LIBRARIES = ("lutetia.protocol.light_client.bindings", "lutetia.protocol.transport.hivemind.bindings")
 
 
 async def peer(
@@ -52,7 +53,7 @@ def litter() -> set[str]:
     return {path.name for pattern in ("hivemind-*", "lutetia-*") for path in Path(tempfile.gettempdir()).glob(pattern)}
 
 
-async def test_a_taken_port_is_named_with_its_remedy(tmp_path: Path) -> None:
+async def test_a_taken_port_is_refused_with_its_remedy(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         listen = f"/ip4/127.0.0.1/tcp/{holder.getsockname()[1]}"
         with pytest.raises(UnreachableError, match=rf"{listen}: another program holds the port; .*--listen"):
@@ -61,7 +62,7 @@ async def test_a_taken_port_is_named_with_its_remedy(tmp_path: Path) -> None:
 
 
 async def test_two_peers_cannot_share_a_port_or_a_state_folder(tmp_path: Path) -> None:
-    """p2pd itself would let them: it listens with SO_REUSEPORT."""
+    """p2pd itself would allow it, because it listens with SO_REUSEPORT."""
     run = manifest_of_now()
     anna = await peer("anna", tmp_path, run)
     try:
@@ -89,7 +90,7 @@ async def test_an_impossible_address_is_refused(tmp_path: Path, listen: str, say
         await peer("anna", tmp_path, manifest_of_now(), listen)
 
 
-async def test_when_all_bootstraps_are_down_each_is_named_with_its_reason(tmp_path: Path) -> None:
+async def test_dead_bootstraps_are_named_with_their_reasons(tmp_path: Path) -> None:
     run = manifest_of_now()
     anna = await peer("anna", tmp_path, run)
     refused, wrong = f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}", anna.addresses()[0].replace(anna.peer_id, BEN.peer_id)
@@ -100,7 +101,7 @@ async def test_when_all_bootstraps_are_down_each_is_named_with_its_reason(tmp_pa
     text = str(caught.value)
     assert f"{refused}: connection refused" in text
     assert f"{wrong}: wrong peer id" in text
-    assert f"{deaf}: something answers there that is no peer of ours" in text
+    assert f"{deaf}: something answers there that is not a Lutetia peer" in text
     assert caught.value.code == 30
     await anna.close()
 
@@ -114,8 +115,8 @@ async def test_one_bootstrap_that_lives_is_enough(tmp_path: Path) -> None:
     await anna.close()
 
 
-async def test_its_own_address_among_the_bootstraps_is_no_obstacle(tmp_path: Path) -> None:
-    """As when a coordinator starts with its own ticket."""
+async def test_its_own_address_among_the_bootstraps_is_ignored(tmp_path: Path) -> None:
+    """A coordinator may start with its own ticket."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = f"/ip4/127.0.0.1/tcp/{port}/p2p/{ANNA.peer_id}"
@@ -132,7 +133,9 @@ async def test_its_own_address_among_the_bootstraps_is_no_obstacle(tmp_path: Pat
         (None, "no answer within"),
     ],
 )
-async def test_each_kind_of_silence_has_its_words(failure: OSError | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_kind_of_failed_dial_has_its_reason(
+    failure: OSError | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def connect(*_: object, **__: object) -> None:
         if failure:
             raise failure
@@ -145,15 +148,15 @@ async def test_each_kind_of_silence_has_its_words(failure: OSError | None, says:
 
 @pytest.mark.parametrize("host", ["dns4/a..b", f"dns4/{'a' * 64}.example", "dns/.", "ip4/a..b", "ip4/999.1.1.1"])
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_host_that_cannot_be_is_not_reached_and_nothing_worse(host: str, run: Callable[..., Any]) -> None:
-    """Node records of strangers hold such names; to resolve them raises UnicodeError."""
+def test_an_impossible_host_is_unreachable(host: str, run: Callable[..., Any]) -> None:
+    """Node records may hold such names. Resolving them raises UnicodeError."""
     for port in ("4001", "99999"):
         address = f"/{host}/tcp/{port}/p2p/{NOBODY}"
         assert run(reachability.why_unreachable(address, "dial failed"))
         assert not run(reachability.answers(address))
 
 
-async def test_when_its_p2pd_dies_the_peer_knows(tmp_path: Path) -> None:
+async def test_a_peer_whose_p2pd_died_is_not_alive(tmp_path: Path) -> None:
     run = manifest_of_now()
     anna = await peer("anna", tmp_path, run)
     os.kill(anna._daemon.process.pid, signal.SIGKILL)
@@ -167,7 +170,7 @@ async def test_when_its_p2pd_dies_the_peer_knows(tmp_path: Path) -> None:
     await anna.close()
 
 
-def test_p2pd_does_not_outlive_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
+def test_p2pd_ends_with_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
     before = litter()
     child = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("transport_process.py"), tmp_path], stdout=subprocess.PIPE, text=True
@@ -202,8 +205,8 @@ async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
     assert litter() == before
 
 
-async def test_a_long_state_folder_is_no_obstacle(tmp_path: Path) -> None:
-    """Unix sockets have short names."""
+async def test_a_long_state_folder_works(tmp_path: Path) -> None:
+    """The path of a Unix socket must be short."""
     run, before = manifest_of_now(), litter()
     folder = tmp_path / ("long" * 30)
     anna = await peer("anna", folder, run)
@@ -248,13 +251,13 @@ def test_on_loopback_nothing_outside_is_asked(listen: str) -> None:
     assert {"-natPortMap=0", "-autonat=0", "-relay=0", "-autoRelay=0"} == set(Reachability.of(listen).arguments())
 
 
-def test_elsewhere_a_peer_tries_to_be_reachable() -> None:
+def test_outside_loopback_a_peer_makes_itself_reachable() -> None:
     arguments = Reachability.of("/ip4/0.0.0.0/tcp/0").arguments()
     assert {"-natPortMap=1", "-autonat=1", "-relay=1"} <= set(arguments)
     assert "-trustedRelays=/a,/b" in Reachability(trusted_relays=("/a", "/b")).arguments()
 
 
-def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None:
+def test_an_answer_expires_with_its_records() -> None:
     answer, expires = DictionaryDHTValue(), time.time() + 30
     answer.store("owner", b"value", expires)
     answer.latest_expiration_time = float("inf")
@@ -264,18 +267,18 @@ def test_an_answer_lives_no_longer_than_its_records_whatever_it_claims() -> None
     assert not merged([])
 
 
-def test_addresses_of_this_machine_alone_are_kept_to_itself() -> None:
+def test_loopback_addresses_are_not_published() -> None:
     here, lan = ["/ip4/127.0.0.1/tcp/1/p2p/X", "/ip6/::1/tcp/1/p2p/X"], "/ip4/192.0.2.7/tcp/1/p2p/X"
-    assert useful([*here, lan]) == [lan]
-    assert useful(here) == here
+    assert outside_addresses([*here, lan]) == [lan]
+    assert outside_addresses(here) == here
 
 
-def test_neighbours_are_believed_only_where_they_belong() -> None:
+def test_peers_at_wrong_positions_are_ignored() -> None:
     honest_peers = [PeerID.from_base58(Identity.derived(str(number)).peer_id) for number in range(60)]
-    named = {place_of(peer): peer for peer in honest_peers}
+    named = {position_of(peer): peer for peer in honest_peers}
     named[DHTID.generate(source=b"beside the key")] = PeerID.from_base58(NOBODY)
-    assert _believable(dict(reversed(named.items()))).keys() <= {place_of(peer) for peer in honest_peers}
-    assert len(_believable(named)) == 40
+    assert _plausible(dict(reversed(named.items()))).keys() <= {position_of(peer) for peer in honest_peers}
+    assert len(_plausible(named)) == 40
 
 
 def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
@@ -289,14 +292,12 @@ def test_the_dht_costs_neither_torch_nor_the_rest_of_hivemind() -> None:
     assert int(megabytes) < 120
 
 
-@pytest.mark.parametrize("first", ["thin_library", "transport_hivemind"])
-def test_both_libp2p_libraries_fit_into_one_process(first: str) -> None:
-    second = {"thin_library": "transport_hivemind", "transport_hivemind": "thin_library"}[first]
-    code = f"import lutetia.protocol.{first}, lutetia.protocol.{second}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("modules", [LIBRARIES, LIBRARIES[::-1]], ids=["libp2p first", "hivemind first"])
+def test_both_libp2p_libraries_fit_into_one_process(modules: tuple[str, ...]) -> None:
+    subprocess.run([sys.executable, "-c", f"import {', '.join(modules)}"], check=True)
 
 
-async def test_a_p2pd_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_p2pd_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mute = tmp_path / "mute"
     mute.write_text("#!/bin/sh\nexec sleep 60\n")
     mute.chmod(0o755)
@@ -308,10 +309,8 @@ async def test_a_p2pd_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("failing", ["write_atomic", "mkdir", "exec"])
-async def test_a_start_that_fails_does_not_keep_the_state_folder_from_the_next(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when p2pd has died on a full disk: with space again, the same process goes back on the network."""
+async def test_a_failed_start_unlocks_the_state_folder(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When p2pd has died on a full disk, the same process must be able to start it again later."""
 
     def full(*_: object, **__: object) -> None:
         raise DiskError("no space left on device")

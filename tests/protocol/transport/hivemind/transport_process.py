@@ -1,4 +1,4 @@
-"""A process with a p2pd of its own, which its parent kills without warning. Prints p2pd's pid and its address, then waits."""
+"""A process with a p2pd, which its parent kills without warning. It prints p2pd's pid and address, then waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An asyncio loop whose clock jumps to the next timer: hours of a simulated swarm pass in seconds, and every run is the same."""
+"""An asyncio loop whose clock jumps to the next timer: a simulated hour takes seconds, and every run is the same."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class Deadlock(RuntimeError):
-    """Every task waits for something that no timer and no other task will bring about: a deadlock of the simulated program."""
+    """Every task waits and no timer is left: a deadlock of the program under test."""
 
 
 class _NoWait(selectors.SelectSelector):
-    """Never waits: tells the loop how long it would have."""
+    """A selector that never waits. It moves the clock to the next timer instead."""
 
     jump: Callable[[], None]
 
@@ -28,7 +28,7 @@ class _NoWait(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """`time()` starts at `start` (Unix seconds) and moves only when all else is done. No sockets; threads run inline."""
+    """`time()` starts at `start` (Unix seconds) and moves only when no task can run. No sockets; thread calls run inline."""
 
     def __init__(self, start: float) -> None:
         self._virtual_now = start
@@ -41,7 +41,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._virtual_now
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Call `func` in this thread: a second one would make the order of events depend on the machine."""
+        """Call `func` in this thread, because with a second one the order of events would depend on the machine."""
 
         async def call() -> Any:
             return func(*args)
@@ -54,7 +54,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Callable[[], Awaitable[T]], start: float = 1_800_000_000.0) -> T:
-    """Run `main()` on a fresh virtual-time loop, cancel what it leaves behind, return its result. Raises Stuck on a deadlock."""
+    """Run `main()` on a fresh virtual-time loop, cancel the tasks it leaves, return its result. Raises Deadlock."""
 
     async def call() -> T:
         return await main()

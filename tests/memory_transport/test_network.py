@@ -1,4 +1,4 @@
-"""The simulated network: faults do what they say, and one seed gives one history."""
+"""The memory network: each fault has its effect, and one seed gives one history."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.memory import MemoryNetwork, MemoryTransport
-from lutetia.protocol.transport.memory_stream import WINDOW
-from lutetia.protocol.transport.virtual_time import run_virtual
 from lutetia.system.errors import IdentityError
+from tests.memory_transport.network import MemoryNetwork
+from tests.memory_transport.stream import WINDOW
+from tests.memory_transport.transport import MemoryTransport
+from tests.memory_transport.virtual_time import run_virtual
 
 
 def any_record(key: str | None, subkey: str, value: bytes, expires: float) -> str:
@@ -32,7 +33,7 @@ def in_simulation(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 
 
 @in_simulation
-async def test_records_live_in_their_own_half_of_a_partition_and_meet_after_it() -> None:
+async def test_records_stay_in_their_half_of_a_partition() -> None:
     network = MemoryNetwork()
     peers = peers_of(network, 12)
     left, right = peers[:6], peers[6:]
@@ -49,7 +50,7 @@ async def test_records_live_in_their_own_half_of_a_partition_and_meet_after_it()
 
 
 @in_simulation
-async def test_records_survive_the_death_of_half_the_peers_and_then_expire() -> None:
+async def test_records_survive_dead_replicas_and_expire() -> None:
     network = MemoryNetwork(seed=3)
     peers = peers_of(network, 10)
     until = network.now() + 60

@@ -1,4 +1,4 @@
-"""Byte streams inside one process, with latency, bandwidth and back-pressure: the streams of the `memory` backend."""
+"""Byte streams inside one process, with latency, bandwidth and back-pressure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lutetia.protocol.transport.base import Stream
 WINDOW = 1 << 20
 
 Link = Callable[[int], tuple[float, float]]
-"""size in bytes -> (seconds until the first byte arrives, seconds that the bytes occupy the line)"""
+"""size in bytes -> (seconds until the first byte arrives, seconds that the bytes occupy the link)"""
 
 
 class Pipe:
@@ -19,7 +19,7 @@ class Pipe:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._flying: deque[tuple[float, bytes]] = deque()
+        self._in_flight: deque[tuple[float, bytes]] = deque()
         self._ready = bytearray()
         self._unread = 0
         self._last_arrival = 0.0
@@ -34,14 +34,14 @@ class Pipe:
         latency, busy = self._link(len(data))
         now = asyncio.get_running_loop().time()
         self._last_arrival = max(self._last_arrival, now + latency) + busy
-        self._flying.append((self._last_arrival, bytes(data)))
+        self._in_flight.append((self._last_arrival, bytes(data)))
         self._unread += len(data)
         self._notify()
 
     async def read_exactly(self, count: int) -> bytes:
         while len(self._ready) < count:
-            if self._flying:
-                await self._land()
+            if self._in_flight:
+                await self._receive()
             elif self._ended is not None:
                 raise ConnectionError(f"{self._ended} ({count - len(self._ready)} bytes early)")
             else:
@@ -53,20 +53,20 @@ class Pipe:
         return data
 
     def end(self, reason: str, lose: bool = False) -> None:
-        """No more bytes will be written; with `lose`, those on their way are lost too."""
+        """Write no more bytes. With `lose`, those on their way are lost too."""
         if self._ended is None:
             self._ended = reason
         if lose:
-            self._flying.clear()
+            self._in_flight.clear()
         self._notify()
 
-    async def _land(self) -> None:
-        """Wait for the earliest bytes on their way."""
-        delay = self._flying[0][0] - asyncio.get_running_loop().time()
+    async def _receive(self) -> None:
+        """Take the earliest bytes in flight, or wait until they arrive."""
+        delay = self._in_flight[0][0] - asyncio.get_running_loop().time()
         if delay > 0:
             await asyncio.sleep(delay)
         else:
-            self._ready += self._flying.popleft()[1]
+            self._ready += self._in_flight.popleft()[1]
 
     async def _change(self) -> None:
         if self._changed is None or self._changed.done():
@@ -100,7 +100,7 @@ class MemoryStream(Stream):
         self._inbound.end("the peer closed the stream", lose=True)
 
     def break_(self, reason: str) -> None:
-        """Both directions fail at once, as when a peer or the line to it dies."""
+        """Both directions fail at once, as when the peer or the link to it dies."""
         self.closed = True
         self._outbound.end(reason, lose=True)
         self._inbound.end(reason, lose=True)

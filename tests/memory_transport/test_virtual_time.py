@@ -1,4 +1,4 @@
-"""The simulated clock: hours pass at once, in the same order every time."""
+"""The virtual clock: hours pass at once, in the same order every time."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import asyncio
 
 import pytest
 
-from lutetia.protocol.transport.virtual_time import Deadlock, run_virtual
+from tests.memory_transport.virtual_time import Deadlock, run_virtual
 
 
 def test_an_hour_passes_at_once_and_in_order() -> None:
     async def main() -> list[tuple[str, float]]:
-        loop, story = asyncio.get_running_loop(), []
+        loop, beats = asyncio.get_running_loop(), []
         start = loop.time()
 
         async def beat(name: str, period: float, times: int) -> None:
             for _ in range(times):
                 await asyncio.sleep(period)
-                story.append((name, round(loop.time() - start, 3)))
+                beats.append((name, round(loop.time() - start, 3)))
 
         await asyncio.gather(beat("slow", 1800, 2), beat("quick", 1000, 3))
-        return story
+        return beats
 
-    story = run_virtual(main)
-    assert story == [("quick", 1000.0), ("slow", 1800.0), ("quick", 2000.0), ("quick", 3000.0), ("slow", 3600.0)]
-    assert run_virtual(main) == story
+    beats = run_virtual(main)
+    assert beats == [("quick", 1000.0), ("slow", 1800.0), ("quick", 2000.0), ("quick", 3000.0), ("slow", 3600.0)]
+    assert run_virtual(main) == beats
 
 
 def test_timeouts_and_threads_work() -> None:
