@@ -15,6 +15,7 @@ from lutetia.coordinator.ledger.events import (
     RouterTrained,
 )
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.protocol.claims import ShardView
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.protocol.schema.status import AuditState
@@ -178,6 +179,11 @@ class RunState:
 
     def peer(self, owner: str) -> PeerLedger:
         return self.peers.get(owner, _STRANGER)
+
+    def lineage(self, shard: int) -> ShardView:
+        """The accepted lineage of a shard as peers see it in the DHT, without claims."""
+        ledger = self.shards[shard]
+        return ShardView(shard, acceptance=ledger.acceptance, reset=ledger.term)
 
     @property
     def accepted_epochs(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
 from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
-from lutetia.protocol.claims import LiveClaim, ShardView, shard_owner
+from lutetia.protocol.claims import LiveClaim
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
@@ -28,6 +28,7 @@ from lutetia.protocol.schema.status import (
     SwarmStatus,
 )
 from lutetia.protocol.schema.verdicts import CHECK_NAMES
+from lutetia.protocol.stalled_claims import Seen, current_holder
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -53,6 +54,8 @@ class LiveView:
     claims: Sequence[Sighting[ClaimRecord]] = ()
     copies: Mapping[str, int] = field(default_factory=dict)
     """By accepted checkpoint: how many live peers besides the coordinators say that they hold it."""
+    histories: Mapping[int, Seen] = field(default_factory=dict)
+    """By shard: what was seen of its claims, look by look."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
@@ -62,6 +65,10 @@ def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
     """
     if peer.shard == shard and peer.interval is not None:
         return 2 * peer.interval + manifest.timing.lease
+    return _tenure(manifest)
+
+
+def _tenure(manifest: Manifest) -> float:
     return max(manifest.timing.tenure, manifest.timing.lease)
 
 
@@ -71,7 +78,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     for claim in live.claims:
         if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in state.quarantined:
             claims[claim.record.shard].append(claim)
-    held = {index: _holder(state, index, claims[index], now) for index in sorted(claims)}
+    held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
     holders = {claim.record.owner: claim for claim in held.values() if claim}
     nodes = sorted(
         (node for node in live.nodes if node.expires > now and node.record.state != "left"), key=lambda n: n.record.owner
@@ -107,11 +114,14 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     )
 
 
-def _holder(state: RunState, shard: int, claims: list[Sighting[ClaimRecord]], now: float) -> Sighting[ClaimRecord] | None:
-    """The claim that wins by the rule which every peer applies."""
-    view = ShardView(shard, tuple(LiveClaim(claim.record, claim.expires) for claim in claims), state.shards[shard].acceptance)
-    owner = shard_owner(state.run, view, now)
-    return next((claim for claim in claims if claim.record.owner == owner), None)
+def _held_claim(
+    state: RunState, manifest: Manifest, shard: int, claims: list[Sighting[ClaimRecord]], live: LiveView, now: float
+) -> Sighting[ClaimRecord] | None:
+    """The claim of the peer that holds the shard, by the rule that every node applies."""
+    view = state.lineage(shard).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+    seen = live.histories.get(shard, {})
+    holder = current_holder(state.run, view, seen, _tenure(manifest), manifest.checkpoint_samples, now)
+    return next((claim for claim in claims if claim.record.owner == holder), None)
 
 
 def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> tuple[float | None, float]:

@@ -18,7 +18,7 @@ from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.audit_service import relatives
-from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, sighted
+from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
@@ -31,6 +31,7 @@ from lutetia.protocol.schema.records import (
     checkpoint_key,
     open_record,
 )
+from lutetia.protocol.stalled_claims import LONGEST_GAP
 from lutetia.simulation.config import COORDINATOR, MIB
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
 from lutetia.simulation.peers.announcer import SimulatedAnnouncer
@@ -284,7 +285,11 @@ class SimulatedCoordinator:
             world.costs.listed(NODE_BUCKETS, len(self._nodes), setting.replicas, world.dht.size, "watch")
         world.costs.looked(setting.shards, len(claims), setting.replicas, world.dht.size, "watch")
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        histories = self.view.histories
         self.view, self._since = sighted(nodes, claims, self._since, now)
+        lineages = map(self.state.run.lineage, range(setting.shards))
+        longest_gap = LONGEST_GAP * world.manifest.timing.lease
+        self.view = replace(self.view, histories=observed(histories, self.view.claims, lineages, now, longest_gap))
 
     def _tell(self) -> None:
         """Make the status document, as anybody who asks would get it."""

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, allowance, status
+from lutetia.coordinator.runtime.swarm_monitor import observed
+from lutetia.protocol.claims import LiveClaim, rendezvous
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, NodeState
 from lutetia.protocol.schema.status import NodeStatus, SwarmStatus
+from lutetia.protocol.stalled_claims import IDLE, LONGEST_GAP, current_holder
 from tests.coordinator.acceptance.judge_driver import PEERS, court, make_manifest, make_record
 
 
@@ -26,9 +29,9 @@ def node(run: str, peer: Identity, now: float, state: NodeState = "training", si
 
 
 def claim(
-    run: str, peer: Identity, now: float, shard: int = 0, epoch: int = 0, since: float | None = None
+    run: str, peer: Identity, now: float, shard: int = 0, epoch: int = 0, since: float | None = None, samples: int = 0
 ) -> Sighting[ClaimRecord]:
-    record = ClaimRecord(run=run, owner=peer.public_key, issued=now, shard=shard, epoch=epoch, samples=0, state="training")
+    record = ClaimRecord(run=run, owner=peer.public_key, issued=now, shard=shard, epoch=epoch, samples=samples, state="training")
     return Sighting(record, now + 6, now if since is None else since)
 
 
@@ -97,6 +100,36 @@ def test_who_lost_the_shard_is_on_standby_and_who_left_is_gone():
     assert document.shards[0].owner == PEERS[0].public_key
     health = {entry.owner: entry.health for entry in document.nodes}
     assert health == {PEERS[0].public_key: "working", PEERS[1].public_key: "standby"}
+
+
+def test_a_stalled_squatter_is_not_named_as_the_holder():
+    """It has the lowest hash, so it wins as long as its claim counts; nodes pass it over once its samples stand still."""
+    c = court(epochs=10)
+    run, timing = c.manifest.run_id, c.manifest.timing
+    squatter, worker = sorted(PEERS[:2], key=lambda peer: rendezvous(run, 0, 0, peer.public_key))
+    tenure, interval = max(timing.tenure, timing.lease), c.manifest.checkpoint_samples
+    began, view = c.now, LiveView()
+
+    def look(*claims: Sighting[ClaimRecord]) -> tuple[str | None, SwarmStatus]:
+        """Whom a standby node takes for the holder, and the status document."""
+        nonlocal view
+        histories = observed(view.histories, claims, [c.state.run.lineage(0)], c.now, LONGEST_GAP * timing.lease)
+        view = LiveView([node(run, squatter, c.now), node(run, worker, c.now)], claims, histories=histories)
+        live = c.state.run.lineage(0).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+        holder = current_holder(run, live, histories[0], tenure, interval, c.now, reader=PEERS[2].public_key)
+        return holder, status(c.state.run, c.manifest, view, c.now)
+
+    samples = 0
+    while c.now <= began + IDLE * tenure:
+        holder, document = look(claim(run, squatter, c.now), claim(run, worker, c.now, samples=samples))
+        assert holder == document.shards[0].owner == squatter.public_key
+        c.now, samples = c.now + timing.lease, samples + 1
+    holder, document = look(claim(run, squatter, c.now), claim(run, worker, c.now, samples=samples))
+    assert holder == document.shards[0].owner == worker.public_key
+    assert {entry.owner: entry.shard for entry in document.nodes} == {squatter.public_key: None, worker.public_key: 0}
+    holder, document = look(claim(run, squatter, c.now))
+    assert holder is document.shards[0].owner is None
+    assert document.shards[0].state == "unclaimed"
 
 
 def test_a_finished_shard_and_the_refusals_are_shown():
