@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,7 @@ class Lab:
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await run_checks(record, parent_loss, self.manifest, self.tools)
+        return await run_checks(record, parent_loss, self.manifest, self.tools, time.monotonic)
 
     def audited(self, result: Result, parent: Result | None, said: TrainedWith | None = None) -> Audited:
         """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.

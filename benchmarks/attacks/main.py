@@ -46,10 +46,10 @@ async def judged(
     devices: Mapping[str, TrainedWith | None],
 ) -> tuple[Try, Any]:
     verdict = await lab.judged(result, parent_loss)
-    seconds = [(cost.rung, cost.seconds) for cost in verdict.costs]
+    seconds = [(cost.check, cost.seconds) for cost in verdict.costs]
     size = sum(getattr(result, name).stat().st_size for name in ("weights", "state", "trace"))
     if verdict.outcome != "valid":
-        return Try(who, verdict.rung, verdict.text, seconds=tuple(seconds), size=size), verdict
+        return Try(who, verdict.check, verdict.text, seconds=tuple(seconds), size=size), verdict
     began = time.perf_counter()
     found = tuple(audits(lab, result, parent, devices))
     seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(found)))

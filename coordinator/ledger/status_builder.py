@@ -1,7 +1,7 @@
-"""From the ledger and the live records to the one status document, as a pure function of the time.
+"""The one status document, made from the ledger's state and the live records as a pure function of the time.
 
-Invariant I6: nobody is `working` whose own work has not been accepted within its due time. A claim, a heartbeat or a busy
-processor earns `starting` for one allowance, then `overdue`.
+Invariant I6: a peer is `working` only while its own work is accepted in time. A claim, a heartbeat or a busy processor makes it
+`starting` for one allowance, then `overdue`.
 """
 
 from __future__ import annotations
@@ -39,29 +39,31 @@ _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
 
 @dataclass(frozen=True, slots=True)
 class Sighting(Generic[R]):
-    """A live record, its expiry, and since when its owner has been seen without a gap (for a claim: on this shard)."""
+    """A live record. Times are Unix seconds."""
 
     record: R
     expires: float
     since: float
+    """Since when its owner has been seen without a gap (for a claim: on this shard)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """What the DHT shows of the swarm now."""
+    """The swarm as the DHT shows it."""
 
     nodes: Sequence[Sighting[NodeRecord]] = ()
     claims: Sequence[Sighting[ClaimRecord]] = ()
     copies: Mapping[str, int] = field(default_factory=dict)
-    """By accepted checkpoint: how many live peers besides the coordinators say that they hold it."""
+    """By accepted checkpoint: how many live peers besides the coordinators report that they hold it."""
     histories: Mapping[int, Seen] = field(default_factory=dict)
-    """By shard: what was seen of its claims, look by look."""
+    """By shard: the histories of its claims."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
-    """Seconds within which the next acceptance should come: twice the pace measured on this shard plus a lease, else the tenure.
+    """Seconds within which the peer's next acceptance on the shard is due.
 
-    The pace is that of accepted work, not what the peer says of itself.
+    Twice its measured seconds per accepted epoch on this shard plus a lease; before two acceptances the tenure. What the peer
+    reports about itself does not count.
     """
     if peer.shard == shard and peer.interval is not None:
         return 2 * peer.interval + manifest.timing.lease
@@ -100,9 +102,9 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         events=state.events,
         refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
         finished=state.finished,
-        rungs=tuple(
-            CheckStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
-            for (rung, outcome), spent in sorted(
+        checks=tuple(
+            CheckStatus(check=check, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
+            for (check, outcome), spent in sorted(
                 state.spent.items(), key=lambda item: (CHECK_NAMES.index(item[0][0]), item[0][1])
             )
         ),
@@ -125,7 +127,7 @@ def _held_claim(
 
 
 def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> tuple[float | None, float]:
-    """(until when the claimant's last accepted work covers it, until when it may be without any)."""
+    """Unix seconds: (until when the claimant's last acceptance covers it, until when its claim alone does)."""
     shard = claim.record.shard
     peer = state.peer(claim.record.owner)
     allowed = allowance(peer, shard, manifest)

@@ -33,12 +33,12 @@ class OfferReply(Frozen):
     """How an offered checkpoint stands.
 
     `queued`: it waits or is being judged. `busy`: offer it again after `retry_after` seconds. `accepted`. `superseded`: another
-    result was accepted for this epoch; sync and go on from it. `invalid`: refused for good at `rung`. `inconclusive`: it could
+    result was accepted for this epoch; sync and go on from it. `invalid`: refused for good by `check`. `inconclusive`: it could
     not be judged (for instance its blobs could not be fetched).
     """
 
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"]
-    rung: CheckName | None = None
+    check: CheckName | None = None
     text: str = Field(default="", max_length=1000)
     retry_after: float | None = None
 
@@ -72,6 +72,6 @@ async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:
     try:
         return await answer(peer_id, Offer.model_validate_json(data))
     except ValidationError:
-        return OfferReply(verdict="invalid", rung="signature", text="the offer is malformed")
+        return OfferReply(verdict="invalid", check="signature", text="the offer is malformed")
     except RecordRefused as error:
-        return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+        return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])

@@ -85,14 +85,14 @@ class RefusalStatus(TolerantDocument):
     owner: PublicKey
     checkpoint: Digest
     verdict: Literal["invalid", "inconclusive"]
-    rung: CheckName
+    check: CheckName
     text: str
 
 
 class CheckStatus(TolerantDocument):
-    """What a rung of the ladder has cost: `count` results climbed it with `outcome`, in `seconds`, over `size` bytes."""
+    """What a check has cost: it was run `count` times with `outcome`, in `seconds`, over `size` bytes."""
 
-    rung: CheckName
+    check: CheckName
     outcome: Literal["valid", "invalid", "inconclusive"]
     count: int
     seconds: float
@@ -127,7 +127,7 @@ class SwarmStatus(TolerantDocument):
     rejected: int = 0
     events: int = 0
     refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last ones, oldest first")
-    rungs: tuple[CheckStatus, ...] = Field(default=(), description="What judging has cost, by rung and outcome")
+    checks: tuple[CheckStatus, ...] = Field(default=(), description="What the checks have cost, by check and outcome")
     audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
     quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The newest, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Which accepted epoch of each shard the mixture holds")

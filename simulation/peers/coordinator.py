@@ -184,7 +184,7 @@ class SimulatedCoordinator:
                     sealed, key=None, subkey=record.owner, expires=record.issued + life, now=self.clock(), limits=self._limits
                 )
             except RecordRefused as error:
-                return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+                return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])
         reply = self.hear(j.Offered(record, self.clock()))
         assert isinstance(reply, OfferReply)
         return reply
@@ -233,7 +233,7 @@ class SimulatedCoordinator:
 
         drive(
             self.world.agenda,
-            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
+            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self), self.clock),
             done,
         )
 

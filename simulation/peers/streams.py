@@ -62,7 +62,7 @@ async def offer_round(peer: SimulatedNode, candidate: m.OwnCheckpoint, boot: int
         world.costs.stored("provider", world.setting.replicas, world.dht.size, 3)
     for office in world.offices:
         if (reply := await _offer(peer, office, record, boot)) is not None:
-            verdict = "quarantined" if reply.rung == "quarantine" else reply.verdict
+            verdict = "quarantined" if reply.check == "quarantine" else reply.verdict
             return verdict, " ".join(reply.text.split()), reply.retry_after
     return "unreachable", "no coordinator answered", None
 

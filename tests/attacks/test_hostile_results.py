@@ -51,7 +51,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
 async def test_the_ladder_stops_it(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
     stage, parent = scene
     verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
-    assert (verdict.outcome, verdict.rung) == ("invalid", rung), verdict.text
+    assert (verdict.outcome, verdict.check) == ("invalid", rung), verdict.text
 
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])

@@ -228,7 +228,7 @@ def test_a_quarantined_peer_is_refused_with_a_typed_reason_until_it_is_pardoned(
     c, _ = convicted()
     record = make_record(c.manifest, CHEAT, 0, 2, c.state.run.shards[0].accepted, text="again")
     reply = c.offer(record)
-    assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
+    assert (reply.verdict, reply.check) == ("invalid", "quarantine")
     assert "epoch 2 of shard 0" in reply.text
     assert "operator" in reply.text
     shown = status(c.state.run, c.manifest, LiveView(), c.now)

@@ -184,7 +184,7 @@ async def test_a_blob_that_is_here_already_must_have_the_size_that_is_claimed(tm
         run = await room.until(lambda run: PEERS[2].public_key not in run.shards[0].candidates)
         assert run.accepted == 0
         reply = await room.offer(lie)
-        assert (reply.verdict, reply.rung) == ("invalid", "transfer")
+        assert (reply.verdict, reply.check) == ("invalid", "transfer")
         assert f"{weights.size + 1} bytes" in reply.text
 
         honest = made_of(room.manifest, PEERS[2], [weights, state, trace], addresses=())
@@ -250,7 +250,7 @@ async def test_what_goes_missing_under_a_check_is_fetched_again(tmp_path: Path):
         room.tools.incoming.remove(record.state.digest)  # as by hand, or by a disk that is mended
         gate.opened.set()
         run = await room.until(lambda run: run.accepted == 1)
-        assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "raw")]
+        assert [(why.verdict, why.check) for why in run.refusals] == [("inconclusive", "raw")]
         assert "is not in the store" in run.refusals[0].text
 
 
@@ -283,7 +283,7 @@ async def test_what_goes_missing_after_it_was_read_is_noticed_before_the_accepta
         room.tools.incoming.remove(record.trace.digest)
         gate.opened.set()
         run = await room.until(lambda run: run.accepted == 1)
-        assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "transfer")]
+        assert [(why.verdict, why.check) for why in run.refusals] == [("inconclusive", "transfer")]
         assert "went missing meanwhile" in run.refusals[0].text
         assert room.tools.blobs.has(record.trace.digest)
 

@@ -45,7 +45,7 @@ def test_the_next_epoch_must_stand_on_the_accepted_one():
     c.verdict(first)
     orphan = make_record(c.manifest, PEERS[1], epoch=2, parent="0" * 64)
     reply = c.offer(orphan)
-    assert (reply.verdict, reply.rung) == ("invalid", "lineage")
+    assert (reply.verdict, reply.check) == ("invalid", "lineage")
     assert "its parent is 0000" in reply.text
     assert c.offer(early).verdict == "queued"
     assert c.checks[-1] == StartCheck(early, 0.4), "compared with the accepted parent"
@@ -64,7 +64,7 @@ def test_the_next_epoch_must_stand_on_the_accepted_one():
 def test_what_is_refused_at_the_door_says_why(change, rung, words):
     c = court()
     reply = c.offer(make_record(c.manifest, PEERS[0], **change))
-    assert (reply.verdict, reply.rung) == ("invalid", rung)
+    assert (reply.verdict, reply.check) == ("invalid", rung)
     assert words in reply.text
     assert not c.checks
 
@@ -85,7 +85,7 @@ def oversized(c: Court, peer: Identity) -> CheckpointRecord:
 def test_oversized_blobs_are_refused_before_a_byte_is_fetched():
     c = court()
     reply = c.offer(oversized(c, PEERS[0]))
-    assert (reply.verdict, reply.rung) == ("invalid", "size")
+    assert (reply.verdict, reply.check) == ("invalid", "size")
     assert "1001 bytes" in reply.text
     assert not c.checks
 
@@ -97,7 +97,7 @@ def test_oversized_blobs_that_came_before_the_limits_were_known_are_refused_then
     c.hears(LimitsKnown(limits_of(2), c.now))
     refusal = c.events[-1]
     assert isinstance(refusal, ResultRefused)
-    assert refusal.rung == "size"
+    assert refusal.check == "size"
     assert not c.checks
     assert c.offer(big).verdict == "invalid"
     assert c.state.run.rejected == 1
@@ -112,10 +112,10 @@ def test_what_costs_a_stranger_nothing_leaves_no_trace(via: str):
     for _ in range(3):
         for stranger in (*strangers, PEERS[0]):
             orphan = make_record(c.manifest, stranger, epoch=2, parent="e" * 64)
-            assert c.offer(orphan, via).rung == "lineage"
-            assert c.offer(orphan.model_copy(update={"peer_id": PEERS[5].peer_id}), via).rung == "signature"
+            assert c.offer(orphan, via).check == "lineage"
+            assert c.offer(orphan.model_copy(update={"peer_id": PEERS[5].peer_id}), via).check == "signature"
             big = oversized(c, stranger)
-            assert c.offer(big.model_copy(update={"shard": 1}), via).rung == "size"
+            assert c.offer(big.model_copy(update={"shard": 1}), via).check == "size"
     assert c.state.run == before
 
 
@@ -126,12 +126,12 @@ def test_old_ledgers_tell_of_strangers_whom_the_state_need_not_remember():
     facts = {"time": c.now, "shard": 0, "epoch": 2, "checkpoint": "e" * 64, "verdict": "invalid", "text": "its parent is another"}
     run = c.state.run
     for index in range(20):
-        run = apply(run, ResultRefused(**facts, owner=f"{index:064x}", rung="lineage"))
-    run = apply(run, ResultRefused(**facts, owner=PEERS[0].public_key, rung="lineage"))
+        run = apply(run, ResultRefused(**facts, owner=f"{index:064x}", check="lineage"))
+    run = apply(run, ResultRefused(**facts, owner=PEERS[0].public_key, check="lineage"))
     assert set(run.peers) == {PEERS[0].public_key}
     assert run.peer(PEERS[0].public_key).rejected == 1
     assert run.rejected == 21
-    spoilt = apply(run, ResultRefused(**facts, owner=PEERS[1].public_key, rung="numbers"))
+    spoilt = apply(run, ResultRefused(**facts, owner=PEERS[1].public_key, check="numbers"))
     assert spoilt.peer(PEERS[1].public_key).rejected == 1, "bytes that had to be looked at are remembered"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
 from pathlib import Path
@@ -14,11 +15,14 @@ from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate
 from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
+    CoordinatorStopped,
     Event,
     ManifestPublished,
     MixtureStitched,
+    ResultRefused,
     ResultSeen,
     RouterTrained,
+    RunCreated,
     read_event,
 )
 from lutetia.coordinator.ledger.log import Ledger
@@ -159,7 +163,7 @@ def test_a_ledger_of_another_run_or_none_is_refused(path: Path, tmp_path: Path):
         Ledger.open(path, "a" * 64)
     with pytest.raises(ConfigError, match="there is no ledger"):
         Ledger.open(tmp_path / "absent.sqlite")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         Ledger.create(path, first_event(make_manifest()))
 
 
@@ -221,3 +225,37 @@ def test_what_comes_in_together_is_written_together(tmp_path: Path):
     assert c.state.run.accepted == 200
     assert not any(isinstance(action, DiscardCandidate) for action in c.actions)
     ledger.close()
+
+
+def test_an_event_of_an_older_ledger_is_read():
+    """`check` was called `rung`, in the event and in its costs."""
+    event = read_event(
+        '{"again_at":null,"checkpoint":"' + "a" * 64 + '","costs":[{"outcome":"valid","rung":"transfer","seconds":0.5,"size":7},'
+        '{"outcome":"invalid","rung":"numbers","seconds":0.1,"size":7}],"epoch":1,"kind":"checkpoint-refused","owner":"'
+        + PEERS[0].public_key
+        + '","rung":"numbers","shard":0,"text":"a tensor is not finite","time":1700000000.0,"verdict":"invalid"}'
+    )
+    assert isinstance(event, ResultRefused)
+    assert (event.check, [cost.check for cost in event.costs]) == ("numbers", ["transfer", "numbers"])
+    assert read_event(canonical(event)) == event
+
+
+def test_a_ledger_with_older_events_opens_and_goes_on(tmp_path: Path):
+    c = court()
+    c.refused(make_record(c.manifest, PEERS[1]))
+    path = tmp_path / "ledger.sqlite"
+    first, *others = c.events
+    assert isinstance(first, RunCreated)
+    ledger = Ledger.create(path, first)
+    text = canonical(others[-1]).decode().replace('"check":', '"rung":')
+    assert '"rung":"numbers"' in text
+    ledger.append(others[:-1])
+    count, chain = ledger.head
+    link = hashlib.sha256(bytes.fromhex(chain) + repr(others[-1].time).encode() + b"\n" + text.encode()).digest()
+    ledger._insert([(count + 1, others[-1].time, text, link)], durable=True)
+    ledger.close()
+    again = Ledger.open(path)
+    assert again.state == c.state.run
+    again.append([CoordinatorStopped(time=c.now)])
+    assert len(list(again.rows())) == count + 2
+    again.close()

@@ -143,7 +143,7 @@ def test_a_finished_shard_and_the_refusals_are_shown():
     assert document.shards[0].audit == "due"
     assert document.shards[0].samples == document.shards[0].samples_budget
     assert me.health == "standby"
-    assert [(refusal.checkpoint, refusal.rung) for refusal in document.refusals] == [(bad.digest, "numbers")]
+    assert [(refusal.checkpoint, refusal.check) for refusal in document.refusals] == [(bad.digest, "numbers")]
     assert not document.done
     assert SwarmStatus.model_validate_json(canonical(document)) == document
 
