@@ -1,4 +1,4 @@
-"""Results that lie, before the coordinator's real ladder and replay: real tiny experts, real safetensors files.
+"""Results that lie, before the coordinator's real checks and replay: real tiny experts, real safetensors files.
 
 Rates over many seeds, and over honest boxes, are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
 hostile headers and wrong forms in tests/coordinator/worker/test_process.py and
@@ -47,11 +47,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
     return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED), verdict
 
 
-@pytest.mark.parametrize(("name", "rung"), STOPPED.items())
-async def test_the_ladder_stops_it(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
+@pytest.mark.parametrize(("name", "check"), STOPPED.items())
+async def test_the_checks_stop_it(scene: tuple[Scene, Verdict], name: str, check: str) -> None:
     stage, parent = scene
     verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
-    assert (verdict.outcome, verdict.check) == ("invalid", rung), verdict.text
+    assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
 
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])
