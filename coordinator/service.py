@@ -97,7 +97,7 @@ class Service:
         self.bench = JudgeLoop(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
         self.admission = Admission(4 * self.settings.offers_per_minute)
         self.lookout = self.crier.lookout = SwarmMonitor(
-            self.transport, self.manifest, self._found, self._accepted, lambda shard: self.bench.state.run.lineage(shard)
+            self.transport, self.manifest, self._found, self._accepted, lambda shard: self.bench.state.run.shard_view(shard)
         )
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,

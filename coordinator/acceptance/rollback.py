@@ -23,7 +23,7 @@ def note_fact(transition: JudgeTransition, event: Event) -> None:
     """Write a fact from outside. The judge may have gone on since it was found; then it is out of date and dropped."""
     match event:
         case MixtureStitched():
-            if transition.run.stands(event):
+            if transition.run.is_current(event):
                 transition.write(event)
         case AcceptanceRecovered(acceptance=given):
             _recover(transition, event, given.shard, (given.term, given.epoch))

@@ -281,7 +281,7 @@ class RunState:
     def peer(self, owner: str) -> PeerLedger:
         return self.peers.get(owner, _UNKNOWN_PEER)
 
-    def lineage(self, shard: int) -> ShardView:
+    def shard_view(self, shard: int) -> ShardView:
         """The accepted lineage of a shard as peers see it in the DHT, without claims."""
         ledger = self.shards[shard]
         return ShardView(shard, acceptance=ledger.acceptance, reset=ledger.term)
@@ -294,7 +294,7 @@ class RunState:
     def terms(self) -> tuple[int, ...]:
         return tuple(self.shards[index].term for index in range(len(self.shards)))
 
-    def stands(self, mixture: MixtureStitched) -> bool:
+    def is_current(self, mixture: MixtureStitched) -> bool:
         """Whether no shard was rolled back since the mixture was stitched."""
         return not mixture.terms or mixture.terms == self.terms
 

@@ -120,7 +120,7 @@ def _held_claim(
     state: RunState, manifest: Manifest, shard: int, claims: list[Sighting[ClaimRecord]], live: LiveView, now: float
 ) -> Sighting[ClaimRecord] | None:
     """The claim of the peer that holds the shard, by the rule that every node applies."""
-    view = state.lineage(shard).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+    view = state.shard_view(shard).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
     seen = live.histories.get(shard, {})
     holder = current_holder(state.run, view, seen, _tenure(manifest), manifest.checkpoint_samples, now)
     return next((claim for claim in claims if claim.record.owner == holder), None)

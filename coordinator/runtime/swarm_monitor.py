@@ -40,14 +40,14 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 class SwarmMonitor:
     """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count.
 
-    `lineage`: what was accepted of a shard, against which the progress of its claims is measured.
+    `shard_view`: the accepted state of a shard, without which the progress of its claims cannot be judged.
     """
 
     transport: Transport
     manifest: Manifest
     found: Callable[[CheckpointRecord], Awaitable[None]]
     accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
-    lineage: Callable[[int], ShardView] = ShardView
+    shard_view: Callable[[int], ShardView] = ShardView
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
@@ -82,7 +82,7 @@ class SwarmMonitor:
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         view, self._since = sighted(nodes, claims, self._since, now)
         longest_gap = LONGEST_GAP * self.manifest.timing.lease
-        histories = observed(self.view.histories, view.claims, map(self.lineage, shards), now, longest_gap)
+        histories = observed(self.view.histories, view.claims, map(self.shard_view, shards), now, longest_gap)
         self.view = replace(view, copies=self.view.copies, histories=histories)
 
     async def look_at_checkpoints(self) -> None:
@@ -141,7 +141,7 @@ def sighted(
 def observed(
     known: Mapping[int, Seen],
     claims: Iterable[Sighting[ClaimRecord]],
-    lineages: Iterable[ShardView],
+    shards: Iterable[ShardView],
     now: float,
     longest_gap: float,
 ) -> dict[int, Seen]:
@@ -149,5 +149,5 @@ def observed(
     by_shard: dict[int, list[LiveClaim]] = defaultdict(list)
     for claim in claims:
         by_shard[claim.record.shard].append(LiveClaim(claim.record, claim.expires))
-    views = (lineage.with_claims(by_shard[lineage.shard]) for lineage in lineages)
+    views = (shard.with_claims(by_shard[shard.shard]) for shard in shards)
     return {view.shard: observe_claims(known.get(view.shard, {}), view, now, longest_gap) for view in views if view.claims}

@@ -287,9 +287,9 @@ class SimulatedCoordinator:
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         histories = self.view.histories
         self.view, self._since = sighted(nodes, claims, self._since, now)
-        lineages = map(self.state.run.lineage, range(setting.shards))
+        shards = map(self.state.run.shard_view, range(setting.shards))
         longest_gap = LONGEST_GAP * world.manifest.timing.lease
-        self.view = replace(self.view, histories=observed(histories, self.view.claims, lineages, now, longest_gap))
+        self.view = replace(self.view, histories=observed(histories, self.view.claims, shards, now, longest_gap))
 
     def _tell(self) -> None:
         """Make the status document, as anybody who asks would get it."""

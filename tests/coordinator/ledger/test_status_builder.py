@@ -115,9 +115,9 @@ def test_a_stalled_squatter_is_not_named_as_the_holder():
     def look(*claims: Sighting[ClaimRecord]) -> tuple[str | None, SwarmStatus]:
         """The holder that a standby node sees, and the status document."""
         nonlocal view
-        histories = observed(view.histories, claims, [driver.state.run.lineage(0)], driver.now, LONGEST_GAP * timing.lease)
+        histories = observed(view.histories, claims, [driver.state.run.shard_view(0)], driver.now, LONGEST_GAP * timing.lease)
         view = LiveView([node(run, squatter, driver.now), node(run, worker, driver.now)], claims, histories=histories)
-        live = driver.state.run.lineage(0).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+        live = driver.state.run.shard_view(0).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
         holder = current_holder(run, live, histories[0], tenure, interval, driver.now, reader=PEERS[2].public_key)
         return holder, status(driver.state.run, driver.manifest, view, driver.now)
 

@@ -64,7 +64,7 @@ def test_each_look_extends_the_history_of_a_claim():
     async def run() -> None:
         network = MemoryNetwork()
         transport = network.peer(COORDINATOR, record_check(c.manifest, network.now))
-        monitor = SwarmMonitor(transport, c.manifest, _ignore, lineage=c.state.run.lineage)
+        monitor = SwarmMonitor(transport, c.manifest, _ignore, shard_view=c.state.run.shard_view)
         owner, began = PEERS[0].public_key, network.now()
         for samples in (0, 4, 4):
             place = {"run": c.manifest.run_id, "owner": owner, "issued": network.now(), "shard": 0, "epoch": 0}
