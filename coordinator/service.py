@@ -96,7 +96,9 @@ class Service:
         self.crier = Announcer(self.transport, self.identity, lambda: self.bench.rules, lambda: self.bench.state.run)
         self.bench = JudgeLoop(self._rules(), self.ledger, self.tools, self.crier.announce, self.transport.now, self._changed)
         self.admission = Admission(4 * self.settings.offers_per_minute)
-        self.lookout = self.crier.lookout = SwarmMonitor(self.transport, self.manifest, self._found, self._accepted)
+        self.lookout = self.crier.lookout = SwarmMonitor(
+            self.transport, self.manifest, self._found, self._accepted, lambda shard: self.bench.state.run.shard_view(shard)
+        )
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.bench, self.making, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,

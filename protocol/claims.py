@@ -1,4 +1,4 @@
-"""Who owns a shard, as pure functions of what the DHT shows. Every reader applies the same rule to the same claims."""
+"""Claims on shards, as pure functions of what the DHT shows. Every reader applies the same rule to the same claims."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LiveClaim:
 
 
 Stand = tuple[int, int, str | None]
-"""(term, accepted epoch, its checkpoint): what the work on a shard stands on."""
+"""(term, accepted epoch, its checkpoint): the state on which the next epoch of a shard is built."""
 
 
 @dataclass(frozen=True)
 class ShardView:
-    """What a peer sees of one shard. `reset`: the term of a roll-back to the beginning, where no acceptance stands."""
+    """One shard as a peer sees it. `reset`: the term of a rollback to the beginning, after which there is no acceptance."""
 
     shard: int
     claims: tuple[LiveClaim, ...] = ()
@@ -41,7 +41,7 @@ class ShardView:
 
     @cached_property
     def held_until(self) -> float:
-        """When the last of these claims will have expired; 0.0 when none is alive. Asked far more often than it changes."""
+        """When the last claim expires (Unix seconds); 0.0 without a claim. Cached: read far more often than it changes."""
         return max((claim.expires for claim in self.claims if claim.record.state != "released"), default=0.0)
 
     @cached_property
@@ -50,12 +50,12 @@ class ShardView:
 
     @cached_property
     def place(self) -> tuple[int, int]:
-        """(term, epoch): grows with every acceptance and every roll-back, so that the older of two views is known."""
+        """(term, epoch): grows with every acceptance and every rollback, so it tells which of two views is older."""
         return self.term, self.epoch
 
     @property
     def stand(self) -> Stand:
-        """What the next epoch is to be built on."""
+        """The state on which the next epoch is built."""
         return self.term, self.epoch, self.acceptance.checkpoint if self.acceptance else None
 
     def with_claims(self, claims: Iterable[LiveClaim]) -> ShardView:
@@ -63,20 +63,21 @@ class ShardView:
         return ShardView(self.shard, tuple(claims), self.acceptance, self.reset)
 
     def live(self, now: float) -> list[LiveClaim]:
-        """Claims that hold now: neither expired nor released."""
+        """Claims that are neither expired nor released."""
         return [claim for claim in self.claims if claim.expires > now and claim.record.state != "released"]
 
 
 def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
-    """Highest-random-weight hash (Thaler and Ravishankar 1998); here the lowest value wins."""
+    """Rendezvous hash of a peer for the next epoch of a shard (Thaler and Ravishankar 1998); here the lowest value wins."""
     return int.from_bytes(hashlib.sha256(f"{run}|{shard}|{epoch}|{owner}".encode()).digest()[:8], "big")
 
 
 def shard_owner(run: str, view: ShardView, now: float) -> str | None:
-    """The one claimant who may train the shard now, or None.
+    """The claimant that wins the shard now, or None. Callers leave out stalled claims first (`stalled_claims.current_holder`).
 
-    1. Whom the last acceptance gives tenure, while its claim lives. 2. Else who already trains goes before who is still
-    claiming, so that a late claim never takes a shard from its holder. 3. Among equals the lowest rendezvous hash.
+    1. The author of the last acceptance wins while it has tenure and its claim lives.
+    2. Else a peer that trains wins over one that is still claiming: a late claim never takes a shard from its holder.
+    3. Among equals the lowest rendezvous hash wins.
     """
     live = {claim.record.owner: claim.record.state == "claiming" for claim in view.live(now)}
     accepted = view.acceptance
@@ -86,27 +87,27 @@ def shard_owner(run: str, view: ShardView, now: float) -> str | None:
 
 
 def free_shards(views: Iterable[ShardView], epochs: int, now: float) -> list[ShardView]:
-    """Shards with work left that nobody claims: a newcomer never contests a live claim."""
+    """Shards with work left and without a live claim: a newcomer never contests a claim. `epochs`: the budget of a shard."""
     return [view for view in views if view.epoch < epochs and view.held_until <= now]
 
 
 def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float]) -> ShardView | None:
     """The free shard that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
 
-    `fitness` maps shard to hardware fit × work left; shards of fitness 0 do not fit this box.
+    `fitness` maps shard to hardware fit × work left; shards of fitness 0 do not fit this node.
     """
     fitting = [view for view in free if fitness.get(view.shard, 0) > 0]
     return min(fitting, key=lambda v: (-fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner)), default=None)
 
 
 def latest_acceptance(records: Iterable[AcceptanceRecord | ResetRecord]) -> AcceptanceRecord | ResetRecord | None:
-    """The highest term, then the highest epoch (a reset stands for epoch 0).
+    """The record of the highest term, then of the highest epoch (a reset counts as epoch 0).
 
-    Between two coordinators that accepted the same epoch, the lower digest, so that all readers agree.
+    If two coordinators accepted the same epoch, the lower digest wins, so that all readers agree.
     """
 
     def order(record: AcceptanceRecord | ResetRecord) -> tuple[int, int, str]:
-        given = isinstance(record, AcceptanceRecord)
-        return -record.term, -record.epoch if given else 0, record.checkpoint if given else ""
+        accepted = isinstance(record, AcceptanceRecord)
+        return -record.term, -record.epoch if accepted else 0, record.checkpoint if accepted else ""
 
     return min(records, key=order, default=None)

@@ -1,9 +1,10 @@
-"""Claims that hold a shard without working on it lose their protection: they then count as none, and the shard as free. Pure.
+"""Which claims no longer hold their shard because their owner makes no progress. Pure.
 
-A claim costs nothing and says what it likes of its samples; only acceptances are evidence. So two kinds of claims are passed
-over: whose reported samples stand still for IDLE tenures, and who has had nothing accepted for SLOWEST tenures, whatever it
-reports. The first finds boxes that hang and naive squatters, the second bounds a liar. Each reader judges by what it has seen
-itself, without a gap; readers who disagree for a while waste work, as two owners during a partition do, and corrupt nothing.
+A claim costs nothing, and the samples that it reports are not verified; only acceptances are evidence. So a claim stops counting
+when its reported samples have not risen for IDLE tenures, and, whatever it reports, when nothing of its owner was accepted for
+SLOWEST tenures. The first rule finds nodes that hang and simple squatters; the second bounds a liar. Every reader (each node and
+the coordinator) judges only by what it has seen itself without a gap. Readers that disagree for a while waste work, as two owners
+during a partition do, but corrupt nothing.
 """
 
 from __future__ import annotations
@@ -11,26 +12,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lutetia.protocol.claims import ShardView
+from lutetia.protocol.claims import ShardView, shard_owner
 
-IDLE, SLOWEST = 2, 24
+IDLE = 2
+"""Tenures without a rise of the reported samples after which a claim no longer counts."""
+SLOWEST = 24
+"""Tenures without an acceptance of its own after which a claim no longer counts."""
+LONGEST_GAP = 2
+"""Leases between two looks after which a reader starts to watch a claim from the beginning."""
 
 Seen = Mapping[str, "ClaimHistory"]
 """Owner -> what this reader has seen of its claim on one shard."""
 
 
 class ClaimHistory(NamedTuple):
-    """`since` this claim has had no acceptance of its own, `moved` when its samples last rose, `seen` when it was last seen."""
+    """What one reader has seen of one claim. Times are seconds of the reader's clock."""
 
     place: tuple[int, int]
+    """(term, epoch) of the shard at the last look."""
     samples: int
+    """The most samples that the claim has reported at this place."""
     since: float
+    """Since when nothing of this owner was accepted."""
     moved: float
+    """When its samples last rose."""
     seen: float
+    """When it was last seen."""
 
 
 def observe_claims(known: Seen, view: ShardView, now: float, longest_gap: float) -> dict[str, ClaimHistory]:
-    """`known` of a shard after a look at it. Claims not seen for `longest_gap` seconds are watched anew, those gone forgotten."""
+    """The histories of a shard's claims after one more look at it.
+
+    `known` holds those of the look before. A claim that was not seen for `longest_gap` seconds starts a new history; that of a
+    claim that has gone is dropped.
+    """
     watched: dict[str, ClaimHistory] = {}
     for claim in view.live(now):
         owner, samples = claim.record.owner, claim.record.samples
@@ -38,22 +53,40 @@ def observe_claims(known: Seen, view: ShardView, now: float, longest_gap: float)
         if old is None or now - old.seen > longest_gap or now < old.seen:
             watched[owner] = ClaimHistory(view.place, samples, now, now, now)
             continue
-        own = view.place != old.place and view.acceptance is not None and view.acceptance.author == owner
-        moved = own or samples > old.samples
-        since, most = now if own else old.since, samples if view.place != old.place else max(samples, old.samples)
+        accepted = view.place != old.place and view.acceptance is not None and view.acceptance.author == owner
+        moved = accepted or samples > old.samples
+        since, most = now if accepted else old.since, samples if view.place != old.place else max(samples, old.samples)
         watched[owner] = ClaimHistory(view.place, most, since, now if moved else old.moved, now)
     return watched
 
 
-def without_stalled(seen: Seen, view: ShardView, owner: str, tenure: float, interval: int, now: float) -> ShardView:
-    """The view without the claims of others that have lost their protection. `interval`: samples of an epoch.
+def without_stalled(seen: Seen, view: ShardView, reader: str | None, tenure: float, interval: int, now: float) -> ShardView:
+    """The view without the claims that no longer count.
 
-    Who says that its epoch is whole waits for the coordinator, and only the longer time runs against it.
+    A claim that reports a whole epoch waits for the coordinator, so only the SLOWEST rule applies to it.
+
+    Args:
+        seen: what the reader has seen of the shard's claims.
+        view: the shard as the DHT shows it.
+        reader: public key of the reading node, whose own claim always counts; None for a reader that claims nothing.
+        tenure: the run's tenure in seconds.
+        interval: samples of an epoch.
+        now: seconds, of the clock by which `seen` was kept.
     """
     whole, idle_since, slow_since = (view.epoch + 1) * interval, now - IDLE * tenure, now - SLOWEST * tenure
-    lost = {
+    stalled = {
         claimant
         for claimant, entry in seen.items()
-        if (entry.moved < idle_since and entry.samples < whole or entry.since < slow_since) and claimant != owner
+        if (entry.moved < idle_since and entry.samples < whole or entry.since < slow_since) and claimant != reader
     }
-    return view.with_claims(claim for claim in view.claims if claim.record.owner not in lost) if lost else view
+    return view.with_claims(claim for claim in view.claims if claim.record.owner not in stalled) if stalled else view
+
+
+def current_holder(
+    run: str, view: ShardView, seen: Seen, tenure: float, interval: int, now: float, reader: str | None = None
+) -> str | None:
+    """Public key of the peer that holds the shard now, or None. The one rule that nodes and the status document apply.
+
+    Of the claims that count (`without_stalled`, which explains the other arguments) the one that wins (`claims.shard_owner`).
+    """
+    return shard_owner(run, without_stalled(seen, view, reader, tenure, interval, now), now)

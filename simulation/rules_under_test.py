@@ -25,7 +25,7 @@ from lutetia.simulation.network.blobs import weights_after
 
 Advance = Callable[[NodeRules, MachineState, Event], tuple[MachineState, list[Action]]]
 Judge = Callable[[JudgeRules, JudgeState, Stimulus], tuple[JudgeState, tuple[JudgeAction, ...]]]
-RunChecks = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner], Coroutine[Any, Any, Verdict]]
+RunChecks = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner, Callable[[], float]], Coroutine[Any, Any, Verdict]]
 Status = Callable[[RunState, Manifest, LiveView, float], SwarmStatus]
 
 

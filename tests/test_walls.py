@@ -33,6 +33,7 @@ PURE = (
     "coordinator/acceptance/",
     "coordinator/ledger/events.py",
     "coordinator/ledger/reducer.py",
+    "coordinator/ledger/audit_reducer.py",
     "coordinator/ledger/run_state.py",
     "protocol/claims.py",
     "protocol/stalled_claims.py",

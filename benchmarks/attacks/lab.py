@@ -1,8 +1,9 @@
-"""One shard of a small run: honest training of every kind, and the real ladder and replay to put results before."""
+"""One shard of a small run: honest training of every kind, and the real checks and replay for its results."""
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ class Lab:
         )
 
     async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
-        """The coordinator's whole ladder."""
+        """All of the coordinator's checks."""
         refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
         record = CheckpointRecord(
@@ -180,7 +181,7 @@ class Lab:
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await run_checks(record, parent_loss, self.manifest, self.tools)
+        return await run_checks(record, parent_loss, self.manifest, self.tools, time.monotonic)
 
     def audited(self, result: Result, parent: Result | None, said: TrainedWith | None = None) -> Audited:
         """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.

@@ -100,7 +100,7 @@ def all_events() -> tuple[events.Event, ...]:
         events.ManifestPublished(time=NOW, version=1, digest=run.run_id, expires=run.expires),
         events.CoordinatorStarted(time=NOW, software="lutetia 0.1"),
         events.ResultSeen(time=NOW, record=found, via="offer"),
-        events.ResultRefused(**verdict, verdict="inconclusive", rung="transfer", text="its blobs are away", again_at=NOW + 5),
+        events.ResultRefused(**verdict, verdict="inconclusive", check="transfer", text="its blobs are away", again_at=NOW + 5),
         events.BaselineMeasured(time=NOW, shard=1, loss=0.5),
         events.CheckpointAccepted(time=NOW, acceptance=acceptance, parent_loss=0.5),
         events.AuditDue(**verdict, streak=0),

@@ -1,29 +1,30 @@
-"""The acceptance ladder: what a result must pass to become the next epoch of its shard, cheapest rung first.
+"""The acceptance checks: what a result must pass to become the next epoch of its shard, cheapest first.
 
-    signature  the record is signed by its owner, who may take part, and names the owner's own peer id
-    lineage    it is epoch+1 on the accepted parent: the fencing that makes claims safe to lose
-    size       no blob is larger than the manifest's weights can be, known before a byte is fetched
-    transfer   every blob arrives and hashes to its name
-    format     safetensors with exactly the manifest's names, shapes and dtypes
-    numbers    finite, within norm bounds, and optimiser moments that gradients can have left
-    holdout    held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
-    raw        the raw parameters, from which training goes on, score about as well as the averages that are published
-    audit      after the acceptance, where the adaptive rule wants it: replayed from the parent, losses compared (`auditing`)
+    signature   the record is signed by its owner, who may take part, and names the owner's own peer id
+    quarantine  its author is not quarantined
+    lineage     it is epoch+1 on the accepted parent: this fencing makes it safe to lose a claim
+    size        no blob is larger than the manifest's weights can be; known before a byte is fetched
+    transfer    every blob arrives and hashes to its name
+    format      safetensors with exactly the manifest's names, shapes and dtypes
+    numbers     finite, within norm bounds, and optimiser moments that gradients can have produced
+    holdout     held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
+    raw         the raw parameters, from which training goes on, score about as well as the published averages
+    audit       after the acceptance, when the adaptive rule asks for it: replayed from the parent, losses compared
 
-Rungs up to `size` and the comparison of losses are pure; the others are carried out by `CheckRunner`.
+`ACCEPTANCE_CHECKS` is the list. To add a check, add its name to `CheckName`, write its function here and put it into the list.
+The judge runs the free checks when a result is offered, `run_checks` those that fetch, read or compute.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
-from lutetia.coordinator.ledger.events import CheckCost, Outcome
-from lutetia.coordinator.ledger.run_state import ShardLedger
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
+from lutetia.coordinator.ledger.events import CheckCost, Outcome, QuarantineRecovered
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import CheckpointRecord
@@ -33,17 +34,18 @@ from lutetia.system.errors import DiskError, LutetiaError
 _TRACE_BYTES_PER_STEP = 64
 _HEADER_ALLOWANCE = 1 << 20
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the ladder found. `valid` carries both losses; otherwise `rung` is where it stopped and `text` says why.
+    """What the checks found. `valid` carries both losses; otherwise `check` is the one that failed and `text` says why.
 
-    `costs` are the rungs that were climbed, each with its own outcome.
+    `costs` are the checks that were run, each with its own outcome.
     """
 
     outcome: Outcome
-    rung: CheckName
+    check: CheckName
     text: str = ""
     loss: float | None = None
     parent_loss: float | None = None
@@ -51,13 +53,13 @@ class Verdict:
 
 
 class CheckFailed(LutetiaError):
-    """Raised by a rung that the result does not pass."""
+    """The result does not pass a check, or could not be checked."""
 
     code, name = 50, "integrity"
 
-    def __init__(self, outcome: Literal["invalid", "inconclusive"], rung: CheckName, text: str) -> None:
+    def __init__(self, outcome: Literal["invalid", "inconclusive"], check: CheckName, text: str) -> None:
         super().__init__(text)
-        self.verdict = Verdict(outcome, rung, text)
+        self.verdict = Verdict(outcome, check, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,35 @@ class SizeLimits:
         return cls(weights[0] + headers[0], state[0] + headers[1] + trace, trace)
 
 
-def entitled(record: CheckpointRecord, manifest: Manifest) -> Verdict | None:
-    """Rung `signature`, after the record was opened: None when its owner may take part."""
+Limits = Mapping[int, SizeLimits]
+"""Shard -> size limits of its blobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replay of `seconds` found. `again`: whether another try can find more when this one was inconclusive."""
+
+    finding: AuditFinding
+    seconds: float = 0.0
+    again: bool = True
+
+
+# --- free checks: pure, on the record alone ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RecordUnderCheck:
+    """An offered record of one of the run's shards, and what it is compared with. `limits` None: not known yet."""
+
+    record: CheckpointRecord
+    run: RunState
+    manifest: Manifest
+    limits: Limits | None
+
+
+def check_signature(offered: RecordUnderCheck) -> Verdict | None:
+    """The record was opened, so its signature is right: may its owner take part?"""
+    record, manifest = offered.record, offered.manifest
     if record.run != manifest.run_id:
         return Verdict("invalid", "signature", f"the checkpoint is of run {record.run[:12]}, not of {manifest.run_id[:12]}")
     if manifest.allowlist is not None and record.owner not in manifest.allowlist:
@@ -87,8 +116,21 @@ def entitled(record: CheckpointRecord, manifest: Manifest) -> Verdict | None:
     return None
 
 
-def lineage(record: CheckpointRecord, shard: ShardLedger, manifest: Manifest) -> Verdict | None:
-    """Rung `lineage` for a record of epoch `shard.epoch + 1`: None when it stands on the accepted parent with a full interval."""
+def check_quarantine(offered: RecordUnderCheck) -> Verdict | None:
+    why = offered.run.quarantined.get(offered.record.owner)
+    if why is None:
+        return None
+    if isinstance(why, QuarantineRecovered):
+        what = why.text
+    else:
+        what = f"an audit found its epoch {why.epoch} of shard {why.shard} invalid ({why.text[:600]})"
+    return Verdict("invalid", "quarantine", f"this peer is quarantined: {what}; ask the run's operator")
+
+
+def check_lineage(offered: RecordUnderCheck) -> Verdict | None:
+    """For a record of the shard's next epoch: its parent is the accepted checkpoint, and it has all samples up to its epoch."""
+    record, manifest = offered.record, offered.manifest
+    shard = offered.run.shards[record.shard]
     if record.epoch > manifest.epochs:
         return Verdict("invalid", "lineage", f"shard {record.shard} ends at epoch {manifest.epochs}, not at {record.epoch}")
     if record.parent != shard.accepted:
@@ -97,13 +139,16 @@ def lineage(record: CheckpointRecord, shard: ShardLedger, manifest: Manifest) ->
             "invalid", "lineage", f"its parent is {parent}, but epoch {shard.epoch} of shard {record.shard} is {accepted}"
         )
     if record.samples != (needed := record.epoch * manifest.checkpoint_samples):
-        text = f"it says {record.samples} samples of its shard; after {record.epoch} epochs they are {needed}"
+        text = f"it reports {record.samples} samples of its shard; after {record.epoch} epochs they are {needed}"
         return Verdict("invalid", "lineage", text)
     return None
 
 
-def sizes(record: CheckpointRecord, limits: SizeLimits) -> Verdict | None:
-    """Rung `size`: None when every blob can be what it says it is."""
+def check_size(offered: RecordUnderCheck) -> Verdict | None:
+    """Passes as long as the limits are unknown; the judge repeats it before a byte is fetched."""
+    if offered.limits is None:
+        return None
+    record, limits = offered.record, offered.limits[offered.record.shard]
     for name, size, most in (
         ("weights", record.weights.size, limits.weights),
         ("state", record.state.size, limits.state),
@@ -114,35 +159,18 @@ def sizes(record: CheckpointRecord, limits: SizeLimits) -> Verdict | None:
     return None
 
 
-def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict:
-    """Rung `holdout`: valid unless `loss` exceeds the parent's by more than the fraction `tolerance`."""
-    if not math.isfinite(loss):
-        return Verdict("invalid", "holdout", "its held-out loss is not a number")
-    most = parent_loss * (1 + tolerance)
-    if loss > most:
-        text = f"its held-out loss {loss:.5f} is worse than the accepted parent's {parent_loss:.5f} (at most {most:.5f})"
-        return Verdict("invalid", "holdout", text, loss, parent_loss)
-    return Verdict("valid", "holdout", "", loss, parent_loss)
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """How a replay came out after `seconds`. `again`: whether trying again can bring more, where nothing was concluded."""
-
-    finding: AuditFinding
-    seconds: float = 0.0
-    again: bool = True
+# --- checks that fetch, read or compute -------------------------------------------------------------------------------------
 
 
 class CheckRunner(Protocol):
-    """What the rungs with input and output need. Each raises Stopped with its own rung."""
+    """The network, disk and computation that checks need. Each method raises CheckFailed."""
 
     async def fetch(self, record: CheckpointRecord) -> None:
-        """Rung `transfer`."""
+        """Fetch all blobs, and compare them with their names."""
         ...
 
     async def inspect(self, record: CheckpointRecord) -> None:
-        """Rungs `format` and `numbers`, on fetched blobs."""
+        """Checks `format` and `numbers` of fetched blobs."""
         ...
 
     async def baseline(self, shard: int) -> float:
@@ -158,8 +186,79 @@ class CheckRunner(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class CandidateUnderCheck:
+    """A result while `run_checks` works on it: what the checks before have measured, and what they cost by `clock`."""
+
+    record: CheckpointRecord
+    manifest: Manifest
+    runner: CheckRunner
+    clock: Callable[[], float]
+    parent_loss: float | None
+    loss: float = math.nan
+    check: CheckName = "transfer"
+    costs: list[CheckCost] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.record.weights.size + self.record.state.size + self.record.trace.size
+
+    async def measure(self, work: Awaitable[T], size: int = 0) -> T:
+        """Await `work` of the running check, on `size` bytes. Its cost is counted also when it raises."""
+        began, outcome, name = self.clock(), "inconclusive", self.check
+        try:
+            result = await work
+            outcome = "valid"
+        except CheckFailed as failure:
+            outcome, name = failure.verdict.outcome, failure.verdict.check
+            raise
+        except DiskError:  # a fault of the coordinator's machine: it says nothing about any result
+            raise
+        except LutetiaError as error:  # for instance a blob that was removed meanwhile: it says nothing about the result
+            raise CheckFailed("inconclusive", name, str(error)) from error
+        finally:
+            self.costs.append(CheckCost(check=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
+        return result
+
+
+async def check_transfer(candidate: CandidateUnderCheck) -> Verdict | None:
+    await candidate.measure(candidate.runner.fetch(candidate.record), candidate.size)
+    return None
+
+
+async def check_contents(candidate: CandidateUnderCheck) -> Verdict | None:
+    await candidate.measure(candidate.runner.inspect(candidate.record), candidate.size)
+    return None
+
+
+async def check_holdout(candidate: CandidateUnderCheck) -> Verdict | None:
+    record, runner = candidate.record, candidate.runner
+    if candidate.parent_loss is None:
+        candidate.parent_loss = await candidate.measure(runner.baseline(record.shard))
+    candidate.loss = await candidate.measure(runner.loss(record), record.weights.size)
+    verdict = compare_losses(candidate.loss, candidate.parent_loss, candidate.manifest.holdout_tolerance)
+    return None if verdict.outcome == "valid" else verdict
+
+
+async def check_raw(candidate: CandidateUnderCheck) -> Verdict | None:
+    raw = await candidate.measure(candidate.runner.raw_loss(candidate.record), candidate.record.state.size)
+    assert candidate.parent_loss is not None
+    return compare_raw(raw, candidate.loss, candidate.parent_loss, candidate.manifest.raw_tolerance)
+
+
+def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict:
+    """Valid unless `loss` exceeds the parent's by more than the fraction `tolerance`."""
+    if not math.isfinite(loss):
+        return Verdict("invalid", "holdout", "its held-out loss is not a number")
+    most = parent_loss * (1 + tolerance)
+    if loss > most:
+        text = f"its held-out loss {loss:.5f} is worse than the accepted parent's {parent_loss:.5f} (at most {most:.5f})"
+        return Verdict("invalid", "holdout", text, loss, parent_loss)
+    return Verdict("valid", "holdout", "", loss, parent_loss)
+
+
 def compare_raw(raw: float, loss: float, parent_loss: float, tolerance: float) -> Verdict | None:
-    """Rung `raw`: None unless the raw parameters are worse than averages and parent by more than the fraction `tolerance`."""
+    """None unless the raw parameters are worse than averages and parent by more than the fraction `tolerance`."""
     most = max(loss, parent_loss) * (1 + tolerance)
     if math.isfinite(raw) and raw <= most:
         return None
@@ -167,59 +266,68 @@ def compare_raw(raw: float, loss: float, parent_loss: float, tolerance: float) -
     return Verdict("invalid", "raw", text, loss, parent_loss)
 
 
-@dataclass
-class _Climb:
-    """What each rung costs, by `clock`; a rung that raises is counted too."""
+# --- the list ---------------------------------------------------------------------------------------------------------------
 
-    clock: Callable[[], float]
-    costs: list[CheckCost] = field(default_factory=list)
 
-    async def rung(self, name: CheckName, work: Awaitable[T], size: int = 0) -> T:
-        began, outcome = self.clock(), "inconclusive"
-        try:
-            result = await work
-            outcome = "valid"
-        except CheckFailed as stop:
-            outcome = stop.verdict.outcome
-            name = stop.verdict.rung
-            raise
-        except DiskError:  # the machine's trouble, and nobody can be judged on it
-            raise
-        except LutetiaError as error:  # a blob that was removed meanwhile, for instance: it says nothing about the result
-            raise CheckFailed("inconclusive", name, str(error)) from error
-        finally:
-            self.costs.append(CheckCost(rung=name, outcome=outcome, seconds=max(0.0, self.clock() - began), size=size))
-        return result
+@dataclass(frozen=True, slots=True)
+class AcceptanceCheck(Generic[F]):
+    """One check of the list.
+
+    `cost` says what it takes, and so where it runs: `free` in the judge, `replay` after the acceptance, the others in between.
+    `run` gives None when the result passes. `includes` names checks that the same call carries out before.
+    """
+
+    name: CheckName
+    cost: Literal["free", "network", "disk", "compute", "replay"]
+    run: F
+    includes: tuple[CheckName, ...] = ()
+
+
+FREE_CHECKS: tuple[AcceptanceCheck[Callable[[RecordUnderCheck], Verdict | None]], ...] = (
+    AcceptanceCheck("signature", "free", check_signature),
+    AcceptanceCheck("quarantine", "free", check_quarantine),
+    AcceptanceCheck("lineage", "free", check_lineage),
+    AcceptanceCheck("size", "free", check_size),
+)
+RUNNER_CHECKS: tuple[AcceptanceCheck[Callable[[CandidateUnderCheck], Awaitable[Verdict | None]]], ...] = (
+    AcceptanceCheck("transfer", "network", check_transfer),
+    AcceptanceCheck("numbers", "disk", check_contents, includes=("format",)),
+    AcceptanceCheck("holdout", "compute", check_holdout),
+    AcceptanceCheck("raw", "compute", check_raw),
+)
+AUDIT_CHECK = AcceptanceCheck("audit", "replay", compare)
+ACCEPTANCE_CHECKS: tuple[AcceptanceCheck[Any], ...] = (*FREE_CHECKS, *RUNNER_CHECKS, AUDIT_CHECK)
+"""All checks in the order in which a result meets them."""
+
+
+def first_failure(offered: RecordUnderCheck) -> Verdict | None:
+    """The verdict of the first free check that the record does not pass, or None."""
+    return next((verdict for check in FREE_CHECKS if (verdict := check.run(offered))), None)
 
 
 async def run_checks(
-    record: CheckpointRecord,
-    parent_loss: float | None,
-    manifest: Manifest,
-    tools: CheckRunner,
-    clock: Callable[[], float] = time.monotonic,
+    record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, runner: CheckRunner, clock: Callable[[], float]
 ) -> Verdict:
-    """Carry out the rungs from `transfer` to `raw`. `parent_loss` None: measure the initial model first."""
-    climbing = _Climb(clock)
-    sizes = record.weights.size, record.state.size, record.trace.size
+    """Run the checks from `transfer` to `raw`; the first that fails ends it.
+
+    Args:
+        record: a result that has passed the free checks.
+        parent_loss: held-out loss of the accepted parent; None: measure the initial model first.
+        manifest: the run's manifest, for its tolerances.
+        runner: fetches, reads and computes.
+        clock: seconds, for what each check costs.
+    """
+    candidate = CandidateUnderCheck(record, manifest, runner, clock, parent_loss)
     try:
-        await climbing.rung("transfer", tools.fetch(record), sum(sizes))
-        await climbing.rung("numbers", tools.inspect(record), sum(sizes))
-        if parent_loss is None:
-            parent_loss = await climbing.rung("holdout", tools.baseline(record.shard))
-        loss = await climbing.rung("holdout", tools.loss(record), record.weights.size)
-        verdict = compare_losses(loss, parent_loss, manifest.holdout_tolerance)
-        if verdict.outcome == "valid":
-            raw = await climbing.rung("raw", tools.raw_loss(record), record.state.size)
-            verdict = compare_raw(raw, loss, parent_loss, manifest.raw_tolerance) or verdict
-    except CheckFailed as stop:
-        return replace(stop.verdict, costs=tuple(climbing.costs))
-    last = climbing.costs.pop()
-    return replace(verdict, costs=(*climbing.costs, last.model_copy(update={"outcome": verdict.outcome})))
+        for check in RUNNER_CHECKS:
+            candidate.check = check.name
+            if failed := await check.run(candidate):
+                last = candidate.costs.pop()  # the work was done, and the comparison after it failed
+                return replace(failed, costs=(*candidate.costs, last.model_copy(update={"outcome": failed.outcome})))
+    except CheckFailed as failure:
+        return replace(failure.verdict, costs=tuple(candidate.costs))
+    return Verdict("valid", "holdout", "", candidate.loss, candidate.parent_loss, tuple(candidate.costs))
 
 
 def _short(digest: str | None) -> str:
     return digest[:12] if digest else "the initial model"
-
-
-Limits = Mapping[int, SizeLimits]

@@ -1,4 +1,4 @@
-"""What the judge hears (stimuli) and what it wants done (actions)."""
+"""Events and actions of the judge: the stimuli that it receives and the actions that it wants carried out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from lutetia.coordinator.ledger.run_state import AcceptedEpoch, PendingAudit
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 
+# --- stimuli; `now` is the coordinator's clock in Unix seconds ----------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Offered:
-    """An opened, correctly signed record came in, by the offer stream or by reading the DHT."""
+    """A record with a valid signature arrived by the offer stream, or was read from the DHT (`poll`)."""
 
     record: CheckpointRecord
     now: float
@@ -24,7 +26,7 @@ class Offered:
 
 @dataclass(frozen=True)
 class CheckDone:
-    """The ladder's verdict on a candidate."""
+    """The verdict of the checks on a candidate."""
 
     record: CheckpointRecord
     verdict: Verdict
@@ -33,9 +35,10 @@ class CheckDone:
 
 @dataclass(frozen=True)
 class Audited:
-    """What a replay of accepted `checkpoint` came to. `by`: the peer that replayed it, None the coordinator itself.
+    """The finding of a replay of accepted `checkpoint`, which took `seconds`.
 
-    `again`: whether trying again can bring more, where nothing was concluded.
+    `by`: the peer that replayed it, None for the coordinator itself. `again`: whether another try can find more when this one
+    was inconclusive.
     """
 
     checkpoint: str
@@ -48,7 +51,7 @@ class Audited:
 
 @dataclass(frozen=True)
 class AuditWanted:
-    """Peer `owner` is free to audit. `related`: those of its operator or address, whose work it does not judge."""
+    """Peer `owner` is free to audit. `related`: peers of its operator or address, whose work it must not judge."""
 
     owner: str
     now: float
@@ -57,7 +60,7 @@ class AuditWanted:
 
 @dataclass(frozen=True)
 class AuditDelivered:
-    """Peer `owner` reports on an audit that it was lent; `finding` is what the coordinator makes of its losses."""
+    """Peer `owner` reports on an audit that it was lent; `finding` is what the coordinator concludes from its losses."""
 
     owner: str
     checkpoint: str
@@ -68,7 +71,7 @@ class AuditDelivered:
 
 @dataclass(frozen=True)
 class LimitsKnown:
-    """The size limits of each shard's blobs; nothing is fetched before."""
+    """The size limits of each shard's blobs; nothing is fetched before they are known."""
 
     limits: Limits
     now: float
@@ -76,20 +79,23 @@ class LimitsKnown:
 
 @dataclass(frozen=True)
 class JudgeTick:
-    """Time passes: retries may be due."""
+    """Time has passed: retries may be due."""
 
     now: float
 
 
 @dataclass(frozen=True)
 class LedgerFacts:
-    """Facts from outside: a mixture was stitched, a lost acceptance found. What is out of date is dropped."""
+    """Facts from outside, such as a stitched mixture or a recovered acceptance. Those out of date are dropped."""
 
     events: tuple[Event, ...]
     now: float
 
 
 Stimulus = Offered | CheckDone | Audited | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
+
+
+# --- actions ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class StartCheck:
-    """Climb the ladder with this candidate and come back with `CheckDone`."""
+    """Run the checks on this candidate, then send `CheckDone`. `parent_loss` None: measure the initial model first."""
 
     record: CheckpointRecord
     parent_loss: float | None
@@ -124,7 +130,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class StartAudit:
-    """Replay this accepted epoch from `parent` (None: from the beginning) and come back with `Audited`."""
+    """Replay this accepted epoch from `parent` (None: from the beginning), then send `Audited`."""
 
     audit: PendingAudit
     link: AcceptedEpoch
@@ -133,7 +139,7 @@ class StartAudit:
 
 @dataclass(frozen=True)
 class LendAudit:
-    """The answer to who wants an audit: one, until then; or when to ask again."""
+    """The answer to an audit request: an audit and until when it is lent, or after how many seconds to ask again."""
 
     audit: StartAudit | None
     until: float = 0.0
@@ -142,14 +148,14 @@ class LendAudit:
 
 @dataclass(frozen=True)
 class PublishReset:
-    """A shard was rolled back: publish where it stands now."""
+    """A shard was rolled back: publish its accepted epoch, or its reset to the beginning."""
 
     record: AcceptanceRecord | ResetRecord
 
 
 @dataclass(frozen=True)
 class DiscardCandidate:
-    """The candidate is out: what was fetched of it may go."""
+    """The candidate is decided against: its fetched blobs may be removed."""
 
     record: CheckpointRecord
 

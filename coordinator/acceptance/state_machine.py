@@ -1,17 +1,24 @@
-"""The coordinator's decisions: `judge(rules, state, stimulus) -> (state, actions)`, with no clock, socket or chance of its own.
+"""The coordinator's decisions: `judge(rules, state, stimulus) -> (state, actions)`, pure, without clock, socket or randomness.
 
-Two promises hold whatever comes in, in whatever order: never two acceptances of one (shard, epoch), and never an acceptance
-that did not climb the whole ladder.
+Two invariants hold for every sequence of stimuli: a (shard, epoch) is never accepted twice, and no result is accepted that did
+not pass all checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import assert_never
 
-from lutetia.coordinator.acceptance.audit_policy import audited, audits_lag, build_of, consider, delivered, lend, start_audit
-from lutetia.coordinator.acceptance.checks import Verdict, entitled, lineage, sizes
+from lutetia.coordinator.acceptance.audit_policy import (
+    audits_lag,
+    build_of,
+    consider_audit,
+    finish_audit,
+    lend_audit,
+    receive_report,
+    start_audit,
+)
+from lutetia.coordinator.acceptance.checks import RecordUnderCheck, Verdict, check_quarantine, check_size, first_failure
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -29,12 +36,11 @@ from lutetia.coordinator.acceptance.messages import (
     StartCheck,
     Stimulus,
 )
-from lutetia.coordinator.acceptance.rollback import noted
+from lutetia.coordinator.acceptance.rollback import note_fact
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, JudgeTransition, refusal
 from lutetia.coordinator.ledger.events import (
     BaselineMeasured,
     CheckpointAccepted,
-    QuarantineRecovered,
     ResultRefused,
     ResultSeen,
     ResultSuperseded,
@@ -48,72 +54,73 @@ _MINUTE = 60.0
 
 
 def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
-    """Everything that follows from `stimulus`; actions are to be carried out in order."""
-    turn = _Turn(rules, state, stimulus.now)
+    """The state after `stimulus`, and the actions that follow, to be carried out in order."""
+    transition = _ResultTransition(rules, state, stimulus.now)
     match stimulus:
         case Offered():
-            turn.actions.append(Answer(turn.offered(stimulus)))
+            transition.actions.append(Answer(transition.receive_offer(stimulus)))
         case CheckDone():
-            turn.checked(stimulus.record, stimulus.verdict)
+            transition.finish_check(stimulus.record, stimulus.verdict)
         case LimitsKnown():
-            turn.state = replace(turn.state, limits=stimulus.limits)
+            transition.set(limits=stimulus.limits)
         case Audited():
-            audited(turn, stimulus)
+            finish_audit(transition, stimulus)
         case AuditWanted():
-            turn.wanted(stimulus)
+            transition.receive_audit_request(stimulus)
         case AuditDelivered():
-            delivered(turn, stimulus)
+            receive_report(transition, stimulus)
         case JudgeTick():
-            turn.forget_offers()
+            transition.forget_offers()
         case LedgerFacts():
             for event in stimulus.events:
-                noted(turn, event)
+                note_fact(transition, event)
         case _:
             assert_never(stimulus)
-    turn.start_checks()
-    start_audit(turn)
-    return turn.state, tuple(turn.actions)
+    transition.start_checks()
+    start_audit(transition)
+    return transition.state, tuple(transition.actions)
 
 
-class _Turn(JudgeTransition):
-    """One call of `judge`."""
+class _ResultTransition(JudgeTransition):
+    """One call of `judge`: its part that receives results and has them checked."""
 
     # offers
 
-    def offered(self, offer: Offered) -> OfferReply:
-        record, manifest = offer.record, self.rules.manifest
-        shard = self.state.run.shards.get(record.shard)
+    def receive_offer(self, offer: Offered) -> OfferReply:
+        record, limits = offer.record, self.state.limits
+        shard = self.run.shards.get(record.shard)
         if shard is None:
-            return OfferReply(verdict="invalid", rung="lineage", text=f"the run has no shard {record.shard}")
+            return OfferReply(verdict="invalid", check="lineage", text=f"the run has no shard {record.shard}")
         if offer.via == "offer" and (wait := self._over_rate(record.owner)):
             return OfferReply(verdict="busy", text="too many offers from this peer", retry_after=wait)
-        if record.owner in self.run.quarantined:
-            return OfferReply(verdict="invalid", rung="quarantine", text=_why_quarantined(self.run, record.owner))
-        reply = _standing(self.state.run, shard, record)
+        offered = RecordUnderCheck(record, self.run, self.rules.manifest, limits)
+        if failed := check_quarantine(offered):  # before all else: a quarantined peer learns it also of results decided before
+            return OfferReply(verdict="invalid", check=failed.check, text=failed.text)
+        reply = _earlier_reply(self.run, shard, record)
         if reply and not (reply.verdict == "inconclusive" and self._may_try_again(shard, offer)):
             return reply
         if record.epoch > shard.epoch + 1:
             text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
-        if bad := entitled(record, manifest) or lineage(record, shard, manifest) or self._oversized(record):
-            # nothing is written: it costs a stranger nothing, and would grow the ledger with every throw-away identity
-            return OfferReply(verdict="invalid", rung=bad.rung, text=bad.text)
+        if failed := first_failure(offered):
+            # not written down: an identity costs nothing, and each new one would make the ledger grow
+            return OfferReply(verdict="invalid", check=failed.check, text=failed.text)
         if audits_lag(self.run, record.shard, record.epoch):
             text = f"audits of shard {record.shard} are {HISTORY - 2} epochs behind; results wait until they have caught up"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         if record.owner in shard.candidates or len(shard.candidates) >= self._places(offer):
-            text = f"a result for epoch {record.epoch} of shard {record.shard} is still being judged"
+            text = f"a result for epoch {record.epoch} of shard {record.shard} is still being checked"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         self.write(ResultSeen(time=self.now, record=record, via=offer.via))
-        self.state = replace(self.state, pending=self.state.pending | {record.shard})
+        self.set(pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
 
     def _places(self, offer: Offered) -> int:
-        """Records in the DHT cost their authors nothing and come from no address: they never take all the places of a shard."""
+        """Records in the DHT cost their authors nothing and come from no address: they get at most half the places of a shard."""
         return self.rules.candidates_per_shard // (1 if offer.via == "offer" else 2)
 
     def _may_try_again(self, shard: ShardLedger, offer: Offered) -> bool:
-        """A result that was given up as inconclusive is taken up again when its owner insists, after a while."""
+        """A result that was given up as inconclusive is checked again when its owner offers it again after a while."""
         given_up = shard.judged[offer.record.owner, offer.record.digest]
         return offer.via == "offer" and self.now - given_up.time >= self._patience
 
@@ -121,33 +128,29 @@ class _Turn(JudgeTransition):
     def _patience(self) -> float:
         return self.rules.retry_after(self.rules.attempts)
 
-    def wanted(self, stimulus: AuditWanted) -> None:
+    def receive_audit_request(self, stimulus: AuditWanted) -> None:
         if wait := self._over_rate(stimulus.owner):
             self.actions.append(LendAudit(None, retry_after=wait))
         else:
-            lend(self, stimulus)
+            lend_audit(self, stimulus)
 
     def _over_rate(self, owner: str) -> float | None:
-        """Seconds to wait when `owner` offered too often within the last minute; counts this offer otherwise."""
+        """Seconds to wait when `owner` offered too often within the last minute; otherwise this offer is counted."""
         recent = tuple(moment for moment in self.state.offers.get(owner, ()) if moment > self.now - _MINUTE)
         if len(recent) >= self.rules.offers_per_minute:
             return recent[0] + _MINUTE - self.now
-        self.state = replace(self.state, offers=self.state.offers.set(owner, (*recent, self.now)))
+        self.set(offers=self.state.offers.set(owner, (*recent, self.now)))
         return None
 
-    def _oversized(self, record: CheckpointRecord) -> Verdict | None:
-        """Known at once as soon as the limits are; until then such a result waits with the others."""
-        return sizes(record, self.state.limits[record.shard]) if self.state.limits else None
-
     def forget_offers(self) -> None:
-        """Peers that have been silent for a minute cost no memory."""
+        """Forget peers that have offered nothing for a minute."""
         begin = self.now - _MINUTE
         if any(moments[-1] <= begin for moments in self.state.offers.values()):
             kept: PersistentMap[str, tuple[float, ...]] = PersistentMap()
             for owner, moments in self.state.offers.items():
                 if moments[-1] > begin:
                     kept = kept.set(owner, moments)
-            self.state = replace(self.state, offers=kept)
+            self.set(offers=kept)
 
     # checks
 
@@ -161,40 +164,40 @@ class _Turn(JudgeTransition):
             if free <= 0:
                 return
             record = candidate.record
-            if record.owner in self.run.quarantined:  # by a word that was taken back into the ledger before it was read here
-                self._dismissed(record, Verdict("invalid", "quarantine", "its author was quarantined meanwhile"))
+            if record.owner in self.run.quarantined:  # a recovered quarantine, written after the candidate was
+                self._dismiss(record, Verdict("invalid", "quarantine", "its author was quarantined meanwhile"))
                 continue
             if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
                 continue
-            if bad := sizes(record, limits[record.shard]):
-                self._dismissed(record, bad)
+            if failed := check_size(RecordUnderCheck(record, self.run, self.rules.manifest, limits)):
+                self._dismiss(record, failed)
                 continue
-            checking = {**self.state.checking, record.shard: (record.owner, record.digest)}
-            self.state = replace(self.state, checking=checking)
-            self.actions.append(StartCheck(record, self.state.run.shards[record.shard].parent_loss))
+            self.set(checking={**self.state.checking, record.shard: (record.owner, record.digest)})
+            self.actions.append(StartCheck(record, self.run.shards[record.shard].parent_loss))
             free -= 1
 
     def _ready(self) -> Iterator[WaitingResult]:
         for index in sorted(self.state.pending - self.state.checking.keys()):
-            for candidate in self.state.run.shards[index].candidates.values():
+            for candidate in self.run.shards[index].candidates.values():
                 if candidate.not_before <= self.now:
                     yield candidate
 
-    def checked(self, record: CheckpointRecord, verdict: Verdict) -> None:
+    def finish_check(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        """Accept or refuse the candidate that was checked."""
         if self.state.checking.get(record.shard) != (record.owner, record.digest):
-            return  # not what we asked for: a late answer from before a restart of the workshop
-        self.state = replace(self.state, checking={k: v for k, v in self.state.checking.items() if k != record.shard})
-        shard = self.state.run.shards[record.shard]
+            return  # a late answer, from before the worker process restarted or the candidate was discarded
+        self.set(checking={k: v for k, v in self.state.checking.items() if k != record.shard})
+        shard = self.run.shards[record.shard]
         if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
         if verdict.outcome != "valid":
-            self._dismissed(record, verdict)
+            self._dismiss(record, verdict)
         elif not audits_lag(self.run, record.shard, record.epoch):
-            self._accepted(record, verdict)
-        # else a conviction made an old epoch due again: the result waits, and is checked anew once the audits have caught up
+            self._accept(record, verdict)
+        # else a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
 
-    def _dismissed(self, record: CheckpointRecord, verdict: Verdict) -> None:
-        candidate = self.state.run.shards[record.shard].candidates[record.owner]
+    def _dismiss(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        candidate = self.run.shards[record.shard].candidates[record.owner]
         again_at = None
         if verdict.outcome == "inconclusive" and candidate.attempts + 1 < self.rules.attempts:
             again_at = self.now + self.rules.retry_after(candidate.attempts)
@@ -203,15 +206,15 @@ class _Turn(JudgeTransition):
             self.actions.append(DiscardCandidate(record))
         self.tidy(record.shard)
 
-    def _accepted(self, record: CheckpointRecord, verdict: Verdict) -> None:
-        shard = self.state.run.shards[record.shard]
+    def _accept(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        shard = self.run.shards[record.shard]
         if (
             record.epoch != shard.epoch + 1
             or record.parent != shard.accepted
             or verdict.loss is None
             or verdict.parent_loss is None
         ):
-            raise AssertionError(f"the ladder let through epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
+            raise AssertionError(f"the checks passed epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
         acceptance = _acceptance(self.rules, record, shard.term, verdict.loss, self.now)
         build = build_of(record, self.rules.manifest)
         self.write(
@@ -219,9 +222,9 @@ class _Turn(JudgeTransition):
                 time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build, costs=verdict.costs
             )
         )
-        consider(self, record)
+        consider_audit(self, record)
         self.actions.append(Publish(acceptance, record))
-        for other in tuple(self.state.run.shards[record.shard].candidates.values()):
+        for other in tuple(self.run.shards[record.shard].candidates.values()):
             late = other.record
             self.write(
                 ResultSuperseded(
@@ -232,16 +235,8 @@ class _Turn(JudgeTransition):
         self.tidy(record.shard)
 
 
-def _why_quarantined(run: RunState, owner: str) -> str:
-    why = run.quarantined[owner]
-    if isinstance(why, QuarantineRecovered):
-        return f"this peer is quarantined: {why.text}; ask the run's operator"
-    what = f"an audit found its epoch {why.epoch} of shard {why.shard} invalid ({why.text[:600]})"
-    return f"this peer is quarantined: {what}; ask the run's operator"
-
-
-def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
-    """How a result stands that is decided or waiting already; None for a new one."""
+def _earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
+    """The reply to a result that is decided or waiting already; None for a new one."""
     digest = record.digest
     if run.peer(record.owner).checkpoint == digest and shard.link(digest):
         return OfferReply(verdict="accepted")
@@ -256,7 +251,7 @@ def _standing(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> Of
         return OfferReply(verdict="queued")
     match shard.judged.get((record.owner, digest)):
         case ResultRefused() as refusal:
-            return OfferReply(verdict=refusal.verdict, rung=refusal.rung, text=refusal.text)
+            return OfferReply(verdict=refusal.verdict, check=refusal.check, text=refusal.text)
         case ResultSuperseded():
             return OfferReply(verdict="superseded")
     return None

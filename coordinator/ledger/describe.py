@@ -1,4 +1,4 @@
-"""The ledger told as sentences, one per event: `coordinator replay`."""
+"""The ledger as text, one sentence per event: `coordinator replay`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lutetia.coordinator.run_folder import RunFolder
 
 
 def sentence(event: Event) -> str:
-    """What happened, in words."""
+    """What happened."""
     match event:
         case RunCreated():
             return f"run {event.name} ({event.run[:12]}) created: {event.shards} shards of {event.epochs} epochs"
@@ -52,9 +52,9 @@ def sentence(event: Event) -> str:
         case ResultSeen(record=record):
             return f"shard {record.shard} epoch {record.epoch}: {record.owner[:8]} offers {record.digest[:12]} ({event.via})"
         case AcceptanceRecovered(acceptance=given):
-            return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} taken back from peers"
+            return f"shard {given.shard} epoch {given.epoch}: lost acceptance of {given.checkpoint[:12]} recovered from peers"
         case ResetRecovered():
-            return f"shard {event.shard}: lost reset to the beginning taken back from peers (term {event.term})"
+            return f"shard {event.shard}: lost reset to the beginning recovered from peers (term {event.term})"
         case QuarantineRecovered():
             return f"peer {event.owner[:8]} is quarantined: {event.text}"
         case CheckpointAccepted(acceptance=given):
@@ -63,12 +63,12 @@ def sentence(event: Event) -> str:
                 f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
             )
         case LineageRolledBack():
-            back = f"back at epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
+            back = f"rolled back to epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
             return f"shard {event.shard}: {back}, because {event.checkpoint[:12]} was found invalid"
         case PeerPardoned():
-            return f"peer {event.owner[:8]} was pardoned and begins without trust"
+            return f"peer {event.owner[:8]} was pardoned and starts without trust"
         case RouterTrained():
-            return f"router trained, {100 * event.accuracy:.1f} % right, for epochs {list(event.epochs)}"
+            return f"router trained, accuracy {100 * event.accuracy:.1f} %, for epochs {list(event.epochs)}"
         case MixtureStitched():
             return f"mixture {event.mixture[:12]} stitched from epochs {list(event.epochs)}"
         case RunFinished():
@@ -81,11 +81,11 @@ def _verdict(event: ResultRefused | ResultSuperseded | AuditDue | AuditDone | Au
     match event:
         case ResultRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
-            return f"is {event.verdict} at rung {event.rung}: {event.text}{again}"
+            return f"is {event.verdict}, check {event.check}: {event.text}{again}"
         case ResultSuperseded():
             return f"is superseded by {event.by[:12]}"
         case AuditDue():
-            why = {"streak": f"{event.streak} valid in a row are too few", "lottery": f"drawn, 1 in {event.streak}"}
+            why = {"streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}"}
             part = "whole" if event.whole else "in part"
             return f"is due for an audit, {part} ({why.get(event.why, 'its author was convicted later')})"
         case AuditDone():
@@ -95,15 +95,15 @@ def _verdict(event: ResultRefused | ResultSuperseded | AuditDue | AuditDone | Au
             again += ", the whole epoch" if event.closer else ""
             return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
         case AuditReported():
-            return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be checked ({event.text})"
+            return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be verified ({event.text})"
         case PeerQuarantined():
-            return f"brings its author into quarantine: {event.text}"
+            return f"is invalid, its author is quarantined: {event.text}"
         case _:
             assert_never(event)
 
 
 def open_ledger(folder: Path) -> Ledger:
-    """The ledger of a run's folder, verified; also while a coordinator serves it. Raises ConfigError or IntegrityError."""
+    """The verified ledger of a run folder, also while a coordinator serves it. Raises ConfigError or IntegrityError."""
     return Ledger.open(RunFolder(folder).ledger)
 
 
@@ -118,7 +118,7 @@ def read_events(folder: Path) -> Iterator[Event]:
 
 
 def tell(folder: Path, until: float | None = None) -> Iterator[str]:
-    """One line per event up to `until` (Unix seconds), then one that sums up."""
+    """One line per event up to `until` (Unix seconds), then totals."""
     state = RunState()
     ledger = open_ledger(folder)
     try:
@@ -131,9 +131,9 @@ def tell(folder: Path, until: float | None = None) -> Iterator[str]:
         ledger.close()
     counts = f"{state.accepted} results accepted, {state.rejected} invalid"
     yield f"{state.events} events: {counts}, epochs {list(state.accepted_epochs)}"
-    for (rung, outcome), spent in state.spent.items():
+    for (check, outcome), spent in state.spent.items():
         each = f"{spent.seconds / spent.count:.2f} s and {spent.size / spent.count:.0f} bytes each"
-        yield f"rung {rung}: {spent.count} {outcome}, {each}"
+        yield f"check {check}: {spent.count} {outcome}, {each}"
 
 
 def _clock(moment: float) -> str:

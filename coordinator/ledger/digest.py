@@ -1,4 +1,4 @@
-"""One digest for what a ledger adds up to: equal ledgers, equal digests, in every process and on every machine."""
+"""The digest of a run's state: equal ledgers give equal digests, in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 
 def state_bytes(state: Any) -> bytes:
-    """The canonical bytes of a state made of frozen dataclasses, mappings, tuples, documents and plain values."""
+    """Canonical bytes of a state of frozen dataclasses, mappings, tuples, sets, pydantic models and plain values."""
     document = _plain(state)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 

@@ -1,249 +1,252 @@
-"""What happens in a run, as its coordinator writes it down: one tagged, frozen fact each. `ledger_state.apply` adds them up."""
+"""What happens in a run, as its coordinator writes it down: one tagged, frozen fact each. `reducer.apply` adds them up.
+
+The ledger on disk is a file format. The values of `kind` and the names of fields stay; a renamed field keeps its old name as an
+alias for reading (`check` was `rung`), and a new field has a default.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import AliasChoices, Field, TypeAdapter
 
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import BlobRef, Digest, Name, PublicKey
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CheckName
 
+Outcome = Literal["valid", "invalid", "inconclusive"]
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
 AuditReason = Literal["streak", "lottery", "re-audit"]
 Sentence = Annotated[str, Field(max_length=1000)]
+_Shard = Annotated[int, Field(ge=0, description="Index of the shard.")]
+_Term = Annotated[int, Field(ge=1, description="Term of the shard from now on: how often it was rolled back.")]
+_CheckField = Annotated[
+    CheckName, Field(validation_alias=AliasChoices("check", "rung"), description="The check; `rung` in older ledgers.")
+]
+_Epochs = Annotated[tuple[int, ...], Field(description="Accepted epoch of each shard, in the order of the shards.")]
 
 
 class _Event(Frozen):
-    """`time` is Unix seconds of the coordinator's clock."""
-
-    time: float
+    time: float = Field(description="When it happened: Unix seconds of the coordinator's clock.")
 
 
 class RunCreated(_Event):
-    """The first event of every ledger: whose run it is, and how many shards and epochs it has."""
+    """The first event of every ledger."""
 
     kind: Literal["run-created"] = "run-created"
-    run: Digest
-    name: Name
-    owner: PublicKey
-    coordinator: PublicKey
-    shards: int = Field(ge=1, le=4096)
-    epochs: int = Field(ge=1)
+    run: Digest = Field(description="Id of the run.")
+    name: Name = Field(description="Name of the run.")
+    owner: PublicKey = Field(description="Who signs the run's manifest.")
+    coordinator: PublicKey = Field(description="The coordinator that keeps this ledger.")
+    shards: int = Field(ge=1, le=4096, description="Number of shards.")
+    epochs: int = Field(ge=1, description="Budget of each shard in epochs.")
 
 
 class ManifestPublished(_Event):
-    """Peers are given this version of the manifest from now on; `epochs` is its budget, `coordinator` who serves it."""
+    """Peers are given this version of the manifest from now on."""
 
     kind: Literal["manifest-published"] = "manifest-published"
-    version: int = Field(ge=1)
-    digest: Digest
-    expires: float
-    epochs: int | None = Field(default=None, ge=1)
-    coordinator: PublicKey | None = None
+    version: int = Field(ge=1, description="Version of the manifest.")
+    digest: Digest = Field(description="Digest of the manifest.")
+    expires: float = Field(description="When its signature expires: Unix seconds.")
+    epochs: int | None = Field(default=None, ge=1, description="Budget of each shard in epochs; null: unchanged.")
+    coordinator: PublicKey | None = Field(default=None, description="The coordinator that serves it; null: unchanged.")
 
 
 class CoordinatorStarted(_Event):
-    """The service came up, for the first time or again from disk."""
+    """The service started, for the first time or again from disk."""
 
     kind: Literal["coordinator-started"] = "coordinator-started"
-    software: str
+    software: str = Field(description="Name and version of the software.")
 
 
 class CoordinatorStopped(_Event):
-    """The service was asked to end, and did."""
+    """The service was asked to stop, and did."""
 
     kind: Literal["coordinator-stopped"] = "coordinator-stopped"
 
 
 class BaselineMeasured(_Event):
-    """Held-out loss of a shard's initial model: what its first checkpoint is compared with."""
+    """The initial model of a shard was measured; its first checkpoint is compared with this."""
 
     kind: Literal["baseline-measured"] = "baseline-measured"
-    shard: int = Field(ge=0)
-    loss: float
+    shard: _Shard
+    loss: float = Field(description="Held-out loss of the initial model.")
 
 
 class ResultSeen(_Event):
-    """A result came in whose signature and lineage are right; it waits for judgement."""
+    """A result arrived that passed the free checks; it waits for the others."""
 
     kind: Literal["checkpoint-seen"] = "checkpoint-seen"
-    record: CheckpointRecord
-    via: Literal["offer", "poll"]
+    record: CheckpointRecord = Field(description="The signed record of the result.")
+    via: Literal["offer", "poll"] = Field(description="By the offer stream, or read from the DHT.")
 
 
 class _Verdict(_Event):
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=1)
-    owner: PublicKey
-    checkpoint: Digest
+    shard: _Shard
+    epoch: int = Field(ge=1, description="Epoch of the result.")
+    owner: PublicKey = Field(description="Author of the result.")
+    checkpoint: Digest = Field(description="Digest of the result.")
 
 
 class CheckCost(Frozen):
-    """One rung of the ladder, climbed: what came of it, and what it took in seconds and in bytes fetched or read."""
+    """One check that was run on one result."""
 
-    rung: CheckName
-    outcome: Literal["valid", "invalid", "inconclusive"]
-    seconds: float = Field(ge=0)
-    size: int = Field(default=0, ge=0)
+    check: _CheckField
+    outcome: Outcome = Field(description="What it found.")
+    seconds: float = Field(ge=0, description="Seconds that it took.")
+    size: int = Field(default=0, ge=0, description="Bytes that it fetched or read.")
 
 
 class ResultRefused(_Verdict):
-    """`invalid` is final. `inconclusive` could not be judged; it is tried again at `again_at`, or given up when that is None."""
+    """`invalid` is final. `inconclusive` could not be checked; it is tried again, or given up."""
 
     kind: Literal["checkpoint-refused"] = "checkpoint-refused"
-    verdict: Refusal
-    rung: CheckName
-    text: Sentence
-    again_at: float | None = None
-    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16)
+    verdict: Refusal = Field(description="Whether the refusal is final.")
+    check: _CheckField
+    text: Sentence = Field(description="Why, in words.")
+    again_at: float | None = Field(default=None, description="When it is checked again: Unix seconds; null: not any more.")
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
 
 
 class ResultSuperseded(_Verdict):
-    """Another result was accepted for the same epoch first. No blame: the first valid one wins."""
+    """Another result was accepted for the same epoch first: the first valid one wins, and the others did nothing wrong."""
 
     kind: Literal["checkpoint-superseded"] = "checkpoint-superseded"
-    by: Digest
+    by: Digest = Field(description="Digest of the accepted result.")
 
 
 class CheckpointAccepted(_Event):
-    """The signed yes. `parent_loss` is what `acceptance.holdout_loss` was compared with.
-
-    `build` names the author's software and the kind of expert: trust is counted for each, as BOINC counts it by app version.
-    """
+    """A result passed all checks and is the next epoch of its shard."""
 
     kind: Literal["checkpoint-accepted"] = "checkpoint-accepted"
-    acceptance: AcceptanceRecord
-    parent_loss: float
-    build: str = Field(default="", max_length=128)
-    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16)
+    acceptance: AcceptanceRecord = Field(description="The acceptance as it is signed and published.")
+    parent_loss: float = Field(description="Held-out loss of the parent, with which its loss was compared.")
+    build: str = Field(
+        default="",
+        max_length=128,
+        description="The author's software and kind of expert: trust is counted for each, as BOINC counts it by app version.",
+    )
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
 
 
 class AcceptanceRecovered(_Event):
     """This coordinator's own signed acceptance, which the ledger had lost and peers still held; epochs between stay unknown."""
 
     kind: Literal["acceptance-recovered"] = "acceptance-recovered"
-    acceptance: AcceptanceRecord
+    acceptance: AcceptanceRecord = Field(description="The recovered acceptance.")
 
 
 class ResetRecovered(_Event):
-    """This coordinator's own signed reset, which the ledger had lost: `shard` stands at its beginning, in term `term`."""
+    """This coordinator's own signed reset of a shard to its beginning, which the ledger had lost and peers still held."""
 
     kind: Literal["reset-recovered"] = "reset-recovered"
-    shard: int = Field(ge=0)
-    term: int = Field(ge=1)
+    shard: _Shard
+    term: _Term
 
 
 class QuarantineRecovered(_Event):
-    """This coordinator's own signed word that `owner` is quarantined, which the ledger had lost.
-
-    For which result is unknown; `shard` and `epoch` are 0.
-    """
+    """This coordinator's own signed quarantine of a peer, which the ledger had lost and peers still held."""
 
     kind: Literal["quarantine-recovered"] = "quarantine-recovered"
-    owner: PublicKey
-    shard: Literal[0] = 0
-    epoch: Literal[0] = 0
-    text: Sentence = "the ledger that said why was lost; the swarm still held that this peer is quarantined"
+    owner: PublicKey = Field(description="The quarantined peer.")
+    shard: Literal[0] = Field(default=0, description="Always 0: the result that caused it is unknown.")
+    epoch: Literal[0] = Field(default=0, description="Always 0: the result that caused it is unknown.")
+    text: Sentence = Field(
+        default="the ledger that said why was lost; the swarm still held that this peer is quarantined",
+        description="Why, in words.",
+    )
 
 
 class AuditDue(_Verdict):
-    """This result is to be replayed, `whole` or only its first steps.
-
-    `why`: the author's `streak` results found valid in a row are too few, the lottery of 1/streak fell on it, or a later result
-    of its author was found invalid.
-    """
+    """This accepted result is to be replayed."""
 
     kind: Literal["audit-due"] = "audit-due"
-    streak: int = Field(ge=0)
-    whole: bool = False
-    why: AuditReason = "streak"
+    streak: int = Field(ge=0, description="The author's consecutive results that were audited and found valid.")
+    whole: bool = Field(default=False, description="Replay the whole epoch, not only its first steps.")
+    why: AuditReason = Field(
+        default="streak",
+        description="The streak is too short, the lottery of 1/streak drew it, or a later result of its author was invalid.",
+    )
 
 
 class AuditDone(_Verdict):
-    """What came of a due audit. Only `valid` earns trust. `inconclusive` is tried again at `again_at`; None: it is given up.
-
-    `closer`: the next try replays the whole epoch. `doubt`: given up, but the end is not where honest work was ever seen to end.
-    `by` is the peer that replayed it, None the coordinator itself; `seconds` of replaying. Ledgers of the first version say `not
-    carried out` where nobody replayed.
-    """
+    """An audit was carried out. Only `valid` earns trust; `inconclusive` is tried again, or given up."""
 
     kind: Literal["audit-done"] = "audit-done"
-    outcome: AuditOutcome
-    text: Sentence = ""
-    by: PublicKey | None = None
-    seconds: float = Field(default=0.0, ge=0)
-    closer: bool = False
-    doubt: bool = False
-    again_at: float | None = None
+    outcome: AuditOutcome = Field(description="What it found; `not carried out` in ledgers of the first version only.")
+    text: Sentence = Field(default="", description="Why, in words.")
+    by: PublicKey | None = Field(default=None, description="The peer that replayed it; null: the coordinator itself.")
+    seconds: float = Field(default=0.0, ge=0, description="Seconds that the replay took.")
+    closer: bool = Field(default=False, description="The next try replays the whole epoch.")
+    doubt: bool = Field(default=False, description="Given up, but honest work was never seen to end where this epoch ends.")
+    again_at: float | None = Field(default=None, description="When it is tried again: Unix seconds; null: not any more.")
 
 
 class AuditReported(_Verdict):
-    """Peer `by` replayed this result and said `outcome`; it is not believed before the coordinator has replayed it, too."""
+    """A peer reported on an audit that it was lent; the report counts once the coordinator has replayed the result, too."""
 
     kind: Literal["audit-reported"] = "audit-reported"
-    by: PublicKey
-    outcome: Literal["valid", "invalid", "inconclusive"]
-    text: Sentence = ""
-    seconds: float = Field(default=0.0, ge=0)
+    by: PublicKey = Field(description="The peer that replayed it.")
+    outcome: Outcome = Field(description="What it reported.")
+    text: Sentence = Field(default="", description="Why, in words.")
+    seconds: float = Field(default=0.0, ge=0, description="Seconds that the replay took.")
 
 
 class PeerQuarantined(_Verdict):
-    """An audit found this result of `owner` invalid: from now on its results are refused and its claims do not count."""
+    """An audit found this result invalid: its author's results are refused and its claims ignored from now on."""
 
     kind: Literal["peer-quarantined"] = "peer-quarantined"
-    text: Sentence = ""
+    text: Sentence = Field(default="", description="What the audit found, in words.")
 
 
 class PeerPardoned(_Event):
-    """The run's operator lifted the quarantine of `owner`, who begins without trust."""
+    """The run's operator lifted a quarantine; the peer starts without trust."""
 
     kind: Literal["peer-pardoned"] = "peer-pardoned"
-    owner: PublicKey
+    owner: PublicKey = Field(description="The pardoned peer.")
 
 
 class LineageRolledBack(_Event):
-    """`shard` stands at `epoch` again, in the new term `term`, because `checkpoint` of a later epoch was found invalid."""
+    """A shard is at an earlier epoch again, because a result accepted after it was found invalid."""
 
     kind: Literal["lineage-rolled-back"] = "lineage-rolled-back"
-    shard: int = Field(ge=0)
-    epoch: int = Field(ge=0)
-    term: int = Field(ge=1)
-    dropped: int = Field(ge=1)
-    checkpoint: Digest
+    shard: _Shard
+    epoch: int = Field(ge=0, description="The epoch from which the shard goes on.")
+    term: _Term
+    dropped: int = Field(ge=1, description="Number of accepted epochs that are void.")
+    checkpoint: Digest = Field(description="The invalid result.")
 
 
 class RouterTrained(_Event):
-    """A router that knows the experts at `epochs` (one number per shard)."""
+    """A router was trained."""
 
     kind: Literal["router-trained"] = "router-trained"
-    epochs: tuple[int, ...]
-    router: BlobRef
-    accuracy: float
-    accuracy_by_time: tuple[float, ...] = ()
-    calibration_error: float | None = None
+    epochs: _Epochs
+    router: BlobRef = Field(description="The router's weights.")
+    accuracy: float = Field(description="Held-out accuracy, 0 to 1.")
+    accuracy_by_time: tuple[float, ...] = Field(default=(), description="Accuracy in equal bins of the diffusion time t.")
+    calibration_error: float | None = Field(default=None, description="Expected calibration error, 0 to 1.")
 
 
 class MixtureStitched(_Event):
-    """The mixture folder now holds the experts at `epochs`; `mixture` is the digest of its description.
-
-    `terms`: how often each shard had been rolled back when stitching began; empty in ledgers of earlier versions.
-    """
+    """The mixture folder holds a new mixture."""
 
     kind: Literal["mixture-stitched"] = "mixture-stitched"
-    epochs: tuple[int, ...]
-    terms: tuple[int, ...] = ()
-    mixture: Digest
+    epochs: _Epochs
+    terms: tuple[int, ...] = Field(
+        default=(), description="Term of each shard when stitching began; empty in ledgers of earlier versions."
+    )
+    mixture: Digest = Field(description="Digest of the mixture's description.")
 
 
 class RunFinished(_Event):
     """Every budget is done and the final mixture is stitched."""
 
     kind: Literal["run-finished"] = "run-finished"
-    mixture: Digest
+    mixture: Digest = Field(description="Digest of the final mixture's description.")
 
 
 Event = Annotated[
@@ -274,8 +277,5 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 def read_event(data: bytes | str) -> Event:
-    """The event that `canonical` wrote. Raises pydantic's ValidationError for anything else."""
+    """The event that `canonical` wrote, also in earlier versions. Raises pydantic's ValidationError for anything else."""
     return _EVENT.validate_json(data)
-
-
-Outcome = Literal["valid", "invalid", "inconclusive"]

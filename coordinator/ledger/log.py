@@ -1,6 +1,6 @@
-"""The coordinator's memory: an append-only SQLite table of events, each chained to the one before by its hash.
+"""The ledger: an append-only SQLite table of events, each chained to the one before by its hash.
 
-Deleting, changing or reordering a row breaks the chain, and a ledger that does not add up is refused, not repaired.
+Deleting, changing or reordering a row breaks the chain. A broken ledger is refused, not repaired.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lutetia.system.errors import ConfigError, DiskError, IntegrityError
 
 _log = logging.getLogger(__name__)
 
-_APPLICATION = 0x4C757431  # "Lut1": tells our files from other SQLite databases
+_APPLICATION = 0x4C757431  # "Lut1": tells ledgers from other SQLite databases
 _START = b"\0" * 32
 _DURABLE = CheckpointAccepted | LineageRolledBack | RunCreated | AcceptanceRecovered | ResetRecovered | QuarantineRecovered
-"""What is on the disk before anybody is told."""
+"""Events that must be on disk before anything is published."""
 _SCHEMA = """
 CREATE TABLE events (id INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, chain BLOB NOT NULL) STRICT;
 CREATE TRIGGER no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
@@ -46,7 +46,7 @@ CREATE TRIGGER no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One line of the ledger; `text` is the event's canonical JSON."""
+    """One row of the ledger; `text` is the event's canonical JSON, `chain` the hash after it."""
 
     id: int
     time: float
@@ -67,14 +67,14 @@ class Ledger:
         self._count = 0
         self._writing = threading.Lock()
         self.on_durable: Callable[[], None] = lambda: None
-        """Called after what must survive a power loss was written."""
+        """Called after a durable write."""
         self.state = RunState()
 
     @classmethod
     def create(cls, path: Path, first: RunCreated) -> Ledger:
-        """A new ledger that begins with `first`. Raises ConfigError when the file exists."""
+        """A new ledger that starts with `first`. Raises ConfigError when the file exists."""
         if path.exists():
-            raise ConfigError(f"the ledger {path} exists already; choose a new run folder")
+            raise ConfigError(f"the ledger {path} already exists; choose a new run folder")
         with _sqlite_errors(path):
             connection = _connect(path)
             connection.execute(f"PRAGMA application_id = {_APPLICATION}")
@@ -85,9 +85,11 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, run: str | None = None) -> Ledger:
-        """Read and verify the ledger of `run`, and rebuild its state.
+        """Read and verify the ledger of `run` (None: of any run), and rebuild its state.
 
-        Raises ConfigError (absent, no ledger, another run's) or IntegrityError (damaged or changed).
+        Raises:
+            ConfigError: the file is absent, no ledger, or another run's.
+            IntegrityError: it is damaged or was changed.
         """
         if not path.is_file():
             raise ConfigError(f"there is no ledger at {path}; create the run first or restore the file from a backup")
@@ -112,15 +114,14 @@ class Ledger:
             raise IntegrityError(f"the ledger {self.path} is empty; restore it from a backup")
         if run is not None and self.state.run != run:
             raise ConfigError(
-                f"the ledger {self.path} is of run {self.state.run[:12]}, not of {run[:12]}; name the run's own folder"
+                f"the ledger {self.path} is of run {self.state.run[:12]}, not of {run[:12]}; give the folder of that run"
             )
 
     def append(self, events: Iterable[Event], durable: bool = False) -> RunState:
-        """Write `events` in one transaction and return the state after them.
+        """Write `events` in one transaction and return the state after them. May be called from any thread.
 
-        Acceptances, and with `durable` whatever it is, are on disk when this returns.
-
-        May be called from any thread. Raises LedgerOutOfOrder or DiskError; then nothing was written.
+        Events such as acceptances (`_DURABLE`), and with `durable` all events, are on disk when this returns. Raises
+        LedgerOutOfOrder or DiskError; then nothing was written.
         """
         with self._writing:
             state, chain, count, rows = self.state, self._chain, self._count, []
@@ -144,19 +145,19 @@ class Ledger:
                 self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
 
     def rows(self) -> Iterator[LedgerRow]:
-        """Every line, verified against the chain. Raises IntegrityError at the first that does not add up."""
+        """Every row, verified against the chain. Raises IntegrityError at the first that does not fit."""
         with _sqlite_errors(self.path):
             for row, _ in self._verified():
                 yield row
 
     def accepted_states(self) -> set[str]:
-        """The digests of all training states that were ever accepted."""
+        """Digests of all training states that were ever accepted."""
         states = "SELECT event ->> '$.acceptance.state.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
         with self._writing, _sqlite_errors(self.path):
             return {digest for (digest,) in self._connection.execute(states)}
 
     def has_accepted(self, checkpoint: str) -> bool:
-        """Whether the checkpoint of this digest was ever accepted. Reads the whole file; may be called from any thread."""
+        """Whether this checkpoint was ever accepted. Reads the whole file; may be called from any thread."""
         kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"
         accepted = f"SELECT EXISTS (SELECT 1 FROM events WHERE {kinds} AND instr(event, ?))"
         with self._writing, _sqlite_errors(self.path):
@@ -174,18 +175,18 @@ class Ledger:
                 event = row.event()
             except ValidationError as error:
                 raise IntegrityError(
-                    f"event {row.id} of the ledger {self.path} cannot be read by this version; use a newer one"
+                    f"event {row.id} of the ledger {self.path} cannot be read by this version of the software; use a newer one"
                 ) from error
             yield row, event
             expected += 1
 
     @property
     def head(self) -> tuple[int, str]:
-        """The number of events, and the chain's digest (hex) after the last."""
+        """The number of events, and the chain's hash (hex) after the last."""
         return self._count, self._chain.hex()
 
     def chain_at(self, event: int) -> str | None:
-        """The chain's digest (hex) after that many events; None beyond the end."""
+        """The chain's hash (hex) after that many events; None beyond the end."""
         with _sqlite_errors(self.path):
             row = self._connection.execute("SELECT chain FROM events WHERE id = ?", (event,)).fetchone()
         return row[0].hex() if row else None
@@ -194,7 +195,7 @@ class Ledger:
         """A consistent copy in a new file, also while another process appends. Raises DiskError."""
         with _sqlite_errors(path), contextlib.closing(sqlite3.connect(path)) as target:
             self._connection.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")  # one file, nothing beside it
+            target.execute("PRAGMA journal_mode = DELETE")  # so that the copy is a single file
 
     def replay(self, until: float | None = None) -> RunState:
         """The state at `until` (Unix seconds; None is now), rebuilt from the file."""
@@ -214,10 +215,10 @@ def _link(chain: bytes, time: float, text: str) -> bytes:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Look before opening for writing, so that another program's database is left as it is."""
+    """Checked read-only before the file is opened for writing, so that another program's database is never changed."""
     with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
-            raise ConfigError(f"{path} is a database of another program, not a ledger; name the run's own folder")
+            raise ConfigError(f"{path} is a database of another program, not a ledger; give the run's folder")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -228,18 +229,18 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's failures as one sentence. Its words for damage quote the damaged bytes, which need not be text."""
+    """SQLite's errors as one sentence. Its message about damage quotes the damaged bytes, which need not be text."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise IntegrityError(f"the ledger {path} is damaged (what should be text is none); restore it from a backup") from error
+        raise IntegrityError(f"the ledger {path} is damaged (a text is not UTF-8); restore it from a backup") from error
     except sqlite3.DatabaseError as error:
         text = str(error)
         damaged = "not a database" in text or "malformed" in text or "no such table" in text
-        if damaged or isinstance(error, sqlite3.DataError):  # a row that claims to be longer than any may be
+        if damaged or isinstance(error, sqlite3.DataError):  # a row that claims more than the largest length
             raise IntegrityError(f"the ledger {path} is damaged ({text}); restore it from a backup") from error
         if isinstance(error, sqlite3.OperationalError):
             raise DiskError(
-                f"cannot use the ledger {path}: {text}; free space or stop the other process that holds it"
+                f"cannot use the ledger {path}: {text}; free disk space or stop the other process that uses it"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""A map that is never changed: `set` gives a new one and leaves the old, at the cost of copying one small bucket."""
+"""An immutable map: `set` returns a new one and leaves the old, at the cost of copying one small bucket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ V = TypeVar("V")
 
 
 def _bucket(key: int | str) -> int:
-    """The same in every process, unlike `hash` of text, so that replays iterate in the same order."""
+    """Unlike `hash` of a str, the same in every process, so that replays iterate in the same order."""
     return (key if isinstance(key, int) else zlib.crc32(key.encode())) % _BUCKETS
 
 
@@ -37,7 +37,7 @@ class PersistentMap(Mapping[K, V], Generic[K, V]):
         return self._count
 
     def __repr__(self) -> str:
-        return f"Table({dict(self)})"
+        return f"PersistentMap({dict(self)})"
 
     def set(self, key: K, value: V) -> PersistentMap[K, V]:
         index = _bucket(key)

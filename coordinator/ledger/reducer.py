@@ -1,22 +1,32 @@
 """The state of a run as the sum of its events: `apply(state, event) -> state`, pure, total and cheap.
 
-Nothing is changed in place and nothing of the size of the history is copied; each event says which fields of the state it
-changes, and the state is copied once. So a replay of 10^5 events takes seconds.
+Nothing is changed in place, and nothing that grows with the history is copied: each event names the fields of the state that it
+changes, and the state is copied once. A replay of 10^5 events takes seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TypedDict, assert_never
+from typing import assert_never
 
+from lutetia.coordinator.ledger.audit_reducer import (
+    LedgerOutOfOrder,
+    add_costs,
+    apply_acceptance_recovered,
+    apply_audit_done,
+    apply_audit_due,
+    apply_audit_reported,
+    apply_pardoned,
+    apply_reset_recovered,
+    apply_rolled_back,
+    shard_of,
+)
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
     AuditDone,
     AuditDue,
     AuditReported,
     BaselineMeasured,
-    CheckCost,
     CheckpointAccepted,
     CoordinatorStarted,
     CoordinatorStopped,
@@ -24,7 +34,6 @@ from lutetia.coordinator.ledger.events import (
     LineageRolledBack,
     ManifestPublished,
     MixtureStitched,
-    Outcome,
     PeerPardoned,
     PeerQuarantined,
     QuarantineRecovered,
@@ -41,52 +50,20 @@ from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
     HISTORY,
     AcceptedEpoch,
-    CheckCosts,
-    PeerLedger,
-    PendingAudit,
+    Changes,
     RunState,
     ShardLedger,
     WaitingResult,
 )
-from lutetia.protocol.schema.status import AuditState
 from lutetia.protocol.schema.verdicts import CheckName
-from lutetia.system.errors import IntegrityError
 
 REMEMBERED_REFUSALS = 32
+"""Refusals that the status document shows."""
 _REMEMBERED_VERDICTS = 256
-_BLAMELESS_RUNGS: frozenset[CheckName] = frozenset({"signature", "lineage", "transfer"})
-"""Anybody can send a forged record in a peer's name, and a partition makes honest lineages stale: no evidence of bad work."""
-_FREE_RUNGS = _BLAMELESS_RUNGS | {"quarantine", "size"}
-"""Refusals that cost throw-away identities nothing: a peer of which nothing else is known is not remembered for them."""
-
-
-class LedgerOutOfOrder(IntegrityError):
-    """An event that cannot follow the ones before it: two acceptances of one epoch, for instance."""
-
-
-class Changes(TypedDict, total=False):
-    """The fields of RunState that an event changes."""
-
-    run: str
-    name: str
-    owner: str
-    coordinator: str
-    epochs: int
-    budgets: tuple[int, ...]
-    manifest_version: int
-    manifest: str
-    shards: PersistentMap[int, ShardLedger]
-    peers: PersistentMap[str, PeerLedger]
-    router: RouterTrained | None
-    mixture: MixtureStitched | None
-    finished: bool
-    audits: Mapping[str, PendingAudit]
-    quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
-    pardoned: Mapping[str, float]
-    refusals: tuple[ResultRefused, ...]
-    spent: Mapping[tuple[CheckName, Outcome], CheckCosts]
-    accepted: int
-    rejected: int
+_BLAMELESS_CHECKS: frozenset[CheckName] = frozenset({"signature", "lineage", "transfer"})
+"""No evidence of bad work: anybody can send a forged record in a peer's name, and a partition makes honest lineages stale."""
+_UNREMEMBERED_CHECKS = _BLAMELESS_CHECKS | {"quarantine", "size"}
+"""A new identity can collect these refusals for nothing, so a peer of which nothing else is known is not remembered for them."""
 
 
 def apply(state: RunState, event: Event) -> RunState:
@@ -105,29 +82,29 @@ def _changes(state: RunState, event: Event) -> Changes:
         case ResultRefused():
             return _refused(state, event)
         case ResultSuperseded():
-            return {"shards": state.shards.set(event.shard, _settled(_shard(state, event.shard), event))}
+            return {"shards": state.shards.set(event.shard, _settled(shard_of(state, event.shard), event))}
         case AuditDue():
-            return _audit_due(state, event)
+            return apply_audit_due(state, event)
         case AuditDone():
-            return _audited(state, event)
+            return apply_audit_done(state, event)
         case AuditReported():
-            return _reported(state, event)
+            return apply_audit_reported(state, event)
         case RunCreated():
             return _created(state, event)
         case ManifestPublished():
             return _published(state, event)
         case BaselineMeasured():
-            return {"shards": state.shards.set(event.shard, replace(_shard(state, event.shard), baseline=event.loss))}
+            return {"shards": state.shards.set(event.shard, shard_of(state, event.shard).updated(baseline=event.loss))}
         case AcceptanceRecovered():
-            return _recovered(state, event)
+            return apply_acceptance_recovered(state, event)
         case ResetRecovered():
-            return _reset(state, event)
+            return apply_reset_recovered(state, event)
         case PeerQuarantined() | QuarantineRecovered():
             return {"quarantined": {**state.quarantined, event.owner: event}}
         case PeerPardoned():
-            return _pardoned(state, event)
+            return apply_pardoned(state, event)
         case LineageRolledBack():
-            return _rolled_back(state, event)
+            return apply_rolled_back(state, event)
         case RouterTrained():
             return {"router": event}
         case MixtureStitched():
@@ -138,13 +115,6 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {}
         case _:
             assert_never(event)
-
-
-def _shard(state: RunState, index: int) -> ShardLedger:
-    try:
-        return state.shards[index]
-    except KeyError:
-        raise LedgerOutOfOrder(f"the ledger speaks of shard {index}, which the run lacks; restore it from a backup") from None
 
 
 def _created(state: RunState, event: RunCreated) -> Changes:
@@ -160,7 +130,7 @@ def _created(state: RunState, event: RunCreated) -> Changes:
 
 
 def _published(state: RunState, event: ManifestPublished) -> Changes:
-    """A raised budget makes a finished run go on."""
+    """A raised budget reopens a finished run."""
     epochs = event.epochs or state.epochs
     budgets = state.budgets if epochs == state.epochs else (epochs, *state.budgets)[:BUDGETS]
     return {
@@ -171,81 +141,73 @@ def _published(state: RunState, event: ManifestPublished) -> Changes:
 
 def _seen(state: RunState, event: ResultSeen) -> Changes:
     record = event.record
-    shard = _shard(state, record.shard)
+    shard = shard_of(state, record.shard)
     if record.epoch != shard.epoch + 1 or record.parent != shard.accepted:
         raise LedgerOutOfOrder(f"a result for epoch {record.epoch} of shard {record.shard} cannot follow epoch {shard.epoch}")
     candidates = {**shard.candidates, record.owner: WaitingResult(record, event.time)}
-    return {"shards": state.shards.set(record.shard, replace(shard, candidates=candidates))}
+    return {"shards": state.shards.set(record.shard, shard.updated(candidates=candidates))}
 
 
 def _settled(shard: ShardLedger, verdict: ResultRefused | ResultSuperseded) -> ShardLedger:
-    """Without that candidate, remembering why; the oldest verdicts are forgotten so that a flood costs no memory."""
+    """The shard without that candidate, with its verdict; the oldest verdicts are dropped, so that a flood costs no memory."""
     candidate = shard.candidates.get(verdict.owner)
     waiting = shard.candidates
     if candidate and candidate.record.digest == verdict.checkpoint:
         waiting = {owner: other for owner, other in waiting.items() if owner != verdict.owner}
     if verdict.epoch != shard.epoch + 1:
-        return replace(shard, candidates=waiting)
+        return shard.updated(candidates=waiting)
     judged = {**shard.judged, (verdict.owner, verdict.checkpoint): verdict}
     if len(judged) > _REMEMBERED_VERDICTS:
         del judged[next(iter(judged))]
-    return replace(shard, candidates=waiting, judged=judged)
+    return shard.updated(candidates=waiting, judged=judged)
 
 
 def _refused(state: RunState, event: ResultRefused) -> Changes:
-    shard = _shard(state, event.shard)
+    shard = shard_of(state, event.shard)
     candidate = shard.candidates.get(event.owner)
     if event.again_at is not None and candidate and candidate.record.digest == event.checkpoint:
         again = replace(candidate, attempts=candidate.attempts + 1, not_before=event.again_at)
-        shard = replace(shard, candidates={**shard.candidates, event.owner: again})
+        shard = shard.updated(candidates={**shard.candidates, event.owner: again})
     else:
         shard = _settled(shard, event)
     changes: Changes = {
-        "shards": state.shards.set(event.shard, shard), "spent": _spent(state, event.costs),
+        "shards": state.shards.set(event.shard, shard), "spent": add_costs(state, event.costs),
         "refusals": (*state.refusals[-REMEMBERED_REFUSALS + 1 :], event),
     }  # fmt: skip
     if event.verdict == "inconclusive":
         return changes
     changes["rejected"] = state.rejected + 1
-    if event.owner not in state.peers and event.rung in _FREE_RUNGS:
+    if event.owner not in state.peers and event.check in _UNREMEMBERED_CHECKS:
         return changes
     peer = state.peer(event.owner)
-    peer = replace(peer, rejected=peer.rejected + 1, streak=peer.streak if event.rung in _BLAMELESS_RUNGS else 0)
+    peer = peer.updated(rejected=peer.rejected + 1, streak=peer.streak if event.check in _BLAMELESS_CHECKS else 0)
     return {**changes, "peers": state.peers.set(event.owner, peer)}
 
 
 def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     given = event.acceptance
-    shard = _shard(state, given.shard)
+    shard = shard_of(state, given.shard)
     if given.epoch != shard.epoch + 1 or given.parent != shard.accepted or given.term != shard.term:
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be accepted on epoch {shard.epoch}")
-    rest = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
+    candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
     link = _link(state, shard, event)
-    shard = replace(
-        shard, epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
-        candidates=rest, judged={},
+    shard = shard.updated(
+        epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
+        candidates=candidates, judged={},
     )  # fmt: skip
     peer = state.peer(given.author)
     interval = peer.interval if peer.shard == given.shard else None
     if peer.shard == given.shard and peer.last_accepted is not None:
         latest = max(0.0, event.time - peer.last_accepted)
         interval = latest if interval is None else (interval + latest) / 2
-    peer = replace(
-        peer, accepted=peer.accepted + 1, streak=peer.streak if peer.build == event.build else 0, build=event.build,
+    peer = peer.updated(
+        accepted=peer.accepted + 1, streak=peer.streak if peer.build == event.build else 0, build=event.build,
         shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=interval,
     )  # fmt: skip
     return {
         "shards": state.shards.set(given.shard, shard), "peers": state.peers.set(given.author, peer),
-        "spent": _spent(state, event.costs), "accepted": state.accepted + 1,
+        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1,
     }  # fmt: skip
-
-
-def _spent(state: RunState, costs: Iterable[CheckCost]) -> Mapping[tuple[CheckName, Outcome], CheckCosts]:
-    spent = dict(state.spent)
-    for cost in costs:
-        key = cost.rung, cost.outcome
-        spent[key] = spent.get(key, CheckCosts()).plus(cost.seconds, cost.size)
-    return spent
 
 
 def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> AcceptedEpoch:
@@ -254,116 +216,3 @@ def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Acc
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
     made = (record.trace, record.made) if record else (None, None)
     return AcceptedEpoch(given, event.time, state.budgets, *made)
-
-
-def _judged(shard: ShardLedger, checkpoint: str, audit: AuditState) -> ShardLedger:
-    """With what the auditors say of one accepted epoch."""
-    lineage = tuple(replace(link, audit=audit) if link.acceptance.checkpoint == checkpoint else link for link in shard.lineage)
-    return replace(shard, lineage=lineage)
-
-
-def _audit_due(state: RunState, event: AuditDue) -> Changes:
-    shard = _shard(state, event.shard)
-    link = shard.link(event.checkpoint)
-    if link is None:
-        raise LedgerOutOfOrder(f"an audit of {event.checkpoint[:12]} is due, which shard {event.shard} has not accepted")
-    pending = PendingAudit(event.shard, event.epoch, event.owner, event.checkpoint, link.at, event.whole)
-    shards = state.shards.set(event.shard, _judged(shard, event.checkpoint, "due"))
-    return {"shards": shards, "audits": {**state.audits, event.checkpoint: pending}}
-
-
-def _audited(state: RunState, event: AuditDone) -> Changes:
-    """Trust comes from audited work only: what was not replayed, or without a clear outcome, leaves the streak as it was.
-
-    Doubt takes it away: everything of such a peer is audited again, until enough of it is beyond doubt.
-    """
-    changes: Changes = {}
-    if event.outcome != "not carried out":
-        changes["spent"] = _spent(state, [CheckCost(rung="audit", outcome=event.outcome, seconds=event.seconds)])
-    pending = state.audits.get(event.checkpoint)
-    if pending and event.outcome == "inconclusive" and event.again_at is not None:
-        whole = pending.whole or event.closer
-        again = replace(pending, attempts=pending.attempts + 1, not_before=event.again_at, whole=whole)
-        return {**changes, "audits": {**state.audits, event.checkpoint: again}}
-    shard = _judged(_shard(state, event.shard), event.checkpoint, event.outcome)
-    peers = _rechecked(state, pending, event)
-    peer = peers.get(event.owner, PeerLedger())
-    if event.outcome == "valid":
-        peer = replace(peer, streak=peer.streak + 1, audited=peer.audited + 1)
-    elif event.outcome == "invalid":
-        peer = replace(peer, streak=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
-    elif event.doubt:
-        peer = replace(peer, streak=0)
-    return {
-        **changes, "shards": state.shards.set(event.shard, shard), "peers": peers.set(event.owner, peer),
-        "audits": {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint},
-    }  # fmt: skip
-
-
-def _reported(state: RunState, event: AuditReported) -> Changes:
-    pending = state.audits.get(event.checkpoint)
-    if pending is None:
-        return {}
-    return {"audits": {**state.audits, event.checkpoint: replace(pending, reported=(event.by, event.outcome))}}
-
-
-def _rechecked(state: RunState, pending: PendingAudit | None, event: AuditDone) -> PersistentMap[str, PeerLedger]:
-    """Trust in an auditor grows by reports that the coordinator's own replay confirms; one that it contradicts takes it all."""
-    if pending is None or pending.reported is None or event.by is not None or event.outcome not in ("valid", "invalid"):
-        return state.peers
-    by, said = pending.reported
-    auditor = state.peer(by)
-    trust = auditor.trust + 1 if said == event.outcome else auditor.trust if said == "inconclusive" else 0
-    return state.peers.set(by, replace(auditor, trust=trust))
-
-
-def _recovered(state: RunState, event: AcceptanceRecovered) -> Changes:
-    """The shard jumps to what was accepted already. The epochs between are unknown, so what is older cannot be audited now."""
-    given = event.acceptance
-    shard = _shard(state, given.shard)
-    if (given.term, given.epoch) <= (shard.term, shard.epoch):
-        raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be recovered on epoch {shard.epoch}")
-    accepted = state.accepted + max(1, given.epoch - shard.epoch)
-    changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
-    shard = replace(
-        shard, epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
-        lineage=(AcceptedEpoch(given, given.issued, state.budgets),), candidates={}, judged={},
-    )  # fmt: skip
-    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
-    return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
-
-
-def _reset(state: RunState, event: ResetRecovered) -> Changes:
-    """The shard as a roll-back to the beginning left it. What the initial model's loss is stays known."""
-    shard = _shard(state, event.shard)
-    if event.term <= shard.term:
-        raise LedgerOutOfOrder(f"shard {event.shard} in term {shard.term} cannot be reset in term {event.term}")
-    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != event.shard}
-    shards = state.shards.set(event.shard, ShardLedger(baseline=shard.baseline, term=event.term))
-    return {"shards": shards, "audits": audits, "mixture": None, "finished": False}
-
-
-def _rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
-    """The shard as it was after `epoch`, in a new term. What waits for judgement stood on what is gone."""
-    shard = _shard(state, event.shard)
-    lineage = tuple(link for link in shard.lineage if link.acceptance.epoch <= event.epoch)
-    known = event.epoch == 0 or (lineage and lineage[-1].acceptance.epoch == event.epoch)
-    if event.term != shard.term + 1 or event.epoch >= shard.epoch or not known:
-        raise LedgerOutOfOrder(f"shard {event.shard} at epoch {shard.epoch} cannot be rolled back to epoch {event.epoch}")
-    gone = {link.acceptance.checkpoint for link in shard.lineage[len(lineage) :]}
-    if lineage:
-        head = lineage[-1]
-        head = replace(head, acceptance=head.acceptance.model_copy(update={"term": event.term}))
-        lineage = (*lineage[:-1], head)
-    shard = replace(
-        shard, epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={},
-        acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
-    )  # fmt: skip
-    audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}
-    return {"shards": state.shards.set(event.shard, shard), "audits": audits, "mixture": None, "finished": False}
-
-
-def _pardoned(state: RunState, event: PeerPardoned) -> Changes:
-    quarantined = {owner: why for owner, why in state.quarantined.items() if owner != event.owner}
-    peers = state.peers.set(event.owner, replace(state.peer(event.owner), streak=0, trust=0))
-    return {"quarantined": quarantined, "peers": peers, "pardoned": {**state.pardoned, event.owner: event.time}}

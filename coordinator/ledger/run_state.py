@@ -1,9 +1,10 @@
-"""What the events of a run add up to: its shards, peers, due audits and quarantines, as immutable values."""
+"""The state of a run, as its events add up: its shards, peers, due audits and quarantines, as immutable values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypedDict, Unpack
 
 from lutetia.coordinator.ledger.events import (
     MixtureStitched,
@@ -15,78 +16,120 @@ from lutetia.coordinator.ledger.events import (
     RouterTrained,
 )
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.protocol.claims import ShardView
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.protocol.schema.status import AuditState
 from lutetia.protocol.schema.verdicts import CheckName
 
 BUDGETS = 3
+"""Different epoch budgets that are remembered."""
 HISTORY = 64
 """Accepted epochs of a shard that can still be audited and rolled back."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingResult:
-    """A result that waits for judgement; `not_before` delays the next attempt after an inconclusive one."""
+    """A result that waits for its checks."""
 
     record: CheckpointRecord
     seen: float
+    """When it arrived: Unix seconds."""
     attempts: int = 0
+    """Inconclusive checks so far."""
     not_before: float = 0.0
+    """Unix seconds before which it is not checked again."""
 
 
 Judged = Mapping[tuple[str, str], ResultRefused | ResultSuperseded]
+"""(owner, checkpoint) -> final verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptedEpoch:
-    """One accepted epoch of a lineage. `trace` and `made` are its record's.
-
-    `budgets` are those of the manifest's versions up to then, newest first: a cosine schedule knows its end, and an epoch may
-    have been begun under an earlier version than it was accepted under.
-    """
+    """One accepted epoch of a lineage."""
 
     acceptance: AcceptanceRecord
     at: float
+    """When it was accepted: Unix seconds."""
     budgets: tuple[int, ...]
+    """Epoch budgets of the manifest's versions up to then, newest first.
+
+    A cosine schedule depends on the budget, and an epoch may be accepted under a later version than it was begun under.
+    """
     trace: BlobRef | None = None
+    """Of its checkpoint record, as is `made`."""
     made: TrainedWith | None = None
     audit: AuditState = "not due"
 
 
+class PendingAuditChanges(TypedDict, total=False):
+    """New values for fields of PendingAudit."""
+
+    whole: bool
+    attempts: int
+    not_before: float
+    reported: tuple[str, str] | None
+
+
 @dataclass(frozen=True, slots=True)
 class PendingAudit:
-    """An audit that is due. `since` is when its result was accepted: the oldest goes first.
-
-    `reported` is a peer's word on it, (public key, outcome), that the coordinator has yet to check.
-    """
+    """An audit that is due."""
 
     shard: int
     epoch: int
     owner: str
     checkpoint: str
     since: float
+    """When its result was accepted: the oldest is audited first."""
     whole: bool = False
+    """Replay the whole epoch, not only its first steps."""
     attempts: int = 0
+    """Inconclusive tries so far."""
     not_before: float = 0.0
+    """Unix seconds before which it is not tried again."""
     reported: tuple[str, str] | None = None
+    """A peer's report that the coordinator has yet to verify: (public key, outcome)."""
+
+    def updated(self, **changes: Unpack[PendingAuditChanges]) -> PendingAudit:
+        return replace(self, **changes)
+
+
+class ShardChanges(TypedDict, total=False):
+    """New values for fields of ShardLedger."""
+
+    epoch: int
+    acceptance: AcceptanceRecord | None
+    accepted_at: float | None
+    baseline: float | None
+    term: int
+    lineage: tuple[AcceptedEpoch, ...]
+    candidates: Mapping[str, WaitingResult]
+    judged: Judged
 
 
 @dataclass(frozen=True, slots=True)
 class ShardLedger:
-    """One shard. `judged` holds the final verdicts, by (owner, checkpoint), on results for the epoch after `epoch`.
-
-    `term` counts its roll-backs; `lineage` are the last HISTORY accepted epochs, oldest first.
-    """
+    """One shard."""
 
     epoch: int = 0
+    """The accepted epoch."""
     acceptance: AcceptanceRecord | None = None
     accepted_at: float | None = None
+    """When `epoch` was accepted: Unix seconds."""
     baseline: float | None = None
+    """Held-out loss of the initial model, once measured."""
     term: int = 0
+    """How often the shard was rolled back."""
     lineage: tuple[AcceptedEpoch, ...] = ()
+    """The last HISTORY accepted epochs, oldest first."""
     candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
+    """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)
+    """Final verdicts on results for the epoch after `epoch`."""
+
+    def updated(self, **changes: Unpack[ShardChanges]) -> ShardLedger:
+        return replace(self, **changes)
 
     @property
     def accepted(self) -> str | None:
@@ -95,48 +138,74 @@ class ShardLedger:
 
     @property
     def parent_loss(self) -> float | None:
-        """What the next result's held-out loss is compared with; None until the initial model is measured."""
+        """With this the next result's held-out loss is compared; None until the initial model is measured."""
         return self.acceptance.holdout_loss if self.acceptance else self.baseline
 
     @property
     def audit(self) -> AuditState | None:
-        """How the accepted checkpoint stands with the auditors."""
+        """State of the accepted checkpoint's audit."""
         return self.lineage[-1].audit if self.lineage else None
 
     def link(self, checkpoint: str) -> AcceptedEpoch | None:
-        """The accepted epoch of that digest, where it is still known and not rolled back."""
+        """The accepted epoch of that digest, if it is within the history and not rolled back."""
         return next((link for link in reversed(self.lineage) if link.acceptance.checkpoint == checkpoint), None)
 
     def before(self, link: AcceptedEpoch) -> AcceptedEpoch | None:
-        """The epoch on which `link` stands; None at the beginning, or when it is too long ago."""
+        """The epoch before `link`; None at the beginning, or when it is no longer in the history."""
         place = self.lineage.index(link)
         return self.lineage[place - 1] if place else None
 
 
+class PeerChanges(TypedDict, total=False):
+    """New values for fields of PeerLedger."""
+
+    accepted: int
+    rejected: int
+    streak: int
+    build: str
+    audited: int
+    convicted: int
+    trust: int
+    shard: int | None
+    checkpoint: str | None
+    last_accepted: float | None
+    interval: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class PeerLedger:
-    """What a peer's work came to. `interval`: measured seconds per accepted epoch.
-
-    `streak` counts consecutive results that were audited and found valid, all of the same `build` (software and kind of expert);
-    `audited` and `convicted` count audits. As an auditor it has `trust`: consecutive reports that were re-checked and right.
-    """
+    """The record of one peer's work."""
 
     accepted: int = 0
+    """Results accepted."""
     rejected: int = 0
+    """Results found invalid."""
     streak: int = 0
+    """Consecutive results of the same `build` that were audited and found valid."""
     build: str = ""
+    """Software and kind of expert of its last accepted result."""
     audited: int = 0
+    """Audits of its results that found them valid or invalid."""
     convicted: int = 0
+    """Audits that found its result invalid."""
     trust: int = 0
+    """As an auditor: consecutive reports that the coordinator verified and found right."""
     shard: int | None = None
+    """Shard of its last accepted result."""
     checkpoint: str | None = None
+    """Digest of its last accepted result."""
     last_accepted: float | None = None
+    """When that was accepted: Unix seconds."""
     interval: float | None = None
+    """Measured seconds per accepted epoch on `shard`."""
+
+    def updated(self, **changes: Unpack[PeerChanges]) -> PeerLedger:
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckCosts:
-    """What one rung has taken in all, by outcome: how often, seconds, bytes."""
+    """What one check has cost in all, for one outcome: how often it ran, seconds, bytes."""
 
     count: int = 0
     seconds: float = 0.0
@@ -146,38 +215,76 @@ class CheckCosts:
         return CheckCosts(self.count + 1, self.seconds + seconds, self.size + size)
 
 
+class Changes(TypedDict, total=False):
+    """New values for fields of RunState. The reducer counts `events` itself."""
+
+    run: str
+    name: str
+    owner: str
+    coordinator: str
+    epochs: int
+    budgets: tuple[int, ...]
+    manifest_version: int
+    manifest: str
+    shards: PersistentMap[int, ShardLedger]
+    peers: PersistentMap[str, PeerLedger]
+    router: RouterTrained | None
+    mixture: MixtureStitched | None
+    finished: bool
+    audits: Mapping[str, PendingAudit]
+    quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
+    pardoned: Mapping[str, float]
+    refusals: tuple[ResultRefused, ...]
+    spent: Mapping[tuple[CheckName, Outcome], CheckCosts]
+    accepted: int
+    rejected: int
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Everything that the ledger says about a run. `shards` by index, `peers` and `quarantined` by public key.
-
-    `audits` are those that are due, by checkpoint; `budgets` the last different numbers of epochs of the manifest, newest first;
-    `pardoned` says when whose last quarantine was lifted.
-    """
+    """Everything that the ledger says about a run."""
 
     run: str = ""
     name: str = ""
     owner: str = ""
     coordinator: str = ""
     epochs: int = 0
+    """Budget of each shard, by the newest manifest."""
     budgets: tuple[int, ...] = ()
+    """The last BUDGETS different budgets, newest first."""
     manifest_version: int = 0
     manifest: str = ""
+    """Digest of the newest manifest."""
     shards: PersistentMap[int, ShardLedger] = field(default_factory=PersistentMap)
+    """By index."""
     peers: PersistentMap[str, PeerLedger] = field(default_factory=PersistentMap)
+    """By public key."""
     router: RouterTrained | None = None
     mixture: MixtureStitched | None = None
     finished: bool = False
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
+    """Those that are due, by checkpoint."""
     quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered] = field(default_factory=dict)
+    """By public key."""
     pardoned: Mapping[str, float] = field(default_factory=dict)
+    """Public key -> when its last quarantine was lifted: Unix seconds."""
     refusals: tuple[ResultRefused, ...] = ()
+    """The last ones, oldest first."""
     spent: Mapping[tuple[CheckName, Outcome], CheckCosts] = field(default_factory=dict)
     accepted: int = 0
+    """Results accepted."""
     rejected: int = 0
+    """Results found invalid."""
     events: int = 0
+    """Events in the ledger."""
 
     def peer(self, owner: str) -> PeerLedger:
-        return self.peers.get(owner, _STRANGER)
+        return self.peers.get(owner, _UNKNOWN_PEER)
+
+    def shard_view(self, shard: int) -> ShardView:
+        """The accepted lineage of a shard as peers see it in the DHT, without claims."""
+        ledger = self.shards[shard]
+        return ShardView(shard, acceptance=ledger.acceptance, reset=ledger.term)
 
     @property
     def accepted_epochs(self) -> tuple[int, ...]:
@@ -187,8 +294,8 @@ class RunState:
     def terms(self) -> tuple[int, ...]:
         return tuple(self.shards[index].term for index in range(len(self.shards)))
 
-    def stands(self, mixture: MixtureStitched) -> bool:
-        """Whether nothing that it was stitched from was taken back since."""
+    def is_current(self, mixture: MixtureStitched) -> bool:
+        """Whether no shard was rolled back since the mixture was stitched."""
         return not mixture.terms or mixture.terms == self.terms
 
     @property
@@ -196,4 +303,4 @@ class RunState:
         return bool(self.shards) and all(shard.epoch >= self.epochs for shard in self.shards.values())
 
 
-_STRANGER = PeerLedger()
+_UNKNOWN_PEER = PeerLedger()

@@ -1,4 +1,4 @@
-"""The signed head of the ledger: written after every acceptance, compared at every start, published in the status document."""
+"""The signed head of the ledger: written after every durable event, compared at every start, shown in the status document."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import IntegrityError
 from lutetia.system.files import write_atomic
 
-_REMEDY = "put the newest ledger back, or start with --recover to take the lost acceptances back from peers"
+_REMEDY = "restore the newest ledger, or start with --recover to recover the lost acceptances from peers"
 
 
 class HeadFile:
-    """Keeps `path` at the last durable event of `ledger`. The ledger may be ahead of it, after a crash; never behind."""
+    """Keeps the signed head of `ledger` in `path`. After a crash the ledger may be ahead of it, never behind."""
 
     def __init__(self, path: Path, ledger: Ledger, identity: Identity) -> None:
         self.path, self._ledger, self._identity = path, ledger, identity
@@ -27,14 +27,14 @@ class HeadFile:
         ledger.on_durable = self.write
 
     def write(self) -> None:
-        """Sign where the ledger ends now. Raises DiskError."""
+        """Sign the ledger's present end. Raises DiskError."""
         events, chain = self._ledger.head
         self.signed = SignedHead.sign(self._ledger.state.run, events, chain, time.time(), self._identity)
         write_atomic(self.path, canonical(self.signed))
 
 
 def read_head(path: Path) -> SignedHead | None:
-    """None when there is none. Raises IntegrityError when it cannot be read."""
+    """The head in `path`, or None. Raises IntegrityError when it cannot be read."""
     try:
         return SignedHead.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def read_head(path: Path) -> SignedHead | None:
 
 
 def check_head(path: Path, ledger: Ledger, manifest: Manifest) -> None:
-    """Raises IntegrityError when `ledger` ends before the signed head in `path`, or is another ledger."""
+    """Raises IntegrityError when `ledger` ends before the signed head in `path`, or has another history."""
     signed = read_head(path)
     if signed is None:
         return

@@ -1,7 +1,7 @@
-"""From the ledger and the live records to the one status document, as a pure function of the time.
+"""The one status document, made from the ledger's state and the live records as a pure function of the time.
 
-Invariant I6: nobody is `working` whose own work has not been accepted within its due time. A claim, a heartbeat or a busy
-processor earns `starting` for one allowance, then `overdue`.
+Invariant I6: a peer is `working` only while its own work is accepted in time. A claim, a heartbeat or a busy processor makes it
+`starting` for one allowance, then `overdue`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
 from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
-from lutetia.protocol.claims import LiveClaim, ShardView, shard_owner
+from lutetia.protocol.claims import LiveClaim
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
@@ -28,6 +28,7 @@ from lutetia.protocol.schema.status import (
     SwarmStatus,
 )
 from lutetia.protocol.schema.verdicts import CHECK_NAMES
+from lutetia.protocol.stalled_claims import Seen, current_holder
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -38,30 +39,38 @@ _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
 
 @dataclass(frozen=True, slots=True)
 class Sighting(Generic[R]):
-    """A live record, its expiry, and since when its owner has been seen without a gap (for a claim: on this shard)."""
+    """A live record. Times are Unix seconds."""
 
     record: R
     expires: float
     since: float
+    """Since when its owner has been seen without a gap (for a claim: on this shard)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """What the DHT shows of the swarm now."""
+    """The swarm as the DHT shows it."""
 
     nodes: Sequence[Sighting[NodeRecord]] = ()
     claims: Sequence[Sighting[ClaimRecord]] = ()
     copies: Mapping[str, int] = field(default_factory=dict)
-    """By accepted checkpoint: how many live peers besides the coordinators say that they hold it."""
+    """By accepted checkpoint: how many live peers besides the coordinators report that they hold it."""
+    histories: Mapping[int, Seen] = field(default_factory=dict)
+    """By shard: the histories of its claims."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
-    """Seconds within which the next acceptance should come: twice the pace measured on this shard plus a lease, else the tenure.
+    """Seconds within which the peer's next acceptance on the shard is due.
 
-    The pace is that of accepted work, not what the peer says of itself.
+    Twice its measured seconds per accepted epoch on this shard plus a lease; before two acceptances the tenure. What the peer
+    reports about itself does not count.
     """
     if peer.shard == shard and peer.interval is not None:
         return 2 * peer.interval + manifest.timing.lease
+    return _tenure(manifest)
+
+
+def _tenure(manifest: Manifest) -> float:
     return max(manifest.timing.tenure, manifest.timing.lease)
 
 
@@ -71,7 +80,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     for claim in live.claims:
         if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in state.quarantined:
             claims[claim.record.shard].append(claim)
-    held = {index: _holder(state, index, claims[index], now) for index in sorted(claims)}
+    held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
     holders = {claim.record.owner: claim for claim in held.values() if claim}
     nodes = sorted(
         (node for node in live.nodes if node.expires > now and node.record.state != "left"), key=lambda n: n.record.owner
@@ -93,9 +102,9 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         events=state.events,
         refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
         finished=state.finished,
-        rungs=tuple(
-            CheckStatus(rung=rung, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
-            for (rung, outcome), spent in sorted(
+        checks=tuple(
+            CheckStatus(check=check, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
+            for (check, outcome), spent in sorted(
                 state.spent.items(), key=lambda item: (CHECK_NAMES.index(item[0][0]), item[0][1])
             )
         ),
@@ -107,15 +116,18 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     )
 
 
-def _holder(state: RunState, shard: int, claims: list[Sighting[ClaimRecord]], now: float) -> Sighting[ClaimRecord] | None:
-    """The claim that wins by the rule which every peer applies."""
-    view = ShardView(shard, tuple(LiveClaim(claim.record, claim.expires) for claim in claims), state.shards[shard].acceptance)
-    owner = shard_owner(state.run, view, now)
-    return next((claim for claim in claims if claim.record.owner == owner), None)
+def _held_claim(
+    state: RunState, manifest: Manifest, shard: int, claims: list[Sighting[ClaimRecord]], live: LiveView, now: float
+) -> Sighting[ClaimRecord] | None:
+    """The claim of the peer that holds the shard, by the rule that every node applies."""
+    view = state.shard_view(shard).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+    seen = live.histories.get(shard, {})
+    holder = current_holder(state.run, view, seen, _tenure(manifest), manifest.checkpoint_samples, now)
+    return next((claim for claim in claims if claim.record.owner == holder), None)
 
 
 def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> tuple[float | None, float]:
-    """(until when the claimant's last accepted work covers it, until when it may be without any)."""
+    """Unix seconds: (until when the claimant's last acceptance covers it, until when its claim alone does)."""
     shard = claim.record.shard
     peer = state.peer(claim.record.owner)
     allowed = allowance(peer, shard, manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -152,7 +153,7 @@ class JudgeLoop:
 
     async def _check(self, check: StartCheck) -> None:
         """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
-        climbing = run_checks(check.record, check.parent_loss, self.rules.manifest, self.hands)
+        climbing = run_checks(check.record, check.parent_loss, self.rules.manifest, self.hands, time.monotonic)
         [verdict] = await asyncio.gather(climbing, return_exceptions=True)
         if isinstance(verdict, Verdict) and verdict.outcome == "valid":
             verdict = await asyncio.to_thread(self.hands.still_whole, check.record) or verdict
@@ -205,8 +206,8 @@ def _tell(event: Event) -> None:
                 "shard %d epoch %d accepted from %s: %.4f after %.4f", given.shard, given.epoch, given.author[:8], loss, before
             )
         case ResultRefused():
-            facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.rung, event.text)
-            _log.info("shard %d epoch %d of %s is %s at rung %s: %s", *facts)
+            facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.check, event.text)
+            _log.info("shard %d epoch %d of %s is %s at check %s: %s", *facts)
         case ResultSuperseded():
             _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
         case AuditDone():

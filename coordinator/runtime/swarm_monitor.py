@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.protocol.claims import LiveClaim, ShardView
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.accepted_checkpoints import holders_of
 from lutetia.protocol.schema.manifest import Manifest, Timing
@@ -21,6 +23,7 @@ from lutetia.protocol.schema.records import (
     claim_key,
     node_keys,
 )
+from lutetia.protocol.stalled_claims import LONGEST_GAP, Seen, observe_claims
 from lutetia.protocol.transport.base import Transport
 
 _log = logging.getLogger(__name__)
@@ -35,12 +38,16 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 
 @dataclass
 class SwarmMonitor:
-    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count."""
+    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count.
+
+    `shard_view`: the accepted state of a shard, without which the progress of its claims cannot be judged.
+    """
 
     transport: Transport
     manifest: Manifest
     found: Callable[[CheckpointRecord], Awaitable[None]]
     accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
+    shard_view: Callable[[int], ShardView] = ShardView
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
@@ -74,7 +81,9 @@ class SwarmMonitor:
         now = self.transport.now()
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         view, self._since = sighted(nodes, claims, self._since, now)
-        self.view = replace(view, copies=self.view.copies)
+        longest_gap = LONGEST_GAP * self.manifest.timing.lease
+        histories = observed(self.view.histories, view.claims, map(self.shard_view, shards), now, longest_gap)
+        self.view = replace(view, copies=self.view.copies, histories=histories)
 
     async def look_at_checkpoints(self) -> None:
         """Tell `found` of every result in the DHT."""
@@ -127,3 +136,18 @@ def sighted(
     peers = [sighting(record, expires, (record.owner, -1)) for record, expires in nodes]
     held = [sighting(record, expires, (record.owner, record.shard)) for record, expires in claims if record.state != "released"]
     return LiveView(peers, held), since
+
+
+def observed(
+    known: Mapping[int, Seen],
+    claims: Iterable[Sighting[ClaimRecord]],
+    shards: Iterable[ShardView],
+    now: float,
+    longest_gap: float,
+) -> dict[int, Seen]:
+    """By shard: the histories of its claims after one more look, as nodes keep them (`stalled_claims.observe_claims`)."""
+    by_shard: dict[int, list[LiveClaim]] = defaultdict(list)
+    for claim in claims:
+        by_shard[claim.record.shard].append(LiveClaim(claim.record, claim.expires))
+    views = (shard.with_claims(by_shard[shard.shard]) for shard in shards)
+    return {view.shard: observe_claims(known.get(view.shard, {}), view, now, longest_gap) for view in views if view.claims}

@@ -1,4 +1,4 @@
-"""An optional HTTP server beside the libp2p services: the same status, and the same blobs, for whoever can reach a port."""
+"""An optional HTTP server beside the libp2p services: status, metrics and blobs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ _SAFE = {
 
 
 def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore) -> FastAPI:
-    """`/`, `/status.json`, `/metrics` and `/blobs/{digest}` (with ranges); read-only."""
+    """The read-only routes `/`, `/status.json`, `/metrics` and `/blobs/{digest}` (with ranges).
+
+    `produce` makes the status document of a request.
+    """
     app = FastAPI(title="Lutetia coordinator", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = metrics_text(produce)
 
@@ -51,7 +54,7 @@ def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore) -> FastAPI:
     @app.get("/blobs/{digest}")
     async def blob(digest: str) -> FileResponse:
         if not _DIGEST.fullmatch(digest) or not blobs.has(digest):
-            raise HTTPException(404, "no such blob here")
+            raise HTTPException(404, "this coordinator does not have the blob")
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}
         return FileResponse(blobs.path(digest), media_type="application/octet-stream", headers=headers)
 
@@ -59,7 +62,7 @@ def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore) -> FastAPI:
 
 
 class _QuietServer(uvicorn.Server):
-    """Leaves the process's signals to the coordinator."""
+    """A server that leaves the process's signals to the coordinator."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,7 +70,12 @@ class _QuietServer(uvicorn.Server):
 
 
 def bind(address: str) -> socket.socket:
-    """Listen on `host:port`. Raises ConfigError when it is none, UnreachableError when the port is taken or the host not ours."""
+    """Listen on `host:port`.
+
+    Raises:
+        ConfigError: `address` is malformed.
+        UnreachableError: the port is in use, or the host is not an address of this machine.
+    """
     try:
         parts = urlsplit(f"//{address}")
         host, port = parts.hostname or "127.0.0.1", parts.port or 0
@@ -81,7 +89,7 @@ def bind(address: str) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()
-        raise UnreachableError(f"cannot serve HTTP on {address}: {reason}; choose another port or stop who holds it") from error
+        raise UnreachableError(f"cannot serve HTTP on {address}: {reason}; choose another port or stop its user") from error
     return listener
 
 

@@ -1,4 +1,4 @@
-"""The status document as Prometheus metrics: base units, few labels, nothing that is not in the document."""
+"""The status document as Prometheus metrics, in base units and with few labels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lutetia.protocol.schema.status import SwarmStatus
 
 
 class _StatusCollector(Collector):
-    """Makes the metrics of the newest document at every scrape."""
+    """Makes the metrics from a new document at every scrape."""
 
     def __init__(self, produce: Callable[[], SwarmStatus]) -> None:
         self._produce = produce
 
     def describe(self) -> list[Metric]:
-        return []  # so that registering does not already ask for a document
+        return []  # otherwise registering would make a document
 
     def collect(self) -> Iterator[Metric]:
         status = self._produce()
         yield from _run_metrics(status)
-        yield from _rung_metrics(status)
+        yield from _check_metrics(status)
         yield from _shard_metrics(status)
 
 
@@ -34,7 +34,7 @@ def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
     yield CounterMetricFamily("lutetia_results_accepted", "Results accepted.", status.accepted)
     yield CounterMetricFamily("lutetia_results_rejected", "Results found invalid.", status.rejected)
     yield CounterMetricFamily("lutetia_events", "Events in the ledger.", status.events)
-    peers = GaugeMetricFamily("lutetia_peers", "Peers seen, by what their accepted work says of them.", labels=["health"])
+    peers = GaugeMetricFamily("lutetia_peers", "Peers seen, by health.", labels=["health"])
     tally = Tally(node.health for node in status.nodes)
     for health in get_args(Health):
         peers.add_metric([health], tally[health])
@@ -44,25 +44,25 @@ def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
     )
     if status.router:
         yield GaugeMetricFamily("lutetia_router_accuracy_ratio", "Held-out accuracy of the router.", status.router.accuracy)
-    yield GaugeMetricFamily("lutetia_status_time_seconds", "Coordinator's clock, Unix seconds.", status.time)
+    yield GaugeMetricFamily("lutetia_status_time_seconds", "Time of the status document, Unix seconds.", status.time)
 
 
-def _rung_metrics(status: SwarmStatus) -> Iterator[Metric]:
-    labels = ["rung", "outcome"]
-    climbed = CounterMetricFamily("lutetia_rungs_climbed", "Rungs of the acceptance ladder climbed.", labels=labels)
-    seconds = CounterMetricFamily("lutetia_rung_seconds", "Time that a rung took.", labels=labels)
-    size = CounterMetricFamily("lutetia_rung_bytes", "Bytes that a rung fetched or read.", labels=labels)
-    for rung in status.rungs:
-        for family, value in ((climbed, rung.count), (seconds, rung.seconds), (size, rung.size)):
-            family.add_metric([rung.rung, rung.outcome], value)
-    yield from (climbed, seconds, size)
+def _check_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    labels = ["check", "outcome"]
+    count = CounterMetricFamily("lutetia_checks", "Acceptance checks run.", labels=labels)
+    seconds = CounterMetricFamily("lutetia_check_seconds", "Seconds that acceptance checks took.", labels=labels)
+    size = CounterMetricFamily("lutetia_check_bytes", "Bytes that acceptance checks fetched or read.", labels=labels)
+    for spent in status.checks:
+        for family, value in ((count, spent.count), (seconds, spent.seconds), (size, spent.size)):
+            family.add_metric([spent.check, spent.outcome], value)
+    yield from (count, seconds, size)
     yield GaugeMetricFamily("lutetia_audits_due", "Accepted results that wait for an audit.", status.audits_due)
     yield GaugeMetricFamily("lutetia_peers_quarantined", "Peers whose work an audit found invalid.", len(status.quarantined))
 
 
 def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     epochs = GaugeMetricFamily("lutetia_shard_epochs", "Accepted checkpoints.", labels=["shard"])
-    budget = GaugeMetricFamily("lutetia_shard_budget_epochs", "Checkpoints after which the shard is done.", labels=["shard"])
+    budget = GaugeMetricFamily("lutetia_shard_budget_epochs", "Budget of the shard in accepted checkpoints.", labels=["shard"])
     loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
     last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
     copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
@@ -84,7 +84,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
 
 
 def metrics_text(produce: Callable[[], SwarmStatus]) -> Callable[[], bytes]:
-    """A function that gives the exposition text of what `produce` makes."""
+    """A function that returns the exposition text of a new document from `produce`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_StatusCollector(produce))
     return lambda: generate_latest(registry)

@@ -1,4 +1,4 @@
-"""The status document as one self-contained page: no script, no external asset, everything escaped."""
+"""The status document as one self-contained page: no script, no external asset, all texts escaped."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ border-radius: 3px; background: #3a86c8; } .overdue, .invalid { color: #c2410c; 
 
 
 def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
-    """HTML for `status`; the browser asks again every `refresh_seconds`."""
-    online = sum(node.health == "working" for node in status.nodes)
-    state = "finished" if status.finished else "done, being stitched" if status.done else "training"
-    router = f"router {100 * status.router.accuracy:.1f} % right" if status.router else "no router yet"
+    """HTML for `status`; the browser reloads it every `refresh_seconds`."""
+    working = sum(node.health == "working" for node in status.nodes)
+    state = "finished" if status.finished else "stitching the final mixture" if status.done else "training"
+    router = f"router accuracy {100 * status.router.accuracy:.1f} %" if status.router else "no router yet"
     mixture = f"mixture <code>{escape(status.mixture[:12])}</code>" if status.mixture else "no mixture yet"
     facts = (
-        f"{state} · {len(status.shards)} experts · {len(status.nodes)} peers, {online} with work accepted in time · "
+        f"{state} · {len(status.shards)} experts · {len(status.nodes)} peers, {working} working · "
         f"{status.accepted} results accepted, {status.rejected} invalid · {router} · {mixture}"
     )
     return (
@@ -34,8 +34,8 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
         f"<title>{escape(status.name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(status.name)}</h1><p>{facts}</p>"
         f"{_shards(status)}{_nodes(status)}{_refusals(status)}"
-        f"<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. The same as "
-        '<a href="status.json">JSON</a> and as <a href="metrics">metrics</a>.</p></body></html>'
+        f"<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. Also as "
+        '<a href="status.json">JSON</a> and <a href="metrics">metrics</a>.</p></body></html>'
     )
 
 
@@ -62,9 +62,8 @@ def _shard(shard: ShardStatus, now: float) -> str:
 
 
 def _nodes(status: SwarmStatus) -> str:
-    return _table(
-        "Peers", "peer|device|expert|accepted|invalid|last accepted|is|says", [_node(n, status.time) for n in status.nodes]
-    )
+    heads = "peer|device|expert|accepted|invalid|last accepted|health|reported state"
+    return _table("Peers", heads, [_node(node, status.time) for node in status.nodes])
 
 
 def _node(node: NodeStatus, now: float) -> str:
@@ -80,10 +79,10 @@ def _node(node: NodeStatus, now: float) -> str:
 def _refusals(status: SwarmStatus) -> str:
     rows = [
         f"<tr><td class=n>{_ago(refusal.time, status.time)}</td><td>{refusal.shard:03d}</td><td class=n>{refusal.epoch}</td>"
-        f"<td class={refusal.verdict}>{refusal.verdict}</td><td>{refusal.rung}</td><td>{escape(refusal.text)}</td></tr>"
+        f"<td class={refusal.verdict}>{refusal.verdict}</td><td>{refusal.check}</td><td>{escape(refusal.text)}</td></tr>"
         for refusal in reversed(status.refusals)
     ]
-    return _table("Not accepted", "when|expert|epoch|verdict|rung|why", rows)
+    return _table("Refused results", "when|expert|epoch|verdict|check|reason", rows)
 
 
 def _ago(moment: float | None, now: float) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from lutetia.node.machine.lease import own_shard_seen, start_sync
 from lutetia.node.machine.messages import Claim, LookAtShards, PublishClaim
 from lutetia.node.machine.transition import NodeTransition
-from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, shard_owner
-from lutetia.protocol.stalled_claims import observe_claims, without_stalled
+from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous
+from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe_claims, without_stalled
 
 WAVE = 16
 """How many shards are looked at before the first choice: what looks free among them is claimed before the rest is seen."""
@@ -23,7 +23,7 @@ def swarm_seen(turn: NodeTransition, views: tuple[ShardView, ...]) -> None:
         if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
             view = old.with_claims(view.claims)
         if view.claims or (old and old.claims):
-            watched[view.shard] = seen = observe_claims(watched.get(view.shard, {}), view, turn.now, 2 * rules.lease)
+            watched[view.shard] = seen = observe_claims(watched.get(view.shard, {}), view, turn.now, LONGEST_GAP * rules.lease)
             view = without_stalled(seen, view, rules.owner, rules.tenure, rules.interval, turn.now)
         known[view.shard], looked[view.shard] = view, turn.now
     turn.set(views=known, looked=looked, watched=watched)
@@ -202,7 +202,8 @@ def _target_seen(turn: NodeTransition, view: ShardView) -> None:
         turn.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
         turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
     elif state.stage == "judge":
-        owner = shard_owner(rules.run, view, now)
+        seen = state.watched.get(view.shard, {})
+        owner = current_holder(rules.run, view, seen, rules.tenure, rules.interval, now, reader=rules.owner)
         if owner == rules.owner:
             turn.set(target=None)
             start_sync(turn, view.shard)

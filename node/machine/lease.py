@@ -14,8 +14,9 @@ from lutetia.node.machine.messages import (
 )
 from lutetia.node.machine.state import ShardWork
 from lutetia.node.machine.transition import NodeTransition
-from lutetia.protocol.claims import LiveClaim, ShardView, Stand, shard_owner
+from lutetia.protocol.claims import LiveClaim, ShardView, Stand
 from lutetia.protocol.schema.records import ClaimRecord
+from lutetia.protocol.stalled_claims import current_holder
 
 # --- taking a shard up, and letting it go ---------------------------------------------------------------------------------
 
@@ -95,8 +96,9 @@ def own_shard_seen(turn: NodeTransition) -> None:
     others = any(claim.record.owner != rules.owner for claim in view.live(now))
     if work.owned and others:
         lapsed = work.checking or now - state.renewed_at >= rules.lease
-        owner = None if lapsed else shard_owner(rules.run, _with_own_claim(turn, view), now)
-        if owner != rules.owner:
+        seen, own = state.watched.get(work.shard, {}), _with_own_claim(turn, view)
+        holder = current_holder(rules.run, own, seen, rules.tenure, rules.interval, now, reader=rules.owner)
+        if lapsed or holder != rules.owner:
             _follow(turn, view, resync=False)
             if turn.state.work:
                 to_idle(turn, f"shard {work.shard} has another owner", save=work.shard in turn.state.remembered)

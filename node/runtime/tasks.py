@@ -103,7 +103,7 @@ class NodeTasks:
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, " ".join(reply.text.split()), reply.retry_after
-            if reply.rung == "quarantine":
+            if reply.check == "quarantine":
                 verdict = "quarantined"
         except IntegrityError as error:
             verdict, text = "invalid", _one_line(error)

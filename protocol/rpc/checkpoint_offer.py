@@ -44,7 +44,7 @@ class OfferReply(Frozen):
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"] = Field(
         description="State of the offered result"
     )
-    rung: CheckName | None = Field(default=None, description="The check that failed, of an invalid or inconclusive result")
+    check: CheckName | None = Field(default=None, description="The check that failed, of an invalid or inconclusive result")
     text: str = Field(default="", max_length=1000, description="Reason of the verdict, for people")
     retry_after: float | None = Field(default=None, description="Seconds to wait before offering it again; null: no need")
 
@@ -78,6 +78,6 @@ async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:
     try:
         return await answer(peer_id, Offer.model_validate_json(data))
     except ValidationError:
-        return OfferReply(verdict="invalid", rung="signature", text="the offer is malformed")
+        return OfferReply(verdict="invalid", check="signature", text="the offer is malformed")
     except RecordRefused as error:
-        return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+        return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])

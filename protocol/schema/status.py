@@ -87,14 +87,14 @@ class RefusalStatus(TolerantDocument):
     owner: PublicKey = Field(description="Public key of its author")
     checkpoint: Digest = Field(description="Digest of the result")
     verdict: Literal["invalid", "inconclusive"] = Field(description="An inconclusive result may be tried again")
-    rung: CheckName = Field(description="The check that it failed")
+    check: CheckName = Field(description="The check that it failed")
     text: str = Field(description="Reason, for people")
 
 
 class CheckStatus(TolerantDocument):
     """What one acceptance check has cost, for one outcome."""
 
-    rung: CheckName = Field(description="The check")
+    check: CheckName = Field(description="The check")
     outcome: Literal["valid", "invalid", "inconclusive"] = Field(description="How the results came out of it")
     count: int = Field(description="Results with this outcome")
     seconds: float = Field(description="Seconds that the check took for them, in all")
@@ -129,7 +129,7 @@ class SwarmStatus(TolerantDocument):
     rejected: int = Field(default=0, description="Results that were found invalid")
     events: int = Field(default=0, description="Events in the coordinator's ledger")
     refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last refusals, oldest first")
-    rungs: tuple[CheckStatus, ...] = Field(default=(), description="What the acceptance checks have cost, by check and outcome")
+    checks: tuple[CheckStatus, ...] = Field(default=(), description="What the acceptance checks have cost, by check and outcome")
     audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
     quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The last quarantined peers, oldest first")
     mixture_epochs: tuple[int, ...] = Field(default=(), description="Accepted epoch of each shard in the last mixture")

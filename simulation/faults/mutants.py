@@ -55,7 +55,9 @@ def _believe_auditors(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus
     return judge(rules, state, stimulus)
 
 
-async def _check_nothing(record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner) -> Verdict:
+async def _check_nothing(
+    record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner, clock: Callable[[], float]
+) -> Verdict:
     """No look inside: whatever arrives counts as sound."""
     try:
         await tools.fetch(record)

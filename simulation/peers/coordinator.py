@@ -17,7 +17,7 @@ from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.audit_service import relatives
-from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, sighted
+from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
@@ -30,6 +30,7 @@ from lutetia.protocol.schema.records import (
     checkpoint_key,
     open_record,
 )
+from lutetia.protocol.stalled_claims import LONGEST_GAP
 from lutetia.simulation.config import COORDINATOR, MIB
 from lutetia.simulation.interfaces import Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
@@ -177,7 +178,7 @@ class SimulatedCoordinator:
                     sealed, key=None, subkey=record.owner, expires=record.issued + life, now=self.clock(), limits=self._limits
                 )
             except RecordRefused as error:
-                return OfferReply(verdict="invalid", rung="signature", text=str(error)[:1000])
+                return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])
         reply = self.hear(j.Offered(record, self.clock()))
         assert isinstance(reply, OfferReply)
         return reply
@@ -226,7 +227,7 @@ class SimulatedCoordinator:
 
         drive(
             self.world.queue,
-            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
+            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self), self.clock),
             done,
         )
 
@@ -278,7 +279,11 @@ class SimulatedCoordinator:
             world.costs.listed(NODE_BUCKETS, len(self._nodes), config.replicas, world.dht.size, "watch")
         world.costs.looked(config.shards, len(claims), config.replicas, world.dht.size, "watch")
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        histories = self.view.histories
         self.view, self._since = sighted(nodes, claims, self._since, now)
+        shards = map(self.state.run.shard_view, range(config.shards))
+        longest_gap = LONGEST_GAP * world.manifest.timing.lease
+        self.view = replace(self.view, histories=observed(histories, self.view.claims, shards, now, longest_gap))
 
     def _tell(self) -> None:
         """Make the status document, as anybody who asks would get it."""

@@ -59,7 +59,7 @@ async def offer_round(peer: Node, candidate: m.OwnCheckpoint, boot: int) -> tupl
         world.costs.stored("provider", world.config.replicas, world.dht.size, 3)
     for coordinator in world.coordinators:
         if (reply := await _offer(peer, coordinator, record, boot)) is not None:
-            verdict = "quarantined" if reply.rung == "quarantine" else reply.verdict
+            verdict = "quarantined" if reply.check == "quarantine" else reply.verdict
             return verdict, " ".join(reply.text.split()), reply.retry_after
     return "unreachable", "no coordinator answered", None
 

@@ -122,10 +122,10 @@ def test_offers_of_one_origin_are_limited_for_a_minute() -> None:
 
 
 def test_dht_records_leave_places_of_a_shard_free() -> None:
-    court = judge_driver.court(limits=False, rules={"candidates_per_shard": 8})
+    driver = judge_driver.drive_judge(limits=False, rules={"candidates_per_shard": 8})
     sybils = [Identity.derived(f"sybil {number}") for number in range(20)]
     for peer in sybils:
-        court.offer(judge_driver.make_record(court.manifest, peer), via="poll")
-    assert len(court.state.run.shards[0].candidates) == 4
-    honest = judge_driver.make_record(court.manifest, Identity.derived("honest"))
-    assert court.offer(honest).verdict == "queued"
+        driver.offer(judge_driver.make_record(driver.manifest, peer), via="poll")
+    assert len(driver.state.run.shards[0].candidates) == 4
+    honest = judge_driver.make_record(driver.manifest, Identity.derived("honest"))
+    assert driver.offer(honest).verdict == "queued"

@@ -47,11 +47,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
     return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED), verdict
 
 
-@pytest.mark.parametrize(("name", "rung"), STOPPED.items())
-async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
+@pytest.mark.parametrize(("name", "check"), STOPPED.items())
+async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verdict], name: str, check: str) -> None:
     stage, parent = scene
     verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
-    assert (verdict.outcome, verdict.rung) == ("invalid", rung), verdict.text
+    assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
 
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])

@@ -77,7 +77,7 @@ async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_w
             assert [why.owner for why in status.quarantined] == [mallory.identity.public_key]
             assert (status.shards[0].epoch, status.shards[0].term) == (1, 1)
             reply = await mallory.offer(faked)
-            assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
+            assert (reply.verdict, reply.check) == ("invalid", "quarantine")
 
             async def told() -> bool:
                 accepted = [(given.epoch, given.term, given.checkpoint) for given in await ann.accepted(0)]

@@ -99,14 +99,14 @@ async def refusals(ann: Volunteer, bob: Volunteer) -> None:
     bad = bob.train(0, poison)
     forged = seal(bad, Identity.derived("mallory"), ann.transport.now() + 600)
     reply = await bob.offer(bad, forged)
-    assert (reply.verdict, reply.rung) == ("invalid", "signature")
+    assert (reply.verdict, reply.check) == ("invalid", "signature")
     reply = await ann.offer(bad, seal(bad, bob.identity, ann.transport.now() + 600))
-    assert (reply.verdict, reply.rung) == ("invalid", "signature"), "another peer's result over my connection"
+    assert (reply.verdict, reply.check) == ("invalid", "signature"), "another peer's result over my connection"
     reply = await bob.verdict(bad)
-    assert (reply.verdict, reply.rung) == ("invalid", "numbers")
+    assert (reply.verdict, reply.check) == ("invalid", "numbers")
     assert "NaN" in reply.text
     status = await ann.status()
-    assert [(refusal.rung, refusal.verdict) for refusal in status.refusals] == [("numbers", "invalid")]
+    assert [(refusal.check, refusal.verdict) for refusal in status.refusals] == [("numbers", "invalid")]
     bob.trainers.clear()
 
 

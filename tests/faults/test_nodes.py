@@ -68,7 +68,7 @@ async def test_killed_in_the_middle_of_an_upload(pair: Pair) -> None:
     assert torn(incoming), "it was killed before the file was whole"
     await pair.taken_over(standby)
     refusals = [event for event in events(pair.coordinator.run) if isinstance(event, ResultRefused)]
-    assert all((event.verdict, event.rung) == ("inconclusive", "transfer") for event in refusals), "nobody is blamed for dying"
+    assert all((event.verdict, event.check) == ("inconclusive", "transfer") for event in refusals), "nobody is blamed for dying"
 
 
 async def test_asked_to_stop_it_hands_its_work_in(pair: Pair) -> None:

@@ -54,7 +54,7 @@ class ToyCoordinator:
             return OfferReply(verdict="busy", retry_after=0.5)
         head = lineage[-1].digest if lineage else None
         if (record.epoch, record.parent) != (len(lineage) + 1, head):
-            return OfferReply(verdict="superseded", rung="lineage", text="not on the accepted parent")
+            return OfferReply(verdict="superseded", check="lineage", text="not on the accepted parent")
         for ref in (record.weights, record.state, record.trace):
             await fetch_blob(self.transport, self.store, ref, [Provider(peer_id, record.addresses)])
         lineage.append(record)

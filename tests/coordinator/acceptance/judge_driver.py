@@ -84,8 +84,8 @@ def first_event(manifest: Manifest, time: float = START) -> RunCreated:
 
 
 @dataclass
-class Court:
-    """A judge with its state, driven step by step; every event that it wrote is kept."""
+class JudgeDriver:
+    """A judge with its state, driven step by step; keeps every event and action."""
 
     manifest: Manifest
     rules: JudgeRules
@@ -96,7 +96,7 @@ class Court:
     audits: list[StartAudit] = field(default_factory=list)
     now: float = START
 
-    def hears(self, stimulus: Stimulus) -> tuple[Action, ...]:
+    def send(self, stimulus: Stimulus) -> tuple[Action, ...]:
         self.state, actions = judge(self.rules, self.state, stimulus)
         self.events += [action.event for action in actions if isinstance(action, Write)]
         self.checks += [action for action in actions if isinstance(action, StartCheck)]
@@ -105,23 +105,23 @@ class Court:
         return actions
 
     def offer(self, record: CheckpointRecord, via: str = "offer") -> OfferReply:
-        actions = self.hears(Offered(record, self.now, via))  # pyright: ignore[reportArgumentType]
+        actions = self.send(Offered(record, self.now, via))  # pyright: ignore[reportArgumentType]
         return next(action.reply for action in actions if isinstance(action, Answer))
 
     def verdict(self, record: CheckpointRecord, loss: float = 0.4) -> tuple[Action, ...]:
-        """The ladder finds `record` valid."""
+        """The checks find `record` valid."""
         parent = self.state.run.shards[record.shard].parent_loss
-        return self.hears(CheckDone(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
+        return self.send(CheckDone(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
 
-    def refused(self, record: CheckpointRecord, text: str = "tensor x is not finite") -> None:
-        """The ladder finds `record` invalid."""
+    def refuse(self, record: CheckpointRecord, text: str = "tensor x is not finite") -> None:
+        """Offer `record`; the checks find it invalid."""
         assert self.offer(record).verdict == "queued"
-        self.hears(CheckDone(record, Verdict("invalid", "numbers", text), self.now))
+        self.send(CheckDone(record, Verdict("invalid", "numbers", text), self.now))
 
-    def audited(self, outcome: Outcome, checkpoint: str | None = None) -> tuple[Action, ...]:
-        """The replay that is under way (or of `checkpoint`) comes to `outcome`."""
+    def finish_audit(self, outcome: Outcome, checkpoint: str | None = None) -> tuple[Action, ...]:
+        """The last audit asked for (or that of `checkpoint`) ends with `outcome`."""
         asked = checkpoint or self.audits[-1].audit.checkpoint
-        return self.hears(Audited(asked, AuditFinding(outcome=outcome, text="step 2: 0.7 and 0.9"), self.now, 1.5))
+        return self.send(Audited(asked, AuditFinding(outcome=outcome, text="step 2: 0.7 and 0.9"), self.now, 1.5))
 
     def accept(self, peer: Identity, shard: int = 0, **changes: object) -> CheckpointRecord:
         """`peer`'s result for the next epoch of `shard` is accepted."""
@@ -135,15 +135,17 @@ class Court:
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
 
+    hears, refused, audited = send, refuse, finish_audit  # to be renamed in tests/coordinator/runtime
 
-def court(
+
+def drive_judge(
     shards: int = 2, epochs: int = 3, limits: bool = True, rules: dict[str, object] | None = None, **changes: object
-) -> Court:
+) -> JudgeDriver:
     manifest = make_manifest(shards, epochs, **changes)
     made = JudgeRules(manifest, COORDINATOR.public_key, b"secret", **(rules or {}))  # pyright: ignore[reportArgumentType]
     created = first_event(manifest)
     state = JudgeState(apply(RunState(), created), limits=limits_of(shards) if limits else None)
-    return Court(manifest, made, state, [created])
+    return JudgeDriver(manifest, made, state, [created])
 
 
 def limits_of(shards: int) -> dict[int, SizeLimits]:
@@ -151,3 +153,4 @@ def limits_of(shards: int) -> dict[int, SizeLimits]:
 
 
 PEERS = [Identity.derived(f"peer{index}") for index in range(6)]
+Court, court = JudgeDriver, drive_judge  # to be renamed in tests/coordinator/runtime

@@ -1,4 +1,4 @@
-"""Audits that fall behind: no result is accepted that would push a due audit out of the history that convictions need."""
+"""Audits that lag: no result is accepted that would push a due audit out of the history that a rollback needs."""
 
 from __future__ import annotations
 
@@ -12,109 +12,109 @@ from lutetia.coordinator.ledger.events import AuditDone, AuditDue, CheckpointAcc
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import HISTORY
 from lutetia.protocol.schema.records import AcceptanceRecord
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, Court, court, make_record
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, JudgeDriver, drive_judge, make_record
 
 CHEAT, HONEST = PEERS[0], PEERS[1]
 
 
-def accept_until_busy(room: Court) -> int:
-    """Offer one epoch after the other, whose audits nobody carries out; returns the last accepted epoch."""
+def accept_until_busy(driver: JudgeDriver) -> int:
+    """Offer one epoch after the other without carrying out audits; returns the last accepted epoch."""
     for epoch in range(1, 3 * HISTORY):
-        room.now += 60
-        record = make_record(room.manifest, PEERS[0], epoch=epoch, parent=room.state.run.shards[0].accepted)
-        reply = room.offer(record)
+        driver.now += 60
+        record = make_record(driver.manifest, PEERS[0], epoch=epoch, parent=driver.state.run.shards[0].accepted)
+        reply = driver.offer(record)
         if reply.verdict == "busy":
             assert "audits" in reply.text
             return epoch - 1
-        room.verdict(record)
+        driver.verdict(record)
     raise AssertionError("never busy")
 
 
-def test_results_wait_when_the_audits_are_a_whole_history_behind() -> None:
-    room = court(shards=1, epochs=4 * HISTORY)
-    reached = accept_until_busy(room)
+def test_results_wait_while_audits_are_a_history_behind() -> None:
+    driver = drive_judge(shards=1, epochs=4 * HISTORY)
+    reached = accept_until_busy(driver)
     assert reached == HISTORY - 1
-    oldest = next(action.audit for action in room.actions if isinstance(action, StartAudit))
+    oldest = next(action.audit for action in driver.actions if isinstance(action, StartAudit))
     assert oldest.epoch == 1
-    room.hears(Audited(oldest.checkpoint, AuditFinding(outcome="valid"), room.now))
-    head = room.state.run.shards[0]
-    record = make_record(room.manifest, PEERS[0], epoch=reached + 1, parent=head.accepted)
-    assert room.offer(record).verdict == "queued"
+    driver.send(Audited(oldest.checkpoint, AuditFinding(outcome="valid"), driver.now))
+    head = driver.state.run.shards[0]
+    record = make_record(driver.manifest, PEERS[0], epoch=reached + 1, parent=head.accepted)
+    assert driver.offer(record).verdict == "queued"
 
 
-def test_the_oldest_audit_that_is_due_can_still_roll_its_lineage_back() -> None:
-    room = court(shards=1, epochs=4 * HISTORY)
-    accept_until_busy(room)
+def test_the_oldest_due_audit_can_still_roll_back() -> None:
+    driver = drive_judge(shards=1, epochs=4 * HISTORY)
+    accept_until_busy(driver)
     for outcome in ("valid", "valid", "invalid"):
-        audit = [action.audit for action in room.actions if isinstance(action, StartAudit)][-1]
-        room.hears(Audited(audit.checkpoint, AuditFinding(outcome=outcome), room.now))
-    rolled = [event for event in room.events if isinstance(event, LineageRolledBack)]
+        audit = [action.audit for action in driver.actions if isinstance(action, StartAudit)][-1]
+        driver.send(Audited(audit.checkpoint, AuditFinding(outcome=outcome), driver.now))
+    rolled = [event for event in driver.events if isinstance(event, LineageRolledBack)]
     assert [event.epoch for event in rolled] == [2]
-    assert room.state.run.shards[0].epoch == 2
+    assert driver.state.run.shards[0].epoch == 2
 
 
-def full_history() -> Court:
-    """Shard 0 has a whole history, audited; its epoch 2 and the first of shard 1, whose audit is under way, are the cheat's."""
-    room = court(shards=2, epochs=4 * HISTORY)
+def full_history() -> JudgeDriver:
+    """Shard 0 has a whole history, audited. Its epoch 2 is the cheat's, as is epoch 1 of shard 1, whose audit is running."""
+    driver = drive_judge(shards=2, epochs=4 * HISTORY)
     for epoch in range(1, HISTORY + 1):
-        room.now += 60
-        room.accept(CHEAT if epoch == 2 else HONEST)
-        if room.state.run.audits:
-            room.audited("valid")
-    room.accept(CHEAT, 1)
-    return room
+        driver.now += 60
+        driver.accept(CHEAT if epoch == 2 else HONEST)
+        if driver.state.run.audits:
+            driver.finish_audit("valid")
+    driver.accept(CHEAT, 1)
+    return driver
 
 
-def test_a_conviction_that_makes_an_old_epoch_due_again_puts_off_what_would_push_its_parent_out() -> None:
-    room = full_history()
-    waiting = make_record(room.manifest, HONEST, 0, HISTORY + 1, room.state.run.shards[0].accepted)
-    assert room.offer(waiting).verdict == "queued"
-    room.audited("invalid")
-    due = room.audits[-1]
-    assert (due.audit.shard, due.audit.epoch) == (0, 2), "looked at again"
-    room.verdict(waiting)
-    assert room.state.run.shards[0].epoch == HISTORY, "put off"
-    checks = len(room.checks)
-    room.hears(JudgeTick(room.now + 5))
-    assert len(room.checks) == checks, "nor is it checked in vain meanwhile"
-    assert room.offer(waiting).verdict == "queued"
-    room.audited("valid", due.audit.checkpoint)
-    assert room.checks[-1].record == waiting
-    room.verdict(waiting)
-    assert room.state.run.shards[0].accepted == waiting.digest
+def test_a_re_audit_of_an_old_epoch_puts_off_acceptances() -> None:
+    driver = full_history()
+    waiting = make_record(driver.manifest, HONEST, 0, HISTORY + 1, driver.state.run.shards[0].accepted)
+    assert driver.offer(waiting).verdict == "queued"
+    driver.finish_audit("invalid")
+    due = driver.audits[-1]
+    assert (due.audit.shard, due.audit.epoch) == (0, 2), "audited again"
+    driver.verdict(waiting)
+    assert driver.state.run.shards[0].epoch == HISTORY, "put off"
+    checks = len(driver.checks)
+    driver.send(JudgeTick(driver.now + 5))
+    assert len(driver.checks) == checks, "and it is not checked in the meantime"
+    assert driver.offer(waiting).verdict == "queued"
+    driver.finish_audit("valid", due.audit.checkpoint)
+    assert driver.checks[-1].record == waiting
+    driver.verdict(waiting)
+    assert driver.state.run.shards[0].accepted == waiting.digest
 
 
-def test_what_was_put_off_falls_when_the_old_epoch_is_found_faked() -> None:
-    room = full_history()
-    waiting = make_record(room.manifest, HONEST, 0, HISTORY + 1, room.state.run.shards[0].accepted)
-    room.offer(waiting)
-    room.audited("invalid")
-    room.verdict(waiting)
-    room.audited("invalid")
-    shard = room.state.run.shards[0]
+def test_a_put_off_result_is_dropped_by_a_rollback() -> None:
+    driver = full_history()
+    waiting = make_record(driver.manifest, HONEST, 0, HISTORY + 1, driver.state.run.shards[0].accepted)
+    driver.offer(waiting)
+    driver.finish_audit("invalid")
+    driver.verdict(waiting)
+    driver.finish_audit("invalid")
+    shard = driver.state.run.shards[0]
     assert (shard.epoch, shard.term, shard.candidates) == (1, 1, {})
-    assert not room.state.checking
-    assert not room.state.pending
+    assert not driver.state.checking
+    assert not driver.state.pending
 
 
-def beyond_help() -> tuple[Court, str]:
-    """As ledgers of earlier versions may be: an audit is due whose parent is not in the history any more."""
-    room = full_history()
-    room.audited("valid")
-    shard = room.state.run.shards[0]
+def too_old_audit() -> tuple[JudgeDriver, str]:
+    """A state as ledgers of earlier versions may give it: an audit is due whose parent is no longer in the history."""
+    driver = full_history()
+    driver.finish_audit("valid")
+    shard = driver.state.run.shards[0]
     old = shard.lineage[1].acceptance
     assert shard.acceptance
     events = [
         AuditDue(
-            time=room.now, shard=0, epoch=2, owner=old.author, checkpoint=old.checkpoint, streak=0, whole=True, why="re-audit"
+            time=driver.now, shard=0, epoch=2, owner=old.author, checkpoint=old.checkpoint, streak=0, whole=True, why="re-audit"
         ),
-        CheckpointAccepted(time=room.now, acceptance=following(shard.acceptance), parent_loss=0.4),
+        CheckpointAccepted(time=driver.now, acceptance=following(shard.acceptance), parent_loss=0.4),
     ]  # fmt: skip
-    run = room.state.run
+    run = driver.state.run
     for event in events:
         run = apply(run, event)
-    room.state = replace(room.state, run=run)
-    return room, old.checkpoint
+    driver.state = replace(driver.state, run=run)
+    return driver, old.checkpoint
 
 
 def following(given: AcceptanceRecord) -> AcceptanceRecord:
@@ -123,22 +123,22 @@ def following(given: AcceptanceRecord) -> AcceptanceRecord:
 
 
 @pytest.mark.parametrize("how", ["before its replay", "after its replay", "by a peer"])
-def test_an_audit_from_which_nothing_could_follow_is_settled(how: str) -> None:
-    room, checkpoint = beyond_help()
-    replays = len(room.audits)
+def test_an_audit_too_old_for_a_rollback_is_closed(how: str) -> None:
+    driver, checkpoint = too_old_audit()
+    replays = len(driver.audits)
     if how == "by a peer":
-        room.state = replace(room.state, auditing="e" * 64)  # the coordinator is busy with another one
-        lent = room.hears(AuditWanted(PEERS[3].public_key, room.now))
+        driver.state = replace(driver.state, auditing="e" * 64)  # the coordinator is busy with another one
+        lent = driver.send(AuditWanted(PEERS[3].public_key, driver.now))
         assert [action.audit for action in lent if isinstance(action, LendAudit)] == [None]
     elif how == "after its replay":
-        room.state = replace(room.state, auditing=checkpoint)
-        room.audited("valid", checkpoint)
+        driver.state = replace(driver.state, auditing=checkpoint)
+        driver.finish_audit("valid", checkpoint)
     else:
-        room.hears(JudgeTick(room.now))
-    assert len(room.audits) == replays, "no replay is wasted on it"
-    done = [event for event in room.events if isinstance(event, AuditDone)][-1]
+        driver.send(JudgeTick(driver.now))
+    assert len(driver.audits) == replays, "it is not replayed"
+    done = [event for event in driver.events if isinstance(event, AuditDone)][-1]
     assert (done.checkpoint, done.outcome, done.again_at) == (checkpoint, "inconclusive", None)
-    assert not room.state.run.audits
-    assert room.state.run.shards[0].link(checkpoint).audit == "inconclusive"  # pyright: ignore[reportOptionalMemberAccess]
-    room.now += 60
-    assert room.offer(make_record(room.manifest, HONEST, 0, HISTORY + 2, "f" * 64)).verdict == "queued"
+    assert not driver.state.run.audits
+    assert driver.state.run.shards[0].link(checkpoint).audit == "inconclusive"  # pyright: ignore[reportOptionalMemberAccess]
+    driver.now += 60
+    assert driver.offer(make_record(driver.manifest, HONEST, 0, HISTORY + 2, "f" * 64)).verdict == "queued"

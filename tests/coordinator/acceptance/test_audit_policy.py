@@ -1,4 +1,4 @@
-"""Audits as the judge decides them: who is due, what a conviction brings about, and what survives it."""
+"""Audits as the judge decides them: which are due, what follows from a conviction, and what it leaves untouched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
 from lutetia.system.errors import UsageError
-from tests.coordinator.acceptance.judge_driver import PEERS, Court, court, limits_of, make_record
+from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, limits_of, make_record
 from tests.coordinator.tiny_data import build_tiny
 
 CHEAT, HONEST, OTHER = PEERS[0], PEERS[1], PEERS[2]
@@ -54,7 +54,7 @@ def owner(peer) -> str:
 
 @settings(max_examples=200)
 @given(st.integers(1, 30), st.integers(0, 500), st.floats(0, 1, exclude_max=True))
-def test_the_rule_is_boincs(needed: int, streak: int, draw: float):
+def test_audit_due_follows_adaptive_replication(needed: int, streak: int, draw: float):
     due = audit_due(streak, needed, draw)
     if streak < needed:
         assert due, "always below the threshold"
@@ -66,8 +66,8 @@ def test_the_rule_is_boincs(needed: int, streak: int, draw: float):
 
 @settings(max_examples=30)
 @given(st.integers(0, 1 << 32), st.integers(1, 20))
-def test_in_the_long_run_one_in_n_is_audited_and_a_conviction_begins_anew(seed: int, needed: int):
-    """n grows by audits only, so after N results about sqrt(2 N) were audited: dn/dN = 1/n."""
+def test_in_the_long_run_one_in_n_is_audited(seed: int, needed: int):
+    """n grows by audits only: dn/dN = 1/n, so about sqrt(2 N) of N results are audited. After a conviction n is 0."""
     secret, streak, audits = seed.to_bytes(8, "big"), 0, 0
     for number in range(3000):
         if audit_due(streak, needed, lottery(secret, f"{number:064x}")):
@@ -78,134 +78,134 @@ def test_in_the_long_run_one_in_n_is_audited_and_a_conviction_begins_anew(seed: 
     assert all(audit_due(convicted + step, needed, 0.999999) for step in range(needed))
 
 
-def test_nobody_foresees_the_lottery():
-    tickets = [lottery(b"secret", f"{n:064x}") for n in range(4000)]
-    assert 0.48 < sum(tickets) / len(tickets) < 0.52
-    assert lottery(b"other", "0" * 64) != tickets[0], "without the secret nothing follows from the digest"
+def test_the_lottery_is_unpredictable_and_uniform():
+    draws = [lottery(b"secret", f"{n:064x}") for n in range(4000)]
+    assert 0.48 < sum(draws) / len(draws) < 0.52
+    assert lottery(b"other", "0" * 64) != draws[0], "the digest alone does not determine it"
     whole = [lottery(b"secret", f"{n:064x}", "whole") for n in range(4000)]
-    both = sum(a < 0.1 and b < 0.1 for a, b in zip(tickets, whole, strict=True))
-    assert 15 < both < 80, "whether an audit is whole does not follow from whether it is due"
+    both = sum(a < 0.1 and b < 0.1 for a, b in zip(draws, whole, strict=True))
+    assert 15 < both < 80, "whether an audit is whole is independent of whether it is due"
 
 
 # --- the ordinary course ----------------------------------------------------------------------------------------------------
 
 
-def test_only_valid_audits_earn_trust_and_one_kind_of_software_at_a_time():
-    c = court(epochs=40, rules={"offers_per_minute": 100})
+def test_only_valid_audits_of_one_build_earn_trust():
+    driver = drive_judge(epochs=40, rules={"offers_per_minute": 100})
     for expected in range(10):
-        assert c.state.run.peer(owner(HONEST)).streak == expected
-        c.accept(HONEST)
-        assert c.state.run.shards[0].audit == "due"
-        c.audited("valid")
+        assert driver.state.run.peer(owner(HONEST)).streak == expected
+        driver.accept(HONEST)
+        assert driver.state.run.shards[0].audit == "due"
+        driver.finish_audit("valid")
     spared = 0
     for _ in range(20):
-        c.accept(HONEST)
-        if c.state.run.audits:
-            c.audited("valid")
+        driver.accept(HONEST)
+        if driver.state.run.audits:
+            driver.finish_audit("valid")
         else:
             spared += 1
-            assert c.state.run.shards[0].audit == "not due"
+            assert driver.state.run.shards[0].audit == "not due"
     assert spared > 10
-    before = c.state.run.peer(owner(HONEST)).streak
+    before = driver.state.run.peer(owner(HONEST)).streak
     assert before == 30 - spared
-    record = c.accept(HONEST, made={"device": "cpu", "software": "9.9"})
-    assert c.state.run.peer(owner(HONEST)).streak == 0, "a new version earns its own trust"
-    assert record.digest in c.state.run.audits
+    record = driver.accept(HONEST, made={"device": "cpu", "software": "9.9"})
+    assert driver.state.run.peer(owner(HONEST)).streak == 0, "a new version earns its own trust"
+    assert record.digest in driver.state.run.audits
 
 
-def test_an_audit_without_outcome_is_tried_again_and_then_given_up_without_trust():
-    c = court(rules={"audit_attempts": 3, "audit_delay": 10.0})
-    first = c.accept(HONEST)
+def test_an_inconclusive_audit_is_retried_then_given_up():
+    driver = drive_judge(rules={"audit_attempts": 3, "audit_delay": 10.0})
+    first = driver.accept(HONEST)
     for delay in (10.0, 20.0):
-        c.audited("inconclusive")
-        asked = len(c.audits)
-        c.now += delay - 0.1
-        c.hears(JudgeTick(c.now))
-        assert len(c.audits) == asked
-        c.now += 0.2
-        c.hears(JudgeTick(c.now))
-        assert len(c.audits) == asked + 1
-    c.audited("inconclusive")
-    assert not c.state.run.audits
-    assert c.state.run.shards[0].audit == "inconclusive"
-    assert c.state.run.peer(owner(HONEST)).streak == 0
-    assert c.audited("valid", first.digest) == (), "a late answer changes nothing"
+        driver.finish_audit("inconclusive")
+        asked = len(driver.audits)
+        driver.now += delay - 0.1
+        driver.send(JudgeTick(driver.now))
+        assert len(driver.audits) == asked
+        driver.now += 0.2
+        driver.send(JudgeTick(driver.now))
+        assert len(driver.audits) == asked + 1
+    driver.finish_audit("inconclusive")
+    assert not driver.state.run.audits
+    assert driver.state.run.shards[0].audit == "inconclusive"
+    assert driver.state.run.peer(owner(HONEST)).streak == 0
+    assert driver.finish_audit("valid", first.digest) == (), "a late finding changes nothing"
 
 
-def test_losses_between_the_bounds_ask_for_the_whole_epoch_at_once():
-    c = court(audit={"whole_epoch": 0})
-    first = c.accept(HONEST)
-    assert not c.audits[-1].audit.whole
-    c.hears(Audited(first.digest, AuditFinding(outcome="inconclusive", text="step 1", closer=True), c.now))
-    assert (c.audits[-1].audit.checkpoint, c.audits[-1].audit.whole) == (first.digest, True)
-    c.audited("valid")
-    assert c.state.run.peer(owner(HONEST)).streak == 1
+def test_losses_between_the_bounds_lead_to_a_whole_replay():
+    driver = drive_judge(audit={"whole_epoch": 0})
+    first = driver.accept(HONEST)
+    assert not driver.audits[-1].audit.whole
+    driver.send(Audited(first.digest, AuditFinding(outcome="inconclusive", text="step 1", closer=True), driver.now))
+    assert (driver.audits[-1].audit.checkpoint, driver.audits[-1].audit.whole) == (first.digest, True)
+    driver.finish_audit("valid")
+    assert driver.state.run.peer(owner(HONEST)).streak == 1
 
 
-def test_an_end_in_doubt_takes_all_trust_and_is_not_replayed_again():
-    c = court(shards=1, epochs=40, audit={"streak": 3, "whole_epoch": 1})
+def test_an_end_in_doubt_resets_trust_without_a_replay():
+    driver = drive_judge(shards=1, epochs=40, audit={"streak": 3, "whole_epoch": 1})
     for _ in range(3):
-        c.accept(CHEAT)
-        c.audited("valid")
-    assert c.state.run.peer(owner(CHEAT)).streak == 3
-    while not c.state.run.audits:
-        slip = c.accept(CHEAT)
-    c.hears(Audited(slip.digest, AuditFinding(outcome="inconclusive", text="12 times as far", doubt=True), c.now))
-    assert not c.state.run.audits
-    assert c.events[-1].kind == "audit-done"
-    assert c.state.run.peer(owner(CHEAT)).streak == 0
-    assert not c.state.run.quarantined
-    assert c.accept(CHEAT).digest in c.state.run.audits, "everything of it is audited again"
+        driver.accept(CHEAT)
+        driver.finish_audit("valid")
+    assert driver.state.run.peer(owner(CHEAT)).streak == 3
+    while not driver.state.run.audits:
+        doubtful = driver.accept(CHEAT)
+    driver.send(Audited(doubtful.digest, AuditFinding(outcome="inconclusive", text="12 times as far", doubt=True), driver.now))
+    assert not driver.state.run.audits
+    assert driver.events[-1].kind == "audit-done"
+    assert driver.state.run.peer(owner(CHEAT)).streak == 0
+    assert not driver.state.run.quarantined
+    assert driver.accept(CHEAT).digest in driver.state.run.audits, "everything of it is audited again"
 
 
-def test_audits_go_one_by_one_oldest_first_and_survive_a_restart():
-    c = court(shards=3)
+def test_audits_run_oldest_first_and_survive_a_restart():
+    driver = drive_judge(shards=3)
     for shard in (2, 0, 1):
-        c.now += 1
-        c.accept(PEERS[shard], shard)
-    assert [audit.audit.shard for audit in c.audits] == [2]
-    c.state = JudgeState.restored(c.state.run)
-    c.hears(LimitsKnown(limits_of(3), c.now))
-    assert c.audits[-1].audit.shard == 2
+        driver.now += 1
+        driver.accept(PEERS[shard], shard)
+    assert [audit.audit.shard for audit in driver.audits] == [2]
+    driver.state = JudgeState.restored(driver.state.run)
+    driver.send(LimitsKnown(limits_of(3), driver.now))
+    assert driver.audits[-1].audit.shard == 2
     for _ in range(3):
-        c.audited("valid")
-    assert [audit.audit.shard for audit in c.audits[1:]] == [2, 0, 1]
+        driver.finish_audit("valid")
+    assert [audit.audit.shard for audit in driver.audits[1:]] == [2, 0, 1]
 
 
-def test_without_steps_to_replay_nobody_is_audited():
-    c = court(audit={"replay_steps": 0, "whole_epoch": 0})
-    c.accept(HONEST)
-    assert not c.state.run.audits
-    assert c.state.run.shards[0].audit == "not due"
+def test_no_audits_when_the_policy_replays_no_steps():
+    driver = drive_judge(audit={"replay_steps": 0, "whole_epoch": 0})
+    driver.accept(HONEST)
+    assert not driver.state.run.audits
+    assert driver.state.run.shards[0].audit == "not due"
 
 
 # --- a conviction -----------------------------------------------------------------------------------------------------------
 
 
-def convicted() -> tuple[Court, list]:
-    """Shard 0: honest, cheat, honest on top; shard 1: cheat, honest. Then the cheat's epoch 2 of shard 0 is found invalid."""
-    c = court(shards=3, epochs=5)
-    c.accept(HONEST)
-    c.audited("valid")
-    c.now += 5
-    earlier = c.accept(CHEAT, 1)
-    c.audited("valid")
-    c.now += 5
-    faked = c.accept(CHEAT)
-    c.now += 5
-    c.accept(HONEST)
-    c.accept(OTHER, 1)
-    c.accept(OTHER, 2)
-    c.offer(make_record(c.manifest, HONEST, 0, 4, c.state.run.shards[0].accepted))
-    c.offer(make_record(c.manifest, CHEAT, 2, 2, c.state.run.shards[2].accepted))
-    assert c.audits[-1].audit.checkpoint == faked.digest
-    actions = c.audited("invalid")
-    return c, [earlier, faked, *actions]
+def convicted() -> tuple[JudgeDriver, list]:
+    """Epochs of shard 0 by honest, cheat, honest; of shard 1 by cheat, other. Then the cheat's on shard 0 is found invalid."""
+    driver = drive_judge(shards=3, epochs=5)
+    driver.accept(HONEST)
+    driver.finish_audit("valid")
+    driver.now += 5
+    earlier = driver.accept(CHEAT, 1)
+    driver.finish_audit("valid")
+    driver.now += 5
+    faked = driver.accept(CHEAT)
+    driver.now += 5
+    driver.accept(HONEST)
+    driver.accept(OTHER, 1)
+    driver.accept(OTHER, 2)
+    driver.offer(make_record(driver.manifest, HONEST, 0, 4, driver.state.run.shards[0].accepted))
+    driver.offer(make_record(driver.manifest, CHEAT, 2, 2, driver.state.run.shards[2].accepted))
+    assert driver.audits[-1].audit.checkpoint == faked.digest
+    actions = driver.finish_audit("invalid")
+    return driver, [earlier, faked, *actions]
 
 
-def test_a_conviction_quarantines_rolls_back_and_looks_again():
-    c, (earlier, faked, *actions) = convicted()
-    run = c.state.run
+def test_a_conviction_quarantines_rolls_back_and_re_audits():
+    driver, (earlier, faked, *actions) = convicted()
+    run = driver.state.run
     assert set(run.quarantined) == {owner(CHEAT)}
     assert "step 2" in run.quarantined[owner(CHEAT)].text
     assert run.peer(owner(CHEAT)).streak == 0
@@ -214,72 +214,74 @@ def test_a_conviction_quarantines_rolls_back_and_looks_again():
     assert zero.candidates == {}
     assert (one.epoch, one.term) == (2, 0), "other shards are not touched"
     assert (two.epoch, two.term) == (1, 0)
-    assert two.candidates == {}, "what the cheat had in judgement is refused"
-    proclaimed = [action.record for action in actions if isinstance(action, PublishReset)]
-    assert [(record.epoch, record.term) for record in proclaimed if isinstance(record, AcceptanceRecord)] == [(1, 1)]
+    assert two.candidates == {}, "the cheat's candidates are refused"
+    published = [action.record for action in actions if isinstance(action, PublishReset)]
+    assert [(record.epoch, record.term) for record in published if isinstance(record, AcceptanceRecord)] == [(1, 1)]
     assert len([action for action in actions if isinstance(action, DiscardCandidate)]) == 2
-    again = [event for event in c.events if isinstance(event, AuditDue) and event.why == "re-audit"]
-    assert [(event.checkpoint, event.whole) for event in again] == [(earlier.digest, True)], "also what was found valid in part"
-    assert c.audits[-1].audit.checkpoint == earlier.digest, "it is the oldest"
+    again = [event for event in driver.events if isinstance(event, AuditDue) and event.why == "re-audit"]
+    assert [(event.checkpoint, event.whole) for event in again] == [(earlier.digest, True)], (
+        "also one that was found valid in part"
+    )
+    assert driver.audits[-1].audit.checkpoint == earlier.digest, "it is the oldest"
     assert faked.digest not in run.audits
 
 
-def test_a_quarantined_peer_is_refused_with_a_typed_reason_until_it_is_pardoned():
-    c, _ = convicted()
-    record = make_record(c.manifest, CHEAT, 0, 2, c.state.run.shards[0].accepted, text="again")
-    reply = c.offer(record)
-    assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
+def test_a_quarantined_peer_is_refused_until_pardoned():
+    driver, _ = convicted()
+    record = make_record(driver.manifest, CHEAT, 0, 2, driver.state.run.shards[0].accepted, text="again")
+    reply = driver.offer(record)
+    assert (reply.verdict, reply.check) == ("invalid", "quarantine")
     assert "epoch 2 of shard 0" in reply.text
     assert "operator" in reply.text
-    shown = status(c.state.run, c.manifest, LiveView(), c.now)
+    shown = status(driver.state.run, driver.manifest, LiveView(), driver.now)
     assert [(why.owner, why.shard, why.epoch) for why in shown.quarantined] == [(owner(CHEAT), 0, 2)]
     assert shown.shards[0].term == 1
-    c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=owner(CHEAT)),), c.now))
-    assert c.offer(record).verdict == "queued"
-    assert c.state.run.peer(owner(CHEAT)).streak == 0
+    driver.send(LedgerFacts((PeerPardoned(time=driver.now, owner=owner(CHEAT)),), driver.now))
+    assert driver.offer(record).verdict == "queued"
+    assert driver.state.run.peer(owner(CHEAT)).streak == 0
 
 
-def test_work_goes_on_in_the_new_term_and_what_stood_on_the_fake_is_superseded():
-    c, (_, faked, *_) = convicted()
-    orphan = make_record(c.manifest, OTHER, 0, 3, faked.digest)
-    reply = c.offer(orphan)
+def test_results_on_a_faked_parent_are_superseded():
+    driver, (_, faked, *_) = convicted()
+    orphan = make_record(driver.manifest, OTHER, 0, 3, faked.digest)
+    reply = driver.offer(orphan)
     assert (reply.verdict, "rolled back to epoch 1" in reply.text) == ("superseded", True)
-    record = c.accept(HONEST, text="again")
-    given = [event.acceptance for event in c.events if isinstance(event, CheckpointAccepted)][-1]
+    record = driver.accept(HONEST, text="again")
+    given = [event.acceptance for event in driver.events if isinstance(event, CheckpointAccepted)][-1]
     assert (given.checkpoint, given.epoch, given.term) == (record.digest, 2, 1)
 
 
-def test_a_second_conviction_falls_further_to_the_beginning():
-    c, (earlier, *_) = convicted()
-    actions = c.audited("invalid", earlier.digest)
-    shard = c.state.run.shards[1]
+def test_a_second_conviction_rolls_back_to_the_beginning():
+    driver, (earlier, *_) = convicted()
+    actions = driver.finish_audit("invalid", earlier.digest)
+    shard = driver.state.run.shards[1]
     assert (shard.epoch, shard.term, shard.acceptance, shard.accepted) == (0, 1, None, None)
     assert [type(action.record) for action in actions if isinstance(action, PublishReset)] == [ResetRecord]
-    assert len([event for event in c.events if isinstance(event, PeerQuarantined)]) == 1
+    assert len([event for event in driver.events if isinstance(event, PeerQuarantined)]) == 1
     assert shard.parent_loss == 0.5, "compared with the initial model again"
-    c.accept(OTHER, 1, text="from the beginning")
-    assert c.state.run.shards[1].epoch == 1
+    driver.accept(OTHER, 1, text="from the beginning")
+    assert driver.state.run.shards[1].epoch == 1
 
 
-def test_a_check_that_was_under_way_when_the_lineage_fell_changes_nothing():
-    c = court(epochs=5)
-    c.accept(CHEAT)
-    late = make_record(c.manifest, HONEST, 0, 2, c.state.run.shards[0].accepted)
-    c.offer(late)
-    assert c.checks[-1] == StartCheck(late, 0.4)
-    c.audited("invalid")
-    before = c.state
-    assert c.hears(CheckDone(late, Verdict("valid", "holdout", "", 0.3, 0.4), c.now)) == ()
-    assert c.state == before
-    assert c.accept(HONEST).epoch == 1
+def test_a_check_from_before_a_rollback_changes_nothing():
+    driver = drive_judge(epochs=5)
+    driver.accept(CHEAT)
+    late = make_record(driver.manifest, HONEST, 0, 2, driver.state.run.shards[0].accepted)
+    driver.offer(late)
+    assert driver.checks[-1] == StartCheck(late, 0.4)
+    driver.finish_audit("invalid")
+    before = driver.state
+    assert driver.send(CheckDone(late, Verdict("valid", "holdout", "", 0.3, 0.4), driver.now)) == ()
+    assert driver.state == before
+    assert driver.accept(HONEST).epoch == 1
 
 
-def test_a_run_that_had_finished_is_open_again():
-    c = court(shards=1, epochs=1)
-    c.accept(CHEAT)
-    c.audited("invalid")
-    assert not c.state.run.budgets_done
-    assert c.state.run.mixture is None
+def test_a_rollback_reopens_a_finished_run():
+    driver = drive_judge(shards=1, epochs=1)
+    driver.accept(CHEAT)
+    driver.finish_audit("invalid")
+    assert not driver.state.run.budgets_done
+    assert driver.state.run.mixture is None
 
 
 moves = st.lists(
@@ -290,35 +292,35 @@ moves = st.lists(
 
 @settings(max_examples=100)
 @given(moves, st.integers(0, 1000))
-def test_whatever_happens_the_lineages_are_whole_and_the_ledger_adds_up(moves, seed):
-    """Peer 0 fakes now and then, at whole and partial audits alike; replays tell the truth or nothing."""
-    c, draw, faked = court(epochs=6), random.Random(seed), set()
+def test_lineages_stay_whole_under_any_sequence_of_moves(moves, seed):
+    """Peer 0 fakes now and then; replays, whole or in part, find the truth or nothing."""
+    driver, draw, faked = drive_judge(epochs=6), random.Random(seed), set()
     for number, (move, who, shard) in enumerate(moves):
-        c.now += 20
-        ledger = c.state.run.shards[shard]
-        if move in ("work", "fake") and ledger.epoch < 6 and owner(PEERS[who]) not in c.state.run.quarantined:
-            record = c.accept(PEERS[who], shard, text=str(number))
+        driver.now += 20
+        ledger = driver.state.run.shards[shard]
+        if move in ("work", "fake") and ledger.epoch < 6 and owner(PEERS[who]) not in driver.state.run.quarantined:
+            record = driver.accept(PEERS[who], shard, text=str(number))
             if move == "fake" and who == 0:
                 faked.add(record.digest)
-        elif move == "audit" and c.state.auditing:
-            found = "inconclusive" if draw.random() < 0.2 else "invalid" if c.state.auditing in faked else "valid"
-            c.audited(found, c.state.auditing)
+        elif move == "audit" and driver.state.auditing:
+            outcome = "inconclusive" if draw.random() < 0.2 else "invalid" if driver.state.auditing in faked else "valid"
+            driver.finish_audit(outcome, driver.state.auditing)
         elif move == "restart":
-            c.state = JudgeState.restored(c.state.run)
-            c.hears(LimitsKnown(limits_of(2), c.now))
+            driver.state = JudgeState.restored(driver.state.run)
+            driver.send(LimitsKnown(limits_of(2), driver.now))
         elif move == "pardon":
-            c.hears(LedgerFacts((PeerPardoned(time=c.now, owner=owner(PEERS[who])),), c.now))
-        c.hears(JudgeTick(c.now))
-        check_lineages(c.state.run)
-    for event in c.events:
+            driver.send(LedgerFacts((PeerPardoned(time=driver.now, owner=owner(PEERS[who])),), driver.now))
+        driver.send(JudgeTick(driver.now))
+        check_lineages(driver.state.run)
+    for event in driver.events:
         if isinstance(event, LineageRolledBack):
-            assert event.checkpoint in faked, "nobody falls for another's fault alone"
+            assert event.checkpoint in faked, "only faked epochs are rolled back"
         if isinstance(event, PeerQuarantined):
             assert event.owner == owner(PEERS[0])
     state = RunState()
-    for event in c.events:
+    for event in driver.events:
         state = apply(state, event)
-    assert state == c.state.run
+    assert state == driver.state.run
 
 
 def check_lineages(run: RunState) -> None:
@@ -333,17 +335,17 @@ def check_lineages(run: RunState) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["valid", "invalid", "inconclusive", "not carried out"])
-def test_old_ledgers_can_be_read(outcome):
+def test_audit_outcomes_of_old_ledgers_are_read(outcome):
     """Events of the first version, which never replayed anything."""
-    c = court()
-    record = c.accept(HONEST)
-    facts = {"time": c.now, "shard": 0, "epoch": 1, "owner": record.owner, "checkpoint": record.digest}
-    state = apply(c.state.run, AuditDone(**facts, outcome=outcome))
+    driver = drive_judge()
+    record = driver.accept(HONEST)
+    facts = {"time": driver.now, "shard": 0, "epoch": 1, "owner": record.owner, "checkpoint": record.digest}
+    state = apply(driver.state.run, AuditDone(**facts, outcome=outcome))
     assert state.shards[0].audit == outcome
     assert not state.audits
 
 
-def test_a_pardon_by_the_operator_is_done_at_once_or_left_as_a_note(tmp_path):
+def test_a_pardon_is_written_at_once_or_left_as_a_note(tmp_path):
     created = create_run(build_tiny(tmp_path / "data"), tmp_path / "run", RunSettings(preset="tiny"))
     folder = RunFolder(created.folder)
     ledger = Ledger.open(folder.ledger)

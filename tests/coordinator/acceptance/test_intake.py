@@ -1,4 +1,4 @@
-"""What is fetched of results that nobody has decided on: whose bytes they are, who else names them, and what may go when."""
+"""Blobs of undecided results: which results name them, and when they may be removed."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def made_of(manifest: Manifest, peer: Identity, refs: list[BlobRef], **changes: 
     return make_record(manifest, peer, **{"issued": time.time(), **blobs, **changes})  # pyright: ignore[reportArgumentType]
 
 
-async def test_a_blob_that_is_here_already_must_have_the_size_that_is_claimed(tmp_path: Path):
+async def test_a_known_blob_with_a_wrong_size_is_refused(tmp_path: Path):
     """Its name covers its size: under another size nobody could ever fetch what was accepted."""
     async with intake(tmp_path) as room:
         weights, state, trace = await room.peer(PEERS[1], *contents("evil"))
@@ -184,7 +184,7 @@ async def test_a_blob_that_is_here_already_must_have_the_size_that_is_claimed(tm
         run = await room.until(lambda run: PEERS[2].public_key not in run.shards[0].candidates)
         assert run.accepted == 0
         reply = await room.offer(lie)
-        assert (reply.verdict, reply.rung) == ("invalid", "transfer")
+        assert (reply.verdict, reply.check) == ("invalid", "transfer")
         assert f"{weights.size + 1} bytes" in reply.text
 
         honest = made_of(room.manifest, PEERS[2], [weights, state, trace], addresses=())
@@ -196,8 +196,8 @@ async def test_a_blob_that_is_here_already_must_have_the_size_that_is_claimed(tm
         await fetch_blob(reader, BlobStore(tmp_path / "reader"), given.weights, [Provider(COORDINATOR.peer_id, ())])
 
 
-async def test_whoever_names_the_blobs_of_an_honest_result_cannot_take_them_away(tmp_path: Path):
-    """A record on another shard, refused in no time, must not remove what is being judged under the same names."""
+async def test_naming_another_results_blobs_does_not_remove_them(tmp_path: Path):
+    """A record on another shard that is refused at once must not remove blobs of the same names that are under check."""
     async with intake(tmp_path) as room:
         last = room.shop.gate("raw")
         honest = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
@@ -219,7 +219,7 @@ async def test_whoever_names_the_blobs_of_an_honest_result_cannot_take_them_away
         assert room.tools.incoming.digests() == []
 
 
-async def test_a_conviction_during_a_check_ends_the_check_and_not_the_coordinator(tmp_path: Path):
+async def test_a_conviction_during_a_check_ends_the_check(tmp_path: Path):
     async with intake(tmp_path) as room:
         room.tools.found = "invalid"
         faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
@@ -241,7 +241,7 @@ async def test_a_conviction_during_a_check_ends_the_check_and_not_the_coordinato
         assert not room.tools.incoming.has(on_top.state.digest)
 
 
-async def test_what_goes_missing_under_a_check_is_fetched_again(tmp_path: Path):
+async def test_a_blob_lost_during_a_check_is_fetched_again(tmp_path: Path):
     async with intake(tmp_path) as room:
         gate = room.shop.gate("loss")
         record = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
@@ -250,13 +250,11 @@ async def test_what_goes_missing_under_a_check_is_fetched_again(tmp_path: Path):
         room.tools.incoming.remove(record.state.digest)  # as by hand, or by a disk that is mended
         gate.opened.set()
         run = await room.until(lambda run: run.accepted == 1)
-        assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "raw")]
+        assert [(why.verdict, why.check) for why in run.refusals] == [("inconclusive", "raw")]
         assert "is not in the store" in run.refusals[0].text
 
 
-async def test_nobody_reads_of_an_acceptance_before_its_blobs_and_the_ledger_are_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_an_acceptance_is_published_after_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Status, renewals and mixtures are made of the bench's state; a coordinator that dies now must not have told of it."""
     async with intake(tmp_path) as room:
         reached, opened, keep = threading.Event(), threading.Event(), room.tools.keep
@@ -274,7 +272,7 @@ async def test_nobody_reads_of_an_acceptance_before_its_blobs_and_the_ledger_are
         await room.until(lambda run: run.accepted == 1)
 
 
-async def test_what_goes_missing_after_it_was_read_is_noticed_before_the_acceptance(tmp_path: Path):
+async def test_a_blob_lost_after_its_check_is_noticed(tmp_path: Path):
     async with intake(tmp_path) as room:
         gate = room.shop.gate("raw")
         record = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
@@ -283,15 +281,13 @@ async def test_what_goes_missing_after_it_was_read_is_noticed_before_the_accepta
         room.tools.incoming.remove(record.trace.digest)
         gate.opened.set()
         run = await room.until(lambda run: run.accepted == 1)
-        assert [(why.verdict, why.rung) for why in run.refusals] == [("inconclusive", "transfer")]
+        assert [(why.verdict, why.check) for why in run.refusals] == [("inconclusive", "transfer")]
         assert "went missing meanwhile" in run.refusals[0].text
         assert room.tools.blobs.has(record.trace.digest)
 
 
 @pytest.mark.parametrize("place", ["a check", "a replay"])
-async def test_an_unexpected_error_ends_what_it_befell_and_not_the_coordinator(
-    tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
-):
+async def test_an_unexpected_error_ends_only_its_own_job(tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture):
     async with intake(tmp_path) as room:
         error = ValueError("a line without end")
         room.tools.replays.set()
@@ -313,8 +309,8 @@ async def test_an_unexpected_error_ends_what_it_befell_and_not_the_coordinator(
 
 
 @pytest.mark.parametrize("place", ["a check", "a replay"])
-async def test_a_disk_that_takes_nothing_ends_the_coordinator_and_judges_nobody(tmp_path: Path, place: str):
-    """As a ledger that cannot be written does: boxes wait for it, while three verdicts of this kind would send them away."""
+async def test_a_full_disk_ends_the_coordinator_without_a_verdict(tmp_path: Path, place: str):
+    """As a ledger that cannot be written does: nodes wait for it, while three inconclusive verdicts would make them give up."""
     async with intake(tmp_path) as room:
         full = DiskError("cannot write state: no space left on device")
         if place == "a check":

@@ -1,4 +1,4 @@
-"""The judge as a person would question it: what becomes of each result, and can it ever accept two?"""
+"""The judge: what happens to each offered result, and that an epoch is never accepted twice."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord
-from tests.coordinator.acceptance.judge_driver import PEERS, Court, court, limits_of, make_record
+from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, limits_of, make_record
 
 
 def test_a_valid_result_is_queued_checked_accepted_and_published():
-    c = court()
-    first = make_record(c.manifest, PEERS[0])
-    assert c.offer(first).verdict == "queued"
-    assert c.checks == [StartCheck(first, None)]
-    assert c.offer(first).verdict == "queued", "offering again asks how it stands"
-    actions = c.verdict(first, 0.4)
+    driver = drive_judge()
+    first = make_record(driver.manifest, PEERS[0])
+    assert driver.offer(first).verdict == "queued"
+    assert driver.checks == [StartCheck(first, None)]
+    assert driver.offer(first).verdict == "queued", "offering again asks for the state"
+    actions = driver.verdict(first, 0.4)
     acceptance = next(action.acceptance for action in actions if isinstance(action, Publish))
     assert acceptance.epoch == 1
     assert acceptance.checkpoint == first.digest
     assert acceptance.author == PEERS[0].public_key
-    assert acceptance.tenure_until == c.now + c.manifest.timing.tenure
+    assert acceptance.tenure_until == driver.now + driver.manifest.timing.tenure
     assert acceptance.holdout_loss == 0.4
-    assert c.offer(first).verdict == "accepted"
-    assert c.kinds() == ["run-created", "checkpoint-seen", "baseline-measured", "checkpoint-accepted", "audit-due"]
+    assert driver.offer(first).verdict == "accepted"
+    assert driver.kinds() == ["run-created", "checkpoint-seen", "baseline-measured", "checkpoint-accepted", "audit-due"]
 
 
-def test_the_next_epoch_must_stand_on_the_accepted_one():
-    c = court()
-    first = make_record(c.manifest, PEERS[0])
-    early = make_record(c.manifest, PEERS[0], epoch=2, parent=first.digest)
-    reply = c.offer(early)
+def test_the_next_epoch_must_have_the_accepted_parent():
+    driver = drive_judge()
+    first = make_record(driver.manifest, PEERS[0])
+    early = make_record(driver.manifest, PEERS[0], epoch=2, parent=first.digest)
+    reply = driver.offer(early)
     assert reply.verdict == "busy"
     assert reply.retry_after
-    c.offer(first)
-    c.verdict(first)
-    orphan = make_record(c.manifest, PEERS[1], epoch=2, parent="0" * 64)
-    reply = c.offer(orphan)
-    assert (reply.verdict, reply.rung) == ("invalid", "lineage")
+    driver.offer(first)
+    driver.verdict(first)
+    orphan = make_record(driver.manifest, PEERS[1], epoch=2, parent="0" * 64)
+    reply = driver.offer(orphan)
+    assert (reply.verdict, reply.check) == ("invalid", "lineage")
     assert "its parent is 0000" in reply.text
-    assert c.offer(early).verdict == "queued"
-    assert c.checks[-1] == StartCheck(early, 0.4), "compared with the accepted parent"
+    assert driver.offer(early).verdict == "queued"
+    assert driver.checks[-1] == StartCheck(early, 0.4), "compared with the accepted parent"
 
 
 @pytest.mark.parametrize(
-    ("change", "rung", "words"),
+    ("change", "check", "words"),
     [
         ({"run": "a" * 64}, "signature", "is of run aaaa"),
         ({"peer_id": "12D3KooWsomebodyElseEntirely"}, "signature", "not its owner's"),
@@ -61,184 +61,191 @@ def test_the_next_epoch_must_stand_on_the_accepted_one():
         ({"shard": 7}, "lineage", "no shard 7"),
     ],
 )
-def test_what_is_refused_at_the_door_says_why(change, rung, words):
-    c = court()
-    reply = c.offer(make_record(c.manifest, PEERS[0], **change))
-    assert (reply.verdict, reply.rung) == ("invalid", rung)
+def test_a_refused_offer_names_the_check_and_the_reason(change, check, words):
+    driver = drive_judge()
+    reply = driver.offer(make_record(driver.manifest, PEERS[0], **change))
+    assert (reply.verdict, reply.check) == ("invalid", check)
     assert words in reply.text
-    assert not c.checks
+    assert not driver.checks
 
 
-def test_the_allowlist_is_kept():
-    c = court(allowlist=(PEERS[0].public_key,))
-    assert c.offer(make_record(c.manifest, PEERS[0])).verdict == "queued"
-    reply = c.offer(make_record(c.manifest, PEERS[1]))
+def test_a_peer_off_the_allowlist_is_refused():
+    driver = drive_judge(allowlist=(PEERS[0].public_key,))
+    assert driver.offer(make_record(driver.manifest, PEERS[0])).verdict == "queued"
+    reply = driver.offer(make_record(driver.manifest, PEERS[1]))
     assert reply.verdict == "invalid"
     assert "allowlist" in reply.text
 
 
-def oversized(c: Court, peer: Identity) -> CheckpointRecord:
-    record = make_record(c.manifest, peer)
+def oversized(driver: JudgeDriver, peer: Identity) -> CheckpointRecord:
+    record = make_record(driver.manifest, peer)
     return record.model_copy(update={"weights": record.weights.model_copy(update={"size": 1001})})
 
 
 def test_oversized_blobs_are_refused_before_a_byte_is_fetched():
-    c = court()
-    reply = c.offer(oversized(c, PEERS[0]))
-    assert (reply.verdict, reply.rung) == ("invalid", "size")
+    driver = drive_judge()
+    reply = driver.offer(oversized(driver, PEERS[0]))
+    assert (reply.verdict, reply.check) == ("invalid", "size")
     assert "1001 bytes" in reply.text
-    assert not c.checks
+    assert not driver.checks
 
 
-def test_oversized_blobs_that_came_before_the_limits_were_known_are_refused_then():
-    c = court(limits=False)
-    big = oversized(c, PEERS[0])
-    assert c.offer(big).verdict == "queued"
-    c.hears(LimitsKnown(limits_of(2), c.now))
-    refusal = c.events[-1]
+def test_oversized_blobs_are_refused_once_limits_are_known():
+    driver = drive_judge(limits=False)
+    big = oversized(driver, PEERS[0])
+    assert driver.offer(big).verdict == "queued"
+    driver.send(LimitsKnown(limits_of(2), driver.now))
+    refusal = driver.events[-1]
     assert isinstance(refusal, ResultRefused)
-    assert refusal.rung == "size"
-    assert not c.checks
-    assert c.offer(big).verdict == "invalid"
-    assert c.state.run.rejected == 1
+    assert refusal.check == "size"
+    assert not driver.checks
+    assert driver.offer(big).verdict == "invalid"
+    assert driver.state.run.rejected == 1
 
 
 @pytest.mark.parametrize("via", ["offer", "poll"])
-def test_what_costs_a_stranger_nothing_leaves_no_trace(via: str):
-    """Else throw-away identities would grow the ledger and the state without bound, and so would each look at the DHT."""
-    c = court(allowlist=None, rules={"offers_per_minute": 1000})
-    c.accept(PEERS[0])
-    before, strangers = c.state.run, [Identity.derived(f"stranger {index}") for index in range(20)]
+def test_free_refusals_of_strangers_leave_no_trace(via: str):
+    """Otherwise new identities would grow the ledger and the state without bound, and so would each read of the DHT."""
+    driver = drive_judge(allowlist=None, rules={"offers_per_minute": 1000})
+    driver.accept(PEERS[0])
+    before, strangers = driver.state.run, [Identity.derived(f"stranger {index}") for index in range(20)]
     for _ in range(3):
         for stranger in (*strangers, PEERS[0]):
-            orphan = make_record(c.manifest, stranger, epoch=2, parent="e" * 64)
-            assert c.offer(orphan, via).rung == "lineage"
-            assert c.offer(orphan.model_copy(update={"peer_id": PEERS[5].peer_id}), via).rung == "signature"
-            big = oversized(c, stranger)
-            assert c.offer(big.model_copy(update={"shard": 1}), via).rung == "size"
-    assert c.state.run == before
+            orphan = make_record(driver.manifest, stranger, epoch=2, parent="e" * 64)
+            assert driver.offer(orphan, via).check == "lineage"
+            assert driver.offer(orphan.model_copy(update={"peer_id": PEERS[5].peer_id}), via).check == "signature"
+            big = oversized(driver, stranger)
+            assert driver.offer(big.model_copy(update={"shard": 1}), via).check == "size"
+    assert driver.state.run == before
 
 
-def test_old_ledgers_tell_of_strangers_whom_the_state_need_not_remember():
-    """They hold an event for every refusal at the door."""
-    c = court()
-    c.accept(PEERS[0])
-    facts = {"time": c.now, "shard": 0, "epoch": 2, "checkpoint": "e" * 64, "verdict": "invalid", "text": "its parent is another"}
-    run = c.state.run
+def test_free_refusals_in_old_ledgers_remember_no_stranger():
+    """They hold an event for every refusal by a free check."""
+    driver = drive_judge()
+    driver.accept(PEERS[0])
+    facts = {
+        "time": driver.now,
+        "shard": 0,
+        "epoch": 2,
+        "checkpoint": "e" * 64,
+        "verdict": "invalid",
+        "text": "its parent is another",
+    }
+    run = driver.state.run
     for index in range(20):
-        run = apply(run, ResultRefused(**facts, owner=f"{index:064x}", rung="lineage"))
-    run = apply(run, ResultRefused(**facts, owner=PEERS[0].public_key, rung="lineage"))
+        run = apply(run, ResultRefused(**facts, owner=f"{index:064x}", check="lineage"))
+    run = apply(run, ResultRefused(**facts, owner=PEERS[0].public_key, check="lineage"))
     assert set(run.peers) == {PEERS[0].public_key}
     assert run.peer(PEERS[0].public_key).rejected == 1
     assert run.rejected == 21
-    spoilt = apply(run, ResultRefused(**facts, owner=PEERS[1].public_key, rung="numbers"))
-    assert spoilt.peer(PEERS[1].public_key).rejected == 1, "bytes that had to be looked at are remembered"
+    broken = apply(run, ResultRefused(**facts, owner=PEERS[1].public_key, check="numbers"))
+    assert broken.peer(PEERS[1].public_key).rejected == 1, "a refusal that cost a download is remembered"
 
 
 def test_nothing_is_fetched_before_the_limits_are_known():
-    c = court(limits=False)
-    c.offer(make_record(c.manifest, PEERS[0]))
-    assert not c.checks
-    c.hears(LimitsKnown(limits_of(2), c.now))
-    assert len(c.checks) == 1
+    driver = drive_judge(limits=False)
+    driver.offer(make_record(driver.manifest, PEERS[0]))
+    assert not driver.checks
+    driver.send(LimitsKnown(limits_of(2), driver.now))
+    assert len(driver.checks) == 1
 
 
-def test_first_valid_wins_and_the_others_are_superseded_without_blame():
-    c = court()
-    results = [make_record(c.manifest, peer) for peer in PEERS[:3]]
+def test_the_first_valid_result_supersedes_the_others():
+    driver = drive_judge()
+    results = [make_record(driver.manifest, peer) for peer in PEERS[:3]]
     for result in results:
-        assert c.offer(result).verdict == "queued"
-    assert len(c.checks) == 1, "one check per shard at a time"
-    c.hears(CheckDone(results[0], Verdict("invalid", "numbers", "tensor x is not finite"), c.now))
-    assert c.checks[-1].record == results[1], "the next in line gets its turn"
-    actions = c.verdict(results[1])
+        assert driver.offer(result).verdict == "queued"
+    assert len(driver.checks) == 1, "one check per shard at a time"
+    driver.send(CheckDone(results[0], Verdict("invalid", "numbers", "tensor x is not finite"), driver.now))
+    assert driver.checks[-1].record == results[1], "the next candidate is checked"
+    actions = driver.verdict(results[1])
     assert [a.record for a in actions if isinstance(a, DiscardCandidate)] == [results[2]]
-    assert c.kinds()[-1] == "checkpoint-superseded"
-    assert c.offer(results[2]).verdict == "superseded"
-    third = c.state.run.peer(PEERS[2].public_key)
+    assert driver.kinds()[-1] == "checkpoint-superseded"
+    assert driver.offer(results[2]).verdict == "superseded"
+    third = driver.state.run.peer(PEERS[2].public_key)
     assert third.rejected == 0
-    assert c.state.run.rejected == 1
-    assert c.offer(results[0]).verdict == "superseded", "its epoch is over"
+    assert driver.state.run.rejected == 1
+    assert driver.offer(results[0]).verdict == "superseded", "its epoch is accepted"
 
 
-def test_a_copied_result_under_another_name_wins_nothing():
-    c = court()
-    own = make_record(c.manifest, PEERS[0])
-    copied = own.model_copy(update={"owner": PEERS[1].public_key, "peer_id": PEERS[1].peer_id})
-    assert copied.digest == own.digest
-    c.offer(own)
-    c.offer(copied)
-    c.verdict(own)
-    assert c.offer(own).verdict == "accepted"
-    assert c.offer(copied).verdict == "superseded"
-    assert c.state.run.peer(PEERS[1].public_key).accepted == 0
+def test_a_copied_result_under_another_name_is_superseded():
+    driver = drive_judge()
+    original = make_record(driver.manifest, PEERS[0])
+    copied = original.model_copy(update={"owner": PEERS[1].public_key, "peer_id": PEERS[1].peer_id})
+    assert copied.digest == original.digest
+    driver.offer(original)
+    driver.offer(copied)
+    driver.verdict(original)
+    assert driver.offer(original).verdict == "accepted"
+    assert driver.offer(copied).verdict == "superseded"
+    assert driver.state.run.peer(PEERS[1].public_key).accepted == 0
 
 
-def test_an_inconclusive_check_is_retried_with_back_off_and_then_given_up():
-    c = court(rules={"attempts": 3, "retry_delay": 5.0})
-    result = make_record(c.manifest, PEERS[0])
-    c.offer(result)
+def test_an_inconclusive_check_is_retried_then_given_up():
+    driver = drive_judge(rules={"attempts": 3, "retry_delay": 5.0})
+    result = make_record(driver.manifest, PEERS[0])
+    driver.offer(result)
     for delay in (5.0, 10.0):
-        c.hears(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
-        asked = len(c.checks)
-        c.now += delay - 0.1
-        c.hears(JudgeTick(c.now))
-        assert len(c.checks) == asked
-        c.now += 0.2
-        c.hears(JudgeTick(c.now))
-        assert len(c.checks) == asked + 1
-    actions = c.hears(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), c.now))
+        driver.send(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), driver.now))
+        asked = len(driver.checks)
+        driver.now += delay - 0.1
+        driver.send(JudgeTick(driver.now))
+        assert len(driver.checks) == asked
+        driver.now += 0.2
+        driver.send(JudgeTick(driver.now))
+        assert len(driver.checks) == asked + 1
+    actions = driver.send(CheckDone(result, Verdict("inconclusive", "transfer", "nobody has its blobs"), driver.now))
     assert any(isinstance(action, DiscardCandidate) for action in actions)
-    assert c.offer(result).verdict == "inconclusive"
-    assert c.offer(result, "poll").verdict == "inconclusive"
-    assert c.state.run.rejected == 0
-    assert not c.state.pending
-    c.now += 41
-    assert c.offer(result, "poll").verdict == "inconclusive", "lying in the DHT is not insisting"
-    assert c.offer(result).verdict == "queued"
-    c.verdict(result)
-    assert c.offer(result).verdict == "accepted"
+    assert driver.offer(result).verdict == "inconclusive"
+    assert driver.offer(result, "poll").verdict == "inconclusive"
+    assert driver.state.run.rejected == 0
+    assert not driver.state.pending
+    driver.now += 41
+    assert driver.offer(result, "poll").verdict == "inconclusive", "a record in the DHT is no new offer"
+    assert driver.offer(result).verdict == "queued"
+    driver.verdict(result)
+    assert driver.offer(result).verdict == "accepted"
 
 
 def test_a_peer_that_offers_too_often_waits():
-    c = court(rules={"offers_per_minute": 3})
-    result = make_record(c.manifest, PEERS[0])
-    assert [c.offer(result).verdict for _ in range(4)] == ["queued", "queued", "queued", "busy"]
-    c.now += 61
-    c.hears(JudgeTick(c.now))
-    assert len(c.state.offers) == 0
-    assert c.offer(result).verdict == "queued"
+    driver = drive_judge(rules={"offers_per_minute": 3})
+    result = make_record(driver.manifest, PEERS[0])
+    assert [driver.offer(result).verdict for _ in range(4)] == ["queued", "queued", "queued", "busy"]
+    driver.now += 61
+    driver.send(JudgeTick(driver.now))
+    assert len(driver.state.offers) == 0
+    assert driver.offer(result).verdict == "queued"
 
 
-def test_one_result_per_shard_and_owner_waits_at_a_time():
-    c = court()
-    c.offer(make_record(c.manifest, PEERS[0]))
-    reply = c.offer(make_record(c.manifest, PEERS[0], text="another"))
+def test_one_result_per_shard_and_owner_waits():
+    driver = drive_judge()
+    driver.offer(make_record(driver.manifest, PEERS[0]))
+    reply = driver.offer(make_record(driver.manifest, PEERS[0], text="another"))
     assert reply.verdict == "busy"
-    assert c.offer(make_record(c.manifest, PEERS[0], shard=1)).verdict == "queued"
+    assert driver.offer(make_record(driver.manifest, PEERS[0], shard=1)).verdict == "queued"
 
 
-def test_a_late_answer_of_an_ended_check_changes_nothing():
-    c = court()
-    result = make_record(c.manifest, PEERS[0])
-    c.offer(result)
-    c.verdict(result)
-    before = c.state
-    assert c.verdict(result) == ()
-    assert c.state == before
+def test_a_late_verdict_of_an_ended_check_changes_nothing():
+    driver = drive_judge()
+    result = make_record(driver.manifest, PEERS[0])
+    driver.offer(result)
+    driver.verdict(result)
+    before = driver.state
+    assert driver.verdict(result) == ()
+    assert driver.state == before
 
 
-def test_a_restart_judges_again_what_was_in_flight():
-    c = court()
-    result = make_record(c.manifest, PEERS[0])
-    c.offer(result)
+def test_a_restart_checks_waiting_results_again():
+    driver = drive_judge()
+    result = make_record(driver.manifest, PEERS[0])
+    driver.offer(result)
     state = RunState()
-    for event in c.events:
+    for event in driver.events:
         state = apply(state, event)
     again = JudgeState.restored(state)
-    c.state, c.checks = again, []
-    c.hears(LimitsKnown(limits_of(2), c.now))
-    assert [check.record for check in c.checks] == [result]
+    driver.state, driver.checks = again, []
+    driver.send(LimitsKnown(limits_of(2), driver.now))
+    assert [check.record for check in driver.checks] == [result]
 
 
 moves = st.lists(
@@ -252,34 +259,38 @@ moves = st.lists(
 
 @settings(max_examples=150)
 @given(moves)
-def test_never_two_acceptances_of_one_epoch_whatever_happens(moves):
-    c = court(epochs=3, rules={"offers_per_minute": 5})
+def test_an_epoch_is_never_accepted_twice(moves):
+    driver = drive_judge(epochs=3, rules={"offers_per_minute": 5})
     for move, who, shard, ahead, parent, wait in moves:
-        ledger = c.state.run.shards[shard]
+        ledger = driver.state.run.shards[shard]
         if move in ("offer", "poll"):
             digest = {"right": ledger.accepted, "wrong": "e" * 64, "none": None}[parent]
-            c.offer(make_record(c.manifest, PEERS[who], shard, max(1, ledger.epoch + ahead), digest, text=str(wait)), move)
+            driver.offer(
+                make_record(driver.manifest, PEERS[who], shard, max(1, ledger.epoch + ahead), digest, text=str(wait)), move
+            )
         elif move == "tick":
-            c.now += wait
-            c.hears(JudgeTick(c.now))
+            driver.now += wait
+            driver.send(JudgeTick(driver.now))
         elif move == "restart":
-            c.state = JudgeState.restored(c.state.run)
-            c.hears(LimitsKnown(limits_of(2), c.now))
-        elif c.checks:
-            record = c.checks[-1 if move != "late" else who % len(c.checks)].record
+            driver.state = JudgeState.restored(driver.state.run)
+            driver.send(LimitsKnown(limits_of(2), driver.now))
+        elif driver.checks:
+            record = driver.checks[-1 if move != "late" else who % len(driver.checks)].record
             if move in ("valid", "late"):
-                c.verdict(record)
+                driver.verdict(record)
             else:
-                c.hears(CheckDone(record, Verdict(move, "transfer", "why"), c.now))
-        for index, expected in c.state.run.shards.items():
-            assert expected.epoch <= c.manifest.epochs
-            assert bool(expected.candidates) == (index in c.state.pending)
-    accepted = [event.acceptance for event in c.events if isinstance(event, CheckpointAccepted)]
+                driver.send(CheckDone(record, Verdict(move, "transfer", "why"), driver.now))
+        for index, expected in driver.state.run.shards.items():
+            assert expected.epoch <= driver.manifest.epochs
+            assert bool(expected.candidates) == (index in driver.state.pending)
+    accepted = [event.acceptance for event in driver.events if isinstance(event, CheckpointAccepted)]
     assert len({(a.shard, a.epoch) for a in accepted}) == len(accepted)
     for shard in range(2):
         lineage = [a for a in accepted if a.shard == shard]
-        assert [a.parent for a in lineage] == [None, *[a.checkpoint for a in lineage]][: len(lineage)], "one unbroken line"
+        assert [a.parent for a in lineage] == [None, *[a.checkpoint for a in lineage]][: len(lineage)], (
+            "each parent is the epoch before"
+        )
     state = RunState()
-    for event in c.events:
+    for event in driver.events:
         state = apply(state, event)
-    assert state == c.state.run
+    assert state == driver.state.run

@@ -241,7 +241,7 @@ def test_a_shortened_ledger_adds_up_but_is_refused_by_its_head(run: CreatedRun):
     cut_tail(folder, 1)
     ledger = Ledger.open(folder.ledger, run.run)
     assert ledger.state.accepted == 1, "nothing inside the file shows that its end is gone"
-    with pytest.raises(IntegrityError, match=r"ends at event \d+, but this coordinator has signed event \d+; put the newest"):
+    with pytest.raises(IntegrityError, match=r"ends at event \d+, but this coordinator has signed event \d+; restore the newest"):
         check_head(folder.head, ledger, run.manifest)
     other = last.acceptance.model_copy(update={"holdout_loss": 0.1})
     ledger.append([last.model_copy(update={"acceptance": other})])

@@ -1,7 +1,8 @@
-"""The ledger: what was written comes back byte for byte, and what was tampered with is refused in one sentence."""
+"""The ledger: it is read back byte for byte, and a changed one is refused in one sentence."""
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
 from pathlib import Path
@@ -14,11 +15,14 @@ from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate
 from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
+    CoordinatorStopped,
     Event,
     ManifestPublished,
     MixtureStitched,
+    ResultRefused,
     ResultSeen,
     RouterTrained,
+    RunCreated,
     read_event,
 )
 from lutetia.coordinator.ledger.log import Ledger
@@ -27,29 +31,37 @@ from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError, IntegrityError
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, first_event, make_manifest, make_record
+from tests.coordinator.acceptance.judge_driver import (
+    COORDINATOR,
+    PEERS,
+    START,
+    drive_judge,
+    first_event,
+    make_manifest,
+    make_record,
+)
 
 
-def lived(steps: list[tuple[int, int, str]]) -> list[Event]:
-    """The events of a run in which peers did `steps` (peer, shard, outcome)."""
-    c = court(epochs=4)
+def events_of(steps: list[tuple[int, int, str]]) -> list[Event]:
+    """The events of a run in which results come to `steps`: (peer, shard, outcome)."""
+    driver = drive_judge(epochs=4)
     for count, (who, shard, outcome) in enumerate(steps):
-        c.now += 1.5
-        ledger = c.state.run.shards[shard]
-        record = make_record(c.manifest, PEERS[who], shard, ledger.epoch + 1, ledger.accepted, text=str(count))
-        if c.offer(record, "poll").verdict == "queued" and outcome != "waits":
-            asked = c.checks[-1].record
+        driver.now += 1.5
+        ledger = driver.state.run.shards[shard]
+        record = make_record(driver.manifest, PEERS[who], shard, ledger.epoch + 1, ledger.accepted, text=str(count))
+        if driver.offer(record, "poll").verdict == "queued" and outcome != "waits":
+            asked = driver.checks[-1].record
             if outcome == "valid":
-                c.verdict(asked, 0.1 + count / 7)
+                driver.verdict(asked, 0.1 + count / 7)
             else:
                 verdict = Verdict(outcome, "transfer", "naïve ünïcode – why")  # pyright: ignore[reportArgumentType]
-                c.hears(CheckDone(asked, verdict, c.now))
-    mixture = make_record(c.manifest, PEERS[0]).digest
+                driver.send(CheckDone(asked, verdict, driver.now))
+    mixture = make_record(driver.manifest, PEERS[0]).digest
     return [
-        *c.events,
-        ManifestPublished(time=c.now + 1, version=1, digest=c.manifest.run_id, expires=START + 1e6),
-        RouterTrained(time=c.now + 2, epochs=(1, 2), router=make_record(c.manifest, PEERS[0]).weights, accuracy=0.9),
-        MixtureStitched(time=c.now + 3, epochs=(1, 2), mixture=mixture),
+        *driver.events,
+        ManifestPublished(time=driver.now + 1, version=1, digest=driver.manifest.run_id, expires=START + 1e6),
+        RouterTrained(time=driver.now + 2, epochs=(1, 2), router=make_record(driver.manifest, PEERS[0]).weights, accuracy=0.9),
+        MixtureStitched(time=driver.now + 3, epochs=(1, 2), mixture=mixture),
     ]
 
 
@@ -61,7 +73,7 @@ steps = st.lists(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps, st.floats(0, 60))
 def test_replay_is_byte_equal(tmp_path_factory, steps, until):
-    events = lived(steps)
+    events = events_of(steps)
     path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
     ledger = Ledger.create(path, events[0])  # pyright: ignore[reportArgumentType]
     for event in events[1:]:
@@ -86,7 +98,7 @@ def test_replay_is_byte_equal(tmp_path_factory, steps, until):
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "ledger.sqlite"
-    events = lived([(0, 0, "valid"), (1, 1, "valid"), (0, 0, "valid")])
+    events = events_of([(0, 0, "valid"), (1, 1, "valid"), (0, 0, "valid")])
     ledger = Ledger.create(path, events[0])  # pyright: ignore[reportArgumentType]
     ledger.append(events[1:])
     ledger.close()
@@ -133,7 +145,7 @@ def test_a_damaged_file_is_refused(path: Path):
 
 
 @pytest.mark.parametrize("content", [b"not a database, only some text" * 200, b""])
-def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path, content: bytes):
+def test_a_file_that_is_no_ledger_is_refused_unchanged(tmp_path: Path, content: bytes):
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(content)
     with pytest.raises((ConfigError, IntegrityError)):
@@ -142,7 +154,7 @@ def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path, content: by
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path):
+def test_another_programs_database_is_refused_unchanged(tmp_path: Path):
     path = tmp_path / "ledger.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE bookmarks (url TEXT)")
@@ -154,16 +166,16 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path):
     assert path.read_bytes() == before
 
 
-def test_a_ledger_of_another_run_or_none_is_refused(path: Path, tmp_path: Path):
+def test_a_ledger_of_another_run_or_absent_is_refused(path: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="not of aaaaaaaaaaaa"):
         Ledger.open(path, "a" * 64)
     with pytest.raises(ConfigError, match="there is no ledger"):
         Ledger.open(tmp_path / "absent.sqlite")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         Ledger.create(path, first_event(make_manifest()))
 
 
-def test_a_refused_transaction_leaves_nothing(path: Path):
+def test_a_refused_transaction_writes_nothing(path: Path):
     ledger = Ledger.open(path)
     before, rows = ledger.state, len(list(ledger.rows()))
     record = make_record(make_manifest(epochs=4), PEERS[2], epoch=1)
@@ -195,7 +207,7 @@ def acceptances(count: int) -> list[Event]:
 
 
 def test_apply_costs_the_same_early_and_late():
-    """No copy of the history: the last tenth of 20,000 events costs about what the first does (budget: 10^5 in seconds)."""
+    """The history is not copied: the last tenth of 20,000 events costs about as much as the first (budget: 10^5 in seconds)."""
     events, state, marks = acceptances(20_000), RunState(), []
     for index, event in enumerate(events):
         if index % 2000 == 0:
@@ -208,16 +220,50 @@ def test_apply_costs_the_same_early_and_late():
     assert marks[-1] - marks[0] < 4.0, "2e4 events took more than 4 s of processor time"
 
 
-def test_what_comes_in_together_is_written_together(tmp_path: Path):
-    """Pure decisions and the durable ledger come to the same state, whatever the size of a transaction."""
-    c = court(shards=8, epochs=40, rules={"offers_per_minute": 10_000})
-    ledger = Ledger.create(tmp_path / "ledger.sqlite", c.events[0])  # pyright: ignore[reportArgumentType]
+def test_batched_transactions_give_the_same_state(tmp_path: Path):
+    """The judge and the durable ledger reach the same state, whatever the size of a transaction."""
+    driver = drive_judge(shards=8, epochs=40, rules={"offers_per_minute": 10_000})
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", driver.events[0])  # pyright: ignore[reportArgumentType]
     for round_ in range(25):
-        before = len(c.events)
+        before = len(driver.events)
         for shard in range(8):
-            c.accept(PEERS[(8 * round_ + shard) % 6], shard)
-        ledger.append(c.events[before:])
-    assert ledger.state == c.state.run
-    assert c.state.run.accepted == 200
-    assert not any(isinstance(action, DiscardCandidate) for action in c.actions)
+            driver.accept(PEERS[(8 * round_ + shard) % 6], shard)
+        ledger.append(driver.events[before:])
+    assert ledger.state == driver.state.run
+    assert driver.state.run.accepted == 200
+    assert not any(isinstance(action, DiscardCandidate) for action in driver.actions)
     ledger.close()
+
+
+def test_an_event_of_an_older_ledger_is_read():
+    """`check` was called `rung`, in the event and in its costs."""
+    event = read_event(
+        '{"again_at":null,"checkpoint":"' + "a" * 64 + '","costs":[{"outcome":"valid","rung":"transfer","seconds":0.5,"size":7},'
+        '{"outcome":"invalid","rung":"numbers","seconds":0.1,"size":7}],"epoch":1,"kind":"checkpoint-refused","owner":"'
+        + PEERS[0].public_key
+        + '","rung":"numbers","shard":0,"text":"a tensor is not finite","time":1700000000.0,"verdict":"invalid"}'
+    )
+    assert isinstance(event, ResultRefused)
+    assert (event.check, [cost.check for cost in event.costs]) == ("numbers", ["transfer", "numbers"])
+    assert read_event(canonical(event)) == event
+
+
+def test_a_ledger_with_older_events_opens_and_grows(tmp_path: Path):
+    driver = drive_judge()
+    driver.refuse(make_record(driver.manifest, PEERS[1]))
+    path = tmp_path / "ledger.sqlite"
+    first, *others = driver.events
+    assert isinstance(first, RunCreated)
+    ledger = Ledger.create(path, first)
+    text = canonical(others[-1]).decode().replace('"check":', '"rung":')
+    assert '"rung":"numbers"' in text
+    ledger.append(others[:-1])
+    count, chain = ledger.head
+    link = hashlib.sha256(bytes.fromhex(chain) + repr(others[-1].time).encode() + b"\n" + text.encode()).digest()
+    ledger._insert([(count + 1, others[-1].time, text, link)], durable=True)
+    ledger.close()
+    again = Ledger.open(path)
+    assert again.state == driver.state.run
+    again.append([CoordinatorStopped(time=driver.now)])
+    assert len(list(again.rows())) == count + 2
+    again.close()

@@ -141,7 +141,7 @@ async def test_a_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float)
     hands = StrawHands(losses={1: loss})
     ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
-    assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
+    assert [(refusal.check, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
     ledger.close()
 
 
@@ -150,12 +150,12 @@ async def test_poisoned_raw_parameters_beside_good_averages_are_invalid(tmp_path
     hands = StrawHands(raw={1: raw})
     ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
-    assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
-    assert [(cost.rung, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
+    assert [(refusal.check, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
+    assert [(cost.check, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
         ("transfer", "valid"), ("numbers", "valid"), ("holdout", "valid"), ("holdout", "valid"), ("raw", "invalid"),
     ]  # fmt: skip
     shown = status(ledger.state, make_manifest(), LiveView(), START)
-    assert [(rung.rung, rung.outcome, rung.count, rung.size) for rung in shown.rungs] == [
+    assert [(spent.check, spent.outcome, spent.count, spent.size) for spent in shown.checks] == [
         ("transfer", "valid", 1, 300), ("numbers", "valid", 1, 300), ("holdout", "valid", 2, 100), ("raw", "invalid", 1, 100),
     ]  # fmt: skip
     ledger.close()

@@ -79,7 +79,7 @@ def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offer
     c.hears(LedgerFacts((QuarantineRecovered(time=c.now, owner=CHEAT.public_key),), c.now))
     assert c.state.run.shards[0].candidates == {}
     reply = c.offer(waiting)
-    assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
+    assert (reply.verdict, reply.check) == ("invalid", "quarantine")
     assert "was lost" in reply.text
     shown = status(c.state.run, c.manifest, LiveView(), c.now).quarantined
     assert [(why.owner, why.epoch) for why in shown] == [(CHEAT.public_key, 0)]
@@ -182,7 +182,7 @@ async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path:
     c = swarm.room
     c.state = JudgeState(ledger.state, limits=limits_of(2))
     again = make_record(c.manifest, CHEAT, 0, honest + 1, shard.accepted)
-    assert c.offer(again).rung == "quarantine"
+    assert c.offer(again).check == "quarantine"
     assert c.accept(HONEST, text="again").epoch == honest + 1
     ledger.close()
 
@@ -207,7 +207,7 @@ async def test_a_recovered_quarantine_is_carried_out_whole(tmp_path: Path):
     c.hears(LimitsKnown(limits_of(2), c.now))
     assert not c.state.run.shards[1].candidates
     assert not c.state.checking
-    assert [why.rung for why in c.state.run.refusals[-1:]] == ["quarantine"]
+    assert [why.check for why in c.state.run.refusals[-1:]] == ["quarantine"]
     ledger.close()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from lutetia.coordinator.ledger.status_builder import status
 from lutetia.coordinator.runtime.swarm_monitor import FULL_PACE, SwarmMonitor, nodes_pause
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
-from lutetia.protocol.schema.records import Hardware, NodeRecord, ProviderRecord
+from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, ProviderRecord
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.virtual_time import run_virtual
@@ -54,3 +56,23 @@ def test_copies_are_counted_of_peers_that_are_online_and_hold_all_of_it():
         assert shown() == [1, None], "the next look at the peers keeps the count"
 
     run_virtual(story, START)
+
+
+def test_each_look_extends_the_history_of_a_claim():
+    c = court()
+
+    async def run() -> None:
+        network = MemoryNetwork()
+        transport = network.peer(COORDINATOR, record_check(c.manifest, network.now))
+        monitor = SwarmMonitor(transport, c.manifest, _ignore, shard_view=c.state.run.shard_view)
+        owner, began = PEERS[0].public_key, network.now()
+        for samples in (0, 4, 4):
+            place = {"run": c.manifest.run_id, "owner": owner, "issued": network.now(), "shard": 0, "epoch": 0}
+            record = ClaimRecord(**place, samples=samples, state="training")
+            assert await publish(transport, PEERS[0], record, 5)
+            await monitor.look_at_peers()
+            await asyncio.sleep(1)
+        history = monitor.view.histories[0][owner]
+        assert (history.samples, history.since, history.moved, history.seen) == (4, began, began + 1, began + 2)
+
+    run_virtual(run, START)

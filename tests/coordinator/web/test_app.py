@@ -1,4 +1,4 @@
-"""The HTTP side with a real server and a real client: page, JSON, metrics, blobs with ranges."""
+"""The HTTP server with a real client: page, JSON, metrics, blobs with ranges."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, UnreachableError
-from tests.coordinator.acceptance.judge_driver import PEERS, court, make_record
+from tests.coordinator.acceptance.judge_driver import PEERS, drive_judge, make_record
 
 
 def document() -> SwarmStatus:
-    """A run with an accepted result, an invalid one whose text is hostile, and a peer at work."""
-    c = court(epochs=3, name="tiny run")
-    result = make_record(c.manifest, PEERS[0])
-    c.offer(result)
-    c.verdict(result)
-    c.refused(make_record(c.manifest, PEERS[1], epoch=2, parent=result.digest), "tensor <script> is not finite")
-    run, peer = c.manifest.run_id, PEERS[0]
+    """A run with an accepted result, an invalid one with a hostile text, and a working peer."""
+    driver = drive_judge(epochs=3, name="tiny run")
+    result = make_record(driver.manifest, PEERS[0])
+    driver.offer(result)
+    driver.verdict(result)
+    driver.refuse(make_record(driver.manifest, PEERS[1], epoch=2, parent=result.digest), "tensor <script> is not finite")
+    run, peer = driver.manifest.run_id, PEERS[0]
     node = NodeRecord(
-        run=run, owner=peer.public_key, issued=c.now, peer_id=peer.peer_id, samples_per_second=3.0, software="0.1",
+        run=run, owner=peer.public_key, issued=driver.now, peer_id=peer.peer_id, samples_per_second=3.0, software="0.1",
         state="training", hardware=Hardware(device="<script>alert(1)</script>", memory_bytes=1, cores=2),
     )  # fmt: skip
-    claim = ClaimRecord(run=run, owner=peer.public_key, issued=c.now, shard=0, epoch=1, samples=4, state="training")
-    view = LiveView([Sighting(node, c.now + 9, c.now)], [Sighting(claim, c.now + 9, c.now)])
-    return status(c.state.run, c.manifest, view, c.now + 1, software="0.1")
+    claim = ClaimRecord(run=run, owner=peer.public_key, issued=driver.now, shard=0, epoch=1, samples=4, state="training")
+    view = LiveView([Sighting(node, driver.now + 9, driver.now)], [Sighting(claim, driver.now + 9, driver.now)])
+    return status(driver.state.run, driver.manifest, view, driver.now + 1, software="0.1")
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ def listener_address(url: str) -> tuple[str, int]:
     return host, int(port)
 
 
-async def test_everything_is_served(tmp_path: Path):
+async def test_page_status_metrics_and_blobs_are_served(tmp_path: Path):
     blobs = BlobStore(tmp_path / "blobs")
     data = os.urandom((1 << 20) + 12345)
     ref = blobs.add_bytes(data)
@@ -100,7 +100,7 @@ def test_the_page_is_self_contained_and_escaped():
     assert "<td class=soft>due</td>" in page
 
 
-def test_a_taken_port_is_one_sentence():
+def test_a_port_in_use_is_reported_in_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -110,6 +110,6 @@ def test_a_taken_port_is_one_sentence():
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "[::1"])
-def test_what_is_no_address_is_one_sentence(address: str):
+def test_a_malformed_address_is_reported_in_one_sentence(address: str):
     with pytest.raises(ConfigError, match="no port between 0 and 65535"):
         bind(address)
