@@ -9,9 +9,8 @@ from typing import Any
 from lutetia.coordinator.acceptance.checks import CheckRunner, Verdict, run_checks
 from lutetia.coordinator.acceptance.messages import Action as JudgeAction
 from lutetia.coordinator.acceptance.messages import Stimulus
-from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
 from lutetia.coordinator.acceptance.state_machine import judge
-from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.checks import CheckFailed, CheckRunner, Verdict, compare_losses
-from lutetia.coordinator.acceptance.state_machine import NodeRules as JudgeRules
 from lutetia.coordinator.acceptance.state_machine import judge
-from lutetia.coordinator.acceptance.transition import JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
 from lutetia.coordinator.ledger.run_state import RunState
@@ -110,7 +109,8 @@ BROKEN: dict[str, Mutant] = {
         RulesUnderTest(judge=_accept_twice)
     ),
     "climb-blindly": Mutant(
-        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda: RulesUnderTest(climb=_climb_blindly)
+        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars",
+        lambda: RulesUnderTest(run_checks=_climb_blindly),
     ),
     "forget-the-last": Mutant(
         "a restarted coordinator lacks the last acceptance (I3)", "I3", "coordinator-crash",

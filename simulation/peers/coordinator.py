@@ -232,7 +232,7 @@ class SimulatedCoordinator:
 
         drive(
             self.world.agenda,
-            self.world.decide.climb(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
+            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self)),
             done,
         )
 
