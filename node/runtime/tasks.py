@@ -75,7 +75,7 @@ class NodeTasks:
         if finding is None:
             raise HardwareError("what this device can do is not known now; it is probed again")
         work = self.material.work(shard)
-        if action.shrink:
+        if action.halvings:
             work.drop_local()  # its epoch was begun with another split
         base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
         start = self.material.start(shard, action.epoch, action.checkpoint, base)
@@ -87,7 +87,7 @@ class NodeTasks:
             data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, until=action.until, device=finding.device, precision=finding.precision,
-            micro_batch=max(1, whole >> action.shrink), threads=settings.threads, duty=settings.duty,
+            micro_batch=max(1, whole >> action.halvings), threads=settings.threads, duty=settings.duty,
             save_every=settings.save_every,
         )  # fmt: skip
 

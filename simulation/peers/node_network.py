@@ -90,7 +90,7 @@ class SimulatedNodeNetwork:
             buckets, records = roster.read_by(box.box.owner)
             world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
             wait *= pace(records)
-            if box.state.duty is not None or box.state.phase in ("idle", "claiming"):
+            if box.state.watched_shards is not None or box.state.phase in ("idle", "claiming"):
                 box.hear(boot, m.WatchedShardsSet, roster.duties.get(box.box.owner), box.clock() + 2 * wait)
         world.agenda.after(wait, self._list, boot, joins)
 

@@ -46,11 +46,11 @@ async def child(daemon: DaemonProcess, word: str) -> set[int]:
     return {pid for pid in running(children_of(daemon.process.pid)) if word in await command_of(pid)}
 
 
-async def test_a_volunteers_day(coordinator: ToyCoordinator, tmp_path: Path):
+async def test_daemon_life_from_join_to_leave(coordinator: ToyCoordinator, tmp_path: Path):
     opening = datetime.now() + timedelta(hours=12)
     hours = f"{opening:%H:%M}-{opening + timedelta(minutes=1):%H:%M}"
     async with DaemonProcess.running(coordinator, tmp_path / "box", "--duty", "0.5", "--hours", hours) as daemon:
-        status = await daemon.until(state="paused", reason="outside of its hours")
+        status = await daemon.until(state="paused", reason="outside its hours")
         assert 11 * 3600 < status["paused_until"] - time.time() <= 12 * 3600
         await ask(daemon.state, "resume")
         status = await daemon.until(state="training", step=lambda step: step)
@@ -92,7 +92,7 @@ async def finish(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
     assert not list(daemon.state.glob("*.sock"))
 
 
-async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_running_and_the_next_daemon_goes_on(tmp_path: Path):
+async def test_killed_daemon_leaves_no_child_and_next_one_resumes(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=50, steps=100, heartbeat=2.0)
     async with contextlib.AsyncExitStack() as stack:
         async with toy_coordinator(run, tmp_path / "coordinator") as before:
@@ -124,7 +124,7 @@ async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_runnin
     assert [record.epoch for record in lineage] == list(range(1, len(lineage) + 1))
 
 
-async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(coordinator: ToyCoordinator, tmp_path: Path):
+async def test_full_disk_is_one_sentence_and_work_resumes(coordinator: ToyCoordinator, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
         async with DaemonProcess.running(coordinator, disk / "box") as daemon:
             status = await daemon.until(state="training", accepted=lambda count: count >= 1)

@@ -34,7 +34,7 @@ class Stumbling(NodeDaemon):
         await super().serve(transport, store)
 
 
-async def test_back_on_the_network_after_an_attempt_that_failed_half_way(tmp_path: Path):
+async def test_rejoin_after_a_failed_attempt(tmp_path: Path):
     before = children_of(os.getpid())
     run = make_run(tmp_path / "run", heartbeat=2.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy:

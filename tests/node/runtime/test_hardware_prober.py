@@ -28,7 +28,7 @@ def prober_of(run: TinyRun, folder: Path) -> HardwareProber:
     return HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
 
 
-async def test_two_probes_at_once_keep_the_old_finding_until_there_is_a_new_one_and_leave_no_child(tmp_path: Path):
+async def test_two_probes_at_once_keep_the_result_and_no_child(tmp_path: Path):
     before, run = children_of(os.getpid()), make_run(tmp_path / "run")
     prober = prober_of(run, tmp_path)
     first = await prober.find(run.manifest)
@@ -46,7 +46,7 @@ async def test_two_probes_at_once_keep_the_old_finding_until_there_is_a_new_one_
     assert not running(own)
 
 
-async def test_a_probe_that_fails_leaves_what_was_found_before(tmp_path: Path):
+async def test_failed_probe_keeps_the_previous_result(tmp_path: Path):
     run = make_run(tmp_path / "run")
     prober = prober_of(run, tmp_path)
     first = await prober.find(run.manifest)

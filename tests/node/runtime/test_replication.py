@@ -98,7 +98,7 @@ def at_a_site(tmp_path: Path, story: Callable[[Site], Awaitable[None]]) -> None:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_copies_that_could_not_be_finished_go_when_the_next_epoch_is_accepted(tmp_path: Path, restart: bool):
+def test_unfinished_copies_are_removed_at_the_next_epoch(tmp_path: Path, restart: bool):
     async def story(site: Site) -> None:
         for epoch in (1, 2, 3):
             weights, state = await site.accept(epoch)
@@ -117,7 +117,7 @@ def test_copies_that_could_not_be_finished_go_when_the_next_epoch_is_accepted(tm
     at_a_site(tmp_path, story)
 
 
-def test_what_arrived_of_a_copy_is_not_fetched_again_after_a_restart(tmp_path: Path):
+def test_partial_copy_is_not_fetched_again_after_a_restart(tmp_path: Path):
     async def story(site: Site) -> None:
         weights, state = await site.accept(1)
         good = site.origin.path(state.digest).read_bytes()
@@ -137,7 +137,7 @@ def test_what_arrived_of_a_copy_is_not_fetched_again_after_a_restart(tmp_path: P
     at_a_site(tmp_path, story)
 
 
-def test_an_outdated_copy_goes_also_when_that_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_outdated_copy_is_removed_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a full disk, where its room is wanted most."""
     replace = os.replace
 
@@ -165,7 +165,7 @@ def test_an_outdated_copy_goes_also_when_that_cannot_be_noted(tmp_path: Path, mo
     at_a_site(tmp_path, story)
 
 
-def test_a_disk_that_takes_no_changes_ends_the_round_and_not_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_read_only_disk_ends_the_round_not_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read_only(path: Path, missing_ok: bool = False) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 

@@ -38,7 +38,7 @@ async def renew(toy: ToyCoordinator) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_copies_are_made_when_the_author_dies_and_can_be_fetched_without_a_coordinator(tmp_path: Path):
+async def test_copies_are_made_and_serve_without_the_coordinator(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=1, steps=10, heartbeat=1.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy, DaemonProcess.running(toy, tmp_path / "ann") as ann:
         ticket = toy.ticket.encode()

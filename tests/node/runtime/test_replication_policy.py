@@ -41,7 +41,7 @@ STATES = st.sampled_from(["idle", "claiming", "training", "publishing", "paused"
 
 
 @given(st.lists(STATES, min_size=1, max_size=30), st.integers(0, 3), st.integers(0, 7), st.randoms())
-def test_exactly_as_many_fetch_as_copies_are_missing(states: list[NodeState], held: int, shard: int, random):
+def test_as_many_peers_fetch_as_copies_are_missing(states: list[NodeState], held: int, shard: int, random):
     nodes = [node(index, state) for index, state in enumerate(states)]
     fit = {peer.owner for peer in nodes if peer.state not in ("draining", "left", "joining")}
     holders = {peer.owner for peer in random.sample(nodes, min(held, len(nodes)))}
@@ -54,20 +54,20 @@ def test_exactly_as_many_fetch_as_copies_are_missing(states: list[NodeState], he
     assert due(nodes, thin(holders, HEARTBEAT, shard)) == found, "all are of one mind, whatever order they see"
 
 
-def test_nobody_fetches_before_the_author_could_speak():
+def test_no_peer_fetches_before_the_author_can_announce():
     nodes = [node(index) for index in range(5)]
     assert due(nodes, thin(set(), HEARTBEAT - 1)) == set()
     assert len(due(nodes, thin(set(), HEARTBEAT))) == WANTED
 
 
-def test_when_the_first_cannot_the_next_moves_up_and_the_first_may_still():
+def test_next_peer_is_due_when_the_first_cannot():
     nodes = [node(index) for index in range(8)]
     order = list(PeerRing(RUN, nodes).order(0))
     for leases in range(4):
         assert due(nodes, thin(set(), HEARTBEAT + leases * 3 * HEARTBEAT)) == set(order[: WANTED + leases])
 
 
-def test_a_peer_looks_only_at_what_it_may_have_to_keep():
+def test_peer_looks_only_at_shards_it_may_have_to_keep():
     nodes = [node(index) for index in range(40)]
     ring, shards = PeerRing(RUN, nodes), 200
     looks = {peer.owner: ring.looked_at(peer.owner, shards) for peer in nodes}
@@ -85,13 +85,13 @@ def test_shards_spread_over_the_peers():
     assert max(first.count(owner) for owner in set(first)) < 80
 
 
-def test_a_small_disk_keeps_what_is_rarest():
+def test_small_disk_keeps_the_rarest_copies():
     rare, common = thin(set(), 0.0, 1), thin({KEYS[0]}, 0.0, 2)
     assert affordable([common, rare], 400) == [rare.seed, common.seed]
     assert affordable([common, rare], 399) == [rare.seed]
     assert affordable([common, rare], 0) == []
 
 
-def test_a_copy_goes_when_its_shard_has_a_newer_checkpoint():
+def test_copy_is_outdated_by_a_newer_checkpoint():
     kept = [seed(0, 1), seed(1, 4), seed(2, 9)]
     assert outdated(kept, {0: seed(0, 2), 1: seed(1, 4)}) == [kept[0]]

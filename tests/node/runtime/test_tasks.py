@@ -86,14 +86,14 @@ def run(tmp_path: Path) -> TinyRun:
     return make_run(tmp_path / "run")
 
 
-async def test_a_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
+async def test_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     kept = box.checkpoint()
     assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
     assert all(box.material.store.has(ref.digest) for ref in kept.refs)
 
 
-async def test_work_that_becomes_void_while_it_is_published_is_simply_not_judged(run: TinyRun, tmp_path: Path):
+async def test_work_discarded_while_published_is_not_judged(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     kept = box.checkpoint()
     store = Meanwhile(box.material.places.blobs, lambda: box.material.discard(0, 0))
@@ -105,7 +105,7 @@ async def test_work_that_becomes_void_while_it_is_published_is_simply_not_judged
     assert not store.digests()
 
 
-async def test_a_read_only_disk_stops_a_trainer_that_is_to_start_like_a_full_one(run: TinyRun, tmp_path: Path):
+async def test_read_only_disk_counts_as_full_at_trainer_start(run: TinyRun, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
         box = await Box.made(run, disk / "box")
         assert isinstance(await box.chores.sync(m.Sync(0, 0, None)), m.SyncDone)
@@ -114,7 +114,7 @@ async def test_a_read_only_disk_stops_a_trainer_that_is_to_start_like_a_full_one
         (work.path / "local-0-1.safetensors").touch()
         box.chores.prober.finding = finding()
         make_read_only(disk)
-        answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2, shrink=1))
+        answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2, halvings=1))
         assert isinstance(answer, m.TrainerExited)
         assert answer.reason == "disk-full"
         assert "read-only" in str(box.chores.disk_problem)
@@ -124,7 +124,7 @@ def total(refs: Iterable[BlobRef]) -> int:
     return sum(ref.size for ref in refs)
 
 
-async def test_under_a_disk_limit_a_shard_that_is_done_makes_room_for_the_next(run: TinyRun, tmp_path: Path):
+async def test_disk_limit_removes_a_finished_shard(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     await box.chores.sync(m.Sync(0, 0, None))
     kept = box.checkpoint()
@@ -142,7 +142,7 @@ async def test_under_a_disk_limit_a_shard_that_is_done_makes_room_for_the_next(r
     assert box.material.work(0).kept() == [], "what is served no more takes no space in the work folder either"
 
 
-async def test_under_a_disk_limit_work_that_is_not_accepted_yet_is_never_lost(run: TinyRun, tmp_path: Path):
+async def test_disk_limit_keeps_pending_work(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     await box.chores.sync(m.Sync(0, 0, None))
     kept = box.checkpoint()
@@ -156,7 +156,7 @@ async def test_under_a_disk_limit_work_that_is_not_accepted_yet_is_never_lost(ru
     assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
 
 
-async def test_a_disk_limit_that_is_too_small_for_one_shard_is_a_sentence(run: TinyRun, tmp_path: Path):
+async def test_disk_limit_below_one_shard_is_one_sentence(run: TinyRun, tmp_path: Path):
     """Nothing that the same shard rests on goes to make room for the rest of it."""
     box = await Box.made(run, tmp_path / "box")
     await box.chores.sync(m.Sync(0, 0, None))
@@ -168,7 +168,7 @@ async def test_a_disk_limit_that_is_too_small_for_one_shard_is_a_sentence(run: T
     assert box.material.store.has(run.manifest.shards[0].train.digest)
 
 
-async def test_without_a_finding_no_trainer_starts_and_the_device_is_probed_again(run: TinyRun, tmp_path: Path):
+async def test_trainer_without_a_probe_result_does_not_start(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2))
     assert isinstance(answer, m.TrainerExited)

@@ -39,7 +39,7 @@ def test_chain_follows_parents_without_gaps():
     assert chain(1, "e" * 64, [FIRST, SECOND]) == [], "somebody else's epoch was accepted"
 
 
-def test_the_newest_state_that_descends_from_the_accepted_one_is_resumed():
+def test_resume_point_is_the_newest_descendant():
     assert resume_point(0, None, [], None).source == "base"
     assert resume_point(0, None, [], local(0, None)).source == "local"
     place = resume_point(0, None, [FIRST, SECOND], local(2, SECOND.digest))
@@ -72,7 +72,7 @@ def test_publishing_shares_the_disk_space_and_is_idempotent(material: Workspace)
     assert set(material.held()) >= {ref.digest for ref in item.refs}
 
 
-def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(material: Workspace):
+def test_sweep_keeps_files_being_published(material: Workspace):
     item = write_checkpoint(material, 1, None)
     material.store = Meanwhile(material.places.blobs, material.work(0).sweep)
     material.into_store(item, ())
@@ -82,7 +82,7 @@ def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(materia
     )
 
 
-def test_a_checkpoint_damaged_on_disk_is_not_published(material: Workspace):
+def test_checkpoint_damaged_on_disk_is_not_published(material: Workspace):
     item = write_checkpoint(material, 1, None)
     (material.work(0).epoch_folder(1) / "weights.safetensors").write_bytes(b"flipped")
     with pytest.raises(IntegrityError, match="damaged"):
@@ -90,7 +90,7 @@ def test_a_checkpoint_damaged_on_disk_is_not_published(material: Workspace):
     assert item.weights.digest not in material.store.digests()
 
 
-def test_a_hole_in_the_chain_ends_it(material: Workspace):
+def test_gap_in_the_chain_ends_it(material: Workspace):
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)
     write_checkpoint(material, 3, second.digest)
@@ -99,7 +99,7 @@ def test_a_hole_in_the_chain_ends_it(material: Workspace):
     assert [item.epoch for item in material.work(0).kept()] == [1]
 
 
-def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material: Workspace):
+def test_acceptance_removes_older_checkpoints_and_the_base(material: Workspace):
     weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
     material.work(0).path.mkdir(parents=True)
     material.set_base(0, AcceptedBase(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
@@ -116,7 +116,7 @@ def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material
     assert [item.epoch for item in material.work(0).kept()] == [3]
 
 
-def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Workspace):
+def test_discard_keeps_the_accepted_checkpoint_only(material: Workspace):
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)
     for item in (first, second):
@@ -129,7 +129,7 @@ def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Work
     assert material.store.digests() == []
 
 
-def test_fetched_blobs_that_rotted_are_found_when_nothing_is_trusted(material: Workspace, run: TinyRun):
+def test_discard_all_removes_damaged_fetched_blobs(material: Workspace, run: TinyRun):
     ref = material.store.add_file(run.data(0))
     material.work(0).path.mkdir(parents=True)
     with material.store.path(ref.digest).open("r+b") as file:
@@ -152,7 +152,7 @@ def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Workspace):
     assert sum(store.has(ref.digest) for ref in refs) == 2, "there was room"
 
 
-def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: Workspace):
+def test_rollback_to_the_beginning_clears_the_base(material: Workspace):
     weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
     material.set_base(0, AcceptedBase(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
     material.set_base(0, None)
@@ -160,7 +160,7 @@ def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: 
     assert not material.store.digests()
 
 
-def test_a_checkpoint_of_our_own_is_no_fetched_base_that_may_go(material: Workspace):
+def test_own_checkpoint_is_not_removed_as_a_fetched_base(material: Workspace):
     """The DHT may show our last acceptance late."""
     first = write_checkpoint(material, 1, None)
     second = write_checkpoint(material, 2, first.digest)

@@ -19,7 +19,7 @@ from tests.node.tiny_run import make_run
 pytestmark = pytest.mark.timeout(600)
 
 
-async def test_copies_kept_for_others_survive_the_replay_of_that_very_checkpoint(tmp_path: Path):
+async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):
     run = make_run(tmp_path / "run")
     box = await Box.made(run, tmp_path / "box")
     store = box.material.store

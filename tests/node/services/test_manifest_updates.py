@@ -63,7 +63,7 @@ class Told:
         return SignedManifest.sign(next_version(self.live(), {"holdout_tolerance": 0.5}, time.time()), OWNER)
 
 
-async def test_a_stranger_makes_a_node_look_at_one_bad_manifest_and_the_coordinator_is_heard_all_the_same(tmp_path: Path):
+async def test_bad_announcement_does_not_block_the_coordinator(tmp_path: Path):
     told = await Told.made(tmp_path, heartbeat=600.0)
     newer = told.next_manifest()
     forged = newer.model_copy(update={"signature": "0" * 128}).to_bytes()
@@ -80,7 +80,7 @@ async def test_a_stranger_makes_a_node_look_at_one_bad_manifest_and_the_coordina
     assert told.heard == [2]
 
 
-async def test_a_peer_without_a_name_may_bring_good_news(tmp_path: Path):
+async def test_unknown_peer_may_announce_a_newer_manifest(tmp_path: Path):
     told = await Told.made(tmp_path, heartbeat=600.0)
     friend = told.stranger("friend")
     await told.serve(friend, told.next_manifest().to_bytes())
@@ -89,7 +89,7 @@ async def test_a_peer_without_a_name_may_bring_good_news(tmp_path: Path):
 
 
 @pytest.mark.parametrize("good", [True, False])
-async def test_who_told_something_bad_is_not_heard_for_a_lease(tmp_path: Path, good: bool):
+async def test_bad_announcement_is_refused_for_a_lease(tmp_path: Path, good: bool):
     told = await Told.made(tmp_path, heartbeat=10.0)
     news = told.news
     assert news.may_tell("203.0.113.5", 1000.0)

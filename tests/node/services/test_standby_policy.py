@@ -24,19 +24,19 @@ def names(count: int) -> list[str]:
     return [node(number).owner for number in range(count)]
 
 
-def test_few_standbys_look_after_everything():
+def test_few_standbys_watch_all_shards():
     assert duties(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
 
 
 @settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
-def test_every_shard_is_looked_after_by_as_many_however_many_there_are(standbys: int, shards: int, turn: int):
+def test_every_shard_has_the_same_number_of_watchers(standbys: int, shards: int, turn: int):
     given_ = duties(RUN, names(standbys), shards, turn)
     for shard in range(shards):
         assert STEADY <= sum(shard in held for held in given_.values()) <= STEADY + CHANGING
 
 
-def test_half_of_those_in_charge_stay_and_half_change():
+def test_half_of_the_watchers_stay_and_half_change():
     first, second = (duties(RUN, names(300), 10, turn) for turn in (1, 2))
     for shard in range(10):
         early, late = ({owner for owner, held in found.items() if shard in held} for found in (first, second))
@@ -46,7 +46,7 @@ def test_half_of_those_in_charge_stay_and_half_change():
 
 @settings(max_examples=25)
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=150), st.integers(0, 9), st.data())
-def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
+def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], turn: int, data: st.DataObject):
     states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])
     everybody = [node(number, data.draw(states), data.draw(st.sampled_from([0.0, 1.0, 1.0]))) for number in sorted(numbers)]
     me = data.draw(st.sampled_from(everybody))
@@ -59,11 +59,11 @@ def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int
     assert own_duty(RUN, me.owner, read, 12, turn) == own_duty(RUN, me.owner, everybody, 12, turn)
 
 
-def test_who_is_not_listed_as_free_looks_after_everything():
+def test_node_not_listed_as_free_watches_all_shards():
     assert own_duty(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
 
 
-def test_a_box_on_which_no_expert_works_looks_after_nothing_and_is_not_counted():
+def test_node_without_a_working_expert_watches_nothing():
     unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
     assert own_duty(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
     for other in others:

@@ -20,7 +20,7 @@ SHARES, DEGREES = st.floats(LEAST_SHARE, 1.0), st.floats(1, 150)
 
 
 @given(SHARES, DEGREES, st.floats(30, 110))
-def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share: float, celsius: float, limit: float):
+def test_duty_cycle_follows_the_temperature(share: float, celsius: float, limit: float):
     after = next_share(share, celsius, limit)
     assert LEAST_SHARE <= after <= 1
     if celsius > limit:
@@ -32,7 +32,7 @@ def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share:
 
 
 @given(st.floats(50, 120), st.floats(0.02, 0.5), st.floats(60, 90))
-def test_a_box_settles_below_its_limit(full: float, inertia: float, limit: float):
+def test_temperature_settles_below_the_limit(full: float, inertia: float, limit: float):
     """A box of 35 degrees at rest and `full` at full load, which covers a share of the way there at every look."""
     celsius, share, seen = 35.0, 1.0, []
     for _ in range(400):
@@ -43,7 +43,7 @@ def test_a_box_settles_below_its_limit(full: float, inertia: float, limit: float
     assert min(seen[200:]) > min(full, limit) - 12, "no colder than it must be"
 
 
-def test_what_nvidia_smi_prints():
+def test_nvidia_smi_output_is_parsed():
     shown = "NVIDIA GeForce RTX 3060, 71\nNVIDIA H200, 44\nTesla K80, [N/A]\n"
     assert [(each.sensor, each.celsius) for each in parse_nvidia(shown)] == [("NVIDIA GeForce RTX 3060", 71), ("NVIDIA H200", 44)]
     assert parse_nvidia("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n") == []
@@ -77,7 +77,7 @@ def sensor(tmp_path: Path) -> Sensor:
 
 
 @pytest.mark.timeout(600)
-async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Sensor, tmp_path: Path):
+async def test_hot_node_trains_less_and_reports_why(sensor: Sensor, tmp_path: Path):
     sensor.shows(74)
     run = make_run(tmp_path / "run", heartbeat=1.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy:
@@ -91,7 +91,7 @@ async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Senso
             assert "cool again (x86_pkg_temp shows 40 °C): full pace" in daemon.words()
 
 
-def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
+def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
     def doctor() -> str:
         command = [
             *sensor.prefix,
@@ -107,7 +107,7 @@ def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
     assert doctor() == "61 °C (x86_pkg_temp)"
 
 
-async def test_without_a_sensor_a_limit_is_refused_before_anything_is_written(sensor: Sensor, tmp_path: Path):
+async def test_limit_without_a_sensor_is_refused_at_start(sensor: Sensor, tmp_path: Path):
     run = make_run(tmp_path / "run", heartbeat=1.0)
     async with toy_coordinator(run, tmp_path / "coordinator") as toy:
         state = tmp_path / "box"

@@ -47,7 +47,7 @@ assert writer.close()
 
 @needs_strace
 @pytest.mark.timeout(900)
-def test_training_survives_a_power_loss_at_any_moment(tmp_path: Path):
+def test_power_loss_at_any_moment_loses_no_checkpoint(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=2, steps=STEPS, batch=2)
 
     def check(folder: Path, marks: list[str]) -> None:

@@ -62,7 +62,7 @@ def uninterrupted(run: TinyRun) -> CheckpointFolder:
     return work
 
 
-async def test_killed_at_random_steps_and_resumed_ends_with_equal_bytes(run: TinyRun, uninterrupted: CheckpointFolder):
+async def test_killed_and_resumed_training_gives_equal_bytes(run: TinyRun, uninterrupted: CheckpointFolder):
     chance = random.Random(7)
     work = run.work("killed")
     for _ in range(3):
@@ -85,14 +85,14 @@ async def some_saves(child: Child, count: int) -> None:
             return
 
 
-async def test_checkpoints_form_a_chain_and_training_goes_straight_on(run: TinyRun, uninterrupted: CheckpointFolder):
+async def test_checkpoints_form_a_chain_while_training_continues(run: TinyRun, uninterrupted: CheckpointFolder):
     first, second = uninterrupted.kept()
     assert (first.epoch, first.parent, second.epoch, second.parent) == (1, None, 2, first.digest)
     assert second.samples == run.manifest.samples_per_shard
     assert all(ref.size > 0 for ref in second.refs)
 
 
-async def test_held_at_its_epoch_until_allowed_on_and_deaf_to_signals_for_the_daemon(run: TinyRun):
+async def test_trainer_waits_for_allow_and_ignores_sigterm(run: TinyRun):
     work = run.work("held")
     async with a_trainer(run.assignment(work, until=1)) as child:
         await hear(child, "progress", waiting=True, epoch=1)
@@ -105,7 +105,7 @@ async def test_held_at_its_epoch_until_allowed_on_and_deaf_to_signals_for_the_da
     assert [kept.epoch for kept in work.kept()] == [1, 2]
 
 
-async def test_stop_saves_the_place_progress_says_where_it_is_and_duty_leaves_the_processor_to_its_owner(run: TinyRun):
+async def test_stop_saves_and_duty_limits_the_processor(run: TinyRun):
     work = run.work("lazy")
     async with a_trainer(run.assignment(work)) as child:
         ready = await hear(child, "ready")
@@ -132,7 +132,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Path):
+async def test_bad_shard_and_bad_state_have_own_exit_reasons(run: TinyRun, tmp_path: Path):
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(b"no tensors here")
     work = run.work("bad")
@@ -146,9 +146,7 @@ async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Pa
         assert await child.stop(60) == EXIT_CODES["bad-shard"]
 
 
-async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(
-    run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path
-):
+async def test_full_disk_loses_nothing_and_training_resumes(run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path):
     with small_disk(tmp_path / "small", "2m") as disk:
         work = CheckpointFolder(disk, run.manifest.run_id, 0)
         work.path.mkdir()
@@ -167,7 +165,7 @@ async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(
             assert files(work, epoch) == files(uninterrupted, epoch)
 
 
-async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as_it_was_begun(tmp_path: Path):
+async def test_budget_raised_while_stopped_keeps_the_started_epoch(tmp_path: Path):
     """The schedule is a cosine: the epoch equals one trained in one go under the old budget, the next one under the new."""
     old = make_run(tmp_path / "run", epochs=2, steps=40)
     whole, cut = old.work("whole"), old.work("cut")
@@ -222,7 +220,7 @@ def saved_state(run: TinyRun) -> tuple[CheckpointFolder, LocalState]:
 
 
 @pytest.mark.parametrize(("schedule", "raised", "step"), [("cosine", True, 0), ("cosine", False, 3), ("constant", True, 3)])
-def test_a_state_that_does_not_say_its_budget_counts_where_there_was_one_or_it_does_not_matter(
+def test_local_state_without_a_budget_counts_if_harmless(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: Literal["constant", "cosine"], raised: bool, step: int
 ):
     """Older software left none in `local.json`."""
@@ -234,7 +232,7 @@ def test_a_state_that_does_not_say_its_budget_counts_where_there_was_one_or_it_d
     assert ("does not say under which budget" in caplog.text) == (step == 0)
 
 
-def test_where_the_local_state_is_damaged_the_epoch_begins_under_the_budget_of_today(tmp_path: Path):
+def test_damaged_local_state_starts_the_epoch_again(tmp_path: Path):
     run = make_run(tmp_path / "run")
     work, local = saved_state(run)
     run = raise_budget(run, 4)
@@ -243,7 +241,7 @@ def test_where_the_local_state_is_damaged_the_epoch_begins_under_the_budget_of_t
     assert begun_under(build(run.assignment(work, local=local)), local) == run.manifest
 
 
-async def test_ends_with_its_parent_even_while_it_imports():
+async def test_trainer_dies_with_its_parent_while_importing():
     script = """
         import asyncio
         from lutetia.system.process import Child
