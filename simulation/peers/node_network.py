@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
-from lutetia.node.services.standby_policy import pace
+from lutetia.node.services.standby_policy import read_interval_factor
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
 
@@ -89,7 +89,7 @@ class SimulatedNodeNetwork:
             roster = world.roster(box)
             buckets, records = roster.read_by(box.box.owner)
             world.costs.listed(buckets, records, world.setting.replicas, world.dht.size)
-            wait *= pace(records)
+            wait *= read_interval_factor(records)
             if box.state.watched_shards is not None or box.state.phase in ("idle", "claiming"):
                 box.hear(boot, m.WatchedShardsSet, roster.duties.get(box.box.owner), box.clock() + 2 * wait)
         world.agenda.after(wait, self._list, boot, joins)

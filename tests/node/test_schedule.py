@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.node.machine import messages as m
-from lutetia.node.schedule import DAYS, WeeklyHours, keep_hours
+from lutetia.node.schedule import DAYS, WeeklyHours, follow_schedule
 from lutetia.node.settings import load_settings
 from lutetia.system.errors import ConfigError
 from tests.node.machine.machine_driver import MachineDriver, T
@@ -153,7 +153,7 @@ async def test_follow_schedule_reports_a_closed_start_only():
     begin = datetime.now() + timedelta(hours=12)
     end = begin + timedelta(minutes=1)
     for text in ("00:00-24:00", f"{begin:%H:%M}-{end:%H:%M}"):
-        task = asyncio.create_task(keep_hours(WeeklyHours.parse(text), told.append))
+        task = asyncio.create_task(follow_schedule(WeeklyHours.parse(text), told.append))
         await asyncio.sleep(0)  # until it waits for the next minute
         task.cancel()
     (event,) = told

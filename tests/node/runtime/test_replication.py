@@ -51,12 +51,12 @@ class Site:
         self.restart()
 
     def restart(self) -> None:
-        places = RunPaths(self.folder / "state", self.run.manifest.run_id)
-        self.store = BlobStore(places.blobs)
+        paths = RunPaths(self.folder / "state", self.run.manifest.run_id)
+        self.store = BlobStore(paths.blobs)
         ticket = Ticket(run=self.run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(self.coordinator.addresses()))
-        self.material = Workspace(places, self.run.manifest, self.store)
+        self.workspace = Workspace(paths, self.run.manifest, self.store)
         network = NodeNetwork(KEEPER, self.transport, self.run.manifest, ticket, self.store)
-        self.seeder = Replicator(network, self.material, places.folder / "seeds.json")
+        self.replicator = Replicator(network, self.workspace, paths.folder / "seeds.json")
 
     async def accept(self, epoch: int) -> tuple[BlobRef, BlobRef]:
         """Epoch `epoch` of shard 0 is accepted, and nobody but the coordinator holds it; (weights, state)."""
@@ -80,7 +80,7 @@ class Site:
     async def tend(self) -> None:
         """Two rounds, a lease apart: copies are due once one heartbeat has passed."""
         for _ in range(2):
-            await self.seeder.tend([node_record(self.run, self.transport)])
+            await self.replicator.tend([node_record(self.run, self.transport)])
             self.transport.skew += 3 * self.run.manifest.timing.heartbeat
             self.coordinator.skew = self.transport.skew
 
@@ -105,13 +105,13 @@ def test_unfinished_copies_are_removed_at_the_next_epoch(tmp_path: Path, restart
             site.rots(state)
             await site.tend()
             assert site.on_disk() == {weights.digest, state.digest}
-            assert site.seeder.seeds == {}
-            assert site.seeder.held() == {}
+            assert site.replicator.seeds == {}
+            assert site.replicator.held() == {}
             if restart:
                 site.restart()
         weights, state = await site.accept(4)
         await site.tend()
-        assert site.seeder.seeds[0].epoch == 4
+        assert site.replicator.seeds[0].epoch == 4
         assert site.on_disk() == {weights.digest, state.digest}
 
     at_a_site(tmp_path, story)
@@ -130,9 +130,9 @@ def test_partial_copy_is_not_fetched_again_after_a_restart(tmp_path: Path):
         site.origin.path(state.digest).write_bytes(good)
         site.rots(weights)  # and is not asked for
         await site.tend()
-        assert set(site.seeder.held()) == {weights.digest, state.digest}
+        assert set(site.replicator.held()) == {weights.digest, state.digest}
         site.restart()
-        assert set(site.seeder.held()) == {weights.digest, state.digest}
+        assert set(site.replicator.held()) == {weights.digest, state.digest}
 
     at_a_site(tmp_path, story)
 
@@ -150,15 +150,15 @@ def test_outdated_copy_is_removed_on_a_full_disk(tmp_path: Path, monkeypatch: py
         nonlocal seeds
         await site.accept(1)
         await site.tend()
-        assert site.seeder.seeds[0].epoch == 1
-        seeds = site.seeder.path
+        assert site.replicator.seeds[0].epoch == 1
+        seeds = site.replicator.path
         await site.accept(2)
         for _ in range(2):
             await site.tend()
         assert site.on_disk() == set(), "and nothing is fetched that would be forgotten"
         seeds = None
         await site.tend()
-        assert site.seeder.seeds[0].epoch == 2
+        assert site.replicator.seeds[0].epoch == 2
 
     seeds: Path | None = None
     monkeypatch.setattr(os, "replace", full)
@@ -177,6 +177,6 @@ def test_read_only_disk_ends_the_round_not_the_node(tmp_path: Path, monkeypatch:
             patched.setattr(Path, "unlink", read_only)
             await site.tend()
         await site.tend()
-        assert site.seeder.seeds[0].epoch == 2
+        assert site.replicator.seeds[0].epoch == 2
 
     at_a_site(tmp_path, story)

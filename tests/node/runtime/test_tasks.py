@@ -31,7 +31,7 @@ from tests.node.checkpoint_files import Meanwhile, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run
 
-NODE = Identity.derived("a node with chores")
+NODE = Identity.derived("a node with tasks")
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Box:
     """A node's files and its place in the network, beside a coordinator that takes every offer."""
 
     run: TinyRun
-    material: Workspace
-    chores: NodeTasks
+    workspace: Workspace
+    tasks: NodeTasks
 
     @classmethod
     async def made(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> Box:
@@ -57,22 +57,22 @@ class Box:
         await serve_offers(coordinator, accepted)
         await serve_blobs(coordinator, origin)
         ticket = Ticket(run=run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(coordinator.addresses()))
-        places = RunPaths(state, run.manifest.run_id)
-        places.folder.mkdir(parents=True)
-        places.manifest.write_bytes(run.manifest_file.read_bytes())
-        store = BlobStore(places.blobs)
+        paths = RunPaths(state, run.manifest.run_id)
+        paths.folder.mkdir(parents=True)
+        paths.manifest.write_bytes(run.manifest_file.read_bytes())
+        store = BlobStore(paths.blobs)
         settings = NodeSettings(ticket=ticket.encode(), state_folder=state, device="cpu", threads=1)
-        material = Workspace(places, run.manifest, store)
-        prober = HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
+        workspace = Workspace(paths, run.manifest, store)
+        prober = HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
         return cls(
-            run, material, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), material, prober)
+            run, workspace, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), workspace, prober)
         )
 
     def checkpoint(self) -> KeptCheckpoint:
-        return write_checkpoint(self.material, 1, None)
+        return write_checkpoint(self.workspace, 1, None)
 
 
-def finding() -> ProbeResult:
+def probe_result() -> ProbeResult:
     fit = ShardFit(fitness=1.0, micro_batch=4, reason="it fits")
     hardware = Hardware(device="cpu", memory_bytes=1, cores=1)
     return ProbeResult(
@@ -89,16 +89,16 @@ def run(tmp_path: Path) -> TinyRun:
 async def test_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     kept = box.checkpoint()
-    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
-    assert all(box.material.store.has(ref.digest) for ref in kept.refs)
+    assert (await box.tasks.publish(kept.candidate)).verdict == "accepted"
+    assert all(box.workspace.store.has(ref.digest) for ref in kept.refs)
 
 
 async def test_work_discarded_while_published_is_not_judged(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
     kept = box.checkpoint()
-    store = Meanwhile(box.material.places.blobs, lambda: box.material.discard(0, 0))
-    box.material.store = store
-    answer = await box.chores.publish(kept.candidate)
+    store = Meanwhile(box.workspace.paths.blobs, lambda: box.workspace.discard(0, 0))
+    box.workspace.store = store
+    answer = await box.tasks.publish(kept.candidate)
     assert answer.verdict == "unreachable", "nobody refused it"
     assert "\n" not in answer.text
     assert "epoch 1 of shard 0" in answer.text
@@ -108,16 +108,16 @@ async def test_work_discarded_while_published_is_not_judged(run: TinyRun, tmp_pa
 async def test_read_only_disk_counts_as_full_at_trainer_start(run: TinyRun, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
         box = await Box.made(run, disk / "box")
-        assert isinstance(await box.chores.sync(m.Sync(0, 0, None)), m.SyncDone)
-        work = box.material.work(0)
+        assert isinstance(await box.tasks.sync(m.Sync(0, 0, None)), m.SyncDone)
+        work = box.workspace.work(0)
         work.path.mkdir(parents=True)
         (work.path / "local-0-1.safetensors").touch()
-        box.chores.prober.finding = finding()
+        box.tasks.prober.result = probe_result()
         make_read_only(disk)
-        answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2, halvings=1))
+        answer = await box.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2, halvings=1))
         assert isinstance(answer, m.TrainerExited)
         assert answer.reason == "disk-full"
-        assert "read-only" in str(box.chores.disk_problem)
+        assert "read-only" in str(box.tasks.disk_problem)
 
 
 def total(refs: Iterable[BlobRef]) -> int:
@@ -126,50 +126,50 @@ def total(refs: Iterable[BlobRef]) -> int:
 
 async def test_disk_limit_removes_a_finished_shard(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
+    await box.tasks.sync(m.Sync(0, 0, None))
     kept = box.checkpoint()
-    await box.chores.publish(kept.candidate)
-    box.material.superseded(0, 1)
+    await box.tasks.publish(kept.candidate)
+    box.workspace.superseded(0, 1)
     data = [shard.train for shard in run.manifest.shards]
-    box.material.store.limit_bytes = data[1].size + total(kept.refs)
-    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
-    assert not box.material.store.has(data[0].digest)
-    assert box.material.work(0).kept() == [kept], "own checkpoints go last"
-    later = write_checkpoint(box.material, 1, None, shard=1)
-    box.material.store.limit_bytes = data[1].size + total(later.refs)
-    assert (await box.chores.publish(later.candidate)).verdict == "accepted"
-    assert set(box.material.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
-    assert box.material.work(0).kept() == [], "what is served no more takes no space in the work folder either"
+    box.workspace.store.limit_bytes = data[1].size + total(kept.refs)
+    assert isinstance(await box.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
+    assert not box.workspace.store.has(data[0].digest)
+    assert box.workspace.work(0).kept() == [kept], "own checkpoints go last"
+    later = write_checkpoint(box.workspace, 1, None, shard=1)
+    box.workspace.store.limit_bytes = data[1].size + total(later.refs)
+    assert (await box.tasks.publish(later.candidate)).verdict == "accepted"
+    assert set(box.workspace.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
+    assert box.workspace.work(0).kept() == [], "what is served no more takes no space in the work folder either"
 
 
 async def test_disk_limit_keeps_pending_work(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
+    await box.tasks.sync(m.Sync(0, 0, None))
     kept = box.checkpoint()
-    await box.chores.publish(kept.candidate)
-    box.material.store.limit_bytes = run.manifest.shards[1].train.size
-    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
-    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
-    back = await box.chores.sync(m.Sync(0, 0, None))
+    await box.tasks.publish(kept.candidate)
+    box.workspace.store.limit_bytes = run.manifest.shards[1].train.size
+    assert isinstance(await box.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
+    box.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
+    back = await box.tasks.sync(m.Sync(0, 0, None))
     assert isinstance(back, m.SyncDone)
     assert back.pending == (kept.candidate,)
-    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
+    assert (await box.tasks.publish(kept.candidate)).verdict == "accepted"
 
 
 async def test_disk_limit_below_one_shard_is_one_sentence(run: TinyRun, tmp_path: Path):
     """Nothing that the same shard rests on goes to make room for the rest of it."""
     box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
+    await box.tasks.sync(m.Sync(0, 0, None))
     kept = box.checkpoint()
-    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
-    answer = await box.chores.publish(kept.candidate)
+    box.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
+    answer = await box.tasks.publish(kept.candidate)
     assert answer.verdict == "unreachable"
     assert "raise the limit" in answer.text
-    assert box.material.store.has(run.manifest.shards[0].train.digest)
+    assert box.workspace.store.has(run.manifest.shards[0].train.digest)
 
 
 async def test_trainer_without_a_probe_result_does_not_start(run: TinyRun, tmp_path: Path):
     box = await Box.made(run, tmp_path / "box")
-    answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2))
+    answer = await box.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2))
     assert isinstance(answer, m.TrainerExited)
     assert answer.reason == "hardware"

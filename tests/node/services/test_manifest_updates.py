@@ -29,7 +29,7 @@ class Told:
         self.box, self.network, self.heartbeat = box, network, heartbeat
         self.heard: list[int] = []
         self.live = LiveManifest(signed)
-        self.news = ManifestUpdates(box.chores.network, self.live, lambda: self.heard.append(self.live.version))
+        self.manifest_updates = ManifestUpdates(box.tasks.network, self.live, lambda: self.heard.append(self.live.version))
         self.asked: dict[str, int] = {}
 
     @classmethod
@@ -37,7 +37,7 @@ class Told:
         network = MemoryNetwork(latency=0.001)
         box = await Box.made(make_run(tmp_path / "run", heartbeat=heartbeat), tmp_path / "box", network)
         told = cls(box, network, heartbeat)
-        await told.news.serve(box.chores.network.transport)
+        await told.news.serve(box.tasks.network.transport)
         return told
 
     def stranger(self, name: str) -> Transport:
@@ -55,7 +55,7 @@ class Told:
         await tell_news(peer, version, NODE.peer_id)
 
         async def quiet() -> bool:
-            return not self.news._fetching.locked()
+            return not self.manifest_updates._fetching.locked()
 
         await eventually(quiet)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, buckets_before, duties, enough, own_duty, pace
+from lutetia.node.services.standby_policy import (
+    CHANGING,
+    FULL_PACE,
+    STEADY,
+    assign_shards,
+    buckets_before,
+    has_enough_standbys,
+    read_interval_factor,
+    shards_to_watch,
+)
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import NODE_BUCKETS, Hardware, NodeRecord, NodeState, node_bucket
 
@@ -25,19 +34,19 @@ def names(count: int) -> list[str]:
 
 
 def test_few_standbys_watch_all_shards():
-    assert duties(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
+    assert assign_shards(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
 
 
 @settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
 def test_every_shard_has_the_same_number_of_watchers(standbys: int, shards: int, turn: int):
-    given_ = duties(RUN, names(standbys), shards, turn)
+    given_ = assign_shards(RUN, names(standbys), shards, turn)
     for shard in range(shards):
         assert STEADY <= sum(shard in held for held in given_.values()) <= STEADY + CHANGING
 
 
 def test_half_of_the_watchers_stay_and_half_change():
-    first, second = (duties(RUN, names(300), 10, turn) for turn in (1, 2))
+    first, second = (assign_shards(RUN, names(300), 10, turn) for turn in (1, 2))
     for shard in range(10):
         early, late = ({owner for owner, held in found.items() if shard in held} for found in (first, second))
         assert len(early & late) >= STEADY
@@ -54,22 +63,22 @@ def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], t
     assert sorted(order) == list(range(NODE_BUCKETS))
     for bucket in order:
         read += [other for other in everybody if node_bucket(other.owner) == bucket]
-        if enough(RUN, me.owner, read):
+        if has_enough_standbys(RUN, me.owner, read):
             break
-    assert own_duty(RUN, me.owner, read, 12, turn) == own_duty(RUN, me.owner, everybody, 12, turn)
+    assert shards_to_watch(RUN, me.owner, read, 12, turn) == shards_to_watch(RUN, me.owner, everybody, 12, turn)
 
 
 def test_node_not_listed_as_free_watches_all_shards():
-    assert own_duty(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
 
 
 def test_node_without_a_working_expert_watches_nothing():
     unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
-    assert own_duty(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
+    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
     for other in others:
-        assert own_duty(RUN, other.owner, [unfit, *others], 6, 0) == own_duty(RUN, other.owner, others, 6, 0)
+        assert shards_to_watch(RUN, other.owner, [unfit, *others], 6, 0) == shards_to_watch(RUN, other.owner, others, 6, 0)
 
 
 def test_a_large_swarm_is_read_less_often():
-    assert pace(10) == pace(FULL_PACE) == 1
-    assert pace(4 * FULL_PACE) == 4
+    assert read_interval_factor(10) == pace(FULL_PACE) == 1
+    assert read_interval_factor(4 * FULL_PACE) == 4

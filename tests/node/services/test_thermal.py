@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.node.services.thermal import hottest, next_share, parse_nvidia
-from lutetia.node.settings import LEAST_SHARE
+from lutetia.node.services.thermal import hottest, next_duty_cycle, parse_nvidia
+from lutetia.node.settings import MIN_DUTY_CYCLE
 from tests.node.scripted_coordinator import DaemonProcess, toy_coordinator
 from tests.node.tiny_run import make_run
 
-SHARES, DEGREES = st.floats(LEAST_SHARE, 1.0), st.floats(1, 150)
+SHARES, DEGREES = st.floats(MIN_DUTY_CYCLE, 1.0), st.floats(1, 150)
 
 
 @given(SHARES, DEGREES, st.floats(30, 110))
 def test_duty_cycle_follows_the_temperature(share: float, celsius: float, limit: float):
-    after = next_share(share, celsius, limit)
-    assert LEAST_SHARE <= after <= 1
+    after = next_duty_cycle(share, celsius, limit)
+    assert MIN_DUTY_CYCLE <= after <= 1
     if celsius > limit:
-        assert after < share or after == LEAST_SHARE
+        assert after < share or after == MIN_DUTY_CYCLE
     elif celsius >= limit - 3:
         assert after == share
     else:
@@ -37,7 +37,7 @@ def test_temperature_settles_below_the_limit(full: float, inertia: float, limit:
     celsius, share, seen = 35.0, 1.0, []
     for _ in range(400):
         celsius += inertia * (35 + share * (full - 35) - celsius)
-        share = next_share(share, celsius, limit)
+        share = next_duty_cycle(share, celsius, limit)
         seen.append(celsius)
     assert max(seen[200:]) < limit + 3
     assert min(seen[200:]) > min(full, limit) - 12, "no colder than it must be"

@@ -9,7 +9,7 @@ import torch
 
 from lutetia.node.trainer.devices import Accelerators, CudaDevice, choose_device, choose_precision
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
-from lutetia.node.trainer.probe import ProbeQuestion, find, largest_working, question_digest, unmet_need
+from lutetia.node.trainer.probe import ProbeQuestion, largest_working, probe, question_digest, unmet_need
 from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
@@ -37,7 +37,7 @@ TWO_GPUS = Accelerators(cuda=(CudaDevice("NVIDIA H100", (9, 0)), CudaDevice("Tes
 def test_device_without_an_accelerator_is_the_cpu():
     assert choose_device("auto", NOTHING) == ("cpu", "cpu: no accelerator that torch can use")
     assert choose_precision("cpu", "auto", NOTHING) == ("float32", "float32: CPU")
-    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: asked for")
+    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: as set")
     for wanted in ("cuda", "cuda:3", "mps"):
         with pytest.raises(HardwareError, match=wanted):
             choose_device(wanted, NOTHING)
@@ -70,20 +70,20 @@ def test_unmet_need_of_the_run():
 
 def test_probe_runs_the_real_expert(tmp_path: Path):
     run = make_run(tmp_path)
-    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    finding = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
     assert finding.fitness == {0: 1.0, 1: 1.0}
     assert finding.shards[0].micro_batch == 4
     assert finding.samples_per_second > 0
     assert finding.hardware.cores >= 1
     poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
-    refused = find(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
+    refused = probe(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
-    assert refused.shards[0].reason == "the run wants a CUDA device"
+    assert refused.shards[0].reason == "the run needs a CUDA device"
 
 
 def test_expert_unfit_for_the_latents_has_fitness_zero(tmp_path: Path):
     run = make_run(tmp_path, expert=ExpertSpec(class_name="NoSuchTransformer3DModel", config={}))
-    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    finding = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
     assert finding.fitness == {0: 0.0, 1: 0.0}
     assert "NoSuchTransformer3DModel" in finding.shards[0].reason
 

@@ -19,7 +19,7 @@ from lutetia.node.trainer.assignment import EXIT_CODES
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState, ResumePoint, resume_point
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.node.trainer.exit_reasons import TrainerEnded
-from lutetia.node.trainer.loop import begun_under, build
+from lutetia.node.trainer.loop import build, manifest_of_epoch
 from lutetia.system.process import Child
 from tests.node.scripted_coordinator import all_gone
 from tests.node.small_disk import fill, small_disk
@@ -236,9 +236,9 @@ def test_damaged_local_state_starts_the_epoch_again(tmp_path: Path):
     run = make_run(tmp_path / "run")
     work, local = saved_state(run)
     run = raise_budget(run, 4)
-    assert begun_under(build(run.assignment(work, local=local)), local).epochs == 2
+    assert manifest_of_epoch(build(run.assignment(work, local=local)), local).epochs == 2
     (work.path / local.file).write_bytes(b"no tensors here")
-    assert begun_under(build(run.assignment(work, local=local)), local) == run.manifest
+    assert manifest_of_epoch(build(run.assignment(work, local=local)), local) == run.manifest
 
 
 async def test_trainer_dies_with_its_parent_while_importing():
