@@ -35,13 +35,13 @@ def write_checkpoint(workspace: Workspace, epoch: int, parent: str | None, shard
     return item
 
 
-class Meanwhile(BlobStore):
-    """`happens` while a file is being taken in, which takes as long as hashing it."""
+class SlowBlobStore(BlobStore):
+    """A store whose `add_file` calls `meanwhile` first, as if something happened while it hashes the file."""
 
-    def __init__(self, root: Path, happens: Callable[[], None]) -> None:
+    def __init__(self, root: Path, meanwhile: Callable[[], None]) -> None:
         super().__init__(root)
-        self.happens = happens
+        self.meanwhile = meanwhile
 
     def add_file(self, path: Path, move: bool = False) -> BlobRef:
-        self.happens()
+        self.meanwhile()
         return super().add_file(path, move)

@@ -1,4 +1,4 @@
-"""Windows of local time in which a box may train, and what the machine makes of their ends."""
+"""Windows of local time in which a node may train, and what happens at their ends."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_closed_until_is_the_first_open_minute(windows: list[tuple[str, str, int
 
 
 def test_daylight_saving_change_moves_the_opening():
-    """On 29 March 2026 Paris goes from 02:00 to 03:00: seven o'clock comes an hour earlier."""
+    """On 29 March 2026 Paris skips the hour after 02:00."""
     evening = datetime(2026, 3, 28, 23, 0, tzinfo=PARIS)
     opening = WeeklyHours.parse("07:00-08:00").closed_until(evening.timestamp(), PARIS)
     assert opening is not None
@@ -148,14 +148,14 @@ def test_finish_is_not_stopped_by_the_schedule():
 
 
 async def test_follow_schedule_reports_a_closed_start_only():
-    """Of hours that are never open now: a window of one minute, twelve hours from here."""
-    told: list[m.HoursChanged] = []
+    """The second schedule is closed now: its window is one minute, twelve hours from now."""
+    events: list[m.HoursChanged] = []
     begin = datetime.now() + timedelta(hours=12)
     end = begin + timedelta(minutes=1)
     for text in ("00:00-24:00", f"{begin:%H:%M}-{end:%H:%M}"):
-        task = asyncio.create_task(follow_schedule(WeeklyHours.parse(text), told.append))
+        task = asyncio.create_task(follow_schedule(WeeklyHours.parse(text), events.append))
         await asyncio.sleep(0)  # until it waits for the next minute
         task.cancel()
-    (event,) = told
+    (event,) = events
     assert event.closed_until is not None
     assert 11 * 3600 < event.closed_until - event.now <= 12 * 3600

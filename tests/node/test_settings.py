@@ -58,7 +58,7 @@ def test_bad_file_is_refused_naming_it_and_the_key(tmp_path: Path, text: str, sa
     assert str(file) in str(caught.value)
 
 
-OWN, OTHER = Identity.derived("this box").peer_id, Identity.derived("another box").peer_id
+OWN, OTHER = Identity.derived("this node").peer_id, Identity.derived("another node").peer_id
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_announced_address_may_name_this_peer_only():
     plain = ("/ip4/203.0.113.5/tcp/41000", "/ip6/2001:db8::1/tcp/41000", "/dns4/box.example.org/tcp/41000")
     settings, _ = load_settings({"ticket": "x", "announce": [plain[0], *(f"{place}/p2p/{OWN}" for place in plain)]})
     assert announced(settings.announce, OWN) == plain
-    with pytest.raises(ConfigError, match=f"is of peer {OWN}.*this box is {OTHER}"):
+    with pytest.raises(ConfigError, match=f"belongs to peer {OWN}.*this node is {OTHER}"):
         announced(settings.announce, OTHER)
 
 

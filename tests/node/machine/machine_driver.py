@@ -1,4 +1,4 @@
-"""A node machine on a lead: fed with events by hand, its clock in the test's hands."""
+"""Drives a node's state machine in a test: feeds events and sets the clock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def claimed(shard: int, owner: str, expires: float, state: str = "training", epo
 
 
 class MachineDriver:
-    """A machine, and the clock in its hands."""
+    """A state machine with its clock and the actions of its last event."""
 
     def __init__(self, rules: NodeRules = RULES) -> None:
         self.rules, self.now, self.state = rules, T, MachineState()
@@ -43,14 +43,14 @@ class MachineDriver:
         return self.actions
 
     def tick(self) -> list[m.Action]:
-        """On to the next thing that the machine waits for."""
+        """Advance the clock to the machine's next wake-up."""
         due = next_wake(self.rules, self.state)
         assert due is not None
         self.now = max(self.now, due)
         return self.feed(m.ClockTick(self.now))
 
     def until(self, kind: type, limit: int = 20) -> m.Action:
-        """Tick until an action of `kind` comes."""
+        """Tick until there is an action of `kind`."""
         for _ in range(limit):
             for action in self.tick():
                 if isinstance(action, kind):
@@ -93,7 +93,7 @@ class MachineDriver:
         return self.feed(m.TrainerProgress(self.now, self.state.trainers_started, epoch, epoch * 100, waiting))
 
     def seconds_to_leave(self, verdict: str) -> float:
-        """Seconds until it has left while every offer of a result is answered with `verdict`."""
+        """Seconds until the node has left, with every offer answered by `verdict`."""
         began = self.now
         for _ in range(100):
             if self.state.phase == "left":
@@ -101,4 +101,4 @@ class MachineDriver:
             self.tick()
             for action in self.actions_of(m.PublishCheckpoint):
                 self.feed(m.OfferAnswered(self.now, action.candidate.digest, verdict))  # type: ignore[union-attr, arg-type]
-        raise AssertionError(f"it has not left after {self.now - began:.0f} s")
+        raise AssertionError(f"the node has not left after {self.now - began:.0f} s")

@@ -1,4 +1,4 @@
-"""The node's decisions on its way to a shard, transition by transition."""
+"""The node's decisions while it looks for a shard."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def looking(machine: MachineDriver) -> m.LookAtShards:
 
 
 def test_newcomer_claims_among_the_first_shards_seen():
-    """Not after a look at each: that takes minutes where a manifest names thousands."""
+    """A look at each shard first would take minutes in a run of thousands."""
     machine = MachineDriver(rules=MANY).idle(ALL_FIT)
     look = looking(machine)
     assert len(look.shards) == WAVE
@@ -250,7 +250,7 @@ def test_local_work_and_best_fit_are_looked_at_first():
 
 @pytest.mark.parametrize("answered", [True, False])
 def test_looks_continue_until_every_shard_was_seen(answered: bool):
-    """At once, whether all are held or no look-up succeeds: what fails does not keep us from the rest."""
+    """Without a pause, whether all shards are held or all look-ups fail."""
     machine = MachineDriver(rules=MANY).idle(ALL_FIT)
     seen = []
     while len(seen) < 50:
@@ -263,4 +263,4 @@ def test_looks_continue_until_every_shard_was_seen(answered: bool):
     assert sorted(seen) == list(range(50))
     assert machine.now == T
     assert not machine.actions_of(m.LookAtShards)
-    assert machine.state.look_at >= T + MANY.lease, "and then nothing is asked again in a hurry"
+    assert machine.state.look_at >= T + MANY.lease, "the next look waits for a lease"

@@ -1,4 +1,4 @@
-"""A node that is asked to finish does not exit while a result of its own is undecided and its time is not over, and says so."""
+"""A node that finishes waits for the verdict on its results, within limits, and logs why it leaves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def reports(machine: MachineDriver) -> str:
 
 
 def handed_in(machine: MachineDriver) -> None:
-    """From the restart to the end."""
+    """The trainer restarts, the checkpoint is accepted, and the node leaves."""
     started = machine.until(m.StartTrainer)
     assert isinstance(started, m.StartTrainer)
     assert (started.run, started.until) == (2, 1)
@@ -126,7 +126,7 @@ def test_resume_after_finish_looks_for_a_shard():
     machine.feed(m.UserVerb(machine.now, "finish"))
     machine.feed(m.UserVerb(machine.now, "resume"))
     assert machine.state.phase == "idle"
-    assert machine.state.work is None, "it holds no lease any more"
+    assert machine.state.work is None, "it holds no lease"
 
 
 def test_leave_while_paused_does_not_wait():

@@ -1,4 +1,4 @@
-"""The node when the coordinator takes accepted work back: fenced by the term, and out of work when it is quarantined."""
+"""The node after a rollback of its shard, and when it is quarantined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def rolled_back(machine: MachineDriver, epoch: int, digest: str, author: str) ->
 
 
 def at_epoch_two() -> MachineDriver:
-    """Epoch 1 came from somebody else, epoch 2 is our own and accepted, epoch 3 waits."""
+    """Epoch 1 came from another peer, epoch 2 is our own and accepted, epoch 3 is pending."""
     machine = MachineDriver().training()
     machine.feed(m.SwarmSeen(machine.now, (claimed(0, ME, machine.now + 60, accepted=acceptance(0, 1, "x1", OTHER)),)))
     machine.feed(m.SyncDone(machine.now, 0, 1, "x1"))
@@ -30,7 +30,7 @@ def test_rollback_discards_newer_work_and_syncs_lower_epoch():
     machine = at_epoch_two()
     actions = machine.feed(rolled_back(machine, 1, "x1", OTHER))
     assert m.StopTrainer(save=False) in actions
-    assert m.DiscardWork(0, 1) in actions, "our accepted epoch 2 is void, too"
+    assert m.DiscardWork(0, 1) in actions, "our accepted epoch 2 is discarded too"
     assert m.Sync(0, 1, "x1") in actions
     assert machine.state.work
     assert machine.state.work.stand == (1, 1, "x1")
@@ -85,4 +85,4 @@ def test_quarantined_node_releases_and_avoids_all_shards():
     assert min(machine.state.avoided_until.values()) >= machine.now + 10 * machine.rules.lease
     assert len(machine.state.avoided_until) == machine.rules.shards
     machine.feed(m.SwarmSeen(machine.now, (ShardView(0), ShardView(1))))
-    assert machine.state.phase == "idle", "free shards are none of its business"
+    assert machine.state.phase == "idle", "it avoids free shards"

@@ -1,4 +1,4 @@
-"""What the node does with its results and what is said of them, transition by transition."""
+"""How the node offers its results and acts on the verdicts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_inconclusive_verdicts_make_the_node_release_the_shard():
     machine = MachineDriver().training()
     machine.checkpoint(1, None)
     for times in range(1, RULES.unjudged_limit + 1):
-        assert machine.state.work, f"patient after {times - 1}"
+        assert machine.state.work, f"released after {times - 1}"
         actions = machine.feed(m.OfferAnswered(machine.now, "d1", "inconclusive", "its weights did not arrive", retry_after=60.0))
         machine.now += 61
     assert m.StopTrainer(True) in actions, "what was trained stays on disk"

@@ -1,4 +1,4 @@
-"""The node's decisions with a shard in its hands, transition by transition."""
+"""The node's decisions while it trains a shard."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_acceptance_of_another_peer_fences_the_node(owned_by_me: bool):
         assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in machine.actions
     late = m.CheckpointReady(machine.now, 1, m.OwnCheckpoint(0, 2, "d2", "d1"))
     machine.feed(late)
-    assert not machine.state.work or not machine.state.work.pending, "what the stopped trainer still writes is void"
+    assert not machine.state.work or not machine.state.work.pending, "checkpoints of the stopped trainer do not count"
 
 
 def overtaken(machine: MachineDriver, epochs: range) -> None:
-    """Others' epochs are accepted, and nobody's claim is to be seen but ours."""
+    """Another peer's epochs are accepted while only our claim is visible."""
     for epoch in epochs:
         given = acceptance(0, epoch, f"x{epoch}", OTHER, tenure_until=machine.now + 600)
         machine.feed(m.SwarmSeen(machine.now, (claimed(0, ME, machine.now + 60, accepted=given),)))
@@ -44,7 +44,7 @@ def test_late_results_of_the_previous_holder_are_followed():
 
 
 def test_repeatedly_overtaken_node_gives_up_for_a_lease():
-    """Our clock is a lease ahead: every claim looks expired, and its holder's work is accepted all the time."""
+    """Our clock is a lease ahead: the holder's claim looks expired, and its work is accepted again and again."""
     machine = MachineDriver(replace(RULES, epochs=40)).training()
     overtaken(machine, range(1, RULES.max_pending + 2))
     assert machine.state.phase == "idle"
@@ -71,7 +71,7 @@ def test_pause_releases_the_lease_until_it_ends():
     actions = machine.feed(m.UserVerb(machine.now, "pause", until=machine.now + 7200))
     assert m.StopTrainer(save=True) in actions
     assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in actions
-    assert m.RenewRecords(None) in actions, "the swarm hears of it"
+    assert m.RenewRecords(None) in actions, "it is published at once"
     assert machine.state.phase == "paused"
     for _ in range(10):
         machine.tick()
@@ -162,7 +162,7 @@ def test_crash_limit_gives_up_the_shard():
             machine.until(m.StartTrainer, limit=40)
     assert machine.state.phase == "idle"
     machine.feed(m.SwarmSeen(machine.now, (ShardView(0), ShardView(1))))
-    assert machine.state.target != 0, "left alone for a while"
+    assert machine.state.target != 0, "it is avoided"
 
 
 def test_out_of_memory_halves_the_micro_batch():
@@ -222,7 +222,7 @@ def test_trainer_without_a_first_report_gets_start_time():
     machine.progress(0)
     machine.now += 6
     machine.feed(m.ClockTick(machine.now))
-    assert machine.actions_of(m.StopTrainer), "but once it has begun, silence counts"
+    assert machine.actions_of(m.StopTrainer), "after its first report, silence counts"
 
 
 def test_full_disk_is_logged_once_and_keeps_the_trainer():
@@ -235,7 +235,7 @@ def test_full_disk_is_logged_once_and_keeps_the_trainer():
         machine.feed(m.SwarmSeen(machine.now, (claimed(0, ME, machine.now + 60),)))
     assert machine.state.work
     assert machine.state.work.trainer == "on", "silence is no hang while the disk is full"
-    assert machine.state.work.checking, "but the lease is let go after a while"
+    assert machine.state.work.checking, "the lease is released after a while"
     machine.feed(m.DiskFree(machine.now))
     machine.until(m.LookAtShards)
     machine.feed(m.SwarmSeen(machine.now, (ShardView(0),)))
@@ -252,11 +252,11 @@ def test_short_disk_recovery_does_not_restart_the_timer():
         machine.feed(m.DiskFree(machine.now))
         machine.now += 1
         machine.feed(m.DiskFull(machine.now, "the disk is full"))
-    assert machine.state.work is None or machine.state.work.checking, "the lease is let go"
+    assert machine.state.work is None or machine.state.work.checking, "the lease is released"
     machine.feed(m.DiskFree(machine.now))
     machine.now += 600
     machine.feed(m.DiskFull(machine.now, "the disk is full"))
-    assert machine.state.disk_full_since == machine.now, "another time, another patience"
+    assert machine.state.disk_full_since == machine.now, "a later full disk starts a new timer"
 
 
 def test_trainer_refused_by_a_full_disk_starts_with_space():
@@ -292,7 +292,7 @@ def test_last_epoch_waits_for_acceptance_then_looks_again():
     machine = MachineDriver().syncing()
     kept = tuple(m.OwnCheckpoint(0, e, f"d{e}", f"d{e - 1}" if e > 1 else None) for e in (1, 2, 3))
     machine.feed(m.SyncDone(machine.now, 0, 0, None, kept))
-    assert not machine.actions_of(m.StartTrainer), "three wait already"
+    assert not machine.actions_of(m.StartTrainer), "three are pending already"
     for epoch in (1, 2):
         machine.feed(m.OfferAnswered(machine.now, f"d{epoch}", "accepted"))
     machine.progress(4, waiting=True)

@@ -1,4 +1,4 @@
-"""A newer manifest in the middle of the work: nothing is thrown away, and no epoch is trained half one way, half another."""
+"""A newer manifest during training: no work is lost, and no epoch is trained under two manifests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_raised_budget_keeps_the_trainer():
 def test_changed_training_starts_a_new_trainer_next_epoch():
     machine = MachineDriver().training()
     machine.progress(0)
-    assert m.AllowEpochs(1) in upgraded(machine, training=True), "the epoch under way ends as it began"
+    assert m.AllowEpochs(1) in upgraded(machine, training=True), "the current epoch is finished first"
     assert not machine.actions_of(m.StopTrainer)
     actions = machine.checkpoint(1, None)
     assert m.StopTrainer(save=False) in actions
@@ -39,11 +39,11 @@ def test_changed_training_starts_a_new_trainer_next_epoch():
     assert isinstance(started, m.StartTrainer)
     assert (started.run, started.until) == (2, 3)
     assert machine.state.work
-    assert [candidate.epoch for candidate in machine.state.work.pending] == [1], "nothing is lost"
+    assert [candidate.epoch for candidate in machine.state.work.pending] == [1], "no work is lost"
 
 
 def test_crash_before_the_handover_restarts_the_trainer():
-    """Under which budget the epoch goes on is the local state's matter: `test_trainer.py`."""
+    """The local state decides the budget of that epoch: see `test_trainer.py`."""
     machine = MachineDriver().training()
     machine.progress(0)
     upgraded(machine, training=True)

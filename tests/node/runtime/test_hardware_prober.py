@@ -1,4 +1,4 @@
-"""Probing anew while the node works: what is known stays known, and no child is forgotten. Real children."""
+"""Repeated hardware probes with real trainer processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def prober_of(run: TinyRun, folder: Path) -> HardwareProber:
-    paths = RunPaths(folder / "box", run.manifest.run_id)
+    paths = RunPaths(folder / "node", run.manifest.run_id)
     paths.folder.mkdir(parents=True)
     paths.manifest.write_bytes(run.manifest_file.read_bytes())
-    settings = NodeSettings(ticket="", state_folder=folder / "box", device="cpu", threads=1)
+    settings = NodeSettings(ticket="", state_folder=folder / "node", device="cpu", threads=1)
     return HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
 
 
@@ -41,7 +41,7 @@ async def test_two_probes_at_once_keep_the_result_and_no_child(tmp_path: Path):
     assert known[0] is first
     assert prober.result in await probes
     own = children_of(os.getpid()) - before
-    assert len(running(own)) <= 1, "at most one waits for work"
+    assert len(running(own)) <= 1, "at most one spare process"
     await prober.trainer.close()
     assert not running(own)
 

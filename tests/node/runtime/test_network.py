@@ -1,4 +1,4 @@
-"""What a node tells others of itself, over real p2pd."""
+"""The records that a node publishes, over real p2pd."""
 
 from __future__ import annotations
 

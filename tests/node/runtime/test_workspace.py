@@ -1,4 +1,4 @@
-"""A shard's files and blobs: lineage, resuming, publishing, housekeeping. No torch."""
+"""A shard's files and blobs: lineage, resuming, publishing, removal. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lutetia.node.trainer.checkpoint_folder import (
 )
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.system.errors import IntegrityError
-from tests.node.checkpoint_files import NOTHING, Meanwhile, kept, write_checkpoint
+from tests.node.checkpoint_files import NOTHING, SlowBlobStore, kept, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import TinyRun, make_run
 
@@ -36,7 +36,7 @@ def test_chain_follows_parents_without_gaps():
     assert chain(0, None, [THIRD, FIRST, SECOND]) == [FIRST, SECOND, THIRD]
     assert chain(1, FIRST.digest, [FIRST, SECOND, THIRD]) == [SECOND, THIRD]
     assert chain(0, None, [FIRST, THIRD]) == [FIRST]
-    assert chain(1, "e" * 64, [FIRST, SECOND]) == [], "somebody else's epoch was accepted"
+    assert chain(1, "e" * 64, [FIRST, SECOND]) == [], "another peer's epoch was accepted"
 
 
 def test_resume_point_is_the_newest_descendant():
@@ -74,7 +74,7 @@ def test_publishing_shares_the_disk_space_and_is_idempotent(workspace: Workspace
 
 def test_sweep_keeps_files_being_published(workspace: Workspace):
     item = write_checkpoint(workspace, 1, None)
-    workspace.store = Meanwhile(workspace.paths.blobs, workspace.work(0).sweep)
+    workspace.store = SlowBlobStore(workspace.paths.blobs, workspace.work(0).sweep)
     workspace.store_checkpoint(item, ())
     assert set(workspace.store.digests()) == {ref.digest for ref in item.refs}
     assert sorted(path.name for path in workspace.work(0).epoch_folder(1).iterdir()) == sorted(
@@ -161,7 +161,7 @@ def test_rollback_to_the_beginning_clears_the_base(workspace: Workspace):
 
 
 def test_own_checkpoint_is_not_removed_as_a_fetched_base(workspace: Workspace):
-    """The DHT may show our last acceptance late."""
+    """The DHT may still show the acceptance before ours."""
     first = write_checkpoint(workspace, 1, None)
     second = write_checkpoint(workspace, 2, first.digest)
     for item in (first, second):
@@ -215,11 +215,11 @@ def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
 
 
 def test_contributions_survive_the_daemon(tmp_path: Path):
-    book = Contributions(tmp_path / "contributions.json")
+    first = Contributions(tmp_path / "contributions.json")
     now = 1_800_000_000.0
-    book.count_accepted(now - 3 * 86_400)
-    book.count_accepted(now)
-    book.count_refused()
+    first.count_accepted(now - 3 * 86_400)
+    first.count_accepted(now)
+    first.count_refused()
     again = Contributions(tmp_path / "contributions.json")
     assert (again.accepted, again.today(now), again.refused, again.last_accepted) == (2, 1, 1, now)
     (tmp_path / "contributions.json").write_text("torn")

@@ -1,4 +1,4 @@
-"""A box that gets too hot rests more; a box without a sensor says so."""
+"""A node above its temperature limit trains less; without a sensor it refuses the limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lutetia.node.services.thermal import hottest, next_duty_cycle, parse_nvidia
 from lutetia.node.settings import MIN_DUTY_CYCLE
-from tests.node.scripted_coordinator import DaemonProcess, toy_coordinator
+from tests.node.scripted_coordinator import DaemonProcess, scripted_coordinator
 from tests.node.tiny_run import make_run
 
 SHARES, DEGREES = st.floats(MIN_DUTY_CYCLE, 1.0), st.floats(1, 150)
@@ -33,14 +33,14 @@ def test_duty_cycle_follows_the_temperature(share: float, celsius: float, limit:
 
 @given(st.floats(50, 120), st.floats(0.02, 0.5), st.floats(60, 90))
 def test_temperature_settles_below_the_limit(full: float, inertia: float, limit: float):
-    """A box of 35 degrees at rest and `full` at full load, which covers a share of the way there at every look."""
+    """A machine at 35 degrees idle and `full` at full load; each reading is closer to that by the share `inertia`."""
     celsius, share, seen = 35.0, 1.0, []
     for _ in range(400):
         celsius += inertia * (35 + share * (full - 35) - celsius)
         share = next_duty_cycle(share, celsius, limit)
         seen.append(celsius)
     assert max(seen[200:]) < limit + 3
-    assert min(seen[200:]) > min(full, limit) - 12, "no colder than it must be"
+    assert min(seen[200:]) > min(full, limit) - 12, "training is not slowed more than needed"
 
 
 def test_nvidia_smi_output_is_parsed():
@@ -50,7 +50,7 @@ def test_nvidia_smi_output_is_parsed():
 
 
 class Sensor:
-    """A processor's temperature as the kernel shows it, in a mount namespace of its own."""
+    """A fake processor temperature in /sys, in its own mount namespace."""
 
     def __init__(self, folder: Path) -> None:
         thermal, empty = Path("/sys/class/thermal"), folder / "empty"
@@ -80,15 +80,15 @@ def sensor(tmp_path: Path) -> Sensor:
 async def test_hot_node_trains_less_and_reports_why(sensor: Sensor, tmp_path: Path):
     sensor.shows(74)
     run = make_run(tmp_path / "run", heartbeat=1.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
         flags = ("--max-temp", "70")
-        async with DaemonProcess.running(toy, tmp_path / "box", *flags, prefix=sensor.prefix) as daemon:
+        async with DaemonProcess.running(coordinator, tmp_path / "node", *flags, prefix=sensor.prefix) as daemon:
             status = await daemon.until(slowed=lambda why: why and "64%" in why)
-            assert status["slowed"] == "x86_pkg_temp shows 74 °C, and 70 is the most: trains 64% of its time"
+            assert status["slowed"] == "x86_pkg_temp is at 74 °C, limit 70: training 64% of the time"
             sensor.shows(40)
             await daemon.until(slowed=None)
             await daemon.until(accepted=lambda count: count)
-            assert "cool again (x86_pkg_temp shows 40 °C): full pace" in daemon.words()
+            assert "x86_pkg_temp is at 40 °C again: training at full speed" in daemon.log_text()
 
 
 def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
@@ -109,9 +109,9 @@ def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
 
 async def test_limit_without_a_sensor_is_refused_at_start(sensor: Sensor, tmp_path: Path):
     run = make_run(tmp_path / "run", heartbeat=1.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
-        state = tmp_path / "box"
-        daemon = await DaemonProcess.start(toy, state, "--max-temp", "70", prefix=sensor.prefix)
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
+        state = tmp_path / "node"
+        daemon = await DaemonProcess.start(coordinator, state, "--max-temp", "70", prefix=sensor.prefix)
         assert await daemon.ended() == 20
-        assert "lutetia: this box shows no temperature, so max_temp cannot be kept" in daemon.words()
+        assert "lutetia: this machine has no temperature sensor, so max_temp cannot be kept" in daemon.log_text()
         assert not state.exists()

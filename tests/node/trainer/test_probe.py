@@ -1,4 +1,4 @@
-"""Choosing device, dtype and micro-batch, each with its reason."""
+"""The choice of device, precision and micro-batch, each with its reason."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def test_devices_seen_by_torch_can_be_chosen():
 
 
 def test_unmet_need_of_the_run():
-    box = Hardware(device="cpu", memory_bytes=8 * 10**9, cores=4)
-    assert unmet_need(HardwareNeeds(), box, 0) is None
-    assert "CUDA" in str(unmet_need(HardwareNeeds(cuda=True), box, 0))
-    assert "16.0 GB of memory" in str(unmet_need(HardwareNeeds(memory_bytes=16 * 10**9), box, 0))
-    assert "2.0 GB of disk" in str(unmet_need(HardwareNeeds(disk_bytes=2 * 10**9), box, 10**9))
+    hardware = Hardware(device="cpu", memory_bytes=8 * 10**9, cores=4)
+    assert unmet_need(HardwareNeeds(), hardware, 0) is None
+    assert "CUDA" in str(unmet_need(HardwareNeeds(cuda=True), hardware, 0))
+    assert "16.0 GB of memory" in str(unmet_need(HardwareNeeds(memory_bytes=16 * 10**9), hardware, 0))
+    assert "2.0 GB of disk" in str(unmet_need(HardwareNeeds(disk_bytes=2 * 10**9), hardware, 10**9))
 
 
 def test_probe_runs_the_real_expert(tmp_path: Path):
     run = make_run(tmp_path)
-    finding = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
-    assert finding.fitness == {0: 1.0, 1: 1.0}
-    assert finding.shards[0].micro_batch == 4
-    assert finding.samples_per_second > 0
-    assert finding.hardware.cores >= 1
+    result = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert result.fitness == {0: 1.0, 1: 1.0}
+    assert result.shards[0].micro_batch == 4
+    assert result.samples_per_second > 0
+    assert result.hardware.cores >= 1
     poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
     refused = probe(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
@@ -83,9 +83,9 @@ def test_probe_runs_the_real_expert(tmp_path: Path):
 
 def test_expert_unfit_for_the_latents_has_fitness_zero(tmp_path: Path):
     run = make_run(tmp_path, expert=ExpertSpec(class_name="NoSuchTransformer3DModel", config={}))
-    finding = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
-    assert finding.fitness == {0: 0.0, 1: 0.0}
-    assert "NoSuchTransformer3DModel" in finding.shards[0].reason
+    result = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert result.fitness == {0: 0.0, 1: 0.0}
+    assert "NoSuchTransformer3DModel" in result.shards[0].reason
 
 
 def test_question_digest_depends_on_the_question(tmp_path: Path):
