@@ -1,4 +1,4 @@
-"""What this box has contributed, over all its daemons: the answer to "is it counting?"."""
+"""Counts the accepted and refused checkpoints of this node, across restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.system.errors import DiskError
 from lutetia.system.files import write_atomic
 
-_REMEMBERED = 2 * 86_400.0
+_RECENT_SECONDS = 2 * 86_400.0
 
 
 class _Book(Frozen):
@@ -49,7 +49,7 @@ class Contributions:
         return sum(at >= midnight for at in self._book.recent)
 
     def count_accepted(self, now: float) -> None:
-        recent = (*(at for at in self._book.recent if now - at < _REMEMBERED), now)
+        recent = (*(at for at in self._book.recent if now - at < _RECENT_SECONDS), now)
         self._book = self._book.model_copy(update={"accepted": self.accepted + 1, "last_accepted": now, "recent": recent})
         self._save()
 

@@ -1,6 +1,6 @@
-"""How a volunteer talks to the daemon: one JSON line each way over a socket in the state folder that only its owner can open.
+"""The daemon's control socket: one JSON line each way over a socket in the state folder that only its owner can open.
 
-Imports neither torch nor hivemind: `lutetia status` answers in milliseconds.
+Imports neither torch nor hivemind, so that `lutetia status` answers in milliseconds.
 """
 
 from __future__ import annotations
@@ -31,50 +31,50 @@ _LONGEST_PATH = 100  # sun_path holds 104 to 108 bytes
 
 
 class ControlRequest(Frozen):
-    """`seconds` ends a pause by itself."""
+    """One request of the volunteer."""
 
-    verb: Literal["status", "pause", "resume", "finish", "leave"]
-    seconds: float | None = Field(default=None, gt=0, le=366 * 86_400)
+    verb: Literal["status", "pause", "resume", "finish", "leave"] = Field(description="What to do; all verbs return the status")
+    seconds: float | None = Field(default=None, gt=0, le=366 * 86_400, description="Length of a pause; None: until resume")
 
 
 class LocalStatus(Frozen):
-    """What this box does, and whether it counts. Times are Unix seconds; `accepted` counts since the daemon started."""
+    """What the node does, and whether its work counts. Fields of a shard are None while the node has none."""
 
-    state: NodeState
-    reason: str
-    since: float
-    owner: str
-    peer_id: str
-    run: str | None = None
-    name: str | None = None
-    manifest_version: int | None = None
-    shard: int | None = None
-    shard_name: str | None = None
-    epoch: int | None = None
-    epochs: int | None = None
-    step: int | None = None
-    steps: int | None = None
-    samples: int | None = None
-    loss: float | None = None
-    samples_per_second: float | None = None
-    pending: int = 0
-    accepted: int = 0
-    accepted_today: int = 0
-    refused: int = 0
-    last_accepted: float | None = None
-    due: float | None = None
-    paused_until: float | None = None
-    device: str | None = None
-    precision: str | None = None
-    online: bool = False
-    problem: str | None = None
-    slowed: str | None = None
-    addresses: tuple[str, ...] = ()
-    blobs_bytes: int | None = None
-    copies: int = 0
-    pid: int
-    software: str
-    started: float
+    state: NodeState = Field(description="What the node does now")
+    reason: str = Field(description="Why it is in this state, in one sentence")
+    since: float = Field(description="When it entered this state, in Unix seconds")
+    owner: str = Field(description="The node's public key, 64 hexadecimal digits")
+    peer_id: str = Field(description="The node's peer id")
+    run: str | None = Field(default=None, description="The run's id")
+    name: str | None = Field(default=None, description="The run's name")
+    manifest_version: int | None = Field(default=None, description="Version of the manifest that the node follows")
+    shard: int | None = Field(default=None, description="Index of the shard that the node works on")
+    shard_name: str | None = Field(default=None, description="Name of that shard")
+    epoch: int | None = Field(default=None, description="Newest accepted epoch of that shard, as the node knows it")
+    epochs: int | None = Field(default=None, description="Epochs of each shard in total")
+    step: int | None = Field(default=None, description="Training steps done in the current epoch")
+    steps: int | None = Field(default=None, description="Training steps of an epoch")
+    samples: int | None = Field(default=None, description="Samples of the shard that this work has seen so far")
+    loss: float | None = Field(default=None, description="Training loss of the last step")
+    samples_per_second: float | None = Field(default=None, description="Training speed of the last seconds")
+    pending: int = Field(default=0, description="Own checkpoints that wait for acceptance")
+    accepted: int = Field(default=0, description="Checkpoints of this node that the run has accepted")
+    accepted_today: int = Field(default=0, description="Those accepted since local midnight")
+    refused: int = Field(default=0, description="Checkpoints of this node that were refused")
+    last_accepted: float | None = Field(default=None, description="When the last one was accepted, in Unix seconds")
+    due: float | None = Field(default=None, description="When the next checkpoint is expected, in Unix seconds")
+    paused_until: float | None = Field(default=None, description="When the pause ends, in Unix seconds; None: at resume")
+    device: str | None = Field(default=None, description="Device that trains: cpu, mps or cuda:N")
+    precision: str | None = Field(default=None, description="Data type of the forward pass, and why")
+    online: bool = Field(default=False, description="Whether the network is up")
+    problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
+    slowed: str | None = Field(default=None, description="Why the node trains less than it may: its temperature")
+    addresses: tuple[str, ...] = Field(default=(), description="Addresses that the node announces")
+    blobs_bytes: int | None = Field(default=None, description="Not measured; always null")
+    copies: int = Field(default=0, description="Checkpoints of other peers of which the node keeps copies")
+    pid: int = Field(description="Process id of the daemon")
+    software: str = Field(description="Version of Lutetia")
+    started: float = Field(description="When the daemon started, in Unix seconds")
 
 
 class _Refusal(Frozen):
@@ -83,7 +83,7 @@ class _Refusal(Frozen):
 
 
 class _Reply(Frozen):
-    """The line that comes back: `answer` if `ok`, else `error`."""
+    """The answer line: `answer` if `ok`, else `error`."""
 
     ok: bool
     answer: dict[str, Any] | None = None
@@ -95,7 +95,7 @@ Answer = Callable[[ControlRequest], Awaitable[dict[str, Any]]]
 
 @contextlib.contextmanager
 def _short_path(folder: Path) -> Iterator[str]:
-    """A path of the socket that fits into a socket address, however deep `folder` is."""
+    """A path of the socket that is short enough for a socket address, however deep `folder` is."""
     path = folder / SOCKET
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         yield str(path)
@@ -110,7 +110,7 @@ def _short_path(folder: Path) -> Iterator[str]:
 
 
 def _listen(folder: Path) -> socket.socket:
-    """The socket, mode 0600 from its first moment. Whoever calls holds the state folder's lock: an old socket is stale."""
+    """The listening socket, created with mode 0600. The caller holds the state lock, so an old socket is stale."""
     with disk_errors(folder / SOCKET):
         (folder / SOCKET).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -126,7 +126,7 @@ def _listen(folder: Path) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serve_control(folder: Path, answer: Answer):
-    """Answer requests until the block ends. A failing request ends its own connection only."""
+    """Answer requests on `folder`'s socket until the block ends. A failing request ends only its own connection."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -135,7 +135,7 @@ async def serve_control(folder: Path, answer: Answer):
                 writer.write(json.dumps(document).encode() + b"\n")
                 await writer.drain()
         except (TimeoutError, ConnectionError, ValueError):
-            pass  # the caller went away, dawdled, or sent more than a line may hold
+            pass  # the client left, was too slow, or sent a line that is too long
         finally:
             writer.close()
 
@@ -149,15 +149,15 @@ async def serve_control(folder: Path, answer: Answer):
 
 
 def read_request(line: bytes) -> ControlRequest:
-    """Raises UsageError when `line` asks for nothing that the daemon knows."""
+    """Raises UsageError when the daemon does not know the request."""
     try:
         return ControlRequest.model_validate_json(line)
     except ValidationError as error:
-        raise UsageError(f"the daemon does not understand: {first_problem(error)}") from error
+        raise UsageError(f"the daemon does not know this request: {first_problem(error)}") from error
 
 
 def read_answer(line: bytes) -> dict[str, Any]:
-    """What the daemon answered. Raises UsageError when it refused, UnreachableError when whoever answers is no daemon of ours."""
+    """The daemon's answer. Raises UsageError when it refused, UnreachableError when the answer is malformed."""
     try:
         reply = _Reply.model_validate_json(line)
     except ValidationError as error:
@@ -175,7 +175,10 @@ async def _answered(answer: Answer, line: bytes) -> dict[str, Any]:
 
 
 async def ask(state_folder: Path, verb: str, **arguments: Any) -> dict[str, Any]:
-    """Ask the daemon of `state_folder`. Raises UnreachableError when none runs there, UsageError when it refuses."""
+    """Send a request to the daemon of `state_folder` and return its answer.
+
+    Raises UnreachableError when no daemon runs there or it does not answer, UsageError when it refuses.
+    """
     try:
         async with asyncio.timeout(_SECONDS):
             reader, writer = await _connect(state_folder)
@@ -187,12 +190,12 @@ async def ask(state_folder: Path, verb: str, **arguments: Any) -> dict[str, Any]
     except TimeoutError as error:
         raise UnreachableError(f"the daemon of {state_folder} did not answer within {_SECONDS:.0f} s; look at its log") from error
     except PermissionError as error:
-        raise UnreachableError(f"{state_folder} belongs to another user; ask its daemon as that user") from error
+        raise UnreachableError(f"{state_folder} belongs to another user; run this command as that user") from error
     except (OSError, ValueError) as error:
         text = f"no daemon runs on {state_folder}; start it with `lutetia join TICKET`, or name its folder with --state-folder"
         raise UnreachableError(text) from error
     if not line:
-        raise UnreachableError(f"the daemon of {state_folder} hung up; look at its log")
+        raise UnreachableError(f"the daemon of {state_folder} closed the connection; look at its log")
     return read_answer(line)
 
 

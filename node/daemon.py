@@ -1,4 +1,4 @@
-"""The daemon of a volunteer's box: from a ticket to training that counts, until it is finished or told to leave."""
+"""The node's daemon: joins the run of a ticket and works for it until it is told to finish or leave."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lutetia.node.machine.messages import UserVerb
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.runtime.workspace import RunPaths, Workspace
-from lutetia.node.schedule import WeeklyHours, keep_hours
+from lutetia.node.schedule import WeeklyHours, follow_schedule
 from lutetia.node.services.auditor import NodeAuditor
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.node.services.membership import Membership
-from lutetia.node.services.thermal import check_sensors, keep_cool
+from lutetia.node.services.thermal import check_sensors, limit_temperature
 from lutetia.node.settings import NodeSettings, announced
 from lutetia.node.state_lock import state_lock
 from lutetia.protocol.blobs.download import serve_blobs
@@ -50,49 +50,47 @@ async def run_node(settings: NodeSettings) -> None:
     if settings.max_temp is not None:
         await asyncio.to_thread(check_sensors, settings.device)
     with state_lock(settings.state_folder):
-        for ours in ("runs", "blobs"):  # beside them may lie what is not ours
-            sweep_parts(settings.state_folder / ours)
+        for name in ("runs", "blobs"):  # the folder may hold other people's files too
+            sweep_parts(settings.state_folder / name)
         daemon = NodeDaemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
             with daemon.signals():
                 log.info("joining run %s as %s", ticket.run[:12], daemon.identity.peer_id)
                 await daemon.run()
-    log.info("left the run; nothing of it is left running")
+    log.info("left the run; all its processes have ended")
 
 
 def _identity(settings: NodeSettings) -> Identity:
-    """The key of this box; the first time, what a volunteer should know about it."""
+    """The node's key. When it is created, log what the volunteer should know about it."""
     path = settings.state_folder / IDENTITY
     new = not path.exists()
     identity = Identity.load_or_create(path)
     if new:
-        log.info("this box is now %s; its secret key is %s", identity.peer_id, path)
+        log.info("this node is %s; its secret key is %s", identity.peer_id, path)
+        log.info("back it up with `lutetia identity export FILE`: without the key the node's identity and its record are lost")
+        log.info("other peers see its addresses, device, speed, software version and checkpoints; nothing else is sent")
         log.info(
-            "back it up with `lutetia identity export FILE`: whoever has the key is this box, and without it its record is lost"
-        )
-        log.info("others see: addresses, device, speed, software version, and the checkpoints made here; nothing else is sent")
-        log.info(
-            "stop with Ctrl-C or `lutetia finish` (hands the checkpoint under way in), `lutetia pause --for 2h`, `lutetia leave`"
+            "stop with Ctrl-C or `lutetia finish` (finishes the current checkpoint), `lutetia pause --for 2h`, `lutetia leave`"
         )
     return identity
 
 
 class NodeDaemon:
-    """What lives as long as the process: identity, control, signals; the shell as soon as the network and manifest are known."""
+    """Identity, control and signals for the life of the process; the shell once network and manifest are there."""
 
     def __init__(self, settings: NodeSettings, identity: Identity) -> None:
         self.settings, self.identity = settings, identity
         self.started = time.time()
         self.ending = asyncio.Event()
         self.shell: NodeShell | None = None
-        self.news: ManifestUpdates | None = None
-        self._verbs: list[UserVerb] = []
+        self.manifest_updates: ManifestUpdates | None = None
+        self._early_verbs: list[UserVerb] = []
         self._signals = 0
 
     async def run(self) -> None:
         """Join, work, leave."""
-        places = RunPaths(self.settings.state_folder, self.settings.decoded_ticket.run)
-        joining = asyncio.create_task(self.join(places))
+        paths = RunPaths(self.settings.state_folder, self.settings.decoded_ticket.run)
+        joining = asyncio.create_task(self.join(paths))
         ending = asyncio.create_task(self.ending.wait())
         try:
             await asyncio.wait([joining, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -104,80 +102,85 @@ class NodeDaemon:
                 task.cancel()
             await asyncio.gather(joining, ending, return_exceptions=True)
         try:
-            await self._work(transport, live, places)
+            await self._work(transport, live, paths)
         finally:
             await (self.shell.network.transport if self.shell else transport).close()
 
-    async def join(self, places: RunPaths, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
-        """Also used to come back after p2pd has died, then with the manifest known so far."""
+    async def join(self, paths: RunPaths, live: LiveManifest | None = None) -> tuple[Transport, LiveManifest]:
+        """Join the swarm. `live`: the manifest known so far, when it rejoins after p2pd has died."""
         settings = self.settings
         announce = announced(settings.announce, self.identity.peer_id)
         return await enter_swarm(
             self.identity, settings.decoded_ticket,
-            listen=settings.listen, announce=announce, state_folder=places.folder, live=live,
+            listen=settings.listen, announce=announce, state_folder=paths.folder, live=live,
         )  # fmt: skip
 
-    async def _work(self, transport: Transport, live: LiveManifest, places: RunPaths) -> None:
+    async def _work(self, transport: Transport, live: LiveManifest, paths: RunPaths) -> None:
         manifest = live()
-        store = await asyncio.to_thread(BlobStore, places.blobs, self.settings.disk_limit)
+        store = await asyncio.to_thread(BlobStore, paths.blobs, self.settings.disk_limit)
         network = NodeNetwork(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
-        contributions = Contributions(places.folder / "contributions.json")
-        shell = NodeShell(self.settings, network, Workspace(places, manifest, store), contributions, self.rejoined)
-        self.news = ManifestUpdates(network, live, lambda: shell.upgrade(live()))
+        contributions = Contributions(paths.folder / "contributions.json")
+        shell = NodeShell(self.settings, network, Workspace(paths, manifest, store), contributions, self.rejoin)
+        self.manifest_updates = ManifestUpdates(network, live, lambda: shell.upgrade(live()))
         self.shell = shell
         await self.serve(transport, store)
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
-        for verb in self._verbs:
-            self.shell.early(verb)
-        companions = [self.news.run(), Membership(shell, copies=self.settings.copies).run()]
+        for verb in self._early_verbs:
+            self.shell.add_early_verb(verb)
+        services = [self.manifest_updates.run(), Membership(shell, copies=self.settings.copies).run()]
         if self.settings.hours:
-            companions.append(keep_hours(WeeklyHours.parse(self.settings.hours), shell.feed))
+            services.append(follow_schedule(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:
-            companions.append(self._keep_cool(shell, limit))
+            services.append(self._limit_temperature(shell, limit))
         if self.settings.audits:
-            companions.append(NodeAuditor(shell).run())
-        await shell.run(*companions)
+            services.append(NodeAuditor(shell).run())
+        await shell.run(*services)
 
-    async def _keep_cool(self, shell: NodeShell, limit: float) -> None:
-        def slowed(why: str | None) -> None:
+    async def _limit_temperature(self, shell: NodeShell, limit: float) -> None:
+        def set_slowed(why: str | None) -> None:
             shell.slowed = why
 
-        await keep_cool(limit, self.settings.device, lambda share: shell.hands.pace(share * self.settings.duty), slowed)
+        async def set_share(share: float) -> None:
+            await shell.trainer.set_duty_cycle(share * self.settings.duty)
+
+        await limit_temperature(limit, self.settings.device, set_share, set_slowed)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
-        assert self.news
+        """Serve blobs, manifest versions and accepted checkpoints on `transport`."""
+        assert self.manifest_updates
         await serve_blobs(transport, store, self.settings.upload_rate)
-        await self.news.serve(transport)
-        await AcceptedService(transport, self.news.live).serve()
+        await self.manifest_updates.serve(transport)
+        await AcceptedService(transport, self.manifest_updates.live).serve()
 
-    async def rejoined(self) -> Transport:
-        """A new transport instead of the dead one. Raises LutetiaError when that does not work now."""
+    async def rejoin(self) -> Transport:
+        """A new transport in place of the dead one. Raises LutetiaError or ConnectionError when it cannot join now."""
         assert self.shell
-        assert self.news
-        transport, live = await self.join(self.shell.material.places, self.news.live)
+        assert self.manifest_updates
+        transport, live = await self.join(self.shell.workspace.paths, self.manifest_updates.live)
         try:
             await self.serve(transport, self.shell.network.store)
             self.shell.upgrade(live())
         except BaseException:
-            await transport.close()  # its p2pd would keep the state folder from the next attempt
+            await transport.close()  # its p2pd would block the next attempt
             raise
         return transport
 
-    # --- what the volunteer says ------------------------------------------------------------------------------------------
+    # --- the volunteer's commands -----------------------------------------------------------------------------------------
 
-    def say(self, event: UserVerb) -> None:
+    def apply_verb(self, event: UserVerb) -> None:
+        """Feed a command to the shell; before it exists, keep it, or end for finish and leave."""
         if self.shell:
             self.shell.feed(event)
         elif event.verb in ("finish", "leave"):
             self.ending.set()
         else:
-            self._verbs.append(event)
+            self._early_verbs.append(event)
 
     async def answer(self, request: ControlRequest) -> dict[str, Any]:
-        """What the control socket says."""
+        """Answer a request on the control socket: carry out its verb and return the status."""
         if request.verb != "status":
             now = time.time()
-            self.say(UserVerb(now, request.verb, now + request.seconds if request.seconds else None))
+            self.apply_verb(UserVerb(now, request.verb, now + request.seconds if request.seconds else None))
         return self.status().model_dump(mode="json")
 
     def status(self) -> LocalStatus:
@@ -191,24 +194,24 @@ class NodeDaemon:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT means finish, the second leave now."""
+        """Handle SIGTERM and SIGINT: the first means finish, the second leave at once."""
         loop = asyncio.get_running_loop()
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._on_signal)
         try:
             yield
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    def _signalled(self) -> None:
+    def _on_signal(self) -> None:
         self._signals += 1
         now = time.time()
         if self._signals > 1:
-            self.say(UserVerb(now, "leave"))
+            self.apply_verb(UserVerb(now, "leave"))
             return
         within = self.settings.stop_within
-        log.info("asked to stop: finishing the checkpoint under way within %.0f s; Ctrl-C again leaves at once", within)
-        self.say(UserVerb(now, "finish"))
-        asyncio.get_running_loop().call_later(within, lambda: self.say(UserVerb(time.time(), "leave")))
+        log.info("stopping: finishing the current checkpoint within %.0f s; Ctrl-C again leaves at once", within)
+        self.apply_verb(UserVerb(now, "finish"))
+        asyncio.get_running_loop().call_later(within, lambda: self.apply_verb(UserVerb(time.time(), "leave")))

@@ -1,6 +1,7 @@
-"""When a box may train: windows of local time like `22:00-07:00`, `mon-fri 18:30-08:00` or `sat-sun`.
+"""When a node may train: windows of local time like `22:00-07:00`, `mon-fri 18:30-08:00` or `sat-sun`.
 
-Outside of them the box is paused as by `lutetia pause`: it hands in what is whole, gives its shard back and keeps its copies.
+Outside these windows the node is paused as by `lutetia pause`: it offers complete checkpoints, releases its shard and keeps its
+copies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY = 24 * 60
 _WEEK = 7 * _DAY
 _LONGEST_SLEEP = 30.0
-"""Seconds after which the clock is read again: it may have been set, or the box may have slept."""
+"""Seconds after which the clock is read again: it may have been set, or the machine may have slept."""
 _NAMES = "|".join(DAYS)
 _WINDOW = re.compile(
     rf"(?:(?P<first>{_NAMES})(?:-(?P<last>{_NAMES}))?)?\s*"
@@ -28,17 +29,17 @@ _WINDOW = re.compile(
 
 @dataclass(frozen=True)
 class WeeklyHours:
-    """Windows [begin, end) in minutes since Monday 00:00, in order, apart from each other, none longer than the week."""
+    """Windows [begin, end) in minutes since Monday 00:00, sorted and disjoint."""
 
     windows: tuple[tuple[int, int], ...]
 
     @classmethod
     def parse(cls, text: str) -> WeeklyHours:
-        """Windows separated by commas. One past midnight belongs to the day on which it begins. Raises ValueError."""
+        """Parse windows separated by commas. A window past midnight belongs to the day on which it begins. Raises ValueError."""
         return cls(_merged([window for part in text.split(",") for window in _windows(part.strip().lower())]))
 
     def closed_until(self, now: float, zone: tzinfo | None = None) -> float | None:
-        """When (Unix seconds) the box may train again; None: it may now. `zone`: the machine's own if not given."""
+        """When the node may train again, in Unix seconds; None: now. `zone`: time zone; None: the machine's."""
         local = datetime.fromtimestamp(now, zone)
         minute = local.weekday() * _DAY + local.hour * 60 + local.minute
         if any(begin <= minute < end for begin, end in self.windows):
@@ -48,7 +49,7 @@ class WeeklyHours:
 
 
 def _windows(part: str) -> list[tuple[int, int]]:
-    """Of one part of the text, wrapped at the end of the week."""
+    """The windows of one part of the text, split at the end of the week."""
     found = _WINDOW.fullmatch(part)
     if not part or not found:
         raise ValueError(f"cannot read the hours {part!r}; write them like 22:00-07:00, mon-fri 18:30-08:00 or sat-sun")
@@ -57,7 +58,7 @@ def _windows(part: str) -> list[tuple[int, int]]:
     if found["from"]:
         begin, end = (int(found[name]) * 60 + int(found[f"{name}_minute"]) for name in ("from", "to"))
         if begin == end or begin >= _DAY or end > _DAY:
-            raise ValueError(f"the hours {part!r} begin and end at one time or past midnight; write them like 22:00-07:00")
+            raise ValueError(f"the hours {part!r} begin and end at the same time or past midnight; write them like 22:00-07:00")
     length = (end - begin) % _DAY or _DAY
     days = range(first, last + 1 if first <= last else last + 8)
     return [wrapped for day in days for wrapped in _wrapped((day % 7) * _DAY + begin, length)]
@@ -78,8 +79,8 @@ def _merged(windows: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-async def keep_hours(hours: WeeklyHours, feed: Callable[[HoursChanged], None]) -> None:
-    """Tell the machine whenever a window begins or ends, and at the start if none is open."""
+async def follow_schedule(hours: WeeklyHours, feed: Callable[[HoursChanged], None]) -> None:
+    """Feed HoursChanged when a window begins or ends, and at the start if none is open, until cancelled."""
     known: float | None = None
     while True:
         now = time.time()

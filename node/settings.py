@@ -1,4 +1,4 @@
-"""What a volunteer may choose, and where each choice came from: flag, then environment, then file, then default."""
+"""The volunteer's settings, and where each comes from: flag, then environment, then file, then default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10,
 
 
 def parse_bytes(value: Any) -> Any:
-    """`50 GB`, `500MiB` or a number -> bytes; anything else is left for the validator to refuse."""
+    """`50 GB`, `500MiB` or a number -> bytes; anything else is returned as it is, for the validator to refuse."""
     if isinstance(value, str):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
         if found and len(found[1]) <= 30:
@@ -39,7 +39,7 @@ _PLACE = re.compile(rf"/(?P<kind>ip4|ip6|dns|dns4|dns6)/(?P<host>[A-Za-z0-9.:_-]
 
 
 def _is_dialable(address: str) -> bool:
-    """Whether it is host and TCP port, as records may name them, with or without a peer id."""
+    """Whether it names a host and a TCP port in the form of the records, with or without a peer id."""
     found = _PLACE.fullmatch(address)
     if found is None or found["kind"].startswith("dns"):
         return found is not None
@@ -50,15 +50,20 @@ def _is_dialable(address: str) -> bool:
 
 
 def announced(addresses: Sequence[str], peer_id: str) -> tuple[str, ...]:
-    """Addresses to tell others without the peer id that tickets show; p2pd adds it. Raises ConfigError when it is another's."""
-    places = {}
+    """The addresses without their peer id, which p2pd adds itself. Raises ConfigError when it is another peer's id."""
+    hosts = {}
     for address in addresses:
         place, _, named = address.partition("/p2p/")
         if named and named != peer_id:
-            raise ConfigError(f"announce: {address} is of peer {named}, and this box is {peer_id}; give an address of this box")
-        places[place] = True
-    return tuple(places)
+            raise ConfigError(
+                f"announce: {address} belongs to peer {named}, but this node is {peer_id}; give an address of this node"
+            )
+        hosts[place] = True
+    return tuple(hosts)
 
+
+MIN_DUTY_CYCLE = 0.1
+"""Lowest share of the time that the temperature limit leaves to training."""
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
@@ -68,38 +73,57 @@ class NodeSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LUTETIA_", extra="forbid", frozen=True)
 
-    ticket: str = Field(description="The ticket of the run")
-    state_folder: Path = Field(default_factory=default_state_folder, description="Identity, socket, checkpoints and blobs")
-    listen: str = Field(default="/ip4/0.0.0.0/tcp/0", description="Where to listen for peers")
-    announce: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
-        default=(), description="Addresses to tell others, where they differ from `listen`: /ip4/203.0.113.5/tcp/41000"
+    ticket: str = Field(description="Ticket of the run to join")
+    state_folder: Path = Field(
+        default_factory=default_state_folder, description="Folder for the node's identity, control socket, checkpoints and blobs"
     )
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Dtype of the forward pass")
-    micro_batch: int | None = Field(default=None, ge=1, description="Clips at once; found by probing where not given")
-    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads that training may use")
-    duty: float = Field(default=1.0, gt=0, le=1, description="Share of time that training may use")
+    listen: str = Field(default="/ip4/0.0.0.0/tcp/0", description="Address to listen on for peers; port 0 picks a free one")
+    announce: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(),
+        description="Addresses to announce to peers if they differ from `listen`, for instance /ip4/203.0.113.5/tcp/41000",
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device to train on: auto, cpu, mps, cuda or cuda:N"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Data type of the forward pass; auto takes bfloat16 where the GPU supports it"
+    )
+    micro_batch: int | None = Field(default=None, ge=1, description="Clips per forward pass; by default the largest that fits")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads for training; by default torch chooses")
+    duty: float = Field(default=1.0, gt=0, le=1, description="Share of the time that training may use, above 0 and up to 1")
     hours: str | None = Field(
-        default=None, description="When this box may train, local time: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun"
+        default=None,
+        description="When the node may train, in local time: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun; by default always",
     )
     max_temp: float | None = Field(
-        default=None, ge=30, le=110, description="Degrees Celsius above which training rests more, by the hottest sensor"
+        default=None,
+        ge=30,
+        le=110,
+        description="Temperature limit in degrees Celsius: training slows down while the hottest sensor is above it",
     )
-    disk_limit: Bytes | None = Field(default=None, description="Most bytes of blobs kept, for instance 50GB")
-    upload_rate: Bytes | None = Field(default=None, description="Most bytes per second sent to other peers")
+    disk_limit: Bytes | None = Field(default=None, description="Most disk space for blobs, like 50GB; by default no limit")
+    upload_rate: Bytes | None = Field(
+        default=None, description="Most bytes per second sent to other peers, like 2MB; by default no limit"
+    )
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
-    save_every: float = Field(default=30.0, gt=0, description="Seconds between local checkpoints")
-    stop_within: float = Field(default=75.0, ge=0, description="Seconds that a SIGTERM leaves for the checkpoint under way")
-    hang_after: float = Field(default=300.0, ge=1, description="Seconds of silence after which a trainer counts as hung")
-    audits: bool = Field(default=True, description="Replay others' training while this box has no shard")
-    operator: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the operator of this box")
+    save_every: float = Field(default=30.0, gt=0, description="Seconds between local saves of the training state")
+    stop_within: float = Field(
+        default=75.0, ge=0, description="Seconds that the node has to finish its checkpoint after SIGTERM or Ctrl-C"
+    )
+    hang_after: float = Field(
+        default=300.0, ge=1, description="Seconds without a report after which the trainer is restarted; slow devices get more"
+    )
+    audits: bool = Field(default=True, description="Replay epochs of other peers for the coordinator while the node has no shard")
+    operator: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the node's operator, 64 hexadecimal digits"
+    )
 
     @field_validator("announce")
     @classmethod
     def _dialable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for address in value:
             if not _is_dialable(address):
-                raise ValueError(f"{address!r} is no address that others could dial; write it as /ip4/203.0.113.5/tcp/41000")
+                raise ValueError(f"{address!r} is not an address that peers can dial; write it as /ip4/203.0.113.5/tcp/41000")
         return value
 
     @field_validator("hours")
@@ -114,12 +138,12 @@ class NodeSettings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         try:
             return value.expanduser().absolute()
-        except RuntimeError as error:  # of a user that this machine does not know
+        except RuntimeError as error:  # a user that this machine does not have
             raise ValueError(f"{value} begins with a home folder that does not exist") from error
 
     @property
     def decoded_ticket(self) -> Ticket:
-        """Raises ConfigError when it is no ticket."""
+        """Raises ConfigError when the ticket is malformed."""
         return Ticket.decode(self.ticket)
 
 
@@ -133,7 +157,14 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> tuple[NodeSettings, dict[str, Origin]]:
-    """The settings and where each came from (`config show --origin`). Raises ConfigError naming the source and the key."""
+    """The settings, and where each comes from (`config show --origin`).
+
+    Args:
+        flags: values from the command line; they come first.
+        file: a TOML file; it comes after flags and environment.
+
+    Raises ConfigError with the source and the key.
+    """
     sources: list[tuple[Origin, Mapping[str, Any]]] = [
         ("file", read_file(file) if file else {}),
         ("environment", EnvSettingsSource(NodeSettings)()),
@@ -150,7 +181,3 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> tuple[N
         field = str(error.errors()[0]["loc"][0])
         where = {"file": str(file), "environment": f"LUTETIA_{field.upper()}", "flag": "options"}.get(origins.get(field, "flag"))
         raise ConfigError(f"{where or 'settings'}: {first_problem(error)}; correct it") from error
-
-
-LEAST_SHARE = 0.1
-"""Of the time; who wants less can pause."""

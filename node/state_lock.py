@@ -1,4 +1,4 @@
-"""One daemon per state folder: a pidfile that stays locked as long as its writer lives."""
+"""One daemon per state folder: a pidfile that stays locked while its writer lives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PIDFILE = "daemon.pid"
 
 @contextlib.contextmanager
 def state_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made with mode 0700 where it is missing. Raises IdentityError naming the daemon that holds it.
+    """Lock `folder`, created with mode 0700 if missing. Raises IdentityError with the pid of the daemon that holds it.
 
-    The kernel drops the lock when the process ends, however it ends, so a stale pidfile is no obstacle.
+    The kernel releases the lock when the process ends, so a stale pidfile does no harm.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -92,7 +92,7 @@ class Invariants:
         holds = None
         if work is not None and work.owned and not work.checking:
             holds = work.shard
-        elif peer.running and state.phase == "claiming" and state.stage in ("settle", "judge"):
+        elif peer.running and state.phase == "claiming" and state.stage in ("settle", "decide"):
             holds = state.target
         if holds == peer.holds:
             return
@@ -143,8 +143,8 @@ class Invariants:
                 continue
             if peer.manifest_updates.live.version < world.manifest.version:
                 continue
-            shunned = peer.state.shunned.get(shard, 0.0) - peer.skew > free_from
-            if peer.state.fitness.get(shard, 0) > 0 and not shunned and peer.machine.fitness.get(shard, 0) > 0:
+            avoided = peer.state.avoided_until.get(shard, 0.0) - peer.skew > free_from
+            if peer.state.fitness.get(shard, 0) > 0 and not avoided and peer.machine.fitness.get(shard, 0) > 0:
                 self._fail("I4", f"shard {shard} has been free for two leases, and {peer} stood by all the time")
         self._became_free(shard)
 

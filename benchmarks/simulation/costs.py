@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import Machine
 from lutetia.coordinator.runtime.swarm_monitor import nodes_pause
-from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, WAVES, pace
+from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, WAVES, read_interval_factor
 from lutetia.protocol.schema.records import NODE_BUCKETS
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.costs import QUESTION_BYTES, lookup_hops, record_bytes
@@ -168,7 +168,7 @@ def _model(peers: int, shards: int, looks: float | None) -> Size:
         looks = standbys / _LOOK_PERIOD + 1 / config.heartbeat
     looked = looks * shards / peers
     buckets, records = _list_read(peers, standbys)
-    listed = 2 / config.lease / pace(records)
+    listed = 2 / config.lease / read_interval_factor(records)
     beats = (1 + owners / peers) / config.heartbeat
     messages = 4 * steps * looked + 2 * steps * (beats + buckets * listed)
     look_bytes = 2 * (2 * hops + replicas) * QUESTION_BYTES + replicas * (sizes["claim"] + sizes["acceptance"])

@@ -1,4 +1,4 @@
-"""The part of the state machine that has no shard yet: look at the swarm, choose a free shard, claim it, settle or yield."""
+"""Decisions of a node without a shard: look at the swarm, choose a free shard, claim it, keep it or yield."""
 
 from __future__ import annotations
 
@@ -7,146 +7,156 @@ from collections.abc import Iterable
 
 from lutetia.node.machine.lease import own_shard_seen, start_sync
 from lutetia.node.machine.messages import Claim, LookAtShards, PublishClaim
+from lutetia.node.machine.state import Stage
 from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous
 from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe_claims, without_stalled
 
 WAVE = 16
-"""How many shards are looked at before the first choice: what looks free among them is claimed before the rest is seen."""
+"""Shards per look. A free shard of the first look is claimed before the other shards are looked at."""
 
 
-def swarm_seen(turn: NodeTransition, views: tuple[ShardView, ...]) -> None:
-    state, known, looked, rules = turn.state, dict(turn.state.views), dict(turn.state.looked), turn.rules
-    watched = dict(state.watched)
+def swarm_seen(transition: NodeTransition, views: tuple[ShardView, ...]) -> None:
+    state, known, looked_at, rules = (
+        transition.state,
+        dict(transition.state.views),
+        dict(transition.state.looked_at),
+        transition.rules,
+    )
+    claim_histories = dict(state.claim_histories)
     for view in views:
         old = known.get(view.shard)
-        if old and old.place > view.place:  # a stale replica: the claims are news, the acceptance is not
+        if old and old.place > view.place:  # from a stale replica: take its claims, keep the newer acceptance
             view = old.with_claims(view.claims)
         if view.claims or (old and old.claims):
-            watched[view.shard] = seen = observe_claims(watched.get(view.shard, {}), view, turn.now, LONGEST_GAP * rules.lease)
-            view = without_stalled(seen, view, rules.owner, rules.tenure, rules.interval, turn.now)
-        known[view.shard], looked[view.shard] = view, turn.now
-    turn.set(views=known, looked=looked, watched=watched)
+            claim_histories[view.shard] = seen = observe_claims(
+                claim_histories.get(view.shard, {}), view, transition.now, LONGEST_GAP * rules.lease
+            )
+            view = without_stalled(seen, view, rules.owner, rules.tenure, rules.interval, transition.now)
+        known[view.shard], looked_at[view.shard] = view, transition.now
+    transition.set(views=known, looked_at=looked_at, claim_histories=claim_histories)
     fresh = {view.shard for view in views}
     if state.work and state.work.shard in fresh:
-        own_shard_seen(turn)
+        own_shard_seen(transition)
     elif state.phase == "claiming" and state.target in fresh:
-        _target_seen(turn, known[state.target])
+        _target_seen(transition, known[state.target])
     elif state.phase == "idle":
-        _choose(turn)
+        _choose(transition)
 
 
-def take_duty(turn: NodeTransition, shards: frozenset[int] | None, until: float) -> None:
-    """From now on we look after these shards. Who has just begun to stand by, and has no duty yet, looks at all of them."""
-    standing_by = turn.state.phase in ("idle", "claiming")
-    turn.set(duty=shards if standing_by else None, duty_until=until, to_look=())
-    if turn.state.phase == "idle":
-        turn.set(look_at=min(turn.state.look_at, turn.now))
+def set_watched_shards(transition: NodeTransition, shards: frozenset[int] | None, until: float) -> None:
+    """Watch these shards until `until`. A node that was not standing by when they were assigned watches all shards."""
+    standing_by = transition.state.phase in ("idle", "claiming")
+    transition.set(watched_shards=shards if standing_by else None, watched_until=until, to_look=())
+    if transition.state.phase == "idle":
+        transition.set(look_at=min(transition.state.look_at, transition.now))
 
 
-def _duty(turn: NodeTransition) -> Iterable[int]:
-    """In ascending order: the views of other shards may be old, and others look after those."""
-    state = turn.state
-    if state.duty is None or turn.now >= state.duty_until:
-        return range(turn.rules.shards)
-    return sorted(state.duty)
+def _watched_shards(transition: NodeTransition) -> Iterable[int]:
+    """In ascending order. Other standbys watch the remaining shards, and our views of those may be old."""
+    state = transition.state
+    if state.watched_shards is None or transition.now >= state.watched_until:
+        return range(transition.rules.shards)
+    return sorted(state.watched_shards)
 
 
-def _strangers(turn: NodeTransition, view: ShardView) -> ShardView:
-    """The view without our own claim, which is no obstacle to us (we may have been restarted)."""
-    if turn.rules.owner not in view.claimants:
+def _without_own_claim(transition: NodeTransition, view: ShardView) -> ShardView:
+    """The view without our own claim: a claim from before a restart must not keep us from the shard."""
+    if transition.rules.owner not in view.claimants:
         return view
-    return view.with_claims(claim for claim in view.claims if claim.record.owner != turn.rules.owner)
+    return view.with_claims(claim for claim in view.claims if claim.record.owner != transition.rules.owner)
 
 
-def _open_views(turn: NodeTransition) -> list[ShardView]:
-    """Shards that we look after, with work left, fitting, and not given up lately; without our own claims."""
-    seen = [view for shard in _duty(turn) if (view := turn.state.views.get(shard))]
-    state, now, epochs, owner = turn.state, turn.now, turn.rules.epochs, turn.rules.owner
-    fitness, shunned = state.fitness, state.shunned
+def _claimable_views(transition: NodeTransition) -> list[ShardView]:
+    """Watched shards that have work left, fit this node and are not being avoided; without our own claims."""
+    seen = [view for shard in _watched_shards(transition) if (view := transition.state.views.get(shard))]
+    state, now, epochs, owner = transition.state, transition.now, transition.rules.epochs, transition.rules.owner
+    fitness, avoided_until = state.fitness, state.avoided_until
     return [
-        view if owner not in view.claimants else _strangers(turn, view)
+        view if owner not in view.claimants else _without_own_claim(transition, view)
         for view in seen
-        if view.epoch < epochs and fitness.get(view.shard, 0) > 0 and shunned.get(view.shard, 0) <= now
+        if view.epoch < epochs and fitness.get(view.shard, 0) > 0 and avoided_until.get(view.shard, 0) <= now
     ]
 
 
-def _choose(turn: NodeTransition) -> None:
-    """Go for the best free shard, or stand by."""
-    state, rules, now = turn.state, turn.rules, turn.now
-    views = _open_views(turn)
+def _choose(transition: NodeTransition) -> None:
+    """Start to claim the best free shard, or stand by."""
+    state, rules, now = transition.state, transition.rules, transition.now
+    views = _claimable_views(transition)
     held = state.disk_full_since is not None or min([view.held_until for view in views], default=now + 1) > now
     free = [] if held else free_shards(views, rules.epochs, now)
     guessed = [
-        view for view in free if view.held_until > state.looked.get(view.shard, 0.0)
-    ]  # its claim has run out since we looked
+        view for view in free if view.held_until > state.looked_at.get(view.shard, 0.0)
+    ]  # its claim has expired since the last look
     free = [view for view in free if view not in guessed]
-    fitness = {view.shard: _fitness(turn, view) for view in free}
+    fitness = {view.shard: _fitness(transition, view) for view in free}
     best = preferred_shard(rules.run, rules.owner, free, fitness)
     if best is not None:
         delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
-        turn.set(target=best.shard, stage="delay", judged=0, act_at=now + delay, to_look=())
-        turn.enter("claiming", f"shard {best.shard} is free")
+        transition.set(target=best.shard, stage="delay", settle_rounds=0, act_at=now + delay, to_look=())
+        transition.enter("claiming", f"shard {best.shard} is free")
         return
-    turn.set(look_at=now if guessed or state.to_look else _next_look(turn, views))
-    turn.because(_why_idle(turn, views))
+    transition.set(look_at=now if guessed or state.to_look else _next_look(transition, views))
+    transition.explain(_why_idle(transition, views))
 
 
-def _fitness(turn: NodeTransition, view: ShardView) -> float:
-    """Hardware fit × work left, twice that for a shard of which we hold local work.
+def _fitness(transition: NodeTransition, view: ShardView) -> float:
+    """Hardware fit × work left, doubled for a shard whose local work is still on disk.
 
-    Work left counts in quarters: exact differences would send all newcomers to one shard.
+    Work left is rounded up to quarters: exact differences would send all newcomers to one shard.
     """
-    epochs = turn.rules.epochs
+    epochs = transition.rules.epochs
     quarters = -(-4 * (epochs - view.epoch) // epochs)
-    return turn.state.fitness[view.shard] * quarters * (2 if view.shard in turn.state.remembered else 1)
+    return transition.state.fitness[view.shard] * quarters * (2 if view.shard in transition.state.remembered else 1)
 
 
-def _why_idle(turn: NodeTransition, views: list[ShardView]) -> str:
-    state = turn.state
+def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
+    state = transition.state
     if not any(value > 0 for value in state.fitness.values()):
-        return "no device of this box fits the run; probing again now and then"
+        return "no device of this node fits the run; it is probed again every few minutes"
     if state.disk_full_since is not None:
         return "the disk is full; free some space"
-    if len(state.views) == turn.rules.shards and all(view.epoch >= turn.rules.epochs for view in state.views.values()):
-        return "the run is complete; seeding its checkpoints"
-    if state.duty is not None and not state.duty:
-        return "enough others look after the shards; standing by"
+    if len(state.views) == transition.rules.shards and all(
+        view.epoch >= transition.rules.epochs for view in state.views.values()
+    ):
+        return "the run is complete; serving its checkpoints"
+    if state.watched_shards is not None and not state.watched_shards:
+        return "other standbys watch all shards; standing by"
     if state.to_look:
-        return f"none of the shards seen so far is free; looking at {len(state.to_look)} more"
-    return "every shard has an owner; standing by" if views else "no shard is open to this box; standing by"
+        return f"no free shard found so far; looking at {len(state.to_look)} more"
+    return "every shard has a holder; standing by" if views else "no shard is open to this node; standing by"
 
 
-def _next_look(turn: NodeTransition, views: list[ShardView]) -> float:
-    """When the first claim that we saw may have expired, and at least once per lease."""
-    rules, now = turn.rules, turn.now
+def _next_look(transition: NodeTransition, views: list[ShardView]) -> float:
+    """When the first known claim may have expired; at most one lease from now. Unix seconds."""
+    rules, now = transition.rules, transition.now
     spread = 0.02 * rules.heartbeat * rules.jitter("look", int(now))
     expiries = [view.held_until if view.held_until > now else now + rules.lease for view in views]
-    expiries += [until for until in turn.state.shunned.values() if until > now]
-    if turn.state.duty is not None and turn.state.duty_until > now:
-        expiries.append(turn.state.duty_until)
+    expiries += [until for until in transition.state.avoided_until.values() if until > now]
+    if transition.state.watched_shards is not None and transition.state.watched_until > now:
+        expiries.append(transition.state.watched_until)
     return min([*expiries, now + rules.lease], default=now + rules.lease) + spread
 
 
-def look_around(turn: NodeTransition) -> None:
-    """Look at what may have changed, a wave at a time."""
-    state, rules, now = turn.state, turn.rules, turn.now
+def look_at_due_shards(transition: NodeTransition) -> None:
+    """Look at shards whose view may be out of date, WAVE at a time."""
+    state, rules, now = transition.state, transition.rules, transition.now
     if not state.online or now < state.look_at:
         return
-    due = state.to_look or _looks_due(turn, now, now + rules.heartbeat / 4)
-    turn.set(look_at=now + rules.heartbeat)  # the answer moves it; without an answer we ask again
+    due = state.to_look or _looks_due(transition, now, now + rules.heartbeat / 4)
+    transition.set(look_at=now + rules.heartbeat)  # the answer changes it; without an answer the node asks again
     if not due:
-        _choose(turn)
+        _choose(transition)
         return
     if len(due) > WAVE and not state.to_look:
-        due = _promising_first(turn, due)
-    turn.set(to_look=due[WAVE:])
-    turn.do(LookAtShards(due[:WAVE]))
+        due = _promising_first(transition, due)
+    transition.set(to_look=due[WAVE:])
+    transition.do(LookAtShards(due[:WAVE]))
 
 
-def _promising_first(turn: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
-    """In the order in which we would claim them if all were free: so newcomers spread, and none waits for a look at the rest."""
-    state, rules = turn.state, turn.rules
+def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
+    """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread."""
+    state, rules = transition.state, transition.rules
     return tuple(
         sorted(
             shards,
@@ -157,19 +167,19 @@ def _promising_first(turn: NodeTransition, shards: Iterable[int]) -> tuple[int, 
     )  # fmt: skip
 
 
-def _looks_due(turn: NodeTransition, now: float, soon: float) -> tuple[int, ...]:
-    """The shards of which our picture may be out of date: never or long ago seen, or with claims that will have run out.
+def _looks_due(transition: NodeTransition, now: float, soon: float) -> tuple[int, ...]:
+    """Shards whose view may be out of date: not seen within a lease, or with claims that have expired.
 
-    If any is `now`, all that will be `soon`: fewer and larger looks. Else none.
+    If one is due `now`, return all that are due by `soon`, so that looks are fewer and larger. Otherwise return none.
     """
-    state, epochs, owner = turn.state, turn.rules.epochs, turn.rules.owner
-    views, looked, lease, due, first = state.views, state.looked, turn.rules.lease, [], math.inf
-    for shard in _duty(turn):  # the innermost loop of a standby
+    state, epochs, owner = transition.state, transition.rules.epochs, transition.rules.owner
+    views, looked_at, lease, due, first = state.views, state.looked_at, transition.rules.lease, [], math.inf
+    for shard in _watched_shards(transition):  # innermost loop of a standby; keep it fast
         view, stale = views.get(shard), 0.0
         if view is not None:
-            stale = looked.get(shard, 0.0) + lease
+            stale = looked_at.get(shard, 0.0) + lease
             if view.epoch < epochs:
-                held = view.held_until if owner not in view.claimants else _strangers(turn, view).held_until
+                held = view.held_until if owner not in view.claimants else _without_own_claim(transition, view).held_until
                 if held < stale:
                     stale = held
         if stale <= soon:
@@ -178,43 +188,43 @@ def _looks_due(turn: NodeTransition, now: float, soon: float) -> tuple[int, ...]
     return tuple(due) if first <= now else ()
 
 
-def go_on_claiming(turn: NodeTransition) -> None:
-    """The steps of claiming that time brings; `_target_seen` has the others."""
-    state, rules, now = turn.state, turn.rules, turn.now
+def continue_claiming(transition: NodeTransition) -> None:
+    """Take the claiming step that is due at this time; `_target_seen` takes the steps that wait for a look."""
+    state, rules, now = transition.state, transition.rules, transition.now
     if now < state.act_at or state.target is None:
         return
     if not state.online:
-        turn.set(target=None, look_at=now)
-        turn.enter("idle", "the network went away while claiming")
+        transition.set(target=None, look_at=now)
+        transition.enter("idle", "the network was lost while claiming")
         return
-    stage = {"delay": "check", "settle": "judge"}.get(state.stage, state.stage)
-    turn.set(stage=stage, act_at=now + rules.heartbeat)
-    turn.do(LookAtShards((state.target,)))
+    stage: Stage = "check" if state.stage in ("delay", "check") else "decide"
+    transition.set(stage=stage, act_at=now + rules.heartbeat)
+    transition.do(LookAtShards((state.target,)))
 
 
-def _target_seen(turn: NodeTransition, view: ShardView) -> None:
-    state, rules, now = turn.state, turn.rules, turn.now
+def _target_seen(transition: NodeTransition, view: ShardView) -> None:
+    state, rules, now = transition.state, transition.rules, transition.now
     if state.stage == "check":
-        if not free_shards([_strangers(turn, view)], rules.epochs, now):
+        if not free_shards([_without_own_claim(transition, view)], rules.epochs, now):
             done = view.epoch >= rules.epochs
-            _back_to_idle(turn, f"shard {view.shard} is done" if done else f"somebody else claimed shard {view.shard} first")
+            _back_to_idle(transition, f"shard {view.shard} is done" if done else f"another peer claimed shard {view.shard} first")
             return
-        turn.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
-        turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
-    elif state.stage == "judge":
-        seen = state.watched.get(view.shard, {})
+        transition.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
+        transition.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
+    elif state.stage == "decide":
+        seen = state.claim_histories.get(view.shard, {})
         owner = current_holder(rules.run, view, seen, rules.tenure, rules.interval, now, reader=rules.owner)
         if owner == rules.owner:
-            turn.set(target=None)
-            start_sync(turn, view.shard)
-        elif owner is None and state.judged < 3:  # our own claim is not visible yet
-            turn.set(stage="settle", judged=state.judged + 1, act_at=now + rules.propagation)
+            transition.set(target=None)
+            start_sync(transition, view.shard)
+        elif owner is None and state.settle_rounds < 3:  # the DHT does not show our claim yet
+            transition.set(stage="settle", settle_rounds=state.settle_rounds + 1, act_at=now + rules.propagation)
         else:
-            turn.do(PublishClaim(Claim(view.shard, view.epoch, 0, "released")))
-            _back_to_idle(turn, f"lost shard {view.shard} to an equal claim")
+            transition.do(PublishClaim(Claim(view.shard, view.epoch, 0, "released")))
+            _back_to_idle(transition, f"lost shard {view.shard} to a simultaneous claim")
 
 
-def _back_to_idle(turn: NodeTransition, why: str) -> None:
-    rules = turn.rules
-    turn.set(target=None, look_at=turn.now + rules.propagation * (1 + rules.jitter("again", int(turn.now))))
-    turn.enter("idle", why)
+def _back_to_idle(transition: NodeTransition, why: str) -> None:
+    rules = transition.rules
+    transition.set(target=None, look_at=transition.now + rules.propagation * (1 + rules.jitter("again", int(transition.now))))
+    transition.enter("idle", why)

@@ -1,4 +1,4 @@
-"""The part of the state machine that takes a shard up, follows what the swarm shows of it, and lets it go."""
+"""Decisions on the shard that this node holds: fetch it, follow its acceptances, release it."""
 
 from __future__ import annotations
 
@@ -18,164 +18,172 @@ from lutetia.protocol.claims import LiveClaim, ShardView, Stand
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.stalled_claims import current_holder
 
-# --- taking a shard up, and letting it go ---------------------------------------------------------------------------------
+# --- taking and releasing a shard ---------------------------------------------------------------------------------
 
 
-def start_sync(turn: NodeTransition, shard: int, known: Stand = (0, 0, None)) -> None:
-    """The shard is ours: fetch its data and the accepted state. `known`: an acceptance that the DHT may not show yet."""
-    view = turn.state.views.get(shard) or ShardView(shard)
+def start_sync(transition: NodeTransition, shard: int, known: Stand = (0, 0, None)) -> None:
+    """Take the shard: fetch its data and accepted state. `known`: a newer acceptance that the DHT may not show yet."""
+    view = transition.state.views.get(shard) or ShardView(shard)
     term, epoch, checkpoint = known if known[:2] >= view.place else view.stand
-    turn.set(work=ShardWork(shard, epoch, checkpoint, term=term, at=epoch), renew_at=turn.now)
-    turn.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
-    turn.do(Sync(shard, epoch, checkpoint))
+    transition.set(work=ShardWork(shard, epoch, checkpoint, term=term, trainer_epoch=epoch), renew_at=transition.now)
+    transition.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
+    transition.do(Sync(shard, epoch, checkpoint))
 
 
-def release(turn: NodeTransition, *, save: bool) -> None:
+def release(transition: NodeTransition, *, save: bool) -> None:
     """Stop the trainer and tell the swarm that the shard is free."""
-    work = turn.state.work
+    work = transition.state.work
     if work is None:
         return
     if work.trainer == "on":
-        turn.do(StopTrainer(save))
+        transition.do(StopTrainer(save))
     if work.owned:
-        turn.do(PublishClaim(Claim(work.shard, work.epoch, work.samples, "released")))
-    remembered = turn.state.remembered
-    views = {shard: view for shard, view in turn.state.views.items() if shard != work.shard}  # much may have changed: look anew
-    turn.set(work=None, views=views, remembered=remembered | {work.shard} if save else remembered - {work.shard})
+        transition.do(PublishClaim(Claim(work.shard, work.epoch, work.samples, "released")))
+    remembered = transition.state.remembered
+    views = {shard: view for shard, view in transition.state.views.items() if shard != work.shard}  # old by now: look again
+    transition.set(work=None, views=views, remembered=remembered | {work.shard} if save else remembered - {work.shard})
 
 
-def give_up(turn: NodeTransition, why: str, *, save: bool, seconds: float) -> None:
-    """Let the shard go and leave it alone for a while."""
-    turn.set(shunned={**turn.state.shunned, turn.work.shard: turn.now + seconds})
-    turn.warn(f"giving shard {turn.work.shard} up: {why}")
-    to_idle(turn, why, save=save)
+def give_up(transition: NodeTransition, why: str, *, save: bool, seconds: float) -> None:
+    """Release the shard and avoid it for `seconds`. `save`: keep the local work on disk."""
+    transition.set(avoided_until={**transition.state.avoided_until, transition.work.shard: transition.now + seconds})
+    transition.warn(f"giving shard {transition.work.shard} up: {why}")
+    to_idle(transition, why, save=save)
 
 
-def to_idle(turn: NodeTransition, why: str, *, save: bool) -> None:
-    leaving = turn.state.phase == "draining"
-    release(turn, save=save)
-    turn.set(look_at=turn.now)
-    if not leaving:  # a draining node without work leaves by itself
-        turn.enter("idle", why)
+def to_idle(transition: NodeTransition, why: str, *, save: bool) -> None:
+    leaving = transition.state.phase == "draining"
+    release(transition, save=save)
+    transition.set(look_at=transition.now)
+    if not leaving:  # a draining node without work leaves on its own
+        transition.enter("idle", why)
 
 
 # --- syncing --------------------------------------------------------------------------------------------------------------
 
 
-def shard_synced(turn: NodeTransition, event: SyncDone) -> None:
-    work = turn.state.work
-    if turn.state.phase != "syncing" or not work:
+def shard_synced(transition: NodeTransition, event: SyncDone) -> None:
+    work = transition.state.work
+    if transition.state.phase != "syncing" or not work:
         return
     if (work.shard, work.epoch, work.checkpoint) != (event.shard, event.epoch, event.checkpoint):
-        return  # the answer to an older wish
-    turn.change(pending=event.pending, sync_failures=0, sync_at=None, restart_at=turn.now, offer_at=turn.now)
-    turn.set(remembered=turn.state.remembered | {event.shard})
-    turn.enter("training", f"training shard {event.shard}, begun on top of epoch {turn.work.newest}")
+        return  # the answer to an earlier request
+    transition.set_work(pending=event.pending, sync_failures=0, sync_at=None, restart_at=transition.now, offer_at=transition.now)
+    transition.set(remembered=transition.state.remembered | {event.shard})
+    transition.enter("training", f"training shard {event.shard} from epoch {transition.work.newest}")
 
 
-def sync_failed(turn: NodeTransition, event: SyncFailed) -> None:
-    work = turn.state.work
-    if turn.state.phase != "syncing" or not work or work.shard != event.shard:
+def sync_failed(transition: NodeTransition, event: SyncFailed) -> None:
+    work = transition.state.work
+    if transition.state.phase != "syncing" or not work or work.shard != event.shard:
         return
     failures = work.sync_failures + 1
-    turn.warn(f"could not fetch shard {event.shard}: {event.reason}")
-    if failures >= turn.rules.crash_limit:
-        give_up(turn, f"fetching failed {failures} times", save=True, seconds=turn.rules.lease)
+    transition.warn(f"could not fetch shard {event.shard}: {event.reason}")
+    if failures >= transition.rules.crash_limit:
+        give_up(transition, f"fetching failed {failures} times", save=True, seconds=transition.rules.lease)
     else:
-        turn.change(sync_failures=failures, sync_at=turn.now + turn.rules.backoff(failures, "sync", event.shard))
-        turn.because(f"fetching again soon: {event.reason}")
+        transition.set_work(
+            sync_failures=failures, sync_at=transition.now + transition.rules.backoff(failures, "sync", event.shard)
+        )
+        transition.explain(f"waiting to fetch again: {event.reason}")
 
 
-# --- what the swarm shows of our shard ------------------------------------------------------------------------------------
+# --- what the DHT shows of our shard ------------------------------------------------------------------------------------
 
 
-def own_shard_seen(turn: NodeTransition) -> None:
-    """Yield to a rightful owner; then follow the accepted lineage."""
-    state, rules, now, work = turn.state, turn.rules, turn.now, turn.work
+def own_shard_seen(transition: NodeTransition) -> None:
+    """Yield to a rightful holder; then follow the accepted lineage."""
+    state, rules, now, work = transition.state, transition.rules, transition.now, transition.work
     view = state.views[work.shard]
     others = any(claim.record.owner != rules.owner for claim in view.live(now))
     if work.owned and others:
         lapsed = work.checking or now - state.renewed_at >= rules.lease
-        seen, own = state.watched.get(work.shard, {}), _with_own_claim(turn, view)
+        seen, own = state.claim_histories.get(work.shard, {}), _with_own_claim(transition, view)
         holder = current_holder(rules.run, own, seen, rules.tenure, rules.interval, now, reader=rules.owner)
         if lapsed or holder != rules.owner:
-            _follow(turn, view, resync=False)
-            if turn.state.work:
-                to_idle(turn, f"shard {work.shard} has another owner", save=work.shard in turn.state.remembered)
+            _follow(transition, view, resync=False)
+            if transition.state.work:
+                to_idle(transition, f"shard {work.shard} has another owner", save=work.shard in transition.state.remembered)
             return
-    if work.checking and state.disk_full_since is None:  # the shard is still free: take it up again
-        turn.change(checking=False)
-        turn.set(renewed_at=now, renew_at=now)
-    _follow(turn, view, resync=True)
+    if work.checking and state.disk_full_since is None:  # the shard is still free: renew the lease
+        transition.set_work(checking=False)
+        transition.set(renewed_at=now, renew_at=now)
+    _follow(transition, view, resync=True)
 
 
-def _with_own_claim(turn: NodeTransition, view: ShardView) -> ShardView:
-    """A replica may lag behind our own renewals; we know that our claim lives."""
-    rules, work = turn.rules, turn.work
+def _with_own_claim(transition: NodeTransition, view: ShardView) -> ShardView:
+    """A DHT replica may lag behind our renewals, so add our own claim as it is."""
+    rules, work = transition.rules, transition.work
     claim = work.claim(draining=False)
     record = ClaimRecord(
-        run=rules.run, owner=rules.owner, issued=turn.state.renewed_at,
+        run=rules.run, owner=rules.owner, issued=transition.state.renewed_at,
         shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
     )  # fmt: skip
     others = [claim for claim in view.claims if claim.record.owner != rules.owner]
-    return view.with_claims([*others, LiveClaim(record, turn.state.renewed_at + rules.lease)])
+    return view.with_claims([*others, LiveClaim(record, transition.state.renewed_at + rules.lease)])
 
 
-def _follow(turn: NodeTransition, view: ShardView, *, resync: bool) -> None:
-    """Stand on the newest acceptance: ours moves us forward, another's fences us, a roll-back takes us along."""
-    work, before = turn.work, turn.work.term
+def _follow(transition: NodeTransition, view: ShardView, *, resync: bool) -> None:
+    """Move to the newest acceptance.
+
+    Our own checkpoint advances the work; another peer's checkpoint or a rollback voids it. `resync`: go on with the shard then.
+    """
+    work, before = transition.work, transition.work.term
     term, epoch, checkpoint = view.stand
     if view.place < (work.term, work.epoch):
         return
-    turn.change(term=term)
+    transition.set_work(term=term)
     if (epoch, checkpoint) == (work.epoch, work.checkpoint):
         return
     if checkpoint and any((c.epoch, c.digest) == (epoch, checkpoint) for c in work.pending):
-        own_accepted(turn, epoch, checkpoint)
+        own_accepted(transition, epoch, checkpoint)
         return
     if term > before:
-        turn.warn(f"shard {work.shard} was rolled back: it goes on from epoch {epoch}, and our work beyond is void")
-    elif turn.state.phase == "syncing" and not work.pending:
-        turn.info(f"shard {work.shard} moved on to epoch {epoch} meanwhile")
+        transition.warn(f"shard {work.shard} was rolled back to epoch {epoch}; newer local work is discarded")
+    elif transition.state.phase == "syncing" and not work.pending:
+        transition.info(f"shard {work.shard} is at epoch {epoch} now")
     else:
-        turn.warn(f"epoch {epoch} of shard {work.shard} was accepted from another peer; our work on it is void")
-    void(turn, min(epoch, work.epoch))
-    if turn.state.phase == "draining" or not work.owned:
-        release(turn, save=False)
+        transition.warn(f"epoch {epoch} of shard {work.shard} was accepted from another peer; local work on it is discarded")
+    discard_work(transition, min(epoch, work.epoch))
+    if transition.state.phase == "draining" or not work.owned:
+        release(transition, save=False)
     elif resync and term == before:
-        _overtaken(turn)
+        _overtaken(transition)
     elif resync:
-        start_sync(turn, work.shard)
+        start_sync(transition, work.shard)
 
 
-def _overtaken(turn: NodeTransition) -> None:
-    """Go on from what others did instead: late results of who held the shard before us, who may have had so many pending.
+def _overtaken(transition: NodeTransition) -> None:
+    """Continue from another peer's epochs.
 
-    More than those come from somebody who holds it now, and whose claim looks expired to us: one clock is off by a lease.
+    The previous holder may still have `max_pending` results under way. More than that come from a peer that holds the shard
+    now and whose claim looks expired here: one of the two clocks is wrong by a lease.
     """
-    shard, rules, counts = turn.work.shard, turn.rules, turn.state.overtaken
+    shard, rules, counts = transition.work.shard, transition.rules, transition.state.overtaken
     times = counts.get(shard, 0) + 1
-    turn.set(overtaken={**counts, shard: times % (rules.max_pending + 1)})
+    transition.set(overtaken={**counts, shard: times % (rules.max_pending + 1)})
     if times <= rules.max_pending:
-        start_sync(turn, shard)
+        start_sync(transition, shard)
         return
-    why = "others work on it too, and their claims look expired here; is this machine's clock right?"
-    give_up(turn, why, save=False, seconds=rules.lease)
+    why = "another peer also works on it, and its claim looks expired here; check this machine's clock"
+    give_up(transition, why, save=False, seconds=rules.lease)
 
 
-def void(turn: NodeTransition, epoch: int) -> None:
-    """Stop the trainer and drop all work beyond accepted `epoch`."""
-    if turn.work.trainer == "on":
-        turn.do(StopTrainer(save=False))
-    turn.set(remembered=turn.state.remembered - {turn.work.shard})
-    turn.change(trainer="off", pending=(), offering=None)
-    turn.do(DiscardWork(turn.work.shard, epoch))
+def discard_work(transition: NodeTransition, epoch: int) -> None:
+    """Stop the trainer and drop all work after accepted `epoch`."""
+    if transition.work.trainer == "on":
+        transition.do(StopTrainer(save=False))
+    transition.set(remembered=transition.state.remembered - {transition.work.shard})
+    transition.set_work(trainer="off", pending=(), offering=None)
+    transition.do(DiscardWork(transition.work.shard, epoch))
 
 
-def own_accepted(turn: NodeTransition, epoch: int, digest: str) -> None:
-    work, now = turn.work, turn.now
+def own_accepted(transition: NodeTransition, epoch: int, digest: str) -> None:
+    work, now = transition.work, transition.now
     rest = tuple(candidate for candidate in work.pending if candidate.epoch > epoch)
-    turn.change(epoch=epoch, checkpoint=digest, pending=rest, offering=None, offers=0, unjudged=0, offer_at=now)
-    turn.set(rejections={**turn.state.rejections, work.shard: 0}, overtaken={**turn.state.overtaken, work.shard: 0})
-    turn.info(f"epoch {epoch} of shard {work.shard} was accepted")
-    turn.do(CheckpointsSuperseded(work.shard, epoch))
+    transition.set_work(epoch=epoch, checkpoint=digest, pending=rest, offering=None, offers=0, unjudged=0, offer_at=now)
+    transition.set(
+        rejections={**transition.state.rejections, work.shard: 0}, overtaken={**transition.state.overtaken, work.shard: 0}
+    )
+    transition.info(f"epoch {epoch} of shard {work.shard} was accepted")
+    transition.do(CheckpointsSuperseded(work.shard, epoch))

@@ -1,4 +1,4 @@
-"""What the node's state machine hears (events, each with the time it happened) and what it asks for (actions)."""
+"""Events (input, each with its time in Unix seconds) and actions (output) of the node's state machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Exit = Literal["stopped", "crash", "out-of-memory", "disk-full", "bad-shard", "b
 
 @dataclass(frozen=True, slots=True)
 class OwnCheckpoint:
-    """A checkpoint of our own that is whole on disk: epoch `epoch` of `shard` on top of `parent` (a checkpoint digest)."""
+    """A complete checkpoint of this node on disk: `epoch` of `shard`, trained from `parent` (a checkpoint digest)."""
 
     shard: int
     epoch: int
@@ -28,14 +28,14 @@ class OwnCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class ClockTick:
-    """Time passed; due when `next_wake` says so."""
+    """Time passed. Sent when `next_wake` says so."""
 
     now: float
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The network side is up for the first time and the manifest is known."""
+    """The network is up for the first time and the manifest is known."""
 
     now: float
 
@@ -52,7 +52,7 @@ class NetworkBack:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What this box can do: shard -> fitness in 0..1 (0: does not fit)."""
+    """Result of the hardware probe: shard -> fitness in 0..1 (0: does not fit)."""
 
     now: float
     fitness: Mapping[int, float]
@@ -74,7 +74,7 @@ class SwarmSeen:
 
 @dataclass(frozen=True, slots=True)
 class WatchedShardsSet:
-    """Which shards this node looks after while it stands by, until another list comes or `until`; None: all of them."""
+    """The shards that this node watches while it stands by, until `until` or the next such event; None: all."""
 
     now: float
     shards: frozenset[int] | None
@@ -83,7 +83,7 @@ class WatchedShardsSet:
 
 @dataclass(frozen=True, slots=True)
 class SyncDone:
-    """The shard's data and the state of accepted `epoch` are here; `pending` are own checkpoints on top of it, oldest first."""
+    """The shard's data and accepted state are on disk. `pending`: own checkpoints that descend from it, oldest first."""
 
     now: float
     shard: int
@@ -101,7 +101,7 @@ class SyncFailed:
 
 @dataclass(frozen=True, slots=True)
 class TrainerProgress:
-    """Trainer number `run` works on top of `epoch`; `waiting` when it may not go on (see `AllowEpochs`)."""
+    """Trainer number `run` trains after `epoch`; `waiting`: it waits for `AllowEpochs`. `samples`: of the shard, in total."""
 
     now: float
     run: int
@@ -127,9 +127,9 @@ class CheckpointReady:
 
 @dataclass(frozen=True, slots=True)
 class OfferAnswered:
-    """How the offered checkpoint `digest` stands with the coordinator.
+    """The coordinator's answer to the offered checkpoint `digest`. `retry_after` in seconds.
 
-    `unreachable`: nobody answered, or publishing failed. `quarantined`: nothing of ours is judged any more.
+    `unreachable`: no coordinator answered, or publishing failed. `quarantined`: the coordinator judges nothing of this peer.
     """
 
     now: float
@@ -141,7 +141,7 @@ class OfferAnswered:
 
 @dataclass(frozen=True, slots=True)
 class UserVerb:
-    """The volunteer's wish; `until` (Unix seconds) ends a pause by itself."""
+    """A command of the volunteer. `until` (Unix seconds): when a pause ends; None: at `resume`."""
 
     now: float
     verb: Verb
@@ -161,7 +161,7 @@ class DiskFree:
 
 @dataclass(frozen=True, slots=True)
 class ManifestChanged:
-    """A newer version of the manifest counts from now on; the rules are its. `training`: trainers would take other steps."""
+    """A newer manifest version applies; the rules follow it. `training`: it changes the training steps."""
 
     now: float
     version: int
@@ -170,7 +170,7 @@ class ManifestChanged:
 
 @dataclass(frozen=True, slots=True)
 class HoursChanged:
-    """One of the volunteer's windows has ended, and the next begins at `closed_until` (Unix seconds); None: one has begun."""
+    """The schedule closed until `closed_until` (Unix seconds); None: it opened."""
 
     now: float
     closed_until: float | None
@@ -188,7 +188,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class ProbeHardware:
-    """Find out what this box can do; answer with Probed or ProbeFailed."""
+    """Probe the hardware; answer with Probed or ProbeFailed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class LookAtShards:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The claim to store: `released` tells the others at once that the shard is free."""
+    """The claim to store. `released` tells other peers at once that the shard is free."""
 
     shard: int
     epoch: int
@@ -217,7 +217,7 @@ class PublishClaim:
 
 @dataclass(frozen=True, slots=True)
 class RenewRecords:
-    """Heartbeat: the node record, the claim if we hold one, and whatever else of ours is about to expire."""
+    """Heartbeat: store the node record, the claim if there is one, and our other records that are about to expire."""
 
     claim: Claim | None
 
@@ -235,7 +235,7 @@ class Sync:
 class StartTrainer:
     """Start trainer number `run` from the newest state that descends from (`epoch`, `checkpoint`).
 
-    It may train on top of epochs below `until`. `shrink`: how many times the micro-batch is to be halved.
+    It may start epochs from parents below `until`. `halvings`: how often to halve the micro-batch.
     """
 
     run: int
@@ -243,19 +243,19 @@ class StartTrainer:
     epoch: int
     checkpoint: str | None
     until: int
-    shrink: int = 0
+    halvings: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AllowEpochs:
-    """The trainer may now train on top of epochs below `until`."""
+    """The trainer may now start epochs from parents below `until`."""
 
     until: int
 
 
 @dataclass(frozen=True, slots=True)
 class StopTrainer:
-    """End the trainer, with a local checkpoint first if `save`; kill it if it does not answer."""
+    """Stop the trainer, after a local checkpoint if `save`; kill it if it does not answer."""
 
     save: bool
 
@@ -269,7 +269,7 @@ class PublishCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class DiscardWork:
-    """Our work on this shard beyond accepted `epoch` is void: remove it. None: trust nothing of ours, check what was fetched."""
+    """Remove our work on this shard after accepted `epoch`. None: remove all of it and verify what was fetched."""
 
     shard: int
     epoch: int | None
@@ -277,7 +277,7 @@ class DiscardWork:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointsSuperseded:
-    """Own checkpoints of this shard older than `epoch` are no longer needed."""
+    """Our checkpoint of `epoch` was accepted: older ones of this shard are not needed any more."""
 
     shard: int
     epoch: int
@@ -285,7 +285,7 @@ class CheckpointsSuperseded:
 
 @dataclass(frozen=True, slots=True)
 class LogSentence:
-    """A sentence for the log."""
+    """Write `text` to the log."""
 
     level: Literal["info", "warning"]
     text: str
@@ -293,7 +293,7 @@ class LogSentence:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Everything is put away: close the network and end."""
+    """All work is released: close the network and end."""
 
 
 Action = (

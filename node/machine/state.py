@@ -1,4 +1,4 @@
-"""What a node remembers between events: its rules, its work, and when it must act next. All of it immutable."""
+"""The state of the node's machine: its rules, its work, and when it must act next. All of it immutable."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lutetia.system.retry import backoff
 
 Immutable = TypeVar("Immutable")
 
-CROWD = 10_000
-"""Standbys of one shard up to which a takeover stays cheap (see `takeover_delay`)."""
+MANY_STANDBYS = 10_000
+"""Number of standbys of one shard up to which a takeover stays cheap (see `takeover_delay`)."""
 
 
 def evolve(old: Immutable, **changes: Any) -> Immutable:
-    """`dataclasses.replace` for dataclasses without `__post_init__`, several times faster; unknown fields are refused."""
+    """`dataclasses.replace` for dataclasses without `__post_init__`, several times faster. Raises TypeError on unknown fields."""
     if not changes.keys() <= old.__dict__.keys():
         raise TypeError(f"{type(old).__name__} has no {sorted(changes.keys() - old.__dict__.keys())}")
     new = object.__new__(type(old))
@@ -33,7 +33,7 @@ def evolve(old: Immutable, **changes: Any) -> Immutable:
 
 @dataclass(frozen=True)
 class NodeRules:
-    """The run's constants as one node needs them. Times in seconds."""
+    """Constants of the run for one node. Times in seconds."""
 
     run: str
     owner: str
@@ -42,27 +42,31 @@ class NodeRules:
     heartbeat: float
     propagation: float
     patience: float = 60.0
-    """How long a leaving node waits for the verdict on its last checkpoint."""
+    """How long a draining node waits at least for the verdict on its last checkpoint."""
     hang_after: float = 300.0
-    """Silence after which a trainer that has begun counts as hung."""
+    """Silence after which a trainer that has reported before counts as hung."""
     start_within: float = 300.0
-    """How long a trainer may take to begin: it imports its libraries first."""
+    """How long a trainer may take to its first report: it imports its libraries first."""
     stuck_after: float = 300.0
-    """Full disk after which the lease is let go."""
+    """How long a disk may be full before the lease is released."""
     probe_again: float = 300.0
+    """How long to wait before a node that fits nothing is probed again."""
     max_pending: int = 3
-    """Own checkpoints that may wait for acceptance before the trainer waits too."""
+    """Own checkpoints that may wait for acceptance before the trainer has to wait."""
     crash_limit: int = 6
+    """Failures in a row after which the shard is released."""
     rejection_limit: int = 2
+    """Refused checkpoints in a row after which the shard is released."""
     unjudged_limit: int = 3
+    """Inconclusive verdicts on one checkpoint after which the shard is released."""
     longest_backoff: float = 60.0
     tenure: float = 600.0
     interval: int = 1
-    """Samples of an epoch."""
+    """Samples per epoch."""
 
     @classmethod
     def of(cls, manifest: Manifest, owner: str) -> NodeRules:
-        """Propagation delay: a twentieth of the heartbeat, between 0.25 s (loopback) and 2 s."""
+        """Rules of a run for peer `owner`. Propagation delay: a twentieth of the heartbeat, at least 0.25 s, at most 2 s."""
         heartbeat = manifest.timing.heartbeat
         return cls(
             run=manifest.run_id, owner=owner, shards=len(manifest.shards), epochs=manifest.epochs,
@@ -75,27 +79,27 @@ class NodeRules:
         return lease_seconds(self.heartbeat)
 
     def jitter(self, *words: object) -> float:
-        """A number in [0, 1) that depends on this node and on `words` only."""
+        """A number in [0, 1) that depends only on run, node and `words`."""
         text = "|".join((self.run, self.owner, *map(str, words)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
     def backoff(self, attempt: int, *words: object) -> float:
-        """1, 2, 4, … s capped, plus up to a quarter of jitter so that peers spread."""
+        """1, 2, 4, … s up to `longest_backoff`, plus up to a quarter of jitter so that peers spread."""
         return backoff(attempt, longest=self.longest_backoff, jitter=self.jitter("backoff", attempt, *words))
 
     def takeover_delay(self, shard: int, epoch: int) -> float:
         """How long this node waits before it claims a free shard.
 
-        Exponential feedback (Nonnenmacher and Biersack 1998): the lowest rendezvous hash goes first, and of up to CROWD
-        standbys only about sqrt(CROWD) claim before the first claim can be seen, without anybody knowing their number.
+        Exponential feedback (Nonnenmacher and Biersack 1998): the lowest rendezvous hash goes first, and of up to MANY_STANDBYS
+        standbys only about sqrt(MANY_STANDBYS) claim before they can see the first claim. No peer needs to know their number.
         """
         share = (rendezvous(self.run, shard, epoch, self.owner) + 1) / 2**64
-        return 2 * self.propagation * max(0.0, 1 + math.log(share) / math.log(CROWD))
+        return 2 * self.propagation * max(0.0, 1 + math.log(share) / math.log(MANY_STANDBYS))
 
 
 @dataclass(frozen=True)
 class ShardWork:
-    """One shard in our hands. `epoch` and `checkpoint` are the accepted state that we stand on, in term `term` of the shard."""
+    """The work on one shard. `epoch`, `checkpoint` and `term` name the accepted state that it starts from."""
 
     shard: int
     epoch: int
@@ -104,31 +108,31 @@ class ShardWork:
     pending: tuple[OwnCheckpoint, ...] = ()
     owned: bool = True
     checking: bool = False
-    """Our lease may have lapsed: look before renewing it."""
+    """The lease may have lapsed: look at the shard before renewing it."""
     trainer: Literal["off", "on"] = "off"
-    at: int = 0
-    """The epoch on top of which the trainer works."""
+    trainer_epoch: int = 0
+    """The parent epoch of what the trainer trains now."""
     samples: int = 0
     until: int = 0
-    drain: int | None = None
-    """Where the trainer is to end when the node is to leave."""
-    relay: int | None = None
-    """Where the trainer, begun under an older manifest, hands over to one that reads the new: no epoch is trained by two."""
+    drain_epoch: int | None = None
+    """The epoch after which the trainer ends because the node drains."""
+    handover_epoch: int | None = None
+    """The epoch after which a trainer under the previous manifest hands over to one under the new manifest."""
     waiting: bool = False
     progress_at: float = 0.0
     started_at: float = 0.0
     restart_at: float = 0.0
     crashes: int = 0
     failure: str | None = None
-    """Why the last trainer ended before its time; None while one is at work, and when it ended as it was to."""
-    shrink: int = 0
+    """Why the last trainer failed; None while a trainer runs and after a normal end."""
+    halvings: int = 0
     sync_failures: int = 0
     sync_at: float | None = None
     offering: str | None = None
     offer_at: float = 0.0
     offers: int = 0
     unjudged: int = 0
-    """How often the coordinator gave up judging the oldest pending result, of which nothing is known against it."""
+    """Inconclusive verdicts on the oldest pending result."""
 
     @property
     def stand(self) -> Stand:
@@ -136,43 +140,43 @@ class ShardWork:
 
     @property
     def newest(self) -> int:
-        """The newest epoch of ours that is whole on disk."""
+        """The newest complete epoch: pending on disk, or accepted."""
         return self.pending[-1].epoch if self.pending else self.epoch
 
-    def most(self, rules: NodeRules) -> int:
-        """The epoch below which a trainer may work: the budget, and not too far ahead of what is accepted."""
+    def epoch_limit(self, rules: NodeRules) -> int:
+        """The last epoch that may be trained: within the budget and at most `max_pending` beyond the accepted one."""
         return min(rules.epochs, self.epoch + rules.max_pending)
 
     def may_train(self, rules: NodeRules) -> bool:
-        return self.newest < self.most(rules)
+        return self.newest < self.epoch_limit(rules)
 
     @property
     def cut_short(self) -> bool:
-        """Whether a trainer failed in the epoch that a leaving node was to finish."""
-        return self.failure is not None and self.drain is not None and self.newest < self.drain
+        """Whether a trainer failed in the epoch that a draining node was to finish."""
+        return self.failure is not None and self.drain_epoch is not None and self.newest < self.drain_epoch
 
     @property
-    def begun(self) -> bool:
-        """Whether the trainer has said anything since it was started."""
+    def has_reported(self) -> bool:
+        """Whether the trainer has reported since it was started."""
         return self.progress_at > self.started_at
 
-    def silent_from(self, rules: NodeRules) -> float:
-        """When the trainer counts as hung if it says nothing until then."""
-        return self.progress_at + (rules.hang_after if self.begun else max(rules.hang_after, rules.start_within))
+    def hung_at(self, rules: NodeRules) -> float:
+        """When the trainer counts as hung without a further report. Unix seconds."""
+        return self.progress_at + (rules.hang_after if self.has_reported else max(rules.hang_after, rules.start_within))
 
     def claim(self, draining: bool) -> Claim:
         return Claim(self.shard, self.epoch, self.samples, "draining" if draining else "training")
 
 
-Stage = Literal["delay", "check", "settle", "judge"]
+Stage = Literal["delay", "check", "settle", "decide"]
 
 
 @dataclass(frozen=True)
 class MachineState:
-    """Everything a node decides by."""
+    """All that a node's decisions depend on. Times are Unix seconds."""
 
-    last: float = 0.0
-    """When the last event came: a long gap means that the box slept."""
+    last_event_at: float = 0.0
+    """A long gap since then means that the machine slept."""
     phase: NodeState = "joining"
     why: str = "joining the network"
     since: float = 0.0
@@ -180,50 +184,50 @@ class MachineState:
     online: bool = False
     fitness: Mapping[int, float] = field(default_factory=dict)
     remembered: frozenset[int] = frozenset()
-    """Shards of which this box still holds local work."""
+    """Shards with local work on disk."""
     views: Mapping[int, ShardView] = field(default_factory=dict)
-    looked: Mapping[int, float] = field(default_factory=dict)
-    watched: Mapping[int, Seen] = field(default_factory=dict)
-    """What we have seen of the claims of others: those that hold a shard without working on it are passed over."""
-    duty: frozenset[int] | None = None
-    """The shards that we look after while we stand by, until `duty_until`; None: all of them."""
-    duty_until: float = 0.0
-    shunned: Mapping[int, float] = field(default_factory=dict)
+    looked_at: Mapping[int, float] = field(default_factory=dict)
+    claim_histories: Mapping[int, Seen] = field(default_factory=dict)
+    """What this node has seen of other peers' claims, by shard; claims without progress are ignored."""
+    watched_shards: frozenset[int] | None = None
+    """The shards to watch while standing by, until `watched_until`; None: all of them."""
+    watched_until: float = 0.0
+    avoided_until: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)
     overtaken: Mapping[int, int] = field(default_factory=dict)
-    """How often in a row others' work on a shard that we hold was accepted instead of ours."""
+    """By shard: how often in a row another peer's work was accepted instead of ours."""
     work: ShardWork | None = None
     target: int | None = None
     stage: Stage = "delay"
-    judged: int = 0
+    settle_rounds: int = 0
     act_at: float = 0.0
     look_at: float = 0.0
     to_look: tuple[int, ...] = ()
-    """The shards of a sweep that are still to be looked at (see `choosing.WAVE`)."""
+    """Shards of the current round that are still to be looked at (see `claiming.WAVE`)."""
     renew_at: float = 0.0
     renewed_at: float = 0.0
     probe_at: float | None = None
     probe_failures: int = 0
     pause_until: float | None = None
     closed_until: float | None = None
-    """When the volunteer's hours begin again; None: they are now, or the volunteer said to go on all the same."""
+    """When the schedule opens again; None: it is open, or the volunteer resumed in spite of it."""
     drain_until: float | None = None
-    trainers: int = 0
-    """Trainers started so far: messages of earlier ones are stale."""
+    trainers_started: int = 0
+    """Number of the current trainer; messages of earlier ones are stale."""
     disk_full_since: float | None = None
     disk_freed: tuple[float, float] | None = None
-    """When the disk was last full from, and until: what is full again soon after was full all the time."""
+    """(begin, end) of the last time the disk was full; if it is full again soon after, `begin` counts."""
 
 
 def wants_trainer(rules: NodeRules, state: MachineState, work: ShardWork) -> bool:
-    """Whether a trainer is to be started at `restart_at`: on a leaving node only in the place of one that failed half-way."""
+    """Whether to start a trainer at `restart_at`. A draining node only replaces one that failed within its epoch."""
     if work.trainer == "on" or state.disk_full_since is not None or not work.may_train(rules):
         return False
     return state.phase == "training" or (state.phase == "draining" and work.owned and work.cut_short)
 
 
 def next_wake(rules: NodeRules, state: MachineState) -> float | None:
-    """When the machine wants its next Tick (Unix seconds); None: only on other events."""
+    """When the machine needs its next ClockTick (Unix seconds); None: not before another event."""
     if state.phase in ("joining", "left"):
         return None
     times = [state.renew_at]
@@ -249,7 +253,7 @@ def _work_times(rules: NodeRules, state: MachineState, work: ShardWork) -> list[
     if wants_trainer(rules, state, work):
         times.append(work.restart_at)
     if work.trainer == "on" and not work.waiting and state.disk_full_since is None:
-        times.append(work.silent_from(rules))
+        times.append(work.hung_at(rules))
     if work.pending and work.offering is None and state.online:
         times.append(work.offer_at)
     return times

@@ -1,4 +1,4 @@
-"""The part of the state machine that works on a shard in hand: trainer, checkpoints, offers when due, and their limits."""
+"""Decisions while a shard is trained: start, restart and stop the trainer, take its checkpoints, offer them when due."""
 
 from __future__ import annotations
 
@@ -19,153 +19,155 @@ from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
 
 _HEALTHY = 600.0
-"""A trainer that has run this long starts a new count of crashes."""
+"""Seconds. A trainer that ran longer than this resets the count of crashes."""
 
 
-def trainer_progress(turn: NodeTransition, event: TrainerProgress) -> None:
-    work = turn.state.work
-    if work and work.trainer == "on" and event.run == turn.state.trainers:
-        turn.change(at=event.epoch, samples=event.samples, waiting=event.waiting, progress_at=turn.now)
+def trainer_progress(transition: NodeTransition, event: TrainerProgress) -> None:
+    work = transition.state.work
+    if work and work.trainer == "on" and event.run == transition.state.trainers_started:
+        transition.set_work(trainer_epoch=event.epoch, samples=event.samples, waiting=event.waiting, progress_at=transition.now)
 
 
-def checkpoint_ready(turn: NodeTransition, event: CheckpointReady) -> None:
-    """A trainer that was stopped may still finish writing: what it wrote counts while it fits our lineage."""
-    work, candidate = turn.state.work, event.candidate
+def checkpoint_ready(transition: NodeTransition, event: CheckpointReady) -> None:
+    """A stopped trainer may still finish writing: its checkpoint counts if it continues our lineage."""
+    work, candidate = transition.state.work, event.candidate
     if not work or candidate.shard != work.shard or candidate.epoch != work.newest + 1:
         return
     if candidate.parent != (work.pending[-1].digest if work.pending else work.checkpoint):
         return
-    turn.change(pending=(*work.pending, candidate), crashes=0, progress_at=turn.now)
+    transition.set_work(pending=(*work.pending, candidate), crashes=0, progress_at=transition.now)
     if not work.pending:
-        turn.change(offer_at=turn.now)
+        transition.set_work(offer_at=transition.now)
 
 
-def trainer_exited(turn: NodeTransition, event: TrainerExited) -> Exit | None:
-    """Back off and restart, sync again, or give up. Returns the reason if this trainer was in our hands."""
-    state, work = turn.state, turn.state.work
-    if not work or work.trainer != "on" or event.run != state.trainers:
+def trainer_exited(transition: NodeTransition, event: TrainerExited) -> Exit | None:
+    """Restart with back-off, fetch again, or give up. Returns the reason if it was the current trainer."""
+    state, work = transition.state, transition.state.work
+    if not work or work.trainer != "on" or event.run != state.trainers_started:
         return None
-    turn.change(trainer="off", waiting=False)
+    transition.set_work(trainer="off", waiting=False)
     if event.reason == "stopped":
-        turn.change(restart_at=turn.now)
+        transition.set_work(restart_at=transition.now)
         return event.reason
-    _trainer_failed(turn, event.reason, event.text or event.reason)
+    _trainer_failed(transition, event.reason, event.text or event.reason)
     return event.reason
 
 
-def _trainer_failed(turn: NodeTransition, reason: Exit, text: str) -> None:
-    turn.change(failure=text)
-    work, rules, now = turn.work, turn.rules, turn.now
-    if reason == "disk-full":  # it starts again when there is space
-        turn.change(restart_at=now)
-        turn.disk_full(text)
+def _trainer_failed(transition: NodeTransition, reason: Exit, text: str) -> None:
+    transition.set_work(failure=text)
+    work, rules, now = transition.work, transition.rules, transition.now
+    if reason == "disk-full":  # it is restarted when the disk has space
+        transition.set_work(restart_at=now)
+        transition.disk_full(text)
         return
     crashes = 1 if now - work.started_at > _HEALTHY else work.crashes + 1
-    shrink = work.shrink + (reason == "out-of-memory")
+    halvings = work.halvings + (reason == "out-of-memory")
     wait = rules.backoff(crashes, "crash", work.shard)
-    turn.change(trainer="off", waiting=False, crashes=crashes, shrink=shrink, restart_at=now + wait)
+    transition.set_work(trainer="off", waiting=False, crashes=crashes, halvings=halvings, restart_at=now + wait)
     if reason == "bad-shard":
-        give_up(turn, text, save=False, seconds=10 * rules.lease)
+        give_up(transition, text, save=False, seconds=10 * rules.lease)
     elif reason == "hardware":
-        turn.warn(f"the trainer lost its device: {text}")
-        release(turn, save=True)
+        transition.warn(f"the trainer lost its device: {text}")
+        release(transition, save=True)
     elif crashes > rules.crash_limit:
-        give_up(turn, f"the trainer failed {crashes} times in a row, last: {text}", save=True, seconds=10 * rules.lease)
+        give_up(transition, f"the trainer failed {crashes} times in a row, last: {text}", save=True, seconds=10 * rules.lease)
     elif reason == "bad-state":
-        leaving = turn.state.phase == "draining"
-        then = "it cannot be handed in" if leaving else "starting from the accepted one"
-        turn.warn(f"the local state of shard {work.shard} cannot be used: {text}; {then}")
-        turn.do(DiscardWork(work.shard, None))
+        leaving = transition.state.phase == "draining"
+        then = "it cannot be offered" if leaving else "starting from the accepted state"
+        transition.warn(f"the local state of shard {work.shard} is unusable: {text}; {then}")
+        transition.do(DiscardWork(work.shard, None))
         if leaving:
-            release(turn, save=False)
+            release(transition, save=False)
         else:
-            start_sync(turn, work.shard, work.stand)
-            turn.change(crashes=crashes)
+            start_sync(transition, work.shard, work.stand)
+            transition.set_work(crashes=crashes)
     else:
-        turn.warn(f"the trainer failed ({text}); restarting it from its last local checkpoint in {wait:.1f} s")
+        transition.warn(f"the trainer failed ({text}); it restarts from its last local checkpoint in {wait:.1f} s")
 
 
-def manifest_changed(turn: NodeTransition, training: bool) -> None:
-    """A trainer at work ends its epoch as it began it; where the new version changes training, another takes the next one."""
-    work = turn.state.work
+def manifest_changed(transition: NodeTransition, training: bool) -> None:
+    """A running trainer ends its epoch under the old manifest. If `training` changed, a new trainer takes the next epoch."""
+    work = transition.state.work
     if work and training and work.trainer == "on":
-        turn.change(relay=work.at if work.waiting else work.at + 1)
-    if work and turn.state.phase == "publishing" and work.may_train(turn.rules):
-        turn.enter("training", f"the budget was raised: training shard {work.shard} on")
+        transition.set_work(handover_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
+    if work and transition.state.phase == "publishing" and work.may_train(transition.rules):
+        transition.enter("training", f"the epoch budget was raised: training shard {work.shard} further")
 
 
-def _until(turn: NodeTransition) -> int:
-    """The epoch below which the trainer may work. A leaving node ends the epoch under way, and no other."""
-    work = turn.work
-    most = work.most(turn.rules)
-    if work.relay is not None and work.trainer == "on":
-        most = min(most, work.relay)
-    if turn.state.phase != "draining":
-        if work.drain is not None:  # called off
-            turn.change(drain=None)
+def _until(transition: NodeTransition) -> int:
+    """The last epoch that the trainer may train. A draining node ends the current epoch and starts no other."""
+    work = transition.work
+    most = work.epoch_limit(transition.rules)
+    if work.handover_epoch is not None and work.trainer == "on":
+        most = min(most, work.handover_epoch)
+    if transition.state.phase != "draining":
+        if work.drain_epoch is not None:  # finish was cancelled
+            transition.set_work(drain_epoch=None)
         return most
-    if work.drain is None:
-        turn.change(drain=work.at if work.waiting else work.at + 1)
-    return min(most, turn.work.drain or 0)
+    if work.drain_epoch is None:
+        transition.set_work(drain_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
+    return min(most, transition.work.drain_epoch or 0)
 
 
-def _train_on(turn: NodeTransition) -> None:
-    """Start, hold, restart or end the trainer as the lineage asks."""
-    state, rules, now = turn.state, turn.rules, turn.now
-    until = _until(turn)
-    work = turn.work
+def _supervise_trainer(transition: NodeTransition) -> None:
+    """Start, hold, restart or stop the trainer, as its limits require."""
+    state, rules, now = transition.state, transition.rules, transition.now
+    until = _until(transition)
+    work = transition.work
     if work.trainer == "on":
         if until != work.until:
-            heard = now if work.begun else work.progress_at
-            turn.change(until=until, progress_at=heard, waiting=work.waiting and until <= work.at)
-            turn.do(AllowEpochs(until))
-        _end_trainer_when_due(turn, until)
-        if turn.work.trainer == "on" and _silent(turn):
-            turn.do(StopTrainer(save=False))
-            _trainer_failed(turn, "crash", f"no sign of life for {now - turn.work.progress_at:.0f} s")
-    elif wants_trainer(rules, turn.state, work) and now >= work.restart_at:
-        number = state.trainers + 1
-        turn.set(trainers=number)
-        turn.change(trainer="on", at=work.newest, until=until, relay=None, waiting=False, failure=None)
-        turn.change(progress_at=now, started_at=now)
-        turn.do(StartTrainer(number, work.shard, work.epoch, work.checkpoint, until, work.shrink))
+            progress_at = now if work.has_reported else work.progress_at
+            transition.set_work(until=until, progress_at=progress_at, waiting=work.waiting and until <= work.trainer_epoch)
+            transition.do(AllowEpochs(until))
+        _end_trainer_when_due(transition, until)
+        if transition.work.trainer == "on" and _silent(transition):
+            transition.do(StopTrainer(save=False))
+            _trainer_failed(transition, "crash", f"no report for {now - transition.work.progress_at:.0f} s")
+    elif wants_trainer(rules, transition.state, work) and now >= work.restart_at:
+        number = state.trainers_started + 1
+        transition.set(trainers_started=number)
+        transition.set_work(
+            trainer="on", trainer_epoch=work.newest, until=until, handover_epoch=None, waiting=False, failure=None
+        )
+        transition.set_work(progress_at=now, started_at=now)
+        transition.do(StartTrainer(number, work.shard, work.epoch, work.checkpoint, until, work.halvings))
 
 
-def _silent(turn: NodeTransition) -> bool:
-    """Whether the trainer hangs: it has nothing to wait for, and says nothing."""
-    waits = turn.work.waiting or turn.state.disk_full_since is not None
-    return not waits and turn.now >= turn.work.silent_from(turn.rules)
+def _silent(transition: NodeTransition) -> bool:
+    """Whether the trainer hangs: it does not wait for anything and does not report."""
+    waits = transition.work.waiting or transition.state.disk_full_since is not None
+    return not waits and transition.now >= transition.work.hung_at(transition.rules)
 
 
-def _end_trainer_when_due(turn: NodeTransition, until: int) -> None:
-    work, state = turn.work, turn.state
-    whole = work.newest >= until  # all that it may do is written
-    if whole and (state.phase == "draining" or until >= turn.rules.epochs or work.relay is not None):
-        turn.do(StopTrainer(save=False))
-        turn.change(trainer="off", waiting=False, restart_at=turn.now)
+def _end_trainer_when_due(transition: NodeTransition, until: int) -> None:
+    work, state = transition.work, transition.state
+    whole = work.newest >= until  # all epochs that it may train are written
+    if whole and (state.phase == "draining" or until >= transition.rules.epochs or work.handover_epoch is not None):
+        transition.do(StopTrainer(save=False))
+        transition.set_work(trainer="off", waiting=False, restart_at=transition.now)
 
 
-def work_on(turn: NodeTransition) -> None:
-    """What is due for the shard in our hands."""
-    state, now = turn.state, turn.now
-    if state.phase == "syncing" and turn.work.sync_at is not None and now >= turn.work.sync_at:
-        turn.change(sync_at=None)
-        turn.do(Sync(turn.work.shard, turn.work.epoch, turn.work.checkpoint))
+def continue_work(transition: NodeTransition) -> None:
+    """Carry out what is due for the held shard."""
+    state, now = transition.state, transition.now
+    if state.phase == "syncing" and transition.work.sync_at is not None and now >= transition.work.sync_at:
+        transition.set_work(sync_at=None)
+        transition.do(Sync(transition.work.shard, transition.work.epoch, transition.work.checkpoint))
     if state.phase in ("training", "draining"):
-        _train_on(turn)
-    work = turn.state.work
+        _supervise_trainer(transition)
+    work = transition.state.work
     if work and work.pending and work.offering is None and state.online and now >= work.offer_at:
-        turn.change(offering=work.pending[0].digest)
-        turn.do(PublishCheckpoint(work.pending[0]))
-    if turn.state.phase in ("training", "publishing") and turn.state.work:
-        _budget(turn)
+        transition.set_work(offering=work.pending[0].digest)
+        transition.do(PublishCheckpoint(work.pending[0]))
+    if transition.state.phase in ("training", "publishing") and transition.state.work:
+        _finish_shard(transition)
 
 
-def _budget(turn: NodeTransition) -> None:
-    """The shard's last epoch: wait for its acceptance, then look for other work."""
-    work, epochs = turn.work, turn.rules.epochs
+def _finish_shard(transition: NodeTransition) -> None:
+    """After the shard's last epoch: wait for its acceptance, then look for another shard."""
+    work, epochs = transition.work, transition.rules.epochs
     if work.epoch >= epochs:
-        turn.do(DiscardWork(work.shard, work.epoch))
-        to_idle(turn, f"shard {work.shard} is done", save=False)
-    elif work.newest >= epochs and work.trainer == "off" and turn.state.phase == "training":
-        turn.enter("publishing", f"shard {work.shard} is trained; waiting for its last checkpoints to be accepted")
+        transition.do(DiscardWork(work.shard, work.epoch))
+        to_idle(transition, f"shard {work.shard} is done", save=False)
+    elif work.newest >= epochs and work.trainer == "off" and transition.state.phase == "training":
+        transition.enter("publishing", f"shard {work.shard} is trained; waiting for its last checkpoints to be accepted")

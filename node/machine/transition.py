@@ -1,21 +1,22 @@
-"""One call of the state machine: the state as it changes, and the actions so far. Lives no longer than that call."""
+"""One call of the state machine: the changing state and the actions so far."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
+from lutetia.node.machine.changes import MachineChanges, WorkChanges
 from lutetia.node.machine.messages import Action, LogSentence
 from lutetia.node.machine.state import MachineState, NodeRules, ShardWork, evolve
 from lutetia.protocol.schema.records import NodeState
 
-_WORTH_TELLING = frozenset({"idle", "training", "publishing", "paused", "draining"})
-"""Phases that the swarm should hear of at once, not with the next heartbeat."""
-_RELAPSE = 120.0
-"""Seconds: what is full again so soon after was full all the time."""
+_ANNOUNCED = frozenset({"idle", "training", "publishing", "paused", "draining"})
+"""Phases that are published at once, not with the next heartbeat."""
+_FULL_AGAIN = 120.0
+"""Seconds. A disk that is full again within this time counts as full since the first time."""
 
 
 class NodeTransition:
-    """Collects what one event changes."""
+    """Collects the changes and actions of one event."""
 
     def __init__(self, rules: NodeRules, state: MachineState, now: float) -> None:
         self.rules = rules
@@ -23,11 +24,11 @@ class NodeTransition:
         self.now = now
         self.actions: list[Action] = []
 
-    def set(self, **changes: Any) -> None:
+    def set(self, **changes: Unpack[MachineChanges]) -> None:
         self.state = evolve(self.state, **changes)
 
-    def change(self, **changes: Any) -> None:
-        """Change the work in hand."""
+    def set_work(self, **changes: Unpack[WorkChanges]) -> None:
+        """Change the current work."""
         assert self.state.work
         self.state = evolve(self.state, work=evolve(self.state.work, **changes))
 
@@ -40,25 +41,25 @@ class NodeTransition:
         self.actions.append(action)
 
     def enter(self, phase: NodeState, why: str) -> None:
-        """Change phase, and say why."""
+        """Change the phase and log why."""
         changed = phase != self.state.phase
         self.set(phase=phase, why=why, since=self.now if changed else self.state.since)
         self.info(f"{phase}: {why}")
-        if changed and phase in _WORTH_TELLING:
+        if changed and phase in _ANNOUNCED:
             self.set(renew_at=self.now)
 
-    def because(self, why: str) -> None:
-        """The phase stays; its reason may have changed."""
+    def explain(self, why: str) -> None:
+        """Keep the phase; log its reason if that is new."""
         if why != self.state.why:
             self.set(why=why)
             self.info(f"{self.state.phase}: {why}")
 
     def disk_full(self, text: str) -> None:
-        """Say so once. Hope in between does not begin the time anew after which the shard is let go."""
+        """Warn once. A short recovery does not restart the timer that releases the shard."""
         state = self.state
         if state.disk_full_since is None:
-            relapse = state.disk_freed is not None and self.now - state.disk_freed[1] < _RELAPSE
-            self.set(disk_full_since=state.disk_freed[0] if relapse and state.disk_freed else self.now)
+            again = state.disk_freed is not None and self.now - state.disk_freed[1] < _FULL_AGAIN
+            self.set(disk_full_since=state.disk_freed[0] if again and state.disk_freed else self.now)
             self.warn(text)
 
     def info(self, text: str) -> None:

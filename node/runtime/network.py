@@ -1,4 +1,4 @@
-"""What a node does on the network, in the words of its state machine: look, claim, renew, offer, fetch, announce."""
+"""The node's network operations: look at shards, publish records, offer checkpoints, fetch and announce blobs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lutetia.node.machine.messages import Claim
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
+from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
@@ -48,7 +49,8 @@ log = logging.getLogger(__name__)
 _LOOKUPS_AT_ONCE = 8
 _PROVIDERS_AT_ONCE = 4
 _MAX_ADDRESSES = 8
-_RECORD_AGAIN = 600.0
+_RECORD_SECONDS = 600.0
+"""A checkpoint record is published again after this time."""
 _ADDRESS = TypeAdapter(Address)
 
 
@@ -61,7 +63,7 @@ def _fits_records(address: str) -> bool:
 
 @dataclass
 class NodeNetwork:
-    """One peer's doings on `transport`, which is replaced when p2pd has died."""
+    """One peer's network operations on `transport`, which is replaced when p2pd has died."""
 
     identity: Identity
     transport: Transport
@@ -80,32 +82,30 @@ class NodeNetwork:
         self.upgrade(self.manifest)
 
     def upgrade(self, manifest: Manifest) -> None:
-        """Go on under this version of the manifest."""
+        """Use this version of the manifest from now on."""
         self.manifest = manifest
         self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self.coordinators = list(coordinator_addresses(manifest, self.ticket).items())
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Those of p2pd's that a record may name: it takes almost any to announce."""
+        """Addresses of p2pd that a record may name; p2pd itself accepts almost any text as an address."""
         return tuple(address for address in self.transport.addresses() if _fits_records(address))[:_MAX_ADDRESSES]
 
     async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""
-        gate = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
-        await self._look_at_quarantine()
+        await self._update_quarantine()
+        views = await gather_bounded(self._view_or_none, shards, _LOOKUPS_AT_ONCE)
+        return tuple(view for view in views if view is not None)
 
-        async def one(shard: int) -> ShardView | None:
-            async with gate:
-                try:
-                    return await self._look_at(shard)
-                except ConnectionError as error:
-                    log.info("cannot look up shard %d: %s", shard, error)
-                    return None
+    async def _view_or_none(self, shard: int) -> ShardView | None:
+        try:
+            return await self._view_of(shard)
+        except ConnectionError as error:
+            log.info("cannot look up shard %d: %s", shard, error)
+            return None
 
-        return tuple(view for view in await asyncio.gather(*map(one, shards)) if view is not None)
-
-    async def _look_at(self, shard: int) -> ShardView:
+    async def _view_of(self, shard: int) -> ShardView:
         run = self.manifest.run_id
         claims = await read_records(self.transport, claim_key(run, shard))
         accepted = await read_records(self.transport, acceptance_key(run, shard))
@@ -122,18 +122,18 @@ class NodeNetwork:
             self.acceptances[shard] = newest
         return ShardView(shard, live, newest)
 
-    async def _look_at_quarantine(self) -> None:
-        """Whose claims do not count; asked at most once per heartbeat."""
+    async def _update_quarantine(self) -> None:
+        """Read which peers' claims do not count, at most once per heartbeat."""
         now = time.monotonic()
         if now - self._quarantine_seen < self.manifest.timing.heartbeat:
             return
         try:
-            found = await read_records(self.transport, quarantine_key(self.manifest.run_id))
+            stored = await read_records(self.transport, quarantine_key(self.manifest.run_id))
         except ConnectionError as error:
-            log.info("cannot look up who is quarantined: %s", error)
+            log.info("cannot look up the quarantine: %s", error)
             return
         self._quarantine_seen = now
-        records = [record for record, _ in found if isinstance(record, QuarantineRecord)]
+        records = [record for record, _ in stored if isinstance(record, QuarantineRecord)]
         self.quarantined = frozenset(peer for record in records for peer in record.peers)
 
     async def publish_claim(self, claim: Claim) -> None:
@@ -141,9 +141,9 @@ class NodeNetwork:
             run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
             shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
         )  # fmt: skip
-        async with self._claiming:  # one after another, or the DHT refuses the one that is overtaken
+        async with self._claiming:  # one at a time: the DHT refuses a claim that is older than the stored one
             if not await self._publish(record, self.limits.longest("claim")):
-                log.warning("no peer took our claim on shard %d", claim.shard)
+                log.warning("claim on shard %d not stored: no DHT peer took it", claim.shard)
 
     async def publish_node(self, state: NodeState, hardware: Hardware, rate: float, shard: int | None) -> None:
         record = NodeRecord(
@@ -157,7 +157,7 @@ class NodeNetwork:
         return await publish(self.transport, self.identity, record, ttl, skew=self.limits.maximum_clock_skew)
 
     async def announce(self, blobs: Iterable[str]) -> None:
-        """Say that we hold these blobs, where that is not known or about to be forgotten."""
+        """Publish provider records for these blobs, except those whose record still lives for most of its time."""
         ttl, now = self.limits.longest("provider"), time.monotonic()
         due = [digest for digest in blobs if now - self._announced.get(digest, -ttl) > ttl / 3]
         for digest in due:
@@ -169,10 +169,10 @@ class NodeNetwork:
                 self._announced[digest] = now
 
     async def offer(self, kept: KeptCheckpoint) -> OfferReply:
-        """File the checkpoint's record and offer it to the coordinators in turn. Raises ConnectionError when none answers."""
+        """Publish the checkpoint's record and offer it to the coordinators in turn. Raises ConnectionError if none answers."""
         record = kept.record(self.identity.public_key, self.identity.peer_id, self.addresses, self.transport.now())
         ttl, now = self.limits.longest("checkpoint"), time.monotonic()
-        if now - self._recorded.get(record.digest, -_RECORD_AGAIN) >= _RECORD_AGAIN:
+        if now - self._recorded.get(record.digest, -_RECORD_SECONDS) >= _RECORD_SECONDS:
             await self._publish(record, ttl)
             self._recorded = {record.digest: now}
         expires = record.issued + ttl
@@ -186,26 +186,29 @@ class NodeNetwork:
         raise problem
 
     async def fetch(self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None) -> Path:
-        """The blob's file, from the store or from peers. Raises UnreachableError, IntegrityError or DiskError."""
+        """The blob's file, from the store or from peers. `on_progress(bytes done, bytes in total)`.
+
+        Raises UnreachableError, IntegrityError or DiskError.
+        """
         if await asyncio.to_thread(self.store.has, ref.digest):
             return self.store.path(ref.digest)
         return await fetch_blob(self.transport, self.store, ref, await self._providers(ref), on_progress)
 
     async def _providers(self, ref: BlobRef) -> list[Provider]:
-        """Volunteers first, so that the coordinator is spared; it holds everything."""
-        found = []
+        """Nodes first, to spare the coordinators, which hold everything."""
+        providers = []
         try:
             for record, _ in await read_records(self.transport, provider_key(self.manifest.run_id, ref.digest)):
                 if isinstance(record, ProviderRecord) and record.peer_id != self.identity.peer_id:
-                    found.append(Provider(record.peer_id, record.addresses))
+                    providers.append(Provider(record.peer_id, record.addresses))
         except ConnectionError as error:
             log.info("cannot look up the providers of blob %s: %s", ref.digest[:12], error)
-        origins = [Provider(peer, addresses) for peer, addresses in self.coordinators]
-        known = {origin.peer_id for origin in origins}
-        return [*(provider for provider in found if provider.peer_id not in known), *origins]
+        coordinators = [Provider(peer, addresses) for peer, addresses in self.coordinators]
+        known = {coordinator.peer_id for coordinator in coordinators}
+        return [*(provider for provider in providers if provider.peer_id not in known), *coordinators]
 
-    def moved(self, transport: Transport) -> None:
-        """The network side was built anew: what was announced from the old place is to be said again."""
+    def replace_transport(self, transport: Transport) -> None:
+        """Use a new transport; its addresses differ, so everything is announced again."""
         self.transport = transport
         self._announced.clear()
         self._recorded.clear()

@@ -1,4 +1,4 @@
-"""Keeps copies of accepted checkpoints that too few peers hold: looks, decides by `seeding`, fetches and says so."""
+"""Keeps copies of accepted checkpoints that too few peers hold: looks, decides by `replication_policy`, fetches, announces."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from lutetia.node.runtime.network import NodeNetwork
-from lutetia.node.runtime.replication_policy import WANTED, PeerRing, Replica, UnderReplicated, affordable, outdated
+from lutetia.node.runtime.replication_policy import COPIES_WANTED, PeerRing, Replica, UnderReplicated, affordable, outdated
 from lutetia.node.runtime.workspace import Workspace
+from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.rpc.accepted_checkpoints import HeldCheckpoint, live_nodes, newest_of
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 from lutetia.system.errors import LutetiaError
@@ -23,130 +24,131 @@ from lutetia.system.files import disk_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
-_SEEDS = TypeAdapter(list[Replica])
+_REPLICAS = TypeAdapter(list[Replica])
 _LOOKS_AT_ONCE = 8
 _FREE_SHARE = 0.05
-"""Of the disk, which seeds never take; other people's files come first."""
+"""Share of the disk that copies leave free; the volunteer's own files come first."""
 
 
 @dataclass
 class Replicator:
-    """`seeds` are what this box keeps for others, by shard; they survive a restart in `path`, with those that are still coming.
+    """The copies that this node keeps for other peers.
 
-    Nothing is fetched before `path` names it: so whatever arrives of a copy is either kept, or removed once it is outdated.
+    The file `path` lists them, and those that are still being fetched, across restarts. A copy is listed before any of it is
+    fetched, so that every fetched blob is either kept or removed once it is outdated.
     """
 
     network: NodeNetwork
-    material: Workspace
+    workspace: Workspace
     path: Path
-    seeds: dict[int, Replica] = field(default_factory=dict)
-    _coming: dict[int, Replica] = field(default_factory=dict)
-    _since: dict[str, float] = field(default_factory=dict)
+    replicas: dict[int, Replica] = field(default_factory=dict)
+    """Complete copies, by shard."""
+    _incomplete: dict[int, Replica] = field(default_factory=dict)
+    _rare_since: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with contextlib.suppress(OSError, ValidationError):
-            for seed in _SEEDS.validate_json(self.path.read_bytes()):
-                (self.seeds if self._whole(seed) else self._coming)[seed.shard] = seed
+            for replica in _REPLICAS.validate_json(self.path.read_bytes()):
+                (self.replicas if self._is_complete(replica) else self._incomplete)[replica.shard] = replica
 
     def held(self) -> dict[str, int]:
-        """Blobs that are kept for others, and their sizes."""
-        refs = [ref for seed in self.seeds.values() for ref in (seed.weights, seed.state)]
-        return {ref.digest: ref.size for ref in refs if self.material.store.has(ref.digest)}
+        """Blobs that are kept for other peers, and their sizes in bytes."""
+        refs = [ref for replica in self.replicas.values() for ref in (replica.weights, replica.state)]
+        return {ref.digest: ref.size for ref in refs if self.workspace.store.has(ref.digest)}
 
-    async def tend(self, nodes: Sequence[NodeRecord]) -> None:
-        """One round: forget what is outdated, keep what is due. `nodes`: those online, as far as they may come before us."""
+    async def run_round(self, nodes: Sequence[NodeRecord]) -> None:
+        """Remove outdated copies and fetch those that are due. `nodes`: online nodes, at least those that may rank before us."""
         try:
             with disk_errors(self.path):
-                await self._look(nodes)
+                await self._update(nodes)
         except (LutetiaError, ConnectionError) as error:
-            log.info("cannot look after accepted checkpoints now: %s", error)
+            log.info("cannot check the copies of accepted checkpoints now: %s", error)
 
-    async def _look(self, nodes: Sequence[NodeRecord]) -> None:
-        manifest, own = self.network.manifest, self.network.identity.public_key
+    async def _update(self, nodes: Sequence[NodeRecord]) -> None:
+        manifest, owner = self.network.manifest, self.network.identity.public_key
         ring, now = PeerRing(manifest.run_id, nodes), self.network.transport.now()
-        held = await self._held_by(sorted({*ring.looked_at(own, len(manifest.shards)), *self.seeds, *self._coming}))
-        thin = self._thin(await self._online(held, {node.owner for node in nodes}))
-        newest = {shard: found.seed for shard, found in thin.items()}
-        for seed in outdated([*self.seeds.values(), *self._coming.values()], newest):
-            await self._forget(seed, newest[seed.shard])
+        held = await self._held_by(
+            sorted({*ring.shards_to_check(owner, len(manifest.shards)), *self.replicas, *self._incomplete})
+        )
+        rare = self._under_replicated(await self._online(held, {node.owner for node in nodes}))
+        newest = {shard: checkpoint.replica for shard, checkpoint in rare.items()}
+        for replica in outdated([*self.replicas.values(), *self._incomplete.values()], newest):
+            await self._remove(replica, newest[replica.shard])
         heartbeat = manifest.timing.heartbeat
-        due = [found for found in thin.values() if ring.is_due(own, found, now, heartbeat)]
+        due = [checkpoint for checkpoint in rare.values() if ring.is_due(owner, checkpoint, now, heartbeat)]
         if due:
-            for seed in affordable(due, await asyncio.to_thread(self._spare)):
-                await self._keep(seed)
+            for replica in affordable(due, await asyncio.to_thread(self._spare)):
+                await self._fetch(replica)
 
-    async def _held_by(self, shards: Iterable[int]) -> dict[int, HeldCheckpoint]:
-        """The newest accepted checkpoints of `shards`, and who says that it holds them."""
-        places, found = asyncio.Semaphore(_LOOKS_AT_ONCE), {}
+    async def _held_by(self, shards: Sequence[int]) -> dict[int, HeldCheckpoint]:
+        """The newest accepted checkpoint of each shard, with the peers that announce it."""
+        held = await gather_bounded(
+            lambda shard: newest_of(self.network.transport, self.network.manifest, shard), shards, _LOOKS_AT_ONCE
+        )
+        return {shard: checkpoint for shard, checkpoint in zip(shards, held, strict=True) if checkpoint}
 
-        async def one(shard: int) -> None:
-            async with places:
-                if held := await newest_of(self.network.transport, self.network.manifest, shard):
-                    found[shard] = held
-
-        await asyncio.gather(*map(one, shards))
-        return found
-
-    async def _online(self, found: dict[int, HeldCheckpoint], known: set[str]) -> dict[int, tuple[Replica, frozenset[str]]]:
-        """Of the holders those that are online; `known` are. A box counts itself only while its copy is whole."""
-        own, manifest = self.network.identity.public_key, self.network.manifest
-        strangers = {node_bucket(owner) for held in found.values() for owner in held.holders if owner not in known}
-        known = known | {node.owner for node in await live_nodes(self.network.transport, manifest.run_id, strangers)}
+    async def _online(self, checkpoints: dict[int, HeldCheckpoint], known: set[str]) -> dict[int, tuple[Replica, frozenset[str]]]:
+        """Each checkpoint with its online holders. `known`: peers known to be online. This node counts only with a full copy."""
+        owner, manifest = self.network.identity.public_key, self.network.manifest
+        unknown = {node_bucket(holder) for held in checkpoints.values() for holder in held.holders if holder not in known}
+        known = known | {node.owner for node in await live_nodes(self.network.transport, manifest.run_id, unknown)}
         online = {}
-        for shard, held in found.items():
-            seed = Replica.of(held.acceptance)
+        for shard, held in checkpoints.items():
+            replica = Replica.of(held.acceptance)
             holders = known & set(held.holders)
-            online[shard] = seed, frozenset(holders if self._whole(seed) else holders - {own})
+            online[shard] = replica, frozenset(holders if self._is_complete(replica) else holders - {owner})
         return online
 
-    def _thin(self, online: dict[int, tuple[Replica, frozenset[str]]]) -> dict[int, UnderReplicated]:
-        """With how long each has had too few holders."""
-        now, known, self._since = self.network.transport.now(), self._since, {}
-        for seed, holders in online.values():
-            if len(holders) < WANTED:
-                self._since[seed.checkpoint] = known.get(seed.checkpoint, now)
+    def _under_replicated(self, online: dict[int, tuple[Replica, frozenset[str]]]) -> dict[int, UnderReplicated]:
+        """Note since when each checkpoint has had too few holders."""
+        now, before, self._rare_since = self.network.transport.now(), self._rare_since, {}
+        for replica, holders in online.values():
+            if len(holders) < COPIES_WANTED:
+                self._rare_since[replica.checkpoint] = before.get(replica.checkpoint, now)
         return {
-            shard: UnderReplicated(seed, holders, self._since.get(seed.checkpoint, now))
-            for shard, (seed, holders) in online.items()
+            shard: UnderReplicated(replica, holders, self._rare_since.get(replica.checkpoint, now))
+            for shard, (replica, holders) in online.items()
         }
 
-    async def _keep(self, seed: Replica) -> None:
-        """Fetch it and say that we hold it; what arrived of it stays for the next attempt."""
-        if self._coming.get(seed.shard) != seed:
-            await asyncio.to_thread(self._save, seed)
-            self._coming[seed.shard] = seed
-        refs = {ref.digest: ref for ref in (seed.weights, seed.state)}
-        need = sum(ref.size for ref in refs.values() if not self.material.store.has(ref.digest))
-        await asyncio.to_thread(self.material.make_room, need, {*self.material.held(), *self.held(), *refs})
+    async def _fetch(self, replica: Replica) -> None:
+        """Fetch the copy and announce it. If that fails, what has arrived stays for the next attempt."""
+        if self._incomplete.get(replica.shard) != replica:
+            await asyncio.to_thread(self._save, replica)
+            self._incomplete[replica.shard] = replica
+        refs = {ref.digest: ref for ref in (replica.weights, replica.state)}
+        need = sum(ref.size for ref in refs.values() if not self.workspace.store.has(ref.digest))
+        await asyncio.to_thread(self.workspace.make_room, need, {*self.workspace.held(), *self.held(), *refs})
         for ref in refs.values():
             await self.network.fetch(ref)
-        self.seeds[seed.shard] = self._coming.pop(seed.shard)
-        await self.network.announce([seed.weights.digest, seed.state.digest])
-        log.info("keeping a copy of epoch %d of shard %d: fewer than %d other peers do", seed.epoch, seed.shard, WANTED)
+        self.replicas[replica.shard] = self._incomplete.pop(replica.shard)
+        await self.network.announce([replica.weights.digest, replica.state.digest])
+        log.info(
+            "keeping a copy of epoch %d of shard %d: fewer than %d other peers do", replica.epoch, replica.shard, COPIES_WANTED
+        )
 
-    async def _forget(self, seed: Replica, newer: Replica) -> None:
-        """Unless this box's own work rests on it. The room first: on a full disk nothing can be noted before."""
-        own = await asyncio.to_thread(self.material.held)
-        for ref in (seed.weights, seed.state):
-            if ref.digest not in own and ref not in (newer.weights, newer.state):
-                await asyncio.to_thread(self.material.store.remove, ref.digest)
-        for known in (self.seeds, self._coming):
-            if known.get(seed.shard) == seed:
-                del known[seed.shard]
+    async def _remove(self, replica: Replica, newer: Replica) -> None:
+        """Remove the copy's blobs unless own work needs them. Blobs go first, because a full disk takes no new list before."""
+        needed = await asyncio.to_thread(self.workspace.held)
+        for ref in (replica.weights, replica.state):
+            if ref.digest not in needed and ref not in (newer.weights, newer.state):
+                await asyncio.to_thread(self.workspace.store.remove, ref.digest)
+        for known in (self.replicas, self._incomplete):
+            if known.get(replica.shard) == replica:
+                del known[replica.shard]
         await asyncio.to_thread(self._save)
 
     def _spare(self) -> int:
-        """Bytes that copies may take: what the disk limit leaves beside own work, and never the last of the disk."""
-        usage = shutil.disk_usage(self.material.store.root)
+        """Bytes that copies may take: what the disk limit leaves beside own work, without the last _FREE_SHARE of the disk."""
+        usage = shutil.disk_usage(self.workspace.store.root)
         free = max(0, usage.free - int(_FREE_SHARE * usage.total))
-        limit = self.material.store.limit_bytes
+        limit = self.workspace.store.limit_bytes
         if limit is None:
             return free
-        return min(free, max(0, limit - sum({**self.material.held(), **self.held()}.values())))
+        return min(free, max(0, limit - sum({**self.workspace.held(), **self.held()}.values())))
 
-    def _whole(self, seed: Replica) -> bool:
-        return all(self.material.store.has(ref.digest) for ref in (seed.weights, seed.state))
+    def _is_complete(self, replica: Replica) -> bool:
+        return all(self.workspace.store.has(ref.digest) for ref in (replica.weights, replica.state))
 
     def _save(self, *more: Replica) -> None:
-        seeds = [*self.seeds.values(), *self._coming.values(), *more]
-        write_atomic(self.path, json.dumps([seed.model_dump(mode="json") for seed in seeds]).encode())
+        replicas = [*self.replicas.values(), *self._incomplete.values(), *more]
+        write_atomic(self.path, json.dumps([replica.model_dump(mode="json") for replica in replicas]).encode())

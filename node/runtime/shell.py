@@ -1,4 +1,4 @@
-"""The thin shell around the state machine: carries its actions out, and tells it what came of them."""
+"""The shell around the state machine: carries out its actions and feeds it the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lutetia.node.runtime.replication import Replicator
 from lutetia.node.runtime.tasks import NodeTasks
 from lutetia.node.runtime.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import Workspace
-from lutetia.node.settings import LEAST_SHARE, NodeSettings
+from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import remembered_shards
 from lutetia.protocol.schema.manifest import Manifest
@@ -33,74 +33,84 @@ from lutetia.system.notify import notify
 
 log = logging.getLogger(__name__)
 
-_ALIVE_SECONDS = 1.0
-_DISK_SECONDS = 2.0
-_DISK_PATIENCE = 30.0
-_LAST_WORDS_SECONDS = 5.0
+_NETWORK_CHECK_SECONDS = 1.0
+_DISK_CHECK_SECONDS = 2.0
+_DISK_RETRY_SECONDS = 30.0
+_LEAVE_SECONDS = 5.0
 
 
 class NodeShell:
-    """One node at work. Made when the network is up; `run` returns when it has left."""
+    """One node. Created when the network is up; `run` returns when it has left.
+
+    Args:
+        settings: the volunteer's settings.
+        network: network operations on the current transport.
+        workspace: the run's files.
+        contributions: counts accepted and refused checkpoints.
+        rejoin: joins again after p2pd has died; raises LutetiaError or ConnectionError when that fails.
+    """
 
     def __init__(
         self,
         settings: NodeSettings,
         network: NodeNetwork,
-        material: Workspace,
+        workspace: Workspace,
         contributions: Contributions,
         rejoin: Callable[[], Awaitable[Transport]],
     ) -> None:
-        self.settings, self.network, self.material, self.contributions = settings, network, material, contributions
+        self.settings, self.network, self.workspace, self.contributions = settings, network, workspace, contributions
         self.manifest = network.manifest
         self.rules = NodeRules.of(self.manifest, network.identity.public_key)
-        remembered = remembered_shards(material.places.work, self.manifest.run_id)
+        remembered = remembered_shards(workspace.paths.work, self.manifest.run_id)
         self.state = MachineState(since=time.time(), remembered=remembered)
-        self.hands = TrainerProcess(self.feed, time.time, settings.threads)
-        self.prober = HardwareProber(settings, material.places, self.hands)
-        self.chores = NodeTasks(settings, network, material, self.prober)
+        self.trainer = TrainerProcess(self.feed, time.time, settings.threads)
+        self.prober = HardwareProber(settings, workspace.paths, self.trainer)
+        self.tasks = NodeTasks(settings, network, workspace, self.prober)
         self.left = asyncio.Event()
         self.problem: str | None = None
+        """The last warning, for the local status."""
         self.slowed: str | None = None
-        self.seeder = Replicator(network, material, material.places.folder / "seeds.json")
+        """Why the duty cycle is reduced now, for the local status."""
+        self.replicator = Replicator(network, workspace, workspace.paths.folder / "seeds.json")
         self._rejoin = rejoin
-        self._early: list[m.UserVerb] = []
+        self._early_verbs: list[m.UserVerb] = []
         self._group: asyncio.TaskGroup | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._order = asyncio.Lock()
+        self._running: set[asyncio.Task[None]] = set()
+        self._ordered_lock = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Task[None] | None = None
-        self._disk: asyncio.Task[None] | None = None
+        self._disk_watch: asyncio.Task[None] | None = None
 
-    def early(self, verb: m.UserVerb) -> None:
-        """What the volunteer said before there was a shell."""
-        self._early.append(verb)
+    def add_early_verb(self, verb: m.UserVerb) -> None:
+        """A command that came before the shell existed; it is fed first."""
+        self._early_verbs.append(verb)
 
-    async def run(self, *companions: Coroutine[Any, Any, None]) -> None:
-        """Until the node has left; `companions` run beside it and end with it."""
+    async def run(self, *services: Coroutine[Any, Any, None]) -> None:
+        """Run until the node has left; `services` run beside it and are cancelled then."""
         try:
             with one_error():
                 async with asyncio.TaskGroup() as self._group:
-                    beside = [self._group.create_task(work) for work in (self._watch_network(), *companions)]
-                    for verb in self._early:
+                    beside = [self._group.create_task(work) for work in (self._watch_network(), *services)]
+                    for verb in self._early_verbs:
                         self.feed(verb)
                     self.feed(m.Joined(time.time()))
                     await self.left.wait()
-                    for task in [*beside, *self._tasks]:
+                    for task in [*beside, *self._running]:
                         task.cancel()
         finally:
             if self._timer:
                 self._timer.cancel()
-            await self.hands.close()
+            await self.trainer.close()
 
     def upgrade(self, manifest: Manifest) -> None:
-        """Go on under a newer version of the manifest; nothing that was done is lost."""
+        """Apply a newer version of the manifest; the current work continues."""
         old = self.manifest
         if manifest.version <= old.version:
             return
-        self.manifest = self.material.manifest = self.chores.manifest = manifest
+        self.manifest = self.workspace.manifest = self.tasks.manifest = manifest
         self.network.upgrade(manifest)
-        rate = self.prober.finding.samples_per_second if self.prober.finding else 0.0
-        self.rules = patient_rules(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
+        rate = self.prober.result.samples_per_second if self.prober.result else 0.0
+        self.rules = with_hang_timeout(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
         self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
         if manifest.hardware != old.hardware and self._group:
             self._spawn(self._probe())
@@ -108,7 +118,7 @@ class NodeShell:
     # --- the machine --------------------------------------------------------------------------------------------------------
 
     def feed(self, event: m.Event) -> None:
-        """Let the machine decide, and begin what it asks for."""
+        """Let the machine decide on an event, and start the resulting actions."""
         if self._group is None or self.left.is_set():
             return
         before = self.state
@@ -119,12 +129,12 @@ class NodeShell:
             notify(f"STATUS={self.state.phase}: {self.state.why}")
         if self._syncing and self.state.phase != "syncing":
             self._syncing.cancel()
-        if self.state.disk_full_since is not None and (self._disk is None or self._disk.done()):
-            self._disk = self._spawn(self._wait_for_disk())
-        self._arm()
+        if self.state.disk_full_since is not None and (self._disk_watch is None or self._disk_watch.done()):
+            self._disk_watch = self._spawn(self._wait_for_disk())
+        self._set_timer()
 
-    def _arm(self) -> None:
-        """Wake up when the machine wants; at least once a heartbeat, for clocks jump."""
+    def _set_timer(self) -> None:
+        """Send a ClockTick when the machine needs it, and at least once a heartbeat, because clocks may jump."""
         if self._timer:
             self._timer.cancel()
         due = next_wake(self.rules, self.state)
@@ -135,18 +145,18 @@ class NodeShell:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._group
         task = self._group.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         return task
 
     def _ordered(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run after everything that was ordered before: a discard never overtakes the stop before it."""
+        """Run after all work that was ordered before: a discard must not overtake the stop before it."""
 
-        async def turn() -> None:
-            async with self._order:  # first come, first served
+        async def in_order() -> None:
+            async with self._ordered_lock:  # first come, first served
                 await work
 
-        self._spawn(turn())
+        self._spawn(in_order())
 
     def _do(self, action: m.Action) -> None:
         match action:
@@ -166,18 +176,18 @@ class NodeShell:
             case m.StartTrainer():
                 self._ordered(self._start_trainer(action))
             case m.AllowEpochs(until=until):
-                self._ordered(self.hands.allow(until))
+                self._ordered(self.trainer.allow(until))
             case m.StopTrainer(save=save):
-                self._ordered(self.hands.stop(save=save))
+                self._ordered(self.trainer.stop(save=save))
             case m.PublishCheckpoint(candidate=candidate):
                 self._spawn(self._publish_checkpoint(candidate))
             case m.DiscardWork(shard=shard, epoch=epoch):
-                self._ordered(self._tidy(self.material.discard, shard, epoch))
+                self._ordered(self._clean_up(self.workspace.discard, shard, epoch))
             case m.CheckpointsSuperseded(shard=shard, epoch=epoch):
                 self.contributions.count_accepted(time.time())
-                if self.state.disk_full_since is None:  # an acceptance says nothing about a disk that takes no writes
+                if self.state.disk_full_since is None:  # a full disk stays the problem to report
                     self.problem = None
-                self._ordered(self._tidy(self.material.superseded, shard, epoch))
+                self._ordered(self._clean_up(self.workspace.superseded, shard, epoch))
             case m.Leave():
                 self._spawn(self._leave())
 
@@ -189,46 +199,46 @@ class NodeShell:
             self.feed(m.SwarmSeen(time.time(), views))
 
     async def _publish_claim(self, claim: m.Claim) -> None:
-        with _offline("claim"):
+        with _log_unreachable("claim"):
             await self.network.publish_claim(claim)
-        if claim.state == "claiming":  # a child may import its libraries while the claim settles
-            await self.hands.warm()
+        if claim.state == "claiming":  # a process can import its libraries while the claim settles
+            await self.trainer.start_spare()
 
     async def _renew(self, claim: m.Claim | None) -> None:
-        with _offline("records"):
+        with _log_unreachable("records"):
             if claim:
                 await self.network.publish_claim(claim)
-            report, finding, work = self.hands.report, self.prober.finding, self.state.work
-            if finding:
-                rate = report.rate if report and report.rate else finding.samples_per_second
-                await self.network.publish_node(self.state.phase, finding.hardware, rate, work.shard if work else None)
+            report, probed, work = self.trainer.report, self.prober.result, self.state.work
+            if probed:
+                rate = report.rate if report and report.rate else probed.samples_per_second
+                await self.network.publish_node(self.state.phase, probed.hardware, rate, work.shard if work else None)
             if self.state.phase != "left":
                 await self.network.announce(await asyncio.to_thread(self.served))
 
     def served(self) -> dict[str, int]:
-        """Blobs that this box has for its work, and those that it keeps for others, with their sizes. Blocks on the disk."""
-        return self.material.held() | self.seeder.held()
+        """Blobs that this node serves (own work and copies for other peers), with sizes in bytes. Blocks on the disk."""
+        return self.workspace.held() | self.replicator.held()
 
     async def _watch_network(self) -> None:
-        """p2pd may die; then the network side is built anew while training goes on."""
+        """Restart the network when p2pd has died, while training goes on."""
         while True:
-            await asyncio.sleep(_ALIVE_SECONDS)
+            await asyncio.sleep(_NETWORK_CHECK_SECONDS)
             if not self.network.transport.alive():
                 self.feed(m.NetworkLost(time.time()))
                 await self.network.transport.close()
-                await self._come_back()
+                await self._rejoin_network()
                 self.feed(m.NetworkBack(time.time()))
 
-    async def _come_back(self) -> None:
+    async def _rejoin_network(self) -> None:
         attempt = 0
         while True:
             attempt += 1
             try:
-                self.network.moved(await self._rejoin())
+                self.network.replace_transport(await self._rejoin())
             except (LutetiaError, ConnectionError) as error:
                 wait = self.rules.backoff(attempt, "rejoin")
                 self.problem = str(error)
-                log.warning("cannot go back on the network: %s; trying again in %.0f s", error, wait)
+                log.warning("cannot rejoin the network: %s; trying again in %.0f s", error, wait)
                 await asyncio.sleep(wait)
             else:
                 return
@@ -237,46 +247,46 @@ class NodeShell:
 
     async def _probe(self) -> None:
         try:
-            finding = await self.prober.find(self.manifest)
+            probed = await self.prober.probe(self.manifest)
         except LutetiaError as error:
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
-            self.rules = patient_rules(self.rules, self.manifest, self.settings, finding.samples_per_second)
-            self.feed(m.Probed(time.time(), finding.fitness))
+            self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)
+            self.feed(m.Probed(time.time(), probed.fitness))
 
     async def _begin_sync(self, action: m.Sync) -> None:
-        """Fetching may take long: it does not keep later orders waiting."""
+        """Start fetching, without making later ordered work wait for it."""
         if self._syncing:
             self._syncing.cancel()
         self._syncing = self._spawn(self._sync(action))
 
     async def _sync(self, action: m.Sync) -> None:
-        self._told(await self.chores.sync(action))
+        self._feed_result(await self.tasks.sync(action))
 
     async def _start_trainer(self, action: m.StartTrainer) -> None:
-        assignment = await self.chores.assignment(action)
+        assignment = await self.tasks.assignment(action)
         if isinstance(assignment, Assignment):
-            await self.hands.start(action.run, assignment)
+            await self.trainer.start(action.run, assignment)
         else:
-            self._told(assignment)
+            self._feed_result(assignment)
 
     async def _publish_checkpoint(self, candidate: m.OwnCheckpoint) -> None:
-        answer = await self.chores.publish(candidate)
+        answer = await self.tasks.publish(candidate)
         if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
             self.contributions.count_refused()
-        self._told(answer)
+        self._feed_result(answer)
 
-    def _told(self, event: m.Event) -> None:
-        """A chore's outcome, after the disk's part in it."""
-        if self.chores.disk_problem:
-            text, self.chores.disk_problem = self.chores.disk_problem, None
+    def _feed_result(self, event: m.Event) -> None:
+        """Feed a task's result, after a full disk that it met."""
+        if self.tasks.disk_problem:
+            text, self.tasks.disk_problem = self.tasks.disk_problem, None
             self.feed(m.DiskFull(time.time(), text))
         self.feed(event)
 
-    # --- disk, leaving, telling ---------------------------------------------------------------------------------------------
+    # --- disk, leaving, status ----------------------------------------------------------------------------------------------
 
-    async def _tidy(self, work: Callable[[int, Any], None], shard: int, epoch: int | None) -> None:
-        """Removing what is not needed any more may wait until the disk takes changes again."""
+    async def _clean_up(self, work: Callable[[int, Any], None], shard: int, epoch: int | None) -> None:
+        """Remove files; on a read-only or full disk report it and leave them."""
         try:
             with disk_errors(self.settings.state_folder):
                 await asyncio.to_thread(work, shard, epoch)
@@ -284,41 +294,42 @@ class NodeShell:
             self.feed(m.DiskFull(time.time(), str(error)))
 
     async def _wait_for_disk(self) -> None:
-        """Until there is hope: more space than when it failed, or a disk that took no writes takes one.
+        """Report DiskFree when there is more space than at the failure, or a read-only disk takes writes again.
 
-        And now and then anyway: it may have been free again before we looked, or have room for less than was to be written.
+        Report it every _DISK_RETRY_SECONDS anyway: space may have become free before the first check, or suffice for a smaller
+        file.
         """
         folder, begun = self.settings.state_folder, time.monotonic()
         free, refused = shutil.disk_usage(folder).free, not await asyncio.to_thread(takes_writes, folder)
         while self.state.disk_full_since is not None:
-            await asyncio.sleep(_DISK_SECONDS)
-            more = shutil.disk_usage(folder).free > free or time.monotonic() - begun > _DISK_PATIENCE
-            if not self.hands.disk_full and (more or (refused and await asyncio.to_thread(takes_writes, folder))):
+            await asyncio.sleep(_DISK_CHECK_SECONDS)
+            more = shutil.disk_usage(folder).free > free or time.monotonic() - begun > _DISK_RETRY_SECONDS
+            if not self.trainer.disk_full and (more or (refused and await asyncio.to_thread(takes_writes, folder))):
                 self.feed(m.DiskFree(time.time()))
 
     async def _leave(self) -> None:
-        """When the trainer has ended and the swarm knows, or does not hear us."""
-        async with self._order:
+        """Wait for ordered work, and up to _LEAVE_SECONDS for the last records to be published."""
+        async with self._ordered_lock:
             pass
-        last = {task for task in self._tasks if task is not asyncio.current_task()} - {self._disk, self._syncing}
+        last = {task for task in self._running if task is not asyncio.current_task()} - {self._disk_watch, self._syncing}
         if last:
-            await asyncio.wait(last, timeout=_LAST_WORDS_SECONDS)
+            await asyncio.wait(last, timeout=_LEAVE_SECONDS)
         self.left.set()
 
     def describe(self) -> dict[str, Any]:
-        """The shell's part of the local status."""
-        state, work, report, finding, now = self.state, self.state.work, self.hands.report, self.prober.finding, time.time()
+        """The shell's fields of the local status (`control.LocalStatus`)."""
+        state, work, report, probed, now = self.state, self.state.work, self.trainer.report, self.prober.result, time.time()
         counts = self.contributions
         document: dict[str, Any] = {
             "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
             "name": self.manifest.name, "manifest_version": self.manifest.version, "online": state.online,
-            "problem": self.problem, "slowed": self.slowed, "copies": len(self.seeder.seeds),
+            "problem": self.problem, "slowed": self.slowed, "copies": len(self.replicator.replicas),
             "paused_until": state.pause_until or state.closed_until,
             "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
             "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
         }  # fmt: skip
-        if finding:
-            document |= {"device": finding.device, "precision": finding.precision_reason}
+        if probed:
+            document |= {"device": probed.device, "precision": probed.precision_reason}
         if work:
             document |= {
                 "shard": work.shard, "shard_name": self.manifest.shards[work.shard].name, "epoch": work.epoch,
@@ -334,16 +345,23 @@ class NodeShell:
         return document
 
 
-def patient_rules(rules: NodeRules, manifest: Manifest, settings: NodeSettings, rate: float) -> NodeRules:
-    """A slow box is not a hung one: it may be silent for 20 of its own steps. `rate` in samples per second at full duty."""
-    pace = rate * settings.duty * (LEAST_SHARE if settings.max_temp else 1)
-    longest = 20 * manifest.optimisation.batch / pace if pace > 0 else 0.0
+def with_hang_timeout(rules: NodeRules, manifest: Manifest, settings: NodeSettings, rate: float) -> NodeRules:
+    """Let a slow trainer be silent for 20 of its own steps.
+
+    Args:
+        rules: the rules to change.
+        manifest: gives the batch size.
+        settings: duty cycle, `hang_after` and `max_temp`.
+        rate: training speed in samples per second at a duty cycle of 1.
+    """
+    slowest = rate * settings.duty * (MIN_DUTY_CYCLE if settings.max_temp else 1)
+    longest = 20 * manifest.optimisation.batch / slowest if slowest > 0 else 0.0
     return replace(rules, hang_after=max(settings.hang_after, longest))
 
 
 @contextlib.contextmanager
-def _offline(what: str):
-    """Without network nothing can be told; the machine knows, and tries again with the next heartbeat."""
+def _log_unreachable(what: str):
+    """Log that records could not be published; the next heartbeat tries again."""
     try:
         yield
     except ConnectionError as error:

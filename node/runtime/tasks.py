@@ -1,4 +1,4 @@
-"""What takes long and may fail: fetching a shard, preparing a trainer, publishing a checkpoint. Each ends in an event."""
+"""Long operations that may fail: fetch a shard, prepare a trainer, publish a checkpoint. Each returns an event."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ log = logging.getLogger(__name__)
 
 
 class NodeTasks:
-    """`disk_problem` is set when a chore failed for want of disk space; whoever reads it clears it."""
+    """The operations. `disk_problem` is set when one failed because the disk is full; the reader clears it."""
 
-    def __init__(self, settings: NodeSettings, network: NodeNetwork, material: Workspace, prober: HardwareProber) -> None:
-        self.settings, self.network, self.material, self.prober = settings, network, material, prober
+    def __init__(self, settings: NodeSettings, network: NodeNetwork, workspace: Workspace, prober: HardwareProber) -> None:
+        self.settings, self.network, self.workspace, self.prober = settings, network, workspace, prober
         self.manifest = network.manifest
         self.disk_problem: str | None = None
 
     # --- fetching -----------------------------------------------------------------------------------------------------------
 
     async def sync(self, action: m.Sync) -> m.SyncDone | m.SyncFailed:
-        """Have the shard's data and the accepted state here, and know our own checkpoints on top of it."""
+        """Fetch the shard's data and accepted state, and find own checkpoints that descend from it."""
         shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
         try:
             with disk_errors(self.settings.state_folder):
                 base = await self._base(shard, epoch, checkpoint) if epoch else None
-                keep = await asyncio.to_thread(self.material.needed, shard, base)
-                for ref in self.material.begins_with(shard, base):
+                keep = await asyncio.to_thread(self.workspace.needed, shard, base)
+                for ref in self.workspace.inputs(shard, base):
                     await self._fetch(ref, keep)
-                await asyncio.to_thread(self.material.set_base, shard, base)
-                kept = await asyncio.to_thread(self.material.pending, shard, epoch, checkpoint)
+                await asyncio.to_thread(self.workspace.set_base, shard, base)
+                kept = await asyncio.to_thread(self.workspace.pending, shard, epoch, checkpoint)
         except (LutetiaError, ConnectionError) as error:
             self._note_disk(error)
             return m.SyncFailed(time.time(), shard, _one_line(error))
@@ -49,57 +49,57 @@ class NodeTasks:
 
     async def _base(self, shard: int, epoch: int, checkpoint: str | None) -> AcceptedBase:
         accepted = self.network.acceptances.get(shard)
-        base = await asyncio.to_thread(self.material.base, shard, epoch, checkpoint, accepted)
+        base = await asyncio.to_thread(self.workspace.base, shard, epoch, checkpoint, accepted)
         if base is None:
-            raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it")
+            raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT; waiting for it")
         return base
 
     async def _fetch(self, ref: BlobRef, keep: Collection[str]) -> None:
-        if not await asyncio.to_thread(self.material.store.has, ref.digest):
-            await asyncio.to_thread(self.material.make_room, ref.size, keep)
+        if not await asyncio.to_thread(self.workspace.store.has, ref.digest):
+            await asyncio.to_thread(self.workspace.make_room, ref.size, keep)
             await self.network.fetch(ref)
 
     # --- training -----------------------------------------------------------------------------------------------------------
 
     async def assignment(self, action: m.StartTrainer) -> Assignment | m.TrainerExited:
-        """What the trainer is to do, from the newest state that descends from the accepted one."""
+        """The trainer's assignment, from the newest state that descends from the accepted one."""
         try:
             with disk_errors(self.settings.state_folder):
                 return await asyncio.to_thread(self._assignment, action)
         except LutetiaError as error:
             self._note_disk(error)
-            return m.TrainerExited(time.time(), action.run, _why_not_started(error), _one_line(error))
+            return m.TrainerExited(time.time(), action.run, _exit_reason(error), _one_line(error))
 
     def _assignment(self, action: m.StartTrainer) -> Assignment:
-        shard, finding, settings = action.shard, self.prober.finding, self.settings
-        if finding is None:
-            raise HardwareError("what this device can do is not known now; it is probed again")
-        work = self.material.work(shard)
-        if action.shrink:
-            work.drop_local()  # its epoch was begun with another split
-        base = self.material.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
-        start = self.material.start(shard, action.epoch, action.checkpoint, base)
+        shard, probed, settings = action.shard, self.prober.result, self.settings
+        if probed is None:
+            raise HardwareError("there is no result of the hardware probe; it is probed again")
+        work = self.workspace.work(shard)
+        if action.halvings:
+            work.drop_local()  # it was trained with another micro-batch
+        base = self.workspace.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
+        start = self.workspace.start(shard, action.epoch, action.checkpoint, base)
         make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
-        whole = finding.shards[shard].micro_batch or self.manifest.optimisation.batch
+        whole = probed.shards[shard].micro_batch or self.manifest.optimisation.batch
         return Assignment(
-            manifest=self.material.places.manifest, shard=shard,
+            manifest=self.workspace.paths.manifest, shard=shard,
             data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
-            local=start.place.local, until=action.until, device=finding.device, precision=finding.precision,
-            micro_batch=max(1, whole >> action.shrink), threads=settings.threads, duty=settings.duty,
+            local=start.place.local, until=action.until, device=probed.device, precision=probed.precision,
+            micro_batch=max(1, whole >> action.halvings), threads=settings.threads, duty=settings.duty,
             save_every=settings.save_every,
         )  # fmt: skip
 
     # --- publishing ---------------------------------------------------------------------------------------------------------
 
     async def publish(self, candidate: m.OwnCheckpoint) -> m.OfferAnswered:
-        """Put the checkpoint's blobs where others can fetch them, say so, and offer it. Idempotent."""
+        """Store the checkpoint's blobs, announce them, and offer it to the coordinator. Idempotent."""
         verdict: m.Verdict = "unreachable"
         text, after = "", None
         try:
             with disk_errors(self.settings.state_folder):
-                kept = await asyncio.to_thread(self._servable, candidate)
+                kept = await asyncio.to_thread(self._stored, candidate)
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, " ".join(reply.text.split()), reply.retry_after
@@ -112,20 +112,20 @@ class NodeTasks:
             text = _one_line(error)
         return m.OfferAnswered(time.time(), candidate.digest, verdict, text, after)
 
-    def _servable(self, candidate: m.OwnCheckpoint) -> KeptCheckpoint:
-        """The checkpoint, after its files went into the store. Blocks on the disk; raises what `into_store` does."""
-        for kept in self.material.work(candidate.shard).kept():
+    def _stored(self, candidate: m.OwnCheckpoint) -> KeptCheckpoint:
+        """The checkpoint, with its files in the store. Blocks on the disk; raises what `store_checkpoint` raises."""
+        for kept in self.workspace.work(candidate.shard).kept():
             if kept.digest == candidate.digest:
-                self.material.into_store(kept, self.material.needed(kept.shard, self.material.known_base(kept.shard)))
+                self.workspace.store_checkpoint(kept, self.workspace.needed(kept.shard, self.workspace.known_base(kept.shard)))
                 return kept
-        raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more; train it again")
+        raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is no longer on disk; train it again")
 
     def _note_disk(self, error: Exception) -> None:
         if isinstance(error, DiskError):
             self.disk_problem = str(error)
 
 
-def _why_not_started(error: LutetiaError) -> m.Exit:
+def _exit_reason(error: LutetiaError) -> m.Exit:
     match error:
         case DiskError():
             return "disk-full"
@@ -135,5 +135,5 @@ def _why_not_started(error: LutetiaError) -> m.Exit:
 
 
 def _one_line(error: Exception) -> str:
-    """Libraries write errors over several lines."""
+    """Errors of libraries may have several lines."""
     return " ".join(str(error).split())

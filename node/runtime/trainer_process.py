@@ -1,4 +1,4 @@
-"""The daemon's hands on the trainer child: orders are carried out one after another, what the child says becomes events."""
+"""The supervisor's side of the trainer process: orders are carried out one after another, reports become events."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lutetia.node.machine.messages import CheckpointReady, DiskFree, DiskFull, Event, Exit, TrainerExited, TrainerProgress
 from lutetia.node.trainer.assignment import EXIT_CODES, Assignment
-from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
-from lutetia.system.process import Child, Message
+from lutetia.node.trainer.messages import (
+    AllowTraining,
+    CheckpointWritten,
+    DiskReport,
+    ExitReport,
+    FromTrainer,
+    ProgressReport,
+    SetDutyCycle,
+    StartTraining,
+    StopTraining,
+    ToTrainer,
+    TrainerReady,
+    parse_report,
+)
+from lutetia.system.process import Child
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE = 60.0
 KILL_GRACE = 5.0
-WARM_SECONDS = 60.0
+SPARE_SECONDS = 60.0
 _MODULE = "lutetia.node.trainer"
 
 
 @dataclass
 class TrainerReport:
-    """The newest progress of the trainer, for the local status."""
+    """The newest progress of the trainer, for the local status. `rate` in samples per second."""
 
     epoch: int = 0
     step: int = 0
@@ -35,55 +47,60 @@ class TrainerReport:
 
 
 class TrainerProcess:
-    """At most one trainer child at work, and at most one warm one waiting. `tell` takes events; `now` is the daemon's clock."""
+    """At most one trainer process that trains, and at most one spare one.
 
-    def __init__(self, tell: Callable[[Event], None], now: Callable[[], float], threads: int | None) -> None:
-        self._tell, self._now = tell, now
+    Args:
+        feed: takes the events.
+        now: the node's clock, in Unix seconds.
+        threads: CPU threads of the process; None: the default of its libraries.
+    """
+
+    def __init__(self, feed: Callable[[Event], None], now: Callable[[], float], threads: int | None) -> None:
+        self._feed, self._now = feed, now
         self._environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._child: Child | None = None
-        self._listener: asyncio.Task[None] | None = None
-        self._warm: Child | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._spare: Child | None = None
         self._spawning = asyncio.Lock()
-        self._cooling: asyncio.TimerHandle | None = None
+        self._spare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._pace: float | None = None
+        self._duty_cycle: float | None = None
         self.disk_full = False
-        """What the trainer at work says of its disk; it tries again and again, and tells."""
+        """Whether the trainer waits for disk space; it retries and reports."""
         self.report: TrainerReport | None = None
 
-    # --- the warm child: its imports take seconds, which pass while a claim settles ----------------------------------------
+    # --- the spare process: importing its libraries takes seconds, which pass while a claim settles ------------------------
 
-    async def warm(self) -> None:
-        """Have a child ready for the next start; it goes away if that does not come soon."""
+    async def start_spare(self) -> None:
+        """Have a process ready for the next start; it ends if that does not come within SPARE_SECONDS."""
         async with self._spawning:
-            await self.give_back(await self._warm_or_new())
+            await self.give_back(await self._spare_or_new())
 
     async def give_back(self, child: Child) -> None:
-        """`child` has nothing to do: it may wait a while for the next start, unless another does."""
-        if self._warm is not None:
+        """Keep `child` as the spare process, or end it if there is one already."""
+        if self._spare is not None:
             await child.kill()
             return
-        self._warm = child
+        self._spare = child
         loop = asyncio.get_running_loop()
-        self._cooling = loop.call_later(WARM_SECONDS, lambda: loop.create_task(self.cool()))
+        self._spare_timer = loop.call_later(SPARE_SECONDS, lambda: loop.create_task(self.end_spare()))
 
-    async def cool(self) -> None:
-        """No child waits."""
-        if self._cooling:
-            self._cooling.cancel()
-        if self._warm:
-            child, self._warm = self._warm, None
+    async def end_spare(self) -> None:
+        if self._spare_timer:
+            self._spare_timer.cancel()
+        if self._spare:
+            child, self._spare = self._spare, None
             await child.kill()
 
     async def take(self) -> Child:
-        """The warm child, or a new one; whoever takes it answers for it."""
+        """The spare process, or a new one. The caller gives it back or ends it."""
         async with self._spawning:
-            return await self._warm_or_new()
+            return await self._spare_or_new()
 
-    async def _warm_or_new(self) -> Child:
-        if self._cooling:
-            self._cooling.cancel()
-        child, self._warm = self._warm, None
+    async def _spare_or_new(self) -> Child:
+        if self._spare_timer:
+            self._spare_timer.cancel()
+        child, self._spare = self._spare, None
         if child is None or child.process.returncode is not None:
             child = await Child.start(_MODULE, environment=self._environment)
         return child
@@ -91,94 +108,95 @@ class TrainerProcess:
     # --- orders -------------------------------------------------------------------------------------------------------------
 
     async def start(self, run: int, assignment: Assignment) -> None:
-        """Start trainer number `run`; what becomes of it comes as events."""
+        """Start trainer number `run`; its reports come as events."""
         await self.stop(save=False)
         self._child, self._stopping, self.disk_full = await self.take(), False, False
         self.report = TrainerReport(epoch=assignment.epoch)
-        self._listener = asyncio.create_task(self._listen(run, self._child))
-        await self._send({"do": "start", "assignment": assignment.model_dump(mode="json")})
+        self._reader = asyncio.create_task(self._read(run, self._child))
+        await self._send(StartTraining(assignment=assignment))
+        if self._duty_cycle is not None:
+            await self._send(SetDutyCycle(share=self._duty_cycle))
 
-        if self._pace is not None:
-            await self._send({"do": "duty", "share": self._pace})
-
-    async def pace(self, share: float) -> None:
-        """Training may use this share of the time from now on, by this trainer and by those after it."""
-        if share != self._pace:
-            self._pace = share
-            await self._send({"do": "duty", "share": share})
+    async def set_duty_cycle(self, share: float) -> None:
+        """Limit this trainer and all later ones to this share of the time."""
+        if share != self._duty_cycle:
+            self._duty_cycle = share
+            await self._send(SetDutyCycle(share=share))
 
     async def allow(self, until: int) -> None:
-        await self._send({"do": "allow", "until": until})
+        """Epochs whose parent is below `until` may be trained."""
+        await self._send(AllowTraining(until=until))
 
     async def stop(self, *, save: bool) -> None:
-        """End the trainer if there is one: politely with `save` or while it writes, else soon. Returns when it is gone."""
-        child, listener = self._child, self._listener
-        self._child = self._listener = self.report = None
+        """End the trainer if there is one, and return when it is gone. `save`: give it STOP_GRACE to write a local state."""
+        child, reader = self._child, self._reader
+        self._child = self._reader = self.report = None
         self.disk_full = False
         if child is None:
             return
         self._stopping = True
         with contextlib.suppress(ConnectionError):
-            await child.send({"do": "stop", "save": save})
+            await child.send(StopTraining(save=save).to_wire())
         await child.stop(STOP_GRACE if save else KILL_GRACE)
-        if listener:
-            await listener
+        if reader:
+            await reader
 
     async def close(self) -> None:
-        """No child is left."""
-        await self.cool()
+        """Kill all processes."""
+        await self.end_spare()
         if self._child:
             await self._child.kill()
-        if self._listener:
-            await self._listener
+        if self._reader:
+            await self._reader
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, order: ToTrainer) -> None:
         if self._child:
-            with contextlib.suppress(ConnectionError):  # it has ended: its listener says so
-                await self._child.send(message)
+            with contextlib.suppress(ConnectionError):  # it has ended, and its reader reports that
+                await self._child.send(order.to_wire())
 
-    # --- what the child says ------------------------------------------------------------------------------------------------
+    # --- reports ------------------------------------------------------------------------------------------------------------
 
-    async def _listen(self, run: int, child: Child) -> None:
+    async def _read(self, run: int, child: Child) -> None:
         reason: tuple[Exit, str] | None = None
         try:
             async for message in child.messages():
-                reason = self._hear(run, message) or reason
+                reason = self._handle(run, parse_report(message)) or reason
         except ValueError as error:
-            reason = "crash", f"the trainer spoke nonsense: {error}"
+            reason = "crash", f"the trainer sent a malformed message: {error}"
             await child.kill()
         code = await child.process.wait()
         if self._child is child:
-            self._child = self._listener = self.report = None
+            self._child = self._reader = self.report = None
             self.disk_full = False
         if reason is None:
             reason = _meaning_of(code)
-        self._tell(TrainerExited(self._now(), run, reason[0], reason[1]))
+        self._feed(TrainerExited(self._now(), run, reason[0], reason[1]))
 
-    def _hear(self, run: int, message: dict[str, Any]) -> tuple[Exit, str] | None:
+    def _handle(self, run: int, report: FromTrainer | None) -> tuple[Exit, str] | None:
+        """Turn a report into an event; returns the reason of an ExitReport."""
         now = self._now()
-        match message:
-            case {"say": "progress", "epoch": epoch, "step": step, "steps": steps, "samples": samples}:
+        match report:
+            case ProgressReport(epoch=epoch, samples=samples, waiting=waiting):
                 if not self._stopping:
-                    self.report = TrainerReport(epoch, step, steps, samples, message.get("loss"), message.get("rate") or 0.0)
-                self._tell(TrainerProgress(now, run, epoch, samples, bool(message.get("waiting"))))
-            case {"say": "checkpoint", "kept": kept}:
-                self._tell(CheckpointReady(now, run, KeptCheckpoint.model_validate(kept).candidate))
-            case {"say": "disk", "full": True, "text": text}:
+                    self.report = TrainerReport(epoch, report.step, report.steps, samples, report.loss, report.rate)
+                self._feed(TrainerProgress(now, run, epoch, samples, waiting))
+            case CheckpointWritten(kept=kept):
+                self._feed(CheckpointReady(now, run, kept.candidate))
+            case DiskReport(full=True, text=text):
                 self.disk_full = not self._stopping
-                self._tell(DiskFull(now, text))
-            case {"say": "disk", "full": False}:
+                self._feed(DiskFull(now, text))
+            case DiskReport():
                 self.disk_full = False
-                self._tell(DiskFree(now))
-            case {"say": "exit", "reason": reason, "text": text} if reason in EXIT_CODES:
+                self._feed(DiskFree(now))
+            case ExitReport(reason=reason, text=text):
                 return reason, text
-            case {"say": "ready", "epoch": epoch, "step": step, "device": device}:
+            case TrainerReady(epoch=epoch, step=step, device=device):
                 log.info("trainer %d is at work on %s: epoch %d, step %d", run, device, epoch, step)
         return None
 
 
 def _meaning_of(code: int) -> tuple[Exit, str]:
-    """What an exit code says when the child could not say it itself."""
+    """The reason by exit code, for a process that ended without an ExitReport."""
     if code < 0:
         return "crash", f"it was killed by signal {-code}"
     known: dict[int, Exit] = {number: name for name, number in EXIT_CODES.items()}

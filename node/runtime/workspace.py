@@ -1,4 +1,4 @@
-"""What a shard's training needs and leaves on disk: blobs fetched and kept, own checkpoints offered, old ones removed.
+"""The files of a run's training: fetched blobs, own checkpoints, and the removal of those that are not needed.
 
 Layout of the state folder: `identity.key`, `daemon.pid`, `control.sock`, `blobs/`, and per run
 `runs/<run>/{manifest.json, peers.json, probe.json, contributions.json, work/<shard>/…}`.
@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lutetia.node.trainer.checkpoint_folder import (
     CHECKPOINT,
@@ -37,12 +37,12 @@ BASE = "base.json"
 
 
 class CheckpointDiscarded(LutetiaError):
-    """A checkpoint of our own that became void while it was being published."""
+    """An own checkpoint was discarded while it was being published."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where things of one run lie in the state folder."""
+    """Paths of one run in the state folder `state`."""
 
     state: Path
     run: str
@@ -53,10 +53,10 @@ class RunPaths:
 
     @property
     def manifest(self) -> Path:
-        return self.folder / "manifest.json"  # written by `join_swarm`
+        return self.folder / "manifest.json"  # written by `enter_swarm`
 
     @property
-    def finding(self) -> Path:
+    def probe_result(self) -> Path:
         return self.folder / "probe.json"
 
     @property
@@ -69,12 +69,12 @@ class RunPaths:
 
 
 class AcceptedBase(Frozen):
-    """The accepted checkpoint on which a shard's work stands."""
+    """The accepted checkpoint from which a shard's work continues."""
 
-    epoch: int
-    checkpoint: Digest
-    weights: BlobRef
-    state: BlobRef
+    epoch: int = Field(description="Accepted epoch")
+    checkpoint: Digest = Field(description="Digest of the checkpoint")
+    weights: BlobRef = Field(description="Its weights")
+    state: BlobRef = Field(description="Its training state")
 
 
 def _base_of(kept: KeptCheckpoint) -> AcceptedBase:
@@ -83,7 +83,7 @@ def _base_of(kept: KeptCheckpoint) -> AcceptedBase:
 
 @dataclass(frozen=True)
 class TrainerFiles:
-    """Files from which a trainer starts."""
+    """The files that a trainer starts from."""
 
     place: ResumePoint
     weights: Path | None
@@ -91,18 +91,18 @@ class TrainerFiles:
 
 
 class Workspace:
-    """The files of one run's work. Methods block on the disk."""
+    """The files of one run. Methods block on the disk."""
 
-    def __init__(self, places: RunPaths, manifest: Manifest, store: BlobStore) -> None:
-        self.places, self.manifest, self.store = places, manifest, store
+    def __init__(self, paths: RunPaths, manifest: Manifest, store: BlobStore) -> None:
+        self.paths, self.manifest, self.store = paths, manifest, store
 
     def work(self, shard: int) -> CheckpointFolder:
-        return CheckpointFolder(self.places.work, self.manifest.run_id, shard)
+        return CheckpointFolder(self.paths.work, self.manifest.run_id, shard)
 
     # --- bases --------------------------------------------------------------------------------------------------------------
 
     def base(self, shard: int, epoch: int, checkpoint: str | None, accepted: AcceptanceRecord | None) -> AcceptedBase | None:
-        """The blobs of accepted (`epoch`, `checkpoint`): our own, or as the acceptance or an earlier sync named them."""
+        """The blobs of accepted (`epoch`, `checkpoint`): from an own checkpoint, the acceptance, or an earlier sync."""
         for kept in self.work(shard).kept():
             if (kept.epoch, kept.digest) == (epoch, checkpoint):
                 return _base_of(kept)
@@ -112,13 +112,13 @@ class Workspace:
         return known if known and (known.epoch, known.checkpoint) == (epoch, checkpoint) else None
 
     def known_base(self, shard: int) -> AcceptedBase | None:
-        """The accepted checkpoint that the last sync, or the acceptance of our own since, has left us on."""
+        """The accepted checkpoint of the last sync, or of our own checkpoint accepted since then."""
         with contextlib.suppress(OSError, ValidationError):
             return AcceptedBase.model_validate_json((self.work(shard).path / BASE).read_bytes())
         return None
 
     def set_base(self, shard: int, base: AcceptedBase | None) -> None:
-        """Remember what was fetched (None: work begins anew); what was fetched before it is not needed any more."""
+        """Remember the fetched base and remove the previous one. None: the work starts from epoch 0."""
         old = self.known_base(shard)
         if old and old != base:
             needed = [ref for kept in self.work(shard).kept() for ref in kept.refs] + ([base.weights, base.state] if base else [])
@@ -133,23 +133,23 @@ class Workspace:
     # --- own checkpoints ----------------------------------------------------------------------------------------------------
 
     def pending(self, shard: int, epoch: int, checkpoint: str | None) -> list[KeptCheckpoint]:
-        """Own whole checkpoints on top of (`epoch`, `checkpoint`); the rest of the chain after a damaged one is dropped."""
+        """Complete own checkpoints that descend from (`epoch`, `checkpoint`). A damaged one is dropped, and all after it."""
         work = self.work(shard)
         work.sweep()
-        own = chain(epoch, checkpoint, work.kept())
-        for index, kept in enumerate(own):
+        descendants = chain(epoch, checkpoint, work.kept())
+        for index, kept in enumerate(descendants):
             if not all(self._file(kept, name).is_file() for name in FILES):
                 log.warning("checkpoint %d of shard %d is damaged on disk; it is trained again", kept.epoch, shard)
-                for lost in own[index:]:
+                for lost in descendants[index:]:
                     work.drop_epoch(lost.epoch)
-                return own[:index]
-        return own
+                return descendants[:index]
+        return descendants
 
     def _file(self, kept: KeptCheckpoint, name: str) -> Path:
         return self.work(kept.shard).epoch_folder(kept.epoch) / f"{name}.safetensors"
 
     def start(self, shard: int, epoch: int, checkpoint: str | None, base: AcceptedBase | None) -> TrainerFiles:
-        """The newest place to train from, and its files."""
+        """The newest state to train from, and its files."""
         work = self.work(shard)
         place = resume_point(epoch, checkpoint, self.pending(shard, epoch, checkpoint), work.local())
         if place.kept:
@@ -159,19 +159,19 @@ class Workspace:
         init = self.manifest.expert_of(shard).init
         return TrainerFiles(place, self.store.path(init.digest) if init else None, None)
 
-    def into_store(self, kept: KeptCheckpoint, keep: Collection[str]) -> None:
-        """Make a checkpoint's files servable; they share the disk space of the work folder.
+    def store_checkpoint(self, kept: KeptCheckpoint, keep: Collection[str]) -> None:
+        """Put a checkpoint's files into the blob store, as hard links where possible. `keep`: digests of blobs that must stay.
 
-        Raises DiskError, IntegrityError (damaged or lost), or Discarded when they are removed meanwhile.
+        Raises DiskError, IntegrityError (damaged or lost), or CheckpointDiscarded when they were removed meanwhile.
         """
         self.make_room(sum(ref.size for ref in kept.refs if not self.store.has(ref.digest)), keep)
         for name, ref in zip(FILES, kept.refs, strict=True):
             if not self.store.has(ref.digest):
-                self._take_in(kept, name, ref)
+                self._store_file(kept, name, ref)
 
-    def _take_in(self, kept: KeptCheckpoint, name: str, ref: BlobRef) -> None:
+    def _store_file(self, kept: KeptCheckpoint, name: str, ref: BlobRef) -> None:
         path = self._file(kept, name)
-        link = path.with_suffix(".link")  # hashing takes long, and a trainer that starts meanwhile sweeps `.part` files away
+        link = path.with_suffix(".link")  # not `.part`: hashing takes long, and a trainer that starts meanwhile removes those
         try:
             with disk_errors(link):
                 link.unlink(missing_ok=True)
@@ -180,23 +180,23 @@ class Workspace:
                 except FileNotFoundError:
                     raise
                 except OSError:  # a file system without hard links
-                    found = self.store.add_file(path)
+                    stored = self.store.add_file(path)
                 else:
-                    found = self.store.add_file(link, move=True)
+                    stored = self.store.add_file(link, move=True)
         except FileNotFoundError as error:
             if path.exists() or not path.with_name(CHECKPOINT).exists():
                 raise CheckpointDiscarded(
                     f"the files of epoch {kept.epoch} of shard {kept.shard} were removed meanwhile"
                 ) from error
             raise IntegrityError(f"{path} is missing; checkpoint {kept.epoch} of shard {kept.shard} is lost") from error
-        if found != ref:
-            self.store.remove(found.digest)
+        if stored != ref:
+            self.store.remove(stored.digest)
             raise IntegrityError(f"{path} was damaged on disk; checkpoint {kept.epoch} of shard {kept.shard} is lost")
 
-    # --- housekeeping -------------------------------------------------------------------------------------------------------
+    # --- removing files ------------------------------------------------------------------------------------------------------
 
     def superseded(self, shard: int, epoch: int) -> None:
-        """Epoch `epoch` of ours was accepted: our older checkpoints, and the base that we had fetched, may go."""
+        """Our checkpoint of `epoch` was accepted: remove older own checkpoints and the fetched base."""
         work = self.work(shard)
         kept = work.kept()
         needed = {ref.digest for item in kept if item.epoch >= epoch for ref in item.refs}
@@ -211,9 +211,9 @@ class Workspace:
             self.set_base(shard, _base_of(accepted))
 
     def discard(self, shard: int, epoch: int | None) -> None:
-        """Our work beyond accepted `epoch` is void; an accepted checkpoint of our own stays, for it is served.
+        """Remove our work after accepted `epoch`; an accepted own checkpoint stays, because it is served.
 
-        With None nothing is trusted: blobs of this shard that were fetched and do not match their name go, too.
+        With None remove all own work, and fetched blobs of this shard that do not match their digest.
         """
         work = self.work(shard)
         work.drop_local()
@@ -225,41 +225,41 @@ class Workspace:
         if epoch is None:
             self._check_fetched(shard)
 
-    def begins_with(self, shard: int, base: AcceptedBase | None) -> list[BlobRef]:
-        """What others give for work on this shard on top of `base`: its data, and what its training begins with."""
+    def inputs(self, shard: int, base: AcceptedBase | None) -> list[BlobRef]:
+        """Blobs to fetch for work on this shard from `base`: its data, and the weights and state to start with."""
         data, init = self.manifest.shards[shard].train, self.manifest.expert_of(shard).init
         if base:
             return [data, base.weights, base.state]
         return [data, init] if init else [data]
 
     def needed(self, shard: int, base: AcceptedBase | None) -> set[str]:
-        """Blobs without which the work on this shard on top of `base` cannot go on, or not be handed in."""
+        """Digests of the blobs needed to continue the work on this shard from `base`, or to offer it."""
         own = [kept for kept in self.work(shard).kept() if base is None or kept.epoch >= base.epoch]
-        refs = [*self.begins_with(shard, base), *(ref for kept in own for ref in kept.refs)]
+        refs = [*self.inputs(shard, base), *(ref for kept in own for ref in kept.refs)]
         return {ref.digest for ref in refs}
 
     def _check_fetched(self, shard: int) -> None:
-        for ref in self.begins_with(shard, self.known_base(shard)):
+        for ref in self.inputs(shard, self.known_base(shard)):
             try:
                 if self.store.has(ref.digest):
                     self.store.verify(ref.digest)
             except IntegrityError as error:
-                log.warning("%s; it is fetched again", error)
+                log.warning("%s; fetching it again", error)
                 self.store.remove(ref.digest)
 
     def held(self) -> dict[str, int]:
-        """Blobs that this box has for its work, now or earlier, and their sizes: own checkpoints, bases, shards. To be served."""
-        found: dict[str, int] = {}
+        """Blobs of current and earlier work (own checkpoints, bases, shards), which are served, and their sizes in bytes."""
+        sizes: dict[str, int] = {}
         for shard in self._shards():
-            fetched = [*self.begins_with(shard, None), *self.begins_with(shard, self.known_base(shard))]
+            fetched = [*self.inputs(shard, None), *self.inputs(shard, self.known_base(shard))]
             refs = [*fetched, *(ref for kept in self.work(shard).kept() for ref in kept.refs)]
-            found |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
-        return found
+            sizes |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
+        return sizes
 
     def make_room(self, need: int, keep: Collection[str]) -> None:
-        """Under a disk limit, remove blobs until `need` more bytes fit, or none is left: never `keep`, own checkpoints last.
+        """Under a disk limit, remove blobs until `need` more bytes fit or none is left: never `keep`, own checkpoints last.
 
-        What a shard that is done or lost has left here is of use to others, but not at the price of the next shard.
+        Blobs of a finished or lost shard are useful to other peers, but the next shard needs the space more.
         """
         limit = self.store.limit_bytes
         if limit is None or need == 0:
@@ -274,17 +274,17 @@ class Workspace:
         self._drop_removed()
 
     def _spare(self, keep: Collection[str]) -> list[tuple[str, int]]:
-        """Blobs other than `keep`, and their sizes, in the order in which they go: own checkpoints last, older ones first."""
+        """(digest, bytes) of all blobs except `keep`, in the order of removal: own checkpoints last, older ones first."""
         own = {ref.digest for shard in self._shards() for kept in self.work(shard).kept() for ref in kept.refs}
-        found = []
+        spare = []
         for digest in set(self.store.digests()) - set(keep):
-            with contextlib.suppress(FileNotFoundError, BlobMissing):  # another chore may remove it meanwhile
+            with contextlib.suppress(FileNotFoundError, BlobMissing):  # another task may remove it meanwhile
                 status = self.store.path(digest).stat()
-                found.append((digest in own, status.st_mtime, digest, status.st_size))
-        return [(digest, size) for _, _, digest, size in sorted(found)]
+                spare.append((digest in own, status.st_mtime, digest, status.st_size))
+        return [(digest, size) for _, _, digest, size in sorted(spare)]
 
     def _drop_removed(self) -> None:
-        """Work folders share the disk space of blobs: an accepted checkpoint that is not whole in the store goes there, too."""
+        """Remove accepted checkpoints whose blobs were removed: their hard links would keep the disk space."""
         for shard in self._shards():
             work, base = self.work(shard), self.known_base(shard)
             for kept in work.kept():
@@ -292,5 +292,5 @@ class Workspace:
                     work.drop_epoch(kept.epoch)
 
     def _shards(self) -> list[int]:
-        """Those that were ever worked on here."""
-        return sorted(int(path.name) for path in self.places.work.glob("[0-9]*"))
+        """Shards with a work folder here."""
+        return sorted(int(path.name) for path in self.paths.work.glob("[0-9]*"))

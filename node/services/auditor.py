@@ -1,6 +1,6 @@
-"""What a node without a shard does for the others: it asks the coordinator for an audit, replays it, and reports.
+"""Audits by an idle node: ask the coordinator for an epoch, replay it, and send a report.
 
-It runs beside the state machine and never in its way: as soon as the node has something of its own to do, the replay ends.
+It runs beside the state machine. As soon as the node has work of its own, the replay ends.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.manifest import BlobRef
@@ -25,7 +26,7 @@ _WATCH_SECONDS = 0.5
 
 
 class NodeAuditor:
-    """A companion of the shell."""
+    """A service beside the shell. `run` until it is cancelled."""
 
     def __init__(self, shell: NodeShell) -> None:
         self.shell = shell
@@ -33,11 +34,11 @@ class NodeAuditor:
     @property
     def _free(self) -> bool:
         state, shell = self.shell.state, self.shell
-        fit = shell.prober.finding is not None and state.disk_full_since is None and shell.slowed is None
+        fit = shell.prober.result is not None and state.disk_full_since is None and shell.slowed is None
         return state.phase == "idle" and state.online and fit
 
     async def run(self) -> None:
-        """Ask about once per heartbeat, or when the coordinator says, until cancelled."""
+        """Ask about once per heartbeat, or after the time that the coordinator names."""
         wait = 0.0
         while True:
             pause = max(wait, self.shell.network.manifest.timing.heartbeat)
@@ -50,21 +51,21 @@ class NodeAuditor:
                     log.info("no audit now: %s", " ".join(str(error).split()))
 
     async def _once(self) -> float:
-        """One audit, if there is one. Returns after how many seconds to ask again."""
+        """Do one audit if there is one. Returns the seconds until the next question."""
         network = self.shell.network
         request = AuditRequest(owner=network.identity.public_key)
         for peer, addresses in network.coordinators:
             answer = await ask_audit(network.transport, peer, request, addresses)
             if answer.job is None:
                 return answer.retry_after
-            report = await self._within(answer.job)
+            report = await self._replay_in_time(answer.job)
             if report:
-                await self._hand_in(sign_report(report, network.identity), peer, addresses, answer.job.until)
+                await self._send_report(sign_report(report, network.identity), peer, addresses, answer.job.until)
                 log.info("replayed epoch %d of shard %d for the coordinator", answer.job.epoch, answer.job.shard)
         return 0.0
 
-    async def _hand_in(self, report: AuditRequest, peer: str, addresses: tuple[str, ...], until: float) -> None:
-        """Again and again while it is wanted: the work is done, and only the last step of it may fail."""
+    async def _send_report(self, report: AuditRequest, peer: str, addresses: tuple[str, ...], until: float) -> None:
+        """Retry until `until` (Unix seconds): the replay is done, and only sending it may fail."""
         for attempt in itertools.count(1):
             try:
                 answer = await ask_audit(self.shell.network.transport, peer, report, addresses)
@@ -74,12 +75,12 @@ class NodeAuditor:
             except ConnectionError as error:
                 wait, why = self.shell.rules.backoff(attempt, "audit"), str(error)
             if time.time() + wait > until:
-                raise ConnectionError(f"the coordinator did not take the report of an audit: {why}")
+                raise ConnectionError(f"the coordinator did not take the audit report: {why}")
             await asyncio.sleep(wait)
 
-    async def _within(self, job: AuditJob) -> AuditReport | None:
-        """The report; None when its time was up, or the node got work of its own."""
-        replaying = asyncio.create_task(self._replayed(job))
+    async def _replay_in_time(self, job: AuditJob) -> AuditReport | None:
+        """The report; None if it took too long or the node got work of its own."""
+        replaying = asyncio.create_task(self._replay(job))
         try:
             while not replaying.done() and self._free and time.time() < job.until:
                 await asyncio.wait([replaying], timeout=_WATCH_SECONDS)
@@ -88,64 +89,64 @@ class NodeAuditor:
             replaying.cancel()
             await asyncio.gather(replaying, return_exceptions=True)
 
-    async def _replayed(self, job: AuditJob) -> AuditReport | None:
-        network, material = self.shell.network, self.shell.material
+    async def _replay(self, job: AuditJob) -> AuditReport | None:
+        network, workspace = self.shell.network, self.shell.workspace
         data = network.manifest.shards[job.shard].train
         named = {name: getattr(job, name) for name in ("weights", "state", "end_weights", "end_state")} | {"data": data}
         refs = {name: ref for name, ref in named.items() if ref is not None}
         try:
-            paths = {}
+            paths: dict[str, Path] = {}
             keep = {*await asyncio.to_thread(self.shell.served), *(ref.digest for ref in refs.values())}
             for name, ref in refs.items():
                 if not await asyncio.to_thread(network.store.has, ref.digest):
-                    await asyncio.to_thread(material.make_room, ref.size, keep)
-                paths[name] = str(await network.fetch(ref))
+                    await asyncio.to_thread(workspace.make_room, ref.size, keep)
+                paths[name] = await network.fetch(ref)
             began = time.monotonic()
-            found = await self._ask_child(job, paths)
-            if found is None:
+            replayed = await self._replay_in_child(job, paths)
+            if replayed is None:
                 return None
-            made = TrainedWith.model_validate({**found["made"], "software": software_version()})
+            made = TrainedWith.model_validate({**replayed.made.model_dump(), "software": software_version()})
             return AuditReport(
                 run=network.manifest.run_id, owner=network.identity.public_key, checkpoint=job.checkpoint,
-                losses=tuple(found["losses"]), drift=found["drift"], made=made, seconds=time.monotonic() - began,
+                losses=replayed.losses, drift=replayed.drift, made=made, seconds=time.monotonic() - began,
             )  # fmt: skip
         finally:
-            await self._tidy(job.shard, refs.values())
+            await self._clean_up(job.shard, refs.values())
 
-    async def _tidy(self, shard: int, refs: Iterable[BlobRef]) -> None:
-        """Remove what was fetched for a replay, but for what this box serves by now, or needs for work of its own."""
+    async def _clean_up(self, shard: int, refs: Iterable[BlobRef]) -> None:
+        """Remove what was fetched for the replay, except what this node serves or needs by now."""
         wanted = await asyncio.to_thread(self._wanted, shard)
         for ref in refs:
             if ref.digest not in wanted:
                 await asyncio.to_thread(self.shell.network.store.remove, ref.digest)
 
     def _wanted(self, shard: int) -> set[str]:
-        """What this box keeps of the blobs of a shard. Blocks on the disk."""
-        material, work, wanted = self.shell.material, self.shell.state.work, set(self.shell.served())
+        """Blobs of the shard that this node serves or needs. Blocks on the disk."""
+        workspace, work, wanted = self.shell.workspace, self.shell.state.work, set(self.shell.served())
         if work and work.shard == shard:
             accepted = self.shell.network.acceptances.get(shard)
-            wanted |= material.needed(shard, material.base(shard, work.epoch, work.checkpoint, accepted))
+            wanted |= workspace.needed(shard, workspace.base(shard, work.epoch, work.checkpoint, accepted))
         return wanted
 
-    async def _ask_child(self, job: AuditJob, paths: dict[str, str]) -> dict[str, Any] | None:
-        """In a child of the trainer's kind, which is ended when the replay is given up."""
-        finding, threads = self.shell.prober.finding, self.shell.settings.threads
-        assert finding
-        question = {
-            "manifest": str(self.shell.material.places.manifest), **paths,
-            **{name: getattr(job, name) for name in ("shard", "epochs", "steps", "precision")},
-            "epoch": job.epoch - 1, "device": finding.device, "threads": threads,
-            "micro_batch": finding.shards[job.shard].micro_batch,
-        }  # fmt: skip
-        hands, message = self.shell.hands, None
-        child = await hands.take()
+    async def _replay_in_child(self, job: AuditJob, paths: dict[str, Path]) -> ReplayFinished | None:
+        """Replay in a trainer process, which is ended when the replay is cancelled."""
+        result, trainer = self.shell.prober.result, self.shell.trainer
+        assert result
+        question = ReplayQuestion(
+            manifest=self.shell.workspace.paths.manifest, shard=job.shard, epoch=job.epoch - 1, epochs=job.epochs,
+            steps=job.steps, precision=job.precision, device=result.device, micro_batch=result.shards[job.shard].micro_batch,
+            threads=self.shell.settings.threads, **paths,
+        )  # fmt: skip
+        message = None
+        child = await trainer.take()
         try:
-            await child.send({"do": "replay", "question": question})
+            await child.send(RunReplay(question=question).to_wire())
             message = await anext(child.messages(), None)
         finally:
-            await (hands.give_back(child) if message else child.kill())
-        if message is None or message.get("say") != "replayed":
-            why = (message or {}).get("text", "it crashed")
+            await (trainer.give_back(child) if message else child.kill())
+        report = parse_report(message) if message else None
+        if not isinstance(report, ReplayFinished):
+            why = report.text if isinstance(report, RequestFailed) else "it crashed"
             log.warning("could not replay epoch %d of shard %d: %s", job.epoch, job.shard, why)
             return None
-        return message
+        return report

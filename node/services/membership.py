@@ -1,4 +1,4 @@
-"""Reads who is online: what a node looks after while it stands by, and what it keeps for others, follows from it."""
+"""Reads which nodes are online, and derives the shards to watch and the copies to keep from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.services.standby_policy import WAVES, buckets_before, enough, own_duty, pace
+from lutetia.node.services.standby_policy import WAVES, buckets_before, has_enough_standbys, read_interval_factor, shards_to_watch
 from lutetia.protocol.rpc.accepted_checkpoints import live_nodes
 from lutetia.protocol.schema.records import NodeRecord
 from lutetia.system.errors import LutetiaError
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """A companion of the shell. `copies`: also keep copies of accepted checkpoints that too few peers hold."""
+    """A service beside the shell. `copies`: also keep copies of accepted checkpoints that too few peers hold."""
 
     def __init__(self, shell: NodeShell, *, copies: bool) -> None:
         self.shell, self.copies = shell, copies
-        self._seeding: asyncio.Task[None] | None = None
+        self._replicating: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Read twice per lease, less often in a large swarm, until cancelled."""
@@ -33,27 +33,27 @@ class Membership:
                 try:
                     wait = await self._read(group)
                 except (LutetiaError, ConnectionError) as error:
-                    log.info("cannot read who is online now: %s", error)
+                    log.info("cannot read the node records now: %s", error)
 
     async def _read(self, group: asyncio.TaskGroup) -> float:
-        """Read once, and begin what follows. Returns after how many seconds to read again."""
+        """Read the node records once and act on them. Returns the seconds until the next read."""
         network, now = self.shell.network, time.time()
         manifest, owner = network.manifest, network.identity.public_key
         nodes = await self._nodes(manifest.run_id, owner)
         lease = manifest.timing.lease
-        wait = lease / 2 * pace(len(nodes))
-        shards = own_duty(manifest.run_id, owner, nodes, len(manifest.shards), int(now // lease))
+        wait = lease / 2 * read_interval_factor(len(nodes))
+        shards = shards_to_watch(manifest.run_id, owner, nodes, len(manifest.shards), int(now // lease))
         self.shell.feed(m.WatchedShardsSet(now, shards, now + 2 * wait))
-        if self.copies and (self._seeding is None or self._seeding.done()):
-            self._seeding = group.create_task(self.shell.seeder.tend(nodes))
+        if self.copies and (self._replicating is None or self._replicating.done()):
+            self._replicating = group.create_task(self.shell.replicator.run_round(nodes))
         return wait
 
     async def _nodes(self, run: str, owner: str) -> list[NodeRecord]:
-        """The node records of our own bucket, and of those before it while they may matter to us."""
+        """Node records of our own bucket, and of earlier buckets until they show enough standbys."""
         nodes: list[NodeRecord] = []
         buckets = iter(buckets_before(owner))
         for wave in WAVES:
             nodes += await live_nodes(self.shell.network.transport, run, islice(buckets, wave))
-            if enough(run, owner, nodes):
+            if has_enough_standbys(run, owner, nodes):
                 break
         return nodes

@@ -1,10 +1,9 @@
-"""Which shards a standby looks after: each shard is looked at by a few standbys, however many there are. Pure.
+"""Which shards a standby watches: each shard is watched by a few standbys, however many there are. Pure.
 
-Standbys are placed on a ring by their names, shards by theirs (consistent hashing, Karger and others 1997). Of each shard the
-next STEADY standbys are in charge for as long as they stay, so that somebody sees a claim that does no work long enough to pass
-it over (`protocol.stalled_claims`); and CHANGING more, other ones every lease, so that no shard depends on a few boxes that do
-not
-fit it, or that lie. Where there are no more standbys than STEADY, each looks after every shard.
+Standbys and shards have positions on a ring (consistent hashing, Karger and others 1997). The next STEADY standbys after a shard
+watch it for as long as they stay, so that they see a stalled claim long enough to ignore it (`protocol.stalled_claims`).
+CHANGING more watch it for one lease each, so that no shard depends on a few nodes that do not fit it or that lie. If there are
+at most STEADY standbys, each watches every shard.
 """
 
 from __future__ import annotations
@@ -17,28 +16,35 @@ from lutetia.protocol.schema.records import NODE_BUCKETS, NodeRecord, node_bucke
 
 STEADY = CHANGING = 8
 FULL_PACE = 500
-"""Node records of which a peer reads up to so many twice per lease; more, less often, so that the bytes do not grow."""
+"""Up to this many node records are read twice per lease; more are read less often, so that the bytes do not grow."""
 WAVES = (1, 3, NODE_BUCKETS - 4)
-"""How many buckets of node records are read at a time, while too few standbys are known."""
+"""How many buckets of node records are read at a time until enough standbys are known."""
 
 
-def stands_by(node: NodeRecord) -> bool:
-    """Whether it could take a shard: it has none, and some expert of the run works on it."""
+def is_standby(node: NodeRecord) -> bool:
+    """Whether the node could take a shard: it has none, and an expert of the run works on it."""
     return node.state in FREE and node.samples_per_second > 0
 
 
-def duties(run: str, standbys: Iterable[str], shards: int, turn: int) -> dict[str, frozenset[int]]:
-    """Public key -> the shards that it looks after in `turn` (a number that changes every lease)."""
+def assign_shards(run: str, standbys: Iterable[str], shards: int, lease_number: int) -> dict[str, frozenset[int]]:
+    """Public key -> the shards that it watches.
+
+    Args:
+        run: the run's id.
+        standbys: their public keys.
+        shards: how many the run has.
+        lease_number: changes every lease, and with it the CHANGING watchers.
+    """
     ring = sorted((point(run, "peer", owner), owner) for owner in standbys)
-    found: dict[str, set[int]] = {owner: set() for _, owner in ring}
+    watched: dict[str, set[int]] = {owner: set() for _, owner in ring}
     if len(ring) <= STEADY:
-        return dict.fromkeys(found, frozenset(range(shards)))
+        return dict.fromkeys(watched, frozenset(range(shards)))
     for shard in range(shards):
-        for count, name in ((STEADY, str(shard)), (CHANGING, f"{shard} in turn {turn}")):
+        for count, name in ((STEADY, str(shard)), (CHANGING, f"{shard} in turn {lease_number}")):
             first = bisect_left(ring, (point(run, "shard", name), ""))
             for place in range(first, first + count):
-                found[ring[place % len(ring)][1]].add(shard)
-    return {owner: frozenset(held) for owner, held in found.items()}
+                watched[ring[place % len(ring)][1]].add(shard)
+    return {owner: frozenset(own) for owner, own in watched.items()}
 
 
 def buckets_before(owner: str) -> list[int]:
@@ -47,27 +53,29 @@ def buckets_before(owner: str) -> list[int]:
     return [(own - step) % NODE_BUCKETS for step in range(NODE_BUCKETS)]
 
 
-def enough(run: str, owner: str, nodes: Iterable[NodeRecord]) -> bool:
-    """Whether `nodes`, of `owner`'s bucket and of some before it, show enough standbys before it.
+def has_enough_standbys(run: str, owner: str, nodes: Iterable[NodeRecord]) -> bool:
+    """Whether `nodes`, from `owner`'s bucket and some before it, include enough standbys before `owner`.
 
-    Those farther off are of no consequence to its duties, nor to the copies that it keeps (`seeding`).
+    Nodes farther away affect neither the shards that it watches nor the copies that it keeps (`replication_policy`).
     """
     own, place = node_bucket(owner), point(run, "peer", owner)
-    before = sum(stands_by(node) and (node_bucket(node.owner) != own or point(run, "peer", node.owner) < place) for node in nodes)
+    before = sum(
+        is_standby(node) and (node_bucket(node.owner) != own or point(run, "peer", node.owner) < place) for node in nodes
+    )
     return before >= STEADY
 
 
-def own_duty(run: str, owner: str, nodes: Sequence[NodeRecord], shards: int, turn: int) -> frozenset[int] | None:
-    """The shards that `owner` looks after; `nodes` are `enough` or all. None, for all shards, while they do not show it free.
+def shards_to_watch(run: str, owner: str, nodes: Sequence[NodeRecord], shards: int, lease_number: int) -> frozenset[int] | None:
+    """The shards that `owner` watches; None means all, while `nodes` do not show it as a standby.
 
-    None at all where no expert of the run works on its box.
+    Empty if no expert of the run works on its machine. `nodes`: all, or as many as `has_enough_standbys` needs.
     """
     own = next((node for node in nodes if node.owner == owner), None)
     if own is None or own.state not in FREE:
         return None
-    return duties(run, [node.owner for node in nodes if stands_by(node)], shards, turn).get(owner, frozenset())
+    return assign_shards(run, [node.owner for node in nodes if is_standby(node)], shards, lease_number).get(owner, frozenset())
 
 
-def pace(records: float) -> float:
-    """How many times longer than half a lease one waits before reading that many node records again."""
+def read_interval_factor(records: float) -> float:
+    """How many half leases to wait between two reads of that many node records."""
     return max(1.0, records / FULL_PACE)

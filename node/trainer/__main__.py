@@ -1,9 +1,6 @@
-"""The trainer child: `python -m lutetia.node.trainer`. It trains one shard and talks to the daemon in JSON lines.
+"""The trainer process: `python -m lutetia.node.trainer`. It trains one shard under the node's supervisor.
 
-It hears `probe` (a Question), `start` (an Assignment), `allow` (until), `duty` (share) and `stop` (save); the end of the channel
-means stop with save. It says `finding` or `failed`, `ready`, `progress` (at most four a second), `saved`, `checkpoint`, `disk`
-(full or not) and at last `exit` with a reason, which its exit code repeats (`assignment.EXIT_CODES`).
-A child that waits for `start` is warm.
+Orders come on stdin, reports go to stdout (`node.trainer.messages`). When stdin ends, it stops and saves.
 """
 
 from __future__ import annotations
@@ -18,13 +15,13 @@ from lutetia.node.trainer.assignment import EXIT_CODES
 from lutetia.node.trainer.logging_setup import log_to_stderr
 from lutetia.system.process import ParentChannel, give_way
 
-NICENESS = 5  # the daemon's heartbeats go before training
+NICENESS = 5  # the daemon's heartbeats come before training
 
 
 def main() -> NoReturn:
-    """Ends by `os._exit`: a thread may still be reading the channel."""
-    channel = ParentChannel()  # before the heavy imports: they take seconds in which the daemon may die
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager may tell all processes; the daemon decides what it means
+    """Ends with `os._exit`, because a thread may still be reading stdin."""
+    channel = ParentChannel()  # before the heavy imports: the daemon may die in the seconds that they take
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager may send it to all processes; only the daemon acts on it
     give_way(NICENESS)
     log_to_stderr()
     code = EXIT_CODES["crash"]

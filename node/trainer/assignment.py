@@ -1,4 +1,4 @@
-"""What a trainer child is told when it starts, and how it says why it ended. Shared by both sides; imports no torch."""
+"""What a trainer process is to train, and the exit codes by which it says why it ended. Imports no torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,21 @@ PROGRESS_SECONDS = 0.25
 
 
 class Assignment(Frozen):
-    """Train `shard` on top of epochs below `until`, from where `epoch`, `parent` and the given files say.
+    """What to train, from which state, and how."""
 
-    `weights` and `state` are those of the checkpoint `parent` (None at epoch 0, but for `weights` of a warm start); `local` is a
-    state inside that epoch. Checkpoints and local states are written to `folder`.
-    """
-
-    manifest: Path
-    shard: int
-    data: Path
-    folder: Path
-    epoch: int
-    parent: Digest | None
-    weights: Path | None = None
-    state: Path | None = None
-    local: LocalState | None = None
-    until: int
-    device: str = "cpu"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    micro_batch: int | None = None
-    threads: int | None = None
-    duty: float = Field(default=1.0, gt=0, le=1)
-    save_every: float = Field(default=30.0, gt=0)
+    manifest: Path = Field(description="The signed manifest")
+    shard: int = Field(description="Index of the shard")
+    data: Path = Field(description="The shard's training data")
+    folder: Path = Field(description="Where checkpoints and local states are written")
+    epoch: int = Field(description="Parent epoch")
+    parent: Digest | None = Field(description="Parent checkpoint; None at epoch 0")
+    weights: Path | None = Field(default=None, description="Weights of the parent; None at epoch 0 without a warm start")
+    state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
+    local: LocalState | None = Field(default=None, description="A state within the epoch to resume from")
+    until: int = Field(description="Epochs whose parent is below this number may be trained")
+    device: str = Field(default="cpu", description="cpu, mps or cuda:N")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Data type of the forward pass")
+    micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
+    threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")
+    save_every: float = Field(default=30.0, gt=0, description="Seconds between local states")

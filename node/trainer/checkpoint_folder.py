@@ -1,7 +1,8 @@
-"""The shard in work on disk: whole checkpoints of our own, and the newest local state, each naming what it descends from.
+"""A shard's work on disk: complete own checkpoints and the newest local state, each with its parent.
 
-A shard's folder holds `epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json` (the folder gets its name when all
-is written; when it is published, the blob store links to the same files), and `local-4-17.safetensors`, named by `local.json`.
+A shard's folder holds `epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json`, and `local-4-17.safetensors`,
+named by `local.json`. The epoch folder gets its name when all files are written. Once it is published, the blob store links to
+the same files.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ FILES = ("weights", "state", "trace")
 
 
 class KeptCheckpoint(Frozen):
-    """A whole checkpoint of our own: epoch `epoch` on top of checkpoint `parent`, after `samples` samples of the shard."""
+    """A complete checkpoint of this node, as `checkpoint.json` holds it."""
 
-    run: Digest
-    shard: int
-    epoch: int = Field(ge=1)
-    parent: Digest | None
-    weights: BlobRef
-    state: BlobRef
-    trace: BlobRef
-    samples: int
-    loss: float
-    made: TrainedWith = TrainedWith()
+    run: Digest = Field(description="The run's id")
+    shard: int = Field(description="Index of the shard")
+    epoch: int = Field(ge=1, description="The epoch that it ends")
+    parent: Digest | None = Field(description="Checkpoint that it was trained from; None for epoch 1")
+    weights: BlobRef = Field(description="Exponential moving average of the weights")
+    state: BlobRef = Field(description="Training state without the average")
+    trace: BlobRef = Field(description="Loss of every step")
+    samples: int = Field(description="Samples of the shard seen so far")
+    loss: float = Field(description="Mean training loss of the epoch")
+    made: TrainedWith = Field(default=TrainedWith(), description="Device, precision and software of the training")
 
     def record(self, owner: PublicKey, peer_id: str, addresses: Sequence[str], issued: float) -> CheckpointRecord:
-        """What is offered to the coordinator."""
+        """The record that is offered to the coordinator. `issued` in Unix seconds."""
         return CheckpointRecord(owner=owner, peer_id=peer_id, addresses=tuple(addresses), issued=issued, **self.model_dump())
 
     @property
     def digest(self) -> Digest:
-        """The digest of the checkpoint, whoever offers it."""
+        """The checkpoint's digest; it does not depend on the author."""
         return self.record("0" * 64, "0" * 20, (), 0.0).digest
 
     @property
@@ -59,21 +60,18 @@ class KeptCheckpoint(Frozen):
 
 
 class LocalState(Frozen):
-    """The newest local state: `step` steps into the epoch on top of checkpoint `parent` at `epoch`.
+    """The newest state within an epoch, as `local.json` holds it."""
 
-    `budget`: the epochs of the manifest under which those steps were taken; None where older software wrote it.
-    """
-
-    file: str = Field(pattern=r"^local-\d+-\d+\.safetensors$")
-    epoch: int
-    step: int
-    parent: Digest | None
-    budget: int | None = Field(default=None, ge=1)
+    file: str = Field(pattern=r"^local-\d+-\d+\.safetensors$", description="Name of the file in the same folder")
+    epoch: int = Field(description="Parent epoch")
+    step: int = Field(description="Steps since the parent")
+    parent: Digest | None = Field(description="Parent checkpoint; None at epoch 0")
+    budget: int | None = Field(default=None, ge=1, description="Epoch budget of the manifest; None if older software wrote it")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a trainer starts: at `epoch` on top of `parent`, from its own state, its own checkpoint, or the accepted base."""
+    """Where a trainer starts: after `epoch` and `parent`, from a local state, an own checkpoint, or the accepted base."""
 
     source: Literal["local", "kept", "base"]
     epoch: int
@@ -112,7 +110,7 @@ class CheckpointFolder:
         return self.path / f"epoch-{epoch:06d}"
 
     def kept(self) -> list[KeptCheckpoint]:
-        """Whole checkpoints of this run and shard, by epoch; what cannot be read is not whole."""
+        """Complete checkpoints of this run and shard, by epoch; unreadable ones are left out."""
         found = []
         for path in sorted(self.path.glob(f"epoch-*/{CHECKPOINT}")):
             with contextlib.suppress(ValidationError, OSError):
@@ -129,7 +127,7 @@ class CheckpointFolder:
         return None
 
     def set_local(self, local: LocalState) -> None:
-        """`local.file` is whole: from now on it is the one to resume from."""
+        """Resume from `local` from now on; its file is complete. Other local states are removed."""
         write_atomic(self.path / LOCAL, canonical(local))
         for path in self.path.glob("local-*.safetensors"):
             if path.name != local.file:
@@ -144,7 +142,7 @@ class CheckpointFolder:
         shutil.rmtree(self.epoch_folder(epoch), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what a killed trainer left half-written, where the disk takes changes now."""
+        """Remove partial files of a killed trainer; a read-only disk is ignored."""
         for path in self.path.glob("**/.*.part"):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -156,7 +154,7 @@ class CheckpointFolder:
 
 
 def remembered_shards(work: Path, run: str) -> frozenset[int]:
-    """Shards of which this box holds checkpoints or local states of the run."""
+    """Shards of the run with checkpoints or local states in `work`."""
     found = set()
     for path in work.glob("*"):
         if re.fullmatch(r"\d{4}", path.name):

@@ -1,6 +1,6 @@
-"""Writes a trainer's checkpoints and local states in the background, so that the step loop never waits for the disk.
+"""Writes a trainer's checkpoints and local states in the background, so that the step loop does not wait for the disk.
 
-A full disk loses nothing: the snapshot stays in memory and is written when there is space again.
+On a full disk the snapshot stays in memory and is written when there is space again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
 from lutetia.models.training.replay import made_with
 from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, CheckpointFolder, KeptCheckpoint, LocalState
+from lutetia.node.trainer.messages import CheckpointWritten, DiskReport, FromTrainer, LocalStateSaved
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.canonical import canonical
@@ -29,22 +29,27 @@ from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_a
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2.0
-Say = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class _Job:
     snapshot: Snapshot
     whole: bool
-    """An epoch is done: a checkpoint to publish; else a local state."""
+    """True: a checkpoint at the end of an epoch; False: a local state."""
     budget: int | None
 
 
 class CheckpointWriter:
-    """One background thread with room for one waiting job. `parent`: the checkpoint on which the trainer started."""
+    """One background thread with a queue of one job.
 
-    def __init__(self, folder: CheckpointFolder, parent: str | None, say: Say) -> None:
-        self.folder, self.parent, self.say = folder, parent, say
+    Args:
+        folder: the shard's folder.
+        parent: digest of the checkpoint that training starts from; None at epoch 0.
+        send: sends a report to the supervisor.
+    """
+
+    def __init__(self, folder: CheckpointFolder, parent: str | None, send: Callable[[FromTrainer], None]) -> None:
+        self.folder, self.parent, self.send = folder, parent, send
         self._job: _Job | None = None
         self._busy = False
         self._closing = False
@@ -60,9 +65,12 @@ class CheckpointWriter:
     def submit(
         self, snapshot: Snapshot, *, whole: bool, budget: int | None = None, may_wait: Callable[[], bool] = lambda: True
     ) -> bool:
-        """Queue a snapshot; a waiting local state gives way to it. `budget`: the epochs under which it was trained.
+        """Queue a snapshot; it replaces a queued local state. Returns whether it was queued.
 
-        Waits while another checkpoint waits and `may_wait()`. Whether it was taken.
+        Args:
+            whole: it is a checkpoint at the end of an epoch; otherwise a local state.
+            budget: epoch budget under which it was trained.
+            may_wait: while a checkpoint is queued, wait as long as this returns True.
         """
         with self._changed:
             while self._job is not None and self._job.whole:
@@ -70,13 +78,13 @@ class CheckpointWriter:
                     return False
                 self._changed.wait(0.2)
             if not self._thread.is_alive():
-                raise RuntimeError("the writer of checkpoints has ended; its error stands above")
+                raise RuntimeError("the checkpoint writer has ended; its error is logged above")
             self._job = _Job(snapshot, whole, budget)
             self._changed.notify_all()
             return True
 
     def close(self) -> bool:
-        """Write what waits, and end. With a full disk it tries once more, then gives up. Whether everything was written."""
+        """Write what is queued, and end. On a full disk it tries once more. Returns whether everything was written."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -102,24 +110,24 @@ class CheckpointWriter:
                     return
 
     def _persist(self, job: _Job) -> bool:
-        """Try until it is written, or until there is no more time. A local state gives way to anything newer."""
+        """Retry until it is written or the writer closes. A local state is dropped for anything newer."""
         while True:
             closing = self._closing
             try:
                 self._write(job)
             except DiskError as error:
-                self._tell_full(str(error))
+                self._report_full(str(error))
             else:
-                self._tell_free()
+                self._report_free()
                 return True
             if closing:
                 return False
             with self._changed:
-                self._changed.wait_for(lambda job=job: self._closing or self._overtaken(job), RETRY_SECONDS)
-                if self._overtaken(job):
+                self._changed.wait_for(lambda job=job: self._closing or self._replaced(job), RETRY_SECONDS)
+                if self._replaced(job):
                     return True
 
-    def _overtaken(self, job: _Job) -> bool:
+    def _replaced(self, job: _Job) -> bool:
         return self._job is not None and not job.whole
 
     def _write(self, job: _Job) -> None:
@@ -134,7 +142,7 @@ class CheckpointWriter:
             write_state(snapshot, self.folder.path / name)
             local = LocalState(file=name, epoch=snapshot.epoch, step=snapshot.step, parent=self.parent, budget=budget)
             self.folder.set_local(local)
-        self.say({"say": "saved", "epoch": snapshot.epoch, "step": snapshot.step})
+        self.send(LocalStateSaved(epoch=snapshot.epoch, step=snapshot.step))
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
         target = self.folder.epoch_folder(snapshot.epoch)
@@ -149,15 +157,15 @@ class CheckpointWriter:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self.parent = kept.digest
-        self.folder.drop_local()  # it belongs to the epoch that is done
-        self.say({"say": "checkpoint", "kept": kept.model_dump(mode="json")})
+        self.folder.drop_local()  # it belongs to the finished epoch
+        self.send(CheckpointWritten(kept=kept))
 
     def _fill(self, part: Path, snapshot: Snapshot) -> KeptCheckpoint:
         make_folder(part.parent)
         part.mkdir()
         paths = {name: part / f"{name}.safetensors" for name in FILES}
         write_weights(snapshot, paths["weights"])
-        write_state(snapshot, paths["state"], ema=False)  # the EMA is what the weights file holds
+        write_state(snapshot, paths["state"], ema=False)  # the weights file holds the EMA
         write_tensors(paths["trace"], {"trace": torch.tensor(snapshot.trace, dtype=torch.float32)})
         refs = {name: ChunkTable.of_file(path).ref for name, path in paths.items()}
         kept = KeptCheckpoint(
@@ -168,12 +176,12 @@ class CheckpointWriter:
         write_atomic(part / CHECKPOINT, canonical(kept))
         return kept
 
-    def _tell_full(self, text: str) -> None:
+    def _report_full(self, text: str) -> None:
         if not self._full:
             self._full = True
-            self.say({"say": "disk", "full": True, "text": text})
+            self.send(DiskReport(full=True, text=text))
 
-    def _tell_free(self) -> None:
+    def _report_free(self) -> None:
         if self._full:
             self._full = False
-            self.say({"say": "disk", "full": False})
+            self.send(DiskReport(full=False))

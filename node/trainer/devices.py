@@ -1,4 +1,4 @@
-"""Which device and dtype to train with, from what torch sees, each with its reason."""
+"""Chooses the device and precision to train with, each with a reason."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class CudaDevice:
 
 @dataclass(frozen=True, slots=True)
 class Accelerators:
-    """What torch can use beside the CPU; `cuda` by device number."""
+    """What torch can use besides the CPU; `cuda` by device number."""
 
     cuda: tuple[CudaDevice, ...] = ()
     mps: bool = False
 
     @classmethod
     def seen(cls) -> Accelerators:
-        """Asks torch, and through it the drivers."""
+        """As torch reports them."""
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -36,7 +36,7 @@ class Accelerators:
 
 
 def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
-    """(device, reason) for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Raises HardwareError when the wanted one is not there."""
+    """(device, reason) for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Raises HardwareError when the device is missing."""
     if wanted == "auto":
         if seen.cuda:
             return "cuda:0", f"cuda:0: {seen.cuda[0].name}"
@@ -45,22 +45,24 @@ def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
         number = int(wanted.partition(":")[2] or 0)
         if number >= len(seen.cuda):
             raise HardwareError(
-                f"device {wanted} was asked for, but torch sees {len(seen.cuda)} CUDA devices; check the driver, or use cpu"
+                f"device {wanted} is set, but torch sees {len(seen.cuda)} CUDA devices; check the driver, or use cpu"
             )
-        return f"cuda:{number}", f"cuda:{number}: asked for"
+        return f"cuda:{number}", f"cuda:{number}: as set"
     if wanted == "mps" and not seen.mps:
-        raise HardwareError("device mps was asked for, but torch sees no Apple GPU; use cpu")
-    return wanted, f"{wanted}: asked for"
+        raise HardwareError("device mps is set, but torch sees no Apple GPU; use cpu")
+    return wanted, f"{wanted}: as set"
 
 
 def choose_precision(device: str, wanted: str, seen: Accelerators) -> tuple[Precision, str]:
     """(dtype of the forward pass, reason); `device` as `choose_device` gave it."""
     if wanted == "float32":
-        return "float32", "float32: asked for"
+        return "float32", "float32: as set"
     if wanted == "bfloat16":
-        return "bfloat16", "bfloat16: asked for"
+        return "bfloat16", "bfloat16: as set"
     if device.startswith("cuda"):
         major, minor = seen.cuda[int(device.partition(":")[2])].capability
-        word = f"CUDA SM {major}{minor}"
-        return ("bfloat16", f"bfloat16: {word}") if major >= 8 else ("float32", f"float32: {word} has no bfloat16")
+        capability = f"CUDA SM {major}{minor}"
+        if major >= 8:
+            return "bfloat16", f"bfloat16: {capability}"
+        return "float32", f"float32: {capability} has no bfloat16"
     return "float32", f"float32: {'CPU' if device == 'cpu' else device}"

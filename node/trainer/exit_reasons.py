@@ -1,4 +1,4 @@
-"""Why training ends, in the words that the daemon knows how to treat."""
+"""Maps errors to the exit reasons that the supervisor acts on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lutetia.system.errors import DiskError, LutetiaError
 
 
 class TrainerEnded(LutetiaError):
-    """The trainer cannot go on, for a reason that the daemon knows how to treat."""
+    """The trainer cannot continue, for `reason`."""
 
     def __init__(self, reason: Exit, text: str) -> None:
         super().__init__(text)
@@ -18,7 +18,7 @@ class TrainerEnded(LutetiaError):
 
 
 def reason_of(error: BaseException) -> tuple[Exit, str] | None:
-    """How the daemon is to treat `error`; None: a bug."""
+    """(exit reason, text) of `error`; None: an unexpected error, which is a bug."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     match error:
         case TrainerEnded():

@@ -1,4 +1,4 @@
-"""How our children log: on the stderr that they share with the daemon, in its form."""
+"""Logging of child processes: to the stderr that they share with the daemon, in the same format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 
 def log_to_stderr() -> None:
-    """One line per event; `LUTETIA_LOG` chooses debug, info or warning for our own loggers."""
+    """One line per event; `LUTETIA_LOG` sets the level of Lutetia's loggers: debug, info or warning."""
     form = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, datefmt="%H:%M:%S")
     logging.getLogger("lutetia").setLevel(_LEVELS.get(os.environ.get("LUTETIA_LOG", "info").lower(), logging.INFO))

@@ -1,11 +1,10 @@
-"""The step loop of the trainer child, and what it does between steps."""
+"""The step loop of the trainer process, and what it does between steps."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,8 +17,23 @@ from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
-from lutetia.node.trainer.probe import ProbeQuestion, find
-from lutetia.node.trainer.replay import replayed
+from lutetia.node.trainer.messages import (
+    AllowTraining,
+    ExitReport,
+    FromTrainer,
+    ProbeFinished,
+    ProgressReport,
+    RequestFailed,
+    RunProbe,
+    RunReplay,
+    SetDutyCycle,
+    StartTraining,
+    StopTraining,
+    TrainerReady,
+    parse_order,
+)
+from lutetia.node.trainer.probe import ProbeQuestion, probe
+from lutetia.node.trainer.replay import answer_replay
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
 from lutetia.system.process import ParentChannel
@@ -30,27 +44,29 @@ _RATE_SECONDS = 10.0
 
 
 class DaemonOrders:
-    """What the daemon wants, heard by a thread of its own."""
+    """The supervisor's orders, read by a thread of their own once training starts; also sends it reports."""
 
     def __init__(self, channel: ParentChannel) -> None:
-        self.until, self.duty = 0, 1.0
+        self.until, self.duty_cycle = 0, 1.0
         self.stopping, self.save = False, True
         self._changed = threading.Condition()
         self._channel, self._messages = channel, channel.messages()
 
+    def send(self, report: FromTrainer) -> None:
+        self._channel.send(report.to_wire())
+
     def assignment(self) -> Assignment | None:
-        """What to train, after any probes; None when the daemon wants nothing."""
+        """Answer probes and replays until there is something to train; None when there is nothing."""
         for message in self._messages:
-            match message.get("do"):
-                case "probe":
-                    self._channel.send(answer(message["question"]))
-                case "replay":
-                    self._channel.send(replayed(message["question"]))
-                case "start":
-                    assignment = Assignment.model_validate(message["assignment"])
-                    self.until, self.duty = assignment.until, assignment.duty
+            match parse_order(message):
+                case RunProbe(question=question):
+                    self.send(answer_probe(question))
+                case RunReplay(question=question):
+                    self.send(answer_replay(question))
+                case StartTraining(assignment=assignment):
+                    self.until, self.duty_cycle = assignment.until, assignment.duty
                     return assignment
-                case "stop":
+                case StopTraining():
                     return None
         return None
 
@@ -60,67 +76,67 @@ class DaemonOrders:
     def _listen(self) -> None:
         for message in self._messages:
             with self._changed:
-                match message.get("do"):
-                    case "allow":
-                        self.until = int(message["until"])
-                    case "duty":
-                        self.duty = float(message["share"])
-                    case "stop":
-                        self.stopping, self.save = True, bool(message["save"])
+                match parse_order(message):
+                    case AllowTraining(until=until):
+                        self.until = until
+                    case SetDutyCycle(share=share):
+                        self.duty_cycle = share
+                    case StopTraining(save=save):
+                        self.stopping, self.save = True, save
                 self._changed.notify_all()
         with self._changed:
             self.stopping = True
             self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
-        """Wait, unless the daemon wants something."""
+        """Wait for `seconds`, or until the process is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping, seconds)
 
     def wait_for_epoch(self, epoch: int) -> None:
-        """Until training on top of `epoch` is allowed, or we are to stop."""
+        """Wait until the epoch after `epoch` may be trained, or the process is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping or epoch < self.until)
 
 
 class TrainerLoop:
-    """Steps, snapshots, progress."""
+    """Trains, saves and reports until it is told to stop."""
 
-    def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: DaemonOrders, channel: ParentChannel) -> None:
-        self.trainer, self.orders, self.channel = trainer, orders, channel
+    def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: DaemonOrders) -> None:
+        self.trainer, self.orders = trainer, orders
         self.manifest = trainer.manifest
-        trainer.manifest = begun_under(trainer, assignment.local)
+        trainer.manifest = manifest_of_epoch(trainer, assignment.local)
         self.save_every = assignment.save_every
         self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
-        self.writer = CheckpointWriter(self.folder, assignment.parent, channel.send)
+        self.writer = CheckpointWriter(self.folder, assignment.parent, orders.send)
         self._loss: float | None = None
-        self._told = self._saved = time.monotonic()
+        self._reported = self._saved = time.monotonic()
         self._rate = _Rate()
 
     def run(self) -> None:
-        """Until we are to stop."""
-        self._tell(now=True)
+        """Train until the supervisor says stop."""
+        self._report(now=True)
         while not self.orders.stopping:
             if self.place[0] >= self.orders.until and self.place[1] == 0:
-                self._tell(waiting=True, now=True)
+                self._report(waiting=True, now=True)
                 self.orders.wait_for_epoch(self.place[0])
                 self._rate.pause()
                 continue
             busy = self._step()
-            share = self.orders.duty
+            share = self.orders.duty_cycle
             if share < 1:
                 self.orders.rest(busy * (1 - share) / share)
 
     @property
     def place(self) -> tuple[int, int]:
-        """Epoch and step of the next step; the end of epoch e is the start of e + 1."""
+        """(parent epoch, step) of the next step; the end of one epoch is the start of the next."""
         trainer = self.trainer
         return (trainer.epoch + 1, 0) if trainer.at_epoch_end else (trainer.epoch, trainer.step_in_epoch)
 
     def _step(self) -> float:
-        """One step and what it brings; returns its seconds of work."""
+        """Take one step and save or report if due. Returns how many seconds it took."""
         start = time.monotonic()
-        if self.place[1] == 0:  # an epoch that was begun under another budget has ended
+        if self.place[1] == 0:  # an epoch under an earlier budget has ended
             self.trainer.manifest = self.manifest
         self._loss = self.trainer.step()
         self._rate.add(self.trainer.manifest.optimisation.batch)
@@ -128,28 +144,29 @@ class TrainerLoop:
             self._saved = time.monotonic()
             if not self.writer.submit(self.trainer.snapshot(), whole=True, may_wait=lambda: not self.orders.stopping):
                 raise TrainerEnded("disk-full", "the last checkpoint could not be written before the trainer was stopped")
-            self._tell(now=True)
+            self._report(now=True)
         elif time.monotonic() - self._saved >= self.save_every and self.writer.idle:
             self._saved = time.monotonic()
             self._save()
-        self._tell()
+        self._report()
         return time.monotonic() - start
 
     def _save(self) -> None:
         self.writer.submit(self.trainer.snapshot(), whole=False, budget=self.trainer.manifest.epochs)
 
-    def _tell(self, *, waiting: bool = False, now: bool = False) -> None:
-        if not now and time.monotonic() - self._told < PROGRESS_SECONDS:
+    def _report(self, *, waiting: bool = False, now: bool = False) -> None:
+        if not now and time.monotonic() - self._reported < PROGRESS_SECONDS:
             return
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         epoch, step = self.place
-        self.channel.send({
-            "say": "progress", "epoch": epoch, "step": step, "steps": self.trainer.manifest.steps_per_epoch,
-            "samples": self.trainer.samples, "loss": self._loss, "rate": self._rate.value, "waiting": waiting,
-        })  # fmt: skip
+        report = ProgressReport(
+            epoch=epoch, step=step, steps=self.trainer.manifest.steps_per_epoch, samples=self.trainer.samples,
+            loss=self._loss, rate=self._rate.value, waiting=waiting,
+        )  # fmt: skip
+        self.orders.send(report)
 
     def finish(self) -> None:
-        """Write what is to be kept."""
+        """Write the local state if it is to be kept, and wait for the writer."""
         if self.orders.save and self.place[1]:
             self._save()
         if not self.writer.close():
@@ -157,7 +174,7 @@ class TrainerLoop:
 
 
 class _Rate:
-    """Samples per second over the last seconds, rests included, waiting for permission excluded."""
+    """Samples per second over the last _RATE_SECONDS, with rests but without waiting for AllowTraining."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = [(time.monotonic(), 0)]
@@ -177,16 +194,15 @@ class _Rate:
         return (after - before) / (end - start) if end > start else 0.0
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a `probe`."""
+def answer_probe(question: ProbeQuestion) -> ProbeFinished | RequestFailed:
     try:
-        return {"say": "finding", "finding": find(ProbeQuestion.model_validate(question)).model_dump(mode="json")}
+        return ProbeFinished(finding=probe(question))
     except LutetiaError as error:
-        return {"say": "failed", "text": str(error)}
+        return RequestFailed(text=str(error))
 
 
 def build(assignment: Assignment) -> ExpertTrainer:
-    """The trainer in its place. Raises Ended."""
+    """The trainer, restored to its starting point. Raises TrainerEnded when shard or state cannot be used."""
     manifest = read_manifest(assignment)
     try:
         data = load_shard(assignment.data, manifest.latent)
@@ -197,8 +213,8 @@ def build(assignment: Assignment) -> ExpertTrainer:
     except (DataError, IntegrityError, ConfigError) as error:
         raise TrainerEnded("bad-shard", str(error)) from error
     local = assignment.folder / assignment.local.file if assignment.local else None
-    if assignment.local and not can_be_ended(assignment.local, manifest):
-        log.warning("the local state %s does not say under which budget it was trained; its epoch begins anew", local)
+    if assignment.local and not can_be_finished(assignment.local, manifest):
+        log.warning("the local state %s does not name its epoch budget; its epoch is trained from the start", local)
         local = None
     try:
         log.info("%s", trainer.restore(assignment.epoch, assignment.weights, assignment.state, local))
@@ -207,26 +223,26 @@ def build(assignment: Assignment) -> ExpertTrainer:
     return trainer
 
 
-def can_be_ended(local: LocalState, manifest: Manifest) -> bool:
-    """Whether the epoch of a local state can end as it began: a cosine knows the budget's end, which an upgrade moves."""
+def can_be_finished(local: LocalState, manifest: Manifest) -> bool:
+    """Whether the epoch can end under the budget it started with. A cosine schedule depends on it, and an upgrade changes it."""
     return local.budget is not None or manifest.version == 1 or manifest.optimisation.schedule == "constant"
 
 
-def begun_under(trainer: ExpertTrainer, local: LocalState | None) -> Manifest:
-    """The manifest by which the trainer ends the epoch it stands in: where it goes on from `local`, with that one's budget."""
+def manifest_of_epoch(trainer: ExpertTrainer, local: LocalState | None) -> Manifest:
+    """The manifest for the rest of the current epoch: with the budget of `local` if the epoch continues from it."""
     if trainer.step_in_epoch == 0 or local is None or local.budget in (None, trainer.manifest.epochs):
         return trainer.manifest
-    log.info("the epoch under way ends under the budget of %d epochs with which it was begun", local.budget)
+    log.info("the current epoch is finished under the budget of %d epochs with which it started", local.budget)
     return under_budget(trainer.manifest, local.budget)
 
 
 def read_manifest(assignment: Assignment) -> Manifest:
-    """The manifest that the daemon has verified."""
+    """The manifest; the supervisor has verified it."""
     return SignedManifest.model_validate_json(assignment.manifest.read_bytes()).manifest
 
 
 def work(channel: ParentChannel) -> Exit:
-    """One assignment from start to end; returns why it ended."""
+    """Carry out one assignment; returns why it ended."""
     orders = DaemonOrders(channel)
     try:
         assignment = orders.assignment()
@@ -237,15 +253,15 @@ def work(channel: ParentChannel) -> Exit:
         CheckpointFolder(assignment.folder.parent, "", assignment.shard).sweep()
         trainer = build(assignment)
         orders.listen()
-        loop = TrainerLoop(trainer, assignment, orders, channel)
-        channel.send({"say": "ready", "epoch": loop.place[0], "step": loop.place[1], "device": str(trainer.device)})
+        loop = TrainerLoop(trainer, assignment, orders)
+        orders.send(TrainerReady(epoch=loop.place[0], step=loop.place[1], device=str(trainer.device)))
         loop.run()
         loop.finish()
     except (LutetiaError, MemoryError, RuntimeError, ValidationError) as error:
         known = reason_of(error)
         if known is None:
             raise
-        channel.send({"say": "exit", "reason": known[0], "text": known[1]})
+        orders.send(ExitReport(reason=known[0], text=known[1]))
         return known[0]
-    channel.send({"say": "exit", "reason": "stopped", "text": ""})
+    orders.send(ExitReport(reason="stopped", text=""))
     return "stopped"

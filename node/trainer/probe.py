@@ -1,5 +1,6 @@
-"""What this box can do for a run, found by trying it. Runs in a trainer child, which may crash or hang: `trainer_loop` answers
-the daemon's `probe` with it. The same child then waits for work, warm.
+"""The hardware probe: run training steps of the run's experts on this machine and see what fits.
+
+It runs in a trainer process, which may crash or hang. After the probe the same process can train.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ from lutetia.system.errors import LutetiaError
 
 log = logging.getLogger(__name__)
 
-SECONDS = 300.0
+PROBE_SECONDS = 300.0
 
 
 class ProbeQuestion(Frozen):
-    """What the volunteer allows. `free_disk`: bytes that blobs may still take."""
+    """What to probe, and what the volunteer allows."""
 
-    manifest: Path
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    micro_batch: int | None = None
-    threads: int | None = None
-    free_disk: int = Field(ge=0)
+    manifest: Path = Field(description="The signed manifest")
+    device: str = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Data type of the forward pass")
+    micro_batch: int | None = Field(default=None, description="Clips per forward pass to try first; None: the whole batch")
+    threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    free_disk: int = Field(ge=0, description="Bytes that blobs may still take")
 
 
 class ShardFit(Frozen):
-    """How a shard's expert fits: fitness 0 (not at all) or 1, the micro-batch that works, and why."""
+    """How a shard's expert fits this machine."""
 
-    fitness: float
-    micro_batch: int | None = None
-    reason: str
+    fitness: float = Field(description="0: does not fit; 1: fits")
+    micro_batch: int | None = Field(default=None, description="Clips per forward pass that work")
+    reason: str = Field(description="Why")
 
 
 class ProbeResult(Frozen):
-    """The box and each shard's fit. `samples_per_second` was measured on the smallest working trial."""
+    """The hardware, and the fit of each shard."""
 
-    question: Digest
-    hardware: Hardware
-    device: str
-    precision: Precision
-    precision_reason: str
-    samples_per_second: float
-    shards: dict[int, ShardFit]
+    question: Digest = Field(description="`question_digest` of the question")
+    hardware: Hardware = Field(description="As in the node record")
+    device: str = Field(description="The chosen device: cpu, mps or cuda:N")
+    precision: Precision = Field(description="The chosen data type of the forward pass")
+    precision_reason: str = Field(description="Why that data type")
+    samples_per_second: float = Field(description="Training speed of the first expert that fits; 0 if none does")
+    shards: dict[int, ShardFit] = Field(description="Fit by shard index")
 
     @property
     def fitness(self) -> dict[int, float]:
@@ -64,7 +65,7 @@ class ProbeResult(Frozen):
 
 
 def describe(device: str) -> Hardware:
-    """Name, memory and cores as the node record tells them."""
+    """Name, memory and cores of the device, for the node record."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -83,20 +84,20 @@ def _cpu_name() -> str:
 
 
 def unmet_need(needs: HardwareNeeds, hardware: Hardware, free_disk: int) -> str | None:
-    """Why the manifest does not want this box, or None."""
+    """Which need of the run this machine does not meet; None if it meets all. `free_disk` in bytes."""
     if needs.cuda and not hardware.device.startswith("cuda"):
-        return "the run wants a CUDA device"
+        return "the run needs a CUDA device"
     if hardware.memory_bytes < needs.memory_bytes:
         return (
-            f"the run wants {needs.memory_bytes / 1e9:.1f} GB of memory, {hardware.device} has {hardware.memory_bytes / 1e9:.1f}"
+            f"the run needs {needs.memory_bytes / 1e9:.1f} GB of memory, {hardware.device} has {hardware.memory_bytes / 1e9:.1f}"
         )
     if free_disk < needs.disk_bytes:
-        return f"the run wants {needs.disk_bytes / 1e9:.1f} GB of disk, {free_disk / 1e9:.1f} are free"
+        return f"the run needs {needs.disk_bytes / 1e9:.1f} GB of disk, {free_disk / 1e9:.1f} are free"
     return None
 
 
 def largest_working(batch: int, works: Callable[[int], bool]) -> int | None:
-    """The largest of batch, batch/2, batch/4, … (rounded up) with which a step works; None when not even one clip does."""
+    """The largest of batch, batch/2, batch/4, … (rounded up) for which `works`; None if not even 1 does."""
     size = batch
     while True:
         if works(size):
@@ -106,8 +107,8 @@ def largest_working(batch: int, works: Callable[[int], bool]) -> int | None:
         size = -(-size // 2)
 
 
-def find(question: ProbeQuestion) -> ProbeResult:
-    """Look and try. Raises HardwareError when the wanted device is not there."""
+def probe(question: ProbeQuestion) -> ProbeResult:
+    """Run the probe. Raises HardwareError when the wanted device is missing."""
     import torch
 
     if question.threads:
@@ -136,7 +137,7 @@ def find(question: ProbeQuestion) -> ProbeResult:
 
 
 def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precision, wanted: int | None) -> tuple[ShardFit, float]:
-    """Steps of the real expert on random clips, with the largest micro-batch that works. (fit, samples per second)."""
+    """Train steps of the shard's expert on random clips, with the largest micro-batch that works: (fit, samples per second)."""
     import torch
 
     from lutetia.models.data.shards import ShardData
@@ -148,13 +149,13 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
     )  # fmt: skip
-    said, rates = "", [0.0]
+    problem, rates = "", [0.0]
 
     def works(size: int) -> bool:
-        nonlocal said
+        nonlocal problem
         try:
             trainer = ExpertTrainer(manifest, shard, data, device=device, micro_batch=size, precision=precision)
-            trainer.step()  # the first one allocates moments and compiles kernels
+            trainer.step()  # the first step allocates optimiser moments and compiles kernels
             start = time.monotonic()
             trainer.step()
             rates.append(batch / (time.monotonic() - start))
@@ -162,9 +163,9 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
             known = reason_of(error)
             if known is None or known[0] != "out-of-memory":
                 raise
-            said = known[1]
+            problem = known[1]
         except LutetiaError as error:
-            said = str(error)
+            problem = str(error)
             return False
         else:
             return True
@@ -176,13 +177,13 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
 
     size = largest_working(min(wanted or batch, batch), works)
     if size is None:
-        return ShardFit(fitness=0.0, reason=f"does not fit this box: {said}"), 0.0
-    why = "asked for" if wanted and size == wanted else "the whole batch fits" if size >= batch else "the largest that fits"
+        return ShardFit(fitness=0.0, reason=f"does not fit this machine: {problem}"), 0.0
+    why = "as set" if wanted and size == wanted else "the whole batch fits" if size >= batch else "the largest that fits"
     return ShardFit(fitness=1.0, micro_batch=size, reason=f"micro-batch {size}: {why}"), rates[-1]
 
 
 def question_digest(question: ProbeQuestion) -> str:
-    """Names what the finding depends on: manifest, wishes and software."""
+    """Digest of all that the result depends on: manifest, settings and software versions."""
     parts = [question.manifest.read_bytes().hex(), question.model_dump_json(exclude={"free_disk", "manifest"})]
     parts += [importlib.metadata.version(name) for name in ("torch", "diffusers")]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()

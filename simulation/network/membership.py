@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from lutetia.node.runtime.replication_policy import FREE, point
-from lutetia.node.services.standby_policy import STEADY, WAVES, buckets_before, duties, stands_by
+from lutetia.node.services.standby_policy import STEADY, WAVES, assign_shards, buckets_before, is_standby
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 
 
@@ -18,9 +18,9 @@ class SharedMembership:
     """`seen` are all node records at one moment. Duties are made from all of them: a part that is `enough` gives the same."""
 
     def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, turn: int) -> None:
-        free = [record.owner for record in seen if stands_by(record)]
+        free = [record.owner for record in seen if is_standby(record)]
         unfit = dict.fromkeys((record.owner for record in seen if record.state in FREE), frozenset[int]())
-        self.duties = {**unfit, **duties(run, free, shards, turn)}
+        self.duties = {**unfit, **assign_shards(run, free, shards, turn)}
         self._run = run
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
-from lutetia.node.services.standby_policy import pace
+from lutetia.node.services.standby_policy import read_interval_factor
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
 from lutetia.simulation.interfaces import Node
@@ -87,8 +87,8 @@ class SimulatedNodeNetwork:
             membership = world.membership(node)
             buckets, records = membership.read_by(node.machine.owner)
             world.costs.listed(buckets, records, world.config.replicas, world.dht.size)
-            wait *= pace(records)
-            if node.state.duty is not None or node.state.phase in ("idle", "claiming"):
+            wait *= read_interval_factor(records)
+            if node.state.watched_shards is not None or node.state.phase in ("idle", "claiming"):
                 node.hear(boot, m.WatchedShardsSet, membership.duties.get(node.machine.owner), node.clock() + 2 * wait)
         world.queue.after(wait, self._list, boot, joins)
 

@@ -124,7 +124,7 @@ async def test_its_trainer_hangs(pair: Pair) -> None:
     holder, standby = await pair.ready()
     trainer, mark = holder.child("node.trainer"), holder.mark()
     trainer.suspend()
-    await holder.says("no sign of life for", mark)
+    await holder.says("no report for", mark)
     await gone([trainer])
     status = await holder.until(state="training", step=lambda step: step)
     await pair.coordinator.accepts(1, author=status["owner"])

@@ -22,26 +22,26 @@ def kept(epoch: int, parent: str | None, run: str = "ab" * 32, shard: int = 0, *
     )
 
 
-def write_checkpoint(material: Workspace, epoch: int, parent: str | None, shard: int = 0) -> KeptCheckpoint:
-    folder = material.work(shard).epoch_folder(epoch)
+def write_checkpoint(workspace: Workspace, epoch: int, parent: str | None, shard: int = 0) -> KeptCheckpoint:
+    folder = workspace.work(shard).epoch_folder(epoch)
     folder.mkdir(parents=True)
     refs = {}
     for name in FILES:
         path = folder / f"{name}.safetensors"
         path.write_bytes(f"{name} of epoch {epoch} of shard {shard}".encode() * 100)
         refs[name] = ChunkTable.of_file(path).ref
-    item = kept(epoch, parent, material.manifest.run_id, shard, **refs)
+    item = kept(epoch, parent, workspace.manifest.run_id, shard, **refs)
     (folder / CHECKPOINT).write_bytes(canonical(item))
     return item
 
 
-class Meanwhile(BlobStore):
-    """`happens` while a file is being taken in, which takes as long as hashing it."""
+class SlowBlobStore(BlobStore):
+    """A store whose `add_file` calls `meanwhile` first, as if something happened while it hashes the file."""
 
-    def __init__(self, root: Path, happens: Callable[[], None]) -> None:
+    def __init__(self, root: Path, meanwhile: Callable[[], None]) -> None:
         super().__init__(root)
-        self.happens = happens
+        self.meanwhile = meanwhile
 
     def add_file(self, path: Path, move: bool = False) -> BlobRef:
-        self.happens()
+        self.meanwhile()
         return super().add_file(path, move)

@@ -1,4 +1,4 @@
-"""A coordinator without torch for daemon tests: bootstrap peer, blob origin, and a judge that accepts epoch + 1 on its parent."""
+"""A coordinator without torch for daemon tests: bootstrap peer, blob provider, and a judge that accepts the next epoch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun
 
 
 @dataclass
-class ToyCoordinator:
+class ScriptedCoordinator:
     run: TinyRun
     transport: Transport
     store: BlobStore
@@ -72,14 +72,16 @@ class ToyCoordinator:
 
 
 @contextlib.asynccontextmanager
-async def toy_coordinator(run: TinyRun, folder: Path, listen: str = "/ip4/127.0.0.1/tcp/0") -> AsyncIterator[ToyCoordinator]:
+async def scripted_coordinator(
+    run: TinyRun, folder: Path, listen: str = "/ip4/127.0.0.1/tcp/0"
+) -> AsyncIterator[ScriptedCoordinator]:
     check = record_check(run.manifest, time.time)
     transport = await connect_hivemind(COORDINATOR, listen=listen, check=check, state_folder=folder)
     try:
         store = BlobStore(folder / "blobs")
         for shard in run.manifest.shards:
             store.add_file(run.data(shard.index))
-        coordinator = ToyCoordinator(run, transport, store)
+        coordinator = ScriptedCoordinator(run, transport, store)
         signed = SignedManifest.model_validate_json(run.manifest_file.read_bytes())
         await serve_introduction(transport, lambda: signed)
         await serve_blobs(transport, store)
@@ -100,9 +102,9 @@ class DaemonProcess:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(
-        cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()
+        cls, coordinator: ScriptedCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()
     ) -> AsyncIterator[DaemonProcess]:
-        """It does not outlive the block."""
+        """A daemon that is killed at the end of the block."""
         daemon = await cls.start(coordinator, state, *flags, prefix=prefix)
         try:
             yield daemon
@@ -112,8 +114,8 @@ class DaemonProcess:
             await daemon.process.wait()
 
     @classmethod
-    async def start(cls, coordinator: ToyCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()) -> DaemonProcess:
-        """`prefix`: what is to execute it."""
+    async def start(cls, coordinator: ScriptedCoordinator, state: Path, *flags: str, prefix: Sequence[str] = ()) -> DaemonProcess:
+        """`prefix`: a command that executes it."""
         log = state.parent / f"{state.name}.log"
         arguments = ["join", coordinator.ticket.encode(), "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0"]
         with log.open("ab") as output:
@@ -125,7 +127,7 @@ class DaemonProcess:
         return cls(process, state, log)
 
     async def until(self, seconds: float = 400.0, **wanted: Any) -> dict[str, Any]:
-        """The first status in which every field is as wanted (or, for a callable, makes it true)."""
+        """The first status in which every field equals the wanted value, or the wanted callable is true of it."""
         status: dict[str, Any] = {}
         try:
             async with asyncio.timeout(seconds):
@@ -134,12 +136,12 @@ class DaemonProcess:
                         status = await ask(self.state, "status")
                         if all(want(status[key]) if callable(want) else status[key] == want for key, want in wanted.items()):
                             return status
-                    assert self.process.returncode is None, f"the daemon ended\n{self.words()}"
+                    assert self.process.returncode is None, f"the daemon ended\n{self.log_text()}"
                     await asyncio.sleep(0.05)
         except TimeoutError as error:
-            raise AssertionError(f"never {wanted}; last {status}\n{self.words()}") from error
+            raise AssertionError(f"the status never became {wanted}; last {status}\n{self.log_text()}") from error
 
-    def words(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text()[-4000:]
 
     async def ended(self, seconds: float = 300.0) -> int:
@@ -163,7 +165,7 @@ def children_of(pid: int) -> set[int]:
 
 
 def running(pids: set[int]) -> set[int]:
-    """Those of `pids` that live (a zombie does not)."""
+    """Those of `pids` that are alive and no zombies."""
     alive = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -173,7 +175,7 @@ def running(pids: set[int]) -> set[int]:
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 300.0) -> None:
-    """Until `condition` holds. Raises TimeoutError."""
+    """Wait until `condition` holds. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while True:
             if await condition():

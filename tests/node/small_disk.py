@@ -1,4 +1,4 @@
-"""A disk that is soon full."""
+"""Small disks for tests: full or read-only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Writes until only `leave` bytes are free, however others write and delete meanwhile; what to remove to make space again."""
+    """Fill the disk until only `leave` bytes are free. Returns the file to remove to make space again."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         while (left := _free(disk) - leave) > 0:
@@ -41,5 +41,5 @@ def _free(disk: Path) -> int:
 
 
 def make_read_only(disk: Path) -> None:
-    """As after the kernel has met an error on it; nothing may be open for writing there."""
+    """Remount read-only, as the kernel does after a disk error. No file may be open for writing."""
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)

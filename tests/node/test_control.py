@@ -24,14 +24,14 @@ async def echo(request: ControlRequest) -> dict[str, Any]:
     return request.model_dump()
 
 
-async def test_asks_and_answers(tmp_path: Path):
+async def test_ask_returns_the_answer(tmp_path: Path):
     async with serve_control(tmp_path, echo):
         assert await ask(tmp_path, "pause", seconds=60) == {"verb": "pause", "seconds": 60.0}
         assert stat.S_IMODE((tmp_path / SOCKET).stat().st_mode) == 0o600
     assert not (tmp_path / SOCKET).exists()
 
 
-async def test_deep_folder(tmp_path: Path):
+async def test_socket_in_a_deep_folder_works(tmp_path: Path):
     deep = tmp_path / ("d" * 80) / ("e" * 80)
     deep.mkdir(parents=True)
     async with serve_control(deep, echo):
@@ -48,7 +48,7 @@ async def test_refusals_are_one_sentence(tmp_path: Path):
             await ask(tmp_path, "leave")
 
 
-async def test_nobody_home(tmp_path: Path):
+async def test_ask_without_a_daemon_is_unreachable(tmp_path: Path):
     with pytest.raises(UnreachableError, match="no daemon runs"):
         await ask(tmp_path, "status")
     (tmp_path / SOCKET).touch()
@@ -62,7 +62,7 @@ async def test_stale_socket_of_a_killed_daemon_is_replaced(tmp_path: Path):
         assert await ask(tmp_path, "status")
 
 
-async def test_garbage_and_silence_do_not_harm_others(tmp_path: Path):
+async def test_bad_and_silent_clients_do_not_block_others(tmp_path: Path):
     async with serve_control(tmp_path, echo):
         _, silent = await asyncio.open_unix_connection(tmp_path / SOCKET)
         _, noisy = await asyncio.open_unix_connection(tmp_path / SOCKET)
@@ -72,7 +72,7 @@ async def test_garbage_and_silence_do_not_harm_others(tmp_path: Path):
         noisy.close()
 
 
-def test_second_daemon_on_a_folder_is_told_the_pid_of_the_first(tmp_path: Path):
+def test_second_daemon_error_names_the_first_pid(tmp_path: Path):
     with state_lock(tmp_path), pytest.raises(IdentityError, match=rf"pid {os.getpid()}\b"), state_lock(tmp_path):
         pass
     with state_lock(tmp_path):

@@ -1,4 +1,4 @@
-"""The daemon as a volunteer meets it: real processes, real libp2p on loopback, a coordinator in the test."""
+"""The daemon as real processes with real libp2p on loopback; the coordinator runs in the test."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lutetia.node.control import ask
 from lutetia.protocol.schema.records import claim_key, node_key
 from tests.node.scripted_coordinator import (
     DaemonProcess,
-    ToyCoordinator,
+    ScriptedCoordinator,
     all_gone,
     children_of,
     eventually,
     running,
-    toy_coordinator,
+    scripted_coordinator,
 )
 from tests.node.small_disk import fill, small_disk
 from tests.node.tiny_run import make_run
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minute
 
 
 @pytest.fixture
-async def coordinator(tmp_path: Path) -> AsyncIterator[ToyCoordinator]:
+async def coordinator(tmp_path: Path) -> AsyncIterator[ScriptedCoordinator]:
     run = make_run(tmp_path / "run", epochs=50, steps=100, heartbeat=2.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
-        yield toy
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
+        yield coordinator
 
 
 async def command_of(pid: int) -> str:
@@ -42,28 +42,28 @@ async def command_of(pid: int) -> str:
     return data.replace(b"\0", b" ").decode()
 
 
-async def child(daemon: DaemonProcess, word: str) -> set[int]:
-    return {pid for pid in running(children_of(daemon.process.pid)) if word in await command_of(pid)}
+async def child(daemon: DaemonProcess, command: str) -> set[int]:
+    return {pid for pid in running(children_of(daemon.process.pid)) if command in await command_of(pid)}
 
 
-async def test_a_volunteers_day(coordinator: ToyCoordinator, tmp_path: Path):
+async def test_daemon_life_from_join_to_leave(coordinator: ScriptedCoordinator, tmp_path: Path):
     opening = datetime.now() + timedelta(hours=12)
     hours = f"{opening:%H:%M}-{opening + timedelta(minutes=1):%H:%M}"
-    async with DaemonProcess.running(coordinator, tmp_path / "box", "--duty", "0.5", "--hours", hours) as daemon:
-        status = await daemon.until(state="paused", reason="outside of its hours")
+    async with DaemonProcess.running(coordinator, tmp_path / "node", "--duty", "0.5", "--hours", hours) as daemon:
+        status = await daemon.until(state="paused", reason="outside its hours")
         assert 11 * 3600 < status["paused_until"] - time.time() <= 12 * 3600
         await ask(daemon.state, "resume")
         status = await daemon.until(state="training", step=lambda step: step)
         assert status["paused_until"] is None
         assert status["device"] == "cpu"
         assert status["precision"] == "float32: CPU"
-        assert "secret key" in daemon.words()
+        assert "secret key" in daemon.log_text()
         await daemon.until(accepted_today=lambda count: count >= 1)
         await pause_and_resume(coordinator, daemon, status["shard"])
         await finish(coordinator, daemon)
 
 
-async def pause_and_resume(coordinator: ToyCoordinator, daemon: DaemonProcess, shard: int) -> None:
+async def pause_and_resume(coordinator: ScriptedCoordinator, daemon: DaemonProcess, shard: int) -> None:
     trainer = await child(daemon, "node.trainer")
     await ask(daemon.state, "pause")
     await daemon.until(state="paused", shard=None)
@@ -73,31 +73,31 @@ async def pause_and_resume(coordinator: ToyCoordinator, daemon: DaemonProcess, s
     await daemon.until(state="training", shard=shard, step=lambda step: step)
 
 
-async def claims_are(coordinator: ToyCoordinator, shard: int, state: str) -> bool:
+async def claims_are(coordinator: ScriptedCoordinator, shard: int, state: str) -> bool:
     key = claim_key(coordinator.run.manifest.run_id, shard)
     return [claim.state for claim in await coordinator.records(key)] == [state]
 
 
-async def finish(coordinator: ToyCoordinator, daemon: DaemonProcess) -> None:
+async def finish(coordinator: ScriptedCoordinator, daemon: DaemonProcess) -> None:
     status = await ask(daemon.state, "status")
     family = children_of(daemon.process.pid)
     await ask(daemon.state, "finish")
-    assert await daemon.ended() == 0, daemon.words()
+    assert await daemon.ended() == 0, daemon.log_text()
     assert not running(family)
     key = node_key(coordinator.run.manifest.run_id, status["owner"])
     assert [node.state for node in await coordinator.records(key)] == ["left"]
     assert await claims_are(coordinator, status["shard"], "released")
     accepted = coordinator.accepted[status["shard"]]
-    assert len(accepted) <= status["epoch"] + status["pending"] + 2, "it finished the epoch under way and no other"
+    assert len(accepted) <= status["epoch"] + status["pending"] + 2, "it finished the current epoch and no other"
     assert not list(daemon.state.glob("*.sock"))
 
 
-async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_running_and_the_next_daemon_goes_on(tmp_path: Path):
+async def test_killed_daemon_leaves_no_child_and_next_one_resumes(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=50, steps=100, heartbeat=2.0)
     async with contextlib.AsyncExitStack() as stack:
-        async with toy_coordinator(run, tmp_path / "coordinator") as before:
+        async with scripted_coordinator(run, tmp_path / "coordinator") as before:
             address = before.ticket.addresses[0].partition("/p2p/")[0]
-            daemon = await stack.enter_async_context(DaemonProcess.running(before, tmp_path / "box"))
+            daemon = await stack.enter_async_context(DaemonProcess.running(before, tmp_path / "node"))
             await daemon.until(state="training", accepted=lambda count: count >= 1)
         await daemon.until(state="training", pending=lambda count: count >= 2, online=True)
         family = children_of(daemon.process.pid)
@@ -106,16 +106,16 @@ async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_runnin
         await daemon.process.wait()
         await all_gone(family)
     torn = (
-        next((tmp_path / "box" / "runs").iterdir()) / ".contributions.json.x.part"
+        next((tmp_path / "node" / "runs").iterdir()) / ".contributions.json.x.part"
     )  # as a kill in the middle of a write leaves it
     torn.write_bytes(b"{")
-    async with toy_coordinator(run, tmp_path / "coordinator", address) as after:
+    async with scripted_coordinator(run, tmp_path / "coordinator", address) as after:
         after.accepted = before.accepted
         reached = after.epoch
-        async with DaemonProcess.running(after, tmp_path / "box") as again:
+        async with DaemonProcess.running(after, tmp_path / "node") as again:
             await again.until(state="training", accepted=lambda count: count >= reached + 3)
-            words = again.words()
-            assert "this box was probed before" in words
+            words = again.log_text()
+            assert "using the saved probe result" in words
             assert "starts from local" in words or "starts from kept" in words
             assert not torn.exists()
             again.process.send_signal(signal.SIGTERM)
@@ -124,9 +124,9 @@ async def test_trains_on_without_bootstrap_and_when_killed_leaves_nothing_runnin
     assert [record.epoch for record in lineage] == list(range(1, len(lineage) + 1))
 
 
-async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(coordinator: ToyCoordinator, tmp_path: Path):
+async def test_full_disk_is_one_sentence_and_work_resumes(coordinator: ScriptedCoordinator, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
-        async with DaemonProcess.running(coordinator, disk / "box") as daemon:
+        async with DaemonProcess.running(coordinator, disk / "node") as daemon:
             status = await daemon.until(state="training", accepted=lambda count: count >= 1)
             ballast = fill(disk, leave=20_000)
             status = await daemon.until(problem=lambda text: text and "no space left" in text)
@@ -137,9 +137,9 @@ async def test_full_disk_is_one_sentence_and_work_goes_on_when_there_is_space(co
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
             ballast = fill(disk, leave=20_000)
             status = await daemon.until(problem=lambda text: text and "no space left" in text)
-            for pid in await child(daemon, "node.trainer"):  # who knew that the disk is full is gone
+            for pid in await child(daemon, "node.trainer"):  # the process that waits for disk space is gone
                 os.kill(pid, signal.SIGKILL)
             ballast.unlink()
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
             await ask(daemon.state, "leave")
-            assert await daemon.ended() == 0, daemon.words()
+            assert await daemon.ended() == 0, daemon.log_text()

@@ -1,4 +1,4 @@
-"""A daemon whose p2pd dies comes back on the network, also when that fails half-way: real p2pd, a coordinator in the test."""
+"""A daemon whose p2pd dies rejoins the network, even if an attempt fails: real p2pd, coordinator in the test."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
-from tests.node.scripted_coordinator import children_of, eventually, running, toy_coordinator
+from tests.node.scripted_coordinator import children_of, eventually, running, scripted_coordinator
 from tests.node.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)
 
 
-class Stumbling(NodeDaemon):
-    """Its new p2pd dies, too, just when it begins to serve for the second time."""
+class FailingDaemon(NodeDaemon):
+    """Fails the second time that it starts to serve, as if the new p2pd had died too."""
 
     served = 0
 
@@ -34,15 +34,15 @@ class Stumbling(NodeDaemon):
         await super().serve(transport, store)
 
 
-async def test_back_on_the_network_after_an_attempt_that_failed_half_way(tmp_path: Path):
+async def test_rejoin_after_a_failed_attempt(tmp_path: Path):
     before = children_of(os.getpid())
     run = make_run(tmp_path / "run", heartbeat=2.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
         settings = NodeSettings(
-            ticket=toy.ticket.encode(), state_folder=tmp_path / "box", listen="/ip4/127.0.0.1/tcp/0", device="cpu", threads=1,
-            audits=False, copies=False,
+            ticket=coordinator.ticket.encode(), state_folder=tmp_path / "node", listen="/ip4/127.0.0.1/tcp/0",
+            device="cpu", threads=1, audits=False, copies=False,
         )  # fmt: skip
-        daemon = Stumbling(settings, Identity.derived("a box that comes back"))
+        daemon = FailingDaemon(settings, Identity.derived("a node that rejoins"))
         at_work = asyncio.create_task(daemon.run())
         try:
 
@@ -64,6 +64,6 @@ async def test_back_on_the_network_after_an_attempt_that_failed_half_way(tmp_pat
             assert daemon.served == 3
             assert daemon.shell.network.transport.alive()
         finally:
-            daemon.say(UserVerb(time.time(), "leave"))
+            daemon.apply_verb(UserVerb(time.time(), "leave"))
             await at_work
     assert not running(children_of(os.getpid()) - before)

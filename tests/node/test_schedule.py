@@ -1,4 +1,4 @@
-"""Windows of local time in which a box may train, and what the machine makes of their ends."""
+"""Windows of local time in which a node may train, and what happens at their ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.node.machine import messages as m
-from lutetia.node.schedule import DAYS, WeeklyHours, keep_hours
+from lutetia.node.schedule import DAYS, WeeklyHours, follow_schedule
 from lutetia.node.settings import load_settings
 from lutetia.system.errors import ConfigError
-from tests.node.machine.machine_driver import T, Walk
+from tests.node.machine.machine_driver import MachineDriver, T
 
 PARIS = ZoneInfo("Europe/Paris")
 LATER = T + 3600
@@ -42,14 +42,14 @@ def at(day: str, clock: str) -> float:
         ("SAT 1:00 - 2:00", ("sat", "00:30"), ("sat", "01:00")),
     ],
 )
-def test_when_a_box_may_train(hours: str, now: tuple[str, str], opening: tuple[str, str] | None):
+def test_closed_until_for_written_hours(hours: str, now: tuple[str, str], opening: tuple[str, str] | None):
     assert WeeklyHours.parse(hours).closed_until(at(*now), PARIS) == (at(*opening) if opening else None)
 
 
 @pytest.mark.parametrize(
     "hours", ["", "always", "22-7", "22:00-22:00", "25:00-07:00", "07:00-24:30", "24:00-07:00", "mon-", "22:00-07:00,"]
 )
-def test_hours_that_cannot_be_read_are_refused_in_one_sentence(hours: str):
+def test_unreadable_hours_are_refused_in_one_sentence(hours: str):
     with pytest.raises(ConfigError, match="22:00-07:00") as refused:
         load_settings({"ticket": "x", "hours": hours})
     assert "hours" in str(refused.value)
@@ -67,7 +67,7 @@ def written(drawn: tuple[str, str, int, int]) -> str:
 
 
 @given(st.lists(window, min_size=1, max_size=4), st.integers(0, 7 * 24 * 60 - 1))
-def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[str, str, int, int]], minute: int):
+def test_closed_until_is_the_first_open_minute(windows: list[tuple[str, str, int, int]], minute: int):
     hours = WeeklyHours.parse(",".join(map(written, windows)))
     now = at("mon", "00:00") + 60 * minute
     opening = hours.closed_until(now, PARIS)
@@ -78,8 +78,8 @@ def test_the_next_opening_is_open_and_nothing_before_it_is(windows: list[tuple[s
         assert hours.closed_until(opening - 60, PARIS) == opening
 
 
-def test_clocks_that_change_in_the_night_move_the_opening():
-    """On 29 March 2026 Paris goes from 02:00 to 03:00: seven o'clock comes an hour earlier."""
+def test_daylight_saving_change_moves_the_opening():
+    """On 29 March 2026 Paris skips the hour after 02:00."""
     evening = datetime(2026, 3, 28, 23, 0, tzinfo=PARIS)
     opening = WeeklyHours.parse("07:00-08:00").closed_until(evening.timestamp(), PARIS)
     assert opening is not None
@@ -90,72 +90,72 @@ def test_clocks_that_change_in_the_night_move_the_opening():
 # --- the machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_at_the_end_of_a_window_the_shard_is_given_back_and_at_the_beginning_of_the_next_it_goes_on():
-    walk = Walk().training()
-    walk.feed(m.HoursChanged(walk.now, LATER))
-    assert (walk.state.phase, walk.state.why) == ("paused", "outside of its hours")
-    assert walk.said(m.StopTrainer) == [m.StopTrainer(save=True)]
-    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in walk.actions
-    walk.feed(m.HoursChanged(LATER, None))
-    assert walk.state.phase == "idle"
-    assert walk.said(m.LookAtShards)
+def test_window_end_releases_the_shard_until_the_next():
+    machine = MachineDriver().training()
+    machine.feed(m.HoursChanged(machine.now, LATER))
+    assert (machine.state.phase, machine.state.why) == ("paused", "outside its hours")
+    assert machine.actions_of(m.StopTrainer) == [m.StopTrainer(save=True)]
+    assert m.PublishClaim(m.Claim(0, 0, 0, "released")) in machine.actions
+    machine.feed(m.HoursChanged(LATER, None))
+    assert machine.state.phase == "idle"
+    assert machine.actions_of(m.LookAtShards)
 
 
-def test_a_box_that_starts_outside_of_its_hours_waits():
-    walk = Walk()
-    walk.feed(m.Joined(T))
-    walk.feed(m.HoursChanged(T, LATER))
-    walk.feed(m.Probed(T, {0: 1.0}))
-    assert walk.state.phase == "paused"
-    assert not walk.said(m.LookAtShards)
+def test_start_outside_the_hours_is_paused():
+    machine = MachineDriver()
+    machine.feed(m.Joined(T))
+    machine.feed(m.HoursChanged(T, LATER))
+    machine.feed(m.Probed(T, {0: 1.0}))
+    assert machine.state.phase == "paused"
+    assert not machine.actions_of(m.LookAtShards)
 
 
-def test_resume_counts_until_the_next_window_has_ended():
-    walk = Walk().training()
-    walk.feed(m.HoursChanged(walk.now, LATER))
-    walk.feed(m.UserVerb(walk.now, "resume"))
-    assert walk.state.phase == "idle"
-    walk.feed(m.HoursChanged(LATER, None))
-    assert walk.state.phase == "idle"
-    walk.feed(m.HoursChanged(LATER + 60, LATER + 120))
-    assert walk.state.phase == "paused"
+def test_resume_outside_the_hours_lasts_until_a_window_ends():
+    machine = MachineDriver().training()
+    machine.feed(m.HoursChanged(machine.now, LATER))
+    machine.feed(m.UserVerb(machine.now, "resume"))
+    assert machine.state.phase == "idle"
+    machine.feed(m.HoursChanged(LATER, None))
+    assert machine.state.phase == "idle"
+    machine.feed(m.HoursChanged(LATER + 60, LATER + 120))
+    assert machine.state.phase == "paused"
 
 
-def test_who_paused_stays_paused_when_a_window_begins():
-    walk = Walk().training()
-    walk.feed(m.UserVerb(walk.now, "pause"))
-    walk.feed(m.HoursChanged(walk.now, LATER))
-    walk.feed(m.HoursChanged(LATER, None))
-    assert (walk.state.phase, walk.state.why) == ("paused", "paused by the volunteer")
+def test_pause_continues_when_a_window_opens():
+    machine = MachineDriver().training()
+    machine.feed(m.UserVerb(machine.now, "pause"))
+    machine.feed(m.HoursChanged(machine.now, LATER))
+    machine.feed(m.HoursChanged(LATER, None))
+    assert (machine.state.phase, machine.state.why) == ("paused", "paused by the volunteer")
 
 
-def test_a_pause_that_ends_outside_of_the_hours_goes_on():
-    walk = Walk().training()
-    walk.feed(m.UserVerb(walk.now, "pause", until=T + 600))
-    walk.feed(m.HoursChanged(T + 300, LATER))
-    walk.feed(m.ClockTick(T + 601))
-    assert (walk.state.phase, walk.state.why) == ("paused", "outside of its hours")
-    walk.feed(m.HoursChanged(LATER, None))
-    assert walk.state.phase == "idle"
+def test_pause_that_ends_outside_the_hours_continues():
+    machine = MachineDriver().training()
+    machine.feed(m.UserVerb(machine.now, "pause", until=T + 600))
+    machine.feed(m.HoursChanged(T + 300, LATER))
+    machine.feed(m.ClockTick(T + 601))
+    assert (machine.state.phase, machine.state.why) == ("paused", "outside its hours")
+    machine.feed(m.HoursChanged(LATER, None))
+    assert machine.state.phase == "idle"
 
 
-def test_who_finishes_is_not_kept_by_the_hours():
-    walk = Walk().training()
-    walk.checkpoint(1, None)
-    walk.feed(m.UserVerb(walk.now, "finish"))
-    walk.feed(m.HoursChanged(walk.now, LATER))
-    assert walk.state.phase == "draining"
+def test_finish_is_not_stopped_by_the_schedule():
+    machine = MachineDriver().training()
+    machine.checkpoint(1, None)
+    machine.feed(m.UserVerb(machine.now, "finish"))
+    machine.feed(m.HoursChanged(machine.now, LATER))
+    assert machine.state.phase == "draining"
 
 
-async def test_the_companion_tells_at_the_start_only_what_is_closed():
-    """Of hours that are never open now: a window of one minute, twelve hours from here."""
-    told: list[m.HoursChanged] = []
+async def test_follow_schedule_reports_a_closed_start_only():
+    """The second schedule is closed now: its window is one minute, twelve hours from now."""
+    events: list[m.HoursChanged] = []
     begin = datetime.now() + timedelta(hours=12)
     end = begin + timedelta(minutes=1)
     for text in ("00:00-24:00", f"{begin:%H:%M}-{end:%H:%M}"):
-        task = asyncio.create_task(keep_hours(WeeklyHours.parse(text), told.append))
+        task = asyncio.create_task(follow_schedule(WeeklyHours.parse(text), events.append))
         await asyncio.sleep(0)  # until it waits for the next minute
         task.cancel()
-    (event,) = told
+    (event,) = events
     assert event.closed_until is not None
     assert 11 * 3600 < event.closed_until - event.now <= 12 * 3600

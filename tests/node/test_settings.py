@@ -58,7 +58,7 @@ def test_bad_file_is_refused_naming_it_and_the_key(tmp_path: Path, text: str, sa
     assert str(file) in str(caught.value)
 
 
-OWN, OTHER = Identity.derived("this box").peer_id, Identity.derived("another box").peer_id
+OWN, OTHER = Identity.derived("this node").peer_id, Identity.derived("another node").peer_id
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ OWN, OTHER = Identity.derived("this box").peer_id, Identity.derived("another box
         "/ip4/203.0.113.5/tcp/41000/ws", f"/ip4/203.0.113.5/tcp/41000/p2p/{OWN}/p2p-circuit", "/ip4/203.0.113.5/tcp/41000\n",
     ],
 )  # fmt: skip
-def test_an_address_that_others_could_not_use_is_refused_with_the_form_of_a_good_one(address: str):
+def test_undialable_address_is_refused_with_an_example(address: str):
     with pytest.raises(ConfigError, match=r"options: announce.*/ip4/203\.0\.113\.5/tcp/41000") as caught:
         load_settings({"ticket": "x", "announce": [address]})
     assert "\n" not in str(caught.value)
 
 
-def test_addresses_to_tell_may_name_this_box_as_tickets_do_and_no_other():
+def test_announced_address_may_name_this_peer_only():
     plain = ("/ip4/203.0.113.5/tcp/41000", "/ip6/2001:db8::1/tcp/41000", "/dns4/box.example.org/tcp/41000")
     settings, _ = load_settings({"ticket": "x", "announce": [plain[0], *(f"{place}/p2p/{OWN}" for place in plain)]})
     assert announced(settings.announce, OWN) == plain
-    with pytest.raises(ConfigError, match=f"is of peer {OWN}.*this box is {OTHER}"):
+    with pytest.raises(ConfigError, match=f"belongs to peer {OWN}.*this node is {OTHER}"):
         announced(settings.announce, OTHER)
 
 

@@ -1,4 +1,4 @@
-"""A run of two tiny experts on disk: signed manifest and shards, as a node finds them."""
+"""A run of two tiny experts on disk: signed manifest and shards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
+from lutetia.node.trainer.messages import StartTraining
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
@@ -69,7 +70,7 @@ class TinyRun:
 
 
 def raise_budget(run: TinyRun, epochs: int) -> TinyRun:
-    """The run after its owner's upgrade, whose manifest now lies where the old one lay."""
+    """The run after an upgrade by its owner; the new manifest replaces the old file."""
     manifest = run.manifest
     new = next_version(manifest, {"samples_per_shard": epochs * manifest.checkpoint_samples}, manifest.created + 60)
     run.manifest_file.write_bytes(SignedManifest.sign(new, OWNER).to_bytes())
@@ -103,19 +104,19 @@ def make_run(
 
 
 @contextlib.asynccontextmanager
-async def a_trainer(assignment: Assignment) -> AsyncIterator[Child]:
-    """A trainer child at work; it does not outlive the block."""
+async def trainer_process(assignment: Assignment) -> AsyncIterator[Child]:
+    """A trainer process with this assignment; it is killed at the end of the block."""
     child = await Child.start("lutetia.node.trainer", environment={"OMP_NUM_THREADS": "1"})
     try:
-        await child.send({"do": "start", "assignment": assignment.model_dump(mode="json")})
+        await child.send(StartTraining(assignment=assignment).to_wire())
         yield child
     finally:
         await child.kill()
 
 
-async def hear(child: Child, say: str, **fields: Any) -> dict[str, Any]:
-    """The next message `say` with these fields. Raises AssertionError when the child ends first."""
+async def next_message(child: Child, say: str, **fields: Any) -> dict[str, Any]:
+    """The next report `say` with these field values. Raises AssertionError when the process ends first."""
     async for message in child.messages():
         if message["say"] == say and all(message.get(name) == value for name, value in fields.items()):
             return message
-    raise AssertionError(f"the trainer ended without saying {say}")
+    raise AssertionError(f"the trainer ended without a report {say}")

@@ -1,4 +1,4 @@
-"""A node machine on a lead: fed with events by hand, its clock in the test's hands."""
+"""Drives a node's state machine in a test: feeds events and sets the clock."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def claimed(shard: int, owner: str, expires: float, state: str = "training", epo
     return ShardView(shard, (LiveClaim(record, expires),), accepted)
 
 
-class Walk:
-    """A machine, and the clock in its hands."""
+class MachineDriver:
+    """A state machine with its clock and the actions of its last event."""
 
     def __init__(self, rules: NodeRules = RULES) -> None:
         self.rules, self.now, self.state = rules, T, MachineState()
@@ -43,62 +43,62 @@ class Walk:
         return self.actions
 
     def tick(self) -> list[m.Action]:
-        """On to the next thing that the machine waits for."""
+        """Advance the clock to the machine's next wake-up."""
         due = next_wake(self.rules, self.state)
         assert due is not None
         self.now = max(self.now, due)
         return self.feed(m.ClockTick(self.now))
 
     def until(self, kind: type, limit: int = 20) -> m.Action:
-        """Tick until an action of `kind` comes."""
+        """Tick until there is an action of `kind`."""
         for _ in range(limit):
             for action in self.tick():
                 if isinstance(action, kind):
                     return action
         raise AssertionError(f"no {kind.__name__} within {limit} ticks; {self.state.phase}: {self.state.why}")
 
-    def said(self, kind: type) -> list[m.Action]:
+    def actions_of(self, kind: type) -> list[m.Action]:
         return [action for action in self.actions if isinstance(action, kind)]
 
-    def idle(self, fitness: dict[int, float] | None = None) -> Walk:
+    def idle(self, fitness: dict[int, float] | None = None) -> MachineDriver:
         self.feed(m.Joined(self.now))
         self.feed(m.Probed(self.now, {0: 1.0, 1: 1.0} if fitness is None else fitness))
         return self
 
-    def claiming(self) -> Walk:
+    def claiming(self) -> MachineDriver:
         self.idle({0: 1.0})
         self.feed(m.SwarmSeen(self.now, (ShardView(0), ShardView(1))))
         return self
 
-    def syncing(self) -> Walk:
+    def syncing(self) -> MachineDriver:
         self.claiming()
         self.until(m.LookAtShards)
         self.feed(m.SwarmSeen(self.now, (ShardView(0),)))
-        assert self.said(m.PublishClaim)
+        assert self.actions_of(m.PublishClaim)
         self.until(m.LookAtShards)
         self.feed(m.SwarmSeen(self.now, (claimed(0, ME, self.now + 60, "claiming"),)))
         assert self.state.phase == "syncing"
         return self
 
-    def training(self) -> Walk:
+    def training(self) -> MachineDriver:
         self.syncing()
         self.feed(m.SyncDone(self.now, 0, 0, None))
-        assert self.said(m.StartTrainer)
+        assert self.actions_of(m.StartTrainer)
         return self
 
     def checkpoint(self, epoch: int, parent: str | None) -> list[m.Action]:
-        return self.feed(m.CheckpointReady(self.now, self.state.trainers, m.OwnCheckpoint(0, epoch, f"d{epoch}", parent)))
+        return self.feed(m.CheckpointReady(self.now, self.state.trainers_started, m.OwnCheckpoint(0, epoch, f"d{epoch}", parent)))
 
     def progress(self, epoch: int, waiting: bool = False) -> list[m.Action]:
-        return self.feed(m.TrainerProgress(self.now, self.state.trainers, epoch, epoch * 100, waiting))
+        return self.feed(m.TrainerProgress(self.now, self.state.trainers_started, epoch, epoch * 100, waiting))
 
-    def leaves_under(self, verdict: str) -> float:
-        """Seconds until it has left while every offer of a result is answered with `verdict`."""
+    def seconds_to_leave(self, verdict: str) -> float:
+        """Seconds until the node has left, with every offer answered by `verdict`."""
         began = self.now
         for _ in range(100):
             if self.state.phase == "left":
                 return self.now - began
             self.tick()
-            for action in self.said(m.PublishCheckpoint):
+            for action in self.actions_of(m.PublishCheckpoint):
                 self.feed(m.OfferAnswered(self.now, action.candidate.digest, verdict))  # type: ignore[union-attr, arg-type]
-        raise AssertionError(f"it has not left after {self.now - began:.0f} s")
+        raise AssertionError(f"the node has not left after {self.now - began:.0f} s")

@@ -1,4 +1,4 @@
-"""Probing anew while the node works: what is known stays known, and no child is forgotten. Real children."""
+"""Repeated hardware probes with real trainer processes."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def prober_of(run: TinyRun, folder: Path) -> HardwareProber:
-    places = RunPaths(folder / "box", run.manifest.run_id)
-    places.folder.mkdir(parents=True)
-    places.manifest.write_bytes(run.manifest_file.read_bytes())
-    settings = NodeSettings(ticket="", state_folder=folder / "box", device="cpu", threads=1)
-    return HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
+    paths = RunPaths(folder / "node", run.manifest.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.manifest.write_bytes(run.manifest_file.read_bytes())
+    settings = NodeSettings(ticket="", state_folder=folder / "node", device="cpu", threads=1)
+    return HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
 
 
-async def test_two_probes_at_once_keep_the_old_finding_until_there_is_a_new_one_and_leave_no_child(tmp_path: Path):
+async def test_two_probes_at_once_keep_the_result_and_no_child(tmp_path: Path):
     before, run = children_of(os.getpid()), make_run(tmp_path / "run")
     prober = prober_of(run, tmp_path)
-    first = await prober.find(run.manifest)
-    probes = asyncio.gather(prober.find(run.manifest), prober.find(run.manifest))
+    first = await prober.probe(run.manifest)
+    probes = asyncio.gather(prober.probe(run.manifest), prober.probe(run.manifest))
     known = []
     while not probes.done():
-        known.append(prober.finding)
+        known.append(prober.result)
         await asyncio.wait([probes], timeout=0.05)
     assert None not in known
     assert known[0] is first
-    assert prober.finding in await probes
+    assert prober.result in await probes
     own = children_of(os.getpid()) - before
-    assert len(running(own)) <= 1, "at most one waits for work"
-    await prober.hands.close()
+    assert len(running(own)) <= 1, "at most one spare process"
+    await prober.trainer.close()
     assert not running(own)
 
 
-async def test_a_probe_that_fails_leaves_what_was_found_before(tmp_path: Path):
+async def test_failed_probe_keeps_the_previous_result(tmp_path: Path):
     run = make_run(tmp_path / "run")
     prober = prober_of(run, tmp_path)
-    first = await prober.find(run.manifest)
-    prober.places.manifest.write_text("torn")
+    first = await prober.probe(run.manifest)
+    prober.paths.manifest.write_text("torn")
     with pytest.raises(HardwareError):
-        await prober.find(run.manifest)
-    assert prober.finding is first
-    await prober.hands.close()
+        await prober.probe(run.manifest)
+    assert prober.result is first
+    await prober.trainer.close()

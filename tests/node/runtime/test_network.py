@@ -1,4 +1,4 @@
-"""What a node tells others of itself, over real p2pd."""
+"""The records that a node publishes, over real p2pd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.node.tiny_run import OWNER, make_run
 NODE = Identity.derived("a node with odd addresses")
 
 
-async def test_addresses_that_no_record_may_name_are_left_out(tmp_path: Path):
+async def test_addresses_unfit_for_records_are_left_out(tmp_path: Path):
     run = make_run(tmp_path / "run")
     good = "/ip4/127.0.0.1/tcp/41000"
     transport = await connect_hivemind(

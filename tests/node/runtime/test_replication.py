@@ -1,4 +1,4 @@
-"""A keeper of copies on a simulated network with real files: what it cannot finish or need not keep does not stay."""
+"""Copies of accepted checkpoints on a simulated network with real files: no partial or outdated copy stays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run
 
-KEEPER = Identity.derived("a keeper of copies")
+KEEPER = Identity.derived("a node that keeps copies")
 
 
 def node_record(run: TinyRun, transport: MemoryTransport) -> NodeRecord:
@@ -38,8 +38,8 @@ def node_record(run: TinyRun, transport: MemoryTransport) -> NodeRecord:
 
 
 @dataclass
-class Site:
-    """A keeper, who alone is online, and a coordinator who serves what `origin` holds."""
+class ReplicationSetup:
+    """The only online node, and a coordinator that serves the blobs of `origin`."""
 
     run: TinyRun
     folder: Path
@@ -52,15 +52,15 @@ class Site:
         self.restart()
 
     def restart(self) -> None:
-        places = RunPaths(self.folder / "state", self.run.manifest.run_id)
-        self.store = BlobStore(places.blobs)
+        paths = RunPaths(self.folder / "state", self.run.manifest.run_id)
+        self.store = BlobStore(paths.blobs)
         ticket = Ticket(run=self.run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(self.coordinator.addresses()))
-        self.material = Workspace(places, self.run.manifest, self.store)
+        self.workspace = Workspace(paths, self.run.manifest, self.store)
         network = NodeNetwork(KEEPER, self.transport, self.run.manifest, ticket, self.store)
-        self.seeder = Replicator(network, self.material, places.folder / "seeds.json")
+        self.replicator = Replicator(network, self.workspace, paths.folder / "seeds.json")
 
     async def accept(self, epoch: int) -> tuple[BlobRef, BlobRef]:
-        """Epoch `epoch` of shard 0 is accepted, and nobody but the coordinator holds it; (weights, state)."""
+        """Accept an epoch of shard 0 that only the coordinator holds; returns (weights, state)."""
         await serve_blobs(self.coordinator, self.origin)
         weights, state = (self.origin.add_bytes(os.urandom(3 * CHUNK)) for _ in range(2))
         now = self.transport.now()
@@ -72,16 +72,16 @@ class Site:
         assert await publish(self.coordinator, COORDINATOR, accepted, 3600)
         return weights, state
 
-    def rots(self, ref: BlobRef) -> None:
-        """Of this blob the origin can give the first chunk only."""
+    def damage(self, ref: BlobRef) -> None:
+        """Damage this blob at the origin after its first chunk."""
         with self.origin.path(ref.digest).open("r+b") as file:
             file.seek(CHUNK)
             file.write(b"rot")
 
-    async def tend(self) -> None:
-        """Two rounds, a lease apart: copies are due once one heartbeat has passed."""
+    async def run_rounds(self) -> None:
+        """Run two rounds, a lease apart: a copy is due after one heartbeat."""
         for _ in range(2):
-            await self.seeder.tend([node_record(self.run, self.transport)])
+            await self.replicator.run_round([node_record(self.run, self.transport)])
             self.transport.skew += 3 * self.run.manifest.timing.heartbeat
             self.coordinator.skew = self.transport.skew
 
@@ -89,95 +89,95 @@ class Site:
         return {*self.store.digests(), *self.store.arriving()}
 
 
-def at_a_site(tmp_path: Path, story: Callable[[Site], Awaitable[None]]) -> None:
+def run_scenario(tmp_path: Path, scenario: Callable[[ReplicationSetup], Awaitable[None]]) -> None:
     run = make_run(tmp_path / "run")
 
     async def main() -> None:
-        await story(Site(run, tmp_path))
+        await scenario(ReplicationSetup(run, tmp_path))
 
     run_virtual(main, run.manifest.created + 60)
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_copies_that_could_not_be_finished_go_when_the_next_epoch_is_accepted(tmp_path: Path, restart: bool):
-    async def story(site: Site) -> None:
+def test_unfinished_copies_are_removed_at_the_next_epoch(tmp_path: Path, restart: bool):
+    async def scenario(setup: ReplicationSetup) -> None:
         for epoch in (1, 2, 3):
-            weights, state = await site.accept(epoch)
-            site.rots(state)
-            await site.tend()
-            assert site.on_disk() == {weights.digest, state.digest}
-            assert site.seeder.seeds == {}
-            assert site.seeder.held() == {}
+            weights, state = await setup.accept(epoch)
+            setup.damage(state)
+            await setup.run_rounds()
+            assert setup.on_disk() == {weights.digest, state.digest}
+            assert setup.replicator.replicas == {}
+            assert setup.replicator.held() == {}
             if restart:
-                site.restart()
-        weights, state = await site.accept(4)
-        await site.tend()
-        assert site.seeder.seeds[0].epoch == 4
-        assert site.on_disk() == {weights.digest, state.digest}
+                setup.restart()
+        weights, state = await setup.accept(4)
+        await setup.run_rounds()
+        assert setup.replicator.replicas[0].epoch == 4
+        assert setup.on_disk() == {weights.digest, state.digest}
 
-    at_a_site(tmp_path, story)
+    run_scenario(tmp_path, scenario)
 
 
-def test_what_arrived_of_a_copy_is_not_fetched_again_after_a_restart(tmp_path: Path):
-    async def story(site: Site) -> None:
-        weights, state = await site.accept(1)
-        good = site.origin.path(state.digest).read_bytes()
-        site.rots(state)
-        await site.tend()
-        site.restart()
-        partial = site.store.partial(state)
+def test_partial_copy_is_not_fetched_again_after_a_restart(tmp_path: Path):
+    async def scenario(setup: ReplicationSetup) -> None:
+        weights, state = await setup.accept(1)
+        good = setup.origin.path(state.digest).read_bytes()
+        setup.damage(state)
+        await setup.run_rounds()
+        setup.restart()
+        partial = setup.store.partial(state)
         assert partial.missing() == [1, 2]
         partial.close()
-        site.origin.path(state.digest).write_bytes(good)
-        site.rots(weights)  # and is not asked for
-        await site.tend()
-        assert set(site.seeder.held()) == {weights.digest, state.digest}
-        site.restart()
-        assert set(site.seeder.held()) == {weights.digest, state.digest}
+        setup.origin.path(state.digest).write_bytes(good)
+        setup.damage(weights)  # it must not be fetched again
+        await setup.run_rounds()
+        assert set(setup.replicator.held()) == {weights.digest, state.digest}
+        setup.restart()
+        assert set(setup.replicator.held()) == {weights.digest, state.digest}
 
-    at_a_site(tmp_path, story)
+    run_scenario(tmp_path, scenario)
 
 
-def test_an_outdated_copy_goes_also_when_that_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a full disk, where its room is wanted most."""
+def test_outdated_copy_is_removed_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The list of copies cannot be written there, but space is needed."""
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
-        if target == seeds:
+        if target == unwritable:
             raise OSError(errno.ENOSPC, "no space")
         replace(source, target)
 
-    async def story(site: Site) -> None:
-        nonlocal seeds
-        await site.accept(1)
-        await site.tend()
-        assert site.seeder.seeds[0].epoch == 1
-        seeds = site.seeder.path
-        await site.accept(2)
+    async def scenario(setup: ReplicationSetup) -> None:
+        nonlocal unwritable
+        await setup.accept(1)
+        await setup.run_rounds()
+        assert setup.replicator.replicas[0].epoch == 1
+        unwritable = setup.replicator.path
+        await setup.accept(2)
         for _ in range(2):
-            await site.tend()
-        assert site.on_disk() == set(), "and nothing is fetched that would be forgotten"
-        seeds = None
-        await site.tend()
-        assert site.seeder.seeds[0].epoch == 2
+            await setup.run_rounds()
+        assert setup.on_disk() == set(), "nothing is fetched that cannot be listed"
+        unwritable = None
+        await setup.run_rounds()
+        assert setup.replicator.replicas[0].epoch == 2
 
-    seeds: Path | None = None
+    unwritable: Path | None = None
     monkeypatch.setattr(os, "replace", full)
-    at_a_site(tmp_path, story)
+    run_scenario(tmp_path, scenario)
 
 
-def test_a_disk_that_takes_no_changes_ends_the_round_and_not_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_read_only_disk_ends_the_round_not_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read_only(path: Path, missing_ok: bool = False) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    async def story(site: Site) -> None:
-        await site.accept(1)
-        await site.tend()
-        await site.accept(2)
+    async def scenario(setup: ReplicationSetup) -> None:
+        await setup.accept(1)
+        await setup.run_rounds()
+        await setup.accept(2)
         with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", read_only)
-            await site.tend()
-        await site.tend()
-        assert site.seeder.seeds[0].epoch == 2
+            await setup.run_rounds()
+        await setup.run_rounds()
+        assert setup.replicator.replicas[0].epoch == 2
 
-    at_a_site(tmp_path, story)
+    run_scenario(tmp_path, scenario)

@@ -1,4 +1,4 @@
-"""Chores of a node on real files, beside a coordinator in memory: what goes wrong is an answer, no exception."""
+"""The node's tasks on real files with a coordinator in memory: failures are results, not exceptions."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import Hardware
 from lutetia.protocol.schema.ticket import Ticket
 from tests.memory_transport.network import MemoryNetwork
-from tests.node.checkpoint_files import Meanwhile, write_checkpoint
+from tests.node.checkpoint_files import SlowBlobStore, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun, make_run
 
-NODE = Identity.derived("a node with chores")
+NODE = Identity.derived("a node with tasks")
 
 
 @dataclass
-class Box:
-    """A node's files and its place in the network, beside a coordinator that takes every offer."""
+class NodeSetup:
+    """A node's files and network, with a coordinator that accepts every offer."""
 
     run: TinyRun
-    material: Workspace
-    chores: NodeTasks
+    workspace: Workspace
+    tasks: NodeTasks
 
     @classmethod
-    async def made(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> Box:
+    async def create(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> NodeSetup:
         network = network or MemoryNetwork(latency=0.001)
         check = record_check(run.manifest, time.time)
         coordinator, transport = network.peer(COORDINATOR, check), network.peer(NODE, check)
@@ -57,22 +57,22 @@ class Box:
         await serve_offers(coordinator, accepted)
         await serve_blobs(coordinator, origin)
         ticket = Ticket(run=run.manifest.run_id, owner=OWNER.public_key, addresses=tuple(coordinator.addresses()))
-        places = RunPaths(state, run.manifest.run_id)
-        places.folder.mkdir(parents=True)
-        places.manifest.write_bytes(run.manifest_file.read_bytes())
-        store = BlobStore(places.blobs)
+        paths = RunPaths(state, run.manifest.run_id)
+        paths.folder.mkdir(parents=True)
+        paths.manifest.write_bytes(run.manifest_file.read_bytes())
+        store = BlobStore(paths.blobs)
         settings = NodeSettings(ticket=ticket.encode(), state_folder=state, device="cpu", threads=1)
-        material = Workspace(places, run.manifest, store)
-        prober = HardwareProber(settings, places, TrainerProcess(lambda event: None, time.time, 1))
+        workspace = Workspace(paths, run.manifest, store)
+        prober = HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
         return cls(
-            run, material, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), material, prober)
+            run, workspace, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), workspace, prober)
         )
 
     def checkpoint(self) -> KeptCheckpoint:
-        return write_checkpoint(self.material, 1, None)
+        return write_checkpoint(self.workspace, 1, None)
 
 
-def finding() -> ProbeResult:
+def probe_result() -> ProbeResult:
     fit = ShardFit(fitness=1.0, micro_batch=4, reason="it fits")
     hardware = Hardware(device="cpu", memory_bytes=1, cores=1)
     return ProbeResult(
@@ -86,90 +86,90 @@ def run(tmp_path: Path) -> TinyRun:
     return make_run(tmp_path / "run")
 
 
-async def test_a_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
-    box = await Box.made(run, tmp_path / "box")
-    kept = box.checkpoint()
-    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
-    assert all(box.material.store.has(ref.digest) for ref in kept.refs)
+async def test_checkpoint_is_stored_and_offered(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    kept = node.checkpoint()
+    assert (await node.tasks.publish(kept.candidate)).verdict == "accepted"
+    assert all(node.workspace.store.has(ref.digest) for ref in kept.refs)
 
 
-async def test_work_that_becomes_void_while_it_is_published_is_simply_not_judged(run: TinyRun, tmp_path: Path):
-    box = await Box.made(run, tmp_path / "box")
-    kept = box.checkpoint()
-    store = Meanwhile(box.material.places.blobs, lambda: box.material.discard(0, 0))
-    box.material.store = store
-    answer = await box.chores.publish(kept.candidate)
-    assert answer.verdict == "unreachable", "nobody refused it"
+async def test_work_discarded_while_published_is_not_judged(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    kept = node.checkpoint()
+    store = SlowBlobStore(node.workspace.paths.blobs, lambda: node.workspace.discard(0, 0))
+    node.workspace.store = store
+    answer = await node.tasks.publish(kept.candidate)
+    assert answer.verdict == "unreachable", "it was not refused"
     assert "\n" not in answer.text
     assert "epoch 1 of shard 0" in answer.text
     assert not store.digests()
 
 
-async def test_a_read_only_disk_stops_a_trainer_that_is_to_start_like_a_full_one(run: TinyRun, tmp_path: Path):
+async def test_read_only_disk_counts_as_full_at_trainer_start(run: TinyRun, tmp_path: Path):
     with small_disk(tmp_path / "small", "4m") as disk:
-        box = await Box.made(run, disk / "box")
-        assert isinstance(await box.chores.sync(m.Sync(0, 0, None)), m.SyncDone)
-        work = box.material.work(0)
+        node = await NodeSetup.create(run, disk / "node")
+        assert isinstance(await node.tasks.sync(m.Sync(0, 0, None)), m.SyncDone)
+        work = node.workspace.work(0)
         work.path.mkdir(parents=True)
         (work.path / "local-0-1.safetensors").touch()
-        box.chores.prober.finding = finding()
+        node.tasks.prober.result = probe_result()
         make_read_only(disk)
-        answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2, shrink=1))
+        answer = await node.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2, halvings=1))
         assert isinstance(answer, m.TrainerExited)
         assert answer.reason == "disk-full"
-        assert "read-only" in str(box.chores.disk_problem)
+        assert "read-only" in str(node.tasks.disk_problem)
 
 
 def total(refs: Iterable[BlobRef]) -> int:
     return sum(ref.size for ref in refs)
 
 
-async def test_under_a_disk_limit_a_shard_that_is_done_makes_room_for_the_next(run: TinyRun, tmp_path: Path):
-    box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
-    kept = box.checkpoint()
-    await box.chores.publish(kept.candidate)
-    box.material.superseded(0, 1)
+async def test_disk_limit_removes_a_finished_shard(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    await node.tasks.sync(m.Sync(0, 0, None))
+    kept = node.checkpoint()
+    await node.tasks.publish(kept.candidate)
+    node.workspace.superseded(0, 1)
     data = [shard.train for shard in run.manifest.shards]
-    box.material.store.limit_bytes = data[1].size + total(kept.refs)
-    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
-    assert not box.material.store.has(data[0].digest)
-    assert box.material.work(0).kept() == [kept], "own checkpoints go last"
-    later = write_checkpoint(box.material, 1, None, shard=1)
-    box.material.store.limit_bytes = data[1].size + total(later.refs)
-    assert (await box.chores.publish(later.candidate)).verdict == "accepted"
-    assert set(box.material.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
-    assert box.material.work(0).kept() == [], "what is served no more takes no space in the work folder either"
+    node.workspace.store.limit_bytes = data[1].size + total(kept.refs)
+    assert isinstance(await node.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
+    assert not node.workspace.store.has(data[0].digest)
+    assert node.workspace.work(0).kept() == [kept], "own checkpoints are removed last"
+    later = write_checkpoint(node.workspace, 1, None, shard=1)
+    node.workspace.store.limit_bytes = data[1].size + total(later.refs)
+    assert (await node.tasks.publish(later.candidate)).verdict == "accepted"
+    assert set(node.workspace.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
+    assert node.workspace.work(0).kept() == [], "a checkpoint that is not served takes no space in the work folder"
 
 
-async def test_under_a_disk_limit_work_that_is_not_accepted_yet_is_never_lost(run: TinyRun, tmp_path: Path):
-    box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
-    kept = box.checkpoint()
-    await box.chores.publish(kept.candidate)
-    box.material.store.limit_bytes = run.manifest.shards[1].train.size
-    assert isinstance(await box.chores.sync(m.Sync(1, 0, None)), m.SyncDone)
-    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
-    back = await box.chores.sync(m.Sync(0, 0, None))
+async def test_disk_limit_keeps_pending_work(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    await node.tasks.sync(m.Sync(0, 0, None))
+    kept = node.checkpoint()
+    await node.tasks.publish(kept.candidate)
+    node.workspace.store.limit_bytes = run.manifest.shards[1].train.size
+    assert isinstance(await node.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
+    node.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
+    back = await node.tasks.sync(m.Sync(0, 0, None))
     assert isinstance(back, m.SyncDone)
     assert back.pending == (kept.candidate,)
-    assert (await box.chores.publish(kept.candidate)).verdict == "accepted"
+    assert (await node.tasks.publish(kept.candidate)).verdict == "accepted"
 
 
-async def test_a_disk_limit_that_is_too_small_for_one_shard_is_a_sentence(run: TinyRun, tmp_path: Path):
-    """Nothing that the same shard rests on goes to make room for the rest of it."""
-    box = await Box.made(run, tmp_path / "box")
-    await box.chores.sync(m.Sync(0, 0, None))
-    kept = box.checkpoint()
-    box.material.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
-    answer = await box.chores.publish(kept.candidate)
+async def test_disk_limit_below_one_shard_is_one_sentence(run: TinyRun, tmp_path: Path):
+    """Blobs that the shard needs are not removed to make room for its other blobs."""
+    node = await NodeSetup.create(run, tmp_path / "node")
+    await node.tasks.sync(m.Sync(0, 0, None))
+    kept = node.checkpoint()
+    node.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
+    answer = await node.tasks.publish(kept.candidate)
     assert answer.verdict == "unreachable"
     assert "raise the limit" in answer.text
-    assert box.material.store.has(run.manifest.shards[0].train.digest)
+    assert node.workspace.store.has(run.manifest.shards[0].train.digest)
 
 
-async def test_without_a_finding_no_trainer_starts_and_the_device_is_probed_again(run: TinyRun, tmp_path: Path):
-    box = await Box.made(run, tmp_path / "box")
-    answer = await box.chores.assignment(m.StartTrainer(1, 0, 0, None, 2))
+async def test_trainer_without_a_probe_result_does_not_start(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    answer = await node.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2))
     assert isinstance(answer, m.TrainerExited)
     assert answer.reason == "hardware"

@@ -1,4 +1,4 @@
-"""A shard's files and blobs: lineage, resuming, publishing, housekeeping. No torch."""
+"""A shard's files and blobs: lineage, resuming, publishing, removal. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lutetia.node.trainer.checkpoint_folder import (
 )
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.system.errors import IntegrityError
-from tests.node.checkpoint_files import NOTHING, Meanwhile, kept, write_checkpoint
+from tests.node.checkpoint_files import NOTHING, SlowBlobStore, kept, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import TinyRun, make_run
 
@@ -36,10 +36,10 @@ def test_chain_follows_parents_without_gaps():
     assert chain(0, None, [THIRD, FIRST, SECOND]) == [FIRST, SECOND, THIRD]
     assert chain(1, FIRST.digest, [FIRST, SECOND, THIRD]) == [SECOND, THIRD]
     assert chain(0, None, [FIRST, THIRD]) == [FIRST]
-    assert chain(1, "e" * 64, [FIRST, SECOND]) == [], "somebody else's epoch was accepted"
+    assert chain(1, "e" * 64, [FIRST, SECOND]) == [], "another peer's epoch was accepted"
 
 
-def test_the_newest_state_that_descends_from_the_accepted_one_is_resumed():
+def test_resume_point_is_the_newest_descendant():
     assert resume_point(0, None, [], None).source == "base"
     assert resume_point(0, None, [], local(0, None)).source == "local"
     place = resume_point(0, None, [FIRST, SECOND], local(2, SECOND.digest))
@@ -56,130 +56,130 @@ def run(tmp_path: Path) -> TinyRun:
 
 
 @pytest.fixture
-def material(run: TinyRun, tmp_path: Path) -> Workspace:
-    places = RunPaths(tmp_path / "state", run.manifest.run_id)
-    return Workspace(places, run.manifest, BlobStore(places.blobs))
+def workspace(run: TinyRun, tmp_path: Path) -> Workspace:
+    paths = RunPaths(tmp_path / "state", run.manifest.run_id)
+    return Workspace(paths, run.manifest, BlobStore(paths.blobs))
 
 
-def test_publishing_shares_the_disk_space_and_is_idempotent(material: Workspace):
-    item = write_checkpoint(material, 1, None)
+def test_publishing_shares_the_disk_space_and_is_idempotent(workspace: Workspace):
+    item = write_checkpoint(workspace, 1, None)
     for _ in range(2):
-        material.into_store(item, ())
+        workspace.store_checkpoint(item, ())
     for name, ref in zip(FILES, item.refs, strict=True):
-        stored, own = material.store.path(ref.digest), material.work(0).epoch_folder(1) / f"{name}.safetensors"
+        stored, own = workspace.store.path(ref.digest), workspace.work(0).epoch_folder(1) / f"{name}.safetensors"
         assert stored.read_bytes() == own.read_bytes()
         assert stored.stat().st_ino == own.stat().st_ino
-    assert set(material.held()) >= {ref.digest for ref in item.refs}
+    assert set(workspace.held()) >= {ref.digest for ref in item.refs}
 
 
-def test_a_trainer_that_starts_meanwhile_sweeps_nothing_of_a_publication(material: Workspace):
-    item = write_checkpoint(material, 1, None)
-    material.store = Meanwhile(material.places.blobs, material.work(0).sweep)
-    material.into_store(item, ())
-    assert set(material.store.digests()) == {ref.digest for ref in item.refs}
-    assert sorted(path.name for path in material.work(0).epoch_folder(1).iterdir()) == sorted(
+def test_sweep_keeps_files_being_published(workspace: Workspace):
+    item = write_checkpoint(workspace, 1, None)
+    workspace.store = SlowBlobStore(workspace.paths.blobs, workspace.work(0).sweep)
+    workspace.store_checkpoint(item, ())
+    assert set(workspace.store.digests()) == {ref.digest for ref in item.refs}
+    assert sorted(path.name for path in workspace.work(0).epoch_folder(1).iterdir()) == sorted(
         [CHECKPOINT, *(f"{name}.safetensors" for name in FILES)]
     )
 
 
-def test_a_checkpoint_damaged_on_disk_is_not_published(material: Workspace):
-    item = write_checkpoint(material, 1, None)
-    (material.work(0).epoch_folder(1) / "weights.safetensors").write_bytes(b"flipped")
+def test_checkpoint_damaged_on_disk_is_not_published(workspace: Workspace):
+    item = write_checkpoint(workspace, 1, None)
+    (workspace.work(0).epoch_folder(1) / "weights.safetensors").write_bytes(b"flipped")
     with pytest.raises(IntegrityError, match="damaged"):
-        material.into_store(item, ())
-    assert item.weights.digest not in material.store.digests()
+        workspace.store_checkpoint(item, ())
+    assert item.weights.digest not in workspace.store.digests()
 
 
-def test_a_hole_in_the_chain_ends_it(material: Workspace):
-    first = write_checkpoint(material, 1, None)
-    second = write_checkpoint(material, 2, first.digest)
-    write_checkpoint(material, 3, second.digest)
-    (material.work(0).epoch_folder(2) / "state.safetensors").unlink()
-    assert [item.epoch for item in material.pending(0, 0, None)] == [1]
-    assert [item.epoch for item in material.work(0).kept()] == [1]
+def test_gap_in_the_chain_ends_it(workspace: Workspace):
+    first = write_checkpoint(workspace, 1, None)
+    second = write_checkpoint(workspace, 2, first.digest)
+    write_checkpoint(workspace, 3, second.digest)
+    (workspace.work(0).epoch_folder(2) / "state.safetensors").unlink()
+    assert [item.epoch for item in workspace.pending(0, 0, None)] == [1]
+    assert [item.epoch for item in workspace.work(0).kept()] == [1]
 
 
-def test_accepted_checkpoint_supersedes_older_ones_and_what_was_fetched(material: Workspace):
-    weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
-    material.work(0).path.mkdir(parents=True)
-    material.set_base(0, AcceptedBase(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
-    second = write_checkpoint(material, 2, "c" * 64)
-    third = write_checkpoint(material, 3, second.digest)
+def test_acceptance_removes_older_checkpoints_and_the_base(workspace: Workspace):
+    weights, state = workspace.store.add_bytes(b"fetched weights"), workspace.store.add_bytes(b"fetched state")
+    workspace.work(0).path.mkdir(parents=True)
+    workspace.set_base(0, AcceptedBase(epoch=1, checkpoint="c" * 64, weights=weights, state=state))
+    second = write_checkpoint(workspace, 2, "c" * 64)
+    third = write_checkpoint(workspace, 3, second.digest)
     for item in (second, third):
-        material.into_store(item, ())
-    material.superseded(0, 2)
-    assert not material.store.has(weights.digest)
-    assert material.store.has(second.weights.digest), "the accepted one is served"
-    material.superseded(0, 3)
-    assert not material.store.has(second.weights.digest)
-    assert material.store.has(third.weights.digest)
-    assert [item.epoch for item in material.work(0).kept()] == [3]
+        workspace.store_checkpoint(item, ())
+    workspace.superseded(0, 2)
+    assert not workspace.store.has(weights.digest)
+    assert workspace.store.has(second.weights.digest), "the accepted one is served"
+    workspace.superseded(0, 3)
+    assert not workspace.store.has(second.weights.digest)
+    assert workspace.store.has(third.weights.digest)
+    assert [item.epoch for item in workspace.work(0).kept()] == [3]
 
 
-def test_discard_keeps_the_accepted_checkpoint_and_nothing_beyond(material: Workspace):
-    first = write_checkpoint(material, 1, None)
-    second = write_checkpoint(material, 2, first.digest)
+def test_discard_keeps_the_accepted_checkpoint_only(workspace: Workspace):
+    first = write_checkpoint(workspace, 1, None)
+    second = write_checkpoint(workspace, 2, first.digest)
     for item in (first, second):
-        material.into_store(item, ())
-    material.discard(0, 1)
-    assert [item.epoch for item in material.work(0).kept()] == [1]
-    assert not material.store.has(second.weights.digest)
-    material.discard(0, None)
-    assert material.work(0).kept() == []
-    assert material.store.digests() == []
+        workspace.store_checkpoint(item, ())
+    workspace.discard(0, 1)
+    assert [item.epoch for item in workspace.work(0).kept()] == [1]
+    assert not workspace.store.has(second.weights.digest)
+    workspace.discard(0, None)
+    assert workspace.work(0).kept() == []
+    assert workspace.store.digests() == []
 
 
-def test_fetched_blobs_that_rotted_are_found_when_nothing_is_trusted(material: Workspace, run: TinyRun):
-    ref = material.store.add_file(run.data(0))
-    material.work(0).path.mkdir(parents=True)
-    with material.store.path(ref.digest).open("r+b") as file:
+def test_discard_all_removes_damaged_fetched_blobs(workspace: Workspace, run: TinyRun):
+    ref = workspace.store.add_file(run.data(0))
+    workspace.work(0).path.mkdir(parents=True)
+    with workspace.store.path(ref.digest).open("r+b") as file:
         file.write(b"rot")
-    material.discard(0, None)
-    assert not material.store.has(ref.digest)
+    workspace.discard(0, None)
+    assert not workspace.store.has(ref.digest)
 
 
-def test_disk_limit_evicts_the_oldest_spare_blobs_only(material: Workspace):
-    store = BlobStore(material.places.blobs, limit_bytes=10_000)
-    material.store = store
+def test_disk_limit_evicts_the_oldest_spare_blobs_only(workspace: Workspace):
+    store = BlobStore(workspace.paths.blobs, limit_bytes=10_000)
+    workspace.store = store
     refs = [store.add_bytes(bytes([number]) * 3000) for number in range(3)]
-    material.make_room(2500, {refs[0].digest})
+    workspace.make_room(2500, {refs[0].digest})
     assert [store.has(ref.digest) for ref in refs] == [True, False, True] or [store.has(ref.digest) for ref in refs] == [
         True,
         True,
         False,
     ]
-    material.make_room(500, {refs[0].digest})
+    workspace.make_room(500, {refs[0].digest})
     assert sum(store.has(ref.digest) for ref in refs) == 2, "there was room"
 
 
-def test_after_a_roll_back_to_the_beginning_what_was_the_base_is_none(material: Workspace):
-    weights, state = material.store.add_bytes(b"fetched weights"), material.store.add_bytes(b"fetched state")
-    material.set_base(0, AcceptedBase(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
-    material.set_base(0, None)
-    assert material.known_base(0) is None
-    assert not material.store.digests()
+def test_rollback_to_the_beginning_clears_the_base(workspace: Workspace):
+    weights, state = workspace.store.add_bytes(b"fetched weights"), workspace.store.add_bytes(b"fetched state")
+    workspace.set_base(0, AcceptedBase(epoch=3, checkpoint="c" * 64, weights=weights, state=state))
+    workspace.set_base(0, None)
+    assert workspace.known_base(0) is None
+    assert not workspace.store.digests()
 
 
-def test_a_checkpoint_of_our_own_is_no_fetched_base_that_may_go(material: Workspace):
-    """The DHT may show our last acceptance late."""
-    first = write_checkpoint(material, 1, None)
-    second = write_checkpoint(material, 2, first.digest)
+def test_own_checkpoint_is_not_removed_as_a_fetched_base(workspace: Workspace):
+    """The DHT may still show the acceptance before ours."""
+    first = write_checkpoint(workspace, 1, None)
+    second = write_checkpoint(workspace, 2, first.digest)
     for item in (first, second):
-        material.into_store(item, ())
-    material.superseded(0, 2)
-    material.set_base(0, AcceptedBase(epoch=1, checkpoint=first.digest, weights=first.weights, state=first.state))
-    assert all(material.store.has(ref.digest) for ref in second.refs)
+        workspace.store_checkpoint(item, ())
+    workspace.superseded(0, 2)
+    workspace.set_base(0, AcceptedBase(epoch=1, checkpoint=first.digest, weights=first.weights, state=first.state))
+    assert all(workspace.store.has(ref.digest) for ref in second.refs)
 
 
-def test_base_is_known_from_own_work_or_an_earlier_sync(material: Workspace):
-    first = write_checkpoint(material, 1, None)
-    own = material.base(0, 1, first.digest, None)
+def test_base_is_known_from_own_work_or_an_earlier_sync(workspace: Workspace):
+    first = write_checkpoint(workspace, 1, None)
+    own = workspace.base(0, 1, first.digest, None)
     assert own is not None
     assert own.weights == first.weights
-    assert material.base(0, 1, "d" * 64, None) is None
+    assert workspace.base(0, 1, "d" * 64, None) is None
     base = AcceptedBase(epoch=4, checkpoint="d" * 64, weights=NOTHING, state=NOTHING)
-    material.set_base(0, base)
-    assert material.base(0, 4, "d" * 64, None) == base
+    workspace.set_base(0, base)
+    assert workspace.base(0, 4, "d" * 64, None) == base
 
 
 def test_remembered_shards_and_garbage(tmp_path: Path):
@@ -215,11 +215,11 @@ def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
 
 
 def test_contributions_survive_the_daemon(tmp_path: Path):
-    book = Contributions(tmp_path / "contributions.json")
+    first = Contributions(tmp_path / "contributions.json")
     now = 1_800_000_000.0
-    book.count_accepted(now - 3 * 86_400)
-    book.count_accepted(now)
-    book.count_refused()
+    first.count_accepted(now - 3 * 86_400)
+    first.count_accepted(now)
+    first.count_refused()
     again = Contributions(tmp_path / "contributions.json")
     assert (again.accepted, again.today(now), again.refused, again.last_accepted) == (2, 1, 1, now)
     (tmp_path / "contributions.json").write_text("torn")

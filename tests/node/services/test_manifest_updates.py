@@ -1,4 +1,4 @@
-"""Who may make a node look at a manifest, and how often. A network in memory, real signatures."""
+"""Announcements of newer manifests. A network in memory, real signatures."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.protocol.transport.base import Transport
 from tests.memory_transport.network import MemoryNetwork
-from tests.node.runtime.test_tasks import NODE, Box
+from tests.node.runtime.test_tasks import NODE, NodeSetup
 from tests.node.scripted_coordinator import eventually
 from tests.node.tiny_run import OWNER, make_run
 
 
-class Told:
-    """A box whose news are to be tried, and how often it asked each of those who tell it some."""
+class AnnouncementSetup:
+    """A node, the versions that it took, and how often it asked each peer for a manifest."""
 
-    def __init__(self, box: Box, network: MemoryNetwork, heartbeat: float) -> None:
-        signed = SignedManifest.model_validate_json(box.run.manifest_file.read_bytes())
-        self.box, self.network, self.heartbeat = box, network, heartbeat
-        self.heard: list[int] = []
+    def __init__(self, node: NodeSetup, network: MemoryNetwork, heartbeat: float) -> None:
+        signed = SignedManifest.model_validate_json(node.run.manifest_file.read_bytes())
+        self.node, self.network, self.heartbeat = node, network, heartbeat
+        self.changes: list[int] = []
         self.live = LiveManifest(signed)
-        self.news = ManifestUpdates(box.chores.network, self.live, lambda: self.heard.append(self.live.version))
+        self.manifest_updates = ManifestUpdates(node.tasks.network, self.live, lambda: self.changes.append(self.live.version))
         self.asked: dict[str, int] = {}
 
     @classmethod
-    async def made(cls, tmp_path: Path, heartbeat: float) -> Told:
+    async def create(cls, tmp_path: Path, heartbeat: float) -> AnnouncementSetup:
         network = MemoryNetwork(latency=0.001)
-        box = await Box.made(make_run(tmp_path / "run", heartbeat=heartbeat), tmp_path / "box", network)
-        told = cls(box, network, heartbeat)
-        await told.news.serve(box.chores.network.transport)
-        return told
+        node = await NodeSetup.create(make_run(tmp_path / "run", heartbeat=heartbeat), tmp_path / "node", network)
+        setup = cls(node, network, heartbeat)
+        await setup.manifest_updates.serve(node.tasks.network.transport)
+        return setup
 
     def stranger(self, name: str) -> Transport:
-        return self.network.peer(Identity.derived(name), record_check(self.box.run.manifest, time.time))
+        return self.network.peer(Identity.derived(name), record_check(self.node.run.manifest, time.time))
 
     async def serve(self, peer: Transport, document: bytes) -> None:
         def given() -> bytes:
@@ -50,12 +50,12 @@ class Told:
 
         await serve_document(peer, MANIFEST, given)
 
-    async def tell(self, peer: Transport, version: int) -> None:
-        """And wait until nothing is being fetched."""
+    async def announce(self, peer: Transport, version: int) -> None:
+        """Announce a version to the node, and wait until it fetches nothing."""
         await announce_version(peer, version, NODE.peer_id)
 
         async def quiet() -> bool:
-            return not self.news._fetching.locked()
+            return not self.manifest_updates._fetching.locked()
 
         await eventually(quiet)
 
@@ -63,39 +63,39 @@ class Told:
         return SignedManifest.sign(next_version(self.live(), {"holdout_tolerance": 0.5}, time.time()), OWNER)
 
 
-async def test_a_stranger_makes_a_node_look_at_one_bad_manifest_and_the_coordinator_is_heard_all_the_same(tmp_path: Path):
-    told = await Told.made(tmp_path, heartbeat=600.0)
-    newer = told.next_manifest()
+async def test_bad_announcement_does_not_block_the_coordinator(tmp_path: Path):
+    setup = await AnnouncementSetup.create(tmp_path, heartbeat=600.0)
+    newer = setup.next_manifest()
     forged = newer.model_copy(update={"signature": "0" * 128}).to_bytes()
-    liars = [told.stranger(name) for name in ("liar", "another liar")]
+    liars = [setup.stranger(name) for name in ("liar", "another liar")]
     for liar in liars:
-        await told.serve(liar, forged)
+        await setup.serve(liar, forged)
         for _ in range(5):
-            await told.tell(liar, 2**63)
-    assert told.asked == {liars[0].peer_id: 1}, "one piece of news per heartbeat, whoever tells it"
-    coordinator = told.network.find(told.news.network.coordinators[0][0])
+            await setup.announce(liar, 2**63)
+    assert setup.asked == {liars[0].peer_id: 1}, "one announcement per heartbeat is checked"
+    coordinator = setup.network.find(setup.manifest_updates.network.coordinators[0][0])
     assert coordinator
-    await told.serve(coordinator, newer.to_bytes())
-    await told.tell(coordinator, 2)
-    assert told.heard == [2]
+    await setup.serve(coordinator, newer.to_bytes())
+    await setup.announce(coordinator, 2)
+    assert setup.changes == [2]
 
 
-async def test_a_peer_without_a_name_may_bring_good_news(tmp_path: Path):
-    told = await Told.made(tmp_path, heartbeat=600.0)
-    friend = told.stranger("friend")
-    await told.serve(friend, told.next_manifest().to_bytes())
-    await told.tell(friend, 2)
-    assert told.heard == [2]
+async def test_unknown_peer_may_announce_a_newer_manifest(tmp_path: Path):
+    setup = await AnnouncementSetup.create(tmp_path, heartbeat=600.0)
+    friend = setup.stranger("friend")
+    await setup.serve(friend, setup.next_manifest().to_bytes())
+    await setup.announce(friend, 2)
+    assert setup.changes == [2]
 
 
 @pytest.mark.parametrize("good", [True, False])
-async def test_who_told_something_bad_is_not_heard_for_a_lease(tmp_path: Path, good: bool):
-    told = await Told.made(tmp_path, heartbeat=10.0)
-    news = told.news
-    assert news.may_tell("203.0.113.5", 1000.0)
+async def test_bad_announcement_is_refused_for_a_lease(tmp_path: Path, good: bool):
+    setup = await AnnouncementSetup.create(tmp_path, heartbeat=10.0)
+    updates = setup.manifest_updates
+    assert updates.may_announce("203.0.113.5", 1000.0)
     if not good:
-        news.refuse("203.0.113.5", 1000.0)
-    assert not news.may_tell("203.0.113.6", 1009.0), "one per heartbeat"
-    assert news.may_tell("203.0.113.6", 1011.0)
-    assert news.may_tell("203.0.113.5", 1022.0) is good
-    assert news.may_tell("203.0.113.5", 1033.0)
+        updates.refuse("203.0.113.5", 1000.0)
+    assert not updates.may_announce("203.0.113.6", 1009.0), "one per heartbeat"
+    assert updates.may_announce("203.0.113.6", 1011.0)
+    assert updates.may_announce("203.0.113.5", 1022.0) is good
+    assert updates.may_announce("203.0.113.5", 1033.0)

@@ -1,11 +1,20 @@
-"""Few standbys look after each shard, all of one mind; when most of them go, the others look after more."""
+"""Each shard is watched by a few standbys, and all readers assign the same shards."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, buckets_before, duties, enough, own_duty, pace
+from lutetia.node.services.standby_policy import (
+    CHANGING,
+    FULL_PACE,
+    STEADY,
+    assign_shards,
+    buckets_before,
+    has_enough_standbys,
+    read_interval_factor,
+    shards_to_watch,
+)
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import NODE_BUCKETS, Hardware, NodeRecord, NodeState, node_bucket
 
@@ -24,52 +33,52 @@ def names(count: int) -> list[str]:
     return [node(number).owner for number in range(count)]
 
 
-def test_few_standbys_look_after_everything():
-    assert duties(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
+def test_few_standbys_watch_all_shards():
+    assert assign_shards(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
 
 
 @settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
-def test_every_shard_is_looked_after_by_as_many_however_many_there_are(standbys: int, shards: int, turn: int):
-    given_ = duties(RUN, names(standbys), shards, turn)
+def test_every_shard_has_the_same_number_of_watchers(standbys: int, shards: int, lease_number: int):
+    assigned = assign_shards(RUN, names(standbys), shards, lease_number)
     for shard in range(shards):
-        assert STEADY <= sum(shard in held for held in given_.values()) <= STEADY + CHANGING
+        assert STEADY <= sum(shard in watched for watched in assigned.values()) <= STEADY + CHANGING
 
 
-def test_half_of_those_in_charge_stay_and_half_change():
-    first, second = (duties(RUN, names(300), 10, turn) for turn in (1, 2))
+def test_half_of_the_watchers_stay_and_half_change():
+    first, second = (assign_shards(RUN, names(300), 10, lease_number) for lease_number in (1, 2))
     for shard in range(10):
-        early, late = ({owner for owner, held in found.items() if shard in held} for found in (first, second))
+        early, late = ({owner for owner, watched in found.items() if shard in watched} for found in (first, second))
         assert len(early & late) >= STEADY
         assert early != late
 
 
 @settings(max_examples=25)
 @given(st.sets(st.integers(0, 2000), min_size=1, max_size=150), st.integers(0, 9), st.data())
-def test_who_reads_only_the_buckets_before_it_comes_to_the_same(numbers: set[int], turn: int, data: st.DataObject):
+def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], lease_number: int, data: st.DataObject):
     states: st.SearchStrategy[NodeState] = st.sampled_from(["idle", "claiming", "training", "paused"])
-    everybody = [node(number, data.draw(states), data.draw(st.sampled_from([0.0, 1.0, 1.0]))) for number in sorted(numbers)]
-    me = data.draw(st.sampled_from(everybody))
-    order, read = buckets_before(me.owner), []
+    nodes = [node(number, data.draw(states), data.draw(st.sampled_from([0.0, 1.0, 1.0]))) for number in sorted(numbers)]
+    own = data.draw(st.sampled_from(nodes))
+    order, read = buckets_before(own.owner), []
     assert sorted(order) == list(range(NODE_BUCKETS))
     for bucket in order:
-        read += [other for other in everybody if node_bucket(other.owner) == bucket]
-        if enough(RUN, me.owner, read):
+        read += [other for other in nodes if node_bucket(other.owner) == bucket]
+        if has_enough_standbys(RUN, own.owner, read):
             break
-    assert own_duty(RUN, me.owner, read, 12, turn) == own_duty(RUN, me.owner, everybody, 12, turn)
+    assert shards_to_watch(RUN, own.owner, read, 12, lease_number) == shards_to_watch(RUN, own.owner, nodes, 12, lease_number)
 
 
-def test_who_is_not_listed_as_free_looks_after_everything():
-    assert own_duty(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+def test_node_not_listed_as_free_watches_all_shards():
+    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
 
 
-def test_a_box_on_which_no_expert_works_looks_after_nothing_and_is_not_counted():
+def test_node_without_a_working_expert_watches_nothing():
     unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
-    assert own_duty(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
+    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
     for other in others:
-        assert own_duty(RUN, other.owner, [unfit, *others], 6, 0) == own_duty(RUN, other.owner, others, 6, 0)
+        assert shards_to_watch(RUN, other.owner, [unfit, *others], 6, 0) == shards_to_watch(RUN, other.owner, others, 6, 0)
 
 
-def test_a_large_swarm_is_read_less_often():
-    assert pace(10) == pace(FULL_PACE) == 1
-    assert pace(4 * FULL_PACE) == 4
+def test_large_swarm_is_read_less_often():
+    assert read_interval_factor(10) == read_interval_factor(FULL_PACE) == 1
+    assert read_interval_factor(4 * FULL_PACE) == 4

@@ -1,4 +1,4 @@
-"""A box that gets too hot rests more; a box without a sensor says so."""
+"""A node above its temperature limit trains less; without a sensor it refuses the limit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.node.services.thermal import hottest, next_share, parse_nvidia
-from lutetia.node.settings import LEAST_SHARE
-from tests.node.scripted_coordinator import DaemonProcess, toy_coordinator
+from lutetia.node.services.thermal import hottest, next_duty_cycle, parse_nvidia
+from lutetia.node.settings import MIN_DUTY_CYCLE
+from tests.node.scripted_coordinator import DaemonProcess, scripted_coordinator
 from tests.node.tiny_run import make_run
 
-SHARES, DEGREES = st.floats(LEAST_SHARE, 1.0), st.floats(1, 150)
+SHARES, DEGREES = st.floats(MIN_DUTY_CYCLE, 1.0), st.floats(1, 150)
 
 
 @given(SHARES, DEGREES, st.floats(30, 110))
-def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share: float, celsius: float, limit: float):
-    after = next_share(share, celsius, limit)
-    assert LEAST_SHARE <= after <= 1
+def test_duty_cycle_follows_the_temperature(share: float, celsius: float, limit: float):
+    after = next_duty_cycle(share, celsius, limit)
+    assert MIN_DUTY_CYCLE <= after <= 1
     if celsius > limit:
-        assert after < share or after == LEAST_SHARE
+        assert after < share or after == MIN_DUTY_CYCLE
     elif celsius >= limit - 3:
         assert after == share
     else:
@@ -32,25 +32,25 @@ def test_too_hot_is_slower_cool_is_faster_and_near_the_limit_is_as_before(share:
 
 
 @given(st.floats(50, 120), st.floats(0.02, 0.5), st.floats(60, 90))
-def test_a_box_settles_below_its_limit(full: float, inertia: float, limit: float):
-    """A box of 35 degrees at rest and `full` at full load, which covers a share of the way there at every look."""
+def test_temperature_settles_below_the_limit(full: float, inertia: float, limit: float):
+    """A machine at 35 degrees idle and `full` at full load; each reading is closer to that by the share `inertia`."""
     celsius, share, seen = 35.0, 1.0, []
     for _ in range(400):
         celsius += inertia * (35 + share * (full - 35) - celsius)
-        share = next_share(share, celsius, limit)
+        share = next_duty_cycle(share, celsius, limit)
         seen.append(celsius)
     assert max(seen[200:]) < limit + 3
-    assert min(seen[200:]) > min(full, limit) - 12, "no colder than it must be"
+    assert min(seen[200:]) > min(full, limit) - 12, "training is not slowed more than needed"
 
 
-def test_what_nvidia_smi_prints():
+def test_nvidia_smi_output_is_parsed():
     shown = "NVIDIA GeForce RTX 3060, 71\nNVIDIA H200, 44\nTesla K80, [N/A]\n"
     assert [(each.sensor, each.celsius) for each in parse_nvidia(shown)] == [("NVIDIA GeForce RTX 3060", 71), ("NVIDIA H200", 44)]
     assert parse_nvidia("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n") == []
 
 
 class Sensor:
-    """A processor's temperature as the kernel shows it, in a mount namespace of its own."""
+    """A fake processor temperature in /sys, in its own mount namespace."""
 
     def __init__(self, folder: Path) -> None:
         thermal, empty = Path("/sys/class/thermal"), folder / "empty"
@@ -77,21 +77,21 @@ def sensor(tmp_path: Path) -> Sensor:
 
 
 @pytest.mark.timeout(600)
-async def test_a_hot_box_trains_less_and_says_why_until_it_is_cool(sensor: Sensor, tmp_path: Path):
+async def test_hot_node_trains_less_and_reports_why(sensor: Sensor, tmp_path: Path):
     sensor.shows(74)
     run = make_run(tmp_path / "run", heartbeat=1.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
         flags = ("--max-temp", "70")
-        async with DaemonProcess.running(toy, tmp_path / "box", *flags, prefix=sensor.prefix) as daemon:
+        async with DaemonProcess.running(coordinator, tmp_path / "node", *flags, prefix=sensor.prefix) as daemon:
             status = await daemon.until(slowed=lambda why: why and "64%" in why)
-            assert status["slowed"] == "x86_pkg_temp shows 74 °C, and 70 is the most: trains 64% of its time"
+            assert status["slowed"] == "x86_pkg_temp is at 74 °C, limit 70: training 64% of the time"
             sensor.shows(40)
             await daemon.until(slowed=None)
             await daemon.until(accepted=lambda count: count)
-            assert "cool again (x86_pkg_temp shows 40 °C): full pace" in daemon.words()
+            assert "x86_pkg_temp is at 40 °C again: training at full speed" in daemon.log_text()
 
 
-def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
+def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
     def doctor() -> str:
         command = [
             *sensor.prefix,
@@ -107,11 +107,11 @@ def test_doctor_shows_the_temperature_or_that_there_is_none(sensor: Sensor):
     assert doctor() == "61 °C (x86_pkg_temp)"
 
 
-async def test_without_a_sensor_a_limit_is_refused_before_anything_is_written(sensor: Sensor, tmp_path: Path):
+async def test_limit_without_a_sensor_is_refused_at_start(sensor: Sensor, tmp_path: Path):
     run = make_run(tmp_path / "run", heartbeat=1.0)
-    async with toy_coordinator(run, tmp_path / "coordinator") as toy:
-        state = tmp_path / "box"
-        daemon = await DaemonProcess.start(toy, state, "--max-temp", "70", prefix=sensor.prefix)
+    async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
+        state = tmp_path / "node"
+        daemon = await DaemonProcess.start(coordinator, state, "--max-temp", "70", prefix=sensor.prefix)
         assert await daemon.ended() == 20
-        assert "lutetia: this box shows no temperature, so max_temp cannot be kept" in daemon.words()
+        assert "lutetia: this machine has no temperature sensor, so max_temp cannot be kept" in daemon.log_text()
         assert not state.exists()

@@ -1,4 +1,4 @@
-"""After a power loss at any moment of training: own checkpoints are whole, the newest local state can be loaded, none is half."""
+"""After a power loss at any moment of training, checkpoints are complete and the newest local state can be loaded."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ root, run = Path(sys.argv[1]), Path(sys.argv[2])
 manifest = SignedManifest.model_validate_json((run / "manifest.json").read_bytes()).manifest
 trainer = ExpertTrainer(manifest, 0, load_shard(run / "0.train.safetensors", manifest.latent))
 written = threading.Event()
-def say(message):
-    if message["say"] == "saved":
-        print("@saved", message["epoch"], message["step"], flush=True)
-    elif message["say"] == "checkpoint":
-        print("@checkpoint", message["kept"]["epoch"], flush=True)
+def send(report):
+    if report.say == "saved":
+        print("@saved", report.epoch, report.step, flush=True)
+    elif report.say == "checkpoint":
+        print("@checkpoint", report.kept.epoch, flush=True)
     written.set()
-writer = CheckpointWriter(CheckpointFolder(root / "work", manifest.run_id, 0), None, say)
+writer = CheckpointWriter(CheckpointFolder(root / "work", manifest.run_id, 0), None, send)
 def write(whole):
     written.clear()
     assert writer.submit(trainer.snapshot(), whole=whole)
@@ -47,7 +47,7 @@ assert writer.close()
 
 @needs_strace
 @pytest.mark.timeout(900)
-def test_training_survives_a_power_loss_at_any_moment(tmp_path: Path):
+def test_power_loss_at_any_moment_loses_no_checkpoint(tmp_path: Path):
     run = make_run(tmp_path / "run", epochs=2, steps=STEPS, batch=2)
 
     def check(folder: Path, marks: list[str]) -> None:
@@ -55,12 +55,12 @@ def test_training_survives_a_power_loss_at_any_moment(tmp_path: Path):
         kept = work.kept()
         for item in kept:
             for name, ref in zip(FILES, item.refs, strict=True):
-                assert ChunkTable.of_file(work.epoch_folder(item.epoch) / f"{name}.safetensors").ref == ref, f"half a {name}"
+                assert ChunkTable.of_file(work.epoch_folder(item.epoch) / f"{name}.safetensors").ref == ref, f"incomplete {name}"
         places = [item.epoch * STEPS for item in kept]
         if local := work.local():
             assert loads(work.path / local.file), f"{local.file} is named and cannot be loaded"
             places.append(local.epoch * STEPS + local.step)
-        assert max(places, default=0) >= max(map(reported, marks), default=0), "what was reported as saved is gone"
+        assert max(places, default=0) >= max(map(reported, marks), default=0), "a state reported as saved is gone"
         work.sweep()
 
     calls = record(TRAIN, tmp_path / "root", str(run.folder))
@@ -68,7 +68,7 @@ def test_training_survives_a_power_loss_at_any_moment(tmp_path: Path):
 
 
 def reported(mark: str) -> int:
-    """Steps that are safe, as the trainer said."""
+    """Steps that the trainer has reported as saved."""
     words = mark.split()
     return int(words[1]) * STEPS + (int(words[2]) if words[0] == "saved" else 0)
 

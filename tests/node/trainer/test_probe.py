@@ -1,4 +1,4 @@
-"""Choosing device, dtype and micro-batch, each with its reason."""
+"""The choice of device, precision and micro-batch, each with its reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lutetia.node.trainer.devices import Accelerators, CudaDevice, choose_device, choose_precision
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
-from lutetia.node.trainer.probe import ProbeQuestion, find, largest_working, question_digest, unmet_need
+from lutetia.node.trainer.probe import ProbeQuestion, largest_working, probe, question_digest, unmet_need
 from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
@@ -34,10 +34,10 @@ NOTHING = Accelerators()
 TWO_GPUS = Accelerators(cuda=(CudaDevice("NVIDIA H100", (9, 0)), CudaDevice("Tesla T4", (7, 5))))
 
 
-def test_without_an_accelerator_it_is_the_cpu():
+def test_device_without_an_accelerator_is_the_cpu():
     assert choose_device("auto", NOTHING) == ("cpu", "cpu: no accelerator that torch can use")
     assert choose_precision("cpu", "auto", NOTHING) == ("float32", "float32: CPU")
-    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: asked for")
+    assert choose_precision("cpu", "bfloat16", NOTHING) == ("bfloat16", "bfloat16: as set")
     for wanted in ("cuda", "cuda:3", "mps"):
         with pytest.raises(HardwareError, match=wanted):
             choose_device(wanted, NOTHING)
@@ -53,42 +53,42 @@ def test_device_and_precision_follow_the_accelerators():
         choose_device("cuda:2", TWO_GPUS)
 
 
-def test_what_torch_sees_here_can_be_used():
+def test_devices_seen_by_torch_can_be_chosen():
     seen = Accelerators.seen()
     device, _ = choose_device("auto", seen)
     assert torch.ones(2, device=device).sum().item() == 2
     assert len(seen.cuda) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
-def test_needs_of_the_run():
-    box = Hardware(device="cpu", memory_bytes=8 * 10**9, cores=4)
-    assert unmet_need(HardwareNeeds(), box, 0) is None
-    assert "CUDA" in str(unmet_need(HardwareNeeds(cuda=True), box, 0))
-    assert "16.0 GB of memory" in str(unmet_need(HardwareNeeds(memory_bytes=16 * 10**9), box, 0))
-    assert "2.0 GB of disk" in str(unmet_need(HardwareNeeds(disk_bytes=2 * 10**9), box, 10**9))
+def test_unmet_need_of_the_run():
+    hardware = Hardware(device="cpu", memory_bytes=8 * 10**9, cores=4)
+    assert unmet_need(HardwareNeeds(), hardware, 0) is None
+    assert "CUDA" in str(unmet_need(HardwareNeeds(cuda=True), hardware, 0))
+    assert "16.0 GB of memory" in str(unmet_need(HardwareNeeds(memory_bytes=16 * 10**9), hardware, 0))
+    assert "2.0 GB of disk" in str(unmet_need(HardwareNeeds(disk_bytes=2 * 10**9), hardware, 10**9))
 
 
-def test_tries_the_real_expert(tmp_path: Path):
+def test_probe_runs_the_real_expert(tmp_path: Path):
     run = make_run(tmp_path)
-    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
-    assert finding.fitness == {0: 1.0, 1: 1.0}
-    assert finding.shards[0].micro_batch == 4
-    assert finding.samples_per_second > 0
-    assert finding.hardware.cores >= 1
+    result = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert result.fitness == {0: 1.0, 1: 1.0}
+    assert result.shards[0].micro_batch == 4
+    assert result.samples_per_second > 0
+    assert result.hardware.cores >= 1
     poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
-    refused = find(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
+    refused = probe(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
-    assert refused.shards[0].reason == "the run wants a CUDA device"
+    assert refused.shards[0].reason == "the run needs a CUDA device"
 
 
-def test_expert_that_does_not_fit_the_latents_is_no_fit_rather_than_a_crash(tmp_path: Path):
+def test_expert_unfit_for_the_latents_has_fitness_zero(tmp_path: Path):
     run = make_run(tmp_path, expert=ExpertSpec(class_name="NoSuchTransformer3DModel", config={}))
-    finding = find(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
-    assert finding.fitness == {0: 0.0, 1: 0.0}
-    assert "NoSuchTransformer3DModel" in finding.shards[0].reason
+    result = probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert result.fitness == {0: 0.0, 1: 0.0}
+    assert "NoSuchTransformer3DModel" in result.shards[0].reason
 
 
-def test_finding_is_of_one_question(tmp_path: Path):
+def test_question_digest_depends_on_the_question(tmp_path: Path):
     run = make_run(tmp_path)
     question = ProbeQuestion(manifest=run.manifest_file, free_disk=1)
     assert question_digest(question) == question_digest(question.model_copy(update={"free_disk": 2}))
@@ -106,12 +106,12 @@ def test_finding_is_of_one_question(tmp_path: Path):
         (TrainerEnded("bad-shard", "torn"), "bad-shard"),
     ],
 )
-def test_failures_are_told_apart(error: Exception, reason: str):
+def test_reason_of_known_errors(error: Exception, reason: str):
     known = reason_of(error)
     assert known is not None
     assert known[0] == reason
 
 
-def test_unknown_errors_are_bugs():
+def test_reason_of_unknown_errors_is_none():
     assert reason_of(RuntimeError("shapes do not match")) is None
     assert reason_of(DataError("unexpected here")) is None

@@ -1,4 +1,4 @@
-"""The trainer child: a real process that is killed, stopped, held, slowed and starved of disk."""
+"""The trainer process: killed, stopped, held, slowed, and on a full disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from lutetia.node.trainer.assignment import EXIT_CODES
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState, ResumePoint, resume_point
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.node.trainer.exit_reasons import TrainerEnded
-from lutetia.node.trainer.loop import begun_under, build
+from lutetia.node.trainer.loop import build, manifest_of_epoch
+from lutetia.node.trainer.messages import AllowTraining, SetDutyCycle, StopTraining
 from lutetia.system.process import Child
 from tests.node.scripted_coordinator import all_gone
 from tests.node.small_disk import fill, small_disk
-from tests.node.tiny_run import TinyRun, a_trainer, hear, make_run, raise_budget
+from tests.node.tiny_run import TinyRun, make_run, next_message, raise_budget, trainer_process
 
 pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, minutes on a busy one
 
@@ -38,16 +39,16 @@ def files(work: CheckpointFolder, epoch: int) -> dict[str, bytes]:
 
 
 async def train_through(run: TinyRun, work: CheckpointFolder) -> None:
-    """From wherever `work` stands to the end of the budget."""
+    """Train from the newest state in `work` to the end of the budget."""
     place = resume_point(0, None, work.kept(), work.local())
-    async with a_trainer(run.assignment(work, **of(work, place))) as child:
-        await hear(child, "progress", waiting=True)
+    async with trainer_process(run.assignment(work, **of(work, place))) as child:
+        await next_message(child, "progress", waiting=True)
         assert await child.stop(60) == 0
     assert len(work.kept()) == run.manifest.epochs
 
 
 def of(work: CheckpointFolder, place: ResumePoint) -> dict:
-    """An assignment's fields for a resume point whose files still lie in the work folder."""
+    """Fields of an assignment for a resume point whose files are in the work folder."""
     fields: dict = {"epoch": place.epoch, "parent": place.parent, "local": place.local}
     if place.kept:
         folder = work.epoch_folder(place.epoch)
@@ -62,12 +63,12 @@ def uninterrupted(run: TinyRun) -> CheckpointFolder:
     return work
 
 
-async def test_killed_at_random_steps_and_resumed_ends_with_equal_bytes(run: TinyRun, uninterrupted: CheckpointFolder):
+async def test_killed_and_resumed_training_gives_equal_bytes(run: TinyRun, uninterrupted: CheckpointFolder):
     chance = random.Random(7)
     work = run.work("killed")
     for _ in range(3):
         place = resume_point(0, None, work.kept(), work.local())
-        async with a_trainer(run.assignment(work, **of(work, place), save_every=0.001, duty=0.3)) as child:
+        async with trainer_process(run.assignment(work, **of(work, place), save_every=0.001, duty=0.3)) as child:
             await some_saves(child, chance.randrange(1, 6))
             await asyncio.sleep(chance.random() * 0.02)  # anywhere in a step or in the middle of a write
             await child.kill()
@@ -85,42 +86,42 @@ async def some_saves(child: Child, count: int) -> None:
             return
 
 
-async def test_checkpoints_form_a_chain_and_training_goes_straight_on(run: TinyRun, uninterrupted: CheckpointFolder):
+async def test_checkpoints_form_a_chain_while_training_continues(run: TinyRun, uninterrupted: CheckpointFolder):
     first, second = uninterrupted.kept()
     assert (first.epoch, first.parent, second.epoch, second.parent) == (1, None, 2, first.digest)
     assert second.samples == run.manifest.samples_per_shard
     assert all(ref.size > 0 for ref in second.refs)
 
 
-async def test_held_at_its_epoch_until_allowed_on_and_deaf_to_signals_for_the_daemon(run: TinyRun):
+async def test_trainer_waits_for_allow_and_ignores_sigterm(run: TinyRun):
     work = run.work("held")
-    async with a_trainer(run.assignment(work, until=1)) as child:
-        await hear(child, "progress", waiting=True, epoch=1)
+    async with trainer_process(run.assignment(work, until=1)) as child:
+        await next_message(child, "progress", waiting=True, epoch=1)
         assert [kept.epoch for kept in work.kept()] in ([1], [])
         child.process.send_signal(signal.SIGTERM)
         child.process.send_signal(signal.SIGINT)
-        await child.send({"do": "allow", "until": 2})
-        await hear(child, "progress", waiting=True, epoch=2)
+        await child.send(AllowTraining(until=2).to_wire())
+        await next_message(child, "progress", waiting=True, epoch=2)
         assert await child.stop(60) == 0
     assert [kept.epoch for kept in work.kept()] == [1, 2]
 
 
-async def test_stop_saves_the_place_progress_says_where_it_is_and_duty_leaves_the_processor_to_its_owner(run: TinyRun):
+async def test_stop_saves_and_duty_limits_the_processor(run: TinyRun):
     work = run.work("lazy")
-    async with a_trainer(run.assignment(work)) as child:
-        ready = await hear(child, "ready")
-        await child.send({"do": "duty", "share": 0.1})
+    async with trainer_process(run.assignment(work)) as child:
+        ready = await next_message(child, "ready")
+        await child.send(SetDutyCycle(share=0.1).to_wire())
         assert (ready["epoch"], ready["step"], ready["device"]) == (0, 0, "cpu")
         start, before = time.monotonic(), cpu_seconds(child.process.pid)
-        progress = await hear(child, "progress", epoch=0)
+        progress = await next_message(child, "progress", epoch=0)
         while progress["step"] < 10:
-            progress = await hear(child, "progress", epoch=0)
+            progress = await next_message(child, "progress", epoch=0)
         share = (cpu_seconds(child.process.pid) - before) / (time.monotonic() - start)
         assert share < 0.4
         assert progress["samples"] == progress["step"] * 4
         assert progress["loss"] > 0
-        await child.send({"do": "stop", "save": True})
-        assert (await hear(child, "exit"))["reason"] == "stopped"
+        await child.send(StopTraining(save=True).to_wire())
+        assert (await next_message(child, "exit"))["reason"] == "stopped"
         assert await child.stop(60) == EXIT_CODES["stopped"]
     local = work.local()
     assert local is not None
@@ -132,58 +133,56 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def test_bad_shard_and_bad_state_are_told_apart(run: TinyRun, tmp_path: Path):
+async def test_bad_shard_and_bad_state_have_own_exit_reasons(run: TinyRun, tmp_path: Path):
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(b"no tensors here")
     work = run.work("bad")
     with pytest.raises(TrainerEnded) as caught:
         build(run.assignment(work, epoch=1, weights=junk, state=junk))
     assert caught.value.reason == "bad-state"
-    async with a_trainer(run.assignment(work, data=junk)) as child:
-        message = await hear(child, "exit")
+    async with trainer_process(run.assignment(work, data=junk)) as child:
+        message = await next_message(child, "exit")
         assert message["reason"] == "bad-shard"
         assert str(junk.name) in message["text"]
         assert await child.stop(60) == EXIT_CODES["bad-shard"]
 
 
-async def test_full_disk_loses_nothing_and_goes_on_when_there_is_space(
-    run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path
-):
+async def test_full_disk_loses_nothing_and_training_resumes(run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path):
     with small_disk(tmp_path / "small", "2m") as disk:
         work = CheckpointFolder(disk, run.manifest.run_id, 0)
         work.path.mkdir()
         ballast = fill(disk, leave=60_000)
-        async with a_trainer(run.assignment(work)) as child:
-            said = await hear(child, "disk", full=True)
-            assert str(work.path) in said["text"]
-            assert "no space left" in said["text"]
-            assert not list(work.path.glob("epoch-*")), "nothing half-written"
+        async with trainer_process(run.assignment(work)) as child:
+            report = await next_message(child, "disk", full=True)
+            assert str(work.path) in report["text"]
+            assert "no space left" in report["text"]
+            assert not list(work.path.glob("epoch-*")), "no incomplete checkpoint"
             ballast.unlink()
-            await hear(child, "disk", full=False)
+            await next_message(child, "disk", full=False)
             while len(work.kept()) < 2:
-                await hear(child, "checkpoint")
+                await next_message(child, "checkpoint")
             assert await child.stop(60) == 0
         for epoch in (1, 2):
             assert files(work, epoch) == files(uninterrupted, epoch)
 
 
-async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as_it_was_begun(tmp_path: Path):
-    """The schedule is a cosine: the epoch equals one trained in one go under the old budget, the next one under the new."""
+async def test_budget_raised_while_stopped_keeps_the_started_epoch(tmp_path: Path):
+    """With a cosine schedule: the started epoch is finished under the old budget, the next one uses the new."""
     old = make_run(tmp_path / "run", epochs=2, steps=40)
     whole, cut = old.work("whole"), old.work("cut")
     await train(old, whole, 1)
-    async with a_trainer(old.assignment(cut, duty=0.1)) as child:
+    async with trainer_process(old.assignment(cut, duty=0.1)) as child:
         await in_the_middle(child)
-        await child.send({"do": "stop", "save": True})
+        await child.send(StopTraining(save=True).to_wire())
         assert await child.stop(60) == 0
     local = cut.local()
     assert local
     assert (local.epoch, local.budget) == (0, 2)
     assert 0 < local.step < 40
     new = raise_budget(old, 4)
-    async with a_trainer(new.assignment(cut, local=local, until=2, duty=0.1, save_every=0.001)) as child:
-        await hear(child, "saved")
-        await child.kill()  # once more, still in that epoch
+    async with trainer_process(new.assignment(cut, local=local, until=2, duty=0.1, save_every=0.001)) as child:
+        await next_message(child, "saved")
+        await child.kill()  # a second time in the same epoch
     local = cut.local()
     assert local
     assert (local.epoch, local.budget) == (0, 2)
@@ -195,19 +194,19 @@ async def test_a_budget_raised_while_the_box_rests_leaves_the_epoch_under_way_as
 
 async def train(run: TinyRun, work: CheckpointFolder, until: int) -> None:
     place = resume_point(0, None, work.kept(), work.local())
-    async with a_trainer(run.assignment(work, **of(work, place), until=until)) as child:
-        await hear(child, "progress", waiting=True, epoch=until)
+    async with trainer_process(run.assignment(work, **of(work, place), until=until)) as child:
+        await next_message(child, "progress", waiting=True, epoch=until)
         assert await child.stop(60) == 0
 
 
 async def in_the_middle(child: Child) -> None:
-    progress = await hear(child, "progress", epoch=0)
+    progress = await next_message(child, "progress", epoch=0)
     while progress["step"] < 5:
-        progress = await hear(child, "progress", epoch=0)
+        progress = await next_message(child, "progress", epoch=0)
 
 
 def saved_state(run: TinyRun) -> tuple[CheckpointFolder, LocalState]:
-    """Three steps into the first epoch, as a trainer leaves it."""
+    """A local state after three steps of the first epoch."""
     work = run.work("saved")
     trainer = build(run.assignment(work))
     for _ in range(3):
@@ -222,28 +221,28 @@ def saved_state(run: TinyRun) -> tuple[CheckpointFolder, LocalState]:
 
 
 @pytest.mark.parametrize(("schedule", "raised", "step"), [("cosine", True, 0), ("cosine", False, 3), ("constant", True, 3)])
-def test_a_state_that_does_not_say_its_budget_counts_where_there_was_one_or_it_does_not_matter(
+def test_local_state_without_a_budget_counts_if_harmless(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: Literal["constant", "cosine"], raised: bool, step: int
 ):
-    """Older software left none in `local.json`."""
+    """Older software wrote no budget to `local.json`."""
     run = make_run(tmp_path / "run", schedule=schedule)
     work, local = saved_state(run)
     run = raise_budget(run, 4) if raised else run
     trainer = build(run.assignment(work, local=local.model_copy(update={"budget": None})))
     assert trainer.step_in_epoch == step
-    assert ("does not say under which budget" in caplog.text) == (step == 0)
+    assert ("does not name its epoch budget" in caplog.text) == (step == 0)
 
 
-def test_where_the_local_state_is_damaged_the_epoch_begins_under_the_budget_of_today(tmp_path: Path):
+def test_damaged_local_state_starts_the_epoch_again(tmp_path: Path):
     run = make_run(tmp_path / "run")
     work, local = saved_state(run)
     run = raise_budget(run, 4)
-    assert begun_under(build(run.assignment(work, local=local)), local).epochs == 2
+    assert manifest_of_epoch(build(run.assignment(work, local=local)), local).epochs == 2
     (work.path / local.file).write_bytes(b"no tensors here")
-    assert begun_under(build(run.assignment(work, local=local)), local) == run.manifest
+    assert manifest_of_epoch(build(run.assignment(work, local=local)), local) == run.manifest
 
 
-async def test_ends_with_its_parent_even_while_it_imports():
+async def test_trainer_dies_with_its_parent_while_importing():
     script = """
         import asyncio
         from lutetia.system.process import Child

@@ -1,0 +1,190 @@
+"""Messages between the node's supervisor and its trainer process: one JSON object a line, in both directions.
+
+The supervisor sends `ToTrainer`, told apart by the field `do`. The trainer process sends `FromTrainer`, told apart by `say`.
+Both ends ignore messages of an unknown kind and unknown fields: an update may replace the package under a running daemon.
+Imports no torch: the supervisor uses it too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lutetia.node.machine.messages import Exit
+from lutetia.node.trainer.assignment import Assignment
+from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
+from lutetia.node.trainer.probe import ProbeQuestion, ProbeResult
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.records import TrainedWith
+from lutetia.system.process import Message
+
+
+class ReplayQuestion(Frozen):
+    """An epoch to replay, from files that the supervisor has fetched. With `end_weights` and `end_state` it is compared too."""
+
+    manifest: Path = Field(description="The signed manifest")
+    shard: int = Field(description="Index of the shard")
+    epoch: int = Field(description="Parent epoch: the replay starts after it")
+    epochs: int = Field(description="Epoch budget under which the epoch was trained")
+    steps: int = Field(description="Training steps to replay")
+    data: Path = Field(description="The shard's training data")
+    weights: Path | None = Field(default=None, description="Weights of the parent; None at epoch 0 without a warm start")
+    state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
+    end_weights: Path | None = Field(default=None, description="Weights of the checkpoint under audit")
+    end_state: Path | None = Field(default=None, description="Training state of the checkpoint under audit")
+    precision: Literal["float32", "bfloat16"] = Field(description="Data type of the forward pass")
+    device: str = Field(description="cpu, mps or cuda:N")
+    micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
+    threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    def to_wire(self) -> Message:
+        return self.model_dump(mode="json")
+
+
+# --- to the trainer process -------------------------------------------------------------------------------------------------
+
+
+class RunProbe(_Message):
+    """Probe the hardware; answered by ProbeFinished or RequestFailed."""
+
+    do: Literal["probe"] = "probe"
+    question: ProbeQuestion
+
+
+class RunReplay(_Message):
+    """Replay an epoch; answered by ReplayFinished or RequestFailed."""
+
+    do: Literal["replay"] = "replay"
+    question: ReplayQuestion
+
+
+class StartTraining(_Message):
+    """Train; a process does this once, after any probes and replays."""
+
+    do: Literal["start"] = "start"
+    assignment: Assignment
+
+
+class AllowTraining(_Message):
+    """Epochs whose parent is below `until` may be trained from now on."""
+
+    do: Literal["allow"] = "allow"
+    until: int
+
+
+class SetDutyCycle(_Message):
+    """Train for `share` of the time from now on."""
+
+    do: Literal["duty"] = "duty"
+    share: float
+
+
+class StopTraining(_Message):
+    """End; write a local state first if `save`."""
+
+    do: Literal["stop"] = "stop"
+    save: bool
+
+
+ToTrainer = RunProbe | RunReplay | StartTraining | AllowTraining | SetDutyCycle | StopTraining
+
+
+# --- from the trainer process -----------------------------------------------------------------------------------------------
+
+
+class ProbeFinished(_Message):
+    say: Literal["finding"] = "finding"
+    finding: ProbeResult
+
+
+class ReplayFinished(_Message):
+    """`losses`: one per step, None where it was no finite number. `drift`: see `models.training.replay.Replay`."""
+
+    say: Literal["replayed"] = "replayed"
+    losses: tuple[float | None, ...]
+    drift: float | None
+    made: TrainedWith
+
+
+class RequestFailed(_Message):
+    """The probe or replay could not be done."""
+
+    say: Literal["failed"] = "failed"
+    text: str
+
+
+class TrainerReady(_Message):
+    """Everything is loaded; training starts at this epoch and step."""
+
+    say: Literal["ready"] = "ready"
+    epoch: int
+    step: int
+    device: str
+
+
+class ProgressReport(_Message):
+    """Sent at most four times a second. `waiting`: for AllowTraining. `rate` in samples per second, `samples` of the shard."""
+
+    say: Literal["progress"] = "progress"
+    epoch: int
+    step: int
+    steps: int
+    samples: int
+    loss: float | None = None
+    rate: float = 0.0
+    waiting: bool = False
+
+
+class LocalStateSaved(_Message):
+    say: Literal["saved"] = "saved"
+    epoch: int
+    step: int
+
+
+class CheckpointWritten(_Message):
+    say: Literal["checkpoint"] = "checkpoint"
+    kept: KeptCheckpoint
+
+
+class DiskReport(_Message):
+    """The disk became full, or has space again."""
+
+    say: Literal["disk"] = "disk"
+    full: bool
+    text: str = ""
+
+
+class ExitReport(_Message):
+    """The last message; the exit code repeats `reason` (`assignment.EXIT_CODES`)."""
+
+    say: Literal["exit"] = "exit"
+    reason: Exit
+    text: str
+
+
+FromTrainer = (
+    ProbeFinished | ReplayFinished | RequestFailed | TrainerReady | ProgressReport | LocalStateSaved | CheckpointWritten
+    | DiskReport | ExitReport
+)  # fmt: skip
+
+
+_ORDERS: dict[str, type[ToTrainer]] = {kind.model_fields["do"].default: kind for kind in get_args(ToTrainer)}
+_REPORTS: dict[str, type[FromTrainer]] = {kind.model_fields["say"].default: kind for kind in get_args(FromTrainer)}
+
+
+def parse_order(message: Message) -> ToTrainer | None:
+    """None for an unknown kind. Raises ValueError when a field is missing or wrong."""
+    kind = _ORDERS.get(str(message.get("do")))
+    return kind.model_validate(message) if kind else None
+
+
+def parse_report(message: Message) -> FromTrainer | None:
+    """None for an unknown kind. Raises ValueError when a field is missing or wrong."""
+    kind = _REPORTS.get(str(message.get("say")))
+    return kind.model_validate(message) if kind else None
