@@ -59,7 +59,7 @@ A mixture of {count} experts for text-to-video, trained in isolation on one shar
 from diffusers import DiffusionPipeline  # needs: pip install lutetia
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
-frames = pipe(["{prompt}"], seed=0).frames  # uint8 [1, {frames}, {height}, {width}, 3]
+frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
 ```
 
 `trust_remote_code` runs the two lines of `pipeline.py`. Without it: `lutetia.models.pipeline.load_pipeline("path/to/this")`.

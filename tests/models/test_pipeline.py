@@ -1,21 +1,26 @@
 """The pipeline as a stranger uses it: stock diffusers in a process that knows lutetia only as an installed package."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.utils import export_utils
+from diffusers.utils.export_utils import export_to_video
 
 from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
+from lutetia.models.video_files import to_uint8
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import UsageError
 from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest
@@ -72,8 +77,8 @@ def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compr
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "lutetia.models.pipeline NoneType uint8 2 4 8 8 3 3 2 2"
-    assert lines[2] == "lutetia.models.pipeline AutoencoderTiny uint8 2 4 16 16 3 3 2 1"
+    assert lines[0] == "lutetia.models.pipeline NoneType float32 2 4 8 8 3 3 2 2"
+    assert lines[2] == "lutetia.models.pipeline AutoencoderTiny float32 2 4 16 16 3 3 2 1"
     for place, theirs in ((folder, lines[1]), (compressed, lines[3])):
         ours = load_pipeline(place)(["a red ball", "a blue ball"], num_inference_steps=3, seed=5).frames
         assert hashlib.sha256(ours.tobytes()).hexdigest() == theirs
@@ -86,7 +91,7 @@ def test_frames_are_decoded_by_the_component_from_latents_as_they_were_normalise
     with torch.no_grad():
         pictures = pipe.vae.decode((latents * 2 + 0.5)[0].transpose(0, 1)).sample
     expected = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
-    assert (pipe("a ball", seed=1).frames[0] == expected.numpy()).all()
+    assert (to_uint8(pipe("a ball", seed=1).frames[0]) == expected.numpy()).all()
 
 
 def test_a_prompt_and_its_seed_give_the_same_clip_in_any_batch(pipe) -> None:
@@ -110,13 +115,33 @@ def test_defaults_are_the_runs_and_can_be_overridden(pipe) -> None:
     assert pipe.fps == 6
 
 
-def test_outputs_and_noise_sources(pipe) -> None:
-    pictures = pipe("a ball", seed=1, output_type="pil").frames
-    frames, routing = pipe("a ball", seed=1, return_dict=False)
-    assert len(pictures) == 1
-    assert len(pictures[0]) == 4
-    assert (np.asarray(pictures[0][0]) == frames[0, 0]).all()
-    assert routing.shape == (2, 1, 2)
+def test_output_types_are_those_of_diffusers_video_pipelines(pipe) -> None:
+    frames, routing = pipe(["a ball", "a cube"], seed=1, return_dict=False)
+    assert (frames.dtype, frames.shape, routing.shape) == (np.float32, (2, 4, 8, 8, 3), (2, 2, 2))
+    assert 0 <= frames.min() < frames.max() <= 1
+    tensor = pipe(["a ball", "a cube"], seed=1, output_type="pt").frames
+    assert (tensor.dtype, tensor.shape) == (torch.float32, (2, 4, 3, 8, 8))
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), frames)
+    pictures = pipe(["a ball", "a cube"], seed=1, output_type="pil").frames
+    assert [len(clip) for clip in pictures] == [4, 4]
+    assert np.array_equal(np.array([[np.asarray(picture) for picture in clip] for clip in pictures]), to_uint8(frames))
+    assert pipe("a ball", seed=1, output_type="latent").frames.shape == (1, 3, 4, 8, 8)
+
+
+def test_export_to_video_of_diffusers_writes_the_clip(folder, tmp_path, monkeypatch) -> None:
+    """A larger clip than the mixture's, whose pixels survive the codec: every pixel becomes a square of 8."""
+    if importlib.util.find_spec("imageio_ffmpeg") is None:  # imageio may be installed without its ffmpeg; then OpenCV writes
+        monkeypatch.setattr(export_utils, "is_imageio_available", lambda: False)
+    pipe = load_pipeline(folder)
+    frames = pipe("a red ball", seed=1).frames[0]
+    export_to_video(list(frames.repeat(8, axis=1).repeat(8, axis=2)), str(tmp_path / "clip.mp4"), fps=int(pipe.fps))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    blocks = read.reshape(4, 8, 8, 8, 8, 3).mean(axis=(2, 4))
+    assert abs(blocks - frames * 255).mean() < 12  # lossy codec with halved colour; a wrong range is off by 60 and more
+
+
+def test_noise_comes_from_seed_generator_or_latents(pipe) -> None:
     drawn = [pipe("a ball", generator=torch.Generator().manual_seed(3), output_type="latent").frames for _ in range(2)]
     assert torch.equal(*drawn)
     noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -147,8 +172,8 @@ def test_half_precision_and_saving(folder, pipe, tmp_path) -> None:
         ({"prompt": ["a ball", "  "]}, "prompt 2 is empty"),
         ({"prompt": "one two three four five six seven"}, "prompt 1 has 7 tokens, but this mixture reads 6"),
         ({"prompt": "x" * 2001}, "prompt 1 has 2001 characters"),
-        ({"prompt": "a", "num_frames": 16}, "makes clips of frames 4, not 16"),
-        ({"prompt": "a", "height": 64}, "makes clips of height 8, not 64"),
+        ({"prompt": "a", "num_frames": 16}, "makes clips of num_frames=4, not 16"),
+        ({"prompt": "a", "height": 64}, "makes clips of height=8, not 64"),
         ({"prompt": "a", "num_inference_steps": 0}, "0 steps cannot make a clip"),
         ({"prompt": "a", "expert": 2}, r"no expert 2; it has \[0, 1\]"),
         ({"prompt": "a", "mode": "best"}, "no routing mode 'best'"),
