@@ -16,7 +16,7 @@ from lutetia.models.experts.families import resized_region
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import ExpertSpec
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 
 CHILD = Path(__file__).with_name("fast_import_process.py")
 
@@ -29,7 +29,7 @@ def test_every_class_trains_in_a_process_that_imported_no_text_encoder() -> None
     assert all(math.isfinite(float(loss)) for _, loss in losses)
     for name, loss in losses[: len(CONFIGS)]:
         spec = ExpertSpec(class_name=name, config=CONFIGS[name])
-        assert ExpertTrainer(toy_manifest(expert=spec), 0, toy_data()).step() == pytest.approx(float(loss), rel=1e-5)
+        assert ExpertTrainer(tiny_manifest(expert=spec), 0, tiny_data()).step() == pytest.approx(float(loss), rel=1e-5)
 
 
 side = st.integers(1, 200)

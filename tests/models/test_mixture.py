@@ -16,7 +16,7 @@ from lutetia.models.experts.objectives import velocity
 from lutetia.models.mixing.sampling import initial_noise, sample, time_grid
 from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, module_denoiser, routing_weights
 from lutetia.system.errors import ConfigError, UsageError
-from tests.models.tiny_experts import LATENT, WAN, toy_data
+from tests.models.tiny_experts import LATENT, WAN, tiny_data
 
 POINTS = torch.Generator().manual_seed(0)
 CLUSTERS = [
@@ -180,7 +180,7 @@ def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]
 
 def test_both_branches_of_guidance_share_one_decision_and_equal_two_separate_calls() -> None:
     mixture, router, _ = spy_mixture()
-    data = toy_data(3)
+    data = tiny_data(3)
     noise, times = initial_noise(LATENT.shape, [1, 2, 3]), time_grid(4)
     sampled = sample(mixture, data.tokens, data.pooled, noise, times=times, guidance=3.0)
     assert router.seen == 4
@@ -227,7 +227,7 @@ def test_wan_pipeline_of_diffusers_runs_on_a_mixture() -> None:
     mixture, router, read = spy_mixture(in_channels=4, patch_size=(1, 4, 4))
     pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer=mixture)  # pyright: ignore[reportArgumentType]
     pipe.set_progress_bar_config(disable=True)
-    data = toy_data(2)
+    data = tiny_data(2)
     text = torch.eye(2, 8)
     options: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 13, "num_inference_steps": 3, "output_type": "latent"}
     latents = pipe(

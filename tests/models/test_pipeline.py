@@ -26,7 +26,7 @@ from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.video_files import to_uint8
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import UsageError
-from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 
 PIXELS = LatentSpec(
     channels=3, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8, fps=6,
@@ -40,10 +40,10 @@ TOKENS, POOLED = torch.zeros(1, 6, 64), torch.zeros(1, 64)
 def folder(tmp_path_factory) -> Path:
     """A mixture of two experts on pixels with the weight-free text encoder; also shows position channels."""
     root = tmp_path_factory.mktemp("pipeline")
-    manifest = toy_manifest(expert=WAN_PIXELS, latent=PIXELS, sampling={"steps": 2, "guidance": 2.0})
+    manifest = tiny_manifest(expert=WAN_PIXELS, latent=PIXELS, sampling={"steps": 2, "guidance": 2.0})
     files = [root / f"w{shard}" for shard in range(2)]
     for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=PIXELS)).snapshot(), file)
+        write_weights(ExpertTrainer(manifest, shard, tiny_data(latent=PIXELS)).snapshot(), file)
     stitch(root / "mixture", manifest, files, build_router(manifest))
     return root / "mixture"
 
@@ -65,8 +65,8 @@ def compressed(tmp_path_factory) -> Path:
     size = {"pixel_height": 16, "pixel_width": 16, "mean": (0.5,) * 4, "std": (2.0,) * 4}
     latent = PIXELS.model_copy(update={"channels": 4, "vae": str(root / "autoencoder"), **size})
     spec = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "text_dim": 64})
-    manifest = toy_manifest(1, expert=spec, latent=latent, sampling={"steps": 2})
-    write_weights(ExpertTrainer(manifest, 0, toy_data(latent=latent)).snapshot(), root / "weights")
+    manifest = tiny_manifest(1, expert=spec, latent=latent, sampling={"steps": 2})
+    write_weights(ExpertTrainer(manifest, 0, tiny_data(latent=latent)).snapshot(), root / "weights")
     stitch(root / "mixture", manifest, [root / "weights"], None)
     shutil.rmtree(root / "autoencoder")
     return root / "mixture"

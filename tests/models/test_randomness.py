@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lutetia.models.randomness import clip_order, normals, stream
 from lutetia.models.training.batches import Batches
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 def test_stream_is_pinned_so_that_a_numpy_that_draws_otherwise_is_noticed() -> None:
@@ -34,7 +34,7 @@ def test_any_cut_of_the_order_is_the_same_order(clips: int, first: int, count: i
 
 
 def test_batches_replay_and_differ_between_steps() -> None:
-    manifest, data = toy_manifest(), toy_data()
+    manifest, data = tiny_manifest(), tiny_data()
     a, again, b = (Batches(manifest, 0, data).at(1, step) for step in (2, 2, 3))
     assert torch.equal(a.noise, again.noise)
     assert torch.equal(a.time, again.time)
@@ -43,16 +43,16 @@ def test_batches_replay_and_differ_between_steps() -> None:
 
 
 def test_text_is_dropped_to_zeros_in_about_the_asked_share_of_rows() -> None:
-    manifest = toy_manifest(optimisation={"text_dropout": 0.25})
-    batches = [Batches(manifest, 0, toy_data()).at(0, step) for step in range(200)]
+    manifest = tiny_manifest(optimisation={"text_dropout": 0.25})
+    batches = [Batches(manifest, 0, tiny_data()).at(0, step) for step in range(200)]
     dropped = torch.cat([(batch.tokens == 0).flatten(1).all(1) for batch in batches])
     assert torch.equal(dropped, torch.cat([(batch.pooled == 0).all(1) for batch in batches]))
     assert 0.19 < dropped.float().mean() < 0.31
 
 
 def test_times_follow_the_shifted_logit_normal() -> None:
-    manifest = toy_manifest(optimisation={"time": {"mean": 0.5, "std": 1.0, "shift": 3.0}})
-    t = torch.cat([Batches(manifest, 0, toy_data()).at(0, step).time for step in range(500)])
+    manifest = tiny_manifest(optimisation={"time": {"mean": 0.5, "std": 1.0, "shift": 3.0}})
+    t = torch.cat([Batches(manifest, 0, tiny_data()).at(0, step).time for step in range(500)])
     median = torch.tensor(0.5).sigmoid()
     assert abs(t.median() - 3 * median / (1 + 2 * median)) < 0.02
     assert t.min() > 0

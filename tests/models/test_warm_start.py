@@ -18,7 +18,7 @@ from lutetia.models.warm_start import find_sources, warm
 from lutetia.models.warm_start import write_weights as write_given
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec
 from lutetia.system.errors import ConfigError
-from tests.models.tiny_experts import CONFIGS, WAN, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, WAN, tiny_data, tiny_manifest
 
 NAMES = ("cats", "dogs")
 
@@ -62,10 +62,10 @@ def test_of_a_pipeline_its_transformer_is_taken(tmp_path: Path) -> None:
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     epsilon = ExpertSpec(config=WAN.config, prediction="epsilon", noise_schedule="vp_cosine")
-    manifest = toy_manifest(experts={1: epsilon})
+    manifest = tiny_manifest(experts={1: epsilon})
     files = [tmp_path / f"weights{shard}" for shard in range(2)]
     for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, toy_data()).snapshot(), file)
+        write_weights(ExpertTrainer(manifest, shard, tiny_data()).snapshot(), file)
     stitch(tmp_path / "mixture", manifest, files, build_router(manifest))
     return tmp_path / "mixture"
 
@@ -87,7 +87,7 @@ def test_each_expert_of_a_mixture_goes_on_in_its_own_shard(mixture: Path, tmp_pa
 
 def test_the_manifest_says_where_each_shard_begins() -> None:
     one, other = BlobRef(digest="a" * 64, size=1), BlobRef(digest="b" * 64, size=2)
-    manifest = toy_manifest()
+    manifest = tiny_manifest()
     same, apart = warm(manifest, [one, one]), warm(manifest, [one, other])
     assert same.expert.init == one
     assert all(shard.expert is None for shard in same.shards)

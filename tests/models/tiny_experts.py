@@ -43,7 +43,7 @@ WAN = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])
 OWNER = Identity.derived("owner of toy runs")
 
 
-def toy_manifest(
+def tiny_manifest(
     shards: int = 2, expert: ExpertSpec = WAN, experts: dict[int, ExpertSpec] | None = None, **fields: Any
 ) -> Manifest:
     """A run of `shards` shards; `fields` override the manifest's, an `optimisation` dictionary is merged."""
@@ -63,7 +63,7 @@ def toy_manifest(
     return Manifest(**{**values, "optimisation": Optimisation(**optimisation), **fields})
 
 
-def toy_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset: float = 0.0) -> ShardData:
+def tiny_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset: float = 0.0) -> ShardData:
     """Random clips whose latents and texts lie around `offset`, so that shards of different offsets can be told apart."""
     generator = torch.Generator().manual_seed(seed)
     return ShardData(

@@ -10,7 +10,7 @@ from lutetia.models.experts.families import build_expert, call_expert, check_fit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.system.errors import ConfigError
-from tests.models.tiny_experts import CONFIGS, LATENT, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, LATENT, tiny_data, tiny_manifest
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -20,7 +20,7 @@ def spec(request) -> ExpertSpec:
 
 def test_expert_answers_in_the_latent_shape_and_depends_on_all_it_is_given(spec) -> None:
     model = build_expert(spec, seed=1).eval()
-    data = toy_data(3)
+    data = tiny_data(3)
     t = torch.tensor([0.2, 0.5, 0.9])
     base = call_expert(model, data.latents, t, data.tokens, data.pooled)
     assert base.shape == data.latents.shape
@@ -45,7 +45,7 @@ def test_latent_patches_are_put_back_where_they_were_taken(spec) -> None:
 
 
 def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, tmp_path) -> None:
-    trainer = ExpertTrainer(toy_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, tiny_data())
     before = trainer.snapshot().weights
     losses = [trainer.step() for _ in range(6)]
     assert all(0 < loss < 100 for loss in losses)

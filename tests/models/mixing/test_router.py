@@ -16,17 +16,17 @@ from lutetia.models.mixing.router import (
 )
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import DataError
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 def uneven(text: bool, samples: int = 2400) -> Manifest:
     """Three shards of 70, 20 and 10 per cent."""
-    manifest = toy_manifest(3, router={"hidden": 32, "layers": 1, "samples": samples, "batch": 24, "text_conditioned": text})
+    manifest = tiny_manifest(3, router={"hidden": 32, "layers": 1, "samples": samples, "batch": 24, "text_conditioned": text})
     shards = [shard.model_copy(update={"prior": prior}) for shard, prior in zip(manifest.shards, (0.7, 0.2, 0.1), strict=True)]
     return manifest.model_copy(update={"shards": tuple(shards)})
 
 
-SHARDS = [toy_data(40, seed=k, offset=0.6 * (k - 1)) for k in range(3)]
+SHARDS = [tiny_data(40, seed=k, offset=0.6 * (k - 1)) for k in range(3)]
 
 
 def test_blind_router_is_sure_at_low_noise_and_knows_the_priors_at_high_noise() -> None:
@@ -54,7 +54,8 @@ def test_noise_alone_decides_nothing_and_a_clip_in_it_does() -> None:
     prompt = SHARDS[1].pooled[:1].expand(8, -1)
     with torch.no_grad():
         at_first, later = (router(noise, torch.full((8,), t), prompt) for t in (1.0, 0.5))
-    assert torch.equal(at_first, at_first[:1].expand_as(at_first))
+    # rows of one batch may differ in their last bits: a matrix product may round each row of its tiles in another order
+    assert torch.allclose(at_first, at_first[:1].expand_as(at_first), rtol=0, atol=1e-5)
     assert later.std(0).max() > 1e-3
 
 

@@ -18,7 +18,7 @@ from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
-from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, accept, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, accept, tiny_data, tiny_manifest
 
 EPSILON = ExpertSpec(
     class_name="LTXVideoTransformer3DModel",
@@ -34,10 +34,10 @@ PIXELS = LATENT.model_copy(
 @pytest.fixture
 def mixed(tmp_path) -> tuple[Manifest, list[Path]]:
     """Two shards: a Wan that predicts velocity, an LTX that predicts epsilon on another schedule."""
-    manifest = toy_manifest(experts={1: EPSILON})
+    manifest = tiny_manifest(experts={1: EPSILON})
     files = [tmp_path / f"weights{shard}" for shard in range(2)]
     for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, toy_data()).snapshot(), file)
+        write_weights(ExpertTrainer(manifest, shard, tiny_data()).snapshot(), file)
     return manifest, files
 
 
@@ -52,10 +52,10 @@ def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp
     assert [entry.folder for entry in document.experts] == ["expert_000", "expert_001"]
     for shard, spec in enumerate((manifest.expert_of(0), EPSILON)):
         model = getattr(diffusers, spec.class_name).from_pretrained(folder / f"expert_{shard:03d}")
-        trained = ExpertTrainer(manifest, shard, toy_data()).model
+        trained = ExpertTrainer(manifest, shard, tiny_data()).model
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     mixture = MixtureTransformer.from_pretrained(folder / "transformer")
-    data = toy_data(3)
+    data = tiny_data(3)
     routing = {"routing_text": data.pooled, "mode": "full"}
     velocity = mixture(data.latents, torch.tensor([900.0, 500.0, 100.0]), data.tokens, attention_kwargs=routing).sample
     assert velocity.shape == data.latents.shape
@@ -130,18 +130,18 @@ def test_tampering_is_noticed(mixed, tmp_path) -> None:
 
 
 def test_router_file_round_trips_and_a_foreign_one_is_refused(tmp_path) -> None:
-    manifest = toy_manifest()
+    manifest = tiny_manifest()
     router = build_router(manifest, 3)
     write_router(router, tmp_path / "router")
     again = read_router(manifest, tmp_path / "router")
     assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
     with pytest.raises(IntegrityError, match="not the router of this run"):
-        read_router(toy_manifest(shards=3), tmp_path / "router")
+        read_router(tiny_manifest(shards=3), tmp_path / "router")
 
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_router_is_read_as_what_it_was_trained_as(tmp_path, weighted: bool) -> None:
-    manifest = toy_manifest()
+    manifest = tiny_manifest()
     router = router_of(manifest.latent, manifest.router, 2, weighted=weighted)
     write_router(router, tmp_path / "router")
     assert read_router(manifest, tmp_path / "router").config["weighted"] is weighted

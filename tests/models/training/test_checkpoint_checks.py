@@ -16,7 +16,7 @@ from lutetia.models.training.checkpoint_checks import MAX_HEADER_BYTES, Checkpoi
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
 from lutetia.protocol.schema.manifest import Optimisation
-from tests.models.tiny_experts import WAN, toy_data, toy_manifest
+from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 NAME = "blocks.0.attn1.to_q.weight"
 
@@ -133,8 +133,8 @@ def test_any_flipped_byte_either_passes_as_weights_or_is_refused_cleanly(positio
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_states_pass_and_foreign_tensors_in_them_do_not(optimizer, tmp_path) -> None:
-    manifest = toy_manifest(optimisation={"optimizer": optimizer})
-    trainer = ExpertTrainer(manifest, 0, toy_data())
+    manifest = tiny_manifest(optimisation={"optimizer": optimizer})
+    trainer = ExpertTrainer(manifest, 0, tiny_data())
     for _ in range(2):
         trainer.step()
     snapshot = trainer.snapshot()
@@ -156,9 +156,9 @@ KINDS = [("velocity", "linear"), ("sample", "linear"), ("epsilon", "vp_cosine"),
 @pytest.mark.parametrize(("prediction", "schedule"), KINDS)
 def test_holdout_loss_is_deterministic_and_tells_a_trained_expert_from_its_start(prediction, schedule, tmp_path) -> None:
     spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
-    manifest = toy_manifest(expert=spec, samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
-    holdout = toy_data(6, seed=9, offset=1.0)
-    trainer = ExpertTrainer(manifest, 0, toy_data(offset=1.0))
+    manifest = tiny_manifest(expert=spec, samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
+    holdout = tiny_data(6, seed=9, offset=1.0)
+    trainer = ExpertTrainer(manifest, 0, tiny_data(offset=1.0))
     for _ in range(60):
         trainer.step()
     write_weights(trainer.snapshot(), tmp_path / "w")

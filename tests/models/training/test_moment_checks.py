@@ -16,7 +16,7 @@ from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_moments, moment_ratio
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import Optimisation
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from tests.models.tiny_experts import toy_data, toy_manifest
     [{}, {"optimizer": "muon"}, {"gradient_clip": 0.01}, {"beta1": 0.5, "beta2": 0.3}, {"beta1": 0.9, "beta2": 0.999}],
 )
 def test_what_training_leaves_passes_at_every_step(tmp_path: Path, optimisation: dict):
-    trainer = ExpertTrainer(toy_manifest(optimisation={"learning_rate": 3e-2, **optimisation}), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(optimisation={"learning_rate": 3e-2, **optimisation}), 0, tiny_data())
     for _ in range(8):
         trainer.step()
         write_state(trainer.snapshot(), tmp_path / "state")
@@ -44,7 +44,7 @@ def test_the_bound_holds_for_every_row_of_gradients(gradients: list[float], beta
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertTrainer, Path]:
-    trainer = ExpertTrainer(toy_manifest(optimisation={"optimizer": "muon"}), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(optimisation={"optimizer": "muon"}), 0, tiny_data())
     for _ in range(trainer.manifest.steps_per_epoch):
         trainer.step()
     path = tmp_path_factory.mktemp("moments") / "state"
@@ -88,7 +88,7 @@ def test_each_poison_is_named(honest, tmp_path: Path, kind: str, words: str):
 
 def test_raw_parameters_are_scored_apart_from_the_averages(honest, tmp_path: Path):
     trainer, path = honest
-    manifest, data = trainer.manifest, toy_data(6, seed=1)
+    manifest, data = trainer.manifest, tiny_data(6, seed=1)
     write_weights(trainer.snapshot(), tmp_path / "weights")
     averages = holdout_loss(manifest, 0, tmp_path / "weights", data).loss
     raw = holdout_loss(manifest, 0, path, data, raw=True).loss

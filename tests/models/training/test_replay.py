@@ -28,15 +28,15 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 CPU = TrainedWith()
-MANIFEST = toy_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
+MANIFEST = tiny_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
 
 
 def author(folder: Path, **options) -> tuple[ReplayParent, ReplayEnd, list[float]]:
     """Two epochs: the first is the parent, the second is audited."""
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data(), **options)
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data(), **options)
     for name in ("parent", "end"):
         for _ in range(MANIFEST.steps_per_epoch):
             trainer.step()
@@ -54,7 +54,7 @@ def parent_of(folder: Path) -> ReplayParent:
 def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
     parent, end, trace = author(tmp_path, **options)
     precision = options.get("precision", "float32")
-    found = replay(MANIFEST, 0, toy_data(), parent, 4, end=end if whole else None, precision=precision)
+    found = replay(MANIFEST, 0, tiny_data(), parent, 4, end=end if whole else None, precision=precision)
     assert len(found.losses) == (12 if whole else 4)
     finding = compare(trace, found.losses, found.drift, TrainedWith(precision=precision), found.made)
     assert finding.outcome == "valid", finding.text
@@ -73,14 +73,14 @@ def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
     )
     trace = [float(loss) for loss in done.stdout.strip().strip("[]").split(",")]
     end = ReplayEnd(tmp_path / "end.weights", tmp_path / "end.state")
-    found = replay(MANIFEST, 0, toy_data(), parent_of(tmp_path), 4, end=end)
+    found = replay(MANIFEST, 0, tiny_data(), parent_of(tmp_path), 4, end=end)
     finding = compare(trace, found.losses, found.drift, CPU, found.made)
     assert finding.outcome == "valid", finding.text
 
 
 def test_an_invented_trace_is_invalid_and_the_text_names_step_and_numbers(tmp_path):
     parent, _, trace = author(tmp_path)
-    found = replay(MANIFEST, 0, toy_data(), parent, 4)
+    found = replay(MANIFEST, 0, tiny_data(), parent, 4)
     invented = [*trace[:2], trace[2] * 1.05, *trace[3:]]
     finding = compare(invented, found.losses, None, CPU, found.made)
     assert finding.outcome == "invalid"
@@ -97,9 +97,9 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
     assert parent.weights
     assert parent.state
     fake = [*trace[:4], *(loss * 1.3 for loss in trace[4:])]
-    part = replay(MANIFEST, 0, toy_data(), parent, 4)
+    part = replay(MANIFEST, 0, tiny_data(), parent, 4)
     assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "that is the hole"
-    whole = replay(MANIFEST, 0, toy_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
+    whole = replay(MANIFEST, 0, tiny_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
     assert whole.drift is not None
     assert whole.drift > 0.9
     assert compare(fake, whole.losses, whole.drift, CPU, whole.made).outcome == "invalid"
@@ -109,10 +109,10 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
 
 
 def test_a_replay_from_the_beginning_needs_no_files(tmp_path):
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     losses = [trainer.step() for _ in range(4)]
-    assert replay(MANIFEST, 0, toy_data(), ReplayParent(0), 4).losses == tuple(losses)
-    assert len(replay(MANIFEST, 0, toy_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
+    assert replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 4).losses == tuple(losses)
+    assert len(replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
 
 
 def test_a_replay_that_diverges_concludes_nothing():
@@ -172,7 +172,7 @@ def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author,
 
 def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
     """The end of who trains half of the second epoch."""
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     trainer.restore(parent.epoch, parent.weights, parent.state)
     for _ in range(MANIFEST.steps_per_epoch // 2):
         trainer.step()
@@ -187,7 +187,7 @@ def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(t
     bounds = tolerance(said, TrainedWith(precision=said.precision))
     doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=said != CPU)
     found = replay(
-        MANIFEST, 0, toy_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
+        MANIFEST, 0, tiny_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
     )  # fmt: skip
     assert found.drift is not None
     assert found.noise is not None
@@ -199,9 +199,9 @@ def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(t
 
 def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
     parent, end, _ = author(tmp_path)
-    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
+    assert replay(MANIFEST, 0, tiny_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
     base = ReplayEnd(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
-    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
+    alone = replay(MANIFEST, 0, tiny_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
     assert alone.drift is not None
     assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
 
