@@ -247,7 +247,7 @@ def test_misuse_is_said_in_one_sentence() -> None:
         mixture.route(x, t, torch.zeros(1, 8), "best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="the router needs the prompt"):
         mixture(x, t, tokens)
-    with pytest.raises(UsageError, match="mean nothing to a mixture"):
+    with pytest.raises(UsageError, match="does not know attention_kwargs"):
         mixture(x, t, tokens, attention_kwargs={"text": 1})
     with pytest.raises(UsageError, match="takes no image embeddings"):
         mixture(x, t, tokens, tokens)

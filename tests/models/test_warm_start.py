@@ -77,7 +77,7 @@ def test_each_expert_of_a_mixture_goes_on_in_its_own_shard(mixture: Path, tmp_pa
         write_given(source, tmp_path / "again")
         assert (tmp_path / "again").read_bytes() == (tmp_path / f"weights{shard}").read_bytes()
     with pytest.raises(
-        ConfigError, match=r"experts of .* are shard 0, shard 1, but the data's shards cats, dogs; name the folder"
+        ConfigError, match=r"experts of .* are shard 0, shard 1, but the data's shards are cats, dogs; name the folder"
     ):
         find_sources(str(mixture), NAMES, None)
     alone = find_sources(str(mixture / "expert_001"), ("cats", "dogs", "birds"), None)

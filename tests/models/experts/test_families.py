@@ -98,7 +98,7 @@ def test_position_channels_let_a_rotary_model_know_where_it_is() -> None:
         ("WanTransformer3DModel", {"rope_max_seq_len": 1}, "cannot take the run's latents"),
         ("CogVideoXTransformer3DModel", {"max_text_seq_length": 226}, "max_text_seq_length is 226"),
         ("HunyuanVideoTransformer3DModel", {"pooled_projection_dim": 768}, "pooled_projection_dim is 768"),
-        ("CogVideoXTransformer3DModel", {"dropout": 0.1}, "has dropout, whose masks no other device and split draws again"),
+        ("CogVideoXTransformer3DModel", {"dropout": 0.1}, "has dropout, whose masks cannot be replayed"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(class_name: str, change: dict, says: str) -> None:

@@ -217,5 +217,5 @@ def test_a_trace_file_is_read_with_suspicion(tmp_path):
         with pytest.raises(IntegrityError, match="not one row"):
             read_trace(tmp_path / name)
     (tmp_path / "junk").write_bytes(b"\xff" * 40)
-    with pytest.raises(IntegrityError, match="no safetensors file"):
+    with pytest.raises(IntegrityError, match="not a safetensors file"):
         read_trace(tmp_path / "junk")
