@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     Frames = NDArray[np.uint8]  # [frames, height, width, 3]
 
 PALETTE_SAMPLES = 4  # frames that a shared palette is chosen from
-NEARLY_LOSSLESS = {"crf": "8", "preset": "ultrafast", "threads": "1"}
-FOR_VIEWING = {"crf": "16", "preset": "veryfast", "threads": "2"}
+NEARLY_LOSSLESS: dict[str, object] = {"crf": "8", "preset": "ultrafast", "threads": "1"}
+FOR_VIEWING: dict[str, object] = {"crf": "16", "preset": "veryfast", "threads": "2"}
 
 
 def to_uint8(frames: Any) -> NDArray[np.uint8]:
@@ -69,7 +69,7 @@ def write_training_mp4(video: Frames, path: Path, fps: int) -> None:
     _encode(path, frames, (video.shape[2], video.shape[1]), Fraction(fps), "yuv444p", NEARLY_LOSSLESS)
 
 
-def _encode(path: Path, frames: Any, size: tuple[int, int], rate: Fraction, colour: str, options: dict[str, str]) -> None:
+def _encode(path: Path, frames: Any, size: tuple[int, int], rate: Fraction, colour: str, options: dict[str, object]) -> None:
     import av
 
     with av.open(str(path), "w", format="mp4") as container:
