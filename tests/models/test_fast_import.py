@@ -21,7 +21,7 @@ from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 CHILD = Path(__file__).with_name("fast_import_process.py")
 
 
-def test_every_class_trains_in_a_process_that_imported_no_text_encoder() -> None:
+def test_every_class_trains_after_fast_import() -> None:
     done = subprocess.run([sys.executable, str(CHILD)], env=child_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     losses = [line.split() for line in done.stdout.splitlines()]
@@ -36,6 +36,6 @@ side = st.integers(1, 200)
 
 
 @given(side, side, side, side)
-def test_the_region_is_that_of_diffusers(height: int, width: int, base_height: int, base_width: int) -> None:
+def test_resized_region_equals_that_of_diffusers(height: int, width: int, base_height: int, base_width: int) -> None:
     ours = resized_region((height, width), (base_height, base_width))
     assert ours == get_resize_crop_region_for_grid((height, width), base_width, base_height)

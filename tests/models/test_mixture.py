@@ -97,7 +97,7 @@ def test_weighted_sum_of_cluster_flows_is_the_flow_of_the_union(kinds) -> None:
     assert worst < 1e-10
 
 
-def test_at_pure_noise_the_router_knows_only_the_priors() -> None:
+def test_router_at_pure_noise_gives_the_priors() -> None:
     mixture = analytic_mixture([("velocity", "linear")] * 3)
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mean = mixture.probabilities(x, torch.ones(2000, dtype=torch.float64), None).mean(0)
@@ -105,7 +105,7 @@ def test_at_pure_noise_the_router_knows_only_the_priors() -> None:
 
 
 @pytest.mark.parametrize(("mode", "mass"), [("full", (0.6, 0.3, 0.1)), ("sticky", (0.6, 0.3, 0.1)), ("top1", (0.87, 0.12, 0.01))])
-def test_full_and_sticky_keep_the_clusters_mass_and_blind_top1_starves_the_small(mode, mass) -> None:
+def test_modes_give_clusters_their_expected_share_of_clips(mode, mass) -> None:
     """A text-blind argmax sends nearly all to the largest cluster: the reason for the router's text."""
     mixture, count = analytic_mixture([("velocity", "linear")] * 3), 800
     noise = initial_noise((2,), range(count)).double()
@@ -118,7 +118,7 @@ def test_full_and_sticky_keep_the_clusters_mass_and_blind_top1_starves_the_small
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
 @settings(max_examples=40)
-def test_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
+def test_routing_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
     p = torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed)).softmax(1)
     modes: list[tuple[Mode, int]] = [("top1", 1), ("top2", 2), ("full", experts)]
     for mode, kept in modes:
@@ -131,14 +131,14 @@ def test_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
     assert all(torch.allclose(row[row > 0], row[row > 0][0], atol=1e-5) for row in ratio)
 
 
-def test_drawn_experts_follow_their_probabilities_and_their_seeds_alone() -> None:
+def test_draw_experts_follows_probabilities_and_seeds() -> None:
     p = torch.tensor([[0.6, 0.3, 0.1]]).expand(4000, 3)
     drawn = draw_experts(p, range(4000))
     assert torch.allclose(drawn.mean(0), p[0], atol=0.03)
     assert torch.equal(draw_experts(p[:3], [7, 8, 9]), drawn[7:10])
 
 
-def test_rows_are_grouped_so_that_each_expert_is_called_once() -> None:
+def test_combine_calls_each_expert_once_with_its_rows() -> None:
     calls: list[tuple[int, int]] = []
 
     def expert(index: int):
@@ -178,7 +178,7 @@ def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]
     return MixtureTransformer(experts=[ENTRY] * 2, **config).attach(router, expert), router, read
 
 
-def test_both_branches_of_guidance_share_one_decision_and_equal_two_separate_calls() -> None:
+def test_guidance_branches_share_one_routing_decision() -> None:
     mixture, router, _ = spy_mixture()
     data = tiny_data(3)
     noise, times = initial_noise(LATENT.shape, [1, 2, 3]), time_grid(4)
@@ -195,7 +195,7 @@ def test_both_branches_of_guidance_share_one_decision_and_equal_two_separate_cal
     assert torch.allclose(sampled.latents, x, atol=1e-4)
 
 
-def test_experts_are_read_when_first_wanted_and_dropped_at_the_cap() -> None:
+def test_experts_are_read_on_first_use_and_dropped_at_the_cap() -> None:
     mixture, _, read = spy_mixture()
     mixture.experts_in_memory = 1
     x, t, tokens = torch.zeros(1, *LATENT.shape), torch.ones(1), torch.zeros(1, 5, 16)
@@ -216,7 +216,7 @@ def test_sticky_keeps_its_draw_until_new_clips_begin() -> None:
     assert not torch.equal(again, drawn)
 
 
-def test_an_expert_without_an_accepted_checkpoint_is_never_routed_to() -> None:
+def test_expert_without_checkpoint_is_never_routed_to() -> None:
     mixture = MixtureTransformer(experts=[{**ENTRY, "folder": None}, ENTRY]).attach(SpyRouter(2), lambda k: lambda *a: a[0])
     weights = mixture.route(torch.zeros(2, 1), torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "full")
     assert weights.tolist() == [[0.0, 1.0], [0.0, 1.0]]
@@ -240,7 +240,7 @@ def test_wan_pipeline_of_diffusers_runs_on_a_mixture() -> None:
     assert (router.seen, read) == (6, [0, 1])
 
 
-def test_misuse_is_said_in_one_sentence() -> None:
+def test_misuse_raises_one_sentence() -> None:
     mixture, *_ = spy_mixture()
     x, t, tokens = torch.zeros(1, *LATENT.shape), torch.ones(1), torch.zeros(1, 5, 16)
     with pytest.raises(UsageError, match="no routing mode 'best'; use one of top1, top2, full, sticky"):

@@ -72,7 +72,7 @@ def compressed(tmp_path_factory) -> Path:
     return root / "mixture"
 
 
-def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compressed, tmp_path) -> None:
+def test_stock_diffusers_loads_and_runs_a_mixture(folder, compressed, tmp_path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -88,7 +88,7 @@ def test_stock_diffusers_loads_and_runs_it_from_an_empty_directory(folder, compr
         assert hashlib.sha256(ours.tobytes()).hexdigest() == theirs
 
 
-def test_frames_are_decoded_by_the_component_from_latents_as_they_were_normalised(compressed) -> None:
+def test_frames_are_decoded_by_the_vae_component(compressed) -> None:
     pipe = load_pipeline(compressed)
     assert pipe.decoder.module is pipe.vae
     latents = pipe("a ball", seed=1, output_type="latent").frames
@@ -98,7 +98,7 @@ def test_frames_are_decoded_by_the_component_from_latents_as_they_were_normalise
     assert (to_uint8(pipe("a ball", seed=1).frames[0]) == expected.numpy()).all()
 
 
-def test_a_prompt_and_its_seed_give_the_same_clip_in_any_batch(pipe) -> None:
+def test_prompt_and_seed_give_the_same_clip_in_any_batch(pipe) -> None:
     both = pipe(["a red ball", "a blue ball"], seed=5, output_type="latent").frames
     alone = pipe("a blue ball", seed=6, output_type="latent").frames
     assert torch.allclose(both[1:], alone, atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_prompt_and_its_seed_give_the_same_clip_in_any_batch(pipe) -> None:
     assert not torch.allclose(other, alone, atol=0.1)
 
 
-def test_defaults_are_the_runs_and_can_be_overridden(pipe) -> None:
+def test_defaults_are_those_of_the_run(pipe) -> None:
     result = pipe("a ball", seed=1)
     assert result.routing.shape == (2, 1, 2)
     assert ((result.routing == 0) | (result.routing == 1)).all()
@@ -119,7 +119,7 @@ def test_defaults_are_the_runs_and_can_be_overridden(pipe) -> None:
     assert pipe.fps == 6
 
 
-def test_output_types_are_those_of_diffusers_video_pipelines(pipe) -> None:
+def test_output_types_match_diffusers_video_pipelines(pipe) -> None:
     frames, routing = pipe(["a ball", "a cube"], seed=1, return_dict=False)
     assert (frames.dtype, frames.shape, routing.shape) == (np.float32, (2, 4, 8, 8, 3), (2, 2, 2))
     assert 0 <= frames.min() < frames.max() <= 1
@@ -164,7 +164,7 @@ def test_generators_per_clip_draw_each_clips_noise(pipe) -> None:
     assert torch.equal(pipe(["a ball", "a cube"], generator=generators, output_type="latent").frames, expected)
 
 
-def test_a_generator_fixes_the_experts_that_sticky_draws(pipe) -> None:
+def test_generator_fixes_the_experts_that_sticky_draws(pipe) -> None:
     first, again = (
         pipe(["a ball"] * 8, mode="sticky", generator=torch.Generator().manual_seed(3)).routing for _ in range(2)
     )  # fmt: skip
@@ -176,7 +176,7 @@ def test_num_videos_per_prompt_repeats_every_prompt(pipe) -> None:
     assert torch.equal(repeated, sampled(pipe, ["a ball", "a ball", "a cube", "a cube"]))
 
 
-def test_negative_prompt_takes_the_place_of_the_null_condition(pipe) -> None:
+def test_negative_prompt_replaces_the_null_condition(pipe) -> None:
     plain = sampled(pipe, "a ball", guidance_scale=3.0)
     assert torch.equal(sampled(pipe, "a ball", guidance_scale=3.0, negative_prompt=""), plain)
     assert (sampled(pipe, "a ball", guidance_scale=3.0, negative_prompt="a cube") - plain).abs().max() > 1e-3
@@ -187,7 +187,7 @@ def test_negative_prompt_takes_the_place_of_the_null_condition(pipe) -> None:
     assert torch.equal(sampled(pipe, "a ball", guidance_scale=1.0, negative_prompt="a cube"), unguided)
 
 
-def test_guidance_zero_with_a_negative_prompt_is_that_prompt_alone(pipe) -> None:
+def test_guidance_zero_gives_the_negative_prompt_alone(pipe) -> None:
     options = {"expert": 0, "seed": 1}
     away = sampled(pipe, ["a ball", "a star"], guidance_scale=0.0, negative_prompt=["a cube", "a cup"], **options)
     assert torch.allclose(away, sampled(pipe, ["a cube", "a cup"], guidance_scale=1.0, **options), atol=1e-4)
@@ -203,7 +203,7 @@ def test_embeddings_give_the_clips_of_their_prompts(pipe) -> None:
     assert torch.equal(repeated, sampled(pipe, **texts, num_videos_per_prompt=2))
 
 
-def test_callback_sees_and_replaces_tensors_at_every_step(pipe) -> None:
+def test_callback_replaces_tensors_at_every_step(pipe) -> None:
     seen = []
 
     def halve(pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_callback_sees_and_replaces_tensors_at_every_step(pipe) -> None:
     assert seen == [(True, step, t, t, inputs) for step, t in ((0, 1000), (0, 1000), (1, 500))]
 
 
-def test_callback_can_change_the_text_and_stop_the_sampling(pipe) -> None:
+def test_callback_changes_the_text_and_stops_the_sampling(pipe) -> None:
     other = pipe.encode_prompt("a cube")
 
     def switch(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def test_one_expert_in_memory_gives_the_same_clips(folder, pipe) -> None:
     assert len(frugal.transformer._held) == 1
 
 
-def test_half_precision_and_saving(folder, pipe, tmp_path) -> None:
+def test_bfloat16_and_saved_copies_give_the_same_clips(folder, pipe, tmp_path) -> None:
     rough = load_pipeline(folder, dtype=torch.bfloat16)
     clip = rough("a ball", seed=2, output_type="latent").frames
     assert clip.dtype == torch.float32
@@ -302,7 +302,7 @@ def test_half_precision_and_saving(folder, pipe, tmp_path) -> None:
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"tensor_inputs has no \['noise'\]; use latents"),
     ],
 )
-def test_bad_input_is_one_sentence(pipe, arguments, says) -> None:
+def test_bad_input_raises_one_sentence(pipe, arguments, says) -> None:
     with pytest.raises(UsageError, match=says) as refusal:
         pipe(**arguments)
     assert "\n" not in str(refusal.value)

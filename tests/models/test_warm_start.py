@@ -30,7 +30,7 @@ def saved(folder: Path, spec: ExpertSpec = WAN, seed: int = 7, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)
-def test_a_transformer_of_any_class_starts_all_shards(class_name: str, tmp_path: Path) -> None:
+def test_transformer_of_any_class_starts_all_shards(class_name: str, tmp_path: Path) -> None:
     spec = ExpertSpec(class_name=class_name, config=CONFIGS[class_name])
     sources = find_sources(str(saved(tmp_path / "given", spec)), NAMES, None)
     assert len(sources) == 2
@@ -41,7 +41,7 @@ def test_a_transformer_of_any_class_starts_all_shards(class_name: str, tmp_path:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_parts_of_a_large_model_and_half_precision_become_one_file_of_floats(tmp_path: Path) -> None:
+def test_split_half_precision_weights_become_one_float32_file(tmp_path: Path) -> None:
     folder = saved(tmp_path / "given", dtype=torch.bfloat16, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     write_given(find_sources(str(folder), NAMES, None)[0], tmp_path / "weights")
@@ -51,7 +51,7 @@ def test_parts_of_a_large_model_and_half_precision_become_one_file_of_floats(tmp
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
 
 
-def test_of_a_pipeline_its_transformer_is_taken(tmp_path: Path) -> None:
+def test_pipeline_source_uses_its_transformer(tmp_path: Path) -> None:
     saved(tmp_path / "pipeline" / "transformer")
     (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     (source, _) = find_sources(str(tmp_path / "pipeline"), NAMES, WAN.model_copy(update={"prediction": "sample"}))
@@ -70,7 +70,7 @@ def mixture(tmp_path: Path) -> Path:
     return tmp_path / "mixture"
 
 
-def test_each_expert_of_a_mixture_goes_on_in_its_own_shard(mixture: Path, tmp_path: Path) -> None:
+def test_mixture_source_starts_each_shard_from_its_expert(mixture: Path, tmp_path: Path) -> None:
     sources = find_sources(str(mixture), ("shard 0", "shard 1"), None)
     assert [source.spec.prediction for source in sources] == ["velocity", "epsilon"]
     for shard, source in enumerate(sources):
@@ -85,7 +85,7 @@ def test_each_expert_of_a_mixture_goes_on_in_its_own_shard(mixture: Path, tmp_pa
     assert {source.model.location for source in alone} == {str(mixture / "expert_001")}
 
 
-def test_the_manifest_says_where_each_shard_begins() -> None:
+def test_manifest_names_the_initial_weights_of_each_shard() -> None:
     one, other = BlobRef(digest="a" * 64, size=1), BlobRef(digest="b" * 64, size=2)
     manifest = tiny_manifest()
     same, apart = warm(manifest, [one, one]), warm(manifest, [one, other])
@@ -135,7 +135,7 @@ def cut(folder: Path) -> None:
         (cut, "cannot load warm start"),
     ],
 )
-def test_what_cannot_be_begun_with_is_one_sentence(harm, words: str, tmp_path: Path) -> None:
+def test_unusable_source_raises_one_sentence(harm, words: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "given")
     harm(folder)
     with pytest.raises(ConfigError, match=words) as caught:
@@ -144,7 +144,7 @@ def test_what_cannot_be_begun_with_is_one_sentence(harm, words: str, tmp_path: P
     assert str(folder) in str(caught.value)
 
 
-def test_what_is_not_there_or_not_what_the_settings_ask_for_is_refused(tmp_path: Path) -> None:
+def test_missing_or_mismatched_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no existing folder and no hub id; use a folder or owner/name"):
         find_sources(str(tmp_path / "nothing"), NAMES, None)
     folder = str(saved(tmp_path / "given"))

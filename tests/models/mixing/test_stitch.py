@@ -41,7 +41,7 @@ def mixed(tmp_path) -> tuple[Manifest, list[Path]]:
     return manifest, files
 
 
-def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp_path) -> None:
+def test_stitched_folder_is_signed_and_its_parts_load_alone(mixed, tmp_path) -> None:
     manifest, files = mixed
     accepted = [accept(manifest, shard, file) for shard, file in enumerate(files)]
     folder = tmp_path / "mixture"
@@ -63,7 +63,7 @@ def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp
     assert len(mixture._held) == 2
 
 
-def test_stitching_again_replaces_the_folder_whole_and_leaves_nothing_beside_it(mixed, tmp_path) -> None:
+def test_stitching_again_replaces_the_whole_folder(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder = tmp_path / "out" / "mixture"
     first = stitch(folder, manifest, files, build_router(manifest, 0))
@@ -89,7 +89,7 @@ def test_failed_stitch_leaves_the_old_folder(mixed, tmp_path) -> None:
     assert os.listdir(folder.parent) == ["mixture"]
 
 
-def test_shards_without_accepted_work_are_left_out(mixed, tmp_path) -> None:
+def test_shards_without_acceptance_are_left_out(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder = tmp_path / "mixture"
     stitch(folder, manifest, files[1:], build_router(manifest), [accept(manifest, 1, files[1])])
@@ -99,7 +99,7 @@ def test_shards_without_accepted_work_are_left_out(mixed, tmp_path) -> None:
     assert weights.tolist() == [[0.0, 1.0]] * 5
 
 
-def test_tampering_is_noticed(mixed, tmp_path) -> None:
+def test_tampered_folder_is_refused(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder, keys = tmp_path / "mixture", [OWNER.public_key]
 
@@ -129,7 +129,7 @@ def test_tampering_is_noticed(mixed, tmp_path) -> None:
         verify_mixture(folder, keys)
 
 
-def test_router_file_round_trips_and_a_foreign_one_is_refused(tmp_path) -> None:
+def test_router_file_round_trips_and_other_runs_refuse_it(tmp_path) -> None:
     manifest = tiny_manifest()
     router = build_router(manifest, 3)
     write_router(router, tmp_path / "router")
@@ -140,7 +140,7 @@ def test_router_file_round_trips_and_a_foreign_one_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_a_router_is_read_as_what_it_was_trained_as(tmp_path, weighted: bool) -> None:
+def test_router_file_keeps_its_weighting(tmp_path, weighted: bool) -> None:
     manifest = tiny_manifest()
     router = router_of(manifest.latent, manifest.router, 2, weighted=weighted)
     write_router(router, tmp_path / "router")
@@ -149,7 +149,7 @@ def test_a_router_is_read_as_what_it_was_trained_as(tmp_path, weighted: bool) ->
     assert read_router(manifest, tmp_path / "without a word").config["weighted"] is False
 
 
-def test_what_cannot_be_stitched_is_said(mixed, tmp_path) -> None:
+def test_incomplete_mixture_is_refused(mixed, tmp_path) -> None:
     manifest, files = mixed
     with pytest.raises(ConfigError, match="2 expected, 1 given"):
         stitch(tmp_path / "m", manifest, files[:1], build_router(manifest))

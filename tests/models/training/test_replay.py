@@ -51,7 +51,7 @@ def parent_of(folder: Path) -> ReplayParent:
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"micro_batch": 3}, {"precision": "bfloat16"}])
 @pytest.mark.parametrize("whole", [False, True])
-def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
+def test_honest_author_is_valid_with_any_micro_batch(tmp_path, options, whole):
     parent, end, trace = author(tmp_path, **options)
     precision = options.get("precision", "float32")
     found = replay(MANIFEST, 0, tiny_data(), parent, 4, end=end if whole else None, precision=precision)
@@ -63,7 +63,7 @@ def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
         assert found.drift in (None, 0.0)
 
 
-def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
+def test_other_threads_and_instruction_sets_are_valid(tmp_path):
     """The author is a process of its own, with two threads and without vector units."""
     environment = child_environment(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", OMP_NUM_THREADS="2")
     code = "import sys, pathlib, torch; torch.set_num_threads(2); from tests.models.training.test_replay import author\n"
@@ -78,7 +78,7 @@ def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
     assert finding.outcome == "valid", finding.text
 
 
-def test_an_invented_trace_is_invalid_and_the_text_names_step_and_numbers(tmp_path):
+def test_invented_trace_is_invalid_and_names_the_step(tmp_path):
     parent, _, trace = author(tmp_path)
     found = replay(MANIFEST, 0, tiny_data(), parent, 4)
     invented = [*trace[:2], trace[2] * 1.05, *trace[3:]]
@@ -91,7 +91,7 @@ def test_an_invented_trace_is_invalid_and_the_text_names_step_and_numbers(tmp_pa
     assert compare(trace[:3], found.losses, None, CPU, found.made).outcome == "invalid", "too short a trace"
 
 
-def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
+def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
     """The parent with noise is published as the end, beside a trace that is honest for the steps that are usually replayed."""
     parent, end, trace = author(tmp_path)
     assert parent.weights
@@ -108,14 +108,14 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
     assert "of the replayed way" in finding.text
 
 
-def test_a_replay_from_the_beginning_needs_no_files(tmp_path):
+def test_replay_from_the_beginning_needs_no_files(tmp_path):
     trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     losses = [trainer.step() for _ in range(4)]
     assert replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 4).losses == tuple(losses)
     assert len(replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
 
 
-def test_a_replay_that_diverges_concludes_nothing():
+def test_diverging_replay_is_inconclusive():
     assert compare([1.0, 1.0], [1.0, math.nan], None, CPU, CPU).outcome == "inconclusive"
     assert compare([1.0], [], None, CPU, CPU).outcome == "inconclusive"
     assert compare([1.0, math.inf], [1.0, 1.0], None, CPU, CPU).outcome == "invalid"
@@ -128,7 +128,7 @@ made = st.builds(
 
 @settings(max_examples=200)
 @given(made, made)
-def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, auditor):
+def test_tolerance_is_bounded_for_every_claimed_device(author, auditor):
     bounds = tolerance(author, auditor)
     assert bounds in (FLOAT32_CPU, BFLOAT16_CPU, FLOAT32_OTHER, BFLOAT16_OTHER)
     for near, far in (bounds.first, bounds.later, bounds.drift):
@@ -146,7 +146,7 @@ losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
 
 @settings(max_examples=200)
 @given(made, made, losses, losses)
-def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(author, auditor, published, replayed):
+def test_claimed_device_never_turns_invalid_into_valid(author, auditor, published, replayed):
     """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
     if compare(published, replayed, None, CPU, CPU).outcome == "invalid":
         finding = compare(published, replayed, None, author, auditor)
@@ -156,7 +156,7 @@ def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(autho
 
 @settings(max_examples=200)
 @given(made, made, st.floats(0, 2), st.none() | st.floats(0, 1))
-def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author, auditor, drift, noise):
+def test_epoch_noise_decides_only_between_the_bounds(author, auditor, drift, noise):
     bounds = tolerance(author, auditor)
     (near, far), (alike, apart) = bounds.drift, bounds.noise
     finding = compare([1.0] * 4, [1.0] * 4, drift, author, auditor, noise)
@@ -182,7 +182,7 @@ def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
 
 
 @pytest.mark.parametrize("said", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
-def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(tmp_path, said):
+def test_half_trained_epoch_is_invalid_by_its_noise(tmp_path, said):
     parent, _, trace = author(tmp_path)
     bounds = tolerance(said, TrainedWith(precision=said.precision))
     doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=said != CPU)
@@ -197,7 +197,7 @@ def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(t
     assert finding.outcome == "invalid", finding.text
 
 
-def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
+def test_noise_is_not_measured_without_doubt_or_second_way(tmp_path):
     parent, end, _ = author(tmp_path)
     assert replay(MANIFEST, 0, tiny_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
     base = ReplayEnd(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
@@ -206,7 +206,7 @@ def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path)
     assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
 
 
-def test_a_trace_file_is_read_with_suspicion(tmp_path):
+def test_malformed_trace_files_are_refused(tmp_path):
     write_tensors(tmp_path / "good", {"trace": torch.tensor([1.0, 2.0])})
     assert read_trace(tmp_path / "good") == (1.0, 2.0)
     for name, tensors in {

@@ -39,7 +39,7 @@ def child(folder: Path, optimizer: str, micro_batch: int) -> subprocess.Popen[st
     return subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
 
 
-def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> None:
+def test_sigkill_and_resume_end_with_equal_bytes(tmp_path) -> None:
     """A real process (with both optimisers: Muon has AdamW beside it) against one in this process that nobody disturbs."""
     killed = child(tmp_path, "muon", 3)
     assert killed.stdout
@@ -60,7 +60,7 @@ def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_after_every_single_step_changes_nothing(optimizer, tmp_path) -> None:
+def test_resuming_after_every_step_changes_nothing(optimizer, tmp_path) -> None:
     """The successor asks for another micro-batch and goes on with the one that was being used."""
     manifest = tiny_manifest(optimisation={"optimizer": optimizer})
     whole = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=3)
@@ -80,7 +80,7 @@ def test_resuming_after_every_single_step_changes_nothing(optimizer, tmp_path) -
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_an_accepted_checkpoint_moves_to_another_box(optimizer, ema, tmp_path) -> None:
+def test_accepted_checkpoint_continues_on_another_node(optimizer, ema, tmp_path) -> None:
     manifest = tiny_manifest(optimisation={"optimizer": optimizer})
     there, here = ExpertTrainer(manifest, 0, tiny_data()), ExpertTrainer(manifest, 0, tiny_data())
     steps(there, 6)
@@ -96,7 +96,7 @@ def test_an_accepted_checkpoint_moves_to_another_box(optimizer, ema, tmp_path) -
     assert weights_bytes(here, tmp_path) == weights_bytes(there, tmp_path)
 
 
-def test_snapshot_is_detached_and_knows_its_place() -> None:
+def test_snapshot_is_a_copy_with_its_place_in_the_run() -> None:
     trainer = ExpertTrainer(tiny_manifest(), 0, tiny_data())
     steps(trainer, 5)
     middle = trainer.snapshot()
@@ -112,7 +112,7 @@ def test_snapshot_is_detached_and_knows_its_place() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_nothing_but_rounding(micro_batch) -> None:
+def test_micro_batches_change_only_rounding(micro_batch) -> None:
     whole, split = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), micro_batch=size) for size in (None, micro_batch))
     assert steps(whole, 4) == pytest.approx(steps(split, 4), rel=1e-5)
     pairs = zip(whole.model.parameters(), split.model.parameters(), strict=True)
@@ -120,7 +120,7 @@ def test_micro_batches_change_nothing_but_rounding(micro_batch) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_going_on_from_a_state_without_moments_is_the_same_with_and_without_a_restart(tmp_path, optimizer) -> None:
+def test_state_without_moments_continues_alike_after_a_restart(tmp_path, optimizer) -> None:
     """Who goes on must not differ from who replays him from his own published state, whatever a stranger handed over."""
     manifest = tiny_manifest(optimisation={"optimizer": optimizer, "beta2": 0.999}, samples_per_shard=96)
     author = ExpertTrainer(manifest, 0, tiny_data())
@@ -136,7 +136,7 @@ def test_going_on_from_a_state_without_moments_is_the_same_with_and_without_a_re
     assert weights_bytes(here, tmp_path) == weights_bytes(there, tmp_path)
 
 
-def test_an_epoch_of_two_kinds_of_device_is_of_neither(tmp_path) -> None:
+def test_epoch_on_two_kinds_of_device_is_of_kind_other(tmp_path) -> None:
     begun = ExpertTrainer(tiny_manifest(), 0, tiny_data())
     steps(begun, 2)
     write_state(replace(begun.snapshot(), device="cuda"), tmp_path / "s")
@@ -155,7 +155,7 @@ def test_an_epoch_of_two_kinds_of_device_is_of_neither(tmp_path) -> None:
     assert trainer.snapshot().device == "cpu", "a file of an earlier version does not say"
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+def test_gradient_checkpointing_changes_no_loss() -> None:
     plain, frugal = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), gradient_checkpointing=frugal) for frugal in (False, True))
     assert steps(plain, 3) == pytest.approx(steps(frugal, 3), rel=1e-6)
 
@@ -165,7 +165,7 @@ def test_bfloat16_trains_close_to_float32() -> None:
     assert steps(exact, 3) == pytest.approx(steps(rough, 3), rel=0.03)
 
 
-def test_training_on_one_clip_lowers_its_loss() -> None:
+def test_training_on_few_clips_lowers_their_loss() -> None:
     data = tiny_data(4, offset=1.0)
     trainer = ExpertTrainer(
         tiny_manifest(samples_per_shard=480, checkpoint_samples=480, optimisation={"learning_rate": 1e-2}), 0, data
@@ -174,7 +174,7 @@ def test_training_on_one_clip_lowers_its_loss() -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_learning_rate_is_a_function_of_the_global_step() -> None:
+def test_learning_rate_follows_its_schedule() -> None:
     optimisation = Optimisation(learning_rate=2.0, warmup_steps=10, schedule="cosine")
     rates = [learning_rate(optimisation, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2, rel=1e-3)
@@ -185,7 +185,7 @@ def test_learning_rate_is_a_function_of_the_global_step() -> None:
     assert {learning_rate(flat, step, 100) for step in range(100)} == {2.0}
 
 
-def test_ema_follows_its_definition_and_forgets_the_start_early() -> None:
+def test_ema_follows_its_definition() -> None:
     model = build_expert(WAN, 0)
     live = model.get_parameter("proj_out.weight").detach()
     ema, expected = Ema(model), live.clone()
@@ -199,7 +199,7 @@ def test_ema_follows_its_definition_and_forgets_the_start_early() -> None:
     assert ema_decay(Optimisation(ema_decay=0.9), 10_000) == 0.9
 
 
-def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
+def test_muon_trains_hidden_matrices_only() -> None:
     hidden = hidden_matrices(build_expert(WAN, 0))
     assert "blocks.0.attn1.to_q.weight" in hidden
     assert "blocks.0.ffn.net.2.weight" in hidden
@@ -207,7 +207,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32)])
-def test_muon_is_torchs_muon_in_better_precision(shape) -> None:
+def test_muon_agrees_with_torchs_muon(shape) -> None:
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape) * k) for k in (1.0, 2.0)] for _ in range(2))
     pair = Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +224,7 @@ def test_muon_is_torchs_muon_in_better_precision(shape) -> None:
     assert singular.max() < 1.3
 
 
-def test_warm_start_takes_given_weights_and_new_moments(tmp_path) -> None:
+def test_warm_start_uses_given_weights_and_new_moments(tmp_path) -> None:
     manifest = tiny_manifest()
     base = ExpertTrainer(manifest, 0, tiny_data())
     steps(base, 4)
@@ -238,7 +238,7 @@ def test_warm_start_takes_given_weights_and_new_moments(tmp_path) -> None:
     assert snapshot.moments == {}
 
 
-def test_a_damaged_or_foreign_local_state_is_passed_over(tmp_path, caplog) -> None:
+def test_damaged_or_foreign_local_state_is_not_used(tmp_path, caplog) -> None:
     manifest = tiny_manifest()
     fresh = ExpertTrainer(manifest, 0, tiny_data()).snapshot().weights
     trainer = ExpertTrainer(manifest, 0, tiny_data())
@@ -254,7 +254,7 @@ def test_a_damaged_or_foreign_local_state_is_passed_over(tmp_path, caplog) -> No
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainer.snapshot().parameters.items())
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path) -> None:
+def test_restore_from_unfit_files_is_refused(tmp_path) -> None:
     manifest = tiny_manifest()
     trainer = ExpertTrainer(manifest, 0, tiny_data())
     steps(trainer, 2)
@@ -271,7 +271,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a file system of its own")
-def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
+def test_full_disk_raises_and_keeps_the_last_state(tmp_path) -> None:
     """On a tmpfs of 600 kB, which has room for one state and not for the next one beside it."""
     mount = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" "$1" "$2"'
     child = [sys.executable, str(HERE / "full_disk_process.py"), str(tmp_path)]
@@ -284,7 +284,7 @@ def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
     assert done.stdout.strip().endswith("1")
 
 
-def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
+def test_batches_made_ahead_are_the_same() -> None:
     manifest, data = tiny_manifest(), tiny_data()
     batches = Batches(manifest, 0, data)
     ahead = _Ahead(batches, manifest.steps_per_epoch, torch.device("cuda"))
@@ -294,7 +294,7 @@ def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
         assert torch.equal(made.latents, expected.latents)
 
 
-def test_divergence_is_said() -> None:
+def test_divergence_raises() -> None:
     data = tiny_data()
     data.latents[:] = float("nan")
     with pytest.raises(TrainingDiverged, match="shard 0 diverged at step 0"):
