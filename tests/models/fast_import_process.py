@@ -1,4 +1,4 @@
-"""Trains one step of every supported class in a process that has imported as a trainer does. Prints the losses."""
+"""Trains one step of every supported class after `import_experts`, as a trainer process does. Prints the losses."""
 
 from __future__ import annotations
 

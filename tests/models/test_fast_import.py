@@ -1,4 +1,4 @@
-"""What a trainer leaves out when it starts: it still trains every class, and says the same."""
+"""The fast import of a trainer process: every class still trains, with the same losses."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def union_flow(x: Tensor, t: Tensor) -> Tensor:
 
 
 class AnalyticExpert:
-    """The perfect expert of one cluster, in any prediction type and on any path."""
+    """The exact expert of one cluster, with any prediction type and on any path."""
 
     def __init__(self, points: Tensor, prediction: Any, schedule: Any) -> None:
         self.points, self.prediction, self.schedule = points, prediction, schedule
@@ -61,7 +61,7 @@ class AnalyticExpert:
 
 
 class AnalyticRouter(nn.Module):
-    """The exact posterior p(cluster | x_t, t), priors included because every point counts."""
+    """The exact posterior p(cluster | x_t, t); every point counts equally, so the priors are included."""
 
     def forward(self, x_t: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
         return torch.stack([log_likelihoods(x_t, 1 - t, t, points).logsumexp(1) for points in CLUSTERS], 1)
@@ -92,8 +92,8 @@ def test_weighted_sum_of_cluster_flows_is_the_flow_of_the_union(kinds) -> None:
         t = torch.full((500,), now, dtype=torch.float64)
         points = UNION[torch.randint(len(UNION), (500,), generator=draw)]
         x = (1 - now) * points + now * torch.randn(500, 2, generator=draw, dtype=torch.float64)
-        found = mixture(x, t * 1000, torch.zeros(500, 1, 1), return_dict=False)[0]
-        worst = max(worst, (found - union_flow(x, t)).abs().max().item())
+        flow = mixture(x, t * 1000, torch.zeros(500, 1, 1), return_dict=False)[0]
+        worst = max(worst, (flow - union_flow(x, t)).abs().max().item())
     assert worst < 1e-10
 
 
@@ -106,14 +106,14 @@ def test_router_at_pure_noise_gives_the_priors() -> None:
 
 @pytest.mark.parametrize(("mode", "mass"), [("full", (0.6, 0.3, 0.1)), ("sticky", (0.6, 0.3, 0.1)), ("top1", (0.87, 0.12, 0.01))])
 def test_modes_give_clusters_their_expected_share_of_clips(mode, mass) -> None:
-    """A text-blind argmax sends nearly all to the largest cluster: the reason for the router's text."""
+    """Without text, `top1` sends nearly all clips to the largest cluster: the reason why the router reads the text."""
     mixture, count = analytic_mixture([("velocity", "linear")] * 3), 800
     noise = initial_noise((2,), range(count)).double()
     blank = torch.zeros(count, 1, dtype=torch.float64)
     clips = sample(mixture, blank, blank, noise, times=time_grid(30).clamp_min(0.01), mode=mode, seeds=range(count)).latents
     centres = torch.stack([points.mean(0) for points in CLUSTERS])
-    found = torch.bincount(torch.cdist(clips, centres).argmin(1), minlength=3) / count
-    assert torch.allclose(found, torch.tensor(mass), atol=0.05)
+    shares = torch.bincount(torch.cdist(clips, centres).argmin(1), minlength=3) / count
+    assert torch.allclose(shares, torch.tensor(mass), atol=0.05)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
@@ -150,9 +150,9 @@ def test_combine_calls_each_expert_once_with_its_rows() -> None:
         return denoise
 
     weights = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0.5, 0, 0.5], [1.0, 0, 0]])
-    found = combine(expert, weights, torch.zeros(4, 2), torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 1))
+    flow = combine(expert, weights, torch.zeros(4, 2), torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 1))
     assert calls == [(0, 3), (2, 2)]
-    assert found[:, 0].tolist() == [1.0, 3.0, 2.0, 1.0]
+    assert flow[:, 0].tolist() == [1.0, 3.0, 2.0, 1.0]
 
 
 class SpyRouter(nn.Module):
@@ -167,7 +167,7 @@ class SpyRouter(nn.Module):
 
 
 def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]]:
-    """Two tiny Wan experts; the pooled text's first coordinates choose."""
+    """Two tiny Wan experts, chosen by the first coordinates of the pooled text; also the list of experts that were read."""
     read: list[int] = []
 
     def expert(index: int):
@@ -223,7 +223,7 @@ def test_expert_without_checkpoint_is_never_routed_to() -> None:
 
 
 def test_wan_pipeline_of_diffusers_runs_on_a_mixture() -> None:
-    """The mixture stands in for the transformer of a stock pipeline; both guidance calls route by the given text."""
+    """The mixture replaces the transformer of a stock pipeline; both calls of guidance route by the given text."""
     mixture, router, read = spy_mixture(in_channels=4, patch_size=(1, 4, 4))
     pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer=mixture)  # pyright: ignore[reportArgumentType]
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""The pipeline as a stranger uses it: stock diffusers in a process that knows lutetia only as an installed package."""
+"""The pipeline: loaded by stock diffusers in a process that has lutetia only as an installed package, and called directly."""
 
 import hashlib
 import importlib.util
@@ -38,7 +38,7 @@ TOKENS, POOLED = torch.zeros(1, 6, 64), torch.zeros(1, 64)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A mixture of two experts on pixels with the weight-free text encoder; also shows position channels."""
+    """A mixture of two experts on pixels, with position channels and the text encoder that needs no weights."""
     root = tmp_path_factory.mktemp("pipeline")
     manifest = tiny_manifest(expert=WAN_PIXELS, latent=PIXELS, sampling={"steps": 2, "guidance": 2.0})
     files = [root / f"w{shard}" for shard in range(2)]
@@ -55,7 +55,7 @@ def pipe(folder) -> LutetiaPipeline:
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> Path:
-    """A mixture of one expert whose autoencoder was a local folder, which is gone now."""
+    """A mixture of one expert; its autoencoder was a local folder that no longer exists."""
     root = tmp_path_factory.mktemp("compressed")
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
@@ -153,7 +153,7 @@ def test_noise_comes_from_seed_generator_or_latents(pipe) -> None:
 
 
 def sampled(pipe: LutetiaPipeline, *arguments: Any, **options: Any) -> torch.Tensor:
-    """Latents, from noise of seed 1 if nothing else is said."""
+    """The latents of a call, from noise of seed 1 by default."""
     return pipe(*arguments, **{"seed": 1, **options}, output_type="latent").frames
 
 
@@ -183,7 +183,7 @@ def test_negative_prompt_replaces_the_null_condition(pipe) -> None:
     unguided = sampled(pipe, "a ball", guidance_scale=1.0)
     assert (unguided - plain).abs().max() > 1e-3
     same_text = sampled(pipe, "a ball", guidance_scale=3.0, negative_prompt="a ball")
-    assert torch.allclose(same_text, unguided, atol=1e-4), "leads away from the prompt itself: nowhere"
+    assert torch.allclose(same_text, unguided, atol=1e-4), "both branches are equal"
     assert torch.equal(sampled(pipe, "a ball", guidance_scale=1.0, negative_prompt="a cube"), unguided)
 
 

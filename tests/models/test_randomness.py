@@ -1,4 +1,4 @@
-"""Data order and noise are functions of their place, and every clip gets its turn."""
+"""Data order and noise are functions of their place in the run, and every clip is used equally often."""
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 def test_stream_draws_pinned_numbers() -> None:
+    """Fails under a numpy that draws other numbers, which would break replays."""
     draw = stream("run", 1, 2, 3, "noise")
     assert [round(x, 6) for x in draw.standard_normal(3, dtype=np.float32).tolist()] == [-0.622001, 1.773108, 1.036408]
     assert stream("run", 1, 2, 3, "order").permutation(6).tolist() == [4, 2, 5, 3, 1, 0]

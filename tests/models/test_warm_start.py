@@ -1,4 +1,4 @@
-"""Where a run's experts may begin: folders as diffusers and Lutetia write them, and one sentence for what is neither."""
+"""Sources of initial weights: folders as diffusers and Lutetia write them; anything else is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("cats", "dogs")
 
 
 def saved(folder: Path, spec: ExpertSpec = WAN, seed: int = 7, dtype: torch.dtype = torch.float32, **options: object) -> Path:
-    """A random-weight transformer, as diffusers saves it."""
+    """A transformer with random weights, as diffusers saves it."""
     build_expert(spec, seed).to(dtype).save_pretrained(folder, **options)  # pyright: ignore[reportCallIssue]
     return folder
 
@@ -37,18 +37,18 @@ def test_transformer_of_any_class_starts_all_shards(class_name: str, tmp_path: P
     assert sources[0] == sources[1]
     write_given(sources[0], tmp_path / "weights")
     check_weights(tmp_path / "weights", spec)
-    expected, found = build_expert(spec, 7).state_dict(), load_file(tmp_path / "weights")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, written = build_expert(spec, 7).state_dict(), load_file(tmp_path / "weights")
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
 def test_split_half_precision_weights_become_one_float32_file(tmp_path: Path) -> None:
     folder = saved(tmp_path / "given", dtype=torch.bfloat16, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     write_given(find_sources(str(folder), NAMES, None)[0], tmp_path / "weights")
-    found = load_file(tmp_path / "weights")
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    written = load_file(tmp_path / "weights")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
     expected = build_expert(WAN, 7).to(torch.bfloat16).state_dict()
-    assert all(torch.equal(found[name], tensor.float()) for name, tensor in expected.items())
+    assert all(torch.equal(written[name], tensor.float()) for name, tensor in expected.items())
 
 
 def test_pipeline_source_uses_its_transformer(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_pipeline_source_uses_its_transformer(tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     (source, _) = find_sources(str(tmp_path / "pipeline"), NAMES, WAN.model_copy(update={"prediction": "sample"}))
     assert source.model.location.endswith("transformer")
-    assert source.spec.prediction == "sample", "a transformer does not say what it predicts: the settings do"
+    assert source.spec.prediction == "sample", "a transformer's config does not tell what it predicts: the settings do"
 
 
 @pytest.fixture
@@ -96,43 +96,43 @@ def test_manifest_names_the_initial_weights_of_each_shard() -> None:
     assert len({manifest.run_id, same.run_id, apart.run_id}) == 3
 
 
-def broken_class(folder: Path) -> None:
+def with_other_class(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
 
 
-def broken_json(folder: Path) -> None:
+def with_malformed_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
-def lacking(folder: Path) -> None:
+def without_one_tensor(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("proj_out.bias")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def not_numbers(folder: Path) -> None:
+def with_nan(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["proj_out.bias"][0] = float("nan")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def pickled(folder: Path) -> None:
+def as_pickle(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
 
 
-def cut(folder: Path) -> None:
+def cut_short(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (broken_class, "UNet2DModel, which is not supported"),
-        (broken_json, "cannot load warm start"),
-        (lacking, r"1 missing keys, among them proj_out\.bias"),
-        (not_numbers, r"proj_out\.bias of its weights holds NaN"),
-        (pickled, "cannot load warm start"),
-        (cut, "cannot load warm start"),
+        (with_other_class, "UNet2DModel, which is not supported"),
+        (with_malformed_config, "cannot load warm start"),
+        (without_one_tensor, r"1 missing keys, among them proj_out\.bias"),
+        (with_nan, r"proj_out\.bias of its weights holds NaN"),
+        (as_pickle, "cannot load warm start"),
+        (cut_short, "cannot load warm start"),
     ],
 )
 def test_unusable_source_raises_one_sentence(harm, words: str, tmp_path: Path) -> None:

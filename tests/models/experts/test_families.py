@@ -1,4 +1,4 @@
-"""Every supported diffusers class is built, called, trained and saved as itself; what does not fit is refused in one sentence."""
+"""Every supported diffusers class is built, called, trained and saved as itself; misfitting configs are refused."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_prediction_has_the_latent_shape_and_uses_all_inputs(spec) -> None:
 
 
 def test_latent_patches_return_to_their_place(spec) -> None:
-    """Changing one corner of the input changes that corner of the answer most, in every class's packing."""
+    """In every class's packing, changing one corner of the input changes mostly that corner of the prediction."""
     model = build_expert(spec, seed=1).eval()
     x, tokens, t = torch.zeros(1, *LATENT.shape), torch.zeros(1, 5, 16), torch.tensor([0.5])
     changed = x.clone()
@@ -70,7 +70,7 @@ def test_build_expert_is_seeded_apart_from_torchs_generator() -> None:
 
 
 def test_position_channels_tell_a_rotary_model_its_place() -> None:
-    """Stock Wan gives equal answers to equal tokens wherever they are; with six position channels it does not."""
+    """Stock Wan gives equal predictions for equal tokens at all places; with six position channels it does not."""
     plain = CONFIGS["WanTransformer3DModel"]
     x, tokens, t = torch.zeros(1, *LATENT.shape), torch.zeros(1, 5, 16), torch.tensor([1.0])
     blind = call_expert(build_expert(ExpertSpec(config=plain), 1), x, t, tokens)

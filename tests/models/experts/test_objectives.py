@@ -1,4 +1,4 @@
-"""The equations with perfect answers: no learning, so that every error is the code's."""
+"""The equations, checked with exact predictions instead of trained ones, so that every error is the code's."""
 
 import math
 
@@ -45,8 +45,8 @@ def test_exact_predictions_become_the_true_velocity(prediction, schedule) -> Non
             return noise
         return noise - x0 if schedule == "linear" else a * noise - b * x0
 
-    found = velocity(prediction, schedule, perfect, x_t, t)
-    assert (found - (noise - x0)).abs().max() < 1e-10
+    flow = velocity(prediction, schedule, perfect, x_t, t)
+    assert (flow - (noise - x0)).abs().max() < 1e-10
     spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
     assert row_losses(spec, perfect, x0, noise, t).max() < 1e-20
 
@@ -54,7 +54,7 @@ def test_exact_predictions_become_the_true_velocity(prediction, schedule) -> Non
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_bfloat16_predictions_are_converted_in_float32(prediction, schedule) -> None:
-    """Near pure noise x0 is a difference of near numbers over a small one: only the answer itself may be rounded."""
+    """Near pure noise, x0 is a difference of nearly equal numbers over a small one: only the prediction may be rounded."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 40, 50, generator=generator)
     t = torch.full((40,), 0.97)
@@ -65,9 +65,9 @@ def test_bfloat16_predictions_are_converted_in_float32(prediction, schedule) -> 
         answer = {"sample": x0, "epsilon": noise, "velocity": noise - x0 if schedule == "linear" else a * noise - b * x0}
         return answer[prediction].bfloat16()
 
-    found = velocity(prediction, schedule, rounded, x_t, t)
-    assert found.dtype == torch.float32
-    error = (found - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
+    flow = velocity(prediction, schedule, rounded, x_t, t)
+    assert flow.dtype == torch.float32
+    error = (flow - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
     assert error < (0.06 if prediction == "epsilon" else 0.006)  # bfloat16 keeps eight bits; 1 / (1 - t) is 33
 
 
@@ -86,9 +86,9 @@ def test_velocity_is_finite_at_both_ends_of_time() -> None:
     x_t, out = torch.randn(2, 2, 6)
     for prediction in PREDICTIONS:
         for schedule in SCHEDULES:
-            found = velocity(prediction, schedule, lambda z, s: out, x_t, torch.tensor([0.0, 1.0]))
-            assert torch.isfinite(found).all()
-            assert found.abs().max() < 1e3
+            flow = velocity(prediction, schedule, lambda z, s: out, x_t, torch.tensor([0.0, 1.0]))
+            assert torch.isfinite(flow).all()
+            assert flow.abs().max() < 1e3
 
 
 def test_time_shift_keeps_the_ends() -> None:

@@ -1,4 +1,4 @@
-"""The router learns which shard a noisy latent is of, knows how sure it is, and follows the natural mixture."""
+"""The router learns which shard a noisy latent comes from, is calibrated, and follows the shards' priors."""
 
 from dataclasses import replace
 
@@ -38,8 +38,8 @@ def test_router_without_text_is_calibrated_from_data_to_noise() -> None:
     assert report.ece < 0.12
     noise = torch.randn(64, *manifest.latent.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        believed = router(noise, torch.ones(64)).softmax(1).mean(0)
-    assert torch.allclose(believed, torch.tensor([0.7, 0.2, 0.1]), atol=0.12)
+        posterior = router(noise, torch.ones(64)).softmax(1).mean(0)
+    assert torch.allclose(posterior, torch.tensor([0.7, 0.2, 0.1]), atol=0.12)
 
 
 def test_router_with_text_is_accurate_at_all_times() -> None:
@@ -60,13 +60,13 @@ def test_router_ignores_pure_noise_and_reads_noisy_clips() -> None:
 
 
 def test_train_router_is_deterministic_and_reports_progress() -> None:
-    manifest, told = uneven(text=True), []
+    manifest, progress = uneven(text=True), []
     arguments = {"seed": 4, "steps": 5, "holdouts": [shard.take(range(6)) for shard in SHARDS]}
-    a, report = train_router(manifest, SHARDS, on_progress=lambda *about: told.append(about[:2]), **arguments)
+    a, report = train_router(manifest, SHARDS, on_progress=lambda *done: progress.append(done[:2]), **arguments)
     b, again = train_router(manifest, SHARDS, **arguments)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert report == again == report_router(manifest, a, arguments["holdouts"], steps=5)
-    assert told == [(step, 5) for step in range(1, 6)]
+    assert progress == [(step, 5) for step in range(1, 6)]
 
 
 def test_lean_shards_give_the_same_router() -> None:

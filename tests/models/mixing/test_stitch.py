@@ -1,4 +1,4 @@
-"""A stitched folder: what is in it, that it is replaced whole, verifiable, and that every part loads by its own class."""
+"""A stitched folder: its contents, that it is replaced as a whole, can be verified, and that every part loads by its class."""
 
 import json
 import os
@@ -145,8 +145,8 @@ def test_router_file_keeps_its_weighting(tmp_path, weighted: bool) -> None:
     router = router_of(manifest.latent, manifest.router, 2, weighted=weighted)
     write_router(router, tmp_path / "router")
     assert read_router(manifest, tmp_path / "router").config["weighted"] is weighted
-    save_file(router.state_dict(), tmp_path / "without a word")
-    assert read_router(manifest, tmp_path / "without a word").config["weighted"] is False
+    save_file(router.state_dict(), tmp_path / "without an entry")
+    assert read_router(manifest, tmp_path / "without an entry").config["weighted"] is False
 
 
 def test_incomplete_mixture_is_refused(mixed, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Fills a small file system while a trainer writes its state; the last whole state must stay and resume."""
+"""Fills a small file system while a trainer writes its state: the last whole state must stay usable."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every way in which a stranger's checkpoint can be wrong has its own reason; what is right passes."""
+"""Checkpoints of other peers: every kind of damage is refused with its own reason, and a good file passes."""
 
 import contextlib
 import json

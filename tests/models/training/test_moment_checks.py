@@ -1,4 +1,4 @@
-"""Optimiser moments: what training leaves is always possible, and what a poisoner writes is not."""
+"""Optimiser moments: those of training pass, poisoned ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replays of real training: an honest author is never called invalid, and what was not trained is found out."""
+"""Replays of real training: an honest author is never called invalid, and one that did not train always is."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def parent_of(folder: Path) -> ReplayParent:
 def test_honest_author_is_valid_with_any_micro_batch(tmp_path, options, whole):
     parent, end, trace = author(tmp_path, **options)
     precision = options.get("precision", "float32")
-    found = replay(MANIFEST, 0, tiny_data(), parent, 4, end=end if whole else None, precision=precision)
-    assert len(found.losses) == (12 if whole else 4)
-    finding = compare(trace, found.losses, found.drift, TrainedWith(precision=precision), found.made)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent, 4, end=end if whole else None, precision=precision)
+    assert len(replayed.losses) == (12 if whole else 4)
+    finding = compare(trace, replayed.losses, replayed.drift, TrainedWith(precision=precision), replayed.made)
     assert finding.outcome == "valid", finding.text
     if not options:
-        assert list(found.losses) == trace[: len(found.losses)], "bit by bit on the same processor"
-        assert found.drift in (None, 0.0)
+        assert list(replayed.losses) == trace[: len(replayed.losses)], "bit by bit on the same processor"
+        assert replayed.drift in (None, 0.0)
 
 
 def test_other_threads_and_instruction_sets_are_valid(tmp_path):
-    """The author is a process of its own, with two threads and without vector units."""
+    """The author is another process, with two threads and without vector instructions."""
     environment = child_environment(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", OMP_NUM_THREADS="2")
     code = "import sys, pathlib, torch; torch.set_num_threads(2); from tests.models.training.test_replay import author\n"
     code += "print(author(pathlib.Path(sys.argv[1]))[2])"
@@ -73,32 +73,32 @@ def test_other_threads_and_instruction_sets_are_valid(tmp_path):
     )
     trace = [float(loss) for loss in done.stdout.strip().strip("[]").split(",")]
     end = ReplayEnd(tmp_path / "end.weights", tmp_path / "end.state")
-    found = replay(MANIFEST, 0, tiny_data(), parent_of(tmp_path), 4, end=end)
-    finding = compare(trace, found.losses, found.drift, CPU, found.made)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent_of(tmp_path), 4, end=end)
+    finding = compare(trace, replayed.losses, replayed.drift, CPU, replayed.made)
     assert finding.outcome == "valid", finding.text
 
 
 def test_invented_trace_is_invalid_and_names_the_step(tmp_path):
     parent, _, trace = author(tmp_path)
-    found = replay(MANIFEST, 0, tiny_data(), parent, 4)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent, 4)
     invented = [*trace[:2], trace[2] * 1.05, *trace[3:]]
-    finding = compare(invented, found.losses, None, CPU, found.made)
+    finding = compare(invented, replayed.losses, None, CPU, replayed.made)
     assert finding.outcome == "invalid"
     assert "step 2" in finding.text
     assert f"{invented[2]:.6g}" in finding.text
-    assert f"{found.losses[2]:.6g}" in finding.text
+    assert f"{replayed.losses[2]:.6g}" in finding.text
     assert "1e-04" in finding.text
-    assert compare(trace[:3], found.losses, None, CPU, found.made).outcome == "invalid", "too short a trace"
+    assert compare(trace[:3], replayed.losses, None, CPU, replayed.made).outcome == "invalid", "too short a trace"
 
 
 def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
-    """The parent with noise is published as the end, beside a trace that is honest for the steps that are usually replayed."""
+    """The author publishes the parent as its end, with a trace that is honest for the steps that are usually replayed."""
     parent, end, trace = author(tmp_path)
     assert parent.weights
     assert parent.state
     fake = [*trace[:4], *(loss * 1.3 for loss in trace[4:])]
     part = replay(MANIFEST, 0, tiny_data(), parent, 4)
-    assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "that is the hole"
+    assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "a short replay cannot notice"
     whole = replay(MANIFEST, 0, tiny_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
     assert whole.drift is not None
     assert whole.drift > 0.9
@@ -147,7 +147,7 @@ losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
 @settings(max_examples=200)
 @given(made, made, losses, losses)
 def test_claimed_device_never_turns_invalid_into_valid(author, auditor, published, replayed):
-    """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
+    """A trace that is invalid for a node of the coordinator's kind never passes a short replay, whatever device is claimed."""
     if compare(published, replayed, None, CPU, CPU).outcome == "invalid":
         finding = compare(published, replayed, None, author, auditor)
         assert finding.outcome == "invalid" or finding.closer
@@ -171,7 +171,7 @@ def test_epoch_noise_decides_only_between_the_bounds(author, auditor, drift, noi
 
 
 def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
-    """The end of who trains half of the second epoch."""
+    """The end of an author that trains half of the second epoch."""
     trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     trainer.restore(parent.epoch, parent.weights, parent.state)
     for _ in range(MANIFEST.steps_per_epoch // 2):
@@ -181,19 +181,19 @@ def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
     return ReplayEnd(folder / "half.weights", folder / "half.state")
 
 
-@pytest.mark.parametrize("said", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
-def test_half_trained_epoch_is_invalid_by_its_noise(tmp_path, said):
+@pytest.mark.parametrize("claimed", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
+def test_half_trained_epoch_is_invalid_by_its_noise(tmp_path, claimed):
     parent, _, trace = author(tmp_path)
-    bounds = tolerance(said, TrainedWith(precision=said.precision))
-    doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=said != CPU)
-    found = replay(
-        MANIFEST, 0, tiny_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
+    bounds = tolerance(claimed, TrainedWith(precision=claimed.precision))
+    doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=claimed != CPU)
+    replayed = replay(
+        MANIFEST, 0, tiny_data(), parent, 4, end=halfway(tmp_path, parent), precision=claimed.precision, doubt=doubt
     )  # fmt: skip
-    assert found.drift is not None
-    assert found.noise is not None
-    assert 0.2 < found.drift < 0.8
-    assert 0 < found.noise < (1e-4 if said == CPU else 0.02)
-    finding = compare(trace, found.losses, found.drift, said, found.made, found.noise)
+    assert replayed.drift is not None
+    assert replayed.noise is not None
+    assert 0.2 < replayed.drift < 0.8
+    assert 0 < replayed.noise < (1e-4 if claimed == CPU else 0.02)
+    finding = compare(trace, replayed.losses, replayed.drift, claimed, replayed.made, replayed.noise)
     assert finding.outcome == "invalid", finding.text
 
 
@@ -203,7 +203,7 @@ def test_noise_is_not_measured_without_doubt_or_second_way(tmp_path):
     base = ReplayEnd(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
     alone = replay(MANIFEST, 0, tiny_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
     assert alone.drift is not None
-    assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
+    assert (alone.drift > 0.9, alone.noise) == (True, None), "micro-batches of one cannot be split further"
 
 
 def test_malformed_trace_files_are_refused(tmp_path):

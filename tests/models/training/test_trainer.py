@@ -1,4 +1,4 @@
-"""Killing, moving, splitting: nothing changes the weights. Also schedule, EMA, warm start and refusals."""
+"""Killing, moving or splitting a training does not change its weights. Also schedule, EMA, warm start and refusals."""
 
 import random
 import shutil
@@ -40,7 +40,7 @@ def child(folder: Path, optimizer: str, micro_batch: int) -> subprocess.Popen[st
 
 
 def test_sigkill_and_resume_end_with_equal_bytes(tmp_path) -> None:
-    """A real process (with both optimisers: Muon has AdamW beside it) against one in this process that nobody disturbs."""
+    """A killed and resumed process against an undisturbed training in this one. Muon is used together with AdamW."""
     killed = child(tmp_path, "muon", 3)
     assert killed.stdout
     for _ in range(random.randint(1, 10)):  # of 12 steps; the epoch ends after the sixth
@@ -61,7 +61,7 @@ def test_sigkill_and_resume_end_with_equal_bytes(tmp_path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resuming_after_every_step_changes_nothing(optimizer, tmp_path) -> None:
-    """The successor asks for another micro-batch and goes on with the one that was being used."""
+    """A trainer that resumes within an epoch keeps its micro-batch, even if it is asked for another."""
     manifest = tiny_manifest(optimisation={"optimizer": optimizer})
     whole = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=3)
     relay = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=3)
@@ -121,7 +121,7 @@ def test_micro_batches_change_only_rounding(micro_batch) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_state_without_moments_continues_alike_after_a_restart(tmp_path, optimizer) -> None:
-    """Who goes on must not differ from who replays him from his own published state, whatever a stranger handed over."""
+    """A trainer that continues and one that replays it from its published state must agree, whatever state they started from."""
     manifest = tiny_manifest(optimisation={"optimizer": optimizer, "beta2": 0.999}, samples_per_shard=96)
     author = ExpertTrainer(manifest, 0, tiny_data())
     steps(author, 6)
@@ -152,7 +152,7 @@ def test_epoch_on_two_kinds_of_device_is_of_kind_other(tmp_path) -> None:
     assert trainer.snapshot().device == "cpu"
     write_state(replace(begun.snapshot(), device=""), tmp_path / "s")
     trainer.restore(0, local=tmp_path / "s")
-    assert trainer.snapshot().device == "cpu", "a file of an earlier version does not say"
+    assert trainer.snapshot().device == "cpu", "a file of an earlier version has no entry"
 
 
 def test_gradient_checkpointing_changes_no_loss() -> None:
@@ -272,13 +272,13 @@ def test_restore_from_unfit_files_is_refused(tmp_path) -> None:
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a file system of its own")
 def test_full_disk_raises_and_keeps_the_last_state(tmp_path) -> None:
-    """On a tmpfs of 600 kB, which has room for one state and not for the next one beside it."""
+    """On a tmpfs of 600 kB, which has room for one state but not for two."""
     mount = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" "$1" "$2"'
     child = [sys.executable, str(HERE / "full_disk_process.py"), str(tmp_path)]
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, *child]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
-        pytest.skip("this machine lets nobody mount a file system of their own")
+        pytest.skip("users of this machine cannot mount file systems")
     assert done.returncode == 0, done.stderr
     assert "no space left on device; free space" in done.stdout
     assert done.stdout.strip().endswith("1")

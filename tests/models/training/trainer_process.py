@@ -1,4 +1,4 @@
-"""A real trainer process for the kill test: writes its local state after every step and says so; resumes where there is one."""
+"""A trainer for the kill test: writes its local state after every step, prints the samples done, and resumes from that state."""
 
 import sys
 from pathlib import Path
