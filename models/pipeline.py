@@ -239,8 +239,12 @@ class LutetiaPipeline(DiffusionPipeline):
                 Pre-generated token vectors of negative prompts, instead of `negative_prompt`.
             negative_pooled_prompt_embeds (`torch.Tensor`, *optional*):
                 Pre-generated pooled vectors of negative prompts. Required with `negative_prompt_embeds`.
-            num_frames (`int`, *optional*), height (`int`, *optional*), width (`int`, *optional*):
-                Size of the clips in frames and pixels. A mixture makes clips of one size; any other is refused.
+            num_frames (`int`, *optional*):
+                Frames per clip. A mixture makes clips of one size; any other is refused.
+            height (`int`, *optional*):
+                Height of the clips in pixels.
+            width (`int`, *optional*):
+                Width of the clips in pixels.
             output_type (`str`, defaults to `"np"`):
                 The output format of the clips: "np", "pt", "pil" or "latent"; see `LutetiaPipelineOutput`.
             return_dict (`bool`, defaults to `True`):
@@ -287,7 +291,7 @@ class LutetiaPipeline(DiffusionPipeline):
         check_size(self.spec, num_frames, height, width)
         shape = (len(texts) * num_videos_per_prompt, *self.spec.shape)
         check_noise(shape, generator, latents)
-        check_choices(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_choices(output_type, mode, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if not cut_prompts and (texts.prompts or texts.negative):
             texts.check_lengths(self.text)
 
@@ -377,9 +381,7 @@ class LutetiaPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         return tuple(rows.to(device, dtype) for rows in texts.encode(lambda captions: self.text.encode(captions), repeats))
 
-    def _call_back(
-        self, callback: StepCallback | None, names: Sequence[str], step: int, state: SamplingState
-    ) -> SamplingState:  # fmt: skip
+    def _call_back(self, callback: StepCallback | None, names: Sequence[str], step: int, state: SamplingState) -> SamplingState:
         """The state after a step, with the tensors that `callback` returns in the place of those it got."""
         if callback is None:
             return state

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.mixing.sampling import initial_noise
+from lutetia.models.mixture import Mode
 from lutetia.protocol.schema.manifest import LatentSpec
 from lutetia.system.errors import UsageError
 
@@ -42,12 +43,8 @@ class Texts:
     @classmethod
     def of(cls, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, **encoded: Any) -> Texts:
         """Texts as a caller gives them; one negative prompt serves all prompts."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt if prompt is None else list(prompt)
-        texts = cls(prompts, None, **encoded)
-        if negative_prompt is None:
-            return texts
-        negative = [negative_prompt] * len(texts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        return cls(prompts, negative, **encoded)
+        texts = cls(_as_list("prompt", prompt), None, **encoded)
+        return replace(texts, negative=_as_list("negative_prompt", negative_prompt, len(texts)))
 
     def __len__(self) -> int:
         """How many prompts there are."""
@@ -159,10 +156,12 @@ def check_noise(shape: Sequence[int], generator: Generators | None, latents: Ten
         raise UsageError("the generators are on several devices; make them all on one")
 
 
-def check_choices(output_type: Any, tensor_inputs: Sequence[str], known_inputs: Sequence[str]) -> None:
-    """Raises UsageError for an output type or a callback tensor that the pipeline does not have."""
+def check_choices(output_type: Any, mode: Any, tensor_inputs: Sequence[str], known_inputs: Sequence[str]) -> None:
+    """Raises UsageError for an output type, a routing mode or a callback tensor that the pipeline does not have."""
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"there is no output type {output_type!r}; use {', '.join(OUTPUT_TYPES)}")
+    if mode not in get_args(Mode):
+        raise UsageError(f"there is no routing mode {mode!r}; use one of {', '.join(get_args(Mode))}")
     unknown = [name for name in tensor_inputs if name not in known_inputs]
     if unknown:
         raise UsageError(f"callback_on_step_end_tensor_inputs has no {unknown}; use {', '.join(known_inputs)}")
@@ -173,6 +172,16 @@ def check_expert(entries: Sequence[dict[str, Any]], expert: int | None) -> None:
     if expert is not None and not (0 <= expert < len(entries) and entries[expert]["folder"]):
         held = [k for k, entry in enumerate(entries) if entry["folder"]]
         raise UsageError(f"this mixture has no expert {expert}; it has {held}")
+
+
+def _as_list(name: str, texts: Any, copies: int = 1) -> list[str] | None:
+    if texts is None:
+        return None
+    if isinstance(texts, str):
+        return [texts] * copies
+    if not isinstance(texts, Iterable):
+        raise UsageError(f"{name} is of type {type(texts).__name__}; give a text or a list of texts")
+    return list(texts)
 
 
 def _check_pair(name: str, tokens: Tensor | None, pooled_name: str, pooled: Tensor | None) -> None:

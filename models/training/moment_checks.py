@@ -56,7 +56,9 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
         for name in (name for name in names if name.startswith(_MUON)):
             norms[_MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
     if not any(norms.values()):
-        raise CheckpointMisfit("missing", f"{path.name} holds no moments of the optimiser, although every step makes some; refused")
+        raise CheckpointMisfit(
+            "missing", f"{path.name} holds no moments of the optimiser, although every step makes some; refused"
+        )
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
         if math.sqrt(squared) > most * _SLACK:

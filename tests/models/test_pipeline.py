@@ -279,6 +279,7 @@ def test_bfloat16_and_saved_copies_give_the_same_clips(folder, pipe, tmp_path) -
         ({"prompt": "a", "latents": torch.zeros(1, 3, 4, 8, 9)}, r"latents must have shape \[1, 3, 4, 8, 8\]"),
         ({}, "no prompt was given"),
         ({"prompt": ["a", 3]}, "prompt 2 is of type int; give a text"),
+        ({"prompt": 3}, "prompt is of type int; give a text or a list of texts"),
         ({"prompt": "a", "prompt_embeds": TOKENS}, "both prompt and prompt_embeds were given"),
         ({"prompt_embeds": TOKENS}, "prompt_embeds was given without pooled_prompt_embeds"),
         ({"pooled_prompt_embeds": POOLED}, "pooled_prompt_embeds was given without prompt_embeds"),
