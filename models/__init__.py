@@ -1,1 +1,1 @@
-"""Experts, their training, router and mixture: everything that imports torch. Import from its modules; nothing is loaded here."""
+"""Experts, their training, the router and the mixture: the room that imports torch. Importing the package loads nothing."""

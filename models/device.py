@@ -1,4 +1,4 @@
-"""How settings name the device that networks run on."""
+"""The type of the setting that names the device on which networks run."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Import torch and the experts' classes in half the processor time, for children that train or check and do nothing else."""
+"""Import torch and the experts' classes in half the processor time, for child processes that only train or check."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gc
 
 
 def import_experts() -> None:
-    """To be called before anything else of diffusers is imported.
+    """Import diffusers' transformers. Call this before anything else of diffusers is imported.
 
-    Two things take the time. The collector looks, again and again, at a million objects none of which is garbage: it rests
-    meanwhile. And importing any of diffusers' transformers also imports what loads text encoders (transformers) and samples
-    schedules (scipy): this process is told that there are none, so nothing in it can load a text encoder.
+    It saves time in two places. The garbage collector would walk a million live objects again and again: it is paused. And
+    importing any of diffusers' transformers also imports the libraries transformers (text encoders) and scipy (schedules):
+    diffusers is told that they are not installed, so no text encoder can be loaded in this process.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -23,4 +23,4 @@ def import_experts() -> None:
     finally:
         if collecting:
             gc.enable()
-    gc.freeze()  # what was imported stays: the collector need not look at it again
+    gc.freeze()  # imported objects are never freed: the collector can skip them

@@ -1,9 +1,16 @@
 """The mixture: K experts and a router that together are one denoiser.
 
-`u(x_t, t, c) = sum_k p(k | x_t, t, c) u_k(x_t, t, c)` is exact when p is the router's calibrated posterior, u_k expert k's flow;
-what an expert predicts (velocity, x0, eps) and on which noise path does not matter, since all are turned into velocities first.
-In practice experts are unreliable on others' data, so few of them are asked: `top1`, `top2` (renormalised), `full`, or `sticky`
-(one draw from p(k | c) per clip at t = 1, kept to the end: exact in theory, and one expert in memory per clip).
+`u(x_t, t, c) = sum_k p(k | x_t, t, c) u_k(x_t, t, c)` is exact when p is the router's calibrated posterior and u_k expert k's
+flow. Experts may predict velocity, x0 or eps on any noise path: all answers are turned into velocities first. Experts are
+unreliable on the data of other shards, so usually only some of them are asked:
+
+- `top1`: the most probable expert;
+- `top2`: the two most probable, with renormalised weights;
+- `full`: all experts;
+- `sticky`: one expert per clip, drawn from p(k | c) at t = 1 and kept to the end. Exact in theory, and a clip needs one expert.
+
+This module's path is part of the file format: the `model_index.json` of every published mixture names
+`["lutetia.models.mixture", "MixtureTransformer"]`. Do not move or rename either.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def routing_weights(probabilities: Tensor, mode: Mode) -> Tensor:
-    """Weights `[B, K]` of the experts' velocities from the router's posterior `[B, K]`; rows sum to one. Not for `sticky`."""
+    """Weights of the experts' velocities `[B, K]` from the router's posterior `[B, K]`; rows sum to 1. Not for `sticky`."""
     if mode == "full":
         return probabilities
     kept = min({"top1": 1, "top2": 2}[mode], probabilities.shape[1])
@@ -46,7 +53,7 @@ def routing_weights(probabilities: Tensor, mode: Mode) -> Tensor:
 
 
 def draw_experts(probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
-    """One expert per row, drawn from `probabilities [B, K]` by the row's own seed, as one-hot weights."""
+    """One expert per row, drawn from `probabilities [B, K]` by that row's seed: one-hot weights `[B, K]`."""
     uniforms = torch.tensor([stream("sticky", 0, 0, seed, "expert").random() for seed in seeds], dtype=torch.float64)
     below = probabilities.double().cpu().cumsum(1) <= uniforms[:, None]
     chosen = below.sum(1).clamp(max=probabilities.shape[1] - 1)
@@ -56,25 +63,42 @@ def draw_experts(probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
 def combine(
     experts: Callable[[int], Denoiser], weights: Tensor, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None
 ) -> Tensor:
-    """The weighted sum of the experts' velocities; each expert is called once, with the rows that want it."""
+    """The weighted sum of the experts' velocities, `[B, ...]` like `x_t`. Each expert is called once, with its rows only.
+
+    Args:
+        experts: gives expert k as a denoiser; asked only for experts with a weight.
+        weights: `[B, K]`.
+        x_t: noisy latents, `[B, ...]`.
+        t: flow times in [0, 1], `[B]`.
+        tokens: `[B, L, D]`.
+        pooled: `[B, P]`, or None.
+    """
     total = torch.zeros_like(x_t)
     for expert in weights.any(0).nonzero().flatten().tolist():
         rows = weights[:, expert].nonzero().flatten()
         if len(rows) == len(x_t):
-            found = experts(expert)(x_t, t, tokens, pooled)
+            flow = experts(expert)(x_t, t, tokens, pooled)
             rows = slice(None)
         else:
-            found = experts(expert)(x_t[rows], t[rows], tokens[rows], None if pooled is None else pooled[rows])
-        total[rows] += found * weights[rows, expert].to(found.dtype).view(-1, *[1] * (x_t.ndim - 1))
+            flow = experts(expert)(x_t[rows], t[rows], tokens[rows], None if pooled is None else pooled[rows])
+        total[rows] += flow * weights[rows, expert].to(flow.dtype).view(-1, *[1] * (x_t.ndim - 1))
     return total
 
 
 class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
-    """Experts and router behind the `forward` of `WanTransformer3DModel`: it takes that class's place in a diffusers pipeline.
+    """Experts and router behind the `forward` of `WanTransformer3DModel`, so that it can replace that class in a pipeline.
 
-    `experts`: one entry per shard with `folder` (beside this model's own; None where no checkpoint is accepted yet: never routed
-    to), `class_name`, `prediction`, `noise_schedule`. Router and experts are found by `from_pretrained` or given by `attach`.
-    Experts are read on first use; of more than `experts_in_memory` (None: no limit) the least recently used one is dropped.
+    `from_pretrained` finds router and experts in the mixture's folder; `attach` takes them from the caller. An expert is read
+    when it is first used. If more than `experts_in_memory` would be held (None: no limit), the least recently used is dropped.
+
+    Args:
+        experts: one entry per shard: `folder` (beside this model's own; None while the shard has no accepted checkpoint, then the
+            expert is never routed to), `class_name`, `prediction`, `noise_schedule`.
+        mode: how experts are chosen if a call does not say.
+        in_channels: channels of the latents.
+        patch_size: frames, height and width of an expert's patch, which diffusers pipelines read.
+        text_conditioned: whether the router needs the prompt.
+        digest: of the mixture's contents, by which a folder that was replaced is noticed.
     """
 
     experts_in_memory: int | None = None
@@ -100,16 +124,16 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # gives an empty mixture a device and a dtype
 
     def attach(self, router: nn.Module | None, read: Callable[[int], Denoiser]) -> MixtureTransformer:
-        """Give it a router (None: only for one expert) and a way to read expert k. Returns itself."""
+        """Set the router (None: only for a mixture of one) and the function that reads expert k. Returns itself."""
         self.router, self._read = router, read
         self._held.clear()
         return self
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MixtureTransformer:  # pyright: ignore
-        """From the `transformer` folder of a mixture, with router and experts beside it. Heeds diffusers' option `torch_dtype`.
+        """Load the `transformer` folder of a mixture, with the router and experts beside it. Honours `torch_dtype`.
 
-        Raises ConfigError when the folder or one that it names is missing.
+        Raises ConfigError when this folder or one that it names is missing.
         """
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file():
@@ -140,27 +164,39 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         pooled_projections: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The velocity at `hidden_states [B, C, F, H, W]`, `timestep [B]` in 0..1000.
+        """The velocity at the given latents, in their shape.
 
-        `weights [B, K]` are a routing decision made by `route`. Without them the router decides here, by `attention_kwargs`:
-        `routing_text` (pooled text for the router, the same for both branches of guidance, so that they share the decision),
-        `mode`, `seeds`. `pooled_projections` is for experts that take pooled text.
+        Args:
+            hidden_states: noisy latents, `[B, C, F, H, W]`.
+            timestep: in 0..1000, `[B]`.
+            encoder_hidden_states: token vectors, `[B, L, D]`.
+            encoder_hidden_states_image: must be None.
+            return_dict: return a Transformer2DModelOutput instead of a tuple.
+            attention_kwargs: without `weights`, what the router decides by: `routing_text` (pooled text `[B, P]`; the same for
+                both branches of guidance, so that they share the decision), `mode`, `seeds`.
+            pooled_projections: pooled text for the experts that take it, `[B, P]`.
+            weights: a routing decision made by `route`, `[B, K]`.
         """
         if encoder_hidden_states_image is not None:
             raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
         t = (timestep / TIMESTEPS).to(hidden_states.dtype).expand(len(hidden_states))
         if weights is None:
             weights = self.route(hidden_states, t, **{"pooled": None, **_routing_options(attention_kwargs)})
-        found = combine(self.expert, weights, hidden_states, t, encoder_hidden_states, pooled_projections)
-        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+        flow = combine(self.expert, weights, hidden_states, t, encoder_hidden_states, pooled_projections)
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
     @torch.no_grad()
     def route(
         self, x_t: Tensor, t: Tensor, pooled: Tensor | None = None, mode: Mode | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """The experts' weights `[B, K]` at `x_t`, `t [B]` for pooled texts `[B, P]`. Raises UsageError on an unknown mode.
+        """The experts' weights, `[B, K]`. Raises UsageError for an unknown mode.
 
-        `sticky` draws by `seeds` (default 0, 1, …) whenever time has gone up since the last call, which is when new clips begin.
+        Args:
+            x_t: noisy latents, `[B, C, F, H, W]`.
+            t: flow times in [0, 1], `[B]`.
+            pooled: pooled texts, `[B, P]`.
+            mode: None: the mixture's own.
+            seeds: one per row, for `sticky`; None: 0, 1, … It draws when t is larger than at the last call: new clips begin then.
         """
         mode = cast(Mode, mode or self.config["mode"])
         if mode not in get_args(Mode):
@@ -176,21 +212,21 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         return drawn
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixtureTransformer:
-        """Moved to another device or dtype: experts are read anew, there, when they are next wanted."""
+        """Drop the experts when the device or dtype changes; they are read again when they are next used."""
         self._held.clear()
         return super()._apply(fn, recurse)
 
     @property
     def count(self) -> int:
-        """How many experts the run has, also such as have no accepted checkpoint yet."""
+        """Number of experts of the run, including those without an accepted checkpoint."""
         return len(self._available)
 
     def begin(self) -> None:
-        """Forget what `sticky` drew: new clips begin, even if time does not show it."""
+        """Forget the experts that `sticky` drew: new clips begin."""
         self._kept = None
 
     def probabilities(self, x_t: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
-        """The router's posterior `[B, K]` over the experts that exist."""
+        """The router's posterior over the experts that have an accepted checkpoint, `[B, K]`."""
         if self.count == 1:
             return x_t.new_ones(len(x_t), 1)
         if self.router is None:
@@ -210,13 +246,13 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         cap = self.experts_in_memory
         while cap is not None and len(self._held) >= max(1, cap):
             dropped, _ = self._held.popitem(last=False)
-            log.info("expert %d leaves memory: at most %d are held", dropped, cap)
+            log.info("drop expert %d from memory: at most %d are held", dropped, cap)
         self._held[index] = self._read(index)
         return self._held[index]
 
 
 class _FolderExperts:
-    """Reads experts of a mixture folder by their own diffusers classes, onto the mixture's device in its dtype."""
+    """Reads experts of a mixture folder with their own diffusers classes, onto the mixture's device and in its dtype."""
 
     def __init__(self, folder: Path, mixture: MixtureTransformer) -> None:
         self._folder, self._mixture = folder, mixture
@@ -233,14 +269,14 @@ class _FolderExperts:
         return module_denoiser(model, entry["prediction"], entry["noise_schedule"])
 
     def _check_unchanged(self) -> None:
-        """A mixture folder may be replaced by a newer one while this one is in use; never mix experts of two."""
+        """Raises IntegrityError if the folder was replaced while in use: experts of two mixtures must not be combined."""
         config = json.loads((self._folder / "transformer" / "config.json").read_text())
         if config.get("digest") != self._digest:
             raise IntegrityError(f"the mixture {self._folder} was replaced by a newer one while in use; load it again")
 
 
 def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
-    """A diffusers expert as a denoiser that answers in velocities, wherever its inputs are, asked in the dtype of `tokens`."""
+    """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`."""
 
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
         if next(model.parameters()).device != x_t.device:
@@ -260,6 +296,6 @@ def _routing_options(attention_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         options["pooled"] = options.pop("routing_text")
     unknown = options.keys() - {"pooled", "mode", "seeds", "scale"}
     if unknown:
-        raise UsageError(f"attention_kwargs {sorted(unknown)} mean nothing to a mixture; use routing_text, mode, seeds")
+        raise UsageError(f"a mixture does not know attention_kwargs {sorted(unknown)}; use routing_text, mode, seeds")
     options.pop("scale", None)
     return options

@@ -1,7 +1,7 @@
 """Randomness that anyone can replay: every draw is a function of (run, shard, epoch, step, purpose), on any device.
 
-Nothing here has a state to save. A killed trainer, its successor on another box and an auditor draw the same numbers, because
-each draw has its own counter-based generator (Philox 4x64, Salmon et al. 2011) whose 128-bit key is a hash of what it is for.
+No state has to be saved. A trainer that was killed, its successor on another node and an auditor draw the same numbers, because
+each draw has its own counter-based generator (Philox 4x64, Salmon et al. 2011), keyed by a 128-bit hash of those five.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from torch import Tensor
 
 
 def stream(run: str, shard: int, epoch: int, step: int, purpose: str) -> np.random.Generator:
-    """A fresh generator for one purpose at one place of one run. Equal arguments give equal numbers, on every platform."""
+    """A new generator. Equal arguments give equal numbers on every platform.
+
+    Args:
+        run: the run's id.
+        shard: index of the shard.
+        epoch: the epoch, from 0.
+        step: the step in the epoch, from 0.
+        purpose: what the numbers are for, so that two purposes at one place draw differently.
+    """
     key = hashlib.sha256(f"{run}|{shard}|{epoch}|{step}|{purpose}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
 def seed_of(run: str, shard: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit seed for code that owns its generator (weight initialisation)."""
+    """A 63-bit seed for code that makes its own generator (weight initialisation)."""
     return int(stream(run, shard, 0, step, purpose).integers(1 << 63))
 
 
 def normals(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Standard normals, float32, made on the CPU (the copy to a device follows), without a copy of their own."""
+    """Standard normals of `shape`, float32, on the CPU: equal on every device that they are moved to."""
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
@@ -36,16 +44,17 @@ def _pass_order(run: str, shard: int, number: int, clips: int) -> np.ndarray:
 
 
 def clip_order(run: str, shard: int, clips: int, first: int, count: int) -> np.ndarray:
-    """Which clips the shard's samples `first`, …, `first + count - 1` are: a fresh permutation for every pass over the shard.
+    """The clips (row numbers in the shard) of its samples `first`, …, `first + count - 1`, int64 [count].
 
-    So after any number of samples no clip has been seen more than one time oftener than another.
+    Every pass over the shard's `clips` clips is a new permutation, so the numbers of times that two clips have been seen never
+    differ by more than one.
     """
-    whole, place = divmod(first, clips)
+    first_pass, place = divmod(first, clips)
     if place + count <= clips:
-        return _pass_order(run, shard, whole, clips)[place : place + count]
+        return _pass_order(run, shard, first_pass, clips)[place : place + count]
     samples = np.arange(first, first + count)
     order = np.empty(count, dtype=np.int64)
-    for number in range(whole, (first + count - 1) // clips + 1):
+    for number in range(first_pass, (first + count - 1) // clips + 1):
         inside = samples // clips == number
         order[inside] = _pass_order(run, shard, number, clips)[samples[inside] % clips]
     return order

@@ -1,7 +1,7 @@
-"""Warm starts: experts that begin with weights trained elsewhere, read by diffusers' own loaders and written as a run's blobs.
+"""Warm starts: experts that start from weights trained elsewhere, read by diffusers' own loaders and written as a run's blobs.
 
-What can be named is a mixture (each expert goes on in the shard of its place, a lone one in all), a diffusers pipeline (its
-transformer) or a transformer by itself. The experts of Paris 2.0 (arXiv 2605.26064) start from an image model.
+A source is a mixture (expert k starts shard k; the expert of a mixture of one starts all shards), a diffusers pipeline (its
+transformer is used) or a transformer by itself. The experts of Paris 2.0 (arXiv 2605.26064) start from an image model.
 """
 
 from __future__ import annotations
@@ -27,35 +27,42 @@ _WHAT = "warm start"
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """One expert's weights and what they are weights of."""
+    """The weights that one expert starts from: where they are, and the expert that they fit."""
 
     model: ModelRef
     spec: ExpertSpec
 
 
 def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> tuple[InitialWeights, ...]:
-    """Where the experts of the shards called `names` begin; no weights are read. `wanted`: what the run's settings ask for.
+    """The initial weights of the experts, one per shard; no weights are read.
 
-    Raises ConfigError: nothing there, a class that cannot be trained, another config than `wanted`, other experts than shards.
+    Args:
+        ref: the folder or hub id of the source.
+        names: the shards' names.
+        wanted: the expert that the run's settings ask for. None: that of the source.
+
+    Raises:
+        ConfigError: there is no such source, its class cannot be trained, its config is not `wanted`, or it has other experts
+            than the run has shards.
     """
     model = parse_ref(ref, _WHAT, ())
     folder = model.folder
     if folder and (folder / FILE).is_file():
-        found = _of_mixture(ref, folder, names)
+        sources = _of_mixture(ref, folder, names)
     else:
         if folder and (folder / "model_index.json").is_file():
             model = replace(model, location=str(folder / "transformer"))
-        found = (_source(model, wanted),)  # a transformer does not say what it predicts
-    for source in found:
+        sources = (_source(model, wanted),)  # a transformer's config does not tell what it predicts
+    for source in sources:
         if wanted:
-            _agree(ref, source.spec, wanted)
-    return found if len(found) > 1 else found * len(names)
+            _check_agreement(ref, source.spec, wanted)
+    return sources if len(sources) > 1 else sources * len(names)
 
 
 def write_weights(source: InitialWeights, path: Path) -> None:
-    """The source's weights in float32 as `path`, as a checkpoint's weights file is.
+    """Write the source's weights to `path` in float32, in the form of a checkpoint's weights file.
 
-    Raises ConfigError where they are not whole, not finite or do not fit the source's own config; DiskError.
+    Raises ConfigError if they are incomplete, not finite or do not fit the source's config; DiskError.
     """
     model = source.model
     with hub_errors(_WHAT, model):
@@ -71,11 +78,11 @@ def write_weights(source: InitialWeights, path: Path) -> None:
         check_weights(path, source.spec)
     except CheckpointMisfit as error:
         text = str(error).replace(path.name, "its weights").removesuffix("; refused")
-        raise ConfigError(f"cannot begin with {_WHAT} {model.text!r}: {text}; name another") from error
+        raise ConfigError(f"cannot use {_WHAT} {model.text!r}: {text}; name another") from error
 
 
 def warm(manifest: Manifest, weights: Sequence[BlobRef]) -> Manifest:
-    """The run whose expert of shard k begins with `weights[k]`."""
+    """The manifest, changed so that the expert of shard k starts from `weights[k]`."""
     if len(set(weights)) == 1 and all(shard.expert is None for shard in manifest.shards):
         return manifest.model_copy(update={"expert": manifest.expert.model_copy(update={"init": weights[0]})})
     shards = (
@@ -90,40 +97,40 @@ def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWe
     known = [expert.name for expert in experts]
     if len(experts) > 1 and known != list(names):
         raise ConfigError(
-            f"the experts of {_WHAT} {ref!r} are {', '.join(known)}, but the data's shards {', '.join(names)}; "
-            "name the folder of one expert in it to start all from that"
+            f"the experts of {_WHAT} {ref!r} are {', '.join(known)}, but the data's shards are {', '.join(names)}; "
+            "name the folder of one of its experts to start all shards from that"
         )
     sources = []
     for expert in experts:
         if expert.folder is None:
-            raise ConfigError(f"{_WHAT} {ref!r} has no expert {expert.name} yet; name a mixture that has them all")
+            raise ConfigError(f"{_WHAT} {ref!r} has no expert {expert.name} yet; name a mixture that has all its experts")
         model = ModelRef(ref, str(folder / expert.folder))
         sources.append(_source(model, expert))
     return tuple(sources)
 
 
-def _source(model: ModelRef, as_in: ExpertEntry | ExpertSpec | None) -> InitialWeights:
-    """What it predicts and on which schedule is taken from `as_in`; None: a spec's defaults."""
+def _source(model: ModelRef, like: ExpertEntry | ExpertSpec | None) -> InitialWeights:
+    """The model as a source, with the prediction and noise schedule of `like` (None: the defaults of an ExpertSpec)."""
     config = read_config(_WHAT, model)
     class_name = str(config.get("_class_name"))
     if class_name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"{_WHAT} {model.text!r} is of class {class_name}, which is not supported; use one of {known}")
     spec = ExpertSpec(class_name=class_name, config={key: value for key, value in config.items() if not key.startswith("_")})
-    if as_in:
-        spec = spec.model_copy(update={"prediction": as_in.prediction, "noise_schedule": as_in.noise_schedule})
+    if like:
+        spec = spec.model_copy(update={"prediction": like.prediction, "noise_schedule": like.noise_schedule})
     return InitialWeights(model, spec)
 
 
-def _agree(ref: str, found: ExpertSpec, wanted: ExpertSpec) -> None:
+def _check_agreement(ref: str, given: ExpertSpec, wanted: ExpertSpec) -> None:
     for key in ("class_name", "prediction", "noise_schedule"):
-        _same(ref, key, getattr(found, key), getattr(wanted, key))
-    theirs, ours = full_config(found), full_config(wanted)
-    for key in sorted(theirs.keys() | ours.keys()):
-        _same(ref, key, theirs.get(key), ours.get(key))
+        _check_equal(ref, key, getattr(given, key), getattr(wanted, key))
+    given_config, wanted_config = full_config(given), full_config(wanted)
+    for key in sorted(given_config.keys() | wanted_config.keys()):
+        _check_equal(ref, key, given_config.get(key), wanted_config.get(key))
 
 
-def _same(ref: str, key: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-        text = f"{_WHAT} {ref!r} has {key} {found!r}, but the settings' expert {wanted!r}"
-        raise ConfigError(f"{text}; leave the settings' expert out to take over that of the {_WHAT}")
+def _check_equal(ref: str, key: str, given: Any, wanted: Any) -> None:
+    if given != wanted:
+        text = f"{_WHAT} {ref!r} has {key} {given!r}, but the settings' expert {wanted!r}"
+        raise ConfigError(f"{text}; leave the settings' expert out to use that of the {_WHAT}")

@@ -1,4 +1,4 @@
-"""`lutetia generate`: clips from a stitched mixture."""
+"""`lutetia generate`: make clips with a mixture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the clip shows, in words the run was trained on.", metavar="PROMPT")],
     mixture: Annotated[Path, setting("MIXTURE", "The mixture's folder.")],
     out: Annotated[Path, setting("GENERATE_OUT", "File to write, .mp4 or .gif.")] = Path("clip.mp4"),
-    mode: Annotated[Mode | None, setting("MODE", "How experts are chosen; the mixture's own way without.")] = None,
+    mode: Annotated[Mode | None, setting("MODE", "How experts are chosen; the mixture's own way if not given.")] = None,
     steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
     guidance: Annotated[float | None, setting("GUIDANCE", "Strength of the prompt.", min=0.0)] = None,
     seed: Annotated[int, setting("SEED", "Same seed, same clip.")] = 0,
@@ -44,15 +44,16 @@ def generate(
     for file, clip in zip(files, sampled.clips, strict=True):
         write_clip(clip, file, sampler.fps)
     document = {"files": [str(file) for file in files], "seed": seed, "experts": sampled.experts}
-    emit(document, as_json, lambda: f"wrote {', '.join(document['files'])}; experts used: {told(sampled.experts[0])}")
+    emit(document, as_json, lambda: f"wrote {', '.join(document['files'])}; experts used: {usage(sampled.experts[0])}")
 
 
 def numbered(out: Path, n: int) -> list[Path]:
+    """The files of `n` clips: `out` itself, or `out` with `-1`, `-2`, … before its ending."""
     return [out] if n == 1 else [out.with_name(f"{out.stem}-{index + 1}{out.suffix}") for index in range(n)]
 
 
-def told(chosen: Sequence[dict[str, float]]) -> str:
-    """Which experts one clip's steps used: `digits 23 of 25 steps, shapes 2 of 25 steps`."""
+def usage(chosen: Sequence[dict[str, float]]) -> str:
+    """The experts that had the largest weight in one clip's steps: `digits in 23 of 25 steps, shapes in 2 of 25 steps`."""
     counts: dict[str, int] = {}
     for step in chosen:
         best = max(step, key=lambda name: step[name])

@@ -162,5 +162,5 @@ lutetia generate "{prompt}" --mixture mixture --out clip.mp4
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("mixture", trust_remote_code=True)
-clips = pipeline(["{prompt}"], seed=0).frames  # uint8 [clips, frames, height, width, 3]
+clips = pipeline(["{prompt}"], seed=0).frames  # float32 in 0…1, [clips, frames, height, width, 3]
 ```"""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from lutetia.cli.demo.curves import LossCurve, loss_curves
 from lutetia.cli.demo.report import DemoReport, write_report
-from lutetia.cli.local.gallery import GalleryRow, compose, write_gif, write_mp4
+from lutetia.cli.local.gallery import MP4_SECONDS, GalleryRow, compose
+from lutetia.models.video_files import write_gif, write_mp4
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import LutetiaError
@@ -108,4 +109,4 @@ def write_gallery(samples: Samples, folder: Path) -> None:
     """`samples.gif` and `samples.mp4`."""
     pictures = compose(samples.rows, ("real clip", "mixture", samples.single.split(" (")[0] + " alone"))
     write_gif(pictures, folder / "samples.gif", samples.fps)
-    write_mp4(pictures, folder / "samples.mp4", samples.fps)
+    write_mp4(pictures, folder / "samples.mp4", samples.fps, seconds=MP4_SECONDS)

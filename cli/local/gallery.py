@@ -1,46 +1,50 @@
-"""Clips side by side under their prompts, as one gif and one mp4."""
+"""Galleries: clips side by side under their prompts, as pictures; and one clip as a GIF or MP4 file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lutetia.system.files import atomic_path
+from lutetia.models.video_files import write_gif, write_mp4
+from lutetia.system.errors import UsageError
 from lutetia.system.letters import font
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from PIL import Image, ImageDraw
 
+    from lutetia.models.video_files import Frames
     from lutetia.system.letters import Font
-
-    Frames = NDArray[np.uint8]  # [frames, height, width, 3]
 
 CELL, GAP, MARGIN, LINE = 128, 6, 14, 19  # pixels
 GROUND, INK, FAINT = (24, 26, 32), (240, 240, 236), (150, 154, 164)
-MP4_SECONDS = 10.0  # short clips are repeated up to about this length
+MP4_SECONDS = 10.0  # a gallery of short clips is repeated up to about this length
 
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One prompt and its clips in the order of the headings; all clips have the same number of frames."""
+    """One prompt and its clips, uint8 [frames, height, width, 3], in the order of the headings; shorter clips are repeated."""
 
     prompt: str
     clips: tuple[Frames, ...]
 
 
 def compose(rows: Sequence[GalleryRow], headings: Sequence[str], cell: int = CELL, columns: int = 0) -> list[Image.Image]:
-    """One picture per frame: a block per prompt, title above, clips side by side. `columns` of blocks, 0 chooses."""
+    """One picture per frame, with a block per prompt: the prompt above, its clips side by side.
+
+    Args:
+        rows: the prompts and their clips.
+        headings: one per clip of a row.
+        cell: side of a clip's square, pixels.
+        columns: columns of blocks. 0: one for up to four prompts, else two.
+    """
     from PIL import Image, ImageDraw
 
     columns = columns or (1 if len(rows) <= 4 else 2)
     sheet = _Sheet.fitting(rows, headings, cell, columns)
     ground = Image.new("RGB", (sheet.width, sheet.height), GROUND)
-    sheet.draw_words(ImageDraw.Draw(ground), rows, headings)
+    sheet.draw_texts(ImageDraw.Draw(ground), rows, headings)
     pictures = []
     for frame in range(max(len(clip) for row in rows for clip in row.clips)):
         picture = ground.copy()
@@ -53,13 +57,13 @@ def compose(rows: Sequence[GalleryRow], headings: Sequence[str], cell: int = CEL
 
 @dataclass(frozen=True)
 class _Sheet:
-    """Where everything stands on the page."""
+    """The layout of a gallery, in pixels."""
 
     cell: int
     columns: int
-    clips: int
+    clips: int  # per prompt
     lines: int  # of the longest wrapped prompt
-    count: int
+    count: int  # of prompts
 
     @classmethod
     def fitting(cls, rows: Sequence[GalleryRow], headings: Sequence[str], cell: int, columns: int) -> _Sheet:
@@ -91,7 +95,7 @@ class _Sheet:
         left, top = self.corner(index)
         return left + clip * (self.cell + GAP), top + self.lines * LINE + 4
 
-    def draw_words(self, draw: ImageDraw.ImageDraw, rows: Sequence[GalleryRow], headings: Sequence[str]) -> None:
+    def draw_texts(self, draw: ImageDraw.ImageDraw, rows: Sequence[GalleryRow], headings: Sequence[str]) -> None:
         for block in range(min(self.columns, len(rows))):
             for clip, heading in enumerate(headings):
                 left, _ = self.place(block, clip)
@@ -120,7 +124,7 @@ def wrap(text: str, face: Font, width: float) -> list[str]:
 
 
 def enlarge(frame: Frames, cell: int) -> Image.Image:
-    """The frame as a square-fitted picture of `cell` pixels on its longer side's box."""
+    """The frame scaled to fit a square of `cell` pixels, centred on the ground colour."""
     from PIL import Image
 
     picture = Image.fromarray(frame)
@@ -128,66 +132,35 @@ def enlarge(frame: Frames, cell: int) -> Image.Image:
     fitted = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     if fitted.size == (cell, cell):
         return fitted
-    box = Image.new("RGB", (cell, cell), GROUND)
-    box.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
-    return box
-
-
-def write_gif(pictures: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """An endless gif with one palette for all frames, so that colours do not flicker."""
-    from PIL import Image
-
-    strip = Image.new("RGB", (pictures[0].width, pictures[0].height * min(4, len(pictures))))
-    for slot in range(min(4, len(pictures))):
-        strip.paste(pictures[slot * len(pictures) // min(4, len(pictures))], (0, slot * pictures[0].height))
-    palette = strip.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    frames = [picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
-    with atomic_path(path) as part:
-        frames[0].save(
-            part, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, optimize=False
-        )
-
-
-def write_mp4(pictures: Sequence[Image.Image], path: Path, fps: float, seconds: float = MP4_SECONDS) -> None:
-    """H.264 that every player shows; the clip is repeated up to about `seconds`."""
-    import av
-
-    repeats = max(1, round(seconds * fps / len(pictures)))
-    with atomic_path(path) as part, av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = pictures[0].width, pictures[0].height, "yuv420p"
-        stream.options = {"crf": "16", "preset": "veryfast", "threads": "2"}
-        for picture in list(pictures) * repeats:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
+    square = Image.new("RGB", (cell, cell), GROUND)
+    square.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
+    return square
 
 
 def check_ending(path: Path) -> None:
-    """Raises UsageError unless `path` ends like a file that `write_clip` writes."""
-    from lutetia.system.errors import UsageError
-
+    """Raises UsageError unless the ending of `path` is one that `write_clip` writes."""
     if path.suffix.lower() not in (".gif", ".mp4"):
         raise UsageError(f"cannot write a clip as {path.suffix or path.name!r}; end --out with .mp4 or .gif")
 
 
 def write_clip(frames: Frames, path: Path, fps: float) -> None:
-    """One clip as gif or mp4 by the ending of `path`. Raises UsageError for another."""
+    """Write one clip as GIF or MP4, by the ending of `path`, small clips enlarged. Raises UsageError for another ending."""
     check_ending(path)
     largest = max(frames.shape[1:3])
     side = largest * max(1, CELL * 2 // largest)
-    pictures = [_evenly(enlarge_plain(frame, side / largest)) for frame in frames]
+    pictures = [_cropped_even(_scaled(frame, side / largest)) for frame in frames]
     if path.suffix.lower() == ".gif":
         write_gif(pictures, path, fps)
     else:
-        write_mp4(pictures, path, fps, seconds=len(pictures) / fps)
+        write_mp4(pictures, path, fps)
 
 
-def enlarge_plain(frame: Frames, scale: float) -> Image.Image:
+def _scaled(frame: Frames, scale: float) -> Image.Image:
     from PIL import Image
 
     picture = Image.fromarray(frame)
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
 
 
-def _evenly(picture: Image.Image) -> Image.Image:
+def _cropped_even(picture: Image.Image) -> Image.Image:
     return picture.crop((0, 0, picture.width - picture.width % 2, picture.height - picture.height % 2))

@@ -1,4 +1,4 @@
-"""Clips from a mixture folder, and which experts made them."""
+"""Samples clips from a mixture folder, and tells which experts made them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lutetia.cli.local.gallery import Frames
+    from lutetia.models.video_files import Frames
 
 
 @dataclass(frozen=True)
 class SampledClips:
-    """Clips uint8 [F, H, W, 3], and for each of them the experts' weights (by name) in every step."""
+    """`clips`: uint8 [F, H, W, 3] each. `experts`: for each clip and step, the weights of the experts that took part, by name."""
 
     clips: list[Frames]
     experts: list[list[dict[str, float]]]
@@ -43,13 +43,24 @@ class MixtureLoader:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> SampledClips:
-        """One clip per prompt, from the noise of `seed`, `seed + 1`, …; what is None is the mixture's own choice.
+        """One clip per prompt. What is None is the mixture's own choice.
 
-        `expert` samples that expert alone. Raises UsageError for prompts and options that the mixture cannot take.
+        Args:
+            prompts: what the clips show, in words.
+            seed: clip i starts from noise of `seed + i`.
+            expert: ask this expert alone, without the router.
+            mode: how experts are chosen: top1, top2, full or sticky.
+            steps: steps of the ODE solver.
+            guidance: strength of the prompt.
+
+        Raises:
+            UsageError: a prompt or an option that the mixture cannot take.
         """
+        from lutetia.models.video_files import to_uint8
+
         output = self.pipeline(list(prompts), steps, guidance, mode=mode, expert=expert, seed=seed)
         experts = [[_named(self.names, step[clip]) for step in output.routing] for clip in range(len(prompts))]
-        return SampledClips(list(output.frames), experts)
+        return SampledClips(list(to_uint8(output.frames)), experts)
 
 
 def _named(names: Sequence[str], weights: Any) -> dict[str, float]:

@@ -145,11 +145,12 @@ class WorkerProcess:
     def gallery(self, mixture: str, out: str) -> dict[str, Any]:
         """Sample the manifest's prompts, each from its own fixed noise, and replace the folder `out`."""
         from lutetia.models.pipeline import load_pipeline
+        from lutetia.models.video_files import to_uint8
 
         pipeline = load_pipeline(mixture, experts_in_memory=2)
         prompts = list(self.manifest.sampling.prompts)
         frames, _ = pipeline(prompts, seed=0, return_dict=False)
-        write_gallery(Path(out), prompts, frames, pipeline.fps)
+        write_gallery(Path(out), prompts, to_uint8(frames), pipeline.fps)
         return {"clips": len(prompts)}
 
     def _holdout(self, path: str) -> ShardData:
@@ -187,6 +188,8 @@ def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> Non
     """One GIF per prompt from uint8 `frames` [N, F, H, W, 3], and `gallery.json` that names them."""
     from PIL import Image
 
+    from lutetia.models.video_files import write_gif
+
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
         listed = []
@@ -194,7 +197,7 @@ def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> Non
             factor = max(1, _GALLERY_PIXELS // max(clip.shape[1:3]))
             pictures = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), 0) for frame in clip]
             name = f"{index:03d}.gif"
-            pictures[0].save(part / name, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+            write_gif(pictures, part / name, fps, shared_palette=False)
             listed.append({"prompt": prompt, "file": name, "seed": index})
         (part / "gallery.json").write_text(json.dumps({"clips": listed}, indent=1, ensure_ascii=False))
         part.chmod(0o755)

@@ -1,13 +1,15 @@
 """Experts: any of the diffusers video transformers below, named by class and config, called in one way.
 
-An expert keeps its diffusers class, config and weights untouched, so its folder loads alone with `from_pretrained`. What differs
-between the classes is only how `forward` wants its arguments; one `Family` per class says so. Shapes of a call:
+An expert keeps its diffusers class, config and weights unchanged, so its folder loads alone with `from_pretrained`. The classes
+differ only in the arguments of `forward`; one `Family` per class handles that. Shapes of a call:
 `latents [B, C, F, H, W]`, `time [B]` in [0, 1] with 1 = noise, `tokens [B, L, D]`, `pooled [B, P]`.
 The null condition (dropped text, the unguided branch) is `tokens = 0, pooled = 0`.
 
-An expert whose config has more input than output channels is shown *position channels* beside the noisy latents (as models for
-image-to-video are shown their condition): its `in_channels` are C + P with P a multiple of 6. A model with rotary positions only,
-like Wan, cannot tell where in the frame it is while everything around is noise; fixed maps of frame, row and column tell it.
+To add a class, add an entry to `FAMILIES`.
+
+If an expert's config has more input than output channels, it gets *position channels* beside the noisy latents, in the way that
+image-to-video models get their condition: its `in_channels` are C + P with P a multiple of 6. A model with only rotary positions,
+such as Wan, cannot tell where in the frame it is while everything around is noise; fixed maps of frame, row and column tell it.
 """
 
 from __future__ import annotations
@@ -36,13 +38,16 @@ Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Family:
-    """How one diffusers class is called, and which config entries must agree with the latents and the text."""
+    """How one diffusers class is called, and the names of its config entries that must agree with the latents and the text."""
 
     call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """(model, latents [B, C, F, H, W], timestep [B] in 0…1000, tokens, pooled) -> prediction like latents."""
     patch: Callable[[Any], Patch]
+    """Frames, height and width of a patch, from the config."""
     text_width: str
     pooled_width: str | None = None
-    packed: bool = False  # in_channels counts a whole patch
+    packed: bool = False
+    """Whether in_channels counts a whole patch."""
     text_tokens: str | None = None
 
 
@@ -52,11 +57,11 @@ def _call_wan(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, poo
 
 def _call_hunyuan(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
     config = _config(model)
-    everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if pooled is None:
         pooled = tokens.new_zeros(len(tokens), config.pooled_projection_dim)
-    guidance = torch.full_like(timestep, TIMESTEPS) if config.guidance_embeds else None  # 1.0: real data, nothing distilled
-    return model(x, timestep, tokens, everything, pooled, guidance, return_dict=False)[0]
+    guidance = torch.full_like(timestep, TIMESTEPS) if config.guidance_embeds else None  # 1.0: not distilled from a guided model
+    return model(x, timestep, tokens, mask, pooled, guidance, return_dict=False)[0]
 
 
 def _call_cogvideox(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
@@ -75,7 +80,7 @@ def _call_cogvideox(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tenso
 def _cogvideox_rotary(
     head: int, grid: Patch, base: tuple[int, int], patched_time: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """As `CogVideoXPipeline._prepare_rotary_positional_embeddings` makes it (versions 1.0 and, with `patched_time`, 1.5)."""
+    """Like `CogVideoXPipeline._prepare_rotary_positional_embeddings` (version 1.0, or 1.5 with `patched_time`)."""
     frames, *space = grid
     if patched_time:
         cosine, sine = get_3d_rotary_pos_embed(head, None, space, frames, grid_type="slice", max_size=base, device=device)
@@ -86,9 +91,9 @@ def _cogvideox_rotary(
 
 
 def resized_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where a grid (height, width) lies in the base grid that it is resized into: (top, left), (bottom, right).
+    """The region of the base grid that a grid (height, width) is resized into: (top, left), (bottom, right).
 
-    diffusers' `get_resize_crop_region_for_grid`, which only comes with a whole pipeline and its text encoder.
+    A copy of diffusers' `get_resize_crop_region_for_grid`, whose import would also import a pipeline and text encoders.
     """
     (height, width), (base_height, base_width) = grid, base
     if height / width > base_height / base_width:
@@ -100,13 +105,13 @@ def resized_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[
 
 
 def _call_ltx(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    """LTX takes a sequence of patches; packed and unpacked as `LTXPipeline._pack_latents` does."""
+    """LTX takes a sequence of patches; they are packed and unpacked as in `LTXPipeline._pack_latents`."""
     p_t, p, _ = _patch_ltx(_config(model))
     batch, channels, frames, height, width = x.shape
     f, h, w = frames // p_t, height // p, width // p
     patches = x.reshape(batch, channels, f, p_t, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
-    everything = torch.ones(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
-    out = model(patches, tokens, timestep, everything, num_frames=f, height=h, width=w, return_dict=False)[0]
+    mask = torch.ones(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
+    out = model(patches, tokens, timestep, mask, num_frames=f, height=h, width=w, return_dict=False)[0]
     return out.reshape(batch, f, h, w, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, frames, height, width)
 
 
@@ -131,7 +136,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(class_name: str) -> Family:
-    """Raises ConfigError for a class that has no adapter."""
+    """How experts of this class are called. Raises ConfigError for a class that is not supported."""
     try:
         return FAMILIES[class_name]
     except KeyError:
@@ -140,9 +145,9 @@ def family_of(class_name: str) -> Family:
 
 
 def build_expert(spec: ExpertSpec, seed: int | None = None) -> nn.Module:
-    """A freshly initialised expert on the CPU, float32; equal seeds give equal weights. The global generator is left alone.
+    """A newly initialised expert on the CPU in float32. Equal seeds give equal weights; torch's global generator is not used.
 
-    Raises ConfigError when the class is unknown, a config key is unknown, or diffusers refuses a value.
+    Raises ConfigError if the class or a config key is unknown, or if diffusers refuses a value.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0 if seed is None else seed)
@@ -163,7 +168,15 @@ def _construct(spec: ExpertSpec) -> nn.Module:
 
 
 def call_expert(model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> Tensor:
-    """The expert's raw prediction, shaped like the noisy latents `x_t [B, C, F, H, W]`, at its own schedule's time `t [B]`."""
+    """The expert's raw prediction, in the shape of `x_t`; position channels are added here.
+
+    Args:
+        model: the expert.
+        x_t: noisy latents on the expert's own path, `[B, C, F, H, W]`.
+        t: time on the expert's own schedule, in [0, 1] with 1 = noise, `[B]`.
+        tokens: `[B, L, D]`.
+        pooled: `[B, P]`, or None.
+    """
     family = family_of(type(model).__name__)
     extra = _input_channels(family, _config(model)) - x_t.shape[1]
     if extra:
@@ -176,7 +189,9 @@ def call_expert(model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled
 def position_channels(
     count: int, frames: int, height: int, width: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`[count, F, H, W]`, count = 6 n: for frame, row and column from -1 to 1, `sin` and `cos` of pi/2, pi, 2 pi, … times it."""
+    """Fixed maps `[count, F, H, W]`, count a multiple of 6: `sin` and `cos` of pi/2, pi, 2 pi, … times the frame, the row and the
+    column, each from -1 to 1.
+    """
     axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (frames, height, width)), indexing="ij")
     waves = [
         wave(math.pi * 2.0 ** (octave - 1) * axis)
@@ -188,7 +203,7 @@ def position_channels(
 
 
 def weight_schema(spec: ExpertSpec) -> Schema:
-    """Name, shape and dtype of every tensor of the expert's weights, unallocated. Raises ConfigError as `build_expert`."""
+    """Name, shape and dtype of every tensor of the expert's weights, without allocating them. Raises like `build_expert`."""
     return dict(_schema_of(canonical(spec)))
 
 
@@ -199,22 +214,24 @@ def _schema_of(document: bytes) -> Schema:
 
 
 def full_config(spec: ExpertSpec) -> dict[str, Any]:
-    """The expert's config with the class's defaults where it names nothing. Raises ConfigError as `build_expert`."""
+    """The expert's config, completed with the defaults of its class. Raises like `build_expert`."""
     config = {key: value for key, value in _config(build_meta(spec)).items() if not key.startswith("_")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 def build_meta(spec: ExpertSpec) -> nn.Module:
-    """The expert without memory for its weights, to ask for names, shapes and config. Raises ConfigError as `build_expert`."""
+    """The expert without memory for its weights (names, shapes and config only). Raises like `build_expert`."""
     with torch.device("meta"):
         return _construct(spec)
 
 
 def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
-    """Raises ConfigError, naming both numbers, when the expert cannot take the run's latents or text, or draws by itself."""
+    """Raises ConfigError, naming both numbers, if the expert does not fit the run's latents or text, or has dropout."""
     model = build_meta(spec)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        raise ConfigError("the expert has dropout, whose masks no other device and split draws again; set it to 0")
+        raise ConfigError(
+            "the expert has dropout, whose masks cannot be replayed on another device or with another micro-batch; set it to 0"
+        )
     config = _config(model)
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
@@ -251,7 +268,7 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
 
 @torch.no_grad()
 def _rehearse(spec: ExpertSpec, latent: LatentSpec) -> None:
-    """One forward pass without memory or arithmetic, which finds the misfits that no rule above names."""
+    """One forward pass without memory or arithmetic. It finds the misfits that the rules of `check_fits` do not name."""
     with torch.device("meta"):
         x, t, text = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.text_tokens, latent.text_width)
         out = call_expert(_construct(spec), x, t, text, torch.empty(1, latent.pooled_width))

@@ -1,9 +1,9 @@
-"""What experts predict, how they are taught it, and how every prediction becomes one thing: the velocity of the flow.
+"""Objectives: what experts predict, their training loss, and the conversion of every prediction to the velocity of the flow.
 
 Flow time t runs from data (0) to noise (1) on the straight path `x_t = (1-t) x0 + t eps` with velocity `u = eps - x0`. An expert
-may live on another path, `z_s = A(s) x0 + B(s) eps`, and predict velocity, x0 (`sample`) or eps. Because the time with the same
-signal-to-noise ratio shows the expert the same picture up to scale, nothing is retrained: choose s with A/B = (1-t)/t, show it
-`z = c x_t` with c = A/(1-t) = B/t, and turn its answer into u (heterogeneous DDM, arXiv 2603.06741; conversion rederived).
+may be trained on another path, `z_s = A(s) x0 + B(s) eps`, and predict velocity, x0 (`sample`) or eps. At equal signal-to-noise
+ratio both paths show the same picture up to scale, so no expert has to be retrained: choose s with A/B = (1-t)/t, give the expert
+`z = c x_t` with c = A/(1-t) = B/t, and convert its answer to u (heterogeneous DDM, arXiv 2603.06741; conversion rederived).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lutetia.protocol.schema.manifest import ExpertSpec, TimeSampling
 Prediction = Literal["velocity", "sample", "epsilon"]
 Schedule = Literal["linear", "vp_cosine"]
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents on the expert's own path, its own time s [B] in [0, 1]) -> raw prediction."""
+"""(noisy latents [B, ...] on the expert's own path, its own time s [B] in [0, 1]) -> raw prediction like the latents."""
 
 T_MIN = 0.05  # floor of t where x0 is turned into a velocity ("Back to Basics", arXiv 2511.13720)
 ALPHA_MIN = 0.01  # floor of 1-t where eps is turned into x0 (heterogeneous DDM)
@@ -28,14 +28,22 @@ X0_LIMIT = 20.0  # and the clamp on that x0; latents have unit variance
 
 
 def matched(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The expert's own time s with the signal-to-noise ratio of flow time t, and the scale c of its input `z = c x_t`."""
+    """The expert's own time s at the signal-to-noise ratio of flow time t, and the scale c of its input `z = c x_t`; both [B]."""
     if schedule == "linear":
         return t, torch.ones_like(t)
     return torch.atan2(t, 1 - t) * (2 / math.pi), 1 / torch.hypot(1 - t, t)  # A = cos(pi s/2), B = sin(pi s/2)
 
 
 def to_velocity(prediction: Prediction, schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The flow's velocity at (x_t, t) from the raw answer `out` that the expert gave to `(c x_t, s)`."""
+    """The flow's velocity, `[B, ...]`, from an expert's raw answer.
+
+    Args:
+        prediction: what the expert predicts.
+        schedule: the expert's path.
+        out: its answer to `(c x_t, s)`, `[B, ...]`.
+        x_t: noisy latents on the straight path, `[B, ...]`.
+        t: flow time, `[B]`.
+    """
     t = _columns(t, x_t)
     if prediction == "sample":
         return (x_t - out) / t.clamp_min(T_MIN)
@@ -50,9 +58,9 @@ def to_velocity(prediction: Prediction, schedule: Schedule, out: Tensor, x_t: Te
 
 
 def velocity(prediction: Prediction, schedule: Schedule, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
-    """Ask an expert of any kind for the flow's velocity at `x_t [B, ...]`, `t [B]`. Keeps the dtype of `x_t`.
+    """The flow's velocity at `x_t [B, ...]`, `t [B]`, asked of an expert of any kind. Keeps the dtype of `x_t`.
 
-    All but the expert's own work is done at least in single precision: noise turned into data is a difference of near numbers.
+    The conversion runs at least in single precision, because it subtracts nearly equal numbers.
     """
     exact = torch.promote_types(x_t.dtype, torch.float32)
     wide, time = x_t.to(exact), t.to(exact)
@@ -62,10 +70,18 @@ def velocity(prediction: Prediction, schedule: Schedule, predict: Predict, x_t: 
 
 
 def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The training loss of every row [B] at flow times `t [B]`, each the mean over the row's elements.
+    """The training loss of every row, `[B]`: the squared error's mean over the row's elements.
 
-    velocity: squared error of the own path's velocity. epsilon: of eps. sample: of the velocity that x0 implies,
-    `(x_t - x0)/max(t, T_MIN)`, clamped alike in target and prediction so that its minimiser is E[x0 | x_t] at every t.
+    `velocity`: error of the velocity on the expert's own path. `epsilon`: error of eps. `sample`: error of the velocity that x0
+    implies, `(x_t - x0) / max(t, T_MIN)`; target and prediction use the same floor, so that the minimiser is E[x0 | x_t] at
+    every t.
+
+    Args:
+        spec: prediction and noise schedule.
+        predict: the expert.
+        x0: clean latents, `[B, ...]`.
+        noise: standard normals, `[B, ...]`.
+        t: flow times, `[B]`.
     """
     s, scale = matched(spec.noise_schedule, t)
     time, scale = _columns(t, x0), _columns(scale, x0)
@@ -85,14 +101,14 @@ def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t:
 
 
 def times(sampling: TimeSampling, uniforms: Tensor) -> Tensor:
-    """Flow times of the run's distribution from uniforms in (0, 1): a logit-normal, then the resolution shift."""
+    """Flow times [B] of the run's distribution from uniforms [B] in (0, 1): a logit-normal, then the resolution shift."""
     normal = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
     s = torch.sigmoid(sampling.mean + sampling.std * normal)
     return shift_time(s, sampling.shift).float()
 
 
 def shift_time(s: Tensor, shift: float) -> Tensor:
-    """`shift s / (1 + (shift-1) s)`: the same signal-to-noise ratio at more pixels (SD3, Open-Sora 2.0)."""
+    """`shift s / (1 + (shift-1) s)`: keeps the signal-to-noise ratio when clips have more pixels (SD3, Open-Sora 2.0)."""
     return shift * s / (1 + (shift - 1) * s)
 
 

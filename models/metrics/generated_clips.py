@@ -16,6 +16,7 @@ from torch import Tensor
 from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.mixing.sampling import initial_noise
+from lutetia.models.video_files import to_uint8
 from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
 from lutetia.system.files import atomic_path
 
@@ -79,7 +80,7 @@ class MixtureSampler:
             list(prompts), asked.steps, asked.guidance, mode=asked.mode, expert=expert, seed=seeds[0],
             latents=initial_noise(self.pipeline.spec.shape, seeds), cut_prompts=True,
         )  # fmt: skip
-        return torch.from_numpy(output.frames), output.routing
+        return torch.from_numpy(to_uint8(output.frames)), output.routing
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""`mixture.json`: what a mixture folder holds, where it comes from, and the coordinator's signature over both. Without torch."""
+"""`mixture.json`: what a mixture folder holds, where it comes from, and the coordinator's signature. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _SIGNING_DOMAIN = b"lutetia-mixture-1\n"
 
 
 class ExpertEntry(Frozen):
-    """One shard's expert. `folder` and `checkpoint` are None while none of its checkpoints has been accepted."""
+    """One shard's expert."""
 
-    name: Name
-    folder: str | None
-    class_name: str
-    prediction: Literal["velocity", "sample", "epsilon"]
-    noise_schedule: Literal["linear", "vp_cosine"]
-    prior: float
-    epoch: int = Field(ge=0)
-    samples: int = Field(ge=0)
-    checkpoint: Digest | None = None
+    name: Name = Field(description="name of the shard")
+    folder: str | None = Field(description="its folder in the mixture; null while the shard has no accepted checkpoint")
+    class_name: str = Field(description="diffusers class of the expert")
+    prediction: Literal["velocity", "sample", "epsilon"] = Field(description="what the expert predicts")
+    noise_schedule: Literal["linear", "vp_cosine"] = Field(description="the noise path that it was trained on")
+    prior: float = Field(description="the shard's share of all clips, 0 to 1")
+    epoch: int = Field(ge=0, description="the accepted epoch that its weights are of; 0 without one")
+    samples: int = Field(ge=0, description="samples that it was trained on")
+    checkpoint: Digest | None = Field(default=None, description="digest of the accepted checkpoint; null without one")
 
 
 class MixtureDocument(Frozen):
-    """`files` are all other files of the folder by relative path; `manifest` is the digest of the run's manifest."""
+    """A mixture's contents and origin."""
 
-    format: Literal[1] = 1
-    name: Name
-    run: Digest
-    manifest: Digest
-    manifest_version: int
-    latent: LatentSpec
-    sampling: SamplingSpec
-    experts: tuple[ExpertEntry, ...]
-    files: dict[str, BlobRef]
+    format: Literal[1] = Field(default=1, description="version of this format")
+    name: Name = Field(description="name of the run")
+    run: Digest = Field(description="id of the run")
+    manifest: Digest = Field(description="digest of the run's manifest")
+    manifest_version: int = Field(description="version of that manifest")
+    latent: LatentSpec = Field(description="shapes of latents, text and clips, and the models that make them")
+    sampling: SamplingSpec = Field(description="how the run samples clips")
+    experts: tuple[ExpertEntry, ...] = Field(description="one entry per shard, in the shards' order")
+    files: dict[str, BlobRef] = Field(description="digest and size in bytes of all other files of the folder, by relative path")
 
     @property
     def digest(self) -> str:
@@ -51,10 +51,12 @@ class MixtureDocument(Frozen):
 
 
 class SignedMixture(Frozen):
-    """A mixture's description and a coordinator's signature over its canonical bytes (None: unsigned, made by hand)."""
+    """A mixture's description with its signature: the contents of `mixture.json`."""
 
-    mixture: MixtureDocument
-    signature: Signature | None = None
+    mixture: MixtureDocument = Field(description="the mixture's contents and origin")
+    signature: Signature | None = Field(
+        default=None, description="a coordinator's, over the canonical bytes of `mixture`; null for a mixture made by hand"
+    )
 
     @classmethod
     def sign(cls, document: MixtureDocument, sign: Callable[[bytes], str] | None) -> SignedMixture:
@@ -62,7 +64,7 @@ class SignedMixture(Frozen):
 
 
 def read_mixture(folder: Path) -> SignedMixture:
-    """The description of a mixture folder, unverified. Raises ConfigError when there is none or it is malformed."""
+    """The description of a mixture folder, not verified. Raises ConfigError if it is missing or malformed."""
     try:
         return SignedMixture.model_validate_json((folder / FILE).read_bytes())
     except OSError as error:
@@ -72,7 +74,7 @@ def read_mixture(folder: Path) -> SignedMixture:
 
 
 def signed_document(signed: SignedMixture, coordinators: Sequence[str], name: str) -> MixtureDocument:
-    """What a coordinator signed; `name` is for the error. Raises AuthorisationError: unsigned, or signed by somebody else."""
+    """The description, if one of `coordinators` (public keys) signed it; else raises AuthorisationError, naming `name`."""
     message = _SIGNING_DOMAIN + canonical(signed.mixture)
     if signed.signature is None or not any(verify(key, message, signed.signature) for key in coordinators):
         raise AuthorisationError(f"the mixture {name} is not signed by a coordinator of its run; fetch it from the run itself")
@@ -80,9 +82,15 @@ def signed_document(signed: SignedMixture, coordinators: Sequence[str], name: st
 
 
 def verify_mixture(folder: Path, coordinators: Sequence[str]) -> MixtureDocument:
-    """Check the signature against the run's coordinators and every file against its digest.
+    """The description of a mixture folder whose signature and files have been checked.
 
-    Raises AuthorisationError (unsigned, or signed by somebody else) or IntegrityError (file missing, changed or not listed).
+    Args:
+        folder: the mixture.
+        coordinators: public keys of the run's coordinators.
+
+    Raises:
+        AuthorisationError: unsigned, or signed with another key.
+        IntegrityError: a file is missing, changed or not listed.
     """
     document = signed_document(read_mixture(folder), coordinators, str(folder))
     for name, ref in document.files.items():
@@ -91,8 +99,8 @@ def verify_mixture(folder: Path, coordinators: Sequence[str]) -> MixtureDocument
             raise IntegrityError(f"the mixture {folder} lacks {name}; fetch it again")
         if ChunkTable.of_file(path).ref != ref:
             raise IntegrityError(f"{name} of the mixture {folder} was changed or damaged; fetch it again")
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    foreign = found - document.files.keys() - {FILE}
-    if foreign:
-        raise IntegrityError(f"the mixture {folder} holds {min(foreign)}, which its coordinator did not sign; fetch it again")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    unsigned = present - document.files.keys() - {FILE}
+    if unsigned:
+        raise IntegrityError(f"the mixture {folder} holds {min(unsigned)}, which its coordinator did not sign; fetch it again")
     return document

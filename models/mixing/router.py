@@ -1,11 +1,11 @@
-"""The router: which expert's data does this noisy latent come from? A small DiT classifier over (noisy latent, t, pooled text).
+"""The router: a small DiT classifier that tells from (noisy latent, t, pooled text) which shard a clip comes from.
 
-The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450), so the
-router must be *calibrated*, not just right: it is trained by cross-entropy on the natural mixture (shards drawn by their priors,
-never balanced), and its accuracy and calibration error are reported per bin of t.
+The flow of all data is the sum of the clusters' flows weighted by p(cluster | x_t, t, text) (DDM, arXiv 2501.05450). So the
+router must be *calibrated*, not only accurate: it is trained by cross-entropy on shards drawn by their priors (never balanced),
+and its accuracy and calibration error are reported per bin of t.
 
-At t = 1 the latent is noise and says nothing, so the router sees it weighted by 1 - t, the share of the data in it: the first
-decision of a path, which the others follow, is the text's alone (the priors', for a text-blind router).
+At t = 1 the latent is pure noise and carries no information, so the router's input is weighted by 1 - t, the share of data in it.
+The first decision of a path, which the later ones tend to follow, then depends on the text alone (on the priors, without text).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lutetia.models.tensor_files import read_document, write_tensors
 from lutetia.protocol.schema.manifest import LatentSpec, Manifest, RouterSpec
 from lutetia.system.errors import DataError, IntegrityError
 
-MAX_PATCHES = 32  # keeps the router near a tenth of an expert's cost, also where experts are tiny
+MAX_PATCHES = 32  # keeps the router's cost near a tenth of an expert's, even for tiny experts
 TIME_BINS = 10
 _CALIBRATION_BINS = 15
 _REPORT_NOISES = 4
@@ -40,7 +40,17 @@ _REPORT_NOISES = 4
 class VideoRouter(ModelMixin, ConfigMixin):
     """Logits over experts `[B, K]` from noisy latents `[B, C, F, H, W]`, flow time `[B]` and pooled text `[B, P]`.
 
-    `pooled_width` 0 makes it text-blind. `weighted` multiplies the latents by 1 - t. Saves and loads like every diffusers model.
+    Saves and loads like every diffusers model.
+
+    Args:
+        experts: K.
+        channels: C.
+        latent_size: (F, H, W).
+        patch_size: frames, height and width of a patch; each divides the latent's.
+        pooled_width: P; 0 makes a router that does not read the text.
+        hidden: width of the blocks.
+        layers: number of blocks.
+        weighted: multiply the latents by 1 - t. Saved routers without this entry were trained without it.
     """
 
     @register_to_config
@@ -53,13 +63,13 @@ class VideoRouter(ModelMixin, ConfigMixin):
         pooled_width: int = 0,
         hidden: int = 96,
         layers: int = 3,
-        weighted: bool = False,  # what a file without this entry was trained with
+        weighted: bool = False,
     ) -> None:
         super().__init__()
         self.weighted = weighted
         heads = max(1, hidden // 32)
         patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
-        p_t, p_h, p_w = patch_size  # a list when it comes from a file
+        p_t, p_h, p_w = patch_size  # a list if it was read from a file
         self.embed = nn.Conv3d(channels, hidden, (p_t, p_h, p_w), (p_t, p_h, p_w))
         self.place = nn.Parameter(torch.randn(1, patches, hidden) * 0.02)
         self.wave = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -105,23 +115,27 @@ class _Block(nn.Module):
 
 @dataclass(frozen=True)
 class RouterReport:
-    """On held-out clips drawn by the priors, with their text: overall and in ten equal bins of t. ece: calibration error."""
+    """How good a router is on held-out clips drawn by the priors, with their text."""
 
     accuracy: float
     accuracy_by_time: tuple[float, ...]
+    """In ten equal bins of t."""
     ece: float
+    """Expected calibration error, 0 to 1."""
     ece_by_time: tuple[float, ...]
     loss: float
+    """Mean cross-entropy, nats."""
     steps: int
+    """Steps it was trained for."""
 
 
 def build_router(manifest: Manifest, seed: int = 0) -> VideoRouter:
-    """The run's router, freshly initialised."""
+    """The run's router, newly initialised."""
     return router_of(manifest.latent, manifest.router, len(manifest.shards), seed)
 
 
 def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0, weighted: bool = True) -> VideoRouter:
-    """A router among `experts` for such latents, freshly initialised."""
+    """A newly initialised router among `experts` experts for such latents."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VideoRouter(
@@ -137,12 +151,12 @@ def router_of(latent: LatentSpec, spec: RouterSpec, experts: int, seed: int = 0,
 
 
 def write_router(router: VideoRouter, path: Path) -> None:
-    """The router's weights in one file that is whole or absent. Raises DiskError."""
+    """Write the router's weights to one file, whole or not at all. Raises DiskError."""
     write_tensors(path, {name: tensor.cpu() for name, tensor in router.state_dict().items()}, {"weighted": router.weighted})
 
 
 def read_router(manifest: Manifest, path: Path) -> VideoRouter:
-    """The run's router with the weights of `write_router`. Raises IntegrityError when they are another model's."""
+    """The run's router with weights written by `write_router`. Raises IntegrityError if they are of another model."""
     try:
         with safe_open(path, "pt") as file:
             weighted = bool(read_document(file.metadata()).get("weighted", False))
@@ -163,9 +177,19 @@ def train_router(
     on_progress: Callable[[int, int, float], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[VideoRouter, RouterReport]:
-    """Train the run's router on all shards' clips and report on `holdouts` (None: every tenth clip of `shards`, kept apart).
+    """Train the run's router on the clips of all shards and report on held-out clips. Equal arguments: equal router on a CPU.
 
-    `on_progress` is told (steps done, steps, loss). Equal arguments, equal router on a CPU. Raises DataError for missing shards.
+    Args:
+        manifest: the run.
+        shards: training clips, one entry per shard.
+        seed: of initial weights and noise.
+        steps: None: as many as the manifest's samples give.
+        holdouts: held-out clips, one entry per shard. None: every tenth clip of `shards`, which is then not trained on.
+        on_progress: called with (steps done, steps, loss) after every step.
+        device: where to train.
+
+    Raises:
+        DataError: a shard is missing.
     """
     if len(shards) != len(manifest.shards) or (holdouts is not None and len(holdouts) != len(shards)):
         raise DataError(f"the router needs the data of all {len(manifest.shards)} shards, not of {len(shards)}; fetch the others")
@@ -194,7 +218,7 @@ def train_router(
 
 @torch.no_grad()
 def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[ShardData], *, steps: int = 0) -> RouterReport:
-    """Accuracy and calibration of `router`; same clips, noise and times for every router of a run."""
+    """Accuracy and calibration of `router`, on the same clips, noise and times for every router of a run."""
     count = max(256, _REPORT_NOISES * sum(len(holdout) for holdout in holdouts))
     draw = stream(manifest.run_id, 0, 0, 0, "router report")
     rows = _choose(manifest, holdouts, draw, count, text_dropout=0.0)
@@ -218,12 +242,16 @@ def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[Sh
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the natural mixture: shard (`labels`) and clip of each, its time, and whether its text is shown. All [N]."""
+    """Clips drawn by the shards' priors; all fields [N]."""
 
     labels: Tensor
+    """The clip's shard."""
     clips: Tensor
+    """Its row in the shard."""
     t: Tensor
-    told: Tensor
+    """Flow time of its noise."""
+    with_text: Tensor
+    """Whether the router gets its text."""
 
     def split(self, size: int) -> list[_Rows]:
         parts = (getattr(self, field.name).split(size) for field in fields(self))
@@ -231,7 +259,7 @@ class _Rows:
 
 
 def _choose(manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Generator, count: int, text_dropout: float) -> _Rows:
-    """`count` rows by the shards' priors, with times uniform and stratified."""
+    """`count` rows drawn by the shards' priors, with uniform, stratified times."""
     priors = np.array([shard.prior for shard in manifest.shards])
     labels = draw.choice(len(shards), size=count, p=priors / priors.sum())
     clips = torch.tensor([int(draw.integers(len(shards[label]))) for label in labels])
@@ -240,12 +268,12 @@ def _choose(manifest: Manifest, shards: Sequence[ShardData], draw: np.random.Gen
 
 
 def _noisy(shards: Sequence[ShardData], rows: _Rows, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What the router sees of `rows`: noisy latents, times and pooled texts."""
+    """The router's inputs for `rows`: noisy latents, times and pooled texts."""
     places = list(zip(rows.labels.tolist(), rows.clips.tolist(), strict=True))
     latents = torch.stack([shards[label].latents[clip] for label, clip in places]).float()
     pooled = torch.stack([shards[label].pooled[clip] for label, clip in places])
     noisy = torch.lerp(latents, normals(draw, tuple(latents.shape)), rows.t.view(-1, 1, 1, 1, 1))
-    return noisy, rows.t, pooled * rows.told[:, None]
+    return noisy, rows.t, pooled * rows.with_text[:, None]
 
 
 def _split(shards: Sequence[ShardData]) -> tuple[list[ShardData], list[ShardData]]:
@@ -256,14 +284,14 @@ def _split(shards: Sequence[ShardData]) -> tuple[list[ShardData], list[ShardData
 
 
 def _calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """How far confidence and accuracy lie apart, over equal bins of confidence weighted by their share (Guo et al. 2017)."""
+    """The gap between confidence and accuracy, averaged over equal bins of confidence by their share (Guo et al. 2017)."""
     bins = (confidence * _CALIBRATION_BINS).long().clamp(0, _CALIBRATION_BINS - 1)
     gaps = [((bins == b).float().mean(), (right - confidence)[bins == b]) for b in bins.unique().tolist()]
     return sum((share * gap.mean().abs()).item() for share, gap in gaps)
 
 
 def _patch_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The patch that leaves at most MAX_PATCHES: the longest axis is divided by its smallest factor, again and again."""
+    """A patch that gives at most MAX_PATCHES: divide the longest axis by its smallest factor until it does."""
     counts, patch = list(size), [1, 1, 1]
     while math.prod(counts) > MAX_PATCHES:
         axis = max(range(3), key=lambda a: counts[a])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,24 +12,42 @@ from lutetia.models.experts.objectives import shift_time
 from lutetia.models.mixture import MixtureTransformer, Mode, combine
 from lutetia.models.randomness import normals, stream
 
-StepDone = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class SamplingState:
+    """What one step turns into the next: the latents of N clips, and the texts of the two branches of guidance."""
+
+    latents: Tensor
+    """[N, C, F, H, W]"""
+    tokens: Tensor
+    """[N, L, D]: the prompts' token vectors."""
+    pooled: Tensor
+    """[N, P]: the prompts' pooled vectors. The router reads these for both branches."""
+    negative_tokens: Tensor
+    """[N, L, D]: the text that guidance leads away from; zeros for the null condition."""
+    negative_pooled: Tensor
+    """[N, P]"""
+
+
+StepDone = Callable[[int, SamplingState], SamplingState | None]
+"""(step, from 0; state after it) -> the state to continue from, or None to stop here."""
 
 
 @dataclass(frozen=True)
 class SampledLatents:
-    """`latents [N, C, F, H, W]` and the experts' weights of every step, `routing [steps, N, K]`."""
+    """`latents [N, C, F, H, W]`, and the experts' weights at every step that was taken, `routing [steps, N, K]`."""
 
     latents: Tensor
     routing: Tensor
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """`steps + 1` times from 1 (noise) to 0 (data), as FlowMatchEuler's sigmas; a `shift` above 1 looks longer at high noise."""
+    """`steps + 1` times from 1 (noise) to 0 (data), as FlowMatchEuler's sigmas; a `shift` above 1 adds steps at high noise."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
 def initial_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
-    """`[len(seeds), *shape]` standard normals: a seed gives the same noise in whatever batch and on whatever device."""
+    """Standard normals `[len(seeds), *shape]`. A seed gives the same noise in any batch and on any device."""
     return torch.stack([normals(stream("sample", 0, 0, seed, "noise"), shape) for seed in seeds])
 
 
@@ -42,44 +60,62 @@ def sample(
     *,
     times: Tensor,
     guidance: float = 1.0,
+    negative: tuple[Tensor, Tensor] | None = None,
     mode: Mode | None = None,
     expert: int | None = None,
     seeds: Sequence[int] | None = None,
     on_step: StepDone | None = None,
 ) -> SampledLatents:
-    """Integrate the flow from `noise [N, C, F, H, W]` at `times[0]` to `times[-1]` for texts `tokens [N, L, D]`, `pooled [N, P]`.
+    """Integrate the flow from `noise` at `times[0]` to `times[-1]`.
 
-    `v = v(null) + guidance (v(text) - v(null))`, both branches with the same experts and weights. `expert` asks that one alone.
+    The velocity of a step is `v(negative) + guidance (v(text) - v(negative))`; both branches use the same experts and weights.
     Experts and router run in the dtype of `tokens`; the path itself is kept in the dtype of `noise`.
+
+    Args:
+        tokens: the prompts' token vectors, [N, L, D].
+        pooled: the prompts' pooled vectors, [N, P].
+        noise: the starting latents, [N, C, F, H, W].
+        times: flow times, falling from 1 (noise) to 0 (data), [steps + 1].
+        guidance: strength of the prompt; 1 asks the experts once per step, without the negative branch.
+        negative: token and pooled vectors that guidance leads away from. None: the null condition, zeros.
+        mode: how experts are chosen. None: the mixture's own mode.
+        expert: ask this expert alone, without the router.
+        seeds: one per clip, for `sticky`.
+        on_step: called after every step; may replace the state or stop the sampling.
     """
+    null_tokens, null_pooled = negative or (torch.zeros_like(tokens), torch.zeros_like(pooled))
+    state = SamplingState(noise, tokens, pooled, null_tokens, null_pooled)
     mixture.begin()
-    x, routing = noise, []
+    routing = []
     for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
+        x = state.latents
         t = torch.full((len(x),), now, device=x.device)
-        weights = _decide(mixture, x.to(tokens.dtype), t, pooled, mode, expert, seeds)
-        x = x + (then - now) * guided_velocity(mixture, x, t, tokens, pooled, weights, guidance)
+        weights = _decide(mixture, x.to(state.tokens.dtype), t, state.pooled, mode, expert, seeds)
+        x = x + (then - now) * _guided_velocity(mixture, state, t, weights, guidance)
+        state = replace(state, latents=x)
         routing.append(weights.float().cpu())
-        if on_step:
-            on_step(step + 1, len(times) - 1)
-    return SampledLatents(x, torch.stack(routing))
+        changed = on_step(step, state) if on_step else state
+        if changed is None:
+            break
+        state = changed
+    return SampledLatents(state.latents, torch.stack(routing))
 
 
-def guided_velocity(
-    mixture: MixtureTransformer, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, weights: Tensor, guidance: float
-) -> Tensor:
+def _guided_velocity(mixture: MixtureTransformer, state: SamplingState, t: Tensor, weights: Tensor, guidance: float) -> Tensor:
     """The velocity under guidance; both branches go through each expert as one batch."""
+    x = state.latents
     if guidance == 1:
-        return combine(mixture.expert, weights, x, t, tokens, pooled)
+        return combine(mixture.expert, weights, x, t, state.tokens, state.pooled)
     both = combine(
         mixture.expert,
         torch.cat([weights, weights]),
         torch.cat([x, x]),
         torch.cat([t, t]),
-        torch.cat([tokens, torch.zeros_like(tokens)]),
-        torch.cat([pooled, torch.zeros_like(pooled)]),
+        torch.cat([state.tokens, state.negative_tokens]),
+        torch.cat([state.pooled, state.negative_pooled]),
     )
-    given, null = both.chunk(2)
-    return torch.lerp(null, given, guidance)
+    given, negative = both.chunk(2)
+    return torch.lerp(negative, given, guidance)
 
 
 def _decide(

@@ -1,10 +1,14 @@
-"""Stitching: accepted experts and the router become one diffusers folder, replaced as a whole.
+"""Stitching: write accepted experts and the router as one diffusers folder, which is replaced as a whole.
 
-model_index.json   pipeline and components, as diffusers reads them       mixture.json   provenance, digests, signature
-expert_000/ …      one stock diffusers model each, loads alone             router/        VideoRouter
-transformer/       the mixture's config: experts, routing                  scheduler/     FlowMatchEulerDiscreteScheduler
-vae/               the autoencoder, where it ships with us or is a local folder; hub ids stay references
-pipeline.py        two lines by which diffusers finds our pipeline class  README.md      how to load it
+model_index.json   pipeline and components, as diffusers reads them
+expert_000/ …      one stock diffusers model each, which loads alone
+transformer/       the mixture's config: experts, routing
+router/            VideoRouter
+scheduler/         FlowMatchEulerDiscreteScheduler
+vae/               the autoencoder, if it is built in or a local folder; a hub id stays a reference
+pipeline.py        two lines by which diffusers finds the pipeline class
+mixture.json       origin, digests, signature
+README.md          how to load it
 """
 
 from __future__ import annotations
@@ -53,13 +57,13 @@ tags: [decentralized-diffusion-model, lutetia]
 ---
 # {name}
 
-A mixture of {count} experts for text-to-video, trained in isolation on one shard of the data each (run `{run}`).
+A mixture of {count} experts for text-to-video. Each was trained alone, on one shard of the data (run `{run}`).
 
 ```python
 from diffusers import DiffusionPipeline  # needs: pip install lutetia
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
-frames = pipe(["{prompt}"], seed=0).frames  # uint8 [1, {frames}, {height}, {width}, 3]
+frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
 ```
 
 `trust_remote_code` runs the two lines of `pipeline.py`. Without it: `lutetia.models.pipeline.load_pipeline("path/to/this")`.
@@ -75,11 +79,22 @@ def stitch(
     accepted: Sequence[AcceptanceRecord] = (),
     sign: Callable[[bytes], str] | None = None,
 ) -> str:
-    """Write the mixture of `weights` into `folder`, whole or not at all, and return the digest of its description.
+    """Write a mixture, whole or not at all. Returns the digest of its description.
 
-    `weights[i]` is the file that `accepted[i]` names; shards without an acceptance are left out and never routed to. Without
-    `accepted`, one file per shard. `router`: a model, a file of `write_router`, or None for a run of one shard. Weights are
-    hard-linked where the file system can, so a stitch costs no copy. Raises CheckpointRefused, ConfigError or DiskError.
+    Weights are hard-linked if the file system can do that, so stitching copies nothing large.
+
+    Args:
+        folder: the mixture to replace.
+        manifest: the run.
+        weights: one checked file per entry of `accepted`; without `accepted`, one per shard.
+        router: a model, a file of `write_router`, or None for a run of one shard.
+        accepted: the acceptances of the checkpoints. A shard without one is left out and never routed to.
+        sign: signs the description; None leaves it unsigned.
+
+    Raises:
+        CheckpointMisfit: weights do not fit their shard's expert.
+        ConfigError: weights or the router are missing.
+        DiskError: the folder cannot be written.
     """
     shards = [record.shard for record in accepted] if accepted else list(range(len(manifest.shards)))
     if len(weights) != len(shards) or not shards:
@@ -90,8 +105,8 @@ def stitch(
         raise ConfigError(f"a mixture of {len(manifest.shards)} shards needs a router; train it first")
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.*.part"):  # by a stitch that was killed
-            shutil.rmtree(left)
+        for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a stitch that was killed
+            shutil.rmtree(leftover)
         build = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             os.chmod(build, 0o755)
@@ -139,6 +154,7 @@ def _fill(
 
 
 def expert_folder(shard: int) -> str:
+    """The name of a shard's expert in the mixture's folder."""
     return f"expert_{shard:03d}"
 
 
@@ -159,11 +175,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_vae(folder: Path, latent: LatentSpec) -> str | None:
-    """The class name of the autoencoder that was copied, or None where it is a reference (a hub id) or there is none (pixels)."""
+    """Copy the autoencoder. Returns its class name, or None if it stays a reference (a hub id) or there is none (pixels)."""
     source = demo_autoencoder() if latent.vae == "builtin:demo" else Path(latent.vae).expanduser()
     if not (source / "config.json").is_file():
         if Path(latent.vae).is_absolute():
-            log.warning("the run's autoencoder %s is not on this box: the mixture is made without it; copy it there", latent.vae)
+            log.warning("autoencoder %s is not on this machine: stitching without it; copy it there", latent.vae)
         return None
     shutil.copytree(source, folder)
     return str(json.loads((folder / "config.json").read_text())["_class_name"])
@@ -211,7 +227,7 @@ def _model_index(manifest: Manifest, vae: str | None) -> dict[str, Any]:
 
 
 def _readme(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
-    there = next(entry for entry in entries if entry.folder)
+    first = next(entry for entry in entries if entry.folder)
     latent = manifest.latent
     return _README.format(
         name=manifest.name,
@@ -221,13 +237,13 @@ def _readme(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
         frames=latent.pixel_frames,
         height=latent.pixel_height,
         width=latent.pixel_width,
-        class_name=there.class_name,
-        expert=there.folder,
+        class_name=first.class_name,
+        expert=first.folder,
     )
 
 
 def _hashed(build: Path, known: Mapping[str, BlobRef]) -> dict[str, BlobRef]:
-    """Every file written so far by relative path; accepted weights are known by the name under which they were fetched."""
+    """Digest and size of every file written so far, by relative path. `known` ones (accepted weights) are not hashed again."""
     names = sorted(path.relative_to(build).as_posix() for path in build.rglob("*") if path.is_file())
     return {name: known.get(name) or ChunkTable.of_file(build / name).ref for name in names}
 

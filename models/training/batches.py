@@ -1,4 +1,4 @@
-"""One training batch as a function of its place in the run: which clips, how much noise, which noise, whose text is dropped."""
+"""One training batch as a function of its place in the run: its clips, times, noise and dropped texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from lutetia.protocol.schema.manifest import Manifest
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step: `latents` and `noise` [B, C, F, H, W], `time` [B] in flow time, `tokens` [B, L, D], `pooled` [B, P]."""
+    """The rows of one step."""
 
     latents: Tensor
+    """[B, C, F, H, W]"""
     noise: Tensor
+    """[B, C, F, H, W]"""
     time: Tensor
+    """[B], flow time in (0, 1)"""
     tokens: Tensor
+    """[B, L, D]; zeros where the text is dropped"""
     pooled: Tensor
+    """[B, P]; zeros where the text is dropped"""
 
     def rows(self, first: int, last: int) -> Batch:
-        """The micro-batch `first:last`; views, no copies."""
+        """The micro-batch of rows `first` to `last - 1`; views, not copies."""
         return Batch(*(tensor[first:last] for tensor in self._tensors()))
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`; copies to an accelerator go through pinned memory and do not block."""
+        """The batch on `device`; copies to an accelerator use pinned memory and do not block."""
         if device.type == "cpu":
             return self
         return Batch(*(_pinned(tensor, device).to(device, non_blocking=True) for tensor in self._tensors()))
@@ -42,29 +47,29 @@ class Batch:
 
 
 class Batches:
-    """The batches of one shard's run. Made on the CPU in float32, so that they are the same wherever they are replayed."""
+    """Makes the batches of one shard, on the CPU in float32, so that every machine replays the same ones."""
 
     def __init__(self, manifest: Manifest, shard: int, data: ShardData) -> None:
         self._run, self._shard, self._data = manifest.run_id, shard, data
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
 
     def at(self, epoch: int, step: int) -> Batch:
-        """The batch of `step` (0, 1, …) of `epoch`.
+        """The batch of `step` (0, 1, …) of `epoch` (0, 1, …).
 
-        Times are stratified: row i's uniform lies in the i-th of B equal strata, which leaves every row's distribution as it is
-        (rows are in random order) and takes most of the variance out of a small batch's loss.
+        Times are stratified: row i's uniform lies in the i-th of B equal strata. As clips come in random order, every clip's
+        time keeps its distribution, and a small batch's loss varies far less.
         """
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
         order = clip_order(self._run, self._shard, len(self._data), (epoch * self._steps + step) * size, size)
         clips = torch.from_numpy(order)
         latents = self._data.latents[clips]
-        jitter, fate = stream(*place, "rows").random((2, size))
-        kept = torch.from_numpy((fate >= self._settings.text_dropout).astype(np.float32))
+        jitter, dropout = stream(*place, "rows").random((2, size))
+        kept = torch.from_numpy((dropout >= self._settings.text_dropout).astype(np.float32))
         return Batch(
             latents=latents,
             noise=normals(stream(*place, "noise"), tuple(latents.shape)),
             time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
-            tokens=self._data.tokens[clips].mul_(kept[:, None, None]),  # dropped text is the null condition: zeros
+            tokens=self._data.tokens[clips].mul_(kept[:, None, None]),  # the null condition is zeros
             pooled=self._data.pooled[clips].mul_(kept[:, None]),
         )
 

@@ -1,7 +1,7 @@
-"""Is this file what the manifest says a checkpoint must be? Asked before any tensor of a stranger is used.
+"""Checks that a file is what the manifest says a checkpoint must be, before any tensor of another peer is used.
 
 Cheapest first: size of the header, names, shapes, dtypes, then (reading one tensor at a time) finite numbers and norm bounds.
-Only safetensors is read; there is nothing to execute in it.
+Only safetensors is read: the format holds nothing that could be executed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Reason = Literal["missing", "extra", "shape", "dtype", "non-finite", "norm", "he
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_ROOT_MEAN_SQUARE = 100.0  # trained weights lie around 0.01 to 1
-MAX_TRACE = 1 << 20
+MAX_TRACE = 1 << 20  # losses
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 class CheckpointMisfit(IntegrityError):
-    """A checkpoint file that does not fit the manifest; `reason` is the kind of misfit, the text names file and tensor."""
+    """A checkpoint file does not fit the manifest. `reason` is the kind of misfit; the text names file and tensor."""
 
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
@@ -37,18 +37,18 @@ class CheckpointMisfit(IntegrityError):
 
 
 def check_weights(path: Path, spec: ExpertSpec) -> None:
-    """Raises CheckpointRefused unless `path` holds exactly the expert's weights, finite and of bounded size."""
+    """Raises CheckpointMisfit unless `path` holds exactly the expert's weights, finite and of bounded norm."""
     _check(path, weight_schema(spec), {})
 
 
 def check_state(path: Path, spec: ExpertSpec, optimisation: Optimisation) -> None:
-    """Raises CheckpointRefused unless `path` holds a training state that this expert and optimiser can go on from."""
+    """Raises CheckpointMisfit unless `path` holds a training state that this expert and optimiser can resume from."""
     required, optional = state_schema(spec, optimisation)
     _check(path, required, optional)
 
 
 def state_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, Schema]:
-    """What a training state must hold (parameters) and may hold (moments, EMA, loss trace of any length)."""
+    """The tensors that a training state must hold (parameters) and may hold (moments, EMA, a loss trace of any length)."""
     model = build_meta(spec)
     matrices = hidden_matrices(model) if optimisation.optimizer == "muon" else set()
     required: Schema = {}
@@ -71,7 +71,7 @@ def _check(path: Path, required: Schema, optional: Schema) -> None:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The tensor entries of a safetensors header, read by ourselves so that a hostile size never allocates anything."""
+    """The tensor entries of a safetensors header. Read here, not by safetensors, so that a hostile size allocates nothing."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -97,19 +97,19 @@ def _check_names(path: Path, header: Mapping[str, Any], required: Schema, option
 
 
 def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    found = entry.get("shape")
+    given = entry.get("shape")
     if shape == (-1,):
-        fits = isinstance(found, list) and len(found) == 1 and isinstance(found[0], int) and 0 <= found[0] <= MAX_TRACE
+        fits = isinstance(given, list) and len(given) == 1 and isinstance(given[0], int) and 0 <= given[0] <= MAX_TRACE
     else:
-        fits = found == list(shape)
+        fits = given == list(shape)
     if not fits:
-        raise CheckpointMisfit("shape", f"{name} of {path.name} has shape {str(found)[:80]} instead of {list(shape)}; refused")
+        raise CheckpointMisfit("shape", f"{name} of {path.name} has shape {str(given)[:80]} instead of {list(shape)}; refused")
     if entry.get("dtype") != _DTYPES[dtype]:
         raise CheckpointMisfit("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {_DTYPES[dtype]}; refused")
 
 
 def _check_values(path: Path, header: Mapping[str, Any]) -> None:
-    """One tensor in memory at a time; a single pass gives both the norm and, as it is not finite otherwise, the finiteness."""
+    """Finite numbers and bounded norms, one tensor in memory at a time; a norm is finite only if all its numbers are."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in header:
@@ -125,4 +125,4 @@ def _check_values(path: Path, header: Mapping[str, Any]) -> None:
                         "norm", f"{name} of {path.name} has root mean square {size:.3g}, above {MAX_ROOT_MEAN_SQUARE}; refused"
                     )
     except SafetensorError as error:
-        raise CheckpointMisfit("header", f"{path.name} is no whole safetensors file ({error}); refused") from error
+        raise CheckpointMisfit("header", f"{path.name} is not a whole safetensors file ({error}); refused") from error

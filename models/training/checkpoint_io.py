@@ -1,4 +1,4 @@
-"""What a trainer remembers: the snapshot in memory, the weights file that is published, the state file that resumes."""
+"""A trainer's state: the snapshot in memory, the weights file that is published, the state file to resume from."""
 
 from __future__ import annotations
 
@@ -22,40 +22,47 @@ _NUMBERS = ("shard", "epoch", "step", "samples", "micro_batch")
 
 @dataclass
 class Snapshot:
-    """Everything that determines the next step, on the CPU, detached from the trainer, which goes on meanwhile.
-
-    `epoch` and `step` say where the next step belongs (an ended epoch e is epoch e+1, step 0); `samples` are the shard's so far.
-    `trace` are the losses of the epoch that was being trained or has just ended, `device` the kind on which it was trained:
-    "other" when on more than one, "" where a file of an earlier version does not say.
-    """
+    """Everything that determines the next step, copied to the CPU, so that the trainer can continue meanwhile."""
 
     run: str
+    """The run's id."""
     shard: int
     epoch: int
+    """The epoch of the next step: after the last step of epoch e, this is e + 1."""
     step: int
+    """The next step in that epoch; 0 after the last step of an epoch."""
     samples: int
+    """Samples that the shard's expert has been trained on."""
     micro_batch: int
+    """Rows per forward pass."""
     precision: Precision
     parameters: dict[str, Tensor]
     ema: dict[str, Tensor]
+    """Moving averages of the parameters; empty in a state whose weights file travels with it."""
     buffers: dict[str, Tensor]
     moments: dict[str, Tensor]
+    """The optimiser's, named like `adamw.exp_avg.<parameter>`."""
     device: str = "cpu"
+    """Kind of device the epoch was trained on: "other" if on more than one, "" if a file of an earlier version has no entry."""
     trace: list[float] = field(default_factory=list)
+    """Losses of the epoch that is being trained or has just ended."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What is published and sampled: the EMA under the names of the expert's own class."""
+        """The weights that are published and sampled: the EMA under the names of the expert's own class."""
         return {**self.buffers, **self.ema}
 
 
 def write_weights(snapshot: Snapshot, path: Path) -> None:
-    """The EMA, as diffusers' `diffusion_pytorch_model.safetensors` holds it. Equal weights, equal bytes. Raises DiskError."""
+    """Write the EMA in the form of diffusers' `diffusion_pytorch_model.safetensors`, with equal bytes for equal weights.
+
+    Raises DiskError.
+    """
     write_tensors(path, snapshot.weights)
 
 
 def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
-    """Parameters, moments, counters, loss trace and (unless the weights file travels along) the EMA. Raises DiskError."""
+    """Write parameters, moments, counters, loss trace and, unless the weights file travels with it, the EMA. Raises DiskError."""
     tensors = {f"param.{name}": tensor for name, tensor in snapshot.parameters.items()} | snapshot.moments
     if ema:
         tensors |= {f"ema.{name}": tensor for name, tensor in snapshot.ema.items()}
@@ -64,15 +71,15 @@ def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
 
 
 def read_weights(path: Path, manifest: Manifest, shard: int) -> dict[str, Tensor]:
-    """The checked weights of a shard's expert. Raises CheckpointRefused."""
+    """The weights of a shard's expert, checked. Raises CheckpointMisfit."""
     check_weights(path, manifest.expert_of(shard))
     return _read_tensors(path)
 
 
 def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
-    """The checked state of a shard's trainer; `ema` is empty where it travels as a weights file.
+    """The state of a shard's trainer, checked. `ema` is empty if the state was written without it.
 
-    Raises CheckpointRefused: does not fit the expert, or is of another run or shard.
+    Raises CheckpointMisfit if it does not fit the expert or is of another run or shard.
     """
     check_state(path, manifest.expert_of(shard), manifest.optimisation)
     place = read_place(path, manifest, shard)
@@ -88,24 +95,24 @@ def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
 
 
 def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
-    """Where in the run a state file belongs and how it was made: the fields of `Snapshot` that are no tensors.
+    """A state file's place in the run and how it was made: the fields of `Snapshot` that are not tensors.
 
-    Raises CheckpointRefused: of another run or shard, or it says what no trainer writes.
+    Raises CheckpointMisfit if it is of another run or shard, or holds entries that no trainer writes.
     """
     with safe_open(path, framework="pt") as file:
         try:
-            said = read_document(file.metadata())
-            numbers = {name: int(said[name]) for name in _NUMBERS}
+            header = read_document(file.metadata())
+            numbers = {name: int(header[name]) for name in _NUMBERS}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointMisfit("header", f"the state {path.name} does not say where it belongs; refused") from error
     steps, batch = manifest.steps_per_epoch, manifest.optimisation.batch
-    if (said.get("run"), numbers["shard"]) != (manifest.run_id, shard):
+    if (header.get("run"), numbers["shard"]) != (manifest.run_id, shard):
         raise CheckpointMisfit("header", f"the state {path.name} is not of shard {shard} of this run; fetch the right one")
     fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
     if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
         raise CheckpointMisfit("header", f"the state {path.name} names a place that this run does not have; refused")
-    precision = "bfloat16" if said.get("precision") == "bfloat16" else "float32"
-    return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(said.get("device", ""))}
+    precision = "bfloat16" if header.get("precision") == "bfloat16" else "float32"
+    return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(header.get("device", ""))}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

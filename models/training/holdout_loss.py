@@ -1,4 +1,4 @@
-"""The held-out loss of one expert: same clips, noise and times for every candidate, so that only the weights matter."""
+"""The held-out loss of one expert, on the same clips, noise and times for every candidate, so that only the weights differ."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from lutetia.models.training.trainer import initial_seed
 from lutetia.protocol.schema.manifest import Manifest
 
 BINS = 10
-_ROWS = 32  # per forward pass; does not change which noise a row gets
+_ROWS = 32  # per forward pass; does not change a row's noise
 
 
 @dataclass(frozen=True)
 class HoldoutLoss:
-    """`loss`: mean over clips and noises at the run's own time distribution. `by_time`: means in ten equal bins of t, or None."""
+    """Held-out loss of one set of weights."""
 
     loss: float
+    """Mean over clips and noises, at times of the run's distribution."""
     by_time: tuple[float | None, ...]
+    """Means in ten equal bins of t; None for a bin without rows."""
 
 
 @torch.no_grad()
@@ -40,10 +42,19 @@ def holdout_loss(
     noises: int = 4,
     device: str | torch.device = "cpu",
 ) -> HoldoutLoss:
-    """The loss of checkpoint `weights` (None: the shard's initial weights) on held-out `data`, `noises` times per clip.
+    """The loss on held-out clips. Times are stratified over all rows, so a few clips give a good estimate.
 
-    With `raw`, `weights` is a checked state file, and the parameters that training goes on from are scored instead of averages.
-    Times are stratified over all rows, so the estimate varies little with the number of clips. Raises CheckpointRefused.
+    Args:
+        manifest: the run.
+        shard: whose expert is scored.
+        weights: a checkpoint's weights file. None: the shard's initial weights.
+        data: the held-out clips.
+        raw: `weights` is a checked state file; score its parameters, from which training continues, instead of averages.
+        noises: rows per clip, each with its own noise and time.
+        device: where to compute.
+
+    Raises:
+        CheckpointMisfit: the weights do not fit the expert.
     """
     spec = manifest.expert_of(shard)
     model = build_expert(spec, initial_seed(manifest, shard))
@@ -73,7 +84,7 @@ def holdout_loss(
 
 
 def _load_raw(model: nn.Module, state: Path) -> None:
-    """Parameter by parameter: a state is several times as large as what is needed of it."""
+    """Reads one parameter at a time: a state is several times as large as its parameters."""
     with safe_open(state, framework="pt") as file:
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(f"param.{name}"))

@@ -1,4 +1,4 @@
-"""Can these optimiser moments have come out of training? What Adam's and Muon's definitions exclude, tensor by tensor.
+"""Checks, tensor by tensor, that optimiser moments can come from training: bounds from Adam's and Muon's definitions.
 
 With gradients g clipped to norm c, first moments m = (1-b1) sum b1^k g and second moments v = (1-b2) sum b2^k g^2:
 
@@ -6,8 +6,8 @@ With gradients g clipped to norm c, first moments m = (1-b1) sum b1^k g and seco
     |m|_2 <= c                             a mean of clipped gradients (Muon's momentum too)
     m^2 <= C v elementwise                 Cauchy-Schwarz, C = (1-b1)^2 / ((1-b2)(1 - b1^2/b2)), where b1^2 < b2
 
-The last one bounds what poisoned moments can do to whoever goes on from them: a step moves no weight by more than sqrt(C) times
-the learning rate.
+The last one bounds the damage that poisoned moments do to a trainer that resumes from them: a step moves no weight by more than
+sqrt(C) times the learning rate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIRST, _SECOND, _MUON = "adamw.exp_avg.", "adamw.exp_avg_sq.", "muon.momentum_b
 
 
 def moment_ratio(optimisation: Optimisation) -> float:
-    """C above; infinite where the betas give none."""
+    """C above; infinite if b1^2 >= b2."""
     b1, b2 = optimisation.beta1, optimisation.beta2
     if b1 * b1 >= b2:
         return math.inf
@@ -35,15 +35,15 @@ def moment_ratio(optimisation: Optimisation) -> float:
 
 
 def check_moments(path: Path, optimisation: Optimisation) -> None:
-    """Raises CheckpointRefused unless the moments of the checked state file can have come out of training."""
+    """Raises CheckpointMisfit unless the moments of a checked state file can come from training."""
     norms = {_FIRST: 0.0, _SECOND: 0.0, _MUON: 0.0}
     ratio = moment_ratio(optimisation)
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         first, second = ({name.removeprefix(kind) for name in names if name.startswith(kind)} for kind in (_FIRST, _SECOND))
         if first != second:
-            odd = min(first ^ second)
-            raise CheckpointMisfit("missing", f"{path.name} has one of Adam's two moments of {odd} without the other; refused")
+            name = min(first ^ second)
+            raise CheckpointMisfit("missing", f"{path.name} has one of Adam's two moments of {name} without the other; refused")
         for name in sorted(first):
             m, v = file.get_tensor(_FIRST + name), file.get_tensor(_SECOND + name)
             if bool((v < 0).any()):
@@ -56,7 +56,9 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
         for name in (name for name in names if name.startswith(_MUON)):
             norms[_MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
     if not any(norms.values()):
-        raise CheckpointMisfit("missing", f"{path.name} holds no moments of the optimiser, which every step leaves; refused")
+        raise CheckpointMisfit(
+            "missing", f"{path.name} holds no moments of the optimiser, although every step makes some; refused"
+        )
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
         if math.sqrt(squared) > most * _SLACK:

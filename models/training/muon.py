@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum whose every matrix is orthogonalised, here for matrices of equal shape at once.
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, all matrices of one shape together.
 
-The same update as `torch.optim.Muon`, whose Newton-Schulz iteration always runs in bfloat16, one matrix at a time: a processor
-without bfloat16 units needs twenty times as long for it. So on a CPU the iteration runs in float32, elsewhere in bfloat16.
+The update is that of `torch.optim.Muon`, whose Newton-Schulz iteration always runs in bfloat16, one matrix at a time. That takes
+twenty times as long on a processor without bfloat16 units, so here it runs in float32 on a CPU and in bfloat16 elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEPS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About U V^T of every matrix U S V^T of `[N, rows, columns]` (singular values end between 0.7 and 1.2)."""
+    """Approximately U V^T for every matrix U S V^T of `[N, rows, columns]`: singular values end between 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; decoupled weight decay; a step is scaled by sqrt(rows/columns) where that is above 1."""
+    """Orthogonalised Nesterov momentum with decoupled weight decay. A step is scaled by sqrt(rows/columns) if that is above 1."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

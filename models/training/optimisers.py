@@ -1,4 +1,4 @@
-"""Learning-rate schedule, AdamW and Muon, EMA: the update of one step, and its state as named tensors."""
+"""The update of one step: learning-rate schedule, AdamW, Muon and EMA, with their state as named tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lutetia.models.training.muon import Muon
 from lutetia.protocol.schema.manifest import Optimisation
 
 LAST_RATE = 0.02  # the cosine ends at this share of the peak
-MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one dial fits both
+MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one setting fits both
 
 
 def learning_rate(optimisation: Optimisation, step: int, steps: int) -> float:
-    """The rate of global step `step` (0, 1, …) of a shard's whole budget of `steps`: linear warm-up times constant or cosine."""
+    """The rate at step `step` (0, 1, …) of a shard's budget of `steps`: linear warm-up, then constant or cosine."""
     warmup = min(1.0, (step + 1) / optimisation.warmup_steps) if optimisation.warmup_steps else 1.0
     if optimisation.schedule == "constant":
         return optimisation.learning_rate * warmup
@@ -25,17 +25,17 @@ def learning_rate(optimisation: Optimisation, step: int, steps: int) -> float:
 
 
 def ema_decay(optimisation: Optimisation, step: int) -> float:
-    """The decay after global step `step`: grows to the manifest's, so that the mean forgets the initial weights early."""
+    """The EMA's decay after step `step` of the budget. It grows to the manifest's, so that the initial weights fade early."""
     return min(optimisation.ema_decay, (2 + step) / (11 + step))
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """What Muon trains: the weights of linear layers inside transformer blocks. All the rest is AdamW's."""
+    """The parameters that Muon trains: weights of linear layers in transformer blocks. AdamW trains the others."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name}
 
 
 class Optimiser:
-    """AdamW, or Muon for hidden matrices beside AdamW for the rest, over the named parameters of one model."""
+    """AdamW, or Muon for hidden matrices and AdamW for the others, over the named parameters of one model."""
 
     def __init__(self, model: nn.Module, optimisation: Optimisation) -> None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -43,15 +43,15 @@ class Optimiser:
         decay = optimisation.weight_decay
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
-        rest = [p for name, p in parameters.items() if name not in matrices]
+        others = [p for name, p in parameters.items() if name not in matrices]
         betas = (optimisation.beta1, optimisation.beta2)
-        self._parts["adamw"] = torch.optim.AdamW(rest, betas=betas, weight_decay=decay, fused=True), 1.0
+        self._parts["adamw"] = torch.optim.AdamW(others, betas=betas, weight_decay=decay, fused=True), 1.0
         if matrices:
             hidden = [parameters[name] for name in parameters if name in matrices]
             self._parts["muon"] = Muon(hidden, weight_decay=decay), MUON_RATE
 
     def step(self, rate: float) -> None:
-        """Update from the gradients with learning rate `rate`, then drop the gradients."""
+        """Update the parameters from their gradients with learning rate `rate`, then drop the gradients."""
         for part, factor in self._parts.values():
             for group in part.param_groups:
                 group["lr"] = rate * factor
@@ -59,7 +59,7 @@ class Optimiser:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """`adamw.exp_avg.<parameter>` and so on: the live tensors, to be cloned by who keeps them."""
+        """The moments by name (`adamw.exp_avg.<parameter>`, …). These are the live tensors: clone them to keep them."""
         for kind, (part, _) in self._parts.items():
             for parameter, moments in part.state.items():
                 for moment, tensor in moments.items():
@@ -67,9 +67,9 @@ class Optimiser:
                         yield f"{kind}.{moment}.{self._names[parameter]}", tensor
 
     def load(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Restore what `state` gave after `steps` updates. Adam's moments that are missing then count as zero.
+        """Restore the moments that `state` gave after `steps` updates. Missing moments of Adam become zeros.
 
-        They may not begin anew: a trainer that goes on would correct their bias otherwise than one that reloads what it saved.
+        Their step count is set to `steps` too: a trainer that continues and one that reloads must correct the bias alike.
         """
         for kind, (part, _) in self._parts.items():
             part.state.clear()
@@ -79,10 +79,10 @@ class Optimiser:
                     if name in moments:
                         part.state[parameter][name.split(".", 2)[1]] = moments[name].to(parameter.device, copy=True)
                 if kind == "adamw" and steps:
-                    found = part.state[parameter]
-                    found["step"] = torch.tensor(float(steps), device=parameter.device)
+                    state = part.state[parameter]
+                    state["step"] = torch.tensor(float(steps), device=parameter.device)
                     for moment in ("exp_avg", "exp_avg_sq"):
-                        found.setdefault(moment, torch.zeros_like(parameter))
+                        state.setdefault(moment, torch.zeros_like(parameter))
 
 
 class Ema:
@@ -95,8 +95,10 @@ class Ema:
         self._live = [p.detach() for p in self._parameters.values()]
 
     def update(self, decay: float) -> None:
+        """Move the averages towards the parameters by `1 - decay`."""
         torch._foreach_lerp_(self._averaged, self._live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the averages from `weights`."""
         for name, tensor in self.weights.items():
             tensor.copy_(weights[name])

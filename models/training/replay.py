@@ -1,7 +1,7 @@
-"""Replay of somebody's training: the same steps from the same parent, so that its published losses can be compared.
+"""Replay of another node's training: the same steps from the same parent, so that its published losses can be compared.
 
-Who replays needs the shard's data and the parent's blobs, and nothing of the author but its trace (and, for a whole epoch, its
-end). The comparison is `coordinator.acceptance.audit_comparison`, which needs no torch.
+A replay needs the shard's data and the parent's blobs. From the author it needs only its trace and, for a whole epoch, its end.
+`coordinator.acceptance.audit_comparison` compares the two, without torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Lookup = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ReplayParent:
-    """Where the audited epoch begins: the files of accepted `epoch`; at epoch 0 nothing, or the weights of a warm start."""
+    """The start of the audited epoch: the files of accepted `epoch`; at epoch 0 none, or the weights of a warm start."""
 
     epoch: int
     weights: Path | None = None
@@ -45,29 +45,27 @@ class ReplayEnd:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came out. `drift`: how far the author's end lies from the replayed one, in lengths of the replayed way.
-
-    It is None where no end was given. `made`: with what it was replayed. Losses end early, with a NaN, where training diverged.
-    `noise`: how far, in the same lengths, the replayed end lies from that of a second replay with other arithmetic.
-    """
+    """Outcome of a replay."""
 
     losses: tuple[float, ...]
+    """One per step; they end early, with a NaN, if training diverged."""
     drift: float | None
+    """Distance of the author's end from the replayed one, over the distance that the replay moved; None if no end was given."""
     made: TrainedWith
+    """Device, precision and micro-batch of the replay."""
     noise: float | None = None
+    """Distance between the ends of this and a second replay with other arithmetic, in the unit of `drift`; None: not measured."""
 
 
 @dataclass(frozen=True)
 class ReplayDoubt:
-    """Where the drift falls between `near` and `far`, measure the epoch's own noise by a second replay.
-
-    `coarse`: by the other precision (bfloat16 for float32 or the reverse), whose rounding is coarser than any device's; else by
-    micro-batches of one sample, which changes the order of sums only.
-    """
+    """When to measure the epoch's own noise by a second replay: if the drift is above `near` and at most `far`."""
 
     near: float
     far: float
     coarse: bool
+    """Replay in the other precision (bfloat16 for float32 or the reverse), whose rounding is coarser than any device's. Otherwise
+    with micro-batches of one sample, which only changes the order of sums."""
 
 
 def replay(
@@ -84,11 +82,24 @@ def replay(
     doubt: ReplayDoubt | None = None,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Replay:
-    """Train the first `steps` steps after `parent`; with `end` the whole epoch, whose outcome is compared too.
+    """Train again from `parent`.
 
-    With `doubt` an end that is neither near nor far costs a second replay, which measures the noise.
+    Args:
+        manifest: the run, with the budget that the author had.
+        shard: the audited shard.
+        data: its clips.
+        parent: where the epoch starts.
+        steps: how many steps to replay.
+        end: the author's end of the epoch. With it the whole epoch is replayed and the ends are compared.
+        device: where to train.
+        precision: of the forward pass.
+        micro_batch: rows per forward pass. None: the whole batch.
+        doubt: when to measure the noise by a second replay.
+        progress: called with (steps done, steps).
 
-    Raises CheckpointRefused or IntegrityError for files that do not fit, DataError or ConfigError for a shard that does not.
+    Raises:
+        CheckpointMisfit, IntegrityError: the parent's files do not fit.
+        DataError, ConfigError: the shard's data or expert do not fit.
     """
     trainer = ExpertTrainer(manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch)
     trainer.restore(parent.epoch, parent.weights, parent.state)
@@ -104,14 +115,14 @@ def replay(
     made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch)
     if end is None or len(losses) < steps or not math.isfinite(losses[-1]):
         return Replay(tuple(losses), None, made)
-    apart, noise = drift(trainer, start, end), None
-    if doubt and doubt.near < apart <= doubt.far and (other := _other_arithmetic(trainer, doubt.coarse)):
+    distance, noise = drift(trainer, start, end), None
+    if doubt and doubt.near < distance <= doubt.far and (other := _other_arithmetic(trainer, doubt.coarse)):
         noise = _noise(trainer, start, other, parent)
-    return Replay(tuple(losses), apart, made, noise)
+    return Replay(tuple(losses), distance, made, noise)
 
 
 def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | None:
-    """The same training, rounded otherwise; None where there is no such way: a batch of one cannot be split."""
+    """A trainer whose sums round differently. None if there is none: micro-batches of one cannot be split further."""
     precision: Precision = trainer.precision
     if coarse:
         precision = "float32" if precision == "bfloat16" else "bfloat16"
@@ -124,7 +135,7 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
 
 
 def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTrainer, parent: ReplayParent) -> float | None:
-    """How far the ends of both lie apart, over the length of the way; None where the second diverges."""
+    """Distance between the ends of both trainers, over the distance that the first moved. None if the second diverges."""
     other.restore(parent.epoch, parent.weights, parent.state)
     try:
         for _ in range(trainer.manifest.steps_per_epoch):
@@ -132,52 +143,52 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
     except TrainingDiverged:
         return None
     end = other.snapshot()
-    return _apart(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__)
+    return _relative_distance(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__)
 
 
 def under_budget(manifest: Manifest, epochs: int) -> Manifest:
-    """The same run with a budget of `epochs`, as an earlier version of its manifest had it."""
+    """The same run with a budget of `epochs` epochs, as an earlier version of its manifest had."""
     samples = epochs * manifest.checkpoint_samples
     return manifest.model_copy(update={"run": manifest.run_id, "samples_per_shard": samples})
 
 
 def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> TrainedWith:
-    """The words for it that peers exchange."""
+    """Device, precision, micro-batch and software in the form that peers exchange; rare devices count as "other"."""
     kind = device if device in ("cpu", "cuda", "mps") else "other"
     return TrainedWith(device=kind, precision=precision, micro_batch=micro_batch, software=software)
 
 
 def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
-    """A copy of the parameters that are trained (not of their averages)."""
+    """A copy of the parameters that are being trained (not of their averages), on the CPU."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
 
 
 def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> float:
-    """The larger of the parameters' and the averages' distance from the author's, over the length of the replayed way."""
+    """The larger distance, of parameters or averages, from the author's end, over the distance that the replay moved."""
     with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
-        return _apart(trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor)
+        return _relative_distance(trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor)
 
 
-def _apart(ours: Snapshot, start: Mapping[str, Tensor], parameters: Lookup, averages: Lookup) -> float:
-    """The larger distance of our parameters and of our averages from others', over the length of our way from `start`."""
-    way = _distance(ours.parameters, lambda name: start[name])
-    if way == 0:
+def _relative_distance(replayed: Snapshot, start: Mapping[str, Tensor], parameters: Lookup, averages: Lookup) -> float:
+    """The larger distance, of parameters or averages, from other ones, over the distance of the replayed end from `start`."""
+    moved = _distance(replayed.parameters, lambda name: start[name])
+    if moved == 0:
         raise IntegrityError("the replayed epoch moved no weight; its learning rate is zero and there is nothing to audit")
-    return max(_distance(ours.parameters, parameters), _distance(ours.ema, averages)) / way
+    return max(_distance(replayed.parameters, parameters), _distance(replayed.ema, averages)) / moved
 
 
-def _distance(ours: Mapping[str, Tensor], theirs: Lookup) -> float:
-    total = sum(torch.dist(tensor.double(), theirs(name).double()).item() ** 2 for name, tensor in ours.items())
+def _distance(tensors: Mapping[str, Tensor], other: Lookup) -> float:
+    total = sum(torch.dist(tensor.double(), other(name).double()).item() ** 2 for name, tensor in tensors.items())
     return math.sqrt(total)
 
 
 def read_trace(path: Path) -> tuple[float, ...]:
-    """The losses that an author published. Raises CheckpointRefused unless they are one row of finite float32 numbers."""
+    """The losses that an author published. Raises CheckpointMisfit unless they are one row of finite float32 numbers."""
     try:
         with safe_open(path, framework="pt") as file:
             trace = file.get_tensor("trace") if list(file.keys()) == ["trace"] else None
     except SafetensorError as error:
-        raise CheckpointMisfit("header", f"the trace {path.name} is no safetensors file ({error}); refused") from error
+        raise CheckpointMisfit("header", f"the trace {path.name} is not a safetensors file ({error}); refused") from error
     if trace is None or trace.ndim != 1 or trace.dtype != torch.float32:
         raise CheckpointMisfit("shape", f"the trace {path.name} is not one row of float32 losses; refused")
     if not bool(torch.isfinite(trace).all()):

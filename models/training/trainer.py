@@ -1,10 +1,12 @@
-"""Training of one expert in isolation, so that killing, moving or auditing it changes nothing.
+"""Trains one expert in isolation. Killing, moving or auditing it does not change its weights.
 
-A step is a function of (manifest, shard data, place in the run, weights, moments, EMA). The place fixes data order, noise,
-times and learning rate; the rest is in the state file. So a trainer that is killed at any step and restored from its last local
-state ends with bit-equal weights on a CPU (with as many threads), and the parent's state lets anyone replay a stranger's losses.
+A step is a function of (manifest, shard data, place in the run, weights, moments, EMA). The place (epoch, step) fixes data order,
+noise, times and learning rate; everything else is in the state file. So a trainer that is killed at any step and restored from
+its last local state ends with bit-equal weights on the same CPU with as many threads, and any peer can replay another's losses
+from the parent's state.
 
-An *epoch* is `checkpoint_samples` samples, the stretch between two accepted checkpoints; epoch e builds on accepted checkpoint e.
+An *epoch* is `checkpoint_samples` samples, the work between two accepted checkpoints (not a pass over the data). Epoch e starts
+from accepted checkpoint e.
 """
 
 from __future__ import annotations
@@ -38,17 +40,26 @@ log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(LutetiaError):
-    """The loss is not a number any more."""
+    """The loss is no longer finite."""
 
     name = "diverged"
 
 
 class ExpertTrainer:
-    """Trains shard `shard` of `manifest` on `data`, from its seeded initial weights until `restore` says otherwise.
+    """Trains the expert of one shard, from its seeded initial weights unless `restore` is called.
 
-    `micro_batch` splits a batch to fit the memory; the result is the same up to floating-point error. `precision` is the dtype of
-    the forward pass; weights and moments are float32. `gradient_checkpointing` trades time for memory, not results.
-    Raises ConfigError (the expert does not fit the run's latents) or DataError (fewer clips than a batch).
+    Args:
+        manifest: the run.
+        shard: the shard's index.
+        data: its clips.
+        device: where to train.
+        micro_batch: rows per forward pass, to fit the memory. None: the whole batch. Changes results by rounding only.
+        precision: of the forward pass; weights and moments are float32.
+        gradient_checkpointing: save memory at the cost of time; does not change results.
+
+    Raises:
+        ConfigError: the expert does not fit the run's latents.
+        DataError: the shard has fewer clips than a batch.
     """
 
     def __init__(
@@ -84,21 +95,21 @@ class ExpertTrainer:
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether the epoch's last step is done; the next `step` begins the next epoch."""
+        """Whether the epoch's last step is done; the next `step` starts the next epoch."""
         return self.step_in_epoch == self.manifest.steps_per_epoch
 
     @property
     def steps(self) -> int:
-        """Steps of the shard's budget done so far, by whomever."""
+        """Steps of the shard's budget that are done, by this trainer and those before it."""
         return self.epoch * self.manifest.steps_per_epoch + self.step_in_epoch
 
     @property
     def samples(self) -> int:
-        """Samples of the shard's budget seen so far, by whomever."""
+        """Samples of the shard's budget that are done, by this trainer and those before it."""
         return self.steps * self.manifest.optimisation.batch
 
     def step(self) -> float:
-        """One update on the next batch. Returns its loss; raises TrainingDiverged when that is not finite."""
+        """Train on the next batch. Returns its loss; raises TrainingDiverged if that is not finite."""
         if self.at_epoch_end:
             self._place(self.epoch + 1, 0, [])
         optimisation, done = self.manifest.optimisation, self.steps
@@ -115,7 +126,7 @@ class ExpertTrainer:
         return value
 
     def _accumulate(self, batch: Batch) -> Tensor:
-        """Gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss, on the device."""
+        """Compute the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss, on the device."""
         total = torch.zeros((), device=self.device)
         for first in range(0, len(batch), self.micro_batch):
             rows = batch.rows(first, first + self.micro_batch).to(self.device)
@@ -135,7 +146,7 @@ class ExpertTrainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def snapshot(self) -> Snapshot:
-        """A copy of everything, in main memory; takes as long as copying four times the weights."""
+        """A copy of the training state in main memory: about four times the weights."""
         return Snapshot(
             run=self.manifest.run_id,
             shard=self.shard,
@@ -153,21 +164,27 @@ class ExpertTrainer:
         )
 
     def restore(self, epoch: int, weights: Path | None = None, state: Path | None = None, local: Path | None = None) -> str:
-        """Go to where `epoch` starts, or to the place in it that `local` remembers. Returns what was done, in words.
+        """Go to the start of `epoch`, or to the step in it that `local` was written at. Returns a sentence about what was done.
 
-        `local`: this box's last state file, used when it is whole and of this epoch. `state`, with `weights` where the state has
-        no EMA: the accepted checkpoint. `weights` alone: a warm start (`ExpertSpec.init`) with new moments. Nothing, at epoch 0:
-        the seeded initial weights. The caller sees to it that `local` descends from the accepted checkpoint.
-        Raises CheckpointRefused or IntegrityError for files that do not fit, ConfigError when `epoch` has no source.
+        Args:
+            epoch: the epoch to train.
+            weights: the accepted weights, needed if `state` has no EMA. Alone: a warm start (`ExpertSpec.init`) with new moments.
+            state: the accepted training state. Without it and `weights`, epoch 0 starts from the seeded initial weights.
+            local: this node's last state file, used if it is whole and of this epoch. The caller makes sure that it descends
+                from the accepted checkpoint.
+
+        Raises:
+            CheckpointMisfit, IntegrityError: a file does not fit.
+            ConfigError: there is nothing to start `epoch` from.
         """
         if local is not None and local.exists():
             try:
-                self._go_on(self._state_of(local, epoch), None)
+                self._resume(self._state_of(local, epoch), None)
                 return f"resumed shard {self.shard} from the local state at epoch {epoch}, step {self.step_in_epoch}"
             except IntegrityError as error:
-                log.warning("the local state %s is not used: %s", local, error)
+                log.warning("local state %s is not used: %s", local, error)
         if state is not None:
-            self._go_on(self._state_of(state, epoch, step=0), weights)
+            self._resume(self._state_of(state, epoch, step=0), weights)
             return f"continued shard {self.shard} from accepted epoch {epoch}"
         if weights is not None:
             self._start(read_weights(weights, self.manifest, self.shard), epoch)
@@ -183,7 +200,7 @@ class ExpertTrainer:
             raise IntegrityError(f"the state {path.name} is of epoch {state.epoch}, step {state.step}, not of epoch {epoch}")
         return state
 
-    def _go_on(self, state: Snapshot, weights: Path | None) -> None:
+    def _resume(self, state: Snapshot, weights: Path | None) -> None:
         ema = read_weights(weights, self.manifest, self.shard) if weights is not None else state.ema
         if not self._ema.weights.keys() <= ema.keys():
             text = f"the state of shard {self.shard} has no EMA and came without its weights; fetch them too"
@@ -192,13 +209,13 @@ class ExpertTrainer:
         self._ema.load(ema)
         self._place(state.epoch, state.step, state.trace if state.step else [])
         self._optimiser.load(state.moments, self.steps)
-        if state.step:  # in the middle of an epoch the same split must go on, or the sums differ in their last bits
+        if state.step:  # an epoch must be finished with the same split, or sums differ in their last bits
             self.micro_batch, self.precision = state.micro_batch, state.precision
             if state.device not in ("", self.device.type):
-                self._trained_on = "other"  # no one kind of device can replay it
+                self._trained_on = "other"  # no single kind of device can replay it
 
     def _start(self, weights: Mapping[str, Tensor], epoch: int) -> None:
-        """Parameters and EMA from `weights`; moments and trace forgotten."""
+        """Set parameters and EMA to `weights`; drop moments and trace."""
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 if name in weights:
@@ -212,7 +229,7 @@ class ExpertTrainer:
 
 
 class _Ahead:
-    """Makes batches; for an accelerator one ahead in a thread, so that the device never waits for random numbers."""
+    """Makes batches. For an accelerator it makes the next one in a thread, so that the device never waits for random numbers."""
 
     def __init__(self, batches: Batches, steps: int, device: torch.device) -> None:
         self._batches, self._steps = batches, steps

@@ -1,4 +1,4 @@
-"""Trains one step of every supported class in a process that has imported as a trainer does. Prints the losses."""
+"""Trains one step of every supported class after `import_experts`, as a trainer process does. Prints the losses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch  # noqa: E402
 
 from lutetia.models.training.trainer import ExpertTrainer  # noqa: E402
 from lutetia.protocol.schema.manifest import ExpertSpec  # noqa: E402
-from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest  # noqa: E402
+from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest  # noqa: E402
 
 torch.set_num_threads(1)
 rotary = {**CONFIGS["CogVideoXTransformer3DModel"], "use_rotary_positional_embeddings": True}
 for name, config in [*CONFIGS.items(), ("CogVideoXTransformer3DModel", rotary)]:
     spec = ExpertSpec(class_name=name, config=config)
-    print(name, ExpertTrainer(toy_manifest(expert=spec), 0, toy_data()).step())
+    print(name, ExpertTrainer(tiny_manifest(expert=spec), 0, tiny_data()).step())
 assert "transformers.models.auto" not in sys.modules, "no text encoder can be loaded here"

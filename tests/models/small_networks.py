@@ -1,7 +1,7 @@
-"""Small networks with random weights, saved as the real ones are: same files, same names of tensors, same layers, less width.
+"""Narrow networks with random weights, saved like the real ones: same files, same names of tensors, same layers.
 
-With them the whole of a report runs through its real extractors in seconds. Random convolutions still tell colours and places
-apart, so a report's figures behave; they mean nothing.
+With them a whole report runs through its real extractors in seconds. Random convolutions still distinguish colours and places, so
+a report's figures react to the clips; their values mean nothing.
 """
 
 from __future__ import annotations
@@ -107,6 +107,6 @@ def _minilm(folder: Path, words: Sequence[str], seed: int) -> None:
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
-    """He's initialisation: what goes in keeps its size."""
+    """He's initialisation: outputs have about the size of inputs."""
     fan_in = torch.Size(shape[1:]).numel()
     return torch.randn(*shape, generator=generator) * (2 / fan_in) ** 0.5

@@ -1,4 +1,4 @@
-"""What a trainer leaves out when it starts: it still trains every class, and says the same."""
+"""The fast import of a trainer process: every class still trains, with the same losses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lutetia.models.experts.families import resized_region
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import ExpertSpec
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import CONFIGS, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 
 CHILD = Path(__file__).with_name("fast_import_process.py")
 
 
-def test_every_class_trains_in_a_process_that_imported_no_text_encoder() -> None:
+def test_every_class_trains_after_fast_import() -> None:
     done = subprocess.run([sys.executable, str(CHILD)], env=child_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     losses = [line.split() for line in done.stdout.splitlines()]
@@ -29,13 +29,13 @@ def test_every_class_trains_in_a_process_that_imported_no_text_encoder() -> None
     assert all(math.isfinite(float(loss)) for _, loss in losses)
     for name, loss in losses[: len(CONFIGS)]:
         spec = ExpertSpec(class_name=name, config=CONFIGS[name])
-        assert ExpertTrainer(toy_manifest(expert=spec), 0, toy_data()).step() == pytest.approx(float(loss), rel=1e-5)
+        assert ExpertTrainer(tiny_manifest(expert=spec), 0, tiny_data()).step() == pytest.approx(float(loss), rel=1e-5)
 
 
 side = st.integers(1, 200)
 
 
 @given(side, side, side, side)
-def test_the_region_is_that_of_diffusers(height: int, width: int, base_height: int, base_width: int) -> None:
+def test_resized_region_equals_that_of_diffusers(height: int, width: int, base_height: int, base_width: int) -> None:
     ours = resized_region((height, width), (base_height, base_width))
     assert ours == get_resize_crop_region_for_grid((height, width), base_width, base_height)

@@ -16,7 +16,7 @@ from lutetia.models.experts.objectives import velocity
 from lutetia.models.mixing.sampling import initial_noise, sample, time_grid
 from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, module_denoiser, routing_weights
 from lutetia.system.errors import ConfigError, UsageError
-from tests.models.tiny_experts import LATENT, WAN, toy_data
+from tests.models.tiny_experts import LATENT, WAN, tiny_data
 
 POINTS = torch.Generator().manual_seed(0)
 CLUSTERS = [
@@ -41,7 +41,7 @@ def union_flow(x: Tensor, t: Tensor) -> Tensor:
 
 
 class AnalyticExpert:
-    """The perfect expert of one cluster, in any prediction type and on any path."""
+    """The exact expert of one cluster, with any prediction type and on any path."""
 
     def __init__(self, points: Tensor, prediction: Any, schedule: Any) -> None:
         self.points, self.prediction, self.schedule = points, prediction, schedule
@@ -61,7 +61,7 @@ class AnalyticExpert:
 
 
 class AnalyticRouter(nn.Module):
-    """The exact posterior p(cluster | x_t, t), priors included because every point counts."""
+    """The exact posterior p(cluster | x_t, t); every point counts equally, so the priors are included."""
 
     def forward(self, x_t: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
         return torch.stack([log_likelihoods(x_t, 1 - t, t, points).logsumexp(1) for points in CLUSTERS], 1)
@@ -92,12 +92,12 @@ def test_weighted_sum_of_cluster_flows_is_the_flow_of_the_union(kinds) -> None:
         t = torch.full((500,), now, dtype=torch.float64)
         points = UNION[torch.randint(len(UNION), (500,), generator=draw)]
         x = (1 - now) * points + now * torch.randn(500, 2, generator=draw, dtype=torch.float64)
-        found = mixture(x, t * 1000, torch.zeros(500, 1, 1), return_dict=False)[0]
-        worst = max(worst, (found - union_flow(x, t)).abs().max().item())
+        flow = mixture(x, t * 1000, torch.zeros(500, 1, 1), return_dict=False)[0]
+        worst = max(worst, (flow - union_flow(x, t)).abs().max().item())
     assert worst < 1e-10
 
 
-def test_at_pure_noise_the_router_knows_only_the_priors() -> None:
+def test_router_at_pure_noise_gives_the_priors() -> None:
     mixture = analytic_mixture([("velocity", "linear")] * 3)
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mean = mixture.probabilities(x, torch.ones(2000, dtype=torch.float64), None).mean(0)
@@ -105,20 +105,20 @@ def test_at_pure_noise_the_router_knows_only_the_priors() -> None:
 
 
 @pytest.mark.parametrize(("mode", "mass"), [("full", (0.6, 0.3, 0.1)), ("sticky", (0.6, 0.3, 0.1)), ("top1", (0.87, 0.12, 0.01))])
-def test_full_and_sticky_keep_the_clusters_mass_and_blind_top1_starves_the_small(mode, mass) -> None:
-    """A text-blind argmax sends nearly all to the largest cluster: the reason for the router's text."""
+def test_modes_give_clusters_their_expected_share_of_clips(mode, mass) -> None:
+    """Without text, `top1` sends nearly all clips to the largest cluster: the reason why the router reads the text."""
     mixture, count = analytic_mixture([("velocity", "linear")] * 3), 800
     noise = initial_noise((2,), range(count)).double()
     blank = torch.zeros(count, 1, dtype=torch.float64)
     clips = sample(mixture, blank, blank, noise, times=time_grid(30).clamp_min(0.01), mode=mode, seeds=range(count)).latents
     centres = torch.stack([points.mean(0) for points in CLUSTERS])
-    found = torch.bincount(torch.cdist(clips, centres).argmin(1), minlength=3) / count
-    assert torch.allclose(found, torch.tensor(mass), atol=0.05)
+    shares = torch.bincount(torch.cdist(clips, centres).argmin(1), minlength=3) / count
+    assert torch.allclose(shares, torch.tensor(mass), atol=0.05)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
 @settings(max_examples=40)
-def test_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
+def test_routing_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
     p = torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed)).softmax(1)
     modes: list[tuple[Mode, int]] = [("top1", 1), ("top2", 2), ("full", experts)]
     for mode, kept in modes:
@@ -131,14 +131,14 @@ def test_weights_are_a_distribution_over_the_best(rows, experts, seed) -> None:
     assert all(torch.allclose(row[row > 0], row[row > 0][0], atol=1e-5) for row in ratio)
 
 
-def test_drawn_experts_follow_their_probabilities_and_their_seeds_alone() -> None:
+def test_draw_experts_follows_probabilities_and_seeds() -> None:
     p = torch.tensor([[0.6, 0.3, 0.1]]).expand(4000, 3)
     drawn = draw_experts(p, range(4000))
     assert torch.allclose(drawn.mean(0), p[0], atol=0.03)
     assert torch.equal(draw_experts(p[:3], [7, 8, 9]), drawn[7:10])
 
 
-def test_rows_are_grouped_so_that_each_expert_is_called_once() -> None:
+def test_combine_calls_each_expert_once_with_its_rows() -> None:
     calls: list[tuple[int, int]] = []
 
     def expert(index: int):
@@ -150,9 +150,9 @@ def test_rows_are_grouped_so_that_each_expert_is_called_once() -> None:
         return denoise
 
     weights = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0.5, 0, 0.5], [1.0, 0, 0]])
-    found = combine(expert, weights, torch.zeros(4, 2), torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 1))
+    flow = combine(expert, weights, torch.zeros(4, 2), torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 1))
     assert calls == [(0, 3), (2, 2)]
-    assert found[:, 0].tolist() == [1.0, 3.0, 2.0, 1.0]
+    assert flow[:, 0].tolist() == [1.0, 3.0, 2.0, 1.0]
 
 
 class SpyRouter(nn.Module):
@@ -167,7 +167,7 @@ class SpyRouter(nn.Module):
 
 
 def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]]:
-    """Two tiny Wan experts; the pooled text's first coordinates choose."""
+    """Two tiny Wan experts, chosen by the first coordinates of the pooled text; also the list of experts that were read."""
     read: list[int] = []
 
     def expert(index: int):
@@ -178,9 +178,9 @@ def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]
     return MixtureTransformer(experts=[ENTRY] * 2, **config).attach(router, expert), router, read
 
 
-def test_both_branches_of_guidance_share_one_decision_and_equal_two_separate_calls() -> None:
+def test_guidance_branches_share_one_routing_decision() -> None:
     mixture, router, _ = spy_mixture()
-    data = toy_data(3)
+    data = tiny_data(3)
     noise, times = initial_noise(LATENT.shape, [1, 2, 3]), time_grid(4)
     sampled = sample(mixture, data.tokens, data.pooled, noise, times=times, guidance=3.0)
     assert router.seen == 4
@@ -195,7 +195,7 @@ def test_both_branches_of_guidance_share_one_decision_and_equal_two_separate_cal
     assert torch.allclose(sampled.latents, x, atol=1e-4)
 
 
-def test_experts_are_read_when_first_wanted_and_dropped_at_the_cap() -> None:
+def test_experts_are_read_on_first_use_and_dropped_at_the_cap() -> None:
     mixture, _, read = spy_mixture()
     mixture.experts_in_memory = 1
     x, t, tokens = torch.zeros(1, *LATENT.shape), torch.ones(1), torch.zeros(1, 5, 16)
@@ -216,18 +216,18 @@ def test_sticky_keeps_its_draw_until_new_clips_begin() -> None:
     assert not torch.equal(again, drawn)
 
 
-def test_an_expert_without_an_accepted_checkpoint_is_never_routed_to() -> None:
+def test_expert_without_checkpoint_is_never_routed_to() -> None:
     mixture = MixtureTransformer(experts=[{**ENTRY, "folder": None}, ENTRY]).attach(SpyRouter(2), lambda k: lambda *a: a[0])
     weights = mixture.route(torch.zeros(2, 1), torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "full")
     assert weights.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 
 def test_wan_pipeline_of_diffusers_runs_on_a_mixture() -> None:
-    """The mixture stands in for the transformer of a stock pipeline; both guidance calls route by the given text."""
+    """The mixture replaces the transformer of a stock pipeline; both calls of guidance route by the given text."""
     mixture, router, read = spy_mixture(in_channels=4, patch_size=(1, 4, 4))
     pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer=mixture)  # pyright: ignore[reportArgumentType]
     pipe.set_progress_bar_config(disable=True)
-    data = toy_data(2)
+    data = tiny_data(2)
     text = torch.eye(2, 8)
     options: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 13, "num_inference_steps": 3, "output_type": "latent"}
     latents = pipe(
@@ -240,14 +240,14 @@ def test_wan_pipeline_of_diffusers_runs_on_a_mixture() -> None:
     assert (router.seen, read) == (6, [0, 1])
 
 
-def test_misuse_is_said_in_one_sentence() -> None:
+def test_misuse_raises_one_sentence() -> None:
     mixture, *_ = spy_mixture()
     x, t, tokens = torch.zeros(1, *LATENT.shape), torch.ones(1), torch.zeros(1, 5, 16)
     with pytest.raises(UsageError, match="no routing mode 'best'; use one of top1, top2, full, sticky"):
         mixture.route(x, t, torch.zeros(1, 8), "best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="the router needs the prompt"):
         mixture(x, t, tokens)
-    with pytest.raises(UsageError, match="mean nothing to a mixture"):
+    with pytest.raises(UsageError, match="does not know attention_kwargs"):
         mixture(x, t, tokens, attention_kwargs={"text": 1})
     with pytest.raises(UsageError, match="takes no image embeddings"):
         mixture(x, t, tokens, tokens)

@@ -43,10 +43,10 @@ WAN = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])
 OWNER = Identity.derived("owner of toy runs")
 
 
-def toy_manifest(
+def tiny_manifest(
     shards: int = 2, expert: ExpertSpec = WAN, experts: dict[int, ExpertSpec] | None = None, **fields: Any
 ) -> Manifest:
-    """A run of `shards` shards; `fields` override the manifest's, an `optimisation` dictionary is merged."""
+    """A run of `shards` shards. `fields` override the manifest's fields; an `optimisation` dictionary is merged."""
     blob = BlobRef(digest="0" * 64, size=1)
     optimisation = {"batch": 4, "learning_rate": 1e-3, "warmup_steps": 2, **fields.pop("optimisation", {})}
     specs = tuple(
@@ -63,8 +63,8 @@ def toy_manifest(
     return Manifest(**{**values, "optimisation": Optimisation(**optimisation), **fields})
 
 
-def toy_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset: float = 0.0) -> ShardData:
-    """Random clips whose latents and texts lie around `offset`, so that shards of different offsets can be told apart."""
+def tiny_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset: float = 0.0) -> ShardData:
+    """Random clips whose latents and texts have mean `offset`, so that shards of different offsets can be distinguished."""
     generator = torch.Generator().manual_seed(seed)
     return ShardData(
         latents=torch.randn(clips, *latent.shape, generator=generator) * 0.5 + offset,
@@ -76,7 +76,7 @@ def toy_data(clips: int = 10, seed: int = 0, latent: LatentSpec = LATENT, offset
 
 
 def accept(manifest: Manifest, shard: int, weights: Path) -> AcceptanceRecord:
-    """The coordinator's word for a first epoch with these weights."""
+    """The acceptance of a first epoch with these weights."""
     ref = ChunkTable.of_file(weights).ref
     return AcceptanceRecord(
         run=manifest.run_id, owner=OWNER.public_key, issued=1.0, shard=shard, epoch=1, checkpoint="1" * 64, parent=None,

@@ -91,7 +91,7 @@ def test_the_mixture_loads_in_a_fresh_process(demo: Demo, tmp_path: Path) -> Non
     arguments = [sys.executable, "-c", code, str(demo.out / "mixture")]
     run = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **CHILD})
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "(1, 8, 16, 16, 3) uint8"
+    assert run.stdout.splitlines()[-1] == "(1, 8, 16, 16, 3) float32"
 
 
 def test_generate_tells_which_experts_it_used(demo: Demo, tmp_path: Path) -> None:

@@ -61,11 +61,16 @@ class Latents(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Frames of latents as `encode` gives them."""
+        pictures = self.decode_pictures(latents)
+        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+    @torch.no_grad()
+    def decode_pictures(self, latents: Tensor) -> Tensor:
+        """The same frames unrounded, as diffusers' VideoProcessor takes them: float32 [N, 3, F, H, W] in about -1..1."""
         raw = latents.to(self.device).float()
         if self._mean is not None and self._std is not None:
             raw = raw * self._std + self._mean
-        pictures = self._decode(raw).float()
-        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        return self._decode(raw).float()
 
     @abstractmethod
     def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -12,7 +12,6 @@ rocket (SpaceX) and astronaut (NASA) from scikit-image (public domain).
 
 import json
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lutetia.models.video_files import write_training_mp4
 
 Frames = NDArray[np.uint8]  # [frames, height, width, 3]
 Plane = NDArray[np.floating[Any]]
@@ -122,22 +123,9 @@ def make_clips(folder: Path, count: int, seed: int, frames: int, size: int) -> N
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for number, clip in enumerate(plan(count, seed)):
             name = f"{clip.kind}-{number:05d}.mp4"
-            write_mp4(folder / name, draw(clip, frames, size))
+            write_training_mp4(draw(clip, frames, size), folder / name, FPS)
             row = {"file_name": name, "caption": clip.caption, "kind": clip.kind, "split": clip.split}
             lines.write(json.dumps(row) + "\n")
-
-
-def write_mp4(path: Path, video: Frames, fps: int = FPS) -> None:
-    """Write uint8 [frames, height, width, 3] as nearly lossless H.264 (4:4:4, so small colours stay true)."""
-    import av
-
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv444p"
-        stream.options = {"crf": "8", "preset": "ultrafast", "threads": "1"}
-        for picture in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _split_count(count: int) -> dict[str, int]:

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from lutetia.cli.demo.curves import LossCurve, loss_curves
 from lutetia.cli.demo.report import DemoPhase, DemoReport, write_report
 from lutetia.cli.demo.takeover import Takeover
-from lutetia.cli.local.gallery import GalleryRow, compose, wrap, write_clip, write_gif, write_mp4
+from lutetia.cli.local.gallery import GalleryRow, compose, wrap, write_clip
 from lutetia.coordinator.ledger.events import BaselineMeasured, CheckpointAccepted
+from lutetia.models.video_files import write_gif, write_mp4
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import UsageError

@@ -1,4 +1,4 @@
-"""Every supported diffusers class is built, called, trained and saved as itself; what does not fit is refused in one sentence."""
+"""Every supported diffusers class is built, called, trained and saved as itself; misfitting configs are refused."""
 
 import json
 
@@ -10,7 +10,7 @@ from lutetia.models.experts.families import build_expert, call_expert, check_fit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.system.errors import ConfigError
-from tests.models.tiny_experts import CONFIGS, LATENT, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, LATENT, tiny_data, tiny_manifest
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -18,9 +18,9 @@ def spec(request) -> ExpertSpec:
     return ExpertSpec(class_name=request.param, config=CONFIGS[request.param])
 
 
-def test_expert_answers_in_the_latent_shape_and_depends_on_all_it_is_given(spec) -> None:
+def test_prediction_has_the_latent_shape_and_uses_all_inputs(spec) -> None:
     model = build_expert(spec, seed=1).eval()
-    data = toy_data(3)
+    data = tiny_data(3)
     t = torch.tensor([0.2, 0.5, 0.9])
     base = call_expert(model, data.latents, t, data.tokens, data.pooled)
     assert base.shape == data.latents.shape
@@ -32,8 +32,8 @@ def test_expert_answers_in_the_latent_shape_and_depends_on_all_it_is_given(spec)
     )
 
 
-def test_latent_patches_are_put_back_where_they_were_taken(spec) -> None:
-    """Changing one corner of the input changes that corner of the answer most, in every class's packing."""
+def test_latent_patches_return_to_their_place(spec) -> None:
+    """In every class's packing, changing one corner of the input changes mostly that corner of the prediction."""
     model = build_expert(spec, seed=1).eval()
     x, tokens, t = torch.zeros(1, *LATENT.shape), torch.zeros(1, 5, 16), torch.tensor([0.5])
     changed = x.clone()
@@ -45,7 +45,7 @@ def test_latent_patches_are_put_back_where_they_were_taken(spec) -> None:
 
 
 def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, tmp_path) -> None:
-    trainer = ExpertTrainer(toy_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, tiny_data())
     before = trainer.snapshot().weights
     losses = [trainer.step() for _ in range(6)]
     assert all(0 < loss < 100 for loss in losses)
@@ -58,7 +58,7 @@ def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, tmp_path
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in alone.state_dict().items())
 
 
-def test_equal_seeds_give_equal_weights_and_the_global_generator_is_left_alone() -> None:
+def test_build_expert_is_seeded_apart_from_torchs_generator() -> None:
     spec = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -69,8 +69,8 @@ def test_equal_seeds_give_equal_weights_and_the_global_generator_is_left_alone()
     assert not torch.equal(a.get_parameter("proj_out.weight"), c.get_parameter("proj_out.weight"))
 
 
-def test_position_channels_let_a_rotary_model_know_where_it_is() -> None:
-    """Stock Wan gives equal answers to equal tokens wherever they are; with six position channels it does not."""
+def test_position_channels_tell_a_rotary_model_its_place() -> None:
+    """Stock Wan gives equal predictions for equal tokens at all places; with six position channels it does not."""
     plain = CONFIGS["WanTransformer3DModel"]
     x, tokens, t = torch.zeros(1, *LATENT.shape), torch.zeros(1, 5, 16), torch.tensor([1.0])
     blind = call_expert(build_expert(ExpertSpec(config=plain), 1), x, t, tokens)
@@ -98,10 +98,10 @@ def test_position_channels_let_a_rotary_model_know_where_it_is() -> None:
         ("WanTransformer3DModel", {"rope_max_seq_len": 1}, "cannot take the run's latents"),
         ("CogVideoXTransformer3DModel", {"max_text_seq_length": 226}, "max_text_seq_length is 226"),
         ("HunyuanVideoTransformer3DModel", {"pooled_projection_dim": 768}, "pooled_projection_dim is 768"),
-        ("CogVideoXTransformer3DModel", {"dropout": 0.1}, "has dropout, whose masks no other device and split draws again"),
+        ("CogVideoXTransformer3DModel", {"dropout": 0.1}, "has dropout, whose masks cannot be replayed"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(class_name: str, change: dict, says: str) -> None:
+def test_misfitting_config_raises_one_sentence(class_name: str, change: dict, says: str) -> None:
     spec = ExpertSpec(class_name=class_name, config={**CONFIGS.get(class_name, {}), **change})
     with pytest.raises(ConfigError, match=says) as refusal:
         check_fits(spec, LATENT)

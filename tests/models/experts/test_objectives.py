@@ -1,4 +1,4 @@
-"""The equations with perfect answers: no learning, so that every error is the code's."""
+"""The equations, checked with exact predictions instead of trained ones, so that every error is the code's."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_matched_time_shows_the_same_picture_up_to_scale(schedule) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_answer_of_any_kind_becomes_the_true_velocity(prediction, schedule) -> None:
+def test_exact_predictions_become_the_true_velocity(prediction, schedule) -> None:
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 40, 3, generator=generator, dtype=torch.float64)
     t = torch.linspace(T_MIN, 1 - ALPHA_MIN, 40, dtype=torch.float64)
@@ -45,16 +45,16 @@ def test_a_perfect_answer_of_any_kind_becomes_the_true_velocity(prediction, sche
             return noise
         return noise - x0 if schedule == "linear" else a * noise - b * x0
 
-    found = velocity(prediction, schedule, perfect, x_t, t)
-    assert (found - (noise - x0)).abs().max() < 1e-10
+    flow = velocity(prediction, schedule, perfect, x_t, t)
+    assert (flow - (noise - x0)).abs().max() < 1e-10
     spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
     assert row_losses(spec, perfect, x0, noise, t).max() < 1e-20
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_an_expert_in_half_precision_is_turned_into_a_velocity_in_single(prediction, schedule) -> None:
-    """Near pure noise x0 is a difference of near numbers over a small one: only the answer itself may be rounded."""
+def test_bfloat16_predictions_are_converted_in_float32(prediction, schedule) -> None:
+    """Near pure noise, x0 is a difference of nearly equal numbers over a small one: only the prediction may be rounded."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 40, 50, generator=generator)
     t = torch.full((40,), 0.97)
@@ -65,13 +65,13 @@ def test_an_expert_in_half_precision_is_turned_into_a_velocity_in_single(predict
         answer = {"sample": x0, "epsilon": noise, "velocity": noise - x0 if schedule == "linear" else a * noise - b * x0}
         return answer[prediction].bfloat16()
 
-    found = velocity(prediction, schedule, rounded, x_t, t)
-    assert found.dtype == torch.float32
-    error = (found - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
+    flow = velocity(prediction, schedule, rounded, x_t, t)
+    assert flow.dtype == torch.float32
+    error = (flow - (noise - x0)).square().mean().sqrt() / (noise - x0).square().mean().sqrt()
     assert error < (0.06 if prediction == "epsilon" else 0.006)  # bfloat16 keeps eight bits; 1 / (1 - t) is 33
 
 
-def test_sample_loss_is_the_velocity_error_above_the_floor_and_has_the_mean_as_minimiser_below() -> None:
+def test_sample_loss_is_the_velocity_error_with_a_floor() -> None:
     spec = WAN.model_copy(update={"prediction": "sample"})
     x0, noise, guess = torch.randn(3, 4, 6, dtype=torch.float64)
     t = torch.tensor([0.01, 0.04, 0.3, 0.9], dtype=torch.float64)
@@ -82,19 +82,19 @@ def test_sample_loss_is_the_velocity_error_above_the_floor_and_has_the_mean_as_m
     assert torch.allclose(losses[:2], ((guess - x0) / T_MIN).square().mean(1)[:2])
 
 
-def test_answers_stay_finite_at_both_ends_of_time() -> None:
+def test_velocity_is_finite_at_both_ends_of_time() -> None:
     x_t, out = torch.randn(2, 2, 6)
     for prediction in PREDICTIONS:
         for schedule in SCHEDULES:
-            found = velocity(prediction, schedule, lambda z, s: out, x_t, torch.tensor([0.0, 1.0]))
-            assert torch.isfinite(found).all()
-            assert found.abs().max() < 1e3
+            flow = velocity(prediction, schedule, lambda z, s: out, x_t, torch.tensor([0.0, 1.0]))
+            assert torch.isfinite(flow).all()
+            assert flow.abs().max() < 1e3
 
 
-def test_time_shift_keeps_the_ends_and_goes_through_the_known_point() -> None:
+def test_time_shift_keeps_the_ends() -> None:
     ends = torch.tensor([0.0, 0.5, 1.0])
     assert torch.allclose(shift_time(ends, 3.0), torch.tensor([0.0, 0.75, 1.0]))
 
 
-def test_spec_of_experts_on_both_paths_is_accepted() -> None:
+def test_expert_spec_accepts_both_noise_schedules() -> None:
     assert ExpertSpec(config={}, prediction="epsilon", noise_schedule="vp_cosine").noise_schedule == "vp_cosine"

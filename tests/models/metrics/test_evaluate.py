@@ -24,7 +24,7 @@ from lutetia.models.training.holdout_loss import HoldoutLoss
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
 from lutetia.system.errors import DataError, UsageError
-from tests.models.tiny_experts import CONFIGS, accept, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, accept, tiny_data, tiny_manifest
 
 SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
 
@@ -60,10 +60,10 @@ def toy_mixture(root: Path) -> tuple[Manifest, list[Path]]:
         text_encoder="builtin:words", text_tokens=6, text_width=64, pooled_width=64,
     )  # fmt: skip
     config = {**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64, "patch_size": [2, 8, 8]}
-    manifest = toy_manifest(expert=ExpertSpec(config=config), latent=latent, sampling={"steps": 2, "guidance": 1.0})
+    manifest = tiny_manifest(expert=ExpertSpec(config=config), latent=latent, sampling={"steps": 2, "guidance": 1.0})
     files = [root / f"w{shard}" for shard in range(2)]
     for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, toy_data(latent=latent)).snapshot(), file)
+        write_weights(ExpertTrainer(manifest, shard, tiny_data(latent=latent)).snapshot(), file)
     return manifest, files
 
 

@@ -1,4 +1,4 @@
-"""The router learns which shard a noisy latent is of, knows how sure it is, and follows the natural mixture."""
+"""The router learns which shard a noisy latent comes from, is calibrated, and follows the shards' priors."""
 
 from dataclasses import replace
 
@@ -16,20 +16,20 @@ from lutetia.models.mixing.router import (
 )
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import DataError
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 def uneven(text: bool, samples: int = 2400) -> Manifest:
     """Three shards of 70, 20 and 10 per cent."""
-    manifest = toy_manifest(3, router={"hidden": 32, "layers": 1, "samples": samples, "batch": 24, "text_conditioned": text})
+    manifest = tiny_manifest(3, router={"hidden": 32, "layers": 1, "samples": samples, "batch": 24, "text_conditioned": text})
     shards = [shard.model_copy(update={"prior": prior}) for shard, prior in zip(manifest.shards, (0.7, 0.2, 0.1), strict=True)]
     return manifest.model_copy(update={"shards": tuple(shards)})
 
 
-SHARDS = [toy_data(40, seed=k, offset=0.6 * (k - 1)) for k in range(3)]
+SHARDS = [tiny_data(40, seed=k, offset=0.6 * (k - 1)) for k in range(3)]
 
 
-def test_blind_router_is_sure_at_low_noise_and_knows_the_priors_at_high_noise() -> None:
+def test_router_without_text_is_calibrated_from_data_to_noise() -> None:
     manifest = uneven(text=False, samples=7200)
     router, report = train_router(manifest, SHARDS, seed=0)
     assert len(report.accuracy_by_time) == len(report.ece_by_time) == 10
@@ -38,37 +38,38 @@ def test_blind_router_is_sure_at_low_noise_and_knows_the_priors_at_high_noise() 
     assert report.ece < 0.12
     noise = torch.randn(64, *manifest.latent.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        believed = router(noise, torch.ones(64)).softmax(1).mean(0)
-    assert torch.allclose(believed, torch.tensor([0.7, 0.2, 0.1]), atol=0.12)
+        posterior = router(noise, torch.ones(64)).softmax(1).mean(0)
+    assert torch.allclose(posterior, torch.tensor([0.7, 0.2, 0.1]), atol=0.12)
 
 
-def test_text_decides_where_noise_hides_everything() -> None:
+def test_router_with_text_is_accurate_at_all_times() -> None:
     _, report = train_router(uneven(text=True, samples=4800), SHARDS, seed=0)
     assert min(report.accuracy_by_time) > 0.85
 
 
-def test_noise_alone_decides_nothing_and_a_clip_in_it_does() -> None:
+def test_router_ignores_pure_noise_and_reads_noisy_clips() -> None:
     manifest = uneven(text=True)
     router, _ = train_router(manifest, SHARDS, seed=0, steps=20)
     noise = torch.randn(8, *manifest.latent.shape, generator=torch.Generator().manual_seed(0))
     prompt = SHARDS[1].pooled[:1].expand(8, -1)
     with torch.no_grad():
         at_first, later = (router(noise, torch.full((8,), t), prompt) for t in (1.0, 0.5))
-    assert torch.equal(at_first, at_first[:1].expand_as(at_first))
+    # rows of one batch may differ in their last bits: a matrix product may round each row of its tiles in another order
+    assert torch.allclose(at_first, at_first[:1].expand_as(at_first), rtol=0, atol=1e-5)
     assert later.std(0).max() > 1e-3
 
 
-def test_training_is_deterministic_tells_progress_and_reports_on_given_holdouts() -> None:
-    manifest, told = uneven(text=True), []
+def test_train_router_is_deterministic_and_reports_progress() -> None:
+    manifest, progress = uneven(text=True), []
     arguments = {"seed": 4, "steps": 5, "holdouts": [shard.take(range(6)) for shard in SHARDS]}
-    a, report = train_router(manifest, SHARDS, on_progress=lambda *about: told.append(about[:2]), **arguments)
+    a, report = train_router(manifest, SHARDS, on_progress=lambda *done: progress.append(done[:2]), **arguments)
     b, again = train_router(manifest, SHARDS, **arguments)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert report == again == report_router(manifest, a, arguments["holdouts"], steps=5)
-    assert told == [(step, 5) for step in range(1, 6)]
+    assert progress == [(step, 5) for step in range(1, 6)]
 
 
-def test_shards_as_they_are_on_disk_without_tokens_give_the_same_router() -> None:
+def test_lean_shards_give_the_same_router() -> None:
     manifest, on_disk = uneven(text=True), [replace(shard, latents=shard.latents.half().float()) for shard in SHARDS]
     routers = [train_router(manifest, shards, seed=4, steps=5) for shards in (on_disk, [shard.lean() for shard in on_disk])]
     (a, report), (b, again) = routers
@@ -85,7 +86,7 @@ def test_router_saves_and_loads_by_its_own_class(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (4, 8, 8), (1, 64, 64), (21, 60, 104), (7, 11, 13), (8, 32, 32)])
-def test_patches_divide_every_latent_and_stay_few(size) -> None:
+def test_patch_size_divides_the_latent_into_few_patches(size) -> None:
     patch = _patch_size(size)
     assert all(length % step == 0 for length, step in zip(size, patch, strict=True))
     count = torch.tensor([length // step for length, step in zip(size, patch, strict=True)]).prod()
@@ -98,6 +99,6 @@ def test_calibration_error_of_known_cases() -> None:
     assert _calibration_error(sure, torch.zeros(100)) == pytest.approx(0.8)
 
 
-def test_missing_shards_are_said() -> None:
+def test_train_router_without_all_shards_is_refused() -> None:
     with pytest.raises(DataError, match="needs the data of all 3 shards, not of 2"):
         train_router(uneven(text=True), SHARDS[:2], seed=0)

@@ -1,4 +1,4 @@
-"""A stitched folder: what is in it, that it is replaced whole, verifiable, and that every part loads by its own class."""
+"""A stitched folder: its contents, that it is replaced as a whole, can be verified, and that every part loads by its class."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
-from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, accept, toy_data, toy_manifest
+from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, accept, tiny_data, tiny_manifest
 
 EPSILON = ExpertSpec(
     class_name="LTXVideoTransformer3DModel",
@@ -34,14 +34,14 @@ PIXELS = LATENT.model_copy(
 @pytest.fixture
 def mixed(tmp_path) -> tuple[Manifest, list[Path]]:
     """Two shards: a Wan that predicts velocity, an LTX that predicts epsilon on another schedule."""
-    manifest = toy_manifest(experts={1: EPSILON})
+    manifest = tiny_manifest(experts={1: EPSILON})
     files = [tmp_path / f"weights{shard}" for shard in range(2)]
     for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, toy_data()).snapshot(), file)
+        write_weights(ExpertTrainer(manifest, shard, tiny_data()).snapshot(), file)
     return manifest, files
 
 
-def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp_path) -> None:
+def test_stitched_folder_is_signed_and_its_parts_load_alone(mixed, tmp_path) -> None:
     manifest, files = mixed
     accepted = [accept(manifest, shard, file) for shard, file in enumerate(files)]
     folder = tmp_path / "mixture"
@@ -52,10 +52,10 @@ def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp
     assert [entry.folder for entry in document.experts] == ["expert_000", "expert_001"]
     for shard, spec in enumerate((manifest.expert_of(0), EPSILON)):
         model = getattr(diffusers, spec.class_name).from_pretrained(folder / f"expert_{shard:03d}")
-        trained = ExpertTrainer(manifest, shard, toy_data()).model
+        trained = ExpertTrainer(manifest, shard, tiny_data()).model
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
     mixture = MixtureTransformer.from_pretrained(folder / "transformer")
-    data = toy_data(3)
+    data = tiny_data(3)
     routing = {"routing_text": data.pooled, "mode": "full"}
     velocity = mixture(data.latents, torch.tensor([900.0, 500.0, 100.0]), data.tokens, attention_kwargs=routing).sample
     assert velocity.shape == data.latents.shape
@@ -63,7 +63,7 @@ def test_folder_is_a_signed_diffusers_pipeline_whose_parts_load_alone(mixed, tmp
     assert len(mixture._held) == 2
 
 
-def test_stitching_again_replaces_the_folder_whole_and_leaves_nothing_beside_it(mixed, tmp_path) -> None:
+def test_stitching_again_replaces_the_whole_folder(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder = tmp_path / "out" / "mixture"
     first = stitch(folder, manifest, files, build_router(manifest, 0))
@@ -89,7 +89,7 @@ def test_failed_stitch_leaves_the_old_folder(mixed, tmp_path) -> None:
     assert os.listdir(folder.parent) == ["mixture"]
 
 
-def test_shards_without_accepted_work_are_left_out(mixed, tmp_path) -> None:
+def test_shards_without_acceptance_are_left_out(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder = tmp_path / "mixture"
     stitch(folder, manifest, files[1:], build_router(manifest), [accept(manifest, 1, files[1])])
@@ -99,7 +99,7 @@ def test_shards_without_accepted_work_are_left_out(mixed, tmp_path) -> None:
     assert weights.tolist() == [[0.0, 1.0]] * 5
 
 
-def test_tampering_is_noticed(mixed, tmp_path) -> None:
+def test_tampered_folder_is_refused(mixed, tmp_path) -> None:
     manifest, files = mixed
     folder, keys = tmp_path / "mixture", [OWNER.public_key]
 
@@ -129,27 +129,27 @@ def test_tampering_is_noticed(mixed, tmp_path) -> None:
         verify_mixture(folder, keys)
 
 
-def test_router_file_round_trips_and_a_foreign_one_is_refused(tmp_path) -> None:
-    manifest = toy_manifest()
+def test_router_file_round_trips_and_other_runs_refuse_it(tmp_path) -> None:
+    manifest = tiny_manifest()
     router = build_router(manifest, 3)
     write_router(router, tmp_path / "router")
     again = read_router(manifest, tmp_path / "router")
     assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
     with pytest.raises(IntegrityError, match="not the router of this run"):
-        read_router(toy_manifest(shards=3), tmp_path / "router")
+        read_router(tiny_manifest(shards=3), tmp_path / "router")
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_a_router_is_read_as_what_it_was_trained_as(tmp_path, weighted: bool) -> None:
-    manifest = toy_manifest()
+def test_router_file_keeps_its_weighting(tmp_path, weighted: bool) -> None:
+    manifest = tiny_manifest()
     router = router_of(manifest.latent, manifest.router, 2, weighted=weighted)
     write_router(router, tmp_path / "router")
     assert read_router(manifest, tmp_path / "router").config["weighted"] is weighted
-    save_file(router.state_dict(), tmp_path / "without a word")
-    assert read_router(manifest, tmp_path / "without a word").config["weighted"] is False
+    save_file(router.state_dict(), tmp_path / "without an entry")
+    assert read_router(manifest, tmp_path / "without an entry").config["weighted"] is False
 
 
-def test_what_cannot_be_stitched_is_said(mixed, tmp_path) -> None:
+def test_incomplete_mixture_is_refused(mixed, tmp_path) -> None:
     manifest, files = mixed
     with pytest.raises(ConfigError, match="2 expected, 1 given"):
         stitch(tmp_path / "m", manifest, files[:1], build_router(manifest))

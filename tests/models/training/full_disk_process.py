@@ -1,14 +1,14 @@
-"""Fills a small file system while a trainer writes its state; the last whole state must stay and resume."""
+"""Fills a small file system while a trainer writes its state: the last whole state must stay usable."""
 
 import sys
 from pathlib import Path
 
 from lutetia.models.training.trainer import ExpertTrainer, write_state
 from lutetia.system.errors import DiskError
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 folder = Path(sys.argv[1])
-trainer = ExpertTrainer(toy_manifest(), 0, toy_data())
+trainer = ExpertTrainer(tiny_manifest(), 0, tiny_data())
 trainer.step()
 write_state(trainer.snapshot(), folder / "state")
 whole = (folder / "state").read_bytes()

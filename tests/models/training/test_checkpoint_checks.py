@@ -1,4 +1,4 @@
-"""Every way in which a stranger's checkpoint can be wrong has its own reason; what is right passes."""
+"""Checkpoints of other peers: every kind of damage is refused with its own reason, and a good file passes."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from lutetia.models.training.checkpoint_checks import MAX_HEADER_BYTES, Checkpoi
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
 from lutetia.protocol.schema.manifest import Optimisation
-from tests.models.tiny_experts import WAN, toy_data, toy_manifest
+from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 NAME = "blocks.0.attn1.to_q.weight"
 
@@ -70,7 +70,7 @@ def _extra(weights):
         (_huge, "norm"),
     ],
 )
-def test_wrong_weights_are_refused_for_their_reason(good, damage, reason, tmp_path) -> None:
+def test_damaged_weights_are_refused_with_their_reason(good, damage, reason, tmp_path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(good, path)
     check_weights(path, WAN)
@@ -102,7 +102,7 @@ def test_hostile_headers_are_refused(data, tmp_path) -> None:
     assert reason_of(path) == "header"
 
 
-def test_a_file_cut_short_or_with_lying_offsets_is_refused(good, tmp_path) -> None:
+def test_cut_file_or_false_offsets_are_refused(good, tmp_path) -> None:
     path = tmp_path / "cut"
     save_file(good, path)
     whole = path.read_bytes()
@@ -119,7 +119,7 @@ def test_a_file_cut_short_or_with_lying_offsets_is_refused(good, tmp_path) -> No
 
 @given(position=st.integers(0, 1 << 20), value=st.integers(0, 255))
 @settings(max_examples=60)
-def test_any_flipped_byte_either_passes_as_weights_or_is_refused_cleanly(position, value, tmp_path_factory) -> None:
+def test_flipped_byte_passes_or_is_refused_cleanly(position, value, tmp_path_factory) -> None:
     path = tmp_path_factory.getbasetemp() / "flipped"
     if not path.exists():
         save_file(build_expert(WAN, 1).state_dict(), path)
@@ -132,9 +132,9 @@ def test_any_flipped_byte_either_passes_as_weights_or_is_refused_cleanly(positio
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_states_pass_and_foreign_tensors_in_them_do_not(optimizer, tmp_path) -> None:
-    manifest = toy_manifest(optimisation={"optimizer": optimizer})
-    trainer = ExpertTrainer(manifest, 0, toy_data())
+def test_state_with_foreign_or_missing_tensors_is_refused(optimizer, tmp_path) -> None:
+    manifest = tiny_manifest(optimisation={"optimizer": optimizer})
+    trainer = ExpertTrainer(manifest, 0, tiny_data())
     for _ in range(2):
         trainer.step()
     snapshot = trainer.snapshot()
@@ -154,11 +154,11 @@ KINDS = [("velocity", "linear"), ("sample", "linear"), ("epsilon", "vp_cosine"),
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), KINDS)
-def test_holdout_loss_is_deterministic_and_tells_a_trained_expert_from_its_start(prediction, schedule, tmp_path) -> None:
+def test_holdout_loss_is_deterministic_and_falls_with_training(prediction, schedule, tmp_path) -> None:
     spec = WAN.model_copy(update={"prediction": prediction, "noise_schedule": schedule})
-    manifest = toy_manifest(expert=spec, samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
-    holdout = toy_data(6, seed=9, offset=1.0)
-    trainer = ExpertTrainer(manifest, 0, toy_data(offset=1.0))
+    manifest = tiny_manifest(expert=spec, samples_per_shard=320, checkpoint_samples=320, optimisation={"learning_rate": 1e-2})
+    holdout = tiny_data(6, seed=9, offset=1.0)
+    trainer = ExpertTrainer(manifest, 0, tiny_data(offset=1.0))
     for _ in range(60):
         trainer.step()
     write_weights(trainer.snapshot(), tmp_path / "w")

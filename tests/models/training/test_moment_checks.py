@@ -1,4 +1,4 @@
-"""Optimiser moments: what training leaves is always possible, and what a poisoner writes is not."""
+"""Optimiser moments: those of training pass, poisoned ones are refused."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_moments, moment_ratio
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import Optimisation
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 
 @pytest.mark.parametrize(
     "optimisation",
     [{}, {"optimizer": "muon"}, {"gradient_clip": 0.01}, {"beta1": 0.5, "beta2": 0.3}, {"beta1": 0.9, "beta2": 0.999}],
 )
-def test_what_training_leaves_passes_at_every_step(tmp_path: Path, optimisation: dict):
-    trainer = ExpertTrainer(toy_manifest(optimisation={"learning_rate": 3e-2, **optimisation}), 0, toy_data())
+def test_moments_of_training_pass_at_every_step(tmp_path: Path, optimisation: dict):
+    trainer = ExpertTrainer(tiny_manifest(optimisation={"learning_rate": 3e-2, **optimisation}), 0, tiny_data())
     for _ in range(8):
         trainer.step()
         write_state(trainer.snapshot(), tmp_path / "state")
@@ -33,7 +33,7 @@ def test_what_training_leaves_passes_at_every_step(tmp_path: Path, optimisation:
 
 @settings(max_examples=60)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=60), st.floats(0, 0.98), st.floats(0.5, 0.999))
-def test_the_bound_holds_for_every_row_of_gradients(gradients: list[float], beta1: float, beta2: float):
+def test_moment_bound_holds_for_all_gradients(gradients: list[float], beta1: float, beta2: float):
     first = second = 0.0
     for gradient in gradients:
         first = beta1 * first + (1 - beta1) * gradient
@@ -44,7 +44,7 @@ def test_the_bound_holds_for_every_row_of_gradients(gradients: list[float], beta
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertTrainer, Path]:
-    trainer = ExpertTrainer(toy_manifest(optimisation={"optimizer": "muon"}), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(optimisation={"optimizer": "muon"}), 0, tiny_data())
     for _ in range(trainer.manifest.steps_per_epoch):
         trainer.step()
     path = tmp_path_factory.mktemp("moments") / "state"
@@ -60,7 +60,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertTrainer, Pat
         ("large momentum", "momenta in"),
     ],
 )  # fmt: skip
-def test_each_poison_is_named(honest, tmp_path: Path, kind: str, words: str):
+def test_poisoned_moments_are_refused_with_their_reason(honest, tmp_path: Path, kind: str, words: str):
     trainer, path = honest
     tensors = load_file(path)
     first = next(name for name in sorted(tensors) if name.startswith("adamw.exp_avg."))
@@ -86,9 +86,9 @@ def test_each_poison_is_named(honest, tmp_path: Path, kind: str, words: str):
     assert caught.value.reason in ("norm", "missing")
 
 
-def test_raw_parameters_are_scored_apart_from_the_averages(honest, tmp_path: Path):
+def test_holdout_loss_of_raw_parameters_differs_from_averages(honest, tmp_path: Path):
     trainer, path = honest
-    manifest, data = trainer.manifest, toy_data(6, seed=1)
+    manifest, data = trainer.manifest, tiny_data(6, seed=1)
     write_weights(trainer.snapshot(), tmp_path / "weights")
     averages = holdout_loss(manifest, 0, tmp_path / "weights", data).loss
     raw = holdout_loss(manifest, 0, path, data, raw=True).loss

@@ -1,4 +1,4 @@
-"""Replays of real training: an honest author is never called invalid, and what was not trained is found out."""
+"""Replays of real training: an honest author is never called invalid, and one that did not train always is."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import toy_data, toy_manifest
+from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 CPU = TrainedWith()
-MANIFEST = toy_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
+MANIFEST = tiny_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
 
 
 def author(folder: Path, **options) -> tuple[ReplayParent, ReplayEnd, list[float]]:
     """Two epochs: the first is the parent, the second is audited."""
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data(), **options)
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data(), **options)
     for name in ("parent", "end"):
         for _ in range(MANIFEST.steps_per_epoch):
             trainer.step()
@@ -51,20 +51,20 @@ def parent_of(folder: Path) -> ReplayParent:
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"micro_batch": 3}, {"precision": "bfloat16"}])
 @pytest.mark.parametrize("whole", [False, True])
-def test_an_honest_author_is_valid_whatever_its_split(tmp_path, options, whole):
+def test_honest_author_is_valid_with_any_micro_batch(tmp_path, options, whole):
     parent, end, trace = author(tmp_path, **options)
     precision = options.get("precision", "float32")
-    found = replay(MANIFEST, 0, toy_data(), parent, 4, end=end if whole else None, precision=precision)
-    assert len(found.losses) == (12 if whole else 4)
-    finding = compare(trace, found.losses, found.drift, TrainedWith(precision=precision), found.made)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent, 4, end=end if whole else None, precision=precision)
+    assert len(replayed.losses) == (12 if whole else 4)
+    finding = compare(trace, replayed.losses, replayed.drift, TrainedWith(precision=precision), replayed.made)
     assert finding.outcome == "valid", finding.text
     if not options:
-        assert list(found.losses) == trace[: len(found.losses)], "bit by bit on the same processor"
-        assert found.drift in (None, 0.0)
+        assert list(replayed.losses) == trace[: len(replayed.losses)], "bit by bit on the same processor"
+        assert replayed.drift in (None, 0.0)
 
 
-def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
-    """The author is a process of its own, with two threads and without vector units."""
+def test_other_threads_and_instruction_sets_are_valid(tmp_path):
+    """The author is another process, with two threads and without vector instructions."""
     environment = child_environment(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", OMP_NUM_THREADS="2")
     code = "import sys, pathlib, torch; torch.set_num_threads(2); from tests.models.training.test_replay import author\n"
     code += "print(author(pathlib.Path(sys.argv[1]))[2])"
@@ -73,33 +73,33 @@ def test_two_threads_and_other_instruction_sets_are_never_invalid(tmp_path):
     )
     trace = [float(loss) for loss in done.stdout.strip().strip("[]").split(",")]
     end = ReplayEnd(tmp_path / "end.weights", tmp_path / "end.state")
-    found = replay(MANIFEST, 0, toy_data(), parent_of(tmp_path), 4, end=end)
-    finding = compare(trace, found.losses, found.drift, CPU, found.made)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent_of(tmp_path), 4, end=end)
+    finding = compare(trace, replayed.losses, replayed.drift, CPU, replayed.made)
     assert finding.outcome == "valid", finding.text
 
 
-def test_an_invented_trace_is_invalid_and_the_text_names_step_and_numbers(tmp_path):
+def test_invented_trace_is_invalid_and_names_the_step(tmp_path):
     parent, _, trace = author(tmp_path)
-    found = replay(MANIFEST, 0, toy_data(), parent, 4)
+    replayed = replay(MANIFEST, 0, tiny_data(), parent, 4)
     invented = [*trace[:2], trace[2] * 1.05, *trace[3:]]
-    finding = compare(invented, found.losses, None, CPU, found.made)
+    finding = compare(invented, replayed.losses, None, CPU, replayed.made)
     assert finding.outcome == "invalid"
     assert "step 2" in finding.text
     assert f"{invented[2]:.6g}" in finding.text
-    assert f"{found.losses[2]:.6g}" in finding.text
+    assert f"{replayed.losses[2]:.6g}" in finding.text
     assert "1e-04" in finding.text
-    assert compare(trace[:3], found.losses, None, CPU, found.made).outcome == "invalid", "too short a trace"
+    assert compare(trace[:3], replayed.losses, None, CPU, replayed.made).outcome == "invalid", "too short a trace"
 
 
-def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
-    """The parent with noise is published as the end, beside a trace that is honest for the steps that are usually replayed."""
+def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
+    """The author publishes the parent as its end, with a trace that is honest for the steps that are usually replayed."""
     parent, end, trace = author(tmp_path)
     assert parent.weights
     assert parent.state
     fake = [*trace[:4], *(loss * 1.3 for loss in trace[4:])]
-    part = replay(MANIFEST, 0, toy_data(), parent, 4)
-    assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "that is the hole"
-    whole = replay(MANIFEST, 0, toy_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
+    part = replay(MANIFEST, 0, tiny_data(), parent, 4)
+    assert compare(fake, part.losses, part.drift, CPU, part.made).outcome == "valid", "a short replay cannot notice"
+    whole = replay(MANIFEST, 0, tiny_data(), parent, 4, end=ReplayEnd(parent.weights, parent.state))
     assert whole.drift is not None
     assert whole.drift > 0.9
     assert compare(fake, whole.losses, whole.drift, CPU, whole.made).outcome == "invalid"
@@ -108,14 +108,14 @@ def test_who_trains_only_the_first_steps_is_caught_by_a_whole_replay(tmp_path):
     assert "of the replayed way" in finding.text
 
 
-def test_a_replay_from_the_beginning_needs_no_files(tmp_path):
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+def test_replay_from_the_beginning_needs_no_files(tmp_path):
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     losses = [trainer.step() for _ in range(4)]
-    assert replay(MANIFEST, 0, toy_data(), ReplayParent(0), 4).losses == tuple(losses)
-    assert len(replay(MANIFEST, 0, toy_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
+    assert replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 4).losses == tuple(losses)
+    assert len(replay(MANIFEST, 0, tiny_data(), ReplayParent(0), 99).losses) == 12, "no more than an epoch"
 
 
-def test_a_replay_that_diverges_concludes_nothing():
+def test_diverging_replay_is_inconclusive():
     assert compare([1.0, 1.0], [1.0, math.nan], None, CPU, CPU).outcome == "inconclusive"
     assert compare([1.0], [], None, CPU, CPU).outcome == "inconclusive"
     assert compare([1.0, math.inf], [1.0, 1.0], None, CPU, CPU).outcome == "invalid"
@@ -128,7 +128,7 @@ made = st.builds(
 
 @settings(max_examples=200)
 @given(made, made)
-def test_whatever_a_peer_says_of_its_device_the_tolerance_is_bounded(author, auditor):
+def test_tolerance_is_bounded_for_every_claimed_device(author, auditor):
     bounds = tolerance(author, auditor)
     assert bounds in (FLOAT32_CPU, BFLOAT16_CPU, FLOAT32_OTHER, BFLOAT16_OTHER)
     for near, far in (bounds.first, bounds.later, bounds.drift):
@@ -146,8 +146,8 @@ losses = st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4)
 
 @settings(max_examples=200)
 @given(made, made, losses, losses)
-def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(author, auditor, published, replayed):
-    """What convicts a box of the coordinator's own kind never passes a replay of a few steps, whatever it says that it is."""
+def test_claimed_device_never_turns_invalid_into_valid(author, auditor, published, replayed):
+    """A trace that is invalid for a node of the coordinator's kind never passes a short replay, whatever device is claimed."""
     if compare(published, replayed, None, CPU, CPU).outcome == "invalid":
         finding = compare(published, replayed, None, author, auditor)
         assert finding.outcome == "invalid" or finding.closer
@@ -156,7 +156,7 @@ def test_no_word_about_a_device_buys_more_than_a_replay_of_the_whole_epoch(autho
 
 @settings(max_examples=200)
 @given(made, made, st.floats(0, 2), st.none() | st.floats(0, 1))
-def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author, auditor, drift, noise):
+def test_epoch_noise_decides_only_between_the_bounds(author, auditor, drift, noise):
     bounds = tolerance(author, auditor)
     (near, far), (alike, apart) = bounds.drift, bounds.noise
     finding = compare([1.0] * 4, [1.0] * 4, drift, author, auditor, noise)
@@ -171,8 +171,8 @@ def test_an_epochs_own_noise_decides_between_the_bounds_and_nowhere_else(author,
 
 
 def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
-    """The end of who trains half of the second epoch."""
-    trainer = ExpertTrainer(MANIFEST, 0, toy_data())
+    """The end of an author that trains half of the second epoch."""
+    trainer = ExpertTrainer(MANIFEST, 0, tiny_data())
     trainer.restore(parent.epoch, parent.weights, parent.state)
     for _ in range(MANIFEST.steps_per_epoch // 2):
         trainer.step()
@@ -181,32 +181,32 @@ def halfway(folder: Path, parent: ReplayParent) -> ReplayEnd:
     return ReplayEnd(folder / "half.weights", folder / "half.state")
 
 
-@pytest.mark.parametrize("said", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
-def test_half_of_the_work_is_invalid_with_every_excuse_by_the_epochs_own_noise(tmp_path, said):
+@pytest.mark.parametrize("claimed", [CPU, TrainedWith(device="other", precision="bfloat16")], ids=str)
+def test_half_trained_epoch_is_invalid_by_its_noise(tmp_path, claimed):
     parent, _, trace = author(tmp_path)
-    bounds = tolerance(said, TrainedWith(precision=said.precision))
-    doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=said != CPU)
-    found = replay(
-        MANIFEST, 0, toy_data(), parent, 4, end=halfway(tmp_path, parent), precision=said.precision, doubt=doubt
+    bounds = tolerance(claimed, TrainedWith(precision=claimed.precision))
+    doubt = ReplayDoubt(bounds.drift[0], 2.0, coarse=claimed != CPU)
+    replayed = replay(
+        MANIFEST, 0, tiny_data(), parent, 4, end=halfway(tmp_path, parent), precision=claimed.precision, doubt=doubt
     )  # fmt: skip
-    assert found.drift is not None
-    assert found.noise is not None
-    assert 0.2 < found.drift < 0.8
-    assert 0 < found.noise < (1e-4 if said == CPU else 0.02)
-    finding = compare(trace, found.losses, found.drift, said, found.made, found.noise)
+    assert replayed.drift is not None
+    assert replayed.noise is not None
+    assert 0.2 < replayed.drift < 0.8
+    assert 0 < replayed.noise < (1e-4 if claimed == CPU else 0.02)
+    finding = compare(trace, replayed.losses, replayed.drift, claimed, replayed.made, replayed.noise)
     assert finding.outcome == "invalid", finding.text
 
 
-def test_noise_is_not_measured_where_there_is_no_doubt_or_no_other_way(tmp_path):
+def test_noise_is_not_measured_without_doubt_or_second_way(tmp_path):
     parent, end, _ = author(tmp_path)
-    assert replay(MANIFEST, 0, toy_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
+    assert replay(MANIFEST, 0, tiny_data(), parent, 4, end=end, doubt=ReplayDoubt(1e-3, 2.0, False)).noise is None
     base = ReplayEnd(parent.weights, parent.state)  # pyright: ignore[reportArgumentType]
-    alone = replay(MANIFEST, 0, toy_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
+    alone = replay(MANIFEST, 0, tiny_data(), parent, 4, end=base, micro_batch=1, doubt=ReplayDoubt(1e-3, 2.0, False))
     assert alone.drift is not None
-    assert (alone.drift > 0.9, alone.noise) == (True, None), "one sample at a time cannot be split otherwise"
+    assert (alone.drift > 0.9, alone.noise) == (True, None), "micro-batches of one cannot be split further"
 
 
-def test_a_trace_file_is_read_with_suspicion(tmp_path):
+def test_malformed_trace_files_are_refused(tmp_path):
     write_tensors(tmp_path / "good", {"trace": torch.tensor([1.0, 2.0])})
     assert read_trace(tmp_path / "good") == (1.0, 2.0)
     for name, tensors in {
@@ -217,5 +217,5 @@ def test_a_trace_file_is_read_with_suspicion(tmp_path):
         with pytest.raises(IntegrityError, match="not one row"):
             read_trace(tmp_path / name)
     (tmp_path / "junk").write_bytes(b"\xff" * 40)
-    with pytest.raises(IntegrityError, match="no safetensors file"):
+    with pytest.raises(IntegrityError, match="not a safetensors file"):
         read_trace(tmp_path / "junk")

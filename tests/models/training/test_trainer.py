@@ -1,4 +1,4 @@
-"""Killing, moving, splitting: nothing changes the weights. Also schedule, EMA, warm start and refusals."""
+"""Killing, moving or splitting a training does not change its weights. Also schedule, EMA, warm start and refusals."""
 
 import random
 import shutil
@@ -20,7 +20,7 @@ from lutetia.protocol.schema.manifest import Optimisation
 from lutetia.system import tether
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import WAN, toy_data, toy_manifest
+from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 HERE = Path(__file__).parent
 
@@ -42,8 +42,8 @@ def child(folder: Path, optimizer: str, micro_batch: int) -> subprocess.Popen[st
     )
 
 
-def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> None:
-    """A real process (with both optimisers: Muon has AdamW beside it) against one in this process that nobody disturbs."""
+def test_sigkill_and_resume_end_with_equal_bytes(tmp_path) -> None:
+    """A killed and resumed process against an undisturbed training in this one. Muon is used together with AdamW."""
     killed = child(tmp_path, "muon", 3)
     assert killed.stdout
     for _ in range(random.randint(1, 10)):  # of 12 steps; the epoch ends after the sixth
@@ -53,7 +53,7 @@ def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> 
     killed.stdout.close()
     assert not (tmp_path / "weights.safetensors").exists()
     resumed = child(tmp_path, "muon", 3)
-    whole = ExpertTrainer(toy_manifest(optimisation={"optimizer": "muon"}), 1, toy_data(), micro_batch=3)
+    whole = ExpertTrainer(tiny_manifest(optimisation={"optimizer": "muon"}), 1, tiny_data(), micro_batch=3)
     steps(whole, 12)
     write_state(whole.snapshot(), tmp_path / "state")
     resumed.communicate(timeout=600)
@@ -63,11 +63,11 @@ def test_sigkill_at_a_random_step_and_resume_ends_with_equal_bytes(tmp_path) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_after_every_single_step_changes_nothing(optimizer, tmp_path) -> None:
-    """The successor asks for another micro-batch and goes on with the one that was being used."""
-    manifest = toy_manifest(optimisation={"optimizer": optimizer})
-    whole = ExpertTrainer(manifest, 0, toy_data(), micro_batch=3)
-    relay = ExpertTrainer(manifest, 0, toy_data(), micro_batch=3)
+def test_resuming_after_every_step_changes_nothing(optimizer, tmp_path) -> None:
+    """A trainer that resumes within an epoch keeps its micro-batch, even if it is asked for another."""
+    manifest = tiny_manifest(optimisation={"optimizer": optimizer})
+    whole = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=3)
+    relay = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=3)
     for step in range(12):
         whole.step()
         relay.step()
@@ -76,16 +76,16 @@ def test_resuming_after_every_single_step_changes_nothing(optimizer, tmp_path) -
     assert weights_bytes(relay, tmp_path) == weights_bytes(whole, tmp_path)
     steps(relay, 2)
     write_state(relay.snapshot(), tmp_path / "local")
-    successor = ExpertTrainer(manifest, 0, toy_data(), micro_batch=4)
+    successor = ExpertTrainer(manifest, 0, tiny_data(), micro_batch=4)
     successor.restore(2, local=tmp_path / "local")
     assert successor.micro_batch == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_an_accepted_checkpoint_moves_to_another_box(optimizer, ema, tmp_path) -> None:
-    manifest = toy_manifest(optimisation={"optimizer": optimizer})
-    there, here = ExpertTrainer(manifest, 0, toy_data()), ExpertTrainer(manifest, 0, toy_data())
+def test_accepted_checkpoint_continues_on_another_node(optimizer, ema, tmp_path) -> None:
+    manifest = tiny_manifest(optimisation={"optimizer": optimizer})
+    there, here = ExpertTrainer(manifest, 0, tiny_data()), ExpertTrainer(manifest, 0, tiny_data())
     steps(there, 6)
     assert there.at_epoch_end
     snapshot = there.snapshot()
@@ -99,8 +99,8 @@ def test_an_accepted_checkpoint_moves_to_another_box(optimizer, ema, tmp_path) -
     assert weights_bytes(here, tmp_path) == weights_bytes(there, tmp_path)
 
 
-def test_snapshot_is_detached_and_knows_its_place() -> None:
-    trainer = ExpertTrainer(toy_manifest(), 0, toy_data())
+def test_snapshot_is_a_copy_with_its_place_in_the_run() -> None:
+    trainer = ExpertTrainer(tiny_manifest(), 0, tiny_data())
     steps(trainer, 5)
     middle = trainer.snapshot()
     before = {name: tensor.clone() for name, tensor in middle.parameters.items()}
@@ -115,21 +115,21 @@ def test_snapshot_is_detached_and_knows_its_place() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_nothing_but_rounding(micro_batch) -> None:
-    whole, split = (ExpertTrainer(toy_manifest(), 0, toy_data(), micro_batch=size) for size in (None, micro_batch))
+def test_micro_batches_change_only_rounding(micro_batch) -> None:
+    whole, split = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), micro_batch=size) for size in (None, micro_batch))
     assert steps(whole, 4) == pytest.approx(steps(split, 4), rel=1e-5)
     pairs = zip(whole.model.parameters(), split.model.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_going_on_from_a_state_without_moments_is_the_same_with_and_without_a_restart(tmp_path, optimizer) -> None:
-    """Who goes on must not differ from who replays him from his own published state, whatever a stranger handed over."""
-    manifest = toy_manifest(optimisation={"optimizer": optimizer, "beta2": 0.999}, samples_per_shard=96)
-    author = ExpertTrainer(manifest, 0, toy_data())
+def test_state_without_moments_continues_alike_after_a_restart(tmp_path, optimizer) -> None:
+    """A trainer that continues and one that replays it from its published state must agree, whatever state they started from."""
+    manifest = tiny_manifest(optimisation={"optimizer": optimizer, "beta2": 0.999}, samples_per_shard=96)
+    author = ExpertTrainer(manifest, 0, tiny_data())
     steps(author, 6)
     write_state(replace(author.snapshot(), moments={}), tmp_path / "stripped")
-    here, there = (ExpertTrainer(manifest, 0, toy_data()) for _ in range(2))
+    here, there = (ExpertTrainer(manifest, 0, tiny_data()) for _ in range(2))
     for trainer in (here, there):
         trainer.restore(1, state=tmp_path / "stripped")
         steps(trainer, 6)
@@ -139,11 +139,11 @@ def test_going_on_from_a_state_without_moments_is_the_same_with_and_without_a_re
     assert weights_bytes(here, tmp_path) == weights_bytes(there, tmp_path)
 
 
-def test_an_epoch_of_two_kinds_of_device_is_of_neither(tmp_path) -> None:
-    begun = ExpertTrainer(toy_manifest(), 0, toy_data())
+def test_epoch_on_two_kinds_of_device_is_of_kind_other(tmp_path) -> None:
+    begun = ExpertTrainer(tiny_manifest(), 0, tiny_data())
     steps(begun, 2)
     write_state(replace(begun.snapshot(), device="cuda"), tmp_path / "s")
-    trainer = ExpertTrainer(toy_manifest(), 0, toy_data())
+    trainer = ExpertTrainer(tiny_manifest(), 0, tiny_data())
     trainer.restore(0, local=tmp_path / "s")
     steps(trainer, 2)
     write_state(trainer.snapshot(), tmp_path / "s")
@@ -155,29 +155,29 @@ def test_an_epoch_of_two_kinds_of_device_is_of_neither(tmp_path) -> None:
     assert trainer.snapshot().device == "cpu"
     write_state(replace(begun.snapshot(), device=""), tmp_path / "s")
     trainer.restore(0, local=tmp_path / "s")
-    assert trainer.snapshot().device == "cpu", "a file of an earlier version does not say"
+    assert trainer.snapshot().device == "cpu", "a file of an earlier version has no entry"
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
-    plain, frugal = (ExpertTrainer(toy_manifest(), 0, toy_data(), gradient_checkpointing=frugal) for frugal in (False, True))
+def test_gradient_checkpointing_changes_no_loss() -> None:
+    plain, frugal = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), gradient_checkpointing=frugal) for frugal in (False, True))
     assert steps(plain, 3) == pytest.approx(steps(frugal, 3), rel=1e-6)
 
 
 def test_bfloat16_trains_close_to_float32() -> None:
-    exact, rough = (ExpertTrainer(toy_manifest(), 0, toy_data(), precision=p) for p in ("float32", "bfloat16"))
+    exact, rough = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), precision=p) for p in ("float32", "bfloat16"))
     assert steps(exact, 3) == pytest.approx(steps(rough, 3), rel=0.03)
 
 
-def test_training_on_one_clip_lowers_its_loss() -> None:
-    data = toy_data(4, offset=1.0)
+def test_training_on_few_clips_lowers_their_loss() -> None:
+    data = tiny_data(4, offset=1.0)
     trainer = ExpertTrainer(
-        toy_manifest(samples_per_shard=480, checkpoint_samples=480, optimisation={"learning_rate": 1e-2}), 0, data
+        tiny_manifest(samples_per_shard=480, checkpoint_samples=480, optimisation={"learning_rate": 1e-2}), 0, data
     )
     losses = steps(trainer, 100)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_learning_rate_is_a_function_of_the_global_step() -> None:
+def test_learning_rate_follows_its_schedule() -> None:
     optimisation = Optimisation(learning_rate=2.0, warmup_steps=10, schedule="cosine")
     rates = [learning_rate(optimisation, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2, rel=1e-3)
@@ -188,7 +188,7 @@ def test_learning_rate_is_a_function_of_the_global_step() -> None:
     assert {learning_rate(flat, step, 100) for step in range(100)} == {2.0}
 
 
-def test_ema_follows_its_definition_and_forgets_the_start_early() -> None:
+def test_ema_follows_its_definition() -> None:
     model = build_expert(WAN, 0)
     live = model.get_parameter("proj_out.weight").detach()
     ema, expected = Ema(model), live.clone()
@@ -202,7 +202,7 @@ def test_ema_follows_its_definition_and_forgets_the_start_early() -> None:
     assert ema_decay(Optimisation(ema_decay=0.9), 10_000) == 0.9
 
 
-def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
+def test_muon_trains_hidden_matrices_only() -> None:
     hidden = hidden_matrices(build_expert(WAN, 0))
     assert "blocks.0.attn1.to_q.weight" in hidden
     assert "blocks.0.ffn.net.2.weight" in hidden
@@ -210,7 +210,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32)])
-def test_muon_is_torchs_muon_in_better_precision(shape) -> None:
+def test_muon_agrees_with_torchs_muon(shape) -> None:
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape) * k) for k in (1.0, 2.0)] for _ in range(2))
     pair = Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
     generator = torch.Generator().manual_seed(0)
@@ -227,13 +227,13 @@ def test_muon_is_torchs_muon_in_better_precision(shape) -> None:
     assert singular.max() < 1.3
 
 
-def test_warm_start_takes_given_weights_and_new_moments(tmp_path) -> None:
-    manifest = toy_manifest()
-    base = ExpertTrainer(manifest, 0, toy_data())
+def test_warm_start_uses_given_weights_and_new_moments(tmp_path) -> None:
+    manifest = tiny_manifest()
+    base = ExpertTrainer(manifest, 0, tiny_data())
     steps(base, 4)
     given = base.snapshot().weights
     write_weights(base.snapshot(), tmp_path / "init")
-    trainer = ExpertTrainer(manifest, 1, toy_data())
+    trainer = ExpertTrainer(manifest, 1, tiny_data())
     assert "given weights" in trainer.restore(0, weights=tmp_path / "init")
     snapshot = trainer.snapshot()
     assert all(torch.equal(tensor, given[name]) for name, tensor in snapshot.parameters.items())
@@ -241,14 +241,14 @@ def test_warm_start_takes_given_weights_and_new_moments(tmp_path) -> None:
     assert snapshot.moments == {}
 
 
-def test_a_damaged_or_foreign_local_state_is_passed_over(tmp_path, caplog) -> None:
-    manifest = toy_manifest()
-    fresh = ExpertTrainer(manifest, 0, toy_data()).snapshot().weights
-    trainer = ExpertTrainer(manifest, 0, toy_data())
+def test_damaged_or_foreign_local_state_is_not_used(tmp_path, caplog) -> None:
+    manifest = tiny_manifest()
+    fresh = ExpertTrainer(manifest, 0, tiny_data()).snapshot().weights
+    trainer = ExpertTrainer(manifest, 0, tiny_data())
     steps(trainer, 2)
     write_state(trainer.snapshot(), tmp_path / "good")
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:-100])
-    other = ExpertTrainer(manifest, 1, toy_data())
+    other = ExpertTrainer(manifest, 1, tiny_data())
     for shard, name in ((0, "cut"), (1, "good")):
         target = trainer if shard == 0 else other
         assert "seeded initial weights" in target.restore(0, local=tmp_path / name)
@@ -257,9 +257,9 @@ def test_a_damaged_or_foreign_local_state_is_passed_over(tmp_path, caplog) -> No
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainer.snapshot().parameters.items())
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path) -> None:
-    manifest = toy_manifest()
-    trainer = ExpertTrainer(manifest, 0, toy_data())
+def test_restore_from_unfit_files_is_refused(tmp_path) -> None:
+    manifest = tiny_manifest()
+    trainer = ExpertTrainer(manifest, 0, tiny_data())
     steps(trainer, 2)
     write_state(trainer.snapshot(), tmp_path / "middle")
     write_state(trainer.snapshot(), tmp_path / "without", ema=False)
@@ -268,27 +268,27 @@ def test_what_cannot_be_resumed_is_refused(tmp_path) -> None:
     with pytest.raises(IntegrityError, match="is of epoch 0, step 2, not of epoch 1"):
         trainer.restore(1, state=tmp_path / "middle")
     with pytest.raises(IntegrityError, match="not of shard 1 of this run"):
-        ExpertTrainer(manifest, 1, toy_data()).restore(0, state=tmp_path / "middle")
+        ExpertTrainer(manifest, 1, tiny_data()).restore(0, state=tmp_path / "middle")
     with pytest.raises(DataError, match="has 3 clips, fewer than a batch of 4"):
-        ExpertTrainer(manifest, 0, toy_data(3))
+        ExpertTrainer(manifest, 0, tiny_data(3))
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a file system of its own")
-def test_full_disk_is_said_and_the_last_state_stays_whole(tmp_path) -> None:
-    """On a tmpfs of 600 kB, which has room for one state and not for the next one beside it."""
+def test_full_disk_raises_and_keeps_the_last_state(tmp_path) -> None:
+    """On a tmpfs of 600 kB, which has room for one state but not for two."""
     mount = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" "$1" "$2"'
     child = [sys.executable, str(HERE / "full_disk_process.py"), str(tmp_path)]
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, *child]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
-        pytest.skip("this machine lets nobody mount a file system of their own")
+        pytest.skip("users of this machine cannot mount file systems")
     assert done.returncode == 0, done.stderr
     assert "no space left on device; free space" in done.stdout
     assert done.stdout.strip().endswith("1")
 
 
-def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
-    manifest, data = toy_manifest(), toy_data()
+def test_batches_made_ahead_are_the_same() -> None:
+    manifest, data = tiny_manifest(), tiny_data()
     batches = Batches(manifest, 0, data)
     ahead = _Ahead(batches, manifest.steps_per_epoch, torch.device("cuda"))
     for epoch, step in [(0, 0), (0, 1), (0, 5), (1, 0), (1, 1), (0, 3)]:
@@ -297,8 +297,8 @@ def test_batches_made_ahead_for_an_accelerator_are_the_same() -> None:
         assert torch.equal(made.latents, expected.latents)
 
 
-def test_divergence_is_said() -> None:
-    data = toy_data()
+def test_divergence_raises() -> None:
+    data = tiny_data()
     data.latents[:] = float("nan")
     with pytest.raises(TrainingDiverged, match="shard 0 diverged at step 0"):
-        ExpertTrainer(toy_manifest(), 0, data).step()
+        ExpertTrainer(tiny_manifest(), 0, data).step()

@@ -1,0 +1,197 @@
+"""What a caller passes to the pipeline: checked before any weights are read, then turned into text vectors and noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, get_args
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lutetia.models.data.encode.text import TextEncoder
+from lutetia.models.mixing.sampling import initial_noise
+from lutetia.models.mixture import Mode
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import UsageError
+
+MAX_PROMPT_CHARACTERS = 2000
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The prompts and negative prompts of one call, each either in words or already encoded.
+
+    Shapes for N prompts, with L tokens of width D and pooled vectors of width P as in the run's LatentSpec:
+    `embeds`, `negative_embeds` [N, L, D]; `pooled`, `negative_pooled` [N, P].
+    """
+
+    prompts: Sequence[str] | None = None
+    negative: Sequence[str] | None = None
+    embeds: Tensor | None = None
+    pooled: Tensor | None = None
+    negative_embeds: Tensor | None = None
+    negative_pooled: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None, **encoded: Any) -> Texts:
+        """Texts as a caller gives them; one negative prompt serves all prompts."""
+        texts = cls(_as_list("prompt", prompt), None, **encoded)
+        return replace(texts, negative=_as_list("negative_prompt", negative_prompt, len(texts)))
+
+    def __len__(self) -> int:
+        """How many prompts there are."""
+        if self.prompts is not None:
+            return len(self.prompts)
+        return 0 if self.embeds is None else len(self.embeds)
+
+    def check(self, latent: LatentSpec) -> None:
+        """Raises UsageError unless there is one text per prompt, in words or as vectors of the run's shapes."""
+        if self.prompts is not None and self.embeds is not None:
+            raise UsageError("both prompt and prompt_embeds were given; give one of them")
+        if self.negative is not None and self.negative_embeds is not None:
+            raise UsageError("both negative_prompt and negative_prompt_embeds were given; give one of them")
+        _check_pair("prompt_embeds", self.embeds, "pooled_prompt_embeds", self.pooled)
+        _check_pair(
+            "negative_prompt_embeds", self.negative_embeds, "negative_pooled_prompt_embeds", self.negative_pooled
+        )  # fmt: skip
+        if not len(self):
+            raise UsageError("no prompt was given; give at least one prompt, or prompt_embeds")
+        for number, text in enumerate(self.prompts or [], 1):
+            _check_words(f"prompt {number}", text)
+            if not text.strip():
+                raise UsageError(f"prompt {number} is empty; say in words what the clip shows")
+        if self.negative is not None and len(self.negative) != len(self):
+            raise UsageError(f"{len(self.negative)} negative prompts were given for {len(self)} prompts; give one, or one each")
+        for number, text in enumerate(self.negative or [], 1):
+            _check_words(f"negative prompt {number}", text)
+        tokens, pooled = [len(self), latent.text_tokens, latent.text_width], [len(self), latent.pooled_width]
+        for name, tensor, shape in (
+            ("prompt_embeds", self.embeds, tokens),
+            ("pooled_prompt_embeds", self.pooled, pooled),
+            ("negative_prompt_embeds", self.negative_embeds, tokens),
+            ("negative_pooled_prompt_embeds", self.negative_pooled, pooled),
+        ):
+            if tensor is not None and list(tensor.shape) != shape:
+                raise UsageError(
+                    f"{name} must have shape {shape}, not {list(tensor.shape)}; encode the prompts with encode_prompt"
+                )
+
+    def check_lengths(self, encoder: TextEncoder) -> None:
+        """Raises UsageError for a text with more tokens than the experts read."""
+        for what, given in (("prompt", self.prompts), ("negative prompt", self.negative)):
+            for number, text in enumerate(given or [], 1):
+                count = encoder.count([text])
+                if count > encoder.tokens:
+                    raise UsageError(f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}; shorten it")
+
+    def encode(self, encode: EncodeTexts, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token and pooled vectors of the prompts, then of the negative prompts (zeros without any), each row `repeats` times."""
+        tokens, pooled = self.embeds, self.pooled
+        if self.prompts is not None:
+            tokens, pooled = encode(self.prompts)
+        if tokens is None or pooled is None:
+            raise UsageError("no prompt was given; give at least one prompt, or prompt_embeds")
+        negative_tokens, negative_pooled = self.negative_embeds, self.negative_pooled
+        if self.negative is not None:
+            negative_tokens, negative_pooled = encode(self.negative)
+        if negative_tokens is None or negative_pooled is None:
+            negative_tokens, negative_pooled = torch.zeros_like(tokens), torch.zeros_like(pooled)
+        given = (tokens, pooled, negative_tokens, negative_pooled)
+        a, b, c, d = (rows.repeat_interleave(repeats, dim=0) if repeats > 1 else rows for rows in given)
+        return a, b, c, d
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int], generator: Generators | None) -> Tensor:
+    """Standard normals, float32 `[N, C, F, H, W]`: from `generator`, one for all clips or one each, else by a seed per clip."""
+    if generator is None:
+        return initial_noise(tuple(shape[1:]), seeds)
+    if isinstance(generator, torch.Generator):
+        return randn_tensor(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+    return randn_tensor(tuple(shape), generator=list(generator), device=generator[0].device, dtype=torch.float32)
+
+
+def draw_seeds(count: int, generator: Generators) -> list[int]:
+    """One seed per clip, from the generator of that clip."""
+    each = [generator] * count if isinstance(generator, torch.Generator) else generator
+    return [int(torch.randint(1 << 31, (1,), generator=drawn, device=drawn.device)) for drawn in each]
+
+
+def check_numbers(steps: Any, guidance: Any, videos: Any) -> None:
+    """Raises UsageError unless steps and videos per prompt are whole and at least 1, and guidance is finite."""
+    if not isinstance(steps, Integral) or steps < 1:
+        raise UsageError(f"{steps} steps cannot make a clip; ask for a whole number of at least 1")
+    if not isinstance(guidance, Real) or not math.isfinite(guidance):
+        raise UsageError(f"guidance_scale is {guidance}; give a finite number")
+    if not isinstance(videos, Integral) or videos < 1:
+        raise UsageError(f"num_videos_per_prompt is {videos}; ask for a whole number of at least 1")
+
+
+def check_size(latent: LatentSpec, num_frames: int | None, height: int | None, width: int | None) -> None:
+    """Raises UsageError for a size in frames or pixels that the mixture was not trained for."""
+    made = {"num_frames": latent.pixel_frames, "height": latent.pixel_height, "width": latent.pixel_width}
+    for (name, makes), asked in zip(made.items(), (num_frames, height, width), strict=True):
+        if asked is not None and asked != makes:
+            raise UsageError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
+
+
+def check_noise(shape: Sequence[int], generator: Generators | None, latents: Tensor | None) -> None:
+    """Raises UsageError unless `latents` have `shape` [clips, C, F, H, W] and a list of generators has one per clip."""
+    if latents is not None and list(latents.shape) != list(shape):
+        raise UsageError(f"latents must have shape {list(shape)}, not {list(latents.shape)}; draw noise of that shape")
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not all(isinstance(each, torch.Generator) for each in generator):
+        raise UsageError("generator must be a torch.Generator or a list of them; make one with torch.Generator()")
+    if len(generator) != shape[0]:
+        raise UsageError(f"{len(generator)} generators were given for {shape[0]} clips; give one, or one per clip")
+    if len({each.device for each in generator}) > 1:
+        raise UsageError("the generators are on several devices; make them all on one")
+
+
+def check_choices(output_type: Any, mode: Any, tensor_inputs: Sequence[str], known_inputs: Sequence[str]) -> None:
+    """Raises UsageError for an output type, a routing mode or a callback tensor that the pipeline does not have."""
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"there is no output type {output_type!r}; use {', '.join(OUTPUT_TYPES)}")
+    if mode not in get_args(Mode):
+        raise UsageError(f"there is no routing mode {mode!r}; use one of {', '.join(get_args(Mode))}")
+    unknown = [name for name in tensor_inputs if name not in known_inputs]
+    if unknown:
+        raise UsageError(f"callback_on_step_end_tensor_inputs has no {unknown}; use {', '.join(known_inputs)}")
+
+
+def check_expert(entries: Sequence[dict[str, Any]], expert: int | None) -> None:
+    """Raises UsageError for an expert that the mixture does not hold; `entries` is its list of experts."""
+    if expert is not None and not (0 <= expert < len(entries) and entries[expert]["folder"]):
+        held = [k for k, entry in enumerate(entries) if entry["folder"]]
+        raise UsageError(f"this mixture has no expert {expert}; it has {held}")
+
+
+def _as_list(name: str, texts: Any, copies: int = 1) -> list[str] | None:
+    if texts is None:
+        return None
+    if isinstance(texts, str):
+        return [texts] * copies
+    if not isinstance(texts, Iterable):
+        raise UsageError(f"{name} is of type {type(texts).__name__}; give a text or a list of texts")
+    return list(texts)
+
+
+def _check_pair(name: str, tokens: Tensor | None, pooled_name: str, pooled: Tensor | None) -> None:
+    if (tokens is None) != (pooled is None):
+        given, missing = (name, pooled_name) if pooled is None else (pooled_name, name)
+        raise UsageError(f"{given} was given without {missing}; give both, as encode_prompt returns them")
+
+
+def _check_words(what: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f"{what} is of type {type(text).__name__}; give a text")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(f"{what} has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}; shorten it")
