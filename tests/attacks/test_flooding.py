@@ -1,4 +1,4 @@
-"""Many identities from one address: they get a share of the places, never all of them."""
+"""Many identities at one address get a share of the places, never all of them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tests.coordinator.acceptance import judge_driver
         ("", ""),
     ],
 )
-def test_an_origin_is_what_one_line_is_given(address: str, origin: str) -> None:
+def test_an_origin_is_an_ipv4_address_or_a_64_prefix(address: str, origin: str) -> None:
     assert origin_of(address) == origin
 
 
 class Waiting(Stream):
-    """An inbound stream that never says anything."""
+    """An inbound stream that never sends anything."""
 
     def __init__(self, peer_id: str, origin: str) -> None:
         self.peer_id, self.origin = peer_id, origin
@@ -55,7 +55,7 @@ async def _listen(stream: Stream) -> None:
     await stream.read_exactly(1)
 
 
-async def test_a_thousand_silent_identities_behind_one_address_leave_room_for_others() -> None:
+async def test_silent_peers_of_one_origin_leave_room_for_others() -> None:
     tasks = HandlerTasks(limit=64)
     swarm = [Waiting(f"sybil {number}", "203.0.113.5") for number in range(1000)]
     assert sum(tasks.start("/x/1", _listen, stream) for stream in swarm) == 32
@@ -69,19 +69,19 @@ async def test_a_thousand_silent_identities_behind_one_address_leave_room_for_ot
     await tasks.close()
 
 
-async def test_real_streams_know_their_origin_and_a_crowd_of_peers_gets_half_of_the_blob_places(
+async def test_peers_of_one_origin_get_half_of_the_blob_streams(
     tmp_path: Path,
 ) -> None:
-    """Four identities on one address hold all the places that it may have; the fifth is told that the provider is busy."""
+    """Four identities at one address hold all places of that origin. The fifth gets the answer BUSY."""
     async with network(tmp_path, run := manifest_of_now()) as start:
         assert run
         provider = await start("provider")
         store = BlobStore(tmp_path / "blobs")
         ref = store.add_bytes(b"x" * 1000)
         await serve_blobs(provider, store)
-        crowd = [await start(f"sybil {number}", bootstrap=provider.addresses()) for number in range(4)]
-        held = [await peer.open_stream(provider.peer_id, blob_stream.BLOB) for peer in crowd for _ in range(8)]
-        for stream in held:  # each asks for the table and leaves it there: the place stays taken
+        sybils = [await start(f"sybil {number}", bootstrap=provider.addresses()) for number in range(4)]
+        held = [await peer.open_stream(provider.peer_id, blob_stream.BLOB) for peer in sybils for _ in range(8)]
+        for stream in held:  # each asks for the table and does not read it, so its place stays taken
             await stream.write(bytes.fromhex(ref.digest) + bytes(8))
             await stream.read_exactly(blob_stream.ANSWER_BYTES)
         late = await start("late", bootstrap=provider.addresses())
@@ -95,20 +95,20 @@ async def test_real_streams_know_their_origin_and_a_crowd_of_peers_gets_half_of_
         assert fetched.read_bytes() == b"x" * 1000
 
 
-def test_a_crowd_behind_one_address_shares_its_places_before_the_judge() -> None:
+def test_peers_of_one_origin_share_its_places_at_the_judge() -> None:
     admission = Admission(offers_per_minute=20, undecided=3)
-    crowd = [f"sybil {number}" for number in range(10)]
+    sybils = [f"sybil {number}" for number in range(10)]
     waiting: set[str] = set()
-    for peer in crowd:
+    for peer in sybils:
         if admission.refusal(peer, "203.0.113.5", waiting, 0.0) is None:
             waiting.add(peer)
     assert len(waiting) == 3
-    assert admission.refusal("sybil 0", "203.0.113.5", waiting, 1.0) is None  # asks how its own result stands
+    assert admission.refusal("sybil 0", "203.0.113.5", waiting, 1.0) is None  # asks for the state of its own result
     assert admission.refusal("honest", "198.51.100.7", waiting, 1.0) is None
-    assert admission.refusal("sybil 9", "203.0.113.5", set(), 2.0) is None  # decided results give their places back
+    assert admission.refusal("sybil 9", "203.0.113.5", set(), 2.0) is None  # decided results free their places
 
 
-def test_offers_from_one_address_are_limited_and_forgotten_after_a_minute() -> None:
+def test_offers_of_one_origin_are_limited_for_a_minute() -> None:
     admission = Admission(offers_per_minute=20, undecided=8)
     replies = [admission.refusal(f"peer {number}", "203.0.113.5", set(), number / 10) for number in range(50)]
     assert [reply is None for reply in replies] == [True] * 20 + [False] * 30
@@ -121,11 +121,11 @@ def test_offers_from_one_address_are_limited_and_forgotten_after_a_minute() -> N
     assert len(admission._origins) <= 4096
 
 
-def test_records_in_the_dht_never_take_all_the_places_of_a_shard() -> None:
-    driver = judge_driver.drive_judge(limits=False, rules={"candidates_per_shard": 8})
-    crowd = [Identity.derived(f"sybil {number}") for number in range(20)]
-    for peer in crowd:
-        driver.offer(judge_driver.make_record(driver.manifest, peer), via="poll")
-    assert len(driver.state.run.shards[0].candidates) == 4
-    honest = judge_driver.make_record(driver.manifest, Identity.derived("honest"))
-    assert driver.offer(honest).verdict == "queued"
+def test_dht_records_leave_places_of_a_shard_free() -> None:
+    court = judge_driver.court(limits=False, rules={"candidates_per_shard": 8})
+    sybils = [Identity.derived(f"sybil {number}") for number in range(20)]
+    for peer in sybils:
+        court.offer(judge_driver.make_record(court.manifest, peer), via="poll")
+    assert len(court.state.run.shards[0].candidates) == 4
+    honest = judge_driver.make_record(court.manifest, Identity.derived("honest"))
+    assert court.offer(honest).verdict == "queued"

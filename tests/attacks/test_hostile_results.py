@@ -1,9 +1,9 @@
-"""Results that lie, before the coordinator's real checks and replay: real tiny experts, real safetensors files.
+"""Hostile results against the coordinator's real checks and replay: real tiny experts, real safetensors files.
 
-Rates over many seeds, and over honest boxes, are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
+Rates over many seeds and honest devices are measured by `python -m benchmarks attacks` (docs/results/attacks.md). Elsewhere:
 hostile headers and wrong forms in tests/coordinator/worker/test_process.py and
 tests/models/training/test_checkpoint_checks.py, a copied result in
-tests/coordinator/acceptance/test_state_machine.py, a faker in a real swarm and its roll-back in
+tests/coordinator/acceptance/test_state_machine.py, a cheater in a real swarm and the rollback in
 tests/coordinator/test_cheater.py.
 """
 
@@ -47,16 +47,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
     return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED), verdict
 
 
-@pytest.mark.parametrize(("name", "check"), STOPPED.items())
-async def test_the_checks_stop_it(scene: tuple[Scene, Verdict], name: str, check: str) -> None:
+@pytest.mark.parametrize(("name", "rung"), STOPPED.items())
+async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verdict], name: str, rung: str) -> None:
     stage, parent = scene
     verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
-    assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
+    assert (verdict.outcome, verdict.check) == ("invalid", rung), verdict.text
 
 
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])
-async def test_what_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
-    """The held-out loss cannot tell it from honest work; a replay can, of the first steps or else of the whole epoch."""
+async def test_a_fake_that_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
+    """The held-out loss does not reveal it. A replay does, of the first steps or of the whole epoch."""
     stage, parent = scene
     result = stage.lab.publish(LIES[name](stage))
     assert (await stage.lab.judged(result, parent.loss)).outcome == "valid"
@@ -75,7 +75,7 @@ async def test_what_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict],
     ],
     ids=str,
 )
-async def test_an_honest_box_of_any_kind_passes_every_judge(setting: Honest, tmp_path: Path) -> None:
+async def test_an_honest_result_of_any_device_passes(setting: Honest, tmp_path: Path) -> None:
     lab, parent, parent_loss = Lab(tmp_path, setting), None, None
     for _ in range(2):
         result, _ = lab.honest(parent)

@@ -30,7 +30,7 @@ def claims_of(peers: list[str]) -> st.SearchStrategy[list[LiveClaim]]:
 
 
 @given(claims_of(PEERS), st.randoms(), st.none() | st.sampled_from(PEERS))
-def test_all_readers_name_the_same_live_claimant(claims: list[LiveClaim], order, author: str | None) -> None:
+def test_every_reader_names_the_same_live_claimant(claims: list[LiveClaim], order, author: str | None) -> None:
     accepted = acceptance(author) if author else None
     owner = shard_owner(RUN, ShardView(0, tuple(claims), accepted), NOW)
     shuffled = list(claims)
@@ -41,7 +41,7 @@ def test_all_readers_name_the_same_live_claimant(claims: list[LiveClaim], order,
 
 
 @given(claims_of(PEERS), st.sampled_from(PEERS))
-def test_tenure_wins_only_while_its_claim_lives(others: list[LiveClaim], author: str) -> None:
+def test_tenure_wins_while_its_claim_lives_and_no_longer(others: list[LiveClaim], author: str) -> None:
     others = [c for c in others if c.record.owner != author]
     accepted = acceptance(author)
     assert shard_owner(RUN, ShardView(0, (*others, claim(author)), accepted), NOW) == author
@@ -59,7 +59,7 @@ def test_among_equal_claims_the_lowest_rendezvous_hash_wins() -> None:
     assert shard_owner(RUN, ShardView(0, claims), NOW) == min(PEERS, key=lambda peer: rendezvous(RUN, 0, 0, peer))
 
 
-def test_free_shards_have_work_left_and_no_live_claim() -> None:
+def test_a_shard_is_free_with_work_left_and_no_claim() -> None:
     views = [
         ShardView(0, (claim(PEERS[0]),)),
         ShardView(1, (claim(PEERS[0], expires=NOW - 1, shard=1),)),
@@ -77,7 +77,7 @@ def test_joiners_of_equal_fitness_spread_over_the_free_shards() -> None:
     assert min(counts) > 60
 
 
-def test_the_fittest_shard_is_preferred_and_zero_is_unfit() -> None:
+def test_fitness_decides_and_zero_means_unfit() -> None:
     free = [ShardView(0), ShardView(1)]
     best = preferred_shard(RUN, PEERS[0], free, {0: 0.5, 1: 2.0})
     assert best is not None
@@ -85,13 +85,13 @@ def test_the_fittest_shard_is_preferred_and_zero_is_unfit() -> None:
     assert preferred_shard(RUN, PEERS[0], free, {0: 0.0}) is None
 
 
-def test_all_readers_take_the_same_of_two_acceptances() -> None:
+def test_of_two_acceptances_all_readers_take_the_same() -> None:
     one, two = acceptance(PEERS[0], 2, checkpoint="1" * 64), acceptance(PEERS[1], 2, checkpoint="2" * 64)
     assert latest_acceptance([two, one, acceptance(PEERS[0], 1)]) == latest_acceptance([one, two]) == one
     assert latest_acceptance([]) is None
 
 
-def test_a_newer_term_wins_over_a_longer_lineage() -> None:
+def test_a_rolled_back_lineage_beats_the_longer_one_it_replaces() -> None:
     old = acceptance(PEERS[0], 5)
     back = acceptance(PEERS[1], 2).model_copy(update={"term": 1})
     start = ResetRecord(run=RUN, owner=COORDINATOR.public_key, issued=NOW, shard=0, term=2)
