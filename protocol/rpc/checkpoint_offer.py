@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
 from lutetia.protocol.schema.canonical import Frozen
@@ -37,8 +37,15 @@ class OfferReply(Frozen):
     not be judged (for instance its blobs could not be fetched).
     """
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"]
-    check: CheckName | None = None
+    check: CheckName | None = Field(
+        default=None,
+        validation_alias=AliasChoices("check", "rung"),
+        serialization_alias="rung",  # its name on the wire, which nodes of earlier versions read and write
+        description="The check that failed, of an invalid or inconclusive result",
+    )
     text: str = Field(default="", max_length=1000)
     retry_after: float | None = None
 
