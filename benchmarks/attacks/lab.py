@@ -1,4 +1,4 @@
-"""One shard of a small run: honest training of every kind, and the real checks and replay for its results."""
+"""One shard of a small run: honest training of every kind, and the real ladder and replay to put results before."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Lab:
         )
 
     async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
-        """All of the coordinator's checks."""
+        """The coordinator's whole ladder."""
         refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
         record = CheckpointRecord(

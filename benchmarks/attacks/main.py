@@ -1,6 +1,6 @@
-"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what checks and audits catch, and whom they wrong.
+"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what the ladder and the audits catch, and whom they wrong.
 
-Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own checks, then,
+Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own ladder, then,
 once with each word that a liar may say of its device, before an audit of the first steps and one of the whole epoch. Honest boxes
 of every kind (threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs before
 the same judges, with the same words. Rates carry exact (Clopper-Pearson) 95 % intervals.
@@ -106,7 +106,7 @@ async def honest(folder: Path, setting: Honest) -> list[Try]:
         result, _ = lab.honest(parent)
         told, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
         tries.append(told)
-        if told.check:
+        if told.rung:
             break
         parent, parent_loss = result, verdict.loss
     return tries
@@ -149,8 +149,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(told, good)}")
     for one in good:
         wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
-        if one.check or wrong:
-            print(f"wronged: {one.who}: {one.check} {one.text} {wrong}", file=sys.stderr)
+        if one.rung or wrong:
+            print(f"wronged: {one.who}: {one.rung} {one.text} {wrong}", file=sys.stderr)
 
 
 def read(kept: Path) -> tuple[list[Try], list[Try]]:

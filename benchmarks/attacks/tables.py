@@ -30,10 +30,10 @@ class Replays(NamedTuple):
 
 @dataclass(frozen=True)
 class Try:
-    """One result and its verdicts. `check` is the one that stopped it, or ""; only results that passed are audited."""
+    """One result before the judges. `rung` is where the ladder stopped it, or ""; audits are told only of what passed."""
 
     who: str
-    check: str
+    rung: str
     text: str
     audits: tuple[Replays, ...] = ()
     effect: float | None = None
@@ -52,27 +52,26 @@ def interval(count: int, total: int) -> str:
 
 
 def _share(tries: Sequence[Try], device: str, counts: Callable[[Replays], bool]) -> str:
-    """Of the results that passed the checks; short, where an interval would fill the page."""
+    """Of the results that passed the ladder; short, where an interval would fill the page."""
     found = [one for told in tries for one in told.audits if one.device == device]
     return f"{sum(map(counts, found))}/{len(found)}" if found else "-"
 
 
 def lie_table(tries: Sequence[Try]) -> str:
-    """Checks, and audits that begin with a few steps, by what the liar says of its device."""
-    heads = ("lie", "caught by the checks", "by check", *EXCUSES, "newcomer", "newcomer, best excuse", "streak 10")
+    """Ladder, and audits that begin with a few steps, by what the liar says of its device."""
+    heads = ("lie", "caught by the ladder", "at rung", *EXCUSES, "newcomer", "newcomer, best excuse", "streak 10")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in LIES:
         if told := [one for one in tries if one.who == name]:
-            caught_early = sum(bool(one.check) for one in told)
-            checks = ", ".join(sorted({one.check for one in told if one.check})) or "-"
+            ladder = sum(bool(one.rung) for one in told)
+            rungs = ", ".join(sorted({one.rung for one in told if one.rung})) or "-"
             caught = [_share(told, device, lambda found: found.short == "invalid") for device in EXCUSES]
             chances = {device: sum(_audit_chance(one, device) for one in told) for device in EXCUSES}
             worst = min(chances, key=lambda device: chances[device])
             newcomer, excused, trusted = (
-                f"{(caught_early + share * chances[device]) / len(told):.3f}"
-                for device, share in ((OWN, 1), (worst, 1), (worst, 0.1))
+                f"{(ladder + share * chances[device]) / len(told):.3f}" for device, share in ((OWN, 1), (worst, 1), (worst, 0.1))
             )
-            cells = (name, interval(caught_early, len(told)), checks, *caught, newcomer, excused, trusted)
+            cells = (name, interval(ladder, len(told)), rungs, *caught, newcomer, excused, trusted)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -81,7 +80,7 @@ def whole_table(tries: Sequence[Try]) -> str:
     """Replays of the whole epoch: invalid, and of the others how many leave doubt, which takes all trust."""
     lines = [f"| lie | {' | '.join(EXCUSES)} |", "|---" * (1 + len(EXCUSES)) + "|"]
     for name in LIES:
-        told = [one for one in tries if one.who == name and not one.check]
+        told = [one for one in tries if one.who == name and not one.rung]
         if told:
             cells = [
                 f"{_share(told, device, lambda found: found.whole == 'invalid')}, in doubt "
@@ -100,11 +99,11 @@ def _audit_chance(told: Try, device: str) -> float:
 
 def honest_table(good: Sequence[Try]) -> str:
     """Whom the judges wrong, and how often an honest box costs a closer look, by what it says of its device."""
-    passed = [one for one in good if not one.check]
+    passed = [one for one in good if not one.rung]
     devices = {"the truth": "", **{device: device for device in EXCUSES}}
     lines = [f"| honest results, which say that they were made by | {' | '.join(devices)} |", "|---" * (1 + len(devices)) + "|"]
-    refused = interval(sum(bool(one.check) for one in good), len(good))
-    lines.append(f"| refused by the checks | {refused} |{' |' * len(EXCUSES)}")
+    refused = interval(sum(bool(one.rung) for one in good), len(good))
+    lines.append(f"| refused by the ladder | {refused} |{' |' * len(EXCUSES)}")
     rows: dict[str, Callable[[Replays], bool]] = {
         f"convicted by an audit that begins with {SHORT} steps": lambda found: found.short == "invalid",
         "convicted by a replay of the epoch": lambda found: found.whole == "invalid",
@@ -132,9 +131,9 @@ def summary(told: Sequence[Try], good: Sequence[Try]) -> str:
             lines.append(f"| {name} | {effects[len(effects) // 2]:.2f} |")
     costs: dict[str, list[float]] = {}
     for one in good:
-        for check, seconds in one.seconds:
-            costs.setdefault(check, []).append(seconds)
+        for rung, seconds in one.seconds:
+            costs.setdefault(rung, []).append(seconds)
     size = sum(one.size for one in good) / max(1, len(good))
     lines += ["", f"| cost of judging one honest result of {size / 1024:.0f} KiB | median ms |", "|---|---|"]
-    lines += [f"| {check} | {1000 * sorted(values)[len(values) // 2]:.0f} |" for check, values in costs.items()]
+    lines += [f"| {rung} | {1000 * sorted(values)[len(values) // 2]:.0f} |" for rung, values in costs.items()]
     return "\n".join(lines)

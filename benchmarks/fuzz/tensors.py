@@ -1,4 +1,4 @@
-"""Safetensors files of strangers: weights, training states and shards, as the checks and the nodes open them."""
+"""Safetensors files of strangers: weights, training states and shards, as the ladder and the nodes open them."""
 
 from __future__ import annotations
 

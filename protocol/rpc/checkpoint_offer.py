@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
 from lutetia.protocol.schema.canonical import Frozen
@@ -41,10 +41,17 @@ class OfferReply(Frozen):
         inconclusive: It could not be checked, for instance because its blobs could not be fetched.
     """
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"] = Field(
         description="State of the offered result"
     )
-    check: CheckName | None = Field(default=None, description="The check that failed, of an invalid or inconclusive result")
+    check: CheckName | None = Field(
+        default=None,
+        validation_alias=AliasChoices("check", "rung"),
+        serialization_alias="rung",  # its name on the wire, which nodes of earlier versions read and write
+        description="The check that failed, of an invalid or inconclusive result",
+    )
     text: str = Field(default="", max_length=1000, description="Reason of the verdict, for people")
     retry_after: float | None = Field(default=None, description="Seconds to wait before offering it again; null: no need")
 

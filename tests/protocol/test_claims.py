@@ -41,7 +41,7 @@ def test_every_reader_names_the_same_live_claimant(claims: list[LiveClaim], orde
 
 
 @given(claims_of(PEERS), st.sampled_from(PEERS))
-def test_tenure_wins_only_while_its_claim_lives(others: list[LiveClaim], author: str) -> None:
+def test_tenure_wins_while_its_claim_lives_and_no_longer(others: list[LiveClaim], author: str) -> None:
     others = [c for c in others if c.record.owner != author]
     accepted = acceptance(author)
     assert shard_owner(RUN, ShardView(0, (*others, claim(author)), accepted), NOW) == author
@@ -85,13 +85,13 @@ def test_fitness_decides_and_zero_means_unfit() -> None:
     assert preferred_shard(RUN, PEERS[0], free, {0: 0.0}) is None
 
 
-def test_all_readers_take_the_same_of_two_acceptances() -> None:
+def test_of_two_acceptances_all_readers_take_the_same() -> None:
     one, two = acceptance(PEERS[0], 2, checkpoint="1" * 64), acceptance(PEERS[1], 2, checkpoint="2" * 64)
     assert latest_acceptance([two, one, acceptance(PEERS[0], 1)]) == latest_acceptance([one, two]) == one
     assert latest_acceptance([]) is None
 
 
-def test_a_newer_term_wins_over_a_longer_lineage() -> None:
+def test_a_rolled_back_lineage_beats_the_longer_one_it_replaces() -> None:
     old = acceptance(PEERS[0], 5)
     back = acceptance(PEERS[1], 2).model_copy(update={"term": 1})
     start = ResetRecord(run=RUN, owner=COORDINATOR.public_key, issued=NOW, shard=0, term=2)

@@ -11,6 +11,8 @@ from lutetia.coordinator.acceptance.checks import ACCEPTANCE_CHECKS, CheckFailed
 from lutetia.coordinator.acceptance.transition import JudgeChanges, JudgeState
 from lutetia.coordinator.ledger import run_state
 from lutetia.coordinator.ledger.events import CheckCost
+from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.verdicts import CHECK_NAMES, CheckName
 from tests.coordinator.acceptance.judge_driver import PEERS, START, make_manifest, make_record
@@ -98,3 +100,10 @@ def test_typed_changes_name_the_fields_of_their_state(changes: type, state: type
 
 def test_a_cost_is_written_under_the_new_name_only():
     assert CheckCost(check="raw", outcome="valid", seconds=START).model_dump().keys() == {"check", "outcome", "seconds", "size"}
+
+
+def test_the_offer_reply_keeps_its_name_on_the_wire():
+    reply = OfferReply(verdict="invalid", check="numbers", text="a tensor is not finite")
+    data = canonical(reply)
+    assert data == b'{"retry_after":null,"rung":"numbers","text":"a tensor is not finite","verdict":"invalid"}'
+    assert OfferReply.model_validate_json(data) == reply

@@ -82,7 +82,7 @@ class Tools(NetworkCheckRunner):
 
 @dataclass
 class Intake:
-    """A bench with the service's tools on a network in memory."""
+    """The judge loop with the service's check runner, on a network in memory."""
 
     manifest: Manifest
     network: MemoryNetwork
@@ -96,7 +96,7 @@ class Intake:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
-        """A bench that goes on from the ledger."""
+        """Start a judge loop that goes on from the ledger."""
         rules = JudgeRules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1)
         self.bench = JudgeLoop(rules, self.ledger, self.tools, self._publish, time.time, lambda run: self._news.set())
         self.running = asyncio.create_task(self.bench.run())
@@ -117,7 +117,7 @@ class Intake:
         return reply
 
     async def until(self, reached: Callable[[RunState], bool]) -> RunState:
-        """Wait for a state of the run; fails when the bench ends before."""
+        """Wait for a state of the run; fails when the judge loop ends before."""
         async with asyncio.timeout(PATIENCE):
             while not reached(self.bench.state.run):
                 self._news.clear()
@@ -130,7 +130,7 @@ class Intake:
 
 @asynccontextmanager
 async def intake(root: Path, shards: int = 2, epochs: int = 3) -> AsyncIterator[Intake]:
-    """Fails when the bench has ended by itself: that ends the coordinator."""
+    """Fails when the judge loop has ended by itself: that ends the coordinator."""
     now = time.time()
     manifest = make_manifest(shards, epochs, created=now - 10, expires=now + 1e6)
     held = [b"%s %d" % (name, shard.index) for shard in manifest.shards for name in (b"train", b"holdout")]
@@ -255,7 +255,7 @@ async def test_a_blob_lost_during_a_check_is_fetched_again(tmp_path: Path):
 
 
 async def test_an_acceptance_is_published_after_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Status, renewals and mixtures are made of the bench's state; a coordinator that dies now must not have told of it."""
+    """Status, renewals and mixtures show the judge loop's state; a coordinator that dies now must not have published it."""
     async with intake(tmp_path) as room:
         reached, opened, keep = threading.Event(), threading.Event(), room.tools.keep
 
