@@ -128,7 +128,7 @@ def test_identity_survives_export_and_import(tmp_path: Path) -> None:
         ]
     )
     assert shown.returncode == exported.returncode == imported.returncode == 11
-    assert "this box has no identity yet" in shown.stderr == exported.stderr
+    assert "this node has no identity yet" in shown.stderr == exported.stderr
     assert imported.stderr == "lutetia: there is no file MISSING; name the one that `lutetia identity export` wrote\n"
 
 

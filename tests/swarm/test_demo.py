@@ -74,11 +74,11 @@ def test_the_killed_workers_shard_was_taken_over(demo: Demo) -> None:
     assert len(times) == 5, report  # killed, lease out, claimed, training, accepted
     assert times == sorted(times)
     killed = re.search(r"(worker-\d) was killed", report)
-    heir = re.search(r"(worker-\d) trains expert", report)
+    successor = re.search(r"(worker-\d) continues expert", report)
     assert killed
-    assert heir
-    assert killed[1] != heir[1]
-    assert f"{killed[1]}, then {heir[1]}" in report  # the table of experts: who trained it
+    assert successor
+    assert killed[1] != successor[1]
+    assert f"{killed[1]}, then {successor[1]}" in report  # the table of experts: who trained it
 
 
 def test_the_mixture_loads_in_a_fresh_process(demo: Demo, tmp_path: Path) -> None:

@@ -92,22 +92,22 @@ def test_the_slowest_dies_once_somebody_is_free() -> None:
 
 def test_a_takeover_is_told_step_by_step() -> None:
     takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=7)
-    seen = takeover.seen(101.0, shard(2, 2, "training", KEYS[2]), {})
+    seen = takeover.observe(101.0, shard(2, 2, "training", KEYS[2]), {})
     assert seen == takeover
-    seen = seen.seen(106.0, shard(2, 2, "unclaimed"), {KEYS[0]: worker(0, "idle", shard=None)})
+    seen = seen.observe(106.0, shard(2, 2, "unclaimed"), {KEYS[0]: worker(0, "idle", shard=None)})
     assert (seen.expired, seen.claimed) == (106.0, None)
-    seen = seen.seen(107.0, shard(2, 2, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
-    assert (seen.claimed, seen.heir, seen.training) == (107.0, "worker-1", None)
-    seen = seen.seen(109.0, shard(2, 2, "training", KEYS[0]), {KEYS[0]: worker(0, "training", shard=2, step=3)})
+    seen = seen.observe(107.0, shard(2, 2, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    assert (seen.claimed, seen.successor, seen.training) == (107.0, "worker-1", None)
+    seen = seen.observe(109.0, shard(2, 2, "training", KEYS[0]), {KEYS[0]: worker(0, "training", shard=2, step=3)})
     assert seen.training == 109.0
-    seen = seen.seen(120.0, shard(2, 3, "training", KEYS[0]), {KEYS[0]: worker(0, shard=2, step=9)})
+    seen = seen.observe(120.0, shard(2, 3, "training", KEYS[0]), {KEYS[0]: worker(0, shard=2, step=9)})
     assert seen.complete
-    assert [at for at, _ in seen.steps()] == [100.0, 106.0, 107.0, 109.0, 120.0]
+    assert [at for at, _ in seen.timeline()] == [100.0, 106.0, 107.0, 109.0, 120.0]
 
 
 def test_a_checkpoint_that_the_victim_had_handed_in_is_not_its_heirs() -> None:
     takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=1700)
-    seen = takeover.seen(107.0, shard(2, 3, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    seen = takeover.observe(107.0, shard(2, 3, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
     assert (seen.epoch, seen.claimed, seen.training, seen.accepted) == (3, 107.0, None, None)
     assert seen.samples_lost == 100  # an epoch is 1,600 samples here
 
@@ -130,10 +130,10 @@ def test_samples_under_way_count_for_the_shard_in_training_alone() -> None:
 
 def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
     view = LiveTable(Console(width=132))
-    view.enter(0.0, "train")
-    view.show(1.0, shard_rows(status(), {}))
-    view.show(2.0, shard_rows(status(), {}))
-    view.happened(3.0, "worker-3 was killed [SIGKILL]")
+    view.start_phase(0.0, "train")
+    view.update(1.0, shard_rows(status(), {}))
+    view.update(2.0, shard_rows(status(), {}))
+    view.log_event(3.0, "worker-3 was killed [SIGKILL]")
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert text.count("expert 0 digits") == 1

@@ -106,18 +106,18 @@ def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> 
         LossCurve(k, name, (0, 1, 2), (1.0, 0.8, 0.6), (0.0, 1.0, 2.0), ("", *[PEERS[k].public_key] * 2))
         for k, name in enumerate(("digits", "shapes", "cameras"))
     ]
-    story = DemoReport(
+    report = DemoReport(
         manifest(),
         status(),
         curves,
         [DemoPhase("make clips", 12.2), DemoPhase("train", 200.0)],
-        takeover.steps(),
+        takeover.timeline(),
         {peer.public_key: f"worker-{k + 1}" for k, peer in enumerate(PEERS)},
         {"worker-1": "all of the time"},
         takeover,
         single="expert 0",
     )
-    write_report(story, tmp_path)
+    write_report(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
     for words in (
         "3:32 minutes",
