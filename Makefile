@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
 
-.PHONY: demo test lint bench faults clean
+.PHONY: demo test lint bench reference faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
@@ -28,6 +28,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel torch
 	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev]'
 	touch $@
+
+# The pages of docs/reference, from the code.
+reference: $(VENV)/installed
+	$(BIN)/python -m docs.generate
 
 faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks faults $(ARGS)

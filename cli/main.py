@@ -61,11 +61,16 @@ def _top(
 ) -> None: ...
 
 
+def exit_code_rows() -> list[tuple[int, str]]:
+    """Every exit code with its meaning, in order."""
+    rows = {0: "Success", **EXIT_CODES, 70: "Something unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
+    return sorted(rows.items())
+
+
 @help_app.command("exit-codes")
 def exit_codes() -> None:
     """Print what every exit code means."""
-    rows = {0: "Success", **EXIT_CODES, 70: "Something unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
-    for code, meaning in sorted(rows.items()):
+    for code, meaning in exit_code_rows():
         print(f"{code:>4}  {meaning}")
 
 

@@ -51,7 +51,7 @@ def join(
     """Train a run's experts on this machine.
 
     The node runs until `lutetia finish`, `lutetia leave` or Ctrl-C. When all work is done it keeps serving its checkpoints.
-    A --config file can set more than these options: see docs/volunteer.md.
+    A --config file can set more than these options: see docs/reference/settings.md.
     """
     checked = read_ticket(ticket).encode()  # before the slow imports, so that a bad ticket is reported at once
     from lutetia.cli.run_service import run_service
