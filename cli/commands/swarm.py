@@ -58,7 +58,7 @@ def read_status(data: bytes) -> SwarmStatus:
         return SwarmStatus.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(
-            f"the coordinator's status is malformed: {first_problem(error)}; update lutetia here or there"
+            f"the coordinator's status is malformed: {first_problem(error)}; update lutetia on one of the two sides"
         ) from error
 
 
