@@ -10,7 +10,7 @@ FAST := tests/test_walls.py tests/test_docs.py tests/system tests/protocol/schem
 	tests/fuzz/test_claims_machine.py tests/simulation/test_shrink.py tests/simulation/test_swarm.py \
 	tests/models/experts tests/models/test_randomness.py
 
-.PHONY: demo test test-fast lint bench faults clean
+.PHONY: demo test test-fast lint bench reference faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
@@ -38,6 +38,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel torch
 	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev]'
 	touch $@
+
+# The pages of docs/reference, from the code.
+reference: $(VENV)/installed
+	$(BIN)/python -m docs.generate
 
 faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks faults $(ARGS)

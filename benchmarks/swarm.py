@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import tempfile
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lutetia.cli.local.poller import ask_node, polls, read_status
 from lutetia.cli.local.processes import LocalSwarm, free_port
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.settings import RunSettings
@@ -18,9 +18,7 @@ from lutetia.models.data import recipe
 from lutetia.models.data.build import BuildSettings, build_data
 from lutetia.models.data.ingest.synthetic import make_clips
 from lutetia.models.data.shards import ShardData, load_shard
-from lutetia.node.control import ask
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.system.errors import UnreachableError
 
 CLIPS = 160
 POLL = 0.1
@@ -37,21 +35,18 @@ class Site:
     swarm: LocalSwarm
 
     async def join(self, name: str) -> Path:
-        """Start a worker with one thread; returns its state folder."""
+        """Start a node with one thread; returns its state folder."""
         state = self.folder / name
-        arguments = ["join", self.ticket, "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1"]
-        await self.swarm.start(name, arguments, {"LUTETIA_STOP_WITHIN": "0"})
+        await self.swarm.join(name, self.ticket, state, "--threads", "1")
         return state
 
     async def until(self, state: Path, condition) -> dict[str, Any]:
-        """The worker's first local status for which `condition` holds."""
-        while True:
-            self.swarm.check()
-            with contextlib.suppress(UnreachableError):
-                status = await ask(state, "status")
-                if condition(status):
-                    return status
-            await asyncio.sleep(POLL)
+        """The node's first status document for which `condition` holds."""
+        async for _ in polls(self.swarm, POLL):
+            status = await ask_node(state)
+            if status and condition(status):
+                return status
+        raise AssertionError("polls() does not end")
 
 
 @contextlib.asynccontextmanager
@@ -66,8 +61,8 @@ async def site(**run: Any) -> AsyncIterator[Site]:
         manifest = SignedManifest.model_validate(json.loads((folder / "run/manifest.json").read_bytes())).manifest
         data = load_shard(next((folder / "data/shards").glob("*train*")), manifest.latent)
         async with LocalSwarm(folder / "logs") as swarm:
-            await swarm.start("coordinator", ["coordinator", "serve", str(folder / "run")])
-            while not (folder / "run/status.json").exists():
-                swarm.check()
-                await asyncio.sleep(POLL)
+            await swarm.serve(folder / "run")
+            async for _ in polls(swarm, POLL):
+                if read_status(folder / "run"):
+                    break
             yield Site(folder, created.ticket, manifest, data, swarm)

@@ -1,4 +1,4 @@
-"""`python -m lutetia.cli`: the same as the `lutetia` command, with this interpreter."""
+"""`python -m lutetia.cli`: the `lutetia` command with this interpreter."""
 
 from lutetia.cli.main import main
 

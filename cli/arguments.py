@@ -1,17 +1,16 @@
-"""Arguments that several commands share, and how they are read."""
+"""Arguments and options that several commands share, and functions that read them."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from lutetia.system.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -19,9 +18,44 @@ if TYPE_CHECKING:
     from lutetia.protocol.schema.ticket import Ticket
 
 
-def setting(variable: str, help: str, *names: str, **limits: Any) -> Any:
-    """An option that the environment variable LUTETIA_`variable` sets too."""
+def setting(variable: str, help: str = "", *names: str, **limits: Any) -> Any:
+    """An option that the environment variable LUTETIA_`variable` sets too.
+
+    Without `help`, its command must take the text from a settings model: see `documented_by`.
+    """
     return typer.Option(*names, envvar=f"LUTETIA_{variable}", help=help, **limits)
+
+
+class DocumentedCommand(TyperCommand):
+    """A command whose options take their help texts from the fields of a settings model, see `documented_by`."""
+
+    model = ""
+    fields: dict[str, str] = {}
+
+    def describe_options(self) -> None:
+        """Fill in the help texts. This imports the model, so it is done only for a command's own help page."""
+        module, _, name = self.model.partition(":")
+        described = getattr(importlib.import_module(module), name).model_fields
+        for option in self.params:
+            field = described.get(self.fields.get(option.name or "", option.name))
+            if isinstance(option, TyperOption) and field is not None and field.description:
+                option.help = f"{field.description.rstrip('.')}."
+
+    def get_help(self, ctx: typer.Context) -> str:
+        self.describe_options()
+        return super().get_help(ctx)
+
+
+def documented_by(model: str, **fields: str) -> type[DocumentedCommand]:
+    """The class of a command whose options set a settings model: pass it as `app.command(cls=…)`.
+
+    An option takes its help from the field of the same name, and keeps its own text where the field has no description.
+
+    Args:
+        model: `module:Class` of the settings model.
+        fields: option → field, where their names differ.
+    """
+    return type("DocumentedCommand", (DocumentedCommand,), {"model": model, "fields": fields})
 
 
 TicketArgument = Annotated[
@@ -34,7 +68,7 @@ RunFolder = Annotated[
 
 
 def _state_folder(value: Path | None) -> Path | None:
-    """No shell expands `~` in systemd's EnvironmentFile or in `--state-folder=~/box`."""
+    """Expand `~` here: no shell does it in systemd's EnvironmentFile or in `--state-folder=~/node`."""
     from lutetia.system.paths import expanded
 
     return value and expanded(value)
@@ -43,8 +77,8 @@ def _state_folder(value: Path | None) -> Path | None:
 StateFolder = Annotated[
     Path | None,
     setting(
-        "STATE_FOLDER", "Where this box keeps identity, socket and checkpoints.", "--state-folder", callback=_state_folder,
-        readable=False,  # where it may not be read, each command says better what that means
+        "STATE_FOLDER", "Folder of this node's identity, socket and checkpoints.", "--state-folder", callback=_state_folder,
+        readable=False,  # each command reports an unreadable folder in its own words
     ),
 ]  # fmt: skip
 
@@ -52,7 +86,7 @@ Model = TypeVar("Model", bound="BaseModel")
 
 
 def read_ticket(text: str) -> Ticket:
-    """The ticket itself, or the one in the file that `text` names. Raises ConfigError."""
+    """Read a ticket: `text` is the ticket itself or the name of a file that holds it. Raises ConfigError."""
     from lutetia.protocol.schema.ticket import PREFIX, Ticket
 
     if not text.startswith(PREFIX) and (os.sep in text or _is_file(text)):
@@ -66,31 +100,31 @@ def read_ticket(text: str) -> Ticket:
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except OSError:  # longer than any file name: a mistyped ticket
+    except OSError:  # longer than a file name may be: a mistyped ticket
         return False
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """The tables of a TOML file; nothing for None. Raises ConfigError."""
+    """Read the tables of a TOML file; none where `path` is None. Raises ConfigError."""
     from lutetia.system.files import read_toml
 
     return {} if path is None else read_toml(path)
 
 
 def require_device(device: str) -> None:
-    """Raises HardwareError unless this box has `device` (cpu, mps, cuda or cuda:N): before a driver's own words are met."""
+    """Raise HardwareError unless this machine has `device` (cpu, mps, cuda or cuda:N), before its driver fails."""
     from lutetia.node.trainer.devices import Accelerators, choose_device
 
     choose_device(device, Accelerators.seen())
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave: those that are not None."""
+    """The options that the user set: those that are neither None nor an empty list."""
     return {name: value for name, value in options.items() if value is not None and value != []}
 
 
 def settings_of(model: type[Model], source: str, values: dict[str, Any]) -> Model:
-    """`model` from `values`. Raises ConfigError naming the unknown or wrong key and `source`."""
+    """Make a `model` of `values`. Raises ConfigError that names `source` and the unknown or wrong key."""
     from pydantic import ValidationError
 
     from lutetia.protocol.schema.manifest import first_problem
@@ -108,6 +142,7 @@ KEY_NAME = "identity.key"
 
 
 def key_path(state_folder: Path | None) -> Path:
+    """The identity's file in `state_folder`, or in the default one."""
     from lutetia.system.paths import default_state_folder
 
     return (state_folder or default_state_folder()) / KEY_NAME

@@ -1,4 +1,4 @@
-"""What `lutetia doctor` looks at. Each check gives a verdict, what was seen, and what to do where it is not well."""
+"""The checks of `lutetia doctor`. Each gives a verdict, what was found, and what to do about a problem."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @dataclass(frozen=True)
 class DoctorFinding:
-    """One thing that was looked at. `code` is the exit code that a failure of it stands for."""
+    """The result of one check. `code` is the exit code of its failure."""
 
     check: str
     verdict: Literal["ok", "warn", "fail"]
@@ -38,10 +38,10 @@ class DoctorFinding:
 
 
 def run_checks(state_folder: Path) -> list[DoctorFinding]:
-    """All checks of this box, cheap ones first; none of them dials anything outside the machine."""
+    """Run all checks of this machine, cheap ones first. None of them opens a connection to another machine."""
     checks: tuple[Callable[[], DoctorFinding], ...] = (
         check_python, check_packages, check_p2pd, check_ports,
-        lambda: check_disk(state_folder), lambda: check_identity(state_folder), check_memory, check_heat, check_device,
+        lambda: check_disk(state_folder), lambda: check_identity(state_folder), check_memory, check_temperature, check_device,
     )  # fmt: skip
     return [check() for check in checks]
 
@@ -63,7 +63,7 @@ def check_packages() -> DoctorFinding:
 
 
 def check_p2pd() -> DoctorFinding:
-    """hivemind's libp2p daemon is there and starts on this machine."""
+    """Check that hivemind's libp2p daemon is installed and starts."""
     spec = importlib.util.find_spec("hivemind")
     places = list(spec.submodule_search_locations or []) if spec else []
     binary = Path(places[0]) / "hivemind_cli" / "p2pd" if places else None
@@ -99,12 +99,12 @@ def check_disk(folder: Path) -> DoctorFinding:
     free = shutil.disk_usage(home).free
     seen = f"{size(free)} free for {folder}"
     if free < LOW_DISK:
-        return DoctorFinding("disk", "warn", seen, f"checkpoints and shards want at least {size(LOW_DISK)}")
+        return DoctorFinding("disk", "warn", seen, f"checkpoints and shards need at least {size(LOW_DISK)}")
     return DoctorFinding("disk", "ok", seen)
 
 
 def _there(path: Path) -> bool:
-    """Whether `path` exists, as far as this user may look."""
+    """Whether `path` exists, as far as this user may see it."""
     with contextlib.suppress(PermissionError):
         return path.exists()
     return False
@@ -121,7 +121,7 @@ def check_identity(folder: Path) -> DoctorFinding:
         identity = Identity.load(path)
     except PermissionError:
         return DoctorFinding(
-            "identity", "fail", f"this user may not see {path}", "choose another --state-folder", IdentityError.code
+            "identity", "fail", f"this user may not read {path}", "choose another --state-folder", IdentityError.code
         )
     except IdentityError as error:
         return DoctorFinding("identity", "fail", str(error), "restore it with lutetia identity import", IdentityError.code)
@@ -139,26 +139,26 @@ def check_memory() -> DoctorFinding:
     return DoctorFinding("memory", "ok", seen)
 
 
-def check_heat() -> DoctorFinding:
+def check_temperature() -> DoctorFinding:
     from lutetia.node.services.thermal import hottest
 
-    found = hottest("auto")
-    if found is None:
-        return DoctorFinding("temperature", "ok", "no sensor can be read: --max-temp cannot be kept here, --duty can")
-    return DoctorFinding("temperature", "ok", f"{found.celsius:.0f} °C ({found.sensor})")
+    reading = hottest("auto")
+    if reading is None:
+        return DoctorFinding("temperature", "ok", "no sensor can be read, so --max-temp does not work here; use --duty")
+    return DoctorFinding("temperature", "ok", f"{reading.celsius:.0f} °C ({reading.sensor})")
 
 
 def check_device() -> DoctorFinding:
-    """Torch and the driver, in a child process: a broken driver may hang."""
+    """Ask torch for its devices in a child process, because a broken driver may hang."""
     code = "import torch; print(', '.join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or 'cpu')"
     try:
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return DoctorFinding(
-            "device", "fail", "asking the driver took over 60 s", "restart the machine or its driver", HardwareError.code
+            "device", "fail", "the driver did not answer within 60 s", "restart the machine or its driver", HardwareError.code
         )
     if answer.returncode:
-        last = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (answer.stderr.strip().splitlines() or ["no error text"])[-1]
         return DoctorFinding(
             "device", "fail", f"torch does not start: {last}", "install torch for this system", HardwareError.code
         )
@@ -166,6 +166,7 @@ def check_device() -> DoctorFinding:
 
 
 def render_findings(findings: list[DoctorFinding]) -> RenderableType:
+    """The findings as a table."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""A run's newest accepted checkpoints over py-libp2p, from whichever peers hold them: its coordinator need not be there."""
+"""Fetches a run's newest accepted checkpoints over py-libp2p from the peers that hold them; no coordinator is needed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,22 @@ _MOST_ADDRESSES = 16  # of a ticket
 
 
 def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> list[AcceptanceRecord]:
-    """Put the newest accepted weights and training state of every shard into `out`, whole or not at all.
+    """Write the newest accepted weights and training state of every shard into `out`, whole or not at all.
 
-    `out` holds the signed manifest and one folder per shard: `weights.safetensors`, `state.safetensors` and `acceptance.json`.
-    Raises BootstrapError or UnreachableError (nobody answers, or holds them), AuthorisationError, IntegrityError, UsageError
-    (`out` holds something else) or DiskError.
+    `out` then holds the signed manifest and one folder per shard: `weights.safetensors`, `state.safetensors`, `acceptance.json`.
+
+    Args:
+        ticket: the run, and the peers to ask.
+        out: folder to make, or an earlier result to replace.
+        timeout: seconds without progress after which to give up.
+        on_bytes: (bytes so far, bytes in all).
+
+    Raises:
+        BootstrapError, UnreachableError: no peer answers or holds the checkpoints.
+        AuthorisationError: a signature is wrong.
+        IntegrityError: bytes do not match their name.
+        UsageError: `out` holds something else.
+        DiskError: `out` cannot be written.
     """
     check_replaceable(out, (_MARK,))
     signed = open_manifest(
@@ -35,7 +46,9 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
     )
     accepted = read_accepted(fetch_document(ticket, ACCEPTED, timeout), signed.manifest, time.time())
     if not accepted:
-        raise UnreachableError(f"that peer knows no accepted checkpoint of run {ticket.run[:12]}; ask another, or later")
+        raise UnreachableError(
+            f"that peer knows no accepted checkpoint of run {ticket.run[:12]}; ask another peer, or try again later"
+        )
     total = sum(given.weights.size + given.state.size for given, _ in accepted)
     before = 0
     with workspace(out) as work:
@@ -46,10 +59,10 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
             shard.mkdir()
             places = tuple(dict.fromkeys((*holders, *ticket.addresses)))[:_MOST_ADDRESSES]
             files = {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
-            told = before
+            start = before
             fetch_blobs(
                 ticket.model_copy(update={"addresses": places}), files, timeout,
-                lambda done, _, told=told: on_bytes(told + done, total),
+                lambda done, _, start=start: on_bytes(start + done, total),
             )  # fmt: skip
             before += given.weights.size + given.state.size
             (shard / "acceptance.json").write_bytes(canonical(given))

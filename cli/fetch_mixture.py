@@ -1,4 +1,4 @@
-"""A run's mixture over py-libp2p: description, files, signatures, and only then the folder that the user named."""
+"""Fetches a run's mixture over py-libp2p: description and files are verified before the folder appears."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_BYTES, _MOST_FILES = 1 << 40, 100_000
 
 
 def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
-    """The ticket with the addresses of `peers` in place of its own. Raises UsageError when one is no address."""
+    """The ticket with the addresses `peers` instead of its own, if there are any. Raises UsageError for a malformed address."""
     if not peers:
         return ticket
     try:
@@ -36,10 +36,20 @@ def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
 
 
 def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> MixtureDocument:
-    """Put the newest mixture of the ticket's run into `out`, whole or not at all.
+    """Write the newest mixture of the ticket's run into `out`, whole or not at all.
 
-    Raises BootstrapError or UnreachableError (nobody serves it, or there is none yet), AuthorisationError (signature),
-    IntegrityError (bytes), UsageError (`out` holds something else) or DiskError.
+    Args:
+        ticket: the run, and the peers to ask.
+        out: folder to make, or an earlier mixture to replace.
+        timeout: seconds without progress after which to give up.
+        on_bytes: (bytes so far, bytes in all).
+
+    Raises:
+        BootstrapError, UnreachableError: no peer serves it, or there is no mixture yet.
+        AuthorisationError: a signature is wrong.
+        IntegrityError: bytes do not match their name.
+        UsageError: `out` holds something else.
+        DiskError: `out` cannot be written.
     """
     check_replaceable(out, (FILE,))
     manifest = open_manifest(
@@ -47,8 +57,8 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     ).manifest
     data = fetch_document(ticket, MIXTURE, timeout)
     if not data:
-        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; look at lutetia swarm status and try again later")
-    described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before a byte is fetched
+        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; see lutetia swarm status and try again later")
+    described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before any file is fetched
     if described.run != ticket.run:
         raise IntegrityError(f"the mixture that was offered is of run {described.run[:12]}, not {ticket.run[:12]}; ask again")
     with workspace(out) as work:
@@ -62,7 +72,7 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
 
 
 def read_description(data: bytes) -> SignedMixture:
-    """The description, not yet verified, if it is safe to act on. Raises IntegrityError."""
+    """Parse a description and check that it is safe to fetch; signatures are verified later. Raises IntegrityError."""
     try:
         signed = SignedMixture.model_validate_json(data)
     except ValidationError as error:
@@ -72,5 +82,5 @@ def read_description(data: bytes) -> SignedMixture:
     if bad is not None:
         raise IntegrityError(f"the mixture's description names the file {bad[:80]!r}, which would leave its folder; refused")
     if len(document.files) > _MOST_FILES or sum(ref.size for ref in document.files.values()) > _MOST_BYTES:
-        raise IntegrityError("the mixture's description names more than fits anywhere; refused")
+        raise IntegrityError("the mixture's description names more files or bytes than any mixture has; refused")
     return signed

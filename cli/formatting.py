@@ -1,4 +1,4 @@
-"""Numbers and keys as people read them."""
+"""Numbers, times and keys as readable text."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ def ago(seconds: float | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A remaining or elapsed time as m:ss or h:mm:ss."""
+    """A duration as m:ss or h:mm:ss; `-` where there is none or it is infinite."""
     if seconds is None or seconds != seconds or seconds == float("inf"):
         return "-"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
+    minutes, remainder = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{remainder:02d}" if hours else f"{minutes}:{remainder:02d}"
 
 
 def short(key: str | None, length: int = 8) -> str:
-    """The start of a digest or public key."""
+    """The first `length` characters of a digest or public key; `-` for none."""
     return key[:length] if key else "-"
 
 
 def short_peer(peer_id: str) -> str:
-    """The end of a peer id: all Ed25519 ids start alike."""
+    """The end of a peer id, since all Ed25519 ids start alike."""
     return "…" + peer_id[-8:]
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` decimals; `-` for none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def thousands(value: int) -> str:
+    """An integer with spaces between thousands."""
     return f"{value:,}".replace(",", " ")
 
 
 def size(count: float) -> str:
-    """Bytes with a binary unit."""
+    """A number of bytes with its binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -53,6 +55,6 @@ def size(count: float) -> str:
 
 
 def bar(share: float, width: int = 12) -> str:
-    """A text bar of `width` cells."""
+    """A text bar of `width` cells, of which `share` (0 to 1) are full."""
     full = round(max(0.0, min(1.0, share)) * width)
     return "█" * full + "░" * (width - full)

@@ -1,4 +1,4 @@
-"""The `lutetia` command: assembles the command groups and turns every failure into one sentence and its exit code."""
+"""The `lutetia` command: assembles the command groups and reports every failure as one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from lutetia.cli.commands import (
 from lutetia.cli.output import json_wanted
 from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
 
-_EPILOG = "Exit codes: `lutetia help exit-codes`. Every option can be set by its environment variable too; a flag wins."
+_EPILOG = "Exit codes: `lutetia help exit-codes`. Each option has an environment variable too; the option overrides it."
 
 app = typer.Typer(
     name="lutetia",
-    help="Train a video diffusion model together: each volunteer trains one expert, and a router makes the experts one model.",
+    help="Train a video diffusion model together: each volunteer trains one expert, and a router combines the experts.",
     epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # panels would cost half of the time of --help
+    rich_markup_mode=None,  # panels would take half the time of --help
 )
-help_app = typer.Typer(help="What the exit codes mean.", no_args_is_help=True)
+help_app = typer.Typer(help="Explain the exit codes.", no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -61,11 +61,16 @@ def _top(
 ) -> None: ...
 
 
+def exit_code_rows() -> list[tuple[int, str]]:
+    """Every exit code with its meaning, in order."""
+    rows = {0: "Success", **EXIT_CODES, 70: "Unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
+    return sorted(rows.items())
+
+
 @help_app.command("exit-codes")
 def exit_codes() -> None:
-    """Print what every exit code means."""
-    rows = {0: "Success", **EXIT_CODES, 70: "Something unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
-    for code, meaning in sorted(rows.items()):
+    """Print the meaning of every exit code."""
+    for code, meaning in exit_code_rows():
         print(f"{code:>4}  {meaning}")
 
 
@@ -83,13 +88,13 @@ app.add_typer(help_app, name="help")
 
 
 class _Reported(contextlib.AbstractContextManager["_Reported"]):
-    """Leaves the process with the exit code of whatever went wrong inside, after one sentence about it."""
+    """Reports an error that leaves the block in one sentence, and exits with its code."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
-    def _leave(self, code: int, name: str, sentence: str) -> None:
-        with contextlib.suppress(OSError):  # the code says it too
+    def _exit(self, code: int, name: str, sentence: str) -> None:
+        with contextlib.suppress(OSError):  # the exit code still reports it
             if self.as_json:
                 print(json.dumps({"error": {"name": name, "code": code, "message": sentence}}, ensure_ascii=False), flush=True)
             else:
@@ -98,7 +103,7 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, SystemExit) and error.code == 1 and isinstance(error.__context__, BrokenPipeError):
-            error = error.__context__  # typer makes an exit of it
+            error = error.__context__  # typer turned it into an exit
         if os.environ.get("LUTETIA_DEBUG") and not isinstance(error, SystemExit | None):
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
@@ -106,22 +111,22 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
             case None | SystemExit():
                 return
             case LutetiaError():
-                self._leave(error.code, error.name, str(error))
+                self._exit(error.code, error.name, str(error))
             case typer.TyperException():
-                self._leave(2, "usage", _usage_sentence(error))
+                self._exit(2, "usage", _usage_sentence(error))
             case KeyboardInterrupt() | typer.Abort():
-                self._leave(130, "interrupted", "interrupted")
+                self._exit(130, "interrupted", "interrupted")
             case BrokenPipeError() if _reader_left():
-                raise SystemExit(0) from error  # the reader of a pipe had enough (| head)
+                raise SystemExit(0) from error  # the reader of the pipe has closed it (| head)
             case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self._leave(DiskError.code, DiskError.name, plain(_disk_sentence(error)))
+                self._exit(DiskError.code, DiskError.name, plain(_disk_sentence(error)))
             case _:
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
-                self._leave(70, "internal", f"unexpected {text}; this is a bug, run again with LUTETIA_DEBUG=1 for the traceback")
+                self._exit(70, "internal", f"unexpected {text}; this is a bug, run again with LUTETIA_DEBUG=1 for the traceback")
 
 
 def _usage_sentence(error: typer.TyperException) -> str:
-    """What typer says, and where to read on. A group without a command says its whole help; that is no sentence."""
+    """typer's message, and which help to read. For a group without a command typer gives its whole help instead of a message."""
     path = getattr(getattr(error, "ctx", None), "command_path", "lutetia")
     text = error.format_message().rstrip(".")
     return f"name a command; see {path} --help" if "\n" in text else f"{text[:1].lower()}{text[1:]}; see {path} --help"
@@ -130,11 +135,11 @@ def _usage_sentence(error: typer.TyperException) -> str:
 def _disk_sentence(error: OSError) -> str:
     if error.filename is None:
         return f"cannot write: {disk_reason(error)}; free space"
-    return f"cannot use {error.filename}: {disk_reason(error)}; name another path or see to its permissions"
+    return f"cannot use {error.filename}: {disk_reason(error)}; name another path or change its permissions"
 
 
 def _reader_left() -> bool:
-    """Whether it is our own output that nobody reads any more, and not the pipe of some child."""
+    """Whether the broken pipe is this process's own output, and not that of a child."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
@@ -142,7 +147,7 @@ def _reader_left() -> bool:
 
 
 def _drop_unprinted() -> None:
-    """What could not be printed is given up: the interpreter would try again when it ends, complain and change the code."""
+    """Discard output that could not be printed. The interpreter would try again at exit, complain and change the exit code."""
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
             stream.flush()
@@ -151,28 +156,28 @@ def _drop_unprinted() -> None:
 
 
 def main() -> None:
-    """Run the command line; always ends by SystemExit."""
+    """Run the command line. Always raises SystemExit."""
     arguments = sys.argv[1:]
     try:
         with _Reported(json_wanted(arguments)):
-            signal.signal(signal.SIGTERM, _leave_tidily)
-            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings speak to programmers, not to volunteers
+            signal.signal(signal.SIGTERM, _exit_on_signal)
+            os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are for programmers, not for volunteers
             _tie_to_parent()
             code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
-            with contextlib.suppress(BrokenPipeError):  # the reader's matter: the code stands
+            with contextlib.suppress(BrokenPipeError):  # the reader has gone; the exit code stays
                 print(end="", flush=True)
             raise SystemExit(code if isinstance(code, int) else 0)
     finally:
         _drop_unprinted()
 
 
-def _leave_tidily(number: int, frame: object) -> NoReturn:
-    """SIGTERM as an exception, so that every working folder and child is cleaned up; services replace this by their own."""
+def _exit_on_signal(number: int, frame: object) -> NoReturn:
+    """Turn SIGTERM into an exception, so that workspaces and children are cleaned up. Services install their own handler."""
     raise SystemExit(128 + number)
 
 
 def _tie_to_parent() -> None:
-    """A command that another command of ours started (the demo's swarm) dies with it."""
+    """Die with the parent where another `lutetia` command started this one (the processes of the demo's swarm)."""
     if parent := os.environ.pop("LUTETIA_PARENT", None):
         from lutetia.system.process import die_with_parent
 

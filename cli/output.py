@@ -1,4 +1,4 @@
-"""What every command prints: a document as JSON on request, tables for people, diagnostics on stderr."""
+"""Output of the commands: JSON with --json, tables otherwise, diagnostics on stderr."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
 
-WIDE = 132  # columns of a table that goes into a file or pipe, where nothing tells the width
+WIDE = 132  # columns of a table that is written to a file or pipe, which have no width
 
 JsonFlag = Annotated[bool, typer.Option("--json", envvar="LUTETIA_JSON", help="Print one JSON document, also for errors.")]
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console: colours and spinners only on a terminal without NO_COLOR."""
+    """A rich console. It prints colours and spinners only on a terminal and without NO_COLOR."""
     from rich.console import Console
 
     class Printer(Console):
         def on_broken_pipe(self) -> None:
-            raise  # the command line ends by it, as it does where `print` meets it
+            raise  # main() handles it, as it does for `print`
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDE
@@ -38,7 +38,13 @@ def plain(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def emit(document: BaseModel | Mapping[str, Any], as_json: bool, view: Callable[[], RenderableType | None]) -> None:
-    """Print `document` as JSON, or what `view` makes of it for people. Text is never wrapped, so that it can be pasted."""
+    """Print `document` as JSON, or what `view` returns. Text is never wrapped, so that it can be pasted.
+
+    Args:
+        document: what --json prints.
+        as_json: print the document.
+        view: makes text, a rich renderable or None (it has printed by itself).
+    """
     if as_json:
         print(json.dumps(plain(document), indent=2, ensure_ascii=False))
     elif isinstance(renderable := view(), str):
@@ -48,10 +54,10 @@ def emit(document: BaseModel | Mapping[str, Any], as_json: bool, view: Callable[
 
 
 def say(text: str) -> None:
-    """A line for people on stderr, kept apart from what scripts read."""
+    """Print a line on stderr, apart from the output that scripts read."""
     print(text, file=sys.stderr, flush=True)
 
 
 def json_wanted(arguments: list[str]) -> bool:
-    """Whether errors are to be JSON too, also when the arguments do not parse."""
+    """Whether to print errors as JSON. Works also for arguments that do not parse."""
     return "--json" in arguments or os.environ.get("LUTETIA_JSON", "").lower() in {"1", "true", "yes", "on"}

@@ -1,4 +1,4 @@
-"""Commands that stay: the daemon and the coordinator in their own event loop, watched by systemd where it runs them."""
+"""Commands that keep running, the node and the coordinator: event loop, logging and systemd's watchdog."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def set_up_logging() -> None:
-    """One line per event on stderr; `LUTETIA_LOG` chooses debug, info or warning."""
+    """Log one line per event to stderr. `LUTETIA_LOG` sets the level: debug, info or warning."""
     level = LEVELS.get(os.environ.get("LUTETIA_LOG", "info").lower(), logging.INFO)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
@@ -27,7 +27,7 @@ def set_up_logging() -> None:
 
 
 def run_service(main: Coroutine[Any, Any, None]) -> None:
-    """Run `main` to its end on uvloop."""
+    """Set up logging and run `main` on uvloop until it ends."""
     import uvloop
 
     set_up_logging()
@@ -35,7 +35,7 @@ def run_service(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def _watched(main: Coroutine[Any, Any, None]) -> None:
-    """`main`, while systemd's watchdog hears from the same event loop: a loop that hangs is restarted."""
+    """Run `main` and notify systemd's watchdog from the same event loop, so that systemd restarts a loop that hangs."""
     watchdog = asyncio.create_task(_watchdog())
     try:
         await main

@@ -1,4 +1,4 @@
-"""The status document as a table: accepted work per shard first, then the peers who do it."""
+"""The status document as tables: accepted work of each shard, then the nodes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "uncla
 _HEALTH_STYLE = {
     "working": "green", "starting": "yellow", "standby": "cyan", "paused": "yellow", "overdue": "red", "quarantined": "red",
 }  # fmt: skip
-STALE_AFTER = 60.0  # seconds after which a status document says nothing about now
+STALE_AFTER = 60.0  # seconds after which a status document is out of date
 _BAR = "bar"
-_SHARDS_DO_WITHOUT = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "LOSS", "AGE")
-_NODES_DO_WITHOUT = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
+_SHARD_COLUMNS_TO_DROP = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "LOSS", "AGE")
+_NODE_COLUMNS_TO_DROP = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
 
 
 @dataclass(frozen=True)
 class FittingTable:
-    """A table that leaves out one column after the other on a narrow terminal, where rich would cut all of them short.
+    """A table that drops columns on a narrow terminal, where rich would truncate all of them.
 
-    `make` builds it without the columns that it is given; `order` names those it can do without, the least important first.
+    `make` builds the table without the columns that it is given. `order` names the columns to drop, least important first.
     """
 
     make: Callable[[Collection[str]], Table]
@@ -38,8 +38,8 @@ class FittingTable:
         from rich.measure import Measurement
 
         tables = (self.make(self.order[:left_out]) for left_out in range(len(self.order) + 1))
-        boundless = options.update(width=10_000)
-        fitting = (table for table in tables if Measurement.get(console, boundless, table).maximum <= options.max_width)
+        unbounded = options.update(width=10_000)
+        fitting = (table for table in tables if Measurement.get(console, unbounded, table).maximum <= options.max_width)
         yield next(fitting, None) or self.make(self.order)
 
 
@@ -58,7 +58,7 @@ def _table(rows: Sequence[dict[str, str | Text]], without: Collection[str]) -> T
 
 
 def headline(status: SwarmStatus, now: float, live: bool = True) -> str:
-    """One line: run, coverage of the shards, peers at work, and of a `live` run how old the coordinator's word is."""
+    """One line: run, shards with a holder, nodes at work, and for a `live` run the age of the coordinator's status."""
     held = sum(shard.state in ("claimed", "training", "done") for shard in status.shards)
     coverage = bar(held / len(status.shards), len(status.shards)) + " " if 0 < len(status.shards) <= 24 else ""
     working = sum(node.health == "working" for node in status.nodes)
@@ -74,20 +74,20 @@ def headline(status: SwarmStatus, now: float, live: bool = True) -> str:
 
 
 def render_status(status: SwarmStatus, now: float, live: bool = True) -> RenderableType:
-    """The table of `lutetia swarm status`; without `live`, of a moment that is past."""
+    """The tables of `lutetia swarm status`. Without `live`, the status is that of a past moment."""
     from rich.console import Group
     from rich.text import Text
 
-    shards = FittingTable(lambda without: shard_table(status, now, without), _SHARDS_DO_WITHOUT)
+    shards = FittingTable(lambda without: shard_table(status, now, without), _SHARD_COLUMNS_TO_DROP)
     parts: list[RenderableType] = [Text(headline(status, now, live), style="bold"), Text(), shards]
     if status.nodes:
-        parts.append(FittingTable(lambda without: node_table(status, now, without), _NODES_DO_WITHOUT))
-    parts.append(Text(tail(status, now)))
+        parts.append(FittingTable(lambda without: node_table(status, now, without), _NODE_COLUMNS_TO_DROP))
+    parts.append(Text(summary(status, now)))
     return Group(*parts)
 
 
 def shard_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -> Table:
-    """The accepted work, shard by shard."""
+    """The table of accepted work, a row for each shard."""
     peers = {node.owner: node for node in status.nodes}
     return _table([_shard_row(shard, peers, now, _BAR not in without) for shard in status.shards], without)
 
@@ -112,7 +112,7 @@ def _shard_row(shard: ShardStatus, peers: dict[str, NodeStatus], now: float, wit
 
 
 def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -> Table:
-    """The peers and what they do."""
+    """The table of nodes and what they do."""
     from rich.text import Text
 
     rows: list[dict[str, str | Text]] = [
@@ -133,8 +133,8 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
     return _table(rows, without)
 
 
-def tail(status: SwarmStatus, now: float) -> str:
-    """What the run has come to: acceptances, router, mixture."""
+def summary(status: SwarmStatus, now: float) -> str:
+    """One line about the run's results: acceptances, router, mixture."""
     parts = [f"accepted {status.accepted}, rejected {status.rejected}"]
     if status.audits_due:
         parts.append(f"{status.audits_due} audits due")

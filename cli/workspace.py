@@ -1,4 +1,4 @@
-"""A private working folder beside the place where a result goes, gone afterwards whatever happens."""
+"""A private working folder beside the place of a result. It is removed in every case."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOCK = "in-use"
 
 @contextlib.contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, removed in the end. Folders of earlier runs that were killed are removed too."""
+    """Yield a new folder beside `target` and remove it at the end. Folders that killed processes left are removed first."""
     parent = target.absolute().parent
     with disk_errors(target):
         parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +34,12 @@ def workspace(target: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, name: str) -> None:
-    """Remove the working folders whose owner has ended: the kernel gave their lock back."""
+    """Remove the folders whose process has ended: the kernel has released their locks."""
     for stale in parent.glob(f".{name}.*.part"):
         try:
             descriptor = os.open(stale / _LOCK, os.O_RDWR)
         except OSError:
-            continue  # not one of ours, or not yet locked by its owner
+            continue  # not a workspace, or not locked yet
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
@@ -50,7 +50,7 @@ def _sweep(parent: Path, name: str) -> None:
 
 
 def ready(folder: Path) -> None:
-    """Make `folder`, and see that it takes files, before long work begins whose result goes there. Raises DiskError."""
+    """Make `folder` and check that it can be written, before long work whose result goes there. Raises DiskError."""
     with disk_errors(folder):
         make_folder(folder)
     if not takes_writes(folder):
@@ -58,7 +58,7 @@ def ready(folder: Path) -> None:
 
 
 def check_replaceable(target: Path, marks: tuple[str, ...]) -> None:
-    """Raises UsageError when `target` holds something that we did not make: a folder without all of `marks`."""
+    """Raise UsageError when `target` is a file, or a folder with files but without all of `marks` (so not an earlier result)."""
     if not target.exists():
         return
     if not target.is_dir():

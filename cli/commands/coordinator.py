@@ -1,4 +1,4 @@
-"""`lutetia coordinator serve|replay|backup|restore|pardon`."""
+"""`lutetia coordinator serve|replay|backup|restore|pardon`: serve a run and maintain its folder."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lutetia.cli.arguments import RunFolder, given, read_config, setting, settings_of
+from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
 from lutetia.system.errors import UsageError
 
 if TYPE_CHECKING:
     from lutetia.protocol.schema.status import SwarmStatus
 
-app = typer.Typer(help="Serve a run: bootstrap peer, origin, judge, stitcher.", no_args_is_help=True)
+app = typer.Typer(help="Serve a run: bootstrap peer, blob origin, judge and stitcher.", no_args_is_help=True)
 
 
-@app.command("serve")
+@app.command("serve", cls=documented_by("lutetia.coordinator.settings:ServeSettings"))
 def serve(
     run: RunFolder,
-    config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "Settings as TOML; flags win.")] = None,
-    listen: Annotated[str | None, setting("COORDINATOR_LISTEN", "Where to listen, if not at the run's own address.")] = None,
-    http: Annotated[str | None, setting("HTTP", "host:port for the status page, metrics and blobs over HTTP.")] = None,
-    stitch: Annotated[str | None, setting("STITCH", "refresh: after acceptances; end: only when all is done.")] = None,
+    config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "TOML file with settings; options override it.")] = None,
+    listen: Annotated[str | None, setting("COORDINATOR_LISTEN", "Where to listen. Default: the run's own address.")] = None,
+    http: Annotated[str | None, setting("HTTP", "host:port of an HTTP server for the status page, metrics and blobs.")] = None,
+    stitch: Annotated[str | None, setting("STITCH", "refresh: stitch after acceptances; end: once all budgets are done.")] = None,
     threads: Annotated[int | None, setting("COORDINATOR_THREADS", "CPU threads for checks, router and samples.", min=1)] = None,
     gallery: Annotated[
         bool | None, setting("GALLERY", "Sample the fixed prompts after stitching.", "--gallery/--no-gallery")
     ] = None,
-    exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE", "End when all budgets are done and stitched.")] = False,
+    exit_when_done: Annotated[
+        bool, setting("EXIT_WHEN_DONE", "Exit when all budgets are done and the mixture is stitched.")
+    ] = False,
     recover: Annotated[
-        bool, setting("RECOVER", "Take acceptances back from peers that the ledger lacks, instead of refusing to start.")
+        bool, setting("RECOVER", "Restore acceptances that the ledger lacks from peers, instead of refusing to start.")
     ] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C.
 
-    Started again it goes on where it was.
+    Started again, it continues from its ledger.
     """
     from lutetia.coordinator.settings import ServeSettings
 
@@ -53,10 +55,10 @@ def serve(
 @app.command("replay")
 def replay(
     run: RunFolder,
-    at: Annotated[str | None, setting("REPLAY_AT", "ISO time or Unix seconds; the end without.")] = None,
+    at: Annotated[str | None, setting("REPLAY_AT", "ISO time or Unix seconds. Default: the end of the ledger.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell what happened up to a moment, and how the run stood then."""
+    """Print the events up to a moment, and the status at that moment."""
     from rich.console import Group
 
     from lutetia.cli.output import plain
@@ -76,12 +78,14 @@ def replay(
 @app.command("backup")
 def backup(
     run: RunFolder,
-    out: Annotated[Path, typer.Argument(help="Folder of the backup; a second time only what is new is copied.", metavar="OUT")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the backup. If it holds one already, only new files are copied.", metavar="OUT")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a run, also while it is served: ledger, keys, manifest, and every blob that it rests on.
+    """Copy a run, also while it is served: ledger, keys, manifest and every blob it needs.
 
-    Keep the copy as safe as the run itself: the keys in it are the run's.
+    Keep the copy as safe as the run itself: it contains the run's keys.
     """
     from lutetia.cli.formatting import size
     from lutetia.cli.progress import progress
@@ -101,12 +105,12 @@ def backup(
 @app.command("restore")
 def restore(
     backup: Annotated[Path, typer.Argument(help="Folder made by `lutetia coordinator backup`.", metavar="BACKUP")],
-    run: Annotated[Path, typer.Argument(help="Folder to make; one that exists is never overwritten.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Folder to create. An existing folder is never overwritten.", metavar="RUN")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a run's folder from a backup, after every hash and signature in it was verified.
+    """Create a run's folder from a backup, after verifying every hash and signature in it.
 
-    Its coordinator then goes on where the backup was, and takes back from peers what was accepted after it.
+    Its coordinator then continues from the backup, and restores from peers what was accepted later.
     """
     from lutetia.cli.progress import progress
     from lutetia.coordinator.admin.restore import restore_run
@@ -114,29 +118,29 @@ def restore(
     with progress("restoring") as report:
         index = restore_run(backup, run, report)
     document = {"folder": str(run), "run": index.run, "events": index.events, "accepted": index.accepted}
-    text = f"Run {index.name} is in {run}, as it was at event {index.events}. Go on: lutetia coordinator serve {run}"
+    text = f"Run {index.name} is in {run}, as it was at event {index.events}. Continue it with: lutetia coordinator serve {run}"
     emit(document, as_json, lambda: text)
 
 
 @app.command("pardon")
 def pardon(
     run: RunFolder,
-    peer: Annotated[str, typer.Argument(metavar="PEER", help="Public key, eight or more of its first digits, or peer id.")],
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="Public key, its first eight or more digits, or peer id.")],
     as_json: JsonFlag = False,
 ) -> None:
     """Lift the quarantine of a peer whose work an audit found invalid.
 
-    Its results are judged again, and all of them audited until enough were valid. What was rolled back stays so.
+    Its results are checked again, and every one is audited until enough were valid. What was rolled back stays rolled back.
     """
     from lutetia.coordinator.admin.pardon import pardon as lift
 
     owner, done = lift(run, peer)
-    text = "is pardoned" if done else "will be pardoned within seconds by the coordinator that serves the run"
+    text = "is pardoned" if done else "will be pardoned within seconds by the coordinator that is serving the run"
     emit({"owner": owner, "done": done}, as_json, lambda: f"{owner} {text}")
 
 
 def moment_of(text: str) -> float:
-    """Unix seconds of an ISO time (local without a zone) or of a number. Raises UsageError."""
+    """Parse an ISO time (local where it names no zone) or a number into Unix seconds. Raises UsageError."""
     from datetime import datetime
 
     try:
@@ -146,9 +150,9 @@ def moment_of(text: str) -> float:
 
 
 def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
-    """The status that follows from the events up to `moment`, without claims and nodes; and the digest of the state.
+    """Rebuild the status from the ledger's events up to `moment` (Unix seconds; None: the end).
 
-    Raises UsageError for a moment before the run began.
+    Returns the status, without claims and nodes, and the digest of the state. Raises UsageError for a moment before the run.
     """
     from datetime import UTC, datetime
 
@@ -158,7 +162,7 @@ def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
     from lutetia.coordinator.run_folder import RunFolder as Folder
 
     folder = Folder(run)
-    signed = folder.read_manifest(now=0.0)  # an expired run may still be looked at
+    signed = folder.read_manifest(now=0.0)  # an expired run can still be replayed
     ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
     try:
         times = [row.time for row in ledger.rows()]

@@ -1,4 +1,4 @@
-"""`lutetia demo`: a whole swarm on this machine."""
+"""`lutetia demo`: a swarm of processes on this machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, setting("DEMO_OUT", "Folder for the result; a former demo there is replaced.")] = Path("demo"),
+    out: Annotated[Path, setting("DEMO_OUT", "Folder for the result. An earlier demo there is replaced.")] = Path("demo"),
     keep_run: Annotated[bool, setting("DEMO_KEEP_RUN", "Keep clips, shards, the run's folder and logs in OUT/run.")] = False,
     preset: Annotated[
-        Literal["demo", "tiny"], setting("DEMO_PRESET", "tiny trains for seconds; its samples are noise.")
+        Literal["demo", "tiny"], setting("DEMO_PRESET", "tiny trains for seconds only; its samples are noise.")
     ] = "demo",
 ) -> None:
     """Train a mixture of three experts on this machine.
 
-    A coordinator and three workers run as real processes, one worker is killed
-    midway, and clips of the finished mixture go to OUT.
+    A coordinator and three nodes run as real processes. One node is killed
+    midway. Clips of the finished mixture are written to OUT.
     """
     from lutetia.cli.demo.run import run_demo
 

@@ -1,4 +1,4 @@
-"""`lutetia doctor`: what this box has, what would go wrong, and what to do about it."""
+"""`lutetia doctor`: check this machine and say what to do about each problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
-    """Check this box before it joins a run."""
+    """Check this machine before it joins a run."""
     from lutetia.cli.doctor_checks import render_findings, run_checks
     from lutetia.system.paths import default_state_folder
 

@@ -1,4 +1,4 @@
-"""`lutetia run create|show|upgrade|rotate`."""
+"""`lutetia run create|show|upgrade|rotate`: what a run's owner does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lutetia.cli.arguments import RunFolder, given, read_config, setting, settings_of
+from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
 
 if TYPE_CHECKING:
@@ -15,27 +15,25 @@ if TYPE_CHECKING:
 
     from lutetia.protocol.schema.manifest import Manifest
 
-app = typer.Typer(help="Create a training run, show what one is, or change one that is under way.", no_args_is_help=True)
+app = typer.Typer(help="Create a run, show its manifest, or change it while it is served.", no_args_is_help=True)
 
 
-@app.command("create")
+@app.command("create", cls=documented_by("lutetia.coordinator.settings:RunSettings", address="addresses"))
 def create(
     data: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
     folder: Annotated[Path, typer.Argument(help="Folder for the run's manifest, keys, blobs and ledger.", metavar="RUN")],
-    config: Annotated[Path | None, setting("RUN_CONFIG", "Settings as TOML; flags win.")] = None,
-    preset: Annotated[
-        str | None, setting("RUN_PRESET", "demo or tiny: sensible settings for the demo's clips, or for tests.")
-    ] = None,
-    name: Annotated[str | None, setting("RUN_NAME", "What people call the run.")] = None,
-    address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, for the ticket.")] = None,
+    config: Annotated[Path | None, setting("RUN_CONFIG", "TOML file with settings; options override it.")] = None,
+    preset: Annotated[str | None, setting("RUN_PRESET", "demo or tiny: settings for the demo's clips, or for tests.")] = None,
+    name: Annotated[str | None, setting("RUN_NAME", "Name of the run.")] = None,
+    address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, written into the ticket.")] = None,
     experts: Annotated[int | None, setting("RUN_EXPERTS", "Refuse data with another number of shards.", min=1)] = None,
     warm_start: Annotated[
         str | None,
-        setting("RUN_WARM_START", "Begin with the weights of this mixture, pipeline or transformer (folder or hub id)."),
+        setting("RUN_WARM_START", "Start from the weights of this mixture, pipeline or transformer (folder or hub id)."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a signed manifest and a ticket for new volunteers."""
+    """Create a run: sign its manifest and write the ticket for volunteers."""
     from lutetia.coordinator.settings import RunSettings
 
     flags = given(preset=preset, name=name, addresses=address, experts=experts, warm_start=warm_start)
@@ -56,20 +54,20 @@ def created_text(document: dict[str, Any]) -> str:
     )
 
 
-OwnerKey = Annotated[Path | None, setting("OWNER_KEY", "The owner's key, where it is not in the run's folder.")]
+OwnerKey = Annotated[Path | None, setting("OWNER_KEY", "File of the owner's key, where it is not in the run's folder.")]
 
 
 @app.command("upgrade")
 def upgrade(
     run: RunFolder,
     changes: Annotated[
-        list[str] | None, setting("UPGRADE_SET", "What to change, like samples_per_shard=128000; may be repeated.", "--set")
+        list[str] | None, setting("UPGRADE_SET", "A change, like samples_per_shard=128000. May be repeated.", "--set")
     ] = None,
-    config: Annotated[Path | None, setting("UPGRADE_CONFIG", "Changes as TOML; --set wins.")] = None,
+    config: Annotated[Path | None, setting("UPGRADE_CONFIG", "TOML file with changes; --set overrides it.")] = None,
     owner_key: OwnerKey = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Sign a new version of the manifest; a coordinator that serves the run and all its peers take it up without a pause.
+    """Sign a new version of the manifest. The coordinator and all peers adopt it while they run.
 
     What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist,
     coordinators, valid_days.
@@ -85,9 +83,9 @@ def upgrade(
 
 @app.command("rotate")
 def rotate(run: RunFolder, owner_key: OwnerKey = None, as_json: JsonFlag = False) -> None:
-    """Give the coordinator a new key, while it is stopped; the old key is worth nothing from then on.
+    """Give the stopped coordinator a new key. Peers then refuse the old key.
 
-    Peers that are online find the new coordinator by themselves; newcomers need the new ticket, which names its key.
+    Peers that are online find the new coordinator themselves. New volunteers need the new ticket, which names the new key.
     """
     from lutetia.coordinator.admin.rotate import rotate_run
     from lutetia.coordinator.run_folder import RunFolder as Folder
@@ -105,7 +103,7 @@ def rotate(run: RunFolder, owner_key: OwnerKey = None, as_json: JsonFlag = False
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """`name=value` with a TOML value, or a bare word as text. Raises UsageError."""
+    """Split `name=value`; the value is TOML, or else plain text. Raises UsageError."""
     import tomllib
 
     from lutetia.system.errors import UsageError
@@ -120,11 +118,11 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def flattened(tables: dict[str, Any]) -> dict[str, Any]:
-    """Tables key by key: `{"timing": {"tenure": 60}}` changes `timing.tenure` and nothing else of the table."""
-    found: dict[str, Any] = {}
+    """Write tables as dotted keys: `{"timing": {"tenure": 60}}` changes `timing.tenure` and nothing else of the table."""
+    keys: dict[str, Any] = {}
     for name, value in tables.items():
-        found |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+        keys |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return keys
 
 
 @app.command("show")
@@ -139,7 +137,7 @@ def show(
 
 
 def load_manifest(source: str, timeout: float) -> Manifest:
-    """The verified manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError, BootstrapError."""
+    """Load and verify the manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError or BootstrapError."""
     import time
 
     from lutetia.cli.arguments import read_ticket
@@ -164,11 +162,11 @@ def load_manifest(source: str, timeout: float) -> Manifest:
 
 
 def _beginning(manifest: Manifest) -> str:
-    """With which weights experts begin."""
+    """The weights that experts start from."""
     from lutetia.cli.formatting import short
 
     given = {init.digest: None for shard in manifest.shards if (init := manifest.expert_of(shard.index).init)}
-    return f"warm start from {', '.join(short(digest, 12) for digest in given)}" if given else "begins fresh"
+    return f"warm start from {', '.join(short(digest, 12) for digest in given)}" if given else "random start"
 
 
 def render_manifest(manifest: Manifest) -> RenderableType:

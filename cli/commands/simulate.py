@@ -1,4 +1,4 @@
-"""`lutetia simulate`: a whole swarm in virtual time, from a seed, with its promises checked after every event."""
+"""`lutetia simulate`: simulate a swarm in virtual time from a seed, and check its invariants after every event."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    scenario: Annotated[str | None, typer.Argument(help="Its name; --list names all.", metavar="[SCENARIO]")] = None,
-    peers: Annotated[int | None, setting("SIMULATE_PEERS", "How many boxes; default: the scenario's.", min=1)] = None,
-    seed: Annotated[int, setting("SIMULATE_SEED", "Where all chance comes from.")] = 0,
-    seconds: Annotated[float | None, setting("SIMULATE_SECONDS", "Virtual seconds; default: the scenario's.", min=1)] = None,
+    scenario: Annotated[str | None, typer.Argument(help="Name of a scenario; --list prints all.", metavar="[SCENARIO]")] = None,
+    peers: Annotated[int | None, setting("SIMULATE_PEERS", "Number of nodes. Default: the scenario's.", min=1)] = None,
+    seed: Annotated[int, setting("SIMULATE_SEED", "Seed of all random choices.")] = 0,
+    seconds: Annotated[float | None, setting("SIMULATE_SECONDS", "Virtual seconds. Default: the scenario's.", min=1)] = None,
     shards: Annotated[
-        int | None, setting("SIMULATE_SHARDS", "How many shards; default: the scenario's.", min=1, max=4096)
+        int | None, setting("SIMULATE_SHARDS", "Number of shards. Default: the scenario's.", min=1, max=4096)
     ] = None,
-    keep: Annotated[str | None, setting("SIMULATE_KEEP", "Carry out these steps of the plan only: 0,3,17 (none: -).")] = None,
-    broken: Annotated[str | None, setting("SIMULATE_BROKEN", "Break one rule on purpose; --list names all.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Name the scenarios and the rules that --broken knows.")] = False,
+    keep: Annotated[
+        str | None, setting("SIMULATE_KEEP", "Carry out only these steps of the plan, like 0,3,17 (none: -).")
+    ] = None,
+    broken: Annotated[str | None, setting("SIMULATE_BROKEN", "Break this rule on purpose; --list prints all.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the scenarios, and the rules for --broken.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Simulate a swarm: real state machines, virtual time, every promise checked after every event.
+    """Simulate a swarm: real state machines, virtual time, every invariant checked after every event.
 
-    Exit codes: 0 all promises held, 2 no such scenario, 60 a promise was broken (the shortest story is printed).
+    Exit codes: 0 all invariants held, 2 no such scenario, 60 one was violated (its shortest plan is printed).
     """
     if listed:
         emit(_catalogue(), as_json, _catalogue_table)
         return
     if scenario is None:
-        raise UsageError("name a scenario; `lutetia simulate --list` names all of them")
+        raise UsageError("name a scenario; `lutetia simulate --list` prints all of them")
     outcome = _run(scenario, peers, seed, seconds, shards, keep, broken)
     emit(_document(outcome), as_json, lambda: _table(outcome))
     if outcome.violation is not None:
@@ -79,7 +81,7 @@ def _run(
 
 
 def _numbers(text: str, steps: int) -> list[int]:
-    """The numbers in `text`, of a plan of so many steps. Raises UsageError for what is none, or beyond the plan."""
+    """Parse step numbers of a plan of `steps` steps. Raises UsageError for a malformed or too large number."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip() not in ("", "-")]
     except ValueError:
@@ -110,17 +112,19 @@ def _table(outcome: SimulationOutcome) -> RenderableType:
     facts, costs = outcome.facts, outcome.costs
     hours = outcome.seconds / 3600
     rows = (
-        ("scenario", f"{outcome.scenario}, {outcome.peers} peers, seed {outcome.seed}, {outcome.steps} steps from outside"),
+        ("scenario", f"{outcome.scenario}, {outcome.peers} peers, seed {outcome.seed}, {outcome.steps} steps in the plan"),
         ("virtual time", f"{outcome.seconds:g} s in {outcome.wall:.2f} s ({outcome.seconds / max(outcome.wall, 1e-9):.0f} ×)"),
         ("events", f"{outcome.events} ({outcome.events / max(outcome.wall, 1e-9):.0f}/s)"),
         ("accepted", f"{outcome.accepted} epochs; per shard {_short(facts['epochs'])}"),
-        ("owners", ", ".join(f"{shard}: {'+'.join(map(str, held))}" for shard, held in list(outcome.owners.items())[:12]) or "-"),
-        ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, useful {facts['useful']}"),
+        ("holders", ", ".join(f"{shard}: {'+'.join(map(str, held))}" for shard, held in list(outcome.owners.items())[:12]) or
+        "-"),
+        ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, useful share
+        {facts['useful']}"),
         ("checked", ", ".join(f"{name} {count}" for name, count in sorted(outcome.checks.items()))),
         ("cost", f"{sum(costs.messages.values()) / outcome.peers / outcome.seconds:.2f} messages/s and "
                  f"{sum(costs.bytes.values()) / outcome.peers / outcome.seconds:.0f} bytes/s per peer, "
-                 f"{costs.judged / hours:.0f} coordinator stimuli an hour"),
-        ("promises", "all held" if outcome.violation is None else f"BROKEN: {outcome.violation}"),
+                 f"{costs.judged / hours:.0f} coordinator events an hour"),
+        ("invariants", "all held" if outcome.violation is None else f"VIOLATED: {outcome.violation}"),
     )  # fmt: skip
     for name, text in rows:
         table.add_row(name, text)
@@ -166,12 +170,12 @@ def _catalogue_table() -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    found = _catalogue()
+    catalogue = _catalogue()
     table = Table("SCENARIO", "FAULT", "PEERS", "SECONDS", "WHAT HAPPENS", box=None, pad_edge=False)
-    for row in found["scenarios"]:
+    for row in catalogue["scenarios"]:
         table.add_row(row["name"], str(row["fault"] or ""), str(row["peers"]), f"{row['virtual_seconds']:g}", row["summary"])
-    rules = Table("--broken", "WHICH RULE, AND THE PROMISE THAT IT BREAKS", box=None, pad_edge=False)
-    for name, summary in found["broken"].items():
+    rules = Table("--broken", "RULE, AND THE INVARIANT THAT IT VIOLATES", box=None, pad_edge=False)
+    for name, summary in catalogue["broken"].items():
         rules.add_row(name, summary)
-    missing = [f"fault {number} is not simulated: {why}" for number, why in found["not_simulated"].items()]
+    missing = [f"fault {number} is not simulated: {why}" for number, why in catalogue["not_simulated"].items()]
     return Group(table, "", *missing, "", rules)

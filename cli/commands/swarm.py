@@ -1,4 +1,4 @@
-"""`lutetia swarm status|fetch`: ask a run's coordinator over py-libp2p, without hivemind or torch."""
+"""`lutetia swarm status|fetch`: ask a run's peers over py-libp2p, without hivemind or torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lutetia.cli.output import JsonFlag, emit
 if TYPE_CHECKING:
     from lutetia.protocol.schema.status import SwarmStatus
 
-app = typer.Typer(help="Ask a run how it stands, or fetch its model.", no_args_is_help=True)
+app = typer.Typer(help="Show a run's status, or fetch its model.", no_args_is_help=True)
 
 
 @app.command("status")
@@ -22,7 +22,7 @@ def swarm_status(
     timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address.", min=0.1)] = 8.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show accepted work per shard and the peers who do it."""
+    """Show the accepted work of each shard and the peers that did it."""
     import time
 
     from lutetia.cli.status_table import render_status
@@ -32,7 +32,7 @@ def swarm_status(
 
 
 def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
-    """The run's SwarmStatus. Raises BootstrapError when no address answers, ConfigError when the answer is of another run."""
+    """Fetch the run's status. Raises BootstrapError when no address answers, ConfigError when the peer serves another run."""
     decoded = read_ticket(ticket)
 
     from lutetia.protocol.light_client.documents import fetch_document
@@ -47,7 +47,7 @@ def fetch_status(ticket: str, timeout: float) -> SwarmStatus:
 
 
 def read_status(data: bytes) -> SwarmStatus:
-    """The status that a coordinator sent. Raises IntegrityError when it is none."""
+    """Parse a status document. Raises IntegrityError when it is malformed."""
     from pydantic import ValidationError
 
     from lutetia.protocol.schema.manifest import first_problem
@@ -65,17 +65,20 @@ def read_status(data: bytes) -> SwarmStatus:
 @app.command("fetch")
 def fetch(
     ticket: TicketArgument,
-    out: Annotated[Path, setting("FETCH_OUT", "Folder for the mixture; a former mixture there is replaced.")] = Path("mixture"),
+    out: Annotated[Path, setting("FETCH_OUT", "Folder for the mixture. An earlier mixture there is replaced.")] = Path("mixture"),
     checkpoints: Annotated[
-        bool, setting("FETCH_CHECKPOINTS", "The newest accepted checkpoints instead, from any peer: also without a coordinator.")
+        bool,
+        setting(
+            "FETCH_CHECKPOINTS", "Fetch the newest accepted checkpoints instead. Any peer has them, so no coordinator is needed."
+        ),
     ] = False,
     peer: Annotated[
         list[str] | None, setting("FETCH_PEER", "Address of a peer to ask instead of the ticket's (see `lutetia status --json`).")
     ] = None,
-    timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress that are too many.", min=0.1)] = 20.0,
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress after which to give up.", min=0.1)] = 20.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fetch the run's newest mixture or checkpoints, verified against their signatures."""
+    """Fetch the run's newest mixture or checkpoints and verify their signatures."""
     from lutetia.cli.fetch_mixture import asked_at, fetch_mixture
     from lutetia.cli.progress import progress
 
@@ -84,10 +87,10 @@ def fetch(
         from lutetia.cli.fetch_checkpoints import fetch_checkpoints
 
         with progress("fetching checkpoints") as on_progress:
-            found = fetch_checkpoints(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
-        shards = [{"shard": given.shard, "epoch": given.epoch, "checkpoint": given.checkpoint} for given in found]
+            acceptances = fetch_checkpoints(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
+        shards = [{"shard": given.shard, "epoch": given.epoch, "checkpoint": given.checkpoint} for given in acceptances]
         listed = {"folder": str(out), "run": decoded.run, "checkpoints": shards}
-        emit(listed, as_json, lambda: f"{len(found)} accepted checkpoints of run {decoded.run[:12]} are in {out}")
+        emit(listed, as_json, lambda: f"{len(acceptances)} accepted checkpoints of run {decoded.run[:12]} are in {out}")
         return
     with progress("fetching the mixture") as on_progress:
         mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))

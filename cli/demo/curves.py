@@ -1,4 +1,4 @@
-"""The curves of a run as pictures: held-out loss per expert over accepted epochs, router accuracy per part of the noise scale."""
+"""Curves of a run as PNG files: held-out loss of each expert over accepted epochs, router accuracy over noise levels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ COLOURS = ("#3b6fb6", "#d1743a", "#4a9a5d", "#9a5aa6", "#8a6d3b", "#5a8f99", "#b
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Held-out loss of one expert: (epoch, loss, author) for the start and every accepted checkpoint, and its clock times."""
+    """Held-out loss of one expert, one entry for the start and one for every accepted checkpoint.
+
+    `times` are Unix seconds; `authors` are public keys, empty for the start.
+    """
 
     shard: int
     name: str
@@ -30,7 +33,7 @@ class LossCurve:
 
 
 def loss_curves(events: Iterable[Event], names: Sequence[str]) -> list[LossCurve]:
-    """One curve per shard from the ledger's events; shards without any point give an empty one."""
+    """Make one curve per shard from the ledger's events. A shard without points gets an empty curve."""
     points: dict[int, dict[int, tuple[float, float, str]]] = {shard: {} for shard in range(len(names))}
     for event in events:
         match event.kind:
@@ -51,7 +54,7 @@ def loss_curves(events: Iterable[Event], names: Sequence[str]) -> list[LossCurve
 
 
 def draw_losses(curves: Sequence[LossCurve], path: Path, takeover: tuple[int, int] | None = None) -> None:
-    """PNG of held-out losses; `takeover` (shard, epoch) marks where another worker went on."""
+    """Draw held-out losses as a PNG. `takeover` (shard, epoch) marks where another node continued."""
 
     def paint(axes: Axes) -> None:
         for curve in curves:
@@ -65,7 +68,7 @@ def draw_losses(curves: Sequence[LossCurve], path: Path, takeover: tuple[int, in
             if epoch in curve.epochs:
                 loss = curve.losses[curve.epochs.index(epoch)]
                 axes.annotate(
-                    "worker killed,\nanother goes on", (epoch, loss), textcoords="offset points", xytext=(14, 26), fontsize=8,
+                    "node killed,\nanother continues", (epoch, loss), textcoords="offset points", xytext=(14, 26), fontsize=8,
                     arrowprops={"arrowstyle": "->", "color": "#555555"},
                 )  # fmt: skip
         axes.set_xlabel("accepted checkpoints (epochs)")
@@ -74,11 +77,11 @@ def draw_losses(curves: Sequence[LossCurve], path: Path, takeover: tuple[int, in
         axes.set_xticks(range(1 + max((epoch for curve in curves for epoch in curve.epochs), default=0)))
         axes.legend(frameon=False, fontsize=8)
 
-    _picture(path, paint)
+    _draw(path, paint)
 
 
 def draw_router(accuracy_by_time: Sequence[float], experts: int, path: Path) -> None:
-    """PNG of the router's held-out accuracy in equal bins of t (0 clean, 1 noise); the dashed line is guessing."""
+    """Draw the router's held-out accuracy in equal bins of t (0 clean, 1 noise) as a PNG; the dashed line is guessing."""
 
     def paint(axes: Axes) -> None:
         width = 1 / max(1, len(accuracy_by_time))
@@ -90,10 +93,10 @@ def draw_router(accuracy_by_time: Sequence[float], experts: int, path: Path) -> 
         axes.set_ylim(0, 105)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
 
-    _picture(path, paint)
+    _draw(path, paint)
 
 
-def _picture(path: Path, paint: Callable[[Axes], None]) -> None:
+def _draw(path: Path, paint: Callable[[Axes], None]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The demo's progress: a table that renews itself on a terminal, plain lines elsewhere."""
+"""The demo's progress: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "uncla
 
 @dataclass(frozen=True)
 class ShardRow:
-    """One expert as the table shows it; `share` counts accepted and running work, `eta` is seconds."""
+    """One row of the table. `share` of the budget counts accepted and current work; `eta` is in seconds."""
 
     shard: int
     name: str
@@ -38,7 +38,7 @@ class ShardRow:
 
 
 def shard_rows(status: SwarmStatus, workers: Mapping[str, LocalWorker]) -> list[ShardRow]:
-    """What the coordinator accepted, joined with what the workers say they are doing (by public key)."""
+    """Join what the coordinator accepted with the nodes' own states (by public key)."""
     rows = []
     for shard in status.shards:
         worker = workers.get(shard.owner or "")
@@ -56,7 +56,7 @@ def shard_rows(status: SwarmStatus, workers: Mapping[str, LocalWorker]) -> list[
 
 
 def line(row: ShardRow) -> str:
-    """One expert in a plain line."""
+    """A row as a plain line."""
     parts = [
         f"expert {row.shard} {row.name}: {row.state}",
         row.worker,
@@ -76,7 +76,7 @@ def line(row: ShardRow) -> str:
 
 @dataclass
 class LiveTable:
-    """What the demo shows. `timeline` keeps what happened, as (seconds since the start, sentence)."""
+    """What the demo prints. `timeline` keeps its events as (seconds since the start, sentence)."""
 
     out: Console
     live: Live | None = None
@@ -86,16 +86,16 @@ class LiveTable:
     timeline: list[tuple[float, str]] = field(default_factory=list)
     _last_line: float = float("-inf")
 
-    def enter(self, at: float, phase: str) -> None:
-        """A new phase begins."""
+    def start_phase(self, at: float, phase: str) -> None:
+        """Show that `phase` begins, `at` seconds after the start."""
         self.phase, self.at = phase, at
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
             self.out.print(f"[{clock(at)}] {phase}", markup=False)
 
-    def happened(self, at: float, sentence: str) -> None:
-        """Something worth telling happened."""
+    def log_event(self, at: float, sentence: str) -> None:
+        """Show an event and keep it in the timeline."""
         self.timeline.append((at, sentence))
         self.at = at
         if self.live:
@@ -103,8 +103,8 @@ class LiveTable:
         else:
             self.out.print(f"[{clock(at)}]   {sentence}", markup=False)
 
-    def show(self, at: float, rows: Sequence[ShardRow]) -> None:
-        """How the experts stand now."""
+    def update(self, at: float, rows: Sequence[ShardRow]) -> None:
+        """Show the experts' states; without a terminal only every LINE_EVERY seconds."""
         self.rows, self.at = rows, at
         if self.live:
             self.live.update(self.table(), refresh=True)
@@ -130,7 +130,7 @@ def _rows_table(rows: Sequence[ShardRow]) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("EXPERT", "WORKER", "PROGRESS", "EPOCH", "LOSS", "HELD OUT", "SAMPLES/S", "ETA", "STATE"):
+    for name in ("EXPERT", "NODE", "PROGRESS", "EPOCH", "LOSS", "HELD OUT", "SAMPLES/S", "ETA", "STATE"):
         table.add_column(name, justify="right" if name in ("LOSS", "HELD OUT", "SAMPLES/S", "ETA") else "left", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -143,7 +143,7 @@ def _rows_table(rows: Sequence[ShardRow]) -> RenderableType:
 
 @contextlib.contextmanager
 def live_view() -> Iterator[LiveTable]:
-    """A View on stdout: a Live table on a terminal, lines elsewhere."""
+    """Yield a LiveTable on stdout: live on a terminal, lines elsewhere."""
     out = console()
     if not out.is_terminal:
         yield LiveTable(out)

@@ -1,4 +1,4 @@
-"""What the demo makes and trains: the real demo, or a tiny one that takes seconds and is for tests."""
+"""What the demo draws and trains: the real demo, or a tiny one for tests that trains for seconds."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WorkerLimit:
-    """One worker and what slows it down."""
+    """The name of a node, its CPU threads, and the share of time that it may train."""
 
     name: str
     threads: int
     duty: float
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{threads}, all of the time" if self.duty >= 1 else f"{threads}, {100 * self.duty:.0f} % of the time"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Clips, data settings (of BuildSettings), run settings (of RunSettings) and workers. Times in seconds."""
+    """Clips to draw, settings to build the data (BuildSettings) and to create the run (RunSettings), and the nodes that train."""
 
     name: str
     clips: int
@@ -40,13 +40,13 @@ class Preset:
 
     @property
     def slowest_first(self) -> list[str]:
-        """The workers' names by speed."""
+        """The nodes' names, slowest first."""
         return [limit.name for limit in sorted(self.workers, key=lambda limit: limit.threads * limit.duty)]
 
-    patience: float = 120.0
-    """How long the coordinator may take to come up."""
-    longest: float = 1800.0
-    """How long the swarm may take."""
+    start_timeout: float = 120.0
+    """Seconds that the coordinator may take to start."""
+    run_timeout: float = 1800.0
+    """Seconds that the swarm may take to finish."""
 
 
 _TINY = Preset(

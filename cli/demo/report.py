@@ -1,4 +1,4 @@
-"""The demo's report: what ran, what came of it, and what the killed worker cost, as one markdown page with pictures."""
+"""The demo's report: what ran, the results, and what the killed node cost, as one markdown page with pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOSSES, ROUTER = "held-out-loss.png", "router-accuracy.png"
 
 @dataclass(frozen=True)
 class DemoPhase:
-    """One stretch of the demo, in seconds."""
+    """A phase of the demo and its seconds."""
 
     name: str
     seconds: float
@@ -29,7 +29,7 @@ class DemoPhase:
 
 @dataclass
 class DemoReport:
-    """Everything that the report tells. `timeline` holds (seconds since the start, sentence)."""
+    """What goes into the report. `timeline` holds (seconds since the start, sentence)."""
 
     manifest: Manifest
     status: SwarmStatus
@@ -45,58 +45,62 @@ class DemoReport:
     parts: dict[str, int] = field(default_factory=dict)  # part of the mixture -> bytes
 
 
-def write_report(story: DemoReport, folder: Path) -> None:
+def write_report(report: DemoReport, folder: Path) -> None:
     """Write `report.md` and its pictures into `folder`."""
-    takeover = story.takeover
-    draw_losses(story.curves, folder / LOSSES, (takeover.shard, takeover.epoch) if takeover else None)
-    if story.status.router and story.status.router.accuracy_by_time:
-        draw_router(story.status.router.accuracy_by_time, len(story.manifest.shards), folder / ROUTER)
+    takeover = report.takeover
+    draw_losses(report.curves, folder / LOSSES, (takeover.shard, takeover.epoch) if takeover else None)
+    if report.status.router and report.status.router.accuracy_by_time:
+        draw_router(report.status.router.accuracy_by_time, len(report.manifest.shards), folder / ROUTER)
     sections = (
-        _head(story),
-        _samples(story),
-        _experts(story),
-        _router(story),
-        _kill(story),
-        _phases(story),
+        _title(report),
+        _samples(report),
+        _experts(report),
+        _router(report),
+        _killed_node(report),
+        _phases(report),
         _machine(),
-        _onward(story),
+        _next_steps(report),
     )
     write_atomic(folder / "report.md", ("\n\n".join(filter(None, sections)) + "\n").encode())
 
 
 def _table(*rows: Sequence[object]) -> str:
-    head, *body = [[str(cell) for cell in row] for row in rows]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    header, *body = [[str(cell) for cell in row] for row in rows]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
 
 
-def _head(story: DemoReport) -> str:
-    total = sum(phase.seconds for phase in story.phases)
-    when = datetime.fromtimestamp(story.status.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    tiny = "\n\nThis was the tiny preset: its parts work together, its clips are noise." if story.preset == "tiny" else ""
+def _title(report: DemoReport) -> str:
+    total = sum(phase.seconds for phase in report.phases)
+    when = datetime.fromtimestamp(report.status.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    tiny = (
+        "\n\nThis was the tiny preset, which shows only that the parts work together: its clips are noise."
+        if report.preset == "tiny"
+        else ""
+    )
     return (
-        f"# A swarm trained {len(story.manifest.shards)} experts in {clock(total)} minutes\n\n"
-        f"Run `{story.manifest.run_id[:12]}` of {when}: one coordinator and {len(story.workers)} workers, each a process, "
-        "over libp2p on this machine's loopback. No gradient, parameter or activation passed between workers; each trained one "
-        f"cluster of the clips, and a router learned which of them suits a noisy clip and its prompt.{tiny}"
+        f"# A swarm trained {len(report.manifest.shards)} experts in {clock(total)} minutes\n\n"
+        f"Run `{report.manifest.run_id[:12]}` of {when}: one coordinator and {len(report.workers)} nodes, each a process, "
+        "over libp2p on this machine's loopback. The nodes exchanged no gradients, parameters or activations: each trained "
+        f"on one cluster of the clips, and a router learned which expert suits a noisy clip and its prompt.{tiny}"
     )
 
 
-def _samples(story: DemoReport) -> str:
+def _samples(report: DemoReport) -> str:
     return (
         "## Samples\n\n![real clip, mixture and single expert for every prompt](samples.gif)\n\n"
         "Per prompt: the held-out real clip with the nearest caption, the mixture's clip, and the clip of "
-        f"{story.single} alone from the same noise. The same as video: [samples.mp4](samples.mp4). "
-        "The prompts stand in the run's manifest since before the training."
+        f"{report.single} alone from the same noise. As a video: [samples.mp4](samples.mp4). "
+        "The manifest fixed the prompts before the training."
     )
 
 
-def _experts(story: DemoReport) -> str:
+def _experts(report: DemoReport) -> str:
     rows: list[Sequence[object]] = [
         ("expert", "cluster", "clips", "share", "held-out loss, start", "end", "epochs", "samples", "trained by")
     ]
-    for shard, curve, now in zip(story.manifest.shards, story.curves, story.status.shards, strict=True):
-        authors = list(dict.fromkeys(story.workers.get(author, short(author)) for author in curve.authors if author))
+    for shard, curve, now in zip(report.manifest.shards, report.curves, report.status.shards, strict=True):
+        authors = list(dict.fromkeys(report.workers.get(author, short(author)) for author in curve.authors if author))
         losses = [f"{loss:.4f}" for loss in curve.losses] or ["-"]
         rows.append(
             (shard.index, shard.name, shard.clips, f"{100 * shard.prior:.0f} %", losses[0], losses[-1],
@@ -105,8 +109,8 @@ def _experts(story: DemoReport) -> str:
     return f"## Experts\n\n{_table(*rows)}\n\n![held-out loss per expert over accepted epochs]({LOSSES})"
 
 
-def _router(story: DemoReport) -> str:
-    router = story.status.router
+def _router(report: DemoReport) -> str:
+    router = report.status.router
     if router is None:
         return "## Router\n\nNo router was trained."
     picture = f"\n\n![router accuracy per bin of t]({ROUTER})" if router.accuracy_by_time else ""
@@ -114,23 +118,25 @@ def _router(story: DemoReport) -> str:
     return f"## Router\n\nIt names the right expert for {right} of held-out noisy clips, over all noise levels.{picture}"
 
 
-def _kill(story: DemoReport) -> str:
-    takeover = story.takeover
+def _killed_node(report: DemoReport) -> str:
+    takeover = report.takeover
     if takeover is None:
-        return "## The killed worker\n\nNo worker was killed: the work was done before the right moment came."
+        return "## The killed node\n\nNo node was killed: the work was done before there was a node to kill."
     rows = [("seconds after the kill", "what happened")]
-    rows += [(f"{at - takeover.killed:.1f}", text) for at, text in takeover.steps()]
-    lost = f"Lost: {thousands(takeover.samples_lost)} samples since the last accepted checkpoint, which the heir trained again."
-    return f"## The killed worker\n\n{_table(*rows)}\n\n{lost} A lease here is {story.manifest.timing.lease:.0f} s."
+    rows += [(f"{at - takeover.killed:.1f}", text) for at, text in takeover.timeline()]
+    lost = (
+        f"Lost: {thousands(takeover.samples_lost)} samples since the last accepted checkpoint; the successor trained them again."
+    )
+    return f"## The killed node\n\n{_table(*rows)}\n\n{lost} A lease here is {report.manifest.timing.lease:.0f} s."
 
 
-def _phases(story: DemoReport) -> str:
+def _phases(report: DemoReport) -> str:
     rows: list[Sequence[object]] = [("phase", "time")]
-    rows += [(phase.name, clock(phase.seconds)) for phase in story.phases]
-    rows.append(("**all**", f"**{clock(sum(phase.seconds for phase in story.phases))}**"))
-    workers = "\n".join(f"- {name}: {limit}" for name, limit in story.speeds.items())
-    told = "\n".join(f"- {clock(at)} {text}" for at, text in story.timeline)
-    return f"## Time\n\n{_table(*rows)}\n\nWorkers were given different speeds:\n\n{workers}\n\n{told}"
+    rows += [(phase.name, clock(phase.seconds)) for phase in report.phases]
+    rows.append(("**all**", f"**{clock(sum(phase.seconds for phase in report.phases))}**"))
+    workers = "\n".join(f"- {name}: {limit}" for name, limit in report.speeds.items())
+    events = "\n".join(f"- {clock(at)} {text}" for at, text in report.timeline)
+    return f"## Time\n\n{_table(*rows)}\n\nThe nodes were limited to different speeds:\n\n{workers}\n\n{events}"
 
 
 def _machine() -> str:
@@ -138,7 +144,7 @@ def _machine() -> str:
 
 
 def machine() -> str:
-    """This machine in one line."""
+    """Processor, cores, memory and system of this machine, in one line."""
     import psutil
 
     processor = platform.processor() or platform.machine()
@@ -150,9 +156,9 @@ def machine() -> str:
     return f"{processor}, {cores} cores, {size(psutil.virtual_memory().total)} memory, {system}"
 
 
-def _onward(story: DemoReport) -> str:
-    prompt = story.prompts[0] if story.prompts else "a purple star spins"
-    return f"""## Go on
+def _next_steps(report: DemoReport) -> str:
+    prompt = report.prompts[0] if report.prompts else "a purple star spins"
+    return f"""## Next steps
 
 ```sh
 lutetia generate "{prompt}" --mixture mixture --out clip.mp4

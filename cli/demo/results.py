@@ -1,4 +1,4 @@
-"""The demo's last act: samples beside real clips, the mixture, the status and the report, in one folder."""
+"""The demo's results in one folder: the mixture, samples beside real clips, the status and the report."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 SEED = 1
 
 
-def finish(work: Path, made: MadeRun, act: DemoSwarm, telling: DemoClock, keep_run: bool) -> Path:
-    """The folder that the user gets, complete but not yet in its place."""
+def write_results(work: Path, made: MadeRun, swarm: DemoSwarm, timer: DemoClock, keep_run: bool) -> Path:
+    """Make the complete result inside `work`; returns its folder, for the caller to move to its place."""
     from lutetia.coordinator.run_folder import RunFolder
 
-    status, run, folder = act.status, RunFolder(made.folder), work / "finished"
+    status, run, folder = swarm.status, RunFolder(made.folder), work / "finished"
     if status is None:
         raise LutetiaError("the coordinator left no status; this is a bug")
     manifest = run.read_manifest(now=0.0).manifest
     folder.mkdir()
     shutil.copytree(run.mixture, folder / "mixture")
-    with telling.phase(f"generate clips for {len(manifest.sampling.prompts)} prompts"):
+    with timer.phase(f"generate clips for {len(manifest.sampling.prompts)} prompts"):
         samples = sample(folder / "mixture", made.clips, manifest)
         write_gallery(samples, folder)
     write_atomic(folder / "status.json", canonical(status) + b"\n")
-    story = DemoReport(
-        manifest=manifest, status=status, curves=curves_of(run, manifest), phases=telling.phases, timeline=telling.view.timeline,
-        workers=act.watch.names, speeds={limit.name: limit.words for limit in act.plan.workers}, takeover=act.takeover,
-        prompts=manifest.sampling.prompts, single=samples.single, preset=act.plan.name,
+    report = DemoReport(
+        manifest=manifest, status=status, curves=curves_of(run, manifest), phases=timer.phases, timeline=timer.view.timeline,
+        workers=swarm.poller.names, speeds={limit.name: limit.description for limit in swarm.preset.workers},
+        takeover=swarm.takeover, prompts=manifest.sampling.prompts, single=samples.single, preset=swarm.preset.name,
     )  # fmt: skip
-    write_report(story, folder)
+    write_report(report, folder)
     if keep_run:
         for part in ("clips", "data", "run", "logs"):
             shutil.move(work / part, folder / "run" / part)
@@ -54,7 +54,7 @@ def finish(work: Path, made: MadeRun, act: DemoSwarm, telling: DemoClock, keep_r
 
 
 def curves_of(run: RunFolder, manifest: Manifest) -> list[LossCurve]:
-    """Held-out losses as the ledger has them."""
+    """Held-out losses of the run, read from its ledger."""
     from lutetia.coordinator.ledger.describe import read_events
 
     return loss_curves(read_events(run.root), [shard.name for shard in manifest.shards])
@@ -62,7 +62,7 @@ def curves_of(run: RunFolder, manifest: Manifest) -> list[LossCurve]:
 
 @dataclass(frozen=True)
 class Samples:
-    """The gallery's rows and what the third column shows."""
+    """The gallery's rows, the name of the expert in its third column, and frames per second."""
 
     rows: list[GalleryRow]
     single: str
@@ -70,7 +70,7 @@ class Samples:
 
 
 def sample(mixture: Path, clips: Path, manifest: Manifest) -> Samples:
-    """One row per fixed prompt: a real clip, the mixture's, and the largest cluster's expert alone from the same noise."""
+    """One row per fixed prompt: a real clip, the mixture's clip, and that of the largest cluster's expert from the same noise."""
     from lutetia.cli.local.sampler import MixtureLoader
 
     sampler = MixtureLoader(mixture)
@@ -84,7 +84,7 @@ def sample(mixture: Path, clips: Path, manifest: Manifest) -> Samples:
 
 
 def real_clips(folder: Path, prompts: Sequence[str], manifest: Manifest) -> list[Frames]:
-    """For every prompt the clip whose caption shares most of its words; held-out clips go first."""
+    """For every prompt the clip with the most similar caption; among equals a held-out one."""
     from lutetia.models.data.ingest.listing import read_listing
     from lutetia.models.data.ingest.video import ClipShape, decode_clip
 
@@ -95,7 +95,7 @@ def real_clips(folder: Path, prompts: Sequence[str], manifest: Manifest) -> list
 
 
 def nearest(prompt: str, clips: Sequence[ClipSource]) -> ClipSource:
-    """The clip with the most similar caption (Jaccard similarity of words)."""
+    """The clip with the most similar caption, by Jaccard similarity of words."""
     wanted = set(prompt.lower().split())
 
     def rank(clip: ClipSource) -> tuple[float, bool, str]:
@@ -106,7 +106,7 @@ def nearest(prompt: str, clips: Sequence[ClipSource]) -> ClipSource:
 
 
 def write_gallery(samples: Samples, folder: Path) -> None:
-    """`samples.gif` and `samples.mp4`."""
+    """Write `samples.gif` and `samples.mp4` into `folder`."""
     pictures = compose(samples.rows, ("real clip", "mixture", samples.single.split(" (")[0] + " alone"))
     write_gif(pictures, folder / "samples.gif", samples.fps)
     write_mp4(pictures, folder / "samples.mp4", samples.fps, seconds=MP4_SECONDS)

@@ -7,43 +7,46 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lutetia.cli.demo.live_view import live_view
-from lutetia.cli.demo.swarm_run import DemoClock, perform
+from lutetia.cli.demo.swarm_run import DemoClock, run_swarm
 from lutetia.cli.formatting import clock
 from lutetia.cli.local.processes import free_port
-from lutetia.cli.output import say
+from lutetia.cli.output import console, say
 from lutetia.cli.workspace import check_replaceable, workspace
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import replace_folder
 
-if TYPE_CHECKING:
-    pass
-
 MARKS = ("report.md", "status.json", "samples.gif")
+"""Files of an earlier demo: a folder with all of them may be replaced."""
 
 
 def run_demo(out: Path, *, keep_run: bool, preset: str) -> None:
-    """Fill `out` with mixture, samples, status and report. Raises UsageError where `out` holds something else."""
+    """Run the demo and write mixture, samples, status and report into `out`.
+
+    Args:
+        out: folder for the result. Raises UsageError where it holds anything but an earlier demo.
+        keep_run: also keep clips, shards, the run's folder and logs, in `out/run`.
+        preset: `demo`, or `tiny` for tests.
+    """
     from lutetia.cli.demo.presets import preset_of
-    from lutetia.cli.demo.results import finish
+    from lutetia.cli.demo.results import write_results
     from lutetia.cli.demo.setup import make_run
 
     check_replaceable(out, MARKS)
-    plan = preset_of(preset)
+    chosen = preset_of(preset)
     with workspace(out) as work, live_view() as view:
-        telling = DemoClock(view)
-        made = make_run(work, plan, f"127.0.0.1:{free_port()}", telling.phase)
-        with telling.phase("train three experts in a swarm"), _logs_kept(work / "logs", out):
-            act = asyncio.run(perform(telling, plan, made, work))
-        replace_folder(finish(work, made, act, telling, keep_run), out)
-    closing_words(out, telling)
+        timer = DemoClock(view)
+        made = make_run(work, chosen, f"127.0.0.1:{free_port()}", timer.phase)
+        with timer.phase("train three experts in a swarm"), _keep_logs(work / "logs", out):
+            swarm = asyncio.run(run_swarm(timer, chosen, made, work))
+        replace_folder(write_results(work, made, swarm, timer, keep_run), out)
+    print_summary(out, timer)
 
 
 @contextmanager
-def _logs_kept(logs: Path, out: Path) -> Iterator[None]:
-    """When the swarm fails, put the logs of its processes beside `out`."""
+def _keep_logs(logs: Path, out: Path) -> Iterator[None]:
+    """When the swarm fails, copy the logs of its processes to a folder beside `out`."""
     try:
         yield
     except LutetiaError:
@@ -53,11 +56,10 @@ def _logs_kept(logs: Path, out: Path) -> Iterator[None]:
         raise
 
 
-def closing_words(out: Path, telling: DemoClock) -> None:
-    from lutetia.cli.output import console
-
+def print_summary(out: Path, timer: DemoClock) -> None:
+    """Print how long it took, and what to look at."""
     lines = (
-        f"done in {clock(telling.at())} minutes",
+        f"done in {clock(timer.at())} minutes",
         f"  look at   {out / 'samples.gif'}  (or samples.mp4)",
         f"  read      {out / 'report.md'}",
         f'  try       lutetia generate "a purple star spins" --mixture {out / "mixture"} --out clip.mp4',

@@ -1,4 +1,4 @@
-"""The demo's first acts, before the swarm: clips, shards, run."""
+"""The demo before its swarm starts: draw clips, build shards, create the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lutetia.cli.demo.presets import Preset
 
 @dataclass(frozen=True)
 class MadeRun:
-    """A run that is ready to be served."""
+    """A run that is ready to be served: its folder, the clips and shards it was made from, and its ticket."""
 
     folder: Path
     clips: Path
@@ -21,7 +21,14 @@ class MadeRun:
 
 
 def make_run(work: Path, preset: Preset, address: str, phase: Callable[[str], AbstractContextManager[None]]) -> MadeRun:
-    """Draw clips, build shards from the mp4 files, and create the run whose coordinator will be at `address` (host:port)."""
+    """Draw clips, build shards of them and create the run.
+
+    Args:
+        work: folder for everything that is made.
+        preset: what to draw and how to train.
+        address: host:port where the coordinator will listen.
+        phase: context manager that times a phase, given its name.
+    """
     with phase("start"):  # torch takes some seconds to import
         from lutetia.cli.arguments import settings_of
         from lutetia.coordinator.admin.create import create_run

@@ -1,4 +1,4 @@
-"""Whom the demo kills and when, and what happened to the shard afterwards. Pure: fed with what was seen, and when."""
+"""Which node the demo kills and when, and what then happens to its shard. Pure functions of observations and their times."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lutetia.protocol.schema.status import ShardStatus, SwarmStatus
 
 @dataclass(frozen=True)
 class Takeover:
-    """Times are seconds since the demo began; None until it was seen."""
+    """A killed node and the takeover of its shard. Times are seconds since the demo began; None until it was observed."""
 
     victim: str
     victim_owner: str
     shard: int
     shard_name: str
-    epoch: int  # accepted checkpoints of the shard when its worker was killed
+    epoch: int  # accepted checkpoints of the shard when the node was killed
     killed: float
     samples_lost: int
     expired: float | None = None
     claimed: float | None = None
-    heir: str | None = None
+    successor: str | None = None
     training: float | None = None
     accepted: float | None = None
 
@@ -30,45 +30,57 @@ class Takeover:
     def complete(self) -> bool:
         return self.accepted is not None
 
-    def seen(self, at: float, shard: ShardStatus, workers: Mapping[str, LocalWorker]) -> Takeover:
-        """What is known after a look at the shard and at the surviving workers (by owner) at time `at`."""
+    def observe(self, at: float, shard: ShardStatus, workers: Mapping[str, LocalWorker]) -> Takeover:
+        """The takeover, updated by an observation.
+
+        Args:
+            at: seconds since the demo began.
+            shard: the shard's status.
+            workers: the nodes that still run, by public key.
+        """
         now = self
         done = shard.epoch >= shard.epochs
-        if now.training is None and self.epoch < shard.epoch and not done:  # the victim had handed this one in before it died
-            handed_in = (shard.epoch - self.epoch) * shard.samples // shard.epoch
-            now = replace(now, epoch=shard.epoch, samples_lost=max(0, self.samples_lost - handed_in))
-        gone = shard.owner != self.victim_owner
-        if now.expired is None and gone:
+        if now.training is None and self.epoch < shard.epoch and not done:  # the victim had submitted it before it was killed
+            submitted = (shard.epoch - self.epoch) * shard.samples // shard.epoch
+            now = replace(now, epoch=shard.epoch, samples_lost=max(0, self.samples_lost - submitted))
+        released = shard.owner != self.victim_owner
+        if now.expired is None and released:
             now = replace(now, expired=at)
-        if now.claimed is None and gone and shard.owner is not None:
-            heir = workers.get(shard.owner)
-            now = replace(now, claimed=at, heir=heir.name if heir else shard.owner[:8])
-        heir = next((worker for worker in workers.values() if worker.name == now.heir), None)
-        if now.claimed is not None and now.training is None and heir and heir.shard == self.shard and heir.step > 0:
+        if now.claimed is None and released and shard.owner is not None:
+            holder = workers.get(shard.owner)
+            now = replace(now, claimed=at, successor=holder.name if holder else shard.owner[:8])
+        successor = next((worker for worker in workers.values() if worker.name == now.successor), None)
+        at_work = successor is not None and successor.shard == self.shard and successor.step > 0
+        if now.claimed is not None and now.training is None and at_work:
             now = replace(now, training=at)
         if now.accepted is None and now.claimed is not None and shard.epoch > now.epoch and (now.training is not None or done):
             now = replace(now, accepted=at, training=now.training if now.training is not None else at)
         return now
 
-    def steps(self) -> list[tuple[float, str]]:
-        """The timeline as sentences."""
-        heir, what = self.heir or "another worker", f"expert {self.shard} ({self.shard_name})"
-        told = [
+    def timeline(self) -> list[tuple[float, str]]:
+        """What was observed so far, as (seconds, sentence)."""
+        successor, what = self.successor or "another node", f"expert {self.shard} ({self.shard_name})"
+        steps = [
             (self.killed, f"{self.victim} was killed (SIGKILL) while it trained {what}; epoch {self.epoch} was accepted"),
-            (self.expired, f"its lease on expert {self.shard} ran out"),
-            (self.claimed, f"{heir} claimed expert {self.shard}"),
-            (self.training, f"{heir} trains expert {self.shard} on from the accepted checkpoint of epoch {self.epoch}"),
-            (self.accepted, f"the first checkpoint of {heir} for expert {self.shard} was accepted (epoch {self.epoch + 1})"),
+            (self.expired, f"its lease on expert {self.shard} expired"),
+            (self.claimed, f"{successor} claimed expert {self.shard}"),
+            (self.training, f"{successor} continues expert {self.shard} from the accepted checkpoint of epoch {self.epoch}"),
+            (self.accepted, f"the first checkpoint of {successor} for expert {self.shard} was accepted (epoch {self.epoch + 1})"),
         ]
-        return [(at, text) for at, text in told if at is not None]
+        return [(at, text) for at, text in steps if at is not None]
 
 
 def choose_victim(status: SwarmStatus, workers: Mapping[str, LocalWorker], slowest_first: Sequence[str]) -> LocalWorker | None:
-    """The worker to kill now, or None while it is too early.
+    """The node to kill now, or None while it is too early.
 
-    It is the slowest one (by name, in the order given) that trains a shard with accepted work behind it and a whole epoch ahead:
-    one in its last epoch may hand that in before it dies, and nothing is left to take over. The time is right when another
-    worker is free, at the latest when two thirds of the shard's budget are accepted or the last epoch but one is in training.
+    Chosen is the slowest node that trains a shard with at least one accepted epoch and at least one whole epoch to go: a node in
+    its last epoch may submit it before it dies, and then nothing is left to take over. It is killed when another node is idle, at
+    the latest when two thirds of the shard's epochs are accepted or its last epoch but one is in training.
+
+    Args:
+        status: the coordinator's status.
+        workers: the nodes that run, by public key.
+        slowest_first: their names, slowest first.
     """
     holders = {worker.name: (worker, status.shards[worker.shard]) for worker in workers.values() if worker.shard is not None}
     for name in slowest_first:

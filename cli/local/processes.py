@@ -1,4 +1,4 @@
-"""A swarm of real processes on this machine: each is a `lutetia` command with its own folder and log, and dies with us."""
+"""A swarm of real processes on this machine: each is a `lutetia` command with its own log, and dies with this process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pathlib import Path
 from lutetia.system.errors import LutetiaError, UnreachableError
 
 STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+COORDINATOR = "coordinator"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on just now."""
+    """A TCP port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -38,19 +39,19 @@ class LocalProcess:
         return self.process.returncode is None
 
     def kill(self) -> None:
-        """SIGKILL the process alone, as a crash or a pulled plug would: what becomes of its children is its own affair."""
+        """SIGKILL the process but not its children, as a crash would."""
         self.killed = True
         self.process.kill()
 
-    def last_words(self, lines: int = 4) -> str:
-        """The end of its log."""
+    def log_tail(self, lines: int = 4) -> str:
+        """The last `lines` of its log, on one line."""
         text = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         return " | ".join(text[-lines:])
 
 
 @dataclass
 class LocalSwarm:
-    """Starts, watches and ends the processes of one swarm; leave it by `async with` and none is left."""
+    """Starts, watches and ends the processes of one swarm. As an `async with` block it leaves no process behind."""
 
     logs: Path
     members: dict[str, LocalProcess] = field(default_factory=dict)
@@ -74,17 +75,25 @@ class LocalSwarm:
         self.members[name] = member = LocalProcess(name, process, log)
         return member
 
+    async def serve(self, run: Path, *options: str) -> LocalProcess:
+        """Start the coordinator of the run in folder `run`."""
+        return await self.start(COORDINATOR, ["coordinator", "serve", str(run), *options])
+
+    async def join(self, name: str, ticket: str, state_folder: Path, *options: str, **environment: str) -> LocalProcess:
+        """Start a node called `name` on loopback; SIGTERM ends it without waiting for its current checkpoint."""
+        arguments = ["join", ticket, "--state-folder", str(state_folder), "--listen", "/ip4/127.0.0.1/tcp/0", *options]
+        return await self.start(name, arguments, {"LUTETIA_STOP_WITHIN": "0", **environment})
+
     def check(self) -> None:
-        """Raises when a process that nobody killed has ended in failure."""
+        """Raise LutetiaError when a process has failed that was not killed by `kill` or `stop`."""
         for member in self.members.values():
             code = member.process.returncode
             if code and not member.killed:
                 problem = UnreachableError if code == UnreachableError.code else LutetiaError
-                words = member.last_words() or "it said nothing"
-                raise problem(f"{member.name} ended with exit code {code}: {words}")
+                raise problem(f"{member.name} ended with exit code {code}: {member.log_tail() or 'its log is empty'}")
 
     async def stop(self, *names: str) -> None:
-        """SIGTERM them together, SIGKILL the group of whoever is still there after the grace."""
+        """SIGTERM the named processes together, then SIGKILL the groups of those that still run after STOP_GRACE."""
         members = [self.members[name] for name in names]
         for member in members:
             if member.running:
@@ -98,5 +107,5 @@ class LocalSwarm:
             async with asyncio.timeout(STOP_GRACE):
                 await member.process.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(member.process.pid, signal.SIGKILL)  # also what a killed member may have left behind
+            os.killpg(member.process.pid, signal.SIGKILL)  # also the children that a killed process left behind
         await member.process.wait()

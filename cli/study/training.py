@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lutetia.cli.local.poller import SwarmPoller, samples_done
+from lutetia.cli.local.poller import SwarmPoller, polls, read_status, samples_done
 from lutetia.cli.local.processes import LocalSwarm, free_port
-from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, LutetiaError
 from lutetia.system.files import write_atomic
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from lutetia.models.study.config import Machines, StudyConfig
     from lutetia.models.study.plan import Training
 
-LOOK_EVERY = 0.5  # seconds
-COORDINATOR = "coordinator"
 _STUDY_DAYS = 36_500.0  # a run that is made again in some years has the same manifest
 
 
@@ -114,12 +111,6 @@ def finished(run: Path) -> bool:
     return status is not None and status.finished
 
 
-def read_status(run: Path) -> SwarmStatus | None:
-    """What the coordinator last wrote."""
-    path = run / "status.json"
-    return SwarmStatus.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
 def seconds(folder: Path) -> float:
     """How long this training's swarm has run, over all calls."""
     path = folder / "seconds.json"
@@ -134,13 +125,13 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
     run, team, patience = folder / "run", Team.of(machines, training.experts, cores()), _Patience(training.name, folder, machines)
     watch, most = SwarmPoller(run, folder), 0
     async with LocalSwarm(folder / "logs") as swarm:
-        serve = ["coordinator", "serve", str(run), "--stitch", "end", "--no-gallery", "--exit-when-done"]
         began = time.time()
-        coordinator = await swarm.start(COORDINATOR, serve)
+        coordinator = await swarm.serve(run, "--stitch", "end", "--no-gallery", "--exit-when-done")
         up = False
-        while coordinator.running:
-            swarm.check()
-            await watch.look(list(swarm.members))
+        async for _ in polls(swarm):
+            if not coordinator.running:
+                break
+            await watch.poll(swarm)
             status = watch.status
             if status is not None and status.time >= began:
                 if not up:
@@ -151,7 +142,6 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
                 accepted = sum(shard.samples for shard in status.shards)
                 patience.see((accepted, status.events), any(shard.state == "training" for shard in status.shards))
             patience.check()
-            await asyncio.sleep(LOOK_EVERY)
         swarm.check()
     if not finished(run):
         raise LutetiaError(f"the swarm of {training.name} ended before its budget was done; its logs are in {folder / 'logs'}")
@@ -160,11 +150,10 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
 async def _join(swarm: LocalSwarm, watch: SwarmPoller, team: Team, device: str) -> None:
     """Start the workers; each has a state folder of its own, where it finds what it had begun before a cut."""
     ticket = (watch.run / "ticket.txt").read_text().strip()
-    environment = {"LUTETIA_STOP_WITHIN": "0", "OMP_NUM_THREADS": str(team.threads)}
+    threads = str(team.threads)
     for number in range(team.workers):
         name = f"worker-{number}"
-        arguments = ["join", ticket, "--state-folder", str(watch.add(name)), "--listen", "/ip4/127.0.0.1/tcp/0"]
-        await swarm.start(name, [*arguments, "--device", device, "--threads", str(team.threads)], environment)
+        await swarm.join(name, ticket, watch.add(name), "--device", device, "--threads", threads, OMP_NUM_THREADS=threads)
 
 
 class _Patience:

@@ -65,9 +65,9 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
 def one_process(
     commands: Sequence[Sequence[str | Path]], *, without: str = "", **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Each of `commands` as `lutetia` would be, all in one process: for tests of many.
+    """Run each of `commands` as `lutetia` would, all in one process, which is faster for many.
 
-    `without`: capabilities that root lets go of, such as `-dac_override`, so that permissions count for it too.
+    `without`: capabilities that root drops, such as `-dac_override`, so that permissions apply to it too.
     """
     prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
     run = subprocess.run(
@@ -83,19 +83,19 @@ import contextlib, io, json, sys
 from lutetia.cli.main import main
 
 outcomes = []
-for words in json.loads(sys.argv.pop()):
-    sys.argv[1:] = words
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:] = arguments
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             main()
         except SystemExit as ended:
-            outcomes.append((words, ended.code, out.getvalue(), err.getvalue()))
+            outcomes.append((arguments, ended.code, out.getvalue(), err.getvalue()))
 print(json.dumps(outcomes))
 """
 
 
 def failure(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The error document that a command printed under --json."""
+    """The error document that a command printed with --json."""
     error = json.loads(run.stdout)["error"]
     assert error["code"] == run.returncode
     assert "Traceback" not in run.stderr
@@ -103,9 +103,9 @@ def failure(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def processor_time(run: Callable[[], Result]) -> tuple[Result, float]:
-    """What `run` returns, and the least processor time in seconds that its child processes took in three attempts.
+    """The result of `run`, and the least processor time in seconds of its child processes in three attempts.
 
-    Clock time would measure whoever else uses the machine.
+    Clock time would depend on what else the machine runs.
     """
     attempts = []
     for _ in range(3):
@@ -118,6 +118,6 @@ def processor_time(run: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def ticket(port: int = 9) -> str:
-    """A well-formed ticket of a run that nobody serves on `port` of this machine."""
+    """A well-formed ticket of a run that is not served, on `port` of this machine."""
     owner = Identity.derived("command line owner")
     return Ticket(run="c" * 64, owner=owner.public_key, addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{owner.peer_id}",)).encode()

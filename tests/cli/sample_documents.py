@@ -1,4 +1,4 @@
-"""Hand-made documents for the tests of output."""
+"""Hand-made documents for tests of output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it: help, version, one-sentence errors, exit codes, JSON."""
+"""The command line: help, version, one-sentence errors, exit codes, JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = (
 HELP_SECONDS = 0.3
 
 
-def test_help_names_every_command_quickly() -> None:
+def test_help_names_every_command_in_time() -> None:
     run, seconds = processor_time(lambda: fresh_lutetia("--help"))
     assert run.returncode == 0
     assert seconds < HELP_SECONDS, f"lutetia --help takes {seconds:.2f} s"
@@ -32,7 +32,7 @@ def test_help_names_every_command_quickly() -> None:
         assert command.split()[0] in run.stdout
 
 
-def test_help_needs_no_heavy_package() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = (
         "import sys\nsys.argv[1:] = ['--help']\nfrom lutetia.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -43,17 +43,17 @@ def test_help_needs_no_heavy_package() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_has_help(command: str) -> None:
     run = lutetia(*command.split(), "--help")
     assert run.returncode == 0, run.stderr
     assert f"Usage: lutetia {command}" in run.stdout
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     assert lutetia("--version").stdout.startswith("lutetia 0.")
 
 
-def test_exit_codes_are_documented() -> None:
+def test_exit_codes_are_listed() -> None:
     lines = lutetia("help", "exit-codes").stdout.splitlines()
     assert {int(line.split()[0]) for line in lines} >= {0, 2, 10, 11, 12, 20, 21, 30, 31, 40, 50, 70, 130}
 
@@ -68,7 +68,7 @@ def test_exit_codes_are_documented() -> None:
         (("pause", "--for", "soon"), "duration"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence_and_code_2(arguments: tuple[str, ...], words: str) -> None:
+def test_wrong_command_line_gives_one_sentence_and_code_2(arguments: tuple[str, ...], words: str) -> None:
     run = lutetia(*arguments)
     assert run.returncode == 2
     assert words in run.stderr.lower()
@@ -77,7 +77,7 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(arguments: tuple[str, .
 
 
 @pytest.mark.parametrize("command", [("join",), ("swarm", "status"), ("run", "show")])
-def test_a_ticket_cut_short_is_refused_in_one_sentence(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_truncated_ticket_is_refused_in_one_sentence(command: tuple[str, ...], tmp_path: Path) -> None:
     run = lutetia(*command, ticket()[:-9], LUTETIA_HOME=str(tmp_path))
     assert run.returncode == 10
     assert "cut short or mistyped" in run.stderr
@@ -85,13 +85,13 @@ def test_a_ticket_cut_short_is_refused_in_one_sentence(command: tuple[str, ...],
     assert not list(tmp_path.iterdir())
 
 
-def test_swarm_status_says_which_bootstraps_are_down() -> None:
+def test_swarm_status_names_unreachable_bootstraps() -> None:
     error = failure(lutetia("swarm", "status", ticket(), "--json", "--timeout", "2"))
     assert (error["name"], error["code"]) == ("bootstrap", 30)
     assert "127.0.0.1" in error["message"]
 
 
-def test_a_ticket_may_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
+def test_ticket_is_read_from_file_or_environment(tmp_path: Path) -> None:
     path = tmp_path / "ticket.txt"
     path.write_text(ticket() + "\n")
     assert lutetia("swarm", "status", path, "--timeout", "2").returncode == 30
@@ -100,13 +100,13 @@ def test_a_ticket_may_come_from_a_file_or_the_environment(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("verb", ["status", "pause", "resume", "finish", "leave"])
-def test_without_a_daemon_the_verbs_say_so(verb: str, tmp_path: Path) -> None:
+def test_control_commands_without_daemon_name_join(verb: str, tmp_path: Path) -> None:
     error = failure(lutetia(verb, "--state-folder", tmp_path / "none", "--json"))
     assert error["code"] == 31
     assert "lutetia join" in error["message"]
 
 
-def test_identity_survives_export_and_import(tmp_path: Path) -> None:
+def test_identity_export_and_import_keep_the_key(tmp_path: Path) -> None:
     one, two, backup = tmp_path / "one", tmp_path / "two", tmp_path / "backup.key"
     Identity.derived("exported").save(one / "identity.key")
     shown = json.loads(lutetia("identity", "show", "--state-folder", one, "--json").stdout)
@@ -128,55 +128,55 @@ def test_identity_survives_export_and_import(tmp_path: Path) -> None:
         ]
     )
     assert shown.returncode == exported.returncode == imported.returncode == 11
-    assert "this box has no identity yet" in shown.stderr == exported.stderr
+    assert "this node has no identity yet" in shown.stderr == exported.stderr
     assert imported.stderr == "lutetia: there is no file MISSING; name the one that `lutetia identity export` wrote\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("words", "code"),
+    ("arguments", "code"),
     [(("help", "exit-codes"), 0), (("simulate", "--list"), 0), (("status", "--state-folder", "none", "--json"), 31)],
 )
-def test_a_reader_who_has_had_enough_is_no_failure(words: tuple[str, ...], code: int, unbuffered: str) -> None:
-    """`| head -1` under `set -o pipefail`; what went wrong before anything was printed keeps its code."""
+def test_closed_pipe_is_no_failure(arguments: tuple[str, ...], code: int, unbuffered: str) -> None:
+    """As with `| head -1` under `set -o pipefail`. An error before the first output keeps its exit code."""
     with closed_pipe() as pipe:
-        run = into(pipe, *words, PYTHONUNBUFFERED=unbuffered)
+        run = run_into(pipe, *arguments, PYTHONUNBUFFERED=unbuffered)
     assert (run.returncode, run.stderr) == (code, "")
     with closed_pipe() as pipe:
-        assert into(pipe, *words, errors=pipe, PYTHONUNBUFFERED=unbuffered).returncode == code
+        assert run_into(pipe, *arguments, errors=pipe, PYTHONUNBUFFERED=unbuffered).returncode == code
 
 
-def test_a_full_disk_behind_the_output_is_said(tmp_path: Path) -> None:
+def test_full_disk_under_stdout_is_reported(tmp_path: Path) -> None:
     try:
         os.mknod(tmp_path / "full", stat.S_IFCHR | 0o600, os.makedev(1, 7))
     except PermissionError:
         pytest.skip("needs root to make a device that is always full")
     with (tmp_path / "full").open("w") as full:
-        run = into(full.fileno(), "help", "exit-codes")
+        run = run_into(full.fileno(), "help", "exit-codes")
     assert (run.returncode, run.stderr) == (21, "lutetia: cannot write: no space left on device; free space\n")
 
 
-def test_without_an_output_a_command_does_its_work() -> None:
+def test_command_without_stdout_succeeds() -> None:
     run = subprocess.run(["sh", "-c", 'exec "$0" -m lutetia.cli help exit-codes >&-', sys.executable], stderr=subprocess.PIPE)
     assert (run.returncode, run.stderr) == (0, b"")
 
 
 @contextlib.contextmanager
 def closed_pipe() -> Iterator[int]:
-    """The writing end of a pipe that nobody reads."""
+    """The writing end of a pipe whose reading end is closed."""
     read, write = os.pipe()
     os.close(read)
     yield write
     os.close(write)
 
 
-def into(output: int, *words: str, errors: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_into(output: int, *arguments: str, errors: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
     base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
-    command = [sys.executable, "-m", "lutetia.cli", *words]
+    command = [sys.executable, "-m", "lutetia.cli", *arguments]
     return subprocess.run(command, stdout=output, stderr=errors, text=True, env={**base, **environment})
 
 
-def test_doctor_finds_this_box_fit(tmp_path: Path) -> None:
+def test_doctor_passes_on_this_machine(tmp_path: Path) -> None:
     run = lutetia("doctor", "--json", "--state-folder", tmp_path)
     findings = {finding["check"]: finding["verdict"] for finding in json.loads(run.stdout)["findings"]}
     assert run.returncode == 0, run.stdout
@@ -184,7 +184,7 @@ def test_doctor_finds_this_box_fit(tmp_path: Path) -> None:
     assert {"p2pd", "disk", "identity", "device"} <= set(findings)
 
 
-def test_a_device_that_is_not_here_is_said_before_anything_is_done(tmp_path: Path) -> None:
+def test_missing_device_is_reported_before_any_work(tmp_path: Path) -> None:
     build = tmp_path / "build.toml"
     build.write_text('device = "cuda"\n')
     study = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"

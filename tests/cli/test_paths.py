@@ -1,4 +1,4 @@
-"""Paths that cannot be used: a file where a folder should be, a folder without permission, a home that nobody has."""
+"""Paths that cannot be used: a file instead of a folder, a folder without permission, the home of an unknown user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_MINE = "-dac_override,-dac_read_search"
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A file, for use as a folder."""
+    """A file, to be given instead of a folder."""
     path = tmp_path / "AFILE"
     path.write_text("not a folder\n")
     return path
@@ -28,9 +28,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def barred(tmp_path: Path) -> Iterator[Path]:
-    """A folder that only others may enter."""
+    """A folder that this user may not enter."""
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("root needs setpriv to do without its rights")
+        pytest.skip("needs setpriv to drop root's capabilities")
     folder = tmp_path / "barred"
     folder.mkdir(mode=0)
     yield folder
@@ -40,14 +40,14 @@ def barred(tmp_path: Path) -> Iterator[Path]:
 def check_sentences(runs: Sequence[subprocess.CompletedProcess[str]], codes: set[int]) -> None:
     wrong = []
     for run in runs:
-        said = failure(run)["message"] if "--json" in run.args else run.stderr
-        if run.returncode not in codes or "bug" in said or said.strip().count("\n"):
-            wrong.append((run.args, run.returncode, said))
+        message = failure(run)["message"] if "--json" in run.args else run.stderr
+        if run.returncode not in codes or "bug" in message or message.strip().count("\n"):
+            wrong.append((run.args, run.returncode, message))
     assert not wrong
 
 
-def test_a_file_in_the_place_of_a_folder_is_one_sentence(file: Path, tmp_path: Path) -> None:
-    Identity.derived("box").save(key := tmp_path / "box.key")
+def test_file_instead_of_folder_gives_one_sentence(file: Path, tmp_path: Path) -> None:
+    Identity.derived("node").save(key := tmp_path / "node.key")
     make_clips(clips := tmp_path / "clips", 3, 0, 4, 16)
     below = file / "x"
     runs = one_process(
@@ -72,13 +72,13 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence(file: Path, tmp_path: P
     )
     check_sentences(runs, {2, 10, 11, 12, 21})
     codes = {" ".join(run.args[:1]): run.returncode for run in runs}
-    assert (codes["join"], codes["demo"], codes["evaluate"]) == (21, 21, 21), "known before the long work begins"
+    assert (codes["join"], codes["demo"], codes["evaluate"]) == (21, 21, 21), "reported before the long work begins"
     assert [run.returncode for run in runs if run.args[0] == "generate"] == [21, 2]
     assert next(run.returncode for run in runs if "rotate" in run.args) == 10
     assert file.read_text() == "not a folder\n"
 
 
-def test_a_folder_without_permission_is_one_sentence(barred: Path, tmp_path: Path) -> None:
+def test_folder_without_permission_gives_one_sentence(barred: Path, tmp_path: Path) -> None:
     state, at = ("--state-folder", barred / "x"), barred / "x"
     runs = one_process(
         [
@@ -98,38 +98,39 @@ def test_a_folder_without_permission_is_one_sentence(barred: Path, tmp_path: Pat
     check_sentences(runs, {10, 11, 12, 21})
 
 
-def test_a_tilde_that_no_shell_expanded_means_home(tmp_path: Path) -> None:
+def test_unexpanded_tilde_means_home(tmp_path: Path) -> None:
     """As in systemd's EnvironmentFile."""
-    Identity.derived("box").save(key := tmp_path / "box.key")
+    Identity.derived("node").save(key := tmp_path / "node.key")
     (home := tmp_path / "home").mkdir()
     (here := tmp_path / "here").mkdir()
-    run = lutetia("identity", "import", key, cwd=here, HOME=str(home), LUTETIA_STATE_FOLDER="~/box")
+    run = lutetia("identity", "import", key, cwd=here, HOME=str(home), LUTETIA_STATE_FOLDER="~/node")
     assert run.returncode == 0, run.stderr
-    assert Identity.load(home / "box" / "identity.key") == Identity.load(key)
+    assert Identity.load(home / "node" / "identity.key") == Identity.load(key)
     assert not list(here.iterdir())
-    assert not lutetia("identity", "show", cwd=here, HOME=str(home), LUTETIA_HOME="~/box").returncode
+    assert not lutetia("identity", "show", cwd=here, HOME=str(home), LUTETIA_HOME="~/node").returncode
 
 
-def test_a_home_that_nobody_has_is_one_sentence() -> None:
+def test_unknown_home_gives_one_sentence() -> None:
     for variable, commands in (
         ("LUTETIA_STATE_FOLDER", [("identity", "show"), ("doctor",), ("status", "--json")]),
         ("LUTETIA_HOME", [("identity", "show"), ("doctor",), ("join", ticket())]),
     ):
-        runs = one_process(commands, **{variable: "~nobodyhere/box"})
+        runs = one_process(commands, **{variable: "~nobodyhere/node"})
         check_sentences(runs, {10})
-        assert all("~nobodyhere/box begins with a home folder that does not exist" in run.stderr + run.stdout for run in runs)
+        assert all("~nobodyhere/node begins with a home folder that does not exist" in run.stderr + run.stdout for run in runs)
 
 
-def test_doctor_sees_what_join_would_fail_at(file: Path, barred: Path) -> None:
+def test_doctor_reports_unusable_state_folder(file: Path, barred: Path) -> None:
     for place, codes in ((file, {21}), (file / "x" / "y", {21}), (barred / "x", {21})):
         run = one_process([("doctor", "--json", "--state-folder", place)], without=NOT_MINE)[0]
-        failed = {found["check"]: found["seen"] for found in json.loads(run.stdout)["findings"] if found["verdict"] == "fail"}
+        findings = json.loads(run.stdout)["findings"]
+        failed = {finding["check"]: finding["seen"] for finding in findings if finding["verdict"] == "fail"}
         assert {run.returncode} == codes, run
         assert str(place.parent if place.parent == barred else file) in failed["disk"]
         assert ("identity" in failed) == (place.parent == barred)
 
 
-def test_a_daemon_that_cannot_be_seen_is_not_denied(barred: Path) -> None:
+def test_status_of_another_users_daemon_names_the_user(barred: Path) -> None:
     run = one_process([("status", "--state-folder", barred)], without=NOT_MINE)[0]
     assert run.returncode == 31
     assert run.stderr == f"lutetia: {barred} belongs to another user; ask its daemon as that user\n"

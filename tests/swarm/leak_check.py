@@ -1,4 +1,4 @@
-"""What a swarm might leave behind: processes, listening ports, sockets and temporary files."""
+"""Finds what a swarm may leave behind: processes, listening ports, sockets and temporary files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import psutil
 
 def family(marks: tuple[str, ...]) -> dict[int, str]:
     """Processes whose command line or environment names one of `marks` (folders of the test)."""
-    found = {}
+    processes = {}
     for process in psutil.process_iter(["pid", "cmdline"]):
         try:
-            words = " ".join(process.info["cmdline"] or []) + " ".join(process.environ().values())
+            text = " ".join(process.info["cmdline"] or []) + " ".join(process.environ().values())
         except psutil.Error:
             continue
-        if process.pid != os.getpid() and any(mark in words for mark in marks):
-            found[process.pid] = " ".join(process.info["cmdline"] or [])[:200]
-    return found
+        if process.pid != os.getpid() and any(mark in text for mark in marks):
+            processes[process.pid] = " ".join(process.info["cmdline"] or [])[:200]
+    return processes
 
 
 def litter() -> set[str]:
-    """Sockets and files of ours in the system's folder for temporary things."""
+    """Lutetia's and hivemind's sockets and files in the system's folder for temporary files."""
     return {str(path) for pattern in ("hivemind*", "lutetia*", ".lutetia*") for path in Path(tempfile.gettempdir()).glob(pattern)}
 
 

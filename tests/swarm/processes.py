@@ -1,4 +1,4 @@
-"""Commands that stay, and waiting for what they bring about."""
+"""Runs commands in the background, and waits for their effects."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 
 def until(condition: Callable[[], Any], seconds: float = 400.0) -> None:
-    """Ask again and again (every question is a process of its own, so there is no pause between)."""
+    """Wait until `condition()` is true. It runs a child process each time, so there is no pause in between."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "timed out"
 
 
 @contextlib.contextmanager
 def command(log: Path, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A `lutetia` command that stays, ended by SIGTERM."""
+    """A `lutetia` command in the background; SIGTERM ends it with the block."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid()), "LUTETIA_STOP_WITHIN": "0"}
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The whole demo with its tiny preset, by real processes over libp2p: what it writes, and that nothing is left of it."""
+"""The whole demo with its tiny preset, as real processes over libp2p: what it writes, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """One demo, kept whole; the tests below look at it."""
+    """One demo with its run kept, for all tests below."""
     folder, before = tmp_path_factory.mktemp("demo"), litter()
     run = lutetia("demo", "--preset", "tiny", "--out", "demo", "--keep-run", cwd=folder, timeout=480)
     assert run.returncode == 0, run.stderr + run.stdout
@@ -45,7 +45,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.mark.timeout(900)
-def test_the_demo_writes_everything_it_promises(demo: Demo) -> None:
+def test_demo_writes_every_file(demo: Demo) -> None:
     names = {path.name for path in demo.out.iterdir()}
     assert names >= {
         "mixture",
@@ -67,21 +67,21 @@ def test_the_demo_writes_everything_it_promises(demo: Demo) -> None:
     assert len(status.router.accuracy_by_time) == 10
 
 
-def test_the_killed_workers_shard_was_taken_over(demo: Demo) -> None:
+def test_killed_nodes_shard_is_taken_over(demo: Demo) -> None:
     report = (demo.out / "report.md").read_text()
     assert "was killed (SIGKILL)" in report
     times = [float(number) for number in re.findall(r"^\| (\d+\.\d) \|", report, re.M)]
-    assert len(times) == 5, report  # killed, lease out, claimed, training, accepted
+    assert len(times) == 5, report  # killed, lease expired, claimed, training, accepted
     assert times == sorted(times)
     killed = re.search(r"(worker-\d) was killed", report)
-    heir = re.search(r"(worker-\d) trains expert", report)
+    successor = re.search(r"(worker-\d) continues expert", report)
     assert killed
-    assert heir
-    assert killed[1] != heir[1]
-    assert f"{killed[1]}, then {heir[1]}" in report  # the table of experts: who trained it
+    assert successor
+    assert killed[1] != successor[1]
+    assert f"{killed[1]}, then {successor[1]}" in report  # in the table of experts
 
 
-def test_the_mixture_loads_in_a_fresh_process(demo: Demo, tmp_path: Path) -> None:
+def test_mixture_loads_in_a_new_process(demo: Demo, tmp_path: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(1)\nfrom diffusers import DiffusionPipeline, WanTransformer3DModel\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
@@ -94,7 +94,7 @@ def test_the_mixture_loads_in_a_fresh_process(demo: Demo, tmp_path: Path) -> Non
     assert run.stdout.splitlines()[-1] == "(1, 8, 16, 16, 3) float32"
 
 
-def test_generate_tells_which_experts_it_used(demo: Demo, tmp_path: Path) -> None:
+def test_generate_names_the_experts_used(demo: Demo, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
     run = lutetia("generate", "a purple star spins", "--mixture", demo.out / "mixture", "--out", out, "--json")
     document = json.loads(run.stdout)
@@ -104,7 +104,7 @@ def test_generate_tells_which_experts_it_used(demo: Demo, tmp_path: Path) -> Non
         assert len(list(container.decode(video=0))) == 8
 
 
-def test_the_ledger_replays_to_the_end_that_was_reported(demo: Demo) -> None:
+def test_ledger_replays_to_the_reported_status(demo: Demo) -> None:
     replayed = json.loads(lutetia("coordinator", "replay", demo.out / "run" / "run", "--json").stdout)
     status = json.loads((demo.out / "status.json").read_text())
     assert replayed["status"]["mixture"] == status["mixture"]
@@ -113,7 +113,7 @@ def test_the_ledger_replays_to_the_end_that_was_reported(demo: Demo) -> None:
     assert replayed["events"][-1]["kind"] in ("run-finished", "coordinator-stopped")
 
 
-def test_a_restarted_coordinator_serves_the_finished_mixture(demo: Demo, tmp_path: Path) -> None:
+def test_restarted_coordinator_serves_the_mixture(demo: Demo, tmp_path: Path) -> None:
     run, log = demo.out / "run" / "run", tmp_path / "coordinator.log"
     with command(log, "coordinator", "serve", run, "--no-gallery"):
         until(lambda: lutetia("swarm", "status", run / "ticket.txt").returncode == 0)
@@ -124,13 +124,13 @@ def test_a_restarted_coordinator_serves_the_finished_mixture(demo: Demo, tmp_pat
     assert contents(tmp_path / "mixture") == contents(demo.out / "mixture")
 
 
-def test_nothing_is_left(demo: Demo) -> None:
+def test_demo_leaves_no_process_or_file(demo: Demo) -> None:
     assert not demo.litter
     assert not family((str(demo.out.parent),))
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "sigkill"])
-def test_a_demo_that_is_stopped_takes_its_processes_along(end: signal.Signals, tmp_path: Path) -> None:
+def test_stopped_demo_ends_its_processes(end: signal.Signals, tmp_path: Path) -> None:
     before = litter()
     command = [sys.executable, "-m", "lutetia.cli", "demo", "--preset", "tiny", "--out", tmp_path / "demo"]
     process = subprocess.Popen(

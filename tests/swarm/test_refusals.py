@@ -1,4 +1,4 @@
-"""One coordinator, one worker, and everybody who is refused or answered beside them. Real processes over libp2p."""
+"""One coordinator and one node, and how they answer or refuse others. Real processes over libp2p."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATUS_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Site:
-    """A run that is served, with one worker on it."""
+    """A run that is served, and one node that trains it."""
 
     folder: Path
     ticket: str
@@ -37,8 +37,8 @@ class Site:
     processes: dict[str, subprocess.Popen[str]]
 
     @property
-    def worker(self) -> Path:
-        return self.folder / "worker"
+    def node(self) -> Path:
+        return self.folder / "node"
 
 
 def free_port() -> int:
@@ -47,13 +47,13 @@ def free_port() -> int:
 
 
 def make_run(folder: Path, port: int, name: str = "run") -> str:
-    """A run on the clips of `folder`; returns its ticket."""
+    """Create a run on the clips of `folder`; returns its ticket."""
     arguments = ("--preset", "tiny", "--config", "run.toml", "--address", f"127.0.0.1:{port}", "--json")
     return json.loads(lutetia("run", "create", "data", name, *arguments, cwd=folder).stdout)["ticket"]
 
 
-def local(worker: Path) -> dict[str, Any]:
-    run = lutetia("status", "--state-folder", worker, "--json")
+def local_status(node: Path) -> dict[str, Any]:
+    run = lutetia("status", "--state-folder", node, "--json")
     return json.loads(run.stdout) if run.returncode == 0 else {}
 
 
@@ -70,10 +70,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         serve = stack.enter_context(command(folder / "coordinator.log", "coordinator", "serve", folder / "run"))
         until(lambda: lutetia("swarm", "status", ticket).returncode == 0)
         listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1")
-        join = stack.enter_context(command(folder / "worker.log", "join", ticket, "--state-folder", folder / "worker", *listen))
-        until(lambda: local(folder / "worker").get("step"))
+        join = stack.enter_context(command(folder / "node.log", "join", ticket, "--state-folder", folder / "node", *listen))
+        until(lambda: local_status(folder / "node").get("step"))
         yield Site(folder, ticket, port, {"serve": serve, "join": join})
-    assert (serve.returncode, join.returncode) == (0, 0), (folder / "worker.log").read_text()
+    assert (serve.returncode, join.returncode) == (0, 0), (folder / "node.log").read_text()
     assert not family((str(folder),))
     assert not litter() - before
     with socket.create_server(("127.0.0.1", port)):  # the port is free again
@@ -81,7 +81,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.mark.timeout(900)
-def test_the_thin_client_shows_the_swarm_within_two_seconds(site: Site) -> None:
+def test_light_client_shows_the_swarm_in_time(site: Site) -> None:
     run, seconds = processor_time(lambda: fresh_lutetia("swarm", "status", site.ticket, "--json"))
     status = json.loads(run.stdout)
     assert [shard["state"] for shard in status["shards"]].count("unclaimed") == 2
@@ -90,7 +90,7 @@ def test_the_thin_client_shows_the_swarm_within_two_seconds(site: Site) -> None:
     assert "expert" in lutetia("swarm", "status", site.ticket).stdout.lower()
 
 
-def test_the_thin_client_imports_neither_hivemind_nor_torch(site: Site) -> None:
+def test_light_client_imports_neither_hivemind_nor_torch(site: Site) -> None:
     code = (
         "import sys\nfrom lutetia.cli.commands.swarm import fetch_status\nprint(fetch_status(sys.argv[1], 20).name)\n"
         "print([name for name in ('hivemind', 'torch', 'diffusers', 'grpc') if name in sys.modules])"
@@ -99,32 +99,32 @@ def test_the_thin_client_imports_neither_hivemind_nor_torch(site: Site) -> None:
     assert run.stdout.splitlines() == ["run", "[]"], run.stderr
 
 
-def test_the_manifest_is_shown_to_who_has_the_ticket(site: Site) -> None:
+def test_manifest_is_shown_for_a_ticket(site: Site) -> None:
     shown = json.loads(lutetia("run", "show", site.ticket, "--json").stdout)
     assert shown["samples_per_shard"] == 160000
 
 
-def test_there_is_no_mixture_to_fetch_yet(site: Site, tmp_path: Path) -> None:
+def test_fetch_before_the_first_mixture_is_refused(site: Site, tmp_path: Path) -> None:
     error = failure(lutetia("swarm", "fetch", site.ticket, "--out", tmp_path / "mixture", "--json"))
     assert (error["code"], "no mixture yet" in error["message"]) == (31, True)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_worker_says_whether_it_counts(site: Site) -> None:
-    shown = local(site.worker)
+def test_node_status_counts_accepted_work(site: Site) -> None:
+    shown = local_status(site.node)
     assert (shown["state"], shown["accepted"]) == ("training", 0)
-    text = lutetia("status", "--state-folder", site.worker).stdout
+    text = lutetia("status", "--state-folder", site.node).stdout
     assert "0 accepted" in text
     assert "samples/s" in text
 
 
-def test_a_volunteer_pauses_and_resumes(site: Site) -> None:
-    assert lutetia("pause", "--for", "10m", "--state-folder", site.worker).returncode == 0
-    until(lambda: local(site.worker)["state"] == "paused")
-    assert local(site.worker)["paused_until"] > time.time()
+def test_node_pauses_and_resumes(site: Site) -> None:
+    assert lutetia("pause", "--for", "10m", "--state-folder", site.node).returncode == 0
+    until(lambda: local_status(site.node)["state"] == "paused")
+    assert local_status(site.node)["paused_until"] > time.time()
     until(lambda: "training" not in lutetia("swarm", "status", site.ticket, "--json").stdout)
-    assert lutetia("resume", "--state-folder", site.worker).returncode == 0
-    until(lambda: local(site.worker)["state"] == "training")
+    assert lutetia("resume", "--state-folder", site.node).returncode == 0
+    until(lambda: local_status(site.node)["state"] == "training")
 
 
 def other_run(ticket: str) -> str:
@@ -132,19 +132,19 @@ def other_run(ticket: str) -> str:
 
 
 @pytest.mark.parametrize("verb", [("swarm", "status"), ("run", "show"), ("join",)])
-def test_a_ticket_of_another_run_is_refused(site: Site, verb: tuple[str, ...], tmp_path: Path) -> None:
+def test_ticket_of_another_run_is_refused(site: Site, verb: tuple[str, ...], tmp_path: Path) -> None:
     where = ("--state-folder", tmp_path / "state", "--listen", "/ip4/127.0.0.1/tcp/0") if verb == ("join",) else ()
     run = lutetia(*verb, other_run(site.ticket), *where)
     assert run.returncode == 10, run.stderr
     assert "run" in run.stderr.splitlines()[-1]
 
 
-def test_a_ticket_that_pins_another_owner_is_refused(site: Site) -> None:
+def test_ticket_with_another_owner_is_refused(site: Site) -> None:
     forged = Ticket.decode(site.ticket).model_copy(update={"owner": "e" * 64}).encode()
     assert lutetia("run", "show", forged).returncode == 40
 
 
-def test_a_taken_port_is_named(site: Site, tmp_path: Path) -> None:
+def test_taken_port_is_named(site: Site, tmp_path: Path) -> None:
     make_run(site.folder, site.port, "second")
     run = lutetia("coordinator", "serve", site.folder / "second")
     assert run.returncode == 31, run.stderr
@@ -155,10 +155,10 @@ def test_a_taken_port_is_named(site: Site, tmp_path: Path) -> None:
 
 
 def test_unknown_settings_are_named(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "worker.toml").write_text("frobnicate = 1\n")
-    run = lutetia("join", site.ticket, "--config", tmp_path / "worker.toml", "--state-folder", tmp_path / "state")
+    (tmp_path / "node.toml").write_text("frobnicate = 1\n")
+    run = lutetia("join", site.ticket, "--config", tmp_path / "node.toml", "--state-folder", tmp_path / "state")
     assert (run.returncode, "frobnicate" in run.stderr) == (10, True)
-    run = lutetia("coordinator", "serve", site.folder / "run", "--config", tmp_path / "worker.toml")
+    run = lutetia("coordinator", "serve", site.folder / "run", "--config", tmp_path / "node.toml")
     assert (run.returncode, "frobnicate" in run.stderr) == (10, True)
     assert not (tmp_path / "state").exists()
 

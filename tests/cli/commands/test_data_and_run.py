@@ -1,4 +1,4 @@
-"""`data build|inspect` and `run create|show` by the command line, and how each refuses bad input."""
+"""`lutetia data build|inspect` and `lutetia run create|show`, and how each refuses bad input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = 'frames = 8\nheight = 16\nwidth = 16\nlatents = "pixels"\nsmallest = 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with clips/ (real mp4 files), data.toml, and data/ built from them by the command line."""
+    """A folder with clips/ (real mp4 files), data.toml, and data/ that `lutetia data build` made of them."""
     folder = tmp_path_factory.mktemp("made")
     make_clips(folder / "clips", 72, 0, 8, 16)
     (folder / "data.toml").write_text(f'{SETTINGS}cache = "{folder / "cache"}"\n')
@@ -29,14 +29,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_built_data_can_be_inspected(made: Path) -> None:
+def test_built_data_is_inspected(made: Path) -> None:
     shards = json.loads(lutetia("data", "inspect", made / "data", "--json").stdout)["shards"]
     assert len(shards) == 3
     text = lutetia("data", "inspect", made / "data").stdout
     assert all(shard["name"] in text for shard in shards)
 
 
-def test_a_run_is_created_and_shown(made: Path, tmp_path: Path) -> None:
+def test_run_is_created_and_shown(made: Path, tmp_path: Path) -> None:
     made_run = lutetia("run", "create", made / "data", tmp_path / "run", "--preset", "tiny", "--name", "trial", "--json")
     created = json.loads(made_run.stdout)
     assert (tmp_path / "run" / "ticket.txt").read_text().strip() == created["ticket"]
@@ -56,7 +56,7 @@ def test_a_run_is_created_and_shown(made: Path, tmp_path: Path) -> None:
     assert (port.returncode, "no port between" in port.stderr) == (10, True)
 
 
-def test_a_story_has_one_line_for_each_event_however_long(made: Path, tmp_path: Path) -> None:
+def test_replay_prints_one_line_for_each_event(made: Path, tmp_path: Path) -> None:
     name = "0.9 of [/somebody] who [b]writes\x1b[2J much " * 5
     lutetia("run", "create", made / "data", tmp_path / "run", "--preset", "tiny")
     ledger = Ledger.open(tmp_path / "run" / "ledger.sqlite")
@@ -68,7 +68,7 @@ def test_a_story_has_one_line_for_each_event_however_long(made: Path, tmp_path: 
     assert lines[-1].startswith("state ")
 
 
-def test_the_ticket_is_printed_unbroken(made: Path, tmp_path: Path) -> None:
+def test_ticket_is_printed_without_line_breaks(made: Path, tmp_path: Path) -> None:
     printed = lutetia("run", "create", made / "data", tmp_path / "run", "--preset", "tiny", COLUMNS="80").stdout
     assert (tmp_path / "run" / "ticket.txt").read_text().strip() in printed
 
@@ -130,13 +130,13 @@ def test_data_build_refuses_bad_input(made: Path, tmp_path: Path, damage: str) -
 
 
 @pytest.mark.parametrize("command", [("run", "create"), ("data", "inspect")])
-def test_a_folder_that_holds_no_data_is_refused(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_folder_without_data_is_refused(command: tuple[str, ...], tmp_path: Path) -> None:
     more = [tmp_path / "run"] if command[0] == "run" else []
     error = failure(lutetia(*command, tmp_path, *more, "--json"))
     assert (error["code"], "data build" in error["message"]) == (12, True)
 
 
-def test_a_changed_manifest_is_refused(made: Path, tmp_path: Path) -> None:
+def test_changed_manifest_is_refused(made: Path, tmp_path: Path) -> None:
     lutetia("run", "create", made / "data", tmp_path / "run", "--preset", "tiny")
     path = tmp_path / "run" / "manifest.json"
     path.write_text(path.read_text().replace('"samples_per_shard":24', '"samples_per_shard":48'))
@@ -147,7 +147,7 @@ def test_a_changed_manifest_is_refused(made: Path, tmp_path: Path) -> None:
     assert lutetia("coordinator", "serve", tmp_path / "nowhere").returncode == 10
 
 
-def test_generate_refuses_what_is_no_mixture(tmp_path: Path) -> None:
+def test_generate_refuses_folder_without_mixture(tmp_path: Path) -> None:
     error = failure(lutetia("generate", "a star", "--mixture", tmp_path, "--out", tmp_path / "clip.mp4", "--json"))
     assert error["code"] == 10
     assert not list(tmp_path.iterdir())

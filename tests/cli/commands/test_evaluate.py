@@ -1,4 +1,4 @@
-"""`lutetia evaluate` as people call it: figures, what is left out and why, files, errors, progress with its pace."""
+"""`lutetia evaluate`: figures, metrics that are left out and why, files, errors, progress lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cli.command_runner import failure, lutetia
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn clips, every other one held out."""
+    """Drawn clips; every second one is held out."""
     folder = tmp_path_factory.mktemp("evaluate") / "clips"
     make_clips(folder, 96, 0, 8, 32)
     metadata = folder / "metadata.jsonl"
@@ -25,7 +25,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_real_clips_are_judged_by_what_there_is(clips: Path, tmp_path: Path) -> None:
+def test_real_clips_are_evaluated_with_available_metrics(clips: Path, tmp_path: Path) -> None:
     out, nothing = tmp_path / "report", tmp_path / "no assets"
     sizes = ("--clips", "24", "--spare", "24", "--fit-clips", "24", "--frames", "8", "--fps", "8", "--size", "32")
     run = lutetia(
@@ -45,7 +45,7 @@ def test_real_clips_are_judged_by_what_there_is(clips: Path, tmp_path: Path) -> 
     assert "the metric fvd cannot be measured" in failure(wanted)["message"]
 
 
-def test_what_is_no_mixture_is_said_in_a_sentence(clips: Path, tmp_path: Path) -> None:
+def test_folder_without_mixture_gives_one_sentence(clips: Path, tmp_path: Path) -> None:
     tmp_path.joinpath("empty").mkdir()
     run = lutetia("evaluate", tmp_path / "empty", clips, "--json")
     assert failure(run)["code"] == 10
@@ -54,25 +54,25 @@ def test_what_is_no_mixture_is_said_in_a_sentence(clips: Path, tmp_path: Path) -
     assert "judges.metrics.0" in failure(unknown)["message"]
 
 
-def test_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_have_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     lines = ProgressLines("work", lambda: now[0])
     for done in range(101):
         now[0] = done / 4
-        lines("eat", done, 100)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "work: eat 0/100"
-    assert said[5] == "work: eat 50/100 (4/s, 12 s left)"
-    assert said[-1] == "work: eat 100/100 (4/s)"
-    assert len(said) == 11
+        lines("read", done, 100)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "work: read 0/100"
+    assert printed[5] == "work: read 50/100 (4/s, 12 s left)"
+    assert printed[-1] == "work: read 100/100 (4/s)"
+    assert len(printed) == 11
 
 
-def test_a_slow_stage_is_heard_of_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_stage_prints_a_line_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     lines = ProgressLines("work", lambda: now[0])
     for done in range(1000):
         now[0] = done * 2.0
-        lines("chew", done, 100_000)
-    said = capsys.readouterr().err.splitlines()
-    assert said[:2] == ["work: chew 0/100000", "work: chew 30/100000 (0.5/s, 199940 s left)"]
-    assert len(said) == 1000 // 30 + 1
+        lines("write", done, 100_000)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[:2] == ["work: write 0/100000", "work: write 30/100000 (0.5/s, 199940 s left)"]
+    assert len(printed) == 1000 // 30 + 1

@@ -1,4 +1,4 @@
-"""`lutetia simulate` as a user meets it: a table, JSON, a story with the command that tells it again, and exit codes."""
+"""`lutetia simulate`: table, JSON, the trace of a violation with the command that repeats it, and exit codes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 from tests.cli.command_runner import lutetia, one_process
 
 
-def test_all_promises_held_is_code_0_and_a_table() -> None:
+def test_held_invariants_give_code_0_and_a_table() -> None:
     run = lutetia("simulate", "partition", "--peers", "6", "--seed", "3", "--seconds", "300")
     assert run.returncode == 0, run.stderr
     assert "all held" in run.stdout
     assert "virtual seconds 300/300" in run.stderr
 
 
-def test_a_broken_promise_is_code_60_and_its_story_can_be_told_again() -> None:
+def test_violation_gives_code_60_and_a_repeatable_command() -> None:
     first = lutetia("simulate", "resume", "--seed", "1", "--broken", "resume-elsewhere")
     assert first.returncode == 60
     assert "I7" in first.stdout
@@ -27,14 +27,14 @@ def test_a_broken_promise_is_code_60_and_its_story_can_be_told_again() -> None:
     assert violation["text"] in " ".join(first.stdout.split())
 
 
-def test_the_list_names_scenarios_and_what_is_not_simulated() -> None:
+def test_list_names_scenarios_and_what_is_not_simulated() -> None:
     document = json.loads(lutetia("simulate", "--list", "--json").stdout)
     assert {"churn", "partition", "forgers"} <= {row["name"] for row in document["scenarios"]}
     assert "19" in document["not_simulated"]
     assert {"accept-twice", "believe-auditors"} <= document["broken"].keys()
 
 
-def test_what_makes_no_sense_is_one_sentence_and_code_2() -> None:
+def test_wrong_arguments_give_one_sentence_and_code_2() -> None:
     wrong = [("nowhere",), (), ("disks", "--peers", "1"), ("calm", "--broken", "nothing")]
     wrong += [("calm", f"--keep={steps}") for steps in ("x", "99", "0,99", "-1")]
     for run in one_process([("simulate", *arguments) for arguments in wrong]):
@@ -42,7 +42,7 @@ def test_what_makes_no_sense_is_one_sentence_and_code_2() -> None:
         assert run.stderr.count("\n") == 1
 
 
-def test_a_plan_can_be_kept_in_part_or_not_at_all() -> None:
+def test_keep_carries_out_part_of_a_plan_or_none() -> None:
     kept = one_process(
         [("simulate", "calm", "--peers", "3", "--seconds", "60", f"--keep={steps}", "--json") for steps in ("0,1", "-")]
     )

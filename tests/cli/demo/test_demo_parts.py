@@ -1,4 +1,4 @@
-"""The demo's parts that decide and look: status table, victim and takeover, working folder, local swarm."""
+"""Parts of the demo: status table, choice of the victim, takeover, live view, workspace, local swarm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def printed(renderable: object, width: int = 132) -> str:
     return console.export_text()
 
 
-def test_the_status_table_shows_accepted_work() -> None:
+def test_status_table_shows_accepted_work() -> None:
     text = printed(render_status(status(), NOW))
     assert "2/3 held" in text
     assert "coordinator ok 2 s ago" in text
@@ -50,17 +50,17 @@ def test_the_status_table_shows_accepted_work() -> None:
 
 
 @pytest.mark.parametrize("width", [132, 100, 80, 60, 45])
-def test_a_narrow_terminal_leaves_columns_out_and_cuts_none(width: int) -> None:
+def test_narrow_terminal_drops_columns_and_truncates_none(width: int) -> None:
     lines = printed(render_status(status(), NOW), width).splitlines()
     tables = [line for line in lines if line.startswith(" ")]
-    assert not any("…" in line.replace(" …", "") for line in tables), "a peer's name begins with … and nothing ends with it"
+    assert not any("…" in line.replace(" …", "") for line in tables), "a peer's name begins with …, no cell ends with it"
     assert max(map(len, tables)) <= width
     for column in ("EXPERT", "NODE", "EPOCH", "STATE", "DOING", "ACCEPTED", "HEALTH"):
         assert any(column in line for line in tables)
     assert ("COPIES" in "".join(tables)) == (width >= 132)
 
 
-def test_words_for_numbers() -> None:
+def test_numbers_are_formatted() -> None:
     assert [ago(None), ago(3), ago(75), ago(7200), ago(864_000)] == ["-", "3 s", "1.2 min", "2.0 h", "10 d"]
     assert [clock(None), clock(59.6), clock(3700), clock(float("inf"))] == ["-", "1:00", "1:01:40", "-"]
     assert [size(10), size(2048), thousands(1234567)] == ["10 B", "2.0 KiB", "1 234 567"]
@@ -69,7 +69,7 @@ def test_words_for_numbers() -> None:
 SLOWEST_FIRST = ["worker-3", "worker-2", "worker-1"]
 
 
-def test_the_slowest_dies_once_somebody_is_free() -> None:
+def test_slowest_node_is_killed_when_another_is_idle() -> None:
     def victim(swarm: SwarmStatus, *workers: LocalWorker) -> str | None:
         chosen = choose_victim(swarm, {worker.owner: worker for worker in workers}, SLOWEST_FIRST)
         return chosen and chosen.name
@@ -81,66 +81,66 @@ def test_the_slowest_dies_once_somebody_is_free() -> None:
     assert victim(free, worker(0, "idle", shard=None), worker(1), worker(2, "syncing")) == "worker-2"
     late = status(*(shard(k, 4, "training", KEYS[k]) for k in range(3)))
     assert victim(late, worker(0), worker(1), worker(2)) == "worker-3"  # two thirds are done: the last chance
-    handed_in = [worker(k, samples=8_100) for k in range(3)]
-    assert victim(late, *handed_in) is None  # whoever is in its last epoch may hand that in before it dies
-    assert victim(late, handed_in[0], worker(1, samples=7_900), handed_in[2]) == "worker-2"
+    submitted = [worker(k, samples=8_100) for k in range(3)]
+    assert victim(late, *submitted) is None  # a node in its last epoch may submit it before it is killed
+    assert victim(late, submitted[0], worker(1, samples=7_900), submitted[2]) == "worker-2"
     ahead = status(*(shard(k, 1, "training", KEYS[k]) for k in range(3)))
     assert victim(ahead, worker(0), worker(1), worker(2, samples=6_500)) == "worker-3"  # its last epoch but one: the last chance
     early = status(*(shard(k, 0, "training", KEYS[k]) for k in range(3)))
-    assert victim(early, worker(0, "idle", shard=None), worker(1), worker(2)) is None  # nothing to go on from
+    assert victim(early, worker(0, "idle", shard=None), worker(1), worker(2)) is None  # there is no checkpoint to continue from
 
 
-def test_a_takeover_is_told_step_by_step() -> None:
+def test_takeover_records_each_step() -> None:
     takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=7)
-    seen = takeover.seen(101.0, shard(2, 2, "training", KEYS[2]), {})
+    seen = takeover.observe(101.0, shard(2, 2, "training", KEYS[2]), {})
     assert seen == takeover
-    seen = seen.seen(106.0, shard(2, 2, "unclaimed"), {KEYS[0]: worker(0, "idle", shard=None)})
+    seen = seen.observe(106.0, shard(2, 2, "unclaimed"), {KEYS[0]: worker(0, "idle", shard=None)})
     assert (seen.expired, seen.claimed) == (106.0, None)
-    seen = seen.seen(107.0, shard(2, 2, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
-    assert (seen.claimed, seen.heir, seen.training) == (107.0, "worker-1", None)
-    seen = seen.seen(109.0, shard(2, 2, "training", KEYS[0]), {KEYS[0]: worker(0, "training", shard=2, step=3)})
+    seen = seen.observe(107.0, shard(2, 2, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    assert (seen.claimed, seen.successor, seen.training) == (107.0, "worker-1", None)
+    seen = seen.observe(109.0, shard(2, 2, "training", KEYS[0]), {KEYS[0]: worker(0, "training", shard=2, step=3)})
     assert seen.training == 109.0
-    seen = seen.seen(120.0, shard(2, 3, "training", KEYS[0]), {KEYS[0]: worker(0, shard=2, step=9)})
+    seen = seen.observe(120.0, shard(2, 3, "training", KEYS[0]), {KEYS[0]: worker(0, shard=2, step=9)})
     assert seen.complete
-    assert [at for at, _ in seen.steps()] == [100.0, 106.0, 107.0, 109.0, 120.0]
+    assert [at for at, _ in seen.timeline()] == [100.0, 106.0, 107.0, 109.0, 120.0]
 
 
-def test_a_checkpoint_that_the_victim_had_handed_in_is_not_its_heirs() -> None:
+def test_checkpoint_submitted_by_victim_is_not_the_successors() -> None:
     takeover = Takeover("worker-3", KEYS[2], 2, "cameras", 2, killed=100.0, samples_lost=1700)
-    seen = takeover.seen(107.0, shard(2, 3, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
+    seen = takeover.observe(107.0, shard(2, 3, "claimed", KEYS[0]), {KEYS[0]: worker(0, "syncing", shard=2)})
     assert (seen.epoch, seen.claimed, seen.training, seen.accepted) == (3, 107.0, None, None)
     assert seen.samples_lost == 100  # an epoch is 1,600 samples here
 
 
-def test_rows_join_accepted_work_with_what_workers_say() -> None:
+def test_rows_join_accepted_work_with_node_states() -> None:
     rows = shard_rows(status(), {KEYS[0]: worker(0, samples=5600, loss=0.5, speed=40.0)})
     assert rows[0].share == pytest.approx(5600 / 9600)
     assert rows[0].eta == pytest.approx(100.0)
     assert (rows[1].eta, rows[2].worker) == (None, "-")
 
 
-def test_samples_under_way_count_for_the_shard_in_training_alone() -> None:
+def test_current_samples_count_only_for_the_shard_in_training() -> None:
     first, _, third = status().shards
     assert samples_done(first, {}) == first.samples
     assert samples_done(first, {KEYS[0]: worker(0, samples=first.samples + 7)}) == first.samples + 7
-    assert samples_done(first, {KEYS[0]: worker(0, samples=3)}) == first.samples  # just begun: it has not told yet
+    assert samples_done(first, {KEYS[0]: worker(0, samples=3)}) == first.samples  # just started, not reported yet
     assert samples_done(first, {KEYS[0]: worker(0, shard=1, samples=9_000)}) == first.samples
-    assert samples_done(third, {KEYS[2]: worker(2, samples=9_000)}) == third.samples  # it is nobody's
+    assert samples_done(third, {KEYS[2]: worker(2, samples=9_000)}) == third.samples  # no node holds it
 
 
-def test_lines_without_a_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_without_terminal_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
     view = LiveTable(Console(width=132))
-    view.enter(0.0, "train")
-    view.show(1.0, shard_rows(status(), {}))
-    view.show(2.0, shard_rows(status(), {}))
-    view.happened(3.0, "worker-3 was killed [SIGKILL]")
+    view.start_phase(0.0, "train")
+    view.update(1.0, shard_rows(status(), {}))
+    view.update(2.0, shard_rows(status(), {}))
+    view.log_event(3.0, "worker-3 was killed [SIGKILL]")
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert text.count("expert 0 digits") == 1
     assert "worker-3 was killed [SIGKILL]" in text
 
 
-def test_a_workspace_leaves_nothing_and_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_workspace_is_removed_also_after_a_kill(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, signal, os\nfrom lutetia.cli.workspace import workspace\n"
         "with workspace(pathlib.Path(sys.argv[1])) as folder:\n"
@@ -156,7 +156,7 @@ def test_a_workspace_leaves_nothing_and_sweeps_what_a_killed_one_left(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_only_a_former_demo_is_replaced(tmp_path: Path) -> None:
+def test_only_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     check_replaceable(tmp_path / "absent", ("report.md",))
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match="other files"):
@@ -165,7 +165,7 @@ def test_only_a_former_demo_is_replaced(tmp_path: Path) -> None:
     check_replaceable(tmp_path, ("report.md",))
 
 
-async def test_a_local_swarm_ends_its_processes_and_reports_failures(tmp_path: Path) -> None:
+async def test_local_swarm_ends_processes_and_reports_failures(tmp_path: Path) -> None:
     async with LocalSwarm(tmp_path) as swarm:
         failed = await swarm.start("worker-1", ["join", "no ticket"])
         assert await failed.process.wait() == 10
@@ -178,8 +178,8 @@ async def test_a_local_swarm_ends_its_processes_and_reports_failures(tmp_path: P
     assert free_port() != 0
 
 
-def test_processes_of_a_swarm_die_with_their_killed_parent(tmp_path: Path) -> None:
-    """The swarm's owner is SIGKILLed; a command of it that waits for an answer is gone at once."""
+def test_swarm_processes_die_with_killed_parent(tmp_path: Path) -> None:
+    """After a SIGKILL of the parent, a command that waits for an answer ends at once."""
     code = (
         "import asyncio, sys, pathlib\nfrom lutetia.cli.local.processes import LocalSwarm\n"
         "async def main():\n"

@@ -1,4 +1,4 @@
-"""Gallery, clips, curves and report, made from hand-made frames and documents."""
+"""Gallery, clips, curves and report, from hand-made frames and documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows() -> list[GalleryRow]:
     return [GalleryRow(prompt, (clip((200, 30, 30)), clip((30, 200, 30)), clip((30, 30, 200)))) for prompt in prompts]
 
 
-def test_the_gallery_puts_clips_side_by_side_below_their_prompt(rows: list[GalleryRow], tmp_path: Path) -> None:
+def test_gallery_puts_clips_side_by_side(rows: list[GalleryRow], tmp_path: Path) -> None:
     pictures = compose(rows, ("real clip", "mixture", "expert 0 alone"), cell=64)
     assert len(pictures) == 4
     pixels = np.asarray(pictures[0])
@@ -58,7 +58,7 @@ def test_gif_and_mp4_hold_every_frame(rows: list[GalleryRow], tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.gif", "samples.mp4"]
 
 
-def test_a_clip_is_written_by_its_ending(tmp_path: Path) -> None:
+def test_clip_format_follows_file_name(tmp_path: Path) -> None:
     for ending in ("gif", "mp4"):
         write_clip(clip((9, 99, 199), side=15), tmp_path / f"clip.{ending}", fps=8)
     with av.open(str(tmp_path / "clip.mp4")) as container:
@@ -101,24 +101,24 @@ def test_curves_come_from_the_ledger() -> None:
     assert [(curve.epochs, curve.losses) for curve in curves] == [((0, 1, 2), (1.1, 0.8, 0.6)), ((1,), (0.7,)), ((), ())]
 
 
-def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> None:
+def test_report_covers_experts_router_kill_and_machine(tmp_path: Path) -> None:
     takeover = Takeover("worker-3", PEERS[2].public_key, 2, "cameras", 2, 130.0, 640, 136.2, 137.0, "worker-1", 140.1, 171.3)
     curves = [
         LossCurve(k, name, (0, 1, 2), (1.0, 0.8, 0.6), (0.0, 1.0, 2.0), ("", *[PEERS[k].public_key] * 2))
         for k, name in enumerate(("digits", "shapes", "cameras"))
     ]
-    story = DemoReport(
+    report = DemoReport(
         manifest(),
         status(),
         curves,
         [DemoPhase("make clips", 12.2), DemoPhase("train", 200.0)],
-        takeover.steps(),
+        takeover.timeline(),
         {peer.public_key: f"worker-{k + 1}" for k, peer in enumerate(PEERS)},
         {"worker-1": "all of the time"},
         takeover,
         single="expert 0",
     )
-    write_report(story, tmp_path)
+    write_report(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
     for words in (
         "3:32 minutes",
@@ -136,7 +136,7 @@ def test_the_report_tells_of_experts_router_kill_and_machine(tmp_path: Path) -> 
             assert image.width > 500
 
 
-def test_accents_curly_quotes_and_other_alphabets_are_drawn_as_such() -> None:
+def test_font_draws_accents_quotes_and_alphabets() -> None:
     def drawn(letter: str) -> bytes:
         picture = Image.new("L", (24, 24))
         ImageDraw.Draw(picture).text((4, 4), letter, fill=255, font=font(12))

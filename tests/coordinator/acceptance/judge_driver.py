@@ -153,4 +153,3 @@ def limits_of(shards: int) -> dict[int, SizeLimits]:
 
 
 PEERS = [Identity.derived(f"peer{index}") for index in range(6)]
-Court, court = JudgeDriver, drive_judge  # to be renamed in tests/coordinator/runtime

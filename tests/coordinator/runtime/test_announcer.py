@@ -26,14 +26,14 @@ from lutetia.protocol.schema.records import (
     quarantine_key,
 )
 from lutetia.protocol.transport.base import Transport
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, Court, court, first_event
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, JudgeDriver, drive_judge, first_event
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.virtual_time import run_virtual
 
 
-def convicted() -> Court:
+def convicted() -> JudgeDriver:
     """Shard 0 falls back to epoch 1, shard 1 to its beginning."""
-    c = court(epochs=5, holdout_tolerance=0.1)
+    c = drive_judge(epochs=5, holdout_tolerance=0.1)
     c.accept(PEERS[1])
     c.audited("valid")
     c.accept(PEERS[0])
@@ -68,7 +68,7 @@ def test_what_a_crash_left_untold_is_told_after_the_restart(tmp_path):
 
 
 def test_a_renewal_under_way_does_not_take_back_what_is_announced_meanwhile():
-    c = court(epochs=5)
+    c = drive_judge(epochs=5)
     for shard in (0, 1):
         c.accept(PEERS[0], shard)
 
@@ -123,12 +123,12 @@ def test_after_the_last_pardon_nobody_is_named():
 async def _ignore(record: object) -> None: ...
 
 
-async def quarantined(transport: Transport, c: Court) -> list[str]:
+async def quarantined(transport: Transport, c: JudgeDriver) -> list[str]:
     found = await read_records(transport, quarantine_key(c.manifest.run_id))
     return [peer for record, _ in found if isinstance(record, QuarantineRecord) for peer in record.peers]
 
 
-def on_a_network(c: Court, story: Callable[[Transport], Awaitable[None]]) -> None:
+def on_a_network(c: JudgeDriver, story: Callable[[Transport], Awaitable[None]]) -> None:
     async def main() -> None:
         network = MemoryNetwork()
         await story(network.peer(COORDINATOR, record_check(c.manifest, network.now)))

@@ -26,7 +26,7 @@ from tests.coordinator.acceptance.judge_driver import (
     COORDINATOR,
     PEERS,
     START,
-    court,
+    drive_judge,
     first_event,
     limits_of,
     make_manifest,
@@ -37,7 +37,7 @@ from tests.coordinator.acceptance.judge_driver import (
 def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
     tools = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
-    c, records = court(epochs=9), []
+    c, records = drive_judge(epochs=9), []
     for epoch in range(1, 9):
         weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))
         records.append(c.accept(PEERS[0], weights=weights, state=state, trace=trace))

@@ -32,7 +32,16 @@ from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.records import AcceptanceRecord, QuarantineRecord
 from lutetia.system.errors import IdentityError
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS, Court, court, first_event, limits_of, make_record
+from tests.coordinator.acceptance.judge_driver import (
+    COORDINATOR,
+    OWNER,
+    PEERS,
+    JudgeDriver,
+    drive_judge,
+    first_event,
+    limits_of,
+    make_record,
+)
 from tests.memory_transport.network import MemoryNetwork
 
 CHEAT, HONEST = PEERS[0], PEERS[1]
@@ -44,7 +53,7 @@ CHEAT, HONEST = PEERS[0], PEERS[1]
 @pytest.mark.parametrize("outcome", ["valid", "invalid"])
 @pytest.mark.parametrize("word", ["an acceptance", "a reset"])
 def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str):
-    c = court(epochs=9)
+    c = drive_judge(epochs=9)
     c.accept(HONEST)
     given = c.state.run.shards[0].acceptance
     assert given
@@ -64,7 +73,7 @@ def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str
 
 
 def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
-    c = court()
+    c = drive_judge()
     c.accept(HONEST)
     given = c.state.run.shards[0].acceptance
     assert given
@@ -73,7 +82,7 @@ def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
 
 
 def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offers():
-    c = court()
+    c = drive_judge()
     waiting = make_record(c.manifest, CHEAT)
     c.offer(waiting)
     c.hears(LedgerFacts((QuarantineRecovered(time=c.now, owner=CHEAT.public_key),), c.now))
@@ -89,7 +98,7 @@ def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offer
 
 
 def test_a_recovered_reset_is_a_roll_back_to_the_beginning():
-    c = court(shards=1, epochs=1)
+    c = drive_judge(shards=1, epochs=1)
     c.accept(CHEAT)
     c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
     c.hears(LedgerFacts((ResetRecovered(time=c.now, shard=0, term=2),), c.now))
@@ -111,12 +120,12 @@ class Swarm:
     """A coordinator in a memory network that convicts; `backup` are its ledger's first events."""
 
     root: Path
-    room: Court = field(init=False)
+    room: JudgeDriver = field(init=False)
     network: MemoryNetwork = field(init=False)
     backup: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.room = c = court(epochs=5)
+        self.room = c = drive_judge(epochs=5)
         c.now = time.time()
         c.manifest = c.manifest.model_copy(update={"created": c.now - 10, "expires": c.now + 1e6})
         c.rules = replace(c.rules, manifest=c.manifest)
@@ -222,7 +231,7 @@ async def test_a_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
 
 
 def test_a_pardon_is_not_undone_by_an_older_word():
-    c = court()
+    c = drive_judge()
     c.accept(CHEAT)
     c.audited("invalid")
     word = QuarantineRecord(run=c.manifest.run_id, owner=COORDINATOR.public_key, issued=c.now, peers=(CHEAT.public_key,))
@@ -235,7 +244,7 @@ def test_a_pardon_is_not_undone_by_an_older_word():
 
 
 def test_an_acceptance_of_a_later_term_makes_the_mixture_void():
-    c = court(shards=1, epochs=1)
+    c = drive_judge(shards=1, epochs=1)
     c.accept(CHEAT)
     c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
     given = c.state.run.shards[0].acceptance

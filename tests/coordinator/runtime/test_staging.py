@@ -18,7 +18,7 @@ from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import CheckpointRecord
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest, make_record
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge, make_manifest, make_record
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.transport import MemoryTransport
 from tests.memory_transport.virtual_time import run_virtual
@@ -81,7 +81,7 @@ def test_what_arrived_of_a_result_goes_with_it(tmp_path: Path):
 
 @pytest.mark.parametrize("waiting", [True, False])
 def test_a_restart_keeps_what_arrived_of_results_that_wait_and_nothing_else(tmp_path: Path, waiting: bool):
-    folder, c = RunFolder(tmp_path), court(limits=False)
+    folder, c = RunFolder(tmp_path), drive_judge(limits=False)
     wanted, *given_up = (bytes([number]) + DATA for number in range(3))
     for data in (wanted, *given_up):
         table = ChunkTable.of_bytes(data)

@@ -23,7 +23,7 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.files import write_atomic
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court, make_manifest
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge, make_manifest
 from tests.coordinator.acceptance.test_intake import PATIENCE, Intake, StrawShop, contents, intake, made_of
 
 
@@ -100,7 +100,7 @@ async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_p
 
 
 def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
-    c = court(shards=1, epochs=1)
+    c = drive_judge(shards=1, epochs=1)
     c.accept(PEERS[0])
     stitched = MixtureStitched(time=START, epochs=(1,), terms=c.state.run.terms, mixture="a" * 64)
     c.audited("invalid")
@@ -114,7 +114,7 @@ def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
 
 
 def test_ledgers_of_earlier_versions_do_not_say_in_which_term_was_stitched():
-    c = court(shards=1, epochs=1)
+    c = drive_judge(shards=1, epochs=1)
     c.accept(PEERS[0])
     c.audited("valid")
     c.hears(LedgerFacts((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))

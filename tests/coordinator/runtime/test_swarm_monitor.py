@@ -9,7 +9,7 @@ from lutetia.coordinator.runtime.swarm_monitor import FULL_PACE, SwarmMonitor, n
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, ProviderRecord
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, court
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.virtual_time import run_virtual
 
@@ -26,7 +26,7 @@ async def _ignore(record: object) -> None: ...
 
 
 def test_copies_are_counted_of_peers_that_are_online_and_hold_all_of_it():
-    c = court()
+    c = drive_judge()
     c.accept(PEERS[0])
     given = c.state.run.shards[0].acceptance
     assert given
@@ -59,7 +59,7 @@ def test_copies_are_counted_of_peers_that_are_online_and_hold_all_of_it():
 
 
 def test_each_look_extends_the_history_of_a_claim():
-    c = court()
+    c = drive_judge()
 
     async def run() -> None:
         network = MemoryNetwork()

@@ -97,12 +97,12 @@ def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
             *sensor.prefix,
             sys.executable,
             "-c",
-            "from lutetia.cli.doctor_checks import check_heat; print(check_heat().seen)",
+            "from lutetia.cli.doctor_checks import check_temperature; print(check_temperature().seen)",
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     if hottest("auto") is None:
-        assert doctor() == "no sensor can be read: --max-temp cannot be kept here, --duty can"
+        assert doctor() == "no sensor can be read, so --max-temp does not work here; use --duty"
     sensor.shows(61.4)
     assert doctor() == "61 °C (x86_pkg_temp)"
 
