@@ -116,10 +116,10 @@ def _table(outcome: SimulationOutcome) -> RenderableType:
         ("virtual time", f"{outcome.seconds:g} s in {outcome.wall:.2f} s ({outcome.seconds / max(outcome.wall, 1e-9):.0f} ×)"),
         ("events", f"{outcome.events} ({outcome.events / max(outcome.wall, 1e-9):.0f}/s)"),
         ("accepted", f"{outcome.accepted} epochs; per shard {_short(facts['epochs'])}"),
-        ("holders", ", ".join(f"{shard}: {'+'.join(map(str, held))}" for shard, held in list(outcome.owners.items())[:12]) or
-        "-"),
-        ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, useful share
-        {facts['useful']}"),
+        ("holders", ", ".join(f"{shard}: {'+'.join(map(str, held))}" for shard, held in list(outcome.owners.items())[:12])
+                    or "-"),
+        ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, "
+                       f"useful share {facts['useful']}"),
         ("checked", ", ".join(f"{name} {count}" for name, count in sorted(outcome.checks.items()))),
         ("cost", f"{sum(costs.messages.values()) / outcome.peers / outcome.seconds:.2f} messages/s and "
                  f"{sum(costs.bytes.values()) / outcome.peers / outcome.seconds:.0f} bytes/s per peer, "
