@@ -17,12 +17,8 @@ WAVE = 16
 
 
 def swarm_seen(transition: NodeTransition, views: tuple[ShardView, ...]) -> None:
-    state, known, looked_at, rules = (
-        transition.state,
-        dict(transition.state.views),
-        dict(transition.state.looked_at),
-        transition.rules,
-    )
+    state, rules = transition.state, transition.rules
+    known, looked_at = dict(state.views), dict(state.looked_at)
     claim_histories = dict(state.claim_histories)
     for view in views:
         old = known.get(view.shard)
