@@ -16,6 +16,7 @@ from lutetia.node.control import ControlRequest, LocalStatus, serve_control
 from lutetia.node.machine.messages import UserVerb
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.runtime.status_fields import status_fields
 from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.schedule import WeeklyHours, follow_schedule
 from lutetia.node.services.auditor import NodeAuditor
@@ -186,7 +187,7 @@ class NodeDaemon:
     def status(self) -> LocalStatus:
         fields: dict[str, Any] = {"state": "joining", "reason": "joining the network", "since": self.started}
         if self.shell:
-            fields = self.shell.describe()
+            fields = status_fields(self.shell)
         return LocalStatus(
             owner=self.identity.public_key, peer_id=self.identity.peer_id, pid=os.getpid(),
             software=software_version(), started=self.started, **fields,

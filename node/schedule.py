@@ -50,13 +50,13 @@ class WeeklyHours:
 
 def _windows(part: str) -> list[tuple[int, int]]:
     """The windows of one part of the text, split at the end of the week."""
-    found = _WINDOW.fullmatch(part)
-    if not part or not found:
+    match = _WINDOW.fullmatch(part)
+    if not part or not match:
         raise ValueError(f"cannot read the hours {part!r}; write them like 22:00-07:00, mon-fri 18:30-08:00 or sat-sun")
-    first, last = DAYS.index(found["first"] or "mon"), DAYS.index(found["last"] or found["first"] or "sun")
+    first, last = DAYS.index(match["first"] or "mon"), DAYS.index(match["last"] or match["first"] or "sun")
     begin, end = 0, _DAY
-    if found["from"]:
-        begin, end = (int(found[name]) * 60 + int(found[f"{name}_minute"]) for name in ("from", "to"))
+    if match["from"]:
+        begin, end = (int(match[name]) * 60 + int(match[f"{name}_minute"]) for name in ("from", "to"))
         if begin == end or begin >= _DAY or end > _DAY:
             raise ValueError(f"the hours {part!r} begin and end at the same time or past midnight; write them like 22:00-07:00")
     length = (end - begin) % _DAY or _DAY

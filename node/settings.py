@@ -25,9 +25,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10,
 def parse_bytes(value: Any) -> Any:
     """`50 GB`, `500MiB` or a number -> bytes; anything else is returned as it is, for the validator to refuse."""
     if isinstance(value, str):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
-        if found and len(found[1]) <= 30:
-            return int(float(found[1]) * _UNITS[found[2] or ""])
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
+        if match and len(match[1]) <= 30:
+            return int(float(match[1]) * _UNITS[match[2] or ""])
     return value
 
 
@@ -40,11 +40,11 @@ _PLACE = re.compile(rf"/(?P<kind>ip4|ip6|dns|dns4|dns6)/(?P<host>[A-Za-z0-9.:_-]
 
 def _is_dialable(address: str) -> bool:
     """Whether it names a host and a TCP port in the form of the records, with or without a peer id."""
-    found = _PLACE.fullmatch(address)
-    if found is None or found["kind"].startswith("dns"):
-        return found is not None
+    match = _PLACE.fullmatch(address)
+    if match is None or match["kind"].startswith("dns"):
+        return match is not None
     try:
-        return ipaddress.ip_address(found["host"]).version == int(found["kind"][2])
+        return ipaddress.ip_address(match["host"]).version == int(match["kind"][2])
     except ValueError:
         return False
 

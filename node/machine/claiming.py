@@ -17,12 +17,8 @@ WAVE = 16
 
 
 def swarm_seen(transition: NodeTransition, views: tuple[ShardView, ...]) -> None:
-    state, known, looked_at, rules = (
-        transition.state,
-        dict(transition.state.views),
-        dict(transition.state.looked_at),
-        transition.rules,
-    )
+    state, rules = transition.state, transition.rules
+    known, looked_at = dict(state.views), dict(state.looked_at)
     claim_histories = dict(state.claim_histories)
     for view in views:
         old = known.get(view.shard)
@@ -85,9 +81,8 @@ def _choose(transition: NodeTransition) -> None:
     views = _claimable_views(transition)
     held = state.disk_full_since is not None or min([view.held_until for view in views], default=now + 1) > now
     free = [] if held else free_shards(views, rules.epochs, now)
-    guessed = [
-        view for view in free if view.held_until > state.looked_at.get(view.shard, 0.0)
-    ]  # its claim has expired since the last look
+    # these claims have expired since the last look, so it is only a guess that their shards are free
+    guessed = [view for view in free if view.held_until > state.looked_at.get(view.shard, 0.0)]
     free = [view for view in free if view not in guessed]
     fitness = {view.shard: _fitness(transition, view) for view in free}
     best = preferred_shard(rules.run, rules.owner, free, fitness)
@@ -116,9 +111,8 @@ def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
         return "no device of this node fits the run; it is probed again every few minutes"
     if state.disk_full_since is not None:
         return "the disk is full; free some space"
-    if len(state.views) == transition.rules.shards and all(
-        view.epoch >= transition.rules.epochs for view in state.views.values()
-    ):
+    rules = transition.rules
+    if len(state.views) == rules.shards and all(view.epoch >= rules.epochs for view in state.views.values()):
         return "the run is complete; serving its checkpoints"
     if state.watched_shards is not None and not state.watched_shards:
         return "other standbys watch all shards; standing by"

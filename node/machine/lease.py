@@ -31,7 +31,7 @@ def start_sync(transition: NodeTransition, shard: int, known: Stand = (0, 0, Non
 
 
 def release(transition: NodeTransition, *, save: bool) -> None:
-    """Stop the trainer and tell the swarm that the shard is free."""
+    """Stop the trainer and publish that the shard is free. `save`: keep the local work on disk."""
     work = transition.state.work
     if work is None:
         return
@@ -47,7 +47,7 @@ def release(transition: NodeTransition, *, save: bool) -> None:
 def give_up(transition: NodeTransition, why: str, *, save: bool, seconds: float) -> None:
     """Release the shard and avoid it for `seconds`. `save`: keep the local work on disk."""
     transition.set(avoided_until={**transition.state.avoided_until, transition.work.shard: transition.now + seconds})
-    transition.warn(f"giving shard {transition.work.shard} up: {why}")
+    transition.warn(f"giving up shard {transition.work.shard}: {why}")
     to_idle(transition, why, save=save)
 
 
@@ -180,8 +180,8 @@ def discard_work(transition: NodeTransition, epoch: int) -> None:
 
 def own_accepted(transition: NodeTransition, epoch: int, digest: str) -> None:
     work, now = transition.work, transition.now
-    rest = tuple(candidate for candidate in work.pending if candidate.epoch > epoch)
-    transition.set_work(epoch=epoch, checkpoint=digest, pending=rest, offering=None, offers=0, unjudged=0, offer_at=now)
+    pending = tuple(candidate for candidate in work.pending if candidate.epoch > epoch)
+    transition.set_work(epoch=epoch, checkpoint=digest, pending=pending, offering=None, offers=0, unjudged=0, offer_at=now)
     transition.set(
         rejections={**transition.state.rejections, work.shard: 0}, overtaken={**transition.state.overtaken, work.shard: 0}
     )

@@ -157,7 +157,7 @@ class NodeNetwork:
         return await publish(self.transport, self.identity, record, ttl, skew=self.limits.maximum_clock_skew)
 
     async def announce(self, blobs: Iterable[str]) -> None:
-        """Publish provider records for these blobs, except those whose record still lives for most of its time."""
+        """Publish provider records for these blobs, except where ours was published within a third of its lifetime."""
         ttl, now = self.limits.longest("provider"), time.monotonic()
         due = [digest for digest in blobs if now - self._announced.get(digest, -ttl) > ttl / 3]
         for digest in due:

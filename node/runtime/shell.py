@@ -316,34 +316,6 @@ class NodeShell:
             await asyncio.wait(last, timeout=_LEAVE_SECONDS)
         self.left.set()
 
-    def describe(self) -> dict[str, Any]:
-        """The shell's fields of the local status (`control.LocalStatus`)."""
-        state, work, report, probed, now = self.state, self.state.work, self.trainer.report, self.prober.result, time.time()
-        counts = self.contributions
-        document: dict[str, Any] = {
-            "state": state.phase, "reason": state.why, "since": state.since, "run": self.manifest.run_id,
-            "name": self.manifest.name, "manifest_version": self.manifest.version, "online": state.online,
-            "problem": self.problem, "slowed": self.slowed, "copies": len(self.replicator.replicas),
-            "paused_until": state.pause_until or state.closed_until,
-            "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
-            "accepted_today": counts.today(now), "addresses": self.network.addresses if state.online else (),
-        }  # fmt: skip
-        if probed:
-            document |= {"device": probed.device, "precision": probed.precision_reason}
-        if work:
-            document |= {
-                "shard": work.shard, "shard_name": self.manifest.shards[work.shard].name, "epoch": work.epoch,
-                "epochs": self.manifest.epochs, "pending": len(work.pending), "samples": work.samples,
-            }  # fmt: skip
-        if work and report:
-            rate = report.rate or None
-            left = (self.manifest.steps_per_epoch - report.step) * self.manifest.optimisation.batch
-            document |= {
-                "step": report.step, "steps": report.steps or None, "samples": report.samples, "loss": report.loss,
-                "samples_per_second": rate, "due": now + left / rate if rate else None,
-            }  # fmt: skip
-        return document
-
 
 def with_hang_timeout(rules: NodeRules, manifest: Manifest, settings: NodeSettings, rate: float) -> NodeRules:
     """Let a slow trainer be silent for 20 of its own steps.

@@ -76,12 +76,12 @@ async def limit_temperature(
     """
     share = 1.0
     while True:
-        if found := await asyncio.to_thread(hottest, device):
-            before, share = share, next_duty_cycle(share, found.celsius, limit)
-            shown = f"{found.sensor} is at {found.celsius:.0f} °C, limit {limit:g}: training {share:.0%} of the time"
+        if reading := await asyncio.to_thread(hottest, device):
+            before, share = share, next_duty_cycle(share, reading.celsius, limit)
+            shown = f"{reading.sensor} is at {reading.celsius:.0f} °C, limit {limit:g}: training {share:.0%} of the time"
             if (before < 1) != (share < 1):
                 log.info(
-                    "%s", shown if share < 1 else f"{found.sensor} is at {found.celsius:.0f} °C again: training at full speed"
+                    "%s", shown if share < 1 else f"{reading.sensor} is at {reading.celsius:.0f} °C again: training at full speed"
                 )
             set_slowed(shown if share < 1 else None)
             await set_share(share)

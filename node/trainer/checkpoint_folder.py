@@ -82,21 +82,22 @@ class ResumePoint:
 
 def chain(epoch: int, checkpoint: str | None, kept: Sequence[KeptCheckpoint]) -> list[KeptCheckpoint]:
     """Those of `kept` that descend without a gap from (`epoch`, `checkpoint`), oldest first."""
-    found: list[KeptCheckpoint] = []
+    descendants: list[KeptCheckpoint] = []
     by_parent = {(item.epoch, item.parent): item for item in kept}
     while item := by_parent.get((epoch + 1, checkpoint)):
-        found.append(item)
+        descendants.append(item)
         epoch, checkpoint = item.epoch, item.digest
-    return found
+    return descendants
 
 
 def resume_point(epoch: int, checkpoint: str | None, kept: Sequence[KeptCheckpoint], local: LocalState | None) -> ResumePoint:
     """The newest state that descends from accepted (`epoch`, `checkpoint`)."""
-    own = chain(epoch, checkpoint, kept)
-    head, parent = (own[-1].epoch, own[-1].digest) if own else (epoch, checkpoint)
+    descendants = chain(epoch, checkpoint, kept)
+    newest = descendants[-1] if descendants else None
+    head, parent = (newest.epoch, newest.digest) if newest else (epoch, checkpoint)
     if local and (local.epoch, local.parent) == (head, parent):
-        return ResumePoint("local", head, parent, own[-1] if own else None, local)
-    return ResumePoint("kept" if own else "base", head, parent, own[-1] if own else None)
+        return ResumePoint("local", head, parent, newest, local)
+    return ResumePoint("kept" if newest else "base", head, parent, newest)
 
 
 class CheckpointFolder:
@@ -111,13 +112,13 @@ class CheckpointFolder:
 
     def kept(self) -> list[KeptCheckpoint]:
         """Complete checkpoints of this run and shard, by epoch; unreadable ones are left out."""
-        found = []
+        checkpoints = []
         for path in sorted(self.path.glob(f"epoch-*/{CHECKPOINT}")):
             with contextlib.suppress(ValidationError, OSError):
                 item = KeptCheckpoint.model_validate_json(path.read_bytes())
                 if (item.run, item.shard) == (self.run, self.shard) and path.parent == self.epoch_folder(item.epoch):
-                    found.append(item)
-        return found
+                    checkpoints.append(item)
+        return checkpoints
 
     def local(self) -> LocalState | None:
         with contextlib.suppress(ValidationError, OSError):
@@ -155,10 +156,10 @@ class CheckpointFolder:
 
 def remembered_shards(work: Path, run: str) -> frozenset[int]:
     """Shards of the run with checkpoints or local states in `work`."""
-    found = set()
+    shards = set()
     for path in work.glob("*"):
         if re.fullmatch(r"\d{4}", path.name):
             folder = CheckpointFolder(work, run, int(path.name))
             if folder.local() or folder.kept():
-                found.add(folder.shard)
-    return frozenset(found)
+                shards.add(folder.shard)
+    return frozenset(shards)

@@ -100,7 +100,7 @@ class DaemonOrders:
 
 
 class TrainerLoop:
-    """Trains, saves and reports until it is told to stop."""
+    """Trains, saves and reports until the supervisor says stop."""
 
     def __init__(self, trainer: ExpertTrainer, assignment: Assignment, orders: DaemonOrders) -> None:
         self.trainer, self.orders = trainer, orders
