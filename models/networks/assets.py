@@ -14,7 +14,6 @@ from lutetia.system.errors import DataError, IntegrityError
 
 I3D_FILE = "i3d_kinetics400_rgb.safetensors"
 EFFICIENTNET_FILE = "efficientnet_lite0_imagenet.safetensors"
-LPIPS_FILE = "lpips_alex.safetensors"
 MINILM_FOLDER = "minilm"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -24,6 +24,7 @@ from lutetia.models.training.holdout_loss import HoldoutLoss
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
 from lutetia.system.errors import DataError, UsageError
+from tests.models.metrics.square_clips import square_clips
 from tests.models.tiny_experts import CONFIGS, accept, toy_data, toy_manifest
 
 SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
@@ -48,9 +49,9 @@ def write_videos(folder: Path, clips: ClipSet, splits: Sequence[str], first: int
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, squares: Callable[..., ClipSet]) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real clips: 24 to fit on, 44 held out."""
-    return write_videos(tmp_path_factory.mktemp("data") / "real", squares(68, seed=3), ["train"] * 24 + ["test"] * 44)
+    return write_videos(tmp_path_factory.mktemp("data") / "real", square_clips(68, seed=3), ["train"] * 24 + ["test"] * 44)
 
 
 def toy_mixture(root: Path) -> tuple[Manifest, list[Path]]:
@@ -144,11 +145,9 @@ def test_a_folder_of_clips_is_known_by_what_it_holds(data: Path, tmp_path: Path,
     assert evaluate(tmp_path, data, settings.model_copy(update={"shape": SHAPE})).clips == 22
 
 
-def test_real_videos_lie_at_the_floor(
-    data: Path, squares: Callable[..., ClipSet], tmp_path: Path, settings: EvaluateSettings
-) -> None:
+def test_real_videos_lie_at_the_floor(data: Path, tmp_path: Path, settings: EvaluateSettings) -> None:
     held = read_clips(data, SHAPE, split="test", limit=22, seed=0)
-    other = squares(400, seed=9)
+    other = square_clips(400, seed=9)
     rows = [other.captions.index(caption) for caption in held.captions]
     videos = write_videos(tmp_path / "videos", other.take(rows), [""] * 22)
     report = evaluate(videos, data, settings.model_copy(update={"shape": SHAPE}))
@@ -160,15 +159,13 @@ def test_real_videos_lie_at_the_floor(
         evaluate(videos, data, settings)
 
 
-def test_too_few_or_foreign_clips_are_refused(
-    data: Path, mixture: Path, tmp_path: Path, squares: Callable[..., ClipSet], settings
-) -> None:
-    few = write_videos(tmp_path / "few", squares(5), ["test"] * 5)
+def test_too_few_or_foreign_clips_are_refused(data: Path, mixture: Path, tmp_path: Path, settings) -> None:
+    few = write_videos(tmp_path / "few", square_clips(5), ["test"] * 5)
     with pytest.raises(DataError, match=r"5 clips of split test, fewer than 20"):
         evaluate(mixture, few, settings)
     with pytest.raises(DataError, match=r"clips of height 32, not 64"):
         evaluate(mixture, data, settings.model_copy(update={"shape": ClipShape(frames=10, height=64, width=32)}))
-    foreign = squares(22)
+    foreign = square_clips(22)
     named = ClipSet(foreign.frames, tuple(f"a thing {number}" for number in range(22)))
     videos = write_videos(tmp_path / "foreign", named, [""] * 22)
     with pytest.raises(DataError, match=r"0 clips of .* have captions of the held-out clips"):
@@ -199,8 +196,8 @@ class Counting:
         return clips.contiguous(), torch.full((2, len(prompts), 2), 0.5)
 
 
-def test_sampling_goes_on_where_it_was_cut(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    prompts, sampling = squares(10), SamplingOptions(batch=4)
+def test_sampling_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    prompts, sampling = square_clips(10), SamplingOptions(batch=4)
 
     class Cut(Counting):
         def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:

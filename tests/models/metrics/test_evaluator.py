@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.metrics_validation.degradations import frozen, noisy, shuffled_captions
 from lutetia.models.metrics import evaluator as room
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.comparison import compare, compare_kinds, comparison_table
 from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
 from lutetia.models.metrics.stats.retrieval import PROBE_NAME
-from lutetia.models.metrics.validation.degradations import frozen, noisy, shuffled_captions
 from lutetia.system.errors import DataError
+from tests.models.metrics.square_clips import square_clips
 from tests.models.small_networks import write_assets
 
 WORDS = ["a", "square", "moving", "red", "green", "blue", "white", "left", "right", "up", "down"]
@@ -31,15 +31,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ready(assets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, squares: Callable[..., ClipSet]) -> Evaluator:
+def ready(assets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     monkeypatch.setenv("LUTETIA_ASSETS", str(assets))
     settings = EvaluatorSettings(metrics=("fvd", "retrieval", "classifier"), resamples=12, cache=cache)
-    return Evaluator(squares(60, seed=1), squares(30, seed=2), squares(30, seed=3), settings)
+    return Evaluator(square_clips(60, seed=1), square_clips(30, seed=2), square_clips(30, seed=3), settings)
 
 
-def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
+def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Evaluator) -> None:
     assert ready.left_out == {}
-    clips = squares(30, seed=4)
+    clips = square_clips(30, seed=4)
     good = {entry.name: entry for entry in ready.judge(clips, seeds=(4, 5))}
     assert len(good) == 4 + 3 + 3
     assert all(entry.figure.seeds == (4, 5) for entry in good.values())
@@ -59,29 +59,27 @@ def test_real_clips_score_like_real_clips_and_faults_do_not(ready: Evaluator, sq
     assert swapped["FVD"].figure.value == good["FVD"].figure.value
 
 
-def test_without_spare_clips_the_floor_tells_its_n(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
+def test_without_spare_clips_the_floor_tells_its_n(ready: Evaluator) -> None:
     settings = EvaluatorSettings(metrics=("fvd",), resamples=12, cache=ready.settings.cache)
-    alone = Evaluator(squares(60, seed=1), squares(30, seed=2), None, settings)
-    entry = alone.judge(squares(30, seed=4))[0]
+    alone = Evaluator(square_clips(60, seed=1), square_clips(30, seed=2), None, settings)
+    entry = alone.judge(square_clips(30, seed=4))[0]
     assert entry.real is not None
     assert (entry.figure.n, entry.real.n) == (30, 15)
-    paired = ready.judge(squares(30, seed=4))[0]
+    paired = ready.judge(square_clips(30, seed=4))[0]
     assert paired.real is not None
     assert paired.real.n == 30
 
 
-def test_short_clips_leave_fvd_out_with_its_reason(
-    squares: Callable[..., ClipSet], assets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_clips_leave_fvd_out_with_its_reason(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTETIA_ASSETS", str(assets))
-    short = squares(24, frames=8)
+    short = square_clips(24, frames=8)
     judges = Evaluator(short, short, None, EvaluatorSettings(metrics=("fvd",)))
     assert judges.left_out["fvd"].startswith("a clip of 8 frames is too short for I3D, which needs 10")
     assert judges.judge(short) == []
 
 
-def test_two_sides_are_compared_prompt_by_prompt(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
-    prompts = squares(30, seed=4)
+def test_two_sides_are_compared_prompt_by_prompt(ready: Evaluator) -> None:
+    prompts = square_clips(30, seed=4)
     worse = [noisy(prompts, 40, seed) for seed in (0, 1)]
     better = [noisy(prompts, 15, seed) for seed in (0, 1)]
     rows = {row.name: row for row in compare(ready, worse, better, seeds=(0, 1), resamples=20)}
@@ -96,28 +94,28 @@ def test_two_sides_are_compared_prompt_by_prompt(ready: Evaluator, squares: Call
     assert still[f"{PROBE_NAME}, R@1"].second_is == "worse"
     assert "| FVD ↓ |" in comparison_table(tuple(rows.values()), "monolith", "mixture")
     with pytest.raises(DataError, match=r"not made from the same prompts"):
-        compare(ready, worse[:1], [squares(30, seed=5)], seeds=(0,))
+        compare(ready, worse[:1], [square_clips(30, seed=5)], seeds=(0,))
     with pytest.raises(DataError, match=r"2 and 1 sets of clips for 2 seeds"):
         compare(ready, worse, better[:1], seeds=(0, 1))
 
 
-def test_one_hit_more_is_no_difference(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
+def test_one_hit_more_is_no_difference(ready: Evaluator) -> None:
     ready.views.clear()
     ready.values = {"hits": lambda clips: np.eye(1, len(clips))[0] * float(clips.frames.float().std() > 60)}
-    prompts = squares(30, seed=4)
+    prompts = square_clips(30, seed=4)
     (row,) = compare(ready, [noisy(prompts, 80, 0)], [prompts], seeds=(0,), resamples=12)
     assert (row.first.value, row.second.value) == (1 / 30, 0)
     assert row.difference.low < 0 < row.difference.value
     assert row.second_is == "not told apart"
 
 
-def test_a_gain_in_one_kind_shows_in_that_kind_alone(ready: Evaluator, squares: Callable[..., ClipSet]) -> None:
+def test_a_gain_in_one_kind_shows_in_that_kind_alone(ready: Evaluator) -> None:
     assert compare_kinds(ready, [ready.reference], [ready.reference], seeds=(0,), resamples=12) == {}  # all are of one kind
-    clips = squares(50, seed=2)
+    clips = square_clips(50, seed=2)
     kinds = ("left",) * 24 + ("right",) * 24 + ("rare",) * 2
     reference = ClipSet(clips.frames, clips.captions, kinds)
-    judges = Evaluator(squares(60, seed=1), reference, None, EvaluatorSettings(metrics=("fvd",), cache=ready.settings.cache))
-    prompts = squares(50, seed=4)
+    judges = Evaluator(square_clips(60, seed=1), reference, None, EvaluatorSettings(metrics=("fvd",), cache=ready.settings.cache))
+    prompts = square_clips(50, seed=4)
     mended = noisy(prompts, 40, 0).frames.clone()
     mended[:24] = prompts.frames[:24]
     found = compare_kinds(judges, [noisy(prompts, 40, 0)], [prompts.with_frames(mended)], seeds=(0,), resamples=20)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
 from lutetia.models.metrics.stats.classifier import classify, fit_classifier, words
 from lutetia.models.metrics.stats.retrieval import fit_probe, load_probe, rank, retrieve, save_probe
 from lutetia.models.networks.clip import AestheticHead, ClipModel, spread
 from lutetia.models.networks.sentences import MiniLM
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
+from tests.models.metrics.square_clips import square_clips
 
 NOUNS, VERBS = ["cat", "dog", "owl", "bee", "elk", "fox"], ["runs", "sleeps", "jumps", "hides"]
 PROMPTS = [f"a {noun} that {verb}" for noun in NOUNS for verb in VERBS]
@@ -103,9 +103,9 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., ClipSet]) -> None:
+def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path) -> None:
     clip = ClipModel(str(tiny_clip), frames=4)
-    clips = squares(3).frames
+    clips = square_clips(3).frames
     images, text = clip.images(clips), clip.text(["a cat that runs", "an owl", "a fox that hides " * 20])
     assert images.shape == (3, 4, 8)
     assert text.shape == (3, 8)
@@ -122,10 +122,10 @@ def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., 
     assert float(images[0, 0] @ text[0]) == pytest.approx(cosine, abs=1e-5)
 
 
-def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
+def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.randn(1, 8), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
     settings = EvaluatorSettings(metrics=("clip",), clip=str(tiny_clip), aesthetic=tmp_path / "head.safetensors", cache=tmp_path)
-    clips = squares(6)
+    clips = square_clips(6)
     judges = Evaluator(clips, clips, None, settings)
     similarity, aesthetic = judges.judge(clips)
     assert (similarity.name, aesthetic.name) == ("CLIP text-video similarity", "aesthetic score")
