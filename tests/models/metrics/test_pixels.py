@@ -43,7 +43,7 @@ def test_flow_stays_small_where_a_figure_moves_on_plain_ground() -> None:
 
 def test_flow_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'lutetia\[metrics\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lutetia\[study\]'"):
         MotionExtractor()
 
 

@@ -86,7 +86,7 @@ def test_missing_and_foreign_weights_are_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(IntegrityError, match=r"cut.safetensors is not a whole safetensors file"):
         I3DExtractor(tmp_path / "cut.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(IntegrityError, match=r"not I3D's: Conv3d_1a_7x7/w is missing"):
+    with pytest.raises(IntegrityError, match=r"not the weights of I3D: Conv3d_1a_7x7/w is missing"):
         I3DExtractor(tmp_path / "other.safetensors")
     with pytest.raises(IntegrityError):
         I3D({"Conv3d_1a_7x7/w": torch.from_numpy(np.zeros((64, 3, 7, 7, 7), np.float32))})

@@ -168,7 +168,7 @@ def test_features_are_named_by_reference(tmp_path: Path) -> None:
     vector = dino.of(clip, torch.zeros(3, 8, 4, 4))
     assert (vector.shape, vector.dtype) == ((16,), np.float32)
     assert np.abs(vector - dino.of(look("bars", 0), torch.zeros(3, 8, 4, 4))).max() > 1e-3
-    with pytest.raises(ConfigError, match="no existing folder and no hub id; use builtin, text, i3d, efficientnet"):
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id; use builtin, text, i3d, efficientnet"):
         load_features("colour")
     transformers.BertModel(
         transformers.BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)

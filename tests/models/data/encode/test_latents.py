@@ -146,7 +146,7 @@ def test_references_that_lead_nowhere_are_named(saved: Path, tmp_path: Path, mon
     (tmp_path / "bare/config.json").write_bytes((saved / "AutoencoderTiny/config.json").read_bytes())
     for ref, words in (
         ("builtin:wan", "there are no latents 'builtin:wan'"),
-        (str(tmp_path / "gone"), "no existing folder and no hub id"),
+        (str(tmp_path / "gone"), "neither a folder nor a hub id"),
         (str(tmp_path / "empty"), "cannot load latents .*config.json.*; check the folder"),
         (str(tmp_path / "foreign"), "of class UNet2DModel, which is not supported"),
         ("nobody/nothing", "cannot load latents 'nobody/nothing': .*; check the id and the connection to the hub"),

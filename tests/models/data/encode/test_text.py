@@ -156,7 +156,7 @@ def test_encoders_that_lead_nowhere_are_named(saved: Path, tmp_path: Path) -> No
     for ref, tokens, words in (
         ("builtin:glove", 5, "no text encoder 'builtin:glove'; use builtin:words, a folder or owner/name"),
         ("builtin:words", 0, "cannot give 0 tokens"),
-        (str(tmp_path / "gone"), 5, "no existing folder and no hub id"),
+        (str(tmp_path / "gone"), 5, "neither a folder nor a hub id"),
         (str(tmp_path / "gpt"), 5, "of type gpt2, which is not supported"),
         (str(saved / "clip"), 30, "holds at most 24 tokens, not 30"),
     ):
