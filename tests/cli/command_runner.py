@@ -29,16 +29,17 @@ def lutetia(
 
 
 def one_process(
-    commands: Sequence[Sequence[str | Path]], *, without: str = "", **environment: str
+    commands: Sequence[Sequence[str | Path]], *, without: str = "", missing: str = "", **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """Each of `commands` as `lutetia` would be, all in one process: for tests of many.
 
     `without`: capabilities that root lets go of, such as `-dac_override`, so that permissions count for it too.
+    `missing`: a package that cannot be imported, as if it were not installed.
     """
     base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
     run = subprocess.run(
-        [*prefix, sys.executable, "-c", _EACH, json.dumps([[str(word) for word in command] for command in commands])],
+        [*prefix, sys.executable, "-c", _EACH, missing, json.dumps([[str(word) for word in command] for command in commands])],
         timeout=240, capture_output=True, text=True, env={**base, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -47,10 +48,15 @@ def one_process(
 
 _EACH = """
 import contextlib, io, json, sys
+
+commands, missing = json.loads(sys.argv.pop()), sys.argv.pop()
+if missing:
+    sys.modules[missing] = None
+
 from lutetia.cli.main import main
 
 outcomes = []
-for words in json.loads(sys.argv.pop()):
+for words in commands:
     sys.argv[1:] = words
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:

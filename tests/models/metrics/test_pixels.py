@@ -31,30 +31,32 @@ def test_flow_measures_pixels_per_frame() -> None:
     assert motion(torch.tensor([[1.0], [2.0], [3.0]])).value == 2
 
 
-def test_flow_stays_small_where_a_figure_moves_on_plain_ground() -> None:
+def test_flow_stays_small_on_a_plain_background() -> None:
     clip = torch.full((1, 8, 64, 64, 3), 30, dtype=torch.uint8)
-    clip += (3 * torch.rand(clip.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)  # as generated clips have it
+    clip += (3 * torch.rand(clip.shape, generator=torch.Generator().manual_seed(0))).to(
+        torch.uint8
+    )  # noise, as in generated clips
     for time in range(8):
         clip[0, time, 20:44, 8 + 4 * time : 24 + 4 * time] = torch.tensor([200, 90, 40], dtype=torch.uint8)
-    found = MotionExtractor()(clip)
-    assert 0.1 < float(found["speed"]) < 2
-    assert float(found["field"].abs().max()) < 8
+    motion_of_clip = MotionExtractor()(clip)
+    assert 0.1 < float(motion_of_clip["speed"]) < 2
+    assert float(motion_of_clip["field"].abs().max()) < 8
 
 
-def test_flow_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flow_without_opencv_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lutetia\[study\]'"):
         MotionExtractor()
 
 
-def test_clip_sets_refuse_what_they_are_not() -> None:
+def test_clip_set_refuses_other_shapes() -> None:
     with pytest.raises(DataError, match=r"uint8 \[N, F, H, W, 3\], not torch.float32"):
         ClipSet(torch.zeros(1, 2, 4, 4, 3), ("a",))
     with pytest.raises(DataError, match=r"2 clips have 1 captions"):
         ClipSet(torch.zeros(2, 2, 4, 4, 3, dtype=torch.uint8), ("a",))
 
 
-def test_efficientnet_recognises_nothing_in_grey_but_answers_steadily(asset_or_skip: Callable[[str], Path]) -> None:
+def test_efficientnet_features_of_a_still_grey_clip(asset_or_skip: Callable[[str], Path]) -> None:
     extractor = EfficientNetExtractor(asset_or_skip(EFFICIENTNET_FILE), frames=2)
     still = torch.full((1, 10, 32, 32, 3), 90, dtype=torch.uint8)
     features = extractor(still)
