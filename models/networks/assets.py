@@ -37,7 +37,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise IntegrityError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+        raise IntegrityError(f"{path} is not a complete safetensors file ({error}); fetch it again") from error
 
 
 def file_digest(path: Path) -> str:

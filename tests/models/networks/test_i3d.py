@@ -83,7 +83,7 @@ def test_missing_or_foreign_weights_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"mine.safetensors do not exist; give another path"):
         asset(I3D_FILE, tmp_path / "mine.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 7)
-    with pytest.raises(IntegrityError, match=r"cut.safetensors is not a whole safetensors file"):
+    with pytest.raises(IntegrityError, match=r"cut.safetensors is not a complete safetensors file"):
         I3DExtractor(tmp_path / "cut.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(IntegrityError, match=r"not the weights of I3D: Conv3d_1a_7x7/w is missing"):
