@@ -41,10 +41,10 @@ def shuffled_captions(clips: ClipSet, seed: int) -> ClipSet:
     captions = list(clips.captions)
     for source, target in zip(order, moved, strict=True):
         captions[target] = clips.captions[source]
-    for number, wanted in enumerate(clips.captions):
-        if captions[number] != wanted:
+    for number, caption in enumerate(clips.captions):
+        if captions[number] != caption:
             continue
-        free = (n for n in range(len(captions)) if captions[n] != wanted and clips.captions[n] != wanted)
+        free = (n for n in range(len(captions)) if captions[n] != caption and clips.captions[n] != caption)
         other = next(free, None)
         if other is not None:
             captions[number], captions[other] = captions[other], captions[number]

@@ -119,10 +119,10 @@ def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> Shar
     """
     metadata = read_shard_metadata(path)
     for field in LatentSpec.model_fields:
-        found, wanted = getattr(metadata.latent, field), getattr(latent, field)
-        if found != wanted:
+        built, expected = getattr(metadata.latent, field), getattr(latent, field)
+        if built != expected:
             raise IntegrityError(
-                f"shard {path.name} was built with {field} {found}, but the run wants {wanted}; build the data again"
+                f"shard {path.name} was built with {field} {built}, but the run has {expected}; build the data again"
             )
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
@@ -160,15 +160,15 @@ def _problem(tensors: dict[str, Tensor], captions: list[str], kinds: list[str], 
         return "it has no clips"
     if len(kinds) != count:
         return f"it has {count} captions but {len(kinds)} kinds"
-    found = tuple(tensors["latents"].shape)
-    if len(found) == 5 and found[2] != latent.frames:
-        return f"wrong frame count: its latents have {found[2]} frames instead of {latent.frames}"
-    wanted = {
+    latents = tuple(tensors["latents"].shape)
+    if len(latents) == 5 and latents[2] != latent.frames:
+        return f"wrong frame count: its latents have {latents[2]} frames instead of {latent.frames}"
+    shapes = {
         "latents": (count, *latent.shape),
         "tokens": (count, latent.text_tokens, latent.text_width),
         "pooled": (count, latent.pooled_width),
     }
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             return f"wrong shape: {name} are {list(tensors[name].shape)} instead of {list(shape)}"
         if not torch.isfinite(tensors[name]).all():

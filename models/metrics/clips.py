@@ -100,8 +100,8 @@ def read_clips(
     listing = read_listing(folder)
     if listing.bad and not skip_bad:
         raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have faults)")
-    wanted = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
-    candidates = ordered(wanted, seed, stratified)[first:]
+    matching = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
+    candidates = ordered(matching, seed, stratified)[first:]
     count = min(len(candidates), len(candidates) if limit is None else limit)
     frames, chosen = np.empty((count, shape.frames, shape.height, shape.width, 3), np.uint8), list[ClipSource]()
     for clip in candidates:

@@ -90,19 +90,19 @@ def split_clips(
 
 def assign(clips: Sequence[ClipSource], digests: Sequence[str], tune_share: float) -> tuple[list[Role | None], ClipCounts]:
     """The role of each clip, None for those left out. Raises DataError if a role gets no clip."""
-    wanted: list[Role] = [
+    first_roles: list[Role] = [
         "test" if clip.split == "test" else "tune" if _rank(clip.caption) < tune_share else "train" for clip in clips
     ]
-    trained_prompts = {_prompt(clip.caption) for clip, role in zip(clips, wanted, strict=True) if role != "test"}
+    trained_prompts = {_prompt(clip.caption) for clip, role in zip(clips, first_roles, strict=True) if role != "test"}
     test_digests = {
         digest
-        for clip, digest, role in zip(clips, digests, wanted, strict=True)
+        for clip, digest, role in zip(clips, digests, first_roles, strict=True)
         if role == "test" and _prompt(clip.caption) not in trained_prompts
     }
-    tune_digests = {digest for digest, role in zip(digests, wanted, strict=True) if role == "tune"} - test_digests
+    tune_digests = {digest for digest, role in zip(digests, first_roles, strict=True) if role == "tune"} - test_digests
     roles: list[Role | None] = []
     prompts = copies = 0
-    for clip, digest, role in zip(clips, digests, wanted, strict=True):
+    for clip, digest, role in zip(clips, digests, first_roles, strict=True):
         known = role == "test" and _prompt(clip.caption) in trained_prompts
         copy = (role != "test" and digest in test_digests) or (role == "train" and digest in tune_digests)
         prompts, copies = prompts + known, copies + copy

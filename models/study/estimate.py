@@ -59,11 +59,11 @@ def estimate(config: StudyConfig, plan: StudyPlan, latent: LatentSpec) -> Estima
 
 def _autoencoder_seconds(config: StudyConfig) -> float:
     """Seconds to train the autoencoder of the study; 0 if it has none."""
-    wanted = config.autoencoder
-    if wanted is None:
+    autoencoder = config.autoencoder
+    if autoencoder is None:
         return 0.0
     size = min(config.data.height, config.data.width)
-    return wanted.steps * _pace(sample_step(wanted.channels, wanted.scale, size, wanted.bfloat16))
+    return autoencoder.steps * _pace(sample_step(autoencoder.channels, autoencoder.scale, size, autoencoder.bfloat16))
 
 
 def _expert_pace(spec: ExpertSpec, latent: LatentSpec, rows: int = 4) -> tuple[float, float]:

@@ -120,11 +120,11 @@ class CurvePoint(Frozen):
 def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
     """The learning curve of an arm of the headline by one metric, over its seeds."""
     points: dict[int, list[tuple[Training, EvaluatedReading, MetricEntry]]] = {}
-    wanted = results.config["evaluation"]["curve_clips"]
+    clips = results.config["evaluation"]["curve_clips"]
     for training in results.plan.of("headline", arm):
         for reading in results.plan.readings_of(training):
             evaluated = results.of(reading)
-            on_curve = reading.plain and reading.clips == wanted and reading.prompts == _first(results)
+            on_curve = reading.plain and reading.clips == clips and reading.prompts == _first(results)
             measured = entry(evaluated.entries, metric) if evaluated and on_curve else None
             if evaluated and measured:
                 points.setdefault(reading.epoch, []).append((training, evaluated, measured))
@@ -153,12 +153,12 @@ def specialisation(results: StudyResults) -> list[Specialisation]:
         expert = evaluated.reading.expert
         if expert is None:
             continue
-        own = np.array(evaluated.labels) == expert
-        if min(own.sum(), (~own).sum()) < 2:
+        is_own = np.array(evaluated.labels) == expert
+        if min(is_own.sum(), (~is_own).sum()) < 2:
             continue
         for metric, values in evaluated.values.items():
             numbers = np.array(values)
-            pair = mean(numbers[own]), mean(numbers[~own])
+            pair = mean(numbers[is_own]), mean(numbers[~is_own])
             rows.append(Specialisation(expert=expert, metric=metric, own=pair[0], other=pair[1]))
     return sorted(rows, key=lambda row: (row.metric, row.expert))
 

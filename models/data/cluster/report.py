@@ -123,9 +123,9 @@ def name_clusters(words: Sequence[Sequence[str]], kinds: Sequence[Counter[str]],
         )
     names = list(stems)
     for stem in set(stems):
-        twins = [index for index, other in enumerate(stems) if other == stem]
-        if len(twins) > 1:
-            for index, distinctive in zip(twins, keywords([captions[twin] for twin in twins]), strict=True):
+        same = [index for index, other in enumerate(stems) if other == stem]
+        if len(same) > 1:
+            for index, distinctive in zip(same, keywords([captions[number] for number in same]), strict=True):
                 extra = next((_plain(word) for word in distinctive if _plain(word) and _plain(word) not in stem.split("-")), "")
                 names[index] = f"{stem}-{extra}" if extra else stem
     taken: Counter[str] = Counter()

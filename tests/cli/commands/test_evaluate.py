@@ -43,8 +43,8 @@ def test_evaluate_measures_what_it_has_weights_for(clips: Path, tmp_path: Path) 
     assert "| motion distance ↓ |" in (out / "report.md").read_text()
     assert "evaluation: reading real clips 24/24" in run.stderr
     assert "/s" in run.stderr
-    wanted = lutetia("evaluate", clips, clips, *sizes, "--metric", "fvd", "--json", LUTETIA_ASSETS=str(nothing))
-    assert "the metric fvd cannot be measured" in failure(wanted)["message"]
+    refused = lutetia("evaluate", clips, clips, *sizes, "--metric", "fvd", "--json", LUTETIA_ASSETS=str(nothing))
+    assert "the metric fvd cannot be measured" in failure(refused)["message"]
 
 
 def test_evaluate_refuses_folder_without_mixture(clips: Path, tmp_path: Path) -> None:

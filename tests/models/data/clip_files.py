@@ -32,8 +32,8 @@ def write_video(path: Path, video: np.ndarray, fps: float = 8, options: Mapping[
     """Write uint8 [F, H, W, 3]; the suffix chooses container and codec."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".webp":
-        first, *rest = [Image.fromarray(frame) for frame in video]
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), lossless=True)
+        first, *others = [Image.fromarray(frame) for frame in video]
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), lossless=True)
         return path
     codec, pixel_format = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
@@ -60,7 +60,7 @@ def look(kind: str, seed: int, frames: int = 8, size: int = 32) -> np.ndarray:
             video[index] = np.where((((y + index + offset) // 4) % 2 == 0)[..., None], (40, 200, 60), (250, 250, 245))
         else:
             video[index] = rng.integers(0, 60, (size, size, 3)) + np.array([20, 40, 180])
-    video[:, :4, :4] = rng.integers(0, 256, 3)  # no two clips are alike
+    video[:, :4, :4] = rng.integers(0, 256, 3)  # every clip is different
     return video
 
 

@@ -160,7 +160,7 @@ def test_foreign_folder_is_never_overwritten(clips: Path, cache: Path, tmp_path:
     with pytest.raises(DataError, match="holds thesis.txt, which no build wrote, and is not overwritten; name a new folder"):
         build_data(clips, tmp_path / "mine", settings(cache))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         build_data(clips, tmp_path / "file", settings(cache))
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
@@ -210,8 +210,8 @@ def test_relative_path_of_autoencoder_is_made_absolute(
 ) -> None:
     shutil.copytree(demo_autoencoder(), tmp_path / "vae")
     monkeypatch.chdir(tmp_path)
-    found = build_data(clips, tmp_path / "out", settings(cache, latents="vae")).description.latent
-    assert found.vae == str(tmp_path / "vae")
+    latent = build_data(clips, tmp_path / "out", settings(cache, latents="vae")).description.latent
+    assert latent.vae == str(tmp_path / "vae")
     assert anchored("vae+owner/name") == f"{tmp_path / 'vae'}+owner/name"
     assert anchored("builtin:words") == "builtin:words"
 
@@ -269,15 +269,19 @@ def test_balance_makes_clusters_equally_frequent(built: BuildReport, tmp_path: P
     made = balance(built.out, tmp_path / "balanced")
     assert made == read_data(tmp_path / "balanced")
     (shard,) = made.shards
-    own = {split: load_shard(tmp_path / "balanced" / getattr(shard, split).path, made.latent) for split in ("train", "holdout")}
+    shards = {
+        split: load_shard(tmp_path / "balanced" / getattr(shard, split).path, made.latent) for split in ("train", "holdout")
+    }
     parts = [load_shard(built.out / part.train.path, made.latent) for part in built.description.shards]
     most = max(map(len, parts))
-    assert Counter(own["train"].kinds) == dict.fromkeys(COUNTS, most)
-    assert Counter(own["holdout"].kinds) == {part.name: part.holdout.clips for part in built.description.shards}
-    met = Counter(clip.numpy().tobytes() for clip in own["train"].latents)
+    assert Counter(shards["train"].kinds) == dict.fromkeys(COUNTS, most)
+    assert Counter(shards["holdout"].kinds) == {part.name: part.holdout.clips for part in built.description.shards}
+    counts = Counter(clip.numpy().tobytes() for clip in shards["train"].latents)
     for part in parts:
-        times = [met[clip.numpy().tobytes()] for clip in part.latents]
-        assert {most // len(part)} <= set(times) <= {most // len(part), -(-most // len(part))}, "all clips of a cluster alike"
+        times = [counts[clip.numpy().tobytes()] for clip in part.latents]
+        assert {most // len(part)} <= set(times) <= {most // len(part), -(-most // len(part))}, (
+            "all clips of a cluster equally often"
+        )
     assert balance(built.out, tmp_path / "again") == made
     with pytest.raises(DataError, match="holds no data.json"):
         balance(tmp_path / "nothing", tmp_path / "out")

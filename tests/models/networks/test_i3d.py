@@ -50,8 +50,8 @@ def test_folded_unit_equals_convolution_and_normalisation() -> None:
     x = torch.randn(2, 3, 5, 6, 6)
     raw = F.conv3d(F.pad(x, same_padding((5, 6, 6), (3, 3, 3), (2, 2, 2))), tensors["u/w"], stride=2)
     mean, var, beta = (tensors[f"u/{name}"].view(1, 4, 1, 1, 1) for name in ("mean", "var", "beta"))
-    wanted = torch.relu((raw - mean) / torch.sqrt(var + 1e-3) + beta)
-    assert torch.allclose(Unit(tensors, "u", (2, 2, 2))(x), wanted, atol=1e-5)
+    expected = torch.relu((raw - mean) / torch.sqrt(var + 1e-3) + beta)
+    assert torch.allclose(Unit(tensors, "u", (2, 2, 2))(x), expected, atol=1e-5)
 
 
 def test_preprocess_maps_to_minus_one_to_one() -> None:

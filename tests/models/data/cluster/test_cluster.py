@@ -32,12 +32,12 @@ def points(sizes: list[int], spread: float = 0.1, seed: int = 0) -> tuple[np.nda
 
 def test_separate_blobs_are_found_and_numbered_by_size() -> None:
     vectors, keys, kinds = points([40, 100, 60])
-    found = cluster(vectors, keys, kinds, ClusterSettings(experts=3))
-    assert np.bincount(found.labels).tolist() == [100, 60, 40]
-    report = summarise(found, vectors, kinds, kinds)
+    clustering = cluster(vectors, keys, kinds, ClusterSettings(experts=3))
+    assert np.bincount(clustering.labels).tolist() == [100, 60, 40]
+    report = summarise(clustering, vectors, kinds, kinds)
     assert report.purity == report.nmi == 1.0
     assert report.silhouette > 0.5
-    assert (found.place(vectors) == found.labels).all()
+    assert (clustering.place(vectors) == clustering.labels).all()
 
 
 def test_same_arguments_give_the_same_clusters() -> None:
@@ -59,8 +59,8 @@ def test_catch_all_cluster_is_split() -> None:
 
 def test_no_cluster_stays_below_the_minimum() -> None:
     vectors, keys, kinds = points([120, 100, 5])
-    found = cluster(vectors, keys, kinds, ClusterSettings(experts=3, smallest=30))
-    assert np.bincount(found.labels).min() >= 30
+    clustering = cluster(vectors, keys, kinds, ClusterSettings(experts=3, smallest=30))
+    assert np.bincount(clustering.labels).min() >= 30
 
 
 def test_ward_merge_uses_weights() -> None:
@@ -81,19 +81,19 @@ def test_copies_of_a_file_get_the_same_cluster() -> None:
 
 def test_random_clusters_are_equal_in_size() -> None:
     vectors, keys, kinds = points([100, 100, 100])
-    found = cluster(vectors, keys, kinds, ClusterSettings(experts=3, method="random"))
-    report = summarise(found, vectors, kinds, kinds)
-    assert np.bincount(found.labels).tolist() == [100, 100, 100]
+    clustering = cluster(vectors, keys, kinds, ClusterSettings(experts=3, method="random"))
+    report = summarise(clustering, vectors, kinds, kinds)
+    assert np.bincount(clustering.labels).tolist() == [100, 100, 100]
     assert report.purity is not None
     assert report.purity < 0.5
     other = cluster(vectors, keys, kinds, ClusterSettings(experts=3, method="random", seed=1))
-    assert (other.labels != found.labels).mean() > 0.4
+    assert (other.labels != clustering.labels).mean() > 0.4
 
 
 def test_kinds_can_be_the_clusters() -> None:
     vectors, keys, kinds = points([40, 30], spread=5)
-    found = cluster(vectors, keys, kinds, ClusterSettings(experts=2, method="kinds"))
-    assert summarise(found, vectors, kinds, kinds).purity == 1.0
+    clustering = cluster(vectors, keys, kinds, ClusterSettings(experts=2, method="kinds"))
+    assert summarise(clustering, vectors, kinds, kinds).purity == 1.0
     with pytest.raises(DataError, match="needs one kind per expert: 3 experts, but the kinds are kind 0, kind 1"):
         cluster(vectors, keys, kinds, ClusterSettings(experts=3, smallest=10, method="kinds"))
 
@@ -115,8 +115,8 @@ def test_cluster_names_come_from_kinds_or_keywords() -> None:
         ([""] * 90, {"red-digit", "blue-digit", "camera-cat"}),
         (["Ziffern & Zähler"] * 60 + ["电影"] * 30, {"ziffern-zahler-red", "ziffern-zahler-blue", "camera-cat"}),
     ):
-        found = cluster(vectors, [str(i) for i in range(90)], kinds, ClusterSettings(experts=3))
-        names = {summary.name for summary in summarise(found, vectors, captions, kinds).clusters}
+        clustering = cluster(vectors, [str(i) for i in range(90)], kinds, ClusterSettings(experts=3))
+        names = {summary.name for summary in summarise(clustering, vectors, captions, kinds).clusters}
         assert names == expected
         assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", name) for name in names)
 
@@ -138,8 +138,8 @@ def test_builtin_features_separate_natural_kinds() -> None:
     kinds = [kind for kind in WORDS for _ in range(30)]
     clips = [look(kind, seed) for seed, kind in enumerate(kinds)]
     vectors = Joiner(blocks := [np.stack([features.of(clip, latents.encode(clip[None])[0]) for clip in clips])])(blocks)
-    found = cluster(vectors, [str(i) for i in range(90)], kinds, ClusterSettings(experts=3))
-    assert summarise(found, vectors, [WORDS[kind] for kind in kinds], kinds).purity == 1.0
+    clustering = cluster(vectors, [str(i) for i in range(90)], kinds, ClusterSettings(experts=3))
+    assert summarise(clustering, vectors, [WORDS[kind] for kind in kinds], kinds).purity == 1.0
 
 
 def test_builtin_feature_names_win_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +197,13 @@ def test_networks_of_the_metrics_serve_as_features(tmp_path: Path, monkeypatch: 
     assert wants_text("i3d+efficientnet+text")
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 255, (10, 16, 16, 3), np.uint8)
-    found = video.of(clip, torch.zeros(1, 1, 1, 1))
-    assert found.shape == (64,)
-    assert np.array_equal(found, video.of(clip, torch.zeros(1, 1, 1, 1)))
+    features = video.of(clip, torch.zeros(1, 1, 1, 1))
+    assert features.shape == (64,)
+    assert np.array_equal(features, video.of(clip, torch.zeros(1, 1, 1, 1)))
     assert image.of(clip, torch.zeros(1, 1, 1, 1)).shape == (1280,)
     assert video.fingerprint != image.fingerprint
     (named,) = load_features(f"i3d:{tmp_path / 'assets' / I3D_FILE}")
-    assert named.fingerprint == video.fingerprint  # the weights count, not where they lie
+    assert named.fingerprint == video.fingerprint  # it depends on the weights, not on their path
     with pytest.raises(DataError, match=r"a clip of 8 frames is too short for I3D, which needs 10"):
         video.of(clip[:8], torch.zeros(1, 1, 1, 1))
     with pytest.raises(DataError, match=r"gone.safetensors do not exist"):

@@ -13,15 +13,15 @@ ARRAYS = {"latents": np.arange(12, dtype=np.float32).reshape(3, 4), "features": 
 
 def test_cache_is_read_by_a_later_run(tmp_path: Path) -> None:
     ArrayCache(tmp_path).put({"one": ARRAYS, "two": {"latents": ARRAYS["latents"] + 1}})
-    found = ArrayCache(tmp_path)
-    assert "one" in found
-    assert "three" not in found
-    first, second = found.get("one"), found.get("two")
+    cache = ArrayCache(tmp_path)
+    assert "one" in cache
+    assert "three" not in cache
+    first, second = cache.get("one"), cache.get("two")
     assert first is not None
     assert second is not None
     assert all((first[name] == ARRAYS[name]).all() for name in ARRAYS)
     assert (second["latents"] == ARRAYS["latents"] + 1).all()
-    assert found.get("three") is None
+    assert cache.get("three") is None
 
 
 def test_known_keys_are_not_written_again(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_fingerprint_changes_with_the_weights(saved: Path, tmp_path: Path) -> No
     [
         ("AutoencoderTiny", (5, 18, 24), "multiples of 4, not 18×24"),
         ("AutoencoderKLWan", (5, 16, 20), "multiples of 8, not 16×20"),
-        ("AutoencoderKLWan", (8, 16, 24), "4n\\+1 frames, not 8; ask for 9 frames"),
+        ("AutoencoderKLWan", (8, 16, 24), "4n\\+1 frames, not 8; use 9 frames"),
         ("AutoencoderKLHunyuanVideo", (7, 16, 24), "4n\\+1 frames, not 7"),
     ],
 )

@@ -93,10 +93,10 @@ def test_embedding_equals_that_of_the_model(saved: Path, name: str) -> None:
         output = encoder.module(input_ids=ids)
     tokens, pooled = encoder.encode([CAPTIONS[3]])
     torch.testing.assert_close(tokens[0, : ids.shape[1]], output.last_hidden_state[0], atol=1e-5, rtol=1e-4)
-    wanted = output.pooler_output[0] if name == "clip" else output.last_hidden_state[0].mean(0)
+    expected = output.pooler_output[0] if name == "clip" else output.last_hidden_state[0].mean(0)
     if name == "bert":
-        wanted = 4 * wanted / wanted.norm()
-    torch.testing.assert_close(pooled[0], wanted, atol=1e-5, rtol=1e-4)
+        expected = 4 * expected / expected.norm()
+    torch.testing.assert_close(pooled[0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_embedding_does_not_depend_on_other_captions(saved: Path) -> None:
