@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     mixture: Annotated[Path, typer.Argument(help="A mixture's folder, or a folder of clips with captions.", metavar="MIXTURE")],
-    data: Annotated[Path, typer.Argument(help="Real clips with captions; the split test is compared with.", metavar="DATA")],
+    data: Annotated[
+        Path, typer.Argument(help="Real clips with captions; those of split test are the reference.", metavar="DATA")
+    ],
     config: Annotated[Path | None, setting("EVALUATE_CONFIG", "Settings as TOML; flags override them.")] = None,
     out: Annotated[Path | None, setting("EVALUATE_OUT", "Folder for report.json and report.md.")] = None,
     clips: Annotated[int | None, setting("EVALUATE_CLIPS", "Number of prompts, and of real clips.", min=20)] = None,

@@ -106,6 +106,7 @@ def write_results(state: StudyState) -> StudyResults:
 
 
 def collect_results(state: StudyState) -> StudyResults:
+    """All figures of the finished trainings and evaluated readings."""
     from lutetia.models.data.description import read_data
     from lutetia.models.metrics.report import hardware
     from lutetia.models.study.results import StudyResults, Trained

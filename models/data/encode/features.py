@@ -55,6 +55,7 @@ def load_features(ref: str, device: str = "cpu") -> list[Features]:
 
 
 def wants_text(ref: str) -> bool:
+    """Whether `ref` includes the embedded captions."""
     return "text" in _names(ref)
 
 

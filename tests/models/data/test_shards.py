@@ -47,9 +47,9 @@ def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"frames": 4}, "frames 3, but the run wants 4"),
-        ({"pixel_width": 32}, "pixel_width 16, but the run wants 32"),
-        ({"vae": "pixels"}, "vae builtin:demo, but the run wants pixels"),
+        ({"frames": 4}, "frames 3, but the run has 4"),
+        ({"pixel_width": 32}, "pixel_width 16, but the run has 32"),
+        ({"vae": "pixels"}, "vae builtin:demo, but the run has pixels"),
     ],
 )
 def test_shard_of_another_latent_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
