@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lutetia needs Python 3.11 or newer; run: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel torch
-	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 # The pages of docs/reference, from the code.

@@ -18,6 +18,7 @@ STUDIES = {
     "attacks": "benchmarks.attacks.main",
     "faults": "benchmarks.faults",
     "fuzz": "benchmarks.fuzz.main",
+    "metrics": "benchmarks.metrics_validation.main",
     "simulate": "benchmarks.simulation.main",
 }
 NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))

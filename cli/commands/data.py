@@ -16,29 +16,31 @@ if TYPE_CHECKING:
     from lutetia.models.data.build import BuildReport
     from lutetia.models.data.description import DataDescription
 
-app = typer.Typer(help="Turn captioned clips into shards, and look at them.", no_args_is_help=True)
+app = typer.Typer(help="Build shards from captioned clips, and inspect them.", no_args_is_help=True)
 
 
 @app.command("build")
 def build(
     folder: Annotated[
-        Path, typer.Argument(help="Clips with captions in metadata.jsonl, metadata.csv or same-named .txt.", metavar="CLIPS")
+        Path, typer.Argument(help="Clips with captions in metadata.jsonl, metadata.csv or .txt files.", metavar="CLIPS")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for shards/ and data.json.", metavar="OUT")],
-    config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags win.")] = None,
+    config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags override them.")] = None,
     experts: Annotated[int | None, setting("EXPERTS", "Number of shards, one expert each.", min=1)] = None,
     frames: Annotated[int | None, setting("FRAMES", "Frames of a clip.", min=1)] = None,
     fps: Annotated[float | None, setting("FPS", "Frames per second of a clip.", min=0.01)] = None,
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels.", min=8)] = None,
     latents: Annotated[str | None, setting("LATENTS", "Autoencoder: builtin:demo, pixels, folder or hub id.")] = None,
     text: Annotated[str | None, setting("TEXT", "Text encoder: builtin:words, folder or hub id.")] = None,
-    features: Annotated[str | None, setting("FEATURES", "What clusters are found by.")] = None,
-    skip_bad: Annotated[bool | None, setting("SKIP_BAD", "Leave unusable clips out and list them.", "--skip-bad")] = None,
+    features: Annotated[str | None, setting("FEATURES", "Features for clustering, such as builtin+text.")] = None,
+    skip_bad: Annotated[
+        bool | None, setting("SKIP_BAD", "Leave out clips that cannot be used, and list them.", "--skip-bad")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Decode, encode and cluster clips into shards.
 
-    Made again, only what changed is computed.
+    A repeated build computes only what changed.
     """
     from lutetia.cli.progress import progress
     from lutetia.models.data.build import BuildSettings, build_data
@@ -64,7 +66,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Show shards, their sizes and words."""
+    """Show shards, their sizes and keywords."""
     from lutetia.models.data.description import read_data
 
     description = read_data(folder)
@@ -96,21 +98,21 @@ def render_data(description: DataDescription) -> RenderableType:
 
 @app.command("train-autoencoder")
 def train_autoencoder(
-    out: Annotated[Path, typer.Argument(help="Folder for its weights; nothing else may be in it.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="New or empty folder for the weights.", metavar="OUT")],
     steps: Annotated[int, setting("AUTOENCODER_STEPS", "Training steps.", min=1)] = 5000,
-    seed: Annotated[int, setting("AUTOENCODER_SEED", "Seed of weights and pictures.")] = 0,
+    seed: Annotated[int, setting("AUTOENCODER_SEED", "Seed of weights and frames.")] = 0,
     clips: Annotated[
-        Path | None, setting("AUTOENCODER_CLIPS", "Learn frames of these clips (split train) instead of rule-made ones.")
+        Path | None, setting("AUTOENCODER_CLIPS", "Train on frames of these clips (split train) instead of drawn ones.")
     ] = None,
-    channels: Annotated[int, setting("AUTOENCODER_CHANNELS", "Channels of its latents.", min=1)] = 8,
-    scale: Annotated[Literal["4", "8"], setting("AUTOENCODER_SCALE", "Pixels of a side of one latent.")] = "8",
-    size: Annotated[int, setting("AUTOENCODER_SIZE", "Height and width of its frames in pixels, a multiple of 8.", min=8)] = 64,
-    bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster where the processor multiplies bfloat16 (AMX).")] = False,
+    channels: Annotated[int, setting("AUTOENCODER_CHANNELS", "Channels of a latent.", min=1)] = 8,
+    scale: Annotated[Literal["4", "8"], setting("AUTOENCODER_SCALE", "Side of the square that one latent stands for, px.")] = "8",
+    size: Annotated[int, setting("AUTOENCODER_SIZE", "Height and width of the frames in pixels, a multiple of 8.", min=8)] = 64,
+    bfloat16: Annotated[bool, setting("AUTOENCODER_BFLOAT16", "Faster on processors that multiply bfloat16 (AMX).")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a small autoencoder from scratch: the one that ships as builtin:demo, or one for your own clips.
+    """Train a small autoencoder from scratch, like builtin:demo or for your own clips.
 
-    It sees single frames only: motion and text are left to the swarm's experts.
+    It learns single frames only; the experts of the swarm learn motion and text.
     """
     from lutetia.cli.progress import progress
     from lutetia.models.data.encode import autoencoder_training

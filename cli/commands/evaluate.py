@@ -1,4 +1,4 @@
-"""`lutetia evaluate`: how good the clips of a mixture are, against held-out real ones."""
+"""`lutetia evaluate`: measure the clips of a mixture against held-out real clips."""
 
 from __future__ import annotations
 
@@ -24,67 +24,72 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     mixture: Annotated[Path, typer.Argument(help="A mixture's folder, or a folder of clips with captions.", metavar="MIXTURE")],
     data: Annotated[
-        Path, typer.Argument(help="Real clips with captions; those of split test are judged against.", metavar="DATA")
+        Path, typer.Argument(help="Real clips with captions; those of split test are the reference.", metavar="DATA")
     ],
-    config: Annotated[Path | None, setting("EVALUATE_CONFIG", "Settings as TOML; flags win.")] = None,
+    config: Annotated[Path | None, setting("EVALUATE_CONFIG", "Settings as TOML; flags override them.")] = None,
     out: Annotated[Path | None, setting("EVALUATE_OUT", "Folder for report.json and report.md.")] = None,
-    clips: Annotated[int | None, setting("EVALUATE_CLIPS", "Prompts, and as many real clips.", min=20)] = None,
-    spare: Annotated[int | None, setting("EVALUATE_SPARE", "Further real clips, for the real-against-real floor.")] = None,
-    fit_clips: Annotated[int | None, setting("EVALUATE_FIT", "Real training clips to fit probes on.", min=20)] = None,
-    seed: Annotated[int | None, setting("EVALUATE_SEED", "Which clips, and which noise.")] = None,
+    clips: Annotated[int | None, setting("EVALUATE_CLIPS", "Number of prompts, and of real clips.", min=20)] = None,
+    spare: Annotated[int | None, setting("EVALUATE_SPARE", "More real clips, for the distance of real from real.")] = None,
+    fit_clips: Annotated[int | None, setting("EVALUATE_FIT", "Real training clips to fit the probes on.", min=20)] = None,
+    seed: Annotated[int | None, setting("EVALUATE_SEED", "Seed of the clips and of the noise.")] = None,
     prompts: Annotated[
-        Literal["natural", "stratified"] | None, setting("EVALUATE_PROMPTS", "As they come, or equally many of each kind.")
+        Literal["natural", "stratified"] | None,
+        setting("EVALUATE_PROMPTS", "natural: as in the data; stratified: equally many of each kind."),
     ] = None,
     metric: Annotated[
-        list[str] | None, setting("EVALUATE_METRICS", "fvd, motion, retrieval, classifier, clip; again for more.")
+        list[str] | None, setting("EVALUATE_METRICS", "fvd, motion, retrieval, classifier or clip; repeat for more.")
     ] = None,
     mode: Annotated[
-        Literal["top1", "top2", "full", "sticky"] | None, setting("MODE", "How experts are chosen; the mixture's way without.")
+        Literal["top1", "top2", "full", "sticky"] | None, setting("MODE", "How experts are chosen; default: as the mixture says.")
     ] = None,
-    expert: Annotated[int | None, setting("EXPERT", "Judge this expert alone.", min=0)] = None,
+    expert: Annotated[int | None, setting("EXPERT", "Sample from this expert alone.", min=0)] = None,
     steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
-    guidance: Annotated[float | None, setting("GUIDANCE", "Strength of the prompt.", min=0.0)] = None,
-    frames: Annotated[int | None, setting("FRAMES", "Frames of a clip, where MIXTURE is a folder of clips.", min=1)] = None,
-    fps: Annotated[float | None, setting("FPS", "Frames per second, likewise.", min=0.01)] = None,
-    size: Annotated[int | None, setting("SIZE", "Height and width in pixels, likewise.", min=8)] = None,
-    i3d: Annotated[Path | None, setting("I3D", "I3D's weights, if not in LUTETIA_ASSETS.")] = None,
+    guidance: Annotated[float | None, setting("GUIDANCE", "Strength of classifier-free guidance.", min=0.0)] = None,
+    frames: Annotated[int | None, setting("FRAMES", "Frames of a clip, if MIXTURE is a folder of clips.", min=1)] = None,
+    fps: Annotated[float | None, setting("FPS", "Frames per second, if MIXTURE is a folder of clips.", min=0.01)] = None,
+    size: Annotated[int | None, setting("SIZE", "Height and width in pixels, if MIXTURE is a folder of clips.", min=8)] = None,
+    i3d: Annotated[Path | None, setting("I3D", "File of I3D's weights, if not in LUTETIA_ASSETS.")] = None,
     clip: Annotated[str | None, setting("CLIP", "CLIP for text-video similarity: folder or hub id.")] = None,
     aesthetic: Annotated[Path | None, setting("AESTHETIC", "LAION's aesthetic head for that CLIP (safetensors).")] = None,
-    cache: Annotated[Path | None, setting("EVALUATE_CACHE", "Folder that keeps clips and features between calls.")] = None,
+    cache: Annotated[Path | None, setting("EVALUATE_CACHE", "Folder that keeps samples and features between calls.")] = None,
     device: Annotated[str | None, setting("DEVICE", "cpu, cuda or cuda:1.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Judge a mixture by held-out clips.
+    """Evaluate a mixture on held-out clips.
 
-    It samples their prompts and measures Fréchet video distance, motion, agreement
-    with the prompts and the held-out loss, each with N, interval and the figure
-    of real clips. What this box has no weights for is named as left out.
-    Cut short, the same call goes on where it was.
+    It samples the prompts of held-out clips and measures Fréchet video distance,
+    motion, agreement with the prompts and the held-out loss. Each figure has its N,
+    its interval, and the figure of real clips. Metrics without weights on this
+    machine are listed as left out. An interrupted call resumes when repeated.
+    Needs the extra `study`.
     """
     from lutetia.cli.progress import progress
     from lutetia.cli.workspace import ready
     from lutetia.models.data.build import default_cache
+    from lutetia.models.metrics.motion import require_opencv
     from lutetia.models.metrics.report import EvaluateSettings
-    from lutetia.models.metrics.report import evaluate as judge
+    from lutetia.models.metrics.report import evaluate as evaluate_mixture
 
     table = read_config(config)
-    own = given(clips=clips, spare=spare, fit_clips=fit_clips, seed=seed, prompts=prompts, complete=True if metric else None)
+    flags = given(clips=clips, spare=spare, fit_clips=fit_clips, seed=seed, prompts=prompts, complete=True if metric else None)
     parts = {
         "sampling": given(mode=mode, expert=expert, steps=steps, guidance=guidance),
-        "judges": given(metrics=metric, i3d=i3d, clip=clip, aesthetic=aesthetic, cache=cache, device=device),
+        "evaluator": given(metrics=metric, i3d=i3d, clip=clip, aesthetic=aesthetic, cache=cache, device=device),
         "shape": _shape(frames, fps, size),
     }
-    for name, flags in parts.items():
-        table[name] = {**table.get(name, {}), **flags}
-    table["judges"].setdefault("cache", default_cache().parent / "metrics")
+    for name, values in parts.items():
+        table[name] = {**table.get(name, {}), **values}
+    table["evaluator"].setdefault("cache", default_cache().parent / "metrics")
     if not table["shape"]:
         del table["shape"]
-    settings = settings_of(EvaluateSettings, str(config or "options"), {**table, **own})
-    require_device(settings.judges.device)
+    settings = settings_of(EvaluateSettings, str(config or "options"), {**table, **flags})
+    if "motion" in settings.evaluator.metrics:
+        require_opencv()
+    require_device(settings.evaluator.device)
     if out is not None:
         ready(out)
-    with progress("judging") as on_progress:
-        report = judge(mixture, data, settings, on_progress)
+    with progress("evaluation") as on_progress:
+        report = evaluate_mixture(mixture, data, settings, on_progress)
     if out is not None:
         write_report(report, out)
     emit(report, as_json, lambda: render(report))
@@ -95,7 +100,7 @@ def _shape(frames: int | None, fps: float | None, size: int | None) -> dict[str,
 
 
 def write_report(report: MetricsReport, out: Path) -> None:
-    """`report.json` for programs and `report.md` for people."""
+    """Write `report.json` for programs and `report.md` for people."""
     from lutetia.system.files import write_atomic
 
     write_atomic(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
@@ -104,7 +109,7 @@ def write_report(report: MetricsReport, out: Path) -> None:
 
 
 def render(report: MetricsReport) -> RenderableType:
-    """The figures as a table, what they rest on, and what is missing."""
+    """The figures as a table, with their setting and what was left out."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -115,7 +120,7 @@ def render(report: MetricsReport) -> RenderableType:
         real = f"{entry.real} (N = {entry.real.n})" if entry.real else "-"
         table.add_row(entry.name + arrows[entry.better], str(entry.figure), real, entry.note)
     head = Text(
-        f"{report.judged} on {report.data}: {report.clips} clips of {report.shape} against {report.reference_clips} held-out "
+        f"{report.evaluated} on {report.data}: {report.clips} clips of {report.shape} against {report.reference_clips} held-out "
         f"real ones ({report.prompts} prompts), seed {report.seed}; {report.hardware}; {report.seconds:.0f} s\n"
     )
     parts: list[RenderableType] = [head, table]

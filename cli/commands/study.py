@@ -1,4 +1,4 @@
-"""`lutetia study`: one model against a mixture on equal data and equal compute, with everything that could explain the gap."""
+"""`lutetia study`: one model against a mixture on equal data and equal compute, with controls that could explain a gain."""
 
 from __future__ import annotations
 
@@ -24,28 +24,24 @@ def register(app: typer.Typer) -> None:
 
 
 def study(
-    config: Annotated[Path, typer.Argument(help="The study as TOML; docs/studies has some.", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="The study as TOML; see docs/studies for examples.", metavar="CONFIG")],
     folder: Annotated[
-        Path | None, setting("STUDY_FOLDER", "Where clips, runs and figures are kept; beside CONFIG without.", "--folder")
+        Path | None, setting("STUDY_FOLDER", "Folder of clips, runs and figures; default: beside CONFIG.", "--folder")
     ] = None,
-    out: Annotated[
-        Path | None, setting("STUDY_OUT", "Folder for tables, curves and sample grids; FOLDER/results without.")
-    ] = None,
+    out: Annotated[Path | None, setting("STUDY_OUT", "Folder for tables, curves and samples; default: FOLDER/results.")] = None,
     cache: Annotated[
-        Path | None, setting("STUDY_CACHE", "Made clips, latents and features, shared between studies; FOLDER/cache without.")
+        Path | None, setting("STUDY_CACHE", "Made clips, latents and features, shared by studies; default: FOLDER/cache.")
     ] = None,
-    plan: Annotated[bool, setting("STUDY_PLAN", "Print arms, FLOPs and estimated hours; run nothing.", "--plan")] = False,
-    device: Annotated[str | None, setting("DEVICE", "Train and judge on this device instead of the config's.")] = None,
-    tune: Annotated[bool, setting("STUDY_TUNE", "Judge on the clips for tuning, never on test.", "--tune")] = False,
-    prepare: Annotated[
-        bool, setting("STUDY_PREPARE", "Make clips, latents and shards only; train nothing.", "--prepare")
-    ] = False,
+    plan: Annotated[bool, setting("STUDY_PLAN", "Print arms, FLOPs and estimated hours, and stop.", "--plan")] = False,
+    device: Annotated[str | None, setting("DEVICE", "Train and evaluate on this device instead of that in CONFIG.")] = None,
+    tune: Annotated[bool, setting("STUDY_TUNE", "Evaluate on the clips for tuning, not on test.", "--tune")] = False,
+    prepare: Annotated[bool, setting("STUDY_PREPARE", "Make clips, latents and shards, and stop.", "--prepare")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Carry out a study.
 
-    Every training is a real swarm on this machine. Cut anywhere, the same call goes
-    on where it was; the tables are written anew after every training.
+    Every training is a real swarm on this machine. An interrupted call resumes when
+    repeated. The tables are updated after every training. Needs the extra `study`.
     """
     settings = load_study(config, device=device, tune=tune)
     if plan:
@@ -54,18 +50,19 @@ def study(
 
         latent = planned_latent(settings)
         planned = plan_study(settings, latent)
-        guess = estimate(settings, planned, latent)
-        document = {"plan": planned.model_dump(mode="json"), "core_hours": {**guess.model_dump(), "all": guess.hours}}
-        emit(document, as_json, lambda: render_plan(planned, guess))
+        hours = estimate(settings, planned, latent)
+        document = {"plan": planned.model_dump(mode="json"), "core_hours": {**hours.model_dump(), "all": hours.hours}}
+        emit(document, as_json, lambda: render_plan(planned, hours))
         return
     from lutetia.cli.study.stages import carry_out, prepare_data
 
+    _require_packages(settings, prepare)
     for needed in {settings.data.device} if prepare else {settings.data.device, settings.machines.device}:
         require_device(needed)
     home = (folder or config.with_suffix("")).absolute()
     if prepare:
         counts = prepare_data(settings, home, cache or home / "cache")
-        emit(counts, as_json, lambda: f"clips and shards are in {home}; the same command without --prepare trains")
+        emit(counts, as_json, lambda: f"clips and shards are in {home}; run the same command without --prepare to train")
         return
     results = carry_out(settings, home, out or home / "results", cache or home / "cache")
     document = {"out": str(out or home / "results"), "headline": {key: [row.model_dump(mode="json") for row in rows]
@@ -73,8 +70,31 @@ def study(
     emit(document, as_json, lambda: f"the study is done; read {Path(document['out']) / 'README.md'}")
 
 
+def _require_packages(settings: StudyConfig, prepare: bool) -> None:
+    """Raises ConfigError if a package of the extra `study` that this study needs is not installed."""
+    from lutetia.models.data.ingest.synthetic import require_photographs
+    from lutetia.models.metrics.motion import require_opencv
+    from lutetia.models.study.pictures import require_matplotlib
+
+    if settings.clips.kind == "drawn":
+        require_photographs("study")
+    if prepare:
+        return
+    require_matplotlib()
+    if "motion" in settings.evaluation.evaluator.metrics:
+        require_opencv()
+
+
 def load_study(path: Path, device: str | None = None, tune: bool = False) -> StudyConfig:
-    """The study that the file describes. Raises ConfigError naming the wrong key."""
+    """Read the study from a TOML file.
+
+    Args:
+        path: the file.
+        device: replaces the devices in the file.
+        tune: evaluate on the clips for tuning.
+
+    Raises ConfigError that names a wrong key.
+    """
     from lutetia.models.study.config import StudyConfig
 
     values: dict[str, Any] = read_config(path)
@@ -82,15 +102,15 @@ def load_study(path: Path, device: str | None = None, tune: bool = False) -> Stu
         values["machines"] = {**values.get("machines", {}), "device": device}
         values["data"] = {**values.get("data", {}), "device": device}
     if tune:
-        values["judging"] = {**values.get("judging", {}), "on": "tune"}
+        values["evaluation"] = {**values.get("evaluation", {}), "on": "tune"}
     settings = settings_of(StudyConfig, str(path), values)
     if tune:
-        say("judging on the clips for tuning: these figures claim nothing")
+        say("evaluating on the clips for tuning: these figures prove nothing")
     return settings
 
 
-def render_plan(plan: StudyPlan, guess: Estimate) -> RenderableType:
-    """Arms and budgets as a table, then the hours."""
+def render_plan(plan: StudyPlan, hours: Estimate) -> RenderableType:
+    """Arms and budgets as a table, and the estimated hours."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -102,8 +122,7 @@ def render_plan(plan: StudyPlan, guess: Estimate) -> RenderableType:
             each.name, str(each.experts), str(each.batch), f"{each.samples_per_shard:,}", f"{each.parameters / 1e6:.2f} M",
             f"{each.flops:.4g}", f"{each.router_flops / each.flops:.1%}", str(len(plan.readings_of(each))),
         )  # fmt: skip
-    network = "no weights to probe" if guess.network is None else f"{guess.network:.2f}"
-    own = f"autoencoder {guess.autoencoder:.2f}, " if guess.autoencoder else ""
-    parts = f"{own}training {guess.training:.2f}, sampling {guess.sampling:.2f}, I3D {network}"
-    words = f"\nhours of one core: {parts}; {guess.hours:.2f} in all"
-    return Group(table, Text(words))
+    network = "not measured (no weights)" if hours.network is None else f"{hours.network:.2f}"
+    autoencoder = f"autoencoder {hours.autoencoder:.2f}, " if hours.autoencoder else ""
+    parts = f"{autoencoder}training {hours.training:.2f}, sampling {hours.sampling:.2f}, I3D {network}"
+    return Group(table, Text(f"\nhours of one core: {parts}; {hours.hours:.2f} in total"))

@@ -1,4 +1,4 @@
-"""A study's sides against each other, from clips that were sampled before; what is found is kept on disk."""
+"""Compare the arms of a study, from clips that were sampled before. The results are kept on disk."""
 
 from __future__ import annotations
 
@@ -24,37 +24,48 @@ MONOLITH = "monolith"
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What the readings that `state` has judged so far say about each other."""
+    """Comparisons of the readings that are evaluated so far."""
 
     state: StudyState
 
     def headline(self, arm: str = MONOLITH) -> dict[str, tuple[Comparison, ...]]:
-        """`arm` of the whole budget against the mixture, over all seeds of which both sides are judged."""
+        """`arm` of the whole budget against the mixture, over all seeds of which both sides are evaluated."""
         from lutetia.models.study.results import Headline
 
         name = "headline" if arm == MONOLITH else f"headline-{arm}"
-        return {prompts: found.rows for prompts, found in self._compared(name, Headline, self.state.bench.compare, arm)}
+        return {
+            prompts: compared.rows for prompts, compared in self._compared(name, Headline, self.state.evaluation.compare, arm)
+        }
 
     def beyond(self) -> dict[str, tuple[Comparison, ...]]:
-        """The headline's distances beyond what the autoencoder costs both sides."""
+        """The headline by distance from real clips after encoding and decoding."""
         from lutetia.models.study.results import Headline
 
-        compare_beyond = partial(self.state.bench.compare_beyond, self.state.latents)
-        return {prompts: found.rows for prompts, found in self._compared("beyond", Headline, compare_beyond)}
+        compare_beyond = partial(self.state.evaluation.compare_beyond, self.state.latents)
+        return {prompts: compared.rows for prompts, compared in self._compared("beyond", Headline, compare_beyond)}
 
     def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
-        """The headline's distance by kind, over the same seeds."""
+        """The headline by distance within each kind, over the same seeds."""
         from lutetia.models.study.results import Kinds
 
-        return {prompts: found.rows for prompts, found in self._compared("kinds", Kinds, self.state.bench.compare_kinds)}
+        return {
+            prompts: compared.rows for prompts, compared in self._compared("kinds", Kinds, self.state.evaluation.compare_kinds)
+        }
 
     def _compared(
         self, name: str, shape: type[T], compare: Callable[..., Any], arm: str = MONOLITH
     ) -> Iterator[tuple[Prompts, T]]:
-        """What `compare` finds between the sides, by kind of prompts; kept as `shape` under `name`."""
+        """Yield (prompts, results of `compare`), read from the file `name` if it exists.
+
+        Args:
+            name: of the file, without prompts and seeds.
+            shape: model of the file.
+            compare: a comparison of `StudyEvaluation`.
+            arm: the first side; the second is the mixture.
+        """
         state = self.state
-        for prompts in state.config.judging.prompts:
-            pairs = [pair for pair in self.pairs(prompts, arm) if all(reading.name in state.judged for reading in pair)]
+        for prompts in state.config.evaluation.prompts:
+            pairs = [pair for pair in self.pairs(prompts, arm) if all(reading.name in state.evaluated for reading in pair)]
             if not pairs:
                 continue
             seeds = tuple(state.plan.training(pair[0].training).seed for pair in pairs)
@@ -66,24 +77,24 @@ class Comparisons:
             yield prompts, shape.model_validate_json(path.read_bytes())
 
     def pairs(self, prompts: str, arm: str = MONOLITH) -> list[tuple[Reading, Reading]]:
-        """The final readings of `arm` and of the mixture, seed by seed."""
+        """The final readings of `arm` and of the mixture, one pair per seed."""
         state = self.state
 
         def final(training: Training) -> Reading:
-            own = [reading for reading in state.plan.readings_of(training) if reading.prompts == prompts]
-            return next(r for r in own if r.epoch == training.epochs and r.clips == state.config.judging.clips)
+            readings = [reading for reading in state.plan.readings_of(training) if reading.prompts == prompts]
+            return next(r for r in readings if r.epoch == training.epochs and r.clips == state.config.evaluation.clips)
 
         sides = state.plan.of("headline", arm), state.plan.of("headline", "mixture")
         return [(final(a), final(b)) for a, b in zip(*sides, strict=True)]
 
     def against(self) -> dict[str, Figure]:
-        """The distance of every judged control over that of the mixture of its seed, asked as a user would ask it."""
+        """Reading of a control to its main distance over that of the mixture with the same seed, sampled as a user would."""
         from lutetia.models.study.results import Against
 
         state = self.state
-        rows = [(training, reading) for training, reading in state.plan.controls(state.config) if reading.name in state.judged]
+        rows = [(training, reading) for training, reading in state.plan.controls(state.config) if reading.name in state.evaluated]
         mixtures = {training.seed: reading for training, reading in rows if training.arm == "mixture" and reading.plain}
-        found = {}
+        ratios = {}
         for training, reading in rows:
             mixture = mixtures.get(training.seed)
             if mixture is None or mixture == reading:
@@ -91,19 +102,19 @@ class Comparisons:
             path = state.figure(f"against-{reading.name}")
             if not path.is_file():
                 sides = state.clips_of(reading), state.clips_of(mixture)
-                ratio = state.bench.ratio(reading.prompts, reading.clips, *sides, training.seed)
+                ratio = state.evaluation.ratio(reading.prompts, reading.clips, *sides, training.seed)
                 write_atomic(path, Against(ratio=ratio).model_dump_json().encode())
             if ratio := Against.model_validate_json(path.read_bytes()).ratio:
-                found[reading.name] = ratio
-        return found
+                ratios[reading.name] = ratio
+        return ratios
 
     def rebuilt(self, prompts: Prompts) -> tuple[MetricEntry, ...]:
-        """Real clips through the autoencoder alone."""
+        """The figures of real clips after encoding and decoding alone."""
         from lutetia.models.study.results import Rebuilt
 
         state = self.state
         path = state.figure(f"spare-rebuilt-{prompts}")
         if not path.is_file():
-            found = Rebuilt(entries=state.bench.rebuilt(state.latents, prompts, state.config.judging.clips))
-            write_atomic(path, found.model_dump_json().encode())
+            rebuilt = Rebuilt(entries=state.evaluation.rebuilt(state.latents, prompts, state.config.evaluation.clips))
+            write_atomic(path, rebuilt.model_dump_json().encode())
         return Rebuilt.model_validate_json(path.read_bytes()).entries

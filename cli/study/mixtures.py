@@ -1,4 +1,4 @@
-"""Mixtures of a finished training: of its accepted checkpoints at any epoch, and with a router that does not see the prompt."""
+"""Mixtures of a finished training: from its accepted checkpoints at any epoch, or with a router that does not see the prompt."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def mixture_of(reading: Reading, training: Training, folder: Path) -> Path:
-    """The mixture folder that `reading` asks, stitched on first use below the training's `folder`."""
+    """The folder of the mixture that `reading` samples, stitched on first use below `folder`, that of the training."""
     if reading.route == "text-blind":
         return _blind(folder / "run", folder / "mixtures" / "text-blind", training)
     return mixture_at(reading.epoch, training, folder)
 
 
 def mixture_at(epoch: int, training: Training, folder: Path) -> Path:
-    """The mixture of `training` when it had `epoch` checkpoints, stitched on first use."""
+    """The folder of the mixture of `training` at `epoch`, stitched on first use."""
     run = folder / "run"
     if epoch == training.epochs:
         return run / "mixture"
@@ -37,23 +37,25 @@ def mixture_at(epoch: int, training: Training, folder: Path) -> Path:
 
 
 def weights_at(run: Path, manifest: Manifest, epoch: int) -> list[Path]:
-    """The accepted weights of every shard at `epoch`, from the ledger. Raises IntegrityError where one is not there."""
+    """The files of the accepted weights of every shard at `epoch`. Raises IntegrityError if the ledger has none of a shard."""
     from lutetia.coordinator.ledger.describe import read_events
     from lutetia.protocol.blobs.store import BlobStore
 
-    found = {}
+    digests = {}
     for event in read_events(run):
         if event.kind == "checkpoint-accepted" and event.acceptance.epoch == epoch:
-            found[event.acceptance.shard] = event.acceptance.weights.digest
-    missing = [shard.index for shard in manifest.shards if shard.index not in found]
+            digests[event.acceptance.shard] = event.acceptance.weights.digest
+    missing = [shard.index for shard in manifest.shards if shard.index not in digests]
     if missing:
-        raise IntegrityError(f"the ledger of {run} has no accepted epoch {epoch} of shard {missing[0]}; train it again")
+        raise IntegrityError(
+            f"the ledger of {run} has no accepted epoch {epoch} of shard {missing[0]}; remove the run and train it again"
+        )
     store = BlobStore(run / "blobs")
-    return [store.path(found[shard.index]) for shard in manifest.shards]
+    return [store.path(digests[shard.index]) for shard in manifest.shards]
 
 
 def accepted_losses(run: Path) -> dict[int, list[tuple[int, float]]]:
-    """Per shard its (epoch, held-out loss on its own shard) as the coordinator measured them."""
+    """Shard to (epoch, held-out loss on that shard), as the coordinator measured them."""
     from lutetia.coordinator.ledger.describe import read_events
 
     losses: dict[int, dict[int, float]] = {}
@@ -64,7 +66,7 @@ def accepted_losses(run: Path) -> dict[int, list[tuple[int, float]]]:
 
 
 def router_figures(run: Path) -> dict[str, object] | None:
-    """Accuracy overall and by timestep, and calibration, of the run's router; None for a monolith."""
+    """Accuracy, accuracy by timestep and calibration error of the router of the run; None for a monolith."""
     from lutetia.coordinator.ledger.describe import read_events
 
     trained = [event for event in read_events(run) if event.kind == "router-trained"]
@@ -79,7 +81,7 @@ def router_figures(run: Path) -> dict[str, object] | None:
 
 
 def _blind(run: Path, target: Path, training: Training) -> Path:
-    """The same experts under a router of the same size that sees the noisy clip and its time only."""
+    """The mixture of the same experts with a router of the same size that sees only the noisy clip and its time."""
     if (target / "mixture.json").is_file():
         return target
     from lutetia.models.data.shards import load_shard
@@ -112,11 +114,11 @@ def _manifest(run: Path) -> Manifest:
 
 
 def _router(run: Path) -> Path:
-    """The file of the run's router."""
+    """The file of the router of the run."""
     from lutetia.coordinator.ledger.describe import read_events
     from lutetia.protocol.blobs.store import BlobStore
 
     trained = [event.router.digest for event in read_events(run) if event.kind == "router-trained"]
     if not trained:
-        raise IntegrityError(f"the ledger of {run} knows no router; train it again")
+        raise IntegrityError(f"the ledger of {run} has no router; remove the run and train it again")
     return BlobStore(run / "blobs").path(trained[-1])

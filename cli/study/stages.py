@@ -1,4 +1,4 @@
-"""A study from clips to tables, stage by stage; each stage keeps its result on disk and is skipped when it is there."""
+"""Carry out a study from clips to tables. Each stage keeps its result on disk, and a later call skips it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,27 @@ if TYPE_CHECKING:
     from lutetia.models.study.results import StudyResults
 
 Progress = Callable[[str, int, int], None]
-_MAY_CHANGE = {"seeds", "controls", "judging", "machines"}  # between calls: they add to a study, or only ask it otherwise
-_HERE_ONLY = {"device", "workers", "cache"}  # of the data's settings: how this box builds them, not what they are
+_MAY_CHANGE = {
+    "seeds",
+    "controls",
+    "evaluation",
+    "machines",
+}  # may differ between calls: they add to a study, or only change its evaluation
+_HERE_ONLY = {"device", "workers", "cache"}  # settings of the data that do not change its content
 GRID_ROWS = 8
 
 
 def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyResults:
-    """Do whatever of the study is not done yet and write its results into `out`. Raises LutetiaError, one sentence."""
+    """Do what is missing of the study, and write its results into `out` after every training.
+
+    Args:
+        config: the study.
+        home: folder of clips, data, runs and figures.
+        out: folder of the results.
+        cache: folder that several studies can share.
+
+    Raises LutetiaError.
+    """
     from lutetia.cli.progress import progress
 
     with disk_errors(home), progress(f"study {config.name}") as on_progress:
@@ -46,7 +60,7 @@ def carry_out(config: StudyConfig, home: Path, out: Path, cache: Path) -> StudyR
 
 
 def prepare_data(config: StudyConfig, home: Path, cache: Path) -> ClipCounts:
-    """The state that need no accelerator: clips, autoencoder, and the shards of every way of clustering."""
+    """Do the stages that need no accelerator: clips, autoencoder, and the shards of every clustering."""
     from lutetia.cli.progress import progress
 
     with disk_errors(home), progress(f"study {config.name}") as on_progress:
@@ -59,7 +73,7 @@ def prepare_data(config: StudyConfig, home: Path, cache: Path) -> ClipCounts:
 
 
 def _remember(config: StudyConfig, home: Path) -> None:
-    """Keep the study's config, and refuse to go on with another one."""
+    """Save the config of the study. Raises ConfigError if `home` holds a study with another one."""
     path = home / "study.json"
     fixed = canonical(config.model_dump(mode="json", exclude={**dict.fromkeys(_MAY_CHANGE, True), "data": _HERE_ONLY}))
     if path.is_file() and path.read_bytes() != fixed:
@@ -70,7 +84,7 @@ def _remember(config: StudyConfig, home: Path) -> None:
 
 
 def write_results(state: StudyState) -> StudyResults:
-    """Tables, curves and grids of what is known by now."""
+    """Write tables, curves and sample grids of everything that is evaluated so far."""
     from lutetia.models.study.pictures import draw_curves
     from lutetia.models.study.tables import report
 
@@ -78,25 +92,26 @@ def write_results(state: StudyState) -> StudyResults:
     with disk_errors(state.out):
         state.out.mkdir(parents=True, exist_ok=True)
         pictures = []
-        if results.judged:
+        if results.evaluated:
             draw_curves(results, state.out / "curves.png")
             pictures.append("curves.png")
         if results.headline:
             _grid(state, state.out / "samples.png")
             pictures.append("samples.png")
-        slim = results.model_copy(update={"judged": {k: v.model_copy(update={"values": {}, "labels": ()})
-                                                     for k, v in results.judged.items()}})  # fmt: skip
-        write_atomic(state.out / "results.json", slim.model_dump_json(indent=1).encode())
+        public = results.model_copy(update={"evaluated": {k: v.model_copy(update={"values": {}, "labels": ()})
+                                                     for k, v in results.evaluated.items()}})  # fmt: skip
+        write_atomic(state.out / "results.json", public.model_dump_json(indent=1).encode())
         write_atomic(state.out / "README.md", report(results, pictures, _sheets(state)).encode())
     return results
 
 
 def collect_results(state: StudyState) -> StudyResults:
+    """All figures of the finished trainings and evaluated readings."""
     from lutetia.models.data.description import read_data
     from lutetia.models.metrics.report import hardware
     from lutetia.models.study.results import StudyResults, Trained
 
-    trainings, clusters, whole = {}, {}, 0.0
+    trainings, clusters, seconds = {}, {}, 0.0
     for training in state.plan.trainings:
         run = state.folder(training) / "run"
         if not study_training.finished(run):
@@ -104,15 +119,15 @@ def collect_results(state: StudyState) -> StudyResults:
         spent = study_training.seconds(state.folder(training))
         losses, router = mixtures.accepted_losses(run), mixtures.router_figures(run)
         trainings[training.name] = Trained(seconds=spent, losses=losses, router=router)
-        whole += spent
+        seconds += spent
         clusters[training.data] = read_data(state.data(training)).clustering.model_dump(mode="json")
     config: dict[str, Any] = state.config.model_dump(mode="json")
     comparisons = Comparisons(state)
     compared = comparisons.headline()
-    encoded: list[Prompts] = [each for each in state.config.judging.prompts if each in compared and state.latents != "pixels"]
+    encoded: list[Prompts] = [each for each in state.config.evaluation.prompts if each in compared and state.latents != "pixels"]
     return StudyResults(
         name=state.config.name, config=config, plan=state.plan, clips=state.counts, clusters=clusters, trainings=trainings,
-        judged=dict(state.judged), headline=compared, hardware=hardware(), seconds=whole,
+        evaluated=dict(state.evaluated), headline=compared, hardware=hardware(), seconds=seconds,
         autoencoder_psnr=state.autoencoder_psnr,
         rebuilt={str(each): comparisons.rebuilt(each) for each in encoded}, kinds=comparisons.kinds(),
         beyond=comparisons.beyond() if encoded else {},
@@ -121,20 +136,21 @@ def collect_results(state: StudyState) -> StudyResults:
 
 
 def _sheets(state: StudyState) -> list[str]:
-    """Copy the contact sheets of the headline's clusters into the results; their names relative to those."""
+    """Copy the contact sheets of the clusters of the headline into the results; returns their relative paths."""
     built = state.home / "data" / state.plan.of("headline", "mixture")[0].data / "sheets"
-    for sheet in (found := sorted(built.glob("*.png"))):
+    sheets = sorted(built.glob("*.png"))
+    for sheet in sheets:
         write_atomic(state.out / "clusters" / sheet.name, sheet.read_bytes())
-    return [f"clusters/{sheet.name}" for sheet in found]
+    return [f"clusters/{sheet.name}" for sheet in sheets]
 
 
 def _grid(state: StudyState, path: Path) -> None:
-    """Real, monolith and mixture for the first prompts, of the first seed."""
+    """Draw real clips and those of monolith and mixture for the first prompts, of the first seed."""
     from lutetia.models.study.pictures import write_grid
 
-    prompts = state.config.judging.prompts[-1]  # stratified, where asked for: every kind is seen
-    first = next(pair for pair in Comparisons(state).pairs(prompts) if all(reading.name in state.judged for reading in pair))
-    real = state.bench.judges(prompts, first[0].clips).reference
+    prompts = state.config.evaluation.prompts[-1]  # stratified if configured, so that every kind is shown
+    first = next(pair for pair in Comparisons(state).pairs(prompts) if all(reading.name in state.evaluated for reading in pair))
+    real = state.evaluation.evaluator(prompts, first[0].clips).reference
     rows = range(min(GRID_ROWS, len(real)))
     columns = {"real": real, "monolith": state.clips_of(first[0]), "mixture": state.clips_of(first[1])}
     shown = {name: [clips.frames[row].numpy() for row in rows] for name, clips in columns.items()}

@@ -1,4 +1,4 @@
-"""The state of a study that is under way: its plan, its folders, and the readings that are judged already."""
+"""The state of a running study: its plan, its folders, and the readings that are evaluated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,21 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class StudyState:
-    """A study under way: what is planned, where its parts lie, and what of it is judged already."""
+    """A running study.
+
+    Attributes:
+        config: the study.
+        home: folder of clips, data, runs and figures.
+        out: folder of the results.
+        cache: folder that several studies can share.
+        on_progress: called with stage, done and total.
+        plan: trainings and readings.
+        counts: number of clips by role.
+        evaluation: samples and measures readings.
+        latents: reference of the autoencoder.
+        autoencoder_psnr: kind to PSNR of the study's autoencoder, dB.
+        evaluated: name to figures of each evaluated reading.
+    """
 
     config: StudyConfig
     home: Path
@@ -36,14 +50,14 @@ class StudyState:
     on_progress: Progress
     plan: StudyPlan
     counts: ClipCounts
-    bench: StudyEvaluation
+    evaluation: StudyEvaluation
     latents: str
     autoencoder_psnr: dict[str, float]
-    judged: dict[str, EvaluatedReading] = field(default_factory=dict)
+    evaluated: dict[str, EvaluatedReading] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, config: StudyConfig, home: Path, out: Path, cache: Path, on_progress: Progress) -> StudyState:
-        """Clips in their roles, and the plan."""
+        """Make the plan, split the clips, and train the autoencoder if the study has its own."""
         from lutetia.models.study.clips import split_clips
         from lutetia.models.study.evaluation import StudyEvaluation
         from lutetia.models.study.plan import plan_study, planned_latent
@@ -52,22 +66,22 @@ class StudyState:
         key = hashlib.sha256(canonical(config.clips)).hexdigest()[:12]
         counts = split_clips(config.clips, home / "clips", config.tune_share, cache / f"made-{key}", on_progress)
         latents, psnr = own_latents(config, home / "clips" / "train", cache, on_progress)
-        bench = StudyEvaluation(config, home / "clips", cache / "metrics", on_progress)
-        return cls(config, home, out, cache, on_progress, plan, counts, bench, latents, psnr)
+        evaluation = StudyEvaluation(config, home / "clips", cache / "metrics", on_progress)
+        return cls(config, home, out, cache, on_progress, plan, counts, evaluation, latents, psnr)
 
     def carry_on(self, training: Training) -> bool:
-        """Build its data, train it, judge its readings. False when all that was known already."""
+        """Build the data of `training`, train it, evaluate its readings. Returns False if there was nothing to evaluate."""
         data, start = self.data(training), self._start(training)
         if not (self.folder(training) / "run").is_dir():
             self.forget(training)
         study_training.train(training, data, self.folder(training), self.config, self.on_progress, start)
-        missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.judged]
+        missing = [reading for reading in self.plan.readings_of(training) if reading.name not in self.evaluated]
         for reading in missing:
-            self._judge(reading, training)
+            self._evaluate(reading, training)
         return bool(missing)
 
     def forget(self, training: Training) -> None:
-        """The run was removed to train it anew: drop what the old one was found to be, and all comparisons."""
+        """Delete the figures of `training`, whose run was removed, and all comparisons."""
         if not any(self._figures.glob(f"{training.name}-*")):
             return
         others = tuple(f"{other.name}-" for other in self.plan.trainings if other != training)
@@ -76,27 +90,27 @@ class StudyState:
                 path.unlink()
 
     def _start(self, training: Training) -> Path | None:
-        """The mixture that it begins with; the plan trains it before."""
+        """The mixture that `training` starts from; the plan trains that one first."""
         if training.begin is None:
             return None
         base = self.plan.training(training.begin.training)
         return mixtures.mixture_at(training.begin.epoch, base, self.folder(base))
 
     def recall(self) -> None:
-        """Read the figures that earlier calls left, so that a report after a cut is not emptier than the last before it."""
+        """Read the figures of earlier calls, so that the first report of this call contains them."""
         from lutetia.models.study.evaluation import EvaluatedReading
 
         for training in self.plan.trainings:
             for reading in self.plan.readings_of(training):
                 path = self.figure(reading.name)
                 if path.is_file() and study_training.finished(self.folder(training) / "run"):
-                    self.judged[reading.name] = EvaluatedReading.model_validate_json(path.read_bytes())
+                    self.evaluated[reading.name] = EvaluatedReading.model_validate_json(path.read_bytes())
 
     def folder(self, training: Training) -> Path:
         return self.home / "runs" / training.name
 
     def data(self, training: Training) -> Path:
-        """The built data of a training, shared by all that cluster alike."""
+        """The built data of a training, built if missing; trainings with the same clustering share it."""
         from lutetia.models.data.build import build_data
         from lutetia.models.data.cluster.balance import balance
 
@@ -115,24 +129,24 @@ class StudyState:
         training = self.plan.training(reading.training)
         return mixtures.mixture_of(reading, training, self.folder(training))
 
-    def _judge(self, reading: Reading, training: Training) -> None:
+    def _evaluate(self, reading: Reading, training: Training) -> None:
         from lutetia.models.study.evaluation import cluster_labels
 
         labels = cluster_labels(self.data(training))
-        self.judged[reading.name] = found = self.bench.judge(reading, self.mixture(reading), training.seed, labels)
-        write_atomic(self.figure(reading.name), found.model_dump_json().encode())
+        self.evaluated[reading.name] = evaluated = self.evaluation.evaluate(reading, self.mixture(reading), training.seed, labels)
+        write_atomic(self.figure(reading.name), evaluated.model_dump_json().encode())
 
     def clips_of(self, reading: Reading) -> ClipSet:
-        """The clips of a judged reading, as they were kept."""
+        """The clips of an evaluated reading, from the cache."""
         training = self.plan.training(reading.training)
         from lutetia.models.study.evaluation import cluster_labels
 
-        return self.bench.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
+        return self.evaluation.sample(reading, self.mixture(reading), training.seed, cluster_labels(self.data(training)))[0]
 
     def figure(self, name: str) -> Path:
-        """Where figures are kept: under their name and the way of judging."""
-        how = hashlib.sha256(canonical(self.config.judging)).hexdigest()[:8]
-        return self._figures / f"{name}-{how}.json"
+        """The file of the figures `name`; its name depends on the settings of the evaluation."""
+        settings = hashlib.sha256(canonical(self.config.evaluation)).hexdigest()[:8]
+        return self._figures / f"{name}-{settings}.json"
 
     @property
     def _figures(self) -> Path:

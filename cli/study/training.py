@@ -1,4 +1,4 @@
-"""One training of a study by a real swarm on this machine: coordinator and workers as processes; cut anywhere, it goes on."""
+"""One training of a study by a real local swarm: coordinator and nodes are processes. A later call resumes it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ if TYPE_CHECKING:
     from lutetia.models.study.config import Machines, StudyConfig
     from lutetia.models.study.plan import Training
 
-_STUDY_DAYS = 36_500.0  # a run that is made again in some years has the same manifest
+_STUDY_DAYS = 36_500.0  # long enough that a study repeated years later has the same manifest
 
 
 @dataclass(frozen=True)
 class Team:
-    """How many workers, and each one's threads."""
+    """The nodes of a local swarm.
+
+    Attributes:
+        workers: number of nodes.
+        threads: threads of each node.
+    """
 
     workers: int
     threads: int
 
     @classmethod
     def of(cls, machines: Machines, shards: int, cores: int) -> Team:
-        """As many as there are shards, at most one per core; the cores are shared out among them."""
+        """One node per shard, at most one per core; the cores are divided among them."""
         workers = min(shards, machines.workers or cores)
         return cls(workers, machines.threads or max(1, cores // workers))
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -46,11 +51,17 @@ def train(
     training: Training, data: Path, folder: Path, config: StudyConfig, on_progress: Callable[[str, int, int], None],
     start: Path | None = None,
 ) -> None:  # fmt: skip
-    """Bring `folder/run` to its final mixture. What an earlier call did is kept; once finished, nothing is started.
+    """Train until `folder/run` has its final mixture; resume what an earlier call began. Does nothing if it is finished.
 
-    `start`: the mixture that its experts begin with.
+    Args:
+        training: from the plan.
+        data: built data of its clustering.
+        folder: holds the run, the state of the nodes, and logs.
+        config: the study.
+        on_progress: called with the name of the training, samples done and samples in all.
+        start: the mixture that its experts start from.
 
-    Raises LutetiaError when a process fails or the swarm stands still.
+    Raises LutetiaError if a process fails or the swarm makes no progress.
     """
     run = folder / "run"
     if finished(run):
@@ -65,18 +76,18 @@ def train(
 
 
 def create(training: Training, data: Path, run: Path, config: StudyConfig, start: Path | None = None) -> None:
-    """The run of `training`, its keys and so its weights a function of study, training and seed."""
+    """Create the run of `training`. Its keys, and so its weights, depend only on the names of study and training."""
     from lutetia.coordinator.admin.create import RunSecrets, create_run
     from lutetia.coordinator.settings import RunSettings
     from lutetia.protocol.schema.manifest import AuditPolicy, Timing
 
-    machines, own = config.machines, {"batch": training.batch, "learning_rate": training.learning_rate}
+    machines, changes = config.machines, {"batch": training.batch, "learning_rate": training.learning_rate}
     settings = RunSettings(
         name=training.name[:64],
         addresses=(f"127.0.0.1:{free_port()}",),
         expert=training.expert,
         warm_start=str(start) if start else None,
-        optimisation=config.optimisation.model_copy(update=own),
+        optimisation=config.optimisation.model_copy(update=changes),
         samples_per_shard=training.samples_per_shard,
         checkpoint_samples=training.checkpoint_samples,
         holdout_tolerance=config.holdout_tolerance,
@@ -90,29 +101,29 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig, start
 
 
 def check_budget(training: Training, folder: Path) -> None:
-    """A changed `controls.share` gives an arm of the same name another budget. Raises ConfigError where `folder` has the old."""
+    """Raises ConfigError if the run in `folder` has another budget: `controls.share` may have changed since."""
     from lutetia.coordinator.run_folder import RunFolder
 
     run = folder / "run"
     if not run.is_dir():
         return
-    known = RunFolder(run).read_manifest(now=0.0).manifest
+    manifest = RunFolder(run).read_manifest(now=0.0).manifest
     budget = training.samples_per_shard, training.checkpoint_samples, training.batch
-    if (known.samples_per_shard, known.checkpoint_samples, known.optimisation.batch) != budget:
+    if (manifest.samples_per_shard, manifest.checkpoint_samples, manifest.optimisation.batch) != budget:
         raise ConfigError(
-            f"{run} was trained on {known.samples_per_shard} samples at batch {known.optimisation.batch}, but the study wants "
-            f"{training.samples_per_shard} at {training.batch}; name another --folder, or remove {folder}"
+            f"{run} was trained on {manifest.samples_per_shard} samples at batch {manifest.optimisation.batch}, but the "
+            f"study wants {training.samples_per_shard} at {training.batch}; name another --folder, or remove {folder}"
         )
 
 
 def finished(run: Path) -> bool:
-    """Whether every budget is done and the final mixture is stitched."""
+    """Whether every shard has its budget and the final mixture is stitched."""
     status = read_status(run)
     return status is not None and status.finished
 
 
 def seconds(folder: Path) -> float:
-    """How long this training's swarm has run, over all calls."""
+    """Time that the swarm of this training ran, over all calls, seconds."""
     path = folder / "seconds.json"
     return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
 
@@ -123,7 +134,7 @@ def _add_seconds(folder: Path, more: float) -> None:
 
 async def _swarm(training: Training, folder: Path, machines: Machines, on_progress: Callable[[str, int, int], None]) -> None:
     run, team, patience = folder / "run", Team.of(machines, training.experts, cores()), _Patience(training.name, folder, machines)
-    watch, most = SwarmPoller(run, folder), 0
+    watch, most_done = SwarmPoller(run, folder), 0
     async with LocalSwarm(folder / "logs") as swarm:
         began = time.time()
         coordinator = await swarm.serve(run, "--stitch", "end", "--no-gallery", "--exit-when-done")
@@ -137,8 +148,8 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
                 if not up:
                     await _join(swarm, watch, team, machines.device)
                 up = True
-                most = max(most, sum(samples_done(shard, watch.workers) for shard in status.shards))
-                on_progress(training.name, most, training.experts * training.samples_per_shard)
+                most_done = max(most_done, sum(samples_done(shard, watch.workers) for shard in status.shards))
+                on_progress(training.name, most_done, training.experts * training.samples_per_shard)
                 accepted = sum(shard.samples for shard in status.shards)
                 patience.see((accepted, status.events), any(shard.state == "training" for shard in status.shards))
             patience.check()
@@ -148,7 +159,7 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
 
 
 async def _join(swarm: LocalSwarm, watch: SwarmPoller, team: Team, device: str) -> None:
-    """Start the workers; each has a state folder of its own, where it finds what it had begun before a cut."""
+    """Start the nodes. Each has its own state folder, so it resumes what it began before an interruption."""
     ticket = (watch.run / "ticket.txt").read_text().strip()
     threads = str(team.threads)
     for number in range(team.workers):
@@ -157,22 +168,24 @@ async def _join(swarm: LocalSwarm, watch: SwarmPoller, team: Team, device: str) 
 
 
 class _Patience:
-    """How long nothing may happen. What a trainer says of itself does not count: a shard in training is waited for until the
-    coordinator calls it overdue, which it reckons from the trainer's own speed.
+    """Stops a swarm that makes no progress.
+
+    A shard in training counts as progress until the coordinator calls it overdue; the coordinator knows the speed of the trainer.
+    What a trainer reports of itself does not count.
     """
 
     def __init__(self, name: str, folder: Path, machines: Machines) -> None:
         self._name, self._logs, self._seconds = name, folder / "logs", machines.patience
-        self._seen: object = None
+        self._last: object = None
         self._since = time.monotonic()
 
-    def see(self, what: object, training: bool) -> None:
-        if training or what != self._seen:
-            self._seen, self._since = what, time.monotonic()
+    def see(self, progress: object, training: bool) -> None:
+        if training or progress != self._last:
+            self._last, self._since = progress, time.monotonic()
 
     def check(self) -> None:
         if time.monotonic() - self._since > self._seconds:
             raise LutetiaError(
-                f"nothing was accepted in {self._name} for {self._seconds:.0f} s; the logs in {self._logs} say why, "
-                "or give it longer by machines.patience"
+                f"nothing was accepted in {self._name} for {self._seconds:.0f} s; read the logs in {self._logs}, "
+                "or raise machines.patience"
             )

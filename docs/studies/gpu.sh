@@ -1,6 +1,6 @@
 #!/bin/sh
-# The union's study on one GPU: sh docs/studies/gpu.sh FOLDER [SECONDS]. Run it again and it goes on where it was cut.
-# Clips, autoencoder and latents are made on the CPU and not counted in SECONDS (default 1500).
+# The study of the union on one GPU: sh docs/studies/gpu.sh FOLDER [SECONDS]. Run it again to resume.
+# Clips, autoencoder and latents are made on the CPU and are not counted in SECONDS (default 1500).
 set -e
 folder=${1:?name a folder for the study}
 seconds=${2:-1500}
@@ -11,4 +11,4 @@ status=0
 timeout --signal TERM "$seconds" lutetia study "$here/gpu.toml" --folder "$folder" --device cuda || status=$?
 test $status -eq 0 || test $status -eq 124 || exit $status
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader > "$folder/results/gpu.txt"
-echo "tables and curves of what is done: $folder/results/README.md"
+echo "tables and curves so far: $folder/results/README.md"

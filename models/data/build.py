@@ -1,7 +1,7 @@
-"""From a folder of captioned clips to shards: decode, encode, cluster, split off holdouts, write.
+"""Build shards from a folder of captioned clips: decode, encode, cluster, hold out, write.
 
 The result is a folder with `shards/NNN.{train,holdout,test}.safetensors`, `sheets/` (a contact sheet per cluster), `clips.jsonl`
-(what became of every clip) and `data.json`. Same folder, same settings: same bytes. It appears whole or not at all.
+(shard and split of every clip) and `data.json`. The same clips and settings give the same bytes. It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -39,33 +39,57 @@ _NOT_CONTENT = {"skip_bad", "workers", "device", "cache"}  # settings that do no
 
 
 class BuildSettings(Frozen):
-    """How clips become shards. `text_tokens` None: as many as the longest caption takes; `cache` None: the user's cache folder.
+    """How clips become shards."""
 
-    `normalisation`: `measured` on the training clips, `shipped` with the autoencoder, or `auto`: shipped where there is one.
-    """
-
-    experts: Count = 3
-    frames: Count = 8
-    fps: Positive = 8.0
-    height: Count = 64
-    width: Count = 64
-    start: Literal["middle", "start", "whole"] = "middle"
-    short: Literal["refuse", "loop"] = "refuse"
-    latents: str = "builtin:demo"
-    normalisation: Literal["auto", "measured", "shipped"] = "auto"
-    text: str = "builtin:words"
-    text_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    features: str = "builtin+text"
-    method: Literal["kmeans", "random", "kinds"] = "kmeans"
-    fine: int | None = Field(default=None, ge=1, le=1024)
-    largest_share: float | None = Field(default=None, gt=0, le=1)
-    smallest: Count = 24
-    holdout: float = Field(default=0.1, gt=0, lt=0.5)
-    seed: int = 0
-    skip_bad: bool = False
-    workers: int = Field(default_factory=lambda: min(16, os.cpu_count() or 1), ge=1, le=256)
-    device: Device = "cpu"
-    cache: Path | None = None
+    experts: Count = Field(default=3, description="number of shards, one expert each")
+    frames: Count = Field(default=8, description="frames of a clip")
+    fps: Positive = Field(default=8.0, description="frames per second of a clip")
+    height: Count = Field(default=64, description="height of a clip, px")
+    width: Count = Field(default=64, description="width of a clip, px")
+    start: Literal["middle", "start", "whole"] = Field(
+        default="middle", description="part of a video that becomes the clip; whole: all of it, at another frame rate"
+    )
+    short: Literal["refuse", "loop"] = Field(
+        default="refuse", description="videos that are too short are refused, or repeated from their beginning"
+    )
+    latents: str = Field(default="builtin:demo", description="autoencoder: builtin:demo, pixels, a folder or a hub id")
+    normalisation: Literal["auto", "measured", "shipped"] = Field(
+        default="auto",
+        description="mean and std of the latents: measured on the training clips, shipped with the autoencoder, or auto: shipped "
+        "if it has them, else measured",
+    )
+    text: str = Field(default="builtin:words", description="text encoder: builtin:words, a folder, a hub id, or a pair A+B")
+    text_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_TOKENS, description="tokens of a caption; none: as many as the longest caption needs"
+    )
+    features: str = Field(
+        default="builtin+text",
+        description="features for clustering: builtin, text, i3d, efficientnet, or a folder or hub id of a DINOv2 model, "
+        "joined by +",
+    )
+    method: Literal["kmeans", "random", "kinds"] = Field(
+        default="kmeans", description="clustering by features, at random, or by the kinds in the metadata"
+    )
+    fine: int | None = Field(
+        default=None, ge=1, le=1024, description="fine centroids of the clustering; none: one per six clips, at most 1,024"
+    )
+    largest_share: float | None = Field(
+        default=None, gt=0, le=1, description="largest share of the clips in one shard; none: 2.2/experts, at most 0.9"
+    )
+    smallest: Count = Field(default=24, description="fewest clips in a shard")
+    holdout: float = Field(default=0.1, gt=0, lt=0.5, description="share of the training clips held out for acceptance checks")
+    seed: int = Field(default=0, description="seed of the clustering")
+    skip_bad: bool = Field(default=False, description="leave out clips that cannot be used, instead of failing")
+    workers: int = Field(
+        default_factory=lambda: min(16, os.cpu_count() or 1),
+        ge=1,
+        le=256,
+        description="threads that decode and encode clips; default: one per core, at most 16",
+    )
+    device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda or cuda:N")
+    cache: Path | None = Field(
+        default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
+    )
 
     @property
     def clip_shape(self) -> ClipShape:
@@ -77,21 +101,21 @@ class BuildSettings(Frozen):
 
 
 class BuildReport(Frozen):
-    """What a build did. `cached` clips needed no decoding; `repeated` training clips were dropped as copies of test clips."""
+    """The result of a build."""
 
-    out: Path
-    description: DataDescription
-    train: int
-    holdout: int
-    test: int
-    repeated: int
-    cached: int
-    skipped: tuple[tuple[str, str], ...] = ()
-    seconds: dict[str, float] = {}
+    out: Path = Field(description="the folder that was written")
+    description: DataDescription = Field(description="content of its data.json")
+    train: int = Field(description="clips to train on")
+    holdout: int = Field(description="training clips held out for acceptance checks")
+    test: int = Field(description="clips of the split test")
+    repeated: int = Field(description="training clips left out as copies of test clips")
+    cached: int = Field(description="clips that were in the cache and were not decoded")
+    skipped: tuple[tuple[str, str], ...] = Field(default=(), description="(clip, reason) of the clips that were left out")
+    seconds: dict[str, float] = Field(default={}, description="stage to its duration, seconds")
 
 
 def default_cache() -> Path:
-    """Where latents and embeddings are kept between builds: `LUTETIA_CACHE`, or the user's cache folder."""
+    """The folder that keeps latents and embeddings between builds: in `LUTETIA_CACHE`, or in the user's cache folder."""
     from platformdirs import user_cache_path
 
     return Path(os.environ.get("LUTETIA_CACHE") or user_cache_path("lutetia")) / "data"
@@ -100,7 +124,13 @@ def default_cache() -> Path:
 def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Progress | None = None) -> BuildReport:
     """Build `out` from the clips in `folder`.
 
-    Raises DataError, ConfigError or DiskError, one sentence each; `out` is then as it was before.
+    Args:
+        folder: videos or WebDataset archives with captions.
+        out: new folder, or the result of an earlier build, which is replaced.
+        settings: how clips become shards.
+        on_progress: called with stage, done and total.
+
+    Raises DataError, ConfigError or DiskError; `out` is then unchanged.
     """
     progress = on_progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
@@ -112,9 +142,9 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         load_features(settings.features, settings.device),
     )
     recipe.latents.shape_of(settings.frames, settings.height, settings.width)
-    load_text_encoder(settings.text, settings.text_tokens or 1)  # names what is wrong before the long work begins
+    load_text_encoder(settings.text, settings.text_tokens or 1)  # fails before the long work begins if the encoder cannot be used
     if any(Path(part).is_dir() for part in settings.text.split("+")):
-        _log.warning("whoever uses the mixture needs the text encoder at that path, %s; a hub id suits all", settings.text)
+        _log.warning("every user of the mixture needs the text encoder at this path: %s; a hub id avoids that", settings.text)
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
     cache = ArrayCache(settings.cache or default_cache())
@@ -146,7 +176,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
 
 
 def _refuse_bad(bad: Sequence[BadClip], skip_bad: bool) -> None:
-    """Faults of the listing: all are known before anything is decoded."""
+    """Raise or log the faults of the listing, before anything is decoded."""
     if bad and not skip_bad:
         more = f" ({len(bad) - 1} more clips have faults)" if len(bad) > 1 else ""
         raise DataError(f"{bad[0].reason}{more}; or leave such clips out with --skip-bad")
@@ -160,14 +190,14 @@ def _text_encoder(settings: BuildSettings, captions: Sequence[str]) -> TextEncod
     tokens = settings.text_tokens or min(longest, reader.longest)
     if longest > tokens:
         cut = sum(reader.count([caption]) > tokens for caption in different)
-        _log.warning("%d of %d captions are longer than %d tokens and lose their end", cut, len(different), tokens)
+        _log.warning("%d of %d captions are longer than %d tokens and are truncated", cut, len(different), tokens)
     elif settings.text_tokens is None:
-        _log.info("captions get %d tokens, as many as the longest takes", tokens)
+        _log.info("captions get %d tokens, as many as the longest needs", tokens)
     return load_text_encoder(settings.text, tokens, device=settings.device)
 
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    begun = time.monotonic()
+    started = time.monotonic()
     yield
-    seconds[stage] = round(time.monotonic() - begun, 2)
+    seconds[stage] = round(time.monotonic() - started, 2)

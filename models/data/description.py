@@ -1,4 +1,4 @@
-"""`data.json`: what a folder of built data holds. It is all that `run create` reads besides the shard files themselves."""
+"""`data.json`: the description of a folder of built data. `run create` reads it and the shard files, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,38 +16,42 @@ DATA_FILE = "data.json"
 
 
 class DataFile(Frozen):
-    """A shard file: its path relative to the folder, its blob name, and how many clips it holds."""
+    """A shard file."""
 
-    path: str = Field(pattern=r"^shards/[0-9]{3,4}\.(train|holdout|test)\.safetensors$")
-    blob: BlobRef
-    clips: Count
+    path: str = Field(
+        pattern=r"^shards/[0-9]{3,4}\.(train|holdout|test)\.safetensors$", description="path relative to the folder"
+    )
+    blob: BlobRef = Field(description="digest and size of the file")
+    clips: Count = Field(description="number of clips")
 
 
 class DataShard(Frozen):
-    """One cluster. `prior` is its share of the natural mixture (training and held-out clips); `test` clips were not clustered."""
+    """The shard of one cluster."""
 
-    index: int = Field(ge=0, le=4095)
-    name: Name
-    train: DataFile
-    holdout: DataFile
-    test: DataFile | None = None
-    prior: float = Field(gt=0, le=1)
-    keywords: tuple[str, ...] = ()
+    index: int = Field(ge=0, le=4095, description="number of the shard")
+    name: Name = Field(description="name of the cluster")
+    train: DataFile = Field(description="clips to train on")
+    holdout: DataFile = Field(description="clips held out for acceptance checks")
+    test: DataFile | None = Field(
+        default=None, description="test clips, which took no part in the clustering; none: no such clips"
+    )
+    prior: float = Field(gt=0, le=1, description="share of its training and held-out clips in all shards, 0 to 1")
+    keywords: tuple[str, ...] = Field(default=(), description="most distinctive words of its captions")
 
 
 class DataDescription(Frozen):
-    """The whole folder. `settings` are those that determine its content."""
+    """The content of `data.json`."""
 
-    format: Literal["lutetia-data-1"] = "lutetia-data-1"
-    latent: LatentSpec
-    shards: tuple[DataShard, ...] = Field(min_length=1, max_length=4096)
-    clustering: ClusterReport
-    settings: dict[str, Any] = {}
-    skipped: int = Field(default=0, ge=0)
+    format: Literal["lutetia-data-1"] = Field(default="lutetia-data-1", description="version of this format")
+    latent: LatentSpec = Field(description="shapes of latents and texts, and their encoders")
+    shards: tuple[DataShard, ...] = Field(min_length=1, max_length=4096, description="one per cluster")
+    clustering: ClusterReport = Field(description="report on the clusters")
+    settings: dict[str, Any] = Field(default={}, description="settings of the build that determine its content")
+    skipped: int = Field(default=0, ge=0, description="clips that were left out because they could not be used")
 
 
 def read_data(folder: Path) -> DataDescription:
-    """The description of a folder that `lutetia data build` wrote. Raises DataError when it is none, or files are missing."""
+    """Read the description of a folder that `lutetia data build` wrote. Raises DataError if it holds none, or lacks files."""
     path = folder / DATA_FILE
     try:
         description = DataDescription.model_validate_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all, and never overwrites what somebody else put there."""
+"""An output folder that appears whole or not at all, and never overwrites foreign files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ _LOCK = ".lock"
 
 
 def check_output(out: Path) -> None:
-    """Raises DataError unless `out` is absent, empty, or an earlier result of a build and nothing else."""
+    """Raises DataError unless `out` is absent, empty, or holds an earlier build and nothing else."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise DataError(f"{out} is no folder; name a new folder for the data")
-    found = {path.name for path in out.iterdir()} if out.exists() else set[str]()
-    foreign = sorted(found - OWN_NAMES)
-    if foreign or (found and DATA_FILE not in found):
-        name = (foreign or sorted(found))[0]
-        raise DataError(
-            f"{out} is not empty and holds {name}, which no build wrote; name a new folder, so that nothing is overwritten"
-        )
+        raise DataError(f"{out} is not a folder; name a new folder for the data")
+    names = {path.name for path in out.iterdir()} if out.exists() else set[str]()
+    foreign = sorted(names - OWN_NAMES)
+    if foreign or (names and DATA_FILE not in names):
+        name = (foreign or sorted(names))[0]
+        raise DataError(f"{out} holds {name}, which no build wrote, and is not overwritten; name a new folder")
 
 
 @contextlib.contextmanager
 def output_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`; on success it becomes `out`, replacing an earlier result, else it is removed.
+    """Yield an empty folder beside `out`. On success it replaces `out`, otherwise it is removed.
 
-    Raises DataError when `out` holds foreign files or another build is writing it.
+    Raises DataError if `out` holds foreign files, or if another build is writing it.
     """
     check_output(out)
     out = out.absolute()
@@ -46,7 +44,7 @@ def output_folder(out: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(f"another build is writing {out}; wait for it or name another folder") from error
-            if old.exists() and not out.exists():  # a build was killed between the two renames below
+            if old.exists() and not out.exists():  # an earlier build was killed between the two renames below
                 os.rename(old, out)
             _empty(part)
             try:
@@ -58,7 +56,7 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 
 def _empty(part: Path) -> None:
-    """Remove what a killed build left."""
+    """Remove the files of a killed build."""
     for path in part.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -69,7 +67,7 @@ def _swap(part: Path, out: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         if any(out.iterdir()):
-            read_data(out)  # only a sound earlier result is replaced
+            read_data(out)  # raises unless the earlier result is complete
         os.rename(out, old)
     os.rename(part, out)
     fsync_folder(out.parent)

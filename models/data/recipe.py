@@ -1,17 +1,17 @@
-"""The demo's recipe as plain data: what it draws, how it becomes shards, how the experts are trained and sampled.
+"""The recipe of the demo as plain data: its clips, its shards, the training of its experts, and the sampling.
 
-Found by trials on two cores. What mattered, in order: a small autoencoder in front, so that a patch holds fewer numbers than the
-expert is wide; position channels beside the noisy latents; many small updates at a high rate; training times shifted towards
-noise, where words decide what is drawn.
+It was found by trials on two cores. The most effective choices, in order: a small autoencoder, so that a patch has fewer numbers
+than the expert has channels; position channels beside the noisy latents; many small updates at a high rate; training times
+shifted towards noise, where the words decide what is drawn.
 """
 
 from typing import Any
 
 CHANNELS, POSITIONS, WORD_WIDTH = 8, 18, 64
-"""Channels of the autoencoder's latents; of position: (frame, row, column) x 3 octaves x (sine, cosine); of a word."""
+"""Channels of the latents, of the position (frame, row, column) x 3 octaves x (sine, cosine), and of a word."""
 
 CLIPS: dict[str, int] = {"clips": 1200, "frames": 8, "size": 64, "seed": 0}
-"""How many rule-made clips, frames of a clip, pixels of a side, seed of `made.make_clips`."""
+"""Arguments of `synthetic.make_clips`: number of clips, frames of a clip, height and width in px, seed."""
 
 DATA: dict[str, Any] = {
     "experts": 3,
@@ -42,7 +42,7 @@ EXPERT: dict[str, Any] = {
         "rope_max_seq_len": 32,
     },
 }
-"""1.25 million parameters, 64 tokens a clip."""
+"""1.25 million parameters, 64 tokens per clip."""
 
 OPTIMISATION: dict[str, Any] = {
     "optimizer": "adamw",
@@ -70,7 +70,7 @@ PROMPTS: tuple[str, ...] = (
     "the camera zooms in on a cat",
     "the camera zooms out from a temple",
 )
-"""Three of each kind. No training clip shows the first seven combinations of words (`made.HELD_OUT`); the last two are seen."""
+"""Three of each kind. The first seven combinations of words are in no training clip (`synthetic.HELD_OUT`)."""
 
 SAMPLING: dict[str, Any] = {"mode": "top1", "steps": 25, "guidance": 2.0, "time_shift": 2.0, "prompts": PROMPTS}
 
@@ -94,6 +94,6 @@ RUN: dict[str, Any] = {
     "sampling": SAMPLING,
     "audit": {"replay_steps": 2, "whole_epoch": 0.02},
 }
-"""Settings of a run: `lutetia run create` with the preset `demo`."""
+"""Settings of `lutetia run create` with the preset `demo`."""
 
 DEMO: dict[str, Any] = {"clips": CLIPS, "data": DATA, "run": RUN}

@@ -1,4 +1,4 @@
-"""Write what a build found: shard files, contact sheets, `clips.jsonl` and `data.json`."""
+"""Write the files of a build: shards, contact sheets, `clips.jsonl` and `data.json`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """All that the files of a build are made from."""
+    """Everything that the files of a build are made from."""
 
     recipe: Recipe
     cache: ArrayCache
@@ -41,20 +41,20 @@ class BuildInputs:
     placement: Placement
 
     def latents(self, row: int) -> np.ndarray:
-        """Raw latents [C, F, H, W] of a clip."""
+        """Raw latents [C, F, H, W] of the clip number `row`."""
         return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row]))
 
 
 def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Literal["auto", "measured", "shipped"]) -> LatentSpec:
-    """The run's latent spec, with mean and std per channel: shipped with the autoencoder, or measured on the training clips."""
+    """The latent spec of the run, with mean and std per channel: shipped with the autoencoder or measured on training clips."""
     recipe, shape = source.recipe, source.recipe.shape
     channels, frames, height, width = recipe.latents.shape_of(shape.frames, shape.height, shape.width)
     shipped = recipe.latents.shipped_statistics
     if normalisation == "shipped" and shipped is None:
-        raise ConfigError(f"latents {recipe.latents.ref!r} come without mean and std; measure them instead")
+        raise ConfigError(f"latents {recipe.latents.ref!r} have no mean and std; set normalisation to measured")
     if shipped is not None and normalisation != "measured":
         mean, std = shipped
-        _log.info("latents are normalised by the statistics that %s ships", recipe.latents.ref)
+        _log.info("latents are normalised by the statistics of %s", recipe.latents.ref)
     else:
         mean, std = _measure(source)
         _log.info("latents are normalised by statistics of the training clips")
@@ -80,7 +80,17 @@ def _measure(source: BuildInputs) -> tuple[tuple[float, ...], tuple[float, ...]]
 def write_data(
     folder: Path, source: BuildInputs, latent: LatentSpec, settings: Mapping[str, Any], on_progress: Progress
 ) -> DataDescription:
-    """Fill `folder`; returns what `data.json` says."""
+    """Write all files into `folder`; returns the content of `data.json`.
+
+    Args:
+        folder: empty folder.
+        source: clips, embeddings and clusters.
+        latent: spec with the statistics to normalise by.
+        settings: those that determine the content.
+        on_progress: called with stage, done and total.
+
+    Raises DataError if a cluster has no clips to train on or to hold out.
+    """
     placement, clusters = source.placement, source.placement.report.clusters
     total = len(source.prepared.clips) - placement.count("test")
     shards = []
@@ -131,7 +141,7 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
 
 
 def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None:
-    """Half the clips from the cluster's centre, half spread evenly out to its rim."""
+    """Draw clips of a cluster: half of them nearest to its centre, half spread evenly over the others."""
     rows = source.placement.rows(index, "train")
     ranked = central(source.placement.vectors, rows, len(rows))
     half = SHEET_CLIPS // 2
@@ -140,12 +150,15 @@ def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None
     clips = [source.prepared.clips[row] for row in chosen]
     frames = [decode_clip(clip.path, source.recipe.shape) for clip in clips]
     write_sheet(
-        path, f"{name}: {len(rows)} clips; the most typical first, then outwards", frames, [clip.caption for clip in clips]
+        path,
+        f"{name}: {len(rows)} clips; the most typical first, then farther from the centre",
+        frames,
+        [clip.caption for clip in clips],
     )
 
 
 def _clip_lines(source: BuildInputs) -> bytes:
-    """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then what was left out and why."""
+    """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then those that were left out, with the reason."""
     placement, prepared = source.placement, source.prepared
     lines: list[dict[str, Any]] = [
         {

@@ -1,4 +1,4 @@
-"""Shards: one cluster's latents and text embeddings in one safetensors file, halves on disk, floats in memory."""
+"""Shards: latents and text embeddings of one cluster in one safetensors file, float16 on disk, float32 in memory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ MAX_METADATA_BYTES = 64 << 20  # safetensors itself refuses headers above 100 MB
 class ShardData:
     """The clips of a shard, in memory.
 
-    `latents` [N, C, F, H, W] normalised to about unit variance per channel, `tokens` [N, L, D] and `pooled` [N, P]: float32.
-    `captions` and `kinds` have N entries; a kind is the user's own label, "" where there is none.
+    Attributes:
+        latents: [N, C, F, H, W] float32, normalised to about unit variance per channel.
+        tokens: text tokens [N, L, D], float32.
+        pooled: pooled text vectors [N, P], float32.
+        captions: N captions.
+        kinds: N labels of the user; "" without one.
     """
 
     latents: Tensor
@@ -47,26 +51,31 @@ class ShardData:
         return ShardData(self.latents[picked], self.tokens[picked], self.pooled[picked], captions, kinds)
 
     def lean(self) -> ShardData:
-        """What a router needs of it: no tokens, and latents in half precision, as they are on disk."""
+        """What the training of a router needs: no tokens, and latents in float16, as on disk."""
         return ShardData(self.latents.half(), self.tokens[:, :0].clone(), self.pooled, self.captions, self.kinds)
 
 
 class ShardMetadata(Frozen):
-    """What a shard file says of itself besides its tensors. `sources` are the SHA-256 of the clips' files, in order."""
+    """The metadata of a shard file."""
 
-    format: Literal["lutetia-shard-1"] = FORMAT
-    latent: LatentSpec
-    name: str = ""
-    split: Literal["train", "holdout", "test"] = "train"
-    captions: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-    sources: tuple[str, ...] = Field(default=(), description="empty where the clips were not files")
+    format: Literal["lutetia-shard-1"] = Field(default=FORMAT, description="version of this format")
+    latent: LatentSpec = Field(description="shapes of latents and texts, and their encoders")
+    name: str = Field(default="", description="name of the cluster")
+    split: Literal["train", "holdout", "test"] = Field(default="train", description="use of the clips")
+    captions: tuple[str, ...] = Field(default=(), description="caption of each clip")
+    kinds: tuple[str, ...] = Field(default=(), description="label of each clip by the user, empty without one")
+    sources: tuple[str, ...] = Field(default=(), description="SHA-256 (hex) of the file of each clip; empty: not from files")
 
 
 def write_shard(path: Path, data: ShardData, metadata: ShardMetadata) -> None:
-    """Write `data` whole or not at all; captions and kinds of `metadata` are taken from `data`. Same data, same bytes.
+    """Write a shard atomically. The same data give the same bytes.
 
-    Raises DataError when the data do not have the shapes of `metadata.latent`, are not finite in half precision or have no clips.
+    Args:
+        path: the file.
+        data: the clips; their captions and kinds replace those of `metadata`.
+        metadata: the rest of the metadata.
+
+    Raises DataError if the data do not have the shapes of `metadata.latent`, are not finite in float16, or have no clips.
     """
     tensors = {"latents": data.latents, "tokens": data.tokens, "pooled": data.pooled}
     problem = _problem(tensors, data.captions, data.kinds, metadata.latent)
@@ -75,9 +84,7 @@ def write_shard(path: Path, data: ShardData, metadata: ShardMetadata) -> None:
     halves = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
     for name, half in halves.items():
         if not torch.isfinite(half).all():
-            raise DataError(
-                f"cannot write shard {path.name}: {name} hold numbers that are not finite in half precision; normalise them"
-            )
+            raise DataError(f"cannot write shard {path.name}: {name} are not finite in half precision; normalise them")
     complete = metadata.model_copy(update={"captions": tuple(data.captions), "kinds": tuple(data.kinds)})
     text = canonical(complete).decode()
     if len(text) > MAX_METADATA_BYTES:
@@ -85,32 +92,37 @@ def write_shard(path: Path, data: ShardData, metadata: ShardMetadata) -> None:
             f"cannot write shard {path.name}: its captions take {len(text) >> 20} MiB; split the data into more experts"
         )
     with atomic_path(path) as temporary:
-        # one key only: safetensors writes several in the random order of a hash map, and equal data must have equal digests
-        temporary.write_bytes(save(halves, metadata={"lutetia": text}))  # its own writer hides that a disk is full
+        # one key only: safetensors writes several keys in random order, and equal data must have equal digests
+        temporary.write_bytes(save(halves, metadata={"lutetia": text}))  # the writer of safetensors hides a full disk
 
 
 def read_shard_metadata(path: Path) -> ShardMetadata:
-    """Captions, kinds, latent spec and sources, without the tensors. Raises DataError (absent) or IntegrityError (no shard)."""
+    """Read the metadata without the tensors. Raises DataError (no such file) or IntegrityError (not a shard)."""
     try:
         with safe_open(path, framework="pt") as file:
             return _metadata(path, file.metadata())
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist; fetch or build it again") from error
     except SafetensorError as error:
-        raise IntegrityError(f"shard {path} is not a whole safetensors file ({error}); fetch or build it again") from error
+        raise IntegrityError(f"shard {path} is not a complete safetensors file ({error}); fetch or build it again") from error
 
 
 def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> ShardData:
-    """Read a shard that must match `latent` in every field, and hold at least `batch` clips where that is given.
+    """Read a shard and check it.
 
-    Raises DataError (file absent, fewer clips than a batch) or IntegrityError (anything that does not match), one sentence each.
+    Args:
+        path: the file.
+        latent: the spec of the run; that of the shard must be equal in every field.
+        batch: the fewest clips that the shard must have.
+
+    Raises DataError (no such file, or fewer clips than a batch) or IntegrityError (anything that does not match).
     """
     metadata = read_shard_metadata(path)
     for field in LatentSpec.model_fields:
-        found, wanted = getattr(metadata.latent, field), getattr(latent, field)
-        if found != wanted:
+        built, expected = getattr(metadata.latent, field), getattr(latent, field)
+        if built != expected:
             raise IntegrityError(
-                f"shard {path.name} was built with {field} {found}, but the run wants {wanted}; build the data again"
+                f"shard {path.name} was built with {field} {built}, but the run has {expected}; build the data again"
             )
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
@@ -133,7 +145,7 @@ def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> Shar
 def _metadata(path: Path, header: dict[str, str] | None) -> ShardMetadata:
     text = (header or {}).get("lutetia")
     if text is None:
-        raise IntegrityError(f"{path} is a safetensors file but no shard of Lutetia; name one that `lutetia data build` wrote")
+        raise IntegrityError(f"{path} is a safetensors file but not a shard; name one that `lutetia data build` wrote")
     try:
         return ShardMetadata.model_validate(json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -142,21 +154,21 @@ def _metadata(path: Path, header: dict[str, str] | None) -> ShardMetadata:
 
 
 def _problem(tensors: dict[str, Tensor], captions: list[str], kinds: list[str], latent: LatentSpec) -> str | None:
-    """The first way in which the content contradicts itself or `latent`, as a clause."""
+    """The first contradiction within the content or with `latent`, as a clause; None if there is none."""
     count = len(captions)
     if count == 0:
         return "it has no clips"
     if len(kinds) != count:
         return f"it has {count} captions but {len(kinds)} kinds"
-    found = tuple(tensors["latents"].shape)
-    if len(found) == 5 and found[2] != latent.frames:
-        return f"wrong frame count: its latents have {found[2]} frames instead of {latent.frames}"
-    wanted = {
+    latents = tuple(tensors["latents"].shape)
+    if len(latents) == 5 and latents[2] != latent.frames:
+        return f"wrong frame count: its latents have {latents[2]} frames instead of {latent.frames}"
+    shapes = {
         "latents": (count, *latent.shape),
         "tokens": (count, latent.text_tokens, latent.text_width),
         "pooled": (count, latent.pooled_width),
     }
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             return f"wrong shape: {name} are {list(tensors[name].shape)} instead of {list(shape)}"
         if not torch.isfinite(tensors[name]).all():

@@ -1,1 +1,1 @@
-"""How good generated clips are: every figure with its sample size, its interval and its floor."""
+"""Measure how good generated clips are. Every figure comes with its sample size, its interval and its floor."""

@@ -1,4 +1,4 @@
-"""Clips to judge: captioned pixels of one shape in memory, read by the same rule by which training reads them."""
+"""Clips to evaluate: captioned pixels of one shape in memory, read by the same rule that training uses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lutetia.models.data.ingest.listing import ClipSource, read_listing
 from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip
 from lutetia.system.errors import DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Captioned clips of one shape: `frames` uint8 [N, F, H, W, 3]; `captions` and `kinds` have N entries, or kinds has none."""
+    """Captioned clips of one shape: `frames` uint8 [N, F, H, W, 3], N `captions`, and N `kinds` or none."""
 
     frames: Tensor
     captions: tuple[str, ...]
@@ -34,7 +34,7 @@ class ClipSet:
             raise DataError(f"clips must be uint8 [N, F, H, W, 3], not {self.frames.dtype} {shape}; convert them")
         if len(self.captions) != shape[0] or len(self.kinds) not in (0, shape[0]):
             raise DataError(
-                f"{shape[0]} clips have {len(self.captions)} captions and {len(self.kinds)} kinds; give one of each per clip"
+                f"{shape[0]} clips have {len(self.captions)} captions and {len(self.kinds)} kinds; pass one of each per clip"
             )
 
     def __len__(self) -> int:
@@ -47,25 +47,25 @@ class ClipSet:
         return ClipSet(self.frames[picked], captions, tuple(self.kinds[i] for i in picked) if self.kinds else ())
 
     def with_frames(self, frames: Tensor) -> ClipSet:
-        """Other pixels under the same captions and kinds."""
+        """The same captions and kinds with other pixels."""
         return ClipSet(frames, self.captions, self.kinds)
 
 
 def ordered(clips: Sequence[ClipSource], seed: int | None, stratified: bool = False) -> list[ClipSource]:
-    """By name, or with a `seed` at random: the first n are then a sample of the natural mixture of kinds.
+    """The clips in the order given, or shuffled by `seed`: the first n are then a sample of the natural mix of kinds.
 
-    `stratified`: the kinds take turns, so that the first n hold equally many of each as long as they last.
+    `stratified`: kinds alternate, so that the first n hold equally many of each until a kind runs out.
     """
     order = range(len(clips)) if seed is None else np.random.default_rng(seed).permutation(len(clips))
     mixed = [clips[i] for i in order]
     if not stratified:
         return mixed
-    turn: Counter[str] = Counter()
-    turns = []
+    seen: Counter[str] = Counter()
+    rounds = []
     for clip in mixed:
-        turns.append(turn[clip.kind])
-        turn[clip.kind] += 1
-    return [clip for _, clip in sorted(zip(turns, mixed, strict=True), key=lambda pair: pair[0])]
+        rounds.append(seen[clip.kind])
+        seen[clip.kind] += 1
+    return [clip for _, clip in sorted(zip(rounds, mixed, strict=True), key=lambda pair: pair[0])]
 
 
 def read_clips(
@@ -81,16 +81,27 @@ def read_clips(
     skip_bad: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ClipSet:
-    """Clips number `first` to `first + limit` of a folder with captions, in the order of `ordered`; with `captions` only those.
+    """Read clips of a folder with captions, in the order of `ordered`.
 
-    Raises DataError when the folder, or any clip among those asked for, cannot be used: a metric must not lose clips in silence.
-    With `skip_bad` such clips are left out, the log names them, and the next ones in order take their places.
+    Args:
+        folder: videos with captions.
+        shape: frames, frames per second and size that the clips are cut to.
+        split: only clips of this split.
+        captions: only clips with these captions.
+        first: number of the first clip to read.
+        limit: how many clips to read at most.
+        seed: of the order; None: by name.
+        stratified: alternate the kinds.
+        skip_bad: leave out clips that cannot be used and log them; the next ones in order take their places.
+        on_progress: called with clips done and clips in all.
+
+    Raises DataError if the folder or, without `skip_bad`, any of the clips cannot be used: a metric must not lose clips silently.
     """
     listing = read_listing(folder)
     if listing.bad and not skip_bad:
-        raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have such faults)")
-    wanted = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
-    candidates = ordered(wanted, seed, stratified)[first:]
+        raise DataError(f"{folder}: {listing.bad[0].reason} ({len(listing.bad)} clips have faults)")
+    matching = [clip for clip in listing.clips if split in (None, clip.split) and (captions is None or clip.caption in captions)]
+    candidates = ordered(matching, seed, stratified)[first:]
     count = min(len(candidates), len(candidates) if limit is None else limit)
     frames, chosen = np.empty((count, shape.frames, shape.height, shape.width, 3), np.uint8), list[ClipSource]()
     for clip in candidates:
@@ -101,13 +112,13 @@ def read_clips(
         except ClipRefused as error:
             if not skip_bad:
                 raise
-            log.warning("left out: %s", error)
+            logger.warning("left out: %s", error)
             continue
         chosen.append(clip)
         if on_progress:
             on_progress(len(chosen), count)
     if not chosen:
-        what = f"clips of split {split or 'any'}" + (" with the wanted captions" if captions is not None else "")
-        raise DataError(f"{folder} has no {what} from number {first}; check its metadata")
+        sought = f"clips of split {split or 'any'}" + (" with the given captions" if captions is not None else "")
+        raise DataError(f"{folder} has no {sought} from number {first} on; check its metadata")
     clips = torch.from_numpy(frames[: len(chosen)])
     return ClipSet(clips, tuple(clip.caption for clip in chosen), tuple(clip.kind for clip in chosen))

@@ -1,4 +1,4 @@
-"""Two sides on the same prompts, for instance monolith and mixture over several training seeds: by how much is which better?"""
+"""Compare two sides on the same prompts, for instance monolith and mixture over several training seeds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.evaluator import Evaluator, FeaturePair
@@ -20,65 +21,74 @@ FEWEST = 20
 
 
 class Comparison(Frozen):
-    """One metric on both sides. `ratio` is first / second (distances only), `difference` first - second; n are prompts.
+    """One metric on both sides. The N of each figure counts prompts."""
 
-    `second_is`: "better" or "worse" where the interval of the difference leaves 0 out, else "not told apart".
-    """
-
-    name: str
-    better: Literal["lower", "higher"]
-    first: Figure
-    second: Figure
-    difference: Figure
-    ratio: Figure | None = None
-    second_is: Literal["better", "worse", "not told apart"]
+    name: str = Field(description="name of the metric")
+    better: Literal["lower", "higher"] = Field(description="which direction is better")
+    first: Figure = Field(description="the metric on the first side, in its own unit")
+    second: Figure = Field(description="the metric on the second side, in its own unit")
+    difference: Figure = Field(description="first - second")
+    ratio: Figure | None = Field(default=None, description="first / second; distances only")
+    second_is: Literal["better", "worse", "not told apart"] = Field(
+        description="better or worse if the interval of the difference excludes 0, else not told apart"
+    )
 
 
 def compare(
-    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    evaluator: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> tuple[Comparison, ...]:
-    """All metrics of `judges` on two sides: one set of clips per training seed and side, all from the same prompts in one order.
+    """Compare two sides by every metric of `evaluator`.
 
-    Clips are resampled by prompt, on both sides and for all seeds at once; with several seeds intervals hold their spread too.
-    Raises DataError when the sides do not fit together.
+    Clips are resampled by prompt, on both sides and for all seeds at once. With several seeds, the intervals include the spread
+    between seeds.
+
+    Args:
+        evaluator: the metrics and the real clips.
+        first: one set of clips per training seed. All sets, of both sides, are from the same prompts in the same order.
+        second: likewise for the second side.
+        seeds: the training seeds.
+        resamples: subsets of clips for each interval of a distance.
+
+    Raises DataError if the sides do not fit together.
     """
     _check(first, second, seeds)
-    found = []
-    for name, view in judges.views.items():
-        found += _distances(name, view, first, second, seeds, resamples)
-    for name, values in judges.values.items():
+    rows = []
+    for name, view in evaluator.views.items():
+        rows += _distances(name, view, first, second, seeds, resamples)
+    for name, values in evaluator.values.items():
         a, b = (np.stack([values(clips) for clips in side]) for side in (first, second))
-        found.append(_values(name, a, b, seeds))
-    return tuple(found)
+        rows.append(_values(name, a, b, seeds))
+    return tuple(rows)
 
 
 def compare_kinds(
-    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    evaluator: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> dict[str, tuple[Comparison, ...]]:
-    """The first distance of `judges`, plain and debiased, within each kind of the reference that has FEWEST clips or more.
+    """Compare by the first distance of `evaluator`, plain and debiased, within each kind that has FEWEST reference clips or more.
 
-    So it can be told where a gain comes from: better clips of every kind, or of the kind that got more of the training.
+    It shows where a gain comes from: from better clips of every kind, or of the kind that got more of the training.
+    Arguments as for `compare`.
     """
     _check(first, second, seeds)
-    kinds = judges.reference.kinds
-    if len(set(kinds)) < 2 or not judges.views:
+    kinds = evaluator.reference.kinds
+    if len(set(kinds)) < 2 or not evaluator.views:
         return {}
-    name, whole = next(iter(judges.views.items()))
-    found = {}
+    name, whole = next(iter(evaluator.views.items()))
+    by_kind = {}
     for kind in sorted(set(kinds)):
         rows = [row for row, other in enumerate(kinds) if other == kind]
         if len(rows) >= FEWEST:
             view = FeaturePair(whole.reference[rows], lambda clips, rows=rows: whole.features(clips)[rows])
-            found[kind] = tuple(_distances(name, view, first, second, seeds, resamples))
-    return found
+            by_kind[kind] = tuple(_distances(name, view, first, second, seeds, resamples))
+    return by_kind
 
 
 def main_ratio(
-    judges: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
+    evaluator: Evaluator, first: Sequence[ClipSet], second: Sequence[ClipSet], *, seeds: Sequence[int], resamples: int = 60
 ) -> Figure | None:
-    """The first distance of `judges` to one side over that to the other; None where there is no distance."""
+    """First side / second side by the first distance of `evaluator`; None if it measures no distance."""
     _check(first, second, seeds)
-    view = next(iter(judges.views.values()), None)
+    view = next(iter(evaluator.views.values()), None)
     if view is None:
         return None
     a, b = ([view.features(clips) for clips in side] for side in (first, second))
@@ -86,7 +96,7 @@ def main_ratio(
 
 
 def comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> str:
-    """Markdown, with the names of the two sides."""
+    """A Markdown table; `first` and `second` name the two sides."""
     lines = [f"| metric | {first} | {second} | ratio | difference | {second} is |", "|---|---|---|---|---|---|"]
     for row in comparisons:
         arrow = "↓" if row.better == "lower" else "↑"
@@ -101,7 +111,7 @@ def _distances(
     x = view.reference
     a, b = ([view.features(clips) for clips in side] for side in (first, second))
     sizes = [len(x), len(a[0])]
-    found = []
+    comparisons = []
     for label, distance, times in (
         (name, frechet_of_rows, resamples),
         (f"{name}, debiased", frechet_debiased, max(20, resamples // 3)),
@@ -110,20 +120,20 @@ def _distances(
         def of(rows: Array, distance: Callable[[Array, Array], float] = distance) -> Statistic:
             return lambda i, j: distance(x[i], rows[j])
 
-        def apart(u: Array, v: Array, distance: Callable[[Array, Array], float] = distance) -> Statistic:
+        def gap(u: Array, v: Array, distance: Callable[[Array, Array], float] = distance) -> Statistic:
             return lambda i, j: distance(x[i], u[j]) - distance(x[i], v[j])
 
         pairs = list(zip(a, b, strict=True))
-        difference = _over([apart(u, v) for u, v in pairs], sizes, seeds, times)
-        # a debiased distance near 0 makes no sound denominator
+        difference = _over([gap(u, v) for u, v in pairs], sizes, seeds, times)
+        # a debiased distance may be near 0, so it cannot be a denominator
         ratio = distance_ratio(x, a, b, seeds=seeds, resamples=times) if distance is frechet_of_rows else None
         sides = [_over([of(rows) for rows in side], sizes, seeds, times) for side in (a, b)]
-        found.append(_comparison(label, "lower", sides[0], sides[1], difference, ratio))
-    return found
+        comparisons.append(_comparison(label, "lower", sides[0], sides[1], difference, ratio))
+    return comparisons
 
 
 def _values(name: str, a: Array, b: Array, seeds: Sequence[int]) -> Comparison:
-    """Per-clip values [seeds, N] of both sides. Few subsets may all hold the one clip that hit; means are cheap, so draw many."""
+    """Compare per-clip values [seeds, N]. Means are cheap, so draw many subsets: a few might all hold the only hit."""
     sizes = [a.shape[1]]
 
     def over(rows: Array) -> Figure:
@@ -151,7 +161,7 @@ def _comparison(
 
 def _check(first: Sequence[ClipSet], second: Sequence[ClipSet], seeds: Sequence[int]) -> None:
     if not (len(first) == len(second) == len(seeds) > 0):
-        raise DataError(f"{len(first)} and {len(second)} sets of clips for {len(seeds)} seeds; give one of each side per seed")
+        raise DataError(f"{len(first)} and {len(second)} sets of clips for {len(seeds)} seeds; pass one set per side and seed")
     prompts = first[0].captions
     if any(clips.captions != prompts for clips in (*first, *second)):
-        raise DataError("the sets of clips were not made from the same prompts in the same order; sample the missing ones")
+        raise DataError("the sets of clips were not made from the same prompts in the same order; sample the missing clips")

@@ -1,7 +1,7 @@
-"""All metrics of a report, set up once on real clips and then asked about any number of generated sets.
+"""All metrics of a report: set up once on real clips, then applied to any number of generated sets.
 
-What is fitted (the retrieval probe, the word classifier) is fitted on real training clips; what is compared with (the reference
-of the distances, the candidate prompts) are held-out real clips. Generated clips never change a judge.
+The retrieval probe and the word classifier are fitted on real training clips. The reference of the distances and the candidate
+prompts are held-out real clips. Generated clips never change a metric.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from lutetia.models.device import Device
@@ -34,46 +35,64 @@ Better = Literal["lower", "higher", "neither"]
 Name = Literal["fvd", "motion", "retrieval", "classifier", "clip"]
 Array = NDArray[np.float64]
 Step = Callable[[str, int, int], None]
+"""(stage, clips done, clips in all)."""
 logger = logging.getLogger(__name__)
 
 
 class MetricEntry(Frozen):
-    """One line of a report. `real`: the same metric on real held-out clips, or for distances the real-vs-real floor."""
+    """One line of a report."""
 
-    name: str
-    better: Better
-    figure: Figure
-    real: Figure | None = None
-    note: str = ""
+    name: str = Field(description="name of the metric, as printed")
+    better: Better = Field(description="which direction is better")
+    figure: Figure = Field(description="the metric on the evaluated clips, in its own unit")
+    real: Figure | None = Field(
+        default=None, description="the metric on real held-out clips; for distances, the distance of real clips from real clips"
+    )
+    note: str = Field(default="", description="how the figure was measured")
 
 
 class EvaluatorSettings(Frozen):
-    """Where weights lie (None: the assets), and what to leave out. `clip` and `aesthetic` are the user's and have no default."""
+    """Which metrics are measured, with which weights, and where."""
 
-    metrics: tuple[Name, ...] = ("fvd", "motion", "retrieval", "classifier", "clip")
-    cache: Path | None = None
-    i3d: Path | None = None
-    efficientnet: Path | None = None
-    minilm: Path | None = None
-    clip: str | None = None
-    aesthetic: Path | None = None
-    device: Device = "cpu"
-    i3d_precision: Precision = "float32"
-    resamples: int = 60
+    metrics: tuple[Name, ...] = Field(
+        default=("fvd", "motion", "retrieval", "classifier", "clip"), description="metrics to measure"
+    )
+    cache: Path | None = Field(default=None, description="folder that keeps features and samples; none: nothing is kept")
+    i3d: Path | None = Field(default=None, description="file of I3D's weights; none: the asset in LUTETIA_ASSETS")
+    efficientnet: Path | None = Field(
+        default=None, description="file of EfficientNet-lite0's weights; none: the asset in LUTETIA_ASSETS"
+    )
+    minilm: Path | None = Field(default=None, description="folder of MiniLM; none: the asset in LUTETIA_ASSETS")
+    clip: str | None = Field(default=None, description="CLIP for text-video similarity, a folder or hub id; none: left out")
+    aesthetic: Path | None = Field(
+        default=None, description="LAION's aesthetic head for that CLIP, a safetensors file; none: left out"
+    )
+    device: Device = Field(default="cpu", description="device of the networks: cpu, mps, cuda or cuda:N")
+    i3d_precision: Precision = Field(
+        default="float32", description="number format of I3D; bfloat16 is faster on processors with AMX, with other figures"
+    )
+    resamples: int = Field(default=60, description="subsets of clips that are drawn for each interval of a distance")
+
+
+Metric = Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]
+"""(clips, seeds of their sampling) to the entries of the report."""
 
 
 class FeaturePair(NamedTuple):
-    """What a distance compares: `reference` features [M, D] with `features` [N, D] of clips."""
+    """The two sides of a distance: `reference` features [M, D], and a function from clips to features [N, D]."""
 
     reference: Array
     features: Callable[[ClipSet], Array]
 
 
 class Evaluator:
-    """The metrics that this machine has weights for. `left_out` says of the others why.
+    """The metrics that this machine has weights for.
 
-    `views` (for distances, lower is better) and `values` (one number per clip, higher is better) are the parts of which
-    comparisons of two sides are made, see `compare.py`.
+    Attributes:
+        left_out: metric to the reason why it cannot be measured here.
+        views: distances by name; lower is better.
+        values: metrics of one number per clip, by name; higher is better. `comparison.py` compares two sides by `views` and
+            `values`.
     """
 
     def __init__(
@@ -84,8 +103,15 @@ class Evaluator:
         settings: EvaluatorSettings,
         on_progress: Step | None = None,
     ) -> None:
-        """`fit`: real training clips. `reference`: real held-out clips, whose captions are the candidates too. `spare`: further
-        real held-out clips for floors and for the scores of real clips; without them floors come from halves of the reference.
+        """Load the networks and fit the probes.
+
+        Args:
+            fit: real training clips, to fit the probe and the classifier on.
+            reference: real held-out clips; their captions are also the candidate prompts.
+            spare: more real held-out clips, for floors and for the scores of real clips. Without them, floors come from two
+                halves of the reference.
+            settings: metrics and weights.
+            on_progress: called after every few clips that go through a network.
         """
         self.settings, self.reference, self.spare, self.on_progress = settings, reference, spare, on_progress
         self.cache = FeatureCache(settings.cache)
@@ -93,8 +119,8 @@ class Evaluator:
         self.left_out: dict[str, str] = {}
         self.views: dict[str, FeaturePair] = {}
         self.values: dict[str, Callable[[ClipSet], Array]] = {}
-        self._judges: list[Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]] = []
-        makers: dict[Name, Callable[[ClipSet], Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]]] = {
+        self._metrics: list[Metric] = []
+        makers: dict[Name, Callable[[ClipSet], Metric]] = {
             "fvd": self._fvd,
             "motion": self._motion,
             "retrieval": self._retrieval,
@@ -103,46 +129,44 @@ class Evaluator:
         }
         for name in settings.metrics:
             try:
-                self._judges.append(makers[name](fit))
+                self._metrics.append(makers[name](fit))
             except (DataError, ConfigError) as error:
                 self.left_out[name] = str(error)
                 logger.warning("metric %s is left out: %s", name, error)
 
-    def judge(self, clips: ClipSet, seeds: Sequence[int] = ()) -> list[MetricEntry]:
-        """Every metric's entries for `clips`, whose captions must be among the reference's (or the spare clips')."""
-        return [entry for judge in self._judges for entry in judge(clips, tuple(seeds))]
+    def evaluate(self, clips: ClipSet, seeds: Sequence[int] = ()) -> list[MetricEntry]:
+        """The entries of every metric for `clips`. Their captions must be among those of the reference or the spare clips."""
+        return [entry for metric in self._metrics for entry in metric(clips, tuple(seeds))]
 
-    def features(self, extractor: Extractor, clips: ClipSet, name: str, what: str) -> Array:
-        """Cached features [N, D]."""
+    def features(self, extractor: Extractor, clips: ClipSet, name: str, stage: str) -> Array:
+        """Cached features [N, D], float64; `stage` is what progress shows."""
         report = self.on_progress
-        step = (lambda done, total: report(what, done, total)) if report else None
+        step = (lambda done, total: report(stage, done, total)) if report else None
         return self.cache.extract(extractor, clips.frames, step)[name].double().numpy()
 
-    def _distance(
-        self, extractor: Extractor, key: str, label: str, note: str
-    ) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _distance(self, extractor: Extractor, key: str, label: str, note: str) -> Metric:
         reference = self.features(extractor, self.reference, key, label)
         spare = self.features(extractor, self.spare, key, label) if self.spare else None
 
         self.views[label] = FeaturePair(reference, lambda clips: self.features(extractor, clips, key, label))
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
+        def measure(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             rows = self.features(extractor, clips, key, label)
-            found = distances(reference, rows, spare=spare, resamples=self.settings.resamples, seeds=seeds)
+            distance = distances(reference, rows, spare=spare, resamples=self.settings.resamples, seeds=seeds)
             return [
-                MetricEntry(name=label, better="lower", figure=found.plain, real=found.floor, note=note),
+                MetricEntry(name=label, better="lower", figure=distance.plain, real=distance.floor, note=note),
                 MetricEntry(
-                    name=f"{label}, debiased", better="lower", figure=found.debiased, note="0 for equal distributions at any N"
+                    name=f"{label}, debiased", better="lower", figure=distance.debiased, note="0 for equal distributions at any N"
                 ),
                 MetricEntry(
-                    name=f"{label}, N to infinity", better="lower", figure=found.at_infinity, note="too high where N < 400"
+                    name=f"{label}, N to infinity", better="lower", figure=distance.at_infinity, note="too high where N < 400"
                 ),
-                MetricEntry(name=f"{label}, kernel distance", better="lower", figure=found.kernel, real=found.kernel_floor),
+                MetricEntry(name=f"{label}, kernel distance", better="lower", figure=distance.kernel, real=distance.kernel_floor),
             ]
 
-        return judge
+        return measure
 
-    def _fvd(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _fvd(self, fit: ClipSet) -> Metric:
         self.i3d = self._network()
         exact = "" if self.i3d.precision == "float32" else f" in {self.i3d.precision}"
         return self._distance(self.i3d, "logits", "FVD", f"I3D Kinetics-400 logits{exact}, 224 px; compare at equal N only")
@@ -150,13 +174,13 @@ class Evaluator:
     def _network(self) -> I3DExtractor:
         return I3DExtractor(self.settings.i3d, self.settings.device, precision=self.settings.i3d_precision)
 
-    def _motion(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _motion(self, fit: ClipSet) -> Metric:
         extractor = MotionExtractor()
         note = f"Fréchet distance of optical-flow fields ({METHOD}); colours and shapes do not enter"
         distance = self._distance(extractor, "field", "motion distance", note)
         real = mean(self.features(extractor, self.reference, "speed", "motion")[:, 0])
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
+        def measure(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             speed = mean(self.features(extractor, clips, "speed", "motion")[:, 0], seeds=seeds)
             size = f"{clips.frames.shape[3]}x{clips.frames.shape[2]} px, {METHOD}"
             return [
@@ -164,36 +188,36 @@ class Evaluator:
                 MetricEntry(name="motion, px/frame", better="neither", figure=speed, real=real, note=size),
             ]
 
-        return judge
+        return measure
 
-    def _retrieval(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _retrieval(self, fit: ClipSet) -> Metric:
         extractor, encode = self._network(), MiniLM(self.settings.minilm)
         probe = fit_probe(self.features(extractor, fit, "pooled", PROBE_NAME), encode(fit.captions).numpy())
         vectors = encode(self.candidates).numpy()
 
-        def found_in(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Retrieval:
+        def retrieval_of(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Retrieval:
             rows = self.features(extractor, clips, "pooled", PROBE_NAME)
             return retrieve(probe, rows, clips.captions, self.candidates, vectors, seeds)
 
-        self.values[f"{PROBE_NAME}, R@1"] = lambda clips: (found_in(clips).ranks <= 1).astype(float)
-        self.values[f"{PROBE_NAME}, MRR"] = lambda clips: 1 / found_in(clips).ranks
-        real = found_in(self._real)
+        self.values[f"{PROBE_NAME}, R@1"] = lambda clips: (retrieval_of(clips).ranks <= 1).astype(float)
+        self.values[f"{PROBE_NAME}, MRR"] = lambda clips: 1 / retrieval_of(clips).ranks
+        real = retrieval_of(self._real)
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
-            found = found_in(clips, seeds)
-            note = f"stand-in, not CLIP; fitted on {probe.pairs} real pairs; {found.candidates} candidates"
+        def measure(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
+            retrieval = retrieval_of(clips, seeds)
+            note = f"stand-in, not CLIP; fitted on {probe.pairs} real pairs; {retrieval.candidates} candidates"
             return [
                 MetricEntry(name=f"{PROBE_NAME}, {label}", better="higher", figure=figure, real=of_real, note=note)
                 for label, figure, of_real in (
-                    ("R@1", found.recall_1, real.recall_1),
-                    ("R@5", found.recall_5, real.recall_5),
-                    ("MRR", found.mrr, real.mrr),
+                    ("R@1", retrieval.recall_1, real.recall_1),
+                    ("R@5", retrieval.recall_5, real.recall_5),
+                    ("MRR", retrieval.mrr, real.mrr),
                 )
             ]
 
-        return judge
+        return measure
 
-    def _classifier(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _classifier(self, fit: ClipSet) -> Metric:
         extractor = EfficientNetExtractor(self.settings.efficientnet, self.settings.device)
 
         def rows_of(clips: ClipSet) -> Array:
@@ -202,31 +226,31 @@ class Evaluator:
 
         classifier = fit_classifier(rows_of(fit), fit.captions)
 
-        def found_in(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Accuracy:
+        def accuracy_of(clips: ClipSet, seeds: tuple[int, ...] = ()) -> Accuracy:
             return classify(classifier, rows_of(clips), clips.captions, self.candidates, seeds)
 
-        self.values[f"{CLASSIFIER_NAME}, R@1"] = lambda clips: (found_in(clips).retrieval.ranks <= 1).astype(float)
-        self.values[WORDS_NAME] = lambda clips: found_in(clips).per_clip
-        real = found_in(self._real)
+        self.values[f"{CLASSIFIER_NAME}, R@1"] = lambda clips: (accuracy_of(clips).retrieval.ranks <= 1).astype(float)
+        self.values[WORDS_NAME] = lambda clips: accuracy_of(clips).per_clip
+        real = accuracy_of(self._real)
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
-            found = found_in(clips, seeds)
+        def measure(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
+            accuracy = accuracy_of(clips, seeds)
             note = (
                 f"{len(classifier.vocabulary)} words, fitted on {classifier.pairs} real pairs; {len(self.candidates)} candidates"
             )
             named = (
-                (f"{CLASSIFIER_NAME}, R@1", found.retrieval.recall_1, real.retrieval.recall_1),
-                (f"{CLASSIFIER_NAME}, R@5", found.retrieval.recall_5, real.retrieval.recall_5),
-                (WORDS_NAME, found.words, real.words),
+                (f"{CLASSIFIER_NAME}, R@1", accuracy.retrieval.recall_1, real.retrieval.recall_1),
+                (f"{CLASSIFIER_NAME}, R@5", accuracy.retrieval.recall_5, real.retrieval.recall_5),
+                (WORDS_NAME, accuracy.words, real.words),
             )
             return [MetricEntry(name=name, better="higher", figure=a, real=b, note=note) for name, a, b in named]
 
-        return judge
+        return measure
 
-    def _clip(self, fit: ClipSet) -> Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]:
+    def _clip(self, fit: ClipSet) -> Metric:
         ref = self.settings.clip
         if ref is None:
-            raise ConfigError("no CLIP is named; give a folder or hub id, for instance openai/clip-vit-large-patch14")
+            raise ConfigError("no CLIP is set; name a folder or hub id, for instance openai/clip-vit-large-patch14")
         clip = ClipModel(ref, self.settings.device)
         head = AestheticHead(self.settings.aesthetic) if self.settings.aesthetic else None
 
@@ -242,13 +266,13 @@ class Evaluator:
         self.values.update(scores)
         real = {name: mean(score(self._real)) for name, score in scores.items()}
 
-        def judge(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
+        def measure(clips: ClipSet, seeds: tuple[int, ...]) -> list[MetricEntry]:
             return [
                 MetricEntry(name=name, better="higher", figure=mean(score(clips), seeds=seeds), real=real[name], note=ref)
                 for name, score in scores.items()
             ]
 
-        return judge
+        return measure
 
     @property
     def _real(self) -> ClipSet:

@@ -1,4 +1,4 @@
-"""Features of clips, computed once: a cache on disk that is addressed by the clip's pixels and the network's tag."""
+"""Features of clips, computed once: a cache on disk, addressed by the pixels of the clip and the tag of the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lutetia.system.files import atomic_path
 
 
 class Extractor(Protocol):
-    """Clips uint8 [N, F, H, W, 3] to named features [N, D]; `tag` changes whenever the same clip could give other features."""
+    """Clips uint8 [N, F, H, W, 3] to named features [N, D]. `tag` must change whenever a clip could give other features."""
 
     tag: str
 
@@ -30,16 +30,16 @@ def clip_digest(clip: Tensor) -> str:
 
 
 class FeatureCache:
-    """`<folder>/<tag's hash>/<digest[:2]>/<digest>.safetensors`, one file per clip: any later subset of clips finds its own.
+    """One file per clip: `<folder>/<hash of the tag>/<digest[:2]>/<digest>.safetensors`, so that any subset of clips hits.
 
-    Without a folder nothing is kept. A file that was cut short is computed again.
+    Without a folder nothing is kept. A truncated file is computed again.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
     def path(self, tag: str, digest: str) -> Path | None:
-        """Where the features of the clip `digest` lie, None without a folder."""
+        """The file with the features of the clip `digest`; None without a folder."""
         if self.folder is None:
             return None
         return self.folder / hashlib.sha256(tag.encode()).hexdigest()[:16] / digest[:2] / f"{digest}.safetensors"
@@ -47,7 +47,14 @@ class FeatureCache:
     def extract(
         self, extractor: Extractor, clips: Tensor, on_progress: Callable[[int, int], None] | None = None, chunk: int = 16
     ) -> dict[str, Tensor]:
-        """Features of every clip, in order; only those that the cache lacks go through the network, `chunk` at a time."""
+        """Features of every clip, in order. Only clips that are not in the cache go through the network.
+
+        Args:
+            extractor: the network.
+            clips: uint8 [N, F, H, W, 3].
+            on_progress: called with clips done and clips in all.
+            chunk: clips per call of the network.
+        """
         paths = [self.path(extractor.tag, clip_digest(clip)) if self.folder else None for clip in clips]
         rows = [_read(path) for path in paths]
         missing = [number for number, row in enumerate(rows) if row is None]
@@ -60,8 +67,8 @@ class FeatureCache:
                 _write(paths[number], row)
             if on_progress:
                 on_progress(len(clips) - len(missing) + start + len(numbers), len(clips))
-        found = [row for row in rows if row is not None]
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]} if found else {}
+        complete = [row for row in rows if row is not None]
+        return {name: torch.stack([row[name] for row in complete]) for name in complete[0]} if complete else {}
 
 
 def _read(path: Path | None) -> dict[str, Tensor] | None:
@@ -80,5 +87,5 @@ def _write(path: Path | None, row: dict[str, Tensor]) -> None:
 
 
 def set_digest(clips: Tensor | Sequence[Tensor]) -> str:
-    """One name for an ordered set of clips: SHA-256 over the clips' digests."""
+    """SHA-256 (hex) over the digests of the clips, in order."""
     return hashlib.sha256("\n".join(clip_digest(clip) for clip in clips).encode()).hexdigest()

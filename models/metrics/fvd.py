@@ -1,8 +1,8 @@
-"""Fréchet video distance and its companions, each with an interval, a floor and a cache.
+"""Fréchet video distance (FVD) and related distances, each with an interval and a floor, and a cache of reference statistics.
 
-FVD proper compares I3D's logits. It hardly notices wrong motion, so a companion compares fields of optical flow (`motion.py`).
-Of either there are the plain distance at this N, the debiased one, the extrapolation to infinite N, the unbiased kernel distance,
-and the floor that two real sets reach.
+FVD compares the logits of I3D. It hardly notices wrong motion, so a second distance compares fields of optical flow
+(`motion.py`). Each comes in four forms: the plain distance at this N, the debiased one, the extrapolation to infinite N, and the
+unbiased kernel distance. The floor is the distance between two real sets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from torch import Tensor
 
 from lutetia.models.metrics.features import Extractor, FeatureCache, set_digest
@@ -35,47 +36,52 @@ Array = NDArray[np.float64]
 
 
 class Distances(Frozen):
-    """All distances of one set of clips from one real set. `floor` and `kernel_floor`: the same of real clips from real clips."""
+    """All distances of one set of clips from one real set, in squared units of the features."""
 
-    plain: Figure
-    debiased: Figure
-    at_infinity: Figure
-    kernel: Figure
-    floor: Figure | None = None
-    kernel_floor: Figure | None = None
+    plain: Figure = Field(description="Fréchet distance at this number of clips")
+    debiased: Figure = Field(description="Fréchet distance less the mean distance within each set")
+    at_infinity: Figure = Field(description="Fréchet distance extrapolated to infinitely many clips")
+    kernel: Figure = Field(description="polynomial kernel distance (MMD), unbiased")
+    floor: Figure | None = Field(default=None, description="plain distance of real clips from real clips")
+    kernel_floor: Figure | None = Field(default=None, description="kernel distance of real clips from real clips")
 
 
 def distances(
     reference: ArrayLike, clips: ArrayLike, *, spare: ArrayLike | None = None, resamples: int = 60, seeds: Sequence[int] = ()
 ) -> Distances:
-    """Distances of features [N, D] of clips from features [M, D] of reference clips.
+    """Distances of clips from reference clips.
 
-    `spare` are features of further real clips: the floor compares as many of them as there are clips with the reference. Without
-    them the floor compares two halves of the reference, at half the N and so too high: its `n` tells.
+    Args:
+        reference: features [M, D] of the reference clips.
+        clips: features [N, D] of the clips.
+        spare: features of more real clips. The floor compares N of them with the reference. Without them it compares two halves
+            of the reference, at half the number of clips, and is too high; its `n` shows that.
+        resamples: subsets drawn for each interval.
+        seeds: seeds of the sampling, for the record.
     """
     x, y = np.asarray(reference, np.float64), np.asarray(clips, np.float64)
 
-    def judged(statistic: Callable[[Array, Array], float], a: Array, b: Array, times: int = resamples) -> Figure:
+    def distance(statistic: Callable[[Array, Array], float], a: Array, b: Array, times: int = resamples) -> Figure:
         return subsampling(lambda i, j: statistic(a[i], b[j]), [len(a), len(b)], resamples=times, seeds=seeds)
 
     floor_x, floor_y = floor_pair(x, None if spare is None else np.asarray(spare, np.float64), len(y))
     return Distances(
-        plain=judged(frechet_of_rows, x, y),
+        plain=distance(frechet_of_rows, x, y),
         # each of these two is itself about a dozen distances
-        debiased=judged(frechet_debiased, x, y, max(12, resamples // 4)),
-        at_infinity=judged(frechet_at_infinity, x, y, max(12, resamples // 4)),
-        kernel=judged(polynomial_mmd, x, y),
-        floor=judged(frechet_of_rows, floor_x, floor_y),
-        kernel_floor=judged(polynomial_mmd, floor_x, floor_y),
+        debiased=distance(frechet_debiased, x, y, max(12, resamples // 4)),
+        at_infinity=distance(frechet_at_infinity, x, y, max(12, resamples // 4)),
+        kernel=distance(polynomial_mmd, x, y),
+        floor=distance(frechet_of_rows, floor_x, floor_y),
+        kernel_floor=distance(polynomial_mmd, floor_x, floor_y),
     )
 
 
 def floor_pair(reference: Array, spare: Array | None, wanted: int) -> tuple[Array, Array]:
-    """Two disjoint real sets for a floor: the reference and `wanted` spare clips, or else two halves of the reference."""
+    """Two disjoint real sets: the reference and `wanted` spare clips, or two halves of the reference if there are none."""
     if spare is not None and len(spare) >= 2:
         return reference, spare[:wanted]
     if len(reference) < 4:
-        raise DataError(f"{len(reference)} real clips give no floor; use 4 or more")
+        raise DataError(f"{len(reference)} real clips are too few for a floor; use 4 or more")
     order = np.random.default_rng(0).permutation(len(reference))
     half = len(reference) // 2
     return reference[order[:half]], reference[order[half : 2 * half]]
@@ -92,15 +98,25 @@ def distance_ratio(
 ) -> Figure | None:
     """distance(first) / distance(second), for instance FVD(monolith) / FVD(mixture), with an interval.
 
-    `first` and `second` [N, D] are made from the same prompts in the same order, and are resampled as pairs. Lists of them, one
-    per training seed, give the mean over seeds, and an interval that holds the spread between seeds as well. None where the
-    second is not away from the reference at all, as clips without any motion are by their motion.
+    Args:
+        reference: features [M, D] of real clips.
+        first: features [N, D] of clips, or a list of them, one per training seed. A list gives the mean over seeds, and an
+            interval that includes the spread between seeds.
+        second: likewise, from the same prompts in the same order; the sides are resampled as pairs.
+        seeds: training seeds.
+        statistic: the distance.
+        resamples: subsets drawn for the interval.
+
+    Returns None if the second distance is 0, for instance the motion of clips without any motion.
+    Raises DataError if the sides have different numbers of clips.
     """
     x = np.asarray(reference, np.float64)
     pairs = list(zip(_sets(first), _sets(second), strict=True))
     count = len(pairs[0][0])
     if any(len(a) != count or len(b) != count for a, b in pairs):
-        raise DataError("a ratio of distances needs equally many clips on both sides, from the same prompts; generate the rest")
+        raise DataError(
+            "a ratio of distances needs equally many clips on both sides, from the same prompts; generate the missing clips"
+        )
 
     def ratio_of(pair: tuple[Array, Array]) -> Statistic:
         return lambda i, j: statistic(x[i], pair[0][j]) / statistic(x[i], pair[1][j])
@@ -120,7 +136,7 @@ def reference_statistics(
     name: str = "logits",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Gaussian:
-    """Mean and covariance of a reference set, computed once: kept beside the features under the digest of the clips."""
+    """Mean and covariance of a reference set; kept in the cache under the digest of the clips, so computed once."""
     path = statistics_path(cache, extractor, clips, name)
     if path is not None and path.is_file():
         return load_gaussian(path)
@@ -131,7 +147,7 @@ def reference_statistics(
 
 
 def statistics_path(cache: FeatureCache, extractor: Extractor, clips: Tensor, name: str) -> Path | None:
-    """Where `reference_statistics` keeps those of `clips`; None without a cache folder."""
+    """The file in which `reference_statistics` keeps those of `clips`; None without a cache folder."""
     path = cache.path(extractor.tag, set_digest(clips))
     return path.with_name(f"{path.stem}-{name}-statistics.safetensors") if path else None
 

@@ -1,4 +1,4 @@
-"""Clips to judge, sampled from a mixture prompt by prompt and kept on disk, so that a run that was cut goes on where it was."""
+"""Sample clips from a mixture prompt by prompt, and keep them on disk, so that an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lutetia.system.files import atomic_path
 
 
 class SamplingOptions(Frozen):
-    """How clips are sampled. None: as the mixture itself says."""
+    """How clips are sampled. Where a field is not set, the settings of the mixture apply."""
 
-    steps: int | None = Field(default=None, ge=1)
-    guidance: float | None = Field(default=None, ge=0)
-    mode: Literal["top1", "top2", "full", "sticky"] | None = None
-    expert: int | None = Field(default=None, ge=0, description="this expert alone, whatever the router says")
-    batch: int = Field(default=8, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="steps of the ODE solver")
+    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance; 1: none")
+    mode: Literal["top1", "top2", "full", "sticky"] | None = Field(default=None, description="how experts are chosen")
+    expert: int | None = Field(default=None, ge=0, description="number of the only expert to use, instead of the router's choice")
+    batch: int = Field(default=8, ge=1, description="clips sampled at once")
 
 
 class ClipSampler(Protocol):
-    """Prompts to frames uint8 [N, F, H, W, 3] and the experts' weights [steps, N, K]; prompt i starts from noise `seed + i`.
+    """Prompts to frames uint8 [N, F, H, W, 3] and the experts' weights [steps, N, K]. Prompt i starts from noise `seed + i`.
 
-    `tag` changes with the mixture and with how it is asked; `shape` is that of the clips.
+    `tag` must change with the mixture and with the settings of its sampling; `shape` is that of the clips.
     """
 
     tag: str
@@ -44,9 +44,9 @@ class ClipSampler(Protocol):
 
 
 class MixtureSampler:
-    """A stitched mixture folder as a sampler. Raises ConfigError when the folder holds none.
+    """Sample from the folder of a stitched mixture. Raises ConfigError if the folder holds none.
 
-    With `oracle`, prompt to expert, each prompt goes to the expert of its cluster instead of where the router would send it.
+    With `oracle` (prompt to expert), each prompt goes to the expert of its cluster, and the router is not used.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class MixtureSampler:
     def __call__(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
         seeds = list(range(seed, seed + len(prompts)))
         if self.oracle is None:
-            return self._ask(prompts, seeds, self.sampling.expert)
+            return self._sample(prompts, seeds, self.sampling.expert)
         chosen = [self.oracle[prompt] for prompt in prompts]
         frames, routing = {}, {}
         for expert in sorted(set(chosen)):
-            rows = [row for row, own in enumerate(chosen) if own == expert]
-            clips, weights = self._ask([prompts[row] for row in rows], [seeds[row] for row in rows], expert)
+            rows = [row for row, number in enumerate(chosen) if number == expert]
+            clips, weights = self._sample([prompts[row] for row in rows], [seeds[row] for row in rows], expert)
             frames.update(zip(rows, clips, strict=True))
             routing.update(zip(rows, weights.unbind(1), strict=True))
         order = range(len(prompts))
         return torch.stack([frames[row] for row in order]), torch.stack([routing[row] for row in order], dim=1)
 
-    def _ask(self, prompts: Sequence[str], seeds: Sequence[int], expert: int | None) -> tuple[Tensor, Tensor]:
-        asked = self.sampling
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[int], expert: int | None) -> tuple[Tensor, Tensor]:
+        options = self.sampling
         output: Any = self.pipeline(
-            list(prompts), asked.steps, asked.guidance, mode=asked.mode, expert=expert, seed=seeds[0],
+            list(prompts), options.steps, options.guidance, mode=options.mode, expert=expert, seed=seeds[0],
             latents=initial_noise(self.pipeline.spec.shape, seeds), cut_prompts=True,
         )  # fmt: skip
         return torch.from_numpy(to_uint8(output.frames)), output.routing
@@ -91,9 +91,11 @@ def generate(
     folder: Path | None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[ClipSet, Tensor]:
-    """One clip per caption of `prompts`, with noise of its own by `seed` and number, and the routing [steps, N, K] of all.
+    """Sample one clip per caption of `prompts`, each from its own noise, determined by `seed` and its number.
 
-    With a `folder`, every finished batch is kept below it under mixture, prompts, settings and seed.
+    With a `folder`, every finished batch is kept there, under a name made of mixture, prompts, settings and seed.
+
+    Returns the clips and the weights of the experts [steps, N, K].
     """
     frames, weights = [], []
     for start in range(0, len(prompts), sampling.batch):
@@ -117,8 +119,8 @@ def generate(
 def _path(folder: Path | None, tag: str, sampling: SamplingOptions, captions: Sequence[str], seed: int) -> Path | None:
     if folder is None:
         return None
-    asked = {"tag": tag, "sampling": sampling.model_dump(mode="json"), "captions": list(captions), "seed": seed}
-    return folder / "generated" / f"{hashlib.sha256(canonical(asked)).hexdigest()}.safetensors"
+    key = {"tag": tag, "sampling": sampling.model_dump(mode="json"), "captions": list(captions), "seed": seed}
+    return folder / "generated" / f"{hashlib.sha256(canonical(key)).hexdigest()}.safetensors"
 
 
 def _read(path: Path | None) -> dict[str, Tensor] | None:

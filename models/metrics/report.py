@@ -1,4 +1,4 @@
-"""`lutetia evaluate MIXTURE DATA`: sample the held-out prompts, judge the clips, write down each figure and what it means."""
+"""`lutetia evaluate MIXTURE DATA`: sample the held-out prompts, measure the clips, and report each figure with its meaning."""
 
 from __future__ import annotations
 
@@ -25,53 +25,62 @@ from lutetia.protocol.schema.canonical import Frozen
 from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
+"""(stage, done, total)."""
 MIN_CLIPS = 20
 
 
 class EvaluateSettings(Frozen):
-    """How much to judge and by what. `clips` prompts and as many real clips; `spare` more real clips make the floors at equal N.
+    """What `lutetia evaluate` samples and measures."""
 
-    `shape` says how real clips are cut in time and space, as when the run's data were built; by default the middle of each. It is
-    required where the clips to judge are a folder of video files. `loss_clips`: held-out clips for the loss by timestep.
-    `complete`: refuse to judge at all where one of the metrics asked for cannot be had, instead of naming it as left out.
-    """
-
-    clips: int = Field(default=256, ge=MIN_CLIPS)
-    spare: int = Field(default=256, ge=0)
-    fit_clips: int = Field(default=1000, ge=MIN_CLIPS)
-    seed: int = 0
-    prompts: Literal["natural", "stratified"] = "natural"
-    loss_clips: int = Field(default=256, ge=0)
-    complete: bool = False
-    shape: ClipShape | None = None
-    sampling: SamplingOptions = SamplingOptions()
-    judges: EvaluatorSettings = EvaluatorSettings()
+    clips: int = Field(default=256, ge=MIN_CLIPS, description="prompts to sample, and as many real clips to compare with")
+    spare: int = Field(default=256, ge=0, description="more real held-out clips, for floors at the same number of clips")
+    fit_clips: int = Field(default=1000, ge=MIN_CLIPS, description="real training clips to fit probe and classifier on")
+    seed: int = Field(default=0, description="seed of the choice of clips and of the sampling noise")
+    prompts: Literal["natural", "stratified"] = Field(
+        default="natural", description="natural: kinds as frequent as in the data; stratified: equally many of each kind"
+    )
+    loss_clips: int = Field(default=256, ge=0, description="held-out clips for the loss by timestep; 0: not measured")
+    complete: bool = Field(
+        default=False, description="fail if one of the metrics cannot be measured, instead of reporting it as left out"
+    )
+    shape: ClipShape | None = Field(
+        default=None,
+        description="how real clips are cut in time and space, as when the data of the run were built; none: the middle of each "
+        "clip at the size of the mixture. Required to evaluate a folder of video files",
+    )
+    sampling: SamplingOptions = Field(default=SamplingOptions(), description="how the mixture is sampled")
+    evaluator: EvaluatorSettings = Field(default=EvaluatorSettings(), description="metrics and their weights")
 
 
 class MetricsReport(Frozen):
-    """What `evaluate` found. `left_out`: metric to the reason why it is missing."""
+    """The result of `lutetia evaluate`."""
 
-    judged: str
-    data: str
-    clips: int
-    reference_clips: int
-    spare_clips: int
-    fit_clips: int
-    shape: str
-    seed: int
-    prompts: str
-    sampling: SamplingOptions | None
-    entries: tuple[MetricEntry, ...]
-    routing: Routing | None
-    losses: dict[str, TimedLoss] = {}
-    left_out: dict[str, str]
-    hardware: str
-    seconds: float
+    evaluated: str = Field(description="name of the folder of the mixture or of the clips")
+    data: str = Field(description="name of the folder of real clips")
+    clips: int = Field(description="evaluated clips")
+    reference_clips: int = Field(description="real held-out clips that they were compared with")
+    spare_clips: int = Field(description="more real held-out clips, for the floors")
+    fit_clips: int = Field(description="real training clips that probe and classifier were fitted on")
+    shape: str = Field(description="frames, size in pixels and frames per second of the clips, in words")
+    seed: int = Field(description="seed of the choice of clips and of the sampling noise")
+    prompts: str = Field(description="natural or stratified")
+    sampling: SamplingOptions | None = Field(description="how the mixture was sampled; none for a folder of clips")
+    entries: tuple[MetricEntry, ...] = Field(description="one line per figure")
+    routing: Routing | None = Field(description="decisions of the router; none for a folder of clips")
+    losses: dict[str, TimedLoss] = Field(default={}, description="candidate (mixture, expert 0, …) to its held-out loss")
+    left_out: dict[str, str] = Field(description="metric to the reason why it was not measured")
+    hardware: str = Field(description="the machine, in words")
+    seconds: float = Field(description="duration of the evaluation, seconds")
 
     def markdown(self) -> str:
-        """The report as a table, best read beside another one of the same data and settings."""
-        what = f"{self.clips} clips of {self.shape} against {self.reference_clips} held-out real ones ({self.prompts} prompts)"
-        lines = [f"# {self.judged} on {self.data}", "", f"{what}, seed {self.seed}; {self.hardware}; {self.seconds:.0f} s.", ""]
+        """The report as a table; compare it with another report of the same data and settings only."""
+        scope = f"{self.clips} clips of {self.shape} against {self.reference_clips} held-out real ones ({self.prompts} prompts)"
+        lines = [
+            f"# {self.evaluated} on {self.data}",
+            "",
+            f"{scope}, seed {self.seed}; {self.hardware}; {self.seconds:.0f} s.",
+            "",
+        ]
         lines += ["| metric | figure (95 % interval) | real clips | note |", "|---|---|---|---|"]
         arrows = {"lower": " ↓", "higher": " ↑", "neither": ""}
         for entry in self.entries:
@@ -88,44 +97,50 @@ class MetricsReport(Frozen):
 
 
 def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress: Progress | None = None) -> MetricsReport:
-    """Judge the mixture in the folder `mixture` by the clips of the folder `data` (videos, captions and splits).
+    """Evaluate a mixture on held-out real clips.
 
-    Prompts, reference and candidates come from the split `test`, the probes are fitted on the split `train`. `mixture` may also
-    be a folder of videos with captions: these are then judged as they are. Raises DataError where there are too few clips.
+    Args:
+        mixture: folder of the mixture, or a folder of videos with captions, which are measured as they are.
+        data: folder of real clips with captions and splits. Prompts, reference and candidates come from the split `test`; the
+            probes are fitted on the split `train`.
+        settings: how many clips, and which metrics.
+        on_progress: called with stage, done and total.
+
+    Raises DataError if there are too few clips or, with `settings.complete`, if a metric cannot be measured.
     """
-    begun = time.monotonic()
-    step = on_progress or (lambda what, done, total: None)
+    started = time.monotonic()
+    step = on_progress or (lambda stage, done, total: None)
     stratified = settings.prompts == "stratified"
     if _holds_clips(mixture):
         if settings.shape is None:
-            raise DataError(f"{mixture} is a folder of videos; say into which shape (frames, fps, size) to bring them")
+            raise DataError(f"{mixture} is a folder of videos; set the frames, fps and size that they are cut to")
         shape, sampling, sampler = settings.shape, None, None
     else:
-        sampling, sampler = settings.sampling, MixtureSampler(mixture, settings.sampling, settings.judges.device)
+        sampling, sampler = settings.sampling, MixtureSampler(mixture, settings.sampling, settings.evaluator.device)
         shape = _agreed(settings.shape, sampler.shape)
 
-    def read(split: Literal["train", "test"], first: int, limit: int, what: str) -> ClipSet:
+    def read(split: Literal["train", "test"], first: int, limit: int, stage: str) -> ClipSet:
         return read_clips(
             data, shape, split=split, first=first, limit=limit, seed=settings.seed, stratified=stratified and split == "test",
-            on_progress=lambda done, total: step(what, done, total),
+            on_progress=lambda done, total: step(stage, done, total),
         )  # fmt: skip
 
     reference = read("test", 0, settings.clips, "reading real clips")
     if len(reference) < MIN_CLIPS:
         raise DataError(f"{data} has {len(reference)} clips of split test, fewer than {MIN_CLIPS}; hold more clips out")
-    left = sum(clip.split == "test" for clip in read_listing(data).clips) - settings.clips
-    wants_spare = min(left, settings.spare) >= 2  # a small test split leaves none, and floors then come from halves
-    spare = read("test", settings.clips, settings.spare, "reading further real clips") if wants_spare else None
+    remaining = sum(clip.split == "test" for clip in read_listing(data).clips) - settings.clips
+    has_spare = min(remaining, settings.spare) >= 2  # else floors come from two halves of the reference
+    spare = read("test", settings.clips, settings.spare, "reading more real clips") if has_spare else None
     fit = read("train", 0, settings.fit_clips, "reading clips to fit the probes on")
-    judges = Evaluator(fit, reference, spare, settings.judges, on_progress)
-    if settings.complete and judges.left_out:
-        name, reason = next(iter(judges.left_out.items()))
-        raise DataError(f"the metric {name} cannot be measured: {reason}; or leave it out of the metrics asked for")
+    evaluator = Evaluator(fit, reference, spare, settings.evaluator, on_progress)
+    if settings.complete and evaluator.left_out:
+        name, reason = next(iter(evaluator.left_out.items()))
+        raise DataError(f"the metric {name} cannot be measured: {reason}; or remove it from the list of metrics")
     routing, losses = None, {}
     if sampler is None:
-        judged = _known(mixture, shape, settings.clips, reference)
+        clips = _known(mixture, shape, settings.clips, reference)
     else:
-        judged, weights = generate(sampler, reference, settings.sampling, settings.seed, settings.judges.cache, step)
+        clips, weights = generate(sampler, reference, settings.sampling, settings.seed, settings.evaluator.cache, step)
         routing = routing_figures(weights)
         if settings.loss_clips:
             losses = flow_losses(
@@ -133,9 +148,9 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
                 on_progress=lambda done, total: step("loss by timestep", done, total),
             )  # fmt: skip
     return MetricsReport(
-        judged=mixture.name,
+        evaluated=mixture.name,
         data=data.name,
-        clips=len(judged),
+        clips=len(clips),
         reference_clips=len(reference),
         spare_clips=len(spare) if spare else 0,
         fit_clips=len(fit),
@@ -143,24 +158,24 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
         seed=settings.seed,
         prompts=settings.prompts,
         sampling=sampling,
-        entries=tuple(judges.judge(judged, (settings.seed,))),
+        entries=tuple(evaluator.evaluate(clips, (settings.seed,))),
         routing=routing,
         losses=losses,
-        left_out=judges.left_out,
+        left_out=evaluator.left_out,
         hardware=hardware(),
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - started,
     )
 
 
 def hardware() -> str:
-    """The device in words, as it stands beside every figure."""
+    """The processor or GPU in words, to be printed beside every figure."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} cores of {_processor()} ({platform.machine()})"
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it, or else "a CPU"."""
+    """The name of the processor from /proc/cpuinfo, or "a CPU" where there is none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -169,19 +184,19 @@ def _processor() -> str:
 
 
 def _agreed(asked: ClipShape | None, made: ClipShape) -> ClipShape:
-    """The user's way of cutting real clips, if it gives clips of the mixture's size."""
+    """The shape that the user asked for. Raises DataError unless it has the frames and size of the mixture."""
     if asked is None:
         return made
     for name in ("frames", "height", "width"):
         if getattr(asked, name) != getattr(made, name):
             raise DataError(
-                f"the mixture makes clips of {name} {getattr(made, name)}, not {getattr(asked, name)}; judge at its own size"
+                f"the mixture makes clips of {name} {getattr(made, name)}, not {getattr(asked, name)}; use its own size"
             )
     return asked
 
 
 def _holds_clips(folder: Path) -> bool:
-    """Whether a folder is to be judged as clips: by their metadata, or as archives or files with captions beside them."""
+    """Whether the folder holds clips rather than a mixture: it has metadata, or archives or videos with captions."""
     if any((folder / name).is_file() for name in METADATA_NAMES):
         return True
     try:
@@ -191,11 +206,11 @@ def _holds_clips(folder: Path) -> bool:
 
 
 def _known(folder: Path, shape: ClipShape, limit: int, reference: ClipSet) -> ClipSet:
-    """The folder's clips whose captions are prompts of the reference. Raises DataError when there are too few to judge."""
+    """The clips of the folder whose captions are prompts of the reference. Raises DataError if there are too few."""
     prompts = frozenset(reference.captions)
-    found = sum(clip.caption in prompts for clip in read_listing(folder).clips)
-    if found < MIN_CLIPS:
+    matching = sum(clip.caption in prompts for clip in read_listing(folder).clips)
+    if matching < MIN_CLIPS:
         raise DataError(
-            f"{found} clips of {folder} have captions of the held-out clips, fewer than {MIN_CLIPS}; sample those prompts"
+            f"{matching} clips of {folder} have captions of held-out clips, fewer than {MIN_CLIPS}; sample more of those prompts"
         )
     return read_clips(folder, shape, captions=prompts, limit=limit)

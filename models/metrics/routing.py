@@ -1,4 +1,4 @@
-"""What the router did while clips were sampled, and tables of held-out loss and of router accuracy by timestep."""
+"""Figures of the router's decisions during sampling, and tables of held-out loss and of router accuracy by timestep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lutetia.protocol.schema.canonical import Frozen
@@ -14,7 +15,7 @@ from lutetia.system.errors import DataError
 
 
 class ByTime(Protocol):
-    """What `evaluation.HoldoutLoss` is: a mean, and the means in equal bins of t (None where a bin is empty)."""
+    """A mean loss, and the means in equal bins of t (None for an empty bin), such as `TimedLoss`."""
 
     @property
     def loss(self) -> float: ...
@@ -23,7 +24,7 @@ class ByTime(Protocol):
 
 
 class RouterAccuracy(Protocol):
-    """What `router.RouterReport` is."""
+    """Accuracy and expected calibration error, overall and in equal bins of t, such as `RouterReport`."""
 
     @property
     def accuracy(self) -> float: ...
@@ -36,17 +37,16 @@ class RouterAccuracy(Protocol):
 
 
 class Routing(Frozen):
-    """`load`: each expert's share of all steps and clips. `balance`: entropy of the load over log K, 1 when even. `entropy`: mean
-    entropy of a single decision, nats. `switches`: mean number of changes of the leading expert per clip."""
+    """How the router shared the sampling steps among the experts."""
 
-    load: tuple[float, ...]
-    balance: float
-    entropy: float
-    switches: float
+    load: tuple[float, ...] = Field(description="share of each expert in all steps and clips, 0 to 1")
+    balance: float = Field(description="entropy of the load divided by log K; 1: evenly shared")
+    entropy: float = Field(description="mean entropy of a single decision, nats")
+    switches: float = Field(description="mean number of changes of the leading expert per clip")
 
 
 def routing_figures(weights: Tensor) -> Routing:
-    """Figures of the experts' weights [steps, N, K] that sampling hands back. Raises DataError on another shape."""
+    """Figures of the experts' weights [steps, N, K] that sampling returns. Raises DataError on another shape."""
     if weights.ndim != 3 or weights.numel() == 0:
         raise DataError(f"routing must be the weights [steps, clips, experts], not {list(weights.shape)}; sample again")
     shares = weights.double()
@@ -63,14 +63,14 @@ def routing_figures(weights: Tensor) -> Routing:
 
 
 def loss_table(losses: Mapping[str, ByTime]) -> str:
-    """Markdown: one row per candidate (monolith, expert 0, …): held-out loss, overall and by bin of t, 0 data to 1 noise."""
+    """Markdown with one row per candidate (monolith, expert 0, …): held-out loss overall and by bin of t (0 data, 1 noise)."""
     bins = max((len(loss.by_time) for loss in losses.values()), default=0)
     rows = [[name, f"{loss.loss:.4f}", *(_cell(value) for value in loss.by_time)] for name, loss in losses.items()]
     return _table(["held-out loss", "all t", *_spans(bins)], rows)
 
 
 def router_table(reports: Mapping[str, RouterAccuracy]) -> str:
-    """Markdown: accuracy and calibration error of each router, overall and by bin of t."""
+    """Markdown with two rows per router: accuracy and calibration error, overall and by bin of t."""
     bins = max((len(report.accuracy_by_time) for report in reports.values()), default=0)
     rows = []
     for name, report in reports.items():

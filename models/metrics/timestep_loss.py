@@ -1,6 +1,6 @@
-"""The flow-matching loss of a mixture on held-out clips by timestep: the same clips, noise and times for whoever is compared.
+"""The flow-matching loss of a mixture on held-out clips by timestep. Every model gets the same clips, noise and times.
 
-It needs no sampling and hardly varies, so it tells two models apart long before a Fréchet distance can.
+It needs no sampling and varies little, so it separates two models with far fewer clips than a Fréchet distance.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from lutetia.models.randomness import normals, stream
 from lutetia.protocol.schema.canonical import Frozen
 
 BINS = 10
-ROWS = 32  # per forward pass; does not change which noise a row gets
+ROWS = 32  # clips per forward pass; the noise of a row does not depend on it
 
 
 class TimedLoss(Frozen):
-    """`loss`: mean over clips and noises, t uniform in (0, 1). `by_time`: means in ten equal bins of t, 0 data to 1 noise."""
+    """A held-out loss, overall and by timestep."""
 
-    loss: float
-    by_time: tuple[float | None, ...] = Field(min_length=BINS, max_length=BINS)
+    loss: float = Field(description="squared error of the velocity per element, mean over clips and noises, t uniform in (0, 1)")
+    by_time: tuple[float | None, ...] = Field(
+        min_length=BINS, max_length=BINS, description="means in ten equal bins of t, from 0 (data) to 1 (noise); none: empty bin"
+    )
 
 
 @torch.no_grad()
@@ -38,9 +40,15 @@ def flow_losses(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TimedLoss]:
-    """Squared error of the velocity, per element, of "mixture" (its own routing) and of every expert alone ("expert 0", …).
+    """Squared error of the velocity per element, of "mixture" (with its own routing) and of every expert alone ("expert 0", …).
 
-    `pipeline`: a loaded `LutetiaPipeline`. With `labels`, the cluster of each clip, "right expert" is added: oracle routing.
+    Args:
+        pipeline: a loaded `LutetiaPipeline`.
+        clips: held-out clips.
+        labels: the cluster of each clip; adds "right expert", where each clip goes to the expert of its cluster.
+        noises: draws of noise and time per clip.
+        seed: of the draws.
+        on_progress: called with rows done and rows in all.
     """
     latents = torch.cat([pipeline.decoder.encode(part) for part in clips.frames.split(ROWS)])
     tokens, pooled = pipeline.text.encode(clips.captions)
@@ -54,9 +62,9 @@ def flow_losses(
     names += [f"expert {index}" for index, entry in enumerate(experts) if entry["folder"]] if len(experts) > 1 else []
     errors = {name: torch.empty(count) for name in names}
     for part in torch.arange(count).split(ROWS):
-        own = rows[part]
-        batch = _Rows(latents[own], noise[part], t[part], tokens[own], pooled[own]).to(pipeline)
-        right = None if labels is None else torch.tensor([labels[index] for index in own.tolist()])
+        clip = rows[part]
+        batch = _Rows(latents[clip], noise[part], t[part], tokens[clip], pooled[clip]).to(pipeline)
+        right = None if labels is None else torch.tensor([labels[index] for index in clip.tolist()])
         for name in names:
             errors[name][part] = batch.errors(pipeline.transformer, name, right).cpu()
         if on_progress:
@@ -86,11 +94,11 @@ class _Rows:
             chosen = right if name == "right expert" else torch.full((len(x_t),), int(name.rpartition(" ")[2]))
             assert chosen is not None
             weights = torch.nn.functional.one_hot(chosen.to(x_t.device), mixture.count).to(x_t)
-        found = combine(mixture.expert, weights, x_t, self.t, self.tokens, self.pooled)
-        return (found - (self.noise - self.latents)).square().flatten(1).mean(1)
+        velocity = combine(mixture.expert, weights, x_t, self.t, self.tokens, self.pooled)
+        return (velocity - (self.noise - self.latents)).square().flatten(1).mean(1)
 
 
 def _timed(errors: Tensor, bins: Tensor) -> TimedLoss:
-    found = [errors[bins == index] for index in range(BINS)]
-    by_time = tuple(float(values.double().mean()) if len(values) else None for values in found)
+    groups = [errors[bins == index] for index in range(BINS)]
+    by_time = tuple(float(values.double().mean()) if len(values) else None for values in groups)
     return TimedLoss(loss=float(errors.double().mean()), by_time=by_time)

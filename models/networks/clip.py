@@ -1,7 +1,7 @@
-"""CLIP text-video similarity and the aesthetic score, by their real loaders.
+"""CLIP text-video similarity and the aesthetic score, loaded by transformers and from safetensors.
 
-Similarity: cosine between the prompt's and each frame's CLIP embedding, averaged over frames. Aesthetic: LAION's predictor, one
-linear layer or a small stack of them on the unit image embedding, read from safetensors; averaged over frames too.
+Similarity is the cosine between the CLIP embeddings of the prompt and of each frame, averaged over frames. The aesthetic score is
+LAION's predictor, one linear layer or a small stack of them on the unit image embedding, averaged over frames.
 """
 
 from __future__ import annotations
@@ -20,25 +20,34 @@ from lutetia.system.errors import IntegrityError
 
 
 class ClipModel:
-    """A CLIP model from a folder or hub id. Raises ConfigError when it cannot be loaded."""
+    """A CLIP model from a folder or hub id."""
 
     def __init__(self, ref: str, device: str = "cpu", frames: int = 8, batch: int = 32) -> None:
-        """`frames` evenly spaced frames of every clip are looked at."""
+        """Load the model.
+
+        Args:
+            ref: folder or hub id.
+            device: cpu, cuda or cuda:N.
+            frames: evenly spaced frames of each clip that are used.
+            batch: prompts or frames per forward pass.
+
+        Raises ConfigError if it cannot be loaded.
+        """
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        found = parse_ref(ref, "CLIP", ())
-        with hub_errors("CLIP", found):
-            model: Any = CLIPModel.from_pretrained(found.location, use_safetensors=True, **found.options)
-            # the processor of the saved model itself, since sizes and means differ between CLIPs
-            self.processor: Any = CLIPImageProcessor.from_pretrained(found.location, **found.options)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(found.location, **found.options)
+        model_ref = parse_ref(ref, "CLIP", ())
+        with hub_errors("CLIP", model_ref):
+            model: Any = CLIPModel.from_pretrained(model_ref.location, use_safetensors=True, **model_ref.options)
+            # the processor of the saved model: sizes and means differ between CLIP models
+            self.processor: Any = CLIPImageProcessor.from_pretrained(model_ref.location, **model_ref.options)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_ref.location, **model_ref.options)
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device, self.frames, self.batch = device, frames, batch
-        self.tag = f"clip-image/{frames}/{fingerprint(found)}"
+        self.tag = f"clip-image/{frames}/{fingerprint(model_ref)}"
 
     @torch.inference_mode()
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [N, D] of the prompts, float32 on the CPU; longer prompts lose their end, as in CLIP."""
+        """Unit vectors [N, D] of the prompts, float32 on the CPU. Long prompts are truncated, as in CLIP."""
         parts = []
         for start in range(0, len(prompts), self.batch):
             tokens = self.tokenizer(
@@ -69,10 +78,10 @@ class ClipModel:
 
 
 class AestheticHead(nn.Module):
-    """LAION's aesthetic predictor on unit CLIP image vectors: one linear layer (v1) or a stack without activations (v2)."""
+    """LAION's aesthetic predictor on unit CLIP image vectors: one linear layer (v1), or several without activations (v2)."""
 
     def __init__(self, path: Path) -> None:
-        """Read the layers, in the order of their numbers, from a safetensors file. Raises DataError or IntegrityError."""
+        """Load the layers from a safetensors file, in the order of their numbers. Raises DataError or IntegrityError."""
         super().__init__()
         tensors = load_tensors(asset(path.name, path))
         weights = sorted((name for name in tensors if name.endswith("weight")), key=_numbers)
@@ -81,7 +90,7 @@ class AestheticHead(nn.Module):
             weight, bias = tensors[name].float(), tensors.get(name.removesuffix("weight") + "bias")
             if weight.ndim != 2 or (layers and weight.shape[1] != layers[-1].out_features):
                 raise IntegrityError(
-                    f"{path}: {name} of shape {list(weight.shape)} does not follow; use a stack of linear layers"
+                    f"{path}: {name} of shape {list(weight.shape)} does not fit the layer before it; use a stack of linear layers"
                 )
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
             layer.weight.data = weight
@@ -89,28 +98,28 @@ class AestheticHead(nn.Module):
                 layer.bias.data = bias.float()
             layers.append(layer)
         if not layers or layers[-1].out_features != 1:
-            raise IntegrityError(f"{path} is not an aesthetic head: its last layer must give one score; use LAION's predictor")
+            raise IntegrityError(f"{path} is not an aesthetic head: its last layer must have one output; use LAION's predictor")
         self.layers = nn.Sequential(*layers)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The frame-averaged score [N] of unit frame vectors [N, frames, D]. Raises IntegrityError on another width."""
+        """The frame-averaged score [N] of frame vectors [N, frames, D]. Raises IntegrityError on another width."""
         wanted = self.layers[0].in_features
         if images.shape[-1] != wanted:
             raise IntegrityError(
-                f"the aesthetic head reads vectors of {wanted}, not of {images.shape[-1]}; use the CLIP it was made for"
+                f"the aesthetic head takes vectors of {wanted}, not of {images.shape[-1]}; use the CLIP that it was trained on"
             )
         return self.layers(F.normalize(images, dim=-1)).squeeze(-1).mean(dim=1)
 
 
 def spread(available: int, wanted: int) -> Tensor:
-    """The indices of `wanted` evenly spaced frames, each from the middle of its part; all of them when there are fewer."""
+    """The indices of `wanted` evenly spaced frames, each from the middle of its part; all frames if there are fewer."""
     count = min(available, wanted)
     return ((torch.arange(count) + 0.5) * available / count).long()
 
 
 def _vectors(output: Any) -> Tensor:
-    # transformers gave a tensor up to version 4 and gives an output object with `pooler_output` since 5
+    # transformers returns a tensor up to version 4, and an output object with `pooler_output` since 5
     vectors = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(vectors.float(), dim=-1).cpu()
 

@@ -1,7 +1,7 @@
-"""EfficientNet-lite0 (ImageNet): features of single frames that share nothing with I3D, CLIP or the text encoders.
+"""EfficientNet-lite0 (ImageNet): features of single frames, independent of I3D, CLIP and the text encoders.
 
-The lite variants have ReLU6 and no squeeze-and-excitation; convolutions pad as TensorFlow's "SAME"; batch normalisation has
-epsilon 1e-3. The tensors bear the names of `efficientnet_lite_pytorch`.
+The lite variants have ReLU6 and no squeeze-and-excitation. Convolutions pad like TensorFlow's "SAME"; batch normalisation has
+epsilon 1e-3. The tensors have the names of `efficientnet_lite_pytorch`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lutetia.system.errors import IntegrityError
 
 INPUT_SIZE = 224
 EPSILON = 1e-3
-# repeats, stride of the first, of each stage; kernel sizes and widths stand in the weights
+# (repeats, stride of the first block) of each stage; kernel sizes and widths follow from the weights
 STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
 
 
 class _Unit(nn.Module):
-    """Convolution with the normalisation folded in; ReLU6 follows where `active`."""
+    """Convolution with the normalisation folded in, followed by ReLU6 if `active`."""
 
     weight: Tensor
     bias: Tensor
@@ -50,7 +50,7 @@ class _Unit(nn.Module):
 
 
 class _Block(nn.Module):
-    """Expand, depthwise, project; the input is added where shapes allow."""
+    """Expand, depthwise, project; the input is added if the shapes match."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str, stride: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Frames [N, 3, 224, 224], already (x - 127) / 128, to features [N, 1280]; `classify` to ImageNet logits [N, 1000]."""
+    """Frames [N, 3, 224, 224], scaled by (x - 127) / 128, to features [N, 1280]; `classify` gives ImageNet logits [N, 1000]."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -85,10 +85,19 @@ class EfficientNetLite0(nn.Module):
 
 
 class EfficientNetExtractor:
-    """Clips to the mean and the standard deviation over evenly spaced frames of their features."""
+    """Clips to mean and standard deviation of the features of evenly spaced frames."""
 
     def __init__(self, path: Path | None = None, device: str = "cpu", frames: int = 8, batch: int = 16) -> None:
-        """Load the asset's weights, or those of the file `path`. Raises DataError or IntegrityError."""
+        """Load the weights.
+
+        Args:
+            path: a file in the layout of the asset; None: the asset.
+            device: cpu, cuda or cuda:N.
+            frames: evenly spaced frames of each clip that are used.
+            batch: frames per forward pass.
+
+        Raises DataError or IntegrityError.
+        """
         weights = asset(EFFICIENTNET_FILE, path)
         self.tag = f"efficientnet-lite0-mean-deviation/{frames}/{file_digest(weights)}"
         self.network = EfficientNetLite0(load_tensors(weights)).to(device)
@@ -113,5 +122,5 @@ def preprocess(frames: Tensor) -> Tensor:
 
 def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise IntegrityError(f"these weights are not EfficientNet-lite0's: {name} is missing; use {EFFICIENTNET_FILE}")
+        raise IntegrityError(f"these are not the weights of EfficientNet-lite0: {name} is missing; use {EFFICIENTNET_FILE}")
     return tensors[name]

@@ -1,8 +1,8 @@
-"""I3D (Carreira & Zisserman 2017, RGB, Kinetics-400): the network whose logits FVD is defined on (Unterthiner et al. 2018).
+"""I3D (Carreira & Zisserman 2017, RGB, Kinetics-400): FVD is defined on its logits (Unterthiner et al. 2018).
 
 The layers are those of DeepMind's `kinetics-i3d` under their TensorFlow names, with TensorFlow's "SAME" padding: the output has
-ceil(input / stride) entries, and of an odd padding the larger half goes behind. Max-pooling pads with minus infinity, batch
-normalisation has no scale and epsilon 1e-3 (both are folded into the convolutions here), the last pooling is 2x7x7 "VALID".
+ceil(input / stride) entries, and the larger half of an odd padding goes behind. Max-pooling pads with minus infinity. Batch
+normalisation has no scale and epsilon 1e-3, and is folded into the convolutions here. The last pooling is 2x7x7 "VALID".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lutetia.models.networks.assets import I3D_FILE, asset, file_digest, load_te
 from lutetia.system.errors import DataError, IntegrityError
 
 INPUT_SIZE = 224
-MIN_FRAMES = 10  # the rule of all FVD code: ceil(frames / 8) steps reach the last pooling, which needs two of them
+MIN_FRAMES = 10  # as in other FVD code: ceil(frames / 8) steps reach the last pooling, which needs two
 EPSILON = 1e-3
 _MIXED_3 = ("Mixed_3b", "Mixed_3c")
 _MIXED_4 = ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f")
@@ -37,7 +37,7 @@ class Embedding(NamedTuple):
 
 
 def same_padding(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """TensorFlow's "SAME" padding in the order that `torch.nn.functional.pad` wants (last axis first, before then after)."""
+    """TensorFlow's "SAME" padding in the order of `torch.nn.functional.pad` (last axis first, before then after)."""
     pads: list[int] = []
     for length, window, step in zip(reversed(size), reversed(kernel), reversed(stride), strict=True):
         total = max((-(-length // step) - 1) * step + window - length, 0)
@@ -52,7 +52,7 @@ def max_pool_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, in
 
 
 class Unit(nn.Module):
-    """Convolution, batch normalisation of fixed statistics and ReLU in one: the normalisation is folded into weight and bias."""
+    """Convolution, batch normalisation and ReLU; the normalisation is folded into weight and bias."""
 
     weight: Tensor
     bias: Tensor
@@ -77,7 +77,7 @@ class Mixed(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], scope: str) -> None:
         super().__init__()
-        # The original checkpoint calls this one convolution of this one block 0a where all others are 0b.
+        # the original checkpoint names this convolution 0a in this block only, and 0b in all others
         second = "Conv3d_0a_3x3" if scope == "Mixed_5b" else "Conv3d_0b_3x3"
         self.branch_0 = Unit(tensors, f"{scope}/Branch_0/Conv3d_0a_1x1")
         self.branch_1 = nn.Sequential(*(Unit(tensors, f"{scope}/Branch_1/{n}") for n in ("Conv3d_0a_1x1", "Conv3d_0b_3x3")))
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """The whole network, for inference. Takes [N, 3, T, 224, 224] in [-1, 1] with T >= 10."""
+    """The whole network, for inference: [N, 3, T, 224, 224] in [-1, 1], T >= 10, to an `Embedding`."""
 
     logits_weight: Tensor
     logits_bias: Tensor
@@ -122,7 +122,7 @@ class I3D(nn.Module):
 def preprocess(clips: Tensor) -> Tensor:
     """uint8 [N, F, H, W, 3] to [N, 3, F, 224, 224] in [-1, 1], bilinear with half-pixel centres and no antialiasing.
 
-    That is what StyleGAN-V and every torch implementation since do; the first one used TensorFlow 1's corner-aligned grid.
+    StyleGAN-V and later torch implementations do the same; the first implementation used the corner-aligned grid of TensorFlow 1.
     """
     count, frames, height, width, _ = clips.shape
     flat = clips.reshape(count * frames, height, width, 3).permute(0, 3, 1, 2).float()
@@ -132,19 +132,25 @@ def preprocess(clips: Tensor) -> Tensor:
 
 
 class I3DExtractor:
-    """Clips to I3D embeddings, a few at a time. `tag` names network, weights and preprocessing for the cache of features."""
+    """Clips to I3D embeddings. `tag` names network, weights and preprocessing, for the cache of features."""
 
     def __init__(self, path: Path | None = None, device: str = "cpu", batch: int = 4, precision: Precision = "float32") -> None:
-        """Load the asset's weights, or those of the file `path` in the same layout. Raises DataError or IntegrityError.
+        """Load the weights.
 
-        `precision` bfloat16 takes a third of the time where the processor multiplies it (AMX); its features are others, by a tag
-        of their own, and its figures must not be compared with those of float32 beyond the per cent.
+        Args:
+            path: a file in the layout of the asset; None: the asset.
+            device: cpu, cuda or cuda:N.
+            batch: clips per forward pass.
+            precision: bfloat16 takes a third of the time on processors that multiply it (AMX). Its features differ and have
+                their own tag; its figures agree with those of float32 to about a per cent only.
+
+        Raises DataError or IntegrityError.
         """
         weights = asset(I3D_FILE, path)
         exact = precision == "float32"
         self.tag = f"i3d-logits-pooled/half-pixel-{INPUT_SIZE}/{file_digest(weights)}" + ("" if exact else f"/{precision}")
         self.precision: Precision = precision
-        # channels last takes 0.8 s instead of 1.4 s per clip of 16 frames on one core, with equal results to 1e-5
+        # channels last takes 0.8 s instead of 1.4 s per clip of 16 frames on one core, and agrees to 1e-5
         self.network = I3D(load_tensors(weights)).to(device=device)
         for unit in (module for module in self.network.modules() if isinstance(module, Unit)):
             unit.weight = unit.weight.contiguous(memory_format=torch.channels_last_3d)
@@ -154,7 +160,7 @@ class I3DExtractor:
     def __call__(self, clips: Tensor) -> dict[str, Tensor]:
         """uint8 [N, F, H, W, 3] to {"logits": [N, 400], "pooled": [N, 1024]}, float32 on the CPU.
 
-        Raises DataError below 10 frames.
+        Raises DataError for clips of fewer than 10 frames.
         """
         chunks = (preprocess(chunk.to(self.device)) for chunk in clips.split(self.batch))
         kind = torch.device(self.device).type
@@ -165,5 +171,5 @@ class I3DExtractor:
 
 def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise IntegrityError(f"these weights are not I3D's: {name} is missing; use {I3D_FILE} or a file of the same layout")
+        raise IntegrityError(f"these are not the weights of I3D: {name} is missing; use {I3D_FILE} or a file of the same layout")
     return tensors[name]

@@ -1,6 +1,6 @@
 """References to models: a folder, or a hub id `owner/name[/subfolder][@revision]`, read by the libraries' own loaders.
 
-Only safetensors weights are loaded and no code of a repository is ever run.
+Only safetensors weights are loaded, and no code from a repository is run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAMPLE = 1 << 20
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model's files are. `location` and `options` are what `from_pretrained(location, **options)` takes."""
+    """Where the files of a model are. Load it by `from_pretrained(location, **options)`."""
 
     text: str
     location: str
@@ -43,19 +43,27 @@ class ModelRef:
 
 
 def parse_ref(text: str, what: str, builtins: tuple[str, ...]) -> ModelRef:
-    """The folder or hub id that `text` names. Raises ConfigError when it can be neither; `what` says what it should be."""
+    """Parse a reference to a model.
+
+    Args:
+        text: a folder, or a hub id.
+        what: what it refers to, for the error text.
+        builtins: the names that the caller handles itself, for the error text.
+
+    Raises ConfigError if it is neither a folder nor a hub id.
+    """
     path = Path(text).expanduser()
     if path.is_dir():
         return ModelRef(text, str(path.resolve()))
     match = _HUB_ID.match(text)
     if match is None or text.startswith((".", "/", "~")) or ".." in text:
         known = ", ".join((*builtins, "a folder"))
-        raise ConfigError(f"{what} {text!r} is no existing folder and no hub id; use {known} or owner/name")
+        raise ConfigError(f"{what} {text!r} is neither a folder nor a hub id; use {known} or owner/name")
     return ModelRef(text, match["repo"], match["sub"] or "", match["rev"])
 
 
 def anchored(text: str) -> str:
-    """The same reference from any working directory: folders by their whole path, and so both halves of a pair `a+b`."""
+    """The same reference for any working directory: folders become absolute paths, also in a pair `a+b`."""
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path.resolve())
@@ -65,7 +73,7 @@ def anchored(text: str) -> str:
 
 @contextlib.contextmanager
 def hub_errors(what: str, ref: ModelRef) -> Iterator[None]:
-    """Turn a loader's failure into one sentence that names the reference."""
+    """Turn an exception of a loader into a ConfigError that names the reference."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -75,7 +83,7 @@ def hub_errors(what: str, ref: ModelRef) -> Iterator[None]:
 
 
 def read_config(what: str, ref: ModelRef) -> dict[str, Any]:
-    """The model's `config.json`. Raises ConfigError."""
+    """Read the `config.json` of the model. Raises ConfigError."""
     with hub_errors(what, ref):
         if ref.folder is None:
             from huggingface_hub import hf_hub_download
@@ -90,7 +98,7 @@ def read_config(what: str, ref: ModelRef) -> dict[str, Any]:
 
 
 def fingerprint(ref: ModelRef) -> str:
-    """Changes when the model does: of a folder, its file names, sizes and samples of their bytes; of a hub id, the id itself."""
+    """A hash that changes with the model: of a folder, over file names, sizes and samples of bytes; of a hub id, over the id."""
     digest = hashlib.sha256(f"{ref.subfolder}@{ref.revision}".encode())
     if ref.folder is None:
         digest.update(ref.location.encode())

@@ -1,4 +1,4 @@
-"""Sentences to vectors for the retrieval stand-in: all-MiniLM-L6-v2, or another BERT in the same files."""
+"""Sentence vectors for the retrieval probe: all-MiniLM-L6-v2, or another BERT in the same file layout."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class SentenceEncoder(Protocol):
 
 
 class MiniLM:
-    """Mean of the last hidden states over the words, scaled to unit length: how all-MiniLM-L6-v2 was trained to be used."""
+    """all-MiniLM-L6-v2: the mean of the last hidden states over the tokens, scaled to unit length, as it was trained."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Read config.json, tokenizer.json and the one safetensors file of the folder (default: the asset). Raises DataError."""
+        """Load config.json, tokenizer.json and the only safetensors file of `folder` (default: the asset). Raises DataError."""
         from tokenizers import Tokenizer
         from transformers import BertConfig, BertModel
 
-        found = asset(MINILM_FOLDER, folder)
-        weights = sorted(found.glob("*.safetensors"))
+        location = asset(MINILM_FOLDER, folder)
+        weights = sorted(location.glob("*.safetensors"))
         if len(weights) != 1:
             raise DataError(
-                f"{found} holds {len(weights)} safetensors files instead of one; name the folder of one sentence encoder"
+                f"{location} holds {len(weights)} safetensors files instead of one; name the folder of one sentence encoder"
             )
         tensors = {name: value.float() for name, value in load_tensors(weights[0]).items() if not name.endswith("position_ids")}
-        self.tokenizer = Tokenizer.from_file(str(asset("tokenizer.json", found / "tokenizer.json")))
+        self.tokenizer = Tokenizer.from_file(str(asset("tokenizer.json", location / "tokenizer.json")))
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.enable_padding()
-        config = BertConfig.from_json_file(str(asset("config.json", found / "config.json")))
+        config = BertConfig.from_json_file(str(asset("config.json", location / "config.json")))
         self.model = BertModel(config, add_pooling_layer=False)
         missing = self.model.load_state_dict(tensors, strict=False).missing_keys
         if missing:
@@ -50,7 +50,7 @@ class MiniLM:
 
     @torch.inference_mode()
     def __call__(self, sentences: Sequence[str]) -> Tensor:
-        """Unit vectors [N, 384]; equal sentences are computed once."""
+        """Unit vectors [N, 384], float32 on the CPU; equal sentences are computed once."""
         distinct = sorted(set(sentences))
         parts = [self._encode(distinct[start : start + 64]) for start in range(0, len(distinct), 64)]
         vectors = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""What a study is: clips, how they become shards, one recipe, a budget, controls, and how all of it is judged. Strict."""
+"""The configuration of a study: clips, data, one recipe, a budget, controls, and how everything is evaluated."""
 
 from __future__ import annotations
 
@@ -19,130 +19,144 @@ Prompts = Literal["natural", "stratified"]
 
 
 class FolderClips(Frozen):
-    """The user's own folder of captioned clips with a split test, such as a public data set that was downloaded."""
+    """The user's own folder of captioned clips with a split `test`, for instance a public data set."""
 
-    kind: Literal["folder"]
-    folder: Path
+    kind: Literal["folder"] = Field(description="source of the clips")
+    folder: Path = Field(description="folder of clips with captions and splits")
 
 
 class MadeClips(Frozen):
-    """Sets by `make_clips.py` of the assets, each a natural kind, and their union. `sets`: how many clips of each."""
+    """The union of sets that `make_clips.py` of the assets makes; each set is a natural kind."""
 
-    kind: Literal["made"]
-    sets: dict[Literal["lpc", "emoji", "digits"], Count] = Field(min_length=1)
-    size: Literal[32, 64] = 64
-    frames: Count = 16
-    seed: int = 0
-    maker: Path | None = None
+    kind: Literal["made"] = Field(description="source of the clips")
+    sets: dict[Literal["lpc", "emoji", "digits"], Count] = Field(min_length=1, description="name of a set to its number of clips")
+    size: Literal[32, 64] = Field(default=64, description="height and width of the clips, px")
+    frames: Count = Field(default=16, description="frames of a clip")
+    seed: int = Field(default=0, description="seed of the clips")
+    maker: Path | None = Field(default=None, description="path of make_clips.py; none: the asset in LUTETIA_ASSETS")
 
 
 class DrawnClips(Frozen):
-    """Rule-made clips that need no files, as in the demo; one in `test_every` is held out. For trying a study out."""
+    """Clips drawn by rules, as in the demo. They need no files; use them to try out a study."""
 
-    kind: Literal["drawn"]
-    clips: Count
-    size: Count = 32
-    frames: Count = 8
-    seed: int = 0
-    test_every: int = Field(default=4, ge=2)
+    kind: Literal["drawn"] = Field(description="source of the clips")
+    clips: Count = Field(description="number of clips")
+    size: Count = Field(default=32, description="height and width of the clips, px")
+    frames: Count = Field(default=8, description="frames of a clip")
+    seed: int = Field(default=0, description="seed of the clips")
+    test_every: int = Field(default=4, ge=2, description="one in this many prompts is held out for the split test")
 
 
 class Autoencoder(Frozen):
-    """A small autoencoder, learnt from single frames of the clips in train and shared by all arms.
+    """A small autoencoder, trained on single frames of the training clips and shared by all arms."""
 
-    `scale`: pixels of a side of one latent. `channels`: of a latent.
-    """
-
-    steps: Count = 3000
-    channels: Count = 8
-    scale: Literal[4, 8] = 8
-    seed: int = 0
-    bfloat16: bool = Field(default=False, description="quicker where the processor multiplies bfloat16 (AMX)")
+    steps: Count = Field(default=3000, description="training steps")
+    channels: Count = Field(default=8, description="channels of a latent")
+    scale: Literal[4, 8] = Field(default=8, description="side of the square that one latent stands for, px")
+    seed: int = Field(default=0, description="seed of weights and frames")
+    bfloat16: bool = Field(default=False, description="train in bfloat16; faster on processors that multiply it (AMX)")
 
 
 class Controls(Frozen):
-    """What could explain a gain, at `share` of the headline's budget, against a monolith and a mixture of that budget too.
-    Those named by `full` are carried out at the whole budget and for all seeds of the headline, too.
+    """Arms that could explain a gain of the mixture, at a share of the budget of the headline.
 
-    small-batch: a monolith at batch B/K for K times the steps. balanced: a monolith that meets every cluster equally often,
-    as the mixture does, because the clips of small clusters are repeated. random: clusters that mean nothing. kinds: clusters
-    by the clips' own kinds. warm-start: experts that go on from the monolith's first checkpoint, whose FLOPs count as theirs.
-    text-blind: the router does not see the prompt. oracle: each prompt goes to its cluster's expert. modes: top1, top2, full,
-    sticky. experts: each expert alone, on its own and on others' prompts. wide: a monolith of K times the parameters. narrow:
-    experts of 1/K of the parameters each, so that all together have as many as the monolith. `learning_rates`: both sides at
-    each of these too, since one rate for a large batch and a small one need not be the best of either.
+    They are compared with a monolith and a mixture of the same budget.
+
+    - small-batch: a monolith at batch B/K for K times the steps.
+    - balanced: a monolith that sees every cluster equally often, as the mixture does: clips of small clusters are repeated.
+    - random: clusters at random.
+    - kinds: clusters by the kinds in the metadata.
+    - warm-start: experts that start from the first checkpoint of the monolith; its FLOPs count as theirs.
+    - wide: a monolith with K times the parameters.
+    - narrow: experts with 1/K of the parameters each: together as many as the monolith.
+    - text-blind: the router does not see the prompt.
+    - oracle: each prompt goes to the expert of its cluster.
+    - modes: the sampling modes top1, top2, full and sticky.
+    - experts: each expert alone, on the prompts of its own cluster and on all others.
     """
 
-    share: float = Field(default=0.25, gt=0, le=1)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    arms: tuple[Control, ...] = ()
-    full: tuple[Arm, ...] = ()
-    expert_counts: tuple[int, ...] = ()
-    learning_rates: tuple[Positive, ...] = ()
-    clips: int = Field(default=128, ge=20)
+    share: float = Field(default=0.25, gt=0, le=1, description="budget of the controls, as a share of that of the headline")
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="training seeds of the controls")
+    arms: tuple[Control, ...] = Field(default=(), description="controls to carry out at `share` of the budget")
+    full: tuple[Arm, ...] = Field(
+        default=(), description="controls to carry out at the whole budget and for all seeds of the headline"
+    )
+    expert_counts: tuple[int, ...] = Field(default=(), description="other numbers of experts K to train mixtures with")
+    learning_rates: tuple[Positive, ...] = Field(
+        default=(),
+        description="other learning rates to train both sides with: the best rate may differ between a large and a small batch",
+    )
+    clips: int = Field(default=128, ge=20, description="prompts that each control is evaluated on")
 
 
 class EvaluationPlan(Frozen):
-    """How sides are judged: `clips` prompts and real clips at the end, `curve_clips` of them along the way. `on`: never judge
-    a recipe on `test` before it is fixed; `tune` are clips carved out of train for that. `spare` real clips make the floors.
-    """
+    """How the sides are evaluated."""
 
-    on: Literal["test", "tune"] = "test"
-    clips: int = Field(default=256, ge=20)
-    spare: int = Field(default=256, ge=0)
-    fit_clips: int = Field(default=1000, ge=20)
-    curve_clips: int = Field(default=128, ge=20)
-    loss_clips: int = Field(default=256, ge=1)
-    prompts: tuple[Prompts, ...] = Field(default=("natural", "stratified"), min_length=1)
-    batch: Count = 16
-    resamples: int = Field(default=100, ge=12)
-    judges: EvaluatorSettings = EvaluatorSettings()
+    on: Literal["test", "tune"] = Field(
+        default="test", description="clips to evaluate on: tune (taken out of train) to choose a recipe, test once it is fixed"
+    )
+    clips: int = Field(default=256, ge=20, description="prompts, and as many real clips, at the end of a training")
+    spare: int = Field(default=256, ge=0, description="more real held-out clips, for the floors")
+    fit_clips: int = Field(default=1000, ge=20, description="real training clips to fit probe and classifier on")
+    curve_clips: int = Field(default=128, ge=20, description="prompts at each checkpoint of a learning curve")
+    loss_clips: int = Field(default=256, ge=1, description="held-out clips for the loss by timestep")
+    prompts: tuple[Prompts, ...] = Field(
+        default=("natural", "stratified"),
+        min_length=1,
+        description="choices of prompts: natural (kinds as frequent as in the data), stratified (equally many of each kind)",
+    )
+    batch: Count = Field(default=16, description="clips sampled at once")
+    resamples: int = Field(default=100, ge=12, description="subsets of clips that are drawn for each interval of a distance")
+    evaluator: EvaluatorSettings = Field(default=EvaluatorSettings(), description="metrics and their weights")
 
 
 class Machines(Frozen):
-    """The swarm that trains: `workers` processes (None: as many as the shards keep busy, at most one per core), each on `device`.
+    """The local swarm that trains."""
 
-    `threads` per worker (None: the cores shared out). Heartbeat in seconds; a lost worker's shard is free after three.
-    """
-
-    workers: int | None = Field(default=None, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    device: Device = "cpu"
-    heartbeat: Positive = 2.0
-    audits: bool = Field(default=False, description="replay work as among strangers; all processes here are our own")
-    patience: Positive = Field(default=180.0, description="seconds without a checkpoint or a shard in training before giving up")
+    workers: int | None = Field(default=None, ge=1, description="nodes; none: one per shard, at most one per core")
+    threads: int | None = Field(default=None, ge=1, description="threads of each node; none: the cores divided by the nodes")
+    device: Device = Field(default="cpu", description="device of every node: cpu, mps, cuda or cuda:N")
+    heartbeat: Positive = Field(
+        default=2.0, description="heartbeat of a claim, seconds; the shard of a lost node is free after three"
+    )
+    audits: bool = Field(default=False, description="replay epochs, as among strangers; not needed, as all nodes are local")
+    patience: Positive = Field(
+        default=180.0, description="seconds without an accepted checkpoint and without a shard in training before giving up"
+    )
 
 
 class StudyConfig(Frozen):
-    """A whole study. `data.experts` is K of the mixture, `optimisation.batch` the monolith's batch, of which each expert has 1/K.
+    """A whole study: a monolith against a mixture of K = `data.experts` experts, on equal data and equal FLOPs."""
 
-    With `autoencoder`, one is trained first and takes the place of `data.latents`.
-    `samples`: what the monolith sees; every other arm gets the same FLOPs, the router's included. `checkpoints`: of a curve.
-    """
-
-    name: Name
-    clips: Annotated[FolderClips | MadeClips | DrawnClips, Field(discriminator="kind")]
-    tune_share: float = Field(default=0.06, gt=0, lt=0.5)
-    autoencoder: Autoencoder | None = None
-    data: BuildSettings
-    expert: ExpertSpec
-    wide: ExpertSpec | None = None
-    narrow: ExpertSpec | None = None
-    optimisation: Optimisation
-    samples: Count
-    checkpoints: Count = 4
-    holdout_tolerance: float = Field(default=0.1, ge=0)
-    router: RouterSpec = RouterSpec()
-    sampling: SamplingSpec = SamplingSpec()
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    controls: Controls = Controls()
-    judging: EvaluationPlan = EvaluationPlan()
-    machines: Machines = Machines()
+    name: Name = Field(description="name of the study")
+    clips: Annotated[FolderClips | MadeClips | DrawnClips, Field(discriminator="kind")] = Field(
+        description="where the clips come from"
+    )
+    tune_share: float = Field(default=0.06, gt=0, lt=0.5, description="share of the training prompts set apart for tuning")
+    autoencoder: Autoencoder | None = Field(
+        default=None, description="autoencoder to train first, instead of data.latents; none: data.latents"
+    )
+    data: BuildSettings = Field(description="how clips become shards; data.experts is K")
+    expert: ExpertSpec = Field(description="network of the monolith and of each expert")
+    wide: ExpertSpec | None = Field(default=None, description="network of the control `wide`")
+    narrow: ExpertSpec | None = Field(default=None, description="network of each expert of the control `narrow`")
+    optimisation: Optimisation = Field(description="optimiser; its batch is that of the monolith, and each expert has 1/K of it")
+    samples: Count = Field(description="clips the monolith trains on; all other arms get the same FLOPs, the router's included")
+    checkpoints: Count = Field(default=4, description="checkpoints of a training, the points of its learning curve")
+    holdout_tolerance: float = Field(
+        default=0.1, ge=0, description="how much the held-out loss of a checkpoint may exceed that of its parent, as a share"
+    )
+    router: RouterSpec = Field(default=RouterSpec(), description="router of every mixture")
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="how the clips of every arm are sampled")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="training seeds of the headline")
+    controls: Controls = Field(default=Controls(), description="arms that could explain a gain")
+    evaluation: EvaluationPlan = Field(default=EvaluationPlan(), description="how the sides are evaluated")
+    machines: Machines = Field(default=Machines(), description="the local swarm that trains")
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         if self.data.text_tokens is None:
-            raise ValueError("data.text_tokens must be set, so that the FLOPs are known beforehand")
+            raise ValueError("data.text_tokens must be set: the FLOPs depend on it")
         for experts in (self.data.experts, *self.controls.expert_counts):
             if experts < 2:
                 raise ValueError("a mixture needs 2 or more experts")
@@ -150,7 +164,7 @@ class StudyConfig(Frozen):
                 raise ValueError(f"the batch {self.optimisation.batch} must be divisible by the number of experts {experts}")
         for arm, spec in (("wide", self.wide), ("narrow", self.narrow)):
             if arm in (*self.controls.arms, *self.controls.full) and spec is None:
-                raise ValueError(f"the control {arm} needs an expert of its own: set {arm}")
+                raise ValueError(f"the control {arm} needs its own expert: set {arm}")
         controls = self.controls
         for name, values in (
             ("seeds", self.seeds),
@@ -159,5 +173,5 @@ class StudyConfig(Frozen):
             ("controls.learning_rates", controls.learning_rates),
         ):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} must differ from each other")
+                raise ValueError(f"the values of {name} must differ from each other")
         return self

@@ -1,4 +1,4 @@
-"""How long a study will take on this box, from a short probe of its own modules."""
+"""Estimate how long a study takes on this machine, from short measurements of its networks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 
 from lutetia.models.data.encode.autoencoder_training import sample_step
 from lutetia.models.experts.families import build_expert, call_expert
@@ -20,12 +21,12 @@ _PROBE_SECONDS = 1.0
 
 
 class Estimate(Frozen):
-    """Hours of one core, by what they are spent on. `network`: None where there are no weights of I3D to probe."""
+    """Estimated hours of one core."""
 
-    autoencoder: float
-    training: float
-    sampling: float
-    network: float | None
+    autoencoder: float = Field(description="training of the autoencoder, hours of one core")
+    training: float = Field(description="training of all arms, hours of one core")
+    sampling: float = Field(description="sampling of all clips, hours of one core")
+    network: float | None = Field(description="I3D on all clips, hours of one core; none: no weights to measure it with")
 
     @property
     def hours(self) -> float:
@@ -33,35 +34,36 @@ class Estimate(Frozen):
 
 
 def estimate(config: StudyConfig, plan: StudyPlan, latent: LatentSpec) -> Estimate:
-    """Probe the steps of autoencoder and experts and the network of FVD, each for about a second on one core, and add up."""
+    """Measure a step of the autoencoder and of each expert and a pass of I3D, each for about a second on one core, and add up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         specs = {training.expert.model_dump_json(): training.expert for training in plan.trainings}
         pace = {key: _expert_pace(spec, latent) for key, spec in specs.items()}
-        picture, own = _network_pace(config), _autoencoder_seconds(config)
+        per_clip, autoencoder = _network_pace(config), _autoencoder_seconds(config)
     finally:
         torch.set_num_threads(before)
 
-    def of(training: Training) -> tuple[float, float]:
+    def pace_of(training: Training) -> tuple[float, float]:
         return pace[training.expert.model_dump_json()]
 
-    step = sum(training.experts * training.samples_per_shard * of(training)[0] for training in plan.trainings)
+    step = sum(training.experts * training.samples_per_shard * pace_of(training)[0] for training in plan.trainings)
     passes = config.sampling.steps * (1 if config.sampling.guidance == 1 else 2)
-    drawn = [(reading.clips, of(plan.training(reading.training))[1]) for reading in plan.readings]
-    sampled = sum(clips * passes * forward for clips, forward in drawn)
-    judged = sum(clips for clips, _ in drawn) + config.judging.clips + config.judging.spare + config.judging.fit_clips
-    network = None if picture is None else judged * picture / 3600
-    return Estimate(autoencoder=own / 3600, training=step / 3600, sampling=sampled / 3600, network=network)
+    readings = [(reading.clips, pace_of(plan.training(reading.training))[1]) for reading in plan.readings]
+    sampled = sum(clips * passes * forward for clips, forward in readings)
+    evaluation = config.evaluation
+    clips_measured = sum(clips for clips, _ in readings) + evaluation.clips + evaluation.spare + evaluation.fit_clips
+    network = None if per_clip is None else clips_measured * per_clip / 3600
+    return Estimate(autoencoder=autoencoder / 3600, training=step / 3600, sampling=sampled / 3600, network=network)
 
 
 def _autoencoder_seconds(config: StudyConfig) -> float:
-    """Seconds that the study's own autoencoder takes to train; 0 where it has none."""
-    wanted = config.autoencoder
-    if wanted is None:
+    """Seconds to train the autoencoder of the study; 0 if it has none."""
+    autoencoder = config.autoencoder
+    if autoencoder is None:
         return 0.0
     size = min(config.data.height, config.data.width)
-    return wanted.steps * _pace(sample_step(wanted.channels, wanted.scale, size, wanted.bfloat16))
+    return autoencoder.steps * _pace(sample_step(autoencoder.channels, autoencoder.scale, size, autoencoder.bfloat16))
 
 
 def _expert_pace(spec: ExpertSpec, latent: LatentSpec, rows: int = 4) -> tuple[float, float]:
@@ -81,12 +83,12 @@ def _expert_pace(spec: ExpertSpec, latent: LatentSpec, rows: int = 4) -> tuple[f
 
 
 def _network_pace(config: StudyConfig) -> float | None:
-    """Seconds per clip of I3D; None without its weights or for clips too short for it."""
+    """Seconds per clip of I3D; None without its weights, or if the clips are too short for it."""
     data = config.data
-    if data.frames < MIN_FRAMES or "fvd" not in config.judging.judges.metrics:
+    if data.frames < MIN_FRAMES or "fvd" not in config.evaluation.evaluator.metrics:
         return None
     try:
-        extractor = I3DExtractor(config.judging.judges.i3d, precision=config.judging.judges.i3d_precision)
+        extractor = I3DExtractor(config.evaluation.evaluator.i3d, precision=config.evaluation.evaluator.i3d_precision)
     except DataError:
         return None
     clip = torch.randint(0, 255, (1, data.frames, data.height, data.width, 3), dtype=torch.uint8)
@@ -94,10 +96,10 @@ def _network_pace(config: StudyConfig) -> float | None:
 
 
 def _pace(work: Callable[[], object]) -> float:
-    """Processor seconds of one call, after one that warms up: others on the machine do not enter."""
+    """Processor seconds of one call, after a warm-up call. Processor time does not depend on other load on the machine."""
     work()
-    begun, calls = time.process_time(), 0
-    while calls == 0 or time.process_time() - begun < _PROBE_SECONDS:
+    started, calls = time.process_time(), 0
+    while calls == 0 or time.process_time() - started < _PROBE_SECONDS:
         work()
         calls += 1
-    return (time.process_time() - begun) / calls
+    return (time.process_time() - started) / calls

@@ -1,12 +1,13 @@
-"""FLOPs by torch's own counter on the real modules: multiplications and additions of matrix products and convolutions.
+"""FLOPs of the real modules by torch's counter: multiplications and additions of matrix products and convolutions.
 
-Modules live on the meta device, so counting takes no arithmetic. Attention is taken apart into products, which torch's counter
-knows on every device. Element-wise work and the optimiser are not counted; they are the same per parameter on every side.
+The modules are on the meta device, so nothing is computed. Attention is split into matrix products, which the counter supports
+on every device. Element-wise operations and the optimiser are not counted; per parameter they are the same for every arm.
 """
 
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,15 +18,15 @@ from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, RouterSpec
 
 
 class Cost(Frozen):
-    """Of one clip: `forward` FLOPs, and those of a training step's forward and backward pass together; and the parameters."""
+    """The cost of a network on one clip."""
 
-    forward: int
-    training: int
-    parameters: int
+    forward: int = Field(description="FLOPs of a forward pass")
+    training: int = Field(description="FLOPs of a forward and a backward pass")
+    parameters: int = Field(description="number of parameters")
 
 
 def expert_cost(spec: ExpertSpec, latent: LatentSpec) -> Cost:
-    """One expert on one clip. Raises ConfigError when it cannot be built."""
+    """The cost of one expert on one clip. Raises ConfigError if it cannot be built."""
     model = build_meta(spec)
     with torch.device("meta"):
         x, t = torch.empty(1, *latent.shape), torch.empty(1)
@@ -38,7 +39,7 @@ def expert_cost(spec: ExpertSpec, latent: LatentSpec) -> Cost:
 
 
 def router_cost(spec: RouterSpec, latent: LatentSpec, experts: int) -> Cost:
-    """The router on one clip."""
+    """The cost of the router on one clip."""
     with torch.device("meta"):
         model = router_of(latent, spec, experts)
         x, t, pooled = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.pooled_width)

@@ -1,7 +1,8 @@
-"""A study's pictures: learning curves against FLOPs, and real clips beside those of both sides for equal prompts."""
+"""The pictures of a study: learning curves over FLOPs, and real clips beside those of both sides for the same prompts."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from lutetia.models.data.cluster.contact_sheets import LETTERS, fitted
 from lutetia.models.study.results import CurvePoint, StudyResults, curve, main_distance
+from lutetia.system.errors import ConfigError
 from lutetia.system.files import atomic_path, write_atomic
 from lutetia.system.letters import font
 
@@ -22,8 +24,14 @@ _SIDE, _SHOWN, _GAP, _LINE = 64, 4, 8, 14
 Frames = NDArray[np.uint8]
 
 
+def require_matplotlib() -> None:
+    """Raises ConfigError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib, which draws the curves, is not installed; run: pip install 'lutetia[study]'")
+
+
 def draw_curves(results: StudyResults, path: Path) -> None:
-    """PNG: distance and held-out loss of the headline's arms against FLOPs; every dot is a seed, dashed is real against real."""
+    """Write a PNG with distance and held-out loss of the arms of the headline over FLOPs: a dot per seed, the floor dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,7 +47,7 @@ def draw_curves(results: StudyResults, path: Path) -> None:
     floors = [point.floor.value for points in curves.values() for point in points if point.floor]
     if floors:
         left.axhline(float(np.mean(floors)), linestyle="--", linewidth=1, color="#555555", label="real against real")
-    count = results.config["judging"]["curve_clips"]
+    count = results.config["evaluation"]["curve_clips"]
     for axes, label in ((left, f"{name} (N = {count}), lower is better"), (right, "held-out loss")):
         axes.set_xlabel("training FLOPs, router included")
         axes.set_ylabel(label)
@@ -52,16 +60,16 @@ def draw_curves(results: StudyResults, path: Path) -> None:
 
 
 def _line(axes, arm: str, colour: str, points: Sequence[CurvePoint], values: Sequence[Sequence[float]]) -> None:
-    kept = [(point.flops, list(own)) for point, own in zip(points, values, strict=True) if own]
+    kept = [(point.flops, list(by_seed)) for point, by_seed in zip(points, values, strict=True) if by_seed]
     if not kept:
         return
-    axes.plot([x for x, _ in kept], [np.mean(own) for _, own in kept], color=colour, label=arm)
-    for x, own in kept:
-        axes.plot([x] * len(own), own, "o", markersize=3, color=colour, alpha=0.6)
+    axes.plot([x for x, _ in kept], [np.mean(by_seed) for _, by_seed in kept], color=colour, label=arm)
+    for x, by_seed in kept:
+        axes.plot([x] * len(by_seed), by_seed, "o", markersize=3, color=colour, alpha=0.6)
 
 
 def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequence[Frames]]) -> None:
-    """PNG: a row per prompt with a few frames of each column's clip uint8 [F, H, W, 3]."""
+    """Write a PNG with one row per prompt: a few frames of the clip (uint8 [F, H, W, 3]) of each column."""
     block = _SHOWN * _SIDE + _GAP
     sheet = Image.new("RGB", (len(columns) * block + _GAP, _LINE + len(prompts) * (_SIDE + _LINE + 4)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)

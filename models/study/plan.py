@@ -1,7 +1,7 @@
-"""The plan of a study, before anything runs: which trainings with which budgets, and what of them is sampled and judged.
+"""The plan of a study, before anything runs: all trainings with their budgets, and all readings.
 
-A *training* is one run of the swarm: K shards of one way of clustering, one expert class, one batch, one budget, one seed. A
-*reading* is a set of clips to judge: a training at some epoch, asked in some way.
+A *training* is one run of the swarm: K shards of one clustering, one expert network, one batch, one budget, one seed. A *reading*
+is a set of clips to evaluate: sampled from a training at some epoch, with some routing.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ Route = Literal["router", "text-blind", "oracle"]
 
 
 class WarmStart(Frozen):
-    """A warm start from another training's `epoch`, whose `flops` count as the starter's own."""
+    """A start from the checkpoint of another training."""
 
-    training: str
-    epoch: int
-    flops: int
+    training: str = Field(description="name of the other training")
+    epoch: int = Field(description="its epoch to start from")
+    flops: int = Field(description="FLOPs up to that epoch; they count for the training that starts from it, too")
 
 
 class Training(Frozen):
-    """One run of the swarm. `flops` is the whole: all experts' samples, the router's, and those of what it began with."""
+    """One run of the swarm."""
 
-    name: str
-    tier: Tier
-    arm: str
-    seed: int
-    method: Method
-    experts: int
-    expert: ExpertSpec
-    batch: int
-    learning_rate: float
-    samples_per_shard: int
-    checkpoint_samples: int
-    flops_per_sample: int
-    router_flops: int
-    pass_flops: int = Field(description="of one top-1 step on one clip without guidance: one expert, and the router")
-    parameters: int = Field(description="of all experts together, without the router")
-    active_parameters: int = Field(description="of one expert: what a top-1 step runs")
-    begin: WarmStart | None = None
+    name: str = Field(description="tier, arm and seed")
+    tier: Tier = Field(description="headline (whole budget) or control (a share of it)")
+    arm: str = Field(description="monolith, mixture or the name of a control")
+    seed: int = Field(description="training seed")
+    method: Method = Field(description="how clips are clustered")
+    experts: int = Field(description="number of shards and experts")
+    expert: ExpertSpec = Field(description="network of each expert")
+    batch: int = Field(description="clips per step of each expert")
+    learning_rate: float = Field(description="peak learning rate")
+    samples_per_shard: int = Field(description="clips each expert trains on in all")
+    checkpoint_samples: int = Field(description="clips each expert trains on per epoch")
+    flops_per_sample: int = Field(description="FLOPs of a training step per clip")
+    router_flops: int = Field(description="FLOPs of the training of the router; 0 for a monolith")
+    pass_flops: int = Field(description="FLOPs of one top-1 step on one clip without guidance: one expert, and the router")
+    parameters: int = Field(description="parameters of all experts together, without the router")
+    active_parameters: int = Field(description="parameters of one expert, as a top-1 step uses")
+    begin: WarmStart | None = Field(default=None, description="the checkpoint it starts from; none: fresh weights")
 
     @property
     def data(self) -> str:
-        """The name of its built data: trainings that cluster alike share them."""
+        """The name of its built data; trainings with the same clustering share them."""
         return f"{self.method}-{self.experts}"
 
     @property
@@ -65,24 +65,25 @@ class Training(Frozen):
 
     @property
     def flops(self) -> int:
+        """FLOPs of the whole training: all experts, the router, and the checkpoint it starts from."""
         return self.flops_at(self.epochs)
 
     def flops_at(self, epoch: int) -> int:
-        """Spent when every shard has `epoch` accepted checkpoints; router and beginning count in full from the start."""
+        """FLOPs when every shard has `epoch` accepted checkpoints. The router and the warm start count in full from the start."""
         before = self.router_flops + (self.begin.flops if self.begin else 0)
         return self.experts * self.checkpoint_samples * epoch * self.flops_per_sample + before
 
 
 class Reading(Frozen):
-    """Clips to judge: of `training` when it had `epoch` checkpoints, routed by `route` and `mode`, or `expert` alone."""
+    """A set of clips to sample and evaluate."""
 
-    training: str
-    epoch: int
-    prompts: Prompts
-    clips: int
-    route: Route = "router"
-    mode: Mode | None = None
-    expert: int | None = None
+    training: str = Field(description="name of the training")
+    epoch: int = Field(description="epoch of all its experts")
+    prompts: Prompts = Field(description="choice of prompts: natural or stratified")
+    clips: int = Field(description="number of clips")
+    route: Route = Field(default="router", description="its own router, a router that does not see the prompt, or the clusters")
+    mode: Mode | None = Field(default=None, description="sampling mode; none: that of the run")
+    expert: int | None = Field(default=None, description="number of the only expert to use; none: all, by `route`")
 
     @property
     def name(self) -> str:
@@ -91,34 +92,34 @@ class Reading(Frozen):
 
     @property
     def plain(self) -> bool:
-        """Asked as a user would ask it: by its own router in the run's own mode."""
+        """Whether it is sampled as a user would: by its own router in the mode of the run."""
         return self.route == "router" and self.mode is None and self.expert is None
 
 
 class StudyPlan(Frozen):
-    """All trainings and all readings, in the order in which they are best carried out: what the headline needs comes first."""
+    """All trainings and all readings."""
 
-    trainings: tuple[Training, ...]
-    readings: tuple[Reading, ...]
+    trainings: tuple[Training, ...] = Field(description="in the order to carry them out: the headline first")
+    readings: tuple[Reading, ...] = Field(description="in the order of their trainings")
 
     def training(self, name: str) -> Training:
         return next(training for training in self.trainings if training.name == name)
 
     def readings_of(self, training: Training) -> list[Reading]:
-        """What of a training is judged."""
+        """The readings of a training."""
         return [reading for reading in self.readings if reading.training == training.name]
 
     def controls(self, config: StudyConfig) -> list[tuple[Training, Reading]]:
-        """What the table of controls compares: final readings of one N and one kind of prompts, the pair's own first."""
+        """The rows of the table of controls: final readings with one N and one choice of prompts, those of both sides first."""
         share, seeds, clips = config.controls.share, config.controls.seeds, config.controls.clips
-        found = []
+        rows = []
         for training in self.trainings:
             if training.tier == "headline" and (share != 1 or training.seed not in seeds):
                 continue
             for reading in self.readings_of(training):
-                if (reading.clips, reading.prompts, reading.epoch) == (clips, config.judging.prompts[0], training.epochs):
-                    found.append((training, reading))
-        return found
+                if (reading.clips, reading.prompts, reading.epoch) == (clips, config.evaluation.prompts[0], training.epochs):
+                    rows.append((training, reading))
+        return rows
 
     def of(self, tier: Tier, arm: str) -> list[Training]:
         """The trainings of an arm, by seed."""
@@ -126,13 +127,14 @@ class StudyPlan(Frozen):
 
 
 def planned_latent(config: StudyConfig) -> LatentSpec:
-    """Shapes of the latents and texts that a build by `data` will give; without the statistics, which need the clips.
+    """The shapes of the latents and texts of a build by `config.data`, without the statistics, which need the clips.
 
-    Raises ConfigError where autoencoder or text encoder cannot be had.
+    Raises ConfigError if autoencoder or text encoder cannot be loaded, or do not take this size.
     """
-    data, own = config.data, config.autoencoder
-    if own is not None:
-        channels, frames, height, width = own.channels, data.frames, data.height // own.scale, data.width // own.scale
+    data, trained = config.data, config.autoencoder
+    if trained is not None:
+        channels, frames = trained.channels, data.frames
+        height, width = data.height // trained.scale, data.width // trained.scale
     else:
         channels, frames, height, width = load_latents(data.latents).shape_of(data.frames, data.height, data.width)
     text = load_text_encoder(data.text, data.text_tokens or 1)
@@ -144,9 +146,9 @@ def planned_latent(config: StudyConfig) -> LatentSpec:
 
 
 def plan_study(config: StudyConfig, latent: LatentSpec) -> StudyPlan:
-    """Budgets such that no arm spends more FLOPs than the tier's budget, nor less by more than a step per checkpoint.
+    """Plan the study. No arm spends more FLOPs than the budget of its tier, nor less by more than a step per checkpoint.
 
-    Raises ConfigError where the budget is too small for that.
+    Raises ConfigError if the budget is too small.
     """
     costs = _Costs(config, latent)
     trainings = [*_headline(config, costs), *_controls(config, costs)]
@@ -155,7 +157,7 @@ def plan_study(config: StudyConfig, latent: LatentSpec) -> StudyPlan:
 
 
 class _Costs:
-    """Costs of what the study's arms are made of, each counted once."""
+    """Costs of the networks of a study; each is counted once."""
 
     def __init__(self, config: StudyConfig, latent: LatentSpec) -> None:
         self.config, self.latent = config, latent
@@ -168,7 +170,7 @@ class _Costs:
         return self._known[key]
 
     def router(self, experts: int) -> tuple[int, int]:
-        """FLOPs of training the router among `experts`, and of one of its passes; a monolith has none."""
+        """FLOPs of the training of a router among `experts`, and of one forward pass; 0 for a monolith."""
         if experts == 1:
             return 0, 0
         spec = self.config.router
@@ -184,7 +186,7 @@ def _training(
     costs: _Costs, tier: Tier, arm: str, seed: int, *, experts: int, batch: int, spec: ExpertSpec | None = None,
     method: Method | None = None, begin: WarmStart | None = None, learning_rate: float | None = None,
 ) -> Training:  # fmt: skip
-    """The training whose samples use up the tier's budget, to the whole checkpoint."""
+    """The training that uses up the budget of its tier, rounded down to whole steps per checkpoint."""
     spec = spec or costs.config.expert
     cost, points = costs.expert(spec), costs.config.checkpoints
     router, routing = costs.router(experts)
@@ -193,7 +195,7 @@ def _training(
     steps = int(affordable / batch / points)  # never above the budget
     if steps < 1:
         raise ConfigError(
-            f"the budget of the {tier} tier leaves arm {arm} fewer than {points} steps of {batch} clips beside its router; "
+            f"the budget of the {tier} tier leaves arm {arm} fewer than {points} steps of {batch} clips after its router; "
             "use more samples, fewer checkpoints or a smaller router"
         )
     return Training(
@@ -206,7 +208,7 @@ def _training(
 
 
 def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int, rate: float | None = None) -> Iterator[Training]:
-    """Both sides, at the learning rate of the recipe or at `rate`."""
+    """Monolith and mixture, at the learning rate of the recipe or at `rate`."""
     experts, batch, suffix = config.data.experts, config.optimisation.batch, "" if rate is None else f"-rate-{rate}"
     yield _training(costs, tier, f"monolith{suffix}", seed, experts=1, batch=batch, learning_rate=rate)
     yield _training(costs, tier, f"mixture{suffix}", seed, experts=experts, batch=batch // experts, learning_rate=rate)
@@ -228,7 +230,7 @@ def _controls(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
         if not shared(config, seed):
             yield from _pair(config, costs, "control", seed)
         for arm in controls.arms:
-            if arm in get_args(Arm):  # the others ask the control mixture in another way: see _readings
+            if arm in get_args(Arm):  # the other controls are readings of the mixture, see _control_readings
                 yield _arm(config, costs, "control", cast(Arm, arm), seed)
         for count in controls.expert_counts:
             if count != experts:
@@ -247,7 +249,9 @@ def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) ->
         case "balanced":
             return _training(costs, tier, arm, seed, experts=1, batch=batch, method=arm)
         case "warm-start":
-            return _training(costs, tier, arm, seed, experts=experts, batch=small, begin=_base(config, costs, tier, seed))
+            return _training(
+                costs, tier, arm, seed, experts=experts, batch=small, begin=_first_checkpoint(config, costs, tier, seed)
+            )
         case "random" | "kinds":
             return _training(costs, tier, arm, seed, experts=experts, batch=small, method=arm)
         case "wide":
@@ -256,15 +260,15 @@ def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) ->
             return _training(costs, tier, arm, seed, experts=experts, batch=small, spec=config.narrow)
 
 
-def _base(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> WarmStart:
-    """The first checkpoint of the monolith of that budget."""
+def _first_checkpoint(config: StudyConfig, costs: _Costs, tier: Tier, seed: int) -> WarmStart:
+    """The first checkpoint of the monolith of that tier."""
     tier = "headline" if shared(config, seed) else tier
     monolith = next(each for each in _pair(config, costs, tier, seed) if each.arm == "monolith")
     return WarmStart(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
 
 
 def shared(config: StudyConfig, seed: int) -> bool:
-    """Whether the headline's own pair serves the controls too: they have its whole budget and its seed."""
+    """Whether the pair of the headline also serves the controls: the same budget and seed."""
     return config.controls.share == 1 and seed in config.seeds
 
 
@@ -276,18 +280,18 @@ def _readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
 
 
 def _headline_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
-    judging, last = config.judging, training.epochs
-    first, *others = judging.prompts
-    yield Reading(training=training.name, epoch=last, prompts=first, clips=judging.clips)
+    evaluation, last = config.evaluation, training.epochs
+    first, *others = evaluation.prompts
+    yield Reading(training=training.name, epoch=last, prompts=first, clips=evaluation.clips)
     for prompts in others:
-        yield Reading(training=training.name, epoch=last, prompts=prompts, clips=judging.clips)
-    for epoch in range(1, last + (judging.curve_clips != judging.clips)):  # of one N along the curve
-        yield Reading(training=training.name, epoch=epoch, prompts=first, clips=judging.curve_clips)
+        yield Reading(training=training.name, epoch=last, prompts=prompts, clips=evaluation.clips)
+    for epoch in range(1, last + (evaluation.curve_clips != evaluation.clips)):  # the same N along the curve
+        yield Reading(training=training.name, epoch=epoch, prompts=first, clips=evaluation.curve_clips)
 
 
 def _control_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
-    clips, name, last, first = config.controls.clips, training.name, training.epochs, config.judging.prompts[0]
-    if training.tier == "control" or clips not in (config.judging.clips, config.judging.curve_clips):
+    clips, name, last, first = config.controls.clips, training.name, training.epochs, config.evaluation.prompts[0]
+    if training.tier == "control" or clips not in (config.evaluation.clips, config.evaluation.curve_clips):
         yield Reading(training=name, epoch=last, prompts=first, clips=clips)
     if training.arm != "mixture":
         return

@@ -1,4 +1,4 @@
-"""All that a study found, in one document; the tables and pictures are made from it alone."""
+"""The results of a study in one document. Tables and pictures are made from it alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from lutetia.models.metrics.comparison import Comparison
 from lutetia.models.metrics.evaluator import MetricEntry
@@ -20,88 +21,96 @@ PAPER = {"FVD": (561.04, 279.01), "CLIP text-video": (0.2032, 0.2178), "aestheti
 
 
 class Trained(Frozen):
-    """How a training went. `losses`: per shard (epoch, held-out loss on that shard); `router`: accuracy and calibration."""
+    """The course of a training."""
 
-    seconds: float
-    losses: dict[int, list[tuple[int, float]]]
-    router: dict[str, Any] | None = None
+    seconds: float = Field(description="time that its swarm ran, seconds")
+    losses: dict[int, list[tuple[int, float]]] = Field(description="shard to (epoch, held-out loss on that shard)")
+    router: dict[str, Any] | None = Field(
+        default=None, description="accuracy and calibration error of the router; none for a monolith"
+    )
 
 
 class Headline(Frozen):
-    """Monolith (first) against mixture (second) on prompts of one kind, over the seeds that the figures name."""
+    """An arm (first) against the mixture (second) on one choice of prompts, over the seeds that the figures name."""
 
-    rows: tuple[Comparison, ...]
+    rows: tuple[Comparison, ...] = Field(description="one comparison per metric")
 
 
 class Kinds(Frozen):
-    """The headline's distance, plain and debiased, by the kind of the clips."""
+    """The headline by the kind of the clips."""
 
-    rows: dict[str, tuple[Comparison, ...]]
+    rows: dict[str, tuple[Comparison, ...]] = Field(description="kind to the comparisons by distance, plain and debiased")
 
 
 class Against(Frozen):
-    """The main distance of one control over that of the mixture of the same budget, prompts and seed; None: no distance here."""
+    """A control against the mixture of the same budget, prompts and seed."""
 
-    ratio: Figure | None
+    ratio: Figure | None = Field(description="main distance of the control over that of the mixture; none: no distance measured")
 
 
 class Rebuilt(Frozen):
-    """Figures of real clips (others than the reference) after the autoencoder alone."""
+    """Real clips, not those of the reference, encoded and decoded by the autoencoder."""
 
-    entries: tuple[MetricEntry, ...]
+    entries: tuple[MetricEntry, ...] = Field(description="one line per figure")
 
 
 class StudyResults(Frozen):
-    """`headline`: prompts to the comparison of monolith (first) and mixture (second). `clusters`: of each way of clustering.
+    """All figures of a study, as far as it is carried out."""
 
-    `rebuilt`: prompts to the figures of other real clips after the autoencoder alone. `kinds`: prompts to the headline's
-    distance by kind. `against`: reading of a control to its distance over the mixture's.
-    `beyond`: the headline's distances again, from real clips as the autoencoder gives them. `rivals`: other arms of the whole
-    budget, each compared as the headline's monolith is.
-    """
-
-    name: str
-    config: dict[str, Any]
-    plan: StudyPlan
-    clips: ClipCounts
-    clusters: dict[str, dict[str, Any]]
-    trainings: dict[str, Trained]
-    judged: dict[str, EvaluatedReading]
-    headline: dict[str, tuple[Comparison, ...]]
-    hardware: str
-    seconds: float
-    autoencoder_psnr: dict[str, float] = {}
-    rebuilt: dict[str, tuple[MetricEntry, ...]] = {}
-    beyond: dict[str, tuple[Comparison, ...]] = {}
-    kinds: dict[str, dict[str, tuple[Comparison, ...]]] = {}
-    against: dict[str, Figure] = {}
-    rivals: dict[str, dict[str, tuple[Comparison, ...]]] = {}
+    name: str = Field(description="name of the study")
+    config: dict[str, Any] = Field(description="the StudyConfig as JSON")
+    plan: StudyPlan = Field(description="all trainings and readings")
+    clips: ClipCounts = Field(description="number of clips by role and kind")
+    clusters: dict[str, dict[str, Any]] = Field(description="built data to the report on its clusters")
+    trainings: dict[str, Trained] = Field(description="name to the course of each finished training")
+    evaluated: dict[str, EvaluatedReading] = Field(description="name to the figures of each evaluated reading")
+    headline: dict[str, tuple[Comparison, ...]] = Field(description="prompts to the comparison of monolith and mixture")
+    hardware: str = Field(description="the machine, in words")
+    seconds: float = Field(description="time that all swarms ran, seconds")
+    autoencoder_psnr: dict[str, float] = Field(
+        default={}, description="kind to the PSNR of the study's autoencoder on unseen frames, dB"
+    )
+    rebuilt: dict[str, tuple[MetricEntry, ...]] = Field(
+        default={}, description="prompts to the figures of other real clips after encoding and decoding alone"
+    )
+    beyond: dict[str, tuple[Comparison, ...]] = Field(
+        default={}, description="prompts to the headline by distance from real clips that were encoded and decoded"
+    )
+    kinds: dict[str, dict[str, tuple[Comparison, ...]]] = Field(
+        default={}, description="prompts to kind to the headline by distance within that kind"
+    )
+    against: dict[str, Figure] = Field(
+        default={}, description="reading of a control to its main distance over that of the mixture"
+    )
+    rivals: dict[str, dict[str, tuple[Comparison, ...]]] = Field(
+        default={}, description="other arms of the whole budget to prompts to the comparison with the mixture"
+    )
 
     def of(self, reading: Reading) -> EvaluatedReading | None:
-        """What was found about a reading, None while it is not judged."""
-        return self.judged.get(reading.name)
+        """The figures of a reading; None if it is not evaluated yet."""
+        return self.evaluated.get(reading.name)
 
 
 def entry(entries: Sequence[MetricEntry], name: str) -> MetricEntry | None:
-    """The line of metric `name`."""
+    """The entry of metric `name`; None if there is none."""
     return next((entry for entry in entries if entry.name == name), None)
 
 
 def main_distance(results: StudyResults) -> str:
-    """FVD, or where this box has no I3D the motion distance."""
-    names = {entry.name for judged in results.judged.values() for entry in judged.entries}
+    """FVD, or the motion distance if FVD was not measured."""
+    names = {entry.name for reading in results.evaluated.values() for entry in reading.entries}
     return "FVD" if "FVD" in names else "motion distance"
 
 
 class CurvePoint(Frozen):
-    """One side at one epoch: FLOPs spent and the figure of every seed."""
+    """One arm at one epoch."""
 
-    arm: str
-    epoch: int
-    flops: float
-    figures: tuple[Figure, ...]
-    floor: Figure | None = None
-    losses: tuple[float, ...] = ()
+    arm: str = Field(description="name of the arm")
+    epoch: int = Field(description="epoch of all its experts")
+    flops: float = Field(description="FLOPs spent, mean over seeds")
+    figures: tuple[Figure, ...] = Field(description="the metric, one figure per seed")
+    floor: Figure | None = Field(default=None, description="the metric between real clips")
+    losses: tuple[float, ...] = Field(default=(), description="held-out loss of each seed")
 
     @property
     def value(self) -> float:
@@ -109,57 +118,57 @@ class CurvePoint(Frozen):
 
 
 def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
-    """Learning curve of an arm of the headline at one N, over its seeds."""
+    """The learning curve of an arm of the headline by one metric, over its seeds."""
     points: dict[int, list[tuple[Training, EvaluatedReading, MetricEntry]]] = {}
-    wanted = results.config["judging"]["curve_clips"]
+    clips = results.config["evaluation"]["curve_clips"]
     for training in results.plan.of("headline", arm):
         for reading in results.plan.readings_of(training):
-            judged = results.of(reading)
-            along = reading.plain and reading.clips == wanted and reading.prompts == _first(results)
-            found = entry(judged.entries, metric) if judged and along else None
-            if judged and found:
-                points.setdefault(reading.epoch, []).append((training, judged, found))
-    made = []
+            evaluated = results.of(reading)
+            on_curve = reading.plain and reading.clips == clips and reading.prompts == _first(results)
+            measured = entry(evaluated.entries, metric) if evaluated and on_curve else None
+            if evaluated and measured:
+                points.setdefault(reading.epoch, []).append((training, evaluated, measured))
+    rows = []
     for epoch, parts in sorted(points.items()):
         flops = float(np.mean([training.flops_at(epoch) for training, _, _ in parts]))
-        losses = tuple(judged.losses["mixture"].loss for _, judged, _ in parts if "mixture" in judged.losses)
-        figures = tuple(found.figure for _, _, found in parts)
-        made.append(CurvePoint(arm=arm, epoch=epoch, flops=flops, figures=figures, floor=parts[0][2].real, losses=losses))
-    return made
+        losses = tuple(each.losses["mixture"].loss for _, each, _ in parts if "mixture" in each.losses)
+        figures = tuple(measured.figure for _, _, measured in parts)
+        rows.append(CurvePoint(arm=arm, epoch=epoch, flops=flops, figures=figures, floor=parts[0][2].real, losses=losses))
+    return rows
 
 
 class Specialisation(Frozen):
-    """One expert alone: a metric (higher is better) on prompts of its own cluster and on all others."""
+    """One expert alone, on prompts of its own cluster and on all others."""
 
-    expert: int
-    metric: str
-    own: Figure
-    other: Figure
+    expert: int = Field(description="number of the expert")
+    metric: str = Field(description="name of the metric; higher is better")
+    own: Figure = Field(description="the metric on prompts of its own cluster")
+    other: Figure = Field(description="the metric on all other prompts")
 
 
 def specialisation(results: StudyResults) -> list[Specialisation]:
-    """Of all experts that were asked alone, by every metric that has a number per clip."""
-    found = []
-    for judged in results.judged.values():
-        expert = judged.reading.expert
+    """The figures of all experts that were sampled alone, by every metric of one number per clip."""
+    rows = []
+    for evaluated in results.evaluated.values():
+        expert = evaluated.reading.expert
         if expert is None:
             continue
-        own = np.array(judged.labels) == expert
-        if min(own.sum(), (~own).sum()) < 2:
+        is_own = np.array(evaluated.labels) == expert
+        if min(is_own.sum(), (~is_own).sum()) < 2:
             continue
-        for metric, values in judged.values.items():
+        for metric, values in evaluated.values.items():
             numbers = np.array(values)
-            pair = mean(numbers[own]), mean(numbers[~own])
-            found.append(Specialisation(expert=expert, metric=metric, own=pair[0], other=pair[1]))
-    return sorted(found, key=lambda row: (row.metric, row.expert))
+            pair = mean(numbers[is_own]), mean(numbers[~is_own])
+            rows.append(Specialisation(expert=expert, metric=metric, own=pair[0], other=pair[1]))
+    return sorted(rows, key=lambda row: (row.metric, row.expert))
 
 
 def headline_ratio(results: StudyResults, prompts: str) -> Figure | None:
-    """Distance of the monolith over distance of the mixture, with its interval over clips and seeds."""
+    """Main distance of the monolith over that of the mixture, with its interval over clips and seeds."""
     name = main_distance(results)
     return next((row.ratio for row in results.headline.get(prompts, ()) if row.name == name), None)
 
 
 def _first(results: StudyResults) -> str:
-    prompts: Sequence[str] = results.config["judging"]["prompts"]
+    prompts: Sequence[str] = results.config["evaluation"]["prompts"]
     return prompts[0]

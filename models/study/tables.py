@@ -1,4 +1,4 @@
-"""A study's results as Markdown: what was compared, on what budget, what came out, and what explains it."""
+"""The results of a study as Markdown: setting, headline, other arms, curves, controls, trainings and clusters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lutetia.models.study.results import PAPER, StudyResults, curve, entry, head
 
 
 def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:
-    """The whole page. `pictures` and `sheets` (what is in each cluster) are files beside it."""
-    parts = [f"# Study {results.name}", _standing(results), _headline(results)]
+    """The whole page. `pictures` and `sheets` (the contact sheet of each cluster) are files beside it."""
+    parts = [f"# Study {results.name}", _setting(results), _headline(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [
         _rivals(results),
@@ -36,20 +36,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _standing(results: StudyResults) -> str:
+def _setting(results: StudyResults) -> str:
     clips, data = results.clips, results.config["data"]
-    judged_on = results.config["judging"]["on"]
+    evaluated_on = results.config["evaluation"]["on"]
     sizes = "; ".join(
         f"{role}: " + ", ".join(f"{n} {kind or 'clips'}" for kind, n in kinds.items()) for role, kinds in clips.roles.items()
     )
-    own = ", ".join(f"{kind or 'clips'} {value:.1f} dB" for kind, value in results.autoencoder_psnr.items())
-    latents = f"by the study's own autoencoder (frames it has not seen: {own})" if own else f"`{data['latents']}`"
-    claim = "" if judged_on == "test" else ", on which recipes are chosen: these figures claim nothing"
+    psnr = ", ".join(f"{kind or 'clips'} {value:.1f} dB" for kind, value in results.autoencoder_psnr.items())
+    latents = f"by the study's own autoencoder (PSNR on frames it has not seen: {psnr})" if psnr else f"`{data['latents']}`"
+    caveat = "" if evaluated_on == "test" else ", on which recipes are chosen: these figures prove nothing"
     return (
         f"Clips of {data['frames']} frames of {data['width']}x{data['height']} px, latents {latents}, text "
-        f"`{data['text']}`, clusters by `{data['features']}`. {sizes}; left out because their prompt or file is known elsewhere: "
-        f"{clips.known_prompts} and {clips.copies}. Judged on the clips of **{judged_on}**{claim}. {results.hardware}; "
-        f"{results.seconds / 3600:.2f} h of swarm time in all."
+        f"`{data['text']}`, clusters by `{data['features']}`. {sizes}; left out because their prompt or file has another role: "
+        f"{clips.known_prompts} and {clips.copies}. Evaluated on the clips of **{evaluated_on}**{caveat}. {results.hardware}; "
+        f"{results.seconds / 3600:.2f} h of swarm time in total."
     )
 
 
@@ -81,23 +81,25 @@ def _rivals(results: StudyResults) -> str:
 
 
 def _rebuilt(results: StudyResults, prompts: str) -> list[str]:
-    """What the autoencoder alone costs."""
+    """The loss of quality by the autoencoder alone."""
     name = main_distance(results)
-    found = entry(results.rebuilt.get(prompts, ()), name)
-    if found is None:
+    rebuilt = entry(results.rebuilt.get(prompts, ()), name)
+    if rebuilt is None:
         return []
-    untouched = f"; as they are, {found.real}" if found.real else ""
-    judged = f"{name} {found.figure} (N = {found.figure.n}){untouched}"
-    lines = [f"Other real clips, encoded and decoded again by the autoencoder, have {judged}."]
+    original = f"; as they are, {rebuilt.real}" if rebuilt.real else ""
+    figures = f"{name} {rebuilt.figure} (N = {rebuilt.figure.n}){original}"
+    lines = [f"Other real clips, encoded and decoded again by the autoencoder, have {figures}."]
     beyond = next((row for row in results.beyond.get(prompts, ()) if row.name == name), None)
     if beyond and beyond.ratio:
         sides = f"{beyond.first} for the monolith and {beyond.second} for the mixture, ratio {beyond.ratio}"
-        lines.append(f"From real clips as the autoencoder gives them, without the blur that both sides share, {name} is {sides}.")
+        lines.append(
+            f"Measured from real clips after encoding and decoding, without the blur that both sides share, {name} is {sides}."
+        )
     return lines
 
 
 def _kinds(results: StudyResults, prompts: str) -> list[str]:
-    """Where the gain comes from."""
+    """The headline by kind: where the gain comes from."""
     rows = []
     for kind, (plain, debiased) in results.kinds.get(prompts, {}).items():
         figures = (plain.first, plain.second, plain.ratio, debiased.first, debiased.second)
@@ -111,7 +113,7 @@ def _kinds(results: StudyResults, prompts: str) -> list[str]:
 
 
 def _over(seeds: Sequence[int]) -> str:
-    """What an interval is over."""
+    """What the interval covers."""
     return "95 % over clips and seeds" if len(seeds) > 1 else "95 % over clips only: one training of each side"
 
 
@@ -126,9 +128,9 @@ def _curves(results: StudyResults) -> str:
             rows.append([arm, f"{point.flops:.3g}", f"{point.value:.4g}", seeds, floor, loss])
     if not rows:
         return ""
-    count = results.config["judging"]["curve_clips"]
+    count = results.config["evaluation"]["curve_clips"]
     head = ["side", "FLOPs", f"{name} (mean of seeds)", "by seed", "real against real", "held-out loss"]
-    note = f"N = {count}; weights as accepted on the way, where learning rates had not fallen yet"
+    note = f"N = {count}; checkpoints as accepted during training, before the learning rate had fallen"
     return f"## Learning curves ({note})\n\n{table(head, rows)}"
 
 
@@ -136,46 +138,46 @@ def _controls(results: StudyResults) -> str:
     name, rows, metrics = main_distance(results), [], _metrics(results)
     config = StudyConfig.model_validate(results.config)
     for training, reading in results.plan.controls(config):
-        if judged := results.of(reading):
-            found, ratio = [_figure(judged, metric) for metric in metrics], results.against.get(reading.name)
+        if evaluated := results.of(reading):
+            cells, ratio = [_figure(evaluated, metric) for metric in metrics], results.against.get(reading.name)
             sizes = _sizes(training)
-            rows.append([_label(training, reading), sizes[0], found[0], str(ratio or "–"), *found[1:], *sizes[1:]])
+            rows.append([_label(training, reading), sizes[0], cells[0], str(ratio or "–"), *cells[1:], *sizes[1:]])
     if not rows:
         return ""
     head = ["arm", "seed", name, f"{name} ÷ the mixture's", *metrics[1:-1], "held-out loss"]
     head += ["total / active parameters", "training FLOPs"]
-    note = f"N = {config.controls.clips}, {config.judging.prompts[0]} prompts; 95 % over clips only: one training of each arm."
+    note = f"N = {config.controls.clips}, {config.evaluation.prompts[0]} prompts; 95 % over clips only: one training of each arm."
     return (
         f"## Controls at {config.controls.share:g} of the budget\n\n{note}\n\n{table(head, rows)}\n\n"
-        f"{name}: lower is better, so an arm whose ratio lies above 1 is worse than the mixture; retrieval and words: higher."
+        f"{name}: lower is better, so an arm with a ratio above 1 is worse than the mixture; retrieval and words: higher."
     )
 
 
 def _metrics(results: StudyResults) -> list[str]:
-    """Names of the metrics of one column each; the last is the held-out loss."""
+    """The metrics with a column of their own; the last is the held-out loss."""
     name = main_distance(results)
-    judged = next((each for each in results.judged.values()), None)
-    higher = [each.name for each in judged.entries if each.better == "higher" and not each.name.endswith("R@5")] if judged else []
+    first = next(iter(results.evaluated.values()), None)
+    higher = [each.name for each in first.entries if each.better == "higher" and not each.name.endswith("R@5")] if first else []
     motion = [] if name == "motion distance" else ["motion distance"]
     return [name, f"{name}, debiased", *motion, *higher, "held-out loss"]
 
 
-def _figure(judged: EvaluatedReading, metric: str) -> str:
+def _figure(evaluated: EvaluatedReading, metric: str) -> str:
     if metric == "held-out loss":
-        return f"{judged.losses['mixture'].loss:.4f}" if "mixture" in judged.losses else "–"
-    found = entry(judged.entries, metric)
-    return str(found.figure) if found else "–"
+        return f"{evaluated.losses['mixture'].loss:.4f}" if "mixture" in evaluated.losses else "–"
+    measured = entry(evaluated.entries, metric)
+    return str(measured.figure) if measured else "–"
 
 
 def _label(training: Training, reading: Reading) -> str:
-    how = [training.arm]
+    parts = [training.arm]
     if reading.expert is not None:
-        how.append(f"expert {reading.expert} alone")
+        parts.append(f"expert {reading.expert} alone")
     elif reading.route != "router":
-        how.append({"oracle": "oracle routing", "text-blind": "text-blind router"}[reading.route])
+        parts.append({"oracle": "oracle routing", "text-blind": "text-blind router"}[reading.route])
     elif reading.mode:
-        how.append(reading.mode)
-    return ", ".join(how)
+        parts.append(reading.mode)
+    return ", ".join(parts)
 
 
 def _sizes(training: Training) -> list[str]:
@@ -195,9 +197,11 @@ def _losses(results: StudyResults) -> str:
     for tier in ("headline", "control"):
         for training in (each for each in results.plan.trainings if each.tier == tier):
             for reading in results.plan.readings_of(training):
-                judged = results.of(reading)
-                if judged and judged.losses and reading.epoch == training.epochs and f"{training.name}: mixture" not in losses:
-                    losses.update({f"{training.name}: {name}": loss for name, loss in judged.losses.items()})
+                evaluated = results.of(reading)
+                if not evaluated or not evaluated.losses or reading.epoch != training.epochs:
+                    continue
+                if f"{training.name}: mixture" not in losses:
+                    losses.update({f"{training.name}: {name}": loss for name, loss in evaluated.losses.items()})
     return f"## Held-out loss by timestep (0 data, 1 noise)\n\n{loss_table(losses).rstrip()}" if losses else ""
 
 
@@ -248,16 +252,16 @@ def _trainings(results: StudyResults) -> str:
 def _clusters(results: StudyResults) -> str:
     rows = [
         [
-            name, ", ".join(f"{each['name']} {each['clips']}" for each in found["clusters"]), f"{found['silhouette']:.3f}",
-            "–" if found["purity"] is None else f"{found['purity']:.3f}",
-            "–" if found["nmi"] is None else f"{found['nmi']:.3f}", f"{found['largest_uncapped']:.2f}",
+            name, ", ".join(f"{each['name']} {each['clips']}" for each in report["clusters"]), f"{report['silhouette']:.3f}",
+            "–" if report["purity"] is None else f"{report['purity']:.3f}",
+            "–" if report["nmi"] is None else f"{report['nmi']:.3f}", f"{report['largest_uncapped']:.2f}",
         ]
-        for name, found in results.clusters.items()
+        for name, report in results.clusters.items()
     ]  # fmt: skip
     head = ["clustering", "clusters and clips", "silhouette", "purity", "NMI with kinds", "largest share without splitting"]
     return f"## Clusters\n\n{table(head, rows)}" if rows else ""
 
 
 def _left_out(results: StudyResults) -> str:
-    reasons = {name: why for judged in results.judged.values() for name, why in judged.left_out.items()}
-    return "\n".join(f"Left out: {name}: {why}." for name, why in reasons.items())
+    reasons = {name: reason for evaluated in results.evaluated.values() for name, reason in evaluated.left_out.items()}
+    return "\n".join(f"Left out: {name}: {reason}." for name, reason in reasons.items())

@@ -63,15 +63,16 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 def one_process(
-    commands: Sequence[Sequence[str | Path]], *, without: str = "", **environment: str
+    commands: Sequence[Sequence[str | Path]], *, without: str = "", missing: str = "", **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run each of `commands` as `lutetia` would, all in one process, which is faster for many.
 
     `without`: capabilities that root drops, such as `-dac_override`, so that permissions apply to it too.
+    `missing`: a package that cannot be imported, as if it were not installed.
     """
     prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
     run = subprocess.run(
-        [*prefix, sys.executable, "-c", _EACH, json.dumps([[str(word) for word in command] for command in commands])],
+        [*prefix, sys.executable, "-c", _EACH, missing, json.dumps([[str(word) for word in command] for command in commands])],
         timeout=240, capture_output=True, text=True, env=_environment(environment),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -80,10 +81,15 @@ def one_process(
 
 _EACH = """
 import contextlib, io, json, sys
+
+commands, missing = json.loads(sys.argv.pop()), sys.argv.pop()
+if missing:
+    sys.modules[missing] = None
+
 from lutetia.cli.main import main
 
 outcomes = []
-for arguments in json.loads(sys.argv.pop()):
+for arguments in commands:
     sys.argv[1:] = arguments
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:

@@ -145,7 +145,7 @@ def test_unusable_source_raises_one_sentence(harm, words: str, tmp_path: Path) -
 
 
 def test_missing_or_mismatched_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no existing folder and no hub id; use a folder or owner/name"):
+    with pytest.raises(ConfigError, match="is neither a folder nor a hub id; use a folder or owner/name"):
         find_sources(str(tmp_path / "nothing"), NAMES, None)
     folder = str(saved(tmp_path / "given"))
     deeper = ExpertSpec(config={**WAN.config, "num_layers": 2})

@@ -1,4 +1,4 @@
-"""Which shard and which split each clip goes to. Test clips take no part in clustering; a file's copies always stay together."""
+"""Assign each clip to a shard and a split. Test clips take no part in clustering; copies of a file always stay together."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lutetia.models.data.ingest.listing import ClipSource
 from lutetia.system.errors import DataError
 
 Split = Literal["train", "holdout", "test"]
-_FEWEST_HELD_OUT = 8  # fewer would make the held-out loss a lottery
+_FEWEST_HELD_OUT = 8  # the held-out loss of fewer clips is too noisy
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """For each clip its shard, its split and its features; and what was found about the clusters."""
+    """Shard, split and features [N, D] of each clip, and a report on the clusters."""
 
     shards: Labels
     splits: list[Split]
@@ -33,16 +33,18 @@ class Placement:
     report: ClusterReport
 
     def rows(self, shard: int, split: Split) -> list[int]:
-        return [row for row, own in enumerate(self.splits) if own == split and self.shards[row] == shard]
+        return [row for row, each in enumerate(self.splits) if each == split and self.shards[row] == shard]
 
     def count(self, split: Split) -> int:
         return self.splits.count(split)
 
 
 def drop_copies_of_test_clips(prepared: PreparedClips) -> int:
-    """Take out training clips whose file is also a test clip, so that nothing seen in training is tested. Returns how many."""
-    tested = {digest for clip, digest in zip(prepared.clips, prepared.digests, strict=True) if clip.split == "test"}
-    keep = [clip.split == "test" or digest not in tested for clip, digest in zip(prepared.clips, prepared.digests, strict=True)]
+    """Remove training clips whose file is also a test clip, so that no test clip is trained on. Returns how many."""
+    test_digests = {digest for clip, digest in zip(prepared.clips, prepared.digests, strict=True) if clip.split == "test"}
+    keep = [
+        clip.split == "test" or digest not in test_digests for clip, digest in zip(prepared.clips, prepared.digests, strict=True)
+    ]
     prepared.clips[:] = [clip for clip, kept in zip(prepared.clips, keep, strict=True) if kept]
     prepared.digests[:] = [digest for digest, kept in zip(prepared.digests, keep, strict=True) if kept]
     dropped = len(keep) - sum(keep)
@@ -54,7 +56,7 @@ def drop_copies_of_test_clips(prepared: PreparedClips) -> int:
 def feature_vectors(
     prepared: PreparedClips, recipe: Recipe, cache: ArrayCache, embedded: EmbeddedCaptions, with_text: bool
 ) -> Vectors:
-    """[N, D] of all clips, standardised by the training clips."""
+    """Features [N, D] of all clips, standardised by the training clips. `with_text` adds the embedded captions."""
     blocks = [
         np.stack([cached_array(cache, recipe.features_key(digest, features)) for digest in prepared.digests])
         for features in recipe.features
@@ -66,22 +68,29 @@ def feature_vectors(
 
 
 def place_clips(prepared: PreparedClips, vectors: Vectors, settings: ClusterSettings, holdout: float) -> Placement:
-    """Cluster the training clips, split off holdouts, and put each test clip where its look belongs. Deterministic."""
+    """Cluster the training clips, hold some out, and place each test clip by its features. Deterministic.
+
+    Args:
+        prepared: the clips.
+        vectors: their features [N, D].
+        settings: of the clustering.
+        holdout: share of the training clips to hold out.
+    """
     training = _training_rows(prepared.clips)
     digests, kinds = [prepared.digests[row] for row in training], [prepared.clips[row].kind for row in training]
-    found = cluster(vectors[training], digests, kinds, settings)
-    report = summarise(found, vectors[training], [prepared.clips[row].caption for row in training], kinds)
+    clustering = cluster(vectors[training], digests, kinds, settings)
+    report = summarise(clustering, vectors[training], [prepared.clips[row].caption for row in training], kinds)
     shards = np.zeros(len(prepared.clips), np.int64)
     splits: list[Split] = ["test"] * len(prepared.clips)
-    shards[training] = found.labels
+    shards[training] = clustering.labels
     for index in range(len(report.clusters)):
-        rows = [row for row, label in zip(training, found.labels, strict=True) if label == index]
-        held = _held_out([prepared.digests[row] for row in rows], holdout, report.clusters[index].name)
+        rows = [row for row, label in zip(training, clustering.labels, strict=True) if label == index]
+        held_out = _held_out([prepared.digests[row] for row in rows], holdout, report.clusters[index].name)
         for row in rows:
-            splits[row] = "holdout" if prepared.digests[row] in held else "train"
-    others = sorted(set(range(len(prepared.clips))) - set(training))
-    if others:
-        shards[others] = found.place(vectors[others])
+            splits[row] = "holdout" if prepared.digests[row] in held_out else "train"
+    test = sorted(set(range(len(prepared.clips))) - set(training))
+    if test:
+        shards[test] = clustering.place(vectors[test])
     return Placement(shards, splits, vectors, report)
 
 
@@ -93,18 +102,19 @@ def _training_rows(clips: Sequence[ClipSource]) -> list[int]:
 
 
 def _held_out(digests: Sequence[str], share: float, name: str) -> set[str]:
-    """Which contents are held out: those whose rank is below `share`, whatever the clusters, so that studies with other numbers
-    of clusters hold out the same clips; and in small clusters the lowest ranks, up to eight but at most a quarter.
+    """The digests to hold out: those with a rank below `share`, so that the choice does not depend on the number of clusters.
+
+    In small clusters the lowest ranks are added: up to eight clips, but at most a quarter.
     """
     order = sorted(set(digests), key=_holdout_rank)
     if len(order) < 2:
         raise DataError(
-            f"cluster {name} holds copies of a single clip, so none can be held out; remove the copies or use fewer experts"
+            f"cluster {name} holds only copies of one clip, so none can be held out; remove the copies or use fewer experts"
         )
     below = sum(_holdout_rank(digest) < share for digest in order)
     return set(order[: min(max(below, min(_FEWEST_HELD_OUT, len(order) // 4), 1), len(order) - 1)])
 
 
 def _holdout_rank(digest: str) -> float:
-    """A content's fixed place in 0..1."""
+    """A fixed number from 0 to 1 for each digest."""
     return int.from_bytes(hashlib.sha256(f"lutetia-holdout|{digest}".encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""One shard of all clusters in which each is met equally often, as by a mixture whose experts all train equally long."""
+"""Make one shard of all clusters in which each cluster is equally frequent, as for a mixture whose experts train equally long."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ Split = Literal["train", "holdout"]
 
 
 def balance(source: Path, out: Path, seed: int = 0) -> DataDescription:
-    """Write built data of one shard into `out` from the clusters of `source`, which was built before.
+    """Write data of one shard into `out`, made from the clusters of `source`.
 
-    Training clips of smaller clusters are repeated, as evenly as can be, until there are as many as of the largest. Held-out
-    clips stay as they are. Raises DataError (`source` is no built data, or `out` is taken) or DiskError.
+    Training clips of smaller clusters are repeated, as evenly as possible, until there are as many as in the largest. Held-out
+    clips are not repeated.
+
+    Args:
+        source: folder that `build_data` wrote.
+        out: new folder.
+        seed: of the choice of clips that are repeated once more than others.
+
+    Raises DataError (`source` holds no built data, or `out` is not empty) or DiskError.
     """
     built = read_data(source)
     most = max(shard.train.clips for shard in built.shards)
@@ -52,9 +59,9 @@ def balance(source: Path, out: Path, seed: int = 0) -> DataDescription:
 
 
 def _repeated(have: int, want: int, draw: np.random.Generator) -> list[int]:
-    """`want` of `have` rows: every row equally often, but for a random few that come once more."""
-    whole, rest = divmod(want, have)
-    return sorted([*range(have)] * whole + draw.permutation(have)[:rest].tolist())
+    """`want` of `have` rows: every row equally often, except for a random few that occur once more."""
+    times, extra = divmod(want, have)
+    return sorted([*range(have)] * times + draw.permutation(have)[:extra].tolist())
 
 
 def _concatenated(parts: list[ShardData]) -> ShardData:

@@ -1,4 +1,4 @@
-"""Contact sheets: one picture per cluster, so that a person sees what an expert will learn."""
+"""Contact sheets: one picture per cluster that shows what its expert will learn."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lutetia.system.letters import font
 
 _COLUMNS, _SIDE, _STRIP, _MARGIN, _LINE = 4, 72, 3, 6, 14
 SHEET_CLIPS = 24
-LETTERS = 10  # px: what a line under a picture is drawn in
+LETTERS = 10  # height of the text under a picture, px
 
 
 def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Sequence[str]) -> None:
-    """A PNG with, for each clip, its first, middle and last frame over its caption; up to 24 clips."""
+    """Write a PNG with the first, middle and last frame of each clip above its caption; up to 24 clips."""
     cell_width, cell_height = _STRIP * _SIDE + _MARGIN, _SIDE + _LINE + _MARGIN
     rows = -(-len(clips) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN, rows * cell_height + 2 * _LINE), (24, 24, 28))
@@ -47,7 +47,7 @@ def _thumbnail(picture: Frames) -> Image.Image:
 
 
 def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """`text`, cut where it would be wider than `width` pixels."""
+    """`text`, truncated to `width` px."""
     while len(text) > 3 and draw.textlength(text) > width:
         text = text[: -2 if text.endswith("…") else -1].rstrip() + "…"
     return text

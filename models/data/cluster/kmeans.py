@@ -1,8 +1,8 @@
-"""Partition clips into K clusters: fine k-means, merged by weighted Ward linkage, catch-all clusters kept from forming.
+"""Partition clips into K clusters: fine k-means, merged by weighted Ward linkage, with bounds on the sizes.
 
-As in DDM, many fine centroids (up to 1,024) are found first and merged to K coarse clusters; a clip belongs where its fine
-centroid does. No coarse cluster may grow beyond `largest_share` of the clips, since a catch-all cluster is an expert for nothing,
-nor stay below `smallest` clips. `random` clusters are the control of every study; `kinds` takes the user's own labels.
+As in DDM, many fine centroids (up to 1,024) are found first and merged to K coarse clusters; a clip belongs to the cluster of its
+fine centroid. No coarse cluster may hold more than `largest_share` of the clips, since an expert of a catch-all cluster does not
+specialise, nor fewer than `smallest` clips. `random` clusters are the control of a study; `kinds` uses the labels of the user.
 """
 
 from __future__ import annotations
@@ -33,21 +33,31 @@ _log = logging.getLogger(__name__)
 
 
 class ClusterSettings(Frozen):
-    """`fine` None: one centroid per six clips, at most 1,024. `largest_share` None: 2.2/K, at most 0.9."""
+    """How clips are clustered."""
 
-    method: Literal["kmeans", "random", "kinds"] = "kmeans"
-    experts: Count = 3
-    fine: int | None = Field(default=None, ge=1, le=MAX_FINE)
-    largest_share: float | None = Field(default=None, gt=0, le=1)
-    smallest: Count = 24
-    seed: int = 0
+    method: Literal["kmeans", "random", "kinds"] = Field(
+        default="kmeans", description="kmeans: by features; random: equal shares at random; kinds: by the kinds in the metadata"
+    )
+    experts: Count = Field(default=3, description="number of clusters K, one expert each")
+    fine: int | None = Field(
+        default=None, ge=1, le=MAX_FINE, description="number of fine centroids; none: one per six clips, at most 1,024"
+    )
+    largest_share: float | None = Field(
+        default=None, gt=0, le=1, description="largest share of the clips in one cluster; none: 2.2/K, at most 0.9"
+    )
+    smallest: Count = Field(default=24, description="fewest clips in a cluster")
+    seed: int = Field(default=0, description="seed of k-means and of random clusters")
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """`labels` [N] in 0 … K−1, cluster 0 the largest. `fine` [m, D] and `fine_labels` [m] place clips that were not clustered.
+    """The clusters of N clips.
 
-    `uncapped_share` is the largest cluster's share had catch-all clusters been allowed.
+    Attributes:
+        labels: cluster of each clip [N], 0 to K-1, 0 the largest.
+        fine: fine centroids [m, D], to place clips that were not clustered.
+        fine_labels: cluster of each fine centroid [m].
+        uncapped_share: share of the largest cluster before large clusters were split.
     """
 
     labels: Labels
@@ -56,14 +66,20 @@ class Clustering:
     uncapped_share: float
 
     def place(self, vectors: Vectors) -> Labels:
-        """The clusters of further clips: that of the nearest fine centroid."""
+        """The clusters of other clips with features `vectors` [N, D]: those of the nearest fine centroids."""
         return self.fine_labels[_nearest(vectors, self.fine)]
 
 
 def cluster(vectors: Vectors, keys: Sequence[str], kinds: Sequence[str], settings: ClusterSettings) -> Clustering:
-    """Cluster the clips with features `vectors` [N, D]; equal `keys` (content digests) always stay together.
+    """Cluster clips. Deterministic in its arguments.
 
-    Deterministic in its arguments. Raises DataError when the clips cannot make that many clusters of that size.
+    Args:
+        vectors: features [N, D].
+        keys: N content digests; clips with equal keys get the same cluster.
+        kinds: N labels of the user, for the method `kinds`.
+        settings: method, number and sizes.
+
+    Raises DataError if the clips are too few, or too uneven, for that many clusters of that size.
     """
     count, experts = len(vectors), settings.experts
     if count < experts * settings.smallest:
@@ -79,7 +95,7 @@ def cluster(vectors: Vectors, keys: Sequence[str], kinds: Sequence[str], setting
     distinct = len(np.unique(reduced, axis=0))
     if distinct < experts:
         raise DataError(
-            f"the clips fall into only {distinct} distinct looks, so {experts} experts are too many; use at most {distinct}"
+            f"the clips have only {distinct} distinct features, too few for {experts} experts; use at most {distinct}"
         )
     fine = _fine(reduced, min(settings.fine or MAX_FINE, max(experts, count // _CLIPS_PER_FINE), distinct), settings.seed)
     centroids, weights = _centroids(reduced, fine)
@@ -89,17 +105,17 @@ def cluster(vectors: Vectors, keys: Sequence[str], kinds: Sequence[str], setting
     coarse = free
     if share > cap:
         _log.info(
-            "a catch-all cluster would hold %.0f %% of the clips; it is split, since none may exceed %.0f %%",
+            "the largest cluster would hold %.0f %% of the clips and is split; the limit is %.0f %%",
             100 * share,
             100 * cap,
         )
         coarse = merge(centroids, weights, experts, cap * count)
-    labels = _level(reduced, coarse[fine], settings)
+    labels = _enforce_smallest(reduced, coarse[fine], settings)
     return _finish(vectors, labels, share)
 
 
 def merge(centroids: NDArray[Any], weights: NDArray[Any], experts: int, cap: float) -> Labels:
-    """Weighted Ward linkage of fine centroids [m, D] to `experts` groups [m], none heavier than `cap` where that is possible."""
+    """Merge fine centroids [m, D] to `experts` groups [m] by weighted Ward linkage, none heavier than `cap` where possible."""
     places, sizes = centroids.astype(np.float64).copy(), weights.astype(np.float64).copy()
     group = np.arange(len(places))
     cost = _ward(places, sizes, places, sizes)
@@ -122,19 +138,19 @@ def merge(centroids: NDArray[Any], weights: NDArray[Any], experts: int, cap: flo
 
 
 def _ward(a: NDArray[Any], a_sizes: NDArray[Any], b: NDArray[Any], b_sizes: NDArray[Any]) -> NDArray[np.float64]:
-    """Growth of the total within-cluster scatter on merging each of `a` with each of `b`."""
+    """By how much the total within-cluster scatter grows if each of `a` is merged with each of `b`."""
     distance = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)
     return a_sizes[:, None] * b_sizes / (a_sizes[:, None] + b_sizes) * distance
 
 
 def _reduce(vectors: Vectors) -> Vectors:
-    """The leading principal components: distances survive, noise dimensions do not."""
+    """The leading principal components: they keep the distances and drop noise."""
     from sklearn.decomposition import PCA
     from threadpoolctl import threadpool_limits
 
     if vectors.shape[1] <= _DIMENSIONS:
         return vectors
-    with threadpool_limits(1):  # sums in one order, so that equal input gives equal clusters
+    with threadpool_limits(1):  # one order of summation, so that equal input gives equal clusters
         width = min(_DIMENSIONS, len(vectors))
         return PCA(width, svd_solver="full").fit_transform(vectors.astype(np.float64)).astype(np.float32)
 
@@ -148,9 +164,9 @@ def _fine(vectors: Vectors, number: int, seed: int) -> Labels:
     options: dict[str, Any] = {"n_clusters": number, "n_init": 1 if large else 2, "random_state": seed}
     chosen = MiniBatchKMeans(**options, batch_size=8192) if large else KMeans(**options)
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than centroids: some stay empty
+        warnings.simplefilter("ignore", ConvergenceWarning)  # if there are fewer distinct points than centroids, some stay empty
         labels = chosen.fit_predict(vectors)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)  # empty ones vanish
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)  # drops the empty ones
 
 
 def _centroids(vectors: Vectors, labels: Labels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -161,8 +177,8 @@ def _centroids(vectors: Vectors, labels: Labels) -> tuple[NDArray[np.float64], N
     return sums / sizes[:, None], sizes
 
 
-def _level(vectors: Vectors, labels: Labels, settings: ClusterSettings) -> Labels:
-    """Dissolve clusters below `smallest` into their nearest neighbour and halve the largest ones instead."""
+def _enforce_smallest(vectors: Vectors, labels: Labels, settings: ClusterSettings) -> Labels:
+    """Merge clusters below `smallest` into their nearest neighbour, and split the largest one instead."""
     for _ in range(4 * settings.experts):
         centroids, sizes = _centroids(vectors, labels)
         small = int(np.argmin(sizes))
@@ -177,13 +193,13 @@ def _level(vectors: Vectors, labels: Labels, settings: ClusterSettings) -> Label
             break
         labels[members[_half(vectors[members], settings)]] = small
     raise DataError(
-        f"the clips fall into clusters too uneven for {settings.experts} experts of at least {settings.smallest} clips; "
+        f"the clusters are too uneven for {settings.experts} experts of at least {settings.smallest} clips; "
         "use fewer experts, more clips or a smaller minimum"
     )
 
 
 def _half(vectors: Vectors, settings: ClusterSettings) -> NDArray[np.bool_]:
-    """Which clips go to a new cluster: by 2-means, or at the median of the main direction where that is too uneven."""
+    """Which clips go to a new cluster: by 2-means, or, if that is too uneven, split at the median of the main direction."""
     labels = _fine(vectors, min(2, len(np.unique(vectors, axis=0))), settings.seed)
     if min(labels.sum(), len(labels) - labels.sum()) >= settings.smallest:
         return labels == 1
@@ -196,7 +212,7 @@ def _half(vectors: Vectors, settings: ClusterSettings) -> NDArray[np.bool_]:
 
 
 def _random(keys: Sequence[str], settings: ClusterSettings) -> Labels:
-    """Equal shares by a seeded hash of the content: the control whose clusters mean nothing."""
+    """Equal shares by a seeded hash of the content: the control of a study."""
     ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{settings.seed}|{key}".encode()).digest())
     label = {key: place % settings.experts for place, key in enumerate(ranked)}
     return np.array([label[key] for key in keys], np.int64)
@@ -211,7 +227,7 @@ def _by_kind(kinds: Sequence[str], settings: ClusterSettings) -> Labels:
 
 
 def _finish(vectors: Vectors, labels: Labels, uncapped_share: float) -> Clustering:
-    """Number the clusters by size and keep fine centroids, so that further clips can be placed."""
+    """Number the clusters by size, and compute fine centroids to place other clips."""
     sizes = np.bincount(labels)
     first = [int(np.argmax(labels == c)) for c in range(len(sizes))]
     order = sorted(range(len(sizes)), key=lambda c: (-sizes[c], first[c]))

@@ -1,4 +1,4 @@
-"""What a person should know of a clustering: sizes, silhouette, purity against known kinds, and a name for each cluster."""
+"""Report on a clustering: sizes, silhouette, purity against known kinds, and a name for each cluster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from pydantic import Field
 
 from lutetia.models.data.cluster.kmeans import Clustering, Vectors
 from lutetia.models.data.encode.text import split_words
@@ -16,45 +17,49 @@ from lutetia.protocol.schema.canonical import Frozen
 
 _SILHOUETTE_CLIPS = 2000
 _MAX_NAME = 48
-_DULL_WORDS = """
+_STOP_WORD_LIST = """
 about above after all an and are as at be below by down for from has have her his in into is it its left more of off on one or out
 over right she some than that the their them there they this to two under up very was were while with
 """
-_DULL = frozenset(_DULL_WORDS.split())
+_STOP_WORDS = frozenset(_STOP_WORD_LIST.split())
 
 
 class ClusterSummary(Frozen):
-    """One cluster. `typical` are captions at its centre; `purity` is the share of its commonest kind, None without kinds."""
+    """One cluster."""
 
-    index: int
-    name: str
-    clips: int
-    share: float
-    silhouette: float
-    keywords: tuple[str, ...]
-    typical: tuple[str, ...]
-    purity: float | None = None
-    kinds: dict[str, int] = {}
+    index: int = Field(description="number of the cluster, 0 the largest")
+    name: str = Field(description="short name, from kinds or keywords")
+    clips: int = Field(description="number of training and held-out clips")
+    share: float = Field(description="share of these clips in all, 0 to 1")
+    silhouette: float = Field(description="mean silhouette of its clips, -1 to 1")
+    keywords: tuple[str, ...] = Field(description="most distinctive words of its captions")
+    typical: tuple[str, ...] = Field(description="captions of the clips nearest to its centre")
+    purity: float | None = Field(default=None, description="share of its most frequent kind, 0 to 1; none: no kinds")
+    kinds: dict[str, int] = Field(default={}, description="kind to number of clips")
 
 
 class ClusterReport(Frozen):
-    """The whole clustering. `nmi` is the normalised mutual information with the kinds; `largest_uncapped` as in Clustering."""
+    """The whole clustering."""
 
-    clusters: tuple[ClusterSummary, ...]
-    silhouette: float
-    purity: float | None = None
-    nmi: float | None = None
-    largest_uncapped: float
+    clusters: tuple[ClusterSummary, ...] = Field(description="the clusters, the largest first")
+    silhouette: float = Field(description="mean silhouette of all clips, -1 to 1")
+    purity: float | None = Field(
+        default=None, description="share of clips of the most frequent kind of their cluster; none: no kinds"
+    )
+    nmi: float | None = Field(
+        default=None, description="normalised mutual information of clusters and kinds, 0 to 1; none: no kinds"
+    )
+    largest_uncapped: float = Field(description="share of the largest cluster before large clusters were split, 0 to 1")
 
 
-def summarise(found: Clustering, vectors: Vectors, captions: Sequence[str], kinds: Sequence[str]) -> ClusterReport:
-    """Deterministic. `vectors`, `captions` and `kinds` are those of the clustered clips, in order."""
-    labels, number = found.labels, int(found.labels.max()) + 1
+def summarise(clustering: Clustering, vectors: Vectors, captions: Sequence[str], kinds: Sequence[str]) -> ClusterReport:
+    """Report on `clustering`; `vectors`, `captions` and `kinds` are those of its clips, in order. Deterministic."""
+    labels, number = clustering.labels, int(clustering.labels.max()) + 1
     scores = _silhouettes(vectors, labels)
-    known = any(kinds)
+    has_kinds = any(kinds)
     members = [np.flatnonzero(labels == index).tolist() for index in range(number)]
     words = keywords([[captions[i] for i in rows] for rows in members])
-    tallies = [Counter(kinds[i] for i in rows) if known else Counter[str]() for rows in members]
+    tallies = [Counter(kinds[i] for i in rows) if has_kinds else Counter[str]() for rows in members]
     names = name_clusters(words, tallies, [[captions[i] for i in rows] for rows in members])
     clusters = [
         ClusterSummary(
@@ -65,7 +70,7 @@ def summarise(found: Clustering, vectors: Vectors, captions: Sequence[str], kind
             silhouette=round(float(np.nanmean(scores[rows])) if np.isfinite(scores[rows]).any() else 0.0, 4),
             keywords=tuple(words[index][:6]),
             typical=tuple(captions[i] for i in central(vectors, rows, 5)),
-            purity=round(max(tallies[index].values()) / len(rows), 4) if known else None,
+            purity=round(max(tallies[index].values()) / len(rows), 4) if has_kinds else None,
             kinds=dict(sorted(tallies[index].items())),
         )
         for index, rows in enumerate(members)
@@ -73,50 +78,55 @@ def summarise(found: Clustering, vectors: Vectors, captions: Sequence[str], kind
     return ClusterReport(
         clusters=tuple(clusters),
         silhouette=round(float(np.nanmean(scores)), 4) if number > 1 else 0.0,
-        purity=round(_purity(labels, kinds), 4) if known else None,
-        nmi=round(_mutual_information(labels, kinds), 4) if known else None,
-        largest_uncapped=round(found.uncapped_share, 4),
+        purity=round(_purity(labels, kinds), 4) if has_kinds else None,
+        nmi=round(_mutual_information(labels, kinds), 4) if has_kinds else None,
+        largest_uncapped=round(clustering.uncapped_share, 4),
     )
 
 
 def central(vectors: Vectors, rows: Sequence[int], number: int) -> list[int]:
-    """The clips of `rows` that are nearest to their mean."""
-    own = vectors[np.asarray(rows)]
-    distance = ((own - own.mean(0)) ** 2).sum(1)
+    """The `number` clips of `rows` that are nearest to their mean, nearest first."""
+    members = vectors[np.asarray(rows)]
+    distance = ((members - members.mean(0)) ** 2).sum(1)
     return [rows[i] for i in np.argsort(distance, kind="stable")[:number]]
 
 
 def keywords(groups: Sequence[Sequence[str]]) -> list[list[str]]:
-    """For each group of captions its words, most telling first: common in it and rarer elsewhere."""
+    """For each group of captions, its words, the most distinctive first: frequent in the group, rare in the others."""
     tallies = [Counter(word for caption in group for word in set(split_words(caption))) for group in groups]
-    total, everything = sum(len(group) for group in groups), sum(tallies, Counter[str]())
-    found = []
+    total, overall = sum(len(group) for group in groups), sum(tallies, Counter[str]())
+    ranked = []
     for group, tally in zip(groups, tallies, strict=True):
         elsewhere = total - len(group)
 
         def weight(word: str, group: Sequence[str] = group, tally: Counter[str] = tally, elsewhere: int = elsewhere) -> float:
             inside = tally[word] / len(group)
-            outside = (everything[word] - tally[word] + 0.5) / (elsewhere + 1)
-            return inside * math.log(inside / outside) if len(word) > 1 and word not in _DULL else -1.0
+            outside = (overall[word] - tally[word] + 0.5) / (elsewhere + 1)
+            return inside * math.log(inside / outside) if len(word) > 1 and word not in _STOP_WORDS else -1.0
 
         scored = {word: weight(word) for word in tally}
-        found.append(sorted((word for word in scored if scored[word] > 0), key=lambda word: (-scored[word], word)))
-    return found
+        ranked.append(sorted((word for word in scored if scored[word] > 0), key=lambda word: (-scored[word], word)))
+    return ranked
 
 
 def name_clusters(words: Sequence[Sequence[str]], kinds: Sequence[Counter[str]], captions: Sequence[Sequence[str]]) -> list[str]:
-    """Distinct short names that a manifest takes: the kind where one prevails, else telling words; then what sets twins apart."""
+    """Distinct short names that a manifest accepts: the kind of at least 80 % of the clips, else the two most distinctive words.
+
+    Clusters with the same name get a further word that distinguishes them, or a number.
+    """
     stems = []
-    for own, tally in zip(words, kinds, strict=True):
+    for group_words, tally in zip(words, kinds, strict=True):
         kind, hits = tally.most_common(1)[0] if tally else ("", 0)
         prevails = bool(kind) and hits >= 0.8 * tally.total()
-        stems.append(_plain(kind) if prevails and _plain(kind) else "-".join(filter(None, map(_plain, own[:2]))) or "cluster")
+        stems.append(
+            _plain(kind) if prevails and _plain(kind) else "-".join(filter(None, map(_plain, group_words[:2]))) or "cluster"
+        )
     names = list(stems)
     for stem in set(stems):
-        twins = [index for index, other in enumerate(stems) if other == stem]
-        if len(twins) > 1:
-            for index, telling in zip(twins, keywords([captions[twin] for twin in twins]), strict=True):
-                extra = next((_plain(word) for word in telling if _plain(word) and _plain(word) not in stem.split("-")), "")
+        same = [index for index, other in enumerate(stems) if other == stem]
+        if len(same) > 1:
+            for index, distinctive in zip(same, keywords([captions[number] for number in same]), strict=True):
+                extra = next((_plain(word) for word in distinctive if _plain(word) and _plain(word) not in stem.split("-")), "")
                 names[index] = f"{stem}-{extra}" if extra else stem
     taken: Counter[str] = Counter()
     for index, name in enumerate(names):
@@ -126,7 +136,7 @@ def name_clusters(words: Sequence[Sequence[str]], kinds: Sequence[Counter[str]],
 
 
 def _plain(text: str) -> str:
-    """ASCII letters, digits and hyphens of `text`, as a manifest's names allow."""
+    """The ASCII letters, digits and hyphens of `text`: the characters of a name in a manifest."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[: _MAX_NAME // 2]
 

@@ -1,9 +1,9 @@
-"""A small stock `AutoencoderTiny`, trained from scratch on frames of rule-made clips (the demo's) or of the user's own clips.
+"""Train a small `AutoencoderTiny` from scratch, on frames of drawn clips (as in the demo) or of the user's own clips.
 
-It stands in for a real video autoencoder where minutes and two cores must do: 64x64 pixels become 8x8 latents of 8 channels
-(or 16x16 of fewer), frame by frame. It knows how the demo's pictures look, but no motion and no words: the swarm learns those.
-`lutetia data train-autoencoder` makes it anew. Its folder loads with `diffusers.AutoencoderTiny.from_pretrained`; the
-mean and standard deviation of its latents, per channel, are `latents_mean` and `latents_std` in its `config.json`.
+It replaces a real video autoencoder where only minutes on two cores are available: 64x64 pixels become 8x8 latents of 8 channels
+(or 16x16 of fewer), frame by frame. It learns how the pictures look, but no motion and no words: those the swarm learns.
+`lutetia data train-autoencoder` runs it. The result loads with `diffusers.AutoencoderTiny.from_pretrained`; the mean and
+standard deviation of its latents per channel are `latents_mean` and `latents_std` in its `config.json`.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from lutetia.system.files import disk_errors, fsync_folder, make_folder
 
 WIDTH, LATENT_CHANNELS, SIZE, CLIP_FRAMES = 32, 8, 64, 8
 BATCH, PEAK_RATE, WARMUP = 32, 2.5e-3, 100
-LATENT_NOISE = 0.1  # in latent standard deviations: the decoder must forgive what an expert gets slightly wrong
+LATENT_NOISE = 0.1  # in standard deviations of the latents: the decoder must tolerate small errors of an expert
 TRAIN_CLIPS, TEST_CLIPS = 2400, 400
-FRAMES_PER_CLIP = {"digit": 2, "shape": 2, "camera": 6}  # photographs hold most detail
-OWN_FRAMES = 4  # of each of the user's clips
-TRAIN_SEED, TEST_SEED = 0x101, 0x202  # added to the seed: neither is the demo's own set of clips
+FRAMES_PER_CLIP = {"digit": 2, "shape": 2, "camera": 6}  # photographs have most detail
+FRAMES_PER_USER_CLIP = 4  # of each of the user's clips
+TRAIN_SEED, TEST_SEED = 0x101, 0x202  # added to the seed, so that neither set is that of the demo
 
 Scale = Literal[4, 8]
 Progress = Callable[[int, int, float], None]
@@ -52,20 +52,27 @@ def train_autoencoder(
     bfloat16: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train, write the autoencoder's folder to `out`, and report PSNR per kind of clip on frames it has not seen.
+    """Train an autoencoder, write its folder to `out`, and report the PSNR per kind of clip on unseen frames.
 
-    `clips`: a folder of captioned clips, of which it sees frames of the split train only; one clip in twenty is kept back for the
-    PSNR. Without it, rule-made clips. `size`: pixels of a side of its frames, a multiple of 8; it learns details best at the size
-    at which it will be used. `scale`: pixels of a side of a latent; 4 with a quarter of the channels keeps as many numbers, and
-    learns details in fewer steps.
+    Args:
+        out: new or empty folder. It appears whole or not at all.
+        seed: of weights and frames.
+        steps: training steps.
+        channels: channels of a latent.
+        scale: side of the square that one latent stands for, px. A scale of 4 with a quarter of the channels keeps as many
+            numbers, and learns details in fewer steps.
+        size: height and width of the frames, px, a multiple of 8. It learns details best at the size of its later use.
+        clips: folder of captioned clips; frames of the split `train` are used, except for one clip in twenty, which is kept for
+            the PSNR. None: drawn clips.
+        bfloat16: several times faster on processors that multiply matrices of it (AMX), slow on others.
+        on_progress: called with steps done, steps and loss.
 
-    `bfloat16` is several times faster where the processor multiplies matrices of it (AMX), and slow elsewhere.
-    `on_progress` is told (steps done, steps, loss).
-
-    Raises before anything is trained: DataError (`clips` cannot be used, or `out` holds anything), DiskError (`out` cannot be
-    made), ConfigError (`size`). `out` is whole or as it was.
+    Raises before the training: DataError (`clips` cannot be used, or `out` is not empty), DiskError (`out` cannot be created),
+    ConfigError (`size`, or scikit-image is missing for drawn clips).
     """
     _require_size(size)
+    if clips is None:
+        synthetic.require_photographs()
     started = time.monotonic()
     with _new_folder(out) as part:
         torch.manual_seed(seed)
@@ -88,16 +95,16 @@ def train_autoencoder(
 def _require_size(size: int) -> None:
     if size % 8:
         raise ConfigError(
-            f"the autoencoder halves its frames up to three times, so {size} pixels cannot be had; take a multiple of 8"
+            f"the autoencoder halves its frames up to three times, so its size cannot be {size} pixels; use a multiple of 8"
         )
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`, which on success becomes `out`. Raises DataError where anything is there already."""
+    """Yield an empty folder beside `out` that becomes `out` on success. Raises DataError if `out` is not empty."""
     with disk_errors(out):
         if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-            raise DataError(f"{out} exists already, and an autoencoder overwrites nothing; name a new folder")
+            raise DataError(f"{out} exists already and is not overwritten; name a new folder")
         home = out.absolute().parent
         make_folder(home)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=home))
@@ -105,7 +112,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         yield part
         with disk_errors(out):
             part.chmod(0o755)
-            os.rename(part, out)  # over an empty folder at most: anything else refuses
+            os.rename(part, out)  # fails unless `out` is absent or an empty folder
             fsync_folder(home)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -134,7 +141,7 @@ def _fit(
 
 
 def sample_step(channels: int, scale: Scale, size: int, bfloat16: bool) -> Callable[[], None]:
-    """A step of training as `train_autoencoder` does it, on random frames: to be timed. Raises ConfigError (`size`)."""
+    """A function that does one training step on random frames, to measure its time. Raises ConfigError (`size`)."""
     _require_size(size)
     model = build_autoencoder(channels, scale).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     pictures = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8)
@@ -142,8 +149,8 @@ def sample_step(channels: int, scale: Scale, size: int, bfloat16: bool) -> Calla
 
 
 def build_autoencoder(channels: int = LATENT_CHANNELS, scale: Scale = 8) -> AutoencoderTiny:
-    """The untrained autoencoder: 0.37 million parameters (0.26 at `scale` 4), scale x scale pixels to a latent of `channels`."""
-    encoder = (0, 1, 2, 2) if scale == 8 else (0, 1, 2)  # none at full resolution, where a block costs as much as all others
+    """An untrained autoencoder of 0.37 million parameters (0.26 at `scale` 4): scale x scale pixels to a latent of `channels`."""
+    encoder = (0, 1, 2, 2) if scale == 8 else (0, 1, 2)  # no block at full resolution: it would cost as much as all others
     decoder = (2, 2, 1, 1) if scale == 8 else (2, 2, 1)
     return AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * len(encoder),
@@ -175,7 +182,7 @@ def reconstruction_psnr(model: AutoencoderTiny, pictures: Tensor, kinds: list[st
 
 
 def _frames(clips: int, seed: int, size: int) -> tuple[Tensor, list[str]]:
-    """Some frames of each of `clips` rule-made clips, uint8 [N, 3, size, size], and their kinds."""
+    """Some frames of each of `clips` drawn clips, uint8 [N, 3, size, size], and their kinds."""
     rng = np.random.default_rng(seed)
     chosen, kinds = [], []
     for clip in synthetic.plan(clips, seed):
@@ -186,24 +193,26 @@ def _frames(clips: int, seed: int, size: int) -> tuple[Tensor, list[str]]:
 
 
 def _sets(clips: Path | None, seed: int, size: int) -> tuple[tuple[Tensor, list[str]], tuple[Tensor, list[str]]]:
-    """Frames and kinds to train on, and others to report on."""
+    """(Frames, kinds) to train on, and others for the PSNR."""
     if clips is None:
         return _frames(TRAIN_CLIPS, seed + TRAIN_SEED, size), _frames(TEST_CLIPS, seed + TEST_SEED, size)
     listed = [clip for clip in read_listing(clips).clips if clip.split == "train"]
-    kept_back = [zlib.crc32(clip.name.encode()) % 20 == 0 for clip in listed]
-    seen, unseen = ([clip for clip, back in zip(listed, kept_back, strict=True) if back is want] for want in (False, True))
+    is_held_back = [zlib.crc32(clip.name.encode()) % 20 == 0 for clip in listed]
+    seen, unseen = (
+        [clip for clip, held_back in zip(listed, is_held_back, strict=True) if held_back is want] for want in (False, True)
+    )
     if not seen or not unseen:
-        raise DataError(f"{clips} has {len(listed)} clips of split train, too few for an autoencoder; give some dozens at least")
-    return _own_frames(seen, seed, size), _own_frames(unseen, seed, size)
+        raise DataError(f"{clips} has {len(listed)} clips of split train, too few for an autoencoder; use some dozens at least")
+    return _frames_of(seen, seed, size), _frames_of(unseen, seed, size)
 
 
-def _own_frames(clips: Sequence[ClipSource], seed: int, size: int) -> tuple[Tensor, list[str]]:
-    """OWN_FRAMES random frames of each clip, uint8 [N, 3, size, size], and their kinds."""
+def _frames_of(clips: Sequence[ClipSource], seed: int, size: int) -> tuple[Tensor, list[str]]:
+    """FRAMES_PER_USER_CLIP random frames of each clip, uint8 [N, 3, size, size], and their kinds."""
     rng = np.random.default_rng(seed)
     shape = ClipShape(frames=CLIP_FRAMES, height=size, width=size, start="whole", short="loop")
-    chosen = [decode_clip(clip.path, shape)[rng.choice(CLIP_FRAMES, OWN_FRAMES, replace=False)] for clip in clips]
-    kinds = [clip.kind for clip in clips for _ in range(OWN_FRAMES)]
-    return torch.from_numpy(np.concatenate(chosen)).permute(0, 3, 1, 2).contiguous(), kinds
+    frames = [decode_clip(clip.path, shape)[rng.choice(CLIP_FRAMES, FRAMES_PER_USER_CLIP, replace=False)] for clip in clips]
+    kinds = [clip.kind for clip in clips for _ in range(FRAMES_PER_USER_CLIP)]
+    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2).contiguous(), kinds
 
 
 def _to_signal(pictures: Tensor) -> Tensor:
@@ -215,7 +224,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _loss(error: Tensor, latents: Tensor) -> Tensor:
-    """Absolute and squared error, the same for edges, and latents held to zero mean and unit variance per channel."""
+    """Absolute and squared error, absolute error of edges, and a penalty that keeps latents at zero mean and unit variance."""
     across = error[..., :, 1:] - error[..., :, :-1]
     down = error[..., 1:, :] - error[..., :-1, :]
     rebuild = error.abs().mean() + 2 * error.square().mean() + 0.5 * (across.abs().mean() + down.abs().mean())

@@ -1,7 +1,7 @@
-"""A folder of computed arrays by content: what was made from equal bytes by equal settings is never made twice.
+"""A cache of computed arrays on disk, addressed by content and settings, so that nothing is computed twice.
 
-Arrays are kept in packs, one safetensors file per batch of work, written whole or not at all; a pack's name is the SHA-256 of its
-bytes, so a damaged one is noticed and dropped. Several builds may share one folder.
+Arrays are stored in packs, one safetensors file per batch of work, written atomically. The name of a pack is the SHA-256 of its
+bytes, so a damaged pack is detected and deleted. Several builds may share one folder.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ _log = logging.getLogger(__name__)
 
 
 def cache_key(**parts: Any) -> str:
-    """The name of what `parts` (JSON values) determine."""
+    """The key of the arrays that `parts` (JSON values) determine."""
     return digest_of(parts)
 
 
 class ArrayCache:
-    """`get(key)` gives the arrays that `put` filed under `key`."""
+    """`get(key)` returns the arrays that `put` stored under `key`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._where: dict[str, dict[str, Path]] = {}
+        self._packs: dict[str, dict[str, Path]] = {}
         self._sound: set[Path] = set()
         for pack in sorted(folder.glob("*.safetensors")):
             self._index(pack)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return key in self._packs
 
     def get(self, key: str) -> dict[str, NDArray[Any]] | None:
-        """None when there is nothing under `key`, or its pack is damaged."""
-        places = self._where.get(key)
+        """The arrays under `key`; None if there are none, or if their pack is damaged."""
+        places = self._packs.get(key)
         if places is None:
             return None
         for pack in set(places.values()):
             if pack not in self._sound and not self._verify(pack):
                 return None
-        found: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for name, pack in places.items():
             with safe_open(pack, framework="numpy") as file:
-                found[name] = file.get_tensor(f"{key}/{name}")
-        return found
+                arrays[name] = file.get_tensor(f"{key}/{name}")
+        return arrays
 
     def put(self, entries: Mapping[str, Arrays]) -> None:
-        """File several keys at once, in one pack. Raises DiskError."""
-        fresh = {key: arrays for key, arrays in entries.items() if key not in self._where}
+        """Store several keys at once, in one pack. Raises DiskError."""
+        fresh = {key: arrays for key, arrays in entries.items() if key not in self._packs}
         if not fresh:
             return
         tensors = {
@@ -75,7 +75,7 @@ class ArrayCache:
             with safe_open(pack, framework="numpy") as file:
                 for full in file.keys():  # noqa: SIM118 - not a mapping
                     key, _, name = full.partition("/")
-                    self._where.setdefault(key, {})[name] = pack
+                    self._packs.setdefault(key, {})[name] = pack
         except (SafetensorError, OSError) as error:
             self._drop(pack, str(error))
 
@@ -92,6 +92,6 @@ class ArrayCache:
         return sound
 
     def _drop(self, pack: Path, reason: str) -> None:
-        _log.warning("dropping %s from the cache: %s; its content is computed again", pack.name, reason)
+        _log.warning("deleting %s from the cache: %s; its content is computed again", pack.name, reason)
         pack.unlink(missing_ok=True)
-        self._where = {key: places for key, places in self._where.items() if pack not in places.values()}
+        self._packs = {key: places for key, places in self._packs.items() if pack not in places.values()}

@@ -1,4 +1,4 @@
-"""Turn clips into latents and features, and captions into embeddings, through the cache: each is computed once per content."""
+"""Compute latents and features of clips and embeddings of captions. The cache ensures that each is computed only once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip
 from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
-"""(stage, done, total), called after every clip or so; stages: clips, captions, clusters, shards."""
+"""(stage, done, total); the stages are clips, captions, clusters and shards."""
 
 _PACK_CLIPS = 64
 _PACK_BYTES = 64 << 20
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a clip's file becomes arrays. Its fingerprints are part of the cache's keys."""
+    """How the file of a clip becomes arrays. Its fingerprints are a part of the keys of the cache."""
 
     shape: ClipShape
     latents: Latents
@@ -48,7 +48,14 @@ class Recipe:
 
 @dataclass
 class PreparedClips:
-    """The usable clips in order, the SHA-256 of their files, and how many came out of the cache."""
+    """The usable clips in order.
+
+    Attributes:
+        clips: the clips.
+        digests: SHA-256 (hex) of their files.
+        bad: clips that were left out.
+        cached: how many were in the cache.
+    """
 
     clips: list[ClipSource] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
@@ -59,7 +66,18 @@ class PreparedClips:
 def prepare_clips(
     clips: Sequence[ClipSource], recipe: Recipe, cache: ArrayCache, *, workers: int, skip_bad: bool, on_progress: Progress
 ) -> PreparedClips:
-    """Decode and encode whatever the cache lacks. Raises DataError at the first clip that cannot be used, unless `skip_bad`."""
+    """Decode and encode the clips that are not in the cache.
+
+    Args:
+        clips: of the listing.
+        recipe: shape, autoencoder and features.
+        cache: keeps the arrays.
+        workers: threads.
+        skip_bad: leave out clips that cannot be used.
+        on_progress: called after every clip.
+
+    Raises DataError at the first clip that cannot be used, unless `skip_bad`.
+    """
     prepared = PreparedClips()
     pack: dict[str, dict[str, NDArray[Any]]] = {}
 
@@ -82,7 +100,7 @@ def prepare_clips(
                         pack.clear()
                 on_progress("clips", done, len(clips))
         finally:
-            cache.put(pack)  # an interrupted build goes on from here
+            cache.put(pack)  # so that an interrupted build can resume
     return prepared
 
 
@@ -94,26 +112,26 @@ def _refuse(clip: ClipSource, refusal: ClipRefused, prepared: PreparedClips, ski
 
 
 def _prepare_clip(clip: ClipSource, recipe: Recipe, cache: ArrayCache) -> tuple[str, dict[str, NDArray[Any]]]:
-    """The file's digest and the arrays that the cache lacks, by key. Clip by clip, so that no clip's numbers depend on others."""
+    """The digest of the file, and key to array for what is not in the cache. One clip at a time: results depend on no other."""
     digest = hash_file(clip.path)
     latents_key = recipe.latents_key(digest)
-    lacking = {recipe.features_key(digest, features): features for features in recipe.features}
-    lacking = {key: features for key, features in lacking.items() if key not in cache}
-    if latents_key in cache and not lacking:
+    missing = {recipe.features_key(digest, features): features for features in recipe.features}
+    missing = {key: features for key, features in missing.items() if key not in cache}
+    if latents_key in cache and not missing:
         return digest, {}
     frames = decode_clip(clip.path, recipe.shape)
-    known = cache.get(latents_key)
-    latents = torch.from_numpy(known["array"]) if known else recipe.latents.encode(frames[None])[0]
+    cached = cache.get(latents_key)
+    latents = torch.from_numpy(cached["array"]) if cached else recipe.latents.encode(frames[None])[0]
     if not torch.isfinite(latents).all():
-        raise ClipRefused(f"{clip.name} has latents that are not finite; remove it or use other latents")
-    made: dict[str, NDArray[Any]] = {} if known else {latents_key: latents.numpy()}
-    made.update({key: features.of(frames, latents) for key, features in lacking.items()})
-    return digest, made
+        raise ClipRefused(f"{clip.name} has latents that are not finite; remove it or use another autoencoder")
+    computed: dict[str, NDArray[Any]] = {} if cached else {latents_key: latents.numpy()}
+    computed.update({key: features.of(frames, latents) for key, features in missing.items()})
+    return digest, computed
 
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Several clips are encoded side by side, so each must not use all cores: spinning threads slow each other manifold."""
+    """Let torch use one thread per clip: several clips are encoded in parallel, and more threads than cores are much slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -123,28 +141,28 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def cached_array(cache: ArrayCache, key: str, name: str = "array") -> NDArray[Any]:
-    """What was filed. Raises DataError when the cache lost it meanwhile."""
-    found = cache.get(key)
-    if found is None:
+    """The array `name` under `key`. Raises DataError if it is no longer in the cache."""
+    arrays = cache.get(key)
+    if arrays is None:
         raise DataError("the cache of latents was damaged or cleared while it was in use; run the build again")
-    return found[name]
+    return arrays[name]
 
 
 @dataclass(frozen=True)
 class EmbeddedCaptions:
-    """The distinct captions' pooled vectors [P]; their tokens, which take far more, stay on disk until a shard wants them."""
+    """Pooled vectors [P] of the distinct captions. Their tokens are much larger and stay in the cache on disk."""
 
     cache: ArrayCache
     keys: Mapping[str, str]
     pooled: Mapping[str, Tensor]
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """[N, L, D] in half precision, as shards keep them. Raises DataError when the cache lost them meanwhile."""
+        """Tokens [N, L, D] in float16, as in shards. Raises DataError if they are no longer in the cache."""
         return torch.stack([torch.from_numpy(cached_array(self.cache, self.keys[each], "tokens")).half() for each in captions])
 
 
 def prepare_captions(captions: Sequence[str], encoder: TextEncoder, cache: ArrayCache, on_progress: Progress) -> EmbeddedCaptions:
-    """Embed each distinct caption, or find it in the cache."""
+    """Embed each distinct caption, unless it is in the cache."""
     unique = sorted(set(captions))
     keys = {
         caption: cache_key(

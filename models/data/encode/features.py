@@ -1,10 +1,12 @@
-"""Clip features: what makes two clips belong to the same cluster.
+"""Features of clips for clustering.
 
-`builtin` needs no weights: colours, layout, texture and motion of the frames, and the latents' statistics. `text` is the pooled
-text embedding. `i3d` and `efficientnet` are the networks of the metrics (the assets' weights, or `i3d:FILE`). Anything else is a
-folder or hub id of a DINOv2 model (`Dinov2Model` of transformers), averaged over a few frames. Several are joined by `+`, each
-with equal weight. The default, `builtin+text`, found the natural kinds of a union of three sets with purity 0.99 to 1.00, where
-`builtin` alone reached 0.7 to 0.9 and latents alone 0.7 to 0.8.
+- `builtin` needs no weights: colours, layout, texture and motion of the frames, and statistics of the latents.
+- `text` is the pooled embedding of the caption.
+- `i3d` and `efficientnet` are networks that the metrics use too (weights from the assets, or `i3d:FILE`).
+- Any other name is a folder or hub id of a DINOv2 model (`Dinov2Model` of transformers), averaged over a few frames.
+
+Several are joined by `+`, with equal weights. The default `builtin+text` found the natural kinds of a union of three sets with a
+purity of 0.99 to 1.00; `builtin` alone reached 0.7 to 0.9, latents alone 0.7 to 0.8.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ _DINO_FRAMES = 4
 
 
 class Features(ABC):
-    """One vector per clip, from its frames uint8 [F, H, W, 3] and its latents [C, f, h, w]."""
+    """One vector per clip, computed from its frames uint8 [F, H, W, 3] and its latents [C, f, h, w]."""
 
     name: str
 
     @abstractmethod
     def of(self, frames: Frames, latents: Tensor) -> Vector:
-        """The clip's features, [D]; a pure function of its arguments."""
+        """The features [D] of a clip; a pure function of its arguments."""
 
     @property
     def fingerprint(self) -> str:
@@ -48,16 +50,17 @@ class Features(ABC):
 
 
 def load_features(ref: str, device: str = "cpu") -> list[Features]:
-    """The extractors that `ref` names, except `text`, which needs no frames (see `wants_text`). Raises ConfigError."""
+    """The extractors that `ref` names, without `text`, which needs no frames (see `wants_text`). Raises ConfigError."""
     return [_load(name, device) for name in _names(ref) if name != "text"]
 
 
 def wants_text(ref: str) -> bool:
+    """Whether `ref` includes the embedded captions."""
     return "text" in _names(ref)
 
 
 def _names(ref: str) -> list[str]:
-    """A folder's path may hold a `+`; what is called as one of ours is ours, also where a folder of that name lies."""
+    """Split `ref` at `+`, unless it is the path of a folder. Built-in names win over folders of the same name."""
     names = [name.strip() for name in ref.split("+")]
     return [ref] if Path(ref).expanduser().is_dir() and not {*names} <= {*BUILTIN_FEATURES, *NETWORKS} else names
 
@@ -72,27 +75,27 @@ def _load(name: str, device: str) -> Features:
 
 
 class Joiner:
-    """Feature blocks [N, D_i], each standardised per coordinate and given equal total weight, side by side.
+    """Joins feature blocks [N, D_i]: each is standardised per coordinate and has equal total weight.
 
-    The statistics are those of the rows it is made with: training clips only.
+    The statistics are those of the blocks that it is created with: training clips only.
     """
 
     def __init__(self, blocks: Sequence[NDArray[np.floating[Any]]]) -> None:
         self._means = [block.mean(0) for block in blocks]
         self._spreads = [block.std(0) for block in blocks]
         largest = [float(np.abs(block).max(initial=1.0)) for block in blocks]
-        self._alive = [spread > 1e-6 * size for spread, size in zip(self._spreads, largest, strict=True)]
+        self._varies = [spread > 1e-6 * size for spread, size in zip(self._spreads, largest, strict=True)]
 
     def __call__(self, blocks: Sequence[NDArray[np.floating[Any]]]) -> Vector:
-        """[N, D]: the blocks of these or other clips."""
+        """Join the blocks of these or other clips to [N, D]."""
         scaled = []
-        for block, mean, spread, alive in zip(blocks, self._means, self._spreads, self._alive, strict=True):
-            scaled.append((block[:, alive] - mean[alive]) / spread[alive] / math.sqrt(max(1, int(alive.sum()))))
+        for block, mean, spread, varies in zip(blocks, self._means, self._spreads, self._varies, strict=True):
+            scaled.append((block[:, varies] - mean[varies]) / spread[varies] / math.sqrt(max(1, int(varies.sum()))))
         return np.concatenate(scaled, axis=1).astype(np.float32)
 
 
 class BuiltinFeatures(Features):
-    """Colour histogram, layout, texture and motion of the frames; mean, spread and change of every latent channel."""
+    """Colour histogram, layout, texture and motion of the frames; mean, spread and change of each latent channel."""
 
     name = "builtin"
     fingerprint = "builtin-1"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
@@ -105,7 +108,7 @@ class BuiltinFeatures(Features):
 
 
 def _colours(small: Tensor) -> list[Tensor]:
-    """Square roots of a 4×4×4 colour histogram, and mean and spread of each channel."""
+    """Square roots of a 4×4×4 colour histogram, and mean and spread of each colour channel."""
     bins = (small * 3.999).long()
     index = bins[:, 0] * 16 + bins[:, 1] * 4 + bins[:, 2]
     histogram = torch.bincount(index.flatten(), minlength=64).float() / index.numel()
@@ -118,16 +121,16 @@ def _layout(small: Tensor) -> Tensor:
 
 
 def _texture(pixels: Tensor) -> Tensor:
-    """Mean edge strength at three scales, across and down."""
-    grey, found = pixels.mean(1, keepdim=True), []
+    """Mean edge strength at three scales, horizontally and vertically."""
+    grey, strengths = pixels.mean(1, keepdim=True), []
     for _ in range(3):
-        found += [grey.diff(dim=-1).abs().mean(), grey.diff(dim=-2).abs().mean()]
+        strengths += [grey.diff(dim=-1).abs().mean(), grey.diff(dim=-2).abs().mean()]
         grey = nn.functional.avg_pool2d(grey, 2, ceil_mode=True)
-    return torch.stack(found)
+    return torch.stack(strengths)
 
 
 def _motion(small: Tensor) -> Tensor:
-    """Amount of change, its spread over time and place, and the overall drift across and down (least squares on gradients)."""
+    """Amount of change, its spread over time and space, and the drift in both directions (least squares on gradients)."""
     grey = small.mean(1)
     if len(grey) < 2:
         return torch.zeros(5)
@@ -145,13 +148,13 @@ def _latent_statistics(latents: Tensor) -> Tensor:
 
 
 class NetworkFeatures(Features):
-    """I3D's pooled features of the clip (1,024, needs 10 frames), or EfficientNet-lite0's averaged over its frames (1,280).
+    """Pooled features of I3D (1,024, from 10 frames or more), or features of EfficientNet-lite0 averaged over frames (1,280).
 
-    Beware: FVD is measured by I3D and the word classifier by EfficientNet. Clusters found by the same network may flatter it.
+    FVD uses I3D, and the word classifier uses EfficientNet. Clusters found by the same network may bias that metric.
     """
 
     def __init__(self, name: str, network: Network, weights: Path | None = None, device: str = "cpu") -> None:
-        """Raises DataError where the weights are missing, before any clip is read."""
+        """Find the weights, before any clip is read. Raises DataError if they are missing."""
         from lutetia.models.networks.assets import EFFICIENTNET_FILE, I3D_FILE, asset
 
         self.name, self._network, self._device = name, network, device
@@ -166,16 +169,16 @@ class NetworkFeatures(Features):
         from lutetia.models.networks.efficientnet import EfficientNetExtractor
         from lutetia.models.networks.i3d import I3DExtractor
 
-        made = I3DExtractor if self._network == "i3d" else EfficientNetExtractor
-        return made(self._weights, self._device)
+        extractor = I3DExtractor if self._network == "i3d" else EfficientNetExtractor
+        return extractor(self._weights, self._device)
 
     def of(self, frames: Frames, latents: Tensor) -> Vector:
-        found = self._extractor(torch.from_numpy(np.ascontiguousarray(frames))[None])
-        return found["pooled" if self._network == "i3d" else "mean"][0].numpy()
+        outputs = self._extractor(torch.from_numpy(np.ascontiguousarray(frames))[None])
+        return outputs["pooled" if self._network == "i3d" else "mean"][0].numpy()
 
 
 class Dinov2Features(Features):
-    """Mean over a few frames of DINOv2's pooled (class token) output, input 224×224 and ImageNet-normalised."""
+    """The pooled output (class token) of DINOv2, averaged over a few frames of 224×224 px, normalised as for ImageNet."""
 
     def __init__(self, ref: str, model: ModelRef, device: str = "cpu") -> None:
         self.name, self._model, self._device = ref, model, device

@@ -1,7 +1,7 @@
-"""Latents: what the experts learn to denoise, made from frames by an autoencoder and turned back into frames.
+"""Latents: an autoencoder turns frames into latents, which the experts learn to denoise, and back.
 
-`pixels` is the frames themselves; `builtin:demo` the small autoencoder shipped with the package; anything else a folder or hub id
-of a diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or causal (AutoencoderKLWan, AutoencoderKLHunyuanVideo).
+A reference is `pixels` (the frames themselves), `builtin:demo` (the small autoencoder in the package), or a folder or hub id of a
+diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or causal (AutoencoderKLWan, AutoencoderKLHunyuanVideo).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _FRAMES_AT_ONCE = 64
 
 
 class Latents(ABC):
-    """Frames uint8 [N, F, H, W, 3] to latents float32 [N, C, f, h, w] and back. Weights are read at first use.
+    """Frames uint8 [N, F, H, W, 3] to latents float32 [N, C, f, h, w] and back. Weights are loaded on first use.
 
-    With `mean` and `std` (one per channel) the latents are (raw - mean) / std, otherwise raw.
+    After `normalise`, latents are (raw - mean) / std, otherwise raw.
     """
 
     def __init__(self, ref: str, device: str = "cpu") -> None:
@@ -42,7 +42,7 @@ class Latents(ABC):
         self._std: Tensor | None = None
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> Latents:
-        """From now on, hand out and take (raw - mean) / std. Empty sequences mean raw. Returns itself."""
+        """Use latents (raw - mean) / std from now on, with one value per channel; empty sequences: raw. Returns self."""
         shape = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(tuple(mean), device=self.device).view(shape) if len(mean) else None
         self._std = torch.tensor(tuple(std), device=self.device).view(shape) if len(std) else None
@@ -50,7 +50,7 @@ class Latents(ABC):
 
     @torch.no_grad()
     def encode(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
-        """Latents on the CPU. Raises ConfigError when the autoencoder does not take frames of this shape."""
+        """Frames uint8 [N, F, H, W, 3] to latents on the CPU. Raises ConfigError if the autoencoder does not take this shape."""
         clips = torch.as_tensor(frames)
         self.shape_of(clips.shape[1], clips.shape[2], clips.shape[3])
         raw = self._encode(clips.to(self.device).movedim(-1, 1).float() / 127.5 - 1).float()
@@ -60,7 +60,7 @@ class Latents(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Frames of latents as `encode` gives them."""
+        """Latents [N, C, f, h, w], as from `encode`, to frames uint8 [N, F, H, W, 3]."""
         pictures = self.decode_pictures(latents)
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
@@ -74,36 +74,41 @@ class Latents(ABC):
 
     @abstractmethod
     def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, f, h, w) of one clip. Raises ConfigError when the autoencoder does not take this size."""
+        """The shape (C, f, h, w) of the latents of one clip. Raises ConfigError if the autoencoder does not take this size."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the autoencoder does: part of the cache's keys."""
+        """A string that changes with the autoencoder: a part of the keys of the cache."""
         return self.ref
 
     @property
     def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """(mean, std) per channel that come with the weights, or None: then the data's own are measured."""
+        """(mean, std) per channel from the config of the weights; None if it has none."""
         return None
 
     @property
     def module(self) -> nn.Module | None:
-        """The diffusers autoencoder, for a pipeline's `vae` folder; None for pixels."""
+        """The diffusers autoencoder, for the `vae` folder of a pipeline; None for pixels."""
         return None
 
     @abstractmethod
     def _encode(self, pictures: Tensor) -> Tensor:
-        """[N, 3, F, H, W] in -1..1 to raw latents."""
+        """Pictures [N, 3, F, H, W] in -1..1 to raw latents."""
 
     @abstractmethod
     def _decode(self, raw: Tensor) -> Tensor:
-        """Raw latents to [N, 3, F, H, W] in about -1..1."""
+        """Raw latents to pictures [N, 3, F, H, W] in about -1..1."""
 
 
 def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu") -> Latents:
-    """The autoencoder that `ref` names; with `spec` its latents are normalised as the run's are.
+    """Load the autoencoder that `ref` names.
 
-    Raises ConfigError, in one sentence, when there is no such autoencoder or it is of a class that is not supported.
+    Args:
+        ref: pixels, builtin:demo, a folder or a hub id.
+        spec: normalise the latents by its statistics; None: raw latents.
+        device: cpu, mps, cuda or cuda:N.
+
+    Raises ConfigError if there is no such autoencoder, or if its class is not supported.
     """
     if ref == "pixels":
         latents: Latents = PixelLatents(ref, device)
@@ -119,13 +124,13 @@ def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu
 
 
 def demo_autoencoder() -> Path:
-    """The folder of the autoencoder that is shipped with the package."""
+    """The folder of the autoencoder in the package."""
     return Path(__file__).parents[1] / "weights" / "demo_autoencoder"
 
 
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Keep a library from warning of config entries that it does not know, such as the latents' statistics."""
+    """Suppress warnings of `logger`: diffusers warns of unknown config entries, such as the statistics of the latents."""
     chosen = logging.getLogger(logger)
     before = chosen.level
     chosen.setLevel(logging.ERROR)
@@ -149,12 +154,12 @@ class PixelLatents(Latents):
 
 
 class AutoencoderLatents(Latents):
-    """A diffusers autoencoder by its class name and own loader."""
+    """A diffusers autoencoder."""
 
     def __init__(self, ref: str, model: ModelRef, device: str = "cpu") -> None:
         super().__init__(ref, device)
         self._model = model
-        self._one_at_a_time = threading.Lock()
+        self._causal_lock = threading.Lock()
         self._config = read_config("latents", model)
         self.class_name = str(self._config.get("_class_name"))
         if self.class_name not in PER_FRAME + CAUSAL:
@@ -184,15 +189,15 @@ class AutoencoderLatents(Latents):
         space, time = self._factors()
         if height % space or width % space:
             raise ConfigError(
-                f"latents {self.ref!r} take sides in multiples of {space}, not {height}×{width}; change the clip size"
+                f"latents {self.ref!r} need height and width in multiples of {space}, not {height}×{width}; change the clip size"
             )
         if (frames - 1) % time:
             near = max(1, round((frames - 1) / time)) * time + 1
-            raise ConfigError(f"latents {self.ref!r} take {time}n+1 frames, not {frames}; ask for {near} frames")
+            raise ConfigError(f"latents {self.ref!r} need {time}n+1 frames, not {frames}; use {near} frames")
         return self._channels(), (frames - 1) // time + 1, height // space, width // space
 
     def _factors(self) -> tuple[int, int]:
-        """How many pixels and frames one latent stands for."""
+        """Pixels (of a side) and frames per latent."""
         config = self._config
         match self.class_name:
             case "AutoencoderTiny":
@@ -200,7 +205,7 @@ class AutoencoderLatents(Latents):
             case "AutoencoderKL":
                 return 2 ** (len(config.get("block_out_channels", "1")) - 1), 1
             case "AutoencoderKLWan":
-                stages = config.get("temperal_downsample", [False, True, True])  # spelt so in diffusers
+                stages = config.get("temperal_downsample", [False, True, True])  # diffusers spells it so
                 patch = config.get("patch_size") or 1
                 return 2 ** len(stages) * patch, 2 ** sum(stages)
             case _:
@@ -211,7 +216,7 @@ class AutoencoderLatents(Latents):
 
     def _encode(self, pictures: Tensor) -> Tensor:
         if self.class_name in CAUSAL:
-            with self._one_at_a_time:  # they keep the previous frames' features in the module
+            with self._causal_lock:  # the module stores features of the previous frames
                 return torch.cat([self.module.encode(clip).latent_dist.mode() for clip in pictures.split(1)])
         count, frames = len(pictures), pictures.transpose(1, 2).flatten(0, 1)
         parts = [self.module.encode(part) for part in frames.split(_FRAMES_AT_ONCE)]
@@ -220,7 +225,7 @@ class AutoencoderLatents(Latents):
 
     def _decode(self, raw: Tensor) -> Tensor:
         if self.class_name in CAUSAL:
-            with self._one_at_a_time:
+            with self._causal_lock:
                 return torch.cat([self.module.decode(clip).sample for clip in raw.split(1)])
         count, latents = len(raw), raw.transpose(1, 2).flatten(0, 1)
         pictures = torch.cat([self.module.decode(part).sample for part in latents.split(_FRAMES_AT_ONCE)])

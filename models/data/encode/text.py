@@ -1,7 +1,7 @@
-"""Text encoders: captions to token vectors, which the experts attend to, and one pooled vector, which the router sees.
+"""Text encoders: captions to token vectors, which the experts attend to, and to one pooled vector, which the router sees.
 
-`builtin:words` needs no weights; anything else is a folder or hub id that transformers loads: CLIP, T5, UMT5, BERT and MiniLM.
-`A+B` takes the tokens from A and the pooled vector from B, as Paris 2.0 does with T5 and CLIP.
+A reference is `builtin:words`, which needs no weights, or a folder or hub id that transformers loads: CLIP, T5, UMT5, BERT and
+MiniLM. `A+B` takes the tokens from A and the pooled vector from B, as Paris 2.0 does with T5 and CLIP.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ BATCH = 16
 
 
 class TextEncoder(ABC):
-    """Captions to `tokens` [N, L, D], zero where a caption is shorter, and `pooled` [N, P]; float32 on the CPU.
+    """Captions to `tokens` [N, L, D], zero beyond the end of a caption, and `pooled` [N, P]; float32 on the CPU.
 
-    The empty caption of classifier-free guidance is zeros in both. Weights are read at first use.
+    The empty caption of classifier-free guidance gives zeros in both. Weights are loaded on first use.
+
+    Attributes:
+        ref: reference of the encoder.
+        tokens: length L.
+        width: of a token vector, D.
+        pooled_width: of the pooled vector, P.
+        longest: the most tokens that it can give.
     """
 
     ref: str
@@ -41,36 +48,35 @@ class TextEncoder(ABC):
     width: int
     pooled_width: int
     longest: int = MAX_TOKENS
-    """How many tokens it can give at most."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Longer captions lose their end. Raises ConfigError when the encoder's files are unusable."""
+        """Embed captions; long ones are truncated. Raises ConfigError if the files of the encoder cannot be used."""
 
     @abstractmethod
     def count(self, captions: Sequence[str]) -> int:
-        """Tokens that the longest of `captions` takes, be it more than the encoder can hold."""
+        """The number of tokens of the longest of `captions`; it may exceed `longest`."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the encoder does: part of the cache's keys."""
+        """A string that changes with the encoder: a part of the keys of the cache."""
 
     @property
     def module(self) -> nn.Module | None:
-        """The transformers model of the tokens, or None where there are no weights."""
+        """The transformers model of the tokens; None without weights."""
         return None
 
 
 def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu") -> TextEncoder:
-    """The encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError."""
+    """Load the encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError."""
     if tokens < 1 or tokens > MAX_TOKENS:
-        raise ConfigError(f"a text encoder cannot give {tokens} tokens; ask for 1 to {MAX_TOKENS}")
+        raise ConfigError(f"a text encoder cannot give {tokens} tokens; use 1 to {MAX_TOKENS}")
     if ref == "builtin:words":
         return WordEncoder(tokens)
     if "+" in ref and not Path(ref).expanduser().is_dir():
         first, second = ref.split("+", 1)
-        longest = load_text_encoder(second, 1).longest  # a text may take more tokens there than in the first
+        longest = load_text_encoder(second, 1).longest  # a caption may have more tokens there than in the first
         return PairEncoder(load_text_encoder(first, tokens, device=device), load_text_encoder(second, longest, device=device))
     if ref.startswith("builtin:"):
         raise ConfigError(f"there is no text encoder {ref!r}; use {', '.join(BUILTIN_TEXT)}, a folder or owner/name")
@@ -78,14 +84,14 @@ def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu") -> TextEnco
 
 
 class WordEncoder(TextEncoder):
-    """Hashed words: every word has a fixed random direction, its place in the caption a small sinusoid. It needs no weights.
+    """Hashed words: each word has a fixed random direction, plus a small sinusoid of its position. It needs no weights.
 
-    It knows no synonyms and no grammar: a stand-in where captions use few words, honest about being one.
+    It knows no synonyms and no grammar: use it only for captions with a small vocabulary.
     """
 
     ref, width, pooled_width = "builtin:words", WORD_WIDTH, WORD_WIDTH
     fingerprint = "words-1"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-    _PLACE = 0.3  # share of the position in a token, relative to the word
+    _POSITION = 0.3  # weight of the position in a token, relative to the word
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -93,13 +99,13 @@ class WordEncoder(TextEncoder):
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = np.zeros((len(captions), self.tokens, self.width), np.float32)
         pooled = np.zeros((len(captions), self.width), np.float32)
-        places = _places(self.tokens)
+        positions = _positions(self.tokens)
         for row, caption in enumerate(captions):
             words = split_words(caption)[: self.tokens]
             if not words:
                 continue
             vectors = np.stack([_word(word) for word in words])
-            tokens[row, : len(words)] = (vectors + self._PLACE * places[: len(words)]) / math.sqrt(1 + self._PLACE**2)
+            tokens[row, : len(words)] = (vectors + self._POSITION * positions[: len(words)]) / math.sqrt(1 + self._POSITION**2)
             pooled[row] = vectors.sum(0) / math.sqrt(len(words))
         scale = math.sqrt(self.width)  # unit variance per coordinate
         return torch.from_numpy(tokens * scale), torch.from_numpy(pooled * scale)
@@ -109,31 +115,31 @@ class WordEncoder(TextEncoder):
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words and numbers; punctuation separates and is dropped."""
+    """The words and numbers of `text` in lower case, without punctuation."""
     return re.findall(r"\w+", text.casefold())
 
 
 @lru_cache(maxsize=1 << 16)
 def _word(word: str) -> np.ndarray[Any, Any]:
-    """A word's unit vector [64], the same on every machine: Philox keyed by the word's SHA-256."""
+    """The unit vector [64] of a word, the same on every machine: Philox keyed by the SHA-256 of the word."""
     key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:16], "little")
     vector = np.random.Generator(np.random.Philox(key)).standard_normal(WORD_WIDTH)
     return vector / np.linalg.norm(vector)
 
 
 @lru_cache
-def _places(tokens: int) -> np.ndarray[Any, Any]:
-    """Unit sinusoids [tokens, 64] of the places."""
+def _positions(tokens: int) -> np.ndarray[Any, Any]:
+    """Unit vectors [tokens, 64] of sinusoids of the positions."""
     angle = np.arange(tokens)[:, None] / 100 ** (2 * np.arange(WORD_WIDTH // 2) / WORD_WIDTH)
-    places = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(tokens, WORD_WIDTH)
-    return places / np.linalg.norm(places, axis=1, keepdims=True)
+    sinusoids = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(tokens, WORD_WIDTH)
+    return sinusoids / np.linalg.norm(sinusoids, axis=1, keepdims=True)
 
 
 class TransformersEncoder(TextEncoder):
-    """A transformers text model by its own loader.
+    """A text model that transformers loads.
 
-    Tokens are the last hidden states, zero beyond the caption. Pooled is CLIP's own pooled state (of the end token); of the
-    others the mean over the caption's tokens, and for the BERT family its direction, scaled to unit variance per coordinate.
+    Tokens are the last hidden states, zero beyond the caption. The pooled vector is CLIP's pooled state (of the end token), or
+    for other models the mean over the tokens; for the BERT family the mean is scaled to unit variance per coordinate.
     """
 
     def __init__(self, ref: str, model: ModelRef, tokens: int, device: str = "cpu") -> None:
@@ -149,9 +155,7 @@ class TransformersEncoder(TextEncoder):
         longest = text.get("max_position_embeddings") or (CLIP_TOKENS if self.is_clip else None)
         self.longest = min(int(longest), MAX_TOKENS) if longest and not self.is_t5 else MAX_TOKENS
         if tokens > self.longest:
-            raise ConfigError(
-                f"text encoder {ref!r} holds at most {self.longest} tokens, not {tokens}; ask for fewer text tokens"
-            )
+            raise ConfigError(f"text encoder {ref!r} takes at most {self.longest} tokens, not {tokens}; use fewer text tokens")
 
     @property
     def is_clip(self) -> bool:
@@ -190,13 +194,13 @@ class TransformersEncoder(TextEncoder):
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         if not captions:
             return torch.zeros(0, self.tokens, self.width), torch.zeros(0, self.pooled_width)
-        # batches of one size: a caption's embedding must not depend on its neighbours' number
+        # batches of one size: the embedding of a caption must not depend on the number of captions
         padded = [*captions, *[""] * (-len(captions) % BATCH)]
         parts = [self._encode(padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
         tokens = torch.cat([part[0] for part in parts])[: len(captions)]
         pooled = torch.cat([part[1] for part in parts])[: len(captions)]
-        said = torch.tensor([bool(caption.strip()) for caption in captions])
-        return tokens * said[:, None, None], pooled * said[:, None]
+        not_empty = torch.tensor([bool(caption.strip()) for caption in captions])
+        return tokens * not_empty[:, None, None], pooled * not_empty[:, None]
 
     def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer(

@@ -1,10 +1,10 @@
-"""What a user's folder of clips holds: one caption per clip, from `metadata.jsonl`, `metadata.csv` or same-named `.txt` files.
+"""List a folder of clips, with one caption per clip from `metadata.jsonl`, `metadata.csv` or `.txt` files of the same name.
 
-WebDataset archives in it (`tars`) are read as if they were folders.
+WebDataset archives (`.tar`) in it are read like folders.
 
-Each folder may have one metadata file. A row has `file_name` (relative to that file's folder) and `caption` or `text`; optionally
-`kind` (the user's own label) and `split` (`train`, or `test` for clips that training and clustering must never see; `validation`
-counts as `test`).
+Each folder may have one metadata file. A row has `file_name` (relative to the folder of that file) and `caption` or `text`, and
+optionally `kind` (the user's own label) and `split` (`train`, or `test` for clips that are not used for training and clustering;
+`validation` counts as `test`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ _SPLITS: dict[str, Split] = {"": "train", "train": "train", "test": "test", "val
 
 @dataclass(frozen=True)
 class ClipSource:
-    """One clip of the folder. `name` is its path relative to the folder, with forward slashes; in an archive, below its name."""
+    """One clip of the folder.
+
+    Attributes:
+        name: path relative to the folder, with forward slashes; in an archive, below the path of the archive.
+        path: the file, or the member of an archive.
+        caption: its text, with single spaces.
+        kind: the user's label; "" without one.
+        split: train or test.
+    """
 
     name: str
     path: Path | TarMember
@@ -44,7 +52,7 @@ class ClipSource:
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip or row that cannot be used. `reason` is one sentence: what is wrong and what to do."""
+    """A clip or row that cannot be used. `reason` says what is wrong and what to do."""
 
     name: str
     reason: str
@@ -56,7 +64,7 @@ class BadClip:
 
 @dataclass
 class Listing:
-    """The usable clips, sorted by name, and what had to be left out."""
+    """The usable clips, sorted by name, and those that cannot be used."""
 
     clips: list[ClipSource] = field(default_factory=list)
     bad: list[BadClip] = field(default_factory=list)
@@ -69,9 +77,9 @@ class Listing:
 
 
 def read_listing(folder: Path) -> Listing:
-    """All clips below `folder` (hidden files apart) with their captions. Nothing is decoded yet.
+    """List all clips below `folder`, except hidden files, with their captions. Nothing is decoded.
 
-    Raises DataError when the folder, or a metadata file as a whole, is unusable; faults of single clips are in `bad`.
+    Raises DataError if the folder, or a metadata file as a whole, cannot be used; faults of single clips are in `bad`.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of clips; name a folder with videos and their captions")
@@ -84,14 +92,22 @@ def read_listing(folder: Path) -> Listing:
     _read_archives(folder, listing)
     if not listing.clips and not listing.bad:
         suffixes = ", ".join(sorted(suffix[1:] for suffix in VIDEO_SUFFIXES))
-        raise DataError(f"{folder} holds no clips ({suffixes}, or tar with such); name another folder")
+        raise DataError(f"{folder} holds no clips ({suffixes}, or tar archives of them); name another folder")
     listing.clips.sort(key=lambda clip: clip.name)
     return listing
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a metadata file. `name` is relative to the folder of clips, `given` as it was written, relative to `base`."""
+    """A row of a metadata file.
+
+    Attributes:
+        name: path of the clip relative to the folder of clips.
+        given: the path as written, relative to `base`.
+        base: folder of the metadata file.
+        where: metadata file and line, for error texts.
+        values: columns of the row.
+    """
 
     name: str
     given: str
@@ -101,31 +117,31 @@ class _Row:
 
 
 def _visible(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """Files below `folder` by relative name, without those that are hidden or in hidden folders."""
-    found = {path.relative_to(folder): path for path in folder.rglob("*") if wanted(path)}
-    return {name.as_posix(): path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)}
+    """The `wanted` files below `folder` by relative name, except hidden files and folders."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if wanted(path)}
+    return {name.as_posix(): path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)}
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The metadata files: one at most in each folder, whose rows are relative to that folder."""
-    found = _visible(folder, lambda path: path.name in METADATA_NAMES and path.is_file())
-    parents = Counter(path.parent for path in found.values())
+    """The metadata files. Raises DataError if a folder has two."""
+    tables = _visible(folder, lambda path: path.name in METADATA_NAMES and path.is_file())
+    parents = Counter(path.parent for path in tables.values())
     for parent, count in parents.items():
         if count > 1:
             raise DataError(f"{parent} holds both metadata.jsonl and metadata.csv; remove one, so that each clip has one caption")
-    return [found[name] for name in sorted(found)]
+    return [tables[name] for name in sorted(tables)]
 
 
 def _rows_of(folder: Path, table: Path) -> list[_Row]:
-    """Raises DataError when the file has no rows or cannot be read."""
-    prefix, found = table.parent.relative_to(folder), []
+    """The rows of a metadata file. Raises DataError if it has none or cannot be read."""
+    prefix, rows = table.parent.relative_to(folder), []
     for number, values in _parse(table):
         given = str(values.get("file_name") or "")
         name = (prefix / PurePosixPath(given)).as_posix() if given else ""
-        found.append(_Row(name, given, table.parent, f"{(prefix / table.name).as_posix()} line {number}", values))
-    if not found:
+        rows.append(_Row(name, given, table.parent, f"{(prefix / table.name).as_posix()} line {number}", values))
+    if not rows:
         raise DataError(f"{table} has no rows; write one per clip with file_name and caption")
-    return found
+    return rows
 
 
 def _read_rows(folder: Path, rows: list[_Row], listing: Listing) -> None:
@@ -142,7 +158,7 @@ def _read_rows(folder: Path, rows: list[_Row], listing: Listing) -> None:
 
 
 def _parse(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row). Raises DataError naming the line that cannot be read."""
+    """Yield (line number, row). Raises DataError that names the line that cannot be read."""
     try:
         text = table.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +166,9 @@ def _parse(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if table.suffix == ".csv":
         yield from _parse_csv(table, text)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a caption may hold U+2028 and its kin
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # not splitlines: it also splits at U+2028 and similar characters in a caption
         if not line.strip():
             continue
         try:
@@ -166,7 +184,9 @@ def _parse_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if "file_name" not in (reader.fieldnames or ()):
-            raise DataError(f"{table} has no column file_name; its first line must name the columns file_name and caption")
+            raise DataError(
+                f"{table} has no column file_name; its first line must be the names of the columns, with file_name and caption"
+            )
         for row in reader:
             if None in row:
                 raise DataError(
@@ -178,9 +198,9 @@ def _parse_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _clip_of_row(root: Path, row: _Row) -> ClipSource | BadClip:
-    """The clip that a metadata row describes, or why it cannot be used."""
+    """The clip of a metadata row, or a BadClip with the reason."""
     if not row.given:
-        return BadClip(row.where, f"{row.where} names no file; give it a file_name")
+        return BadClip(row.where, f"{row.where} has no file_name; add one")
     where = f"{row.where}: {row.given[:200]}"
     if problem := _path_problem(root, row):
         return BadClip(row.name, f"{where} {problem}")
@@ -204,9 +224,7 @@ def _described(name: str, path: Path | TarMember, values: dict[str, Any], where:
 
 def _read_archives(folder: Path, listing: Listing) -> None:
     for name in sorted(_visible(folder, lambda path: path.name.lower().endswith(COMPRESSED))):
-        listing.bad.append(
-            BadClip(name, f"{name} is compressed; unpack it to a plain .tar, in which clips can be read where they lie")
-        )
+        listing.bad.append(BadClip(name, f"{name} is compressed; decompress it to a plain .tar"))
     root = folder.resolve()
     for name, path in sorted(_visible(folder, lambda path: path.suffix.lower() == ".tar").items()):
         if not path.resolve().is_relative_to(root):
@@ -217,13 +235,13 @@ def _read_archives(folder: Path, listing: Listing) -> None:
 
 
 def _clip_of_sample(key: str, sample: Sample) -> ClipSource | BadClip:
-    """The clip that an archive's sample holds, or why it cannot be used."""
+    """The clip of a sample in an archive, or a BadClip with the reason."""
     video, *more = sample.videos
     name = key + video.suffix
     if more:
         return BadClip(name, f"{key} holds {len(sample.videos)} videos; keep one")
     if not _is_text(name) or len(name) > MAX_NAME:
-        return BadClip(name, f"{name[:200]} has a name that is too long or no text; pack it under another")
+        return BadClip(name, f"{name[:200]} has a name that is too long or not text; pack it under another name")
     try:
         values = read_values(sample)
     except (ValueError, OSError) as error:
@@ -232,27 +250,27 @@ def _clip_of_sample(key: str, sample: Sample) -> ClipSource | BadClip:
 
 
 def _path_problem(root: Path, row: _Row) -> str | None:
-    """Why the file must not be opened: metadata may come from strangers and must not reach outside their folder."""
+    """Why the file must not be opened; None if it may. Metadata from strangers must not lead outside their folder."""
     if "\0" in row.given or "\\" in row.given or len(row.given) > MAX_NAME:
         return "is not a plain relative path; use forward slashes"
     pure = PurePosixPath(row.given)
     if pure.is_absolute() or ".." in pure.parts:
         return "lies outside the folder; use a path relative to the folder"
     if pure.suffix.lower() not in VIDEO_SUFFIXES:
-        return f"is no video that can be read here; use {', '.join(sorted(VIDEO_SUFFIXES))}"
+        return f"is not a supported video; use {', '.join(sorted(VIDEO_SUFFIXES))}"
     path = row.base / row.given
     try:
         if not path.is_file():
             return "does not exist; remove the row or add the file"
     except OSError as error:
-        return f"cannot be looked at ({error.strerror}); shorten its name, or allow its folder to be read"
+        return f"cannot be accessed ({error.strerror}); shorten its name, or allow reading its folder"
     if not path.resolve().is_relative_to(root):
         return "is a link that leads outside the folder; copy the file into it"
     return None
 
 
 def _is_text(value: object) -> bool:
-    """Half of a surrogate pair, which JSON can hold, is no text: it cannot be written down again."""
+    """Whether `value` is a string that can be encoded: JSON may contain half of a surrogate pair, which cannot."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -265,7 +283,7 @@ def _caption_problem(caption: str) -> str | None:
 
 
 def _add_from_text_file(folder: Path, name: str, listing: Listing) -> None:
-    """A clip that no metadata row speaks of: its caption is the same-named `.txt` file."""
+    """Add a clip without a metadata row: its caption is in the `.txt` file of the same name."""
     path, root = folder / name, folder.resolve()
     text_file = path.with_suffix(".txt")
     if not all(each.resolve().is_relative_to(root) for each in (path, text_file)):

@@ -1,11 +1,11 @@
-"""Rule-made captioned clips of three visibly different kinds, from pictures that come with pip packages.
+"""Captioned clips of three visibly different kinds, drawn by rules from pictures that come with pip packages.
 
 * `digit`  (45 %): a coloured handwritten digit moves over dark ground;
 * `shape`  (30 %): a coloured shape spins, grows, shrinks or bounces on light ground;
 * `camera` (25 %): the camera pans over or zooms on a photograph.
 
-Every kind has its own words. Some combinations of words are never shown in training (`HELD_OUT`): their clips
-carry the split `test`. Pictures and their licences: digits from scikit-learn (UCI, CC BY 4.0); temple and flower
+Every kind has its own words. Some combinations of words never occur in training (`HELD_OUT`): their clips have
+the split `test`. Pictures and their licences: digits from scikit-learn (UCI, CC BY 4.0); temple and flower
 from scikit-learn (CC BY 2.0, danielbuechele and vultilion on Flickr); cat and coffee from scikit-image (CC0);
 rocket (SpaceX) and astronaut (NASA) from scikit-image (public domain).
 """
@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutetia.models.video_files import write_training_mp4
+from lutetia.system.errors import ConfigError
 
 Frames = NDArray[np.uint8]  # [frames, height, width, 3]
 Plane = NDArray[np.floating[Any]]
@@ -74,7 +76,14 @@ HELD_OUT = frozenset(
 
 @dataclass(frozen=True)
 class SyntheticClip:
-    """One clip still to be drawn; `words` are the slots of its caption in order."""
+    """One clip to draw.
+
+    Attributes:
+        kind: digit, shape or camera.
+        words: the words of its caption, in order.
+        split: train or test.
+        seed: of all that the words leave open.
+    """
 
     kind: str
     words: tuple[str, str, str]
@@ -94,9 +103,9 @@ class SyntheticClip:
 
 
 def plan(count: int, seed: int) -> list[SyntheticClip]:
-    """`count` clips in the kinds' proportions, shuffled; within a kind every combination of words is equally frequent.
+    """`count` clips in the proportions of KINDS, shuffled. Within a kind, every combination of words is equally frequent.
 
-    So no colour tells the digit: what is drawn and how it looks must be learnt apart.
+    So the colour does not predict the digit: a model must learn subject and look separately.
     """
     rng = np.random.default_rng(seed)
     clips: list[SyntheticClip] = []
@@ -110,15 +119,34 @@ def plan(count: int, seed: int) -> list[SyntheticClip]:
 
 
 def draw(clip: SyntheticClip, frames: int, size: int) -> Frames:
-    """The clip's pixels, uint8 [frames, size, size, 3]; a pure function of its arguments."""
+    """The pixels of the clip, uint8 [frames, size, size, 3]; a pure function of its arguments."""
     rng = np.random.default_rng(clip.seed)
     painter = {"digit": _draw_digit, "shape": _draw_shape, "camera": _draw_camera}[clip.kind]
     picture = painter(rng, clip.words, frames, size)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
+def require_photographs(extra: str = "demo") -> None:
+    """Raises ConfigError if scikit-image is not installed; `extra` is the extra to install."""
+    if find_spec("skimage") is None:
+        raise ConfigError(
+            f"scikit-image, which holds photographs for the clips, is not installed; run: pip install 'lutetia[{extra}]'"
+        )
+
+
 def make_clips(folder: Path, count: int, seed: int, frames: int, size: int) -> None:
-    """Write `count` mp4 files and `metadata.jsonl` (file_name, caption, kind, split) into `folder`."""
+    """Write `count` mp4 files and `metadata.jsonl` (file_name, caption, kind, split) into `folder`.
+
+    Args:
+        folder: created if it does not exist.
+        count: number of clips.
+        seed: of all clips.
+        frames: frames of a clip.
+        size: height and width, px.
+
+    Raises ConfigError if scikit-image is not installed.
+    """
+    require_photographs()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for number, clip in enumerate(plan(count, seed)):
@@ -129,7 +157,7 @@ def make_clips(folder: Path, count: int, seed: int, frames: int, size: int) -> N
 
 
 def _split_count(count: int) -> dict[str, int]:
-    """Clips per kind; rounding errors go to the first kind."""
+    """Clips per kind; the first kind gets the rounding error."""
     numbers = {kind: int(count * share) for kind, share in KINDS.items()}
     numbers[next(iter(numbers))] += count - sum(numbers.values())
     return numbers
@@ -212,7 +240,7 @@ def _grid(size: int) -> tuple[Plane, Plane]:
 
 @cache
 def _digit_glyphs() -> tuple[Plane, ...]:
-    """Scikit-learn's 8x8 digits, enlarged to smooth-edged masks: ten arrays [examples, 64, 64] in 0..1."""
+    """The 8x8 digits of scikit-learn, enlarged to masks with smooth edges: ten arrays [examples, 64, 64] in 0..1."""
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
@@ -224,14 +252,14 @@ def _digit_glyphs() -> tuple[Plane, ...]:
 
 
 def _typical(masks: Plane, share: float = 0.3) -> Plane:
-    """The `share` of masks [n, h, w] nearest to their mean: unusual handwriting puzzles people, not only models."""
+    """The `share` of masks [n, h, w] nearest to their mean: unusual handwriting is hard to read, for people too."""
     distance = ((masks - masks.mean(0)) ** 2).sum((1, 2))
     return masks[np.argsort(distance, kind="stable")[: round(len(masks) * share)]]
 
 
 @cache
 def _shape_mask(shape: str) -> Plane:
-    """The shape inside the unit circle as a smooth-edged mask [64, 64] in 0..1."""
+    """The shape inside the unit circle as a mask [64, 64] with smooth edges, in 0..1."""
     from PIL import Image, ImageDraw
 
     side, turn = 512, 2 * np.pi * np.arange(60) / 60
@@ -254,7 +282,7 @@ def _shape_mask(shape: str) -> Plane:
 
 @cache
 def _photograph(subject: str, height: int) -> Plane:
-    """The photograph of a caption noun, scaled to `height` rows: [height, width, 3] in 0..255."""
+    """The photograph of `subject`, scaled to `height` rows: [height, width, 3] in 0..255."""
     from PIL import Image
 
     package, name, *_ = SUBJECTS[subject]

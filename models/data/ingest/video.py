@@ -1,10 +1,10 @@
-"""Decode the user's clips to uint8 frames [F, H, W, 3] by one documented rule.
+"""Decode clips to uint8 frames [F, H, W, 3] by one rule.
 
-Time: frame i is what a player shows at `start + (i + ½)/fps`, i = 0 … F−1. The window of F/fps seconds lies in the clip's
-middle (`middle`), at its beginning (`start`), or is the whole clip, stretched to F frames whatever its own rate (`whole`).
-A clip shorter than the window by more than half a frame is refused, or repeated from its beginning where `short` is `loop`.
-Space: the shorter side is scaled to fit, then the centre is cut out; rotation tags and non-square pixels are obeyed,
-transparent pixels become white.
+Time: frame i is what a player shows at `start + (i + ½)/fps`, i = 0 … F−1. The window of F/fps seconds is in the middle of the
+video (`middle`), at its beginning (`start`), or is the whole video, resampled to F frames (`whole`). A video that is shorter than
+the window by more than half a frame is refused, or repeated from its beginning if `short` is `loop`.
+Space: the video is scaled so that it just covers the frame, and the centre is cut out. Rotation tags and non-square pixels are
+applied; transparent pixels become white.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence, UnidentifiedImageError
+from pydantic import Field
 
 from lutetia.models.data.ingest.webdataset import TarMember
 from lutetia.protocol.schema.canonical import Frozen
@@ -37,31 +38,35 @@ Frames = NDArray[np.uint8]  # [F, H, W, 3]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# The container is fixed by the suffix: a playlist that calls itself .mp4 must not make the reader open other files or addresses.
+# the suffix determines the container: a playlist named .mp4 must not make FFmpeg open other files or addresses
 _CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".webm": "matroska", ".mkv": "matroska", ".gif": "gif"}
-_SEEK_BEYOND = 5  # seconds; before that, decoding from the start is as quick and never lands wrong
+_SEEK_BEYOND = 5  # seconds; before that, decoding from the start is as fast, and always exact
 _AREA = 0x20 | 0x40000 | 0x80000  # swscale: area averaging, accurate rounding, bit-exact
 _BICUBIC = 0x4 | 0x40000 | 0x80000
 MAX_PIXELS = 1 << 26
 
 
 class ClipShape(Frozen):
-    """What every clip becomes."""
+    """How videos are cut in time and space."""
 
-    frames: Count = 8
-    fps: Positive = 8.0
-    height: Count = 64
-    width: Count = 64
-    start: Literal["middle", "start", "whole"] = "middle"
-    short: Literal["refuse", "loop"] = "refuse"
+    frames: Count = Field(default=8, description="frames of a clip")
+    fps: Positive = Field(default=8.0, description="frames per second of a clip")
+    height: Count = Field(default=64, description="height of a clip, px")
+    width: Count = Field(default=64, description="width of a clip, px")
+    start: Literal["middle", "start", "whole"] = Field(
+        default="middle", description="part of a video that becomes the clip; whole: all of it, at another frame rate"
+    )
+    short: Literal["refuse", "loop"] = Field(
+        default="refuse", description="videos that are too short are refused, or repeated from their beginning"
+    )
 
 
 class ClipRefused(DataError):
-    """A clip that cannot be used; the text is one sentence that starts with its name."""
+    """A clip cannot be used. The text starts with its name."""
 
 
 def hash_file(path: Path | TarMember) -> str:
-    """SHA-256 (hex) of the file's bytes. Raises ClipRefused when it cannot be read or is empty."""
+    """SHA-256 (hex) of the bytes of the file. Raises ClipRefused if it cannot be read or is empty."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -73,7 +78,7 @@ def hash_file(path: Path | TarMember) -> str:
 
 
 def decode_clip(path: Path | TarMember, shape: ClipShape) -> Frames:
-    """The clip as uint8 [F, H, W, 3]. Raises ClipRefused: undecodable, zero-length or too short."""
+    """The clip as uint8 [F, H, W, 3]. Raises ClipRefused if it cannot be decoded, is empty or too short."""
     try:
         pictures = _webp_pictures(path, shape) if path.suffix.lower() == ".webp" else _video_pictures(path, shape)
     except (FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
@@ -83,9 +88,9 @@ def decode_clip(path: Path | TarMember, shape: ClipShape) -> Frames:
 
 
 def in_pool(items: Iterable[Item], work: Callable[[Item], Result], workers: int) -> Iterator[tuple[Item, Result | ClipRefused]]:
-    """(item, result or refusal) in the order of `items`, computed by `workers` threads, a few items ahead of the reader.
+    """Yield (item, result or refusal) in the order of `items`, computed by `workers` threads a few items ahead.
 
-    Threads suffice: FFmpeg, hashing and torch let go of the interpreter while they work.
+    Threads are enough: FFmpeg, hashing and torch release the interpreter lock.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="clips") as pool:
@@ -110,7 +115,7 @@ def _outcome(item: Item, future: Future[Result]) -> tuple[Item, Result | ClipRef
 
 @dataclass(frozen=True)
 class _Timeline:
-    """When a clip's pictures appear, in seconds from its beginning (exact), and how long it lasts."""
+    """When each picture of a video appears, in seconds from its beginning, and its duration in seconds; exact."""
 
     times: list[Fraction]
     duration: Fraction
@@ -121,23 +126,21 @@ class _Timeline:
 
 
 def _targets(name: str, timeline: _Timeline, shape: ClipShape) -> list[Fraction]:
-    """The moments to show, each within the clip. Raises ClipRefused when it is too short."""
+    """The F moments to show, in seconds from the beginning. Raises ClipRefused if the video is too short."""
     duration = timeline.duration
     if not timeline.times or duration <= 0:
         raise ClipRefused(f"{name} has zero length; remove it or encode it again")
     if shape.start == "whole":
         step, begin, short = duration / shape.frames, Fraction(0), len(timeline.times) < shape.frames
-        has, wants = f"{len(timeline.times)} frames", f"{shape.frames}"
+        actual, wanted = f"{len(timeline.times)} frames", f"{shape.frames}"
     else:
         step = 1 / Fraction(shape.fps).limit_denominator(1 << 16)
         window = step * shape.frames
         begin = max((duration - window) / 2, Fraction(0)) if shape.start == "middle" else Fraction(0)
         short = duration + timeline.frame / 2 < window
-        has, wants = f"{float(duration):.2f} s", f"{float(window):.2f} s ({shape.frames} frames at {shape.fps:g} fps)"
+        actual, wanted = f"{float(duration):.2f} s", f"{float(window):.2f} s ({shape.frames} frames at {shape.fps:g} fps)"
     if short and shape.short == "refuse":
-        raise ClipRefused(
-            f"{name} is too short: {has} instead of {wants}; remove it, ask for fewer frames or set short clips to loop"
-        )
+        raise ClipRefused(f"{name} is too short: {actual} instead of {wanted}; remove it, use fewer frames, or set short to loop")
     moments = [begin + step * i + step / 2 for i in range(shape.frames)]
     if shape.start == "whole" and short:
         moments = [timeline.frame * i + timeline.frame / 2 for i in range(shape.frames)]
@@ -146,7 +149,7 @@ def _targets(name: str, timeline: _Timeline, shape: ClipShape) -> list[Fraction]
 
 @dataclass(frozen=True)
 class _Track:
-    """A video stream as its packets describe it. `first` and `last` are timestamps in ticks of `base` seconds."""
+    """A video stream, as described by its packets. `first` and `last` are timestamps in ticks of `base` seconds."""
 
     container: str
     base: Fraction
@@ -163,33 +166,33 @@ def _video_pictures(path: Path | TarMember, shape: ClipShape) -> list[Frames]:
     wanted = sorted(set(ticks))
     far = wanted[0] - track.first > _SEEK_BEYOND / track.base
     shown = _pick(path, track, wanted, shape, seek=True) if far else {}
-    if len(shown) < len(wanted):  # near, or the file's index was wrong
+    if len(shown) < len(wanted):  # no seek was needed, or the index of the file is wrong
         shown = _pick(path, track, wanted, shape, seek=False)
     if len(shown) < len(wanted):
-        raise ClipRefused(f"{path.name} breaks off: its last frames cannot be decoded; remove it or encode it again")
+        raise ClipRefused(f"{path.name} is truncated: its last frames cannot be decoded; remove it or encode it again")
     return [shown[tick] for tick in ticks]
 
 
 @contextlib.contextmanager
 def _opened(path: Path | TarMember, name: str) -> Iterator[InputContainer]:
-    """FFmpeg opens files by itself, quicker than through Python."""
+    """Open a video. FFmpeg opens plain files itself, which is faster than through Python."""
     with contextlib.ExitStack() as stack:
         source = str(path) if isinstance(path, Path) else stack.enter_context(path.open())
         yield stack.enter_context(av.open(source, "r", format=name))
 
 
 def _scan(path: Path | TarMember) -> _Track:
-    """Read the timestamps of all packets without decoding them."""
+    """Read the timestamps of all packets, without decoding them."""
     name = _CONTAINERS.get(path.suffix.lower())
     if name is None:
-        raise ClipRefused(f"{path.name} is no video that can be read here; use mp4, webm, gif, mov or webp")
+        raise ClipRefused(f"{path.name} is not a supported video; use mp4, webm, gif, mov or webp")
     with _opened(path, name) as container:
         if not container.streams.video:
-            raise ClipRefused(f"{path.name} holds no video stream; remove it or encode it again")
+            raise ClipRefused(f"{path.name} has no video stream; remove it or encode it again")
         stream = container.streams.video[0]
         base = stream.time_base or Fraction(1, 1000)
         usual = 1 / (stream.average_rate * base) if stream.average_rate else Fraction(1)
-        aspect = stream.sample_aspect_ratio or Fraction(1)  # the container's word, else the codec's
+        aspect = stream.sample_aspect_ratio or Fraction(1)  # of the container, or else of the codec
         ticks: list[int] = []
         end = Fraction(0)
         for packet in container.demux(stream):
@@ -205,12 +208,12 @@ def _scan(path: Path | TarMember) -> _Track:
 
 
 def _pick(path: Path | TarMember, track: _Track, wanted: list[Fraction], shape: ClipShape, seek: bool) -> dict[Fraction, Frames]:
-    """What is on screen at each of the `wanted` ticks (ascending); those that cannot be decoded are missing."""
+    """The picture at each of the `wanted` ticks (ascending). Ticks that cannot be decoded are missing from the result."""
     shown: dict[Fraction, Frames] = {}
     queue, current = deque(wanted), None
     with _opened(path, track.container) as container:
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # clips are decoded side by side
+        stream.codec_context.thread_count = 1  # several clips are decoded in parallel
         if seek:
             container.seek(int(wanted[0]), stream=stream, backward=True)
         for frame in container.decode(stream):
@@ -230,7 +233,7 @@ def _pick(path: Path | TarMember, track: _Track, wanted: list[Fraction], shape: 
 
 
 def _picture(name: str, frame: VideoFrame, aspect: Fraction, shape: ClipShape) -> Frames:
-    """Upright, square pixels, scaled and cut to `shape`, on white: uint8 [H, W, 3]."""
+    """The picture rotated upright, with square pixels, on white, scaled and cut to `shape`: uint8 [H, W, 3]."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ClipRefused(f"{name} has frames of {frame.width}×{frame.height} pixels, too large; scale it down")
     turns = round((frame.rotation or 0) / 90) % 4
@@ -245,7 +248,7 @@ def _picture(name: str, frame: VideoFrame, aspect: Fraction, shape: ClipShape) -
 
 
 def _scaled(rows: float, columns: float, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns after scaling so that the picture just covers height × width."""
+    """Rows and columns of the scaled picture, which just covers height × width."""
     scale = max(height / rows, width / columns)
     return max(height, round(rows * scale)), max(width, round(columns * scale))
 
@@ -261,7 +264,7 @@ def _on_white(picture: Frames) -> Frames:
 
 
 def _webp_pictures(path: Path | TarMember, shape: ClipShape) -> list[Frames]:
-    """Animated WebP by Pillow, since FFmpeg's decoder knows still pictures only."""
+    """Decode animated WebP by Pillow: the decoder of FFmpeg supports still pictures only."""
     with path.open("rb") as file, Image.open(file, formats=["WEBP"]) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ClipRefused(f"{path.name} has frames of {image.width}×{image.height} pixels, too large; scale it down")

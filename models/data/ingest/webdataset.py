@@ -1,4 +1,4 @@
-"""WebDataset archives: tar files in which `17.mp4` and `17.txt` or `17.json` are one clip. Members are read where they lie."""
+"""WebDataset archives: tar files in which `17.mp4` and `17.txt` or `17.json` are one clip. They are read without unpacking."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ MAX_TEXT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TarMember:
-    """A file inside of an archive, to be read like a path."""
+    """A file in an archive, which opens like a path.
+
+    Attributes:
+        archive: the tar file.
+        member: path in the archive.
+        offset: of its content in the archive, bytes.
+        size: of its content, bytes.
+    """
 
     archive: Path
     member: str
@@ -35,7 +42,7 @@ class TarMember:
         return PurePosixPath(self.member).suffix
 
     def open(self, mode: Literal["rb"] = "rb") -> io.BufferedReader:
-        """Seekable, and with a place of its own: several may be read side by side. Raises OSError."""
+        """Open the content: seekable, with its own file position, so several can be read in parallel. Raises OSError."""
         return io.BufferedReader(_Window(self.archive, self.offset, self.size))
 
 
@@ -72,7 +79,7 @@ class _Window(io.RawIOBase):
 
 @dataclass
 class Sample:
-    """What shares one name up to its first dot. `texts` holds the members called `txt` and `json`."""
+    """The members that share a name up to its first dot. `texts` holds those that end in `txt` and `json`."""
 
     key: str
     videos: list[TarMember] = field(default_factory=list)
@@ -80,7 +87,7 @@ class Sample:
 
 
 def read_samples(archive: Path, videos: frozenset[str]) -> list[Sample]:
-    """The samples of an archive that hold a member with a suffix of `videos`. Raises DataError when it is no whole plain tar."""
+    """The samples with a member whose suffix is in `videos`. Raises DataError if the archive is not a complete plain tar."""
     samples: dict[str, Sample] = {}
     for member in _members(archive):
         key, _, ending = member.name.partition(".")
@@ -94,24 +101,24 @@ def read_samples(archive: Path, videos: frozenset[str]) -> list[Sample]:
 
 
 def _members(archive: Path) -> Iterator[TarMember]:
-    """Regular files, hidden ones apart; links and devices lead nowhere here."""
+    """Yield regular files that are not hidden; links and devices are ignored."""
     try:
         with tarfile.open(archive, "r:") as tar:
             while info := tar.next():
-                tar.members = []  # type: ignore[assignment]  # of millions, none is needed again
+                tar.members = []  # type: ignore[assignment]  # keep no list: there may be millions
                 parts = [part for part in PurePosixPath(info.name).parts if part != "/"]
                 if info.isreg() and not info.issparse() and not any(part.startswith(".") for part in parts):
                     yield TarMember(archive, "/".join(parts), info.offset_data, info.size)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(
-            f"cannot read {archive} ({error}); it must be a whole, plain tar file: download or unpack it again"
+            f"cannot read {archive} ({error}); it must be a complete plain tar file; download or decompress it again"
         ) from error
 
 
 def read_values(sample: Sample) -> dict[str, Any]:
-    """What the sample's `json` says, with the caption of its `txt` where it has none.
+    """The values of the `json` of a sample, with the caption of its `txt` if they have none.
 
-    Raises ValueError or OSError that say why it cannot be read.
+    Raises ValueError or OSError with the reason if they cannot be read.
     """
     values: dict[str, Any] = {}
     for ending, member in sorted(sample.texts.items()):

@@ -1,16 +1,16 @@
-"""Distances between two sets of features: Fréchet between Gaussians, plain and without its bias, and kernel MMD.
+"""Distances between two sets of features: Fréchet between Gaussians, with and without its bias, and kernel MMD.
 
-The Fréchet distance of finite samples is biased upwards, and at the N of video studies that bias is larger than most effects:
-two halves of one real set are hundreds apart. Four figures belong together:
+The Fréchet distance of finite samples is biased upwards. At the N of video studies that bias is larger than most effects: the
+distance of two halves of one real set is several hundred. So four figures are reported together:
 
 - the plain distance, comparable with papers at equal N;
-- the debiased one, from which the mean distance *within* each set at the same subset size is taken off, so that equal
-  distributions give 0 in expectation at any N (the way an energy distance is built);
-- the extrapolation to 1/N = 0 (Chong & Forsyth 2020, "Effectively unbiased FID"). It presumes N well above the D = 400 of I3D's
-  logits; below, it removes only a part of the bias (see docs/results/metrics-validation.md);
+- the debiased distance: less the mean distance *within* each set at the same subset size, so that equal distributions give 0 in
+  expectation at any N (built like an energy distance);
+- the extrapolation to 1/N = 0 (Chong & Forsyth 2020, "Effectively unbiased FID"). It needs N well above D, which is 400 for the
+  logits of I3D; at smaller N it removes only a part of the bias (see docs/results/metrics-validation.md);
 - the polynomial MMD (Binkowski et al. 2018, "KID"), unbiased by construction.
 
-Statistics are float64 numpy throughout.
+All statistics are float64 numpy arrays.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Gaussian:
 
 
 def gaussian(features: ArrayLike) -> Gaussian:
-    """The statistics of features [N, D], N >= 2. Raises DataError when there are fewer or when they are not finite."""
+    """The statistics of features [N, D], N >= 2. Raises DataError if there are fewer, or if they are not finite."""
     rows = _rows(features)
     return Gaussian(rows.mean(axis=0), np.atleast_2d(np.cov(rows, rowvar=False)), len(rows))
 
@@ -47,8 +47,8 @@ def gaussian(features: ArrayLike) -> Gaussian:
 def frechet(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the square of the 2-Wasserstein distance of two Gaussians.
 
-    The last trace is the sum of square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: `eigvalsh` is exact
-    and fast where `sqrtm` of the plain product is neither once N < D makes the covariances singular.
+    The last trace is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2). That product is symmetric, so
+    `eigvalsh` is exact and fast. `sqrtm` of the plain product is neither when N < D makes the covariances singular.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -59,7 +59,7 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
 
 
 def frechet_of_rows(first: ArrayLike, second: ArrayLike) -> float:
-    """`frechet` of two samples [N, D] and [M, D] without forming covariances, much faster for N < D, as resampling needs.
+    """`frechet` of two samples [N, D] and [M, D] without forming covariances: much faster for N < D, as resampling needs.
 
     The cross term is the nuclear norm of A Bᵀ, where Aᵀ A and Bᵀ B are the covariances.
     """
@@ -72,10 +72,14 @@ def frechet_of_rows(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def frechet_at_infinity(first: ArrayLike, second: ArrayLike, *, sizes: int = 6, repeats: int = 3, seed: int = 0) -> float:
-    """The Fréchet distance extrapolated to infinitely many clips: a least-squares line over 1/n, read off at 1/n = 0.
+    """The Fréchet distance extrapolated to infinitely many clips: a least-squares line over 1/n, evaluated at 1/n = 0.
 
-    `sizes` subset sizes lie evenly in 1/n between N/3 and N = min(N, M); each is drawn `repeats` times without replacement from
-    both sets. Needs N >= 12 in both sets.
+    Args:
+        first: features [N, D], N >= 12.
+        second: features [M, D], M >= 12.
+        sizes: number of subset sizes n, evenly spaced in 1/n from a third of min(N, M) to min(N, M).
+        repeats: subsets per size, drawn without replacement from both sets.
+        seed: of the draws.
     """
     x, y = _rows(first), _rows(second)
     total = min(len(x), len(y))
@@ -92,9 +96,9 @@ def frechet_at_infinity(first: ArrayLike, second: ArrayLike, *, sizes: int = 6, 
 
 
 def frechet_debiased(first: ArrayLike, second: ArrayLike, *, repeats: int = 3, seed: int = 0) -> float:
-    """The mean distance between halves of the two sets less the mean distance between the halves of each, over random halvings.
+    """The mean distance between halves of the two sets, less the mean distance between the halves of each, over random halvings.
 
-    0 in expectation for equal distributions whatever N, slightly too low for distant ones; it may be negative. Needs N >= 4.
+    0 in expectation for equal distributions at any N, slightly too low for distant ones; it may be negative. Needs N >= 4.
     """
     x, y = _rows(first), _rows(second)
     half = min(len(x), len(y)) // 2
@@ -119,7 +123,7 @@ def polynomial_mmd(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def save_gaussian(path: Path, statistics: Gaussian) -> None:
-    """Keep statistics of a reference set, whole or not at all (safetensors, float64)."""
+    """Write the statistics of a reference set atomically (safetensors, float64)."""
     tensors = {
         "mean": torch.from_numpy(statistics.mean),
         "covariance": torch.from_numpy(statistics.covariance),
@@ -130,7 +134,7 @@ def save_gaussian(path: Path, statistics: Gaussian) -> None:
 
 
 def load_gaussian(path: Path) -> Gaussian:
-    """Statistics that `save_gaussian` kept. Raises DataError when there are none."""
+    """Read statistics that `save_gaussian` wrote. Raises DataError if there are none."""
     if not path.is_file():
         raise DataError(f"there are no reference statistics at {path}; compute them from the reference clips")
     tensors = load_file(path)
@@ -144,7 +148,7 @@ def _rows(features: ArrayLike) -> Array:
             f"a distance between distributions needs at least 2 clips on each side, not features of shape {rows.shape}"
         )
     if not np.isfinite(rows).all():
-        raise DataError("the features of some clips are not finite numbers; look for broken clips or weights")
+        raise DataError("the features of some clips are not finite numbers; check clips and weights")
     return rows
 
 
@@ -154,7 +158,7 @@ def _halves(rows: Array, half: int, generator: np.random.Generator) -> tuple[Arr
 
 
 def _factor(centred: Array) -> Array:
-    """A with Aᵀ A = covariance, of at most D rows."""
+    """A matrix A of at most D rows with Aᵀ A = covariance."""
     scaled = centred / np.sqrt(len(centred) - 1)
     return np.asarray(np.linalg.qr(scaled, mode="r")) if len(scaled) > scaled.shape[1] else scaled
 

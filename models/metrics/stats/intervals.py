@@ -1,9 +1,12 @@
-"""Figures with intervals. A statistic is a function of index arrays, one per independent sample: paired sets share an index.
+"""Figures with intervals. A statistic is a function of index arrays, one per independent sample; paired sets share an index.
 
-`bca` is for means and other nearly unbiased statistics. `subsampling` is for distances between distributions: a bootstrap puts
-duplicates into a sample, which a Fréchet distance takes for missing variance and answers with a higher value, whereas subsets
-without replacement (the delete-d jackknife of Shao & Wu 1989) do not have that fault. `across_seeds` is for trainings: their
-spread is the between-seed spread and nothing within one training can replace it.
+- `bca` is for means and other nearly unbiased statistics.
+- `subsampling` is for distances between distributions. A bootstrap puts duplicates into a sample, which lower its variance and
+  raise a Fréchet distance; subsets without replacement (the delete-d jackknife of Shao & Wu 1989) do not.
+- `across_seeds` is for trainings: the spread between seeds cannot be estimated within one training.
+
+Arguments that the intervals share: `sizes` is the size of each sample, `resamples` the number of draws, `seed` that of the draws,
+`level` the confidence level (0 to 1), `seeds` those of the trainings or samplings, for the record.
 """
 
 from __future__ import annotations
@@ -25,18 +28,17 @@ Statistic = Callable[..., float]
 
 
 class Figure(Frozen):
-    """A measured value with its interval `low` to `high` at the confidence `level`, from `n` clips (or pairs) and `seeds`.
+    """A measured value with its interval."""
 
-    `seeds` are those of the trainings or samplings behind it; `method` says how the interval came about ("none": there is none).
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int = Field(ge=0)
-    seeds: tuple[int, ...] = ()
-    method: Literal["percentile", "bca", "subsampling", "across seeds", "nested", "none"] = "none"
-    level: float = 0.95
+    value: float = Field(description="the value, in the unit of the metric")
+    low: float = Field(description="lower end of the interval")
+    high: float = Field(description="upper end of the interval")
+    n: int = Field(ge=0, description="number of clips, or of pairs")
+    seeds: tuple[int, ...] = Field(default=(), description="seeds of the trainings or samplings")
+    method: Literal["percentile", "bca", "subsampling", "across seeds", "nested", "none"] = Field(
+        default="none", description="how the interval was computed; none: there is no interval"
+    )
+    level: float = Field(default=0.95, description="confidence level of the interval, 0 to 1")
 
     def __str__(self) -> str:
         digits = 0 if abs(self.value) >= 100 else 2 if abs(self.value) >= 1 else 4
@@ -59,7 +61,7 @@ def percentile(
     level: float = 0.95,
     seeds: Sequence[int] = (),
 ) -> Figure:
-    """Efron's percentile interval: each of the samples of `sizes` is drawn anew with replacement, independently of the others."""
+    """Efron's percentile interval: each sample is redrawn with replacement, independently of the others."""
     value, drawn = _bootstrap(statistic, sizes, resamples, seed)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return _figure(value, low, high, sizes, "percentile", level, seeds)
@@ -74,9 +76,9 @@ def bca(
     level: float = 0.95,
     seeds: Sequence[int] = (),
 ) -> Figure:
-    """Efron's bias-corrected and accelerated interval (1987); the acceleration comes from the jackknife over every sample.
+    """Efron's bias-corrected and accelerated interval (1987). The acceleration comes from the jackknife over every sample.
 
-    Where all resamples agree, or the statistic lies outside all of them, it falls back on the percentile interval.
+    It falls back to the percentile interval if all resamples agree, or if the statistic lies outside all of them.
     """
     value, drawn = _bootstrap(statistic, sizes, resamples, seed)
     below = (np.mean(drawn < value) + np.mean(drawn <= value)) / 2
@@ -103,8 +105,8 @@ def subsampling(
 ) -> Figure:
     """Delete-d jackknife: the spread of the statistic over subsets of `fraction` of every sample, drawn without replacement.
 
-    The variance over subsets of m is (n - m) / m of that over samples of n; the interval is value ± z · the spread so scaled.
-    It is an interval for the statistic's expectation *at this n*: a bias that depends on n stays, and belongs into a floor.
+    The variance over subsets of m is (n - m) / m times that over samples of n; the interval is value ± z · the scaled spread.
+    It is an interval for the expectation of the statistic *at this n*: a bias that depends on n stays, and shows in the floor.
     """
     generator = np.random.default_rng(seed)
     kept = [max(2, round(size * fraction)) for size in sizes]
@@ -125,7 +127,7 @@ def mean(values: ArrayLike, *, seeds: Sequence[int] = (), resamples: int = 2000,
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seeds: Sequence[int] = (), seed: int = 0) -> Figure:
-    """mean(first) - mean(second) over the same clips or prompts: what both sides share by prompt drops out of the interval."""
+    """mean(first) - mean(second) over the same clips or prompts. What both sides share by prompt cancels out of the interval."""
     a, b = _pair(first, second)
     return mean(a - b, seeds=seeds, seed=seed)
 
@@ -141,7 +143,7 @@ def paired_ratio(
 def across_seeds(values: Sequence[float], *, seeds: Sequence[int], n: int, level: float = 0.95, ratio: bool = False) -> Figure:
     """The mean over independent trainings with Student's t interval (degrees of freedom: seeds - 1).
 
-    With `ratio` it is the geometric mean, the interval being taken on logarithms. Raises DataError with fewer than two seeds.
+    With `ratio`, the geometric mean, with the interval computed on logarithms. Raises DataError with fewer than two seeds.
     """
     if len(values) < 2 or len(values) != len(seeds):
         raise DataError(f"{len(values)} values of {len(seeds)} seeds give no interval; train at least 2 seeds")
@@ -166,8 +168,9 @@ def nested(
 ) -> Figure:
     """The mean of one statistic per training seed, where both the seeds and the clips vary.
 
-    The margin is the root of two squares: Student's t margin of the seeds, and the margin of the clips from `subsampling`, with
-    the same subset for all seeds because they share prompts and reference. The first holds some of the second: it errs wide.
+    The margin is the root of the sum of two squares: Student's t margin of the seeds, and the margin of the clips from
+    `subsampling`, with the same subset for all seeds because they share prompts and reference. The first includes a part of the
+    second, so the interval is rather too wide.
     """
     count = len(statistics)
     if count < 2 or count != len(seeds):
@@ -210,12 +213,12 @@ def _figure(
 def _vector(values: ArrayLike) -> NDArray[np.float64]:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) < 2 or not np.isfinite(numbers).all():
-        raise DataError(f"an interval needs at least 2 finite numbers in a row, not an array of shape {numbers.shape}")
+        raise DataError(f"an interval needs a vector of at least 2 finite numbers, not an array of shape {numbers.shape}")
     return numbers
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     a, b = _vector(first), _vector(second)
     if len(a) != len(b):
-        raise DataError(f"{len(a)} and {len(b)} values are not pairs; judge both sides on the same clips or prompts")
+        raise DataError(f"{len(a)} and {len(b)} values are not pairs; measure both sides on the same clips or prompts")
     return a, b

@@ -1,8 +1,8 @@
-"""Does a clip show what its prompt says? Retrieval of prompts from clips, by a probe that has only ever seen real pairs.
+"""Does a clip show what its prompt says? Retrieve prompts from clips by a probe that was fitted on real pairs only.
 
-This is a stand-in for where no CLIP weights are at hand, and every report names it so: `retrieval (ridge probe I3D to MiniLM)`.
-A ridge regression is fitted from I3D's pooled features of real training clips to the sentence vectors of their captions. A clip
-under test is mapped by it, and the candidates, held-out prompts, are ranked by cosine. For CLIP itself see `clip.py`.
+It stands in for CLIP where its weights are not available, and reports name it so: `retrieval (ridge probe I3D to MiniLM)`.
+A ridge regression maps the pooled I3D features of real training clips to the sentence vectors of their captions. It maps each
+evaluated clip in the same way, and the candidates (held-out prompts) are ranked by cosine. CLIP itself is in `networks/clip.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RetrievalProbe:
-    """A linear map from standardised features [D] to sentence space [E]; `pairs` real pairs chose it and its penalty `alpha`."""
+    """A linear map from standardised features [D] to sentence space [E]; fitted on `pairs` real pairs with penalty `alpha`."""
 
     mean: Array
     scale: Array
@@ -47,7 +47,7 @@ class RetrievalProbe:
 def fit_probe(features: ArrayLike, sentences: ArrayLike) -> RetrievalProbe:
     """Fit the probe on features [N, D] and sentence vectors [N, E] of real pairs; the penalty is chosen by leave-one-out.
 
-    Never give it generated clips: it would learn to forgive their faults. Raises DataError with fewer than 20 pairs.
+    Do not fit it on generated clips: it would learn to ignore their faults. Raises DataError with fewer than 20 pairs.
     """
     from sklearn.linear_model import RidgeCV
 
@@ -60,7 +60,7 @@ def fit_probe(features: ArrayLike, sentences: ArrayLike) -> RetrievalProbe:
 
 
 def save_probe(path: Path, probe: RetrievalProbe) -> None:
-    """Keep a probe (safetensors, float64), so that later studies judge by the same one."""
+    """Write a probe (safetensors, float64), so that later studies can use the same one."""
     arrays = {name: torch.from_numpy(getattr(probe, name)) for name in ("mean", "scale", "weight", "offset")}
     chosen = torch.tensor([probe.alpha, float(probe.pairs)], dtype=torch.float64)
     with atomic_path(path) as temporary:
@@ -68,7 +68,7 @@ def save_probe(path: Path, probe: RetrievalProbe) -> None:
 
 
 def load_probe(path: Path) -> RetrievalProbe:
-    """A probe that `save_probe` kept. Raises DataError when there is none."""
+    """Read a probe that `save_probe` wrote. Raises DataError if there is none."""
     if not path.is_file():
         raise DataError(f"there is no probe at {path}; fit one on real pairs")
     tensors = {name: value.numpy() for name, value in load_file(path).items()}
@@ -78,9 +78,14 @@ def load_probe(path: Path) -> RetrievalProbe:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How often the right prompt is first or among the first five of `candidates`, the mean reciprocal rank, and the cosine.
+    """How well prompts are found from clips.
 
-    `ranks` [N] start at 1. Chance gives recall_1 = 1 / candidates.
+    Attributes:
+        recall_1: share of clips whose own prompt ranks first; 1 / `candidates` by chance.
+        recall_5: share of clips whose own prompt is among the first five.
+        mrr: mean reciprocal rank of the own prompt.
+        candidates: number of prompts to choose from.
+        ranks: rank of the own prompt of each clip [N], from 1.
     """
 
     recall_1: Figure
@@ -91,15 +96,15 @@ class Retrieval:
 
 
 def rank(scores: ArrayLike, right: Sequence[int]) -> NDArray[np.int64]:
-    """The rank, from 1, of candidate `right[i]` in row i of scores [N, candidates]. Half of its ties rank before it."""
+    """The rank, from 1, of candidate `right[i]` in row i of scores [N, candidates]. Half of the ties rank before it."""
     table = np.asarray(scores, np.float64)
-    own = table[np.arange(len(table)), np.asarray(right)][:, None]
-    ties = (table == own).sum(axis=1) - 1
-    return ((table > own).sum(axis=1) + 1 + (ties + 1) // 2).astype(np.int64)
+    right_scores = table[np.arange(len(table)), np.asarray(right)][:, None]
+    ties = (table == right_scores).sum(axis=1) - 1
+    return ((table > right_scores).sum(axis=1) + 1 + (ties + 1) // 2).astype(np.int64)
 
 
 def summarise(ranks: NDArray[np.int64], candidates: int, seeds: Sequence[int] = ()) -> Retrieval:
-    """R@1, R@5 and mean reciprocal rank with their intervals over clips."""
+    """Recall at 1 and 5 and mean reciprocal rank of `ranks` [N], with intervals over clips."""
     columns = ((ranks <= 1).astype(float), (ranks <= 5).astype(float), 1 / ranks)
     first, fifth, reciprocal = (_mean(column, seeds) for column in columns)
     return Retrieval(first, fifth, reciprocal, candidates, ranks)
@@ -113,16 +118,24 @@ def retrieve(
     vectors: ArrayLike,
     seeds: Sequence[int] = (),
 ) -> Retrieval:
-    """Rank the `candidates` (held-out prompts, `vectors` [M, E] their sentence vectors) for clips with `features` [N, D].
+    """Rank the candidate prompts for each clip.
 
-    `captions` are the clips' own prompts; all of them must be among the candidates, and each wording counts once, or DataError.
+    Args:
+        probe: maps features to sentence space.
+        features: [N, D] of the clips.
+        captions: the N prompts of the clips.
+        candidates: M held-out prompts; a repeated wording counts once.
+        vectors: sentence vectors [M, E] of the candidates.
+        seeds: seeds of the sampling, for the record.
+
+    Raises DataError if a caption is not among the candidates.
     """
     place: dict[str, int] = {}
     for number, candidate in enumerate(candidates):
         place.setdefault(candidate, number)
     unknown = next((caption for caption in captions if caption not in place), None)
     if unknown is not None:
-        raise DataError(f"the prompt {unknown!r} is not among the {len(candidates)} candidates; add it, or judge other clips")
+        raise DataError(f"the prompt {unknown!r} is not among the {len(candidates)} candidates; add it, or remove the clip")
     kept = list(place.values())
     column = {candidate: number for number, candidate in enumerate(place)}
     scores = probe(features) @ _unit(np.asarray(vectors, np.float64)[kept]).T

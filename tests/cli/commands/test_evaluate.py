@@ -1,4 +1,4 @@
-"""`lutetia evaluate`: figures, metrics that are left out and why, files, errors, progress lines."""
+"""`lutetia evaluate`: figures, metrics left out, files, errors, missing packages and progress lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 from lutetia.cli.progress import ProgressLines
 from lutetia.models.data.ingest.synthetic import make_clips
-from tests.cli.command_runner import failure, lutetia
+from tests.cli.command_runner import failure, lutetia, one_process
+
+MINIATURE = Path(__file__).parents[3] / "docs" / "studies" / "miniature.toml"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_real_clips_are_evaluated_with_available_metrics(clips: Path, tmp_path: Path) -> None:
+def test_evaluate_measures_what_it_has_weights_for(clips: Path, tmp_path: Path) -> None:
     out, nothing = tmp_path / "report", tmp_path / "no assets"
     sizes = ("--clips", "24", "--spare", "24", "--fit-clips", "24", "--frames", "8", "--fps", "8", "--size", "32")
     run = lutetia(
@@ -39,22 +41,35 @@ def test_real_clips_are_evaluated_with_available_metrics(clips: Path, tmp_path: 
     assert report["left_out"]["fvd"].endswith("set LUTETIA_ASSETS to the folder that holds it, or give its path")
     assert json.loads((out / "report.json").read_text()) == report
     assert "| motion distance ↓ |" in (out / "report.md").read_text()
-    assert "judging: reading real clips 24/24" in run.stderr
+    assert "evaluation: reading real clips 24/24" in run.stderr
     assert "/s" in run.stderr
-    wanted = lutetia("evaluate", clips, clips, *sizes, "--metric", "fvd", "--json", LUTETIA_ASSETS=str(nothing))
-    assert "the metric fvd cannot be measured" in failure(wanted)["message"]
+    refused = lutetia("evaluate", clips, clips, *sizes, "--metric", "fvd", "--json", LUTETIA_ASSETS=str(nothing))
+    assert "the metric fvd cannot be measured" in failure(refused)["message"]
 
 
-def test_folder_without_mixture_gives_one_sentence(clips: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_folder_without_mixture(clips: Path, tmp_path: Path) -> None:
     tmp_path.joinpath("empty").mkdir()
     run = lutetia("evaluate", tmp_path / "empty", clips, "--json")
     assert failure(run)["code"] == 10
     assert "holds no mixture" in failure(run)["message"]
     unknown = lutetia("evaluate", clips, clips, "--metric", "beauty", "--json")
-    assert "judges.metrics.0" in failure(unknown)["message"]
+    assert "evaluator.metrics.0" in failure(unknown)["message"]
 
 
-def test_progress_lines_have_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("package", ["cv2", "matplotlib", "skimage"])
+def test_command_without_its_package_names_the_extra(package: str, clips: Path, tmp_path: Path) -> None:
+    evaluate = ["evaluate", clips, clips, "--frames", "8", "--fps", "8", "--size", "32", "--json"]
+    study = ["study", MINIATURE, "--folder", tmp_path / "study", "--json"]
+    train = ["data", "train-autoencoder", tmp_path / "autoencoder", "--json"]
+    commands = {"cv2": [evaluate, study], "matplotlib": [study], "skimage": [[*study, "--prepare"], train]}
+    for run in one_process(commands[package], missing=package):
+        assert failure(run)["code"] == 10
+        extra = "demo" if "train-autoencoder" in run.args else "study"
+        assert f"is not installed; run: pip install 'lutetia[{extra}]'" in failure(run)["message"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_lines_show_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     lines = ProgressLines("work", lambda: now[0])
     for done in range(101):
@@ -67,12 +82,12 @@ def test_progress_lines_have_rate_and_time_left(capsys: pytest.CaptureFixture[st
     assert len(printed) == 11
 
 
-def test_slow_stage_prints_a_line_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_of_a_slow_stage_come_every_minute(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     lines = ProgressLines("work", lambda: now[0])
     for done in range(1000):
         now[0] = done * 2.0
-        lines("write", done, 100_000)
+        lines("train", done, 100_000)
     printed = capsys.readouterr().err.splitlines()
-    assert printed[:2] == ["work: write 0/100000", "work: write 30/100000 (0.5/s, 199940 s left)"]
+    assert printed[:2] == ["work: train 0/100000", "work: train 30/100000 (0.5/s, 199940 s left)"]
     assert len(printed) == 1000 // 30 + 1

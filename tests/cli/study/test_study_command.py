@@ -1,4 +1,4 @@
-"""`lutetia study` at its smallest: plan, a cut, the rest, tables and pictures; every stage is the real one."""
+"""`lutetia study` with the miniature study: plan, interruption, resumption, tables and pictures; every stage is real."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.cli.command_runner import failure, lutetia
 CONFIG = Path(__file__).parents[3] / "docs" / "studies" / "miniature.toml"
 
 
-def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
+def test_study_plan_is_printed_and_nothing_runs(tmp_path: Path) -> None:
     run = lutetia("study", CONFIG, "--folder", tmp_path / "study", "--plan", "--json")
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
@@ -40,15 +40,15 @@ def test_the_plan_is_shown_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "study").exists()
 
 
-def test_frames_that_no_autoencoder_can_have_are_refused_by_the_plan(tmp_path: Path) -> None:
+def test_study_plan_refuses_impossible_autoencoder_size(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(CONFIG.read_text().replace("height = 16\nwidth = 16", "height = 20\nwidth = 20"))
     run = lutetia("study", wrong, "--plan", "--json")
     assert failure(run)["code"] == 10
-    assert "20 pixels cannot be had" in failure(run)["message"]
+    assert "20 pixels" in failure(run)["message"]
 
 
-def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
+def test_load_study_refuses_missing_and_unknown_keys(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(CONFIG.read_text().replace("text_tokens = 12\n", ""))
     with pytest.raises(ConfigError, match=r"data.text_tokens must be set"):
@@ -56,26 +56,26 @@ def test_a_wrong_study_is_one_sentence(tmp_path: Path) -> None:
     wrong.write_text("colour = 3\n" + CONFIG.read_text())
     with pytest.raises(ConfigError, match=r"colour.*known keys"):
         load_study(wrong)
-    assert load_study(CONFIG, device="cuda", tune=True).judging.on == "tune"
+    assert load_study(CONFIG, device="cuda", tune=True).evaluation.on == "tune"
 
 
-def test_what_is_trained_anew_takes_nothing_from_what_was_found_before(tmp_path: Path) -> None:
-    """Its run was removed, as a study asks for when its budget has changed."""
+def test_forget_deletes_figures_of_a_removed_run(tmp_path: Path) -> None:
+    """The run was removed, as a study asks for when its budget has changed."""
     state = StudyState.prepare(load_study(CONFIG), tmp_path, tmp_path / "out", tmp_path / "cache", lambda *_: None)
     first, second = state.plan.of("headline", "monolith")[0], state.plan.of("headline", "mixture")[0]
-    own, others = (state.plan.readings_of(training)[0].name for training in (first, second))
+    removed, others = (state.plan.readings_of(training)[0].name for training in (first, second))
     compared = ["headline-natural-0", f"against-{others}", "spare-rebuilt-natural"]
-    for name in (own, others, *compared):
+    for name in (removed, others, *compared):
         write_atomic(state.figure(name), b"{}")
     state.forget(first)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == [state.figure(others).name]
     for name in compared:
         write_atomic(state.figure(name), b"{}")
-    state.forget(first)  # trained for the first time: what is known of the others stays
+    state.forget(first)  # trained for the first time: the figures of the others stay
     assert len(list((tmp_path / "figures").iterdir())) == 4
 
 
-def test_a_run_takes_the_learning_rate_of_its_arm(tmp_path: Path) -> None:
+def test_create_uses_learning_rate_of_the_arm(tmp_path: Path) -> None:
     values = tomllib.loads(CONFIG.read_text())
     config = StudyConfig(**{**values, "controls": {"share": 1.0, "learning_rates": [5e-4], "clips": 20}})
     state = StudyState.prepare(config, tmp_path, tmp_path / "out", tmp_path / "cache", lambda *_: None)
@@ -91,7 +91,7 @@ def test_a_run_takes_the_learning_rate_of_its_arm(tmp_path: Path) -> None:
     }
 
 
-def test_an_autoencoder_is_not_taken_for_that_of_other_clips(tmp_path: Path) -> None:
+def test_own_latents_are_trained_again_for_other_clips(tmp_path: Path) -> None:
     values = tomllib.loads(CONFIG.read_text())
     values["autoencoder"]["steps"] = 1
     folders = []
@@ -105,28 +105,28 @@ def test_an_autoencoder_is_not_taken_for_that_of_other_clips(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(1200)  # two minutes on two idle cores
-def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
+def test_interrupted_study_resumes_and_writes_tables(tmp_path: Path) -> None:
     home, out = tmp_path / "study", tmp_path / "out"
     arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LUTETIA_")}, "OMP_NUM_THREADS": "1"}
     environment["LUTETIA_PARENT"] = str(os.getpid())
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as first:
         assert first.stderr is not None
-        words = []
+        lines = []
         for line in first.stderr:
-            words.append(line)
+            lines.append(line)
             if "headline-mixture-s0" in line:  # its swarm is up
                 break
         first.send_signal(signal.SIGTERM)
-        words.append(first.communicate()[1])
-    assert first.returncode == 143, "".join(words)
+        lines.append(first.communicate()[1])
+    assert first.returncode == 143, "".join(lines)
     weights = home / "runs" / "headline-monolith-s0" / "run" / "mixture" / "mixture.json"
     before = weights.read_bytes()
     assert not (home / "runs" / "headline-mixture-s0" / "run" / "mixture").exists()
 
     run = lutetia("study", CONFIG, "--folder", home, "--out", out, "--json", timeout=1100)
     assert run.returncode == 0, run.stderr
-    assert "headline-monolith-s0 " not in run.stderr  # it was done
+    assert "headline-monolith-s0 " not in run.stderr  # it was finished
     assert weights.read_bytes() == before
     results = StudyResults.model_validate_json((out / "results.json").read_bytes())
     StudyConfig.model_validate(results.config)
@@ -134,7 +134,7 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert trainings["mixture"].flops <= trainings["monolith"].flops
     (ratio,) = [row.ratio for row in results.headline["natural"] if row.ratio]
     assert (ratio.n, ratio.seeds) == (22, (0,))
-    assert ratio.low <= ratio.value <= ratio.high  # an autoencoder of two steps makes the sides alike
+    assert ratio.low <= ratio.value <= ratio.high  # after two steps of the autoencoder both sides look alike
     rebuilt = {entry.name: entry.figure for entry in results.rebuilt["natural"]}
     assert rebuilt["motion distance"].n == 20  # of the spare clips
     assert [row.first.n for row in results.beyond["natural"]] == [22, 22]
@@ -144,17 +144,17 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert results.against.keys() == against
     for reading in controls:
         if reading.name in against:
-            whole, part = results.against[reading.name], results.judged[reading.name].entries[0]
-            mixture = results.judged["headline-mixture-s0-e2-router-own-natural-20"].entries[0]
+            whole, part = results.against[reading.name], results.evaluated[reading.name].entries[0]
+            mixture = results.evaluated["headline-mixture-s0-e2-router-own-natural-20"].entries[0]
             assert (part.name, whole.n) == ("motion distance", 20)
             assert whole.value == pytest.approx(part.figure.value / mixture.figure.value, rel=1e-6)
-    routes = {judged.reading.route for judged in results.judged.values()}
+    routes = {evaluated.reading.route for evaluated in results.evaluated.values()}
     assert routes == {"router", "oracle", "text-blind"}
-    losses = next(judged.losses for judged in results.judged.values() if "right expert" in judged.losses)
+    losses = next(evaluated.losses for evaluated in results.evaluated.values() if "right expert" in evaluated.losses)
     assert set(losses) == {"mixture", "right expert", "expert 0", "expert 1", "expert 2"}
     assert set(results.autoencoder_psnr) <= {"camera", "digit", "shape"}
     page = (out / "README.md").read_text()
-    assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are for others to read
+    assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are published
     assert "561.04" in page
     assert "encoded and decoded again by the autoencoder, have motion distance" in page
     assert page.count("(clusters/00") == 3
@@ -167,13 +167,13 @@ def test_a_study_that_is_cut_goes_on_to_its_tables(tmp_path: Path) -> None:
     assert "| warm-start | 0 |" in page
     for picture in ("curves.png", "samples.png", *(f"clusters/{path.name}" for path in (out / "clusters").iterdir())):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    judged_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)
+    evaluated_on = set(read_clips(home / "clips" / "test", StudyConfig.model_validate(results.config).data.clip_shape).captions)
     trained_on = {json.loads(line)["caption"] for line in (home / "clips" / "train" / "metadata.jsonl").read_text().splitlines()}
-    assert not judged_on & trained_on
+    assert not evaluated_on & trained_on
 
     again = tmp_path / "again"
     assert lutetia("study", CONFIG, "--folder", home, "--out", again, "--json", timeout=300).returncode == 0
-    assert (again / "README.md").read_text() == page  # all of it is known before the first report is written
+    assert (again / "README.md").read_text() == page  # all figures are read before the first report is written
 
     other = tmp_path / "other.toml"
     other.write_text(CONFIG.read_text().replace("samples = 144", "samples = 192"))

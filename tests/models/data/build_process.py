@@ -1,4 +1,4 @@
-"""A process that builds data and is killed on the way: `python build_process.py CLIPS OUT CACHE STAGE COUNT`."""
+"""Builds data and kills itself during the build: `python build_process.py CLIPS OUT CACHE STAGE COUNT`."""
 
 from __future__ import annotations
 

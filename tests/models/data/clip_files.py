@@ -1,4 +1,4 @@
-"""Small real video files for the tests of clips: three looks that nobody could confuse."""
+"""Small real video files of three clearly different looks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OPTIONS = {"libx264": {"crf": "8", "preset": "ultrafast"}, "libvpx-vp9": {"crf":
 
 
 def numbered(frames: int, height: int = 32, width: int = 32) -> np.ndarray:
-    """A clip whose frame i is grey of brightness 10 * (i + 1), so that a frame can be told by its brightness."""
+    """A grey clip whose frame i has brightness 10 * (i + 1), so that its brightness identifies a frame."""
     return np.stack([np.full((height, width, 3), 10 * (i + 1) % 256, np.uint8) for i in range(frames)])
 
 
 def frame_numbers(frames: np.ndarray) -> list[int]:
-    """Which frames of `numbered` these are."""
+    """The numbers of these frames of `numbered`."""
     return [round(float(frame.mean()) / 10) - 1 for frame in frames]
 
 
@@ -32,8 +32,8 @@ def write_video(path: Path, video: np.ndarray, fps: float = 8, options: Mapping[
     """Write uint8 [F, H, W, 3]; the suffix chooses container and codec."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".webp":
-        first, *rest = [Image.fromarray(frame) for frame in video]
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), lossless=True)
+        first, *others = [Image.fromarray(frame) for frame in video]
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), lossless=True)
         return path
     codec, pixel_format = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
@@ -47,7 +47,7 @@ def write_video(path: Path, video: np.ndarray, fps: float = 8, options: Mapping[
 
 
 def look(kind: str, seed: int, frames: int = 8, size: int = 32) -> np.ndarray:
-    """`ball`: a red ball crosses dark ground; `bars`: green stripes on white slide down; `noise`: blue flicker."""
+    """`ball`: a red ball on a dark background; `bars`: green stripes that move down on white; `noise`: blue flicker."""
     rng = np.random.default_rng([seed, len(kind)])
     y, x = np.mgrid[0:size, 0:size]
     video = np.zeros((frames, size, size, 3), np.uint8)
@@ -60,7 +60,7 @@ def look(kind: str, seed: int, frames: int = 8, size: int = 32) -> np.ndarray:
             video[index] = np.where((((y + index + offset) // 4) % 2 == 0)[..., None], (40, 200, 60), (250, 250, 245))
         else:
             video[index] = rng.integers(0, 60, (size, size, 3)) + np.array([20, 40, 180])
-    video[:, :4, :4] = rng.integers(0, 256, 3)  # no two clips are alike
+    video[:, :4, :4] = rng.integers(0, 256, 3)  # every clip is different
     return video
 
 
@@ -68,7 +68,7 @@ WORDS = {"ball": "a red ball rolls", "bars": "green stripes slide down", "noise"
 
 
 def make_folder(folder: Path, counts: Mapping[str, int], test: Iterable[int] = (), frames: int = 8) -> Path:
-    """A folder of mp4 clips of the three looks with `metadata.jsonl`; clip numbers in `test` are test clips."""
+    """Make a folder of mp4 clips of the three looks with `metadata.jsonl`; the clip numbers in `test` are test clips."""
     held, rows, number = set(test), [], 0
     for kind, count in counts.items():
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""The whole path on real mp4 files: shards, holdouts, test split, cache, interruption, and every refusal."""
+"""Builds from real mp4 files: shards, held-out clips, test split, cache, interruption and refused input."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_natural_kinds_become_shards(built: BuildReport) -> None:
+def test_build_makes_one_shard_per_natural_kind(built: BuildReport) -> None:
     description = read_data(built.out)
     assert description == built.description
     assert [shard.name for shard in description.shards] == ["ball", "bars", "noise"]
@@ -84,7 +84,7 @@ def test_latents_are_normalised_and_decode_to_the_clips(built: BuildReport) -> N
     assert np.abs(decoded.astype(int) - look("ball", number[source])).mean() < 3
 
 
-def test_no_file_is_on_two_sides(built: BuildReport) -> None:
+def test_no_file_is_in_two_splits(built: BuildReport) -> None:
     sides: dict[str, set[str]] = {"train": set(), "holdout": set(), "test": set()}
     for shard in built.description.shards:
         for file in filter(None, (shard.train, shard.holdout, shard.test)):
@@ -103,9 +103,7 @@ def test_every_cluster_has_a_contact_sheet(built: BuildReport) -> None:
             assert np.asarray(image.convert("RGB")).std() > 20
 
 
-def test_the_same_folder_gives_the_same_bytes_and_the_second_time_from_the_cache(
-    clips: Path, cache: Path, built: BuildReport, tmp_path: Path
-) -> None:
+def test_second_build_gives_the_same_bytes_from_the_cache(clips: Path, cache: Path, built: BuildReport, tmp_path: Path) -> None:
     again = build_data(clips, tmp_path / "again", settings(cache))
     assert again.cached == 72
     fresh = build_data(clips, tmp_path / "fresh", settings(tmp_path / "cache", workers=1))
@@ -113,7 +111,7 @@ def test_the_same_folder_gives_the_same_bytes_and_the_second_time_from_the_cache
     assert content(again.out) == content(fresh.out) == content(built.out)
 
 
-def test_what_is_held_out_stays_so_with_more_clusters(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_held_out_clips_do_not_depend_on_cluster_count(clips: Path, cache: Path, tmp_path: Path) -> None:
     held = []
     for experts in (1, 2):
         build_data(clips, tmp_path / str(experts), settings(cache, experts=experts, holdout=0.3, largest_share=1.0))
@@ -125,7 +123,7 @@ def test_what_is_held_out_stays_so_with_more_clusters(clips: Path, cache: Path, 
 
 
 @pytest.mark.parametrize(("stage", "count"), [("clips", 70), ("captions", 3), ("shards", 2)])
-def test_a_killed_build_leaves_nothing_and_the_next_goes_on(
+def test_killed_build_leaves_no_output_and_can_be_resumed(
     clips: Path, built: BuildReport, tmp_path: Path, stage: str, count: int
 ) -> None:
     child = Path(__file__).with_name("build_process.py")
@@ -140,7 +138,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
 
 
-def test_an_interrupted_build_leaves_the_earlier_result(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_interrupted_build_leaves_the_earlier_result(clips: Path, cache: Path, tmp_path: Path) -> None:
     build_data(clips, tmp_path / "out", settings(cache))
     before = content(tmp_path / "out")
 
@@ -156,67 +154,69 @@ def test_an_interrupted_build_leaves_the_earlier_result(clips: Path, cache: Path
     assert len(read_data(tmp_path / "out").shards) == 2
 
 
-def test_foreign_folders_are_never_overwritten(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_never_overwritten(clips: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="is not empty and holds thesis.txt, which no build wrote; name a new folder"):
+    with pytest.raises(DataError, match="holds thesis.txt, which no build wrote, and is not overwritten; name a new folder"):
         build_data(clips, tmp_path / "mine", settings(cache))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         build_data(clips, tmp_path / "file", settings(cache))
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
-def test_an_empty_folder_is_as_good_as_none(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_build_into_an_empty_folder(clips: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert build_data(clips, tmp_path / "out", settings(cache)).train > 0
 
 
-def test_two_builds_do_not_write_one_folder(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_second_build_of_the_same_folder_is_refused(clips: Path, cache: Path, tmp_path: Path) -> None:
     with output_folder(tmp_path / "out"), pytest.raises(DataError, match="another build is writing .*out; wait for it"):
         build_data(clips, tmp_path / "out", settings(cache))
 
 
 @pytest.fixture
-def spoilt(clips: Path, tmp_path: Path) -> Path:
+def faulty(clips: Path, tmp_path: Path) -> Path:
     """The clips, one of them undecodable and one without a caption."""
-    folder = tmp_path / "spoilt"
+    folder = tmp_path / "faulty"
     shutil.copytree(clips, folder)
     (folder / "ball-003.mp4").write_bytes(b"not a video")
     write_video(folder / "zz.mp4", look("ball", 99))
     return folder
 
 
-def test_bad_clips_are_refused_by_name_or_left_out_and_reported(spoilt: Path, cache: Path, tmp_path: Path) -> None:
+def test_bad_clips_are_refused_or_left_out_and_reported(faulty: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="zz.mp4 has no caption; add a row .*; or leave such clips out with --skip-bad"):
-        build_data(spoilt, tmp_path / "out", settings(cache))
-    (spoilt / "zz.mp4").unlink()
+        build_data(faulty, tmp_path / "out", settings(cache))
+    (faulty / "zz.mp4").unlink()
     with pytest.raises(DataError, match="ball-003.mp4 cannot be decoded .*; or leave such clips out with --skip-bad"):
-        build_data(spoilt, tmp_path / "out", settings(cache))
-    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
-    report = build_data(spoilt, tmp_path / "out", settings(cache, skip_bad=True))
+        build_data(faulty, tmp_path / "out", settings(cache))
+    assert [path.name for path in tmp_path.iterdir()] == ["faulty"]
+    report = build_data(faulty, tmp_path / "out", settings(cache, skip_bad=True))
     assert [name for name, _ in report.skipped] == ["ball-003.mp4"]
     assert (report.train + report.holdout, report.description.skipped) == (66, 1)
     assert "cannot be decoded" in json.loads((report.out / "clips.jsonl").read_text().splitlines()[-1])["left_out"]
 
 
-def test_captions_that_are_cut_are_counted(clips: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_captions_are_counted_in_the_log(
+    clips: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     build_data(clips, tmp_path / "out", settings(cache, text_tokens=3))
-    assert "2 of 3 captions are longer than 3 tokens and lose their end" in caplog.text
+    assert "2 of 3 captions are longer than 3 tokens and are truncated" in caplog.text
 
 
-def test_an_autoencoder_by_a_relative_path_is_found_from_elsewhere(
+def test_relative_path_of_autoencoder_is_made_absolute(
     clips: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(demo_autoencoder(), tmp_path / "vae")
     monkeypatch.chdir(tmp_path)
-    found = build_data(clips, tmp_path / "out", settings(cache, latents="vae")).description.latent
-    assert found.vae == str(tmp_path / "vae")
+    latent = build_data(clips, tmp_path / "out", settings(cache, latents="vae")).description.latent
+    assert latent.vae == str(tmp_path / "vae")
     assert anchored("vae+owner/name") == f"{tmp_path / 'vae'}+owner/name"
     assert anchored("builtin:words") == "builtin:words"
 
 
-def test_a_training_copy_of_a_test_clip_is_left_out(clips: Path, cache: Path, tmp_path: Path) -> None:
+def test_training_copy_of_a_test_clip_is_left_out(clips: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(clips, folder)
     shutil.copy(folder / "ball-000.mp4", folder / "copy.mp4")
@@ -232,10 +232,10 @@ def test_a_training_copy_of_a_test_clip_is_left_out(clips: Path, cache: Path, tm
         ({"frames": 12}, DataError, r"ball-000.mp4 is too short: 1.00 s instead of 1.50 s \(12 frames at 8 fps\)"),
         ({"latents": "builtin:vae"}, ConfigError, "there are no latents 'builtin:vae'"),
         ({"text": "builtin:vae"}, ConfigError, "there is no text encoder 'builtin:vae'"),
-        ({"normalisation": "shipped"}, ConfigError, "latents 'pixels' come without mean and std"),
+        ({"normalisation": "shipped"}, ConfigError, "latents 'pixels' have no mean and std"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_sentence(
+def test_settings_that_do_not_fit_are_refused(
     clips: Path, cache: Path, tmp_path: Path, changes: dict[str, object], error: type[LutetiaError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -243,14 +243,14 @@ def test_settings_that_do_not_fit_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clips_that_are_all_for_testing_are_refused(tmp_path: Path, cache: Path) -> None:
+def test_folder_of_test_clips_only_is_refused(tmp_path: Path, cache: Path) -> None:
     write_video(tmp_path / "clips/a.mp4", look("ball", 0))
     write_rows(tmp_path / "clips", [{"file_name": "a.mp4", "caption": "x", "split": "test"}])
     with pytest.raises(DataError, match="no clip is left for training"):
         build_data(tmp_path / "clips", tmp_path / "out", settings(cache))
 
 
-def test_built_data_that_were_changed_are_refused(built: BuildReport, tmp_path: Path) -> None:
+def test_read_data_refuses_changed_files(built: BuildReport, tmp_path: Path) -> None:
     shutil.copytree(built.out, tmp_path / "data")
     (tmp_path / "data/shards/001.holdout.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match="001.holdout.safetensors is not the file that data.json describes"):
@@ -265,19 +265,23 @@ def test_built_data_that_were_changed_are_refused(built: BuildReport, tmp_path: 
         read_data(tmp_path)
 
 
-def test_balanced_data_meet_every_cluster_equally_often(built: BuildReport, tmp_path: Path) -> None:
+def test_balance_makes_clusters_equally_frequent(built: BuildReport, tmp_path: Path) -> None:
     made = balance(built.out, tmp_path / "balanced")
     assert made == read_data(tmp_path / "balanced")
     (shard,) = made.shards
-    own = {split: load_shard(tmp_path / "balanced" / getattr(shard, split).path, made.latent) for split in ("train", "holdout")}
+    shards = {
+        split: load_shard(tmp_path / "balanced" / getattr(shard, split).path, made.latent) for split in ("train", "holdout")
+    }
     parts = [load_shard(built.out / part.train.path, made.latent) for part in built.description.shards]
     most = max(map(len, parts))
-    assert Counter(own["train"].kinds) == dict.fromkeys(COUNTS, most)
-    assert Counter(own["holdout"].kinds) == {part.name: part.holdout.clips for part in built.description.shards}
-    met = Counter(clip.numpy().tobytes() for clip in own["train"].latents)
+    assert Counter(shards["train"].kinds) == dict.fromkeys(COUNTS, most)
+    assert Counter(shards["holdout"].kinds) == {part.name: part.holdout.clips for part in built.description.shards}
+    counts = Counter(clip.numpy().tobytes() for clip in shards["train"].latents)
     for part in parts:
-        times = [met[clip.numpy().tobytes()] for clip in part.latents]
-        assert {most // len(part)} <= set(times) <= {most // len(part), -(-most // len(part))}, "all clips of a cluster alike"
+        times = [counts[clip.numpy().tobytes()] for clip in part.latents]
+        assert {most // len(part)} <= set(times) <= {most // len(part), -(-most // len(part))}, (
+            "all clips of a cluster equally often"
+        )
     assert balance(built.out, tmp_path / "again") == made
     with pytest.raises(DataError, match="holds no data.json"):
         balance(tmp_path / "nothing", tmp_path / "out")

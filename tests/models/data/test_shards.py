@@ -1,4 +1,4 @@
-"""Shard files: equal data give equal bytes, and whatever does not match is one clear sentence."""
+"""Shard files: equal data give equal bytes; anything that does not match is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def some_data(count: int = 6) -> ShardData:
     return ShardData(normal(4, 3, 2, 2), normal(5, 6), normal(7), [f"clip {i}" for i in range(count)], ["digit"] * count)
 
 
-def test_a_shard_comes_back_as_it_was_written_in_half_precision(tmp_path: Path) -> None:
+def test_shard_round_trips_in_half_precision(tmp_path: Path) -> None:
     data = some_data()
     write_shard(tmp_path / "000.train.safetensors", data, ShardMetadata(latent=LATENT, name="digits"))
     back = load_shard(tmp_path / "000.train.safetensors", LATENT, batch=6)
@@ -47,18 +47,18 @@ def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"frames": 4}, "frames 3, but the run wants 4"),
-        ({"pixel_width": 32}, "pixel_width 16, but the run wants 32"),
-        ({"vae": "pixels"}, "vae builtin:demo, but the run wants pixels"),
+        ({"frames": 4}, "frames 3, but the run has 4"),
+        ({"pixel_width": 32}, "pixel_width 16, but the run has 32"),
+        ({"vae": "pixels"}, "vae builtin:demo, but the run has pixels"),
     ],
 )
-def test_a_shard_of_another_latent_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_shard_of_another_latent_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
     write_shard(tmp_path / "s", some_data(), ShardMetadata(latent=LATENT))
     with pytest.raises(IntegrityError, match=words):
         load_shard(tmp_path / "s", LATENT.model_copy(update=change))
 
 
-def test_tensors_that_contradict_their_own_metadata_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_contradict_the_metadata_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", some_data(), ShardMetadata(latent=LATENT))
     text = {"lutetia": read_shard_metadata(tmp_path / "s").model_copy().model_dump_json()}
     data = some_data()
@@ -74,13 +74,13 @@ def test_tensors_that_contradict_their_own_metadata_are_refused(tmp_path: Path) 
             load_shard(tmp_path / "bad", LATENT)
 
 
-def test_bytes_that_are_no_shard_are_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_a_shard_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", some_data(), ShardMetadata(latent=LATENT))
     (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-5])
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
-    with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+    with pytest.raises(IntegrityError, match="not a complete safetensors file"):
         load_shard(tmp_path / "cut", LATENT)
-    with pytest.raises(IntegrityError, match="no shard of Lutetia"):
+    with pytest.raises(IntegrityError, match="safetensors file but not a shard"):
         load_shard(tmp_path / "foreign", LATENT)
     with pytest.raises(DataError, match="does not exist"):
         load_shard(tmp_path / "absent", LATENT)

@@ -1,10 +1,10 @@
-"""`evaluate` from a folder of videos and a mixture to a report, and what it keeps and refuses on the way."""
+"""`evaluate`: from a folder of videos and a mixture to a report; the cache of samples; refused input."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -24,13 +24,14 @@ from lutetia.models.training.holdout_loss import HoldoutLoss
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
 from lutetia.system.errors import DataError, UsageError
+from tests.models.metrics.square_clips import square_clips
 from tests.models.tiny_experts import CONFIGS, accept, tiny_data, tiny_manifest
 
 SHAPE = ClipShape(frames=10, fps=8, height=32, width=32)
 
 
 def write_videos(folder: Path, clips: ClipSet, splits: Sequence[str], first: int = 0) -> Path:
-    """The clips as lossless-looking mp4 with metadata, appended to what the folder holds."""
+    """Append the clips to `folder` as nearly lossless mp4 files with metadata."""
     folder.mkdir(exist_ok=True)
     with (folder / "metadata.jsonl").open("a") as metadata:
         for number, (clip, caption, split) in enumerate(zip(clips.frames, clips.captions, splits, strict=True), first):
@@ -48,9 +49,9 @@ def write_videos(folder: Path, clips: ClipSet, splits: Sequence[str], first: int
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, squares: Callable[..., ClipSet]) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real clips: 24 to fit on, 44 held out."""
-    return write_videos(tmp_path_factory.mktemp("data") / "real", squares(68, seed=3), ["train"] * 24 + ["test"] * 44)
+    return write_videos(tmp_path_factory.mktemp("data") / "real", square_clips(68, seed=3), ["train"] * 24 + ["test"] * 44)
 
 
 def toy_mixture(root: Path) -> tuple[Manifest, list[Path]]:
@@ -77,15 +78,15 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSettings:
-    """Only what needs no weights: the flow."""
+    """All metrics, without any weights: only the optical flow can be measured."""
     monkeypatch.setenv("LUTETIA_ASSETS", str(tmp_path / "no assets"))
-    judges = EvaluatorSettings(cache=tmp_path / "cache", resamples=12)
-    return EvaluateSettings(clips=22, spare=22, fit_clips=24, judges=judges)
+    evaluator = EvaluatorSettings(cache=tmp_path / "cache", resamples=12)
+    return EvaluateSettings(clips=22, spare=22, fit_clips=24, evaluator=evaluator)
 
 
-def test_a_mixture_is_judged_and_all_that_is_missing_is_named(mixture: Path, data: Path, settings: EvaluateSettings) -> None:
+def test_evaluate_reports_figures_and_what_was_left_out(mixture: Path, data: Path, settings: EvaluateSettings) -> None:
     steps: list[tuple[str, int, int]] = []
-    report = evaluate(mixture, data, settings, lambda what, done, total: steps.append((what, done, total)))
+    report = evaluate(mixture, data, settings, lambda stage, done, total: steps.append((stage, done, total)))
     names = {entry.name: entry for entry in report.entries}
     assert {"motion distance", "motion distance, debiased", "motion distance, kernel distance", "motion, px/frame"} <= set(names)
     distance = names["motion distance"]
@@ -95,7 +96,7 @@ def test_a_mixture_is_judged_and_all_that_is_missing_is_named(mixture: Path, dat
     assert names["motion distance, debiased"].figure.low > 0
     assert set(report.left_out) == {"fvd", "retrieval", "classifier", "clip"}
     assert "i3d_kinetics400_rgb.safetensors do not exist" in report.left_out["fvd"]
-    assert "no CLIP is named" in report.left_out["clip"]
+    assert "no CLIP is set" in report.left_out["clip"]
     assert report.routing is not None
     assert sum(report.routing.load) == pytest.approx(1)
     assert ("sampling", 22, 22) in steps
@@ -107,35 +108,35 @@ def test_a_mixture_is_judged_and_all_that_is_missing_is_named(mixture: Path, dat
     assert again.entries == report.entries
 
 
-def test_a_mixture_that_lacks_an_expert_is_judged_by_the_others(data: Path, settings: EvaluateSettings, tmp_path: Path) -> None:
+def test_evaluate_mixture_lacking_an_expert_uses_the_others(data: Path, settings: EvaluateSettings, tmp_path: Path) -> None:
     manifest, files = toy_mixture(tmp_path)
     stitch(tmp_path / "toy", manifest, files[:1], build_router(manifest), [accept(manifest, 0, files[0])])
     report = evaluate(tmp_path / "toy", data, settings)
     assert {"mixture", "expert 0"} == set(report.losses)
 
 
-def test_prompts_longer_than_the_mixture_reads_are_cut_as_captions_are_in_training(mixture: Path) -> None:
-    sampler, longer = MixtureSampler(mixture, SamplingOptions()), "a red square moves left and further than anybody reads"
+def test_sampler_truncates_long_prompts_like_training_captions(mixture: Path) -> None:
+    sampler, longer = MixtureSampler(mixture, SamplingOptions()), "a red square moves left and further than the encoder reads"
     assert sampler.pipeline.text.count([longer]) > sampler.pipeline.spec.text_tokens
     assert torch.equal(sampler([longer], 0)[0], sampler([" ".join(longer.split()[:6])], 0)[0])
-    with pytest.raises(UsageError, match="prompt 1 has 10 tokens, but this mixture reads 6"):
+    with pytest.raises(UsageError, match="prompt 1 has 11 tokens, but this mixture reads 6"):
         sampler.pipeline([longer])
 
 
-def test_a_clip_that_cannot_be_decoded_is_refused_or_the_next_one_takes_its_place(data: Path, tmp_path: Path) -> None:
+def test_undecodable_clip_is_refused_or_replaced_by_the_next(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(data, folder)
     first, _, third = read_clips(data, SHAPE, split="test", limit=3).frames
     (folder / "clip_0025.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"clip_0025.mp4"):
         read_clips(folder, SHAPE, split="test", limit=3)
-    found = read_clips(folder, SHAPE, split="test", limit=2, skip_bad=True)
-    assert torch.equal(found.frames, torch.stack([first, third]))
+    kept = read_clips(folder, SHAPE, split="test", limit=2, skip_bad=True)
+    assert torch.equal(kept.frames, torch.stack([first, third]))
     assert len(read_clips(folder, SHAPE, split="test", skip_bad=True)) == 43
 
 
-def test_a_folder_of_clips_is_known_by_what_it_holds(data: Path, tmp_path: Path, settings: EvaluateSettings) -> None:
-    """Captions in files of their own, without any table."""
+def test_evaluate_accepts_folder_of_clips_without_metadata(data: Path, tmp_path: Path, settings: EvaluateSettings) -> None:
+    """The captions are in text files of the same names."""
     for number, line in enumerate((data / "metadata.jsonl").read_text().splitlines()):
         row = json.loads(line)
         if row["split"] == "test":
@@ -144,11 +145,9 @@ def test_a_folder_of_clips_is_known_by_what_it_holds(data: Path, tmp_path: Path,
     assert evaluate(tmp_path, data, settings.model_copy(update={"shape": SHAPE})).clips == 22
 
 
-def test_real_videos_lie_at_the_floor(
-    data: Path, squares: Callable[..., ClipSet], tmp_path: Path, settings: EvaluateSettings
-) -> None:
+def test_real_videos_score_at_the_floor(data: Path, tmp_path: Path, settings: EvaluateSettings) -> None:
     held = read_clips(data, SHAPE, split="test", limit=22, seed=0)
-    other = squares(400, seed=9)
+    other = square_clips(400, seed=9)
     rows = [other.captions.index(caption) for caption in held.captions]
     videos = write_videos(tmp_path / "videos", other.take(rows), [""] * 22)
     report = evaluate(videos, data, settings.model_copy(update={"shape": SHAPE}))
@@ -156,72 +155,70 @@ def test_real_videos_lie_at_the_floor(
     assert names["motion distance, debiased"].figure.low < 0
     assert report.sampling is None
     assert report.routing is None
-    with pytest.raises(DataError, match=r"say into which shape"):
+    with pytest.raises(DataError, match=r"set the frames, fps and size"):
         evaluate(videos, data, settings)
 
 
-def test_too_few_or_foreign_clips_are_refused(
-    data: Path, mixture: Path, tmp_path: Path, squares: Callable[..., ClipSet], settings
-) -> None:
-    few = write_videos(tmp_path / "few", squares(5), ["test"] * 5)
+def test_evaluate_refuses_too_few_or_foreign_clips(data: Path, mixture: Path, tmp_path: Path, settings) -> None:
+    few = write_videos(tmp_path / "few", square_clips(5), ["test"] * 5)
     with pytest.raises(DataError, match=r"5 clips of split test, fewer than 20"):
         evaluate(mixture, few, settings)
     with pytest.raises(DataError, match=r"clips of height 32, not 64"):
         evaluate(mixture, data, settings.model_copy(update={"shape": ClipShape(frames=10, height=64, width=32)}))
-    foreign = squares(22)
+    foreign = square_clips(22)
     named = ClipSet(foreign.frames, tuple(f"a thing {number}" for number in range(22)))
     videos = write_videos(tmp_path / "foreign", named, [""] * 22)
-    with pytest.raises(DataError, match=r"0 clips of .* have captions of the held-out clips"):
+    with pytest.raises(DataError, match=r"0 clips of .* have captions of held-out clips"):
         evaluate(videos, data, settings.model_copy(update={"shape": SHAPE}))
 
 
-def test_reading_is_natural_stratified_and_complete(data: Path) -> None:
+def test_read_clips_order_is_natural_or_stratified(data: Path) -> None:
     natural = read_clips(data, SHAPE, split="test", limit=12, seed=1)
     assert read_clips(data, SHAPE, split="test", limit=12, seed=1).captions == natural.captions
     assert read_clips(data, SHAPE, split="test", limit=12, seed=2).captions != natural.captions
     even = read_clips(data, SHAPE, split="test", limit=8, seed=1, stratified=True)
     assert sorted(even.kinds) == sorted(["blue", "green", "red", "white"] * 2)
-    rest = read_clips(data, SHAPE, split="test", first=12, seed=1)
-    assert len(natural) + len(rest) == 44
+    others = read_clips(data, SHAPE, split="test", first=12, seed=1)
+    assert len(natural) + len(others) == 44
     with pytest.raises(DataError, match=r"no clips of split test from number 44"):
         read_clips(data, SHAPE, split="test", first=44)
 
 
-class Counting:
-    """A sampler whose clips are as bright as their seed."""
+class CountingSampler:
+    """A sampler that counts its prompts; the brightness of a clip is its seed."""
 
-    tag, shape, asked = "counting", SHAPE, 0
+    tag, shape, sampled = "counting", SHAPE, 0
 
     def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self.asked += len(prompts)
+        self.sampled += len(prompts)
         bright = (torch.arange(len(prompts)) + seed) % 251
         clips = bright.view(-1, 1, 1, 1, 1).expand(-1, 10, 32, 32, 3).to(torch.uint8)
         return clips.contiguous(), torch.full((2, len(prompts), 2), 0.5)
 
 
-def test_sampling_goes_on_where_it_was_cut(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    prompts, sampling = squares(10), SamplingOptions(batch=4)
+def test_interrupted_sampling_resumes(tmp_path: Path) -> None:
+    prompts, sampling = square_clips(10), SamplingOptions(batch=4)
 
-    class Cut(Counting):
+    class Interrupted(CountingSampler):
         def __call__(self, prompts: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.asked == 8:
+            if self.sampled == 8:
                 raise KeyboardInterrupt
             return super().__call__(prompts, seed)
 
     with pytest.raises(KeyboardInterrupt):
-        generate(Cut(), prompts, sampling, 0, tmp_path)
-    rest = Counting()
-    clips, routing = generate(rest, prompts, sampling, 0, tmp_path)
-    assert rest.asked == 2
+        generate(Interrupted(), prompts, sampling, 0, tmp_path)
+    resumed = CountingSampler()
+    clips, routing = generate(resumed, prompts, sampling, 0, tmp_path)
+    assert resumed.sampled == 2
     assert clips.frames[:, 0, 0, 0, 0].tolist() == list(range(10))
     assert clips.captions == prompts.captions
     assert routing.shape == (2, 10, 2)
-    other = Counting()
+    other = CountingSampler()
     generate(other, prompts, sampling.model_copy(update={"guidance": 2.0}), 0, tmp_path)
-    assert other.asked == 10
+    assert other.sampled == 10
 
 
-def test_routing_figures_and_tables() -> None:
+def test_routing_figures_and_tables_match_hand_calculation() -> None:
     weights = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]]])
     routing = routing_figures(weights)
     assert routing.load == (0.75, 0.25)

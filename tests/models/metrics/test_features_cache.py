@@ -1,20 +1,19 @@
-"""The cache of features: nothing is computed twice, and a damaged file is no answer."""
+"""The cache of features: nothing is computed twice, and damaged files are computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.features import FeatureCache, clip_digest, set_digest
 from lutetia.models.metrics.fvd import reference_statistics
+from tests.models.metrics.square_clips import square_clips
 
 
-class Counting:
-    """An extractor that remembers how many clips it was given."""
+class CountingExtractor:
+    """An extractor that counts its clips."""
 
     def __init__(self, tag: str = "means") -> None:
         self.tag, self.seen = tag, 0
@@ -24,8 +23,8 @@ class Counting:
         return {"logits": clips.float().mean(dim=(1, 2)).flatten(1)[:, :12]}
 
 
-def test_a_subset_in_another_order_is_already_there(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    clips, extractor = squares(10).frames, Counting()
+def test_cache_hits_for_a_subset_in_another_order(tmp_path: Path) -> None:
+    clips, extractor = square_clips(10).frames, CountingExtractor()
     steps: list[tuple[int, int]] = []
     first = FeatureCache(tmp_path).extract(extractor, clips, lambda done, total: steps.append((done, total)), chunk=4)
     assert extractor.seen == 10
@@ -35,15 +34,15 @@ def test_a_subset_in_another_order_is_already_there(tmp_path: Path, squares: Cal
     assert torch.equal(again["logits"], first["logits"][[7, 2]])
 
 
-def test_other_weights_are_not_mistaken(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    clips, cache, other = squares(3).frames, FeatureCache(tmp_path), Counting("other weights")
-    cache.extract(Counting(), clips)
+def test_cache_misses_for_other_weights(tmp_path: Path) -> None:
+    clips, cache, other = square_clips(3).frames, FeatureCache(tmp_path), CountingExtractor("other weights")
+    cache.extract(CountingExtractor(), clips)
     cache.extract(other, clips)
     assert other.seen == 3
 
 
-def test_a_file_cut_short_is_computed_again(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    clips, cache, extractor = squares(3).frames, FeatureCache(tmp_path), Counting()
+def test_truncated_file_is_computed_again(tmp_path: Path) -> None:
+    clips, cache, extractor = square_clips(3).frames, FeatureCache(tmp_path), CountingExtractor()
     whole = cache.extract(extractor, clips)
     path = cache.path(extractor.tag, clip_digest(clips[1]))
     assert path is not None
@@ -52,15 +51,15 @@ def test_a_file_cut_short_is_computed_again(tmp_path: Path, squares: Callable[..
     assert extractor.seen == 4
 
 
-def test_shape_and_order_count() -> None:
+def test_digests_depend_on_shape_and_order() -> None:
     flat = torch.arange(48, dtype=torch.uint8)
     assert clip_digest(flat.view(2, 2, 4, 3)) != clip_digest(flat.view(4, 2, 2, 3))
     clips = torch.stack([flat.view(2, 2, 4, 3), flat.flip(0).view(2, 2, 4, 3)])
     assert set_digest(clips) != set_digest(clips.flip(0))
 
 
-def test_statistics_of_a_reference_are_kept(tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
-    clips, cache, extractor = squares(8).frames, FeatureCache(tmp_path), Counting()
+def test_reference_statistics_are_kept(tmp_path: Path) -> None:
+    clips, cache, extractor = square_clips(8).frames, FeatureCache(tmp_path), CountingExtractor()
     first = reference_statistics(cache, extractor, clips)
     for path in tmp_path.rglob("*.safetensors"):
         if "statistics" not in path.name:

@@ -1,4 +1,4 @@
-"""Agreement of clips with their prompts: retrieval by probe and by words, CLIP and the aesthetic head by their real loaders."""
+"""Agreement of clips with their prompts: retrieval by probe and by words, CLIP and the aesthetic head."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
 from lutetia.models.metrics.stats.classifier import classify, fit_classifier, words
 from lutetia.models.metrics.stats.retrieval import fit_probe, load_probe, rank, retrieve, save_probe
 from lutetia.models.networks.clip import AestheticHead, ClipModel, spread
 from lutetia.models.networks.sentences import MiniLM
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
+from tests.models.metrics.square_clips import square_clips
 
 NOUNS, VERBS = ["cat", "dog", "owl", "bee", "elk", "fox"], ["runs", "sleeps", "jumps", "hides"]
 PROMPTS = [f"a {noun} that {verb}" for noun in NOUNS for verb in VERBS]
 
 
 def features_of(captions: list[str], seed: int, noise: float = 0.3) -> np.ndarray:
-    """Features in which every word has a direction of its own."""
+    """Features in which each word has its own random direction."""
     generator, basis = np.random.default_rng(seed), np.random.default_rng(99)
     direction = {word: basis.normal(size=40) for word in NOUNS + VERBS}
     rows = [sum(direction[word] for word in caption.split() if word in direction) for caption in captions]
@@ -36,13 +36,13 @@ def vectors_of(captions: list[str]) -> np.ndarray:
     return np.array([[float(word in caption.split()) for word in NOUNS + VERBS] for caption in captions])
 
 
-def test_ranks_start_at_one_and_ties_do_not_flatter() -> None:
+def test_rank_starts_at_one_and_ties_rank_half_before() -> None:
     scores = [[0.9, 0.1, 0.5], [0.2, 0.2, 0.2], [0.1, 0.9, 0.9]]
     assert rank(scores, [0, 1, 0]).tolist() == [1, 2, 3]
     assert rank(scores, [2, 0, 1]).tolist() == [2, 2, 2]
 
 
-def test_a_probe_fitted_on_real_pairs_retrieves_prompts(tmp_path: Path) -> None:
+def test_probe_fitted_on_real_pairs_retrieves_prompts(tmp_path: Path) -> None:
     real = PROMPTS * 4
     probe = fit_probe(features_of(real, 0), vectors_of(real))
     save_probe(tmp_path / "probe.safetensors", probe)
@@ -60,24 +60,24 @@ def test_a_probe_fitted_on_real_pairs_retrieves_prompts(tmp_path: Path) -> None:
         fit_probe(features_of(PROMPTS[:5], 0), vectors_of(PROMPTS[:5]))
 
 
-def test_the_word_classifier_retrieves_compositions_it_has_not_seen() -> None:
+def test_word_classifier_retrieves_unseen_compositions() -> None:
     held = PROMPTS[::5]
     seen = [prompt for prompt in PROMPTS if prompt not in held] * 5
     classifier = fit_classifier(features_of(seen, 0), seen, min_count=5)
-    assert set(classifier.vocabulary) == {*NOUNS, *VERBS}  # "a" and "that" stand everywhere and say nothing
-    judged = classify(classifier, features_of(held, 1), held, PROMPTS)
-    assert judged.retrieval.recall_1.value > 0.7
-    assert judged.words.low > 0.7
+    assert set(classifier.vocabulary) == {*NOUNS, *VERBS}  # "a" and "that" are in every caption
+    agreement = classify(classifier, features_of(held, 1), held, PROMPTS)
+    assert agreement.retrieval.recall_1.value > 0.7
+    assert agreement.words.low > 0.7
     shuffled = classify(classifier, features_of(held[1:] + held[:1], 1), held, PROMPTS)
     assert shuffled.retrieval.recall_1.value < 0.4
     assert words("A red-haired Fox, 2!") == {"a", "red", "haired", "fox", "2"}
-    with pytest.raises(DataError, match=r"no word stands in 50"):
+    with pytest.raises(DataError, match=r"no word is in 50"):
         fit_classifier(features_of(seen, 0), seen, min_count=50)
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP with random weights, saved as the hub has them."""
+    """A CLIP with random weights, saved in the format of the hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
@@ -103,9 +103,9 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., ClipSet]) -> None:
+def test_clip_loads_from_hub_format(tiny_clip: Path) -> None:
     clip = ClipModel(str(tiny_clip), frames=4)
-    clips = squares(3).frames
+    clips = square_clips(3).frames
     images, text = clip.images(clips), clip.text(["a cat that runs", "an owl", "a fox that hides " * 20])
     assert images.shape == (3, 4, 8)
     assert text.shape == (3, 8)
@@ -122,26 +122,26 @@ def test_clip_loads_as_the_hub_saves_it(tiny_clip: Path, squares: Callable[..., 
     assert float(images[0, 0] @ text[0]) == pytest.approx(cosine, abs=1e-5)
 
 
-def test_clip_and_the_head_enter_a_report(tiny_clip: Path, tmp_path: Path, squares: Callable[..., ClipSet]) -> None:
+def test_clip_and_aesthetic_scores_are_in_the_report(tiny_clip: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.randn(1, 8), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
     settings = EvaluatorSettings(metrics=("clip",), clip=str(tiny_clip), aesthetic=tmp_path / "head.safetensors", cache=tmp_path)
-    clips = squares(6)
-    judges = Evaluator(clips, clips, None, settings)
-    similarity, aesthetic = judges.judge(clips)
+    clips = square_clips(6)
+    evaluator = Evaluator(clips, clips, None, settings)
+    similarity, aesthetic = evaluator.evaluate(clips)
     assert (similarity.name, aesthetic.name) == ("CLIP text-video similarity", "aesthetic score")
     assert similarity.real == similarity.figure
     assert -1 <= similarity.figure.low <= similarity.figure.high <= 1
     assert 3 < aesthetic.figure.value < 7
 
 
-def test_a_folder_without_clip_is_one_sentence(tmp_path: Path) -> None:
+def test_clip_from_a_folder_without_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot load CLIP"):
         ClipModel(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"no existing folder and no hub id"):
+    with pytest.raises(ConfigError, match=r"neither a folder nor a hub id"):
         ClipModel("/nowhere/at all")
 
 
-def test_both_forms_of_the_aesthetic_head(tmp_path: Path) -> None:
+def test_aesthetic_head_reads_both_forms(tmp_path: Path) -> None:
     images = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
     weight, bias = torch.randn(1, 8), torch.tensor([5.0])
     save_file({"weight": weight, "bias": bias}, tmp_path / "linear.safetensors")
@@ -155,14 +155,14 @@ def test_both_forms_of_the_aesthetic_head(tmp_path: Path) -> None:
     for k in range(10):  # "layers.10" comes after "layers.2"
         x = x @ layers[f"layers.{2 * k}.weight"].T + layers[f"layers.{2 * k}.bias"]
     assert torch.allclose(AestheticHead(tmp_path / "stack.safetensors")(images), x.squeeze(-1).mean(1), atol=1e-5)
-    with pytest.raises(IntegrityError, match=r"reads vectors of 8, not of 16"):
+    with pytest.raises(IntegrityError, match=r"takes vectors of 8, not of 16"):
         AestheticHead(tmp_path / "linear.safetensors")(torch.randn(1, 2, 16))
     save_file({"weight": torch.randn(2, 8)}, tmp_path / "two.safetensors")
-    with pytest.raises(IntegrityError, match=r"must give one score"):
+    with pytest.raises(IntegrityError, match=r"must have one output"):
         AestheticHead(tmp_path / "two.safetensors")
 
 
-def test_minilm_gives_its_published_similarities(asset_or_skip: Callable[[str], Path]) -> None:
+def test_minilm_reproduces_published_similarities(asset_or_skip: Callable[[str], Path]) -> None:
     encode = MiniLM(asset_or_skip("minilm"))
     sentences = ["That is a happy person", "That is a happy dog", "That is a very happy person", "Today is a sunny day"]
     vectors = encode([*sentences, sentences[0]])

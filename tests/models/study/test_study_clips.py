@@ -1,4 +1,4 @@
-"""Train, tune and test share no file and no prompt."""
+"""The roles train, tune and test share no file and no prompt."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def silent(stage: str, done: int, total: int) -> None: ...
 
 
 def contents(folder: Path) -> dict[str, tuple[set[str], set[str]]]:
-    """Digests and prompts of each role, as they lie on disk."""
-    found = {}
+    """Digests and prompts of each role, read from disk."""
+    by_role = {}
     for role in ROLES:
         clips = read_listing(folder / role).clips
-        found[role] = {hash_file(clip.path) for clip in clips}, {clip.caption.casefold() for clip in clips}
-    return found
+        by_role[role] = {hash_file(clip.path) for clip in clips}, {clip.caption.casefold() for clip in clips}
+    return by_role
 
 
 def disjoint(folder: Path) -> bool:
-    found = contents(folder)
+    by_role = contents(folder)
     pairs = [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :]]
-    return all(not found[a][part] & found[b][part] for a, b in pairs for part in (0, 1))
+    return all(not by_role[a][part] & by_role[b][part] for a, b in pairs for part in (0, 1))
 
 
-def test_roles_share_no_file_and_no_prompt(tmp_path: Path) -> None:
+def test_split_roles_share_no_file_and_no_prompt(tmp_path: Path) -> None:
     source = DrawnClips(kind="drawn", clips=160, size=16, frames=4)
     counts = split_clips(source, tmp_path / "clips", 0.1, tmp_path / "raw", silent)
     assert disjoint(tmp_path / "clips")
@@ -44,7 +44,7 @@ def test_roles_share_no_file_and_no_prompt(tmp_path: Path) -> None:
     assert again == counts
 
 
-def test_copies_and_known_prompts_are_left_out(tmp_path: Path) -> None:
+def test_split_leaves_out_copies_and_known_prompts(tmp_path: Path) -> None:
     def clip(number: int, caption: str, split: str) -> ClipSource:
         return ClipSource(f"{number}.mp4", tmp_path / f"{number}.mp4", caption, "kind", split)  # pyright: ignore
 
@@ -61,14 +61,14 @@ def test_copies_and_known_prompts_are_left_out(tmp_path: Path) -> None:
         assign(clips[:40], digests[:40], 0.2)
 
 
-def test_a_users_folder_is_taken_as_it_is_split(tmp_path: Path) -> None:
+def test_split_keeps_the_splits_of_a_folder(tmp_path: Path) -> None:
     drawn = DrawnClips(kind="drawn", clips=60, size=16, frames=4)
     split_clips(drawn, tmp_path / "first", 0.2, tmp_path / "raw", silent)
     split_clips(FolderClips(kind="folder", folder=tmp_path / "raw"), tmp_path / "second", 0.2, tmp_path / "unused", silent)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
-def test_the_assets_sets_and_their_union(tmp_path: Path) -> None:
+def test_split_of_a_union_of_made_sets(tmp_path: Path) -> None:
     if not (assets_folder() / "make_clips.py").is_file():
         pytest.skip(f"needs {assets_folder() / 'make_clips.py'} (set LUTETIA_ASSETS)")
     source = MadeClips(kind="made", sets={"digits": 40, "emoji": 40}, size=32)
@@ -80,7 +80,7 @@ def test_the_assets_sets_and_their_union(tmp_path: Path) -> None:
     assert contents(tmp_path / "clips")["test"][1] & held
 
 
-def test_without_the_maker_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_without_the_maker_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTETIA_ASSETS", str(tmp_path))
     with pytest.raises(DataError, match=r"make_clips.py do not exist; set LUTETIA_ASSETS"):
         split_clips(MadeClips(kind="made", sets={"lpc": 3}), tmp_path / "clips", 0.1, tmp_path / "raw", silent)

@@ -1,4 +1,4 @@
-"""Arms spend what they say: FLOPs by torch's counter, the router included, none above its tier's budget."""
+"""Plans: FLOPs by torch's counter, router included; no arm exceeds the budget of its tier."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plan() -> StudyPlan:
     return plan_study(settings := config(), planned_latent(settings))
 
 
-def test_linear_layers_are_counted_as_arithmetic_says() -> None:
+def test_expert_cost_counts_parameters_and_backward_pass() -> None:
     cost = expert_cost(WAN, LATENT)
     assert cost.parameters == sum(p.numel() for p in build_expert(WAN, 0).parameters())
     assert 2.5 < cost.training / cost.forward < 3.1  # backward: twice the forward pass, less the first layer's input
@@ -40,7 +40,7 @@ def test_linear_layers_are_counted_as_arithmetic_says() -> None:
     assert expert_cost(deeper, LATENT).forward > cost.forward
 
 
-def test_counting_without_arithmetic_agrees_with_counting_a_real_pass() -> None:
+def test_expert_cost_equals_count_of_a_real_pass() -> None:
     model = build_expert(WAN, 0)
     x, tokens = torch.randn(1, *LATENT.shape), torch.randn(1, LATENT.text_tokens, LATENT.text_width)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -48,7 +48,7 @@ def test_counting_without_arithmetic_agrees_with_counting_a_real_pass() -> None:
     assert counter.get_total_flops() == expert_cost(WAN, LATENT).training
 
 
-def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: StudyPlan) -> None:
+def test_plan_arms_use_up_their_budget_but_never_exceed_it(plan: StudyPlan) -> None:
     for tier in ("headline", "control"):
         arms = [training for training in plan.trainings if training.tier == tier]
         budget = config().samples * arms[0].flops_per_sample * (1 if tier == "headline" else config().controls.share)
@@ -66,7 +66,7 @@ def test_no_arm_spends_more_than_its_monolith_and_hardly_less(plan: StudyPlan) -
     assert 1 < mixture.pass_flops / monolith.pass_flops < 1.25
 
 
-def test_controls_are_what_they_are_called(plan: StudyPlan) -> None:
+def test_plan_controls_match_their_definitions(plan: StudyPlan) -> None:
     arms = {training.arm: training for training in plan.trainings if training.tier == "control"}
     monolith, mixture = arms["monolith"], arms["mixture"]
     assert arms["small-batch"].batch * 3 == monolith.batch
@@ -76,20 +76,20 @@ def test_controls_are_what_they_are_called(plan: StudyPlan) -> None:
     warm = arms["warm-start"]
     assert warm.begin is not None
     assert (warm.begin.training, warm.begin.epoch, warm.begin.flops) == (monolith.name, 1, monolith.flops_at(1))
-    assert warm.samples_per_shard / mixture.samples_per_shard == pytest.approx(0.75, rel=0.03), "the rest went to its beginning"
+    assert warm.samples_per_shard / mixture.samples_per_shard == pytest.approx(0.75, rel=0.03), "the rest counts for its start"
     assert arms["random"].method == "random"
     assert arms["random"].data != mixture.data
     assert arms["wide"].parameters / mixture.parameters == pytest.approx(1, rel=0.05)
     assert arms["narrow"].parameters / monolith.parameters == pytest.approx(1, rel=0.05)
     assert {"2-experts", "4-experts", "8-experts"} <= arms.keys()
-    asked = {(reading.route, reading.mode, reading.expert) for reading in plan.readings_of(mixture)}
-    assert {("text-blind", None, None), ("oracle", None, None), ("router", "sticky", None), ("router", None, 2)} <= asked
-    assert ("router", "top1", None) not in asked  # that is the plain one
+    routes = {(reading.route, reading.mode, reading.expert) for reading in plan.readings_of(mixture)}
+    assert {("text-blind", None, None), ("oracle", None, None), ("router", "sticky", None), ("router", None, 2)} <= routes
+    assert ("router", "top1", None) not in routes  # that is the mode of the run
     names = [reading.name for reading in plan.readings]
     assert len(set(names)) == len(names)
 
 
-def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed(plan: StudyPlan) -> None:
+def test_plan_full_control_has_budget_and_seeds_of_headline(plan: StudyPlan) -> None:
     rivals = plan.of("headline", "small-batch")
     assert [rival.seed for rival in rivals] == [0, 1, 2]
     monolith = plan.of("headline", "monolith")[0]
@@ -101,28 +101,30 @@ def test_a_control_of_the_whole_budget_stands_beside_the_headline_for_every_seed
         config(controls={"full": ["oracle"]})
 
 
-def test_other_learning_rates_change_the_pair_in_nothing_else() -> None:
+def test_plan_learning_rates_change_nothing_else() -> None:
     settings = config(controls={"learning_rates": [4e-3, 1.2e-2], "clips": 128})
     plan = plan_study(settings, planned_latent(settings))
     arms = {training.arm: training for training in plan.trainings if training.tier == "control"}
-    assert set(arms) == {"monolith", "mixture", "monolith-rate-0.012", "mixture-rate-0.012"}, "the recipe's own is there already"
+    assert set(arms) == {"monolith", "mixture", "monolith-rate-0.012", "mixture-rate-0.012"}, (
+        "the rate of the recipe is not repeated"
+    )
     for side in ("monolith", "mixture"):
-        own, other = arms[side], arms[f"{side}-rate-0.012"]
-        assert (own.learning_rate, other.learning_rate) == (4e-3, 1.2e-2)
-        assert other.model_copy(update={"name": own.name, "arm": own.arm, "learning_rate": 4e-3}) == own
+        recipe, other = arms[side], arms[f"{side}-rate-0.012"]
+        assert (recipe.learning_rate, other.learning_rate) == (4e-3, 1.2e-2)
+        assert other.model_copy(update={"name": recipe.name, "arm": recipe.arm, "learning_rate": 4e-3}) == recipe
     assert {reading.training for _, reading in plan.controls(settings)} == {training.name for training in arms.values()}
 
 
-def test_curves_have_one_n_and_the_end_has_all_clips(plan: StudyPlan) -> None:
+def test_plan_curve_has_one_n_and_the_end_all_clips(plan: StudyPlan) -> None:
     readings = plan.readings_of(plan.of("headline", "monolith")[0])
     assert [(r.epoch, r.clips) for r in readings if r.clips == 128] == [(1, 128), (2, 128), (3, 128), (4, 128)]
     assert {(r.epoch, r.prompts) for r in readings if r.clips == 256} == {(4, "natural"), (4, "stratified")}
 
 
-def test_studies_that_cannot_be_equal_are_refused() -> None:
+def test_config_that_cannot_be_fair_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"must be divisible by the number of experts"):
         config(optimisation={"batch": 25})
-    with pytest.raises(ValidationError, match=r"the control wide needs an expert"):
+    with pytest.raises(ValidationError, match=r"the control wide needs its own expert"):
         config(wide=None)
     with pytest.raises(ValidationError, match=r"controls.learning_rates must differ"):
         config(controls={"learning_rates": [1e-3, 0.001]})
@@ -133,11 +135,11 @@ def test_studies_that_cannot_be_equal_are_refused() -> None:
         plan_study(poor, planned_latent(poor))
 
 
-def test_the_router_grows_with_its_experts() -> None:
+def test_router_cost_grows_with_experts() -> None:
     few, many = (router_cost(RouterSpec(), LATENT, experts).parameters for experts in (2, 8))
     assert few < many
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_shipped_study_is_well_formed(path: Path) -> None:
+def test_shipped_study_is_valid(path: Path) -> None:
     StudyConfig(**tomllib.loads(path.read_text()))

@@ -1,4 +1,4 @@
-"""An autoencoder for the user's own clips: from frames of the split train alone, in a folder that a build takes."""
+"""Train an autoencoder on the user's clips: on frames of the split train only, and usable by a build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lutetia.system.errors import ConfigError, DataError, DiskError
 
 
 def with_splits(folder: Path, tested: int) -> Path:
-    """Drawn clips of which the last `tested` are unreadable and held out: whoever opens them fails."""
+    """Drawn clips of which the last `tested` are held out and unreadable, so that opening them fails."""
     make_clips(folder, 60, 0, 4, 16)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
@@ -26,7 +26,7 @@ def with_splits(folder: Path, tested: int) -> Path:
     return folder
 
 
-def test_it_learns_frames_of_train_only_and_serves_as_latents(tmp_path: Path) -> None:
+def test_training_uses_split_train_only_and_gives_latents(tmp_path: Path) -> None:
     clips = with_splits(tmp_path / "clips", 12)
     report = train_autoencoder(tmp_path / "ae", 0, steps=2, channels=5, size=32, clips=clips)
     assert report["steps"] == 2
@@ -39,25 +39,25 @@ def test_it_learns_frames_of_train_only_and_serves_as_latents(tmp_path: Path) ->
     assert len(mean) == len(std) == 5
 
 
-def test_a_handful_of_clips_is_refused(tmp_path: Path) -> None:
+def test_too_few_clips_are_refused(tmp_path: Path) -> None:
     make_clips(tmp_path / "clips", 3, 0, 4, 16)
     with pytest.raises(DataError, match=r"too few for an autoencoder"):
         train_autoencoder(tmp_path / "ae", 0, steps=2, clips=tmp_path / "clips")
     assert not (tmp_path / "ae").exists()
 
 
-def test_a_latent_may_stand_for_fewer_pixels(tmp_path: Path) -> None:
+def test_scale_four_gives_larger_latents(tmp_path: Path) -> None:
     train_autoencoder(tmp_path / "ae", 0, steps=2, channels=3, scale=4, size=32, clips=with_splits(tmp_path / "clips", 12))
     assert load_latents(str(tmp_path / "ae")).shape_of(5, 32, 32) == (3, 5, 8, 8)
 
 
-def test_frames_of_no_whole_latents_are_refused(tmp_path: Path) -> None:
+def test_size_that_is_no_multiple_of_eight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a multiple of 8"):
         train_autoencoder(tmp_path / "ae", 0, steps=2, size=36)
 
 
-def test_what_lies_there_already_is_never_overwritten(tmp_path: Path) -> None:
-    """Known before the training: `clips` that do not exist are never looked for."""
+def test_existing_output_is_never_overwritten(tmp_path: Path) -> None:
+    """It is refused before the training: `clips`, which do not exist, are not read."""
     used, file = tmp_path / "used", tmp_path / "file"
     used.mkdir()
     (used / "config.json").write_text("mine")
@@ -71,7 +71,7 @@ def test_what_lies_there_already_is_never_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "used"]
 
 
-def test_an_empty_folder_is_filled_and_a_new_one_made(tmp_path: Path) -> None:
+def test_output_folder_may_be_empty_or_new(tmp_path: Path) -> None:
     empty, clips = tmp_path / "empty", with_splits(tmp_path / "clips", 12)
     empty.mkdir()
     train_autoencoder(empty, 0, steps=1, size=16, clips=clips)

@@ -1,4 +1,4 @@
-"""The cache by content: found again by another process, damaged packs noticed, nothing half-written."""
+"""The cache by content: it persists, detects damaged packs and writes atomically."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lutetia.models.data.encode.cache import ArrayCache, cache_key
 ARRAYS = {"latents": np.arange(12, dtype=np.float32).reshape(3, 4), "features": np.ones(5, np.float32)}
 
 
-def test_what_was_put_is_found_by_a_later_run(tmp_path: Path) -> None:
+def test_cache_is_read_by_a_later_run(tmp_path: Path) -> None:
     ArrayCache(tmp_path).put({"one": ARRAYS, "two": {"latents": ARRAYS["latents"] + 1}})
-    found = ArrayCache(tmp_path)
-    assert "one" in found
-    assert "three" not in found
-    first, second = found.get("one"), found.get("two")
+    cache = ArrayCache(tmp_path)
+    assert "one" in cache
+    assert "three" not in cache
+    first, second = cache.get("one"), cache.get("two")
     assert first is not None
     assert second is not None
     assert all((first[name] == ARRAYS[name]).all() for name in ARRAYS)
     assert (second["latents"] == ARRAYS["latents"] + 1).all()
-    assert found.get("three") is None
+    assert cache.get("three") is None
 
 
 def test_known_keys_are_not_written_again(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_known_keys_are_not_written_again(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_damaged_pack_is_dropped_and_made_again(tmp_path: Path) -> None:
+def test_damaged_pack_is_deleted_and_written_again(tmp_path: Path) -> None:
     ArrayCache(tmp_path).put({"one": ARRAYS})
     (pack,) = tmp_path.iterdir()
     data = bytearray(pack.read_bytes())
@@ -45,7 +45,7 @@ def test_a_damaged_pack_is_dropped_and_made_again(tmp_path: Path) -> None:
     assert ArrayCache(tmp_path).get("one") is not None
 
 
-def test_a_pack_cut_short_is_dropped(tmp_path: Path) -> None:
+def test_truncated_pack_is_deleted(tmp_path: Path) -> None:
     ArrayCache(tmp_path).put({"one": ARRAYS})
     (pack,) = tmp_path.iterdir()
     pack.write_bytes(pack.read_bytes()[:40])
@@ -53,7 +53,7 @@ def test_a_pack_cut_short_is_dropped(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_is_made_of_everything_that_matters() -> None:
+def test_cache_key_depends_on_every_part() -> None:
     key = cache_key(file="ab", shape={"frames": 8, "fps": 8.0}, latents="pixels")
     assert key == cache_key(latents="pixels", shape={"fps": 8.0, "frames": 8}, file="ab")
     assert key != cache_key(file="ab", shape={"frames": 9, "fps": 8.0}, latents="pixels")

@@ -1,4 +1,4 @@
-"""Latents by reference: pixels, and diffusers autoencoders saved in their own format with random weights."""
+"""Latents by reference: pixels, and diffusers autoencoders with random weights, saved in their own format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(folder: Path, name: str, config: dict[str, Any], seed: int) -> None:
-    """A diffusers autoencoder with random weights, as the hub stores it."""
+    """Save a diffusers autoencoder with random weights, in the format of the hub."""
     torch.manual_seed(seed)
     getattr(diffusers, name)(**config).save_pretrained(folder)
 
@@ -63,7 +63,7 @@ def frames(count: int = 2, length: int = 5, height: int = 16, width: int = 24) -
         ("AutoencoderKLHunyuanVideo", (4, 2, 2, 3)),
     ],
 )
-def test_an_autoencoder_of_a_folder_encodes_and_decodes_clips(saved: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_autoencoder_from_folder_encodes_and_decodes(saved: Path, name: str, shape: tuple[int, ...]) -> None:
     latents = load_latents(str(saved / name))
     assert latents.shape_of(5, 16, 24) == shape
     encoded = latents.encode(frames())
@@ -73,13 +73,13 @@ def test_an_autoencoder_of_a_folder_encodes_and_decodes_clips(saved: Path, name:
     assert type(latents.module).__name__ == name
 
 
-def test_a_clip_s_latents_do_not_depend_on_its_neighbours(saved: Path) -> None:
+def test_latents_do_not_depend_on_other_clips(saved: Path) -> None:
     for name in ("AutoencoderTiny", "AutoencoderKLWan"):
         latents = load_latents(str(saved / name))
         torch.testing.assert_close(latents.encode(frames())[1:], latents.encode(frames()[1:]), atol=1e-5, rtol=1e-5)
 
 
-def test_pixels_come_back_exactly() -> None:
+def test_pixels_round_trip_exactly() -> None:
     latents = load_latents("pixels")
     encoded = latents.encode(frames())
     assert tuple(encoded.shape) == (2, 3, 5, 16, 24)
@@ -97,7 +97,7 @@ def spec(**changes: object) -> LatentSpec:
     )  # fmt: skip
 
 
-def test_the_run_s_statistics_normalise_and_are_undone_by_decoding() -> None:
+def test_statistics_normalise_and_decoding_undoes_it() -> None:
     raw = load_latents("pixels").encode(frames())
     mean, std = raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4))
     latents = load_latents("pixels", spec(mean=tuple(mean.tolist()), std=tuple(std.tolist())))
@@ -107,12 +107,12 @@ def test_the_run_s_statistics_normalise_and_are_undone_by_decoding() -> None:
     assert (latents.decode(encoded) == frames()).all()
 
 
-def test_statistics_shipped_in_a_config_are_offered(saved: Path) -> None:
+def test_shipped_statistics_come_from_the_config(saved: Path) -> None:
     assert load_latents(str(saved / "AutoencoderKLWan")).shipped_statistics == ((0.5,) * 4, (2.0,) * 4)
     assert load_latents(str(saved / "AutoencoderTiny")).shipped_statistics is None
 
 
-def test_the_fingerprint_follows_the_weights(saved: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_weights(saved: Path, tmp_path: Path) -> None:
     save(tmp_path / "other", "AutoencoderTiny", TINY, seed=1)
     first, again, other = (
         load_latents(str(path)) for path in (saved / "AutoencoderTiny", saved / "AutoencoderTiny", tmp_path / "other")
@@ -125,19 +125,17 @@ def test_the_fingerprint_follows_the_weights(saved: Path, tmp_path: Path) -> Non
     [
         ("AutoencoderTiny", (5, 18, 24), "multiples of 4, not 18×24"),
         ("AutoencoderKLWan", (5, 16, 20), "multiples of 8, not 16×20"),
-        ("AutoencoderKLWan", (8, 16, 24), "4n\\+1 frames, not 8; ask for 9 frames"),
+        ("AutoencoderKLWan", (8, 16, 24), "4n\\+1 frames, not 8; use 9 frames"),
         ("AutoencoderKLHunyuanVideo", (7, 16, 24), "4n\\+1 frames, not 7"),
     ],
 )
-def test_sizes_that_an_autoencoder_would_cut_silently_are_refused(
-    saved: Path, name: str, size: tuple[int, int, int], words: str
-) -> None:
+def test_sizes_that_do_not_fit_an_autoencoder_are_refused(saved: Path, name: str, size: tuple[int, int, int], words: str) -> None:
     latents: Latents = load_latents(str(saved / name))
     with pytest.raises(ConfigError, match=words):
         latents.encode(frames(1, *size))
 
 
-def test_references_that_lead_nowhere_are_named(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_latents_are_refused_by_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
@@ -146,7 +144,7 @@ def test_references_that_lead_nowhere_are_named(saved: Path, tmp_path: Path, mon
     (tmp_path / "bare/config.json").write_bytes((saved / "AutoencoderTiny/config.json").read_bytes())
     for ref, words in (
         ("builtin:wan", "there are no latents 'builtin:wan'"),
-        (str(tmp_path / "gone"), "no existing folder and no hub id"),
+        (str(tmp_path / "gone"), "neither a folder nor a hub id"),
         (str(tmp_path / "empty"), "cannot load latents .*config.json.*; check the folder"),
         (str(tmp_path / "foreign"), "of class UNet2DModel, which is not supported"),
         ("nobody/nothing", "cannot load latents 'nobody/nothing': .*; check the id and the connection to the hub"),
@@ -158,7 +156,7 @@ def test_references_that_lead_nowhere_are_named(saved: Path, tmp_path: Path, mon
 
 
 @pytest.mark.skipif(not demo_autoencoder().is_dir(), reason="weights/demo_autoencoder is not there")
-def test_the_shipped_autoencoder_keeps_what_people_look_at() -> None:
+def test_shipped_autoencoder_reconstructs_the_pictures() -> None:
     from tests.models.data.clip_files import look
 
     latents = load_latents("builtin:demo")

@@ -1,4 +1,4 @@
-"""Text encoders by reference: hashed words, and transformers models with tokenizers made here, saved as the hub stores them."""
+"""Text encoders by reference: hashed words, and transformers models with small tokenizers in the format of the hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden
 
 
 def save_tokenizer(folder: Path, begin: bool) -> None:
-    """A word tokenizer that ends every caption with </s>, in the hub's format."""
+    """Save a word tokenizer that ends every caption with </s>, in the format of the hub."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
@@ -71,7 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["clip_text", "clip", "t5", "umt5", "bert"])
-def test_a_model_of_a_folder_gives_tokens_and_a_pooled_vector(saved: Path, name: str) -> None:
+def test_model_from_folder_gives_tokens_and_pooled_vector(saved: Path, name: str) -> None:
     encoder = load_text_encoder(str(saved / name), 10)
     tokens, pooled = encoder.encode(CAPTIONS)
     assert tuple(tokens.shape) == (4, 10, encoder.width) == (4, 10, 16)
@@ -85,7 +85,7 @@ def test_a_model_of_a_folder_gives_tokens_and_a_pooled_vector(saved: Path, name:
 
 
 @pytest.mark.parametrize("name", ["clip", "t5", "umt5", "bert"])
-def test_the_embedding_is_that_of_the_model_itself(saved: Path, name: str) -> None:
+def test_embedding_equals_that_of_the_model(saved: Path, name: str) -> None:
     encoder = load_text_encoder(str(saved / name), 10)
     assert isinstance(encoder, TransformersEncoder)
     ids = encoder.tokenizer([CAPTIONS[3]], return_tensors="pt")["input_ids"]
@@ -93,20 +93,20 @@ def test_the_embedding_is_that_of_the_model_itself(saved: Path, name: str) -> No
         output = encoder.module(input_ids=ids)
     tokens, pooled = encoder.encode([CAPTIONS[3]])
     torch.testing.assert_close(tokens[0, : ids.shape[1]], output.last_hidden_state[0], atol=1e-5, rtol=1e-4)
-    wanted = output.pooler_output[0] if name == "clip" else output.last_hidden_state[0].mean(0)
+    expected = output.pooler_output[0] if name == "clip" else output.last_hidden_state[0].mean(0)
     if name == "bert":
-        wanted = 4 * wanted / wanted.norm()
-    torch.testing.assert_close(pooled[0], wanted, atol=1e-5, rtol=1e-4)
+        expected = 4 * expected / expected.norm()
+    torch.testing.assert_close(pooled[0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_caption_s_embedding_does_not_depend_on_its_neighbours(saved: Path) -> None:
+def test_embedding_does_not_depend_on_other_captions(saved: Path) -> None:
     encoder = load_text_encoder(str(saved / "bert"), 10)
     many, alone = encoder.encode(CAPTIONS * 9), encoder.encode(CAPTIONS[:1])
     assert torch.equal(many[0][:1], alone[0])
     assert torch.equal(many[1][:1], alone[1])
 
 
-def test_tokens_of_one_and_pooled_of_another(saved: Path) -> None:
+def test_pair_takes_tokens_of_one_and_pooled_of_the_other(saved: Path) -> None:
     pair = load_text_encoder(f"{saved / 't5'}+{saved / 'clip'}", 10)
     first, second = load_text_encoder(str(saved / "t5"), 10), load_text_encoder(str(saved / "clip"), 10)
     tokens, pooled = pair.encode(CAPTIONS)
@@ -114,8 +114,8 @@ def test_tokens_of_one_and_pooled_of_another(saved: Path) -> None:
     torch.testing.assert_close(pooled, second.encode(CAPTIONS)[1])
 
 
-def test_the_pooled_vector_of_a_pair_has_heard_the_whole_caption(saved: Path) -> None:
-    """The second encoder needs one token more than the first, which decides how many there are."""
+def test_pair_pools_over_the_whole_caption(saved: Path) -> None:
+    """The second encoder needs one token more than the first, which determines the number of tokens."""
     captions = ["a red ball rolls", "a red ball wall"]
     tokens = load_text_encoder(str(saved / "t5"), 1).count(captions)
     pair, alone = load_text_encoder(f"{saved / 't5'}+{saved / 'clip'}", tokens), load_text_encoder(str(saved / "clip"), 24)
@@ -125,14 +125,14 @@ def test_the_pooled_vector_of_a_pair_has_heard_the_whole_caption(saved: Path) ->
     torch.testing.assert_close(pooled, alone.encode(captions)[1])
 
 
-def test_words_are_the_same_everywhere() -> None:
+def test_word_vectors_are_the_same_on_every_machine() -> None:
     encoder = load_text_encoder("builtin:words", 5)
     tokens, pooled = encoder.encode(["A red, RED ball", "", "a a a a a a a"])
     assert (tuple(tokens.shape), tuple(pooled.shape)) == ((3, 5, 64), (3, 64))
     assert not tokens[1].any()
     assert not pooled[1].any()
     assert not tokens[0, 4].any()  # four words
-    assert tokens[2].any(-1).all()  # the end is cut off
+    assert tokens[2].any(-1).all()  # the caption is truncated
     torch.testing.assert_close(tokens[0, :4].norm(dim=-1), torch.full((4,), 8.0), atol=1.5, rtol=0)
     same = torch.nn.functional.cosine_similarity(tokens[0, 1], tokens[0, 2], dim=0)
     other = torch.nn.functional.cosine_similarity(tokens[0, 1], tokens[0, 3], dim=0)
@@ -144,11 +144,11 @@ def test_words_are_the_same_everywhere() -> None:
 BALL = [-0.831422, 2.504477, 0.772266]
 
 
-def test_words_are_split_as_people_read_them() -> None:
+def test_split_words_ignores_case_and_punctuation() -> None:
     assert split_words("The cat's 2 hats, ÉTÉ—naïve!") == ["the", "cat", "s", "2", "hats", "été", "naïve"]
 
 
-def test_encoders_that_lead_nowhere_are_named(saved: Path, tmp_path: Path) -> None:
+def test_unusable_text_encoders_are_refused_by_name(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text(json.dumps({"model_type": "gpt2"}))
     shutil.copytree(saved / "bert", tmp_path / "bare")
@@ -156,9 +156,9 @@ def test_encoders_that_lead_nowhere_are_named(saved: Path, tmp_path: Path) -> No
     for ref, tokens, words in (
         ("builtin:glove", 5, "no text encoder 'builtin:glove'; use builtin:words, a folder or owner/name"),
         ("builtin:words", 0, "cannot give 0 tokens"),
-        (str(tmp_path / "gone"), 5, "no existing folder and no hub id"),
+        (str(tmp_path / "gone"), 5, "neither a folder nor a hub id"),
         (str(tmp_path / "gpt"), 5, "of type gpt2, which is not supported"),
-        (str(saved / "clip"), 30, "holds at most 24 tokens, not 30"),
+        (str(saved / "clip"), 30, "takes at most 24 tokens, not 30"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_text_encoder(ref, tokens)
@@ -170,7 +170,7 @@ MINILM = Path(os.environ.get("LUTETIA_ASSETS", Path(__file__).parents[5] / "shar
 
 
 @pytest.mark.skipif(not MINILM.is_dir(), reason=f"{MINILM} is not there")
-def test_the_real_minilm_knows_what_captions_mean(tmp_path: Path) -> None:
+def test_real_minilm_ranks_captions_by_meaning(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(MINILM / name, tmp_path / name)
     (tmp_path / "model.safetensors").symlink_to(next(MINILM.glob("*.safetensors")))

@@ -1,4 +1,4 @@
-"""Captions and their files: three ways to give them, and every fault of a folder by name."""
+"""Listings: three sources of captions, and every fault of a folder by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lutetia.system.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files that look like clips by name; nothing here is decoded."""
+    """Two files with the names of clips; nothing is decoded here."""
     (tmp_path / "deep").mkdir()
     for name in ("a.mp4", "deep/b.gif"):
         (tmp_path / name).write_bytes(b"x")
@@ -59,13 +59,13 @@ def test_only_line_breaks_end_a_row(folder: Path, separator: str) -> None:
     assert [clip.caption for clip in read_listing(folder).clips] == ["a dog runs", "a cat"]
 
 
-def test_a_text_file_of_the_same_name_is_a_caption(folder: Path) -> None:
+def test_text_file_of_the_same_name_is_the_caption(folder: Path) -> None:
     (folder / "a.txt").write_text("a dog\n")
     (folder / "deep/b.txt").write_text("a cat")
     assert [clip.caption for clip in read_listing(folder).clips] == ["a dog", "a cat"]
 
 
-def test_a_clip_outside_the_metadata_may_have_its_text_file(folder: Path) -> None:
+def test_clip_without_a_row_may_have_a_text_file(folder: Path) -> None:
     (folder / "deep/b.txt").write_text("a cat")
     assert [clip.caption for clip in read_listing(rows(folder, A)).clips] == ["a dog runs", "a cat"]
 
@@ -80,7 +80,7 @@ def test_each_folder_may_have_its_own_metadata(folder: Path) -> None:
     assert any("lies outside the folder" in bad.reason for bad in read_listing(folder).bad)
 
 
-def test_hidden_files_are_no_clips(folder: Path) -> None:
+def test_hidden_files_are_ignored(folder: Path) -> None:
     (folder / ".hidden.mp4").write_bytes(b"x")
     (folder / ".cache").mkdir()
     (folder / ".cache/c.mp4").write_bytes(b"x")
@@ -96,33 +96,33 @@ def test_hidden_files_are_no_clips(folder: Path) -> None:
         ({"file_name": "deep/b.gif", "caption": "x" * 3000}, "more than 2000"),
         ({"file_name": "deep/b.gif", "caption": "x", "split": "exam"}, "has the split 'exam'; write train, validation or test"),
         ({"file_name": "deep/b.gif", "caption": "x", "kind": "k" * 80}, "kind longer than 64"),
-        ({"caption": "x"}, "names no file"),
+        ({"caption": "x"}, "has no file_name"),
         ({"file_name": "gone.mp4", "caption": "x"}, "gone.mp4 does not exist; remove the row or add the file"),
         ({"file_name": "/etc/passwd.mp4", "caption": "x"}, "lies outside the folder"),
         ({"file_name": "../a.mp4", "caption": "x"}, "lies outside the folder"),
         ({"file_name": "deep/../../a.mp4", "caption": "x"}, "lies outside the folder"),
         ({"file_name": "deep\\b.gif", "caption": "x"}, "not a plain relative path"),
         ({"file_name": "a\0.mp4", "caption": "x"}, "not a plain relative path"),
-        ({"file_name": "metadata.jsonl", "caption": "x"}, "is no video that can be read here"),
+        ({"file_name": "metadata.jsonl", "caption": "x"}, "is not a supported video"),
     ],
 )
-def test_a_faulty_row_is_named_with_its_line_and_a_remedy(folder: Path, row: dict[str, object], words: str) -> None:
+def test_faulty_row_is_named_with_its_line_and_a_remedy(folder: Path, row: dict[str, object], words: str) -> None:
     bad = read_listing(rows(folder, A, row)).bad
     assert any(words in clip.reason and "metadata.jsonl line 2" in clip.reason for clip in bad)
 
 
-def test_a_clip_without_any_caption_is_named(folder: Path) -> None:
+def test_clip_without_caption_is_named(folder: Path) -> None:
     (bad,) = read_listing(rows(folder, A)).bad
     assert bad.reason == "deep/b.gif has no caption; add a row in metadata.jsonl or metadata.csv, or a file b.txt beside it"
 
 
-def test_a_file_listed_twice_is_named_once_and_not_used(folder: Path) -> None:
+def test_file_listed_twice_is_named_once_and_not_used(folder: Path) -> None:
     listing = read_listing(rows(folder, A, B, A))
     assert [clip.name for clip in listing.clips] == ["deep/b.gif"]
     assert [bad.reason for bad in listing.bad] == ["metadata.jsonl line 1: a.mp4 is listed 2 times; keep one row per file"]
 
 
-def test_links_that_lead_outside_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_links_outside_the_folder_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "secret.mp4"
     outside.write_bytes(b"x")
     (folder / "link.mp4").symlink_to(outside)
@@ -142,13 +142,13 @@ def test_links_that_lead_outside_are_refused(folder: Path, tmp_path_factory: pyt
         ("metadata.csv", "file_name,caption\na.mp4,one,two\n", "line 2 has more values than columns"),
     ],
 )
-def test_metadata_that_cannot_be_read_are_refused(folder: Path, name: str, text: str, words: str) -> None:
+def test_unreadable_metadata_is_refused(folder: Path, name: str, text: str, words: str) -> None:
     (folder / name).write_text(text)
     with pytest.raises(DataError, match=words):
         read_listing(folder)
 
 
-def test_metadata_in_another_encoding_are_refused(folder: Path) -> None:
+def test_metadata_in_another_encoding_is_refused(folder: Path) -> None:
     (folder / "metadata.jsonl").write_bytes('{"file_name": "a.mp4", "caption": "café"}'.encode("latin-1"))
     with pytest.raises(DataError, match="save it as UTF-8"):
         read_listing(folder)
@@ -160,7 +160,7 @@ def test_two_metadata_files_are_refused(folder: Path) -> None:
         read_listing(folder)
 
 
-def test_a_folder_that_is_absent_or_empty_is_refused(tmp_path: Path) -> None:
+def test_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder of clips"):
         read_listing(tmp_path / "absent")
     with pytest.raises(DataError, match="holds no clips"):

@@ -1,4 +1,4 @@
-"""Decoding: the same rule of time and space for every container, and every unusable clip in one sentence."""
+"""Decoding: one rule of time and space for every container, and refusals of unusable clips."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_time_is_resampled_by_the_documented_rule(
     assert frame_numbers(frames) == shown
 
 
-def test_a_short_clip_is_refused_or_looped(tmp_path: Path) -> None:
+def test_short_clip_is_refused_or_looped(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", numbered(5))
     with pytest.raises(ClipRefused, match=r"clip.mp4 is too short: 0.62 s instead of 1.00 s \(8 frames at 8 fps\)"):
         decode_clip(path, ClipShape(frames=8, fps=8))
@@ -58,12 +58,12 @@ def test_a_short_clip_is_refused_or_looped(tmp_path: Path) -> None:
         assert frame_numbers(decode_clip(path, shape)) == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
-def test_half_a_frame_missing_is_forgiven(tmp_path: Path) -> None:
+def test_half_a_missing_frame_is_tolerated(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", numbered(8), fps=8.2)
     assert frame_numbers(decode_clip(path, ClipShape(frames=8, fps=8, height=16, width=16))) == list(range(8))
 
 
-def test_seeking_into_a_long_clip_shows_what_decoding_it_all_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seek_in_a_long_clip_equals_decoding_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     video = rng.integers(0, 255, (160, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     shape = ClipShape(frames=8, fps=8, height=32, width=32)
@@ -76,7 +76,7 @@ def test_seeking_into_a_long_clip_shows_what_decoding_it_all_shows(tmp_path: Pat
         assert np.abs(sought.astype(int) - video[76:84]).mean() < 25
 
 
-def test_the_centre_is_cut_out_of_wide_and_tall_clips(tmp_path: Path) -> None:
+def test_centre_is_cut_out_of_wide_and_tall_clips(tmp_path: Path) -> None:
     video = np.zeros((8, 32, 96, 3), np.uint8)
     video[:, :, :32], video[:, :, 32:64], video[:, :, 64:] = (200, 0, 0), (0, 200, 0), (0, 0, 200)
     for turned, name in ((video, "wide"), (video.swapaxes(1, 2), "tall")):
@@ -85,8 +85,8 @@ def test_the_centre_is_cut_out_of_wide_and_tall_clips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".mp4", "libvpx-vp9")])
-def test_pixels_that_are_no_squares_are_obeyed(tmp_path: Path, suffix: str, codec: str) -> None:
-    """Twice as wide as high, so that the middle half is cut out. Some codecs know it themselves, of others only the file does."""
+def test_non_square_pixels_are_applied(tmp_path: Path, suffix: str, codec: str) -> None:
+    """Pixels are twice as wide as high, so the middle half is cut out. The codec stores that, or only the container."""
     video = np.zeros((8, 16, 16, 3), np.uint8)
     video[:, :, 4:12] = 220
     path = tmp_path / f"clip{suffix}"
@@ -100,7 +100,7 @@ def test_pixels_that_are_no_squares_are_obeyed(tmp_path: Path, suffix: str, code
     assert decode_clip(path, ClipShape(height=16, width=16)).mean() > 190
 
 
-def test_a_rotation_tag_is_obeyed(tmp_path: Path) -> None:
+def test_rotation_tag_is_applied(tmp_path: Path) -> None:
     video = np.zeros((8, 32, 32, 3), np.uint8)
     video[:, :16] = 220  # bright above
     path = write_video(tmp_path / "clip.mp4", video)
@@ -125,7 +125,7 @@ def test_transparent_pixels_become_white(tmp_path: Path) -> None:
         assert np.abs(frames[:, 2:6, 2:6].mean((0, 1, 2)) - (0, 0, 200)).max() < 16
 
 
-def test_files_that_are_no_clips_are_refused_by_name(tmp_path: Path) -> None:
+def test_files_that_are_not_videos_are_refused_by_name(tmp_path: Path) -> None:
     shape = ClipShape(frames=8, fps=8)
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "noise.gif").write_bytes(b"GIF89a" + bytes(50))
@@ -141,7 +141,7 @@ def test_files_that_are_no_clips_are_refused_by_name(tmp_path: Path) -> None:
         hash_file(tmp_path / "gone.mp4")
 
 
-def test_a_clip_that_breaks_off_is_refused(tmp_path: Path) -> None:
+def test_truncated_clip_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = write_video(tmp_path / "clip.webm", rng.integers(0, 255, (24, 64, 64, 3), np.uint8))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
@@ -153,38 +153,38 @@ def test_a_clip_that_breaks_off_is_refused(tmp_path: Path) -> None:
         decode_clip(whole, ClipShape(frames=24, fps=8))
 
 
-def test_a_clip_of_zero_length_is_refused(tmp_path: Path) -> None:
+def test_clip_of_zero_length_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
         stream.width = stream.height = 32
         container.start_encoding()
-    with pytest.raises(ClipRefused, match=r"clip.mp4 (has zero length|holds no video stream|cannot be decoded)"):
+    with pytest.raises(ClipRefused, match=r"clip.mp4 (has zero length|has no video stream|cannot be decoded)"):
         decode_clip(path, ClipShape())
     Image.new("RGB", (16, 16)).save(tmp_path / "still.webp")
     with pytest.raises(ClipRefused, match="still.webp has zero length"):
         decode_clip(tmp_path / "still.webp", ClipShape())
 
 
-def test_sound_alone_is_refused(tmp_path: Path) -> None:
+def test_audio_only_file_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(ClipRefused, match="clip.mp4 holds no video stream"):
+    with pytest.raises(ClipRefused, match="clip.mp4 has no video stream"):
         decode_clip(tmp_path / "clip.mp4", ClipShape())
 
 
-def test_a_playlist_that_calls_itself_mp4_opens_nothing(tmp_path: Path) -> None:
+def test_playlist_named_mp4_opens_no_other_file(tmp_path: Path) -> None:
     write_video(tmp_path / "secret.mp4", numbered(8))
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n")
     with pytest.raises(ClipRefused, match="list.mp4 cannot be decoded"):
         decode_clip(tmp_path / "list.mp4", ClipShape())
 
 
-def test_the_pool_keeps_order_and_hands_on_refusals() -> None:
+def test_pool_keeps_order_and_passes_on_refusals() -> None:
     def work(number: int) -> int:
         if number % 7 == 3:
             raise ClipRefused(f"{number} is bad")
@@ -195,7 +195,7 @@ def test_the_pool_keeps_order_and_hands_on_refusals() -> None:
     assert all(isinstance(o, ClipRefused) if i % 7 == 3 else o == i * i for i, o in outcomes)
 
 
-def test_real_motion_survives(tmp_path: Path) -> None:
+def test_decoded_motion_matches_the_video(tmp_path: Path) -> None:
     video = look("ball", 3)
     frames = decode_clip(write_video(tmp_path / "ball.mp4", video), ClipShape(height=32, width=32))
     assert np.abs(frames.astype(int) - video).mean() < 3

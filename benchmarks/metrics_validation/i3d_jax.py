@@ -1,4 +1,4 @@
-"""A second implementation of I3D for validation: the `i3d-jax` package, given our weights. Not used for any figure."""
+"""A second implementation of I3D for validation: the `i3d-jax` package with the weights of the asset. No figure depends on it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PACKAGES = ("jax", "flax", "i3d_jax")
 
 
 def second_i3d(tensors: Mapping[str, Tensor]) -> Callable[[Tensor], NDArray[np.float64]] | None:
-    """Preprocessed clips [N, 3, T, 224, 224] to logits [N, 400] by i3d-jax, or None where its packages are not installed.
+    """Return a function from preprocessed clips [N, 3, T, 224, 224] to logits [N, 400]; None if a package is not installed.
 
-    The package's own weights are a pickle and stay unread: the tensors of the asset are put into its tree of names.
+    The weights of the package are a pickle and are not read: the tensors of the asset are put into its tree of names.
     """
     if any(importlib.util.find_spec(name) is None for name in PACKAGES):
         return None
@@ -34,11 +34,11 @@ def second_i3d(tensors: Mapping[str, Tensor]) -> Callable[[Tensor], NDArray[np.f
 
 
 def _tree(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Flax's nested names: block, then branch and convolution in one, then layer."""
+    """Nest the tensors under Flax's names: block, then branch and convolution in one name, then layer."""
     params: dict[str, Any] = {}
     statistics: dict[str, Any] = {}
     for scope in sorted({name.rpartition("/")[0] for name in tensors}):
-        # the port calls this convolution as all others are called
+        # the port names this convolution like all others; the checkpoint does not
         block, _, inner = scope.replace("Mixed_5b/Branch_2/Conv3d_0a_3x3", "Mixed_5b/Branch_2/Conv3d_0b_3x3").partition("/")
         path = [scope] if block == "Logits" else [block, inner] if inner else [block]
         layer: dict[str, Any] = {"Conv_0": {"kernel": tensors[f"{scope}/w"].permute(2, 3, 4, 1, 0).contiguous().numpy()}}
