@@ -30,7 +30,7 @@ def test_every_real_fault_test_is_named() -> None:
 
 
 def test_every_scenario_that_is_named_exists() -> None:
-    written = "\n".join(path.read_text() for path in (ROOT / "simulation").glob("scenarios*.py"))
+    written = "\n".join(path.read_text() for path in (ROOT / "simulation" / "scenarios").glob("*.py"))
     for name in {name for row in ROWS for name in re.findall(r"`([\w-]+)`", row[2])}:
         assert f'"{name}"' in written, f"no scenario is called {name}"
 
