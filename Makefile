@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
 
-.PHONY: demo test lint docs pictures bench faults clean
+.PHONY: demo test lint bench faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
@@ -16,6 +16,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+.PHONY: docs pictures
 
 # The site, in build/site; a broken link fails. It works without a network.
 docs: $(VENV)/installed
@@ -36,7 +38,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lutetia needs Python 3.11 or newer; run: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel torch
-	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev,docs]'
+	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[demo,dev]'
 	touch $@
 
 faults: $(VENV)/installed
