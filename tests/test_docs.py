@@ -79,6 +79,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not [target for target in targets if not target.exists() and not target.is_relative_to(generated)]
 
 
+def test_each_architecture_question_names_at_most_three_files() -> None:
+    rows = re.findall(r"^\| ([^|]+\?) \| (.+) \|$", section("architecture.md", "Thirteen questions"), re.MULTILINE)
+    assert len(rows) == 13
+    for question, answer in rows:
+        assert 1 <= len(set(re.findall(r"`(\w+/[\w/.]*)`", answer))) <= 3, question
+
+
 def test_glossary_words_are_sorted_and_unique() -> None:
     words = re.findall(r"^\| ([a-z][^|]*) \|", (DOCS / "glossary.md").read_text(), re.MULTILINE)[1:]
     assert words == sorted(set(words), key=str.casefold)
