@@ -91,6 +91,16 @@ def test_glossary_words_are_sorted_and_unique() -> None:
     assert words == sorted(set(words), key=str.casefold)
 
 
+REPLACED = r"\b(box|boxes|rungs?|ladder|workshops?|crier|herald|lookout|thin client|seeders?|chores?|roll-backs?)\b"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "results" not in page.parts], ids=page_name)
+def test_prose_uses_words_of_the_glossary(page: Path) -> None:
+    """Printed output and code keep the words that were printed."""
+    prose = re.sub(r"```.*?```|^    .*$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(REPLACED, prose, re.IGNORECASE)
+
+
 def test_glossary_symbols_exist() -> None:
     for line in (DOCS / "glossary.md").read_text().splitlines():
         for symbol, path in re.findall(r"`(\w+)` in `([\w/]+\.py)`", line):
