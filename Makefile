@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 
 # The site, in build/site; a broken link fails. It works without a network.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The drawings, from their text sources; needs Graphviz's `dot`.
 pictures: $(patsubst %.dot,%.svg,$(wildcard docs/images/*.dot))

@@ -64,6 +64,16 @@ def test_named_paths_exist(page: Path) -> None:
     assert not [path for path in named if not (ROOT / path).exists() and path not in MADE_BY_RUNS]
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    missing = set[tuple[str, str]]()
+    for folder in FOLDERS.split("|"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".toml", ".sh", ".yaml") and "__pycache__" not in path.parts:
+                named = re.findall(r"\bdocs/(?:[\w-]+/)*[\w-]+\.(?:md|json|toml|sh)\b", path.read_text())
+                missing |= {(page_name(path), page) for page in named if not (ROOT / page).exists()}
+    assert not missing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_tests_exist(page: Path) -> None:
     for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
