@@ -27,6 +27,18 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+.PHONY: docs pictures
+
+# The site, in build/site; a broken link fails. It works without a network.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The drawings, from their text sources; needs Graphviz's `dot`.
+pictures: $(patsubst %.dot,%.svg,$(wildcard docs/images/*.dot))
+
+docs/images/%.svg: docs/images/%.dot
+	dot -Tsvg $< -o $@
+
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(ARGS)
 

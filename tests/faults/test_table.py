@@ -1,4 +1,4 @@
-"""docs/faults.md names tests and scenarios: they exist, and none of the twenty faults is missing."""
+"""docs/explanation/faults.md names tests and scenarios: they exist, and none of the twenty faults is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.faults import in_a_row
 
 ROOT = Path(__file__).resolve().parents[2]
-LINES = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+LINES = [line for line in (ROOT / "docs" / "explanation" / "faults.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES]
 
 
@@ -26,11 +26,11 @@ def test_every_real_fault_test_is_named() -> None:
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if path.name != Path(__file__).name:
             missing = set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.M)) - named
-            assert not missing, f"docs/faults.md does not name {missing}"
+            assert not missing, f"docs/explanation/faults.md does not name {missing}"
 
 
 def test_every_scenario_that_is_named_exists() -> None:
-    written = "\n".join(path.read_text() for path in (ROOT / "simulation").glob("scenarios*.py"))
+    written = "\n".join(path.read_text() for path in (ROOT / "simulation" / "scenarios").glob("*.py"))
     for name in {name for row in ROWS for name in re.findall(r"`([\w-]+)`", row[2])}:
         assert f'"{name}"' in written, f"no scenario is called {name}"
 
