@@ -269,7 +269,7 @@ class SignedManifest(Frozen):
     @classmethod
     def sign(cls, manifest: Manifest, owner: Identity) -> SignedManifest:
         if owner.public_key != manifest.owner:
-            raise AuthorisationError("the manifest names an owner other than the signing key; sign it with the owner's identity")
+            raise AuthorisationError("the manifest names another owner; sign it with that owner's identity")
         return cls(manifest=manifest, signature=owner.sign(_SIGNING_DOMAIN + canonical(manifest)))
 
     def to_bytes(self) -> bytes:
