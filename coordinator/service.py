@@ -135,7 +135,7 @@ class Service:
             except ConnectionError as error:
                 _log.info("cannot compare the ledger with the DHT now: %s", error)
                 return
-            await self.bench.note(*lost)
+            await self.bench.append(*lost)
         await self._refuse_a_rival()
 
     async def _fetch_missing(self) -> None:
@@ -145,7 +145,7 @@ class Service:
     async def _upgraded(self) -> None:
         """A newer version of the manifest lies in the folder: everything here goes on under it, and peers hear of it."""
         manifest = self.manifest
-        await self.bench.note(published(manifest, self.identity.public_key, self.transport.now()))
+        await self.bench.append(published(manifest, self.identity.public_key, self.transport.now()))
         self.bench.rules = self._rules()
         self.tools.manifest = self.lookout.manifest = self.stitcher.manifest = manifest
         for workshop in (self.checking, self.making, self.auditing):
@@ -229,12 +229,12 @@ class Service:
             raise RecordRefused(f"a {record.kind} record is no result")
         if peer_id_of(owner) != peer_id:
             raise RecordRefused("a result is offered by its owner, over its owner's own connection")
-        reply = await self.bench.hear(Offered(record, now))
+        reply = await self.bench.submit(Offered(record, now))
         assert isinstance(reply, OfferReply)
         return reply
 
     async def _found(self, record: CheckpointRecord) -> None:
-        await self.bench.hear(Offered(record, self.transport.now(), "poll"))
+        await self.bench.submit(Offered(record, self.transport.now(), "poll"))
 
     def _accepted(self) -> list[AcceptanceRecord]:
         return [shard.acceptance for shard in self.bench.state.run.shards.values() if shard.acceptance]
@@ -270,7 +270,7 @@ class Service:
         """Lift the quarantines that the operator asked to lift."""
         if noted := await asyncio.to_thread(noted_pardons, self.folder):
             quarantined, now = self.bench.state.run.quarantined, self.transport.now()
-            await self.bench.note(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
+            await self.bench.append(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
             await asyncio.to_thread(remove_notes, self.folder, noted)
             await self.crier.tell_quarantine()
 

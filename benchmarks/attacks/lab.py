@@ -13,9 +13,10 @@ import torch
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict, run_checks
-from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, doubt_of, finding_of
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, finding_of, noise_bounds
 from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
-from lutetia.coordinator.worker.process import WorkerProcess, _answer
+from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
+from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Precision, Snapshot, write_state, write_weights
@@ -55,23 +56,23 @@ def clips(seed: int, count: int, noise: float) -> ShardData:
 
 
 class _Quiet:
-    """A channel that nobody speaks on: the workshop is called directly."""
+    """A channel without messages: the worker's methods are called directly."""
 
     def messages(self) -> Iterator[Message]:
         return iter(())
 
 
 class _Direct:
-    """The workshop without a process of its own."""
+    """The worker within this process."""
 
-    def __init__(self, shop: WorkerProcess) -> None:
-        self._shop = shop
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
 
-    async def ask(self, verb: str, *, limit: float, **fields: Any) -> dict[str, Any]:
-        answer = _answer(self._shop, {"id": 0, "verb": verb, **fields})
-        if "refused" in answer:
-            raise WorkerRefused(answer["refused"]["text"], answer["refused"].get("rung"))
-        return answer["done"]
+    async def ask(self, job: AnyJob, *, limit: float) -> Any:
+        reply = self._worker.answer(JobRequest(id=0, job=job))
+        if isinstance(reply, JobRefused):
+            raise WorkerRefused(reply.text, reply.check)
+        return reply.answer
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Lab:
     setting: Honest
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
-    shop: WorkerProcess = field(init=False)
+    worker: WorkerProcess = field(init=False)
     tools: NetworkCheckRunner = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,11 +126,11 @@ class Lab:
             latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         )  # fmt: skip
-        self.shop = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
-        direct = cast(WorkerClient, _Direct(self.shop))
+        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
+        direct = cast(WorkerClient, _Direct(self.worker))
         self.tools = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
         self._names = itertools.count()
-        self._known: dict[Path, list[tuple[TrainedWith, dict[str, Any]]]] = {}
+        self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
@@ -188,24 +189,24 @@ class Lab:
         `said`: what the author says of its device, if not the truth.
         """
         author = said or result.made
-        found = self._replayed(result, parent, author)
-        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
-        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
+        replayed = self._replayed(result, parent, author)
+        few = replayed.model_copy(update={"losses": replayed.losses[:SHORT], "drift": None, "noise": None})
+        return Audited(finding_of(few, author), finding_of(replayed, author), replayed.drift, replayed.noise)
 
-    def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> dict[str, Any]:
-        """The workshop's answer; one that was given before, where it would be the same."""
-        doubt = doubt_of(author)
+    def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> EpochReplayed:
+        """The worker's answer; an earlier one, where it would be the same."""
+        bounds = noise_bounds(author)
         for made, known in self._known.get(result.weights, []):
-            clear = known["drift"] is None or not doubt["near"] < known["drift"] <= doubt["far"]
-            same = known["noise"] is not None and doubt_of(made)["coarse"] == doubt["coarse"]
+            clear = known.drift is None or not bounds.near < known.drift <= bounds.far
+            same = known.noise is not None and noise_bounds(made).coarse == bounds.coarse
             if made.precision == author.precision and (clear or same):
                 return known
         torch.set_num_threads(1)
-        found = self.shop.replay(
-            shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
-            weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
-            trace=str(result.trace), precision=author.precision, steps=SHORT, epochs=EPOCHS,
-            end=[str(result.weights), str(result.state)], doubt=doubt,
+        job = ReplayEpoch(
+            shard=0, epoch=result.epoch - 1, data=self.store.path(self.manifest.shards[0].train.digest),
+            weights=parent and parent.weights, state=parent and parent.state, trace=result.trace, precision=author.precision,
+            steps=SHORT, epochs=EPOCHS, end=(result.weights, result.state), doubt=bounds,
         )  # fmt: skip
-        self._known.setdefault(result.weights, []).append((author, found))
-        return found
+        replayed = self.worker.replay(job)
+        self._known.setdefault(result.weights, []).append((author, replayed))
+        return replayed

@@ -58,7 +58,7 @@ async def test_a_flood_a_giant_and_a_silent_peer_do_not_keep_others_from_audits(
         coordinator = await start("coordinator")
         desk = desk_of(tmp_path, coordinator, RateWindow(per_minute=20))
         await desk.serve()
-        judging = asyncio.create_task(desk.bench.run())
+        judging = asyncio.create_task(desk.judge_loop.run())
         names = [f"sybil {number}" for number in range(3)]
         crowd = [await start(name, bootstrap=coordinator.addresses(), host="127.0.0.2") for name in names]
         honest = await start("honest", bootstrap=coordinator.addresses(), host="127.0.0.3")

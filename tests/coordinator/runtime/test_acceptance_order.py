@@ -60,7 +60,7 @@ async def main():
         refs = {name: runner.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state",
         "trace")}
         result = make_record(manifest, PEERS[0], 0, epoch, parent, **refs)
-        reply = await bench.hear(Offered(result, time.time()))
+        reply = await bench.submit(Offered(result, time.time()))
         assert reply.verdict == "queued", reply
         hearing = asyncio.create_task(told.get())
         await asyncio.wait([hearing, running], return_when=asyncio.FIRST_COMPLETED)

@@ -117,7 +117,7 @@ async def seated(
     bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
     running = asyncio.create_task(bench.run())
     for offer in offers:
-        await bench.hear(Offered(offer, START))
+        await bench.submit(Offered(offer, START))
     await asyncio.wait_for(done.wait(), 120)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

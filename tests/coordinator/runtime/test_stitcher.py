@@ -18,6 +18,7 @@ from lutetia.coordinator.ledger.events import AcceptanceRecovered, MixtureStitch
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime import stitcher
 from lutetia.coordinator.runtime.stitcher import Stitcher, next_step
+from lutetia.coordinator.worker.messages import Job, MixtureReady, StitchMixture
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture, read_mixture
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
@@ -33,11 +34,10 @@ class StitchShop(StrawShop):
 
     manifest: Manifest = field(default_factory=make_manifest)
 
-    async def ask(self, verb: str, *, limit: float, sign: Any = None, **fields: Any) -> dict[str, Any]:
-        if verb != "stitch":
-            return await super().ask(verb, limit=limit, **fields)
-        await super().ask(verb, limit=limit)
-        given = [AcceptanceRecord.model_validate(record, strict=False) for record in fields["accepted"]]
+    async def ask(self, job: Job[Any], *, limit: float, sign: Any = None) -> Any:
+        await super().ask(job, limit=limit)
+        if not isinstance(job, StitchMixture):
+            return None
         manifest = self.manifest
         document = MixtureDocument(
             name=manifest.name, run=manifest.run_id, manifest=manifest.run_id, manifest_version=1, latent=manifest.latent,
@@ -47,11 +47,11 @@ class StitchShop(StrawShop):
                     name=f"shard {record.shard}", folder=None, class_name="x", prediction="velocity", noise_schedule="linear",
                     prior=1.0, epoch=record.epoch, samples=record.samples, checkpoint=record.checkpoint,
                 )
-                for record in given
+                for record in job.accepted
             ),
         )  # fmt: skip
-        write_atomic(Path(fields["folder"]) / FILE, canonical(SignedMixture.sign(document, sign)))
-        return {"digest": document.digest}
+        write_atomic(job.folder / FILE, canonical(SignedMixture.sign(document, sign)))
+        return MixtureReady(digest=document.digest)
 
 
 @asynccontextmanager
@@ -149,7 +149,7 @@ async def test_a_recovered_acceptance_whose_weights_are_with_peers_alone_is_stit
                 parent=None, weights=weights, state=state, samples=record.samples, author=record.owner, tenure_until=0.0,
                 holdout_loss=0.4,
             )  # fmt: skip
-            await room.bench.note(AcceptanceRecovered(time=time.time(), acceptance=given))
+            await room.bench.append(AcceptanceRecovered(time=time.time(), acceptance=given))
             await asyncio.wait_for(told.heard.wait(), PATIENCE)
             room.tools.blobs.add_bytes(contents("lost")[0])
             run = await room.until(lambda run: run.finished)
