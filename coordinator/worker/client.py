@@ -38,7 +38,7 @@ class WorkerRefused(LutetiaError):
 
     def __init__(self, text: str, rung: CheckName | None) -> None:
         super().__init__(text)
-        self.rung = rung
+        self.rung: CheckName | None = rung
 
 
 class WorkerFailed(LutetiaError):

@@ -96,10 +96,10 @@ def test_there_is_room_for_those_who_claim_something_now():
     claim = ClaimRecord(run=run.run, owner=others[3], issued=START, shard=0, epoch=0, samples=0, state="training")
 
     async def story(transport: Transport) -> None:
-        lookout = SwarmMonitor(transport, c.manifest, _ignore)
-        lookout.view = LiveView((), (Sighting(claim, START + 60, START),))
-        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: run, lookout)
-        await crier.tell_quarantine()
+        monitor = SwarmMonitor(transport, c.manifest, _ignore)
+        monitor.view = LiveView((), (Sighting(claim, START + 60, START),))
+        crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: run, monitor)
+        await crier.publish_quarantine()
         told = await quarantined(transport, c)
         assert len(told) == MAX_QUARANTINED
         assert told[0] == others[3]
@@ -114,7 +114,7 @@ def test_after_the_last_pardon_nobody_is_named():
 
     async def story(transport: Transport) -> None:
         crier = Announcer(transport, COORDINATOR, lambda: c.rules, lambda: c.state.run)
-        await crier.tell_quarantine()
+        await crier.publish_quarantine()
         assert await quarantined(transport, c) == []
 
     on_a_network(c, story)

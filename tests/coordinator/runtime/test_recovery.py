@@ -26,7 +26,7 @@ from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.recovery import SignedLineages, forgotten
-from lutetia.coordinator.runtime.split_brain import refuse_a_rival
+from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
@@ -159,9 +159,9 @@ async def convicted(root: Path, honest: int) -> Swarm:
 async def test_an_old_ledger_does_not_go_on_without_the_roll_back_that_it_lacks(tmp_path: Path, honest: int):
     swarm = await convicted(tmp_path, honest)
     old, new = swarm.ledger(swarm.backup), swarm.ledger(swarm.room.events)
-    await refuse_a_rival(swarm.transport, new, COORDINATOR.public_key)
+    await refuse_split_brain(swarm.transport, new, COORDINATOR.public_key)
     with pytest.raises(IdentityError, match="this folder is an old copy"):
-        await refuse_a_rival(swarm.transport, old, COORDINATOR.public_key)
+        await refuse_split_brain(swarm.transport, old, COORDINATOR.public_key)
     old.close()
     new.close()
 
@@ -176,7 +176,7 @@ async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path:
     assert (shard.term, shard.epoch, shard.accepted) == (1, honest, newest.accepted)
     assert set(ledger.state.quarantined) == {CHEAT.public_key}
     assert await swarm.lineage.lost(lambda: ledger.state) == []
-    await refuse_a_rival(swarm.transport, ledger, COORDINATOR.public_key)
+    await refuse_split_brain(swarm.transport, ledger, COORDINATOR.public_key)
     assert ledger.replay() == ledger.state
 
     c = swarm.room
@@ -217,7 +217,7 @@ async def test_a_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
     events = [*swarm.backup, ResetRecovered(time=time.time(), shard=0, term=1)]
     ledger = swarm.ledger(events)
     with pytest.raises(IdentityError, match="a quarantine under this coordinator's key"):
-        await refuse_a_rival(swarm.transport, ledger, COORDINATOR.public_key)
+        await refuse_split_brain(swarm.transport, ledger, COORDINATOR.public_key)
     ledger.close()
 
 

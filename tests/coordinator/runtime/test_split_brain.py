@@ -9,7 +9,7 @@ import pytest
 
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.runtime.split_brain import refuse_a_rival
+from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import AcceptanceRecord
@@ -52,7 +52,7 @@ def heard(ledger: Ledger, word: AcceptanceRecord, by: Identity) -> Callable[[], 
         network = MemoryNetwork(seed=1)
         other, ours = (network.peer(Identity.derived(name), anything) for name in ("other", "ours"))
         assert await publish(other, by, word, 600)
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
+        await refuse_split_brain(ours, ledger, COORDINATOR.public_key)
 
     return lambda: run_virtual(scenario)
 
@@ -76,8 +76,8 @@ def test_the_word_of_another_coordinator_of_the_manifest_is_its_own(ledger: Ledg
 def test_nobody_to_ask_is_no_rival(ledger: Ledger) -> None:
     async def scenario() -> None:
         ours = MemoryNetwork(seed=1).peer(COORDINATOR, anything)
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
+        await refuse_split_brain(ours, ledger, COORDINATOR.public_key)
         await ours.close()
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
+        await refuse_split_brain(ours, ledger, COORDINATOR.public_key)
 
     run_virtual(scenario)
