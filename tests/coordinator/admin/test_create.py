@@ -114,7 +114,7 @@ def test_a_warm_start_travels_with_the_run(data: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot load warm start"):
         create_run(data, tmp_path / "other", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["given", "run"]
-    with pytest.raises(ValidationError, match="name the weights to begin with by warm_start"):
+    with pytest.raises(ValidationError, match="set warm_start to the model to take the first weights from"):
         RunSettings(expert=created.manifest.expert)
 
 

@@ -162,6 +162,6 @@ def test_only_the_owner_upgrades(tmp_path: Path):
     before = (run.folder / "manifest.json").read_bytes()
     with pytest.raises(AuthorisationError, match="another owner"):
         upgrade_run(RunFolder(run.folder), {"holdout_tolerance": 9.0}, stranger)
-    with pytest.raises(ConfigError, match="nothing is to be changed"):
+    with pytest.raises(ConfigError, match="no change is given"):
         upgrade_run(RunFolder(run.folder), {})
     assert (run.folder / "manifest.json").read_bytes() == before
