@@ -1,4 +1,4 @@
-"""A served run with the demo's expert for benchmarks, as real processes."""
+"""A served run with the demo's expert, as real processes, for benchmarks."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Site:
     swarm: LocalSwarm
 
     async def join(self, name: str) -> Path:
-        """Start a worker with one thread; returns its state folder."""
+        """Start a node with one thread; returns its state folder."""
         state = self.folder / name
         arguments = ["join", self.ticket, "--state-folder", str(state), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1"]
         await self.swarm.start(name, arguments, {"LUTETIA_STOP_WITHIN": "0"})
         return state
 
     async def until(self, state: Path, condition) -> dict[str, Any]:
-        """The worker's first local status for which `condition` holds."""
+        """The node's first local status for which `condition` holds."""
         while True:
             self.swarm.check()
             with contextlib.suppress(UnreachableError):
@@ -56,7 +56,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(**run: Any) -> AsyncIterator[Site]:
-    """One shard of the demo's clips, the demo's expert, its coordinator serving; `run` overrides settings of the run."""
+    """A run with one shard of the demo's clips and the demo's expert, being served; `run` overrides its settings."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_clips(folder / "clips", CLIPS, 0, recipe.CLIPS["frames"], recipe.CLIPS["size"])

@@ -1,4 +1,4 @@
-"""One shard of a small run: honest training of every kind, and the real ladder and replay to put results before."""
+"""One shard of a small run: honest training of every kind, and the real checks and replay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHORT = 4
 
 @dataclass(frozen=True)
 class Honest:
-    """How an honest box differs from others."""
+    """How an honest node differs from others."""
 
     seed: int = 0
     threads: int = 1
@@ -44,11 +44,11 @@ class Honest:
 
 
 def clips(seed: int, count: int, noise: float) -> ShardData:
-    """A pattern that can be learnt, moving differently in each clip, with `noise` on top; equal seeds share the pattern."""
+    """A pattern that can be learnt, with a different motion in each clip and `noise` added; equal seeds share the pattern."""
     pattern, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(7919 * seed + count)
     base = torch.nn.functional.avg_pool3d(torch.randn(1, *LATENT.shape, generator=pattern), 3, 1, 1) * 4
-    own = torch.nn.functional.avg_pool3d(torch.randn(count, *LATENT.shape, generator=draw), 3, 1, 1)
-    latents = base + own + noise * torch.randn(count, *LATENT.shape, generator=draw)
+    motion = torch.nn.functional.avg_pool3d(torch.randn(count, *LATENT.shape, generator=draw), 3, 1, 1)
+    latents = base + motion + noise * torch.randn(count, *LATENT.shape, generator=draw)
     tokens = torch.randn(1, LATENT.text_tokens, LATENT.text_width, generator=pattern).expand(count, -1, -1)
     tokens = tokens + 0.3 * torch.randn(count, LATENT.text_tokens, LATENT.text_width, generator=draw)
     return ShardData(latents.half().float(), tokens.half().float(), tokens.mean(1)[:, : LATENT.pooled_width].half().float(),
@@ -77,7 +77,7 @@ class _Direct:
 
 @dataclass
 class Result:
-    """What somebody published: files and how they say they were made."""
+    """What a peer published: its files, and with what it says they were made."""
 
     weights: Path
     state: Path
@@ -97,7 +97,7 @@ class Audited:
 
     @property
     def begun_short(self) -> str:
-        """How an audit ends that begins with a few steps, and goes on to the whole epoch where they ask for it."""
+        """The outcome of an audit that begins with a few steps and replays the whole epoch when their losses are unclear."""
         return self.whole.outcome if self.first.closer else self.first.outcome
 
 
@@ -110,7 +110,7 @@ class Lab:
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
     worker: WorkerProcess = field(init=False)
-    tools: NetworkCheckRunner = field(init=False)
+    check_runner: NetworkCheckRunner = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Lab:
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
         direct = cast(WorkerClient, _Direct(self.worker))
-        self.tools = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
+        self.check_runner = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
         self._names = itertools.count()
         self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 
@@ -139,7 +139,7 @@ class Lab:
         return self.store.add_file(path)
 
     def trainer(self, parent: Result | None, setting: Honest | None = None, data: ShardData | None = None) -> ExpertTrainer:
-        """Ready to train the epoch after `parent`, as a box of `setting` would."""
+        """A trainer for the epoch after `parent`, as on a node with `setting`."""
         setting = setting or self.setting
         torch.set_num_threads(setting.threads)
         trainer = ExpertTrainer(
@@ -150,7 +150,7 @@ class Lab:
         return trainer
 
     def honest(self, parent: Result | None, setting: Honest | None = None) -> tuple[Result, Snapshot]:
-        """An epoch as it should be."""
+        """An honestly trained epoch."""
         trainer = self.trainer(parent, setting)
         for _ in range(STEPS):
             trainer.step()
@@ -172,7 +172,7 @@ class Lab:
         )
 
     async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
-        """The coordinator's whole ladder."""
+        """The verdict of all the coordinator's checks."""
         refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
         record = CheckpointRecord(
@@ -181,14 +181,14 @@ class Lab:
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await run_checks(record, parent_loss, self.manifest, self.tools)
+        return await run_checks(record, parent_loss, self.manifest, self.check_runner)
 
-    def audited(self, result: Result, parent: Result | None, said: TrainedWith | None = None) -> Audited:
-        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.
+    def audited(self, result: Result, parent: Result | None, claimed: TrainedWith | None = None) -> Audited:
+        """What a replay of the first SHORT steps finds, and a replay of the whole epoch, with one thread and whole batches.
 
-        `said`: what the author says of its device, if not the truth.
+        `claimed`: what the author says about its device, if that is not the truth.
         """
-        author = said or result.made
+        author = claimed or result.made
         replayed = self._replayed(result, parent, author)
         few = replayed.model_copy(update={"losses": replayed.losses[:SHORT], "drift": None, "noise": None})
         return Audited(finding_of(few, author), finding_of(replayed, author), replayed.drift, replayed.noise)

@@ -107,7 +107,7 @@ def _check_experts(settings: RunSettings, description: DataDescription) -> None:
     if settings.experts is not None and settings.experts != clusters:
         more = "more" if settings.experts > clusters else "fewer"
         raise ConfigError(
-            f"the settings ask for {settings.experts} experts, {more} than the data have clusters ({clusters}); "
+            f"the settings want {settings.experts} experts, {more} than the data have clusters ({clusters}); "
             f"build the data with --experts {settings.experts} or drop the setting"
         )
 

@@ -52,7 +52,7 @@ def _verified_index(backup: Path) -> BackupIndex:
     signed = read_index(backup)
     index = signed.index
     if bad := next((name for name in index.files if not _SAFE.fullmatch(name) or ".." in PurePosixPath(name).parts), None):
-        raise IntegrityError(f"the backup {backup} names the file {bad!r}, which lies outside its folder; refused")
+        raise IntegrityError(f"the backup {backup} names the file {bad!r}, which would leave its folder; refused")
     for name in ("manifest.json", "ticket.txt", "coordinator.json", "coordinator.key", "ledger.sqlite"):
         if name not in index.files:
             raise IntegrityError(f"the backup {backup} lacks {name}; use another backup")
