@@ -1,4 +1,4 @@
-"""A worker that fakes training, in a real swarm: accepted by its held-out loss, caught by the audit, and its work taken back."""
+"""A node that fakes training in a real swarm: its loss is accepted, the audit catches it, and its epoch is rolled back."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.records import CheckpointRecord, QuarantineRecord, TrainedWith, quarantine_key
 from lutetia.protocol.schema.ticket import Ticket
-from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.test_serve import up
 from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny, clips
 
 
-def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> CheckpointRecord:
-    """The parent's averages with tiny changes, and a trace that was made up: what costs nothing and scores as the parent does."""
+def fake(peer: ScriptedNode, honest: ScriptedNode, parent: CheckpointRecord) -> CheckpointRecord:
+    """The parent's averages with tiny changes, and an invented trace: it costs nothing and scores like the parent."""
     manifest = peer.signed.manifest
     trainer = ExpertTrainer(manifest, 0, clips(0, 6, 5))
     trainer.restore(1, honest.store.path(parent.weights.digest), honest.store.path(parent.state.digest))
@@ -53,7 +53,7 @@ def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> Checkp
 
 
 @pytest.mark.timeout(900)
-async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_worker(tmp_path: Path):
+async def test_faked_training_is_rolled_back_and_trained_again(tmp_path: Path):
     settings = RunSettings(preset="tiny", name="cheated", addresses=(f"127.0.0.1:{free_port()}",))
     run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
     coordinator = await Coordinator.start(run.folder, json.dumps({"exit_when_done": True, "stitch": "end", "gallery": False}))

@@ -1,4 +1,4 @@
-"""A run that is under way gets a new version of its manifest: real coordinator, real node, nobody restarted."""
+"""A run in progress gets a new version of its manifest: real coordinator, real node, no restart."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def node_says(folder: Path) -> dict[str, Any]:
 
 
 def unaudited_run(root: Path, samples: int) -> CreatedRun:
-    """One shard, and no audits: what is tested here is not what they are about, and replays take a processor's time."""
+    """One shard and no audits: they are not tested here, and replays take time."""
     settings = RunSettings(
         preset="tiny", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=samples,
         audit=AuditPolicy(replay_steps=0, whole_epoch=0.0),
@@ -130,7 +130,7 @@ def check_ledger(run: CreatedRun) -> None:
 
 
 async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
-    """Somebody puts version 1 back: the coordinator goes on with version 2, and so does a box that has seen it."""
+    """Version 1 is put back by hand: the coordinator stays with version 2, and so does a node that has seen it."""
     folder = RunFolder(run.folder)
     newest = folder.manifest.read_bytes()
     visit = root / "visit"
@@ -147,7 +147,7 @@ async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
 
 
 async def serve_run_beside(folder: Path) -> None:
-    """What a coordinator on a copy of this folder would say; the running one holds the lock of its own."""
+    """A coordinator on a copy of this folder is refused; the running one holds the lock of its own folder."""
     from shutil import copytree, ignore_patterns
 
     copy = folder.with_name("copy")
@@ -155,7 +155,7 @@ async def serve_run_beside(folder: Path) -> None:
     await serve_run(copy)
 
 
-def test_only_the_owner_upgrades(tmp_path: Path):
+def test_upgrade_by_another_key_is_refused(tmp_path: Path):
     run = make_run(tmp_path, shards=1)
     stranger = tmp_path / "stranger.key"
     Identity.derived("mallory").save(stranger)

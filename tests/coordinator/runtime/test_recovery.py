@@ -1,4 +1,4 @@
-"""What a restored coordinator, or an old copy, learns of its own word from the swarm: acceptances, roll-backs, quarantines."""
+"""What a restored coordinator recovers of its own records from the DHT: acceptances, rollbacks, quarantines."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS,
 CHEAT, HONEST = PEERS[0], PEERS[1]
 
 
-# --- while a result of that shard is judged ----------------------------------------------------------------------------------
+# --- while a result of that shard is checked ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outcome", ["valid", "invalid"])
 @pytest.mark.parametrize("word", ["an acceptance", "a reset"])
-def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str):
+def test_recovered_event_ends_the_checks_that_it_overtakes(outcome, word: str):
     c = court(epochs=9)
     c.accept(HONEST)
     given = c.state.run.shards[0].acceptance
@@ -63,7 +63,7 @@ def test_what_is_taken_back_ends_the_checks_that_it_overtakes(outcome, word: str
     assert c.state == before
 
 
-def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
+def test_recovered_acceptance_that_the_ledger_has_is_ignored():
     c = court()
     c.accept(HONEST)
     given = c.state.run.shards[0].acceptance
@@ -72,7 +72,7 @@ def test_what_the_ledger_has_reached_meanwhile_is_not_taken_back():
     assert c.hears(LedgerFacts((), c.now)) == ()
 
 
-def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offers():
+def test_recovered_quarantine_refuses_results_of_the_peer():
     c = court()
     waiting = make_record(c.manifest, CHEAT)
     c.offer(waiting)
@@ -88,7 +88,7 @@ def test_a_recovered_quarantine_refuses_what_the_peer_has_in_judgement_and_offer
     assert c.offer(make_record(c.manifest, CHEAT, text="after the pardon")).verdict == "queued"
 
 
-def test_a_recovered_reset_is_a_roll_back_to_the_beginning():
+def test_recovered_reset_rolls_back_to_the_beginning():
     c = court(shards=1, epochs=1)
     c.accept(CHEAT)
     c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
@@ -103,12 +103,12 @@ def test_a_recovered_reset_is_a_roll_back_to_the_beginning():
     assert c.state.run.shards[0].term == 2
 
 
-# --- an old ledger, and what the swarm holds ---------------------------------------------------------------------------------
+# --- an old ledger, and newer records in the DHT -----------------------------------------------------------------------------
 
 
 @dataclass
 class Swarm:
-    """A coordinator in a memory network that convicts; `backup` are its ledger's first events."""
+    """A coordinator in a memory network that convicts a peer; `backup` are the first events of its ledger."""
 
     root: Path
     room: Court = field(init=False)
@@ -127,7 +127,7 @@ class Swarm:
         self.network.peer(PEERS[5], record_check(c.manifest, time.time))
 
     async def show(self) -> None:
-        """What the coordinator with the newest ledger keeps in the DHT."""
+        """Publish what the coordinator with the newest ledger keeps in the DHT."""
         await Announcer(self.transport, COORDINATOR, lambda: self.room.rules, lambda: self.room.state.run).renew()
 
     def ledger(self, events: list[Event]) -> Ledger:
@@ -143,7 +143,7 @@ class Swarm:
 
 
 async def convicted(root: Path, honest: int) -> Swarm:
-    """Shard 0: `honest` epochs, then the cheat's, which is convicted after the backup."""
+    """Shard 0 has `honest` epochs and then one of the cheater, who is convicted after the backup."""
     swarm = Swarm(root)
     for _ in range(honest):
         swarm.room.accept(HONEST)
@@ -156,7 +156,7 @@ async def convicted(root: Path, honest: int) -> Swarm:
 
 
 @pytest.mark.parametrize("honest", [0, 2], ids=["to the beginning", "to a later epoch"])
-async def test_an_old_ledger_does_not_go_on_without_the_roll_back_that_it_lacks(tmp_path: Path, honest: int):
+async def test_old_ledger_without_a_rollback_is_refused(tmp_path: Path, honest: int):
     swarm = await convicted(tmp_path, honest)
     old, new = swarm.ledger(swarm.backup), swarm.ledger(swarm.room.events)
     await refuse_split_brain(swarm.transport, new, COORDINATOR.public_key)
@@ -167,7 +167,7 @@ async def test_an_old_ledger_does_not_go_on_without_the_roll_back_that_it_lacks(
 
 
 @pytest.mark.parametrize("honest", [0, 2], ids=["to the beginning", "to a later epoch"])
-async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path: Path, honest: int):
+async def test_restored_ledger_recovers_rollbacks_and_quarantines(tmp_path: Path, honest: int):
     swarm = await convicted(tmp_path, honest)
     ledger = swarm.ledger(swarm.backup)
     await swarm.lineage.recover(ledger, 0.0)
@@ -187,8 +187,8 @@ async def test_a_restored_ledger_takes_roll_backs_and_quarantines_back(tmp_path:
     ledger.close()
 
 
-async def test_a_recovered_quarantine_is_carried_out_whole(tmp_path: Path):
-    """What the peer had in judgement is refused, and what was accepted of it elsewhere is looked at again."""
+async def test_recovered_quarantine_is_carried_out_on_all_shards(tmp_path: Path):
+    """Undecided results of the peer are refused, and its accepted epochs on other shards are audited again."""
     swarm = Swarm(tmp_path)
     c = swarm.room
     elsewhere = c.accept(CHEAT, shard=1)
@@ -211,8 +211,8 @@ async def test_a_recovered_quarantine_is_carried_out_whole(tmp_path: Path):
     ledger.close()
 
 
-async def test_a_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
-    """The roll-back may be hidden by a newer word: who is quarantined still is."""
+async def test_unknown_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
+    """A newer record may hide the rollback, but not the quarantine."""
     swarm = await convicted(tmp_path, 0)
     events = [*swarm.backup, ResetRecovered(time=time.time(), shard=0, term=1)]
     ledger = swarm.ledger(events)
@@ -221,7 +221,7 @@ async def test_a_quarantine_alone_stops_an_old_ledger(tmp_path: Path):
     ledger.close()
 
 
-def test_a_pardon_is_not_undone_by_an_older_word():
+def test_pardon_is_not_undone_by_an_older_record():
     c = court()
     c.accept(CHEAT)
     c.audited("invalid")
@@ -234,7 +234,7 @@ def test_a_pardon_is_not_undone_by_an_older_word():
     assert forgotten(c.state.run, [word, later]) == [CHEAT.public_key], "a newer ledger has convicted it again"
 
 
-def test_an_acceptance_of_a_later_term_makes_the_mixture_void():
+def test_acceptance_of_a_later_term_voids_the_mixture():
     c = court(shards=1, epochs=1)
     c.accept(CHEAT)
     c.hears(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))

@@ -1,4 +1,4 @@
-"""When a mixture is made, and from what: never from work that was taken back, and not before its blobs are here."""
+"""When a mixture is made, and from what: never from epochs that were rolled back, and only when their blobs are here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.coordinator.acceptance.test_intake import PATIENCE, Intake, StrawShop
 
 @dataclass
 class StitchShop(StrawShop):
-    """Writes a mixture of the experts that it is given, without their files."""
+    """Writes the description of a mixture, without the experts' files."""
 
     manifest: Manifest = field(default_factory=make_manifest)
 
@@ -56,7 +56,7 @@ class StitchShop(StrawShop):
 
 @asynccontextmanager
 async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]:
-    """A run of one epoch of one shard, whose mixture is made at the end."""
+    """A run of one epoch of one shard, with its mixture made at the end."""
     async with intake(root, shards=1, epochs=1) as room:
         shop = StitchShop(manifest=room.manifest)
         stitcher = Stitcher(
@@ -80,7 +80,7 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
 
 
 @pytest.mark.timeout(120)
-async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_path: Path):
+async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path: Path):
     async with stitching_room(tmp_path) as (room, shop):
         gate, room.tools.found = shop.gate("stitch", -1), "invalid"
         faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
@@ -99,7 +99,7 @@ async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_p
         assert run.mixture.mixture == held.digest
 
 
-def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
+def test_mixture_of_rolled_back_epochs_is_not_recorded():
     c = court(shards=1, epochs=1)
     c.accept(PEERS[0])
     stitched = MixtureStitched(time=START, epochs=(1,), terms=c.state.run.terms, mixture="a" * 64)
@@ -113,7 +113,7 @@ def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 
-def test_ledgers_of_earlier_versions_do_not_say_in_which_term_was_stitched():
+def test_stitch_events_of_earlier_versions_have_no_terms():
     c = court(shards=1, epochs=1)
     c.accept(PEERS[0])
     c.audited("valid")
@@ -134,9 +134,7 @@ class Told(logging.Handler):
 
 
 @pytest.mark.timeout(120)
-async def test_a_recovered_acceptance_whose_weights_are_with_peers_alone_is_stitched_once_they_are_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stitcher, "_RETRY_SECONDS", 0.05)
     told = Told("could not make the mixture: blob ")
     logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(told)
