@@ -21,7 +21,7 @@ class Endpoint(Frozen):
     """`coordinator.json`: the coordinator's addresses, as fixed when the run was created."""
 
     listen: str = Field(description="Multiaddress to listen on")
-    announce: tuple[str, ...] = Field(default=(), max_length=8, description="Multiaddresses that peers are told besides")
+    announce: tuple[str, ...] = Field(default=(), max_length=8, description="Further multiaddresses to announce to peers")
 
 
 @dataclass(frozen=True)

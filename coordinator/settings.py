@@ -136,7 +136,7 @@ class ServeSettings(_Settings):
         default=None, description="Multiaddress to listen on, as /ip4/0.0.0.0/tcp/41000; without it the run's own"
     )
     announce: tuple[Place, ...] = Field(
-        default=(), max_length=8, description="Multiaddresses that peers are told besides; without any the run's own"
+        default=(), max_length=8, description="Further multiaddresses to announce to peers; without any those of the run"
     )
     http: HostPort | None = Field(
         default=None, description="host:port of an HTTP server with the status page, metrics and blobs; without it none"

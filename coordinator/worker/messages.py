@@ -30,7 +30,7 @@ class Job(_Line, Generic[A]):
 
     @classmethod
     def name(cls) -> str:
-        """The job in one word, as logs and errors show it."""
+        """The name of the job in logs and errors."""
         return cls.model_fields["job"].default
 
 

@@ -69,10 +69,10 @@ async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
-    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
     reports = [event for event in events if isinstance(event, AuditReported)]
-    box = Identity.load(tmp_path / "node" / "identity.key").public_key
-    assert reports, story
-    assert {(event.by, event.outcome) for event in reports} == {(box, "valid")}, story
-    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, story
-    assert "to be checked" in story
+    node = Identity.load(tmp_path / "node" / "identity.key").public_key
+    assert reports, history
+    assert {(event.by, event.outcome) for event in reports} == {(node, "valid")}, history
+    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, history
+    assert "to be checked" in history

@@ -79,13 +79,13 @@ async def test_faked_training_is_rolled_back_and_trained_again(tmp_path: Path):
             reply = await mallory.offer(faked)
             assert (reply.verdict, reply.rung) == ("invalid", "quarantine")
 
-            async def told() -> bool:
+            async def shown() -> bool:
                 accepted = [(given.epoch, given.term, given.checkpoint) for given in await ann.accepted(0)]
                 records = await read_records(ann.transport, quarantine_key(run.run))
                 convicts = [peer for record, _ in records if isinstance(record, QuarantineRecord) for peer in record.peers]
                 return accepted == [(1, 1, first.digest)] and convicts == [mallory.identity.public_key]
 
-            await until(told, "the DHT to show the lower epoch of the higher term, and who is quarantined")
+            await until(shown, "the DHT to show the lower epoch of the higher term, and who is quarantined")
             node = await start_node(run.ticket, tmp_path / "node", threads=2)
 
             async def ended() -> bool:
@@ -99,19 +99,19 @@ async def test_faked_training_is_rolled_back_and_trained_again(tmp_path: Path):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
-    story = "\n".join(tell(run.folder))
-    assert coordinator.process.returncode == 0, story
-    check_the_story(run.folder, mallory.identity.public_key, story)
+    history = "\n".join(tell(run.folder))
+    assert coordinator.process.returncode == 0, history
+    check_history(run.folder, mallory.identity.public_key, history)
 
 
-def check_the_story(folder: Path, mallory: str, story: str) -> None:
+def check_history(folder: Path, mallory: str, history: str) -> None:
     events = list(read_events(folder))
     accepted = [event.acceptance for event in events if isinstance(event, CheckpointAccepted)]
-    assert [(given.epoch, given.term) for given in accepted] == [(1, 0), (2, 0), (2, 1), (3, 1)], story
+    assert [(given.epoch, given.term) for given in accepted] == [(1, 0), (2, 0), (2, 1), (3, 1)], history
     assert [event.owner for event in events if isinstance(event, PeerQuarantined)] == [mallory]
     assert [(event.epoch, event.dropped) for event in events if isinstance(event, LineageRolledBack)] == [(1, 1)]
     audits = [(event.owner == mallory, event.outcome, event.closer) for event in events if isinstance(event, AuditDone)]
-    assert [outcome for own, outcome, _ in audits if not own] == ["valid"] * 3, f"one and two threads alike\n{story}"
+    assert [outcome for own, outcome, _ in audits if not own] == ["valid"] * 3, f"one and two threads alike\n{history}"
     *doubtful, sure = [(outcome, closer) for own, outcome, closer in audits if own]
-    assert sure == ("invalid", False), story
+    assert sure == ("invalid", False), history
     assert set(doubtful) <= {("inconclusive", True)}, "plausible losses of an unknown device ask for the whole epoch"

@@ -66,14 +66,14 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
         last = ann.train(0)
         assert (await ann.offer(last)).verdict == "queued"
         await coordinator.end(signal.SIGKILL)
-        before = story(run.folder)
+        before = event_lines(run.folder)
         torn = run.folder / ".status.json.x.part"  # as a kill during a write leaves it
         torn.write_bytes(b"{")
         coordinator = await Coordinator.start(run.folder, settings)
         await up(coordinator)
         assert not torn.exists()
         await published(bob, 0, 2)  # it was not offered again: the ledger has it
-        assert story(run.folder)[: len(before)] == before
+        assert event_lines(run.folder)[: len(before)] == before
         assert (await ann.verdict(last)).verdict == "accepted"
 
         final = bob.train(1)
@@ -85,7 +85,7 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
     check_the_end(run, coordinator, http)
 
 
-def story(folder: Path) -> list[str]:
+def event_lines(folder: Path) -> list[str]:
     """The lines of events, without the summary."""
     return [line for line in tell(folder) if line.startswith("20")]
 

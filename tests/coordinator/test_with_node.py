@@ -80,8 +80,8 @@ async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path
     run = make_run(tmp_path, shards=1, warm_start=str(tmp_path / "given"), audit=AuditPolicy(whole_epoch=1.0))
     coordinator, _ = await run_to_its_end(run, tmp_path / "node")
     assert coordinator.status().accepted == 2
-    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
-    assert [event.outcome for event in events if event.kind == "audit-done"] == ["valid"] * 2, story
+    history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    assert [event.outcome for event in events if event.kind == "audit-done"] == ["valid"] * 2, history
     first = next(event for event in events if event.kind == "checkpoint-accepted")
     init = run.manifest.expert.init
     assert init is not None

@@ -294,8 +294,8 @@ def test_replays_of_a_ledger_agree_byte_for_byte(run: CreatedRun, tmp_path: Path
     assert state_bytes(copy.state) == here
     copy.close()
     shutil.copytree(run.folder, tmp_path / "run copy")
-    said = [replayed(folder, seed) for folder, seed in ((run.folder, "1"), (run.folder, "2"), (tmp_path / "run copy", "3"))]
-    assert said == [state_digest(ledger.state)] * 3
+    digests = [replayed(folder, seed) for folder, seed in ((run.folder, "1"), (run.folder, "2"), (tmp_path / "run copy", "3"))]
+    assert digests == [state_digest(ledger.state)] * 3
 
 
 def replayed(folder: Path, hash_seed: str) -> str:
@@ -341,5 +341,5 @@ def test_record_ahead_of_the_ledger_is_recovered_once(run: CreatedRun):
     with pytest.raises(IntegrityError, match="cannot be recovered"):
         ledger.append([AcceptanceRecovered(time=START, acceptance=newer[0])])
     ledger.append([acceptance(run, folder, 4, newer[1].checkpoint, b"y")])
-    assert ledger.state.shards[0].epoch == 4, "the lineage goes on from there"
+    assert ledger.state.shards[0].epoch == 4, "the lineage continues from there"
     ledger.close()

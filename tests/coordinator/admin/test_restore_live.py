@@ -34,11 +34,11 @@ async def lutetia(*words: str) -> tuple[int, str]:
 async def provide(peer: ScriptedNode, record: CheckpointRecord) -> None:
     """Announce in the DHT that `peer` holds the blobs of its checkpoint, as a node does."""
     for ref in (record.weights, record.state):
-        said = ProviderRecord(
+        provider = ProviderRecord(
             run=record.run, owner=peer.identity.public_key, issued=peer.transport.now(), blob=ref.digest,
             peer_id=peer.transport.peer_id, addresses=tuple(peer.transport.addresses()),
         )  # fmt: skip
-        assert await publish(peer.transport, peer.identity, said, 600)
+        assert await publish(peer.transport, peer.identity, provider, 600)
 
 
 async def accept(peer: ScriptedNode) -> CheckpointRecord:
@@ -58,16 +58,16 @@ async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_bac
     async with joined("ann", Ticket.decode(run.ticket), tmp_path) as ann:
         first = await accept(ann)
         Peerstore(RunFolder(run.folder).peers).remember(ann.transport.addresses())
-        code, said = await lutetia("coordinator", "backup", str(run.folder), str(tmp_path / "backup"))
-        assert (code, "holds run" in said) == (0, True), said
+        code, output = await lutetia("coordinator", "backup", str(run.folder), str(tmp_path / "backup"))
+        assert (code, "holds run" in output) == (0, True), output
         second = await accept(ann)
         head = coordinator.status().ledger
         assert head
         assert head.holds(run.run, run.manifest.coordinators), "everybody can see how far the ledger reached"
         await coordinator.end(signal.SIGKILL)
         shutil.rmtree(run.folder)
-        code, said = await lutetia("coordinator", "restore", str(tmp_path / "backup"), str(run.folder))
-        assert code == 0, said
+        code, output = await lutetia("coordinator", "restore", str(tmp_path / "backup"), str(run.folder))
+        assert code == 0, output
 
         await refuse_to_go_on_behind(run)
         coordinator = await Coordinator.start(run.folder, '{"stitch": "end"}')
@@ -93,10 +93,10 @@ async def refuse_to_go_on_behind(run: CreatedRun) -> None:
     """The same folder, as if an old copy was put there by hand."""
     folder = RunFolder(run.folder)
     folder.restored.unlink()
-    code, said = await lutetia("coordinator", "serve", str(run.folder))
-    assert code == 11, said
-    assert "an acceptance under this coordinator's key (shard 0, epoch 2)" in said
-    assert "--recover" in said
+    code, output = await lutetia("coordinator", "serve", str(run.folder))
+    assert code == 11, output
+    assert "an acceptance under this coordinator's key (shard 0, epoch 2)" in output
+    assert "--recover" in output
     folder.restored.touch()
 
 

@@ -1,6 +1,6 @@
 """A new key for the coordinator: a rotation that is interrupted is finished or undone, and the old key no longer counts.
 
-That a real node goes on under the new key is part of `test_live_upgrade`.
+`test_upgrade_live` has a real node that continues under the new key.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_interrupted_rotation_is_finished_or_undone(tmp_path: Path):
     old = Identity.load(folder.coordinator_key)
     Identity.generate().save(folder.next_key)
     settle_rotation(folder)
-    assert not folder.next_key.exists(), "nobody had signed it"
+    assert not folder.next_key.exists(), "the owner had not signed it"
     assert Identity.load(folder.coordinator_key) == old
     done = rotate_run(folder)
     fresh = Identity.load(folder.coordinator_key)

@@ -97,8 +97,8 @@ class ScriptedCheckIO:
         self.dropped.append(record)
 
 
-async def seated(
-    path: Path, hands: ScriptedCheckIO, offers: list[CheckpointRecord], until: int
+async def judged(
+    path: Path, check_io: ScriptedCheckIO, offers: list[CheckpointRecord], until: int
 ) -> tuple[Ledger, list[AcceptanceRecord]]:
     """Run a judge loop until the ledger holds `until` final verdicts."""
     manifest = make_manifest(holdout_tolerance=0.1)
@@ -114,10 +114,10 @@ async def seated(
         if state.accepted + state.rejected >= until:
             done.set()
 
-    bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
-    running = asyncio.create_task(bench.run())
+    judge_loop = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, check_io, publish, lambda: START, changed)
+    running = asyncio.create_task(judge_loop.run())
     for offer in offers:
-        await bench.submit(Offered(offer, START))
+        await judge_loop.submit(Offered(offer, START))
     await asyncio.wait_for(done.wait(), 120)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -126,11 +126,11 @@ async def seated(
 
 async def test_judge_loop_writes_the_ledger_before_it_publishes(tmp_path: Path):
     manifest = make_manifest(holdout_tolerance=0.1)
-    hands = ScriptedCheckIO(trouble={PEERS[1].public_key: CheckFailed("invalid", "format", "header bomb")})
+    check_io = ScriptedCheckIO(trouble={PEERS[1].public_key: CheckFailed("invalid", "format", "header bomb")})
     bad, good = make_record(manifest, PEERS[1]), make_record(manifest, PEERS[0])
-    ledger, published = await seated(tmp_path, hands, [bad, good], 2)
+    ledger, published = await judged(tmp_path, check_io, [bad, good], 2)
     assert [(a.checkpoint, a.holdout_loss) for a in published] == [(good.digest, 0.9)]
-    assert (hands.kept, hands.dropped) == ([good], [bad])
+    assert (check_io.kept, check_io.dropped) == ([good], [bad])
     assert ledger.state.shards[0].baseline == 1.0
     assert ledger.replay() == ledger.state
     ledger.close()
@@ -138,8 +138,8 @@ async def test_judge_loop_writes_the_ledger_before_it_publishes(tmp_path: Path):
 
 @pytest.mark.parametrize("loss", [1.11, float("nan"), float("inf")])
 async def test_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
-    hands = ScriptedCheckIO(losses={1: loss})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    check_io = ScriptedCheckIO(losses={1: loss})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
     ledger.close()
@@ -147,8 +147,8 @@ async def test_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
 
 @pytest.mark.parametrize("raw", [1.31, float("nan")])
 async def test_poisoned_raw_parameters_are_invalid(tmp_path: Path, raw: float):
-    hands = ScriptedCheckIO(raw={1: raw})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    check_io = ScriptedCheckIO(raw={1: raw})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.rung, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
     assert [(cost.rung, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
@@ -162,8 +162,8 @@ async def test_poisoned_raw_parameters_are_invalid(tmp_path: Path, raw: float):
 
 
 async def test_loss_within_the_tolerance_is_accepted(tmp_path: Path):
-    hands = ScriptedCheckIO(losses={1: 1.09})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+    check_io = ScriptedCheckIO(losses={1: 1.09})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert [acceptance.epoch for acceptance in published] == [1]
     ledger.close()
 

@@ -63,10 +63,10 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
             RunFolder(root), room.manifest, COORDINATOR, room.tools.blobs, room.bench,
             shop, time.time, "end", 3600.0, False,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        heard = room.bench.changed
+        before = room.bench.changed
 
         def changed(run: Any) -> None:
-            heard(run)
+            before(run)
             stitcher.wake()
 
         room.bench.changed = changed
@@ -121,23 +121,23 @@ def test_stitch_events_of_earlier_versions_have_no_terms():
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 
-class Told(logging.Handler):
-    """Sets `heard` when a line with `words` is logged."""
+class LogWatch(logging.Handler):
+    """Sets `seen` when a line with `words` is logged."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
-        self.words, self.heard = words, asyncio.Event()
+        self.words, self.seen = words, asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.words in record.getMessage():
-            self.heard.set()
+            self.seen.set()
 
 
 @pytest.mark.timeout(120)
 async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stitcher, "_RETRY_SECONDS", 0.05)
-    told = Told("could not make the mixture: blob ")
-    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(told)
+    watch = LogWatch("could not make the mixture: blob ")
+    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(watch)
     try:
         async with stitching_room(tmp_path) as (room, _):
             weights, state, trace = await room.peer(PEERS[0], *contents("lost"))
@@ -148,9 +148,9 @@ async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_pa
                 holdout_loss=0.4,
             )  # fmt: skip
             await room.bench.append(AcceptanceRecovered(time=time.time(), acceptance=given))
-            await asyncio.wait_for(told.heard.wait(), PATIENCE)
+            await asyncio.wait_for(watch.seen.wait(), PATIENCE)
             room.tools.blobs.add_bytes(contents("lost")[0])
             run = await room.until(lambda run: run.finished)
             assert run.mixture
     finally:
-        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(told)
+        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(watch)
