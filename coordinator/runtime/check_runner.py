@@ -157,19 +157,19 @@ class NetworkCheckRunner:
         return await self._loss(record.shard, self._path(record.state), raw=True)
 
     async def _loss(self, shard: int, weights: Path | None, raw: bool = False) -> float:
-        rung: CheckName = "raw" if raw else "holdout"
+        check: CheckName = "raw" if raw else "holdout"
         holdout = self.blobs.path(self.manifest.shards[shard].holdout.digest)
         job = MeasureLoss(shard=shard, weights=weights, holdout=holdout, raw=raw)
-        return (await self._ask(rung, job, _LOSS_LIMIT)).loss
+        return (await self._ask(check, job, _LOSS_LIMIT)).loss
 
-    async def _ask(self, rung: CheckName, job: Job[A], limit: float) -> A:
+    async def _ask(self, check: CheckName, job: Job[A], limit: float) -> A:
         """A crash of the worker process says nothing about the result: inconclusive, and tried again."""
         try:
             return await self.worker.ask(job, limit=limit)
         except WorkerRefused as error:
-            raise CheckFailed("invalid", error.rung or rung, str(error)) from error
+            raise CheckFailed("invalid", error.check or check, str(error)) from error
         except WorkerFailed as error:
-            raise CheckFailed("inconclusive", rung, str(error)) from error
+            raise CheckFailed("inconclusive", check, str(error)) from error
 
     def _store_with(self, digest: str) -> BlobStore | None:
         return next((store for store in (self.blobs, self.incoming) if store.has(digest)), None)

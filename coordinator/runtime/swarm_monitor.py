@@ -37,7 +37,7 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 
 @dataclass
 class SwarmMonitor:
-    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count."""
+    """`view` is what was last seen; `found` is called with every result at every look. `accepted`: whose copies count."""
 
     transport: Transport
     manifest: Manifest

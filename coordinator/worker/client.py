@@ -32,13 +32,13 @@ A = TypeVar("A")
 
 
 class WorkerRefused(LutetiaError):
-    """The job was carried out, and what it was given is wrong; `rung` is the check that a checkpoint's file failed."""
+    """The job was carried out, and what it was given is wrong; `check` is the check that a checkpoint's file failed."""
 
     code, name = 50, "integrity"
 
-    def __init__(self, text: str, rung: CheckName | None) -> None:
+    def __init__(self, text: str, check: CheckName | None) -> None:
         super().__init__(text)
-        self.rung: CheckName | None = rung
+        self.check: CheckName | None = check
 
 
 class WorkerFailed(LutetiaError):

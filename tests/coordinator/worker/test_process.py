@@ -194,7 +194,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rung", "words"),
+    ("kind", "check", "words"),
     [
         ("missing", "format", "lacks 1 tensors"),
         ("extra", "format", "backdoor"),
@@ -214,16 +214,16 @@ def header_of(path: Path) -> dict[str, str]:
         ("empty state", "format", "lacks"),
     ],
 )
-async def test_wrong_checkpoint_is_refused_at_its_check(site: Site, tmp_path: Path, kind: str, rung: str, words: str):
+async def test_wrong_checkpoint_is_refused_at_its_check(site: Site, tmp_path: Path, kind: str, check: str, words: str):
     weights, state = mutated(site, kind, tmp_path)
     with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(weights, state)
-    assert caught.value.rung == rung
+    assert caught.value.check == check
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("trace", "rung", "words"),
+    ("trace", "check", "words"),
     [
         ({"trace": torch.zeros(3)}, "format", "3 losses; an epoch has 4"),
         ({"trace": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "numbers", "NaN or infinity"),
@@ -232,12 +232,12 @@ async def test_wrong_checkpoint_is_refused_at_its_check(site: Site, tmp_path: Pa
     ],
 )
 async def test_trace_without_a_finite_loss_per_step_is_refused(
-    site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], rung: str, words: str
+    site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], check: str, words: str
 ):
     save_file(trace, tmp_path / "t.safetensors")
     with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(site.weights(), site.state(), tmp_path / "t.safetensors")
-    assert caught.value.rung == rung
+    assert caught.value.check == check
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ async def test_header_bomb_is_refused_and_the_process_lives(site: Site, tmp_path
     pid = site.worker.pid
     with pytest.raises(WorkerRefused) as caught:
         await site.inspect(bomb, site.state())
-    assert caught.value.rung == "format"
+    assert caught.value.check == "format"
     assert site.worker.pid == pid
 
 
