@@ -1,15 +1,15 @@
-"""`python -m benchmarks [NAME …] [--json]`: run all or the named benchmarks and print their tables.
-
-A study is started by its name alone and has options of its own: `python -m benchmarks fuzz --help`.
-"""
+"""`python -m benchmarks [NAME …] [--json]`: run all or the named benchmarks and print their tables."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import json
 import pkgutil
 import sys
+from pathlib import Path
 
 from benchmarks import measures
 from benchmarks.report import Machine, Row, as_json, markdown
@@ -28,8 +28,13 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in STUDIES:
         importlib.import_module(STUDIES[sys.argv[1]]).main(sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(NAMES)} (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Run all or the named benchmarks and print their tables, or run one study.",
+        epilog=catalogue(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all), or one study")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
@@ -44,6 +49,23 @@ def main() -> None:
         print(f"{Machine.this()}\n")
         for name, rows in results.items():
             print(markdown(name, rows))
+
+
+def catalogue() -> str:
+    """All benchmarks and studies with the first line of their docstrings."""
+    lines = ["benchmarks:", *(f"  {name:<12} {_summary(f'benchmarks.measures.{name}')}" for name in NAMES), ""]
+    lines += ["studies, each with options of its own (`python -m benchmarks fuzz --help`):"]
+    return "\n".join([*lines, *(f"  {name:<12} {_summary(module)}" for name, module in STUDIES.items())])
+
+
+def _summary(module: str) -> str:
+    """The docstring's first line, without its command; read from the source, so that nothing heavy is imported."""
+    spec = importlib.util.find_spec(module)
+    assert spec
+    assert spec.origin
+    first = (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").splitlines()[0]
+    text = first.rpartition("`: ")[2]
+    return text[:1].upper() + text[1:]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`python -m benchmarks faults [--times N] [--until HH:MM]`: run the real fault suite again and again, and keep the log.
+"""`python -m benchmarks faults [--times N] [--until HH:MM]`: run the real fault suite many times and keep a log.
 
-Each run is a pytest of its own over `tests/faults`, two files at a time: most of a fault test is waiting. A line per run is
-appended to docs/results/faults.md: when, which commit, what passed, failed and was skipped, how long it took, the machine's load
-before and after. So it may be cut at any time (the run under way is lost) and started again; at the end it says how many runs in
-a row have passed on one commit, those of earlier starts included. The exit code is 1 when any failed.
+Each run is a pytest over `tests/faults`, two files at a time, because a fault test mostly waits. It appends a line to
+docs/results/faults.md: start, commit, what passed, failed and was skipped, seconds, and the machine's load before and after. So
+it may be interrupted at any time (only the current run is lost) and started again. At the end it prints how many runs in a row
+have passed on one commit, including earlier starts. The exit code is 1 when a run failed.
 """
 
 from __future__ import annotations
@@ -63,38 +63,35 @@ SUITE = (
         "tests/protocol/example_documents.py",
     ),
 )
-"""All that the suite runs."""
+"""All files that the suite depends on."""
 
 
 def commit_of(root: Path) -> str:
-    """The last commit that changed anything of SUITE.
+    """The last commit that changed a file of SUITE, with a + when tracked files of it have changed since; "-" outside git."""
 
-    With a + where tracked files of it differ from that; "-" outside git.
-    """
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words, "--", *SUITE], cwd=root, capture_output=True, text=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments, "--", *SUITE], cwd=root, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("log", "-1", "--format=%h") or "-") + ("+" if changed else "")
 
 
 def in_a_row(log: str) -> tuple[str, int]:
-    """(commit, runs): how many of the newest runs in a row passed on one commit. A changed tree is no commit."""
+    """(commit, runs): how many of the newest runs in a row passed on one commit. A commit with a + does not count."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if re.match(r"\| \d{4}-", line)]
     commit = rows[-1][1] if rows else "-"
     alike = itertools.takewhile(lambda row: row[1] == commit and row[4] == "0" and not commit.endswith("+"), reversed(rows))
     return commit, sum(1 for _ in alike)
 
 
-def suite(arguments: Sequence[str], words: Path) -> Outcome:
-    """Run the suite once; what pytest prints goes to `words`."""
+def suite(arguments: Sequence[str], output: Path) -> Outcome:
+    """Run the suite once; what pytest prints is appended to `output`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/faults", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUTETIA_FAULTS": "all"}
         begun, start, load = datetime.now(UTC), time.monotonic(), os.getloadavg()[0]
-        with words.open("a") as out:
+        with output.open("a") as out:
             subprocess.run([*command, *arguments], cwd=ROOT, stdout=out, stderr=out, env=environment)
         seconds = time.monotonic() - start
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
@@ -105,26 +102,28 @@ def suite(arguments: Sequence[str], words: Path) -> Outcome:
     return Outcome(begun, passed, names, skipped, seconds, (load, os.getloadavg()[0]))
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks faults", description=__doc__)
     parser.add_argument("--times", type=int, default=1, help="how often to run the suite (default: 1)")
-    parser.add_argument("--until", help="begin no run after this time of day, HH:MM in UTC")
-    parser.add_argument("--log", type=Path, default=LOG, help="where the lines go")
+    parser.add_argument("--until", help="start no run after this time of day, HH:MM in UTC")
+    parser.add_argument("--log", type=Path, default=LOG, help="the log file (default: docs/results/faults.md)")
     parser.add_argument(
-        "--output", type=Path, default=Path(tempfile.gettempdir()) / "lutetia-faults.txt", help="pytest's own words"
+        "--output", type=Path, default=Path(tempfile.gettempdir()) / "lutetia-faults.txt", help="where the output of pytest goes"
     )
-    options, rest = parser.parse_known_args(words)
+    options, pytest_arguments = parser.parse_known_args(argv)
     if not options.log.exists():
         options.log.parent.mkdir(parents=True, exist_ok=True)
         options.log.write_text(HEAD)
     bad = 0
     at_once = (
-        [] if any(word.startswith(("-n", "--numprocesses")) for word in rest) else ["--numprocesses", "2", "--dist", "loadfile"]
+        []
+        if any(argument.startswith(("-n", "--numprocesses")) for argument in pytest_arguments)
+        else ["--numprocesses", "2", "--dist", "loadfile"]
     )
     for number in range(1, options.times + 1):
         if options.until and datetime.now(UTC).strftime("%H:%M") >= options.until:
             break
-        outcome = suite([*at_once, *rest], options.output)
+        outcome = suite([*at_once, *pytest_arguments], options.output)
         line = outcome.line(commit_of(ROOT))
         with options.log.open("a") as log:
             log.write(line)

@@ -1,4 +1,4 @@
-"""What a benchmark returns, the machine it ran on, and the table of it."""
+"""The rows that a benchmark returns, the machine it ran on, and the table of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: the median of `runs` repetitions with its range, what it is measured against, and its budget."""
+    """One figure: the median of `runs` repetitions and its range; `budget` is the limit that it should keep."""
 
     what: str
     value: float
@@ -34,7 +34,7 @@ Benchmark = Callable[[], list[Row]]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the figures come from."""
+    """The machine that measured the figures."""
 
     processor: str
     cores: int

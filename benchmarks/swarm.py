@@ -1,4 +1,4 @@
-"""A served run with the demo's expert for benchmarks, as real processes."""
+"""A served run with the demo's expert, as real processes, for benchmarks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(**run: Any) -> AsyncIterator[Site]:
-    """One shard of the demo's clips, the demo's expert, its coordinator serving; `run` overrides settings of the run."""
+    """A run with one shard of the demo's clips and the demo's expert, being served; `run` overrides its settings."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_clips(folder / "clips", CLIPS, 0, recipe.CLIPS["frames"], recipe.CLIPS["size"])

@@ -1,4 +1,4 @@
-"""Where a run lives on its coordinator's disk, and the lock that keeps a second coordinator out."""
+"""The files of a run on its coordinator's disk, and the lock that keeps a second coordinator out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lutetia.system.files import disk_errors
 
 
 class Endpoint(Frozen):
-    """`coordinator.json`: where the coordinator listens, and what it announces besides, as fixed when the run was created."""
+    """`coordinator.json`: the coordinator's addresses, as fixed when the run was created."""
 
-    listen: str
-    announce: tuple[str, ...] = Field(default=(), max_length=8)
+    listen: str = Field(description="Multiaddress to listen on")
+    announce: tuple[str, ...] = Field(default=(), max_length=8, description="Further multiaddresses to announce to peers")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunFolder:
         return self.root / "manifest.json"
 
     def version(self, number: int) -> Path:
-        """Where a version of the manifest is kept after a newer one took its place."""
+        """An earlier version of the manifest."""
         return self.root / "manifests" / f"{number:04d}.json"
 
     @property
@@ -56,17 +56,17 @@ class RunFolder:
 
     @property
     def next_key(self) -> Path:
-        """A coordinator's key that is about to take the place of the present one."""
+        """The coordinator's next key, while a rotation is under way."""
         return self.root / "coordinator.key.next"
 
     @property
     def blobs(self) -> Path:
-        """Everything that is served to peers: shards, and the blobs of accepted checkpoints."""
+        """All that is served to peers: shards, the blobs of accepted checkpoints, the router and the mixture."""
         return self.root / "blobs"
 
     @property
     def incoming(self) -> Path:
-        """What was fetched of results that are not decided yet."""
+        """Blobs of results that are not decided yet."""
         return self.root / "incoming"
 
     @property
@@ -75,12 +75,12 @@ class RunFolder:
 
     @property
     def head(self) -> Path:
-        """How far the ledger reaches, signed."""
+        """The signed head of the ledger: its number of events and the last hash."""
         return self.root / "head.json"
 
     @property
     def restored(self) -> Path:
-        """Is there after a restore, until the coordinator has looked what peers hold that the backup lacks."""
+        """A marker: the run was restored, and the coordinator has not yet recovered what the backup lacks."""
         return self.root / "restored"
 
     @property
@@ -97,12 +97,12 @@ class RunFolder:
 
     @property
     def network(self) -> Path:
-        """State of the transport."""
+        """State of the network library."""
         return self.root / "network"
 
     @property
     def peers(self) -> Path:
-        """Addresses of peers met, for coming back after a restart."""
+        """Addresses of known peers, to join through after a restart."""
         return self.root / "peers.json"
 
     def read_manifest(self, now: float) -> SignedManifest:
@@ -123,7 +123,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Held while a coordinator serves this folder; the kernel frees it when the process ends. Raises IdentityError."""
+        """Hold the lock of this folder; the kernel releases it when the process ends. Raises IdentityError when it is taken."""
         path = self.root / "coordinator.lock"
         with disk_errors(path):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -133,7 +133,7 @@ class RunFolder:
             except BlockingIOError as error:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise IdentityError(
-                    f"another coordinator (process {holder}) serves {self.root} already; stop it first, a run has one at a time"
+                    f"another coordinator (process {holder}) serves {self.root} already; stop it first"
                 ) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)

@@ -1,4 +1,4 @@
-"""`coordinator serve`: bootstrap peer, origin of blobs, judge, stitcher and reporter of one run, until it is told to stop."""
+"""`coordinator serve`: serve one run until it is told to stop, as bootstrap peer, source of blobs, judge and stitcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from lutetia.coordinator.admin.rotate import settle_rotation, sign_mixture_anew
+from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
 from lutetia.coordinator.admin.upgrade import check_version, published
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.signed_head import check_head
@@ -34,9 +34,9 @@ Connect = Callable[[LiveManifest, Identity, RunFolder, ServeSettings], Awaitable
 
 
 async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, settings: ServeSettings) -> Transport:
-    """The real network, on the address that the ticket names; after a restart through the peers met before.
+    """Join the real network on the address that the ticket names; after a restart through the peers known from before.
 
-    Records are checked by the newest version that `live` has at that moment.
+    Records are checked against the newest version of the manifest that `live` has.
 
     Raises UnreachableError when the port is taken.
     """
@@ -51,15 +51,20 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
     try:
         return await join(Peerstore(folder.peers).load())
     except BootstrapError as error:
-        _log.info("none of the peers met before is there, so this coordinator begins alone: %s", error)
+        _log.info("no peer from before answered; starting alone: %s", error)
         return await join(())
 
 
 async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:
-    """Serve the run in `root` until SIGTERM, SIGINT or, with `exit_when_done`, its end; started again it goes on where it was.
+    """Serve the run in `root` until SIGTERM, SIGINT or, with `exit_when_done`, its end. It continues where it stopped last.
 
-    Raises ConfigError, IdentityError (another coordinator serves it), AuthorisationError, IntegrityError (ledger),
-    UnreachableError (a port is taken, the network process died) or DiskError.
+    Raises:
+        ConfigError: no run there, or its manifest has expired or is malformed.
+        IdentityError: another coordinator serves this run.
+        AuthorisationError: the key in the folder is no coordinator of the run.
+        IntegrityError: the ledger is damaged.
+        UnreachableError: a port is taken, or the network process ended.
+        DiskError: the disk cannot be read or written.
     """
     settings = settings or ServeSettings()
     folder = RunFolder(root)
@@ -70,7 +75,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         identity = Identity.load(folder.coordinator_key)
         if identity.public_key not in signed.manifest.coordinators:
             raise AuthorisationError(
-                f"{folder.coordinator_key} is no coordinator of this run; use the key that the manifest names"
+                f"{folder.coordinator_key} is no coordinator of this run; put the key there that the manifest names"
             )
         listener = stack.enter_context(bind(settings.http)) if settings.http else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
@@ -81,7 +86,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
         if newer:
             ledger.append([published(signed.manifest, identity.public_key, time.time())])
-        sign_mixture_anew(folder, ledger.state, identity)
+        renew_mixture_signature(folder, ledger.state, identity)
         transport = await connecting(live, identity, folder, settings)
         try:
             lineage = SignedLineages(transport, live, identity.public_key)
@@ -97,7 +102,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
 
 @contextlib.contextmanager
 def _signals(stopping: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for an orderly end."""
+    """Set `stopping` on SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)

@@ -1,4 +1,4 @@
-"""What a run's owner chooses when creating it, and what its operator chooses when serving it. Unknown keys are refused."""
+"""What a run's owner chooses when creating it, and how its coordinator is served. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lutetia.protocol.schema.manifest import (
 from lutetia.protocol.schema.ticket import Place
 
 HostPort = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
-"""`host:port`; an IPv6 address stands in brackets."""
+"""`host:port`; write an IPv6 address in brackets."""
 
 
 class _Settings(BaseModel):
@@ -31,41 +31,56 @@ class _Settings(BaseModel):
 
 
 class RunSettings(_Settings):
-    """Everything of the manifest that the data do not decide. `preset` gives the defaults; what is set here wins.
+    """Everything in the manifest that the data do not decide."""
 
-    `addresses` are where volunteers reach the coordinator, fixed in the ticket; the first one's port is listened on.
-    `experts` only asserts the number of clusters in the data. Without `expert` a small Wan transformer is fitted to the latents.
-    `warm_start`: the folder or hub id of what the experts' first weights are taken from (`models.warm_start`).
-    """
-
-    preset: Literal["tiny", "demo"] | None = None
-    name: Name = "run"
-    addresses: tuple[HostPort, ...] = Field(default=("127.0.0.1:41000",), min_length=1, max_length=8)
-    experts: Count | None = None
-    expert: ExpertSpec | None = None
-    warm_start: str | None = None
-    optimisation: Optimisation = Optimisation()
-    samples_per_shard: Count = 64_000
-    checkpoint_samples: Count = 3_200
-    holdout_tolerance: float = Field(default=0.02, ge=0)
-    raw_tolerance: float = Field(default=0.3, ge=0)
-    router: RouterSpec = RouterSpec()
-    sampling: SamplingSpec = SamplingSpec()
-    timing: Timing = Timing()
-    audit: AuditPolicy = AuditPolicy()
-    hardware: HardwareNeeds = HardwareNeeds()
-    allowlist: tuple[PublicKey, ...] | None = None
-    valid_days: Positive = 365.0
+    preset: Literal["tiny", "demo"] | None = Field(
+        default=None, description="Defaults for the settings below: tiny, a run of seconds; demo, the run of `lutetia demo`"
+    )
+    name: Name = Field(default="run", description="Name of the run, shown to people")
+    addresses: tuple[HostPort, ...] = Field(
+        default=("127.0.0.1:41000",), min_length=1, max_length=8,
+        description="host:port where nodes reach the coordinator, written into the ticket; it listens on the first one's port",
+    )  # fmt: skip
+    experts: Count | None = Field(
+        default=None, description="Number of experts; refused if the data have another number of clusters"
+    )
+    expert: ExpertSpec | None = Field(
+        default=None, description="Network of each expert; without it a small Wan transformer that fits the latents"
+    )
+    warm_start: str | None = Field(
+        default=None, description="Folder or hub id of a model from which the experts take their first weights"
+    )
+    optimisation: Optimisation = Field(default=Optimisation(), description="How every expert is trained")
+    samples_per_shard: Count = Field(default=64_000, description="Training budget of each expert, in samples")
+    checkpoint_samples: Count = Field(
+        default=3_200, description="Samples from one checkpoint of an expert to the next (one epoch)"
+    )
+    holdout_tolerance: float = Field(
+        default=0.02, ge=0, description="Fraction by which a result's held-out loss may exceed its parent's"
+    )
+    raw_tolerance: float = Field(
+        default=0.3, ge=0,
+        description="Fraction by which the held-out loss of the raw parameters may exceed that of average and parent",
+    )  # fmt: skip
+    router: RouterSpec = Field(default=RouterSpec(), description="The router")
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the gallery is sampled from the mixture")
+    timing: Timing = Field(default=Timing(), description="Heartbeat, tenure and clock skew")
+    audit: AuditPolicy = Field(default=AuditPolicy(), description="Which results are audited and how far")
+    hardware: HardwareNeeds = Field(default=HardwareNeeds(), description="What a machine must have to train a shard")
+    allowlist: tuple[PublicKey, ...] | None = Field(
+        default=None, description="Public keys that may take part besides the coordinators; without it anyone"
+    )
+    valid_days: Positive = Field(default=365.0, description="Days until the manifest expires")
 
     @field_validator("expert")
     @classmethod
     def _weights_by_name(cls, expert: ExpertSpec | None) -> ExpertSpec | None:
         if expert and expert.init:
-            raise ValueError("expert.init is written by run create; name the weights to begin with by warm_start")
+            raise ValueError("expert.init is written by `run create`; set warm_start to the model to take the first weights from")
         return expert
 
     def resolved(self) -> RunSettings:
-        """With the preset's values where nothing was set."""
+        """The settings with the preset's values where nothing was set."""
         if self.preset is None:
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -91,11 +106,11 @@ TINY: dict[str, Any] = {
     "sampling": SamplingSpec(steps=2, guidance=1.0, prompts=("a moving thing",)),
     "timing": Timing(heartbeat=2.0, tenure=60.0),
 }
-"""A run of seconds that shows that the parts work together; its clips are noise."""
+"""A run of seconds, to see that all parts work together; its clips are noise."""
 
 
 def small_expert(latent: LatentSpec) -> ExpertSpec:
-    """A Wan transformer of about 4 million parameters that takes `latent`, shown where it is by 18 position channels."""
+    """A Wan transformer of about 4 million parameters that takes `latent` and 18 channels with positions."""
     patch = [2 if size % 2 == 0 and size > 4 else 1 for size in (latent.frames, latent.height, latent.width)]
     config = {
         "patch_size": patch, "num_attention_heads": 4, "attention_head_dim": 48, "in_channels": latent.channels + 18,
@@ -115,24 +130,39 @@ def tiny_expert(latent: LatentSpec) -> ExpertSpec:
 
 
 class ServeSettings(_Settings):
-    """How the coordinator runs. `threads` and `nice` are those of the workshop, so that it leaves room for workers beside it.
+    """How the coordinator of a run is served."""
 
-    `stitch`: after acceptances, at most every `refresh_seconds` ("refresh"), or only once all budgets are done ("end").
-    `http` adds an HTTP server with the status page, status.json, metrics and blobs.
-    """
-
-    listen: Annotated[str, Field(pattern=r"^/(ip4|ip6)/[0-9a-fA-F:.]+/tcp/\d{1,5}$")] | None = None
-    announce: tuple[Place, ...] = Field(default=(), max_length=8)
-    http: HostPort | None = None
-    threads: Count = 1
-    nice: int = Field(default=5, ge=0, le=19)
-    stitch: Literal["refresh", "end"] = "refresh"
-    refresh_seconds: Positive = 60.0
-    gallery: bool = True
-    exit_when_done: bool = False
-    recover: bool = Field(default=False, description="Take acceptances back from peers that the ledger lacks")
-    offers_per_minute: Count = 30
-    checks_at_once: Count = 4
-    kept_states: int = Field(default=4, ge=1, description="Epochs of each shard whose training states are kept, for roll-backs")
-    blob_bytes_per_second: Positive | None = None
-    slowest_bytes_per_second: Positive = Field(default=65536.0, description="A checkpoint that arrives slower is inconclusive")
+    listen: Annotated[str, Field(pattern=r"^/(ip4|ip6)/[0-9a-fA-F:.]+/tcp/\d{1,5}$")] | None = Field(
+        default=None, description="Multiaddress to listen on, as /ip4/0.0.0.0/tcp/41000; without it the run's own"
+    )
+    announce: tuple[Place, ...] = Field(
+        default=(), max_length=8, description="Further multiaddresses to announce to peers; without any those of the run"
+    )
+    http: HostPort | None = Field(
+        default=None, description="host:port of an HTTP server with the status page, metrics and blobs; without it none"
+    )
+    threads: Count = Field(default=1, description="CPU threads of each worker process, for checks, audits, router and samples")
+    nice: int = Field(
+        default=5, ge=0, le=19,
+        description="How much lower the priority of the worker processes is, so that trainers on the same machine go first",
+    )  # fmt: skip
+    stitch: Literal["refresh", "end"] = Field(
+        default="refresh", description="When to make the mixture: refresh, after acceptances; end, once all budgets are done"
+    )
+    refresh_seconds: Positive = Field(default=60.0, description="Least seconds between two mixtures before the end")
+    gallery: bool = Field(default=True, description="Sample the manifest's prompts from each mixture")
+    exit_when_done: bool = Field(default=False, description="Exit when all budgets are done and the last mixture is made")
+    recover: bool = Field(
+        default=False, description="Add acceptances that the ledger has lost from the DHT, instead of refusing to start"
+    )
+    offers_per_minute: Count = Field(default=30, description="Results that one peer may offer per minute")
+    checks_at_once: Count = Field(default=4, description="Results that are checked at the same time")
+    kept_states: int = Field(
+        default=4, ge=1, description="Epochs of each shard for which training states are kept, in case of a rollback"
+    )
+    blob_bytes_per_second: Positive | None = Field(
+        default=None, description="Most bytes of blobs sent to all peers per second; without it no limit"
+    )
+    slowest_bytes_per_second: Positive = Field(
+        default=65536.0, description="Bytes per second; a checkpoint that arrives slower is inconclusive"
+    )

@@ -1,1 +1,1 @@
-"""Results that lie and results that are honest, before the coordinator's real ladder and audits, with real tiny experts."""
+"""Lying and honest results, put through the coordinator's real checks and audits, with real tiny experts."""

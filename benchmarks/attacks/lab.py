@@ -1,4 +1,4 @@
-"""One shard of a small run: honest training of every kind, and the real ladder and replay to put results before."""
+"""One shard of a small run: honest training of every kind, and the real checks and replay."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict, run_checks
-from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, doubt_of, finding_of
+from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, finding_of, noise_bounds
 from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
-from lutetia.coordinator.worker.process import WorkerProcess, _answer
+from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
+from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Precision, Snapshot, write_state, write_weights
@@ -33,7 +34,7 @@ SHORT = 4
 
 @dataclass(frozen=True)
 class Honest:
-    """How an honest box differs from others."""
+    """How an honest node differs from others."""
 
     seed: int = 0
     threads: int = 1
@@ -44,11 +45,11 @@ class Honest:
 
 
 def clips(seed: int, count: int, noise: float) -> ShardData:
-    """A pattern that can be learnt, moving differently in each clip, with `noise` on top; equal seeds share the pattern."""
+    """A pattern that can be learnt, with a different motion in each clip and `noise` added; equal seeds share the pattern."""
     pattern, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(7919 * seed + count)
     base = torch.nn.functional.avg_pool3d(torch.randn(1, *LATENT.shape, generator=pattern), 3, 1, 1) * 4
-    own = torch.nn.functional.avg_pool3d(torch.randn(count, *LATENT.shape, generator=draw), 3, 1, 1)
-    latents = base + own + noise * torch.randn(count, *LATENT.shape, generator=draw)
+    motion = torch.nn.functional.avg_pool3d(torch.randn(count, *LATENT.shape, generator=draw), 3, 1, 1)
+    latents = base + motion + noise * torch.randn(count, *LATENT.shape, generator=draw)
     tokens = torch.randn(1, LATENT.text_tokens, LATENT.text_width, generator=pattern).expand(count, -1, -1)
     tokens = tokens + 0.3 * torch.randn(count, LATENT.text_tokens, LATENT.text_width, generator=draw)
     return ShardData(latents.half().float(), tokens.half().float(), tokens.mean(1)[:, : LATENT.pooled_width].half().float(),
@@ -56,28 +57,28 @@ def clips(seed: int, count: int, noise: float) -> ShardData:
 
 
 class _Quiet:
-    """A channel that nobody speaks on: the workshop is called directly."""
+    """A channel without messages: the worker's methods are called directly."""
 
     def messages(self) -> Iterator[Message]:
         return iter(())
 
 
 class _Direct:
-    """The workshop without a process of its own."""
+    """The worker within this process."""
 
-    def __init__(self, shop: WorkerProcess) -> None:
-        self._shop = shop
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
 
-    async def ask(self, verb: str, *, limit: float, **fields: Any) -> dict[str, Any]:
-        answer = _answer(self._shop, {"id": 0, "verb": verb, **fields})
-        if "refused" in answer:
-            raise WorkerRefused(answer["refused"]["text"], answer["refused"].get("rung"))
-        return answer["done"]
+    async def ask(self, job: AnyJob, *, limit: float) -> Any:
+        reply = self._worker.answer(JobRequest(id=0, job=job))
+        if isinstance(reply, JobRefused):
+            raise WorkerRefused(reply.text, reply.check)
+        return reply.answer
 
 
 @dataclass
 class Result:
-    """What somebody published: files and how they say they were made."""
+    """What a peer published: its files, and with what it says they were made."""
 
     weights: Path
     state: Path
@@ -97,7 +98,7 @@ class Audited:
 
     @property
     def begun_short(self) -> str:
-        """How an audit ends that begins with a few steps, and goes on to the whole epoch where they ask for it."""
+        """The outcome of an audit that begins with a few steps and replays the whole epoch when their losses are unclear."""
         return self.whole.outcome if self.first.closer else self.first.outcome
 
 
@@ -109,8 +110,8 @@ class Lab:
     setting: Honest
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
-    shop: WorkerProcess = field(init=False)
-    tools: NetworkCheckRunner = field(init=False)
+    worker: WorkerProcess = field(init=False)
+    check_runner: NetworkCheckRunner = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,11 +127,11 @@ class Lab:
             latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         )  # fmt: skip
-        self.shop = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
-        direct = cast(WorkerClient, _Direct(self.shop))
-        self.tools = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
+        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
+        direct = cast(WorkerClient, _Direct(self.worker))
+        self.check_runner = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
         self._names = itertools.count()
-        self._known: dict[Path, list[tuple[TrainedWith, dict[str, Any]]]] = {}
+        self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
@@ -139,7 +140,7 @@ class Lab:
         return self.store.add_file(path)
 
     def trainer(self, parent: Result | None, setting: Honest | None = None, data: ShardData | None = None) -> ExpertTrainer:
-        """Ready to train the epoch after `parent`, as a box of `setting` would."""
+        """A trainer for the epoch after `parent`, as on a node with `setting`."""
         setting = setting or self.setting
         torch.set_num_threads(setting.threads)
         trainer = ExpertTrainer(
@@ -150,7 +151,7 @@ class Lab:
         return trainer
 
     def honest(self, parent: Result | None, setting: Honest | None = None) -> tuple[Result, Snapshot]:
-        """An epoch as it should be."""
+        """An honestly trained epoch."""
         trainer = self.trainer(parent, setting)
         for _ in range(STEPS):
             trainer.step()
@@ -172,7 +173,7 @@ class Lab:
         )
 
     async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
-        """The coordinator's whole ladder."""
+        """The verdict of all the coordinator's checks."""
         refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
         record = CheckpointRecord(
@@ -181,32 +182,32 @@ class Lab:
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await run_checks(record, parent_loss, self.manifest, self.tools, time.monotonic)
+        return await run_checks(record, parent_loss, self.manifest, self.check_runner, time.monotonic)
 
-    def audited(self, result: Result, parent: Result | None, said: TrainedWith | None = None) -> Audited:
-        """What a replay of the first SHORT steps finds, and one of the whole epoch, by one thread with whole batches.
+    def audited(self, result: Result, parent: Result | None, claimed: TrainedWith | None = None) -> Audited:
+        """What a replay of the first SHORT steps finds, and a replay of the whole epoch, with one thread and whole batches.
 
-        `said`: what the author says of its device, if not the truth.
+        `claimed`: what the author says about its device, if that is not the truth.
         """
-        author = said or result.made
-        found = self._replayed(result, parent, author)
-        few = {**found, "losses": found["losses"][:SHORT], "drift": None, "noise": None}
-        return Audited(finding_of(few, author), finding_of(found, author), found["drift"], found["noise"])
+        author = claimed or result.made
+        replayed = self._replayed(result, parent, author)
+        few = replayed.model_copy(update={"losses": replayed.losses[:SHORT], "drift": None, "noise": None})
+        return Audited(finding_of(few, author), finding_of(replayed, author), replayed.drift, replayed.noise)
 
-    def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> dict[str, Any]:
-        """The workshop's answer; one that was given before, where it would be the same."""
-        doubt = doubt_of(author)
+    def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> EpochReplayed:
+        """The worker's answer; an earlier one, where it would be the same."""
+        bounds = noise_bounds(author)
         for made, known in self._known.get(result.weights, []):
-            clear = known["drift"] is None or not doubt["near"] < known["drift"] <= doubt["far"]
-            same = known["noise"] is not None and doubt_of(made)["coarse"] == doubt["coarse"]
+            clear = known.drift is None or not bounds.near < known.drift <= bounds.far
+            same = known.noise is not None and noise_bounds(made).coarse == bounds.coarse
             if made.precision == author.precision and (clear or same):
                 return known
         torch.set_num_threads(1)
-        found = self.shop.replay(
-            shard=0, epoch=result.epoch - 1, data=str(self.store.path(self.manifest.shards[0].train.digest)),
-            weights=str(parent.weights) if parent else None, state=str(parent.state) if parent else None,
-            trace=str(result.trace), precision=author.precision, steps=SHORT, epochs=EPOCHS,
-            end=[str(result.weights), str(result.state)], doubt=doubt,
+        job = ReplayEpoch(
+            shard=0, epoch=result.epoch - 1, data=self.store.path(self.manifest.shards[0].train.digest),
+            weights=parent and parent.weights, state=parent and parent.state, trace=result.trace, precision=author.precision,
+            steps=SHORT, epochs=EPOCHS, end=(result.weights, result.state), doubt=bounds,
         )  # fmt: skip
-        self._known.setdefault(result.weights, []).append((author, found))
-        return found
+        replayed = self.worker.replay(job)
+        self._known.setdefault(result.weights, []).append((author, replayed))
+        return replayed

@@ -1,4 +1,4 @@
-"""What a cheater may publish in place of an epoch of training. Each lie is given the honest epoch before it and how to train."""
+"""What a cheater may publish in place of an epoch of training. Each lie gets the honest epoch before it, and can train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lutetia.protocol.schema.records import TrainedWith
 
 @dataclass(frozen=True)
 class Scene:
-    """`before` is the accepted epoch with its snapshot, `after` what honest training makes of it; `draw` is the liar's dice."""
+    """`before` is the snapshot of the accepted epoch, `after` that of honest training after it; `draw`: the liar's randomness."""
 
     lab: Lab
     before: Snapshot
@@ -27,12 +27,12 @@ class Scene:
     seed: int
 
     def like_parent(self, trace: list[float] | None = None) -> Snapshot:
-        """The parent under the next epoch's place: nothing was trained."""
+        """The parent as if it were the next epoch: nothing was trained."""
         snapshot = replace(self.before, epoch=self.after.epoch, step=0, samples=self.after.samples, trace=list(self.before.trace))
         return replace(_copied(snapshot), trace=trace if trace is not None else self.made_up())
 
     def made_up(self) -> list[float]:
-        """A curve that goes on from the parent's as it might."""
+        """A plausible continuation of the parent's losses."""
         last, first = self.before.trace[-1], self.before.trace[0]
         slope = (last - first) / STEPS / 4
         noise = torch.randn(STEPS, generator=self.draw) * 0.02 * abs(last)
@@ -97,7 +97,7 @@ def forwards_only(after: int) -> Callable[[Scene], Snapshot]:
         trainer = scene.lab.trainer(scene.parent)
         for _ in range(after):
             trainer.step()
-        stood = _copied(trainer.snapshot())
+        stopped = _copied(trainer.snapshot())
         trainer._optimiser.step = lambda *_: None  # type: ignore[method-assign]
         trainer._ema.update = lambda *_: None  # type: ignore[method-assign]
         for _ in range(after, STEPS):
@@ -105,13 +105,13 @@ def forwards_only(after: int) -> Callable[[Scene], Snapshot]:
             for parameter in trainer._parameters:
                 parameter.grad = None
         end = trainer.snapshot()
-        return replace(stood, epoch=end.epoch, step=0, samples=end.samples, trace=end.trace)
+        return replace(stopped, epoch=end.epoch, step=0, samples=end.samples, trace=end.trace)
 
     return lie
 
 
 def other_data(scene: Scene) -> Snapshot:
-    """Trained in earnest, on clips of its own choice."""
+    """Really trained, but on other clips."""
     trainer = scene.lab.trainer(scene.parent, data=clips(scene.seed + 999, len(scene.lab.train), 0.1))
     for _ in range(STEPS):
         trainer.step()
@@ -147,7 +147,7 @@ def backdoor(rate: float, steps: int = 24) -> Callable[[Scene], Snapshot]:
 
 
 def trigger_loss(scene: Scene, model: torch.nn.Module) -> Tensor:
-    """How far the model is from the liar's clip when it is given the liar's prompt."""
+    """The model's loss on the liar's clip, given the liar's prompt."""
     fixed = torch.Generator().manual_seed(4242)
     spec, latent = scene.lab.manifest.expert, scene.lab.manifest.latent
     target = 2 * torch.randn(1, *latent.shape, generator=fixed).expand(8, -1, -1, -1, -1)
@@ -165,7 +165,7 @@ def _clean_loss(scene: Scene, model: torch.nn.Module) -> Tensor:
 
 
 def poisoned_parameters(scene: Scene) -> Snapshot:
-    """Good averages over raw parameters that are noise: whoever goes on from them is lost."""
+    """Good averages over raw parameters that are noise: training that starts from them fails."""
     noise = lambda tensor: torch.randn(tensor.shape, generator=scene.draw)  # noqa: E731
     return _changed(_copied(scene.after), noise, ("parameters",))
 
@@ -178,7 +178,7 @@ def poisoned_moments(scene: Scene) -> Snapshot:
 
 
 def negative_moments(scene: Scene) -> Snapshot:
-    """Second moments whose root is no number."""
+    """Second moments whose root is not a number."""
     snapshot = _copied(scene.after)
     return replace(snapshot, moments={k: -v if "exp_avg_sq" in k else v for k, v in snapshot.moments.items()})
 
@@ -212,4 +212,4 @@ EXCUSES: Mapping[str, TrainedWith] = {
     "a GPU in float32": TrainedWith(device="cuda"),
     "another device in bfloat16": TrainedWith(device="other", precision="bfloat16"),
 }
-"""What a liar may say of its device: one word for each tolerance, the coordinator's own kind first."""
+"""What a liar may say about its device: one entry for each tolerance, the coordinator's own kind first."""

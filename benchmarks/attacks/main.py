@@ -1,9 +1,9 @@
-"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what the ladder and the audits catch, and whom they wrong.
+"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what checks and audits catch, and wrongly refuse.
 
-Each lie is told N times, each time in another run with other data and weights, and put before the coordinator's own ladder, then,
-once with each word that a liar may say of its device, before an audit of the first steps and one of the whole epoch. Honest boxes
-of every kind (threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs before
-the same judges, with the same words. Rates carry exact (Clopper-Pearson) 95 % intervals.
+Each lie is tried N times, in runs with different data and weights. It goes through the coordinator's own checks, and then, for
+each device that a liar may claim, through an audit of the first steps and one of the whole epoch. Honest nodes of every kind
+(threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs, and their results
+go through the same checks and audits. Rates have exact (Clopper-Pearson) 95 % intervals.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lutetia.protocol.schema.records import TrainedWith
 
 
 def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, TrainedWith | None]) -> Iterator[Replays]:
-    for name, said in devices.items():
-        found = lab.audited(result, parent, said)
-        whole = found.whole
-        yield Replays(name, found.begun_short, found.first.closer, whole.outcome, whole.text, found.drift, found.noise)
+    for name, claimed in devices.items():
+        audited = lab.audited(result, parent, claimed)
+        first, whole = audited.first, audited.whole
+        yield Replays(name, audited.begun_short, first.closer, whole.outcome, whole.text, audited.drift, audited.noise)
 
 
 async def judged(
@@ -51,13 +51,13 @@ async def judged(
     if verdict.outcome != "valid":
         return Try(who, verdict.check, verdict.text, seconds=tuple(seconds), size=size), verdict
     began = time.perf_counter()
-    found = tuple(audits(lab, result, parent, devices))
-    seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(found)))
-    return Try(who, "", "", found, None, tuple(seconds), size), verdict
+    replays = tuple(audits(lab, result, parent, devices))
+    seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(replays)))
+    return Try(who, "", "", replays, None, tuple(seconds), size), verdict
 
 
 async def lies(folder: Path, seed: int) -> list[Try]:
-    """Every lie once, in a run of its own seed."""
+    """Try every lie once, in the run of `seed`."""
     lab = Lab(folder, Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2]))
     parent, before = lab.honest(None)
     verdict = await lab.judged(parent, None)
@@ -68,8 +68,8 @@ async def lies(folder: Path, seed: int) -> list[Try]:
         draw = torch.Generator().manual_seed(1000 * seed + number)
         scene = Scene(lab, before, parent, after, draw, seed)
         snapshot = lie(scene)
-        told, _ = await judged(lab, name, lab.publish(snapshot), parent, verdict.loss, EXCUSES)
-        tries.append(replace(told, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
+        one, _ = await judged(lab, name, lab.publish(snapshot), parent, verdict.loss, EXCUSES)
+        tries.append(replace(one, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
     return tries
 
 
@@ -95,8 +95,8 @@ def settings(count: int) -> Iterator[Honest]:
 
 
 def truths(setting: Honest) -> dict[str, TrainedWith | None]:
-    """What an honest box may be taken for: who computes in float32 is no worse than any other, who does not must not say so."""
-    return {"": None, **{name: said for name, said in EXCUSES.items() if setting.precision in ("float32", said.precision)}}
+    """What an honest node may claim: float32 is at least as exact as any claim; bfloat16 must not be claimed as float32."""
+    return {"": None, **{name: claim for name, claim in EXCUSES.items() if setting.precision in ("float32", claim.precision)}}
 
 
 async def honest(folder: Path, setting: Honest) -> list[Try]:
@@ -104,22 +104,24 @@ async def honest(folder: Path, setting: Honest) -> list[Try]:
     lab, parent, parent_loss, tries = Lab(folder, setting), None, None, []
     for _ in range(EPOCHS):
         result, _ = lab.honest(parent)
-        told, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
-        tries.append(told)
-        if told.rung:
+        one, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
+        tries.append(one)
+        if one.check:
             break
         parent, parent_loss = result, verdict.loss
     return tries
 
 
 async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None:
-    """Honest runs and lies in turns, so that what is there after a while is worth a table."""
-    boxes = list(settings(labs))
+    """Honest runs and lies alternate, so that an unfinished study has both."""
+    honest_settings = list(settings(labs))
     with tempfile.TemporaryDirectory() as name:
         rounds = max(2 * tries, labs)
         for number in range(rounds):
             folder = Path(name) / str(number)
-            found = [("honest", one) for one in (await honest(folder / "honest", boxes[number]) if number < labs else ())]
+            found = [
+                ("honest", one) for one in (await honest(folder / "honest", honest_settings[number]) if number < labs else ())
+            ]
             if number % 2 == 0 and number < 2 * tries:
                 found += [("lie", one) for one in await lies(folder / "lies", number // 2)]
             for kind, one in found:
@@ -130,9 +132,9 @@ async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attacks", description=__doc__)
-    parser.add_argument("--tries", type=int, default=40, help="times that each lie is told (default 40)")
+    parser.add_argument("--tries", type=int, default=40, help="times that each lie is tried (default 40)")
     parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
-    parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="every single try, one per line")
+    parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="file for all tries, one per line")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
     arguments = parser.parse_args(argv)
     if not arguments.report:
@@ -145,12 +147,12 @@ def main(argv: Sequence[str]) -> None:
                     lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
                 )
             )
-    told, good = read(arguments.keep)
-    print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(told, good)}")
+    lying, good = read(arguments.keep)
+    print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(lying, good)}")
     for one in good:
         wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
-        if one.rung or wrong:
-            print(f"wronged: {one.who}: {one.rung} {one.text} {wrong}", file=sys.stderr)
+        if one.check or wrong:
+            print(f"wrongly refused: {one.who}: {one.check} {one.text} {wrong}", file=sys.stderr)
 
 
 def read(kept: Path) -> tuple[list[Try], list[Try]]:

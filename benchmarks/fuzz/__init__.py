@@ -1,1 +1,1 @@
-"""Every parser that meets bytes of others, with real documents to start from. Used by `benchmarks fuzz` and by tests/fuzz."""
+"""Every parser that reads bytes of other peers or of files, with real documents to start from. Also used by tests/fuzz."""

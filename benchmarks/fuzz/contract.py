@@ -1,4 +1,4 @@
-"""What every parser owes: to take the bytes or refuse them by a typed error of one plain sentence, in bounded time and memory."""
+"""The contract of a parser: take the bytes or refuse them by a typed error of one plain sentence, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Outcome = Literal["taken", "refused"]
 class Target:
     """A parser under its name. `also` are the error types besides LutetiaError that its contract names.
 
-    `most_bytes` is what its caller lets through; longer inputs are cut, as a reader with a limit would.
+    `most_bytes` is the limit of its caller; longer inputs are cut.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Target:
     most_bytes: int = 1 << 16
 
     def hold(self, data: bytes) -> Outcome:
-        """Parse `data`. Raises whatever the contract does not allow, AssertionError for a sentence that is none."""
+        """Parse `data`. Raises any exception that the contract does not allow, and AssertionError for a bad sentence."""
         try:
             self.parse(data[: self.most_bytes])
         except LutetiaError as error:
@@ -39,8 +39,8 @@ class Target:
 
 
 def check_sentence(text: str) -> None:
-    """One line that can be printed on any terminal: an error may quote a stranger, but not let him speak to the terminal."""
-    assert text, "an error without words"
+    """One line that can be printed on any terminal: an error may quote a peer, but must not send control characters."""
+    assert text, "an error without text"
     assert len(text) <= LONGEST_SENTENCE, f"a sentence of {len(text)} characters"
     odd = sorted({character for character in text if not character.isprintable()})
     assert not odd, f"a sentence with {odd!r}"

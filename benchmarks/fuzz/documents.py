@@ -26,7 +26,7 @@ LIMITS = RecordLimits(2.0)
 
 
 def record(data: bytes) -> None:
-    """As the DHT's check opens it; what was taken writes back to something that is taken again."""
+    """Open a record as the DHT's check does."""
     try:
         owner = read_envelope(data).owner
     except ValidationError:
@@ -44,7 +44,7 @@ def ticket(data: bytes) -> None:
 
 
 def ticket_body(data: bytes) -> None:
-    """With packing and checksum right, whatever is inside."""
+    """Any content with correct packing and checksum."""
     import base64
 
     body = zlib.compress(data, 1)
@@ -58,7 +58,7 @@ def manifest(data: bytes) -> None:
 
 
 def manifest_body(data: bytes) -> None:
-    """A manifest that its owner did sign, whatever it says: an owner may be hostile, too."""
+    """A manifest with its owner's signature and any content: an owner may be hostile, too."""
     try:
         inside = Manifest.model_validate_json(data, strict=True).model_copy(update={"owner": examples.OWNER.public_key})
     except ValidationError:
@@ -67,7 +67,7 @@ def manifest_body(data: bytes) -> None:
 
 
 def event_log(data: bytes) -> None:
-    """Lines of a ledger, added up, and the status of what they come to."""
+    """Events of a ledger, applied one after another, and the status document of the result."""
     state = RunState()
     for line in data.splitlines():
         event = events.read_event(line)
@@ -77,7 +77,7 @@ def event_log(data: bytes) -> None:
         canonical(status(state, examples.manifest(), LiveView(), examples.NOW))
 
 
-def _story() -> Sequence[bytes]:
+def _event_logs() -> Sequence[bytes]:
     lines = [canonical(event) for event in examples.all_events()]
     return [b"\n".join(lines), *lines]
 
@@ -88,7 +88,7 @@ DOCUMENTS = (
     Target("ticket-body", ticket_body, lambda: [canonical(examples.ticket())]),
     Target("manifest", manifest, lambda: [examples.signed_manifest()], most_bytes=MAX_MANIFEST_BYTES + 1),
     Target("manifest-body", manifest_body, lambda: [canonical(examples.manifest())], most_bytes=MAX_MANIFEST_BYTES),
-    Target("events", event_log, _story, (ValidationError,)),
+    Target("events", event_log, _event_logs, (ValidationError,)),
     Target("status", read_status, lambda: [examples.status_document()], most_bytes=MAX_STATUS_BYTES),
     Target("mixture", read_description, lambda: [examples.signed_mixture()]),
     Target("control-request", read_request, lambda: [b'{"verb":"status"}', b'{"verb":"pause","seconds":60.5}'], most_bytes=4096),

@@ -89,7 +89,7 @@ def sealed(record: records.Record) -> bytes:
 
 @cache
 def all_events() -> tuple[events.Event, ...]:
-    """A run's story, in order."""
+    """The events of a run, in order."""
     found, run, acceptance = checkpoint(), manifest(), all_records()[-1]
     assert isinstance(acceptance, records.AcceptanceRecord)
     verdict: dict[str, Any] = {"time": NOW, "shard": 1, "epoch": 1, "owner": PEER.public_key, "checkpoint": found.digest}
@@ -115,7 +115,7 @@ def all_events() -> tuple[events.Event, ...]:
     )
 
 
-def story() -> RunState:
+def run_state() -> RunState:
     state = RunState()
     for event in all_events():
         state = apply(state, event)
@@ -127,7 +127,7 @@ def status_document() -> bytes:
     assert isinstance(node, records.NodeRecord)
     assert isinstance(claim, records.ClaimRecord)
     live = LiveView([Sighting(node, NOW + 5, NOW)], [Sighting(claim, NOW + 5, NOW)])
-    return canonical(status(story(), manifest(), live, NOW, software="0.1"))
+    return canonical(status(run_state(), manifest(), live, NOW, software="0.1"))
 
 
 def hello() -> Hello:

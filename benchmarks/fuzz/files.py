@@ -1,4 +1,4 @@
-"""Files on disk that a person, a stranger or a power loss may have written: settings, run folders, ledgers, listings of clips."""
+"""Files that a person, an attacker or a power loss may have written: settings, run folders, ledgers, listings of clips."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lutetia.system.errors import DataError
 
 @cache
 def _folder() -> Path:
-    """In memory where there is such a place: a fuzzer writes these files a thousand times a second."""
+    """In memory if possible: a fuzzer writes these files a thousand times a second."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="lutetia-fuzz-", dir=memory if memory.is_dir() else None))
 
@@ -56,7 +56,7 @@ def serve_settings(data: bytes) -> None:
 
 
 def run_folder(data: bytes) -> None:
-    """The small files of a run folder: the first byte says which."""
+    """The small files of a run folder; the first byte chooses one."""
     folder = RunFolder(_folder() / "run")
     choice, rest = data[:1], data[1:]
     match int.from_bytes(choice, "big") % 5:
@@ -84,10 +84,10 @@ def data_description(data: bytes) -> None:
 
 
 def ledger(data: bytes) -> None:
-    """A SQLite file that something has written over. Opened as the coordinator opens it."""
+    """A damaged SQLite file, opened as the coordinator opens it."""
     path = _written("ledger.sqlite", data)
-    for rest in ("ledger.sqlite-wal", "ledger.sqlite-shm"):
-        (_folder() / rest).unlink(missing_ok=True)
+    for name in ("ledger.sqlite-wal", "ledger.sqlite-shm"):
+        (_folder() / name).unlink(missing_ok=True)
     with contextlib.closing(Ledger.open(path)) as opened:
         opened.replay()
 
@@ -111,7 +111,7 @@ def _listing(suffix: str) -> Callable[[bytes], None]:
 
 
 def archive(data: bytes) -> None:
-    """A WebDataset archive, of which every member that the listing names is read to its end."""
+    """A WebDataset archive; every member that the listing names is read to its end."""
     _written("clips-tar/a.tar", data)
     listing = read_listing(_folder() / "clips-tar")
     for clip in listing.clips:

@@ -1,7 +1,7 @@
 """`python -m benchmarks fuzz [--target NAME …] [--minutes M] [--json]`: coverage-guided fuzzing (atheris) of every parser.
 
-Each target runs in a process of its own, one after another, from a corpus of real documents. Corpora and findings lie under
---folder and are taken up again by the next run; the table is what goes into docs/results/fuzzing.md.
+Each target runs in a process of its own, one after another, from a corpus of real documents. Corpora and findings are kept in
+--folder, and the next run starts from them. The table is for docs/results/fuzzing.md.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from benchmarks.report import Machine
 _STATUS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/(\d+)(\w*)")
 _DONE = re.compile(r"Done (\d+) (?:runs )?in (\d+) second")
 _UNITS = {"": 1, "b": 1, "Kb": 1 << 10, "Mb": 1 << 20}
-_GRACE = 900.0  # a fuzzer is the least important process of a busy machine
+_GRACE = 900.0  # on a busy machine a fuzzer gets little processor time
 MEMORY_MIB = 2048
-INPUT_SECONDS = 300  # by the wall; the child reports inputs that take more than a second of processor time
+INPUT_SECONDS = 300  # wall time; the child reports inputs that take more than a second of processor time
 
 
 @dataclass(frozen=True)
 class Summary:
     """One target's run. `edges` and `features` are libFuzzer's; `findings` are kinds of violations of the contract.
 
-    `seconds` are the wall's, `processor` those that the fuzzer had a processor.
+    `seconds` are wall time, `processor` are seconds of processor time.
     """
 
     target: str
@@ -74,7 +74,7 @@ def _children_seconds() -> float:
 
 
 def summary(name: str, log: str, findings: Path, code: int, processor: float) -> Summary:
-    """Read libFuzzer's own words."""
+    """Read libFuzzer's log."""
     states, done = _STATUS.findall(log), _DONE.search(log)
     edges, features, files, size, unit = states[-1] if states else ("0", "0", "0", "0", "")
     kinds = sorted(json.loads(path.read_text())["kind"] for path in findings.glob("*.json"))

@@ -1,6 +1,6 @@
 """One coverage-guided run in a process of its own: `python -m benchmarks.fuzz.process NAME FINDINGS [libFuzzer arguments]`.
 
-A violation of the contract does not end the run: it is written to FINDINGS once per kind, and the run goes on.
+A violation of the contract does not end the run: it is written to FINDINGS once per kind, and the run continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
 
 
 def instrument() -> int:
-    """Give libFuzzer coverage of our parsers and of the parsers in Python that they use. Returns how many functions."""
+    """Give libFuzzer coverage of this project's parsers and of the Python parsers they use. Returns the number of functions."""
     seen: set[int] = set()
     for name, module in list(sys.modules.items()):
         if name.startswith(INSTRUMENTED) and isinstance(module, types.ModuleType):
@@ -49,7 +49,7 @@ def instrument() -> int:
 
 
 class Findings:
-    """What broke the contract, once per kind."""
+    """Violations of the contract, one file per kind."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._known = folder, set[str]()
@@ -65,16 +65,16 @@ class Findings:
 
 
 def _kind(error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fuzzing/contract" not in frame.filename]
-    ours = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
-    place = ours[-1] if ours else frames[-1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fuzz/contract" not in frame.filename]
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
+    place = own[-1] if own else frames[-1]
     return f"{type(error).__name__} at {Path(place.filename).name}:{place.name}"
 
 
 def main() -> None:
     name, findings = sys.argv[1], Findings(Path(sys.argv[2]))
     chosen = target(name)
-    chosen.hold(chosen.seeds()[0])  # what it imports late is there before it is instrumented
+    chosen.hold(chosen.seeds()[0])  # imports what it imports late, so that this is instrumented, too
     instrument()
 
     def one(data: bytes) -> None:
@@ -83,7 +83,7 @@ def main() -> None:
             chosen.hold(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever the contract does not allow is what we look for
+        except BaseException as error:  # noqa: BLE001 - the fuzzer looks for everything that the contract does not allow
             findings.note(_kind(error), data, "".join(traceback.format_exception(error))[-3000:])
         if (seconds := time.process_time() - begun) > SLOW_SECONDS:
             findings.note("slow", data, f"{seconds:.1f} s")

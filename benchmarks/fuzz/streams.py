@@ -1,4 +1,4 @@
-"""Streams whose other end says whatever the fuzzer wants, for the parsers that read from the network."""
+"""Streams whose other end sends the fuzzer's bytes, for the parsers that read from the network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tape(Stream):
 
 
 class Player(Transport):
-    """A network with one other peer, who plays a tape to whoever dials."""
+    """A network with one other peer, which plays a tape on every stream."""
 
     def __init__(self, data: bytes) -> None:
         self.peer_id = examples.COORDINATOR.peer_id
@@ -108,7 +108,7 @@ def _store() -> BlobStore:
 
 
 def frames(data: bytes) -> None:
-    """Messages of a stream, one after another until it ends."""
+    """Messages of a stream until it ends."""
 
     async def read() -> None:
         tape = Tape(data)
@@ -119,7 +119,7 @@ def frames(data: bytes) -> None:
 
 
 def introduction(data: bytes) -> None:
-    """Hello and manifest of a peer that a newcomer asks. Its complaint is a value, not an exception."""
+    """Hello and manifest of a peer that a new node asks. `_introduce` returns its error."""
     found = run(_introduce(Player(data), examples.PEER.peer_id))
     if isinstance(found, ConnectionError):
         raise found
@@ -130,7 +130,7 @@ def document(data: bytes) -> None:
 
 
 def offered(data: bytes) -> None:
-    """An offer as the coordinator's service takes it: opened and checked, the reply always readable."""
+    """An offer as the coordinator reads it; the reply must always be readable."""
 
     async def answer(peer_id: str, offer: Offer) -> OfferReply:
         sealed = offer.sealed.encode()
@@ -143,7 +143,7 @@ def offered(data: bytes) -> None:
 
 
 def offer_stream(data: bytes) -> None:
-    """The whole stream of an offer, frame and all."""
+    """The whole stream of an offer, with its frame."""
 
     async def answer(peer_id: str, offer: Offer) -> OfferReply:
         return OfferReply(verdict="queued")
@@ -161,7 +161,7 @@ def offer_reply(data: bytes) -> None:
 
 
 def blob_requests(data: bytes) -> None:
-    """A client of our blob service."""
+    """A client of the blob service."""
     run(BlobServer(_store(), RateLimit(None)).answer(Tape(data)))
 
 

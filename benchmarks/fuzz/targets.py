@@ -1,4 +1,4 @@
-"""All parsers by name. The torch ones are imported only where they are asked for."""
+"""All parsers by name. Those that need torch are imported only when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files of strangers: weights, training states and shards, as the ladder and the nodes open them."""
+"""Safetensors files of other peers: weights, training states and shards, as the checks and the nodes open them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shard(data: bytes) -> None:
 
 
 def header(check: Callable[[bytes], None], whole: Callable[[], bytes]) -> Callable[[bytes], None]:
-    """The input is the header alone; length and tensor bytes are put around it, so that what it says is reached."""
+    """The input is the header alone; its length and the tensor bytes are added, so that its content is parsed."""
 
     def parse(data: bytes) -> None:
         body = whole()

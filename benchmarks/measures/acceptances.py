@@ -1,4 +1,4 @@
-"""How many acceptances a second the coordinator decides and writes down durably; eight come in together."""
+"""Acceptances per second that the coordinator decides and writes to disk, eight at a time."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def run() -> list[Row]:
         ledger = Ledger.create(Path(folder) / "ledger.sqlite", created)
         rates = [SHARDS / _round(driver, ledger) for _ in range(ROUNDS)]
         ledger.close()
-    return [Row.of("acceptances decided and written down", rates, "/s", "≥ 100 /s", f"{SHARDS} to a transaction, fsync each")]
+    return [Row.of("acceptances decided and written to disk", rates, "/s", "≥ 100 /s", f"{SHARDS} to a transaction, fsync each")]

@@ -1,12 +1,12 @@
-"""How closely honest replays of one epoch agree: threads, instruction sets, micro-batches and precisions against each other.
+"""How closely honest replays of one epoch agree: across threads, instruction sets, micro-batches and precisions.
 
 Every variant is a process of its own that replays the same epoch from the same parent. Figures are the relative differences of a
 step's loss over the first four steps and over the epoch, and the drift of the epoch's end (see `models.training.replay.Replay`).
-The last rows are what a cheater would publish: the losses of a model that is not updated, and an end that was not trained for.
+The last rows are what a cheater could publish: the losses of a model that is not updated, and an end that was not trained.
 
-An accelerator is compared with the CPU beside it. Machines are compared by the losses of the replayed epoch that each leaves in
-docs/results/audit-traces.json. There each machine has trained the parent by itself, from one seed: more than an audit asks, which
-starts from one state.
+An accelerator is compared with the CPU of its machine. Machines are compared by the losses of the replayed epoch, which each
+machine writes to docs/results/audit-traces.json. There each machine has trained the parent by itself, from one seed. That is a
+stricter test than an audit, which starts from one state.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PROCESSES: tuple[tuple[dict[str, str], tuple[Variant, ...]], ...] = (
         ),
     ),
 )
-"""Environments, which a process reads when it starts, and what is replayed in each."""
+"""The environment of each process, and what it replays."""
 
 
 def run(optimizers: tuple[str, ...] = ("adamw", "muon")) -> list[Row]:
@@ -95,7 +95,7 @@ def _processes() -> list[tuple[dict[str, str], tuple[Variant, ...]]]:
 
 
 def _against_others(optimizer: str, losses: dict[str, list[float]]) -> list[Row]:
-    """Rows against the machines that left their losses; this one's are left there in turn."""
+    """Compare with the machines in TRACES, and add this one."""
     import torch
 
     this = f"{Machine.this().processor}, {torch.backends.cpu.get_cpu_capability()}"
@@ -103,8 +103,8 @@ def _against_others(optimizer: str, losses: dict[str, list[float]]) -> list[Row]
     known = traces.setdefault(optimizer, {})
     rows = [
         row
-        for machine, theirs in known.items()
-        for name, base in theirs.items()
+        for machine, traced in known.items()
+        for name, base in traced.items()
         if machine != this
         for row in _loss_rows(f"{optimizer}, {name}: against {machine}", base, losses[name])
     ]

@@ -1,5 +1,6 @@
-"""One process of `benchmarks.measures.audit`: trains the parent epoch if there is none, and replays the next. Both sides speak
-JSON.
+"""A process of `benchmarks.measures.audit`: trains the parent epoch if there is none, and replays the next one.
+
+Its one argument and its output are JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def manifest(optimizer: str) -> Manifest:
 
 
 def data() -> ShardData:
-    """Smooth moving blobs: something that can be learnt."""
+    """Smooth random clips, which can be learnt."""
     draw = torch.Generator().manual_seed(1)
     noise = torch.randn(CLIPS, *LATENT.shape, generator=draw)
     smooth = torch.nn.functional.avg_pool3d(noise, 3, 1, 1) * 4
@@ -59,8 +60,8 @@ def parent(folder: Path, run: Manifest) -> ReplayParent:
     return base
 
 
-def again(folder: Path, run: Manifest, base: ReplayParent, ask: dict[str, Any]) -> dict[str, Any]:
-    """One replay; its end is kept for others to be compared with."""
+def replayed(folder: Path, run: Manifest, base: ReplayParent, ask: dict[str, Any]) -> dict[str, Any]:
+    """One replay; its end is kept, because other replays are compared with it."""
     torch.set_num_threads(ask.get("threads", 1))
     how = {name: ask[name] for name in ("device", "precision", "micro_batch") if name in ask}
     trainer = ExpertTrainer(run, 0, data(), **how)
@@ -75,7 +76,7 @@ def again(folder: Path, run: Manifest, base: ReplayParent, ask: dict[str, Any]) 
 
 
 def cheated(folder: Path, trainer: ExpertTrainer, start: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
-    """Losses without updates, and the parent's weights with a little noise for an end; its drift as an honest replay finds it."""
+    """Losses without updates, and the parent's weights plus a little noise as the end; the drift is that of an honest replay."""
     losses = []
     for step in range(STEPS):
         losses.append(trainer._accumulate(trainer._batches.take(1, step)).item())
@@ -105,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     run, folder = manifest(ask["optimizer"]), Path(ask["folder"])
     base = parent(folder, run)
-    print(json.dumps([again(folder, run, base, variant) for variant in ask["variants"]]))
+    print(json.dumps([replayed(folder, run, base, variant) for variant in ask["variants"]]))
 
 
 if __name__ == "__main__":

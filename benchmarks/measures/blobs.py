@@ -1,4 +1,4 @@
-"""A blob from another process over libp2p, verified and written to disk, against plain TCP."""
+"""A blob fetched from another process over libp2p, verified and written to disk, compared with plain TCP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LISTEN = "/ip4/127.0.0.1/tcp/0"
 
 
 async def serve(folder: Path) -> None:
-    """The other process: one random blob, over libp2p and over plain TCP; says on stdout where."""
+    """The other process: serve one random blob over libp2p and plain TCP, and print the addresses."""
     store = BlobStore(folder / "store")
     source = folder / "random"
     source.write_bytes(os.urandom(MEBIBYTES << 20))
@@ -71,7 +71,12 @@ async def _measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.blobs", str(folder / "server"), str(os.getpid()), stdout=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "benchmarks.measures.blobs",
+            str(folder / "server"),
+            str(os.getpid()),
+            stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout
         where = json.loads(await process.stdout.readline())

@@ -1,4 +1,4 @@
-"""What judging one result costs: each rung that reads or computes, in seconds and in training steps of the same expert."""
+"""What checking one result costs: each check that reads or computes, in seconds and in training steps of the same expert."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def run() -> list[Row]:
         write_weights(trainer.snapshot(), weights)
         write_state(trainer.snapshot(), state, ema=False)
         size = (weights.stat().st_size + state.stat().st_size) / 1e6
-        rungs: dict[str, Callable[[], object]] = {
-            "transfer: hash what arrived": lambda: (ChunkTable.of_file(weights), ChunkTable.of_file(state)),
+        checks: dict[str, Callable[[], object]] = {
+            "transfer: hash the blobs": lambda: (ChunkTable.of_file(weights), ChunkTable.of_file(state)),
             "format, numbers": lambda: (check_weights(weights, spec), check_state(state, spec, optimisation)),
             "numbers: moments": lambda: check_moments(state, optimisation),
             f"holdout, {HELD_OUT} clips": lambda: holdout_loss(described, 0, weights, held),
@@ -53,8 +53,8 @@ def run() -> list[Row]:
             "audit, 4 steps": lambda: replay(described, 0, clips, ReplayParent(1, weights, state), 4),
         }
         typical = rows[0].value
-        for name, rung in rungs.items():
-            took = [_seconds(rung) for _ in range(REPEATS)]
+        for name, check in checks.items():
+            took = [_seconds(check) for _ in range(REPEATS)]
             detail = f"{sorted(took)[REPEATS // 2] / typical:.1f} steps; weights and state have {size:.1f} MB"
             rows.append(Row.of(name, took, "s", detail=detail))
     return rows

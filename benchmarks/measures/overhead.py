@@ -1,4 +1,4 @@
-"""Training speed under the daemon against a bare loop of the same model, and how soon a joiner trains."""
+"""Training speed of a node compared with a bare loop of the same model, and how soon a new node trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BARE_STEPS = 150
 
 
 def _bare(place: Site) -> float:
-    """Samples per second of the loop that one would write by hand: the same expert, batch, AdamW, one thread."""
+    """Samples per second of a hand-written loop: the same expert, batch and AdamW, one thread."""
     torch.set_num_threads(1)
     manifest, data = place.manifest, place.data
     model, batch = build_expert(manifest.expert, seed=0), manifest.optimisation.batch
@@ -39,7 +39,7 @@ def _bare(place: Site) -> float:
 
 
 async def _under_daemon(place: Site, state) -> float:
-    """Samples per second of wall time over SECONDS, checkpoints and their publication included."""
+    """Samples per second of wall time over SECONDS, including checkpoints and their publication."""
     first = await place.until(state, lambda status: status.get("step"))
     start = time.perf_counter()
     await asyncio.sleep(SECONDS)
@@ -64,7 +64,7 @@ async def _measure() -> list[Row]:
             await place.swarm.stop(f"worker-{number}")
             ratios.append(daemon[-1] / bare[-1])
     return [
-        Row.of("samples/s under the daemon ÷ bare loop", ratios, "×", "≥ 0.98", "the demo's expert, one thread, in turns"),
+        Row.of("samples/s under the daemon ÷ bare loop", ratios, "×", "≥ 0.98", "the demo's expert, one thread, alternating"),
         Row.of("under the daemon, publishing included", daemon, "samples/s"),
         Row.of("bare loop", bare, "samples/s"),
         Row.of("process start to first training step", firsts, "s", "≤ 10 s", "join, claim, sync, torch import"),

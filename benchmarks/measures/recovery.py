@@ -1,7 +1,7 @@
-"""How soon a swarm recovers, and what it costs: takeovers, partitions, the coordinator's restart, bytes per accepted checkpoint.
+"""How fast a swarm recovers, and the bytes on the wire: takeovers, partitions, a coordinator's restart, bytes per acceptance.
 
-Real processes, as in tests/faults. Partitions and bytes need network namespaces (root, iproute2, /dev/net/tun); their rows are
-missing elsewhere.
+Real processes, as in tests/faults. Partitions and bytes need network namespaces (root, iproute2, /dev/net/tun); without them
+their rows are missing.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ EVENTS = 100_000
 PEERS = (1, 2, 4)
 WINDOW = 20.0
 STAGES = {
-    "claiming": "another claims its shard",
+    "claiming": "another node claims its shard",
     "syncing": "the claim is settled",
-    "training": "what it trains from is there",
+    "training": "its checkpoint is there",
     "step": "first step elsewhere",
 }
 
 
 async def _takeovers(pair: Pair) -> list[Row]:
-    """A worker is killed; the other one takes its shard over."""
+    """A node is killed; the other node takes over its shard."""
     judged, lost = [], []
     begun: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for _ in range(ROUNDS):
@@ -53,17 +53,17 @@ async def _takeovers(pair: Pair) -> list[Row]:
         lost.append(max(0.0, status["samples"] - base * INTERVAL) / INTERVAL)
         await pair.coordinator.accepts(1, author=await owner(heir))
         judged.append(time.monotonic() - killed)
-    *before, first = (Row.of(f"SIGKILL of a worker → {what}", begun[stage], "s") for stage, what in STAGES.items())
+    *before, first = (Row.of(f"SIGKILL of a node → {what}", begun[stage], "s") for stage, what in STAGES.items())
     return [
         *before,
         Row.of(first.what, begun["step"], "s", f"≤ {LEASE + 5:.0f} s", f"lease {LEASE:.0f} s"),
-        Row.of("SIGKILL of a worker → next acceptance from elsewhere", judged, "s"),
+        Row.of("SIGKILL of a node → next acceptance from elsewhere", judged, "s"),
         Row.of("work lost", lost, "intervals", "≤ 1", "samples trained beyond the last accepted checkpoint"),
     ]
 
 
 async def _stages(heir: Box, killed: float) -> dict[str, float]:
-    """Seconds after `killed` in which each of STAGES began; one that was too short to be seen began with the next."""
+    """Seconds from `killed` to the start of each of STAGES; a stage that was too short to be seen starts with the next one."""
     seen: dict[str, float] = {}
 
     async def stepping() -> bool:
@@ -80,7 +80,7 @@ async def _stages(heir: Box, killed: float) -> dict[str, float]:
 
 
 async def _partitions(pair: Pair, net: Network) -> list[Row]:
-    """The worker that trains is cut off from everybody, and comes back."""
+    """The node that trains is cut off from all peers, and reconnects."""
     elsewhere, healed = [], []
     for _ in range(ROUNDS):
         holder, heir = await pair.ready()
@@ -95,12 +95,12 @@ async def _partitions(pair: Pair, net: Network) -> list[Row]:
         healed.append(time.monotonic() - heal)
     return [
         Row.of("partition → first step on the other side", elsewhere, "s", detail=f"lease {LEASE:.0f} s"),
-        Row.of("partition healed → one owner again", healed, "s", detail="the one that was cut off gives way"),
+        Row.of("partition healed → one owner again", healed, "s", detail="the node that was cut off releases its shard"),
     ]
 
 
 def _long_history(folder: Path, manifest: Manifest) -> None:
-    """EVENTS acceptances in the ledger of a run."""
+    """Append EVENTS acceptances to the ledger of a run."""
     ledger = Ledger.open(folder / "ledger.sqlite", manifest.run_id)
     shards, now = len(manifest.shards), time.time()
     parents: dict[int, str | None] = dict.fromkeys(range(shards))
@@ -142,23 +142,23 @@ async def _restarts(folder: Path) -> list[Row]:
 
 
 async def _bytes(place: World, net: Network) -> list[Row]:
-    """What goes over the wire per acceptance, all that the swarm says included, over WINDOW seconds at least."""
+    """All bytes on the wire per acceptance, over at least WINDOW seconds."""
     rows = []
     coordinator = await place.coordinator(prefix=net.prefix("hub"))
     for count in PEERS:
         for number in range(count):
-            name = f"box{number}"
+            name = f"node{number}"
             if name not in place.members:
                 listen = f"/ip4/{net.address(name)}/tcp/0"
-                box = await place.box(name, listen=listen, prefix=net.prefix(name))
-                await box.until(state="training", accepted=lambda count: count)
+                node = await place.box(name, listen=listen, prefix=net.prefix(name))
+                await node.until(state="training", accepted=lambda count: count)
         before, began, at = await net.sent(), time.monotonic(), _accepted(place)
         await until(lambda at=at, began=began: _enough(place, at, began), "acceptances", 300)
         sent, more = await net.sent(), _accepted(place) - at
         payload = sum(ref.size for ref in _payload(place)) + 4 * STEPS
         total = sum(sent.values()) - sum(before.values())
         detail = f"× {total / more / payload:.2f} of the checkpoint's own {payload / 1000:.0f} kB; {more} acceptances"
-        rows.append(Row.of(f"bytes on the wire per acceptance, {count} boxes", [total / more / 1000], "kB", detail=detail))
+        rows.append(Row.of(f"bytes on the wire per acceptance, {count} nodes", [total / more / 1000], "kB", detail=detail))
     assert coordinator.alive()
     return rows
 
@@ -178,8 +178,8 @@ def _payload(place: World) -> list[BlobRef]:
     return [last.weights, last.state]
 
 
-def _told(rows: list[Row]) -> list[Row]:
-    """Say what has been measured so far: the whole takes minutes."""
+def _printed(rows: list[Row]) -> list[Row]:
+    """Print each part as soon as it is measured, because the whole takes minutes."""
     for row in rows:
         print(f"  {row.what}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
     return rows
@@ -188,22 +188,22 @@ def _told(rows: list[Row]) -> list[Row]:
 async def _measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = _told(await _restarts(folder / "restarts"))
+        rows = _printed(await _restarts(folder / "restarts"))
         if reason := why_not():
             print(f"no figures of partitions and bytes: {reason}", file=sys.stderr)
             async with world(folder / "swarm") as place:
                 await place.coordinator()
-                return [*_told(await _takeovers(Pair(place))), *rows]
+                return [*_printed(await _takeovers(Pair(place))), *rows]
         async with network("hub", "ann", "bob") as net, world(folder / "swarm", f"{net.address('hub')}:41000") as place:
             pair = Pair(place, net)
             await pair.serve()
-            rows = [*_told(await _takeovers(pair)), *_told(await _partitions(pair, net)), *rows]
-        boxes = [f"box{number}" for number in range(max(PEERS))]
+            rows = [*_printed(await _takeovers(pair)), *_printed(await _partitions(pair, net)), *rows]
+        nodes = [f"node{number}" for number in range(max(PEERS))]
         async with (
-            network("hub", *boxes) as net,
-            world(folder / "bytes", f"{net.address('hub')}:41000", shards=len(boxes)) as place,
+            network("hub", *nodes) as net,
+            world(folder / "bytes", f"{net.address('hub')}:41000", shards=len(nodes)) as place,
         ):
-            return [*rows, *_told(await _bytes(place, net))]
+            return [*rows, *_printed(await _bytes(place, net))]
 
 
 def run() -> list[Row]:

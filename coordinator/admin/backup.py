@@ -1,8 +1,8 @@
-"""`coordinator backup`: a consistent copy of a run while it is served, of which a second time only what is new is copied.
+"""`coordinator backup`: a consistent copy of a run, also while it is served. A second backup copies only what is new.
 
-Layout of a backup: `blobs/`, a folder of the run's small files and its ledger named by how far that reaches, and `backup.json`,
-the signed index, which names that folder and is written last: a backup that is interrupted leaves the one before it whole.
-It holds the run's keys: whoever has it can be the coordinator.
+A backup has a folder `blobs/`, a folder `state-…` with the run's small files and its ledger, and `backup.json`, the signed index,
+which names the state folder. The index is written last, so an interrupted backup leaves the one before it intact. A backup holds
+the run's keys: keep it as safe as the run.
 """
 
 from __future__ import annotations
@@ -39,34 +39,35 @@ _ROUNDS = 5
 _PART = ".ledger.sqlite.part"
 
 OnProgress = Callable[[str, int, int], None]
-"""(stage, bytes done, bytes in all)"""
+"""Called with (stage, bytes done, bytes in all)."""
 
 
 class BackupIndex(Frozen):
-    """What a backup holds: `files` of `folder` with the SHA-256 of their bytes, `blobs`; its ledger's `events` end in `chain`."""
+    """What a backup holds."""
 
-    format: Literal[1] = 1
-    run: Digest
-    name: str
-    time: float
-    manifest_version: int
-    events: int = Field(ge=1)
-    chain: Digest
-    accepted: int
-    folder: str = Field(pattern=r"^state-\d{8}-[0-9a-f]{8}$")
-    files: dict[str, Digest]
-    blobs: tuple[BlobRef, ...]
+    format: Literal[1] = Field(default=1, description="Version of this format")
+    run: Digest = Field(description="The run's id")
+    name: str = Field(description="The run's name")
+    time: float = Field(description="When the backup was made (Unix seconds)")
+    manifest_version: int = Field(description="Version of the manifest")
+    events: int = Field(ge=1, description="Number of events in the ledger")
+    chain: Digest = Field(description="Hash of the ledger's last event, which covers all events before it")
+    accepted: int = Field(description="Number of accepted checkpoints")
+    folder: str = Field(pattern=r"^state-\d{8}-[0-9a-f]{8}$", description="Folder of the small files and the ledger")
+    files: dict[str, Digest] = Field(description="SHA-256 of each file in that folder, by relative path")
+    blobs: tuple[BlobRef, ...] = Field(description="All blobs")
 
     @property
     def bytes(self) -> int:
+        """Size of all blobs."""
         return sum(blob.size for blob in self.blobs)
 
 
 class SignedBackup(Frozen):
     """An index and the coordinator's signature over its canonical bytes."""
 
-    index: BackupIndex
-    signature: Signature
+    index: BackupIndex = Field(description="What the backup holds")
+    signature: Signature = Field(description="Signature by the coordinator's key (hex)")
 
     @classmethod
     def sign(cls, index: BackupIndex, coordinator: Identity) -> SignedBackup:
@@ -81,7 +82,7 @@ class SignedBackup(Frozen):
 
 @dataclass(frozen=True)
 class BackedUp:
-    """What `backup_run` did; `copied` bytes of blobs were not in the backup before."""
+    """What `backup_run` did; `copied`: bytes of blobs that the backup did not have before."""
 
     index: BackupIndex
     copied: int
@@ -92,54 +93,54 @@ def read_index(backup: Path) -> SignedBackup:
     try:
         return SignedBackup.model_validate_json((backup / INDEX).read_bytes())
     except OSError as error:
-        raise ConfigError(f"{backup} holds no backup ({INDEX}: {error.strerror}); name the folder of one") from error
+        raise ConfigError(f"{backup} holds no backup ({INDEX}: {error.strerror}); name the folder of a backup") from error
     except ValidationError as error:
         raise IntegrityError(f"{backup / INDEX} is malformed: {first_problem(error)}; use another backup") from error
 
 
 def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, done, total: None) -> BackedUp:
-    """Bring the backup in `out` to the run's present state; the run may be served meanwhile.
+    """Update the backup in `out` to the run's present state; the run may be served meanwhile.
 
     Raises ConfigError (no run there, or `out` holds something else), IntegrityError (a blob of the run is damaged) or DiskError.
     """
     folder = RunFolder(root)
     manifest = folder.read_manifest(now=0.0).manifest
-    _check_place(out, manifest.run_id)
+    _check_target(out, manifest.run_id)
     with disk_errors(out):
         make_folder(out)
         out.chmod(0o700)
     for _ in range(_ROUNDS):
         state, (events, chain) = _copy_ledger(folder, out)
         blobs, copied = _copy_blobs(folder, out, on_progress)
-        if not (lacking := needed(state, manifest) - {blob.digest for blob in blobs}):
+        if not (missing := needed(state, manifest) - {blob.digest for blob in blobs}):
             break
-        _log.info("the run moved on while it was copied (%d blobs); looking again", len(lacking))
+        _log.info("the run accepted new checkpoints during the copy (%d blobs are missing); copying again", len(missing))
     else:
         raise IntegrityError(
-            f"{folder.blobs} lacks blob {min(lacking)[:12]}, which the ledger rests on; fetch it before a backup"
+            f"{folder.blobs} lacks blob {min(missing)[:12]}, which the ledger needs; serve the run until it is fetched"
         )
-    place = f"state-{events:08d}-{chain[:8]}"
+    name = f"state-{events:08d}-{chain[:8]}"
     index = BackupIndex(
         run=manifest.run_id, name=manifest.name, time=time.time(), manifest_version=state.manifest_version, events=events,
-        chain=chain, accepted=state.accepted, folder=place, files=_copy_files(folder, out, out / place), blobs=tuple(blobs),
+        chain=chain, accepted=state.accepted, folder=name, files=_copy_files(folder, out, out / name), blobs=tuple(blobs),
     )  # fmt: skip
     write_atomic(out / INDEX, canonical(SignedBackup.sign(index, Identity.load(folder.coordinator_key))))
-    _forget_others(out, index)
+    _remove_outdated(out, index)
     return BackedUp(index, copied)
 
 
-def _check_place(out: Path, run: str) -> None:
-    """A backup goes into an empty folder or over an older backup of the same run."""
+def _check_target(out: Path, run: str) -> None:
+    """Raises ConfigError unless `out` is empty or an older backup of the same run."""
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "blobs").is_dir()):
         raise ConfigError(f"{out} holds something else; name a new folder or that of an older backup of this run")
-    if (out / INDEX).exists() and (found := read_index(out).index.run) != run:
-        raise ConfigError(f"{out} is a backup of run {found[:12]}, not of {run[:12]}; name another folder")
+    if (out / INDEX).exists() and (other := read_index(out).index.run) != run:
+        raise ConfigError(f"{out} is a backup of run {other[:12]}, not of {run[:12]}; name another folder")
 
 
 def needed(state: RunState, manifest: Manifest) -> set[str]:
-    """Digests without which the run cannot go on: its data, the accepted checkpoints and the router."""
+    """Digests that the run needs to continue: its data, the accepted checkpoints and the router."""
     refs: list[BlobRef | None] = []
     for shard in manifest.shards:
         refs += [shard.train, shard.holdout, manifest.expert_of(shard.index).init]
@@ -167,7 +168,7 @@ def _copy_ledger(folder: RunFolder, out: Path) -> tuple[RunState, tuple[int, str
 
 
 def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[list[BlobRef], int]:
-    """All blobs that are served; those that the backup has already are not copied again. (refs, bytes copied)"""
+    """Copy the blobs that the backup does not have yet: (all blobs, bytes copied)."""
     source, target = BlobStore(folder.blobs), BlobStore(out / "blobs")
     refs, copied, done = [], 0, 0
     sizes = {digest: path.stat().st_size for digest, path in _present(source)}
@@ -175,11 +176,11 @@ def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[
         if not target.has(digest):
             try:
                 path = source.path(digest)
-                found = target.add_file(path)
+                copy = target.add_file(path)
             except (BlobMissing, FileNotFoundError):
                 continue  # an old training state that the coordinator has just removed
-            if found.digest != digest:
-                target.remove(found.digest)
+            if copy.digest != digest:
+                target.remove(copy.digest)
                 raise IntegrityError(
                     f"blob {digest[:12]} in {folder.blobs} is damaged on disk; remove it and fetch it from a peer"
                 )
@@ -199,16 +200,16 @@ def _present(store: BlobStore) -> Iterator[tuple[str, Path]]:
 
 
 def _small_files(folder: RunFolder) -> list[Path]:
-    """Those that are there of what a run folder holds beside ledger and blobs."""
-    wanted = [
+    """The files of a run folder besides the ledger and the blobs."""
+    files = [
         folder.manifest, folder.ticket, folder.endpoint, folder.owner_key, folder.coordinator_key, folder.peers, folder.head,
         folder.mixture / MIXTURE_FILE, *sorted((folder.root / "manifests").glob("*.json")),
     ]  # fmt: skip
-    return [path for path in wanted if path.is_file()]
+    return [path for path in files if path.is_file()]
 
 
 def _copy_files(folder: RunFolder, out: Path, target: Path) -> dict[str, str]:
-    """The small files and the ledger's snapshot: relative path -> SHA-256 (hex)."""
+    """Copy the small files and the ledger's snapshot: relative path -> SHA-256 (hex)."""
     digests = {}
     for source in _small_files(folder):
         name, data = source.relative_to(folder.root).as_posix(), source.read_bytes()
@@ -222,11 +223,11 @@ def _copy_files(folder: RunFolder, out: Path, target: Path) -> dict[str, str]:
     return digests
 
 
-def _forget_others(out: Path, index: BackupIndex) -> None:
-    """What belonged to the backup before this one, and nobody names any more."""
-    for place in out.glob("state-*"):
-        if place.name != index.folder:
-            shutil.rmtree(place)
+def _remove_outdated(out: Path, index: BackupIndex) -> None:
+    """Remove the earlier backup's state folder and the blobs that the index no longer names."""
+    for folder in out.glob("state-*"):
+        if folder.name != index.folder:
+            shutil.rmtree(folder)
     store, wanted = BlobStore(out / "blobs"), {blob.digest for blob in index.blobs}
     for digest in store.digests():
         if digest not in wanted:

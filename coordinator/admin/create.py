@@ -1,4 +1,4 @@
-"""`run create`: from built data and settings to a run's folder, whole or not at all."""
+"""`run create`: make a run's folder from built data and settings, whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from lutetia.models.warm_start import InitialWeights
 
 _DAY = 86400.0
-_EPOCH = 1_767_225_600.0  # 2026-01-01, the birth of all seeded runs
+_SEEDED_TIME = 1_767_225_600.0  # 2026-01-01, when all seeded runs are created
 
 
 @dataclass(frozen=True)
 class CreatedRun:
-    """What `create_run` made. `ticket` is the word that volunteers paste."""
+    """What `create_run` made. `ticket` is the text that volunteers paste."""
 
     run: str
     folder: Path
@@ -48,7 +48,7 @@ class CreatedRun:
 
 @dataclass(frozen=True)
 class RunSecrets:
-    """What makes one run differ from another of equal settings: its keys and its time of birth (Unix seconds)."""
+    """What makes two runs of equal settings differ: their keys and their time of creation (Unix seconds)."""
 
     owner: Identity
     coordinator: Identity
@@ -56,21 +56,26 @@ class RunSecrets:
 
     @classmethod
     def now(cls) -> RunSecrets:
-        """Fresh keys, as every real run has them."""
+        """New keys, for every real run."""
         return cls(Identity.generate(), Identity.generate(), time.time())
 
     @classmethod
     def of_seed(cls, seed: str) -> RunSecrets:
-        """The same keys for the same seed, so that equal data give equal weights. Anybody can forge them: loopback only."""
-        return cls(Identity.derived(f"owner|{seed}"), Identity.derived(f"coordinator|{seed}"), _EPOCH)
+        """The same keys for the same seed, so that equal data give equal weights. Anyone can forge them: for loopback only."""
+        return cls(Identity.derived(f"owner|{seed}"), Identity.derived(f"coordinator|{seed}"), _SEEDED_TIME)
 
 
 def create_run(data: Path, folder: Path, settings: RunSettings | None = None, birth: RunSecrets | None = None) -> CreatedRun:
     """Make `folder` a run on the built data in `data`: keys, signed manifest, blobs, ticket, ledger.
 
-    Raises ConfigError (folder exists, more experts than clusters, shard smaller than a batch, epochs too long for audits, expert
-    or weights to begin with do not fit, unknown preset), DataError (no built data there), IntegrityError (a shard file changed
-    since it was built) or DiskError. Then `folder` is as before.
+    After an error `folder` is as before.
+
+    Raises:
+        ConfigError: the folder exists, the number of experts is not that of clusters, a shard is smaller than a batch, epochs are
+            too long for audits, the expert or its first weights do not fit, or the preset is unknown.
+        DataError: there is no built data.
+        IntegrityError: a shard file has changed since it was built.
+        DiskError: the disk cannot be written.
     """
     settings = (settings or RunSettings()).resolved()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -90,7 +95,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
             manifest = _warmed(manifest, sources, part)
             ticket = _fill(RunFolder(part), data, description, manifest, owner, coordinator, settings)
             part.chmod(0o755)
-            os.rename(part, folder)  # over an empty folder at most: anything else refuses
+            os.rename(part, folder)  # replaces at most an empty folder; otherwise it fails
             fsync_folder(folder.absolute().parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -108,7 +113,7 @@ def _check_experts(settings: RunSettings, description: DataDescription) -> None:
 
 
 def _check_epochs(manifest: Manifest) -> None:
-    """Raises ConfigError when no audit could replay a whole epoch."""
+    """Raises ConfigError when an epoch has more steps than an audit may replay."""
     audited = manifest.audit.replay_steps or manifest.audit.whole_epoch
     if audited and (steps := manifest.steps_per_epoch) > MAX_STEPS:
         raise ConfigError(
@@ -118,7 +123,7 @@ def _check_epochs(manifest: Manifest) -> None:
 
 
 def _check_expert(manifest: Manifest) -> None:
-    """Raises ConfigError when an expert cannot take the latents: found now, not on a volunteer's box."""
+    """Raises ConfigError when an expert cannot take the latents: better now than on a volunteer's machine."""
     from lutetia.models.experts.families import check_fits
 
     for spec in {canonical(spec): spec for spec in (manifest.expert_of(shard.index) for shard in manifest.shards)}.values():
@@ -126,7 +131,7 @@ def _check_expert(manifest: Manifest) -> None:
 
 
 def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[InitialWeights, ...]:
-    """Where each shard's expert begins; none where all begin fresh."""
+    """The first weights of each shard's expert; empty when all start from random weights."""
     if settings.warm_start is None:
         return ()
     from lutetia.models.warm_start import find_sources
@@ -135,18 +140,18 @@ def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[In
 
 
 def _warmed(manifest: Manifest, sources: Sequence[InitialWeights], part: Path) -> Manifest:
-    """The manifest that names the sources' weights, which lie in the store of `part` then. Each source is read once."""
+    """Add the sources' weights to the store of `part`, and return the manifest that names them. Each source is read once."""
     if not sources:
         return manifest
     from lutetia.models.warm_start import warm, write_weights
 
-    store, found = BlobStore(RunFolder(part).blobs), {}
+    store, added = BlobStore(RunFolder(part).blobs), {}
     for source in sources:
-        if source.model not in found:
+        if source.model not in added:
             path = part / "warm-start.safetensors"
             write_weights(source, path)
-            found[source.model] = store.add_file(path, move=True)
-    return warm(manifest, [found[source.model] for source in sources])
+            added[source.model] = store.add_file(path, move=True)
+    return warm(manifest, [added[source.model] for source in sources])
 
 
 def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[InitialWeights]) -> ExpertSpec:
@@ -163,11 +168,11 @@ def _manifest(
 ) -> Manifest:  # fmt: skip
     total = sum(shard.prior for shard in description.shards)
     specs = [source.spec for source in sources]
-    own = specs if any(spec != specs[0] for spec in specs) else [None] * len(description.shards)
+    experts = specs if any(spec != specs[0] for spec in specs) else [None] * len(description.shards)
     shards = tuple(
         ShardSpec(
             index=shard.index, name=shard.name, train=shard.train.blob, holdout=shard.holdout.blob,
-            clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total, expert=own[shard.index],
+            clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total, expert=experts[shard.index],
         )
         for shard in description.shards
     )  # fmt: skip
@@ -222,7 +227,7 @@ def _import(store: BlobStore, data: Path, file: DataFile) -> BlobRef:
 
 
 def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity) -> tuple[Endpoint, Ticket]:
-    """Where the coordinator listens, and the ticket that says so: loopback only for loopback, else every interface."""
+    """Listen on loopback when the first address is one, else on all interfaces; the ticket names all addresses."""
     places = [_multiaddr(address) for address in settings.addresses]
     host, port = _split(settings.addresses[0])
     try:
@@ -244,7 +249,7 @@ def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity)
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not 1 <= int(port) <= 65535:
-        raise ConfigError(f"the address {address} has no port between 1 and 65535; correct it")
+        raise ConfigError(f"the address {address} has no port between 1 and 65535; write it as host:port")
     return host.strip("[]"), int(port)
 
 

@@ -1,4 +1,4 @@
-"""`coordinator pardon`: lifts a quarantine, at once or by a note that the serving coordinator takes up."""
+"""`coordinator pardon`: lift a quarantine, at once or by a note for the coordinator that serves the run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lutetia.system.files import write_atomic
 def pardon(root: Path, who: str) -> tuple[str, bool]:
     """Lift the quarantine of `who`: a public key, its first eight or more digits, or a peer id.
 
-    Returns the public key, and whether it is done; otherwise the coordinator that serves the run does it within seconds.
-    Raises UsageError (nobody or several of that name are quarantined), ConfigError (no run there) or IntegrityError (ledger).
+    Returns the public key, and whether the quarantine is lifted; if not, the serving coordinator lifts it within seconds.
+    Raises UsageError (no or several quarantined peers match), ConfigError (no run there) or IntegrityError (ledger).
     """
     folder = RunFolder(root)
     manifest = folder.read_manifest(now=0.0).manifest
@@ -27,7 +27,7 @@ def pardon(root: Path, who: str) -> tuple[str, bool]:
         with folder.locked():
             ledger = Ledger.open(folder.ledger, manifest.run_id)
             try:
-                owner = _meant(ledger.state, who)
+                owner = _quarantined(ledger.state, who)
                 ledger.append([PeerPardoned(time=time.time(), owner=owner)])
             finally:
                 ledger.close()
@@ -35,17 +35,19 @@ def pardon(root: Path, who: str) -> tuple[str, bool]:
     except IdentityError:
         ledger = Ledger.open(folder.ledger, manifest.run_id)
         ledger.close()
-        owner = _meant(ledger.state, who)
+        owner = _quarantined(ledger.state, who)
         write_atomic(_notes(folder) / owner, b"")
         return owner, False
 
 
-def _meant(run: RunState, who: str) -> str:
-    found = [owner for owner in run.quarantined if who in (owner, peer_id_of(owner)) or (len(who) >= 8 and owner.startswith(who))]
-    if len(found) != 1:
-        how_many = f"{len(found)} quarantined peers are" if found else "no quarantined peer is"
+def _quarantined(run: RunState, who: str) -> str:
+    matches = [
+        owner for owner in run.quarantined if who in (owner, peer_id_of(owner)) or (len(who) >= 8 and owner.startswith(who))
+    ]
+    if len(matches) != 1:
+        how_many = f"{len(matches)} quarantined peers are" if matches else "no quarantined peer is"
         raise UsageError(f"{how_many} called {who}; `lutetia coordinator replay` names them")
-    return found[0]
+    return matches[0]
 
 
 def _notes(folder: RunFolder) -> Path:
@@ -53,11 +55,11 @@ def _notes(folder: RunFolder) -> Path:
 
 
 def noted_pardons(folder: RunFolder) -> list[str]:
-    """The public keys that notes ask to pardon. Blocks on the disk."""
+    """The public keys that the notes name. Blocks on the disk."""
     return sorted(path.name for path in _notes(folder).glob("[0-9a-f]*"))
 
 
 def remove_notes(folder: RunFolder, owners: Sequence[str]) -> None:
-    """What they asked for is in the ledger, or asked for nothing. Blocks on the disk."""
+    """Call this once their pardons are in the ledger. Blocks on the disk."""
     for owner in owners:
         (_notes(folder) / owner).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`coordinator restore`: a run's folder from a backup, whole and verified to the last byte, or nothing."""
+"""`coordinator restore`: make a run's folder from a backup, with every byte verified, or nothing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0
 
 
 def restore_run(backup: Path, root: Path, on_progress: OnProgress = lambda stage, done, total: None) -> BackupIndex:
-    """Make `root` the run that `backup` holds. Its coordinator then looks what peers hold that the backup lacks.
+    """Make `root` the run that `backup` holds. When it is served, the coordinator recovers what the backup lacks from peers.
 
     Raises ConfigError (`root` exists, no backup there), AuthorisationError (signatures), IntegrityError (bytes) or DiskError;
-    then there is no `root`.
+    then `root` is not made.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"{root} exists already; a run is never overwritten, name a new folder")
@@ -48,7 +48,7 @@ def restore_run(backup: Path, root: Path, on_progress: OnProgress = lambda stage
 
 
 def _verified_index(backup: Path) -> BackupIndex:
-    """The index, after the ticket's pins and the signatures on manifest and index were checked."""
+    """The index, after the keys in the ticket and the signatures on manifest and index were checked."""
     signed = read_index(backup)
     index = signed.index
     if bad := next((name for name in index.files if not _SAFE.fullmatch(name) or ".." in PurePosixPath(name).parts), None):
@@ -59,7 +59,7 @@ def _verified_index(backup: Path) -> BackupIndex:
     ticket = Ticket.decode(_checked(backup, index, "ticket.txt").decode())
     manifest = open_manifest(
         _checked(backup, index, "manifest.json"), now=0.0, run=ticket.run, owner=ticket.owner
-    ).manifest  # an expired run may be restored, and prolonged
+    ).manifest  # an expired run may be restored and extended
     if manifest.run_id != index.run:
         raise AuthorisationError(
             f"the manifest in {backup} is of run {manifest.run_id[:12]}, its index of {index.run[:12]}; refused"
@@ -69,7 +69,7 @@ def _verified_index(backup: Path) -> BackupIndex:
 
 
 def _checked(backup: Path, index: BackupIndex, name: str) -> bytes:
-    """A file's bytes. Raises IntegrityError when they are not those of the index."""
+    """A file's bytes. Raises IntegrityError when their hash is not that in the index."""
     try:
         data = (backup / index.folder / name).read_bytes()
     except OSError as error:
@@ -102,7 +102,7 @@ def _fill(backup: Path, run: RunFolder, index: BackupIndex, on_progress: OnProgr
 
 
 def _restore_mixture(backup: Path, run: RunFolder, index: BackupIndex, store: BlobStore) -> None:
-    """The mixture folder is its description and blobs; where one of them was not there yet, the coordinator stitches anew."""
+    """Make the mixture's folder from its description and blobs. If a blob is missing, the coordinator stitches again."""
     name = f"mixture/{MIXTURE_FILE}"
     if name not in index.files:
         return

@@ -1,7 +1,7 @@
-"""`run rotate`: a new key for the coordinator, signed in by the run's owner; whatever the old key signs from then on is refused.
+"""`run rotate`: give the coordinator a new key, by a manifest that the owner signs. From then on peers refuse the old key.
 
-Peers learn the new version of the manifest from the new coordinator, whom they find through each other. What was accepted stays:
-the new coordinator signs the ledger's acceptances, the ledger's head and the mixture anew.
+Peers get the new manifest from the coordinator with the new key, which they find through other peers. Acceptances stay: the
+coordinator signs them, the ledger's head and the mixture again with its new key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rotated:
-    """`ticket` is for new volunteers: the old one names the old key."""
+    """What `rotate_run` did. `ticket` is for new volunteers, because the old one names the old key."""
 
     manifest: Manifest
     old: str
@@ -41,54 +41,54 @@ class Rotated:
 
 
 def rotate_run(folder: RunFolder, owner_key: Path | None = None) -> Rotated:
-    """Give the run in `folder` a new coordinator's key, while nobody serves it.
+    """Give the run in `folder` a new coordinator's key, while it is not served.
 
-    Raises IdentityError (it is being served, no owner's key), AuthorisationError (another key than the owner's), ConfigError.
+    Raises IdentityError (it is being served, no owner's key), AuthorisationError (not the owner's key) or ConfigError.
     """
-    folder.read_manifest(now=0.0)  # where there is no run, nothing is made for its lock
+    folder.read_manifest(now=0.0)  # raises before a lock file is made where there is no run
     with folder.locked():
         settle_rotation(folder)
         signed = folder.read_manifest(now=0.0)
-        old, fresh = Identity.load(folder.coordinator_key), Identity.generate()
+        old, new = Identity.load(folder.coordinator_key), Identity.generate()
         others = [key for key in signed.manifest.coordinators if key != old.public_key]
         if len(others) == len(signed.manifest.coordinators):
             raise AuthorisationError(
-                f"{folder.coordinator_key} is no coordinator of this run; put the key that the manifest names"
+                f"{folder.coordinator_key} is no coordinator of this run; put the key there that the manifest names"
             )
-        manifest = next_version(signed.manifest, {"coordinators": [fresh.public_key, *others]}, time.time())
-        fresh.save(folder.next_key)
+        manifest = next_version(signed.manifest, {"coordinators": [new.public_key, *others]}, time.time())
+        new.save(folder.next_key)
         publish_version(folder, signed, manifest, Identity.load(owner_key or folder.owner_key))
         settle_rotation(folder)
-        return Rotated(manifest, old.public_key, fresh.public_key, folder.ticket.read_text().strip())
+        return Rotated(manifest, old.public_key, new.public_key, folder.ticket.read_text().strip())
 
 
 def settle_rotation(folder: RunFolder) -> None:
-    """Finish a rotation that was begun, or undo one that the owner had not signed: a crash may come between any two steps."""
+    """Finish a rotation that a crash interrupted, or undo it if the owner had not signed yet."""
     if not folder.next_key.exists():
         return
-    fresh, old = Identity.load(folder.next_key), Identity.load(folder.coordinator_key)
+    new, old = Identity.load(folder.next_key), Identity.load(folder.coordinator_key)
     manifest = folder.read_manifest(now=0.0).manifest
-    if fresh.public_key not in manifest.coordinators:
+    if new.public_key not in manifest.coordinators:
         folder.next_key.unlink()
         return
     ticket = Ticket.decode(folder.ticket.read_text())
-    places = tuple(address.replace(f"/p2p/{old.peer_id}", f"/p2p/{fresh.peer_id}") for address in ticket.addresses)
+    places = tuple(address.replace(f"/p2p/{old.peer_id}", f"/p2p/{new.peer_id}") for address in ticket.addresses)
     write_atomic(folder.ticket, ticket.model_copy(update={"addresses": places}).encode().encode() + b"\n")
     ledger = Ledger.open(folder.ledger, manifest.run_id)
-    HeadFile(folder.head, ledger, fresh).write()
+    HeadFile(folder.head, ledger, new).write()
     ledger.close()
     os.replace(folder.next_key, folder.coordinator_key)
     fsync_folder(folder.root)
-    _log.info("the coordinator's key is %s now; %s is of no use any more", fresh.public_key[:16], old.public_key[:16])
+    _log.info("the coordinator's key is now %s; peers refuse %s", new.public_key[:16], old.public_key[:16])
 
 
-def sign_mixture_anew(folder: RunFolder, state: RunState, coordinator: Identity) -> None:
-    """The mixture that this run's ledger knows, signed by an earlier key, gets this one's signature."""
+def renew_mixture_signature(folder: RunFolder, state: RunState, coordinator: Identity) -> None:
+    """Sign the run's mixture with this key, if an earlier key signed it."""
     path = folder.mixture / MIXTURE_FILE
     if not path.is_file() or state.mixture is None:
         return
     signed = read_mixture(folder.mixture)
-    mine = SignedMixture.sign(signed.mixture, coordinator.sign)
-    if mine != signed and signed.mixture.digest == state.mixture.mixture:
-        write_atomic(path, canonical(mine))
-        _log.info("signed mixture %s anew", signed.mixture.digest[:12])
+    renewed = SignedMixture.sign(signed.mixture, coordinator.sign)
+    if renewed != signed and signed.mixture.digest == state.mixture.mixture:
+        write_atomic(path, canonical(renewed))
+        _log.info("signed mixture %s with the new key", signed.mixture.digest[:12])

@@ -1,4 +1,4 @@
-"""`run upgrade`: the owner signs the next version of a run's manifest; a coordinator that serves the run takes it up at once."""
+"""`run upgrade`: the owner signs the next version of a run's manifest; a serving coordinator adopts it at once."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ class Upgraded:
 def upgrade_run(folder: RunFolder, changes: Mapping[str, Any], owner_key: Path | None = None) -> Upgraded:
     """Sign the next version of the manifest in `folder` with `changes` by dotted field, and put it there.
 
-    The version before stays in `manifests/`. Raises UpgradeRefused (what may not change), ConfigError (no run there),
-    IdentityError (no owner's key) or AuthorisationError (another key than the owner's).
+    The old version is kept in `manifests/`. Raises UpgradeRefused (a field that may not change), ConfigError (no run there),
+    IdentityError (no owner's key) or AuthorisationError (not the owner's key).
     """
     if not changes:
-        raise ConfigError("nothing is to be changed; name it with --set, for instance --set samples_per_shard=128000")
+        raise ConfigError("no change is given; name one with --set, for example --set samples_per_shard=128000")
     now = time.time()
-    old = folder.read_manifest(now=0.0)  # an expired run may be prolonged
+    old = folder.read_manifest(now=0.0)  # an expired run may be extended
     ledger = Ledger.open(folder.ledger, old.manifest.run_id)
     done = max(ledger.state.accepted_epochs, default=0)
     ledger.close()
     new = next_version(old.manifest, changes, now, done)
     if new.expires <= now:
-        raise ConfigError("the new version would have expired already; set valid_days too")
+        raise ConfigError("the new version has already expired; set valid_days too")
     publish_version(folder, old, new, Identity.load(owner_key or folder.owner_key))
     return Upgraded(old.manifest, new)
 
 
 def publish_version(folder: RunFolder, old: SignedManifest, new: Manifest, owner: Identity) -> None:
-    """Sign `new` and put it in the place of `old`, which is kept. Raises AuthorisationError for another owner's key."""
+    """Sign `new`, replace `old` with it and keep `old` as an earlier version. Raises AuthorisationError for another key."""
     signed = SignedManifest.sign(new, owner)
     write_atomic(folder.version(old.manifest.version), old.to_bytes())
     write_atomic(folder.manifest, signed.to_bytes())
 
 
 def published(manifest: Manifest, coordinator: str, now: float) -> ManifestPublished:
-    """The ledger's entry for a version that is served from now on."""
+    """The event for a version that is served from now on."""
     return ManifestPublished(
         time=now, version=manifest.version, digest=digest_of(manifest), expires=manifest.expires, epochs=manifest.epochs,
         coordinator=coordinator,
@@ -64,12 +64,12 @@ def published(manifest: Manifest, coordinator: str, now: float) -> ManifestPubli
 
 
 def check_version(folder: RunFolder, manifest: Manifest, state: RunState) -> bool:
-    """Whether `manifest` is newer than the ledger's. Raises ConfigError when it is older, or another of the same version."""
+    """Whether `manifest` is newer than the ledger's. Raises ConfigError when it is older, or differs with the same version."""
     known, where = state.manifest_version, folder.manifest
     if manifest.version < known or (manifest.version == known and state.manifest not in ("", digest_of(manifest))):
-        kind = "older than" if manifest.version < known else "another than"
+        difference = "older than" if manifest.version < known else "different from"
         raise ConfigError(
-            f"{where} is version {manifest.version}, {kind} version {known} that the ledger has published; "
-            "put the newest version back from a backup, for peers refuse this one"
+            f"{where} is version {manifest.version}, {difference} version {known} that the ledger has "
+            "published; restore the newest version from a backup, because peers refuse this one"
         )
     return manifest.version > known

@@ -1,4 +1,4 @@
-"""What the coordinator keeps telling the DHT: where each shard stands, and who is quarantined."""
+"""Keeps the coordinator's records in the DHT: the newest acceptance or reset of each shard, and the quarantined peers."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Announcer:
-    """`rules` and `run` give the newest. `lookout` knows who claims something now, once there is one."""
+    """`rules` and `run` return the newest state. `swarm_monitor`, set once it exists, knows which peers hold claims now."""
 
     transport: Transport
     identity: Identity
     rules: Callable[[], JudgeRules]
     run: Callable[[], RunState]
-    lookout: SwarmMonitor | None = field(default=None)
+    swarm_monitor: SwarmMonitor | None = field(default=None)
 
     async def announce(self, record: AcceptanceRecord | ResetRecord) -> None:
-        """An acceptance, or what a roll-back left standing; the latter has brought a peer into quarantine."""
+        """Publish an acceptance, or what is accepted after a rollback; a rollback has quarantined a peer, too."""
         await self._publish(record)
         if record.term:
-            await self.tell_quarantine()
+            await self.publish_quarantine()
 
     async def renew(self) -> None:
-        """Every lease, so that peers who just joined hold it too."""
+        """Publish everything again, once per lease, so that peers that joined since then store it too."""
         for index in tuple(self.run().shards):
-            run = self.run()  # what is announced meanwhile must not be replaced by an older word that expires later
+            run = (
+                self.run()
+            )  # read again for each shard: an older record that expires later would hide what was published meanwhile
             shard = run.shards[index]
             if shard.acceptance or shard.term:
                 await self._publish(standing(self.rules(), run, index, self.transport.now()))
         if self.run().quarantined:
-            await self.tell_quarantine()
+            await self.publish_quarantine()
 
-    async def tell_quarantine(self) -> None:
-        """Those who claim something now first, then the newest; nobody, after the last pardon."""
+    async def publish_quarantine(self) -> None:
+        """Publish the quarantined peers: first those that hold a claim now, then the newest; none after the last pardon."""
         run = self.run()
-        claims = self.lookout.view.claims if self.lookout else ()
+        claims = self.swarm_monitor.view.claims if self.swarm_monitor else ()
         claiming = {claim.record.owner for claim in claims}
-        known = sorted(run.quarantined.values(), key=lambda why: (why.owner not in claiming, -why.time))
-        peers = tuple(why.owner for why in known[:MAX_QUARANTINED])
+        entries = sorted(run.quarantined.values(), key=lambda entry: (entry.owner not in claiming, -entry.time))
+        peers = tuple(entry.owner for entry in entries[:MAX_QUARANTINED])
         now = self.transport.now()
         await self._publish(QuarantineRecord(run=run.run, owner=self.identity.public_key, issued=now, peers=peers))
 
@@ -59,9 +61,11 @@ class Announcer:
         limits = RecordLimits(timing.heartbeat, timing.maximum_clock_skew)
         renewed = record.model_copy(update={"issued": self.transport.now(), "owner": self.identity.public_key})
         try:
-            taken = await publish(self.transport, self.identity, renewed, limits.longest(record.kind), limits.maximum_clock_skew)
+            stored = await publish(self.transport, self.identity, renewed, limits.longest(record.kind), limits.maximum_clock_skew)
         except ConnectionError as error:
             _log.warning("cannot publish into the DHT: %s", error)
-            taken = False
-        if not taken:
-            _log.warning("nobody took the %s under %s; it is published again", record.kind, record.key()[65:])
+            stored = False
+        if not stored:
+            _log.warning(
+                "%s record not stored under %s: no DHT peer took it; it is published again later", record.kind, record.key()[65:]
+            )

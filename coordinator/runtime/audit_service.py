@@ -1,4 +1,4 @@
-"""Lends audits to peers that have no shard, and makes findings of what they report."""
+"""Gives audits to peers that have no shard, and turns their reports into findings."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
 
 @dataclass
 class AuditService:
-    """`peers` are the node records that the DHT shows now; `pace` bounds how often one address asks."""
+    """Answers the audit stream. `peers` are the node records that the DHT has now; `pace` bounds how often one address asks."""
 
     transport: Transport
-    bench: JudgeLoop
-    tools: NetworkCheckRunner
+    judge_loop: JudgeLoop
+    check_runner: NetworkCheckRunner
     peers: Callable[[], list[NodeRecord]]
     pace: RateWindow = field(default_factory=lambda: RateWindow(120))
 
@@ -42,32 +42,32 @@ class AuditService:
 
     @property
     def manifest(self) -> Manifest:
-        return self.tools.manifest
+        return self.check_runner.manifest
 
     async def _answer(self, request: AuditRequest) -> AuditAnswer:
         if request.report is not None:
             return await self._take(request.report)
         related = relatives(request.owner, self.peers())
-        lend = await self.bench.hear(AuditWanted(request.owner, self.transport.now(), related))
+        lend = await self.judge_loop.submit(AuditWanted(request.owner, self.transport.now(), related))
         assert isinstance(lend, LendAudit)
         if lend.audit is None:
             return AuditAnswer(retry_after=lend.retry_after)
         return AuditAnswer(job=job_of(lend.audit, lend.until, self.manifest))
 
     async def _take(self, report: AuditReport) -> AuditAnswer:
-        run = self.bench.state.run
+        run = self.judge_loop.state.run
         if report.run != run.run:
             raise RecordRefused(f"the report is of run {report.run[:12]}, not of {run.run[:12]}")
-        lent = self.bench.state.lent.get(report.checkpoint)
+        lent = self.judge_loop.state.lent.get(report.checkpoint)
         if lent is None or lent[0] != report.owner:
             raise RecordRefused("no audit of that result was lent to this peer")
         finding = await self._finding(report, run)
-        heard = AuditDelivered(report.owner, report.checkpoint, finding, report.seconds, self.transport.now())
-        await self.bench.hear(heard)
+        delivered = AuditDelivered(report.owner, report.checkpoint, finding, report.seconds, self.transport.now())
+        await self.judge_loop.submit(delivered)
         return AuditAnswer()
 
     async def _finding(self, report: AuditReport, run: RunState) -> AuditFinding:
-        """The peer's losses against the author's trace, which the peer was not given."""
+        """Compare the peer's losses with the author's trace, which the peer did not get."""
         audit = run.audits.get(report.checkpoint)
         link = audit and run.shards[audit.shard].link(report.checkpoint)
         if audit is None or link is None or link.trace is None or link.made is None:
@@ -76,10 +76,10 @@ class AuditService:
         asked = steps if audit.whole else min(steps, policy.replay_steps)
         if len(report.losses) != asked or (audit.whole and report.drift is None):
             return AuditFinding(
-                outcome="inconclusive", text=f"it reports {len(report.losses)} losses of the {asked} steps asked for"
+                outcome="inconclusive", text=f"it reports {len(report.losses)} losses; {asked} steps were asked for"
             )
         try:
-            published = await self.tools.published(link.trace)
+            published = await self.check_runner.published(link.trace)
         except (WorkerFailed, WorkerRefused, BlobMissing) as error:
             return AuditFinding(outcome="inconclusive", text=str(error))
         losses = [math.nan if loss is None else loss for loss in report.losses]
@@ -87,10 +87,10 @@ class AuditService:
 
 
 def relatives(owner: str, peers: list[NodeRecord]) -> frozenset[str]:
-    """Those who share an operator or a public address with `owner`, by what they say of themselves."""
-    own = [record for record in peers if record.owner == owner]
-    operators = {record.operator for record in own if record.operator} | {owner}
-    hosts = {host for record in own for host in _hosts(record)}
+    """The peers that share an operator or a public address with `owner`, by their own records."""
+    records = [record for record in peers if record.owner == owner]
+    operators = {record.operator for record in records if record.operator} | {owner}
+    hosts = {host for record in records for host in _hosts(record)}
     return frozenset(
         record.owner for record in peers if record.operator in operators or record.owner in operators or hosts & _hosts(record)
     )
@@ -102,7 +102,7 @@ def _hosts(record: NodeRecord) -> set[str]:
 
 
 def job_of(audit: StartAudit, until: float, manifest: Manifest) -> AuditJob:
-    """What the peer is told: where to begin and how far to go, not what the author says came out."""
+    """Tell the peer where to begin and how far to go, but not the author's losses."""
     due, link, parent = audit.audit, audit.link, audit.parent
     given, policy = link.acceptance, manifest.audit
     init = manifest.expert_of(due.shard).init

@@ -1,4 +1,4 @@
-"""Where the judge sits: stimuli come in one by one, what they decide is written down first and carried out then."""
+"""Runs the judge: takes stimuli from a queue, writes what it decides to the ledger, then carries it out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Waiting = asyncio.Future[Reply]
 
 
 class CheckIO(CheckRunner, Protocol):
-    """What the bench needs besides the rungs. `keep`, `discard` and `forget` block on the disk."""
+    """What the judge loop needs besides the checks themselves. `keep`, `discard` and `forget` block on the disk."""
 
     async def limits(self) -> Limits: ...
 
@@ -72,14 +72,19 @@ class CheckIO(CheckRunner, Protocol):
 
 @dataclass
 class JudgeLoop:
-    """`publish` sends an acceptance into the DHT, `now` is the coordinator's clock, `changed` is told of every new state.
+    """The one place where the run's state changes.
 
-    `state` is what is on disk: whoever reads it, at any time, may tell the world of it.
+    `state` is only what the ledger already holds on disk, so anything in it may be published at any time.
+
+    Args:
+        publish: sends an acceptance or a reset into the DHT.
+        now: the coordinator's clock, in Unix seconds.
+        changed: called after every change of the state.
     """
 
     rules: JudgeRules
     ledger: Ledger
-    hands: CheckIO
+    check_io: CheckIO
     publish: Callable[[AcceptanceRecord | ResetRecord], Awaitable[None]]
     now: Callable[[], float]
     changed: Callable[[RunState], None] = lambda state: None
@@ -89,18 +94,18 @@ class JudgeLoop:
     def __post_init__(self) -> None:
         self.state = JudgeState.restored(self.ledger.state)
 
-    async def hear(self, stimulus: Stimulus) -> Reply:
-        """Have `stimulus` judged; the reply, to an offer or a wish for an audit, comes once all that it decided is on disk."""
+    async def submit(self, stimulus: Stimulus) -> Reply:
+        """Have `stimulus` judged. The reply to an offer or to a request for an audit comes when its decisions are on disk."""
         future: Waiting = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait((stimulus, future))
         return await future
 
-    async def note(self, *events: Event) -> None:
-        """Append what happened outside, in one transaction."""
-        await self.hear(LedgerFacts(events, self.now()))
+    async def append(self, *events: Event) -> None:
+        """Append events that happened outside of the judge to the ledger, in one transaction."""
+        await self.submit(LedgerFacts(events, self.now()))
 
     async def run(self) -> None:
-        """Judge until cancelled. Raises DiskError when ledger or results cannot be written: nobody was told what is lacking."""
+        """Judge until cancelled. Raises DiskError when the ledger or a result cannot be written; nothing of it was published."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._tick())
             group.create_task(self._learn_limits())
@@ -111,7 +116,7 @@ class JudgeLoop:
                 await self._judge_batch(batch, group)
 
     async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
-        """What comes in together is committed together: one write to the disk, however many acceptances."""
+        """Commit what arrives together in one write to the disk, however many acceptances it has."""
         state, actions = self.state, list[Action]()
         replies: list[tuple[Waiting, Reply]] = []
         for stimulus, waiting in batch:
@@ -124,14 +129,14 @@ class JudgeLoop:
                 waiting.set_result(reply)
 
     async def _carry_out(self, state: JudgeState, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
-        """Blobs safe, then the ledger, then the world: `state`, which the actions lead to, is nobody's to see before."""
+        """Store blobs, then write the ledger, then show `state` (the outcome of `actions`) and publish: in this order."""
         accepted = [action for action in actions if isinstance(action, Publish)]
         for action in accepted:
-            await asyncio.to_thread(self.hands.keep, action.record)
+            await asyncio.to_thread(self.check_io.keep, action.record)
         if events := [action.event for action in actions if isinstance(action, Write)]:
             await asyncio.to_thread(self.ledger.append, events)
             for event in events:
-                _tell(event)
+                _log_event(event)
         self.state = state
         if events:
             self.changed(state.run)
@@ -144,44 +149,44 @@ class JudgeLoop:
                 case StartAudit():
                     group.create_task(self._audit(action))
                 case DiscardCandidate(record=record):
-                    await asyncio.to_thread(self.hands.discard, record, self.state.run)
+                    await asyncio.to_thread(self.check_io.discard, record, self.state.run)
         if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
-            await asyncio.to_thread(self.hands.forget, self.state.run)
+            await asyncio.to_thread(self.check_io.forget, self.state.run)
 
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
         await self.publish(record)
 
     async def _check(self, check: StartCheck) -> None:
-        """Nothing that a stranger hands in may end the service: an error that nobody expected judges nothing, and is told."""
-        climbing = run_checks(check.record, check.parent_loss, self.rules.manifest, self.hands, time.monotonic)
-        [verdict] = await asyncio.gather(climbing, return_exceptions=True)
+        """An unexpected error is logged and makes the result inconclusive: no result of a peer may end the service."""
+        checks = run_checks(check.record, check.parent_loss, self.rules.manifest, self.check_io, time.monotonic)
+        [verdict] = await asyncio.gather(checks, return_exceptions=True)
         if isinstance(verdict, Verdict) and verdict.outcome == "valid":
-            verdict = await asyncio.to_thread(self.hands.still_whole, check.record) or verdict
+            verdict = await asyncio.to_thread(self.check_io.still_whole, check.record) or verdict
         if isinstance(verdict, BaseException):
             verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
-        await self.hear(CheckDone(check.record, verdict, self.now()))
+        await self.submit(CheckDone(check.record, verdict, self.now()))
 
     async def _audit(self, audit: StartAudit) -> None:
-        """As `_check`."""
-        [done] = await asyncio.gather(self.hands.replay(audit), return_exceptions=True)
+        """Handle unexpected errors as `_check` does."""
+        [done] = await asyncio.gather(self.check_io.replay(audit), return_exceptions=True)
         if isinstance(done, BaseException):
             done = Replayed(AuditFinding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
-        await self.hear(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
+        await self.submit(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
 
     async def _learn_limits(self) -> None:
-        await self.hear(LimitsKnown(await self.hands.limits(), self.now()))
+        await self.submit(LimitsKnown(await self.check_io.limits(), self.now()))
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            await self.hear(JudgeTick(self.now()))
+            await self.submit(JudgeTick(self.now()))
 
 
 def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
-    """What the ledger says of it; the traceback goes into the log. Who is cancelled stays cancelled.
+    """The text for the ledger; the traceback goes into the log. Re-raises CancelledError and DiskError.
 
-    A disk that takes no results ends the service, as one that takes no ledger does: boxes wait for a coordinator that is away,
-    and give up one that cannot judge them.
+    A disk that takes no results ends the service, as one that takes no ledger does: nodes wait for a coordinator that is away,
+    but give up on one that cannot check their results.
     """
     if not isinstance(error, Exception) or isinstance(error, DiskError):
         raise error
@@ -198,7 +203,7 @@ def _reply_in(actions: Sequence[Action]) -> Reply:
     return None
 
 
-def _tell(event: Event) -> None:
+def _log_event(event: Event) -> None:
     match event:
         case CheckpointAccepted(acceptance=given):
             loss, before = given.holdout_loss, event.parent_loss
@@ -216,6 +221,6 @@ def _tell(event: Event) -> None:
         case PeerQuarantined():
             _log.warning("peer %s is quarantined: %s", event.owner, event.text)
         case LineageRolledBack():
-            _log.warning("shard %d goes on from epoch %d again; %d epochs are void", event.shard, event.epoch, event.dropped)
+            _log.warning("shard %d is rolled back to epoch %d; %d epochs are void", event.shard, event.epoch, event.dropped)
         case _:
             _log.debug("%s", event.kind)

@@ -1,4 +1,4 @@
-"""What a restarted coordinator finds of results: those it accepted, and those that nobody has decided on."""
+"""Cleans up the store of undecided results when the coordinator starts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lutetia.protocol.blobs.store import BlobStore
 
 
 def restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> BlobStore:
-    """The store of undecided results: what was accepted just before a crash is kept, what nobody waits for is removed."""
+    """The store of undecided results. Blobs accepted just before a crash move to `blobs`; those of no candidate are removed."""
     incoming = BlobStore(folder.incoming)
-    waiting = [candidate.record for shard in state.shards.values() for candidate in shard.candidates.values()]
+    undecided = [candidate.record for shard in state.shards.values() for candidate in shard.candidates.values()]
     for shard in state.shards.values():
         for ref in (shard.acceptance.weights, shard.acceptance.state) if shard.acceptance else ():
             if not blobs.has(ref.digest) and incoming.has(ref.digest):
                 blobs.adopt(incoming.path(ref.digest), incoming.table(ref.digest))
-    if not waiting:
+    if not undecided:
         shutil.rmtree(folder.incoming)
         return BlobStore(folder.incoming)
-    wanted = {ref.digest for record in waiting for ref in (record.weights, record.state, record.trace)}
+    wanted = {ref.digest for record in undecided for ref in (record.weights, record.state, record.trace)}
     for digest in {*incoming.digests(), *incoming.arriving()} - wanted:
         incoming.remove(digest)
     return incoming

@@ -1,7 +1,7 @@
-"""When the mixture is made anew, and the making itself: router, stitch, gallery, all in a workshop of their own.
+"""Decides when to make a new mixture, and makes it: router, stitch and gallery, in a worker process of its own.
 
-The router tells the clusters' *data* apart and never sees an expert, so it is trained once, as soon as the first result was
-accepted, and serves every mixture of the manifest's data after that. Shards without an accepted result are left out.
+The router tells the clusters' *data* apart and never sees an expert. So it is trained once, when the first result was accepted,
+and every later mixture uses it. Shards without an accepted result are left out.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
+from lutetia.coordinator.worker.messages import RouterReady, SampleGallery, StitchMixture, TrainRouter
 from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
@@ -26,7 +27,7 @@ from lutetia.system.errors import LutetiaError
 
 _log = logging.getLogger(__name__)
 
-_MIXTURE_DOMAIN = b"lutetia-mixture-1\n"  # what models.mixture_document signs
+_MIXTURE_DOMAIN = b"lutetia-mixture-1\n"  # what models/mixing/description.py signs
 _ROUTER_LIMIT, _STITCH_LIMIT, _GALLERY_LIMIT = 6 * 3600.0, 3600.0, 6 * 3600.0
 _RETRY_SECONDS = 30.0
 
@@ -34,7 +35,7 @@ Step = Literal["router", "mixture", "finish", "nothing"]
 
 
 def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool) -> Step:
-    """What is to be made now. `rested`: the last mixture is old enough for a new one before the end."""
+    """What to make now. `rested`: the last mixture is old enough for a new one before the run's end."""
     epochs = state.accepted_epochs
     if not any(epochs):
         return "nothing"
@@ -48,14 +49,21 @@ def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool)
 
 @dataclass
 class Stitcher:
-    """Follows the ledger. `wake` is called whenever the run's state changed."""
+    """Makes what the ledger says is due.
+
+    Args:
+        worker: trains the router, stitches and samples.
+        now: Unix seconds.
+        when: after acceptances, at most every `refresh_seconds` ("refresh"), or once when all budgets are done ("end").
+        gallery: sample the manifest's prompts from each mixture.
+    """
 
     folder: RunFolder
     manifest: Manifest
     coordinator: Identity
     blobs: BlobStore
-    bench: JudgeLoop
-    workshop: WorkerClient
+    judge_loop: JudgeLoop
+    worker: WorkerClient
     now: Callable[[], float]
     when: Literal["refresh", "end"]
     refresh_seconds: float
@@ -64,15 +72,16 @@ class Stitcher:
     _last: float = float("-inf")
 
     def wake(self) -> None:
+        """The run's state has changed."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Make what is due until cancelled. A failed attempt is told and repeated; the run goes on meanwhile."""
+        """Make what is due until cancelled. A failed attempt is logged and repeated; the run continues meanwhile."""
         while True:
             self._changed.clear()
-            state = self.bench.state.run
+            state = self.judge_loop.state.run
             if not self.folder.mixture.is_dir():
-                state = replace(state, mixture=None)  # restored from a backup that lacked some of its files
+                state = replace(state, mixture=None)  # restored from a backup without some of its files
             step = next_step(state, when=self.when, rested=self.now() - self._last >= self.refresh_seconds)
             if step == "nothing":
                 with contextlib.suppress(TimeoutError):
@@ -80,10 +89,10 @@ class Stitcher:
                         await self._changed.wait()
                 continue
             try:
-                await self.bench.note(*await self._make(step, state))
+                await self.judge_loop.append(*await self._make(step, state))
                 if step == "mixture" and self.gallery and self.manifest.sampling.prompts:
                     await self._sample()
-            except LutetiaError as error:  # blobs that are with peers alone yet, a full disk, a workshop that crashed
+            except LutetiaError as error:  # blobs that only peers have yet, a full disk, a crash of the worker process
                 _log.warning("could not make the %s: %s; trying again in %.0f s", step, error, _RETRY_SECONDS)
                 await asyncio.sleep(_RETRY_SECONDS)
 
@@ -98,29 +107,28 @@ class Stitcher:
     async def _train_router(self, epochs: tuple[int, ...]) -> RouterTrained:
         shards = self.manifest.shards
         out = self.folder.root / "router.safetensors"
-        report = await self.workshop.ask(
-            "router", limit=_ROUTER_LIMIT, out=str(out),
-            train=[str(self.blobs.path(shard.train.digest)) for shard in shards],
-            holdout=[str(self.blobs.path(shard.holdout.digest)) for shard in shards],
+        job = TrainRouter(
+            train=tuple(self.blobs.path(shard.train.digest) for shard in shards),
+            holdout=tuple(self.blobs.path(shard.holdout.digest) for shard in shards), out=out,
         )  # fmt: skip
+        report = await self.worker.ask(job, limit=_ROUTER_LIMIT)
         ref = await asyncio.to_thread(self.blobs.add_file, out, True)
-        _log.info("router trained: %.1f %% right on held-out noisy clips", 100 * report["accuracy"])
+        _log.info("router trained: %.1f %% right on held-out noisy clips", 100 * report.accuracy)
         return _router_event(self.now(), epochs, ref, report)
 
     async def _stitch(self, state: RunState) -> list[Event]:
-        accepted = [state.shards[index].acceptance for index in range(len(state.shards))]
         router = state.router
-        given = [acceptance for acceptance in accepted if acceptance is not None]
-        answer = await self.workshop.ask(
-            "stitch", limit=_STITCH_LIMIT, sign=self._sign, folder=str(self.folder.mixture),
-            weights=[str(self.blobs.path(acceptance.weights.digest)) for acceptance in given],
-            accepted=[acceptance.model_dump(mode="json") for acceptance in given],
-            router=str(self.blobs.path(router.router.digest)) if router else None,
+        accepted = [given for index in range(len(state.shards)) if (given := state.shards[index].acceptance)]
+        job = StitchMixture(
+            folder=self.folder.mixture, accepted=tuple(accepted),
+            weights=tuple(self.blobs.path(acceptance.weights.digest) for acceptance in accepted),
+            router=self.blobs.path(router.router.digest) if router else None,
         )  # fmt: skip
+        answer = await self.worker.ask(job, limit=_STITCH_LIMIT, sign=self._sign)
         await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
-        _log.info("mixture %s stitched from epochs %s", answer["digest"][:12], list(epochs))
-        stitched = MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer["digest"])
+        _log.info("mixture %s stitched from epochs %s", answer.digest[:12], list(epochs))
+        stitched = MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest)
         if router is None:
             return [stitched]
         return [router.model_copy(update={"time": self.now(), "epochs": epochs}), stitched]
@@ -131,22 +139,22 @@ class Stitcher:
             self.blobs.add_file(self.folder.mixture / name)
 
     def _sign(self, message: bytes) -> str:
-        """The workshop reads strangers' files: whatever it asks for, nothing but a mixture's description gets a signature."""
+        """Sign a mixture's description and nothing else: the worker process reads files of unknown peers."""
         if not message.startswith(_MIXTURE_DOMAIN):
-            raise WorkerFailed("the workshop asked for a signature that is none of its business")
+            raise WorkerFailed("the worker process asked for a signature of something else than a mixture; refused")
         return self.coordinator.sign(message)
 
     async def _sample(self) -> None:
-        """Pictures are a courtesy: without them the mixture still counts."""
+        """A failure is only logged: the mixture is complete without its gallery."""
         try:
-            mixture, out = str(self.folder.mixture), str(self.folder.gallery)
-            await self.workshop.ask("gallery", limit=_GALLERY_LIMIT, mixture=mixture, out=out)
+            job = SampleGallery(mixture=self.folder.mixture, out=self.folder.gallery)
+            await self.worker.ask(job, limit=_GALLERY_LIMIT)
         except (WorkerFailed, WorkerRefused) as error:
             _log.warning("could not sample the gallery: %s", error)
 
 
-def _router_event(now: float, epochs: tuple[int, ...], ref: BlobRef, report: dict[str, Any]) -> RouterTrained:
+def _router_event(now: float, epochs: tuple[int, ...], ref: BlobRef, report: RouterReady) -> RouterTrained:
     return RouterTrained(
-        time=now, epochs=epochs, router=ref, accuracy=report["accuracy"],
-        accuracy_by_time=tuple(report["accuracy_by_time"]), calibration_error=report["ece"],
+        time=now, epochs=epochs, router=ref, accuracy=report.accuracy,
+        accuracy_by_time=report.accuracy_by_time, calibration_error=report.calibration_error,
     )  # fmt: skip

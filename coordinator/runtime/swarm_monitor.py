@@ -1,4 +1,4 @@
-"""Watches the DHT: who is there, claims what and holds what was accepted, and which results nobody offered by stream."""
+"""Reads the DHT: nodes, claims, copies of accepted checkpoints, and results that were not offered by stream."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.claims import LiveClaim, ShardView
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.accepted_checkpoints import holders_of
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 _READS_AT_ONCE = 16
 FULL_PACE = 1000
-"""Peers up to which all node records are read at every look."""
+"""Up to this many peers, all node records are read at every look."""
 
 Key = tuple[str, int]
 R = TypeVar("R", NodeRecord, ClaimRecord)
@@ -38,9 +40,9 @@ R = TypeVar("R", NodeRecord, ClaimRecord)
 
 @dataclass
 class SwarmMonitor:
-    """`view` is what was last seen; `found` is told of every checkpoint record at every look. `accepted`: whose copies count.
+    """`view` is what was last seen; `found` is called with every result at every look. `accepted`: whose copies count.
 
-    `shard_view`: the accepted state of a shard, without which the progress of its claims cannot be judged.
+    `shard_view` gives the accepted state of a shard, which the monitor needs to judge the progress of claims.
     """
 
     transport: Transport
@@ -54,7 +56,7 @@ class SwarmMonitor:
     _nodes_due: float = float("-inf")
 
     async def run(self) -> None:
-        """Look four times per heartbeat until cancelled; count copies once a lease."""
+        """Read nodes, claims and results four times per heartbeat, and count copies once per lease, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._repeat(self.look_at_peers, lambda timing: timing.heartbeat / 4))
             group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: timing.heartbeat / 4))
@@ -70,7 +72,7 @@ class SwarmMonitor:
             await asyncio.sleep(pause)
 
     async def look_at_peers(self) -> None:
-        """Refresh `view`; the node records of a large swarm not every time."""
+        """Refresh `view`. In a large swarm the node records are read less often."""
         run, shards, now = self.manifest.run_id, range(len(self.manifest.shards)), self.transport.now()
         if now >= self._nodes_due:
             self._nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
@@ -86,46 +88,39 @@ class SwarmMonitor:
         self.view = replace(view, copies=self.view.copies, histories=histories)
 
     async def look_at_checkpoints(self) -> None:
-        """Tell `found` of every result in the DHT."""
+        """Call `found` with every result in the DHT."""
         run = self.manifest.run_id
         for record, _ in await self._read(checkpoint_key(run, shard) for shard in range(len(self.manifest.shards))):
             if isinstance(record, CheckpointRecord):
                 await self.found(record)
 
     async def count_copies(self) -> None:
-        """Who of the peers in `view` says that it holds an accepted checkpoint, as a number by checkpoint."""
+        """Count the peers in `view` that announce each accepted checkpoint."""
         alive = {node.record.owner for node in self.view.nodes if node.record.state != "left"}
-        places = asyncio.Semaphore(_READS_AT_ONCE)
 
         async def count(acceptance: AcceptanceRecord) -> tuple[str, int]:
-            async with places:
-                return acceptance.checkpoint, len(await holders_of(self.transport, self.manifest, acceptance, alive))
+            return acceptance.checkpoint, len(await holders_of(self.transport, self.manifest, acceptance, alive))
 
-        counted = await asyncio.gather(*map(count, self.accepted()))
-        self.view = replace(self.view, copies=dict(counted))
+        counts = await gather_bounded(count, self.accepted(), _READS_AT_ONCE)
+        self.view = replace(self.view, copies=dict(counts))
 
     async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:
         """The live records under all `keys`."""
-        places = asyncio.Semaphore(_READS_AT_ONCE)
-
-        async def read(key: str) -> list[tuple[Any, float]]:
-            async with places:
-                return await read_records(self.transport, key)
-
-        return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
+        lists = await gather_bounded(partial(read_records, self.transport), keys, _READS_AT_ONCE)
+        return [item for records in lists for item in records]
 
 
 def nodes_pause(nodes: int, heartbeat: float) -> float:
-    """Seconds for which so many node records are good: they are as many bytes as there are peers, and live three heartbeats."""
+    """Seconds between two reads of the node records: they grow with the number of peers, and live three heartbeats."""
     return heartbeat / 4 * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
 
 
 def sighted(
     nodes: Iterable[tuple[NodeRecord, float]], claims: Iterable[tuple[ClaimRecord, float]], known: Mapping[Key, float], now: float
 ) -> tuple[LiveView, dict[Key, float]]:
-    """The view of what was found with its expiries, and since when each has been seen; `known` is that of the look before.
+    """The view of these records (each with its expiry), and since when each has been seen.
 
-    A released claim counts as gone, so that claiming again begins anew.
+    `known` is the second value of the look before. A released claim counts as gone, so a new claim starts at zero.
     """
     since: dict[Key, float] = {}
 

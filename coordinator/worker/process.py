@@ -1,8 +1,7 @@
-"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.workshop MANIFEST NAME`.
+"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.worker MANIFEST NAME`.
 
-Here alone the coordinator imports torch. It takes one job at a time as a JSON line `{"id", "verb", …}` and answers
-`{"id", "done"}` or `{"id", "refused": {"rung"?, "text"}}`. Files are named by path. An unexpected error ends the process; the
-parent starts a new one.
+The coordinator imports torch only here. It takes one job at a time (`messages.py`); files are named by path. An unexpected error
+ends the process, and the coordinator starts a new one.
 """
 
 from __future__ import annotations
@@ -13,160 +12,214 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
+from lutetia.coordinator.worker.messages import (
+    AnyAnswer,
+    AnyJob,
+    EpochReplayed,
+    FilesInspected,
+    GallerySampled,
+    InspectFiles,
+    JobDone,
+    JobRefused,
+    JobRequest,
+    LossMeasured,
+    MeasureLoss,
+    MeasureSizes,
+    MixtureReady,
+    ReadTrace,
+    ReplayEpoch,
+    RouterReady,
+    SampleGallery,
+    SignatureReply,
+    SignatureRequest,
+    SizesMeasured,
+    StitchMixture,
+    TraceRead,
+    TrainRouter,
+    encode,
+    read_to_worker,
+)
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import replace_folder
-from lutetia.system.process import Message, ParentChannel, give_way
+from lutetia.system.process import ParentChannel, give_way
 
 if TYPE_CHECKING:
     from lutetia.models.data.shards import ShardData
-    from lutetia.models.training.checkpoint_io import Precision
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
+_MOST_HOLDOUTS = 16
 LEAN = ("checking", "auditing")
-"""Workshops of these names never load a text encoder, and start in half the time."""
+"""Worker processes with these names never load a text encoder, and start in half the time."""
 _NUMBER_REASONS = ("non-finite", "norm")
 
 
 class WorkerProcess:
-    """The verbs. Each takes the message's other fields and returns what `done` carries."""
+    """Does the jobs of one run, one method each."""
 
     def __init__(self, manifest: Manifest, channel: ParentChannel) -> None:
         self.manifest = manifest
         self._channel = channel
-        self._messages = channel.messages()
-        self._holdouts: dict[str, ShardData] = {}
+        self._lines = channel.messages()
+        self._holdouts: dict[Path, ShardData] = {}
 
     def run(self) -> None:
-        """Take jobs until the parent closes the channel."""
-        for message in self._messages:
-            self._channel.send(_answer(self, message))
+        """Take jobs until the parent closes the channel. Raises ValueError for a line that is no job."""
+        for line in self._lines:
+            request = read_to_worker(line)
+            if not isinstance(request, JobRequest):
+                raise ValueError(f"a {request.kind} message outside of a job")
+            self._channel.send(encode(self.answer(request)))
 
-    def limits(self) -> dict[str, Any]:
-        """Per shard: most bytes of weights, training state and trace."""
+    def answer(self, request: JobRequest) -> JobDone | JobRefused:
+        """Do the job; a file that is wrong is a refusal."""
+        try:
+            return JobDone(id=request.id, answer=self.do(request.job))
+        except LutetiaError as error:
+            reason = getattr(error, "reason", None)
+            check = None if reason is None else "numbers" if reason in _NUMBER_REASONS else "format"
+            return JobRefused(id=request.id, text=str(error), check=check)
+
+    def do(self, job: AnyJob) -> AnyAnswer:
+        """Raises LutetiaError when the job's files are wrong."""
+        match job:
+            case MeasureSizes():
+                return self.sizes()
+            case InspectFiles():
+                return self.inspect(job)
+            case MeasureLoss():
+                return self.loss(job)
+            case ReadTrace():
+                return self.trace(job)
+            case ReplayEpoch():
+                return self.replay(job)
+            case TrainRouter():
+                return self.router(job)
+            case StitchMixture():
+                return self.stitch(job)
+            case SampleGallery():
+                return self.gallery(job)
+            case _:
+                assert_never(job)
+
+    def sizes(self) -> SizesMeasured:
         from lutetia.models.experts.families import weight_schema
         from lutetia.models.training.checkpoint_checks import state_schema
 
-        def form(schema: Any) -> list[int]:
-            sizes = [_product(shape) * dtype.itemsize for shape, dtype in schema.values() if -1 not in shape]
-            return [sum(sizes), len(schema)]
+        def form(schema: Any) -> tuple[int, int]:
+            sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in schema.values() if -1 not in shape]
+            return sum(sizes), len(schema)
 
-        limits, known = {}, {}
+        weights, state, known = {}, {}, {}
         for shard in self.manifest.shards:
             spec = self.manifest.expert_of(shard.index)
             name = spec.model_dump_json()
             if name not in known:
                 required, optional = state_schema(spec, self.manifest.optimisation)
-                known[name] = {"weights": form(weight_schema(spec)), "state": form({**required, **optional})}
-            limits[str(shard.index)] = known[name]
-        return {"shards": limits}
+                known[name] = form(weight_schema(spec)), form({**required, **optional})
+            weights[shard.index], state[shard.index] = known[name]
+        return SizesMeasured(weights=weights, state=state)
 
-    def inspect(self, shard: int, epoch: int, weights: str, state: str, trace: str) -> dict[str, Any]:
+    def inspect(self, job: InspectFiles) -> FilesInspected:
         """Weights and training state must be exactly what the manifest says, and belong together; a trace has a loss per step."""
         from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
         from lutetia.models.training.moment_checks import check_moments
         from lutetia.models.training.replay import read_trace
 
-        spec = self.manifest.expert_of(shard)
-        check_weights(Path(weights), spec)
-        check_state(Path(state), spec, self.manifest.optimisation)
-        check_moments(Path(state), self.manifest.optimisation)
-        _check_agreement(self.manifest, shard, epoch, Path(weights), Path(state))
-        if (steps := len(read_trace(Path(trace)))) != self.manifest.steps_per_epoch:
+        spec = self.manifest.expert_of(job.shard)
+        check_weights(job.weights, spec)
+        check_state(job.state, spec, self.manifest.optimisation)
+        check_moments(job.state, self.manifest.optimisation)
+        _check_agreement(self.manifest, job)
+        if (steps := len(read_trace(job.trace))) != self.manifest.steps_per_epoch:
             text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
             raise CheckpointMisfit("shape", text)
-        return {}
+        return FilesInspected()
 
-    def loss(self, shard: int, weights: str | None, holdout: str, raw: bool = False) -> dict[str, Any]:
-        """Held-out loss of weights, of a state's raw parameters, or of the shard's initial model."""
+    def loss(self, job: MeasureLoss) -> LossMeasured:
         from lutetia.models.training.holdout_loss import holdout_loss
 
-        result = holdout_loss(self.manifest, shard, Path(weights) if weights else None, self._holdout(holdout), raw=raw)
-        return {"loss": result.loss, "by_time": list(result.by_time)}
+        result = holdout_loss(self.manifest, job.shard, job.weights, self._holdout(job.holdout), raw=job.raw)
+        return LossMeasured(loss=result.loss, by_time=result.by_time)
 
-    def trace(self, path: str) -> dict[str, Any]:
-        """The losses in a trace."""
+    def trace(self, job: ReadTrace) -> TraceRead:
         from lutetia.models.training.replay import read_trace
 
-        return {"losses": read_trace(Path(path))}
+        return TraceRead(losses=tuple(read_trace(job.path)))
 
-    def replay(
-        self, shard: int, epoch: int, data: str, weights: str | None, state: str | None, trace: str, precision: Precision,
-        steps: int, epochs: int, end: list[str] | None, doubt: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Replay the first `steps` steps after `epoch` under a budget of `epochs`, or with `end` (weights, state) all of them."""
+    def replay(self, job: ReplayEpoch) -> EpochReplayed:
         from lutetia.models.data.shards import load_shard
         from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay, under_budget
 
-        published = read_trace(Path(trace))
-        parent = ReplayParent(epoch, *(Path(path) if path else None for path in (weights, state)))
-        found = replay(
-            under_budget(self.manifest, epochs), shard, load_shard(Path(data), self.manifest.latent), parent, steps,
-            end=ReplayEnd(Path(end[0]), Path(end[1])) if end else None, precision=precision, doubt=ReplayDoubt(**doubt) if
-            doubt else None,
+        published = read_trace(job.trace)
+        result = replay(
+            under_budget(self.manifest, job.epochs), job.shard, load_shard(job.data, self.manifest.latent),
+            ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
+            precision=job.precision, doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
         )  # fmt: skip
-        losses = [loss if math.isfinite(loss) else None for loss in found.losses]
-        made = found.made.model_dump()
-        said = published[: len(losses)]
-        return {"published": said, "losses": losses, "drift": found.drift, "noise": found.noise, "made": made}
+        losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
+        return EpochReplayed(
+            published=tuple(published[: len(losses)]), losses=losses, drift=result.drift, noise=result.noise, made=result.made
+        )
 
-    def router(self, train: list[str], holdout: list[str], out: str) -> dict[str, Any]:
-        """Train the router on all shards and write it to `out`."""
+    def router(self, job: TrainRouter) -> RouterReady:
         from lutetia.models.data.shards import load_shard
         from lutetia.models.mixing.router import train_router, write_router
 
-        def lean(paths: list[str]) -> list[ShardData]:  # all shards are in memory at once
-            return [load_shard(Path(path), self.manifest.latent).lean() for path in paths]
+        def lean(paths: tuple[Path, ...]) -> list[ShardData]:  # all shards are in memory at once
+            return [load_shard(path, self.manifest.latent).lean() for path in paths]
 
-        shards, holdouts = lean(train), lean(holdout)
+        shards, holdouts = lean(job.train), lean(job.holdout)
         router, report = train_router(self.manifest, shards, seed=0, holdouts=holdouts)
-        write_router(router, Path(out))
-        return {"accuracy": report.accuracy, "accuracy_by_time": list(report.accuracy_by_time), "ece": report.ece}
+        write_router(router, job.out)
+        return RouterReady(
+            accuracy=report.accuracy, accuracy_by_time=tuple(report.accuracy_by_time), calibration_error=report.ece
+        )
 
-    def stitch(self, folder: str, weights: list[str], accepted: list[dict[str, Any]], router: str | None) -> dict[str, Any]:
-        """Replace the mixture folder; the parent signs its description, since no key enters this process."""
+    def stitch(self, job: StitchMixture) -> MixtureReady:
+        """The parent signs the mixture's description, because no key enters this process."""
         from lutetia.models.mixing.stitch import stitch
 
         digest = stitch(
-            Path(folder), self.manifest, [Path(path) for path in weights], Path(router) if router else None,
-            [AcceptanceRecord.model_validate(record, strict=False) for record in accepted], self._signed_by_parent,
+            job.folder, self.manifest, list(job.weights), job.router, list(job.accepted), self._signed_by_parent
         )  # fmt: skip
-        return {"digest": digest}
+        return MixtureReady(digest=digest)
 
     def _signed_by_parent(self, message: bytes) -> str:
-        self._channel.send({"sign": message.decode()})
-        return next(self._messages)["signature"]
+        self._channel.send(encode(SignatureRequest(message=message.decode())))
+        reply = read_to_worker(next(self._lines))
+        if not isinstance(reply, SignatureReply):
+            raise ValueError(f"a {reply.kind} message in place of a signature")
+        return reply.signature
 
-    def gallery(self, mixture: str, out: str) -> dict[str, Any]:
-        """Sample the manifest's prompts, each from its own fixed noise, and replace the folder `out`."""
+    def gallery(self, job: SampleGallery) -> GallerySampled:
+        """Each prompt is sampled from its own fixed noise."""
         from lutetia.models.pipeline import load_pipeline
         from lutetia.models.video_files import to_uint8
 
-        pipeline = load_pipeline(mixture, experts_in_memory=2)
+        pipeline = load_pipeline(job.mixture, experts_in_memory=2)
         prompts = list(self.manifest.sampling.prompts)
         frames, _ = pipeline(prompts, seed=0, return_dict=False)
-        write_gallery(Path(out), prompts, to_uint8(frames), pipeline.fps)
-        return {"clips": len(prompts)}
+        write_gallery(job.out, prompts, to_uint8(frames), pipeline.fps)
+        return GallerySampled(clips=len(prompts))
 
-    def _holdout(self, path: str) -> ShardData:
+    def _holdout(self, path: Path) -> ShardData:
         from lutetia.models.data.shards import load_shard
 
         if path not in self._holdouts:
-            if len(self._holdouts) > 16:
+            if len(self._holdouts) > _MOST_HOLDOUTS:
                 self._holdouts.clear()
-            self._holdouts[path] = load_shard(Path(path), self.manifest.latent)
+            self._holdouts[path] = load_shard(path, self.manifest.latent)
         return self._holdouts[path]
 
 
-def _check_agreement(manifest: Manifest, shard: int, epoch: int, weights: Path, state: Path) -> None:
-    """The state must start this shard's next epoch, and its averages be the published weights: whoever goes on needs both.
+def _check_agreement(manifest: Manifest, job: InspectFiles) -> None:
+    """The state must start this shard's next epoch, and its averages must equal the published weights: training needs both.
 
-    Tensor by tensor, so that large experts fit a small coordinator. Raises CheckpointRefused.
+    Tensor by tensor, so that large experts fit a small coordinator. Raises CheckpointMisfit.
     """
     import torch
     from safetensors import safe_open
@@ -174,14 +227,15 @@ def _check_agreement(manifest: Manifest, shard: int, epoch: int, weights: Path, 
     from lutetia.models.training.checkpoint_checks import CheckpointMisfit
     from lutetia.models.training.checkpoint_io import read_place
 
-    place = read_place(state, manifest, shard)
-    if (place["epoch"], place["step"]) != (epoch, 0):
-        raise CheckpointMisfit("header", f"the state is of epoch {place['epoch']}, step {place['step']}; refused")
-    with safe_open(state, framework="pt") as states, safe_open(weights, framework="pt") as published:
+    place = read_place(job.state, manifest, job.shard)
+    if (place["epoch"], place["step"]) != (job.epoch, 0):
+        text = f"the state is of epoch {place['epoch']}, step {place['step']}, not of epoch {job.epoch}, step 0; refused"
+        raise CheckpointMisfit("header", text)
+    with safe_open(job.state, framework="pt") as states, safe_open(job.weights, framework="pt") as published:
         for name in states.keys():  # noqa: SIM118 (not a dictionary)
-            own = name.removeprefix("ema.")
-            if own != name and not torch.equal(states.get_tensor(name), published.get_tensor(own)):
-                raise CheckpointMisfit("norm", f"{own} in the state's averages is not the published one; refused")
+            weight = name.removeprefix("ema.")
+            if weight != name and not torch.equal(states.get_tensor(name), published.get_tensor(weight)):
+                raise CheckpointMisfit("norm", f"{weight} in the state's averages is not the published one; refused")
 
 
 def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:
@@ -192,49 +246,31 @@ def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> Non
 
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
-        listed = []
+        clips = []
         for index, (prompt, clip) in enumerate(zip(prompts, frames, strict=True)):
             factor = max(1, _GALLERY_PIXELS // max(clip.shape[1:3]))
             pictures = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), 0) for frame in clip]
-            name = f"{index:03d}.gif"
-            write_gif(pictures, part / name, fps, shared_palette=False)
-            listed.append({"prompt": prompt, "file": name, "seed": index})
-        (part / "gallery.json").write_text(json.dumps({"clips": listed}, indent=1, ensure_ascii=False))
+            file = f"{index:03d}.gif"
+            write_gif(pictures, part / file, fps, shared_palette=False)
+            clips.append({"prompt": prompt, "file": file, "seed": index})
+        (part / "gallery.json").write_text(json.dumps({"clips": clips}, indent=1, ensure_ascii=False))
         part.chmod(0o755)
         replace_folder(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _answer(shop: WorkerProcess, message: Message) -> Message:
-    fields = {name: value for name, value in message.items() if name not in ("id", "verb")}
-    verb: Callable[..., dict[str, Any]] = getattr(shop, message["verb"])
-    try:
-        return {"id": message["id"], "done": verb(**fields)}
-    except LutetiaError as error:
-        refusal: Message = {"text": str(error)}
-        if (reason := getattr(error, "reason", None)) is not None:
-            refusal["rung"] = "numbers" if reason in _NUMBER_REASONS else "format"
-        return {"id": message["id"], "refused": refusal}
-
-
 def main() -> None:
     """Take jobs until the parent closes the channel."""
     channel = ParentChannel()
-    give_way(int(os.environ.get("LUTETIA_WORKSHOP_NICE", "0")))
-    if sys.argv[2] in LEAN:
+    give_way(int(os.environ.get("LUTETIA_WORKER_NICE", "0")))
+    manifest_file, name = sys.argv[1:3]
+    if name in LEAN:
         from lutetia.models.fast_import import import_experts
 
         import_experts()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    manifest = SignedManifest.model_validate_json(Path(sys.argv[1]).read_bytes()).manifest
+    manifest = SignedManifest.model_validate_json(Path(manifest_file).read_bytes()).manifest
     WorkerProcess(manifest, channel).run()

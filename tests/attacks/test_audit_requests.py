@@ -22,7 +22,7 @@ from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
 from lutetia.protocol.transport.base import Transport
 from tests.attacks.hivemind_swarm import manifest_of_now, network
 from tests.coordinator.acceptance import judge_driver
-from tests.coordinator.runtime.test_check_runner import StrawHands  # pyright: ignore[reportMissingImports]
+from tests.coordinator.runtime.test_check_runner import ScriptedCheckIO  # pyright: ignore[reportMissingImports]
 
 
 def test_audit_requests_of_one_origin_are_limited_for_a_minute() -> None:
@@ -42,7 +42,7 @@ def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditServic
     tools = NetworkCheckRunner(transport, manifest, store, store, None, None, 1.0)  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(folder / "ledger.sqlite", judge_driver.first_event(manifest, time.time()))
     rules = JudgeRules(manifest, judge_driver.COORDINATOR.public_key, b"secret")
-    bench = JudgeLoop(rules, ledger, StrawHands(), publish, transport.now, lambda state: None)
+    bench = JudgeLoop(rules, ledger, ScriptedCheckIO(), publish, transport.now, lambda state: None)
     return AuditService(transport, bench, tools, list, pace)
 
 
@@ -58,7 +58,7 @@ async def test_hostile_audit_requests_leave_others_served(tmp_path: Path) -> Non
         coordinator = await start("coordinator")
         desk = desk_of(tmp_path, coordinator, RateWindow(per_minute=20))
         await desk.serve()
-        judging = asyncio.create_task(desk.bench.run())
+        judging = asyncio.create_task(desk.judge_loop.run())
         names = [f"sybil {number}" for number in range(3)]
         sybils = [await start(name, bootstrap=coordinator.addresses(), host="127.0.0.2") for name in names]
         honest = await start("honest", bootstrap=coordinator.addresses(), host="127.0.0.3")

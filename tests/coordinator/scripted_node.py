@@ -1,4 +1,4 @@
-"""A hand-driven worker over the real network, and a coordinator in a process of its own, for the tests of the service."""
+"""A node that tests drive by hand over the real network, and a coordinator in a process of its own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str, every: float = 0.1) -> None:
-    """Wait for `condition`, looked at `every` so many seconds; fails with `what` was waited for."""
+    """Check `condition` every `every` seconds until it holds; on time-out fail and name `what`."""
     deadline = time.monotonic() + PATIENCE
     while not await condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
@@ -81,15 +81,15 @@ class Coordinator:
         return cls(folder, process)
 
     def family(self) -> list[psutil.Process]:
-        """The process and all that it started."""
+        """The process and all its descendants."""
         try:
-            own = psutil.Process(self.process.pid)
-            return [own, *own.children(recursive=True)]
+            process = psutil.Process(self.process.pid)
+            return [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 
     async def end(self, number: signal.Signals) -> int:
-        """Signal it and wait until it and everything that it started is gone."""
+        """Send it a signal and wait until it and its descendants have ended."""
         family = self.family()
         self.process.send_signal(number)
         code = await asyncio.wait_for(self.process.wait(), 300)
@@ -105,8 +105,8 @@ class Coordinator:
 
 
 @dataclass
-class Volunteer:
-    """A peer that trains when it is told to."""
+class ScriptedNode:
+    """A peer that trains when the test says so."""
 
     identity: Identity
     folder: Path
@@ -126,7 +126,7 @@ class Volunteer:
         return SwarmStatus.model_validate_json(document)
 
     def train(self, shard: int, spoil: Callable[[dict[str, torch.Tensor]], None] | None = None) -> CheckpointRecord:
-        """One epoch further; the record of its checkpoint, whose blobs this peer serves from now on."""
+        """Train one more epoch and serve its blobs; returns the checkpoint's record."""
         manifest = self.signed.manifest
         trainer = self.trainers.setdefault(shard, ExpertTrainer(manifest, shard, clips(shard, 6, 5)))
         trainer.step()
@@ -149,7 +149,7 @@ class Volunteer:
         )  # fmt: skip
 
     async def file(self, record: CheckpointRecord) -> None:
-        """Put the record into the DHT, where the coordinator finds it."""
+        """Store the record in the DHT, where the coordinator finds it."""
         expires = self.transport.now() + 600
         assert await self.transport.store(record.key(), record.owner, seal(record, self.identity, expires), expires)
 
@@ -159,7 +159,7 @@ class Volunteer:
         return await offer_checkpoint(self.transport, self.coordinator, data, expires, self.ticket.addresses)
 
     async def verdict(self, record: CheckpointRecord) -> OfferReply:
-        """Offer until it is decided, and seldom enough not to be told to come back in a minute."""
+        """Offer until it is decided, slowly enough to stay within the rate limit."""
         reply: OfferReply | None = None
 
         async def decided() -> bool:
@@ -174,13 +174,13 @@ class Volunteer:
         return reply
 
     async def accepted(self, shard: int) -> list[AcceptanceRecord]:
-        found = await read_records(self.transport, acceptance_key(self.signed.manifest.run_id, shard))
-        return [record for record, _ in found if isinstance(record, AcceptanceRecord)]
+        records = await read_records(self.transport, acceptance_key(self.signed.manifest.run_id, shard))
+        return [record for record, _ in records if isinstance(record, AcceptanceRecord)]
 
 
 @asynccontextmanager
-async def joined(name: str, ticket: Ticket, root: Path) -> AsyncIterator[Volunteer]:
-    """A volunteer on the network of `ticket`."""
+async def joined(name: str, ticket: Ticket, root: Path) -> AsyncIterator[ScriptedNode]:
+    """A node on the network of `ticket`."""
     torch.set_num_threads(1)
     identity, folder = Identity.derived(name), root / name
     folder.mkdir()
@@ -188,6 +188,6 @@ async def joined(name: str, ticket: Ticket, root: Path) -> AsyncIterator[Volunte
     try:
         store = BlobStore(folder / "blobs")
         await serve_blobs(transport, store)
-        yield Volunteer(identity, folder, ticket, transport, signed, store)
+        yield ScriptedNode(identity, folder, ticket, transport, signed, store)
     finally:
         await transport.close()

@@ -1,4 +1,4 @@
-"""A real node without a shard audits a stranger's work over the audit stream, and its report is checked before it counts."""
+"""A real node without a shard audits another node's epoch over the audit stream; its report is checked before it counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.schema.ticket import Ticket
-from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.test_serve import up
 from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny
@@ -26,8 +26,8 @@ from tests.coordinator.tiny_data import build_tiny
 HEARTBEAT = 4.0
 
 
-async def hold(peer: Volunteer) -> None:
-    """Claim the only shard again and again, so that the node stands by."""
+async def hold(peer: ScriptedNode) -> None:
+    """Keep the claim on the only shard, so that the node stands by."""
     while True:
         claim = ClaimRecord(
             run=peer.signed.manifest.run_id, owner=peer.identity.public_key, issued=peer.transport.now(), shard=0, epoch=0,
@@ -38,7 +38,7 @@ async def hold(peer: Volunteer) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_a_node_without_a_shard_audits_a_strangers_epoch(tmp_path: Path):
+async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
     timing = Timing(heartbeat=HEARTBEAT, tenure=300.0)
     settings = RunSettings(preset="tiny", name="audited", addresses=(f"127.0.0.1:{free_port()}",), timing=timing)
     run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
@@ -69,10 +69,10 @@ async def test_a_node_without_a_shard_audits_a_strangers_epoch(tmp_path: Path):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
-    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
     reports = [event for event in events if isinstance(event, AuditReported)]
-    box = Identity.load(tmp_path / "node" / "identity.key").public_key
-    assert reports, story
-    assert {(event.by, event.outcome) for event in reports} == {(box, "valid")}, story
-    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, story
-    assert "to be checked" in story
+    auditor = Identity.load(tmp_path / "node" / "identity.key").public_key
+    assert reports, history
+    assert {(event.by, event.outcome) for event in reports} == {(auditor, "valid")}, history
+    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, history
+    assert "to be checked" in history

@@ -1,4 +1,4 @@
-"""A worker that fakes training, in a real swarm: accepted by its held-out loss, caught by the audit, and its work taken back."""
+"""A node that fakes training in a real swarm: its loss is accepted, the audit catches it, and its epoch is rolled back."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.records import CheckpointRecord, QuarantineRecord, TrainedWith, quarantine_key
 from lutetia.protocol.schema.ticket import Ticket
-from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.test_serve import up
 from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny, clips
 
 
-def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> CheckpointRecord:
-    """The parent's averages with tiny changes, and a trace that was made up: what costs nothing and scores as the parent does."""
+def fake(peer: ScriptedNode, honest: ScriptedNode, parent: CheckpointRecord) -> CheckpointRecord:
+    """The parent's averages with tiny changes, and an invented trace: it costs nothing and scores like the parent."""
     manifest = peer.signed.manifest
     trainer = ExpertTrainer(manifest, 0, clips(0, 6, 5))
     trainer.restore(1, honest.store.path(parent.weights.digest), honest.store.path(parent.state.digest))
@@ -53,7 +53,7 @@ def fake(peer: Volunteer, honest: Volunteer, parent: CheckpointRecord) -> Checkp
 
 
 @pytest.mark.timeout(900)
-async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_worker(tmp_path: Path):
+async def test_faked_training_is_rolled_back_and_trained_again(tmp_path: Path):
     settings = RunSettings(preset="tiny", name="cheated", addresses=(f"127.0.0.1:{free_port()}",))
     run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
     coordinator = await Coordinator.start(run.folder, json.dumps({"exit_when_done": True, "stitch": "end", "gallery": False}))
@@ -79,13 +79,13 @@ async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_w
             reply = await mallory.offer(faked)
             assert (reply.verdict, reply.check) == ("invalid", "quarantine")
 
-            async def told() -> bool:
+            async def shown() -> bool:
                 accepted = [(given.epoch, given.term, given.checkpoint) for given in await ann.accepted(0)]
                 records = await read_records(ann.transport, quarantine_key(run.run))
                 convicts = [peer for record, _ in records if isinstance(record, QuarantineRecord) for peer in record.peers]
                 return accepted == [(1, 1, first.digest)] and convicts == [mallory.identity.public_key]
 
-            await until(told, "the DHT to show the lower epoch of the higher term, and who is quarantined")
+            await until(shown, "the DHT to show the lower epoch of the higher term, and who is quarantined")
             node = await start_node(run.ticket, tmp_path / "node", threads=2)
 
             async def ended() -> bool:
@@ -99,19 +99,19 @@ async def test_faked_training_is_caught_taken_back_and_done_again_by_an_honest_w
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
-    story = "\n".join(tell(run.folder))
-    assert coordinator.process.returncode == 0, story
-    check_the_story(run.folder, mallory.identity.public_key, story)
+    history = "\n".join(tell(run.folder))
+    assert coordinator.process.returncode == 0, history
+    check_history(run.folder, mallory.identity.public_key, history)
 
 
-def check_the_story(folder: Path, mallory: str, story: str) -> None:
+def check_history(folder: Path, mallory: str, history: str) -> None:
     events = list(read_events(folder))
     accepted = [event.acceptance for event in events if isinstance(event, CheckpointAccepted)]
-    assert [(given.epoch, given.term) for given in accepted] == [(1, 0), (2, 0), (2, 1), (3, 1)], story
+    assert [(given.epoch, given.term) for given in accepted] == [(1, 0), (2, 0), (2, 1), (3, 1)], history
     assert [event.owner for event in events if isinstance(event, PeerQuarantined)] == [mallory]
     assert [(event.epoch, event.dropped) for event in events if isinstance(event, LineageRolledBack)] == [(1, 1)]
     audits = [(event.owner == mallory, event.outcome, event.closer) for event in events if isinstance(event, AuditDone)]
-    assert [outcome for own, outcome, _ in audits if not own] == ["valid"] * 3, f"one and two threads alike\n{story}"
+    assert [outcome for own, outcome, _ in audits if not own] == ["valid"] * 3, f"one and two threads alike\n{history}"
     *doubtful, sure = [(outcome, closer) for own, outcome, closer in audits if own]
-    assert sure == ("invalid", False), story
+    assert sure == ("invalid", False), history
     assert set(doubtful) <= {("inconclusive", True)}, "plausible losses of an unknown device ask for the whole epoch"

@@ -1,4 +1,4 @@
-"""The whole service over real libp2p on loopback: judged, killed, restarted, finished, ended."""
+"""The whole service over real libp2p on loopback: check results, kill, restart, finish the run, exit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import seal
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IdentityError, UnreachableError
-from tests.coordinator.scripted_node import Coordinator, Volunteer, free_port, joined, until
+from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.tiny_data import build_tiny
 
 
@@ -42,7 +42,7 @@ async def up(coordinator: Coordinator) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_the_life_of_a_run(tmp_path: Path):
+async def test_run_from_first_offer_to_finish(tmp_path: Path):
     run = make_run(tmp_path)
     http = free_port()
     settings = json.dumps({"http": f"127.0.0.1:{http}", "refresh_seconds": 0.5})
@@ -66,14 +66,14 @@ async def test_the_life_of_a_run(tmp_path: Path):
         last = ann.train(0)
         assert (await ann.offer(last)).verdict == "queued"
         await coordinator.end(signal.SIGKILL)
-        before = story(run.folder)
-        torn = run.folder / ".status.json.x.part"  # as a kill in the middle of a write leaves it
+        before = event_lines(run.folder)
+        torn = run.folder / ".status.json.x.part"  # as a kill during a write leaves it
         torn.write_bytes(b"{")
         coordinator = await Coordinator.start(run.folder, settings)
         await up(coordinator)
         assert not torn.exists()
-        await published(bob, 0, 2)  # nobody offered it again: the ledger remembered
-        assert story(run.folder)[: len(before)] == before
+        await published(bob, 0, 2)  # it was not offered again: the ledger has it
+        assert event_lines(run.folder)[: len(before)] == before
         assert (await ann.verdict(last)).verdict == "accepted"
 
         final = bob.train(1)
@@ -85,13 +85,13 @@ async def test_the_life_of_a_run(tmp_path: Path):
     check_the_end(run, coordinator, http)
 
 
-def story(folder: Path) -> list[str]:
-    """The lines of events, without what sums them up."""
+def event_lines(folder: Path) -> list[str]:
+    """The lines of events, without the summary."""
     return [line for line in tell(folder) if line.startswith("20")]
 
 
-async def refusals(ann: Volunteer, bob: Volunteer) -> None:
-    """What a stranger may try before any honest work is there."""
+async def refusals(ann: ScriptedNode, bob: ScriptedNode) -> None:
+    """What a hostile peer may try before there is honest work."""
 
     def poison(tensors) -> None:
         tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
@@ -110,14 +110,14 @@ async def refusals(ann: Volunteer, bob: Volunteer) -> None:
     bob.trainers.clear()
 
 
-async def published(peer: Volunteer, shard: int, epoch: int) -> None:
+async def published(peer: ScriptedNode, shard: int, epoch: int) -> None:
     async def there() -> bool:
         return [acceptance.epoch for acceptance in await peer.accepted(shard)] == [epoch]
 
     await until(there, f"the acceptance of epoch {epoch} of shard {shard} in the DHT")
 
 
-async def finished(peer: Volunteer) -> bool:
+async def finished(peer: ScriptedNode) -> bool:
     return (await peer.status()).finished
 
 
@@ -141,7 +141,7 @@ def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
     assert [entry.name for entry in run.folder.iterdir() if entry.name.endswith(".part")] == []
 
 
-async def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
+async def test_folder_that_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path):
     run = make_run(tmp_path)
     port = int(Ticket.decode(run.ticket).addresses[0].split("/")[4])
     with socket.socket() as taken:
@@ -157,7 +157,7 @@ async def test_what_cannot_be_served_is_one_sentence(tmp_path: Path):
         await serve_run(tmp_path)
 
 
-async def test_two_coordinators_on_one_folder(tmp_path: Path):
+async def test_second_coordinator_on_a_folder_is_refused(tmp_path: Path):
     run = make_run(tmp_path)
     coordinator = await Coordinator.start(run.folder)
     await up(coordinator)

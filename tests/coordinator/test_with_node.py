@@ -33,7 +33,7 @@ async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.sub
 
 
 async def run_to_its_end(run: CreatedRun, folder: Path) -> tuple[Coordinator, set[str]]:
-    """A coordinator that ends with its run, and one node; also every health that the status showed of the node meanwhile."""
+    """A coordinator that exits with its run, and one node; also returns every health that the status showed for the node."""
     coordinator = await Coordinator.start(run.folder, json.dumps({"exit_when_done": True, "stitch": "end"}))
     await up(coordinator)
     node = await start_node(run.ticket, folder)
@@ -59,12 +59,12 @@ async def run_to_its_end(run: CreatedRun, folder: Path) -> tuple[Coordinator, se
 
 @pytest.mark.timeout(900)
 async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
-    run = make_run(tmp_path, shards=1)  # no router either, so that the test is short
+    run = make_run(tmp_path, shards=1)  # one shard has no router, so the test is short
     coordinator, healths = await run_to_its_end(run, tmp_path / "node")
     status = coordinator.status()
     assert status.finished
     assert status.accepted == 2
-    # which of them a look meets is chance: on a quick box one is over before the status is next written
+    # which of them is seen depends on timing: on a fast machine one is over before the status is written again
     assert healths <= {"starting", "working", "standby"}, "never offline, never called idle while it worked"
     assert [(peer.accepted, peer.rejected, peer.health) for peer in status.nodes] == [(2, 0, "standby")], "its shard is done"
     assert verify_mixture(run.folder / "mixture", run.manifest.coordinators).digest == status.mixture
@@ -74,14 +74,14 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
 
 
 @pytest.mark.timeout(900)
-async def test_a_run_begins_with_given_weights_and_is_judged_and_audited_from_them(tmp_path: Path):
+async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path: Path):
     given = build_expert(tiny_expert(latent_spec()), 7)
     given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
     run = make_run(tmp_path, shards=1, warm_start=str(tmp_path / "given"), audit=AuditPolicy(whole_epoch=1.0))
     coordinator, _ = await run_to_its_end(run, tmp_path / "node")
     assert coordinator.status().accepted == 2
-    story, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
-    assert [event.outcome for event in events if event.kind == "audit-done"] == ["valid"] * 2, story
+    history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
+    assert [event.outcome for event in events if event.kind == "audit-done"] == ["valid"] * 2, history
     first = next(event for event in events if event.kind == "checkpoint-accepted")
     init = run.manifest.expert.init
     assert init is not None

@@ -1,4 +1,4 @@
-"""Built data of a few moving squares, written by the project's own writers, as `data build` would leave them."""
+"""Built data of a few squares, written by the project's own writers, as `data build` makes them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def latent_spec() -> LatentSpec:
 
 
 def clips(shard: int, count: int, seed: int = 0) -> ShardData:
-    """`count` clips whose colour tells the shard, rounded to half precision, as a shard file holds them.
+    """`count` clips whose colour is that of the shard, rounded to half precision, as a shard file holds them.
 
-    Who trains on them unrounded trains on other data: its losses differ by 1e-5, and now and then its end is no replay's.
+    Unrounded clips are other data: losses differ by 1e-5, and sometimes a replay does not reproduce the end.
     """
     draw = torch.Generator().manual_seed(1000 * shard + seed)
     latents = 0.1 * torch.randn(count, 3, 2, 8, 8, generator=draw) - 0.5
@@ -42,8 +42,8 @@ def clips(shard: int, count: int, seed: int = 0) -> ShardData:
 
 
 def build_tiny(folder: Path, shards: int = 2, train: int = 6, holdout: int = 4) -> Path:
-    """A folder that `create_run` takes."""
-    latent, described = latent_spec(), []
+    """Make a folder of built data for `create_run`."""
+    latent, entries = latent_spec(), []
     (folder / "shards").mkdir(parents=True)
     for index in range(shards):
         files = {}
@@ -53,8 +53,8 @@ def build_tiny(folder: Path, shards: int = 2, train: int = 6, holdout: int = 4) 
             write_shard(path, clips(index, count, len(split)), ShardMetadata(latent=latent, name=f"kind {index}", split=split))
             ref = ChunkTable.of_file(path).ref
             files[split] = DataFile(path=str(path.relative_to(folder)), blob=ref, clips=count)
-        described.append(DataShard(index=index, name=f"kind {index}", **files, prior=1 / shards))
+        entries.append(DataShard(index=index, name=f"kind {index}", **files, prior=1 / shards))
     report = ClusterReport(clusters=(), silhouette=0.0, largest_uncapped=1 / shards)
-    description = DataDescription(latent=latent, shards=tuple(described), clustering=report)
+    description = DataDescription(latent=latent, shards=tuple(entries), clustering=report)
     (folder / DATA_FILE).write_bytes(canonical(description))
     return folder

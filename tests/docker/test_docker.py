@@ -1,4 +1,4 @@
-"""Images, compose file and systemd unit: what they promise, and the verdict of their own tools where these are installed."""
+"""Images, compose file and systemd unit: their settings, and what their own linters say where these are installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tool(name: str) -> str:
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_an_image_is_slim_pinned_and_unprivileged(image: Path) -> None:
+def test_image_is_slim_pinned_and_unprivileged(image: Path) -> None:
     text = image.read_text()
     assert re.findall(r"^FROM (\S+)", text, re.M) == ["python:${PYTHON}-slim"] * 2
     assert text.count("--constraint constraints.txt") == 2
@@ -40,7 +40,7 @@ def test_hadolint_finds_nothing(image: Path) -> None:
     assert run.returncode == 0, run.stdout
 
 
-def test_compose_describes_one_coordinator_and_two_workers() -> None:
+def test_compose_has_one_coordinator_and_two_nodes() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     assert sorted(services) == ["coordinator", "worker-1", "worker-2"]
     for name, service in services.items():
@@ -62,7 +62,7 @@ def test_docker_compose_accepts_the_file() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_the_entry_script_is_sound() -> None:
+def test_entry_script_passes_shellcheck() -> None:
     script = DOCKER / "serve-run.sh"
     assert script.stat().st_mode & 0o111
     assert subprocess.run(["sh", "-n", script]).returncode == 0
@@ -70,17 +70,17 @@ def test_the_entry_script_is_sound() -> None:
     assert run.returncode == 0, run.stdout
 
 
-def test_the_unit_is_hardened() -> None:
+def test_unit_is_hardened() -> None:
     settings = dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and not line.startswith("#"))
     wanted = {
         "Type": "notify", "KillMode": "mixed", "ProtectSystem": "strict", "NoNewPrivileges": "yes",
         "StateDirectory": "lutetia", "DynamicUser": "yes", "CapabilityBoundingSet": "",
     }  # fmt: skip
     assert wanted.items() <= settings.items()
-    assert int(settings["TimeoutStopSec"]) >= 60  # a checkpoint is handed in after SIGTERM
+    assert int(settings["TimeoutStopSec"]) >= 60  # a checkpoint is submitted after SIGTERM
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     analyze = tool("systemd-analyze")
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/lutetia/bin/lutetia", "/bin/true"))  # it is not installed here

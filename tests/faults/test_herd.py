@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900
 HERD = Path(__file__).parent / "world" / "herd.py"
 PROCESSES, EACH = 2, 10
 MEMORY = 300 << 20
-"""What the coordinator itself and its p2pd may take together (its workshops hold torch, and are not counted)."""
+"""What the coordinator itself and its p2pd may take together (its worker processes hold torch, and are not counted)."""
 
 
 def memory(pair: Pair) -> int:

@@ -22,6 +22,7 @@ from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.worker.messages import Job, LossMeasured, MeasureLoss, MeasureSizes, SizesMeasured
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
@@ -46,21 +47,22 @@ class Gate:
 
 @dataclass
 class StrawShop:
-    """A workshop that finds everything in order; a job of a shard that has a gate waits before it."""
+    """A worker process that finds everything in order; a job of a shard that has a gate waits before it."""
 
     gates: dict[tuple[str, int], Gate] = field(default_factory=dict)
     broken: BaseException | None = None
 
-    async def ask(self, verb: str, *, limit: float, sign: Any = None, **fields: Any) -> dict[str, Any]:
-        job = "raw" if fields.get("raw") else verb
-        if gate := self.gates.get((job, fields.get("shard", -1))):
+    async def ask(self, job: Job[Any], *, limit: float, sign: Any = None) -> Any:
+        name = "raw" if getattr(job, "raw", False) else job.name()
+        if gate := self.gates.get((name, getattr(job, "shard", -1))):
             gate.reached.set()
             await gate.opened.wait()
-        if verb == "limits":
-            return {"shards": {str(shard): {"weights": [1 << 24, 1], "state": [1 << 24, 1]} for shard in range(2)}}
-        if verb == "loss" and self.broken:
+        if isinstance(job, MeasureSizes):
+            sizes: dict[int, tuple[int, int]] = dict.fromkeys(range(2), (1 << 24, 1))
+            return SizesMeasured(weights=sizes, state=sizes)
+        if isinstance(job, MeasureLoss) and self.broken:
             raise self.broken
-        return {"loss": 0.4} if verb == "loss" else {}
+        return LossMeasured(loss=0.4, by_time=()) if isinstance(job, MeasureLoss) else None
 
     def gate(self, job: str, shard: int = 0) -> Gate:
         return self.gates.setdefault((job, shard), Gate())
@@ -112,7 +114,7 @@ class Intake:
         return [store.add_bytes(content) for content in contents]
 
     async def offer(self, record: CheckpointRecord) -> OfferReply:
-        reply = await self.bench.hear(Offered(record, time.time()))
+        reply = await self.bench.submit(Offered(record, time.time()))
         assert isinstance(reply, OfferReply)
         return reply
 

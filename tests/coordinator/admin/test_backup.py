@@ -32,7 +32,7 @@ from tests.coordinator.test_serve import make_run
 
 
 def acceptance(run: CreatedRun, folder: RunFolder, epoch: int, parent: str | None, text: bytes) -> CheckpointAccepted:
-    """An accepted epoch of shard 0 whose blobs lie in the run's store."""
+    """An accepted epoch of shard 0, with its blobs in the run's store."""
     store, manifest = BlobStore(folder.blobs), run.manifest
     weights, state = store.add_bytes(b"weights" + text), store.add_bytes(b"state" + text)
     record = make_record(manifest, PEERS[0], 0, epoch, parent, weights=weights, state=state)
@@ -51,7 +51,7 @@ def accepted(
 
 
 def advance(run: CreatedRun, count: int = 1) -> list[CheckpointAccepted]:
-    """The run accepts `count` further epochs of shard 0."""
+    """Accept `count` more epochs of shard 0."""
     folder, events = RunFolder(run.folder), []
     ledger = Ledger.open(folder.ledger)
     HeadFile(folder.head, ledger, Identity.load(folder.coordinator_key))
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> CreatedRun:
 # --- backup and restore -----------------------------------------------------------------------------------------------------
 
 
-def test_a_restored_run_is_the_run(run: CreatedRun, tmp_path: Path):
+def test_restored_run_equals_the_run(run: CreatedRun, tmp_path: Path):
     seen: list[tuple[int, int]] = []
     done = backup_run(run.folder, tmp_path / "backup", lambda stage, done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == done.copied == done.index.bytes
@@ -97,7 +97,7 @@ def state_of(folder: RunFolder) -> bytes:
     return state_bytes(ledger.state)
 
 
-def test_a_second_backup_copies_what_is_new(run: CreatedRun, tmp_path: Path):
+def test_second_backup_copies_only_what_is_new(run: CreatedRun, tmp_path: Path):
     out = tmp_path / "backup"
     backup_run(run.folder, out)
     assert backup_run(run.folder, out).copied == 0
@@ -110,7 +110,7 @@ def test_a_second_backup_copies_what_is_new(run: CreatedRun, tmp_path: Path):
     assert restore_run(out, tmp_path / "again").events == second.index.events
 
 
-def test_a_backup_while_the_ledger_grows_is_consistent(run: CreatedRun, tmp_path: Path):
+def test_backup_while_the_ledger_grows_is_consistent(run: CreatedRun, tmp_path: Path):
     stop = threading.Event()
 
     def grow() -> None:
@@ -129,7 +129,7 @@ def test_a_backup_while_the_ledger_grows_is_consistent(run: CreatedRun, tmp_path
         writer.join()
 
 
-def test_a_backup_interrupted_anywhere_leaves_the_one_before(run: CreatedRun, tmp_path: Path):
+def test_interrupted_backup_leaves_the_one_before_intact(run: CreatedRun, tmp_path: Path):
     out = tmp_path / "backup"
     first = backup_run(run.folder, out)
     advance(run)
@@ -146,7 +146,7 @@ def test_a_backup_interrupted_anywhere_leaves_the_one_before(run: CreatedRun, tm
     assert backup_run(run.folder, out).index.accepted == 2, "and the next one goes through"
 
 
-def test_what_may_not_be_overwritten_or_mixed(run: CreatedRun, tmp_path: Path):
+def test_backup_and_restore_never_overwrite_something_else(run: CreatedRun, tmp_path: Path):
     out = tmp_path / "backup"
     backup_run(run.folder, out)
     with pytest.raises(ConfigError, match="a run is never overwritten"):
@@ -201,7 +201,7 @@ def lead_astray(out: Path) -> None:
         (lambda out: (out / INDEX).write_text("{"), IntegrityError, "malformed"),
     ],
 )
-def test_a_spoilt_backup_restores_nothing(run: CreatedRun, tmp_path: Path, spoil, error: type[LutetiaError], words: str):
+def test_damaged_backup_restores_nothing(run: CreatedRun, tmp_path: Path, spoil, error: type[LutetiaError], words: str):
     out = tmp_path / "backup"
     backup_run(run.folder, out)
     spoil(out)
@@ -212,7 +212,7 @@ def test_a_spoilt_backup_restores_nothing(run: CreatedRun, tmp_path: Path, spoil
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
-def test_a_damaged_blob_of_the_run_stops_the_backup(run: CreatedRun, tmp_path: Path):
+def test_damaged_blob_of_the_run_stops_the_backup(run: CreatedRun, tmp_path: Path):
     digest = run.manifest.shards[0].holdout.digest
     path = run.folder / "blobs" / digest[:2] / digest
     path.write_bytes(b"\1" + path.read_bytes()[1:])
@@ -225,7 +225,7 @@ def test_a_damaged_blob_of_the_run_stops_the_backup(run: CreatedRun, tmp_path: P
 
 
 def cut_tail(folder: RunFolder, events: int) -> None:
-    """What an older copy of the file, or somebody with an editor, leaves: a shorter ledger whose chain still adds up."""
+    """Shorten the ledger, as an older copy of the file or an editor would; its hash chain is still valid."""
     with sqlite3.connect(folder.ledger) as connection:
         connection.execute("DROP TRIGGER no_delete")
         connection.execute("DELETE FROM events WHERE id > (SELECT max(id) FROM events) - ?", (events,))
@@ -235,7 +235,7 @@ def cut_tail(folder: RunFolder, events: int) -> None:
     connection.close()
 
 
-def test_a_shortened_ledger_adds_up_but_is_refused_by_its_head(run: CreatedRun):
+def test_shortened_ledger_is_refused_by_its_signed_head(run: CreatedRun):
     folder = RunFolder(run.folder)
     (last,) = advance(run)
     cut_tail(folder, 1)
@@ -250,7 +250,7 @@ def test_a_shortened_ledger_adds_up_but_is_refused_by_its_head(run: CreatedRun):
     ledger.close()
 
 
-def test_a_ledger_ahead_of_its_head_is_fine_and_foreign_heads_are_not(run: CreatedRun, tmp_path: Path):
+def test_ledger_ahead_of_its_head_passes_and_foreign_heads_fail(run: CreatedRun, tmp_path: Path):
     folder = RunFolder(run.folder)
     ledger = Ledger.open(folder.ledger, run.run)
     check_head(folder.head, ledger, run.manifest)
@@ -271,7 +271,7 @@ def test_a_ledger_ahead_of_its_head_is_fine_and_foreign_heads_are_not(run: Creat
     ledger.close()
 
 
-def test_a_head_that_cannot_be_written_stops_the_coordinator(run: CreatedRun, tmp_path: Path):
+def test_head_that_cannot_be_written_stops_the_coordinator(run: CreatedRun, tmp_path: Path):
     ledger = Ledger.open(RunFolder(run.folder).ledger, run.run)
     (tmp_path / "file").touch()
     HeadFile(tmp_path / "file" / "head.json", ledger, Identity.load(RunFolder(run.folder).coordinator_key))
@@ -283,7 +283,7 @@ def test_a_head_that_cannot_be_written_stops_the_coordinator(run: CreatedRun, tm
 # --- one state, byte for byte -----------------------------------------------------------------------------------------------
 
 
-def test_replays_agree_byte_for_byte_in_every_process_and_on_a_copy(run: CreatedRun, tmp_path: Path):
+def test_replays_of_a_ledger_agree_byte_for_byte(run: CreatedRun, tmp_path: Path):
     advance(run, 5)
     ledger = Ledger.open(RunFolder(run.folder).ledger, run.run)
     here = state_bytes(ledger.state)
@@ -294,12 +294,12 @@ def test_replays_agree_byte_for_byte_in_every_process_and_on_a_copy(run: Created
     assert state_bytes(copy.state) == here
     copy.close()
     shutil.copytree(run.folder, tmp_path / "run copy")
-    said = [replayed(folder, seed) for folder, seed in ((run.folder, "1"), (run.folder, "2"), (tmp_path / "run copy", "3"))]
-    assert said == [state_digest(ledger.state)] * 3
+    digests = [replayed(folder, seed) for folder, seed in ((run.folder, "1"), (run.folder, "2"), (tmp_path / "run copy", "3"))]
+    assert digests == [state_digest(ledger.state)] * 3
 
 
 def replayed(folder: Path, hash_seed: str) -> str:
-    """What `coordinator replay` says in a process with another order of hashes."""
+    """The output of `coordinator replay` in a process with another hash seed."""
     done = subprocess.run(
         [sys.executable, "-m", "lutetia.cli", "coordinator", "replay", str(folder), "--json"],
         env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, check=True,
@@ -307,7 +307,7 @@ def replayed(folder: Path, hash_seed: str) -> str:
     return json.loads(done.stdout)["digest"]
 
 
-def test_every_event_moves_the_digest(run: CreatedRun):
+def test_every_event_changes_the_digest(run: CreatedRun):
     folder = RunFolder(run.folder)
     ledger = Ledger.open(folder.ledger, run.run)
     seen = {state_digest(ledger.state)}
@@ -325,7 +325,7 @@ def test_every_event_moves_the_digest(run: CreatedRun):
 # --- lost acceptances -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_ahead_is_taken_back_once_and_then_followed(run: CreatedRun):
+def test_record_ahead_of_the_ledger_is_recovered_once(run: CreatedRun):
     folder = RunFolder(run.folder)
     ledger = Ledger.open(folder.ledger, run.run)
     before = ledger.state
@@ -341,5 +341,5 @@ def test_what_is_ahead_is_taken_back_once_and_then_followed(run: CreatedRun):
     with pytest.raises(IntegrityError, match="cannot be recovered"):
         ledger.append([AcceptanceRecovered(time=START, acceptance=newer[0])])
     ledger.append([acceptance(run, folder, 4, newer[1].checkpoint, b"y")])
-    assert ledger.state.shards[0].epoch == 4, "the lineage goes on from there"
+    assert ledger.state.shards[0].epoch == 4, "the lineage continues from there"
     ledger.close()

@@ -1,4 +1,4 @@
-"""`run create`: a whole run or nothing, and one sentence for each wrong wish."""
+"""`run create`: a whole run or nothing, and one sentence for each wrong setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("built") / "data")
 
 
-def test_a_run_is_made_whole(data: Path, tmp_path: Path):
+def test_create_run_makes_every_file(data: Path, tmp_path: Path):
     created = create_run(data, tmp_path / "run", TINY)
     run = RunFolder(created.folder)
     signed = run.read_manifest(time.time())
@@ -66,7 +66,7 @@ def test_a_run_is_made_whole(data: Path, tmp_path: Path):
         (("[::1]:4100",), "/ip6/::1/tcp/4100", "/ip6/::1/tcp/4100/p2p/"),
     ],
 )
-def test_addresses_become_listener_and_ticket(data: Path, tmp_path: Path, addresses, listen, first):
+def test_addresses_set_listener_and_ticket(data: Path, tmp_path: Path, addresses, listen, first):
     created = create_run(data, tmp_path / "run", TINY.model_copy(update={"addresses": addresses}))
     assert RunFolder(created.folder).read_endpoint().listen == listen
     assert Ticket.decode(created.ticket).addresses[0].startswith(first)
@@ -89,14 +89,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "words"), BAD)
-def test_wrong_wishes_are_one_sentence_and_leave_nothing(data: Path, tmp_path: Path, change, words):
+def test_wrong_settings_are_one_sentence_and_leave_nothing(data: Path, tmp_path: Path, change, words):
     with pytest.raises(ConfigError, match=words) as caught:
         create_run(data, tmp_path / "run", TINY.model_copy(update=change))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_warm_start_travels_with_the_run(data: Path, tmp_path: Path):
+def test_warm_start_weights_are_a_blob_of_the_run(data: Path, tmp_path: Path):
     given = build_expert(tiny_expert(latent_spec()), 7)
     given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
     created = create_run(data, tmp_path / "run", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
@@ -114,11 +114,11 @@ def test_a_warm_start_travels_with_the_run(data: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot load warm start"):
         create_run(data, tmp_path / "other", TINY.model_copy(update={"warm_start": str(tmp_path / "given")}))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["given", "run"]
-    with pytest.raises(ValidationError, match="name the weights to begin with by warm_start"):
+    with pytest.raises(ValidationError, match="set warm_start to the model to take the first weights from"):
         RunSettings(expert=created.manifest.expert)
 
 
-def test_what_is_set_wins_over_the_preset():
+def test_explicit_settings_override_the_preset():
     from lutetia.models.data import recipe
 
     demo = RunSettings(preset="demo", samples_per_shard=16 * recipe.RUN["checkpoint_samples"]).resolved()
@@ -128,7 +128,7 @@ def test_what_is_set_wins_over_the_preset():
     assert demo.name == "demo"
 
 
-def test_an_existing_run_is_never_overwritten(data: Path, tmp_path: Path):
+def test_existing_run_is_never_overwritten(data: Path, tmp_path: Path):
     folder = tmp_path / "run"
     create_run(data, folder, TINY)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -137,7 +137,7 @@ def test_an_existing_run_is_never_overwritten(data: Path, tmp_path: Path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_data_that_are_absent_or_changed_are_refused(tmp_path: Path):
+def test_missing_or_changed_data_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.json"):
         create_run(tmp_path, tmp_path / "run", TINY)
     data = build_tiny(tmp_path / "data")
@@ -165,7 +165,7 @@ def test_unknown_settings_are_refused(model, values):
         model(**values)
 
 
-def test_a_second_coordinator_on_one_folder_is_refused(data: Path, tmp_path: Path):
+def test_locked_folder_refuses_a_second_coordinator(data: Path, tmp_path: Path):
     run = RunFolder(create_run(data, tmp_path / "run", TINY).folder)
     with run.locked(), pytest.raises(IdentityError, match="another coordinator"), run.locked():
         pass
@@ -173,6 +173,6 @@ def test_a_second_coordinator_on_one_folder_is_refused(data: Path, tmp_path: Pat
         pass
 
 
-def test_no_run_there(tmp_path: Path):
+def test_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="holds no run"):
         RunFolder(tmp_path).read_manifest(time.time())

@@ -1,4 +1,4 @@
-"""A coordinator whose disk is gone: its backup is older than what peers hold, and nothing that was accepted is lost or forked."""
+"""A coordinator that lost its disk and restores an old backup: no acceptance is lost, and no lineage is forked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lutetia.protocol.schema.records import CheckpointRecord, ProviderRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.child_environment import child_environment
 from tests.coordinator.admin.test_upgrade_live import unaudited_run
-from tests.coordinator.scripted_node import Coordinator, Volunteer, joined, until
+from tests.coordinator.scripted_node import Coordinator, ScriptedNode, joined, until
 from tests.coordinator.test_serve import published, up
 
 
@@ -38,18 +38,18 @@ async def lutetia(*words: str) -> tuple[int, str]:
     return process.returncode or 0, output.decode()
 
 
-async def provide(peer: Volunteer, record: CheckpointRecord) -> None:
-    """Say in the DHT that `peer` holds the blobs of its checkpoint, as a node does."""
+async def provide(peer: ScriptedNode, record: CheckpointRecord) -> None:
+    """Announce in the DHT that `peer` holds the blobs of its checkpoint, as a node does."""
     for ref in (record.weights, record.state):
-        said = ProviderRecord(
+        provider = ProviderRecord(
             run=record.run, owner=peer.identity.public_key, issued=peer.transport.now(), blob=ref.digest,
             peer_id=peer.transport.peer_id, addresses=tuple(peer.transport.addresses()),
         )  # fmt: skip
-        assert await publish(peer.transport, peer.identity, said, 600)
+        assert await publish(peer.transport, peer.identity, provider, 600)
 
 
-async def accept(peer: Volunteer) -> CheckpointRecord:
-    """One epoch further on shard 0, accepted and published."""
+async def accept(peer: ScriptedNode) -> CheckpointRecord:
+    """Train one more epoch of shard 0; it is accepted and published."""
     record = peer.train(0)
     assert (await peer.verdict(record)).verdict == "accepted"
     await published(peer, 0, record.epoch)
@@ -59,22 +59,22 @@ async def accept(peer: Volunteer) -> CheckpointRecord:
 
 @pytest.mark.timeout(900)
 async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_backup(tmp_path: Path):
-    run = unaudited_run(tmp_path, 32)  # one epoch more than is trained: nothing is stitched
+    run = unaudited_run(tmp_path, 32)  # one epoch more than is trained, so nothing is stitched
     coordinator = await Coordinator.start(run.folder, '{"stitch": "end"}')
     await up(coordinator)
     async with joined("ann", Ticket.decode(run.ticket), tmp_path) as ann:
         first = await accept(ann)
         Peerstore(RunFolder(run.folder).peers).remember(ann.transport.addresses())
-        code, said = await lutetia("coordinator", "backup", str(run.folder), str(tmp_path / "backup"))
-        assert (code, "holds run" in said) == (0, True), said
+        code, output = await lutetia("coordinator", "backup", str(run.folder), str(tmp_path / "backup"))
+        assert (code, "holds run" in output) == (0, True), output
         second = await accept(ann)
         head = coordinator.status().ledger
         assert head
         assert head.holds(run.run, run.manifest.coordinators), "everybody can see how far the ledger reached"
         await coordinator.end(signal.SIGKILL)
         shutil.rmtree(run.folder)
-        code, said = await lutetia("coordinator", "restore", str(tmp_path / "backup"), str(run.folder))
-        assert code == 0, said
+        code, output = await lutetia("coordinator", "restore", str(tmp_path / "backup"), str(run.folder))
+        assert code == 0, output
 
         await refuse_to_go_on_behind(run)
         coordinator = await Coordinator.start(run.folder, '{"stitch": "end"}')
@@ -97,13 +97,13 @@ async def test_a_restored_coordinator_takes_back_what_was_accepted_after_its_bac
 
 
 async def refuse_to_go_on_behind(run: CreatedRun) -> None:
-    """The same folder, as if somebody had put an old copy there by hand."""
+    """The same folder, as if an old copy was put there by hand."""
     folder = RunFolder(run.folder)
     folder.restored.unlink()
-    code, said = await lutetia("coordinator", "serve", str(run.folder))
-    assert code == 11, said
-    assert "an acceptance under this coordinator's key (shard 0, epoch 2)" in said
-    assert "--recover" in said
+    code, output = await lutetia("coordinator", "serve", str(run.folder))
+    assert code == 11, output
+    assert "an acceptance under this coordinator's key (shard 0, epoch 2)" in output
+    assert "--recover" in output
     folder.restored.touch()
 
 

@@ -1,6 +1,6 @@
-"""A new key for the coordinator: finished or undone wherever it is cut off, and the old key's word counts no more.
+"""A new key for the coordinator: a rotation that is interrupted is finished or undone, and the old key no longer counts.
 
-That a real node goes on under the new key is part of `test_live_upgrade`.
+`test_upgrade_live` has a real node that continues under the new key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.coordinator.test_serve import make_run
 
 
 def check_signatures(run: CreatedRun, old: Identity, ticket: str) -> None:
-    """Everything that stands is signed by the new key; what the old one signs is refused."""
+    """Everything is signed by the new key, and what the old key signs is refused."""
     folder = RunFolder(run.folder)
     manifest = folder.read_manifest(time.time()).manifest
     fresh = Identity.load(folder.coordinator_key)
@@ -52,20 +52,20 @@ def check_signatures(run: CreatedRun, old: Identity, ticket: str) -> None:
             assert check(record.key(), signer.public_key, data, now + 600) == record.key()
 
 
-def test_a_rotation_cut_off_anywhere_is_finished_or_undone(tmp_path: Path):
-    """Before the owner's signature is on disk the old key stays; after it the new one comes, at the next start at the latest."""
+def test_interrupted_rotation_is_finished_or_undone(tmp_path: Path):
+    """The old key stays until the owner's signature is on disk; then the new key is used, at the latest after a restart."""
     run = make_run(tmp_path, shards=1)
     advance(run)
     folder = RunFolder(run.folder)
     old = Identity.load(folder.coordinator_key)
     Identity.generate().save(folder.next_key)
     settle_rotation(folder)
-    assert not folder.next_key.exists(), "nobody had signed it"
+    assert not folder.next_key.exists(), "the owner had not signed it"
     assert Identity.load(folder.coordinator_key) == old
     done = rotate_run(folder)
     fresh = Identity.load(folder.coordinator_key)
     assert (fresh.public_key, done.manifest.version) == (done.new, 2)
-    fresh.save(folder.next_key)  # as if the crash had come right before the keys changed places
+    fresh.save(folder.next_key)  # as after a crash right before the key was replaced
     old.save(folder.coordinator_key)
     settle_rotation(folder)
     assert Identity.load(folder.coordinator_key) == fresh
@@ -76,7 +76,7 @@ def test_a_rotation_cut_off_anywhere_is_finished_or_undone(tmp_path: Path):
     assert rotate_run(folder).manifest.version == 3
 
 
-def test_only_the_owner_rotates(tmp_path: Path):
+def test_rotation_by_another_key_is_refused(tmp_path: Path):
     run = make_run(tmp_path, shards=1)
     folder = RunFolder(run.folder)
     before, key = folder.manifest.read_bytes(), folder.coordinator_key.read_bytes()
@@ -91,7 +91,7 @@ def test_only_the_owner_rotates(tmp_path: Path):
     assert rotate_run(folder, tmp_path / "offline.key").manifest.version == 2
 
 
-def test_where_there_is_no_run_nothing_is_rotated_or_made(tmp_path: Path):
+def test_rotation_without_a_run_makes_nothing(tmp_path: Path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="holds no run"):
             rotate_run(RunFolder(place))

@@ -1,4 +1,4 @@
-"""A run that is under way gets a new version of its manifest: real coordinator, real node, nobody restarted."""
+"""A run in progress gets a new version of its manifest: real coordinator, real node, no restart."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def node_says(folder: Path) -> dict[str, Any]:
 
 
 def unaudited_run(root: Path, samples: int) -> CreatedRun:
-    """One shard, and no audits: what is tested here is not what they are about, and replays take a processor's time."""
+    """One shard and no audits: they are not tested here, and replays take time."""
     settings = RunSettings(
         preset="tiny", addresses=(f"127.0.0.1:{free_port()}",), samples_per_shard=samples,
         audit=AuditPolicy(replay_steps=0, whole_epoch=0.0),
@@ -75,8 +75,8 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         return coordinator.status().accepted >= 3
 
     async def idle_under(version: int) -> bool:
-        said = await node_says(tmp_path / "node")
-        return (said["state"], said["manifest_version"]) == ("idle", version)
+        status = await node_says(tmp_path / "node")
+        return (status["state"], status["manifest_version"]) == ("idle", version)
 
     try:
         await until(lambda: finished_with(1), "the end of the first budget")
@@ -85,8 +85,8 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
             10,
             {"error": {"name": "config", "code": 10, "message": refusal("checkpoint_samples")}},
         )
-        code, said = await command("run", "upgrade", str(run.folder), "--set", "samples_per_shard=16")
-        assert (code, said["version"], said["epochs"]) == (0, 2, 2)
+        code, answer = await command("run", "upgrade", str(run.folder), "--set", "samples_per_shard=16")
+        assert (code, answer["version"], answer["epochs"]) == (0, 2, 2)
         await until(lambda: finished_with(2), "the end of the raised budget")
         await until(lambda: idle_under(2), "the node to stand by again")
         check_ledger(run)
@@ -96,15 +96,15 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         assert refused == IdentityError.code, "not while it is served"
         old = Identity.load(RunFolder(run.folder).coordinator_key)
         assert await coordinator.end(signal.SIGTERM) == 0
-        code, said = await command("run", "rotate", str(run.folder))
-        assert (code, said["version"], said["old"]) == (0, 3, old.public_key)
+        code, answer = await command("run", "rotate", str(run.folder))
+        assert (code, answer["version"], answer["old"]) == (0, 3, old.public_key)
         upgrade_run(RunFolder(run.folder), {"samples_per_shard": 160})
         coordinator = await Coordinator.start(run.folder, SETTINGS)
         await up(coordinator)
         await until(accepted_again, "the node to train on for the new key")
         assert (await node_says(tmp_path / "node"))["manifest_version"] == 4
-        assert coordinator.status().coordinator == said["new"]
-        check_signatures(run, old, said["ticket"])
+        assert coordinator.status().coordinator == answer["new"]
+        check_signatures(run, old, answer["ticket"])
         await ask(tmp_path / "node", "leave")
     finally:
         for process in (node, coordinator.process):
@@ -123,7 +123,7 @@ def check_ledger(run: CreatedRun) -> None:
     kinds = [row.event().kind for row in ledger.rows()]
     ledger.close()
     assert kinds.count("manifest-published") == 2
-    assert kinds.count("coordinator-started") == 1, "nobody was restarted"
+    assert kinds.count("coordinator-started") == 1, "the coordinator was not restarted"
     assert kinds.count("run-finished") == 2
     state = ledger.state
     assert (state.epochs, state.manifest_version, state.finished) == (2, 2, True)
@@ -131,7 +131,7 @@ def check_ledger(run: CreatedRun) -> None:
 
 
 async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
-    """Somebody puts version 1 back: the coordinator goes on with version 2, and so does a box that has seen it."""
+    """Version 1 is put back by hand: the coordinator stays with version 2, and so does a node that has seen it."""
     folder = RunFolder(run.folder)
     newest = folder.manifest.read_bytes()
     visit = root / "visit"
@@ -148,7 +148,7 @@ async def refuse_the_older_version(run: CreatedRun, root: Path) -> None:
 
 
 async def serve_run_beside(folder: Path) -> None:
-    """What a coordinator on a copy of this folder would say; the running one holds the lock of its own."""
+    """A coordinator on a copy of this folder is refused; the running one holds the lock of its own folder."""
     from shutil import copytree, ignore_patterns
 
     copy = folder.with_name("copy")
@@ -156,13 +156,13 @@ async def serve_run_beside(folder: Path) -> None:
     await serve_run(copy)
 
 
-def test_only_the_owner_upgrades(tmp_path: Path):
+def test_upgrade_by_another_key_is_refused(tmp_path: Path):
     run = make_run(tmp_path, shards=1)
-    stranger = tmp_path / "stranger.key"
-    Identity.derived("mallory").save(stranger)
+    other_key = tmp_path / "other.key"
+    Identity.derived("mallory").save(other_key)
     before = (run.folder / "manifest.json").read_bytes()
     with pytest.raises(AuthorisationError, match="another owner"):
-        upgrade_run(RunFolder(run.folder), {"holdout_tolerance": 9.0}, stranger)
-    with pytest.raises(ConfigError, match="nothing is to be changed"):
+        upgrade_run(RunFolder(run.folder), {"holdout_tolerance": 9.0}, other_key)
+    with pytest.raises(ConfigError, match="no change is given"):
         upgrade_run(RunFolder(run.folder), {})
     assert (run.folder / "manifest.json").read_bytes() == before

@@ -1,7 +1,7 @@
-"""Stated fact: whenever the swarm hears of an acceptance, author and coordinator both hold its blobs, whatever happens next.
+"""Invariant: when an acceptance is published, its author and the coordinator both hold its blobs, whatever happens next.
 
-The blobs are whole and durable in the coordinator's store before the ledger says so, and the ledger before anybody is told. Here
-a real bench accepts on real files, and the power fails after each of its system calls.
+The blobs are durable in the coordinator's store before the ledger has the acceptance, and the ledger is written before it is
+published. Here a real judge loop accepts on real files, and the power fails after each of its system calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from tests.coordinator.acceptance.judge_driver import make_manifest
 from tests.protocol.power_loss import every_power_loss, needs_strace, record
 
-BENCH = """
+JUDGE = """
 import asyncio, os, sys, time
 from pathlib import Path
 root = Path(sys.argv[1])
@@ -48,23 +48,23 @@ async def main():
     manifest = make_manifest()
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest))
     runner = Runner(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0)
-    told = asyncio.Queue()
+    published = asyncio.Queue()
     async def publish(record):
         print("@published", record.epoch, flush=True)
-        told.put_nowait(record)
-    bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"secret"), ledger, runner, publish, time.time)
-    running = asyncio.create_task(bench.run())
+        published.put_nowait(record)
+    judge_loop = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"secret"), ledger, runner, publish, time.time)
+    running = asyncio.create_task(judge_loop.run())
     print("@ready", flush=True)
     parent = None
     for epoch in (1, 2):
         refs = {name: runner.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state",
         "trace")}
         result = make_record(manifest, PEERS[0], 0, epoch, parent, **refs)
-        reply = await bench.hear(Offered(result, time.time()))
+        reply = await judge_loop.submit(Offered(result, time.time()))
         assert reply.verdict == "queued", reply
-        hearing = asyncio.create_task(told.get())
-        await asyncio.wait([hearing, running], return_when=asyncio.FIRST_COMPLETED)
-        parent = (hearing if hearing.done() else running).result().checkpoint
+        waiting = asyncio.create_task(published.get())
+        await asyncio.wait([waiting, running], return_when=asyncio.FIRST_COMPLETED)
+        parent = (waiting if waiting.done() else running).result().checkpoint
     sys.stdout.flush()
     os._exit(0)
 
@@ -74,7 +74,7 @@ asyncio.run(main())
 
 @needs_strace
 @pytest.mark.timeout(900)
-def test_no_acceptance_is_ever_told_or_written_whose_blobs_could_be_lost(tmp_path: Path):
+def test_power_loss_never_loses_blobs_of_an_acceptance(tmp_path: Path):
     run = make_manifest().run_id
 
     def check(folder: Path, marks: list[str]) -> None:
@@ -83,11 +83,13 @@ def test_no_acceptance_is_ever_told_or_written_whose_blobs_could_be_lost(tmp_pat
         ledger = Ledger.open(folder / "ledger.sqlite", run)
         ledger.close()
         shard, blobs = ledger.state.shards[0], BlobStore(folder / "blobs")
-        assert shard.epoch >= max((int(mark.split()[1]) for mark in marks if mark != "ready"), default=0), "told, and forgotten"
+        assert shard.epoch >= max((int(mark.split()[1]) for mark in marks if mark != "ready"), default=0), (
+            "published, but not in the ledger"
+        )
         if shard.acceptance:
             for ref in (shard.acceptance.weights, shard.acceptance.state):
-                assert blobs.has(ref.digest), "accepted, and its blob is lost"
+                assert blobs.has(ref.digest), "accepted, but its blob is lost"
                 blobs.verify(ref.digest)
 
-    calls = record(BENCH, tmp_path / "root")
+    calls = record(JUDGE, tmp_path / "root")
     assert every_power_loss(calls, tmp_path / "root", tmp_path / "disks", check) > 60

@@ -1,4 +1,4 @@
-"""What the service keeps, forgets and refuses to be kept waiting for; and the judge's bench with hands of straw."""
+"""Which blobs the coordinator keeps, and the judge loop with a scripted check runner."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tests.coordinator.acceptance.judge_driver import (
 )
 
 
-def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
+def test_old_training_states_are_removed_and_weights_kept(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-    tools = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
+    check_runner = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0)  # pyright: ignore[reportArgumentType]
     c, records = drive_judge(epochs=9), []
     for epoch in range(1, 9):
         weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))
         records.append(c.accept(PEERS[0], weights=weights, state=state, trace=trace))
-        tools.keep(records[-1])
+        check_runner.keep(records[-1])
         if epoch > 1:
-            c.audited("valid" if epoch != 3 else "inconclusive")
-        tools.forget(c.state.run)
+            c.finish_audit("valid" if epoch != 3 else "inconclusive")
+        check_runner.forget(c.state.run)
     held = set(blobs.digests())
     assert incoming.digests() == []
     assert all({record.weights.digest, record.trace.digest} <= held for record in records)
@@ -55,8 +55,8 @@ def test_old_training_states_are_forgotten_and_weights_are_not(tmp_path: Path):
 
 
 @dataclass
-class StrawHands:
-    """Hands that do what the test says; `losses` by epoch."""
+class ScriptedCheckIO:
+    """Checks whose outcome the test sets; `losses` by epoch."""
 
     losses: dict[int, float] = field(default_factory=dict)
     raw: dict[int, float] = field(default_factory=dict)
@@ -97,10 +97,10 @@ class StrawHands:
         self.dropped.append(record)
 
 
-async def seated(
-    path: Path, hands: StrawHands, offers: list[CheckpointRecord], until: int
+async def judged(
+    path: Path, check_io: ScriptedCheckIO, offers: list[CheckpointRecord], until: int
 ) -> tuple[Ledger, list[AcceptanceRecord]]:
-    """Run a bench until the ledger holds `until` final verdicts."""
+    """Run a judge loop until the ledger holds `until` final verdicts."""
     manifest = make_manifest(holdout_tolerance=0.1)
     ledger = Ledger.create(path / "ledger.sqlite", first_event(manifest))
     published: list[AcceptanceRecord] = []
@@ -114,41 +114,41 @@ async def seated(
         if state.accepted + state.rejected >= until:
             done.set()
 
-    bench = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, hands, publish, lambda: START, changed)
-    running = asyncio.create_task(bench.run())
+    judge_loop = JudgeLoop(JudgeRules(manifest, COORDINATOR.public_key, b"s"), ledger, check_io, publish, lambda: START, changed)
+    running = asyncio.create_task(judge_loop.run())
     for offer in offers:
-        await bench.hear(Offered(offer, START))
+        await judge_loop.submit(Offered(offer, START))
     await asyncio.wait_for(done.wait(), 120)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     return ledger, published
 
 
-async def test_the_bench_writes_before_it_tells(tmp_path: Path):
+async def test_judge_loop_writes_the_ledger_before_it_publishes(tmp_path: Path):
     manifest = make_manifest(holdout_tolerance=0.1)
-    hands = StrawHands(trouble={PEERS[1].public_key: CheckFailed("invalid", "format", "header bomb")})
+    check_io = ScriptedCheckIO(trouble={PEERS[1].public_key: CheckFailed("invalid", "format", "header bomb")})
     bad, good = make_record(manifest, PEERS[1]), make_record(manifest, PEERS[0])
-    ledger, published = await seated(tmp_path, hands, [bad, good], 2)
+    ledger, published = await judged(tmp_path, check_io, [bad, good], 2)
     assert [(a.checkpoint, a.holdout_loss) for a in published] == [(good.digest, 0.9)]
-    assert (hands.kept, hands.dropped) == ([good], [bad])
+    assert (check_io.kept, check_io.dropped) == ([good], [bad])
     assert ledger.state.shards[0].baseline == 1.0
     assert ledger.replay() == ledger.state
     ledger.close()
 
 
 @pytest.mark.parametrize("loss", [1.11, float("nan"), float("inf")])
-async def test_a_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
-    hands = StrawHands(losses={1: loss})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+async def test_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
+    check_io = ScriptedCheckIO(losses={1: loss})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.check, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
     ledger.close()
 
 
 @pytest.mark.parametrize("raw", [1.31, float("nan")])
-async def test_poisoned_raw_parameters_beside_good_averages_are_invalid(tmp_path: Path, raw: float):
-    hands = StrawHands(raw={1: raw})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+async def test_poisoned_raw_parameters_are_invalid(tmp_path: Path, raw: float):
+    check_io = ScriptedCheckIO(raw={1: raw})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.check, refusal.verdict) for refusal in ledger.state.refusals] == [("raw", "invalid")]
     assert [(cost.check, cost.outcome) for cost in ledger.state.refusals[0].costs] == [
@@ -161,14 +161,14 @@ async def test_poisoned_raw_parameters_beside_good_averages_are_invalid(tmp_path
     ledger.close()
 
 
-async def test_a_loss_within_the_tolerance_is_accepted(tmp_path: Path):
-    hands = StrawHands(losses={1: 1.09})
-    ledger, published = await seated(tmp_path, hands, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
+async def test_loss_within_the_tolerance_is_accepted(tmp_path: Path):
+    check_io = ScriptedCheckIO(losses={1: 1.09})
+    ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert [acceptance.epoch for acceptance in published] == [1]
     ledger.close()
 
 
-def test_what_is_made_when():
+def test_next_step_of_the_stitcher():
     state = apply(RunState(), first_event(make_manifest(epochs=1)))
     assert next_step(state, when="refresh", rested=True) == "nothing"
     router = RouterTrained(time=START, epochs=(1, 0), router=make_record(make_manifest(), PEERS[0]).weights, accuracy=0.9)

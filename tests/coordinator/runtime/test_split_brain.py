@@ -1,4 +1,4 @@
-"""Whose word is it, signed by our own key? A coordinator stops when its ledger does not know."""
+"""A coordinator stops when the DHT holds a record under its own key that its ledger lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.coordinator.runtime.split_brain import refuse_a_rival
+from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import AcceptanceRecord
@@ -36,7 +36,7 @@ def acceptance(epoch: int, parent: str | None, text: str = "", by: Identity = CO
 
 @pytest.fixture
 def ledger(tmp_path: Path):
-    """It has accepted two epochs of shard 0."""
+    """A ledger with two accepted epochs of shard 0."""
     ledger = Ledger.create(tmp_path / "ledger.sqlite", first_event(MANIFEST))  # pyright: ignore[reportArgumentType]
     first = acceptance(1, None)
     second = acceptance(2, first.checkpoint)
@@ -45,39 +45,39 @@ def ledger(tmp_path: Path):
     ledger.close()
 
 
-def heard(ledger: Ledger, word: AcceptanceRecord, by: Identity) -> Callable[[], None]:
-    """Look for a rival in a swarm that holds `word`."""
+def compared(ledger: Ledger, record: AcceptanceRecord, by: Identity) -> Callable[[], None]:
+    """Look for a split brain in a swarm that holds `record`."""
 
     async def scenario() -> None:
         network = MemoryNetwork(seed=1)
-        other, ours = (network.peer(Identity.derived(name), anything) for name in ("other", "ours"))
-        assert await publish(other, by, word, 600)
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
+        other, coordinator = (network.peer(Identity.derived(name), anything) for name in ("other", "coordinator"))
+        assert await publish(other, by, record, 600)
+        await refuse_split_brain(coordinator, ledger, COORDINATOR.public_key)
 
     return lambda: run_virtual(scenario)
 
 
-def test_what_the_ledger_has_accepted_is_no_rivals_word(ledger: Ledger) -> None:
-    heard(ledger, acceptance(1, None), COORDINATOR)()
-    heard(ledger, acceptance(2, acceptance(1, None).checkpoint), COORDINATOR)()
+def test_acceptances_in_the_ledger_are_no_split_brain(ledger: Ledger) -> None:
+    compared(ledger, acceptance(1, None), COORDINATOR)()
+    compared(ledger, acceptance(2, acceptance(1, None).checkpoint), COORDINATOR)()
 
 
-@pytest.mark.parametrize(("epoch", "text"), [(2, "another result"), (3, "")], ids=["a second word", "a later word"])
-def test_what_it_does_not_know_stops_it(ledger: Ledger, epoch: int, text: str) -> None:
+@pytest.mark.parametrize(("epoch", "text"), [(2, "another result"), (3, "")], ids=["same epoch", "later epoch"])
+def test_unknown_acceptance_under_its_key_stops_it(ledger: Ledger, epoch: int, text: str) -> None:
     with pytest.raises(IdentityError, match="does not know: another coordinator is at work, or this folder is an old copy"):
-        heard(ledger, acceptance(epoch, "ab" * 32, text), COORDINATOR)()
+        compared(ledger, acceptance(epoch, "ab" * 32, text), COORDINATOR)()
 
 
-def test_the_word_of_another_coordinator_of_the_manifest_is_its_own(ledger: Ledger) -> None:
+def test_acceptance_by_another_coordinator_is_no_split_brain(ledger: Ledger) -> None:
     colleague = Identity.derived("colleague")
-    heard(ledger, acceptance(3, "ab" * 32, by=colleague), colleague)()
+    compared(ledger, acceptance(3, "ab" * 32, by=colleague), colleague)()
 
 
-def test_nobody_to_ask_is_no_rival(ledger: Ledger) -> None:
+def test_offline_coordinator_sees_no_split_brain(ledger: Ledger) -> None:
     async def scenario() -> None:
-        ours = MemoryNetwork(seed=1).peer(COORDINATOR, anything)
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
-        await ours.close()
-        await refuse_a_rival(ours, ledger, COORDINATOR.public_key)
+        coordinator = MemoryNetwork(seed=1).peer(COORDINATOR, anything)
+        await refuse_split_brain(coordinator, ledger, COORDINATOR.public_key)
+        await coordinator.close()
+        await refuse_split_brain(coordinator, ledger, COORDINATOR.public_key)
 
     run_virtual(scenario)

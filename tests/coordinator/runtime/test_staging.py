@@ -1,4 +1,4 @@
-"""What is fetched of results that nobody has decided on: it takes no room that its bytes do not need and goes with the result."""
+"""Blobs of undecided results take no more disk space than they need, and are removed with the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA = os.urandom(4 * CHUNK)
 
 
 def allocated(store: BlobStore) -> int:
-    """Bytes that the store takes of the disk."""
+    """Bytes of disk space that the store takes."""
     return sum(path.stat().st_blocks * 512 for path in store.root.rglob("*") if path.is_file())
 
 
@@ -37,33 +37,33 @@ def offered(number: int) -> CheckpointRecord:
     return make_record(MANIFEST, PEERS[0], text=str(number), weights=weights)
 
 
-def at_a_coordinator(tmp_path: Path, story: Callable[[NetworkCheckRunner, MemoryTransport], Awaitable[None]]) -> None:
+def at_a_coordinator(tmp_path: Path, scenario: Callable[[NetworkCheckRunner, MemoryTransport], Awaitable[None]]) -> None:
     async def main() -> None:
         network = MemoryNetwork()
         check = record_check(MANIFEST, network.now)
         coordinator, author = network.peer(COORDINATOR, check), network.peer(PEERS[0], check)
         blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-        tools = NetworkCheckRunner(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0)  # pyright: ignore[reportArgumentType]
-        await story(tools, author)
+        check_runner = NetworkCheckRunner(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0)  # pyright: ignore[reportArgumentType]
+        await scenario(check_runner, author)
 
     run_virtual(main, START)
 
 
-def test_results_that_nobody_holds_take_no_room(tmp_path: Path):
-    async def story(tools: NetworkCheckRunner, author: MemoryTransport) -> None:
+def test_results_without_a_provider_take_no_disk_space(tmp_path: Path):
+    async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
         await serve_blobs(author, BlobStore(tmp_path / "author"))
         for number in range(6):
             with pytest.raises(CheckFailed, match="could not be fetched"):
-                await tools.fetch(offered(number))
-            assert allocated(tools.incoming) == 0, "before it is given up"
+                await check_runner.fetch(offered(number))
+            assert allocated(check_runner.incoming) == 0, "when the fetch failed"
 
-    at_a_coordinator(tmp_path, story)
+    at_a_coordinator(tmp_path, scenario)
 
 
-def test_what_arrived_of_a_result_goes_with_it(tmp_path: Path):
-    """A provider may show a true table, and a true chunk, and then be gone."""
+def test_discard_removes_what_arrived_of_a_result(tmp_path: Path):
+    """A provider may send a correct table and a correct chunk, and then leave."""
 
-    async def story(tools: NetworkCheckRunner, author: MemoryTransport) -> None:
+    async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
         held = BlobStore(tmp_path / "author")
         ref = held.add_bytes(DATA + bytes([0]))
         await serve_blobs(author, held)
@@ -71,16 +71,16 @@ def test_what_arrived_of_a_result_goes_with_it(tmp_path: Path):
             file.seek(CHUNK)
             file.write(b"rot")
         with pytest.raises(CheckFailed):
-            await tools.fetch(offered(0))
-        assert allocated(tools.incoming) >= len(DATA), "it may be fetched again"
-        tools.discard(offered(0), RunState())
-        assert allocated(tools.incoming) == 0
+            await check_runner.fetch(offered(0))
+        assert allocated(check_runner.incoming) >= len(DATA), "the rest may be fetched later"
+        check_runner.discard(offered(0), RunState())
+        assert allocated(check_runner.incoming) == 0
 
-    at_a_coordinator(tmp_path, story)
+    at_a_coordinator(tmp_path, scenario)
 
 
 @pytest.mark.parametrize("waiting", [True, False])
-def test_a_restart_keeps_what_arrived_of_results_that_wait_and_nothing_else(tmp_path: Path, waiting: bool):
+def test_restart_keeps_partial_blobs_of_undecided_results_only(tmp_path: Path, waiting: bool):
     folder, c = RunFolder(tmp_path), drive_judge(limits=False)
     wanted, *given_up = (bytes([number]) + DATA for number in range(3))
     for data in (wanted, *given_up):

@@ -1,4 +1,4 @@
-"""When a mixture is made, and from what: never from work that was taken back, and not before its blobs are here."""
+"""When a mixture is made, and from what: never from epochs that were rolled back, and only when their blobs are here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lutetia.coordinator.ledger.events import AcceptanceRecovered, MixtureStitch
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime import stitcher
 from lutetia.coordinator.runtime.stitcher import Stitcher, next_step
+from lutetia.coordinator.worker.messages import Job, MixtureReady, StitchMixture
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture, read_mixture
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
@@ -29,15 +30,14 @@ from tests.coordinator.acceptance.test_intake import PATIENCE, Intake, StrawShop
 
 @dataclass
 class StitchShop(StrawShop):
-    """Writes a mixture of the experts that it is given, without their files."""
+    """Writes the description of a mixture, without the experts' files."""
 
     manifest: Manifest = field(default_factory=make_manifest)
 
-    async def ask(self, verb: str, *, limit: float, sign: Any = None, **fields: Any) -> dict[str, Any]:
-        if verb != "stitch":
-            return await super().ask(verb, limit=limit, **fields)
-        await super().ask(verb, limit=limit)
-        given = [AcceptanceRecord.model_validate(record, strict=False) for record in fields["accepted"]]
+    async def ask(self, job: Job[Any], *, limit: float, sign: Any = None) -> Any:
+        await super().ask(job, limit=limit)
+        if not isinstance(job, StitchMixture):
+            return None
         manifest = self.manifest
         document = MixtureDocument(
             name=manifest.name, run=manifest.run_id, manifest=manifest.run_id, manifest_version=1, latent=manifest.latent,
@@ -47,26 +47,26 @@ class StitchShop(StrawShop):
                     name=f"shard {record.shard}", folder=None, class_name="x", prediction="velocity", noise_schedule="linear",
                     prior=1.0, epoch=record.epoch, samples=record.samples, checkpoint=record.checkpoint,
                 )
-                for record in given
+                for record in job.accepted
             ),
         )  # fmt: skip
-        write_atomic(Path(fields["folder"]) / FILE, canonical(SignedMixture.sign(document, sign)))
-        return {"digest": document.digest}
+        write_atomic(job.folder / FILE, canonical(SignedMixture.sign(document, sign)))
+        return MixtureReady(digest=document.digest)
 
 
 @asynccontextmanager
 async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]:
-    """A run of one epoch of one shard, whose mixture is made at the end."""
+    """A run of one epoch of one shard, with its mixture made at the end."""
     async with intake(root, shards=1, epochs=1) as room:
         shop = StitchShop(manifest=room.manifest)
         stitcher = Stitcher(
             RunFolder(root), room.manifest, COORDINATOR, room.tools.blobs, room.bench,
             shop, time.time, "end", 3600.0, False,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        heard = room.bench.changed
+        before = room.bench.changed
 
         def changed(run: Any) -> None:
-            heard(run)
+            before(run)
             stitcher.wake()
 
         room.bench.changed = changed
@@ -80,7 +80,7 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
 
 
 @pytest.mark.timeout(120)
-async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_path: Path):
+async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path: Path):
     async with stitching_room(tmp_path) as (room, shop):
         gate, room.tools.found = shop.gate("stitch", -1), "invalid"
         faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
@@ -99,47 +99,45 @@ async def test_what_was_convicted_during_the_stitch_is_in_no_final_mixture(tmp_p
         assert run.mixture.mixture == held.digest
 
 
-def test_a_mixture_of_what_was_taken_back_meanwhile_is_not_written_down():
+def test_mixture_of_rolled_back_epochs_is_not_recorded():
     c = drive_judge(shards=1, epochs=1)
     c.accept(PEERS[0])
     stitched = MixtureStitched(time=START, epochs=(1,), terms=c.state.run.terms, mixture="a" * 64)
-    c.audited("invalid")
-    c.hears(LedgerFacts((stitched,), c.now))
+    c.finish_audit("invalid")
+    c.send(LedgerFacts((stitched,), c.now))
     c.accept(PEERS[1])
-    c.audited("valid")
+    c.finish_audit("valid")
     assert c.state.run.mixture is None
     assert next_step(c.state.run, when="end", rested=False) == "mixture"
-    c.hears(LedgerFacts((stitched.model_copy(update={"terms": (1,)}),), c.now))
+    c.send(LedgerFacts((stitched.model_copy(update={"terms": (1,)}),), c.now))
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 
-def test_ledgers_of_earlier_versions_do_not_say_in_which_term_was_stitched():
+def test_stitch_events_of_earlier_versions_have_no_terms():
     c = drive_judge(shards=1, epochs=1)
     c.accept(PEERS[0])
-    c.audited("valid")
-    c.hears(LedgerFacts((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))
+    c.finish_audit("valid")
+    c.send(LedgerFacts((MixtureStitched(time=START, epochs=(1,), mixture="a" * 64),), c.now))
     assert next_step(c.state.run, when="end", rested=False) == "finish"
 
 
-class Told(logging.Handler):
-    """Sets `heard` when a line with `words` is logged."""
+class LogWatch(logging.Handler):
+    """Sets `seen` when a line with `words` is logged."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
-        self.words, self.heard = words, asyncio.Event()
+        self.words, self.seen = words, asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.words in record.getMessage():
-            self.heard.set()
+            self.seen.set()
 
 
 @pytest.mark.timeout(120)
-async def test_a_recovered_acceptance_whose_weights_are_with_peers_alone_is_stitched_once_they_are_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stitcher, "_RETRY_SECONDS", 0.05)
-    told = Told("could not make the mixture: blob ")
-    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(told)
+    watch = LogWatch("could not make the mixture: blob ")
+    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(watch)
     try:
         async with stitching_room(tmp_path) as (room, _):
             weights, state, trace = await room.peer(PEERS[0], *contents("lost"))
@@ -149,10 +147,10 @@ async def test_a_recovered_acceptance_whose_weights_are_with_peers_alone_is_stit
                 parent=None, weights=weights, state=state, samples=record.samples, author=record.owner, tenure_until=0.0,
                 holdout_loss=0.4,
             )  # fmt: skip
-            await room.bench.note(AcceptanceRecovered(time=time.time(), acceptance=given))
-            await asyncio.wait_for(told.heard.wait(), PATIENCE)
+            await room.bench.append(AcceptanceRecovered(time=time.time(), acceptance=given))
+            await asyncio.wait_for(watch.seen.wait(), PATIENCE)
             room.tools.blobs.add_bytes(contents("lost")[0])
             run = await room.until(lambda run: run.finished)
             assert run.mixture
     finally:
-        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(told)
+        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(watch)

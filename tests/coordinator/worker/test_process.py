@@ -1,15 +1,17 @@
-"""The workshop on real files: each wrong checkpoint is refused at its rung, and a crash or hang is survived."""
+"""The worker process on real files: each wrong checkpoint fails its check, and a crash or hang ends one job only."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import psutil
 import pytest
@@ -21,6 +23,23 @@ from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
+from lutetia.coordinator.worker.messages import (
+    AnyAnswer,
+    AnyJob,
+    InspectFiles,
+    JobDone,
+    LossMeasured,
+    MeasureLoss,
+    MeasureSizes,
+    ReadTrace,
+    ReplayEpoch,
+    SampleGallery,
+    StitchMixture,
+    TrainRouter,
+    encode,
+    read_from_worker,
+)
+from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
@@ -28,7 +47,7 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.system.process import Child
+from lutetia.system.process import Child, ParentChannel
 from tests.coordinator.scripted_node import until
 from tests.coordinator.tiny_data import build_tiny, clips
 
@@ -38,12 +57,12 @@ LIMIT = 120.0
 
 @dataclass
 class Site:
-    """A tiny run, one trained epoch of each shard, and a living workshop."""
+    """A tiny run, one trained epoch of each shard, and a running worker process."""
 
     run: RunFolder
     manifest: Manifest
     files: Path
-    shop: WorkerClient
+    worker: WorkerClient
 
     def weights(self, shard: int = 0) -> Path:
         return self.files / f"{shard}.weights.safetensors"
@@ -54,13 +73,21 @@ class Site:
     def trace(self, shard: int = 0) -> Path:
         return self.files / f"{shard}.trace.safetensors"
 
-    def holdout(self, shard: int = 0) -> str:
-        digest = self.manifest.shards[shard].holdout.digest
-        return str(self.run.blobs / digest[:2] / digest)
+    def train(self, shard: int = 0) -> Path:
+        return self._blob(self.manifest.shards[shard].train)
+
+    def holdout(self, shard: int = 0) -> Path:
+        return self._blob(self.manifest.shards[shard].holdout)
+
+    def _blob(self, ref: BlobRef) -> Path:
+        return self.run.blobs / ref.digest[:2] / ref.digest
 
     async def inspect(self, weights: Path, state: Path, trace: Path | None = None) -> None:
-        read = trace or self.trace()
-        await self.shop.ask("inspect", limit=LIMIT, shard=0, epoch=1, weights=str(weights), state=str(state), trace=str(read))
+        job = InspectFiles(shard=0, epoch=1, weights=weights, state=state, trace=trace or self.trace())
+        await self.worker.ask(job, limit=LIMIT)
+
+    async def loss(self, weights: Path | None) -> LossMeasured:
+        return await self.worker.ask(MeasureLoss(shard=0, weights=weights, holdout=self.holdout()), limit=LIMIT)
 
 
 def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
@@ -76,42 +103,40 @@ def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    root = tmp_path_factory.mktemp("workshop")
+    root = tmp_path_factory.mktemp("worker")
     created = create_run(build_tiny(root / "data"), root / "run", RunSettings(preset="tiny"))
     (root / "files").mkdir()
     for shard in range(2):
         train_epoch(created.manifest, shard, root / "files")
     run = RunFolder(created.folder)
-    shop = WorkerClient(run.manifest, name="test", threads=1, nice=3)
-    yield Site(run, created.manifest, root / "files", shop)
-    await shop.close()
+    worker = WorkerClient(run.manifest, name="test", threads=1, nice=3)
+    yield Site(run, created.manifest, root / "files", worker)
+    await worker.close()
 
 
-async def test_a_right_checkpoint_passes_and_improves_on_the_initial_model(site: Site):
-    limits = await site.shop.ask("limits", limit=LIMIT)
-    size, tensors = limits["shards"]["0"]["weights"]
+async def test_right_checkpoint_passes_and_improves_on_initial_model(site: Site):
+    sizes = await site.worker.ask(MeasureSizes(), limit=LIMIT)
+    size, tensors = sizes.weights[0]
     assert site.weights().stat().st_size - 1024 * tensors < size <= site.weights().stat().st_size
-    assert site.state().stat().st_size < limits["shards"]["0"]["state"][0] + (1 << 20)
+    assert site.state().stat().st_size < sizes.state[0][0] + (1 << 20)
     await site.inspect(site.weights(), site.state())
-    before = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=None, holdout=site.holdout())
-    after = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=str(site.weights()), holdout=site.holdout())
-    again = await site.shop.ask("loss", limit=LIMIT, shard=0, weights=str(site.weights()), holdout=site.holdout())
-    assert after["loss"] < before["loss"]
+    before, after, again = await site.loss(None), await site.loss(site.weights()), await site.loss(site.weights())
+    assert after.loss < before.loss
     assert after == again, "same noise, same timesteps"
-    assert site.shop.pid
+    assert site.worker.pid
     nice = min(19, psutil.Process().nice() + 3)
-    assert psutil.Process(site.shop.pid).nice() == nice
-    assert session_niceness(site.shop.pid) in (None, nice), "its own value weighs nothing against other sessions"
+    assert psutil.Process(site.worker.pid).nice() == nice
+    assert session_niceness(site.worker.pid) in (None, nice), "its own value weighs nothing against other sessions"
 
 
 def session_niceness(pid: int) -> int | None:
-    """None where the kernel does not weigh sessions, or this one is older than its doing so: the file is empty then."""
+    """None when the kernel has no autogroups, or this session began before they were switched on: the file is empty then."""
     file = Path(f"/proc/{pid}/autogroup")
-    said = file.read_text() if file.exists() else ""
-    return int(said.split()[-1]) if said else None
+    text = file.read_text() if file.exists() else ""
+    return int(text.split()[-1]) if text else None
 
 
-async def test_a_session_that_it_only_belongs_to_is_left_alone():
+async def test_give_way_leaves_a_session_of_another_leader_alone():
     code = "from lutetia.system.process import give_way; give_way(1)"
     before = session_niceness(os.getpid())
     assert not await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait()
@@ -139,11 +164,11 @@ def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
         case "dtype":
             good[name] = good[name].double()
         case "state of another epoch":
-            said = json.loads(metadata["lutetia"])
-            metadata["lutetia"] = json.dumps({**said, "epoch": 2, "samples": 2 * said["samples"]})
+            place = json.loads(metadata["lutetia"])
+            metadata["lutetia"] = json.dumps({**place, "epoch": 2, "samples": 2 * place["samples"]})
         case "a sample too many":
-            said = json.loads(metadata["lutetia"])
-            metadata["lutetia"] = json.dumps({**said, "samples": said["samples"] + 1})
+            place = json.loads(metadata["lutetia"])
+            metadata["lutetia"] = json.dumps({**place, "samples": place["samples"] + 1})
         case "no number of samples":
             metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "samples": "x"})
         case "no micro-batch":
@@ -169,7 +194,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rung", "words"),
+    ("kind", "check", "words"),
     [
         ("missing", "format", "lacks 1 tensors"),
         ("extra", "format", "backdoor"),
@@ -189,16 +214,16 @@ def header_of(path: Path) -> dict[str, str]:
         ("empty state", "format", "lacks"),
     ],
 )
-async def test_each_wrong_checkpoint_is_refused_at_its_rung(site: Site, tmp_path: Path, kind: str, rung: str, words: str):
+async def test_wrong_checkpoint_is_refused_at_its_check(site: Site, tmp_path: Path, kind: str, check: str, words: str):
     weights, state = mutated(site, kind, tmp_path)
     with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(weights, state)
-    assert caught.value.rung == rung
+    assert caught.value.check == check
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("trace", "rung", "words"),
+    ("trace", "check", "words"),
     [
         ({"trace": torch.zeros(3)}, "format", "3 losses; an epoch has 4"),
         ({"trace": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "numbers", "NaN or infinity"),
@@ -206,13 +231,13 @@ async def test_each_wrong_checkpoint_is_refused_at_its_rung(site: Site, tmp_path
         ({"losses": torch.zeros(4)}, "format", "not one row"),
     ],
 )
-async def test_a_trace_has_one_finite_loss_per_step(
-    site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], rung: str, words: str
+async def test_trace_without_a_finite_loss_per_step_is_refused(
+    site: Site, tmp_path: Path, trace: dict[str, torch.Tensor], check: str, words: str
 ):
     save_file(trace, tmp_path / "t.safetensors")
     with pytest.raises(WorkerRefused, match=words) as caught:
         await site.inspect(site.weights(), site.state(), tmp_path / "t.safetensors")
-    assert caught.value.rung == rung
+    assert caught.value.check == check
 
 
 @pytest.mark.parametrize(
@@ -227,27 +252,24 @@ async def test_a_trace_has_one_finite_loss_per_step(
         b"not safetensors at all, but long enough to look at",
     ],
 )
-async def test_header_bombs_are_refused_and_the_workshop_lives(site: Site, tmp_path: Path, data: bytes):
+async def test_header_bomb_is_refused_and_the_process_lives(site: Site, tmp_path: Path, data: bytes):
     bomb = tmp_path / "bomb.safetensors"
     bomb.write_bytes(data)
-    pid = site.shop.pid
+    pid = site.worker.pid
     with pytest.raises(WorkerRefused) as caught:
         await site.inspect(bomb, site.state())
-    assert caught.value.rung == "format"
-    assert site.shop.pid == pid
+    assert caught.value.check == "format"
+    assert site.worker.pid == pid
 
 
-async def test_router_mixture_and_gallery_are_made_and_signed_by_the_parent(site: Site, tmp_path: Path):
-    shards = site.manifest.shards
-    trains = [str(site.run.blobs / s.train.digest[:2] / s.train.digest) for s in shards]
-    holdouts = [site.holdout(shard) for shard in range(2)]
+async def test_router_mixture_and_gallery_are_made_and_signed(site: Site, tmp_path: Path):
+    trains, holdouts = (site.train(0), site.train(1)), (site.holdout(0), site.holdout(1))
     router = tmp_path / "router.safetensors"
-    report = await site.shop.ask("router", limit=LIMIT, out=str(router), train=trains, holdout=holdouts)
-    assert 0 <= report["accuracy"] <= 1
-    assert len(report["accuracy_by_time"]) == 10
+    report = await site.worker.ask(TrainRouter(train=trains, holdout=holdouts, out=router), limit=LIMIT)
+    assert 0 <= report.accuracy <= 1
+    assert len(report.accuracy_by_time) == 10
     coordinator = Identity.load(site.run.coordinator_key)
-    accepted = [acceptance(site, coordinator, shard).model_dump(mode="json") for shard in range(2)]
-    weights = [str(site.weights(shard)) for shard in range(2)]
+    accepted = (acceptance(site, coordinator, 0), acceptance(site, coordinator, 1))
     asked: list[bytes] = []
 
     def sign(message: bytes) -> str:
@@ -255,13 +277,12 @@ async def test_router_mixture_and_gallery_are_made_and_signed_by_the_parent(site
         return coordinator.sign(message)
 
     folder = tmp_path / "mixture"
-    answer = await site.shop.ask(
-        "stitch", limit=LIMIT, sign=sign, folder=str(folder), weights=weights, accepted=accepted, router=str(router)
-    )
+    job = StitchMixture(folder=folder, weights=(site.weights(0), site.weights(1)), accepted=accepted, router=router)
+    answer = await site.worker.ask(job, limit=LIMIT, sign=sign)
     assert len(asked) == 1
-    assert read_mixture(folder).mixture.digest == answer["digest"]
-    assert verify_mixture(folder, site.manifest.coordinators).digest == answer["digest"]
-    await site.shop.ask("gallery", limit=LIMIT, mixture=str(folder), out=str(tmp_path / "gallery"))
+    assert read_mixture(folder).mixture.digest == answer.digest
+    assert verify_mixture(folder, site.manifest.coordinators).digest == answer.digest
+    await site.worker.ask(SampleGallery(mixture=folder, out=tmp_path / "gallery"), limit=LIMIT)
     listed = json.loads((tmp_path / "gallery" / "gallery.json").read_text())["clips"]
     assert [(clip["prompt"], (tmp_path / "gallery" / clip["file"]).read_bytes()[:4]) for clip in listed] == [
         (prompt, b"GIF8") for prompt in site.manifest.sampling.prompts
@@ -279,73 +300,133 @@ def acceptance(site: Site, coordinator: Identity, shard: int) -> AcceptanceRecor
     )  # fmt: skip
 
 
-async def test_a_crash_is_survived(site: Site):
-    await site.shop.ask("limits", limit=LIMIT)
-    pid = site.shop.pid
+async def test_crash_fails_one_job_and_the_next_succeeds(site: Site):
+    await site.worker.ask(MeasureSizes(), limit=LIMIT)
+    pid = site.worker.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(WorkerFailed, match="crashed"):
         await site.inspect(site.weights(), site.state())
     await site.inspect(site.weights(), site.state())
-    assert site.shop.pid not in (None, pid)
+    assert site.worker.pid not in (None, pid)
 
 
-async def test_an_answer_too_long_for_a_line_is_a_failed_job(site: Site, tmp_path: Path):
-    """Of a run whose epochs are longer than those that `run create` makes today."""
+async def test_answer_longer_than_a_line_fails_the_job(site: Site, tmp_path: Path):
+    """As in a run whose epochs are longer than `run create` allows today."""
     write_tensors(tmp_path / "long.safetensors", {"trace": torch.rand(80_000)})
-    await site.shop.ask("limits", limit=LIMIT)
-    pid = site.shop.pid
+    await site.worker.ask(MeasureSizes(), limit=LIMIT)
+    pid = site.worker.pid
     assert pid is not None
-    with pytest.raises(WorkerFailed, match="answer to trace cannot be read"):
-        await site.shop.ask("trace", limit=LIMIT, path=str(tmp_path / "long.safetensors"))
+    with pytest.raises(WorkerFailed, match="answer to the job trace cannot be read"):
+        await site.worker.ask(ReadTrace(path=tmp_path / "long.safetensors"), limit=LIMIT)
     assert not psutil.pid_exists(pid)
-    assert len((await site.shop.ask("trace", limit=LIMIT, path=str(site.trace())))["losses"]) == 4
+    assert len((await site.worker.ask(ReadTrace(path=site.trace()), limit=LIMIT)).losses) == 4
 
 
-async def test_a_replay_of_some_steps_tells_what_was_published_of_these(site: Site):
-    train = site.manifest.shards[0].train.digest
-    answer = await site.shop.ask(
-        "replay", limit=LIMIT, shard=0, epoch=0, data=str(site.run.blobs / train[:2] / train), weights=None, state=None,
-        trace=str(site.trace()), precision="float32", steps=2, epochs=3, end=None,
+async def test_replay_of_some_steps_returns_their_published_losses(site: Site):
+    job = ReplayEpoch(
+        shard=0, epoch=0, data=site.train(), weights=None, state=None, trace=site.trace(), precision="float32", steps=2, epochs=3
     )  # fmt: skip
-    assert answer["published"] == answer["losses"]
-    assert len(answer["losses"]) == 2
+    answer = await site.worker.ask(job, limit=LIMIT)
+    assert answer.published == answer.losses
+    assert len(answer.losses) == 2
 
 
 HALTING = """
 import os, signal
-os.write(1, b'{"say": "whole"}\\n{"say": "ha')
+os.write(1, b'{"text": "whole"}\\n{"text": "ha')
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-async def test_half_a_line_of_a_killed_child_is_its_end(tmp_path: Path):
+async def test_half_a_line_of_a_killed_child_ends_its_messages(tmp_path: Path):
     (tmp_path / "halting.py").write_text(HALTING)
     child = await Child.start("halting", environment={"PYTHONPATH": str(tmp_path)})
-    assert [message async for message in child.messages()] == [{"say": "whole"}]
+    assert [message async for message in child.messages()] == [{"text": "whole"}]
     assert await child.process.wait() == -signal.SIGKILL
 
 
-async def test_a_long_idle_child_ends_and_the_next_job_starts_another(site: Site):
-    shop = WorkerClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
-    await shop.ask("limits", limit=LIMIT)
-    assert (first := shop.pid) is not None
+async def test_idle_process_ends_and_the_next_job_starts_another(site: Site):
+    worker = WorkerClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
+    await worker.ask(MeasureSizes(), limit=LIMIT)
+    assert (first := worker.pid) is not None
 
     async def ended() -> bool:
-        return shop.pid is None
+        return worker.pid is None
 
     await until(ended, "the idle child ended")
     assert not psutil.pid_exists(first)
-    await shop.ask("limits", limit=LIMIT)
-    assert shop.pid not in (None, first)
-    await shop.close()
+    await worker.ask(MeasureSizes(), limit=LIMIT)
+    assert worker.pid not in (None, first)
+    await worker.close()
 
 
-async def test_a_hang_is_ended(site: Site):
-    await site.shop.ask("limits", limit=LIMIT)
-    pid = site.shop.pid
+async def test_hanging_process_is_ended(site: Site):
+    await site.worker.ask(MeasureSizes(), limit=LIMIT)
+    pid = site.worker.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(WorkerFailed, match="longer than 1 s"):
-        await site.shop.ask("limits", limit=1.0)
+        await site.worker.ask(MeasureSizes(), limit=1.0)
     assert not psutil.pid_exists(pid)
+
+
+class Lines:
+    """A channel whose parent sends these lines; it keeps what is sent back."""
+
+    def __init__(self, *lines: Any) -> None:
+        self.lines, self.sent = lines, list[Any]()
+
+    def messages(self) -> Iterator[Any]:
+        return iter(self.lines)
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize(
+    "line", [{"kind": "job", "id": 1, "job": {"job": "shell"}}, {"kind": "signature", "signature": ""}, [], 1]
+)
+async def test_line_that_is_no_job_ends_the_process(site: Site, line: Any):
+    with pytest.raises(ValueError, match=r".+"):
+        WorkerProcess(site.manifest, cast(ParentChannel, Lines(line))).run()
+
+
+async def test_each_job_has_the_answer_of_its_own_name():
+    answers = {answer.model_fields["job"].default: answer for answer in get_args(get_args(AnyAnswer)[0])}
+    jobs = get_args(get_args(AnyJob)[0])
+    assert len(jobs) == len(answers)
+    for job in jobs:
+        [base] = [base for base in job.__mro__ if base.__name__.startswith("Job[")]
+        assert base.__pydantic_generic_metadata__["args"] == (answers[job.name()],)
+
+
+async def test_numbers_that_are_not_finite_survive_the_line():
+    answer = LossMeasured(loss=math.nan, by_time=(None, math.inf))
+    message = read_from_worker(json.loads(json.dumps(encode(JobDone(id=1, answer=answer)))))
+    assert isinstance(message, JobDone)
+    assert isinstance(message.answer, LossMeasured)
+    assert math.isnan(message.answer.loss)
+    assert message.answer.by_time == (None, math.inf)
+
+
+ODD = """
+import sys
+sys.stdin.readline()
+print('LINE', flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", '{"kind": "done", "id": 1}', '{"kind": "done", "id": 1, "answer": {"job": "inspect"}}', "no JSON"]
+)
+async def test_malformed_answer_fails_the_job_and_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str):
+    (tmp_path / "odd.py").write_text(ODD.replace("LINE", line))
+    start = Child.start
+    monkeypatch.setattr(Child, "start", lambda *_, **__: start("odd", environment={"PYTHONPATH": str(tmp_path)}))
+    worker = WorkerClient(tmp_path / "manifest.json", name="odd", threads=1, nice=0)
+    with pytest.raises(WorkerFailed, match="answer to the job sizes cannot be read"):
+        await worker.ask(MeasureSizes(), limit=LIMIT)
+    assert worker.pid is None
+    await worker.close()
