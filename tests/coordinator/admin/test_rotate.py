@@ -46,7 +46,7 @@ def check_signatures(run: CreatedRun, old: Identity, ticket: str) -> None:
         record = AcceptanceRecord.model_validate({**accepted.model_dump(), "owner": signer.public_key, "issued": now, "epoch": 9})
         data = seal(record, signer, now + 600)
         if refused:
-            with pytest.raises(RecordRefused, match="no coordinator of this run"):
+            with pytest.raises(RecordRefused, match="not a coordinator of this run"):
                 check(record.key(), signer.public_key, data, now + 600)
         else:
             assert check(record.key(), signer.public_key, data, now + 600) == record.key()
