@@ -4,10 +4,10 @@ Who is audited follows BOINC's adaptive replication (its wiki, "AdaptiveReplicat
 results that were audited and found valid is kept. Below a threshold everything is audited, above it a result is audited with
 probability 1/n; one invalid result sets n to 0.
 
-How closely two honest nodes agree was measured where the hardware was at hand (docs/explanation/audits.md,
-`python -m benchmarks audit`) and is assumed elsewhere. The device that a peer reports selects one of a few tolerances, all far below the difference that not
-training makes. A false report gains at most a replay of the whole epoch: a difference that would be invalid between two devices
-of one kind leads to one.
+How closely two honest nodes agree was measured where the hardware was at hand (docs/explanation/audits.md, `python -m
+benchmarks audit`) and is assumed elsewhere. The device that a peer reports selects one of a few tolerances, all far below the
+difference that not training makes. A false report gains at most a replay of the whole epoch: a difference that would be invalid
+between two devices of one kind leads to one.
 """
 
 from __future__ import annotations
