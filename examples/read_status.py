@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lutetia.protocol.light_client.documents import thin_document
+from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.rpc.introduction import STATUS
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.protocol.schema.ticket import Ticket
@@ -16,7 +16,7 @@ from lutetia.protocol.schema.ticket import Ticket
 
 def read_status(ticket: str) -> SwarmStatus:
     text = Path(ticket).read_text().strip() if Path(ticket).is_file() else ticket
-    return SwarmStatus.model_validate_json(thin_document(Ticket.decode(text), STATUS))
+    return SwarmStatus.model_validate_json(fetch_document(Ticket.decode(text), STATUS))
 
 
 def main(ticket: str) -> None:

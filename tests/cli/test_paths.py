@@ -133,4 +133,4 @@ def test_doctor_reports_unusable_state_folder(file: Path, barred: Path) -> None:
 def test_status_of_another_users_daemon_names_the_user(barred: Path) -> None:
     run = one_process([("status", "--state-folder", barred)], without=NOT_MINE)[0]
     assert run.returncode == 31
-    assert run.stderr == f"lutetia: {barred} belongs to another user; ask its daemon as that user\n"
+    assert run.stderr == f"lutetia: {barred} belongs to another user; run this command as that user\n"

@@ -75,4 +75,4 @@ async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
     assert reports, history
     assert {(event.by, event.outcome) for event in reports} == {(auditor, "valid")}, history
     assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, history
-    assert "to be checked" in history
+    assert "to be verified" in history
