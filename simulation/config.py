@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.manifest import (
     BlobRef,
@@ -25,6 +26,8 @@ OWNER = Identity.derived("simulated owner")
 COORDINATOR = Identity.derived("simulated coordinator")
 DEVICES = ("cpu", "cuda A", "cuda B")
 _STEPS = 50
+_SERVE = ServeSettings.model_construct()
+"""The defaults of a served run."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class SimulationConfig:
     origin_up: float = 60.0 * MIB
     origin_slots: int = 64
     check_seconds: float = 1.5
-    checks_at_once: int = 4
+    checks_at_once: int = _SERVE.checks_at_once
+    slowest_bytes_per_second: float = _SERVE.slowest_bytes_per_second
     write_seconds: float = 0.3
     save_every: float = 10.0
     join_within: float = 10.0

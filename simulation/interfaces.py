@@ -20,7 +20,7 @@ from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import CheckpointRecord, RecordLimits
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.config import SimulatedMachine, SimulationConfig
 from lutetia.simulation.costs import Costs
@@ -78,6 +78,7 @@ class NodeRecords(Protocol):
     """A node's records in the DHT."""
 
     acceptances: dict[int, Any]
+    limits: RecordLimits
 
     def first_filing(self, digest: str, again_after: float) -> bool: ...
     def file(self, record: Any, key: str, ttl: float) -> float: ...

@@ -14,6 +14,7 @@ from typing import Any
 from lutetia.coordinator.acceptance.messages import Publish, Write
 from lutetia.coordinator.ledger.events import LineageRolledBack
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.node.pacing import LATEST_MANIFEST_QUESTION
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.interfaces import Coordinator, Node, World
@@ -127,7 +128,7 @@ class Invariants:
         for shard, holders in enumerate(self._holders):
             if not holders:
                 self._free_number[shard] += 1
-                free_from = world.queue.now + 1.25 * world.config.lease
+                free_from = world.queue.now + LATEST_MANIFEST_QUESTION * world.config.lease
                 wait = free_from - world.queue.now + 2 * world.config.lease
                 world.queue.after(wait, self._still_free, shard, self._free_number[shard], free_from)
 

@@ -56,8 +56,8 @@ class SwarmMonitor:
     async def run(self) -> None:
         """Look four times per heartbeat until cancelled; count copies once a lease."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat(self.look_at_peers, lambda timing: timing.heartbeat / 4))
-            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.look_at_peers, lambda timing: look_pause(timing.heartbeat)))
+            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: look_pause(timing.heartbeat)))
             group.create_task(self._repeat(self.count_copies, lambda timing: timing.lease))
 
     async def _repeat(self, look: Callable[[], Awaitable[None]], pace: Callable[[Timing], float]) -> None:
@@ -115,9 +115,14 @@ class SwarmMonitor:
         return [item for found in await asyncio.gather(*(read(key) for key in keys)) for item in found]
 
 
+def look_pause(heartbeat: float) -> float:
+    """Seconds between two looks at the DHT."""
+    return heartbeat / 4
+
+
 def nodes_pause(nodes: int, heartbeat: float) -> float:
     """Seconds for which so many node records are good: they are as many bytes as there are peers, and live three heartbeats."""
-    return heartbeat / 4 * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
+    return look_pause(heartbeat) * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
 
 
 def sighted(

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from lutetia.protocol.blobs.download import PARALLEL
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import EventQueue
 from lutetia.simulation.network.links import Links, SimulatedPeer
@@ -15,7 +16,6 @@ from lutetia.system.errors import UnreachableError
 
 T = TypeVar("T")
 
-_AT_ONCE = 4
 _HOPELESS = 10 * 1024.0
 _PATIENCE = 30.0
 
@@ -121,7 +121,7 @@ class SimulatedBlobs:
             and not (index in self.origins and self._serving.get(index, 0) >= self._slots)
         ]  # fmt: skip
         fit.sort(key=lambda member: (member.index in self.origins, -self._links.rate(member), member.index))
-        return fit[:_AT_ONCE]
+        return fit[:PARALLEL]
 
 
 def weights_after(shard: int, epoch: int, parent: str, device: str, spans: tuple[tuple[int, int], ...]) -> str:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterable
 from typing import Protocol
 
+from lutetia.node.pacing import LOOKUPS_AT_ONCE
+from lutetia.protocol.transport.base import RPC_TIMEOUT
 from lutetia.simulation.config import SimulationConfig
 
-RPC_TIMEOUT = 3.0
 RETRANSMIT = 0.2
 _BITS = 10
-_LOOKUPS_AT_ONCE = 8
 
 
 class SimulatedPeer(Protocol):
@@ -53,7 +53,7 @@ class Links:
 
         self._lookup = [lookup() for _ in range(1 << _BITS)]
         self._round = [
-            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(_LOOKUPS_AT_ONCE))
+            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(LOOKUPS_AT_ONCE))
             for _ in range(1 << _BITS)
         ]
 
@@ -121,7 +121,7 @@ class Links:
             draw, table = self.random.getrandbits, self._lookup
             seconds = table[draw(_BITS)] + table[draw(_BITS)]
         else:
-            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // _LOOKUPS_AT_ONCE)))
+            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // LOOKUPS_AT_ONCE)))
         seconds += 8 * source.line
         if self.loss and self.random.random() < 1 - (1 - self.loss) ** (2 * self._replicas):
             seconds += RPC_TIMEOUT  # one answer at least does not come

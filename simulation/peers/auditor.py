@@ -8,12 +8,12 @@ from typing import Literal
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.messages import LendAudit, StartAudit
 from lutetia.coordinator.ledger.run_state import PendingAudit
+from lutetia.node.pacing import AUDIT_WATCH_SECONDS, audit_pause
+from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
-from lutetia.simulation.peers.streams import DIAL_TIMEOUT, shard_parcel
+from lutetia.simulation.peers.streams import shard_parcel
 from lutetia.system.errors import UnreachableError
-
-_WATCH_SECONDS = 5.0
 
 Word = Literal["honest", "valid", "invalid"]
 """What an auditor reports: what it found, or always the same, without a replay."""
@@ -41,7 +41,7 @@ class SimulatedAuditor:
     def begin(self, boot: int, wait: float = 0.0) -> None:
         """Ask about once per heartbeat, or when the coordinator says, for as long as the process lives."""
         node = self._node
-        pause = max(wait, self._world.config.heartbeat) * (1 + node.rules.jitter("audit", int(node.clock())) / 4)
+        pause = audit_pause(self._world.config.heartbeat, wait, node.rules.jitter("audit", int(node.clock())))
         self._world.queue.after(pause, self._ask, boot)
 
     def _ask(self, boot: int) -> None:
@@ -101,7 +101,7 @@ class SimulatedAuditor:
             while left > 0:
                 if not self._free(boot) or node.clock() >= until:
                     return None
-                part = min(left, _WATCH_SECONDS)
+                part = min(left, AUDIT_WATCH_SECONDS)
                 await SimulatedDelay(part)
                 left -= part
             return found(world, audit)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
+from lutetia.coordinator.runtime.check_runner import fetch_limit
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.interfaces import Coordinator
 from lutetia.simulation.network.blobs import Content, SimulatedDelay
 from lutetia.system.errors import UnreachableError
 
-_FETCH_GRACE = 30.0
+_SPOILT_SECONDS = 3.0
+"""Model: how long it takes until a fetch of spoilt bytes is given up."""
 
 
 class SimulatedChecks:
@@ -27,13 +29,18 @@ class SimulatedChecks:
         begun = world.queue.now
         try:
             if not self._content(record).intact:
-                await SimulatedDelay(_FETCH_GRACE / 10)
+                await SimulatedDelay(_SPOILT_SECONDS)
                 raise UnreachableError("its bytes do not hash to their name")
             await world.blobs.fetch(self._coordinator, digest, size)
-            if world.queue.now - begun > _FETCH_GRACE + size / (64 << 10):
+            if world.queue.now - begun > self._fetch_limit(record):
                 raise UnreachableError("it did not arrive in time")
         except UnreachableError as error:
             raise CheckFailed("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
+
+    def _fetch_limit(self, record: CheckpointRecord) -> float:
+        """The real runner fetches the three files one after the other, each within its own limit."""
+        slowest = self._world.config.slowest_bytes_per_second
+        return sum(fetch_limit(ref.size, slowest) for ref in (record.weights, record.state, record.trace))
 
     async def inspect(self, record: CheckpointRecord) -> None:
         await SimulatedDelay(self._world.config.check_seconds / 3)

@@ -17,7 +17,8 @@ from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.audit_service import relatives
-from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, observed, sighted
+from lutetia.coordinator.runtime.judge_loop import TICK_SECONDS
+from lutetia.coordinator.runtime.swarm_monitor import look_pause, nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
@@ -39,8 +40,6 @@ from lutetia.simulation.peers.auditor import found, replay_steps
 from lutetia.simulation.peers.check_runner import SimulatedChecks
 from lutetia.simulation.peers.manifest_updates import Edition
 from lutetia.simulation.peers.streams import shard_parcel
-
-_TICK_SECONDS = 1.0
 
 
 class SimulatedCoordinator:
@@ -108,7 +107,7 @@ class SimulatedCoordinator:
             return
         self._take_back()
         if self.clock() < until:
-            self.world.queue.after(_TICK_SECONDS, self._recover, boot, until)
+            self.world.queue.after(TICK_SECONDS, self._recover, boot, until)
         else:
             self._serve()
 
@@ -122,9 +121,9 @@ class SimulatedCoordinator:
         config = self.world.config
         size = SizeLimits(2 * config.weights_bytes + MIB, 2 * config.state_bytes + MIB, MIB)
         self.hear(j.LimitsKnown(dict.fromkeys(range(config.shards), size), self.clock()))
-        poll = config.poll_every or config.heartbeat / 4
+        poll = config.poll_every or look_pause(config.heartbeat)
         for seconds, call in (
-            (_TICK_SECONDS, self._tick), (poll, self._poll), (config.lease, self._keep_word),
+            (TICK_SECONDS, self._tick), (poll, self._poll), (config.lease, self._keep_word),
             (config.heartbeat, self.edition.tell), (config.status_every, self._tell),
         ):  # fmt: skip
             self._every(self.boot, seconds, call)

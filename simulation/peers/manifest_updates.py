@@ -10,13 +10,14 @@ from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import NodeRules
+from lutetia.node.pacing import manifest_pause
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.manifest_upgrade import next_version, training_changed
+from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.config import OWNER
 from lutetia.simulation.interfaces import Coordinator, Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
-from lutetia.simulation.peers.streams import DIAL_TIMEOUT
 
 
 def upgrade(world: World, changes: dict[str, Any]) -> None:
@@ -71,8 +72,7 @@ class SimulatedManifestUpdates:
 
     def begin(self, boot: int) -> None:
         """Ask once per lease, not all peers at once."""
-        wait = self._node.rules.lease * (0.75 + 0.5 * int(self._node.machine.owner[:8], 16) / 16**8)
-        self._world.queue.after(wait, self._ask, boot)
+        self._world.queue.after(manifest_pause(self._node.rules.lease, self._node.machine.owner), self._ask, boot)
 
     def _ask(self, boot: int) -> None:
         if boot == self._node.boot and self._node.running:

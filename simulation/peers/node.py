@@ -7,6 +7,7 @@ from typing import Any
 
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import MachineState, NodeRules, next_wake
+from lutetia.node.pacing import tick_pause
 from lutetia.simulation.config import SimulatedMachine
 from lutetia.simulation.interfaces import World
 from lutetia.simulation.network.blobs import drive
@@ -167,7 +168,7 @@ class SimulatedNode:
         if due is None:
             return
         now = self.world.queue.now
-        wait = min(max(0.0, due - self.skew - now), self.rules.heartbeat) + _TICK
+        wait = tick_pause(due, self.clock(), self.rules.heartbeat) + _TICK
         if self._timer > now + wait or self._timer < now:
             self._timer = now + wait
             self.world.queue.after(wait, self._wake, self.boot, self._timer)

@@ -9,12 +9,13 @@ from typing import Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
-from lutetia.node.services.standby_policy import read_interval_factor
+from lutetia.node.pacing import provider_record_due
+from lutetia.node.services.standby_policy import read_pause, watch_until
+from lutetia.protocol.dht_records import next_expiry
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
+from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, RecordLimits, claim_key, quarantine_key, seal
 from lutetia.simulation.interfaces import Node
 
-_ANNOUNCE_EVERY = 10  # heartbeats: a third of a provider record's life
 _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
 
 
@@ -30,13 +31,16 @@ class SimulatedNodeNetwork:
         self._expiries: dict[str, float] = {}
         self._filed: dict[str, float] = {}
         self._record: NodeRecord | None = None
-        self._beats = 0
+        self._announced = float("-inf")
+        manifest = node.world.manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
 
     def joined(self, boot: int) -> None:
         """On the network, perhaps anew: what was filed from the old place is to be said again."""
         self._expiries.clear()
         self._filed.clear()
-        self._world.queue.after(self._node.rules.lease / 2, self._list, boot, self._node.joins)
+        self._announced = float("-inf")
+        self._world.queue.after(read_pause(self._node.rules.lease), self._list, boot, self._node.joins)
 
     # --- looking ----------------------------------------------------------------------------------------------------------
 
@@ -82,14 +86,14 @@ class SimulatedNodeNetwork:
         node, world = self._node, self._world
         if boot != node.boot or joins != node.joins or not node.running:
             return
-        wait = node.rules.lease / 2
+        wait = read_pause(node.rules.lease)
         if node.answering:
             membership = world.membership(node)
             buckets, records = membership.read_by(node.machine.owner)
             world.costs.listed(buckets, records, world.config.replicas, world.dht.size)
-            wait *= read_interval_factor(records)
+            wait = read_pause(node.rules.lease, records)
             if node.state.watched_shards is not None or node.state.phase in ("idle", "claiming"):
-                node.hear(boot, m.WatchedShardsSet, membership.duties.get(node.machine.owner), node.clock() + 2 * wait)
+                node.hear(boot, m.WatchedShardsSet, membership.duties.get(node.machine.owner), watch_until(node.clock(), wait))
         world.queue.after(wait, self._list, boot, joins)
 
     # --- filing -----------------------------------------------------------------------------------------------------------
@@ -104,10 +108,10 @@ class SimulatedNodeNetwork:
         self._world.invariants.claimed(claim.shard, expires - node.skew, released=claim.state == "released")
 
     def file(self, record: Any, key: str, ttl: float) -> float:
-        """As `services.publish`: a record never expires before the one that it replaces. Returns the expiry."""
+        """Store a record, as `dht_records.publish`. Returns the expiry."""
         node = self._node
-        expires = max(node.clock() + ttl, self._expiries.get(key, 0.0) + 0.001)
-        self._expiries[key] = expires
+        skew = self.limits.maximum_clock_skew
+        expires = self._expiries[key] = next_expiry(node.clock() + ttl, self._expiries.get(key, 0.0), skew)
         self._world.dht.store(node, record, expires, node.machine.identity, self.sealed(record, expires) if self.newer else b"")
         return expires
 
@@ -133,8 +137,8 @@ class SimulatedNodeNetwork:
         node, world, now = self._node, self._world, self._node.clock()
         world.directory[node.machine.owner] = (node, Sighting(self._node_record(now), now + node.rules.lease, now))
         world.costs.stored("node", world.config.replicas, world.dht.size)
-        self._beats += 1
-        if self._beats % _ANNOUNCE_EVERY == 0 and node.trainer.disks:
+        if node.trainer.disks and provider_record_due(now - self._announced, self.limits.longest("provider")):
+            self._announced = now
             parcels = sum(1 + len(disk.kept) for disk in node.trainer.disks.values())
             world.costs.stored("provider", world.config.replicas, world.dht.size, 2 * parcels)
 

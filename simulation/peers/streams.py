@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lutetia.node.machine import messages as m
-from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.node.pacing import CHECKPOINT_RECORD_SECONDS
+from lutetia.protocol.rpc.checkpoint_offer import OFFER_TIMEOUT, OfferReply
+from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node
 from lutetia.simulation.network.blobs import SimulatedDelay
 from lutetia.system.errors import UnreachableError
-
-DIAL_TIMEOUT = 3.0
-_ANSWER_TIMEOUT = 10.0
-_RECORD_AGAIN = 600.0
-_OFFER_LIFE = 6 * 3600.0
 
 
 def shard_parcel(shard: int) -> str:
@@ -54,8 +51,8 @@ async def offer_round(peer: Node, candidate: m.OwnCheckpoint, boot: int) -> tupl
     if not peer.answering or boot != peer.boot:
         return "unreachable", "this box is offline", None
     record = record.model_copy(update={"issued": peer.clock()})
-    if peer.network.first_filing(candidate.digest, _RECORD_AGAIN):
-        peer.network.file(record, record.key(), _OFFER_LIFE)
+    if peer.network.first_filing(candidate.digest, CHECKPOINT_RECORD_SECONDS):
+        peer.network.file(record, record.key(), peer.network.limits.longest("checkpoint"))
         world.costs.stored("provider", world.config.replicas, world.dht.size, 3)
     for coordinator in world.coordinators:
         if (reply := await _offer(peer, coordinator, record, boot)) is not None:
@@ -71,15 +68,15 @@ async def _offer(peer: Node, coordinator: Coordinator, record: Any, boot: int) -
         await SimulatedDelay(DIAL_TIMEOUT)
         return None
     there = links.stream(peer, coordinator) + links.stream(coordinator, peer) + links.stream(peer, coordinator, 2000)
-    await SimulatedDelay(min(there, _ANSWER_TIMEOUT))
-    if there >= _ANSWER_TIMEOUT or boot != peer.boot or not links.dials(peer, coordinator):
+    await SimulatedDelay(min(there, OFFER_TIMEOUT))
+    if there >= OFFER_TIMEOUT or boot != peer.boot or not links.dials(peer, coordinator):
         return None
     peer.world.costs.offered()
     if not coordinator.serving:
         return None
-    reply = coordinator.offered(
-        record, peer.network.sealed(record, record.issued + _OFFER_LIFE) if peer.machine.identity else b"", _OFFER_LIFE
-    )
+    life = peer.network.limits.longest("checkpoint")
+    sealed = peer.network.sealed(record, record.issued + life) if peer.machine.identity else b""
+    reply = coordinator.offered(record, sealed, life)
     back = links.stream(coordinator, peer)
     await SimulatedDelay(back)
     return reply if boot == peer.boot and links.together(peer.index, coordinator.index) and coordinator.running else None
