@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
@@ -16,18 +16,21 @@ from lutetia.coordinator.acceptance.checks import SizeLimits
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
+from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.audit_service import relatives
 from lutetia.coordinator.runtime.judge_loop import TICK_SECONDS
-from lutetia.coordinator.runtime.swarm_monitor import look_pause, nodes_pause, observed, sighted
+from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor, look_pause, nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import (
     NODE_BUCKETS,
+    AcceptanceRecord,
     CheckpointRecord,
     NodeRecord,
     RecordLimits,
     RecordRefused,
+    ResetRecord,
     checkpoint_key,
     open_record,
 )
@@ -35,7 +38,7 @@ from lutetia.protocol.stalled_claims import LONGEST_GAP
 from lutetia.simulation.config import COORDINATOR, MIB
 from lutetia.simulation.interfaces import Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
-from lutetia.simulation.peers.announcer import SimulatedAnnouncer
+from lutetia.simulation.peers.announcer import OwnRecords, SimulatedRecordStore
 from lutetia.simulation.peers.auditor import found, replay_steps
 from lutetia.simulation.peers.check_runner import SimulatedChecks
 from lutetia.simulation.peers.manifest_updates import Edition
@@ -68,7 +71,8 @@ class SimulatedCoordinator:
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
         self._nodes_due = float("-inf")
-        self.announcer = SimulatedAnnouncer(self, self._limits)
+        self.own_records = OwnRecords(self)
+        self._announcer = self._make_announcer()
         self.edition = Edition(self)
 
     def __repr__(self) -> str:
@@ -92,6 +96,7 @@ class SimulatedCoordinator:
             return
         self.boot += 1
         self.running, self.recovering = True, recover
+        self._announcer = self._make_announcer()
         self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
         events = [read_event(canonical(event)) for event in self.ledger] if self.world.config.signed else self.ledger
         self.state = JudgeState.restored(self.world.decide.replayed(events))
@@ -136,12 +141,12 @@ class SimulatedCoordinator:
             self.edition.tell()
 
     def _take_back(self) -> None:
-        if lost := self.announcer.lost():
-            self.hear(j.LedgerFacts(tuple(lost), self.clock()))
+        if missing := self.own_records.missing():
+            self.hear(j.LedgerFacts(tuple(missing), self.clock()))
 
     def _behind(self) -> bool:
         """As `coordinator.runtime.split_brain`: its ledger is not the newest, so it stops."""
-        if not self.announcer.behind():
+        if not self.own_records.ledger_is_behind():
             return False
         self.stopped_itself += 1
         self.crash()
@@ -152,7 +157,7 @@ class SimulatedCoordinator:
         if self.recovering:
             self._take_back()
         if not self._behind():
-            self.announcer.renew()
+            drive(self.world.queue, self._announcer.renew(), _ignore)
 
     def _every(self, boot: int, seconds: float, call: Any) -> None:
         if boot == self.boot and self.running:
@@ -206,16 +211,24 @@ class SimulatedCoordinator:
                         self.refuse_publishing = False
                         world.queue.after(0.0, self.crash)
                     else:
-                        self.announcer.publish(action.acceptance)
+                        self._announce(action.acceptance)
                 case j.StartCheck():
                     self._check(action)
                 case j.StartAudit():
                     drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
                 case j.PublishReset():
-                    self.announcer.publish(action.record)
+                    self._announce(action.record)
                 case _:
                     pass
         return reply
+
+    def _make_announcer(self) -> Announcer:
+        """The real one; like a new process it knows nothing about earlier expiries."""
+        monitor = cast(SwarmMonitor, self)  # of which it reads `view` alone
+        return Announcer(SimulatedRecordStore(self), self.identity, lambda: self.rules, lambda: self.state.run, monitor)
+
+    def _announce(self, record: AcceptanceRecord | ResetRecord) -> None:
+        drive(self.world.queue, self._announcer.announce(record), _ignore)
 
     def _check(self, check: j.StartCheck) -> None:
         boot = self.boot
@@ -288,3 +301,7 @@ class SimulatedCoordinator:
         """Make the status document, as anybody who asks would get it."""
         document = self.world.decide.status(self.state.run, self.world.manifest, self.view, self.clock())
         self.world.invariants.after_status(self, document)
+
+
+def _ignore(_: None) -> None:
+    """The result of a coroutine that returns nothing."""

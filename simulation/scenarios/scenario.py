@@ -84,13 +84,19 @@ def refused_all(kinds: int) -> End:
 
 
 def caught(world: SimulatedWorld) -> str | None:
-    """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
-    run = world.coordinators[0].state.run
+    """No epoch that was never trained stays accepted for longer than five epochs take.
+
+    Except while its audit is lent to a peer: if that peer gives the replay up, the audit waits until the loan ends.
+    """
+    state = world.coordinators[0].state
+    lent = {checkpoint for checkpoint, (_, until) in state.lent.items() if until > world.queue.now}
+    run = state.run
     for shard in run.shards.values():
         for link in shard.lineage:
             faked = world.blobs.contents[link.acceptance.checkpoint].faked
-            if faked == "all" and world.queue.now - link.at > 5 * world.config.epoch_seconds:
-                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
+            overdue = world.queue.now - link.at > 5 * world.config.epoch_seconds
+            if faked == "all" and overdue and link.acceptance.checkpoint not in lent:
+                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and is still accepted"
     return None
 
 
