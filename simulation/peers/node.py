@@ -18,7 +18,7 @@ from lutetia.simulation.peers.streams import offer_round, sync_round
 from lutetia.simulation.peers.trainer import SimulatedTrainer
 
 _PROBE_SECONDS = 0.5
-_LAST_WORDS = 1.0
+_LEAVE_SECONDS = 1.0
 _TICK = 1e-6  # a timer must not come a rounding error too early
 
 
@@ -233,7 +233,7 @@ class SimulatedNode:
         self.trainer.forget(action.shard, above=-1 if action.epoch is None else action.epoch)
 
     def _leave(self, action: m.Leave) -> None:
-        self.world.queue.after(_LAST_WORDS, self._left, self.boot)
+        self.world.queue.after(_LEAVE_SECONDS, self._left, self.boot)
 
     def _left(self, boot: int) -> None:
         if boot == self.boot and self.running:
