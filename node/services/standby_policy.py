@@ -81,7 +81,7 @@ def read_interval_factor(records: float) -> float:
     return max(1.0, records / FULL_PACE)
 
 
-def read_pause(lease: float, records: int = 0) -> float:
+def read_pause(lease: float, records: float = 0.0) -> float:
     """Seconds until the next read of the node records, after a read of that many."""
     return lease / 2 * read_interval_factor(records)
 

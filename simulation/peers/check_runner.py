@@ -1,4 +1,4 @@
-"""The ladder's tools over the model of blobs: fetching takes as long as the lines want, looking `check_seconds`."""
+"""The check runner over the model of blobs: a fetch takes as long as the links need, the other checks `check_seconds`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lutetia.simulation.interfaces import Coordinator
 from lutetia.simulation.network.blobs import Content, SimulatedDelay
 from lutetia.system.errors import UnreachableError
 
-_SPOILT_SECONDS = 3.0
-"""Model: how long it takes until a fetch of spoilt bytes is given up."""
+_CORRUPT_SECONDS = 3.0
+"""Model: how long it takes until a fetch of corrupt bytes is given up."""
 
 
-class SimulatedChecks:
+class SimulatedCheckRunner:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator, self._world = coordinator, coordinator.world
 
@@ -23,14 +23,14 @@ class SimulatedChecks:
         return self._world.blobs.contents[record.digest]
 
     async def fetch(self, record: CheckpointRecord) -> None:
-        """Bytes that do not hash to their name count as not arrived, from whomever they come."""
+        """Corrupt bytes count as not arrived."""
         world, digest = self._world, record.digest
         size = world.config.weights_bytes + world.config.state_bytes
         begun = world.queue.now
         try:
             if not self._content(record).intact:
-                await SimulatedDelay(_SPOILT_SECONDS)
-                raise UnreachableError("its bytes do not hash to their name")
+                await SimulatedDelay(_CORRUPT_SECONDS)
+                raise UnreachableError("its bytes do not match their digest")
             await world.blobs.fetch(self._coordinator, digest, size)
             if world.queue.now - begun > self._fetch_limit(record):
                 raise UnreachableError("it did not arrive in time")
@@ -45,7 +45,7 @@ class SimulatedChecks:
     async def inspect(self, record: CheckpointRecord) -> None:
         await SimulatedDelay(self._world.config.check_seconds / 3)
         if not self._content(record).sound:
-            raise CheckFailed("invalid", "numbers", "its tensors are not what the manifest wants")
+            raise CheckFailed("invalid", "numbers", "its tensors are not those of the manifest")
 
     async def baseline(self, shard: int) -> float:
         await SimulatedDelay(self._world.config.check_seconds / 3)
