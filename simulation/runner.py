@@ -64,7 +64,7 @@ def simulate(
     steps = steps_of(scenario, peers, seed)
     numbers = list(range(len(steps))) if keep is None else [number for number in keep if number < len(steps)]
     length = scenario.seconds if seconds is None else seconds
-    begun = time.perf_counter()
+    started = time.perf_counter()
 
     def run(chosen: Sequence[int], until: float, trace: Trace | None = None) -> tuple[SimulatedWorld, Violation | None]:
         return _run(scenario, peers, seed, [steps[number] for number in chosen], until, decide, trace)
@@ -93,7 +93,7 @@ def simulate(
         details = {"shortest": tuple(fewest), "trace": tuple(trace.explain(violation.causes)), "tries": tries}
         details["plan"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
     return SimulationOutcome(
-        scenario.name, peers, seed, length, time.perf_counter() - begun, world.queue.done, dict(world.invariants.checks),
+        scenario.name, peers, seed, length, time.perf_counter() - started, world.queue.done, dict(world.invariants.checks),
         world.accepted, {shard: [peer.index for peer in held] for shard, held in sorted(world.holders().items())}, len(numbers),
         world.costs, facts_of(world), violation, **details,
     )  # fmt: skip

@@ -64,13 +64,13 @@ def _seeds(names: Sequence[str], first: int, count: int, out: Path) -> int:
 
 
 def _one_seed(name: str, seed: int, row: dict[str, Any]) -> None:
-    scenario, begun = SCENARIOS[name], time.process_time()
+    scenario, started = SCENARIOS[name], time.process_time()
     outcome = simulate(scenario, PEERS.get(name, scenario.peers), seed, shrink=False)
     gc.collect()  # the simulation itself runs without the collector
     row["checks"] = dict(Counter(row["checks"]) + Counter(outcome.checks))
     row["accepted"] += outcome.accepted
     row["done"] += 1
-    row["seconds"] += time.process_time() - begun
+    row["seconds"] += time.process_time() - started
     if outcome.violation is not None:
         row["failed"].append(f"`lutetia simulate {name} --peers {outcome.peers} --seed {seed}`: {outcome.violation}")
 

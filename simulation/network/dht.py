@@ -115,14 +115,14 @@ class SimulatedDht:
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = _position(key)
-        start, found = bisect.bisect_left(self._ring, (place, -1)), []
+        start, replicas = bisect.bisect_left(self._ring, (place, -1)), []
         for offset in range(len(self._ring)):
             member = self._members[self._ring[(start + offset) % len(self._ring)][1]]
             if member is source or self._links.dials(source, member):
-                found.append(member)
-                if len(found) == self._replicas:
+                replicas.append(member)
+                if len(replicas) == self._replicas:
                     break
-        return found
+        return replicas
 
     # writing
 
@@ -182,21 +182,21 @@ class SimulatedDht:
 
     def read(self, source: SimulatedReplica, key: str, *, own: bool = True) -> dict[str, SimulatedRecord]:
         """The live records under `key` that reach `source`, newest per owner; `own`: also those that it holds itself."""
-        mine = source.parts.get(key, {}) if own else {}
-        found = dict(mine)
+        held = source.parts.get(key, {}) if own else {}
+        newest = dict(held)
         for replica in self.nearest(source, key):
             if (replica is source and own) or replica.denies or (replica is not source and self._lose()):
                 continue
             clock = replica.clock()
             for owner, stored in replica.parts.get(key, {}).items():
-                if stored.expires > clock and (owner not in found or stored.expires > found[owner].expires):
-                    found[owner] = stored
+                if stored.expires > clock and (owner not in newest or stored.expires > newest[owner].expires):
+                    newest[owner] = stored
         clock = source.clock()
-        live = {owner: stored for owner, stored in found.items() if stored.expires > clock}
+        live = {owner: stored for owner, stored in newest.items() if stored.expires > clock}
         if self._strict:
             live = {
                 owner: stored for owner, stored in live.items()
-                if mine.get(owner) is stored or self._accepts(key, owner, stored, clock)
+                if held.get(owner) is stored or self._accepts(key, owner, stored, clock)
             }  # fmt: skip
         return live
 
@@ -224,8 +224,8 @@ class SimulatedDht:
         )
 
     def _view(self, source: SimulatedReplica, shard: int, *, own: bool = True) -> ShardView:
-        found = self.read(source, self.claim_keys[shard], own=own)
-        live = tuple([LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found)])
+        claims = self.read(source, self.claim_keys[shard], own=own)
+        live = tuple([LiveClaim(claims[owner].record, claims[owner].expires) for owner in sorted(claims)])
         given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
         if isinstance(given, ResetRecord):
             return ShardView(shard, live, None, given.term)

@@ -26,13 +26,13 @@ class SimulatedCheckRunner:
         """Corrupt bytes count as not arrived."""
         world, digest = self._world, record.digest
         size = world.config.weights_bytes + world.config.state_bytes
-        begun = world.queue.now
+        started = world.queue.now
         try:
             if not self._content(record).intact:
                 await SimulatedDelay(_CORRUPT_SECONDS)
                 raise UnreachableError("its bytes do not match their digest")
             await world.blobs.fetch(self._coordinator, digest, size)
-            if world.queue.now - begun > self._fetch_limit(record):
+            if world.queue.now - started > self._fetch_limit(record):
                 raise UnreachableError("it did not arrive in time")
         except UnreachableError as error:
             raise CheckFailed("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error

@@ -251,12 +251,12 @@ def _following(disk: SimulatedDisk, epoch: int, parent: str | None) -> str | Non
     return None
 
 
-def _tampered(conduct: Behaviour, honest: Content, parent: Content | None, owner: str) -> Content:
-    match conduct:
+def _tampered(behaviour: Behaviour, honest: Content, parent: Content | None, owner: str) -> Content:
+    match behaviour:
         case "untrained":
             return replace(parent, faked="all") if parent else replace(honest, faked="all", loss=3 * honest.loss)
         case "not-a-number" | "wrong-shapes":
-            return replace(honest, weights=f"{conduct} {owner[:8]} {honest.weights}", sound=False)
+            return replace(honest, weights=f"{behaviour} {owner[:8]} {honest.weights}", sound=False)
         case "corrupt":
             return replace(honest, weights=f"spoilt {owner[:8]} {honest.weights}", intact=False)
         case "poisoned":

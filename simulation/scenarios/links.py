@@ -14,10 +14,10 @@ _LONG = SimulationConfig(shards=4, epochs=200)
 def _partition(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """Twice the swarm is partitioned for several leases, with the coordinator once on each side, and heals."""
     steps = joins(config, peers, rng)
-    for number, word in enumerate(rng.sample(("with", ""), 2)):
+    for number, side in enumerate(rng.sample(("with", ""), 2)):
         half = tuple(sorted(rng.sample(range(peers), peers // 2)))
         at = 120 + 450 * number + rng.uniform(0, 60)
-        steps += [Step(at, "partition", half, detail=word), Step(at + rng.uniform(1, 4) * config.lease, "heal")]
+        steps += [Step(at, "partition", half, detail=side), Step(at + rng.uniform(1, 4) * config.lease, "heal")]
     return steps
 
 

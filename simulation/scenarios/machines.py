@@ -57,9 +57,9 @@ def _two_coordinators(config: SimulationConfig, peers: int, rng: Random) -> list
 
 def _second_after_cut(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     """The coordinator is cut off, so its owner starts a second one on a copy of its ledger; then the first is back."""
-    at, everybody = rng.uniform(150, 250), tuple(range(peers))
+    at, all_nodes = rng.uniform(150, 250), tuple(range(peers))
     return [
-        *joins(config, peers, rng), Step(at, "partition", everybody, detail="with the second"),
+        *joins(config, peers, rng), Step(at, "partition", all_nodes, detail="with the second"),
         Step(at + rng.uniform(10, 40), "second coordinator"), Step(at + rng.uniform(200, 500), "heal"),
     ]  # fmt: skip
 
