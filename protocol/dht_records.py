@@ -8,24 +8,32 @@ from weakref import WeakKeyDictionary
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import NodeRecord, Record, RecordLimits, read_envelope, seal
-from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.base import RecordStore
 
 log = logging.getLogger(__name__)
 
 _STEP = 0.001
 
-_last_expiry: WeakKeyDictionary[Transport, dict[str, float]] = WeakKeyDictionary()
+_last_expiry: WeakKeyDictionary[RecordStore, dict[str, float]] = WeakKeyDictionary()
 """Transport -> key -> the expiry of the record that was stored last."""
 
 
+def next_expiry(usual: float, before: float, skew: float) -> float:
+    """The expiry of a new record of one owner and key, in Unix seconds: never before `before`, that of the record it replaces.
+
+    An earlier expiry is ignored if it lies more than `skew` seconds beyond the usual one: this clock was ahead then, and no peer
+    took that record.
+    """
+    return usual if before > usual + skew else max(usual, before + _STEP)
+
+
 async def publish(
-    transport: Transport, identity: Identity, record: Record, ttl: float, skew: float = RecordLimits.maximum_clock_skew
+    transport: RecordStore, identity: Identity, record: Record, ttl: float, skew: float = RecordLimits.maximum_clock_skew
 ) -> bool:
     """Seal `record` and store it. Returns False when no peer took it.
 
-    The DHT keeps the record of each owner that expires last. A new record therefore never expires before the one it replaces,
-    even with a shorter `ttl`. An earlier expiry is ignored if it lies more than `skew` beyond the usual one: this clock was ahead
-    then, and no peer took that record. For a node record this also logs an error if another node uses this identity.
+    The DHT keeps the record of each owner that expires last, so the expiry follows `next_expiry`. For a node record this also
+    logs an error if another node uses this identity.
 
     Args:
         transport: The DHT.
@@ -38,19 +46,17 @@ async def publish(
     key = record.key()
     if isinstance(record, NodeRecord):
         await _warn_of_double(transport, key, record, expiries)
-    usual, before = transport.now() + ttl, expiries.get(key, 0.0)
-    expires = usual if before > usual + skew else max(usual, before + _STEP)
-    expiries[key] = expires
+    expires = expiries[key] = next_expiry(transport.now() + ttl, expiries.get(key, 0.0), skew)
     return await transport.store(key, record.owner, seal(record, identity, expires), expires)
 
 
-async def read_records(transport: Transport, key: str) -> list[tuple[Record, float]]:
+async def read_records(transport: RecordStore, key: str) -> list[tuple[Record, float]]:
     """The live records under `key` and their expiry in Unix seconds, by owner. Raises ConnectionError when offline."""
     stored = await transport.get(key)
     return [(read_envelope(stored[owner].value), stored[owner].expires) for owner in sorted(stored)]
 
 
-async def _warn_of_double(transport: Transport, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
+async def _warn_of_double(transport: RecordStore, key: str, record: NodeRecord, expiries: Mapping[str, float]) -> None:
     """Log an error when the DHT holds a newer record under this identity than the one this node stored last."""
     stored = (await transport.get(key)).get(record.owner)
     last = expiries.get(key)  # read only now: this node may have published again during the lookup

@@ -1,4 +1,4 @@
-"""The numbers of a simulated run: its manifest, its boxes and its lines, all drawn from one seed."""
+"""Settings of a simulated run; its manifest and its machines, drawn from one seed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.manifest import (
     BlobRef,
@@ -25,16 +26,22 @@ OWNER = Identity.derived("simulated owner")
 COORDINATOR = Identity.derived("simulated coordinator")
 DEVICES = ("cpu", "cuda A", "cuda B")
 _STEPS = 50
+_SERVE = ServeSettings.model_construct()
+"""The defaults of a served run."""
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What a scenario may turn. Times in seconds, sizes in bytes, rates in bytes per second.
+    """What a scenario may set. Times in seconds, sizes in bytes, rates in bytes per second.
 
-    `epoch_seconds` is what a box of speed 1 needs for one checkpoint; speeds are log-normal with `speed_sigma`. A packet takes
-    `latency` (median, one way) with a log-normal spread `latency_sigma`, plus `jitter` (uniform), plus what the boxes' lines add.
-    `operators`: so many people run the boxes, in turn, and say so; 0: everybody their own.
-    `signed`: records travel as the real sealed bytes and every replica and reader verifies them.
+    Args:
+        epoch_seconds: time of a node of speed 1 for one checkpoint; speeds are log-normal with `speed_sigma`.
+        latency: median of a packet, one way, with log-normal spread `latency_sigma`, plus `jitter` (uniform) and the access
+            latency of both machines (exponential, mean `access`).
+        unfit: share of machines that cannot train any shard.
+        save_every: pause between saves of the training state, a volunteer's setting.
+        operators: number of people who run the nodes, in turn, and declare it; 0: one each.
+        signed: records are the real sealed bytes, and every replica and reader verifies them.
     """
 
     shards: int = 4
@@ -59,7 +66,8 @@ class SimulationConfig:
     origin_up: float = 60.0 * MIB
     origin_slots: int = 64
     check_seconds: float = 1.5
-    checks_at_once: int = 4
+    checks_at_once: int = _SERVE.checks_at_once
+    slowest_bytes_per_second: float = _SERVE.slowest_bytes_per_second
     write_seconds: float = 0.3
     save_every: float = 10.0
     join_within: float = 10.0
@@ -75,13 +83,13 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class SimulatedMachine:
-    """One volunteer's machine: `speed` against the setting's, `line` seconds that its access adds to every packet."""
+    """One volunteer's machine. `speed`: 1 is that of the setting. `access_latency`: seconds that it adds to every packet."""
 
     owner: str
     identity: Identity | None
     speed: float
     device: str
-    line: float
+    access_latency: float
     up: float
     fitness: Mapping[int, float]
     skew: float = 0.0
@@ -90,7 +98,7 @@ class SimulatedMachine:
 
 
 def draw_machine(config: SimulationConfig, seed: int, index: int) -> SimulatedMachine:
-    """Box number `index`: depends on nothing but the seed and its number, so that leaving others out changes nothing here."""
+    """Machine number `index`. It depends only on seed and number, so that leaving out other machines does not change it."""
     rng = random.Random(f"{seed}|box|{index}")
     identity = Identity.derived(f"{seed}|{index}") if config.signed else None
     owner = identity.public_key if identity else hashlib.sha256(f"{seed}|{index}".encode()).hexdigest()
@@ -99,7 +107,7 @@ def draw_machine(config: SimulationConfig, seed: int, index: int) -> SimulatedMa
     operator = hashlib.sha256(f"operator {index % config.operators}".encode()).hexdigest() if config.operators else None
     return SimulatedMachine(
         owner=owner, identity=identity, speed=rng.lognormvariate(0.0, config.speed_sigma),
-        device=DEVICES[0] if config.one_device else rng.choice(DEVICES), line=rng.expovariate(1 / config.access),
+        device=DEVICES[0] if config.one_device else rng.choice(DEVICES), access_latency=rng.expovariate(1 / config.access),
         up=config.up * rng.lognormvariate(0.0, 0.5), fitness=dict.fromkeys(range(config.shards), strength if fits else 0.0),
         skew=rng.uniform(-config.skew, config.skew),
         operator=operator, peer_id=peer_id_of(owner),
@@ -107,7 +115,7 @@ def draw_machine(config: SimulationConfig, seed: int, index: int) -> SimulatedMa
 
 
 def make_manifest(config: SimulationConfig) -> Manifest:
-    """A real manifest with made-up blobs; version 2, so that the run id need not be computed again and again."""
+    """A real manifest with invented blobs. Version 2 holds the run id, which need not be computed for every use then."""
     latent = LatentSpec(
         channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
         text_encoder="builtin:words", text_tokens=4, text_width=8, pooled_width=8,

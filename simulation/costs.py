@@ -1,4 +1,4 @@
-"""What the swarm's talk costs: messages and bytes by kind, with record sizes taken from really sealed records."""
+"""Messages and bytes that the swarm sends, by kind; record sizes are those of really sealed records."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def record_bytes() -> dict[str, int]:
 
 @dataclass
 class Costs:
-    """Counted from the begin of the simulation, by kind: of records, `look`, `list`, `watch` (the coordinator's), `offer`, …"""
+    """Counts since the start, by kind: kind of record, `look`, `list`, `watch` (the coordinator's reads), `offer`, …"""
 
     messages: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     shards_seen: int = 0
-    """Looks of peers at a shard."""
+    """How often a node looked at a shard."""
     judged: int = 0
-    """Stimuli that the coordinator took in."""
+    """Number of stimuli of the judge."""
 
     def stored(self, kind: str, replicas: int, members: int, times: int = 1) -> None:
-        """One record filed: a lookup, then request and answer for each replica."""
+        """One record published: a lookup, then request and answer for each replica."""
         hops = lookup_hops(members)
         self.messages[kind] += 2 * (hops + replicas) * times
         self.bytes[kind] += times * (2 * hops * QUESTION_BYTES + replicas * (record_bytes()[kind] + QUESTION_BYTES))
 
     def looked(self, shards: int, claims: int, replicas: int, members: int, kind: str = "look") -> None:
-        """Claims and acceptance of `shards`, with `claims` claims in all."""
+        """One look at claims and acceptance of `shards`, with `claims` claims in all."""
         hops = lookup_hops(members)
         sizes = record_bytes()
         self.shards_seen += shards if kind == "look" else 0
@@ -82,26 +82,26 @@ class Costs:
         self.bytes[kind] += 2 * shards * (2 * hops + replicas) * QUESTION_BYTES + answers
 
     def listed(self, buckets: int, nodes: int, replicas: int, members: int, kind: str = "list") -> None:
-        """`nodes` node records in so many buckets, one lookup each."""
+        """One read of `nodes` node records in so many buckets, one lookup each."""
         steps = lookup_hops(members) + replicas
         self.messages[kind] += 2 * buckets * steps
         self.bytes[kind] += 2 * buckets * steps * QUESTION_BYTES + replicas * nodes * record_bytes()["node"]
 
     def moved(self, size: float) -> None:
-        """Bytes of a blob."""
+        """`size` bytes of a blob were transferred."""
         self.messages["blob"] += 1 + int(size) // (1 << 20)
         self.bytes["blob"] += int(size)
 
-    def asked(self) -> None:
-        """A question for an audit, or a report on one, and its answer."""
+    def audit_exchanged(self) -> None:
+        """One audit request or report, and its answer."""
         self.messages["audit"] += 2
         self.bytes["audit"] += 2 * QUESTION_BYTES
 
-    def offered(self) -> None:
+    def offer_exchanged(self) -> None:
         self.messages["offer"] += 2
         self.bytes["offer"] += record_bytes()["checkpoint"] + 200
 
 
 def lookup_hops(members: int) -> int:
-    """Questions of a Kademlia lookup before the replicas are known: about log2(members / bucket size) (Maymounkov 2002)."""
+    """Requests of a Kademlia lookup until the replicas are known: about log2(members / bucket size) (Maymounkov 2002)."""
     return max(0, math.ceil(math.log2(members / _BUCKET))) if members > _BUCKET else 0

@@ -1,4 +1,4 @@
-"""What happens when: one heap of calls in virtual time. Equal seeds give equal orders."""
+"""A heap of calls in virtual time. Equal seeds give equal orders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _SPINS = 200_000
 
 
 class EventLoopStuck(RuntimeError):
-    """Calls beget calls and time does not pass: a loop in the program that is being simulated."""
+    """Calls cause calls and time does not pass: an endless loop in the simulated program."""
 
 
 class EventQueue:
-    """`now` is Unix seconds. Every call remembers the happening that caused it, so that a violation can be traced back."""
+    """`now` is in Unix seconds. Every call remembers the trace entry that caused it, so that a violation can be explained."""
 
     __slots__ = ("_count", "_heap", "_spins", "cause", "done", "now")
 
@@ -32,7 +32,7 @@ class EventQueue:
         heapq.heappush(self._heap, (self.now + seconds, self._count, self.cause, call, args))
 
     def run(self, until: float) -> None:
-        """Everything that is due up to `until`. Raises Stuck."""
+        """Make all calls that are due until `until`. Raises EventLoopStuck."""
         heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= until:
             when, _, self.cause, call, args = pop(heap)

@@ -1,9 +1,4 @@
-"""The seven promises of the design, checked after every event from what really happened, not from what anybody says.
-
-I1 one accepted lineage per shard and epoch · I2 accepted bytes hash to their name and load · I3 no accepted work is lost ·
-I4 a free shard is claimed within two leases while a fit peer lives · I5 nothing leaks: no trainer outlives its order ·
-I6 nobody is called working without accepted work in time · I7 equal steps give equal weights.
-"""
+"""The seven invariants of the design, checked after every event against what really happened, not against what peers report."""
 
 from __future__ import annotations
 
@@ -14,24 +9,25 @@ from typing import Any
 from lutetia.coordinator.acceptance.messages import Publish, Write
 from lutetia.coordinator.ledger.events import LineageRolledBack
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.node.pacing import LATEST_MANIFEST_QUESTION
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.interfaces import Coordinator, Node, World
 
 NAMES = {
     "I1": "at most one accepted lineage per (shard, epoch)",
-    "I2": "accepted bytes hash to their name and load with the manifest's shapes",
+    "I2": "accepted bytes match their digest and load with the manifest's shapes",
     "I3": "no accepted work is lost once two peers hold it",
     "I4": "every free shard is claimed within two lease times while a fit peer lives",
-    "I5": "nothing leaks: a trainer runs exactly while the machine says so, and nothing runs after leaving",
-    "I6": "status never calls a peer working that has had no accepted work for longer than its due time",
+    "I5": "a trainer runs exactly while the state machine wants it, and none runs after its node has left",
+    "I6": "the status never calls a peer working whose last accepted work is too long ago",
     "I7": "same seed and data, same weights",
-    "end": "what the scenario promises of its end",
+    "end": "a condition at the end of the scenario",
 }
 
 
 class Violation(AssertionError):
-    """A promise was broken at `time`. `causes`: happenings that led to it beside the last one (see `story`)."""
+    """An invariant was violated at `time`. `causes`: numbers of trace entries that led to it, beside the last one."""
 
     def __init__(self, name: str, text: str, time: float, causes: Sequence[int] = ()) -> None:
         super().__init__(f"{name} ({NAMES[name]}): {text}")
@@ -45,9 +41,9 @@ class Invariants:
         config = world.config
         self.accepted: dict[tuple[int, int], str] = {}
         self._accepting: dict[tuple[int, int], int] = {}
-        """The happening in which each epoch was accepted."""
+        """The trace entry in which each epoch was accepted."""
         self._ever: dict[tuple[int, int], set[str]] = {}
-        """Everything that was ever accepted there, rolled back or not."""
+        """All checkpoints that were ever accepted there, rolled back or not."""
         self.rolled_back = 0
         self.heads = [0] * config.shards
         self._holders = [0] * config.shards
@@ -63,21 +59,20 @@ class Invariants:
     # --- nodes ----------------------------------------------------------------------------------------------------------
 
     def after_peer(self, peer: Node) -> None:
-        """After every event of a node's machine, and after its end."""
+        """After every event of a node's state machine, and after its process ended."""
         state, trainer, checks = peer.state, peer.trainer.training, self.checks
         work = state.work if peer.running else None
         checks["I5"] += 1
         runs, wanted = trainer is not None or peer.trainer.exiting, work is not None and work.trainer == "on"
         if runs != wanted or (trainer is not None and not peer.running):
-            self._fail("I5", f"{peer} in phase {state.phase}: its machine and its trainer differ ({wanted}, {trainer})")
+            self._fail("I5", f"{peer} in phase {state.phase}: its state machine wants a trainer: {wanted}, but it has {trainer}")
         if trainer is not None and trainer.shard != work.shard:  # pyright: ignore[reportOptionalMemberAccess]
-            self._fail("I5", f"{peer} trains shard {trainer.shard} with shard {work and work.shard} in hand")
+            self._fail("I5", f"{peer} trains shard {trainer.shard}, but its state machine works on shard {work and work.shard}")
         if work is not None and work.checkpoint is not None:
             checks["I1"] += 1
             if work.checkpoint not in self._ever.get((work.shard, work.epoch), ()):
-                text = (
-                    f"{peer} stands on {work.checkpoint[:12]} as epoch {work.epoch} of shard {work.shard}, which nobody accepted"
-                )
+                place = f"epoch {work.epoch} of shard {work.shard}"
+                text = f"{peer} trains on {work.checkpoint[:12]} as {place}, which was never accepted"
                 self._fail("I1", text)
         self._follow_holder(peer, work)
         standby = peer.running and not peer.frozen and state.online and state.phase in ("idle", "claiming")
@@ -87,7 +82,7 @@ class Invariants:
             peer.eligible_since = self._world.queue.now
 
     def _follow_holder(self, peer: Node, work: Any) -> None:
-        """Which shard is in this peer's hands, as far as others are concerned."""
+        """Note which shard this node holds or is about to hold."""
         state = peer.state
         holds = None
         if work is not None and work.owned and not work.checking:
@@ -108,12 +103,12 @@ class Invariants:
     # --- I4 ---------------------------------------------------------------------------------------------------------------
 
     def claimed(self, shard: int, expires: float, *, released: bool) -> None:
-        """A claim was filed; a released one holds nobody off."""
+        """A claim was published. A released one keeps no other node away."""
         if not released:
             self._claim_expires[shard] = max(self._claim_expires[shard], expires)
 
     def _became_free(self, shard: int) -> None:
-        """Nobody has the shard. It is free for others once the last claim has run out; then the clock of I4 runs."""
+        """No node holds the shard. It is free once the last claim has expired; then the two leases of I4 begin."""
         self._free_number[shard] += 1
         world = self._world
         free_from = max(world.queue.now, min(self._claim_expires[shard], world.queue.now + world.config.lease))
@@ -122,12 +117,12 @@ class Invariants:
         )
 
     def budget_changed(self) -> None:
-        """A newer manifest asks for more: what was complete is open again once the peers have heard of it, within 1.25 leases."""
+        """A newer manifest raises the budget: complete shards are free again once all nodes have asked for it."""
         world = self._world
         for shard, holders in enumerate(self._holders):
             if not holders:
                 self._free_number[shard] += 1
-                free_from = world.queue.now + 1.25 * world.config.lease
+                free_from = world.queue.now + LATEST_MANIFEST_QUESTION * world.config.lease
                 wait = free_from - world.queue.now + 2 * world.config.lease
                 world.queue.after(wait, self._still_free, shard, self._free_number[shard], free_from)
 
@@ -145,13 +140,13 @@ class Invariants:
                 continue
             avoided = peer.state.avoided_until.get(shard, 0.0) - peer.skew > free_from
             if peer.state.fitness.get(shard, 0) > 0 and not avoided and peer.machine.fitness.get(shard, 0) > 0:
-                self._fail("I4", f"shard {shard} has been free for two leases, and {peer} stood by all the time")
+                self._fail("I4", f"shard {shard} has been free for two leases, and {peer} was idle all the time")
         self._became_free(shard)
 
     # --- the coordinator --------------------------------------------------------------------------------------------------
 
     def after_judge(self, coordinator: Coordinator, actions: Sequence[Any]) -> None:
-        """After everything that a coordinator decides."""
+        """After every decision of a coordinator."""
         self.checks["I3"] += 1
         run = coordinator.state.run
         for action in actions:
@@ -172,7 +167,7 @@ class Invariants:
         self._ever.setdefault(place, set()).add(given.checkpoint)
         parent = self.accepted.get((given.shard, given.epoch - 1))
         if given.parent != parent:
-            self._fail("I1", f"epoch {given.epoch} of shard {given.shard} stands on {given.parent}, but accepted was {parent}")
+            self._fail("I1", f"epoch {given.epoch} of shard {given.shard} has parent {given.parent}, but {parent} was accepted")
         self.heads[given.shard] = max(self.heads[given.shard], given.epoch)
         self.checks["I2"] += 1
         content = world.blobs.contents.get(given.checkpoint)
@@ -181,10 +176,10 @@ class Invariants:
         self._works.setdefault((given.author, given.shard), []).append(world.queue.now)
 
     def _check_roll_back(self, event: LineageRolledBack) -> None:
-        """Only what stands on a faked epoch is taken back."""
+        """Only a faked epoch may be rolled back, with those after it."""
         self.checks["I3"] += 1
         if self._world.blobs.contents[event.checkpoint].faked == "none":
-            self._fail("I3", f"honest epoch {event.epoch + 1} of shard {event.shard} was taken back ({event.checkpoint[:12]})")
+            self._fail("I3", f"honest epoch {event.epoch + 1} of shard {event.shard} was rolled back ({event.checkpoint[:12]})")
         for epoch in range(event.epoch + 1, self.heads[event.shard] + 1):
             self.accepted.pop((event.shard, epoch), None)
             self._accepting.pop((event.shard, epoch), None)
@@ -197,13 +192,13 @@ class Invariants:
             self._fail("I3", text, self._accepting.get((shard, self.heads[shard]), -1))
 
     def after_restart(self, coordinator: Coordinator) -> None:
-        """A coordinator came up from its ledger."""
+        """A coordinator restarted from its ledger."""
         for shard in range(len(self.heads)):
             self.checks["I3"] += 1
             self._check_kept(coordinator, shard, coordinator.state.run)
 
     def after_loss(self, parcels: Sequence[str]) -> None:
-        """Disks were lost: some copy of every accepted head is left, if there were two."""
+        """A disk with these parcels failed: a copy of every accepted head must be left."""
         for shard, epoch in enumerate(self.heads):
             head = self.accepted.get((shard, epoch))
             if head in parcels:
@@ -212,24 +207,24 @@ class Invariants:
                     self._fail("I3", f"no copy of accepted epoch {epoch} of shard {shard} is left")
 
     def after_status(self, coordinator: Coordinator, document: SwarmStatus) -> None:
-        """I6, from the acceptances that really were: at most twice the longest interval between them, and a lease."""
+        """I6, from the real acceptances: the last is at most twice the longest interval between them ago, plus a lease."""
         now, timing = self._world.queue.now, self._world.manifest.timing
         for node in document.nodes:
             if node.health != "working":
                 continue
             self.checks["I6"] += 1
-            works = self._works.get((node.owner, node.shard if node.shard is not None else -1), [])
-            gaps = [later - earlier for earlier, later in zip(works, works[1:], strict=False)]
+            times = self._works.get((node.owner, node.shard if node.shard is not None else -1), [])
+            gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
             allowed = max([timing.tenure, timing.lease, *(2 * gap + timing.lease for gap in gaps)])
-            if not works or now - works[-1] > allowed + 1:
-                last = f"{now - works[-1]:.0f} s ago" if works else "never"
+            if not times or now - times[-1] > allowed + 1:
+                last = f"{now - times[-1]:.0f} s ago" if times else "never"
                 self._fail("I6", f"status calls {node.owner[:8]} working on shard {node.shard}; its last accepted work: {last}")
 
     # --- I7 ---------------------------------------------------------------------------------------------------------------
 
     def trained(self, peer: Node, record: CheckpointRecord, weights: str, uninterrupted: str) -> None:
-        """An honest box ended an epoch, however often it was interrupted: its weights are those of an uninterrupted one."""
+        """An honest node finished an epoch, perhaps after interruptions: its weights must be those of an uninterrupted run."""
         self.checks["I7"] += 1
         if weights != uninterrupted:
             place = f"epoch {record.epoch} of shard {record.shard}"
-            self._fail("I7", f"{peer} ended {place} with weights {weights[:12]}; uninterrupted: {uninterrupted[:12]}")
+            self._fail("I7", f"{peer} finished {place} with weights {weights[:12]}; uninterrupted: {uninterrupted[:12]}")

@@ -1,4 +1,4 @@
-"""The decisions that a simulation runs: the real ones, unless somebody wants to see that the invariants notice other ones."""
+"""The decision functions that a simulation runs: the real ones, or a mutant that the invariants must notice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Status = Callable[[RunState, Manifest, LiveView, float], SwarmStatus]
 
 
 def replayed(events: Sequence[LedgerEvent]) -> RunState:
-    """A coordinator's state after a restart: the sum of its ledger."""
+    """A coordinator's state after a restart, from its ledger."""
     state = RunState()
     for event in events:
         state = apply(state, event)

@@ -1,4 +1,4 @@
-"""Run a scenario from a seed, and when a promise breaks, find the shortest plan that breaks it and tell its story."""
+"""Runs a scenario from a seed; when an invariant is violated, finds the shortest plan that violates it, with a trace."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import START
-from lutetia.simulation.faults.plan import plan
+from lutetia.simulation.faults.plan import schedule
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.invariants import Violation
 from lutetia.simulation.rules_under_test import RulesUnderTest
 from lutetia.simulation.scenarios.scenario import Scenario
-from lutetia.simulation.shrink import MOST_TRIES, shortest
+from lutetia.simulation.shrink import MAX_TRIES, shortest
 from lutetia.simulation.trace import Trace
 from lutetia.simulation.world import SimulatedWorld
 
@@ -29,7 +29,7 @@ _SLICES = 200
 
 @dataclass(frozen=True)
 class SimulationOutcome:
-    """One run. `violation` is None when every promise held; then `shortest`, `plan` and `trace` are empty."""
+    """One run. `violation` is None when every invariant held; then `shortest`, `plan` and `trace` are empty."""
 
     scenario: str
     peers: int
@@ -51,26 +51,26 @@ class SimulationOutcome:
 
 
 def steps_of(scenario: Scenario, peers: int, seed: int) -> list[Step]:
-    """The scenario's plan, in order of time; a step's number is its place in this list."""
+    """The scenario's plan in order of time; a step's number is its index in this list."""
     return sorted(scenario.plan(scenario.config, peers, Random(f"{seed}|plan")), key=lambda step: step.at)
 
 
 def simulate(
     scenario: Scenario, peers: int, seed: int, *, seconds: float | None = None, keep: Sequence[int] | None = None,
-    decide: RulesUnderTest | None = None, on_progress: OnProgress | None = None, shrink: bool = True, most_tries: int =
-    MOST_TRIES,
+    decide: RulesUnderTest | None = None, on_progress: OnProgress | None = None, shrink: bool = True, max_tries: int =
+    MAX_TRIES,
 ) -> SimulationOutcome:  # fmt: skip
-    """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number). `most_tries` bounds the shrinking."""
+    """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number). `max_tries` bounds the shrinking."""
     steps = steps_of(scenario, peers, seed)
     numbers = list(range(len(steps))) if keep is None else [number for number in keep if number < len(steps)]
     length = scenario.seconds if seconds is None else seconds
-    begun = time.perf_counter()
+    started = time.perf_counter()
 
     def run(chosen: Sequence[int], until: float, trace: Trace | None = None) -> tuple[SimulatedWorld, Violation | None]:
         return _run(scenario, peers, seed, [steps[number] for number in chosen], until, decide, trace)
 
     world, violation = _run(scenario, peers, seed, [steps[number] for number in numbers], length, decide, None, on_progress)
-    found: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     if violation is not None and shrink:
         until, kind, tries = length, _kind(violation), 0
 
@@ -84,23 +84,23 @@ def simulate(
                 until = min(until, again.time - START + 1.0)
             return True
 
-        # a swarm that nobody joins reaches no end at all, so of an end only the faults are left out
-        kept = [number for number in numbers if violation.name == "end" and steps[number].what == "join"]
-        rest = [number for number in numbers if number not in kept]
-        fewest = sorted([*kept, *shortest(rest, lambda chosen: breaks(sorted([*kept, *chosen])), most_tries)])
+        # without joins every condition at the end fails, so only faults are left out there
+        kept = [number for number in numbers if violation.name == "end" and steps[number].action == "join"]
+        removable = [number for number in numbers if number not in kept]
+        fewest = sorted([*kept, *shortest(removable, lambda chosen: breaks(sorted([*kept, *chosen])), max_tries)])
         trace = Trace()
         violation = run(fewest, until, trace)[1] or violation
-        found = {"shortest": tuple(fewest), "trace": tuple(trace.explain(violation.causes)), "tries": tries}
-        found["plan"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
+        details = {"shortest": tuple(fewest), "trace": tuple(trace.explain(violation.causes)), "tries": tries}
+        details["plan"] = tuple(f"{number}: {steps[number].at:.1f} s {steps[number].sentence}" for number in fewest)
     return SimulationOutcome(
-        scenario.name, peers, seed, length, time.perf_counter() - begun, world.queue.done, dict(world.invariants.checks),
-        world.accepted, {shard: [peer.index for peer in held] for shard, held in sorted(world.owners().items())}, len(numbers),
-        world.costs, facts_of(world), violation, **found,
+        scenario.name, peers, seed, length, time.perf_counter() - started, world.queue.done, dict(world.invariants.checks),
+        world.accepted, {shard: [peer.index for peer in held] for shard, held in sorted(world.holders().items())}, len(numbers),
+        world.costs, facts_of(world), violation, **details,
     )  # fmt: skip
 
 
 def _kind(violation: Violation) -> tuple[str, str]:
-    """Which promise was broken; of a scenario's end also in which words, but for the numbers: a shorter plan breaks others."""
+    """The violated invariant; for a condition at the end also its text without numbers, which tells conditions apart."""
     return violation.name, re.sub("[0-9]+", "", violation.text) if violation.name == "end" else ""
 
 
@@ -109,8 +109,8 @@ def _run(
     trace: Trace | None = None, on_progress: OnProgress | None = None,
 ) -> tuple[SimulatedWorld, Violation | None]:  # fmt: skip
     world = SimulatedWorld(scenario.config, peers, seed, decide, trace, strict=scenario.strict)
-    plan(world, steps)
-    gc.freeze()  # what was made up to here stays; looking through it again and again costs a sixth of the time
+    schedule(world, steps)
+    gc.freeze()  # what exists now stays; scanning it again and again costs a sixth of the time
     gc.disable()
     try:
         for part in range(1, _SLICES + 1):
@@ -130,7 +130,7 @@ def _run(
 
 
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:
-    """Figures of the end."""
+    """Figures at the end of the run."""
     steps = world.manifest.steps_per_epoch
     taken = sum(peer.trainer.taken for peer in world.nodes)
     return {

@@ -1,27 +1,30 @@
-"""Delta debugging: of a list of steps that breaks a promise, a shortest part that still does (Zeller and Hildebrandt 2002)."""
+"""Delta debugging: a shortest part of a list of steps that still violates an invariant (Zeller and Hildebrandt 2002)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-MOST_TRIES = 400
+MAX_TRIES = 400
 
 
-def shortest(numbers: Sequence[int], breaks: Callable[[Sequence[int]], bool], most_tries: int = MOST_TRIES) -> list[int]:
-    """A sublist, in order, of which no single element can be left out. `numbers` itself is known to break.
+def shortest(numbers: Sequence[int], breaks: Callable[[Sequence[int]], bool], max_tries: int = MAX_TRIES) -> list[int]:
+    """A sublist, in order, from which no single element can be left out; the shortest found so far after `max_tries` calls.
 
-    Gives the shortest found when `most_tries` calls of `breaks` did not suffice.
+    Args:
+        numbers: known to break.
+        breaks: whether a sublist still breaks.
+        max_tries: bound on the calls of `breaks`.
     """
     left, parts, tries = list(numbers), 2, 0
-    while len(left) >= 1 and tries < most_tries:
+    while len(left) >= 1 and tries < max_tries:
         width = max(1, -(-len(left) // parts))
         for begin in range(0, len(left), width):
-            rest = left[:begin] + left[begin + width :]
+            shorter = left[:begin] + left[begin + width :]
             tries += 1
-            if breaks(rest):
-                left, parts = rest, max(2, parts - 1)
+            if breaks(shorter):
+                left, parts = shorter, max(2, parts - 1)
                 break
-            if tries >= most_tries:
+            if tries >= max_tries:
                 return left
         else:
             if width == 1:

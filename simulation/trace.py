@@ -1,4 +1,4 @@
-"""Who did what because of what: recorded when a violation is told, cut to what led to it."""
+"""What each peer did and why: recorded to explain a violation, and reduced to what led to it."""
 
 from __future__ import annotations
 
@@ -21,78 +21,78 @@ _SEARCHED = 3000
 
 @dataclass(frozen=True, slots=True)
 class TraceEntry:
-    """`causes` are earlier happenings. `dull`: nothing came of it but what comes every heartbeat."""
+    """`causes`: numbers of earlier entries. `dull`: it caused nothing but the routine of a heartbeat."""
 
     time: float
-    who: str
+    subject: str
     text: str
     causes: tuple[int, ...]
     dull: bool
 
 
 class Trace:
-    """Bind to a world's agenda before it runs."""
+    """Attach it to a world's event queue before the run."""
 
     def __init__(self) -> None:
         self.entries: list[TraceEntry] = []
         self.queue: EventQueue | None = None
 
-    def _note(self, who: str, text: str, causes: Sequence[int] = (), *, dull: bool = False) -> None:
+    def _note(self, subject: str, text: str, causes: Sequence[int] = (), *, dull: bool = False) -> None:
         assert self.queue
         known = tuple(cause for cause in (self.queue.cause, *causes) if cause >= 0)
         self.queue.cause = len(self.entries)
-        self.entries.append(TraceEntry(self.queue.now - START, who, text, known, dull))
+        self.entries.append(TraceEntry(self.queue.now - START, subject, text, known, dull))
 
     def step(self, step: Step) -> None:
-        self._note("fault" if step.what != "join" else "plan", step.sentence)
+        self._note("fault" if step.action != "join" else "plan", step.sentence)
 
     def machine(self, peer: Node, event: m.Event, before: str, actions: Sequence[m.Action]) -> None:
-        told = [_action(action) for action in actions if not isinstance(action, m.LogSentence)]
+        done = [_action(action) for action in actions if not isinstance(action, m.LogSentence)]
         moved = f" [{before} → {peer.state.phase}]" if before != peer.state.phase else ""
         dull = not moved and all(isinstance(action, _ROUTINE) for action in actions)
         why = f": {peer.state.why}" if moved else ""
-        self._note(str(peer), f"{_event(event)}{moved}{why}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
+        self._note(str(peer), f"{_event(event)}{moved}{why}{' ⇒ ' if done else ''}{', '.join(done)}", dull=dull)
 
     def read(self, peer: Node, shards: Sequence[int]) -> None:
         writers = [cause for shard in shards for cause in peer.world.dht.writers(peer, shard)]
         self._note(str(peer), f"reads the records of shards {', '.join(map(str, shards))}", writers, dull=True)
 
     def judged(self, coordinator: Coordinator, stimulus: j.Stimulus, actions: Sequence[j.Action]) -> None:
-        told = [_decision(action) for action in actions]
+        done = [_decision(action) for action in actions]
         dull = isinstance(stimulus, j.JudgeTick | j.LimitsKnown) or not any(
             isinstance(action, j.Write | j.Publish) for action in actions
         )
-        self._note(str(coordinator), f"{_stimulus(stimulus)}{' ⇒ ' if told else ''}{', '.join(told)}", dull=dull)
+        self._note(str(coordinator), f"{_stimulus(stimulus)}{' ⇒ ' if done else ''}{', '.join(done)}", dull=dull)
 
-    def found(self, coordinator: Coordinator, stored: SimulatedRecord) -> None:
-        """The next happening follows from a record that somebody wrote."""
+    def record_read(self, coordinator: Coordinator, stored: SimulatedRecord) -> None:
+        """The next entry follows from a record that a peer wrote."""
         self._note(
             str(coordinator), f"reads a {stored.record.kind} record of {stored.record.owner[:6]}", [stored.cause], dull=True
         )
 
     def explain(self, causes: Sequence[int] = (), most: int = 24) -> list[str]:
-        """What led to the last happening and to `causes`, oldest first: the nearest `most` that were more than routine.
+        """What led to the last entry and to `causes`, oldest first: the nearest `most` that were more than routine.
 
-        The plan's steps are told too, for a death or a cut causes nothing by itself: things just do not happen.
+        The plan's last steps are added, because a death or a partition causes no entry by itself.
         """
         if not self.entries:
             return []
         assert self.queue
         last = self.queue.cause if self.queue.cause >= 0 else len(self.entries) - 1
         begin = sorted({last, *(cause for cause in causes if cause >= 0)})
-        seen, queue, found = set(begin), begin, []
+        seen, queue, relevant = set(begin), begin, []
         while queue and len(seen) < _SEARCHED:
             queue.sort()
             number = queue.pop()
             if not self.entries[number].dull or number == last:
-                found.append(number)
+                relevant.append(number)
             for cause in self.entries[number].causes:
                 if cause not in seen:
                     seen.add(cause)
                     queue.append(cause)
-        steps = [number for number, entry in enumerate(self.entries) if entry.who in ("fault", "plan")]
-        told = sorted({*found[:most], *steps[-most // 2 :]})
-        return [f"{h.time:9.2f} s  {h.who:<16} {h.text}" for h in (self.entries[number] for number in told)]
+        steps = [number for number, entry in enumerate(self.entries) if entry.subject in ("fault", "plan")]
+        shown = sorted({*relevant[:most], *steps[-most // 2 :]})
+        return [f"{h.time:9.2f} s  {h.subject:<16} {h.text}" for h in (self.entries[number] for number in shown)]
 
 
 def _event(event: m.Event) -> str:
@@ -100,11 +100,11 @@ def _event(event: m.Event) -> str:
         case m.SwarmSeen(views=views):
             return "sees " + "; ".join(_view(view) for view in views[:3]) + (" …" if len(views) > 3 else "")
         case m.CheckpointReady(candidate=whole):
-            return f"checkpoint {whole.digest[:8]} of epoch {whole.epoch} is whole"
+            return f"checkpoint {whole.digest[:8]} of epoch {whole.epoch} is complete"
         case m.OfferAnswered(digest=digest, verdict=verdict, text=text):
-            return f"hears that {digest[:8]} is {verdict}" + (f" ({text})" if text else "")
+            return f"gets the verdict on {digest[:8]}: {verdict}" + (f" ({text})" if text else "")
         case m.UserVerb(verb=verb):
-            return f"is told to {verb}"
+            return f"gets the command to {verb}"
         case m.TrainerExited(reason=reason):
             return f"loses its trainer ({reason})"
         case m.SyncFailed(reason=reason):

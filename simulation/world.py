@@ -1,4 +1,4 @@
-"""Everything of one simulated run together, and the clock that moves it."""
+"""All parts of one simulated run, and the clock that moves it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lutetia.simulation.trace import Trace
 
 _LIST_SECONDS = 5.0
-"""Readers of the node records within so many seconds see the same."""
+"""Readers of the node records within so many seconds share one list."""
 
 
 @lru_cache(maxsize=8)
@@ -32,7 +32,7 @@ def _signed(config: SimulationConfig) -> SignedManifest:
 
 
 class SimulatedWorld:
-    """`peers` boxes are drawn at once and start when a step of the plan says so; the coordinator starts at time 0."""
+    """All nodes are drawn at once and start when a step of the plan says so; the coordinator starts at time 0."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class SimulatedWorld:
         )
         self.blobs = SimulatedBlobs(self.queue, self.links, self.costs, config.origin_slots)
         self.directory: dict[str, tuple[SimulatedNode, Sighting]] = {}
-        """Node records, which only the coordinator reads: owner → (who filed it, what is seen)."""
+        """Node records by owner: the node and its newest record."""
         self._memberships: dict[int, tuple[tuple[int, int], SharedMembership]] = {}
         self.invariants = Invariants(self)
         self.nodes = [SimulatedNode(self, index, draw_machine(config, seed, index)) for index in range(peers)]
@@ -73,16 +73,16 @@ class SimulatedWorld:
 
     @property
     def now(self) -> float:
-        """Seconds since the begin."""
+        """Seconds since the start."""
         return self.queue.now - START
 
     @property
     def quarantining(self) -> bool:
-        """Whether anybody is in quarantine; while nobody is, nobody need ask."""
+        """Whether any peer is in quarantine; if not, nodes need not read the quarantine record."""
         return any(coordinator.state.run.quarantined for coordinator in self.coordinators)
 
     def membership(self, reader: SimulatedNode) -> SharedMembership:
-        """What `reader` sees of the node records; the newest may lack."""
+        """The node records as `reader` sees them, up to a few seconds old."""
         moment, group = (int(self.queue.now // _LIST_SECONDS), self.links.version), self.links.group(reader.index)
         known = self._memberships.get(group)
         if known is None or known[0] != moment:
@@ -91,28 +91,29 @@ class SimulatedWorld:
                 sighting.record for peer, sighting in self.directory.values()
                 if sighting.expires > now and (not peer.running or self.links.group(peer.index) == group)
             ]  # fmt: skip
-            turn = int(now // self.config.lease)
-            known = self._memberships[group] = moment, SharedMembership(self.manifest.run_id, seen, self.config.shards, turn)
+            lease_number = int(now // self.config.lease)
+            members = SharedMembership(self.manifest.run_id, seen, self.config.shards, lease_number)
+            known = self._memberships[group] = moment, members
         return known[1]
 
-    def greets(self, newcomer: SimulatedNode) -> bool:
-        """Whether somebody whom `newcomer` knows answers: a bootstrap peer of the ticket, or a peer met in an earlier session."""
+    def can_join(self, newcomer: SimulatedNode) -> bool:
+        """Whether a peer that `newcomer` knows answers: a bootstrap peer, or any peer if it has been online before."""
         links = self.links
-        wanting, newcomer.online = newcomer.online, True  # it dials before it is on the network itself
+        before, newcomer.online = newcomer.online, True  # it dials before it is on the network itself
         try:
             if any(links.dials(newcomer, coordinator) for coordinator in self.coordinators):
                 return True
             return newcomer.met and any(peer is not newcomer and links.dials(newcomer, peer) for peer in self.nodes)
         finally:
-            newcomer.online = wanting
+            newcomer.online = before
 
-    def owners(self) -> dict[int, list[SimulatedNode]]:
-        """Who holds which shard now; whose lease may have lapsed (`checking`) counts as nobody."""
-        found: dict[int, list[SimulatedNode]] = {}
+    def holders(self) -> dict[int, list[SimulatedNode]]:
+        """The nodes that hold each shard now, without those whose lease may have lapsed (`checking`)."""
+        holders: dict[int, list[SimulatedNode]] = {}
         for peer in self.nodes:
             if peer.running and (work := peer.state.work) and work.owned and not work.checking:
-                found.setdefault(work.shard, []).append(peer)
-        return found
+                holders.setdefault(work.shard, []).append(peer)
+        return holders
 
     @property
     def done(self) -> bool:

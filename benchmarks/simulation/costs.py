@@ -1,10 +1,10 @@
-"""What a swarm costs by its size: simulated up to some ten thousand peers, by a stated model up to 10^5, drawn log-log.
+"""The cost of a swarm by its size: simulated up to some ten thousand peers, by a stated model up to 10^5, drawn log-log.
 
 Every size runs the calm swarm (epochs of 300 s, heartbeat 20 s) for 180 virtual seconds; figures are of the last 120, when every
-shard has its owner. The model beyond has four terms per peer and second: a node record per heartbeat; the list of node records
+shard has its holder. The model beyond has four terms per peer and second: a node record per heartbeat; the list of node records
 around it, twice per lease or less often (`node.services.standby_policy`); its part of the looks at each shard, whose number
-per shard was measured;
-for an owner a claim per heartbeat. Each lookup asks log2(peers / 20) peers on its way and then each replica.
+per shard was measured; for a holder a claim per heartbeat. Each lookup asks log2(peers / 20) peers on its way and then each
+replica.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Machine
-from lutetia.coordinator.runtime.swarm_monitor import nodes_pause
-from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, WAVES, read_interval_factor
+from lutetia.coordinator.runtime.swarm_monitor import look_pause, nodes_pause
+from lutetia.node.services.standby_policy import CHANGING, FULL_PACE, STEADY, WAVES, read_pause
 from lutetia.protocol.schema.records import NODE_BUCKETS
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.costs import QUESTION_BYTES, lookup_hops, record_bytes
@@ -29,7 +29,7 @@ from lutetia.simulation.world import SimulatedWorld
 _SETTLED, _END = 60.0, 180.0
 _SETTING = SimulationConfig(epochs=100_000, epoch_seconds=300.0)
 _LOOK_PERIOD = 43.0
-"""Seconds between two looks of a standby at a shard that it looks after: claims live 60 s, and are renewed every 20 s."""
+"""Seconds between two looks of a standby at a shard that it watches: claims live 60 s, and are renewed every 20 s."""
 _FIXED, _SHARE = 16, 10
 _MOST_SHARDS = 4096  # as many as a manifest may name
 _MODELLED = (10_000, 30_000, 100_000)
@@ -41,7 +41,7 @@ _LONGEST_ANSWER = 4 * 2**20
 
 @dataclass(frozen=True)
 class Size:
-    """Figures of one size; rates per second, memory in bytes. `settled`: seconds until every shard has exactly one owner.
+    """Figures of one size; rates per second, memory in bytes. `settled`: seconds until every shard has exactly one holder.
 
     `messages` and `bytes` are those of one peer, `looks` those at one shard, `watch` the bytes that the coordinator reads.
     """
@@ -60,7 +60,7 @@ class Size:
 
 
 def study(most: int, out: Path) -> None:
-    """Measure what `simulation-costs.json` in `out` lacks, then write the table and the picture. A study that was cut goes on."""
+    """Measure what `simulation-costs.json` in `out` lacks, then write table and picture. An interrupted study continues."""
     notes = Notes(out / "simulation-costs.json")
     sizes = [size for size in (10, 30, 100, 300, 1000, 3000, 10_000, 30_000) if size <= most]
     series: dict[str, list[Size]] = {f"{_FIXED} shards": [], f"one shard per {_SHARE} peers": []}
@@ -107,20 +107,20 @@ def _measure(peers: int, shards: int) -> Size:
     settled = math.inf
     while world.now < _SETTLED:
         world.queue.run(START + world.now + 1.0)
-        if settled == math.inf and _one_owner_each(world):
+        if settled == math.inf and _one_holder_each(world):
             settled = world.now
     early = _counted(world)
     world.queue.run(START + _END)
     messages, size, looks, watch, stimuli = (
         (after - before) / (_END - _SETTLED) for before, after in zip(early, _counted(world), strict=True)
     )
-    if settled == math.inf and _one_owner_each(world):
+    if settled == math.inf and _one_holder_each(world):
         settled = _END
     wall = (time.process_time() - began) * 3600 / _END
     memory = max(0.0, _memory() - memory)
-    found = Size(peers, shards, settled, messages / peers, size / peers, looks / shards, watch, stimuli, memory, wall)
-    print(f"{peers} peers, {shards} shards: {found}", flush=True)
-    return found
+    figures = Size(peers, shards, settled, messages / peers, size / peers, looks / shards, watch, stimuli, memory, wall)
+    print(f"{peers} peers, {shards} shards: {figures}", flush=True)
+    return figures
 
 
 def _counted(world: SimulatedWorld) -> tuple[float, float, float, float, float]:
@@ -132,14 +132,14 @@ def _counted(world: SimulatedWorld) -> tuple[float, float, float, float, float]:
     return messages, size, costs.shards_seen, costs.bytes["watch"], costs.judged
 
 
-def _one_owner_each(world: SimulatedWorld) -> bool:
-    owners = world.owners()
-    at_work = min(world.config.shards, len(world.nodes))
-    return len(owners) == at_work and all(len(held) == 1 for held in owners.values())
+def _one_holder_each(world: SimulatedWorld) -> bool:
+    holders = world.holders()
+    working = min(world.config.shards, len(world.nodes))
+    return len(holders) == working and all(len(held) == 1 for held in holders.values())
 
 
 def _memory() -> float:
-    """Bytes that this process holds; what an earlier size left behind is in it, and taken off by the caller."""
+    """Bytes that this process holds; the caller subtracts what an earlier size left."""
     import gc
 
     import psutil
@@ -149,7 +149,7 @@ def _memory() -> float:
 
 
 def _checkpoint_bytes(peers: int) -> tuple[float, float, int]:
-    """(bytes of talk, bytes of blobs) per accepted checkpoint, and how many there were: ten minutes with epochs of a minute."""
+    """Bytes of records and lookups, and of blobs, per accepted checkpoint; number of these. Ten minutes, epochs of a minute."""
     world = SimulatedWorld(replace(_SETTING, shards=_FIXED, epoch_seconds=60.0), peers, 7, strict=False)
     for peer in world.nodes:
         world.queue.after(10 * peer.index / peers, peer.start)
@@ -159,7 +159,7 @@ def _checkpoint_bytes(peers: int) -> tuple[float, float, int]:
 
 
 def _model(peers: int, shards: int, looks: float | None) -> Size:
-    """The same figures by formula. `looks` at each shard per second; None: every standby looks at every shard, as it once was."""
+    """The same figures by formula. `looks` at each shard per second; None: every standby looks at every shard."""
     shards = max(1, shards)
     config, sizes, hops = _SETTING, record_bytes(), lookup_hops(peers)
     replicas, owners = min(config.replicas, peers), min(shards, peers)
@@ -168,22 +168,22 @@ def _model(peers: int, shards: int, looks: float | None) -> Size:
         looks = standbys / _LOOK_PERIOD + 1 / config.heartbeat
     looked = looks * shards / peers
     buckets, records = _list_read(peers, standbys)
-    listed = 2 / config.lease / read_interval_factor(records)
+    listed = 1 / read_pause(config.lease, records)
     beats = (1 + owners / peers) / config.heartbeat
     messages = 4 * steps * looked + 2 * steps * (beats + buckets * listed)
     look_bytes = 2 * (2 * hops + replicas) * QUESTION_BYTES + replicas * (sizes["claim"] + sizes["acceptance"])
     beat_bytes = 2 * hops * QUESTION_BYTES + replicas * (sizes["node"] + QUESTION_BYTES)
     list_bytes = 2 * buckets * steps * QUESTION_BYTES + replicas * records * sizes["node"]
     size = looked * look_bytes + beats * beat_bytes + listed * list_bytes
-    polls = 4 / config.heartbeat
-    every = config.heartbeat / 4 + nodes_pause(peers, config.heartbeat)
-    watch = polls * shards * look_bytes + replicas * peers * sizes["node"] / max(config.heartbeat / 4, every)
+    pause = look_pause(config.heartbeat)
+    polls, every = 1 / pause, pause + nodes_pause(peers, config.heartbeat)
+    watch = polls * shards * look_bytes + replicas * peers * sizes["node"] / max(pause, every)
     stimuli = 1.0 + shards * polls + 3 * owners / config.epoch_seconds + min(5.0, standbys / config.heartbeat)
     return Size(peers, shards, math.nan, messages, size, looks, watch, stimuli, math.nan, math.nan, simulated=False)
 
 
 def _list_read(peers: int, standbys: int) -> tuple[float, float]:
-    """(buckets, records) of node records that a peer reads, on average: its own, and more where few standbys are."""
+    """(buckets, records) of node records that a peer reads, on average: its own, and more if there are few standbys."""
     here = standbys / NODE_BUCKETS
     one = max(0.0, 1 - STEADY / here) if here else 0.0  # it is not among the first in its bucket
     buckets = one * WAVES[0] + (1 - one) * (sum(WAVES[:2]) if here * WAVES[1] >= STEADY else NODE_BUCKETS)
@@ -198,7 +198,7 @@ def _report(series: Sizes, model: Sizes, before: Sizes, accepted: dict[int, tupl
         "# What a swarm costs by its size", "",
         f"`python -m benchmarks simulate costs` on {Machine.this()}; simulated with seed 7.", "",
         "![messages and bytes per peer, looks per shard, the coordinator's reading and judging, time](simulation-costs.png)", "",
-        "| peers | shards | one owner per shard after | messages/s per peer | bytes/s per peer | looks/s at one shard "
+        "| peers | shards | one holder per shard after | messages/s per peer | bytes/s per peer | looks/s at one shard "
         "| coordinator reads, KiB/s | stimuli/s | memory MiB | CPU s per virtual hour |", "|" + 10 * "---|",
     ]  # fmt: skip
     for sizes in (*series.values(), *([size for size in sizes if size.peers >= 10_000] for sizes in model.values())):
@@ -210,7 +210,7 @@ def _report(series: Sizes, model: Sizes, before: Sizes, accepted: dict[int, tupl
     config = _SETTING
     parcel = (config.weights_bytes + config.state_bytes) / 2**20
     lines += [
-        "", "Memory and time are those of the simulation, all peers in one process, setting up included; not of a real box.",
+        "", "Memory and time are those of the simulation, all peers in one process, setting up included; not of a real machine.",
         "", "## Bytes sent per accepted checkpoint", "",
         f"{_FIXED} shards, epochs of 60 s, ten minutes, joining included; a checkpoint has {parcel:.0f} MiB, a shard's data "
         f"{config.shard_bytes / 2**20:.0f} MiB.", "",
@@ -220,7 +220,7 @@ def _report(series: Sizes, model: Sizes, before: Sizes, accepted: dict[int, tupl
         lines.append(f"| {peers} | {count} | {blobs / 2**20:.1f} | {talk / 2**10:.0f} |")
     lines += [
         "", "Each checkpoint travels once to the coordinator. While its author is new, it is audited, and the auditor fetches "
-        "parent and data for that: the rest of the blobs. Every peer adds its heartbeats and its list to the talk.",
+        "parent and data for that: the rest of the blobs. Every peer adds its heartbeats and its reads of node records.",
     ]  # fmt: skip
     return "\n".join([*lines, "", *_verdict(model, before), ""])
 
@@ -236,21 +236,21 @@ def _verdict(model: Sizes, before: Sizes) -> list[str]:
     limit = NODE_BUCKETS * _LONGEST_ANSWER // node
     crowd, alike, then, then_alike = few[-1], shared[-1], few_before[-1], shared_before[-1]
     text = (
-        "Standbys, at first: every one looked at every shard, so one shard was looked at by all, and one peer looked at all. By "
-        f"the same model, {most} peers would look {then.looks:.0f} times a second at each of {_FIXED} shards, and with "
+        "Standbys, at first: every one looked at every shard, so each shard was looked at by all, and each peer looked at all. "
+        f"By the same model, {most} peers would look {then.looks:.0f} times a second at each of {_FIXED} shards, and with "
         f"{alike.shards} shards each would send {then_alike.messages:.0f} messages/s, where {_ANSWERS:.0f} are assumed to be "
-        "what a box bears beside its training. And every peer read the node records of all others twice per lease, for the "
+        "what a node can answer beside its training. And every peer read the node records of all others twice per lease, for the "
         f"copies that it keeps: {5 * most * node / 30 / 2**20:.1f} MiB/s each at {most} peers.",
-        f"Now {STEADY} to {STEADY + CHANGING} standbys look after each shard (`node/services/standby_policy.py`), "
+        f"Now {STEADY} to {STEADY + CHANGING} standbys watch each shard (`node/services/standby_policy.py`), "
         "which they find from the node records"
         f" around them on a ring: {crowd.looks:.2f} looks/s at each shard whatever the number of standbys, "
         f"{alike.messages:.1f} messages/s of a peer with {alike.shards} shards, {crowd.bytes / 1024:.0f} KiB/s of it at {most} "
         f"peers. The list is read twice per lease up to {FULL_PACE} records, beyond that less often. When most standbys die at "
-        "once, the others see it in the list and look after more: a free shard is still claimed within two leases (scenario "
+        "once, the others see it in the list and watch more shards: a free shard is still claimed within two leases (scenario "
         "`collapse`, and I4 in all others).",
         f"Next: the coordinator reads every node record, {crowd.watch / 2**20:.1f} MiB/s at {most} peers although it reads them "
         "six times less often then; and one bucket of node records grows to hivemind's longest message "
-        f"({_LONGEST_ANSWER / 2**20:.0f} MiB) at about {limit} peers. More buckets than {NODE_BUCKETS} would remedy the second, "
+        f"({_LONGEST_ANSWER / 2**20:.0f} MiB) at about {limit} peers. More buckets than {NODE_BUCKETS} would solve the second, "
         "at the cost of more lookups in a small swarm.",
         "No checkpoint is filed within the simulated window, so stimuli lie below the model there, which counts one checkpoint "
         "record per shard, re-read at every poll. Standbys of a young swarm read one list before they share the shards, so the "

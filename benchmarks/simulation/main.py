@@ -1,8 +1,8 @@
-"""`python -m benchmarks simulate seeds|costs`: many seeds of every scenario, and what a swarm costs by its size.
+"""`python -m benchmarks simulate seeds|costs`: many seeds of every scenario, and the cost of a swarm by its size.
 
-`seeds` runs every scenario from N seeds and writes a table of what was checked and what broke. `costs` measures messages, bytes,
+`seeds` runs every scenario from N seeds and writes a table of what was checked and violated. `costs` measures messages, bytes,
 keys, coordinator work, memory and time by the number of peers and shards, draws them (log-log) and says what breaks first.
-Both write into docs/results unless told otherwise.
+Both write into docs/results, or into --out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _seeds(names: Sequence[str], first: int, count: int, out: Path) -> int:
-    """Run those that the notes in `out` lack, seed by seed; a study that was cut goes on. Returns 60 if a promise was broken."""
+    """Run the seeds that the notes in `out` lack; an interrupted study continues. Returns 60 if an invariant was violated."""
     notes = out / "simulation-seeds.json"
     known: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
     for number in range(count):
@@ -64,13 +64,13 @@ def _seeds(names: Sequence[str], first: int, count: int, out: Path) -> int:
 
 
 def _one_seed(name: str, seed: int, row: dict[str, Any]) -> None:
-    scenario, begun = SCENARIOS[name], time.process_time()
+    scenario, started = SCENARIOS[name], time.process_time()
     outcome = simulate(scenario, PEERS.get(name, scenario.peers), seed, shrink=False)
     gc.collect()  # the simulation itself runs without the collector
     row["checks"] = dict(Counter(row["checks"]) + Counter(outcome.checks))
     row["accepted"] += outcome.accepted
     row["done"] += 1
-    row["seconds"] += time.process_time() - begun
+    row["seconds"] += time.process_time() - started
     if outcome.violation is not None:
         row["failed"].append(f"`lutetia simulate {name} --peers {outcome.peers} --seed {seed}`: {outcome.violation}")
 
@@ -101,8 +101,8 @@ def _report(known: dict[str, Any]) -> str:
             f"`python -m benchmarks simulate seeds`: {len(rows)} of {len(SCENARIOS)} scenarios, {runs} runs, {hours:.0f} virtual "
             f"hours, {sum(total.values())} checks, on {Machine.this()}. Seeds begin at {first}. Run with fewer peers than the "
             f"scenario has: {fewer}.", "",
-            "| scenario | fault | peers | seeds | virtual hours | epochs accepted | checks | broken | CPU seconds |",
+            "| scenario | fault | peers | seeds | virtual hours | epochs accepted | checks | violated | CPU seconds |",
             "|---|---|---|---|---|---|---|---|---|", *(_line(name, row) for name, row in rows.items()), "",
-            f"Checks in all: {checks}.", "", *missing, "", "## Promises broken", "", *broken, "",
+            f"InvariantChecks in all: {checks}.", "", *missing, "", "## Invariants violated", "", *broken, "",
         )
     )  # fmt: skip

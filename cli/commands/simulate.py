@@ -50,7 +50,7 @@ def simulate(
         if not as_json:
             from lutetia.cli.output import console
 
-            console().print(_story(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True, markup=False)
+            console().print(_explanation(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True, markup=False)
         raise typer.Exit(InvariantError.code)
 
 
@@ -60,7 +60,7 @@ def _run(
     from dataclasses import replace
 
     from lutetia.cli.progress import progress
-    from lutetia.simulation.faults.mutants import broken_decisions
+    from lutetia.simulation.faults.mutants import mutant_rules
     from lutetia.simulation.runner import simulate as run
     from lutetia.simulation.runner import steps_of
     from lutetia.simulation.scenarios.catalogue import scenario as find
@@ -69,9 +69,9 @@ def _run(
     if shards is not None:
         chosen = replace(chosen, config=replace(chosen.config, shards=shards))
     count = chosen.peers if peers is None else peers
-    if count < chosen.least:
-        raise UsageError(f"scenario {name} needs at least {chosen.least} peers")
-    decide = broken_decisions(broken) if broken else None
+    if count < chosen.min_peers:
+        raise UsageError(f"scenario {name} needs at least {chosen.min_peers} peers")
+    decide = mutant_rules(broken) if broken else None
     kept = None if keep is None else _numbers(keep, len(steps_of(chosen, count, seed)))
     with progress(f"simulating {name}") as report:
         return run(
@@ -135,12 +135,12 @@ def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:16])) + (f" … ({len(numbers)})" if len(numbers) > 16 else "")
 
 
-def _story(outcome: SimulationOutcome, command: str) -> str:
-    steps = "\n".join(f"  {line}" for line in outcome.plan) or "  (none: it happens without any)"
-    told = "\n".join(f"  {line}" for line in outcome.trace)
+def _explanation(outcome: SimulationOutcome, command: str) -> str:
+    steps = "\n".join(f"  {line}" for line in outcome.plan) or "  (empty: it happens without any fault)"
+    trace = "\n".join(f"  {line}" for line in outcome.trace)
     return (
-        f"\nThe shortest plan that breaks it ({len(outcome.shortest)} of {outcome.steps} steps, {outcome.tries} runs):\n{steps}\n"
-        f"\nWhat led to it:\n{told}\n\nAgain: {command}"
+        f"\nThe shortest plan that causes it ({len(outcome.shortest)} of {outcome.steps} steps, {outcome.tries} runs):\n{steps}\n"
+        f"\nWhat led to it:\n{trace}\n\nRun it again: {command}"
     )
 
 
@@ -153,7 +153,7 @@ def _command(outcome: SimulationOutcome, seconds: float | None, shards: int | No
 
 
 def _catalogue() -> dict[str, Any]:
-    from lutetia.simulation.faults.mutants import BROKEN
+    from lutetia.simulation.faults.mutants import MUTANTS
     from lutetia.simulation.scenarios.catalogue import NOT_SIMULATED, SCENARIOS
 
     return {
@@ -162,7 +162,7 @@ def _catalogue() -> dict[str, Any]:
             for s in SCENARIOS.values()
         ],
         "not_simulated": {str(number): why for number, why in NOT_SIMULATED.items()},
-        "broken": {name: rule.summary for name, rule in BROKEN.items()},
+        "broken": {name: rule.summary for name, rule in MUTANTS.items()},
     }
 
 

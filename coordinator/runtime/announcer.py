@@ -13,7 +13,7 @@ from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import MAX_QUARANTINED, AcceptanceRecord, QuarantineRecord, RecordLimits, ResetRecord
-from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.base import RecordStore
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 class Announcer:
     """`rules` and `run` return the newest state. `swarm_monitor`, set once it exists, knows which peers hold claims now."""
 
-    transport: Transport
+    transport: RecordStore
     identity: Identity
     rules: Callable[[], JudgeRules]
     run: Callable[[], RunState]

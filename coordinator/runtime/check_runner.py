@@ -41,6 +41,11 @@ KEPT_STATES = 3
 A = TypeVar("A")
 
 
+def fetch_limit(size: int, slowest: float) -> float:
+    """Seconds within which `size` bytes must arrive, at `slowest` bytes per second and with some grace."""
+    return _FETCH_GRACE + size / slowest
+
+
 @dataclass
 class NetworkCheckRunner:
     """Fetches candidates into `incoming`, so that nothing undecided is ever served, and checks them in a worker process.
@@ -77,7 +82,7 @@ class NetworkCheckRunner:
             if store := self._store_with(ref.digest):
                 _refuse_wrong_size(store, ref, name)
                 continue
-            seconds = _FETCH_GRACE + ref.size / self.slowest_bytes_per_second
+            seconds = fetch_limit(ref.size, self.slowest_bytes_per_second)
             try:
                 async with asyncio.timeout(seconds):
                     await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))

@@ -48,7 +48,7 @@ from lutetia.system.errors import DiskError, plain
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 64
-_TICK_SECONDS = 1.0
+TICK_SECONDS = 1.0
 
 Reply = OfferReply | LendAudit | None
 Waiting = asyncio.Future[Reply]
@@ -178,7 +178,7 @@ class JudgeLoop:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             await self.submit(JudgeTick(self.now()))
 
 

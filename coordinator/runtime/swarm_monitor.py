@@ -58,8 +58,8 @@ class SwarmMonitor:
     async def run(self) -> None:
         """Read nodes, claims and results four times per heartbeat, and count copies once per lease, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat(self.look_at_peers, lambda timing: timing.heartbeat / 4))
-            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: timing.heartbeat / 4))
+            group.create_task(self._repeat(self.look_at_peers, lambda timing: look_pause(timing.heartbeat)))
+            group.create_task(self._repeat(self.look_at_checkpoints, lambda timing: look_pause(timing.heartbeat)))
             group.create_task(self._repeat(self.count_copies, lambda timing: timing.lease))
 
     async def _repeat(self, look: Callable[[], Awaitable[None]], pace: Callable[[Timing], float]) -> None:
@@ -110,9 +110,14 @@ class SwarmMonitor:
         return [item for records in lists for item in records]
 
 
+def look_pause(heartbeat: float) -> float:
+    """Seconds between two looks at the DHT."""
+    return heartbeat / 4
+
+
 def nodes_pause(nodes: int, heartbeat: float) -> float:
     """Seconds between two reads of the node records: they grow with the number of peers, and live three heartbeats."""
-    return heartbeat / 4 * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
+    return look_pause(heartbeat) * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
 
 
 def sighted(

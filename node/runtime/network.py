@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from lutetia.node.machine.messages import Claim
+from lutetia.node.pacing import CHECKPOINT_RECORD_SECONDS, LOOKUPS_AT_ONCE, provider_record_due
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.download import Provider, fetch_blob
@@ -46,11 +47,8 @@ from lutetia.protocol.transport.base import Transport
 
 log = logging.getLogger(__name__)
 
-_LOOKUPS_AT_ONCE = 8
 _PROVIDERS_AT_ONCE = 4
 _MAX_ADDRESSES = 8
-_RECORD_SECONDS = 600.0
-"""A checkpoint record is published again after this time."""
 _ADDRESS = TypeAdapter(Address)
 
 
@@ -95,7 +93,7 @@ class NodeNetwork:
     async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
         """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""
         await self._update_quarantine()
-        views = await gather_bounded(self._view_or_none, shards, _LOOKUPS_AT_ONCE)
+        views = await gather_bounded(self._view_or_none, shards, LOOKUPS_AT_ONCE)
         return tuple(view for view in views if view is not None)
 
     async def _view_or_none(self, shard: int) -> ShardView | None:
@@ -159,7 +157,7 @@ class NodeNetwork:
     async def announce(self, blobs: Iterable[str]) -> None:
         """Publish provider records for these blobs, except where ours was published within a third of its lifetime."""
         ttl, now = self.limits.longest("provider"), time.monotonic()
-        due = [digest for digest in blobs if now - self._announced.get(digest, -ttl) > ttl / 3]
+        due = [digest for digest in blobs if provider_record_due(now - self._announced.get(digest, -ttl), ttl)]
         for digest in due:
             record = ProviderRecord(
                 run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
@@ -172,7 +170,7 @@ class NodeNetwork:
         """Publish the checkpoint's record and offer it to the coordinators in turn. Raises ConnectionError if none answers."""
         record = kept.record(self.identity.public_key, self.identity.peer_id, self.addresses, self.transport.now())
         ttl, now = self.limits.longest("checkpoint"), time.monotonic()
-        if now - self._recorded.get(record.digest, -_RECORD_SECONDS) >= _RECORD_SECONDS:
+        if now - self._recorded.get(record.digest, float("-inf")) >= CHECKPOINT_RECORD_SECONDS:
             await self._publish(record, ttl)
             self._recorded = {record.digest: now}
         expires = record.issued + ttl

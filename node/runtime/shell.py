@@ -15,6 +15,7 @@ from lutetia.node.contributions import Contributions
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
 from lutetia.node.machine.state import MachineState, NodeRules, next_wake
+from lutetia.node.pacing import tick_pause
 from lutetia.node.runtime.hardware_prober import HardwareProber
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.replication import Replicator
@@ -139,7 +140,7 @@ class NodeShell:
             self._timer.cancel()
         due = next_wake(self.rules, self.state)
         if due is not None:
-            wait = min(max(0.0, due - time.time()), self.rules.heartbeat)
+            wait = tick_pause(due, time.time(), self.rules.heartbeat)
             self._timer = asyncio.get_running_loop().call_later(wait, lambda: self.feed(m.ClockTick(time.time())))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from lutetia.node.pacing import AUDIT_WATCH_SECONDS, audit_pause
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
@@ -21,8 +22,6 @@ from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import LutetiaError
 
 log = logging.getLogger(__name__)
-
-_WATCH_SECONDS = 0.5
 
 
 class NodeAuditor:
@@ -41,8 +40,8 @@ class NodeAuditor:
         """Ask about once per heartbeat, or after the time that the coordinator names."""
         wait = 0.0
         while True:
-            pause = max(wait, self.shell.network.manifest.timing.heartbeat)
-            await asyncio.sleep(pause * (1 + self.shell.rules.jitter("audit", int(time.time())) / 4))
+            heartbeat = self.shell.network.manifest.timing.heartbeat
+            await asyncio.sleep(audit_pause(heartbeat, wait, self.shell.rules.jitter("audit", int(time.time()))))
             wait = 0.0
             if self._free:
                 try:
@@ -83,7 +82,7 @@ class NodeAuditor:
         replaying = asyncio.create_task(self._replay(job))
         try:
             while not replaying.done() and self._free and time.time() < job.until:
-                await asyncio.wait([replaying], timeout=_WATCH_SECONDS)
+                await asyncio.wait([replaying], timeout=AUDIT_WATCH_SECONDS)
             return replaying.result() if replaying.done() else None
         finally:
             replaying.cancel()

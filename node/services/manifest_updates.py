@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from lutetia.node.pacing import manifest_pause
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.manifest_sync import MANIFEST_UPDATE, LiveManifest, fetch_newer, read_version, version_at
@@ -58,10 +59,9 @@ class ManifestUpdates:
 
     async def run(self) -> None:
         """Ask for the version about once per lease until cancelled; nodes do so at different times."""
-        share = int(self.network.identity.public_key[:8], 16) / 16**8
         count = 0
         while True:
-            await asyncio.sleep(self.network.manifest.timing.lease * (0.75 + 0.5 * share))
+            await asyncio.sleep(manifest_pause(self.network.manifest.timing.lease, self.network.identity.public_key))
             count += 1
             await self._ask_peers(count)
 

@@ -9,7 +9,14 @@ from itertools import islice
 
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.services.standby_policy import WAVES, buckets_before, has_enough_standbys, read_interval_factor, shards_to_watch
+from lutetia.node.services.standby_policy import (
+    WAVES,
+    buckets_before,
+    has_enough_standbys,
+    read_pause,
+    shards_to_watch,
+    watch_until,
+)
 from lutetia.protocol.rpc.accepted_checkpoints import live_nodes
 from lutetia.protocol.schema.records import NodeRecord
 from lutetia.system.errors import LutetiaError
@@ -26,7 +33,7 @@ class Membership:
 
     async def run(self) -> None:
         """Read twice per lease, less often in a large swarm, until cancelled."""
-        wait = self.shell.network.manifest.timing.lease / 2
+        wait = read_pause(self.shell.network.manifest.timing.lease)
         async with asyncio.TaskGroup() as group:
             while True:
                 await asyncio.sleep(wait)
@@ -41,9 +48,9 @@ class Membership:
         manifest, owner = network.manifest, network.identity.public_key
         nodes = await self._nodes(manifest.run_id, owner)
         lease = manifest.timing.lease
-        wait = lease / 2 * read_interval_factor(len(nodes))
+        wait = read_pause(lease, len(nodes))
         shards = shards_to_watch(manifest.run_id, owner, nodes, len(manifest.shards), int(now // lease))
-        self.shell.feed(m.WatchedShardsSet(now, shards, now + 2 * wait))
+        self.shell.feed(m.WatchedShardsSet(now, shards, watch_until(now, wait)))
         if self.copies and (self._replicating is None or self._replicating.done()):
             self._replicating = group.create_task(self.shell.replicator.run_round(nodes))
         return wait

@@ -79,3 +79,13 @@ def shards_to_watch(run: str, owner: str, nodes: Sequence[NodeRecord], shards: i
 def read_interval_factor(records: float) -> float:
     """How many half leases to wait between two reads of that many node records."""
     return max(1.0, records / FULL_PACE)
+
+
+def read_pause(lease: float, records: float = 0.0) -> float:
+    """Seconds until the next read of the node records, after a read of that many."""
+    return lease / 2 * read_interval_factor(records)
+
+
+def watch_until(now: float, pause: float) -> float:
+    """Until when the shards to watch stay valid that were read at `now`: one read may fail."""
+    return now + 2 * pause

@@ -13,6 +13,11 @@ from typing import Protocol
 
 from lutetia.protocol.schema.identity import Identity
 
+DIAL_TIMEOUT = 8.0
+"""Seconds after which a peer that does not accept a stream counts as unreachable."""
+RPC_TIMEOUT = 3.0
+"""Seconds after which a DHT peer that does not answer counts as absent."""
+
 RecordCheck = Callable[[str | None, str, bytes, float], str]
 """(key or None, subkey, value, expiry) -> the record's own key. Raises RecordRefused. Called on every store and every read."""
 
@@ -53,6 +58,16 @@ class Stream(ABC):
 
 
 Handler = Callable[[Stream], Awaitable[None]]
+
+
+class RecordStore(Protocol):
+    """What publishing records needs of a transport."""
+
+    def now(self) -> float: ...
+
+    async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool: ...
+
+    async def get(self, key: str) -> dict[str, StoredValue]: ...
 
 
 class Transport(ABC):

@@ -1,4 +1,4 @@
-"""Records as a liar would send them, thrown at the replicas' real checks. Needs a signed setting."""
+"""Forged records, sent to the replicas' real checks. Needs a signed setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("unbounded", "future", "foreign", "prolonged", "oversized", "unknown fi
 
 
 def forge(world: World, liar: int, victim: int, kind: str) -> None:
-    """`liar` files a claim of the given kind on the victim's shard (else shard 0) with every replica, past its own checks."""
+    """`liar` sends every replica a forged claim of this kind on the victim's shard (or on shard 0), without its own check."""
     source, target = world.nodes[liar], world.nodes[victim]
     assert source.machine.identity
     assert target.machine.identity
@@ -29,12 +29,12 @@ def forge(world: World, liar: int, victim: int, kind: str) -> None:
             expires = now + 365 * 86400
         case "future":
             record, expires = record.model_copy(update={"issued": now + 3600}), now + 3600 + lease
-        case "foreign":  # the victim's claim, released in its name
+        case "foreign":  # the victim's claim, released by the liar
             owner = target.machine.owner
             record = record.model_copy(update={"owner": owner, "state": "released"})
             expires = now + 2 * lease
     sealed = seal(record, identity, expires)
-    if kind == "prolonged":  # a claim that really was, filed again with a later expiry
+    if kind == "prolonged":  # a real claim, published again with a later expiry
         expires += 10 * lease
     elif kind == "oversized":
         sealed = sealed[:-1] + b" " * 5000 + b"}"
@@ -42,4 +42,4 @@ def forge(world: World, liar: int, victim: int, kind: str) -> None:
         document = json.loads(sealed)
         document["record"]["priority"] = 9
         sealed = json.dumps(document).encode()
-    world.dht.thrust(source, key, owner, SimulatedRecord(record, expires, sealed, world.queue.cause))
+    world.dht.force_store(source, key, owner, SimulatedRecord(record, expires, sealed, world.queue.cause))

@@ -1,4 +1,4 @@
-"""Rules broken on purpose, one for each promise: they show that the checks notice, and what a violation looks like."""
+"""Rules broken on purpose, at least one for each invariant, to show that its check works and what a violation looks like."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lutetia.system.errors import UsageError
 
 @dataclass(frozen=True)
 class Mutant:
-    """`promise`: the invariant that goes with the rule. `scenario`: one that shows it."""
+    """`invariant`: the one that it violates. `scenario`: one that shows it."""
 
     summary: str
-    promise: str
+    invariant: str
     scenario: str
     decide: Callable[[], RulesUnderTest]
 
 
 def _accept_twice(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) -> tuple[JudgeState, tuple[j.Action, ...]]:
-    """Whoever comes second with another result for an accepted epoch gets an acceptance too."""
+    """A second, different result for an accepted epoch is accepted, too."""
     after, actions = judge(rules, state, stimulus)
     if isinstance(stimulus, j.Offered):
         record, shard = stimulus.record, state.run.shards[stimulus.record.shard]
@@ -49,31 +49,31 @@ def _accept_twice(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) ->
 
 
 def _believe_auditors(rules: JudgeRules, state: JudgeState, stimulus: j.Stimulus) -> tuple[JudgeState, tuple[j.Action, ...]]:
-    """Whatever a peer reports of an audit counts at once, and nobody replays it again."""
+    """Every audit report of a peer counts at once, without a second replay."""
     if isinstance(stimulus, j.AuditDelivered):
         stimulus = j.Audited(stimulus.checkpoint, stimulus.finding, stimulus.now, by=stimulus.owner)
     return judge(rules, state, stimulus)
 
 
 async def _check_nothing(
-    record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, tools: CheckRunner, clock: Callable[[], float]
+    record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, runner: CheckRunner, clock: Callable[[], float]
 ) -> Verdict:
-    """No look inside: whatever arrives counts as sound."""
+    """Every checkpoint that arrives counts as valid."""
     try:
-        await tools.fetch(record)
+        await runner.fetch(record)
     except CheckFailed as stop:
         return stop.verdict
     return compare_losses(0.0, 1.0 if parent_loss is None else parent_loss, manifest.holdout_tolerance)
 
 
 def _replay_without_end(events: Sequence[LedgerEvent]) -> RunState:
-    """After a restart the last acceptance is forgotten, as if it had never reached the disk."""
+    """A restart loses the last acceptance, as if it had not reached the disk."""
     last = max((place for place, event in enumerate(events) if isinstance(event, CheckpointAccepted)), default=len(events))
     return replayed(events[:last])
 
 
 def _claims_live_forever(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
-    """A claim that was seen once counts for good: nobody takes over from the dead."""
+    """Claims that were seen once never expire: no node takes over from a dead one."""
     if isinstance(event, m.SwarmSeen):
         event = replace(event, views=tuple(_still_claimed(state.views.get(view.shard), view, event.now) for view in event.views))
     return advance(rules, state, event)
@@ -86,60 +86,79 @@ def _still_claimed(before: ShardView | None, view: ShardView, now: float) -> Sha
 
 
 def _trainers_run_on(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
-    """Who loses a shard forgets to stop its trainer."""
+    """A node that loses its shard does not stop the trainer."""
     after, actions = advance(rules, state, event)
     return after, [action for action in actions if not isinstance(action, m.StopTrainer)]
 
 
 def _status_believes_claims(state: RunState, manifest: Manifest, live: LiveView, now: float) -> SwarmStatus:
-    """Whoever claims a shard is called working."""
+    """Every node that claims a shard is called working."""
     document = status(state, manifest, live, now)
     nodes = tuple(node.model_copy(update={"health": "working"}) if node.shard is not None else node for node in document.nodes)
     return document.model_copy(update={"nodes": nodes})
 
 
 def _resume_depends_on_history(shard: int, epoch: int, parent: str, device: str, spans: tuple[tuple[int, int], ...]) -> str:
-    """Random numbers that go on from where a process began, not from the step: a resumed epoch ends elsewhere."""
+    """Random numbers depend on when the process started, not on the step: a resumed epoch ends with other weights."""
     import hashlib
 
     return hashlib.sha256(f"{shard}|{epoch}|{parent}|{device}|{spans}".encode()).hexdigest()
 
 
-BROKEN: dict[str, Mutant] = {
+MUTANTS: dict[str, Mutant] = {
     "accept-twice": Mutant(
-        "a second result for an accepted epoch is accepted too (I1)", "I1", "partition", lambda:
-        RulesUnderTest(judge=_accept_twice)
+        "a second result for an accepted epoch is accepted, too (I1)",
+        "I1",
+        "partition",
+        lambda: RulesUnderTest(judge=_accept_twice),
     ),
     "check-nothing": Mutant(
-        "nobody looks into a checkpoint before it is accepted (I2)", "I2", "liars", lambda:
-        RulesUnderTest(run_checks=_check_nothing)
+        "checkpoints are accepted without any check of their content (I2)",
+        "I2",
+        "liars",
+        lambda: RulesUnderTest(run_checks=_check_nothing),
     ),
     "forget-the-last": Mutant(
-        "a restarted coordinator lacks the last acceptance (I3)", "I3", "coordinator-crash",
+        "a restarted coordinator has lost the last acceptance (I3)",
+        "I3",
+        "coordinator-crash",
         lambda: RulesUnderTest(replayed=_replay_without_end),
     ),
     "believe-auditors": Mutant(
-        "a stranger's word convicts (I3)", "I3", "auditors", lambda: RulesUnderTest(judge=_believe_auditors)
+        "a peer's audit report convicts without a second replay (I3)",
+        "I3",
+        "auditors",
+        lambda: RulesUnderTest(judge=_believe_auditors),
     ),
     "claims-for-good": Mutant(
-        "a claim that has run out still holds others off (I4)", "I4", "killed", lambda:
-        RulesUnderTest(advance=_claims_live_forever)
+        "an expired claim still keeps other nodes away (I4)",
+        "I4",
+        "killed",
+        lambda: RulesUnderTest(advance=_claims_live_forever),
     ),
     "trainers-run-on": Mutant(
-        "a trainer is not stopped when its shard is lost (I5)", "I5", "sleep", lambda: RulesUnderTest(advance=_trainers_run_on)
+        "a trainer is not stopped when its node loses the shard (I5)",
+        "I5",
+        "sleep",
+        lambda: RulesUnderTest(advance=_trainers_run_on),
     ),
     "believe-claims": Mutant(
-        "status calls whoever claims a shard working (I6)", "I6", "calm", lambda: RulesUnderTest(status=_status_believes_claims)
+        "the status calls every node working that claims a shard (I6)",
+        "I6",
+        "calm",
+        lambda: RulesUnderTest(status=_status_believes_claims),
     ),
     "resume-elsewhere": Mutant(
-        "a resumed epoch does not take the steps of an uninterrupted one (I7)", "I7", "resume",
+        "a resumed epoch gives other weights than an uninterrupted one (I7)",
+        "I7",
+        "resume",
         lambda: RulesUnderTest(weights=_resume_depends_on_history),
     ),
-}  # fmt: skip
+}
 
 
-def broken_decisions(name: str) -> RulesUnderTest:
-    """Raises UsageError for an unknown name."""
-    if name not in BROKEN:
-        raise UsageError(f"there is no broken rule {name!r}; `lutetia simulate --list` names all of them")
-    return BROKEN[name].decide()
+def mutant_rules(name: str) -> RulesUnderTest:
+    """The rules with one mutant. Raises UsageError for an unknown name."""
+    if name not in MUTANTS:
+        raise UsageError(f"there is no rule {name!r} for --broken; `lutetia simulate --list` prints all rules")
+    return MUTANTS[name].decide()

@@ -1,4 +1,4 @@
-"""What happens to the swarm from outside: joins, deaths, cuts and lies, each a step at its time. A plan is a list of them."""
+"""Carries out the steps of a plan: joins, deaths, partitions and lies."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ def carry_out(world: SimulatedWorld, step: Step) -> None:
     if world.trace is not None:
         world.queue.cause = -1
         world.trace.step(step)
-    if step.what in _ONE_BY_ONE:
-        for index in step.who:
-            _ONE_BY_ONE[step.what](world.nodes[index], step)
+    if step.action in _ONE_BY_ONE:
+        for index in step.nodes:
+            _ONE_BY_ONE[step.action](world.nodes[index], step)
     else:
-        _ALL[step.what](world, step)
+        _ALL[step.action](world, step)
 
 
-def plan(world: SimulatedWorld, steps: Sequence[Step]) -> None:
+def schedule(world: SimulatedWorld, steps: Sequence[Step]) -> None:
     for step in steps:
         world.queue.after(step.at, carry_out, world, step)
 
 
-def _say(verb: m.Verb) -> Callable[[SimulatedNode, Step], None]:
-    def tell(peer: SimulatedNode, step: Step) -> None:
+def _command(verb: m.Verb) -> Callable[[SimulatedNode, Step], None]:
+    def give(peer: SimulatedNode, step: Step) -> None:
         until = peer.clock() + step.value if verb == "pause" and step.value else None
-        peer.hear(peer.boot, m.UserVerb, verb, until)
+        peer.feed(peer.boot, m.UserVerb, verb, until)
 
-    return tell
+    return give
 
 
 def _disk_full(peer: SimulatedNode, step: Step) -> None:
     peer.disk_full = True
-    peer.hear(peer.boot, m.DiskFull, "the disk is full; free some space")
+    peer.feed(peer.boot, m.DiskFull, "the disk is full; free some space")
 
 
 def _disk_free(peer: SimulatedNode, step: Step) -> None:
     peer.disk_full = False
-    peer.hear(peer.boot, m.DiskFree)
+    peer.feed(peer.boot, m.DiskFree)
 
 
 def _disk_lost(peer: SimulatedNode, step: Step) -> None:
-    """The disk dies, and the box with it."""
+    """The disk fails, and the node dies with it."""
     held = [parcel for parcel, holders in peer.world.blobs.holders.items() if peer.index in holders]
     peer.kill()
     peer.trainer.wipe()
@@ -60,37 +60,37 @@ def _disk_lost(peer: SimulatedNode, step: Step) -> None:
 
 
 def _device(works: bool) -> Callable[[SimulatedNode, Step], None]:
-    def turn(peer: SimulatedNode, step: Step) -> None:
+    def switch(peer: SimulatedNode, step: Step) -> None:
         peer.device_ok = works
         if not works:
             peer.trainer.fail("hardware", "the device has fallen off the bus")
 
-    return turn
+    return switch
 
 
 def _skew(peer: SimulatedNode, step: Step) -> None:
     """The clock jumps by `value` seconds."""
     peer.skew += step.value
-    peer.hear(peer.boot, m.ClockTick)
+    peer.feed(peer.boot, m.ClockTick)
 
 
-def _spoil(peer: SimulatedNode, step: Step) -> None:
-    """Everything that this box serves from now on is bad, as a failing disk makes it."""
+def _corrupt(peer: SimulatedNode, step: Step) -> None:
+    """All blobs that this node holds are corrupt from now on, as on a failing disk."""
     for parcel in list(peer.world.blobs.holders):
-        peer.world.blobs.rotten.add((peer.index, parcel))
+        peer.world.blobs.corrupt.add((peer.index, parcel))
 
 
-def _conduct(peer: SimulatedNode, step: Step) -> None:
-    peer.trainer.conduct = step.word  # pyright: ignore[reportAttributeAccessIssue]
+def _behaviour(peer: SimulatedNode, step: Step) -> None:
+    peer.trainer.behaviour = step.detail  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _audits(peer: SimulatedNode, step: Step) -> None:
-    peer.auditor.word = step.word  # pyright: ignore[reportAttributeAccessIssue]
+    peer.auditor.policy = step.detail  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _copy_identity(world: SimulatedWorld, step: Step) -> None:
-    """The second box runs with a copy of the first one's key."""
-    first, second = (world.nodes[index] for index in step.who)
+    """The second node runs with a copy of the first one's key."""
+    first, second = (world.nodes[index] for index in step.nodes)
     machine = replace(second.machine, owner=first.machine.owner, identity=first.machine.identity, peer_id=first.machine.peer_id)
     second.kill()
     world.nodes[second.index] = SimulatedNode(world, second.index, machine)
@@ -98,7 +98,7 @@ def _copy_identity(world: SimulatedWorld, step: Step) -> None:
 
 
 def _second_coordinator(world: SimulatedWorld, step: Step) -> None:
-    """Somebody starts another coordinator with the same key on a copy of the ledger."""
+    """A second coordinator starts with the same key on a copy of the ledger."""
     twin = SimulatedCoordinator(world, -2, ledger=list(world.coordinators[0].ledger))
     world.blobs.origins.add(-2)
     world.coordinators.append(twin)
@@ -106,7 +106,7 @@ def _second_coordinator(world: SimulatedWorld, step: Step) -> None:
 
 
 def _old_ledger(world: SimulatedWorld, step: Step) -> None:
-    """While the coordinator is down, its folder is replaced by a copy that is `value` seconds old."""
+    """The coordinator crashes, and its folder is replaced by a copy that is `value` seconds old."""
     coordinator = world.coordinators[0]
     coordinator.crash()
     coordinator.ledger = [event for event in coordinator.ledger if event.time <= world.queue.now - step.value]
@@ -118,15 +118,15 @@ def _upgrade(world: SimulatedWorld, step: Step) -> None:
 
 
 def _partition(world: SimulatedWorld, step: Step) -> None:
-    """The boxes named are cut off from the others. `word` "with" takes the coordinator along, "with the second" another one."""
-    along = {"with": (-1,), "with the second": (-2,)}.get(step.word, ())
-    world.links.partition([[*step.who, *along]])
+    """Cut `nodes` off from all others. `detail` "with": the coordinator is on their side; "with the second": the second one."""
+    side = {"with": (-1,), "with the second": (-2,)}.get(step.detail, ())
+    world.links.partition([[*step.nodes, *side]])
 
 
 def _block(world: SimulatedWorld, step: Step) -> None:
-    """The first box cannot dial the others, which can dial it."""
-    for target in step.who[1:]:
-        world.links.block(step.who[0], target)
+    """The first node cannot dial the others, but they can dial it."""
+    for target in step.nodes[1:]:
+        world.links.block(step.nodes[0], target)
 
 
 def _loss(world: SimulatedWorld, step: Step) -> None:
@@ -134,8 +134,8 @@ def _loss(world: SimulatedWorld, step: Step) -> None:
 
 
 def _latency(world: SimulatedWorld, step: Step) -> None:
-    """`value` seconds in the median; `word`: jitter to either side."""
-    world.links.draw(world.config, step.value, float(step.word or 0))
+    """`value`: median in seconds; `detail`: jitter to either side in seconds."""
+    world.links.draw(world.config, step.value, float(step.detail or 0))
 
 
 def _crash_after_writing(world: SimulatedWorld, step: Step) -> None:
@@ -147,23 +147,23 @@ _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "kill": lambda peer, step: peer.kill(),
     "stop": lambda peer, step: peer.freeze(),
     "continue": lambda peer, step: peer.thaw(),
-    "finish": _say("finish"),
-    "leave": _say("leave"),
-    "pause": _say("pause"),
-    "resume": _say("resume"),
+    "finish": _command("finish"),
+    "leave": _command("leave"),
+    "pause": _command("pause"),
+    "resume": _command("resume"),
     "network process dies": lambda peer, step: peer.lose_network(),
-    "trainer fails": lambda peer, step: peer.trainer.fail(step.word or "crash"),  # pyright: ignore[reportArgumentType]
+    "trainer fails": lambda peer, step: peer.trainer.fail(step.detail or "crash"),  # pyright: ignore[reportArgumentType]
     "disk full": _disk_full,
     "disk free": _disk_free,
     "disk lost": _disk_lost,
     "device lost": _device(False),
     "device back": _device(True),
     "clock jumps": _skew,
-    "serves bad bytes": _spoil,
-    "conduct": _conduct,
+    "serves corrupt bytes": _corrupt,
+    "behaviour": _behaviour,
     "audits without replay": _audits,
-    "slow line": lambda peer, step: peer.world.links.slow.__setitem__(peer.index, step.value),
-    "denies records": lambda peer, step: setattr(peer, "denies", True),
+    "slow link": lambda peer, step: peer.world.links.slow.__setitem__(peer.index, step.value),
+    "hides records": lambda peer, step: setattr(peer, "denies", True),
     "newer version": lambda peer, step: setattr(peer.network, "newer", True),
 }
 _ALL: dict[str, Callable[[SimulatedWorld, Step], None]] = {
@@ -174,10 +174,10 @@ _ALL: dict[str, Callable[[SimulatedWorld, Step], None]] = {
     "latency": _latency,
     "coordinator crashes": lambda world, step: world.coordinators[0].crash(),
     "coordinator dies before publishing": _crash_after_writing,
-    "coordinator starts": lambda world, step: world.coordinators[0].start(recover=step.word == "recover"),
+    "coordinator starts": lambda world, step: world.coordinators[0].start(recover=step.detail == "recover"),
     "old ledger": _old_ledger,
     "budget raised": _upgrade,
     "second coordinator": _second_coordinator,
     "copied identity": _copy_identity,
-    "forgery": lambda world, step: forge(world, step.who[0], step.who[1], step.word),
+    "forgery": lambda world, step: forge(world, step.nodes[0], step.nodes[1], step.detail),
 }

@@ -1,26 +1,23 @@
-"""One thing that happens to the swarm from outside. A plan is a list of them."""
+"""One step of a plan: something that happens to the swarm from outside."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Step:
-    """At `at` seconds `what` happens to the boxes `who`; `value` and `word` say how much and of which kind."""
+    """At `at` seconds `action` happens to `nodes` (by number); `value` and `detail` say how much and of which kind."""
 
     at: float
-    what: str
-    who: tuple[int, ...] = ()
+    action: str
+    nodes: tuple[int, ...] = ()
     value: float = 0.0
-    word: str = ""
+    detail: str = ""
 
     @property
     def sentence(self) -> str:
-        machines = ", ".join(map(str, self.who[:8])) + (f" … ({len(self.who)})" if len(self.who) > 8 else "")
-        parts = [self.what, f"boxes {machines}" if machines else "", self.word, f"{self.value:g}" if self.value else ""]
+        numbers = ", ".join(map(str, self.nodes[:8])) + (f" … ({len(self.nodes)})" if len(self.nodes) > 8 else "")
+        nodes = f"node{'s' if len(self.nodes) > 1 else ''} {numbers}" if numbers else ""
+        parts = [self.action, nodes, self.detail, f"{self.value:g}" if self.value else ""]
         return " ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""Blobs as the simulation knows them: what a checkpoint's bytes are worth, who holds them, and how long fetching takes."""
+"""Blobs: what a checkpoint contains, which peers hold it, and how long a fetch takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from lutetia.protocol.blobs.download import PARALLEL
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import EventQueue
 from lutetia.simulation.network.links import Links, SimulatedPeer
@@ -15,17 +16,18 @@ from lutetia.system.errors import UnreachableError
 
 T = TypeVar("T")
 
-_AT_ONCE = 4
 _HOPELESS = 10 * 1024.0
+"""Model: a fetch fails when its providers together give fewer bytes per second."""
 _PATIENCE = 30.0
+"""Model: after how many seconds such a fetch fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What lies behind a checkpoint: its weights by hash, their held-out loss, and what a look inside would show.
+    """What a checkpoint contains: a hash of its weights, their held-out loss, and what checks would find.
 
-    `intact`: the bytes hash to their name. `sound`: names, shapes and dtypes of the manifest, all finite. `faked`: which
-    steps were not taken, as only a replay can tell: none, all, or all but the first, which a replay of the first does not see.
+    `intact`: the bytes match their digest. `sound`: names, shapes and dtypes of the manifest, all finite. `faked`: the steps
+    that were not taken, which only a replay shows: none, all, or all but the first (seen by a replay of the whole epoch only).
     """
 
     weights: str
@@ -36,14 +38,14 @@ class Content:
 
 
 def honest_loss(shard: int, epoch: int, weights: str) -> float:
-    """The model of learning: an exponential approach with a little noise, which depends on the weights alone."""
+    """The model of learning: an exponential approach with a little noise that depends only on the weights."""
     noise = int(weights[:8], 16) / 2**32 - 0.5
     return (0.25 + 0.05 * (shard % 3)) * (1 + 2 * math.exp(-epoch / 6)) * (1 + 0.004 * noise)
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedDelay(Awaitable[None]):
-    """Awaited inside a simulated coroutine: go on in `seconds`."""
+    """Awaited in a simulated coroutine: continue in `seconds`."""
 
     seconds: float
 
@@ -52,7 +54,7 @@ class SimulatedDelay(Awaitable[None]):
 
 
 def drive(queue: EventQueue, work: Coroutine[Any, Any, T], done: Callable[[T], object]) -> None:
-    """Run a coroutine that waits by `SimulatedDelay` only; `done` gets its result in virtual time."""
+    """Run a coroutine that awaits only `SimulatedDelay`; call `done` with its result."""
     try:
         pause = work.send(None)
     except StopIteration as end:
@@ -62,13 +64,13 @@ def drive(queue: EventQueue, work: Coroutine[Any, Any, T], done: Callable[[T], o
 
 
 class SimulatedBlobs:
-    """Who holds which parcel. A parcel is all blobs of a checkpoint (by its digest) or the data of a shard (by its name)."""
+    """Which peers hold which parcel: all blobs of a checkpoint (by its digest) or the data of a shard (by its name)."""
 
     def __init__(self, queue: EventQueue, links: Links, costs: Costs, slots: int) -> None:
         self._queue, self._links, self._costs, self._slots = queue, links, costs, slots
         self.contents: dict[str, Content] = {}
         self.holders: dict[str, dict[int, SimulatedPeer]] = {}
-        self.rotten: set[tuple[int, str]] = set()
+        self.corrupt: set[tuple[int, str]] = set()
         self.origins: set[int] = set()
         self._serving: dict[int, int] = {}
 
@@ -79,7 +81,7 @@ class SimulatedBlobs:
         self.holders.get(parcel, {}).pop(holder.index, None)
 
     def wipe(self, holder: SimulatedPeer) -> None:
-        """Its disk is gone."""
+        """The holder's disk has failed."""
         for parcel in self.holders.values():
             parcel.pop(holder.index, None)
 
@@ -87,9 +89,9 @@ class SimulatedBlobs:
         return holder.index in self.holders.get(parcel, {})
 
     async def fetch(self, taker: SimulatedPeer, parcel: str, size: int, hints: Iterable[SimulatedPeer] = ()) -> None:
-        """Volunteers first, up to four at once, each by its rate; what a provider spoils or leaves undone comes from the others.
+        """Fetch from several providers at once, nodes first, shared by rate; the others make up for corrupt or missing parts.
 
-        Raises UnreachableError when nobody is left who could give the rest.
+        Raises UnreachableError when no provider is left, or they are too slow.
         """
         left, refused, known = float(size), set(), {member.index: member for member in hints}
         while left >= 1 and not self.has(parcel, taker):
@@ -97,14 +99,14 @@ class SimulatedBlobs:
             rates = [self._links.rate(source) / (1 + self._serving.get(source.index, 0)) for source in sources]
             if not sources or sum(rates) < _HOPELESS:
                 await SimulatedDelay(_PATIENCE if sources else 3.0)
-                raise UnreachableError(f"nobody within reach gives parcel {parcel[:12]} in time; trying again")
+                raise UnreachableError(f"no reachable peer serves parcel {parcel[:12]} fast enough; trying again")
             for source in sources:
                 self._serving[source.index] = self._serving.get(source.index, 0) + 1
             await SimulatedDelay(4 * self._links.packet(taker, sources[0]) + left / sum(rates))
             failed = 0.0
             for source, rate in zip(sources, rates, strict=True):
                 self._serving[source.index] -= 1
-                if (source.index, parcel) in self.rotten or not self._links.dials(taker, source) or not self.has(parcel, source):
+                if (source.index, parcel) in self.corrupt or not self._links.dials(taker, source) or not self.has(parcel, source):
                     refused.add(source.index)
                     failed += rate / sum(rates)
             self._costs.moved(left)
@@ -121,25 +123,25 @@ class SimulatedBlobs:
             and not (index in self.origins and self._serving.get(index, 0) >= self._slots)
         ]  # fmt: skip
         fit.sort(key=lambda member: (member.index in self.origins, -self._links.rate(member), member.index))
-        return fit[:_AT_ONCE]
+        return fit[:PARALLEL]
 
 
 def weights_after(shard: int, epoch: int, parent: str, device: str, spans: tuple[tuple[int, int], ...]) -> str:
-    """The model of training: weights are a hash of where they began, of the device's arithmetic and of the steps taken, in order.
+    """The model of training: weights are a hash of their start, the kind of device and the steps taken, in order.
 
-    `spans` are half-open ranges of steps, one per sitting. A step's randomness is keyed by its number, so spans that meet count
-    as one: a resumed epoch that took every step once gives the weights of an uninterrupted one (I7), anything else gives others.
+    `spans` are half-open ranges of steps, one per process. A step's randomness depends on its number, so adjacent spans count as
+    one: a resumed epoch that took every step once gives the weights of an uninterrupted one (I7), any other gives other weights.
     """
-    met: list[tuple[int, int]] = []
+    joined: list[tuple[int, int]] = []
     for first, last in spans:
-        if met and met[-1][1] == first:
-            met[-1] = (met[-1][0], last)
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], last)
         else:
-            met.append((first, last))
-    text = f"{shard}|{epoch}|{parent}|{device}|{met}"
+            joined.append((first, last))
+    text = f"{shard}|{epoch}|{parent}|{device}|{joined}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sitting(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:
+def with_span(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:
     """`spans` and then [first, last), if that is any step at all."""
     return (*spans, (first, last)) if first < last else spans

@@ -1,7 +1,7 @@
-"""The records of the swarm: each replica keeps its own part, each record arrives when it arrives, each reader asks who is there.
+"""The DHT: each replica keeps its own part, records arrive after a delay, and each reader asks the replicas that it can reach.
 
-The model follows `tests.memory_transport`: a record goes to the replicas that follow its key on a hash ring, and stays with
-its writer too; of each owner the record that expires last is kept; replicas and readers check by their own clocks.
+The model follows `tests.memory_transport`: a record goes to the replicas that follow its key on a hash ring and to its
+writer; of each owner the record that expires last is kept; replicas and readers check by their own clocks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lutetia.simulation.event_queue import EventQueue
 from lutetia.simulation.network.links import Links, SimulatedPeer
 
 Record = Any
-"""One of `protocol.schema.records`' five, built without validation where nobody forges."""
+"""One of the records of `protocol.schema.records`, built without validation in settings without forgers."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRecord:
-    """`sealed` is empty where the setting does without signatures. `cause` is the happening that wrote it."""
+    """`sealed` is empty in settings without signatures. `cause`: the trace entry that wrote it."""
 
     record: Record
     expires: float
@@ -38,16 +38,16 @@ class SimulatedRecord:
 class SimulatedReplica(SimulatedPeer, Protocol):
     parts: dict[str, dict[str, SimulatedRecord]]
     written: set[str]
-    """Keys under which it filed records of its own."""
+    """Keys under which it published records of its own."""
     denies: bool
-    """A sybil's replica: says that it keeps, and never shows anything."""
+    """A sybil's replica: it accepts records and never returns them."""
 
     def clock(self) -> float: ...
 
 
 class SimulatedDht:
     def __init__(self, queue: EventQueue, links: Links, costs: Costs, manifest: Manifest, replicas: int, *, strict: bool) -> None:
-        """`strict`: clocks differ or somebody forges, so every replica and reader checks for itself, every time."""
+        """`strict`: clocks differ or records are forged, so every replica and reader checks every record itself."""
         self._queue, self._links, self._costs, self._replicas, self._strict = queue, links, costs, replicas, strict
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         run, shards = manifest.run_id, range(len(manifest.shards))
@@ -72,7 +72,7 @@ class SimulatedDht:
     # membership
 
     def enter(self, member: SimulatedReplica, name: str) -> None:
-        """`member` answers from now on; its neighbours hand it what it is to hold."""
+        """`member` answers from now on; its neighbours give it the records that it is to hold."""
         self._members[member.index] = member
         place = (_position(name), member.index)
         if place not in self._ring:
@@ -91,7 +91,7 @@ class SimulatedDht:
                     self._keep(taker, key, owner, stored)
 
     def depart(self, member: SimulatedReplica) -> None:
-        """Gone, with all that it kept."""
+        """Remove the member and all that it held."""
         self._members.pop(member.index, None)
         self._ring = [place for place in self._ring if place[1] != member.index]
         member.parts.clear()
@@ -99,7 +99,7 @@ class SimulatedDht:
         self._ring_version += 1
 
     def changed(self) -> None:
-        """Somebody stopped or began to answer."""
+        """A member stopped or began to answer."""
         self._ring_version += 1
 
     def nearest(self, source: SimulatedReplica, key: str) -> list[SimulatedReplica]:
@@ -115,21 +115,21 @@ class SimulatedDht:
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = _position(key)
-        start, found = bisect.bisect_left(self._ring, (place, -1)), []
+        start, replicas = bisect.bisect_left(self._ring, (place, -1)), []
         for offset in range(len(self._ring)):
             member = self._members[self._ring[(start + offset) % len(self._ring)][1]]
             if member is source or self._links.dials(source, member):
-                found.append(member)
-                if len(found) == self._replicas:
+                replicas.append(member)
+                if len(replicas) == self._replicas:
                     break
-        return found
+        return replicas
 
     # writing
 
     def store(
         self, source: SimulatedReplica, record: Record, expires: float, identity: Identity | None, sealed: bytes = b""
     ) -> None:
-        """File `record` with the replicas; each gets it after its own delay, or never."""
+        """Send `record` to the replicas; each gets it after its own delay, or never."""
         if identity is not None and not sealed:
             sealed = seal(record, identity, expires)
         stored, key = SimulatedRecord(record, expires, sealed, self._queue.cause), record.key()
@@ -141,8 +141,8 @@ class SimulatedDht:
             if replica is not source and not self._links.lost():
                 self._queue.after(2 * self._links.packet(source, replica), self._arrive, source, replica, key, stored)
 
-    def thrust(self, source: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord) -> None:
-        """Offer every replica a record that an honest writer would not have made."""
+    def force_store(self, source: SimulatedReplica, key: str, owner: str, stored: SimulatedRecord) -> None:
+        """Send a forged record to every replica, without the sender's own check."""
         for replica in self.nearest(source, key):
             if replica is not source:
                 self._keep(replica, key, owner, stored)
@@ -181,31 +181,31 @@ class SimulatedDht:
     # reading
 
     def read(self, source: SimulatedReplica, key: str, *, own: bool = True) -> dict[str, SimulatedRecord]:
-        """The live records under `key` that reach `source`, newest per owner; `own`: also what it holds, replica or not."""
-        mine = source.parts.get(key, {}) if own else {}
-        found = dict(mine)
+        """The live records under `key` that reach `source`, newest per owner; `own`: also those that it holds itself."""
+        held = source.parts.get(key, {}) if own else {}
+        newest = dict(held)
         for replica in self.nearest(source, key):
             if (replica is source and own) or replica.denies or (replica is not source and self._lose()):
                 continue
             clock = replica.clock()
             for owner, stored in replica.parts.get(key, {}).items():
-                if stored.expires > clock and (owner not in found or stored.expires > found[owner].expires):
-                    found[owner] = stored
+                if stored.expires > clock and (owner not in newest or stored.expires > newest[owner].expires):
+                    newest[owner] = stored
         clock = source.clock()
-        live = {owner: stored for owner, stored in found.items() if stored.expires > clock}
+        live = {owner: stored for owner, stored in newest.items() if stored.expires > clock}
         if self._strict:
             live = {
                 owner: stored for owner, stored in live.items()
-                if mine.get(owner) is stored or self._accepts(key, owner, stored, clock)
+                if held.get(owner) is stored or self._accepts(key, owner, stored, clock)
             }  # fmt: skip
         return live
 
     def _lose(self) -> bool:
-        """Question or answer."""
+        """Whether the request or its answer is lost."""
         return self._links.lost() or self._links.lost()
 
     def look(self, source: SimulatedReplica, shards: Sequence[int]) -> tuple[ShardView, ...]:
-        """Claims and acceptances. Readers who would see the same get the same objects, made when a record or a line changes."""
+        """Claims and acceptances. Readers that would see the same share objects, made again when a record or a link changes."""
         if self._strict or self._links.loss or self._links.blocked:
             return tuple([self._view(source, shard) for shard in shards])
         version = (self._ring_version, self._links.version)
@@ -224,15 +224,15 @@ class SimulatedDht:
         )
 
     def _view(self, source: SimulatedReplica, shard: int, *, own: bool = True) -> ShardView:
-        found = self.read(source, self.claim_keys[shard], own=own)
-        live = tuple([LiveClaim(found[owner].record, found[owner].expires) for owner in sorted(found)])
+        claims = self.read(source, self.claim_keys[shard], own=own)
+        live = tuple([LiveClaim(claims[owner].record, claims[owner].expires) for owner in sorted(claims)])
         given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
         if isinstance(given, ResetRecord):
             return ShardView(shard, live, None, given.term)
         return ShardView(shard, live, given)
 
     def writers(self, source: SimulatedReplica, shard: int) -> list[int]:
-        """The happenings that wrote what `source` sees of the shard."""
+        """The trace entries that wrote what `source` sees of the shard."""
         keys = self.claim_keys[shard], self.acceptance_keys[shard]
         return [stored.cause for key in keys for stored in self.read(source, key).values()]
 

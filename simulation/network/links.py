@@ -1,4 +1,4 @@
-"""The lines between boxes: how long a packet takes, whether it arrives, and who cannot reach whom."""
+"""The links between peers: how long a packet takes, whether it arrives, and which peers cannot reach each other."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import random
 from collections.abc import Iterable
 from typing import Protocol
 
+from lutetia.node.pacing import LOOKUPS_AT_ONCE
+from lutetia.protocol.transport.base import RPC_TIMEOUT
 from lutetia.simulation.config import SimulationConfig
 
-RPC_TIMEOUT = 3.0
 RETRANSMIT = 0.2
 _BITS = 10
-_LOOKUPS_AT_ONCE = 8
 
 
 class SimulatedPeer(Protocol):
-    """Whoever is on the network: a volunteer or a coordinator."""
+    """A peer on the network: a node or a coordinator."""
 
     index: int
-    line: float
+    access_latency: float
     up: float
 
     @property
@@ -26,9 +26,9 @@ class SimulatedPeer(Protocol):
 
 
 class Links:
-    """Delays are drawn from a table of the setting's distribution: exact enough, and three times cheaper than drawing each.
+    """Delays come from a table drawn from the setting's distribution: exact enough, and a third of the cost of drawing each.
 
-    A look at n shards takes ceil(n / 8) rounds as the node's network side makes them, each as long as its slowest lookup.
+    A look at n shards takes ceil(n / LOOKUPS_AT_ONCE) rounds, each as long as its slowest lookup.
     """
 
     def __init__(self, config: SimulationConfig, seed: int) -> None:
@@ -53,14 +53,14 @@ class Links:
 
         self._lookup = [lookup() for _ in range(1 << _BITS)]
         self._round = [
-            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(_LOOKUPS_AT_ONCE))
+            max(self._lookup[rng.getrandbits(_BITS)] + self._lookup[rng.getrandbits(_BITS)] for _ in range(LOOKUPS_AT_ONCE))
             for _ in range(1 << _BITS)
         ]
 
-    # who can reach whom
+    # reachability
 
     def partition(self, groups: Iterable[Iterable[int]]) -> None:
-        """Cut the network; whoever is not named forms one more group."""
+        """Cut the network into `groups`; peers that are not named form one more."""
         self._group = {index: number for number, group in enumerate(groups, 1) for index in group}
         self.version += 1
 
@@ -89,24 +89,24 @@ class Links:
         return not self._group or self._group.get(a, 0) == self._group.get(b, 0)
 
     def dials(self, source: SimulatedPeer, target: SimulatedPeer) -> bool:
-        """Whether `source` can open a stream to `target` or ask it a question."""
+        """Whether `source` can open a stream or send a request to `target`."""
         if not (source.answering and target.answering):
             return False
         return self.whole or (
             self.together(source.index, target.index) and (not self._blocked or (source.index, target.index) not in self._blocked)
         )
 
-    # how long it takes
+    # delays
 
     def lost(self) -> bool:
         return self.loss > 0 and self.random.random() < self.loss
 
     def packet(self, a: SimulatedPeer, b: SimulatedPeer) -> float:
-        """One datagram, one way."""
-        return self._packet[self.random.getrandbits(_BITS)] + a.line + b.line
+        """Seconds of one datagram, one way."""
+        return self._packet[self.random.getrandbits(_BITS)] + a.access_latency + b.access_latency
 
     def stream(self, a: SimulatedPeer, b: SimulatedPeer, size: int = 0) -> float:
-        """One message of `size` bytes over a stream: what is lost is sent again."""
+        """Seconds of one message of `size` bytes over a stream; lost packets are sent again."""
         seconds = self.packet(a, b) + size / self.rate(a)
         while self.lost():
             seconds += RETRANSMIT
@@ -116,13 +116,13 @@ class Links:
         return min(sender.up, self.slow.get(sender.index, sender.up))
 
     def look(self, source: SimulatedPeer, shards: int) -> float:
-        """Claims and acceptances of so many shards."""
+        """Seconds of a look at claims and acceptances of so many shards."""
         if shards == 1:
             draw, table = self.random.getrandbits, self._lookup
             seconds = table[draw(_BITS)] + table[draw(_BITS)]
         else:
-            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // _LOOKUPS_AT_ONCE)))
-        seconds += 8 * source.line
+            seconds = sum(self._round[self.random.getrandbits(_BITS)] for _ in range(-(-shards // LOOKUPS_AT_ONCE)))
+        seconds += 8 * source.access_latency
         if self.loss and self.random.random() < 1 - (1 - self.loss) ** (2 * self._replicas):
-            seconds += RPC_TIMEOUT  # one answer at least does not come
+            seconds += RPC_TIMEOUT  # at least one answer is lost
         return seconds

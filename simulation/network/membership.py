@@ -1,6 +1,4 @@
-"""The node records as a volunteer reads them, and what follows for each: a model of `node.services.membership` that many
-readers share.
-"""
+"""The node records as nodes read them, and the shards that each watches: `node.services.membership`, shared by many readers."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from lutetia.protocol.schema.records import NodeRecord, node_bucket
 
 
 class SharedMembership:
-    """`seen` are all node records at one moment. Duties are made from all of them: a part that is `enough` gives the same."""
+    """`seen`: all node records at one moment. A real node reads only some of them, enough to compute the same for itself."""
 
-    def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, turn: int) -> None:
+    def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, lease_number: int) -> None:
         free = [record.owner for record in seen if is_standby(record)]
         unfit = dict.fromkeys((record.owner for record in seen if record.state in FREE), frozenset[int]())
-        self.duties = {**unfit, **assign_shards(run, free, shards, turn)}
+        self.watched_shards = {**unfit, **assign_shards(run, free, shards, lease_number)}
         self._run = run
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)
@@ -32,12 +30,12 @@ class SharedMembership:
 
     def read_by(self, owner: str) -> tuple[int, int]:
         """(buckets, records) that `owner` reads until it knows enough standbys before it."""
-        own, place = node_bucket(owner), point(self._run, "peer", owner)
+        own_bucket, place = node_bucket(owner), point(self._run, "peer", owner)
         buckets = iter(buckets_before(owner))
         before = buckets_read = records = 0
         for wave in WAVES:
             for bucket in islice(buckets, wave):
-                before += bisect_left(self._places.get(own, ()), place) if bucket == own else self._free[bucket]
+                before += bisect_left(self._places.get(own_bucket, ()), place) if bucket == own_bucket else self._free[bucket]
                 buckets_read, records = buckets_read + 1, records + self._all[bucket]
             if before >= STEADY:
                 break

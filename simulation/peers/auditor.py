@@ -1,4 +1,4 @@
-"""Who stands by replays the work of others: `node.services.auditor` and the coordinator's desk, in virtual time."""
+"""Audits by idle nodes, as `node.services.auditor`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.messages import LendAudit, StartAudit
 from lutetia.coordinator.ledger.run_state import PendingAudit
+from lutetia.node.pacing import AUDIT_WATCH_SECONDS, audit_pause
+from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
-from lutetia.simulation.peers.streams import DIAL_TIMEOUT, shard_parcel
+from lutetia.simulation.peers.streams import shard_parcel
 from lutetia.system.errors import UnreachableError
 
-_WATCH_SECONDS = 5.0
-
-Word = Literal["honest", "valid", "invalid"]
-"""What an auditor reports: what it found, or always the same, without a replay."""
+AuditorPolicy = Literal["honest", "valid", "invalid"]
+"""Whether an auditor reports what it found, or always the same without a replay."""
 
 
 def replay_steps(world: World, audit: PendingAudit) -> int:
@@ -24,24 +24,24 @@ def replay_steps(world: World, audit: PendingAudit) -> int:
     return world.manifest.steps_per_epoch if audit.whole else world.manifest.audit.replay_steps
 
 
-def found(world: World, audit: PendingAudit) -> AuditFinding:
-    """What a replay finds: the first steps tell who took none, all of them who faked the end."""
+def replay_finding(world: World, audit: PendingAudit) -> AuditFinding:
+    """The finding of a replay: the first steps show that none were taken, only the whole epoch shows a faked end."""
     faked = world.blobs.contents[audit.checkpoint].faked
     caught = faked == "all" or (faked == "end" and audit.whole)
     return AuditFinding(outcome="invalid", text="the replay gave other losses") if caught else AuditFinding(outcome="valid")
 
 
 class SimulatedAuditor:
-    """A companion of one volunteer. `word`: see Word."""
+    """The auditor of one node."""
 
     def __init__(self, node: Node) -> None:
         self._node, self._world = node, node.world
-        self.word: Word = "honest"
+        self.policy: AuditorPolicy = "honest"
 
     def begin(self, boot: int, wait: float = 0.0) -> None:
-        """Ask about once per heartbeat, or when the coordinator says, for as long as the process lives."""
+        """Ask about once per heartbeat, or after the time that the coordinator names, while the process lives."""
         node = self._node
-        pause = max(wait, self._world.config.heartbeat) * (1 + node.rules.jitter("audit", int(node.clock())) / 4)
+        pause = audit_pause(self._world.config.heartbeat, wait, node.rules.jitter("audit", int(node.clock())))
         self._world.queue.after(pause, self._ask, boot)
 
     def _ask(self, boot: int) -> None:
@@ -58,9 +58,9 @@ class SimulatedAuditor:
         return fit and node.state.phase == "idle" and node.state.disk_full_since is None
 
     async def _once(self, boot: int) -> float:
-        """One audit, if there is one. Returns after how many seconds to ask again."""
+        """Do one audit if there is one. Returns the seconds until the next question."""
         for coordinator in self._world.coordinators:
-            lend = await self._asked(coordinator)
+            lend = await self._ask_coordinator(coordinator)
             if lend is None:
                 continue
             if lend.audit is None:
@@ -70,24 +70,24 @@ class SimulatedAuditor:
             except UnreachableError:
                 return 0.0
             if finding:
-                await self._hand_in(coordinator, lend.audit, finding, boot, lend.until)
+                await self._send_report(coordinator, lend.audit, finding, boot, lend.until)
         return 0.0
 
-    async def _asked(self, coordinator: Coordinator) -> LendAudit | None:
+    async def _ask_coordinator(self, coordinator: Coordinator) -> LendAudit | None:
         node, links = self._node, self._world.links
         if not links.dials(node, coordinator):
             await SimulatedDelay(DIAL_TIMEOUT)
             return None
         await SimulatedDelay(links.stream(node, coordinator) + links.stream(coordinator, node))
-        self._world.costs.asked()
+        self._world.costs.audit_exchanged()
         return coordinator.lend(node) if links.dials(node, coordinator) and coordinator.serving else None
 
     async def _replayed(self, job: StartAudit, boot: int, until: float) -> AuditFinding | None:
-        """None when its time was up, or the node got work of its own. Raises UnreachableError when a blob cannot be fetched."""
+        """None when it took too long or the node got work of its own. Raises UnreachableError when a blob cannot be fetched."""
         node, world, audit = self._node, self._world, job.audit
-        if self.word != "honest":
-            return AuditFinding(outcome=self.word, text="as always")
-        config, own = world.config, set(itertools.chain(*(disk.digests for disk in node.trainer.disks.values())))
+        if self.policy != "honest":
+            return AuditFinding(outcome=self.policy, text="reported without a replay")
+        config, own_work = world.config, set(itertools.chain(*(disk.digests for disk in node.trainer.disks.values())))
         parcels = {shard_parcel(audit.shard): config.shard_bytes}
         if job.parent:
             parcels[job.parent.checkpoint] = config.weights_bytes + config.state_bytes
@@ -101,26 +101,28 @@ class SimulatedAuditor:
             while left > 0:
                 if not self._free(boot) or node.clock() >= until:
                     return None
-                part = min(left, _WATCH_SECONDS)
+                part = min(left, AUDIT_WATCH_SECONDS)
                 await SimulatedDelay(part)
                 left -= part
-            return found(world, audit)
+            return replay_finding(world, audit)
         finally:
             for parcel in fetched:
-                if parcel not in own and not (node.state.work and parcel == node.state.work.checkpoint):
+                if parcel not in own_work and not (node.state.work and parcel == node.state.work.checkpoint):
                     world.blobs.drop(parcel, node)
 
-    async def _hand_in(self, coordinator: Coordinator, job: StartAudit, finding: AuditFinding, boot: int, until: float) -> None:
-        """Again and again while it is wanted."""
+    async def _send_report(
+        self, coordinator: Coordinator, job: StartAudit, finding: AuditFinding, boot: int, until: float
+    ) -> None:
+        """Send the report; retry until `until`."""
         node, links = self._node, self._world.links
         for attempt in itertools.count(1):
             if boot != node.boot or not node.running:
                 return
             if links.dials(node, coordinator):
                 await SimulatedDelay(links.stream(node, coordinator, 4000))
-                self._world.costs.asked()
+                self._world.costs.audit_exchanged()
                 if links.dials(node, coordinator) and coordinator.serving and boot == node.boot:
-                    coordinator.told(node, job.audit.checkpoint, finding)
+                    coordinator.receive_report(node, job.audit.checkpoint, finding)
                     return
             wait = node.rules.backoff(attempt, "audit")
             if node.clock() + wait > until:

@@ -1,19 +1,21 @@
-"""The ladder's tools over the model of blobs: fetching takes as long as the lines want, looking `check_seconds`."""
+"""The check runner over the model of blobs: a fetch takes as long as the links need, the other checks `check_seconds`."""
 
 from __future__ import annotations
 
 import math
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
+from lutetia.coordinator.runtime.check_runner import fetch_limit
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.interfaces import Coordinator
 from lutetia.simulation.network.blobs import Content, SimulatedDelay
 from lutetia.system.errors import UnreachableError
 
-_FETCH_GRACE = 30.0
+_CORRUPT_SECONDS = 3.0
+"""Model: how long it takes until a fetch of corrupt bytes is given up."""
 
 
-class SimulatedChecks:
+class SimulatedCheckRunner:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator, self._world = coordinator, coordinator.world
 
@@ -21,24 +23,29 @@ class SimulatedChecks:
         return self._world.blobs.contents[record.digest]
 
     async def fetch(self, record: CheckpointRecord) -> None:
-        """Bytes that do not hash to their name count as not arrived, from whomever they come."""
+        """Corrupt bytes count as not arrived."""
         world, digest = self._world, record.digest
         size = world.config.weights_bytes + world.config.state_bytes
-        begun = world.queue.now
+        started = world.queue.now
         try:
             if not self._content(record).intact:
-                await SimulatedDelay(_FETCH_GRACE / 10)
-                raise UnreachableError("its bytes do not hash to their name")
+                await SimulatedDelay(_CORRUPT_SECONDS)
+                raise UnreachableError("its bytes do not match their digest")
             await world.blobs.fetch(self._coordinator, digest, size)
-            if world.queue.now - begun > _FETCH_GRACE + size / (64 << 10):
+            if world.queue.now - started > self._fetch_limit(record):
                 raise UnreachableError("it did not arrive in time")
         except UnreachableError as error:
             raise CheckFailed("inconclusive", "transfer", f"its weights could not be fetched: {error}") from error
 
+    def _fetch_limit(self, record: CheckpointRecord) -> float:
+        """The real runner fetches the three files one after the other, each within its own limit."""
+        slowest = self._world.config.slowest_bytes_per_second
+        return sum(fetch_limit(ref.size, slowest) for ref in (record.weights, record.state, record.trace))
+
     async def inspect(self, record: CheckpointRecord) -> None:
         await SimulatedDelay(self._world.config.check_seconds / 3)
         if not self._content(record).sound:
-            raise CheckFailed("invalid", "numbers", "its tensors are not what the manifest wants")
+            raise CheckFailed("invalid", "numbers", "its tensors are not those of the manifest")
 
     async def baseline(self, shard: int) -> float:
         await SimulatedDelay(self._world.config.check_seconds / 3)

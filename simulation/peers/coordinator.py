@@ -1,14 +1,13 @@
-"""The coordinator: the real judge, ladder, ledger state and status, and a model of the shell around them.
+"""The coordinator: the real judge, checks, announcer, ledger state and status, and a model of the shell around them.
 
-The ledger is a list that survives a crash; everything else is rebuilt from it. Fetching takes as long as the lines want, looking
-into a checkpoint `check_seconds`; the held-out loss is that of the content.
+The ledger is a list that survives a crash; everything else is rebuilt from it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
@@ -16,17 +15,21 @@ from lutetia.coordinator.acceptance.checks import SizeLimits
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
+from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.audit_service import relatives
-from lutetia.coordinator.runtime.swarm_monitor import nodes_pause, observed, sighted
+from lutetia.coordinator.runtime.judge_loop import TICK_SECONDS
+from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor, look_pause, nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import (
     NODE_BUCKETS,
+    AcceptanceRecord,
     CheckpointRecord,
     NodeRecord,
     RecordLimits,
     RecordRefused,
+    ResetRecord,
     checkpoint_key,
     open_record,
 )
@@ -34,13 +37,11 @@ from lutetia.protocol.stalled_claims import LONGEST_GAP
 from lutetia.simulation.config import COORDINATOR, MIB
 from lutetia.simulation.interfaces import Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
-from lutetia.simulation.peers.announcer import SimulatedAnnouncer
-from lutetia.simulation.peers.auditor import found, replay_steps
-from lutetia.simulation.peers.check_runner import SimulatedChecks
-from lutetia.simulation.peers.manifest_updates import Edition
+from lutetia.simulation.peers.announcer import OwnRecords, SimulatedRecordStore
+from lutetia.simulation.peers.auditor import replay_finding, replay_steps
+from lutetia.simulation.peers.check_runner import SimulatedCheckRunner
+from lutetia.simulation.peers.manifest_updates import ServedManifest
 from lutetia.simulation.peers.streams import shard_parcel
-
-_TICK_SECONDS = 1.0
 
 
 class SimulatedCoordinator:
@@ -48,14 +49,14 @@ class SimulatedCoordinator:
 
     def __init__(self, world: World, index: int, identity: Identity = COORDINATOR, ledger: list[Event] | None = None) -> None:
         self.world, self.index, self.identity = world, index, identity
-        self.line, self.up = 0.0, world.config.origin_up
+        self.access_latency, self.up = 0.0, world.config.origin_up
         self.running = self.serving = self.recovering = self.denies = False
         self.boot = self.stopped_itself = 0
         self.parts: dict[str, dict[str, Any]] = {}
         self.written: set[str] = set()
         self.view = LiveView()
         self.refuse_publishing = False
-        """Dies between writing the ledger and telling anybody (a crash at the worst moment)."""
+        """Crash at the next acceptance, after it is in the ledger and before it is published."""
         manifest = world.manifest
         self.ledger: list[Event] = ledger if ledger is not None else [
             RunCreated(
@@ -69,8 +70,9 @@ class SimulatedCoordinator:
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
         self._nodes_due = float("-inf")
-        self.announcer = SimulatedAnnouncer(self, self._limits)
-        self.edition = Edition(self)
+        self.own_records = OwnRecords(self)
+        self._announcer = self._make_announcer()
+        self.served_manifest = ServedManifest(self)
 
     def __repr__(self) -> str:
         return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
@@ -85,14 +87,15 @@ class SimulatedCoordinator:
     # --- life -----------------------------------------------------------------------------------------------------------
 
     def start(self, *, recover: bool = False) -> None:
-        """From the ledger alone; in signed settings through its canonical bytes, as from a real file.
+        """Start from the ledger alone; in signed settings from its canonical bytes, as from a real file.
 
-        `recover`: look for a lease what the DHT shows of its own word and the ledger lacks, and take that back.
+        `recover`: for one lease, read own records from the DHT that the ledger lacks, and add them to it.
         """
         if self.running:
             return
         self.boot += 1
         self.running, self.recovering = True, recover
+        self._announcer = self._make_announcer()
         self.ledger.append(CoordinatorStarted(time=self.clock(), software="simulated"))
         events = [read_event(canonical(event)) for event in self.ledger] if self.world.config.signed else self.ledger
         self.state = JudgeState.restored(self.world.decide.replayed(events))
@@ -106,14 +109,14 @@ class SimulatedCoordinator:
     def _recover(self, boot: int, until: float) -> None:
         if boot != self.boot:
             return
-        self._take_back()
+        self._recover_missing()
         if self.clock() < until:
-            self.world.queue.after(_TICK_SECONDS, self._recover, boot, until)
+            self.world.queue.after(TICK_SECONDS, self._recover, boot, until)
         else:
             self._serve()
 
     def _serve(self) -> None:
-        if self._behind():
+        if self._stop_if_behind():
             return
         self.serving = True
         self.world.invariants.after_restart(self)
@@ -121,39 +124,39 @@ class SimulatedCoordinator:
             self.world.blobs.put(shard_parcel(shard), self)
         config = self.world.config
         size = SizeLimits(2 * config.weights_bytes + MIB, 2 * config.state_bytes + MIB, MIB)
-        self.hear(j.LimitsKnown(dict.fromkeys(range(config.shards), size), self.clock()))
-        poll = config.poll_every or config.heartbeat / 4
+        self.feed(j.LimitsKnown(dict.fromkeys(range(config.shards), size), self.clock()))
+        poll = config.poll_every or look_pause(config.heartbeat)
         for seconds, call in (
-            (_TICK_SECONDS, self._tick), (poll, self._poll), (config.lease, self._keep_word),
-            (config.heartbeat, self.edition.tell), (config.status_every, self._tell),
+            (TICK_SECONDS, self._tick), (poll, self._poll), (config.lease, self._renew_records),
+            (config.heartbeat, self.served_manifest.notify), (config.status_every, self._check_status),
         ):  # fmt: skip
             self._every(self.boot, seconds, call)
 
     def follow_folder(self) -> None:
-        """Go on under the newest manifest in the folder."""
-        if self.running and (entry := self.edition.adopt()):
-            self.rules = replace(self.rules, manifest=self.edition.live())
-            self.hear(j.LedgerFacts((entry,), self.clock()))
-            self.edition.tell()
+        """Adopt the newest manifest in the folder."""
+        if self.running and (entry := self.served_manifest.adopt()):
+            self.rules = replace(self.rules, manifest=self.served_manifest.live())
+            self.feed(j.LedgerFacts((entry,), self.clock()))
+            self.served_manifest.notify()
 
-    def _take_back(self) -> None:
-        if lost := self.announcer.lost():
-            self.hear(j.LedgerFacts(tuple(lost), self.clock()))
+    def _recover_missing(self) -> None:
+        if missing := self.own_records.missing():
+            self.feed(j.LedgerFacts(tuple(missing), self.clock()))
 
-    def _behind(self) -> bool:
-        """As `coordinator.runtime.split_brain`: its ledger is not the newest, so it stops."""
-        if not self.announcer.behind():
+    def _stop_if_behind(self) -> bool:
+        """As `coordinator.runtime.split_brain`: stop if the ledger is not the newest. Returns whether it stopped."""
+        if not self.own_records.ledger_is_behind():
             return False
         self.stopped_itself += 1
         self.crash()
         return True
 
-    def _keep_word(self) -> None:
-        """As `coordinator.service`: what the DHT shows under its key is looked at before its own renewals cover that."""
+    def _renew_records(self) -> None:
+        """As `coordinator.service`: read own records from the DHT before they are replaced by renewed ones."""
         if self.recovering:
-            self._take_back()
-        if not self._behind():
-            self.announcer.renew()
+            self._recover_missing()
+        if not self._stop_if_behind():
+            drive(self.world.queue, self._announcer.renew(), _ignore)
 
     def _every(self, boot: int, seconds: float, call: Any) -> None:
         if boot == self.boot and self.running:
@@ -161,7 +164,7 @@ class SimulatedCoordinator:
             self.world.queue.after(seconds, self._every, boot, seconds, call)
 
     def crash(self) -> None:
-        """What was under way is lost: candidates' checks, replies, acceptances written but not yet published."""
+        """Everything but the ledger is lost: running checks, replies, acceptances that are not published yet."""
         if self.running:
             self.running = self.serving = False
             self.boot += 1
@@ -171,7 +174,7 @@ class SimulatedCoordinator:
     # --- judging --------------------------------------------------------------------------------------------------------
 
     def offered(self, record: CheckpointRecord, sealed: bytes = b"", life: float = 0.0) -> OfferReply:
-        """`sealed`: the offer as bytes, opened as the offer stream does; without signatures the record itself is believed."""
+        """Judge an offer. `sealed`: its bytes, opened as by the real stream; empty in settings without signatures."""
         if sealed:
             try:
                 open_record(
@@ -179,11 +182,11 @@ class SimulatedCoordinator:
                 )
             except RecordRefused as error:
                 return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])
-        reply = self.hear(j.Offered(record, self.clock()))
+        reply = self.feed(j.Offered(record, self.clock()))
         assert isinstance(reply, OfferReply)
         return reply
 
-    def hear(self, stimulus: j.Stimulus) -> OfferReply | j.LendAudit | None:
+    def feed(self, stimulus: j.Stimulus) -> OfferReply | j.LendAudit | None:
         """Judge, write the ledger, then carry out."""
         world = self.world
         world.costs.judged += 1
@@ -207,66 +210,75 @@ class SimulatedCoordinator:
                         self.refuse_publishing = False
                         world.queue.after(0.0, self.crash)
                     else:
-                        self.announcer.publish(action.acceptance)
+                        self._announce(action.acceptance)
                 case j.StartCheck():
                     self._check(action)
                 case j.StartAudit():
                     drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
                 case j.PublishReset():
-                    self.announcer.publish(action.record)
+                    self._announce(action.record)
                 case _:
                     pass
         return reply
 
+    def _make_announcer(self) -> Announcer:
+        """The real one; like a new process it knows nothing about earlier expiries."""
+        monitor = cast(SwarmMonitor, self)  # of which it reads `view` alone
+        return Announcer(SimulatedRecordStore(self), self.identity, lambda: self.rules, lambda: self.state.run, monitor)
+
+    def _announce(self, record: AcceptanceRecord | ResetRecord) -> None:
+        drive(self.world.queue, self._announcer.announce(record), _ignore)
+
     def _check(self, check: j.StartCheck) -> None:
-        boot = self.boot
+        boot, decide = self.boot, self.world.decide
 
         def done(verdict: Any) -> None:
             if boot == self.boot:
-                self.hear(j.CheckDone(check.record, verdict, self.clock()))
+                self.feed(j.CheckDone(check.record, verdict, self.clock()))
 
+        runner = SimulatedCheckRunner(self)
         drive(
             self.world.queue,
-            self.world.decide.run_checks(check.record, check.parent_loss, self.world.manifest, SimulatedChecks(self), self.clock),
+            decide.run_checks(check.record, check.parent_loss, self.world.manifest, runner, self.clock),
             done,
         )
 
     def lend(self, asking: Node) -> j.LendAudit:
-        """As `coordinator.runtime.audit_service`: an audit of somebody with whom the asking peer has nothing to do."""
+        """As `coordinator.runtime.audit_service`: lend an audit of a peer that is unrelated to the asking one."""
         known = [sighting.record for sighting in self.view.nodes] if self.world.config.operators else []
-        lend = self.hear(j.AuditWanted(asking.machine.owner, self.clock(), relatives(asking.machine.owner, known)))
+        lend = self.feed(j.AuditWanted(asking.machine.owner, self.clock(), relatives(asking.machine.owner, known)))
         assert isinstance(lend, j.LendAudit)
         return lend
 
-    def told(self, auditor: Node, checkpoint: str, finding: AuditFinding) -> None:
-        """A report, from whom the audit was lent to; others are refused."""
+    def receive_report(self, auditor: Node, checkpoint: str, finding: AuditFinding) -> None:
+        """Take an audit report from the peer that it was lent to; ignore all others."""
         lent = self.state.lent.get(checkpoint)
         if lent is not None and lent[0] == auditor.machine.owner:
-            self.hear(j.AuditDelivered(auditor.machine.owner, checkpoint, finding, 1.0, self.clock()))
+            self.feed(j.AuditDelivered(auditor.machine.owner, checkpoint, finding, 1.0, self.clock()))
 
     async def _replay(self, action: j.StartAudit) -> AuditFinding:
-        """Steps cost here what they cost a box of speed 1."""
+        """A replay by the coordinator, at the speed of a node of speed 1."""
         world, steps = self.world, replay_steps(self.world, action.audit)
         await SimulatedDelay(world.config.epoch_seconds * steps / world.manifest.steps_per_epoch)
-        return found(world, action.audit)
+        return replay_finding(world, action.audit)
 
     def _audited(self, boot: int, action: j.StartAudit, finding: AuditFinding) -> None:
         if boot == self.boot:
-            self.hear(j.Audited(action.audit.checkpoint, finding, self.clock()))
+            self.feed(j.Audited(action.audit.checkpoint, finding, self.clock()))
 
-    # --- every now and then ---------------------------------------------------------------------------------------------
+    # --- periodic work ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.hear(j.JudgeTick(self.clock()))
+        self.feed(j.JudgeTick(self.clock()))
 
     def _poll(self) -> None:
-        """As `coordinator.runtime.swarm_monitor`: results that nobody offered by stream, nodes and claims."""
+        """As `coordinator.runtime.swarm_monitor`: read results that were not offered by stream, nodes and claims."""
         world, run = self.world, self.world.manifest.run_id
         for shard in range(world.config.shards):
             for stored in world.dht.read(self, checkpoint_key(run, shard)).values():
                 if world.trace is not None:
-                    world.trace.found(self, stored)
-                self.hear(j.Offered(stored.record, self.clock(), "poll"))
+                    world.trace.record_read(self, stored)
+                self.feed(j.Offered(stored.record, self.clock(), "poll"))
         views = world.dht.look(self, range(world.config.shards))
         claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
         now, config = self.clock(), world.config
@@ -285,7 +297,11 @@ class SimulatedCoordinator:
         longest_gap = LONGEST_GAP * world.manifest.timing.lease
         self.view = replace(self.view, histories=observed(histories, self.view.claims, shards, now, longest_gap))
 
-    def _tell(self) -> None:
-        """Make the status document, as anybody who asks would get it."""
+    def _check_status(self) -> None:
+        """Build the status document and check it."""
         document = self.world.decide.status(self.state.run, self.world.manifest, self.view, self.clock())
         self.world.invariants.after_status(self, document)
+
+
+def _ignore(_: None) -> None:
+    """The result of a coroutine that returns nothing."""

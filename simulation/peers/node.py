@@ -1,4 +1,4 @@
-"""One volunteer: the real node machine, and a model of the shell around it (clock, timers, network side, hands)."""
+"""One node: the real state machine, and a model of the shell around it (clock, timers, network, trainer)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import MachineState, NodeRules, next_wake
+from lutetia.node.pacing import tick_pause
 from lutetia.simulation.config import SimulatedMachine
 from lutetia.simulation.interfaces import World
 from lutetia.simulation.network.blobs import drive
@@ -17,18 +18,18 @@ from lutetia.simulation.peers.streams import offer_round, sync_round
 from lutetia.simulation.peers.trainer import SimulatedTrainer
 
 _PROBE_SECONDS = 0.5
-_LAST_WORDS = 1.0
-_TICK = 1e-6  # a timer must not come a rounding error too early
+_LEAVE_SECONDS = 1.0
+_TICK = 1e-6  # so that no timer comes too early by a rounding error
 
 
 class SimulatedNode:
-    """`boot` counts its starts: what an earlier process asked for does not reach a later one."""
+    """`boot` counts its starts, so that answers to an earlier process do not reach a later one."""
 
     def __init__(self, world: World, index: int, machine: SimulatedMachine) -> None:
         self.world, self.index, self.machine = world, index, machine
-        self.line, self.up, self.skew = machine.line, machine.up, machine.skew
+        self.access_latency, self.up, self.skew = machine.access_latency, machine.up, machine.skew
         self.rules = NodeRules.of(world.manifest, machine.owner)
-        """Those of the manifest on its disk (`news`)."""
+        """Of the manifest version on its disk."""
         self.state = MachineState()
         self.running = self.online = self.frozen = self.denies = self.disk_full = False
         self.device_ok = True
@@ -46,7 +47,7 @@ class SimulatedNode:
         self._timer = float("inf")
 
     def __repr__(self) -> str:
-        return f"peer {self.index}"
+        return f"node {self.index}"
 
     @property
     def answering(self) -> bool:
@@ -58,7 +59,7 @@ class SimulatedNode:
     # --- life -----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The process begins, with whatever its disk holds."""
+        """Start the process, with what its disk holds."""
         if self.running:
             return
         self.boot += 1
@@ -69,10 +70,10 @@ class SimulatedNode:
         self._join(self.boot, 1)
 
     def _join(self, boot: int, attempt: int) -> None:
-        """Dial the bootstrap peers and, if this box has been here before, whomever it met."""
+        """Dial the bootstrap peers and, if this node has been online before, the peers that it met."""
         if boot != self.boot or not self.running or self.online:
             return
-        if not self.world.greets(self):
+        if not self.world.can_join(self):
             self.world.queue.after(self.rules.backoff(attempt, "rejoin"), self._join, boot, attempt + 1)
             return
         self.world.queue.after(6 * self.world.links.packet(self, self), self._joined, boot)
@@ -84,29 +85,29 @@ class SimulatedNode:
         self.joins += 1
         self.world.dht.enter(self, self.machine.peer_id)
         if self.state.phase == "joining":
-            self.hear(boot, m.Joined)
+            self.feed(boot, m.Joined)
             self.auditor.begin(boot)
             self.manifest_updates.begin(boot)
         else:
-            self.hear(boot, m.NetworkBack)
+            self.feed(boot, m.NetworkBack)
         self.network.joined(boot)
 
     def lose_network(self) -> None:
-        """p2pd died: it is started anew at once."""
+        """p2pd died; it is restarted at once."""
         if self.online:
             self.online = False
             self.world.dht.depart(self)
-            self.hear(self.boot, m.NetworkLost)
+            self.feed(self.boot, m.NetworkLost)
             self._join(self.boot, 1)
 
     def kill(self) -> None:
-        """SIGKILL, or the power cut."""
+        """SIGKILL, or a power cut."""
         if not self.running:
             return
         self.trainer.stop(save=False)
-        self._gone()
+        self._end()
 
-    def _gone(self) -> None:
+    def _end(self) -> None:
         self.running = self.frozen = False
         self.boot += 1
         if self.online:
@@ -116,7 +117,7 @@ class SimulatedNode:
         self.world.invariants.after_peer(self)
 
     def freeze(self) -> None:
-        """SIGSTOP, or a closed lid: the clock goes on, nothing else does."""
+        """SIGSTOP, or a closed lid: only the clock runs on."""
         if self.running and not self.frozen:
             self.trainer.freeze()
             self.frozen = True
@@ -130,18 +131,18 @@ class SimulatedNode:
         self.trainer.thaw()
         backlog, self._backlog = self._backlog, []
         for kind, arguments in backlog:
-            self.hear(self.boot, kind, *arguments)
+            self.feed(self.boot, kind, *arguments)
         if self.running:
-            self.hear(self.boot, m.ClockTick)
+            self.feed(self.boot, m.ClockTick)
 
     # --- the machine ----------------------------------------------------------------------------------------------------
 
     def soon(self, kind: Callable[..., m.Event], *arguments: Any) -> None:
-        """An event that follows at once, but not within the same call of the machine."""
-        self.world.queue.after(0.0, self.hear, self.boot, kind, *arguments)
+        """Feed an event at once, but not within the current call of the machine."""
+        self.world.queue.after(0.0, self.feed, self.boot, kind, *arguments)
 
-    def hear(self, boot: int, kind: Callable[..., m.Event], *arguments: Any) -> None:
-        """Feed the machine an event of this moment; a stopped process hears it when it wakes."""
+    def feed(self, boot: int, kind: Callable[..., m.Event], *arguments: Any) -> None:
+        """Feed the machine an event of this moment; a frozen process gets it when it wakes."""
         if boot != self.boot or not self.running:
             return
         if self.frozen:
@@ -157,7 +158,7 @@ class SimulatedNode:
             world.trace.machine(self, event, before, actions)
         for action in actions:
             if type(action) is not m.LogSentence:
-                _DO[type(action)](self, action)
+                _HANDLERS[type(action)](self, action)
         world.invariants.after_peer(self)
         if self.running:
             self._arm()
@@ -167,7 +168,7 @@ class SimulatedNode:
         if due is None:
             return
         now = self.world.queue.now
-        wait = min(max(0.0, due - self.skew - now), self.rules.heartbeat) + _TICK
+        wait = tick_pause(due, self.clock(), self.rules.heartbeat) + _TICK
         if self._timer > now + wait or self._timer < now:
             self._timer = now + wait
             self.world.queue.after(wait, self._wake, self.boot, self._timer)
@@ -181,7 +182,7 @@ class SimulatedNode:
             return
         due = next_wake(self.rules, self.state)
         if due is not None and due <= self.clock():
-            self.hear(boot, m.ClockTick)
+            self.feed(boot, m.ClockTick)
         elif self.running:
             self._arm()
 
@@ -192,9 +193,9 @@ class SimulatedNode:
 
     def _probed(self, boot: int) -> None:
         if self.device_ok:
-            self.hear(boot, m.Probed, self.machine.fitness)
+            self.feed(boot, m.Probed, self.machine.fitness)
         else:
-            self.hear(boot, m.ProbeFailed, "no driver")
+            self.feed(boot, m.ProbeFailed, "no driver")
 
     def _look(self, action: m.LookAtShards) -> None:
         if self.online:
@@ -202,7 +203,7 @@ class SimulatedNode:
 
     def _publish_claim(self, action: m.PublishClaim) -> None:
         if self.online:
-            self.network.file_claim(action.claim)
+            self.network.publish_claim(action.claim)
 
     def _renew(self, action: m.RenewRecords) -> None:
         if self.online:
@@ -214,7 +215,7 @@ class SimulatedNode:
 
         def done(event: tuple[Any, ...]) -> None:
             if number == self.sync_number and self.state.phase == "syncing":
-                self.hear(boot, *event)
+                self.feed(boot, *event)
 
         drive(self.world.queue, sync_round(self, action, boot), done)
 
@@ -222,7 +223,7 @@ class SimulatedNode:
         boot, candidate = self.boot, action.candidate
         drive(
             self.world.queue, offer_round(self, candidate, boot),
-            lambda answer: self.hear(boot, m.OfferAnswered, candidate.digest, *answer),
+            lambda answer: self.feed(boot, m.OfferAnswered, candidate.digest, *answer),
         )  # fmt: skip
 
     def _superseded(self, action: m.CheckpointsSuperseded) -> None:
@@ -232,14 +233,14 @@ class SimulatedNode:
         self.trainer.forget(action.shard, above=-1 if action.epoch is None else action.epoch)
 
     def _leave(self, action: m.Leave) -> None:
-        self.world.queue.after(_LAST_WORDS, self._left, self.boot)
+        self.world.queue.after(_LEAVE_SECONDS, self._left, self.boot)
 
     def _left(self, boot: int) -> None:
         if boot == self.boot and self.running:
-            self._gone()
+            self._end()
 
 
-_DO: dict[type, Callable[[SimulatedNode, Any], None]] = {
+_HANDLERS: dict[type, Callable[[SimulatedNode, Any], None]] = {
     m.ProbeHardware: SimulatedNode._probe,
     m.LookAtShards: SimulatedNode._look,
     m.PublishClaim: SimulatedNode._publish_claim,

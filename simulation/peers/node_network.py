@@ -1,6 +1,4 @@
-"""What a volunteer does on the network, as `node.runtime.network` and `node.services.membership`: look, file records, read who
-is online.
-"""
+"""A node's network operations, as `node.runtime.network` and `node.services.membership`: look, publish, read node records."""
 
 from __future__ import annotations
 
@@ -9,17 +7,18 @@ from typing import Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
-from lutetia.node.services.standby_policy import read_interval_factor
+from lutetia.node.pacing import provider_record_due
+from lutetia.node.services.standby_policy import read_pause, watch_until
+from lutetia.protocol.dht_records import next_expiry
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, claim_key, quarantine_key, seal
+from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, RecordLimits, claim_key, quarantine_key, seal
 from lutetia.simulation.interfaces import Node
 
-_ANNOUNCE_EVERY = 10  # heartbeats: a third of a provider record's life
 _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
 
 
 class SimulatedNodeNetwork:
-    """`acceptances` are the newest seen; `newer`: this box's version writes a field into records that others do not know."""
+    """`acceptances`: the newest seen. `newer`: this node writes a field into its records that others do not know."""
 
     def __init__(self, node: Node) -> None:
         self._node, self._world = node, node.world
@@ -28,45 +27,50 @@ class SimulatedNodeNetwork:
         self._quarantined: frozenset[str] = frozenset()
         self._quarantine_seen = float("-inf")
         self._expiries: dict[str, float] = {}
-        self._filed: dict[str, float] = {}
+        self._recorded: dict[str, float] = {}
         self._record: NodeRecord | None = None
-        self._beats = 0
+        self._announced = float("-inf")
+        manifest = node.world.manifest
+        self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
 
     def joined(self, boot: int) -> None:
-        """On the network, perhaps anew: what was filed from the old place is to be said again."""
+        """The node is on the network (again): publish everything again."""
         self._expiries.clear()
-        self._filed.clear()
-        self._world.queue.after(self._node.rules.lease / 2, self._list, boot, self._node.joins)
+        self._recorded.clear()
+        self._announced = float("-inf")
+        self._world.queue.after(read_pause(self._node.rules.lease), self._list, boot, self._node.joins)
 
     # --- looking ----------------------------------------------------------------------------------------------------------
 
     def look(self, shards: tuple[int, ...]) -> None:
-        """The replicas answer with what they hold in the middle of the look."""
+        """Look at shards; the replicas answer with what they hold halfway through."""
         seconds = self._world.links.look(self._node, len(shards))
         self._world.queue.after(seconds / 2, self._read, self._node.boot, shards, seconds / 2)
 
-    def _read(self, boot: int, shards: tuple[int, ...], rest: float) -> None:
+    def _read(self, boot: int, shards: tuple[int, ...], remaining: float) -> None:
         node, world = self._node, self._world
         if boot != node.boot or not node.answering:
             return
         views = world.dht.look(node, shards)
         if world.quarantining:
-            views = self._unclaimed_by_the_quarantined(views)
+            views = self._without_quarantined(views)
         world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.config.replicas, world.dht.size)
         if world.trace is not None:
             world.trace.read(node, shards)
-        world.queue.after(rest, self._seen, boot, views)
+        world.queue.after(remaining, self._seen, boot, views)
 
-    def _unclaimed_by_the_quarantined(self, views: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Who is quarantined is asked once per heartbeat, and its claims do not count."""
+    def _without_quarantined(self, views: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Drop the claims of quarantined peers, whose record is read at most once per heartbeat."""
         node = self._node
         if node.clock() - self._quarantine_seen >= node.rules.heartbeat:
             self._quarantine_seen = node.clock()
-            found = self._world.dht.read(node, quarantine_key(node.rules.run)).values()
-            self._quarantined = frozenset(owner for stored in found for owner in stored.record.peers)
-        lost = self._quarantined
+            records = self._world.dht.read(node, quarantine_key(node.rules.run)).values()
+            self._quarantined = frozenset(owner for stored in records for owner in stored.record.peers)
+        dropped = self._quarantined
         return tuple(
-            view if lost.isdisjoint(view.claimants) else view.with_claims(c for c in view.claims if c.record.owner not in lost)
+            view
+            if dropped.isdisjoint(view.claimants)
+            else view.with_claims(c for c in view.claims if c.record.owner not in dropped)
             for view in views
         )
 
@@ -75,71 +79,73 @@ class SimulatedNodeNetwork:
             for view in views:
                 if view.acceptance is not None:
                     self.acceptances[view.shard] = view.acceptance
-            self._node.hear(boot, m.SwarmSeen, views)
+            self._node.feed(boot, m.SwarmSeen, views)
 
     def _list(self, boot: int, joins: int) -> None:
-        """Who is online, and what of it is ours to look after."""
+        """Read the node records and derive the shards to watch."""
         node, world = self._node, self._world
         if boot != node.boot or joins != node.joins or not node.running:
             return
-        wait = node.rules.lease / 2
+        wait = read_pause(node.rules.lease)
         if node.answering:
             membership = world.membership(node)
             buckets, records = membership.read_by(node.machine.owner)
             world.costs.listed(buckets, records, world.config.replicas, world.dht.size)
-            wait *= read_interval_factor(records)
+            wait = read_pause(node.rules.lease, records)
             if node.state.watched_shards is not None or node.state.phase in ("idle", "claiming"):
-                node.hear(boot, m.WatchedShardsSet, membership.duties.get(node.machine.owner), node.clock() + 2 * wait)
+                node.feed(
+                    boot, m.WatchedShardsSet, membership.watched_shards.get(node.machine.owner), watch_until(node.clock(), wait)
+                )
         world.queue.after(wait, self._list, boot, joins)
 
-    # --- filing -----------------------------------------------------------------------------------------------------------
+    # --- publishing -----------------------------------------------------------------------------------------------------------
 
-    def file_claim(self, claim: m.Claim) -> None:
+    def publish_claim(self, claim: m.Claim) -> None:
         node, run = self._node, self._node.rules.run
         record = ClaimRecord.model_construct(
             run=run, owner=node.machine.owner, issued=node.clock(), shard=claim.shard, epoch=claim.epoch, samples=claim.samples,
             state=claim.state,
         )  # fmt: skip
-        expires = self.file(record, claim_key(run, claim.shard), node.rules.lease)
+        expires = self.publish(record, claim_key(run, claim.shard), node.rules.lease)
         self._world.invariants.claimed(claim.shard, expires - node.skew, released=claim.state == "released")
 
-    def file(self, record: Any, key: str, ttl: float) -> float:
-        """As `services.publish`: a record never expires before the one that it replaces. Returns the expiry."""
+    def publish(self, record: Any, key: str, ttl: float) -> float:
+        """Store a record, as `dht_records.publish`. Returns the expiry."""
         node = self._node
-        expires = max(node.clock() + ttl, self._expiries.get(key, 0.0) + 0.001)
-        self._expiries[key] = expires
+        skew = self.limits.maximum_clock_skew
+        expires = self._expiries[key] = next_expiry(node.clock() + ttl, self._expiries.get(key, 0.0), skew)
         self._world.dht.store(node, record, expires, node.machine.identity, self.sealed(record, expires) if self.newer else b"")
         return expires
 
     def sealed(self, record: Any, expires: float) -> bytes:
-        """As this box's version writes it."""
+        """The record's bytes, as this node's version writes them."""
         identity = self._node.machine.identity
         assert identity
         document = json.loads(seal(record, identity, expires))
         return canonical({**document, "record": {**document["record"], "novelty": 1}} if self.newer else document)
 
-    def first_filing(self, digest: str, again_after: float) -> bool:
-        """Whether a checkpoint's record is to be filed (again)."""
+    def record_due(self, digest: str, again_after: float) -> bool:
+        """Whether to publish a checkpoint's record (again). Notes the time if so."""
         now = self._world.queue.now
-        if now - self._filed.get(digest, -1e9) < again_after:
+        if now - self._recorded.get(digest, -1e9) < again_after:
             return False
-        self._filed = {digest: now}
+        self._recorded = {digest: now}
         return True
 
     def renew(self, claim: m.Claim | None) -> None:
-        """The heartbeat: the claim, the node record, and now and then the provider records."""
+        """The heartbeat: publish the claim, the node record and, when due, the provider records."""
         if claim is not None:
-            self.file_claim(claim)
+            self.publish_claim(claim)
         node, world, now = self._node, self._world, self._node.clock()
         world.directory[node.machine.owner] = (node, Sighting(self._node_record(now), now + node.rules.lease, now))
         world.costs.stored("node", world.config.replicas, world.dht.size)
-        self._beats += 1
-        if self._beats % _ANNOUNCE_EVERY == 0 and node.trainer.disks:
+        if node.trainer.disks and provider_record_due(now - self._announced, self.limits.longest("provider")):
+            self._announced = now
             parcels = sum(1 + len(disk.kept) for disk in node.trainer.disks.values())
             world.costs.stored("provider", world.config.replicas, world.dht.size, 2 * parcels)
 
     def _node_record(self, now: float) -> NodeRecord:
-        """Made anew when it says something else."""
+        """The node record; a new one when state or shard have changed."""
         node, known = self._node, self._record
         shard = node.state.work.shard if node.state.work else None
         if known is None or (known.state, known.shard) != (node.state.phase, shard):

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lutetia.node.machine import messages as m
-from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.node.pacing import CHECKPOINT_RECORD_SECONDS
+from lutetia.protocol.rpc.checkpoint_offer import OFFER_TIMEOUT, OfferReply
+from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node
 from lutetia.simulation.network.blobs import SimulatedDelay
 from lutetia.system.errors import UnreachableError
-
-DIAL_TIMEOUT = 3.0
-_ANSWER_TIMEOUT = 10.0
-_RECORD_AGAIN = 600.0
-_OFFER_LIFE = 6 * 3600.0
 
 
 def shard_parcel(shard: int) -> str:
@@ -21,7 +18,7 @@ def shard_parcel(shard: int) -> str:
 
 
 async def sync_round(peer: Node, action: m.Sync, boot: int) -> tuple[Any, ...]:
-    """As `node.runtime.tasks.sync`: the data, the accepted state, and what of our own stands on it."""
+    """As `node.runtime.tasks.sync`: fetch the data and the accepted state, and find own checkpoints that descend from it."""
     world, shard, epoch, checkpoint = peer.world, action.shard, action.epoch, action.checkpoint
     try:
         await world.blobs.fetch(peer, shard_parcel(shard), world.config.shard_bytes, world.coordinators)
@@ -30,7 +27,7 @@ async def sync_round(peer: Node, action: m.Sync, boot: int) -> tuple[Any, ...]:
             accepted = peer.network.acceptances.get(shard)
             known = accepted is not None and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint)
             if not known and not world.blobs.has(checkpoint, peer):
-                raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT now; waiting for it")
+                raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT; waiting for it")
             size = world.config.weights_bytes + world.config.state_bytes
             await world.blobs.fetch(peer, checkpoint, size, world.coordinators)
         if peer.disk_full:
@@ -43,19 +40,17 @@ async def sync_round(peer: Node, action: m.Sync, boot: int) -> tuple[Any, ...]:
 
 
 async def offer_round(peer: Node, candidate: m.OwnCheckpoint, boot: int) -> tuple[m.Verdict, str, float | None]:
-    """As `node.runtime.tasks.publish` and `node.runtime.network.offer`: file the record, then offer it to the coordinators in
-    turn.
-    """
+    """As `node.runtime.tasks.publish` and `network.offer`: publish the record, then offer it to the coordinators in turn."""
     world = peer.world
     record = peer.trainer.kept(candidate.shard, candidate.digest)
     await SimulatedDelay(0.02)
     if record is None:
-        return "invalid", f"checkpoint {candidate.epoch} of shard {candidate.shard} is not on disk any more", None
+        return "invalid", f"checkpoint {candidate.epoch} of shard {candidate.shard} is no longer on disk", None
     if not peer.answering or boot != peer.boot:
-        return "unreachable", "this box is offline", None
+        return "unreachable", "this node is offline", None
     record = record.model_copy(update={"issued": peer.clock()})
-    if peer.network.first_filing(candidate.digest, _RECORD_AGAIN):
-        peer.network.file(record, record.key(), _OFFER_LIFE)
+    if peer.network.record_due(candidate.digest, CHECKPOINT_RECORD_SECONDS):
+        peer.network.publish(record, record.key(), peer.network.limits.longest("checkpoint"))
         world.costs.stored("provider", world.config.replicas, world.dht.size, 3)
     for coordinator in world.coordinators:
         if (reply := await _offer(peer, coordinator, record, boot)) is not None:
@@ -65,21 +60,21 @@ async def offer_round(peer: Node, candidate: m.OwnCheckpoint, boot: int) -> tupl
 
 
 async def _offer(peer: Node, coordinator: Coordinator, record: Any, boot: int) -> OfferReply | None:
-    """Dial, send, and wait for the answer. None: nobody there, or the answer is lost with the line."""
+    """Dial, send, and wait for the answer. None: unreachable, or the connection broke before the answer."""
     links = peer.world.links
     if not links.dials(peer, coordinator):
         await SimulatedDelay(DIAL_TIMEOUT)
         return None
-    there = links.stream(peer, coordinator) + links.stream(coordinator, peer) + links.stream(peer, coordinator, 2000)
-    await SimulatedDelay(min(there, _ANSWER_TIMEOUT))
-    if there >= _ANSWER_TIMEOUT or boot != peer.boot or not links.dials(peer, coordinator):
+    outward = links.stream(peer, coordinator) + links.stream(coordinator, peer) + links.stream(peer, coordinator, 2000)
+    await SimulatedDelay(min(outward, OFFER_TIMEOUT))
+    if outward >= OFFER_TIMEOUT or boot != peer.boot or not links.dials(peer, coordinator):
         return None
-    peer.world.costs.offered()
+    peer.world.costs.offer_exchanged()
     if not coordinator.serving:
         return None
-    reply = coordinator.offered(
-        record, peer.network.sealed(record, record.issued + _OFFER_LIFE) if peer.machine.identity else b"", _OFFER_LIFE
-    )
+    life = peer.network.limits.longest("checkpoint")
+    sealed = peer.network.sealed(record, record.issued + life) if peer.machine.identity else b""
+    reply = coordinator.offered(record, sealed, life)
     back = links.stream(coordinator, peer)
     await SimulatedDelay(back)
     return reply if boot == peer.boot and links.together(peer.index, coordinator.index) and coordinator.running else None

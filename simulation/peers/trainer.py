@@ -1,6 +1,6 @@
-"""A volunteer's hands in the simulation: its trainer and the disk it works on.
+"""A node's trainer process and its work on disk.
 
-Steps pass evenly at the box's speed. Every `save_every` seconds the state is saved; a kill leaves the last saved one. An epoch's
+Steps pass evenly at the node's speed. The state is saved every `save_every` seconds; a kill leaves the last saved one. An epoch's
 checkpoint is on disk `write_seconds` after its last step; a kill before that leaves a torn file, which counts as none.
 """
 
@@ -14,11 +14,11 @@ from lutetia.node.machine.messages import OwnCheckpoint as Whole
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.config import blob
 from lutetia.simulation.interfaces import Node
-from lutetia.simulation.network.blobs import Content, honest_loss, sitting
+from lutetia.simulation.network.blobs import Content, honest_loss, with_span
 
 Spans = tuple[tuple[int, int], ...]
-Conduct = Literal["honest", "untrained", "not-a-number", "wrong-shapes", "spoilt", "poisoned"]
-"""What the hands do behind the machine's back. `untrained` offers its parent again; `poisoned` looks well and is not trained."""
+Behaviour = Literal["honest", "untrained", "not-a-number", "wrong-shapes", "corrupt", "poisoned"]
+"""What a dishonest trainer makes. `untrained` offers its parent again; `poisoned` takes the first steps only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SimulatedState:
 
 @dataclass(slots=True)
 class SimulatedDisk:
-    """What one box has on disk of its own work on one shard."""
+    """What one node has on disk of its own work on one shard."""
 
     kept: list[CheckpointRecord] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class SimulatedDisk:
 
 @dataclass(slots=True)
 class SimulatedTraining:
-    """Works on top of `epoch`, may do so below `until`; `steps` were done when it was at `since`. `turn` outdates old timers."""
+    """Trains the epoch after `epoch`, while that is below `until`; `steps` were done at `since`. `turn` makes old timers void."""
 
     number: int
     shard: int
@@ -61,13 +61,13 @@ class SimulatedTrainer:
         self._node, self._world = node, node.world
         self.training: SimulatedTraining | None = None
         self.exiting = False
-        """The trainer has ended by itself, and the machine has not heard of it yet."""
+        """The trainer has ended by itself, and the machine does not know yet."""
         self.disks: dict[int, SimulatedDisk] = {}
-        self.conduct: Conduct = "honest"
+        self.behaviour: Behaviour = "honest"
         self.steps_per_epoch = node.world.manifest.steps_per_epoch
         self.speed = node.machine.speed * self.steps_per_epoch / node.world.config.epoch_seconds
         self.taken = 0
-        """Steps really taken: the work that this box did."""
+        """Steps that this node really took."""
 
     def disk(self, shard: int) -> SimulatedDisk:
         return self.disks.setdefault(shard, SimulatedDisk())
@@ -101,18 +101,18 @@ class SimulatedTrainer:
             self._go(training)
 
     def stop(self, *, save: bool) -> None:
-        """An orderly end saves the state under way; a kill leaves what was saved last."""
+        """End the trainer. With `save` the current state is saved, else the last saved one is left."""
         training, self.training, self.exiting = self.training, None, False
         if training is None:
             return
         done = self._done(training, saved=not save)
         self.taken += self._done(training) - training.steps
         self.disk(training.shard).local = SimulatedState(
-            training.epoch, training.parent, done, sitting(training.spans, training.steps, done)
+            training.epoch, training.parent, done, with_span(training.spans, training.steps, done)
         )
 
     def fail(self, reason: Exit, text: str = "") -> None:
-        """The trainer ends by itself."""
+        """The trainer exits by itself."""
         if self.training is not None:
             number = self.training.number
             self.stop(save=False)
@@ -124,7 +124,7 @@ class SimulatedTrainer:
         if training := self.training:
             done = self._done(training)
             self.taken += done - training.steps
-            training.spans, training.steps = sitting(training.spans, training.steps, done), done
+            training.spans, training.steps = with_span(training.spans, training.steps, done), done
             training.turn += 1
 
     def thaw(self) -> None:
@@ -137,12 +137,12 @@ class SimulatedTrainer:
     # the disk
 
     def pending(self, shard: int, epoch: int, checkpoint: str | None) -> tuple[Whole, ...]:
-        """Own whole checkpoints that stand on the accepted one, oldest first."""
-        disk, found = self.disk(shard), []
+        """Own whole checkpoints that descend from the accepted one, oldest first."""
+        disk, pending = self.disk(shard), []
         while (digest := _following(disk, epoch, checkpoint)) is not None:
-            found.append(Whole(shard, epoch + 1, digest, checkpoint))
+            pending.append(Whole(shard, epoch + 1, digest, checkpoint))
             epoch, checkpoint = epoch + 1, digest
-        return tuple(found)
+        return tuple(pending)
 
     def kept(self, shard: int, digest: str) -> CheckpointRecord | None:
         disk = self.disk(shard)
@@ -151,11 +151,11 @@ class SimulatedTrainer:
     def forget(self, shard: int, *, above: int | None = None, below: int | None = None) -> None:
         """Remove own checkpoints of epochs above or below a bound."""
         disk = self.disk(shard)
-        rest = [
+        remaining = [
             (record, digest) for record, digest in zip(disk.kept, disk.digests, strict=True)
             if (above is None or record.epoch <= above) and (below is None or record.epoch >= below)
         ]  # fmt: skip
-        disk.kept, disk.digests = [record for record, _ in rest], [digest for _, digest in rest]
+        disk.kept, disk.digests = [record for record, _ in remaining], [digest for _, digest in remaining]
         if above is not None:
             disk.local = None
 
@@ -172,10 +172,10 @@ class SimulatedTrainer:
             self._world.queue.after(left, self._finish, self._node.boot, training, training.turn)
 
     def _pace(self) -> float:
-        return self.speed * (20 if self.conduct in ("untrained", "poisoned") else 1)
+        return self.speed * (20 if self.behaviour in ("untrained", "poisoned") else 1)
 
     def _done(self, training: SimulatedTraining, *, saved: bool = False) -> int:
-        """Steps of this epoch that are done, or `saved` on disk."""
+        """Steps of this epoch that are done or, with `saved`, saved on disk."""
         if training.waiting or self._node.frozen:
             return training.steps
         seconds = self._world.queue.now - training.since
@@ -188,11 +188,11 @@ class SimulatedTrainer:
         if boot != self._node.boot or self.training is not training or self._node.frozen:
             return
         samples = (training.epoch * self.steps_per_epoch + self._done(training)) * 16
-        self._node.hear(boot, TrainerProgress, training.number, training.epoch, samples, training.waiting)
+        self._node.feed(boot, TrainerProgress, training.number, training.epoch, samples, training.waiting)
         self._world.queue.after(self._world.config.heartbeat, self._report, boot, training, turn)
 
     def _finish(self, boot: int, training: SimulatedTraining, turn: int) -> None:
-        """The last step of an epoch: its checkpoint is being written while the next epoch begins."""
+        """The last step of an epoch: its checkpoint is written while the next epoch begins."""
         node, world = self._node, self._world
         if boot != node.boot or self.training is not training or training.turn != turn or node.frozen:
             return
@@ -200,7 +200,7 @@ class SimulatedTrainer:
             self.fail("disk-full", "no space left on device")
             return
         self.taken += self.steps_per_epoch - training.steps
-        record = self._result(training, sitting(training.spans, training.steps, self.steps_per_epoch))
+        record = self._result(training, with_span(training.spans, training.steps, self.steps_per_epoch))
         digest = record.digest
         world.queue.after(world.config.write_seconds, self._written, boot, training.number, record, digest)
         training.epoch, training.parent = record.epoch, digest
@@ -219,8 +219,8 @@ class SimulatedTrainer:
         training = self.training
         if training and training.number == number:
             samples = (training.epoch * self.steps_per_epoch) * 16
-            self._node.hear(boot, TrainerProgress, number, training.epoch, samples, training.waiting)
-        self._node.hear(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
+            self._node.feed(boot, TrainerProgress, number, training.epoch, samples, training.waiting)
+        self._node.feed(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
 
     def _result(self, training: SimulatedTraining, spans: Spans) -> CheckpointRecord:
         world, node, epoch = self._world, self._node, training.epoch + 1
@@ -229,7 +229,7 @@ class SimulatedTrainer:
         before = parent.weights if parent else "the initial model"
         weights = world.decide.weights(training.shard, epoch, before, node.machine.device, spans)
         content = Content(weights, honest_loss(training.shard, epoch, weights))
-        content = _tampered(self.conduct, content, parent, node.machine.owner)
+        content = _tampered(self.behaviour, content, parent, node.machine.owner)
         record = CheckpointRecord(
             run=world.manifest.run_id, owner=node.machine.owner, issued=node.clock(), shard=training.shard, epoch=epoch,
             parent=training.parent, weights=blob("weights" + content.weights, config.weights_bytes),
@@ -237,27 +237,27 @@ class SimulatedTrainer:
             samples=epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=node.machine.peer_id,
         )  # fmt: skip
         blobs.contents[record.digest] = content
-        if self.conduct == "honest":
+        if self.behaviour == "honest":
             whole = world.decide.weights(training.shard, epoch, before, node.machine.device, ((0, self.steps_per_epoch),))
             world.invariants.trained(node, record, weights, whole)
         return record
 
 
 def _following(disk: SimulatedDisk, epoch: int, parent: str | None) -> str | None:
-    """The digest of the own checkpoint that stands on (`epoch`, `parent`)."""
+    """The digest of the own checkpoint whose parent is (`epoch`, `parent`)."""
     for record, digest in zip(disk.kept, disk.digests, strict=True):
         if record.epoch == epoch + 1 and record.parent == parent:
             return digest
     return None
 
 
-def _tampered(conduct: Conduct, honest: Content, parent: Content | None, owner: str) -> Content:
-    match conduct:
+def _tampered(behaviour: Behaviour, honest: Content, parent: Content | None, owner: str) -> Content:
+    match behaviour:
         case "untrained":
             return replace(parent, faked="all") if parent else replace(honest, faked="all", loss=3 * honest.loss)
         case "not-a-number" | "wrong-shapes":
-            return replace(honest, weights=f"{conduct} {owner[:8]} {honest.weights}", sound=False)
-        case "spoilt":
+            return replace(honest, weights=f"{behaviour} {owner[:8]} {honest.weights}", sound=False)
+        case "corrupt":
             return replace(honest, weights=f"spoilt {owner[:8]} {honest.weights}", intact=False)
         case "poisoned":
             return replace(honest, weights=f"poisoned {owner[:8]} {honest.weights}", faked="end")

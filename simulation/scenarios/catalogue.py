@@ -1,4 +1,4 @@
-"""The scenarios: each of the twenty faults that can be simulated, the calm run, and all at once."""
+"""All scenarios by name: one or more for each fault, a calm run, and everything at once."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from random import Random
 
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
-from lutetia.simulation.scenarios.adversaries import LIES
-from lutetia.simulation.scenarios.links import LINES
-from lutetia.simulation.scenarios.machines import BOXES
-from lutetia.simulation.scenarios.scenario import Scenario, advanced, completed, joins, no_double_work, owned
+from lutetia.simulation.scenarios.adversaries import ADVERSARY_SCENARIOS
+from lutetia.simulation.scenarios.links import LINK_SCENARIOS
+from lutetia.simulation.scenarios.machines import MACHINE_SCENARIOS
+from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, completed, joins, no_double_work
 from lutetia.system.errors import UsageError
 
 NOT_SIMULATED = {
-    19: "two daemons on one box are kept apart by a file lock and a port, which only a real box has",
+    19: "a file lock and a port keep two daemons on one machine apart; only a real machine has these",
 }
 """Faults that need a real machine, and why."""
-
-
-_WHATEVER = (
-    "kill", "stop", "pause", "trainer fails", "network process dies", "disk full", "device lost", "cut", "coordinator",
-)  # fmt: skip
 
 
 def _calm(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
@@ -36,7 +31,7 @@ def _herd(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _crowd(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """An ordinary hour of a large swarm: each box dies after two hours on average, and is back ten minutes later."""
+    """An ordinary hour of a large swarm: a node dies every two hours on average, and is back ten minutes later."""
     steps = joins(config, peers, rng)
     for index in range(peers):
         at = rng.expovariate(1 / 7200)
@@ -47,7 +42,7 @@ def _crowd(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _chaos(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Anything may happen to anybody, once a minute, until five minutes before the end."""
+    """Once a minute a random fault hits a random node, until a quarter of an hour before the end."""
     steps, cut = joins(config, peers, rng), False
     for minute in range(2, 45):
         at, node = 60.0 * minute + rng.uniform(0, 50), rng.randrange(1, peers)
@@ -61,7 +56,7 @@ def _chaos(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
         elif kind == "pause":
             steps.append(Step(at, "pause", (node,), value=rng.uniform(5, 120)))
         elif kind == "trainer fails":
-            steps.append(Step(at, "trainer fails", (node,), word=rng.choice(("crash", "out-of-memory", "bad-state"))))
+            steps.append(Step(at, "trainer fails", (node,), detail=rng.choice(("crash", "out-of-memory", "bad-state"))))
         elif kind == "network process dies":
             steps.append(Step(at, "network process dies", (node,)))
         elif kind == "disk full":
@@ -70,7 +65,7 @@ def _chaos(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
             steps += [Step(at, "device lost", (node,)), Step(at + rng.uniform(5, 100), "device back", (node,))]
         elif kind == "cut" and not cut:
             half = tuple(sorted(rng.sample(range(peers), peers // 2)))
-            steps += [Step(at, "partition", half, word=rng.choice(("", "with"))), Step(at + rng.uniform(20, 150), "heal")]
+            steps += [Step(at, "partition", half, detail=rng.choice(("", "with"))), Step(at + rng.uniform(20, 150), "heal")]
         elif kind == "coordinator":
             steps += [Step(at, "coordinator crashes"), Step(at + rng.uniform(2, 100), "coordinator starts")]
     return steps
@@ -82,17 +77,17 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("calm", "nothing goes wrong", 0, _calm, seconds=2400, ends=(completed, no_double_work)),
         Scenario(
             "herd",
-            "everybody joins within one second, and the origin turns most away",
+            "all nodes join within one second, and the origin has room for four downloads",
             17,
             _herd,
             seconds=600,
             peers=300,
             config=SimulationConfig(shards=12, epochs=1000, origin_slots=4),
-            ends=(owned, advanced(0.4)),
+            ends=(all_held, advanced(0.4)),
         ),
         Scenario(
             "alone",
-            "one peer, and before it joins nobody at all",
+            "one node, and none before it joins",
             18,
             _late,
             seconds=1500,
@@ -102,35 +97,35 @@ SCENARIOS: dict[str, Scenario] = {
         ),
         Scenario(
             "chaos",
-            "kills, stops, cuts, full disks, lost devices and coordinator crashes, one a minute",
+            "kills, stops, partitions, full disks, lost devices and coordinator crashes, one a minute",
             0,
             _chaos,
             seconds=3600,
             peers=10,
             config=SimulationConfig(shards=4, epochs=200),
-            ends=(owned, advanced(0.15)),
+            ends=(all_held, advanced(0.15)),
         ),
         Scenario(
             "crowd",
-            "an ordinary hour of a thousand volunteers, who come and go",
+            "an ordinary hour of a thousand nodes that come and go",
             0,
             _crowd,
             seconds=3600,
             peers=1000,
             config=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
             ends=(advanced(0.5),),
-            least=16,
+            min_peers=16,
         ),
-        *BOXES,
-        *LINES,
-        *LIES,
+        *MACHINE_SCENARIOS,
+        *LINK_SCENARIOS,
+        *ADVERSARY_SCENARIOS,
     )
 }
 
 
 def scenario(name: str) -> Scenario:
-    """Raises UsageError for an unknown name."""
+    """The scenario of that name. Raises UsageError for an unknown name."""
     try:
         return SCENARIOS[name]
     except KeyError:
-        raise UsageError(f"there is no scenario {name!r}; `lutetia simulate --list` names all {len(SCENARIOS)}") from None
+        raise UsageError(f"there is no scenario {name!r}; `lutetia simulate --list` prints all {len(SCENARIOS)}") from None

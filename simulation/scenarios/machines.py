@@ -1,4 +1,4 @@
-"""Faults of single boxes: deaths, sleep, full disks, failing devices, a coordinator that crashes."""
+"""Scenarios: faults of single machines, such as crashes, sleep, full disks, failing devices; and of the coordinator."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from random import Random
 
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
-from lutetia.simulation.scenarios.scenario import Scenario, advanced, completed, joins, owned, stopped_itself, up_to_date
+from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, completed, joins, stopped_itself, up_to_date
 
 _LONG = SimulationConfig(shards=4, epochs=200)
 
 
 def _killed(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """SIGKILL at any moment: mid-step, while a checkpoint is written, while it is offered. Half of the boxes come back."""
+    """SIGKILL at any moment: in a step, while a checkpoint is written, while it is offered. Most nodes come back."""
     steps = joins(config, peers, rng)
     for index in range(1, peers):
         for _ in range(2):
@@ -24,12 +24,12 @@ def _killed(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _drain(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """SIGTERM: every second box finishes the checkpoint under way and leaves."""
+    """SIGTERM: every second node finishes its current checkpoint and leaves."""
     return joins(config, peers, rng) + [Step(rng.uniform(100, 500), "finish", (index,)) for index in range(0, peers, 2)]
 
 
 def _sleep(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """A laptop's lid closes for longer than a lease, and opens again."""
+    """Laptops sleep for longer than a lease, then wake."""
     steps = joins(config, peers, rng)
     for index in range(peers // 2):
         at = rng.uniform(60, 700)
@@ -38,7 +38,7 @@ def _sleep(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _coordinator_crash(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """It crashes four times, once between writing an acceptance and telling anybody, and starts again from its ledger."""
+    """It crashes four times, once between writing an acceptance and publishing it, and restarts from its ledger."""
     steps = joins(config, peers, rng)
     for number in range(4):
         at = 100 + 250 * number + rng.uniform(0, 100)
@@ -48,33 +48,33 @@ def _coordinator_crash(config: SimulationConfig, peers: int, rng: Random) -> lis
 
 
 def _two_coordinators(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """A second one starts on a copy of the ledger; then the first dies."""
+    """A second one starts on a copy of the ledger; then the first crashes."""
     return [
         *joins(config, peers, rng), Step(rng.uniform(150, 250), "second coordinator"),
         Step(rng.uniform(500, 700), "coordinator crashes"),
     ]  # fmt: skip
 
 
-def _rival(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """The coordinator is cut off, so its operator starts a second one on a copy of its ledger; then the first is back."""
-    at, everybody = rng.uniform(150, 250), tuple(range(peers))
+def _second_after_cut(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+    """The coordinator is cut off, so its owner starts a second one on a copy of its ledger; then the first is back."""
+    at, all_nodes = rng.uniform(150, 250), tuple(range(peers))
     return [
-        *joins(config, peers, rng), Step(at, "partition", everybody, word="with the second"),
+        *joins(config, peers, rng), Step(at, "partition", all_nodes, detail="with the second"),
         Step(at + rng.uniform(10, 40), "second coordinator"), Step(at + rng.uniform(200, 500), "heal"),
     ]  # fmt: skip
 
 
 def _old_copy(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """The coordinator's folder is replaced by an old copy: it refuses to serve, until it is told to take its word back."""
+    """The coordinator's folder is replaced by an old copy: it refuses to serve until it is started with `recover`."""
     at = rng.uniform(300, 600)
     return [
         *joins(config, peers, rng), Step(at, "old ledger", value=rng.uniform(150, 250)),
-        Step(at + 5, "coordinator starts"), Step(at + 60, "coordinator starts", word="recover"),
+        Step(at + 5, "coordinator starts"), Step(at + 60, "coordinator starts", detail="recover"),
     ]  # fmt: skip
 
 
 def _upgrade(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """The owner raises the budget twice: while a third is cut off, and while the coordinator is down. Some die meanwhile."""
+    """The owner raises the budget twice: while a third is cut off, and while the coordinator is down. Two nodes die meanwhile."""
     first, second = rng.uniform(100, 500), rng.uniform(700, 1100)
     third = tuple(sorted(rng.sample(range(peers), peers // 3)))
     dying = rng.sample(range(peers), 2)
@@ -88,7 +88,7 @@ def _upgrade(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _bootstraps_down(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """The only bootstrap peer is down before half of the swarm joins, and again later; who restarts then knows whom it met."""
+    """The only bootstrap peer is down while some nodes join, and later while others restart, which know other peers then."""
     steps = [Step(at, "join", (index,)) for index, at in enumerate(sorted(rng.uniform(20, 120) for _ in range(peers)))]
     steps += [Step(60.0, "coordinator crashes"), Step(160.0, "coordinator starts")]
     steps += [Step(300.0, "coordinator crashes"), Step(500.0, "coordinator starts")]
@@ -99,7 +99,7 @@ def _bootstraps_down(config: SimulationConfig, peers: int, rng: Random) -> list[
 
 
 def _disks(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Disks fill up while checkpoints are written or shards fetched; one is never emptied, one dies with all that is on it."""
+    """Disks fill up while checkpoints are written or shards fetched; one stays full, one fails and loses all its data."""
     steps = joins(config, peers, rng)
     for index in range(1, peers):
         at = rng.uniform(10, 700)
@@ -110,12 +110,12 @@ def _disks(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _devices(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Drivers that come late, memory that runs out, devices that fall off the bus."""
+    """Drivers that load late, memory that runs out, devices that fall off the bus."""
     steps = joins(config, peers, rng)
     for index in range(peers // 3):
         steps += [Step(0.0, "device lost", (index,)), Step(rng.uniform(50, 400), "device back", (index,))]
     for index in range(peers // 3, peers):
-        steps.append(Step(rng.uniform(40, 900), "trainer fails", (index,), word="out-of-memory"))
+        steps.append(Step(rng.uniform(40, 900), "trainer fails", (index,), detail="out-of-memory"))
         if rng.random() < 0.5:
             at = rng.uniform(40, 700)
             steps += [Step(at, "device lost", (index,)), Step(at + rng.uniform(20, 400), "device back", (index,))]
@@ -123,7 +123,7 @@ def _devices(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _churn(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Each box dies after 100 s on average, and is back after 30 s on average (Poisson)."""
+    """Each node dies after 100 s on average and is back after 30 s on average (Poisson)."""
     steps = []
     for index in range(peers):
         at = rng.uniform(0, config.join_within)
@@ -136,13 +136,13 @@ def _churn(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def _collapse(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Nineteen of twenty boxes, with most owners among them, die at the same moment and do not come back."""
+    """Nineteen of twenty nodes die at the same moment and do not come back."""
     dead = tuple(sorted(rng.sample(range(peers), peers - peers // 20)))
     return [*joins(config, peers, rng), Step(300.0 + rng.uniform(0, 60), "kill", dead)]
 
 
 def _resume(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Boxes of one kind, killed at random steps and started again at once: the weights are those of an uninterrupted run."""
+    """Nodes with equal devices are killed at random steps and restarted: the weights are those of an uninterrupted run."""
     steps = joins(config, peers, rng)
     for index in range(peers):
         for _ in range(4):
@@ -151,8 +151,8 @@ def _resume(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-def _wishes(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
-    """Volunteers pause, resume, finish and leave as they like."""
+def _commands(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+    """Volunteers pause, resume, finish and leave at random."""
     steps = joins(config, peers, rng)
     for index in range(1, peers):
         at = rng.uniform(30, 800)
@@ -161,92 +161,93 @@ def _wishes(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
-BOXES = (
+MACHINE_SCENARIOS = (
     Scenario(
         "killed",
-        "workers die by SIGKILL at any moment, most come back",
+        "nodes are killed at any moment, most come back",
         1,
         _killed,
         config=_LONG,
-        ends=(owned, advanced(0.35)),
-        least=2,
+        ends=(all_held, advanced(0.35)),
+        min_peers=2,
     ),
     Scenario(
         "drain",
-        "every second box is asked to finish: it hands its checkpoint in and leaves",
+        "every second node is told to finish: it offers its checkpoint and leaves",
         2,
         _drain,
         config=_LONG,
-        ends=(owned, advanced(0.35)),
+        ends=(all_held, advanced(0.35)),
     ),
-    Scenario(
-        "sleep", "boxes are stopped for longer than a lease, then wake", 3, _sleep, config=_LONG, ends=(owned, advanced(0.35))
-    ),
+    Scenario("sleep", "nodes sleep for longer than a lease, then wake", 3, _sleep, config=_LONG, ends=(all_held, advanced(0.35))),
     Scenario(
         "coordinator-crash",
-        "the coordinator crashes four times and starts again from its ledger",
+        "the coordinator crashes four times and restarts from its ledger",
         4,
         _coordinator_crash,
         config=_LONG,
-        ends=(owned, advanced(0.3)),
+        ends=(all_held, advanced(0.3)),
     ),
     Scenario(
         "two-coordinators",
-        "a second coordinator runs on a copy of the ledger, then the first dies",
+        "a second coordinator runs on a copy of the ledger, then the first crashes",
         4,
         _two_coordinators,
         config=_LONG,
-        ends=(owned, advanced(0.2)),  # the second may have stopped itself, and then nobody accepts once the first is dead
+        ends=(
+            all_held,
+            advanced(0.2),
+        ),  # the second may have stopped itself, and then no result is accepted after the first has crashed
     ),
     Scenario(
         "rival",
-        "a coordinator is cut off and replaced by a second one under its key; back again, it stops itself",
+        "the coordinator is cut off and replaced by a second one with its key; when it is back, it stops itself",
         4,
-        _rival,
+        _second_after_cut,
         config=_LONG,
-        ends=(owned, advanced(0.3), stopped_itself),
+        ends=(all_held, advanced(0.3), stopped_itself),
     ),
     Scenario(
         "old-copy",
-        "the coordinator's folder is replaced by an old copy: it refuses, then takes its word back",
+        "the coordinator's folder is replaced by an old copy: it refuses to serve, then recovers its own records",
         4,
         _old_copy,
         config=_LONG,
-        ends=(owned, advanced(0.3), stopped_itself),
+        ends=(all_held, advanced(0.3), stopped_itself),
     ),
     Scenario(
         "upgrade",
-        "the owner raises the budget of a live run: some are cut off, then the coordinator is down",
+        "the owner raises the budget while some nodes are cut off, and while the coordinator is down",
         16,
         _upgrade,
         seconds=2700,
         peers=9,
         config=SimulationConfig(epochs=6),
         ends=(completed, up_to_date),
-        least=6,
+        min_peers=6,
     ),
     Scenario(
         "bootstraps-down",
-        "the bootstrap peer is down before and after boxes join",
+        "the bootstrap peer is down before and after nodes join",
         5,
         _bootstraps_down,
         config=_LONG,
         peers=9,
-        ends=(owned, advanced(0.25)),
+        ends=(all_held, advanced(0.25)),
     ),
-    Scenario("disks", "disks fill up, one dies", 9, _disks, config=_LONG, ends=(owned, advanced(0.25)), least=3),
+    Scenario("disks", "disks fill up, one fails", 9, _disks, config=_LONG, ends=(all_held, advanced(0.25)), min_peers=3),
     Scenario(
         "devices",
         "late drivers, memory that runs out, devices that disappear",
         15,
         _devices,
         config=_LONG,
-        ends=(owned, advanced(0.2)),
-        least=3,
+        ends=(all_held, advanced(0.2)),
+        min_peers=3,
     ),
     Scenario(
         "churn",
-        "every box dies after 100 s on average and comes back",
+        "every node dies after 100 s on average and comes back",
         14,
         _churn,
         seconds=3600,
@@ -256,18 +257,18 @@ BOXES = (
     ),
     Scenario(
         "collapse",
-        "nineteen of twenty boxes die at once, and few standbys are left",
+        "nineteen of twenty nodes die at once, and few standbys are left",
         14,
         _collapse,
         seconds=700,
         peers=160,
         config=SimulationConfig(shards=6, epochs=500, unfit=0.2),
         ends=(advanced(0.2),),
-        least=20,
+        min_peers=20,
     ),
     Scenario(
         "resume",
-        "boxes of one kind are killed at random steps and resume",
+        "nodes with equal devices are killed at random steps and resume",
         20,
         _resume,
         peers=6,
@@ -276,6 +277,12 @@ BOXES = (
         ends=(completed,),
     ),
     Scenario(
-        "wishes", "volunteers pause, resume, finish and leave", 2, _wishes, config=_LONG, ends=(owned, advanced(0.25)), least=2
+        "wishes",
+        "volunteers pause, resume, finish and leave",
+        2,
+        _commands,
+        config=_LONG,
+        ends=(all_held, advanced(0.25)),
+        min_peers=2,
     ),
 )

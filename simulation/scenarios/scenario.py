@@ -1,4 +1,4 @@
-"""What a scenario is: numbers, a plan drawn from the seed, and what must be true at the end."""
+"""A scenario: settings, a plan drawn from the seed, and conditions that must hold at the end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lutetia.simulation.world import SimulatedWorld
 
 PlanOf = Callable[[SimulationConfig, int, Random], list[Step]]
 End = Callable[[SimulatedWorld], str | None]
-"""None, or a sentence that says what is not as it should be at the end."""
+"""None, or a sentence that says what is wrong at the end."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`fault`: its number in the list of twenty (0: none). `strict`: every replica and reader checks by its own clock."""
+    """`fault`: its number in docs/faults.md (0: none). `strict`: every replica and reader checks records by its own clock."""
 
     name: str
     summary: str
@@ -29,12 +29,12 @@ class Scenario:
     config: SimulationConfig = field(default_factory=SimulationConfig)
     strict: bool = False
     ends: tuple[End, ...] = ()
-    least: int = 1
-    """Fewest peers with which the scenario makes sense."""
+    min_peers: int = 1
+    """Fewest nodes with which the scenario makes sense."""
 
 
 def joins(config: SimulationConfig, peers: int, rng: Random, within: float | None = None) -> list[Step]:
-    """Every box joins within the first seconds, one step each."""
+    """Every node joins within the first seconds, one step each."""
     span = config.join_within if within is None else within
     return [Step(rng.uniform(0, span), "join", (index,)) for index in range(peers)]
 
@@ -42,26 +42,26 @@ def joins(config: SimulationConfig, peers: int, rng: Random, within: float | Non
 # --- ends -----------------------------------------------------------------------------------------------------------------
 
 
-def owned(world: SimulatedWorld) -> str | None:
-    """Every shard with work left has exactly one owner; one that was lost a moment ago may be between two."""
-    owners = world.owners()
+def all_held(world: SimulatedWorld) -> str | None:
+    """No shard with work left has two holders, and none is free while a node is idle."""
+    holders = world.holders()
     for shard in range(world.config.shards):
         if world.invariants.heads[shard] >= world.manifest.epochs:
             continue
-        held = owners.get(shard, [])
+        held = holders.get(shard, [])
         if len(held) > 1:
-            return f"shard {shard} has {len(held)} owners: {held}"
-        if not held and len(owners) < min(world.config.shards, sum(peer.answering for peer in world.nodes)):
-            return f"shard {shard} has no owner"
+            return f"shard {shard} has {len(held)} holders: {held}"
+        if not held and len(holders) < min(world.config.shards, sum(peer.answering for peer in world.nodes)):
+            return f"shard {shard} has no holder"
     return None
 
 
 def advanced(share: float) -> End:
-    """At least `share` of the work was accepted that as many boxes of speed 1 as there are shards or peers would have done."""
+    """At least `share` of the possible work was accepted: that of one node of speed 1 for every shard, if there are as many."""
 
     def end(world: SimulatedWorld) -> str | None:
-        at_work = min(world.config.shards, len(world.nodes))
-        possible = min(at_work * world.now / world.config.epoch_seconds, world.config.shards * world.manifest.epochs)
+        working = min(world.config.shards, len(world.nodes))
+        possible = min(working * world.now / world.config.epoch_seconds, world.config.shards * world.manifest.epochs)
         if world.accepted < share * possible:
             return f"{world.accepted} epochs were accepted, fewer than {share:.0%} of the {possible:.0f} that were possible"
         return None
@@ -84,18 +84,24 @@ def refused_all(kinds: int) -> End:
 
 
 def caught(world: SimulatedWorld) -> str | None:
-    """Whoever offers its parent again is in quarantine soon after the first result, and nothing of it stands."""
-    run = world.coordinators[0].state.run
+    """No epoch that was never trained stays accepted for longer than five epochs take.
+
+    Except while its audit is lent to a peer: if that peer gives the replay up, the audit waits until the loan ends.
+    """
+    state = world.coordinators[0].state
+    lent = {checkpoint for checkpoint, (_, until) in state.lent.items() if until > world.queue.now}
+    run = state.run
     for shard in run.shards.values():
         for link in shard.lineage:
             faked = world.blobs.contents[link.acceptance.checkpoint].faked
-            if faked == "all" and world.queue.now - link.at > 5 * world.config.epoch_seconds:
-                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and still stands"
+            overdue = world.queue.now - link.at > 5 * world.config.epoch_seconds
+            if faked == "all" and overdue and link.acceptance.checkpoint not in lent:
+                return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and is still accepted"
     return None
 
 
 def up_to_date(world: SimulatedWorld) -> str | None:
-    """Everybody who is there goes on under the newest manifest."""
+    """All nodes that are online use the newest manifest."""
     late = [peer for peer in world.nodes if peer.answering and peer.manifest_updates.live.version < world.manifest.version]
     return f"{late} know no newer manifest than version {late[0].manifest_updates.live.version}" if late else None
 
@@ -104,23 +110,23 @@ def audited_by_peers(least: int) -> End:
     """At least so many audits were carried out by peers."""
 
     def end(world: SimulatedWorld) -> str | None:
-        told = [event for event in world.coordinators[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
-        return None if len(told) >= least else f"peers carried out {len(told)} audits, fewer than {least}"
+        audits = [event for event in world.coordinators[0].ledger if isinstance(event, AuditReported | AuditDone) and event.by]
+        return None if len(audits) >= least else f"peers carried out {len(audits)} audits, fewer than {least}"
 
     return end
 
 
 def stopped_itself(world: SimulatedWorld) -> str | None:
-    """A coordinator whose ledger lacks its own word stopped, and one of them, not two, serves at the end."""
+    """A coordinator whose ledger lacked one of its own records stopped itself, and exactly one serves at the end."""
     serving = sum(coordinator.serving for coordinator in world.coordinators)
     if not any(coordinator.stopped_itself for coordinator in world.coordinators):
-        return "no coordinator has noticed that its ledger is not the newest"
+        return "no coordinator noticed that its ledger is not the newest"
     return None if serving == 1 else f"{serving} coordinators serve"
 
 
 def no_double_work(world: SimulatedWorld) -> str | None:
-    """Nobody trains what others train: at most a tenth of all steps were for nothing."""
+    """At most a tenth of all steps were wasted on work that another node did, too."""
     steps = world.manifest.steps_per_epoch
     taken = sum(peer.trainer.taken for peer in world.nodes)
-    useful = world.accepted * steps + len(world.owners()) * 4 * steps
+    useful = world.accepted * steps + len(world.holders()) * 4 * steps
     return None if taken <= 1.1 * useful else f"{taken} steps were taken for {world.accepted} accepted epochs of {steps}"

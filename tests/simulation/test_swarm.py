@@ -1,4 +1,4 @@
-"""What a simulated swarm does over minutes: takeovers in time, few claims from many joiners, no work for nothing."""
+"""A simulated swarm over some minutes: takeovers in time, few claims of many joiners, partitions."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def run(world: SimulatedWorld, seconds: float) -> None:
     world.queue.run(START + world.now + seconds)
 
 
-def owners(world: SimulatedWorld) -> dict[int, int]:
-    return {shard: len(held) for shard, held in world.owners().items()}
+def holder_counts(world: SimulatedWorld) -> dict[int, int]:
+    return {shard: len(held) for shard, held in world.holders().items()}
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_shard_of_a_killed_peer_is_trained_elsewhere_within_lease_and_five_seconds(seed: int) -> None:
+def test_shard_of_a_killed_node_is_taken_over_in_time(seed: int) -> None:
     world = started(seed, peers=5, shards=3, epochs=50)
     run(world, 200)
     victim = next(peer for peer in world.nodes if peer.state.work)
@@ -39,35 +39,35 @@ def test_shard_of_a_killed_peer_is_trained_elsewhere_within_lease_and_five_secon
     shard = victim.state.work.shard
     victim.kill()
     run(world, LEASE + 5)
-    assert owners(world).get(shard) == 1
+    assert holder_counts(world).get(shard) == 1
     reached = world.invariants.heads[shard]
     run(world, 240)
     assert world.invariants.heads[shard] > reached
 
 
-def test_a_thousand_joiners_settle_with_few_claims_per_shard() -> None:
+def test_thousand_joiners_make_few_claims_per_shard() -> None:
     world = started(7, peers=1000, shards=8, epochs=90)
     run(world, 20)
-    assert owners(world) == dict.fromkeys(range(8), 1)
+    assert holder_counts(world) == dict.fromkeys(range(8), 1)
     for shard in range(8):
         key = claim_key(world.manifest.run_id, shard)
         claimants = {owner for peer in world.nodes for owner in peer.parts.get(key, {})}
         assert len(claimants) <= 30
-    for held in list(world.owners().values()):
+    for held in list(world.holders().values()):
         held[0].kill()
     run(world, LEASE + 5)
-    assert owners(world) == dict.fromkeys(range(8), 1)
+    assert holder_counts(world) == dict.fromkeys(range(8), 1)
 
 
-def test_both_halves_of_a_cut_swarm_train_and_one_lineage_survives() -> None:
+def test_partitioned_swarm_keeps_one_lineage() -> None:
     world = started(2, peers=8, shards=2, epochs=50)
     run(world, 120)
     reached = list(world.invariants.heads)
-    holders = [held[0].index for held in world.owners().values()]
-    world.links.partition([[index for index in range(8) if index not in holders]])  # the owners stay with the coordinator
+    holders = [held[0].index for held in world.holders().values()]
+    world.links.partition([[index for index in range(8) if index not in holders]])  # the holders stay with the coordinator
     run(world, 3 * LEASE)
-    assert all(len(held) == 2 for held in world.owners().values())
+    assert all(len(held) == 2 for held in world.holders().values())
     world.links.heal()
     run(world, 2 * LEASE)
-    assert owners(world) == {0: 1, 1: 1}
+    assert holder_counts(world) == {0: 1, 1: 1}
     assert all(later > earlier for earlier, later in zip(reached, world.invariants.heads, strict=True))

@@ -10,13 +10,12 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from lutetia.protocol.transport.base import Handler, Stream
+from lutetia.protocol.transport.base import DIAL_TIMEOUT, Handler, Stream
 from lutetia.protocol.transport.hivemind.bindings import Multiaddr, PeerID, messages
 from lutetia.protocol.transport.hivemind.unix_socket import UnixSocket
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
 from lutetia.protocol.transport.network_origin import origin_of
 
-DIAL_TIMEOUT = 8.0
 CONTROL_TIMEOUT = 10.0
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from lutetia.protocol.async_helpers import gather_quickly
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
+from lutetia.protocol.transport.base import DIAL_TIMEOUT, Handler, RecordCheck, StoredValue, Stream, Transport
 from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
-from lutetia.protocol.transport.hivemind.p2pd_client import DIAL_TIMEOUT
 from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
 from lutetia.protocol.transport.reachability import answers, bootstrap_failure, why_unreachable
 from lutetia.system.errors import BootstrapError

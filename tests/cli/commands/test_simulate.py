@@ -18,8 +18,8 @@ def test_violation_gives_code_60_and_a_repeatable_command() -> None:
     first = lutetia("simulate", "resume", "--seed", "1", "--broken", "resume-elsewhere")
     assert first.returncode == 60
     assert "I7" in first.stdout
-    again = next(line for line in first.stdout.splitlines() if line.startswith("Again: lutetia "))
-    second = lutetia(*again.removeprefix("Again: lutetia ").split(), "--json")
+    again = next(line for line in first.stdout.splitlines() if line.startswith("Run it again: lutetia "))
+    second = lutetia(*again.removeprefix("Run it again: lutetia ").split(), "--json")
     assert second.returncode == 60
     violation = json.loads(second.stdout)["violation"]
     assert violation["invariant"] == "I7"

@@ -1,4 +1,4 @@
-"""Every scenario keeps every promise, from several seeds; the same seed always tells the same story."""
+"""Every scenario keeps every invariant, from several seeds; equal seeds give equal runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lutetia.simulation.runner import simulate
 from lutetia.simulation.scenarios.catalogue import NOT_SIMULATED, SCENARIOS
 
 _HEAVY = {"herd": 80, "churn": 32, "crowd": 20}
-"""Scenarios that run once here, with so many peers; `python -m benchmarks simulate` runs hundreds of seeds of all."""
+"""Large scenarios run once here, with so many nodes; `python -m benchmarks simulate seeds` runs many seeds of all."""
 _CASES = [(name, seed) for name in SCENARIOS for seed in ((1,) if name in _HEAVY else (1, 2))]
 
 
 @pytest.mark.parametrize(("name", "seed"), _CASES)
-def test_every_promise_holds_after_every_event(name: str, seed: int) -> None:
+def test_scenario_keeps_every_invariant(name: str, seed: int) -> None:
     scenario = SCENARIOS[name]
     outcome = simulate(scenario, _HEAVY.get(name, scenario.peers), seed)
     assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
@@ -21,7 +21,7 @@ def test_every_promise_holds_after_every_event(name: str, seed: int) -> None:
     assert {"I1", "I2", "I3", "I4", "I5", "I6", "I7"} <= outcome.checks.keys() | ({"I4"} if name == "alone" else set())
 
 
-def test_each_of_the_twenty_faults_is_a_scenario_or_says_why_not() -> None:
+def test_every_fault_has_a_scenario_or_a_reason() -> None:
     assert {scenario.fault for scenario in SCENARIOS.values()} - {0} | NOT_SIMULATED.keys() == set(range(1, 21))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import msgpack
 
 from lutetia.protocol.async_helpers import keep_cancellation
-from lutetia.protocol.transport.base import RecordCheck, StoredValue
+from lutetia.protocol.transport.base import RPC_TIMEOUT, RecordCheck, StoredValue
 from lutetia.protocol.transport.hivemind.bindings import (
     DHTID,
     P2P,
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 REPLICAS = 5
 SEARCH_WIDTH = 10
-RPC_TIMEOUT = 3.0
 SEARCH_TIMEOUT = 30.0
 MAX_NEIGHBOURS = 40
 BUCKET_SIZE, DEPTH_MODULO = 20, 5

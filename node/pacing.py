@@ -1,0 +1,38 @@
+"""Pauses and bounds of what a node does beside its state machine, in seconds. The simulator uses the same ones."""
+
+from __future__ import annotations
+
+LOOKUPS_AT_ONCE = 8
+"""Shards that are looked up in the DHT at the same time."""
+CHECKPOINT_RECORD_SECONDS = 600.0
+"""A checkpoint's record is published again after this time, while the checkpoint is still offered."""
+AUDIT_WATCH_SECONDS = 0.5
+"""How often a node that replays an epoch looks whether it has work of its own."""
+LATEST_MANIFEST_QUESTION = 1.25
+"""Leases after which every node has asked for a newer manifest."""
+
+
+def manifest_pause(lease: float, owner: str) -> float:
+    """Pause between two questions for a newer manifest: 0.75 to 1.25 leases, which spreads nodes by their public key."""
+    return lease * (0.75 + (LATEST_MANIFEST_QUESTION - 0.75) * int(owner[:8], 16) / 16**8)
+
+
+def audit_pause(heartbeat: float, wanted: float, jitter: float) -> float:
+    """Pause before the next question for an audit.
+
+    Args:
+        heartbeat: the shortest pause.
+        wanted: the pause that the coordinator asked for; 0 if it asked for none.
+        jitter: a number in [0, 1) that spreads the nodes.
+    """
+    return max(wanted, heartbeat) * (1 + jitter / 4)
+
+
+def provider_record_due(since: float, ttl: float) -> bool:
+    """Whether to publish a provider record again that was published `since` seconds ago and lives `ttl` seconds."""
+    return since > ttl / 3
+
+
+def tick_pause(due: float, now: float, heartbeat: float) -> float:
+    """Pause before the state machine's next ClockTick, due at `due`: at most a heartbeat, because clocks may jump."""
+    return min(max(0.0, due - now), heartbeat)
