@@ -18,7 +18,9 @@ End = Callable[[SimulatedWorld], str | None]
 
 @dataclass(frozen=True)
 class Scenario:
-    """`fault`: its number in docs/faults.md (0: none). `strict`: every replica and reader checks records by its own clock."""
+    """`fault`: its number in docs/explanation/faults.md (0: none). `strict`: every replica and reader checks records by its
+    own clock.
+    """
 
     name: str
     summary: str
