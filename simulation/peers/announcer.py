@@ -28,7 +28,9 @@ class SimulatedRecordStore:
         return True
 
     async def get(self, key: str) -> dict[str, StoredValue]:
-        raise NotImplementedError("only publishing a node record reads the DHT, and a coordinator publishes none")
+        """The sealed records under `key`; unsigned runs hold records as objects and have no bytes to give."""
+        held = self._world.dht.read(self._coordinator, key)
+        return {owner: StoredValue(stored.sealed, stored.expires) for owner, stored in held.items() if stored.sealed}
 
 
 class OwnRecords:
