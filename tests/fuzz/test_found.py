@@ -67,7 +67,7 @@ def with_document(data: bytes, document: str) -> bytes:
     "document", ["[" * 100_000, '{"samples":1e999,"shard":1,"epoch":1,"step":0,"micro_batch":1}', "9" * 5000]
 )
 def test_a_hostile_place_in_a_training_state(document: str) -> None:
-    """RecursionError and OverflowError ended the coordinator's worker process, and the trainer of the node that continued from it."""
+    """RecursionError and OverflowError ended the worker process, and the trainer of the node that continued from it."""
     from benchmarks.fuzz.tensors import state_file
 
     assert target("state").hold(with_document(state_file(), document)) == "refused"
