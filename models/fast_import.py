@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+
+_ABSENT = ("transformers", "scipy")
 
 
 def import_experts() -> None:
@@ -10,16 +13,20 @@ def import_experts() -> None:
 
     It saves time in two places. The garbage collector would walk a million live objects again and again: it is paused. And
     importing any of diffusers' transformers also imports the libraries transformers (text encoders) and scipy (schedules):
-    diffusers is told that they are not installed, so no text encoder can be loaded in this process.
+    diffusers is told that they are not installed, and where it tries nevertheless, the import fails as if they were not.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
         from diffusers.utils import import_utils
 
-        for library in ("transformers", "scipy"):
+        for library in _ABSENT:
             setattr(import_utils, f"_{library}_available", False)
+        blocked = [library for library in _ABSENT if sys.modules.setdefault(library, None) is None]  # type: ignore[arg-type]
         import diffusers.models.transformers  # noqa: F401
+
+        for library in blocked:
+            del sys.modules[library]
     finally:
         if collecting:
             gc.enable()
