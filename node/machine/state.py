@@ -195,7 +195,7 @@ class MachineState:
     avoided_until: Mapping[int, float] = field(default_factory=dict)
     rejections: Mapping[int, int] = field(default_factory=dict)
     overtaken: Mapping[int, int] = field(default_factory=dict)
-    """By shard: how often in a row another peer's work was accepted instead of ours."""
+    """By shard: how often in a row another peer's result was accepted in place of this node's."""
     work: ShardWork | None = None
     target: int | None = None
     stage: Stage = "delay"
