@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/lutetia demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The inner loop: decisions, documents and parsers, without a p2pd or a process of its own.
 test-fast: $(VENV)/installed
