@@ -49,7 +49,7 @@ class DocumentedCommand(TyperCommand):
 def documented_by(model: str, **fields: str) -> type[DocumentedCommand]:
     """The class of a command whose options set a settings model: pass it as `app.command(cls=…)`.
 
-    An option takes its help from the field of the same name, and keeps its own text where the field has no description.
+    An option takes its help from the field of the same name; one that is no field keeps its own text.
 
     Args:
         model: `module:Class` of the settings model.

@@ -57,8 +57,8 @@ def steps_of(scenario: Scenario, peers: int, seed: int) -> list[Step]:
 
 def simulate(
     scenario: Scenario, peers: int, seed: int, *, seconds: float | None = None, keep: Sequence[int] | None = None,
-    decide: RulesUnderTest | None = None, on_progress: OnProgress | None = None, shrink: bool = True, max_tries: int =
-    MAX_TRIES,
+    decide: RulesUnderTest | None = None, on_progress: OnProgress | None = None, shrink: bool = True,
+    max_tries: int = MAX_TRIES,
 ) -> SimulationOutcome:  # fmt: skip
     """One run of `scenario`; `keep` leaves out all steps of the plan but these (by number). `max_tries` bounds the shrinking."""
     steps = steps_of(scenario, peers, seed)

@@ -21,19 +21,13 @@ app = typer.Typer(help="Serve a run: bootstrap peer, blob origin, judge and stit
 def serve(
     run: RunFolder,
     config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "TOML file with settings; options override it.")] = None,
-    listen: Annotated[str | None, setting("COORDINATOR_LISTEN", "Where to listen. Default: the run's own address.")] = None,
-    http: Annotated[str | None, setting("HTTP", "host:port of an HTTP server for the status page, metrics and blobs.")] = None,
-    stitch: Annotated[str | None, setting("STITCH", "refresh: stitch after acceptances; end: once all budgets are done.")] = None,
-    threads: Annotated[int | None, setting("COORDINATOR_THREADS", "CPU threads for checks, router and samples.", min=1)] = None,
-    gallery: Annotated[
-        bool | None, setting("GALLERY", "Sample the fixed prompts after stitching.", "--gallery/--no-gallery")
-    ] = None,
-    exit_when_done: Annotated[
-        bool, setting("EXIT_WHEN_DONE", "Exit when all budgets are done and the mixture is stitched.")
-    ] = False,
-    recover: Annotated[
-        bool, setting("RECOVER", "Restore acceptances that the ledger lacks from peers, instead of refusing to start.")
-    ] = False,
+    listen: Annotated[str | None, setting("COORDINATOR_LISTEN")] = None,
+    http: Annotated[str | None, setting("HTTP")] = None,
+    stitch: Annotated[str | None, setting("STITCH")] = None,
+    threads: Annotated[int | None, setting("COORDINATOR_THREADS", min=1)] = None,
+    gallery: Annotated[bool | None, setting("GALLERY", "", "--gallery/--no-gallery")] = None,
+    exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE")] = False,
+    recover: Annotated[bool, setting("RECOVER")] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C.
 

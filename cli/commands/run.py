@@ -23,13 +23,13 @@ def create(
     data: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build`.", metavar="DATA")],
     folder: Annotated[Path, typer.Argument(help="Folder for the run's manifest, keys, blobs and ledger.", metavar="RUN")],
     config: Annotated[Path | None, setting("RUN_CONFIG", "TOML file with settings; options override it.")] = None,
-    preset: Annotated[str | None, setting("RUN_PRESET", "demo or tiny: settings for the demo's clips, or for tests.")] = None,
-    name: Annotated[str | None, setting("RUN_NAME", "Name of the run.")] = None,
-    address: Annotated[list[str] | None, setting("RUN_ADDRESS", "host:port of the coordinator, written into the ticket.")] = None,
-    experts: Annotated[int | None, setting("RUN_EXPERTS", "Refuse data with another number of shards.", min=1)] = None,
+    preset: Annotated[str | None, setting("RUN_PRESET")] = None,
+    name: Annotated[str | None, setting("RUN_NAME")] = None,
+    address: Annotated[list[str] | None, setting("RUN_ADDRESS")] = None,
+    experts: Annotated[int | None, setting("RUN_EXPERTS", min=1)] = None,
     warm_start: Annotated[
         str | None,
-        setting("RUN_WARM_START", "Start from the weights of this mixture, pipeline or transformer (folder or hub id)."),
+        setting("RUN_WARM_START"),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -57,8 +57,8 @@ async def main():
     print("@ready", flush=True)
     parent = None
     for epoch in (1, 2):
-        refs = {name: runner.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in ("weights", "state",
-        "trace")}
+        names = ("weights", "state", "trace")
+        refs = {name: runner.incoming.add_bytes(f"{name} of epoch {epoch}".encode() * 3) for name in names}
         result = make_record(manifest, PEERS[0], 0, epoch, parent, **refs)
         reply = await judge_loop.submit(Offered(result, time.time()))
         assert reply.verdict == "queued", reply
