@@ -43,7 +43,7 @@ from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
@@ -106,7 +106,9 @@ class Service:
         self.judge_loop = JudgeLoop(
             self._rules(), self.ledger, self.check_runner, self.announcer.announce, self.transport.now, self._changed
         )
-        self.offer_service = OfferService(self.transport, self.judge_loop, Admission(4 * self.settings.offers_per_minute))
+        admission = Admission(4 * self.settings.offers_per_minute)
+        self.judge_loop.origin_of = lambda owner: admission.origin(peer_id_of(owner)) if owner else ""
+        self.offer_service = OfferService(self.transport, self.judge_loop, admission)
         self.swarm_monitor = SwarmMonitor(
             self.transport, self.manifest, self.offer_service.offer_found, self._accepted,
             lambda shard: self.judge_loop.state.run.shard_view(shard),

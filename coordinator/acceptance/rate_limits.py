@@ -58,6 +58,10 @@ class Admission:
         _remember(self._origins, peer_id, origin)
         return None
 
+    def origin(self, peer_id: str) -> str:
+        """The network origin from which this peer last offered; empty for a peer that never did."""
+        return self._origins.get(peer_id, "")
+
 
 def _remember(known: OrderedDict[str, T], name: str, value: T) -> None:
     """Keep the newest _REMEMBERED entries."""

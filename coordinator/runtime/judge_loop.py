@@ -11,6 +11,7 @@ from typing import Protocol
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks
+from lutetia.coordinator.acceptance.judge_isolation import author_of, judge_isolated
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -28,7 +29,7 @@ from lutetia.coordinator.acceptance.messages import (
     Stimulus,
     Write,
 )
-from lutetia.coordinator.acceptance.state_machine import judge
+from lutetia.coordinator.acceptance.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import (
     AuditDone,
@@ -80,6 +81,7 @@ class JudgeLoop:
         publish: sends an acceptance or a reset into the DHT.
         now: the coordinator's clock, in Unix seconds.
         changed: called after every change of the state.
+        origin_of: the network origin of a peer, by public key; empty when it is not known.
     """
 
     rules: JudgeRules
@@ -88,8 +90,10 @@ class JudgeLoop:
     publish: Callable[[AcceptanceRecord | ResetRecord], Awaitable[None]]
     now: Callable[[], float]
     changed: Callable[[RunState], None] = lambda state: None
+    origin_of: Callable[[str], str] = lambda owner: ""
     state: JudgeState = field(init=False)
     _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
+    _logged: RateWindow = field(init=False, default_factory=lambda: RateWindow(per_minute=1))
 
     def __post_init__(self) -> None:
         self.state = JudgeState.restored(self.ledger.state)
@@ -120,13 +124,23 @@ class JudgeLoop:
         state, actions = self.state, list[Action]()
         replies: list[tuple[Waiting, Reply]] = []
         for stimulus, waiting in batch:
-            state, taken = judge(self.rules, state, stimulus)
-            actions += taken
-            replies.append((waiting, _reply_in(taken)))
+            judged = judge_isolated(self.rules, state, stimulus)
+            if judged.error:
+                self._log_unjudged(stimulus, judged.error)
+            state = judged.state
+            actions += judged.actions
+            replies.append((waiting, _reply_in(judged.actions)))
         await self._carry_out(state, actions, group)
         for waiting, reply in replies:
             if not waiting.done():
                 waiting.set_result(reply)
+
+    def _log_unjudged(self, stimulus: Stimulus, error: Exception) -> None:
+        """Once a minute for each network origin: a peer must not fill the disk with one bad record sent again and again."""
+        author = author_of(stimulus)
+        if self._logged.wait(self.origin_of(author), self.now()) is None:
+            name, reason = type(stimulus).__name__, plain(str(error))[:600]
+            _log.error("could not judge %s of %s: %s", name, author[:8] or "nobody", reason, exc_info=error)
 
     async def _carry_out(self, state: JudgeState, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
         """Store blobs, then write the ledger, then show `state` (the outcome of `actions`) and publish: in this order."""

@@ -310,6 +310,18 @@ async def test_an_unexpected_error_ends_only_its_own_job(tmp_path: Path, place: 
         assert "Traceback" in caplog.text
 
 
+async def test_a_result_that_cannot_be_judged_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """By stream and by DHT record, and it is logged once: 10**5000 is a number that Python refuses to write as text."""
+    async with intake(tmp_path) as room:
+        good = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest")))
+        worse = made_of(room.manifest, PEERS[1], [good.weights, good.state, good.trace]).model_copy(update={"epoch": 10**5000})
+        asked = [room.bench.submit(Offered(worse, time.time(), via)) for via in ("offer", "poll", "poll")]
+        replies = await asyncio.gather(*asked, room.offer(good))
+        assert [reply.verdict for reply in replies if isinstance(reply, OfferReply)] == [*["inconclusive"] * 3, "queued"]
+        await room.until(lambda run: run.accepted == 1)
+        assert caplog.text.count("could not judge") == 1
+
+
 @pytest.mark.parametrize("place", ["a check", "a replay"])
 async def test_a_full_disk_ends_the_coordinator_without_a_verdict(tmp_path: Path, place: str):
     """As a ledger that cannot be written does: nodes wait for it, while three inconclusive verdicts would make them give up."""
