@@ -13,9 +13,8 @@ from typing import Any
 
 from lutetia.coordinator.acceptance.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
-from lutetia.coordinator.admin.pardon import noted_pardons, remove_notes
 from lutetia.coordinator.admin.upgrade import published
-from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped, PeerPardoned
+from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
@@ -27,6 +26,7 @@ from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.runtime.manifest_watch import ManifestNotifier, ManifestWatch
 from lutetia.coordinator.runtime.offer_service import OfferService
+from lutetia.coordinator.runtime.operator_notes import OperatorNotes
 from lutetia.coordinator.runtime.recovery import SignedLineages, fetch_missing
 from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.coordinator.runtime.staging import restored_incoming
@@ -58,7 +58,7 @@ _STATUS_SECONDS = 2.0
 _FRESH_SECONDS = 0.5
 """For so long the last status document is served again."""
 _POLL_SECONDS = 2.0
-"""How often the network process and the pardons are looked at."""
+"""How often the network process and the operator's notes are looked at."""
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Service:
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
         )  # fmt: skip
         self.audit_service = AuditService(self.transport, self.judge_loop, self.check_runner, self._nodes)
+        self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
 
@@ -154,7 +155,7 @@ class Service:
             "manifest watch": self.manifest_watch.run(),
             "status file": self._write_status_file(),
             "network process": _every(lambda: _POLL_SECONDS, self._check_network_process),
-            "pardons": _every(lambda: _POLL_SECONDS, self._pardon),
+            "operator's notes": _every(lambda: _POLL_SECONDS, self.operator_notes.follow),
             "announcer": _every(lambda: self.manifest.timing.lease, self._renew_records),
             "peerstore": _every(lambda: self.manifest.timing.lease, self._remember_peers),
             "manifest notifier": _every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
@@ -206,14 +207,6 @@ class Service:
         self._changed(self.judge_loop.state.run)
         _log.info("serving version %d of the manifest: %d epochs", manifest.version, manifest.epochs)
         await self._notify_peers()
-
-    async def _pardon(self) -> None:
-        """Lift the quarantines that `coordinator pardon` asked to lift."""
-        if noted := await asyncio.to_thread(noted_pardons, self.folder):
-            quarantined, now = self.judge_loop.state.run.quarantined, self.transport.now()
-            await self.judge_loop.append(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
-            await asyncio.to_thread(remove_notes, self.folder, noted)
-            await self.announcer.publish_quarantine()
 
     def _accepted(self) -> list[AcceptanceRecord]:
         return [shard.acceptance for shard in self.judge_loop.state.run.shards.values() if shard.acceptance]

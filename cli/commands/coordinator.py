@@ -1,4 +1,4 @@
-"""`lutetia coordinator serve|replay|backup|restore|pardon`: serve a run and maintain its folder."""
+"""`lutetia coordinator serve|replay|backup|restore|pardon|rollback`: serve a run and maintain its folder."""
 
 from __future__ import annotations
 
@@ -131,6 +131,27 @@ def pardon(
     owner, done = lift(run, peer)
     text = "is pardoned" if done else "will be pardoned within seconds by the coordinator that is serving the run"
     emit({"owner": owner, "done": done}, as_json, lambda: f"{owner} {text}")
+
+
+@app.command("rollback")
+def rollback(
+    run: RunFolder,
+    shard: Annotated[int, typer.Argument(metavar="SHARD", help="Index of the shard.")],
+    epoch: Annotated[int, typer.Argument(metavar="EPOCH", help="Accepted epoch to go back to; 0 is the initial model.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Take a shard back to an earlier accepted epoch.
+
+    Later epochs of the shard are void, and its peers go on from that one. Nobody is quarantined. A coordinator that is serving
+    the run does it within seconds, a stopped one when it starts.
+    """
+    from lutetia.coordinator.admin.rollback import roll_back
+
+    dropped, done = roll_back(run, shard, epoch)
+    void = f"{dropped} accepted {'epoch is' if dropped == 1 else 'epochs are'} void"
+    when = "goes back" if done else "will go back within seconds, by the coordinator that is serving the run,"
+    document = {"shard": shard, "epoch": epoch, "dropped": dropped, "done": done}
+    emit(document, as_json, lambda: f"Shard {shard} {when} to epoch {epoch}; {void}.")
 
 
 def moment_of(text: str) -> float:

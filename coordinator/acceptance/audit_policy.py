@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery
-from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, PublishReset, StartAudit
-from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, move_shard, quarantine, re_audits
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
-from lutetia.coordinator.ledger.events import AuditDone, AuditReported, LineageRolledBack, PeerQuarantined
+from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
+from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits, roll_back
+from lutetia.coordinator.acceptance.transition import JudgeTransition
+from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined
 from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
+from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
@@ -189,25 +189,6 @@ def _convict(transition: JudgeTransition, audit: PendingAudit, text: str) -> Non
     """Quarantine the author, roll back what is built on the faked epoch, and audit all its earlier work, oldest first."""
     if audit.owner not in transition.run.quarantined:
         quarantine(transition, PeerQuarantined(time=transition.now, **_result(audit), text=text[:1000]))
-    _roll_back(transition, audit)
+    roll_back(transition, audit.shard, audit.epoch - 1, audit.checkpoint)
     for again in re_audits(transition.run, audit.owner, transition.now):
         transition.write(again)
-
-
-def _roll_back(transition: JudgeTransition, audit: PendingAudit) -> None:
-    """The shard goes on from the last epoch before the faked one, in a new term; other shards are not touched."""
-    shard = transition.run.shards[audit.shard]
-    event = LineageRolledBack(
-        time=transition.now, shard=audit.shard, epoch=audit.epoch - 1, term=shard.term + 1,
-        dropped=shard.epoch - audit.epoch + 1, checkpoint=audit.checkpoint,
-    )  # fmt: skip
-    move_shard(transition, audit.shard, event)
-    transition.actions.append(PublishReset(standing(transition.rules, transition.run, audit.shard, transition.now)))
-
-
-def standing(rules: JudgeRules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
-    """What the coordinator publishes of a shard: its accepted epoch, or that it is at its beginning again."""
-    ledger = run.shards[shard]
-    if ledger.acceptance is not None:
-        return ledger.acceptance
-    return ResetRecord(run=rules.manifest.run_id, owner=rules.coordinator, issued=now, shard=shard, term=ledger.term)

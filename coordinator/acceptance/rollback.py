@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import DiscardCandidate
-from lutetia.coordinator.acceptance.transition import JudgeTransition, refusal
+from lutetia.coordinator.acceptance.messages import DiscardCandidate, PublishReset
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, refusal
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
     AuditDue,
@@ -15,8 +15,10 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
     QuarantineRecovered,
     ResetRecovered,
+    RollbackReason,
 )
 from lutetia.coordinator.ledger.run_state import AcceptedEpoch, RunState
+from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
 
 
 def note_fact(transition: JudgeTransition, event: Event) -> None:
@@ -29,6 +31,8 @@ def note_fact(transition: JudgeTransition, event: Event) -> None:
             _recover(transition, event, given.shard, (given.term, given.epoch))
         case ResetRecovered():
             _recover(transition, event, event.shard, (event.term, 0))
+        case LineageRolledBack():
+            _roll_back_asked(transition, event)
         case QuarantineRecovered():
             if event.owner not in transition.run.quarantined:
                 quarantine(transition, event)
@@ -44,6 +48,36 @@ def _recover(
     ledger = transition.run.shards[shard]
     if place > (ledger.term, ledger.epoch):
         move_shard(transition, shard, event)
+
+
+def _roll_back_asked(transition: JudgeTransition, event: LineageRolledBack) -> None:
+    """The run's operator wants the shard at an earlier epoch. What was accepted since the event was made is void, too."""
+    shard = transition.run.shards[event.shard]
+    if (
+        shard.term + 1 == event.term
+        and event.epoch < shard.epoch
+        and can_roll_back(transition.run, event.shard, event.checkpoint)
+    ):
+        roll_back(transition, event.shard, event.epoch, event.checkpoint, event.why)
+
+
+def roll_back(transition: JudgeTransition, shard: int, epoch: int, checkpoint: str, why: RollbackReason = "invalid") -> None:
+    """The shard goes on from `epoch`, in a new term; `checkpoint` is the oldest void result. Other shards are not touched."""
+    ledger = transition.run.shards[shard]
+    event = LineageRolledBack(
+        time=transition.now, shard=shard, epoch=epoch, term=ledger.term + 1, dropped=ledger.epoch - epoch, checkpoint=checkpoint,
+        why=why,
+    )  # fmt: skip
+    move_shard(transition, shard, event)
+    transition.actions.append(PublishReset(standing(transition.rules, transition.run, shard, transition.now)))
+
+
+def standing(rules: JudgeRules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
+    """What the coordinator publishes of a shard: its accepted epoch, or that it is at its beginning again."""
+    ledger = run.shards[shard]
+    if ledger.acceptance is not None:
+        return ledger.acceptance
+    return ResetRecord(run=rules.manifest.run_id, owner=rules.coordinator, issued=now, shard=shard, term=ledger.term)
 
 
 def move_shard(transition: JudgeTransition, shard: int, event: LineageRolledBack | AcceptanceRecovered | ResetRecovered) -> None:

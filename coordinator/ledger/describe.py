@@ -64,7 +64,8 @@ def sentence(event: Event) -> str:
             )
         case LineageRolledBack():
             back = f"rolled back to epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
-            return f"shard {event.shard}: {back}, because {event.checkpoint[:12]} was found invalid"
+            why = f"because {event.checkpoint[:12]} was found invalid" if event.why == "invalid" else "by the run's operator"
+            return f"shard {event.shard}: {back}, {why}"
         case PeerPardoned():
             return f"peer {event.owner[:8]} was pardoned and starts without trust"
         case RouterTrained():
@@ -85,7 +86,10 @@ def _verdict(event: ResultRefused | ResultSuperseded | AuditDue | AuditDone | Au
         case ResultSuperseded():
             return f"is superseded by {event.by[:12]}"
         case AuditDue():
-            why = {"streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}"}
+            why = {
+                "streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}",
+                "refusals": "results of several authors that were built on it were refused",
+            }  # fmt: skip
             part = "whole" if event.whole else "in part"
             return f"is due for an audit, {part} ({why.get(event.why, 'its author was convicted later')})"
         case AuditDone():

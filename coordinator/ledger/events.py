@@ -18,7 +18,8 @@ from lutetia.protocol.schema.verdicts import CheckName
 Outcome = Literal["valid", "invalid", "inconclusive"]
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
-AuditReason = Literal["streak", "lottery", "re-audit"]
+AuditReason = Literal["streak", "lottery", "re-audit", "refusals"]
+RollbackReason = Literal["invalid", "operator"]
 Sentence = Annotated[str, Field(max_length=1000)]
 _Shard = Annotated[int, Field(ge=0, description="Index of the shard.")]
 _Term = Annotated[int, Field(ge=1, description="Term of the shard from now on: how often it was rolled back.")]
@@ -168,7 +169,8 @@ class AuditDue(_Verdict):
     whole: bool = Field(default=False, description="Replay the whole epoch, not only its first steps.")
     why: AuditReason = Field(
         default="streak",
-        description="The streak is too short, the lottery of 1/streak drew it, or a later result of its author was invalid.",
+        description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, or "
+        "results of several authors that were built on it were refused.",
     )
 
 
@@ -210,14 +212,15 @@ class PeerPardoned(_Event):
 
 
 class LineageRolledBack(_Event):
-    """A shard is at an earlier epoch again, because a result accepted after it was found invalid."""
+    """A shard is at an earlier epoch again: a result accepted after it was found invalid, or the run's operator asked for it."""
 
     kind: Literal["lineage-rolled-back"] = "lineage-rolled-back"
     shard: _Shard
     epoch: int = Field(ge=0, description="The epoch from which the shard goes on.")
     term: _Term
     dropped: int = Field(ge=1, description="Number of accepted epochs that are void.")
-    checkpoint: Digest = Field(description="The invalid result.")
+    checkpoint: Digest = Field(description="The oldest void result; it is the invalid one, if one is.")
+    why: RollbackReason = Field(default="invalid", description="An audit found a result invalid, or the operator asked for it.")
 
 
 class RouterTrained(_Event):

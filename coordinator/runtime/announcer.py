@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.acceptance.audit_policy import standing
+from lutetia.coordinator.acceptance.rollback import standing
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor

@@ -64,6 +64,7 @@ def test_file_instead_of_folder_gives_one_sentence(file: Path, tmp_path: Path) -
             ("run", "rotate", tmp_path / "NOPE"),
             ("run", "upgrade", tmp_path / "NOPE", "--set", "valid_days=3"),
             ("coordinator", "pardon", tmp_path / "NOPE", "0123456789"),
+            ("coordinator", "rollback", tmp_path / "NOPE", "0", "1"),
             ("coordinator", "serve", file),
             ("coordinator", "backup", file, tmp_path / "backup"),
             ("coordinator", "restore", file, tmp_path / "run"),
