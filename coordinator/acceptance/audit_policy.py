@@ -13,14 +13,18 @@ from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
 from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits, roll_back
 from lutetia.coordinator.acceptance.transition import JudgeTransition
-from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined
-from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState
+from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
+from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
+_SUSPICIOUS_REFUSALS = 2
+_CONTENT_CHECKS: frozenset[CheckName] = frozenset({"numbers", "holdout", "raw"})
+"""What these look at depends on the parent from which the epoch was trained."""
 
 
 class _ResultFields(TypedDict):
@@ -50,6 +54,32 @@ def consider_audit(transition: JudgeTransition, record: CheckpointRecord) -> Non
     if audit_due(peer.streak, policy.streak, lottery(transition.rules.secret, record.digest)):
         why = "streak" if peer.streak < policy.streak else "lottery"
         transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, whole, why))
+
+
+def suspect_parent(transition: JudgeTransition, shard: int) -> None:
+    """Make the whole epoch of the accepted parent due for an audit once results of two authors on it failed by their content.
+
+    Honest training from a sound parent does not fail again and again; from one with crafted optimiser moments it must. Each
+    parent is audited for this reason once, so that hostile refusals cost one replay for each accepted epoch at most.
+    """
+    ledger = transition.run.shards[shard]
+    if ledger.acceptance is None or not refused_by_content(ledger) >= _SUSPICIOUS_REFUSALS:
+        return
+    link, known = ledger.lineage[-1], transition.run.audits.get(ledger.acceptance.checkpoint)
+    if link.whole or (known and known.whole) or not can_roll_back(transition.run, shard, ledger.acceptance.checkpoint):
+        return
+    transition.write(due_audit(transition.run, shard, ledger.acceptance.checkpoint, transition.now, True, "refusals"))
+
+
+def refused_by_content(shard: ShardLedger) -> int:
+    """The number of authors whose results for the next epoch were refused for what is in them."""
+    return len(
+        {
+            owner
+            for (owner, _), verdict in shard.judged.items()
+            if isinstance(verdict, ResultRefused) and verdict.verdict == "invalid" and verdict.check in _CONTENT_CHECKS
+        }
+    )
 
 
 def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
@@ -114,6 +144,8 @@ def finish_audit(transition: JudgeTransition, done: Audited) -> None:
         transition.set(auditing=None)
     if audit is None or _closed_as_too_old(transition, audit, done.seconds):
         return  # rolled back, or too old, meanwhile
+    if audit.whole and done.whole is False and done.finding.outcome != "invalid":
+        return  # the whole epoch came due while its first steps were replayed
     finding, again_at = done.finding, None
     again = done.again and not finding.doubt  # the same replay would find the same
     if finding.outcome == "inconclusive" and again and audit.attempts + 1 < transition.rules.audit_attempts:

@@ -38,7 +38,7 @@ class Audited:
     """The finding of a replay of accepted `checkpoint`, which took `seconds`.
 
     `by`: the peer that replayed it, None for the coordinator itself. `again`: whether another try can find more when this one
-    was inconclusive.
+    was inconclusive. `whole`: whether the whole epoch was replayed; None: as much as was due.
     """
 
     checkpoint: str
@@ -47,6 +47,7 @@ class Audited:
     seconds: float = 0.0
     by: str | None = None
     again: bool = True
+    whole: bool | None = None
 
 
 @dataclass(frozen=True)

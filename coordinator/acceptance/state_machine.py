@@ -17,6 +17,7 @@ from lutetia.coordinator.acceptance.audit_policy import (
     lend_audit,
     receive_report,
     start_audit,
+    suspect_parent,
 )
 from lutetia.coordinator.acceptance.checks import RecordUnderCheck, Verdict, check_quarantine, check_size, first_failure
 from lutetia.coordinator.acceptance.messages import (
@@ -204,6 +205,7 @@ class _ResultTransition(JudgeTransition):
         self.write(refusal(record, verdict, self.now, again_at))
         if again_at is None:
             self.actions.append(DiscardCandidate(record))
+            suspect_parent(self, record.shard)
         self.tidy(record.shard)
 
     def _accept(self, record: CheckpointRecord, verdict: Verdict) -> None:

@@ -55,9 +55,11 @@ def add_costs(state: RunState, costs: Iterable[CheckCost]) -> Mapping[tuple[Chec
     return spent
 
 
-def _with_audit(shard: ShardLedger, checkpoint: str, audit: AuditState) -> ShardLedger:
+def _with_audit(shard: ShardLedger, checkpoint: str, audit: AuditState, whole: bool = False) -> ShardLedger:
     """The shard with a new audit state of one accepted epoch."""
-    lineage = tuple(replace(link, audit=audit) if link.acceptance.checkpoint == checkpoint else link for link in shard.lineage)
+    lineage = tuple(
+        replace(link, audit=audit, whole=whole) if link.acceptance.checkpoint == checkpoint else link for link in shard.lineage
+    )
     return shard.updated(lineage=lineage)
 
 
@@ -84,7 +86,7 @@ def apply_audit_done(state: RunState, event: AuditDone) -> Changes:
         whole = pending.whole or event.closer
         again = pending.updated(attempts=pending.attempts + 1, not_before=event.again_at, whole=whole)
         return {**changes, "audits": {**state.audits, event.checkpoint: again}}
-    shard = _with_audit(shard_of(state, event.shard), event.checkpoint, event.outcome)
+    shard = _with_audit(shard_of(state, event.shard), event.checkpoint, event.outcome, bool(pending and pending.whole))
     peers = _with_auditor_trust(state, pending, event)
     peer = peers.get(event.owner, PeerLedger())
     if event.outcome == "valid":

@@ -61,6 +61,8 @@ class AcceptedEpoch:
     """Of its checkpoint record, as is `made`."""
     made: TrainedWith | None = None
     audit: AuditState = "not due"
+    whole: bool = False
+    """Whether its last audit replayed the whole epoch."""
 
 
 class PendingAuditChanges(TypedDict, total=False):

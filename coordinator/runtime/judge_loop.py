@@ -185,7 +185,8 @@ class JudgeLoop:
         [done] = await asyncio.gather(self.check_io.replay(audit), return_exceptions=True)
         if isinstance(done, BaseException):
             done = Replayed(AuditFinding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
-        await self.submit(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again))
+        whole = audit.audit.whole
+        await self.submit(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again, whole=whole))
 
     async def _learn_limits(self) -> None:
         await self.submit(LimitsKnown(await self.check_io.limits(), self.now()))

@@ -264,7 +264,7 @@ class SimulatedCoordinator:
 
     def _audited(self, boot: int, action: j.StartAudit, finding: AuditFinding) -> None:
         if boot == self.boot:
-            self.feed(j.Audited(action.audit.checkpoint, finding, self.clock()))
+            self.feed(j.Audited(action.audit.checkpoint, finding, self.clock(), whole=action.audit.whole))
 
     # --- periodic work ---------------------------------------------------------------------------------------------
 
