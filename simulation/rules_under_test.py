@@ -19,13 +19,15 @@ from lutetia.node.machine.machine import advance
 from lutetia.node.machine.messages import Action, Event
 from lutetia.node.machine.state import MachineState, NodeRules
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.network.blobs import weights_after
 
 Advance = Callable[[NodeRules, MachineState, Event], tuple[MachineState, list[Action]]]
 Judge = Callable[[JudgeRules, JudgeState, Stimulus], tuple[JudgeState, tuple[JudgeAction, ...]]]
-RunChecks = Callable[[CheckpointRecord, float | None, Manifest, CheckRunner, Callable[[], float]], Coroutine[Any, Any, Verdict]]
+RunChecks = Callable[
+    [CheckpointRecord, AcceptanceRecord | None, Manifest, CheckRunner, Callable[[], float]], Coroutine[Any, Any, Verdict]
+]
 Status = Callable[[RunState, Manifest, LiveView, float], SwarmStatus]
 
 

@@ -25,7 +25,7 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
-from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.system.process import Message, ParentChannel
 
 STEPS, BATCH, EPOCHS, HOLDOUT = 16, 4, 4, 16
@@ -172,17 +172,29 @@ class Lab:
             snapshot.epoch,
         )
 
-    async def judged(self, result: Result, parent_loss: float | None) -> Verdict:
+    async def judged(self, result: Result, parent: Result | None) -> Verdict:
         """The verdict of all the coordinator's checks."""
-        refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
+        refs = self._refs(result)
         record = CheckpointRecord(
             run=self.manifest.run_id, owner=peer.public_key, issued=1.0, shard=0, epoch=result.epoch,
-            parent=None if result.epoch == 1 else "0" * 64, **refs, samples=result.epoch * STEPS * BATCH, loss=0.5,
+            parent="0" * 64 if parent else None, **refs, samples=result.epoch * STEPS * BATCH, loss=0.5,
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
         torch.set_num_threads(1)
-        return await run_checks(record, parent_loss, self.manifest, self.check_runner, time.monotonic)
+        accepted = self._accepted(parent, peer.public_key) if parent else None
+        return await run_checks(record, accepted, self.manifest, self.check_runner, time.monotonic)
+
+    def _refs(self, result: Result) -> dict[str, Any]:
+        return {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
+
+    def _accepted(self, result: Result, author: str) -> AcceptanceRecord:
+        refs = self._refs(result)
+        return AcceptanceRecord(
+            run=self.manifest.run_id, owner=OWNER.public_key, issued=1.0, shard=0, epoch=result.epoch, checkpoint="0" * 64,
+            parent=None, weights=refs["weights"], state=refs["state"], samples=result.epoch * STEPS * BATCH, author=author,
+            tenure_until=1.0, holdout_loss=0.5,
+        )  # fmt: skip
 
     def audited(self, result: Result, parent: Result | None, claimed: TrainedWith | None = None) -> Audited:
         """What a replay of the first SHORT steps finds, and a replay of the whole epoch, with one thread and whole batches.

@@ -42,10 +42,9 @@ async def judged(
     who: str,
     result: Result,
     parent: Result | None,
-    parent_loss: float | None,
     devices: Mapping[str, TrainedWith | None],
 ) -> tuple[Try, Any]:
-    verdict = await lab.judged(result, parent_loss)
+    verdict = await lab.judged(result, parent)
     seconds = [(cost.check, cost.seconds) for cost in verdict.costs]
     size = sum(getattr(result, name).stat().st_size for name in ("weights", "state", "trace"))
     if verdict.outcome != "valid":
@@ -68,7 +67,7 @@ async def lies(folder: Path, seed: int) -> list[Try]:
         draw = torch.Generator().manual_seed(1000 * seed + number)
         scene = Scene(lab, before, parent, after, draw, seed)
         snapshot = lie(scene)
-        one, _ = await judged(lab, name, lab.publish(snapshot), parent, verdict.loss, EXCUSES)
+        one, _ = await judged(lab, name, lab.publish(snapshot), parent, EXCUSES)
         tries.append(replace(one, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
     return tries
 
@@ -101,14 +100,14 @@ def truths(setting: Honest) -> dict[str, TrainedWith | None]:
 
 async def honest(folder: Path, setting: Honest) -> list[Try]:
     """A whole run of four epochs."""
-    lab, parent, parent_loss, tries = Lab(folder, setting), None, None, []
+    lab, parent, tries = Lab(folder, setting), None, []
     for _ in range(EPOCHS):
         result, _ = lab.honest(parent)
-        one, verdict = await judged(lab, repr(setting), result, parent, parent_loss, truths(setting))
+        one, _ = await judged(lab, repr(setting), result, parent, truths(setting))
         tries.append(one)
         if one.check:
             break
-        parent, parent_loss = result, verdict.loss
+        parent = result
     return tries
 
 

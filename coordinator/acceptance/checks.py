@@ -7,7 +7,7 @@
     transfer    every blob arrives and hashes to its name
     format      safetensors with exactly the manifest's names, shapes and dtypes
     numbers     finite, within norm bounds, and optimiser moments that gradients can have produced
-    holdout     held-out loss of this shard not worse than the accepted parent's (same noise, same timesteps, a tolerance)
+    holdout     held-out loss of this shard not worse than the accepted parent's (same rows, a tolerance, an interval)
     raw         the raw parameters, from which training goes on, score about as well as the published averages
     audit       after the acceptance, when the adaptive rule asks for it: replayed from the parent, losses compared
 
@@ -23,11 +23,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
+from lutetia.coordinator.acceptance.loss_bounds import Losses, compare_rows, mean
 from lutetia.coordinator.ledger.events import CheckCost, Outcome, QuarantineRecovered
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.errors import DiskError, LutetiaError
 
@@ -41,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Verdict:
     """What the checks found. `valid` carries both losses; otherwise `check` is the one that failed and `text` says why.
 
-    `costs` are the checks that were run, each with its own outcome.
+    `costs` are the checks that were run, each with its own outcome. `rules` is the manifest's version under which they were run.
     """
 
     outcome: Outcome
@@ -50,6 +51,7 @@ class Verdict:
     loss: float | None = None
     parent_loss: float | None = None
     costs: tuple[CheckCost, ...] = ()
+    rules: int | None = None
 
 
 class CheckFailed(LutetiaError):
@@ -173,16 +175,16 @@ class CheckRunner(Protocol):
         """Checks `format` and `numbers` of fetched blobs."""
         ...
 
-    async def baseline(self, shard: int) -> float:
-        """Held-out loss of the shard's initial model."""
+    async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
+        """Held-out losses of the accepted parent (None: the shard's initial model) on the rows that score `record`."""
         ...
 
-    async def loss(self, record: CheckpointRecord) -> float:
-        """Held-out loss of fetched weights."""
+    async def losses(self, record: CheckpointRecord) -> Losses:
+        """Held-out losses of fetched weights."""
         ...
 
-    async def raw_loss(self, record: CheckpointRecord) -> float:
-        """Held-out loss of a fetched state's raw parameters."""
+    async def raw_losses(self, record: CheckpointRecord) -> Losses:
+        """Held-out losses of a fetched state's raw parameters."""
         ...
 
 
@@ -194,8 +196,9 @@ class CandidateUnderCheck:
     manifest: Manifest
     runner: CheckRunner
     clock: Callable[[], float]
-    parent_loss: float | None
-    loss: float = math.nan
+    parent: AcceptanceRecord | None
+    parent_losses: Losses = ()
+    losses: Losses = ()
     check: CheckName = "transfer"
     costs: list[CheckCost] = field(default_factory=list)
 
@@ -232,38 +235,44 @@ async def check_contents(candidate: CandidateUnderCheck) -> Verdict | None:
 
 
 async def check_holdout(candidate: CandidateUnderCheck) -> Verdict | None:
+    """The parent is scored again for each result: on other rows, its earlier loss says nothing."""
     record, runner = candidate.record, candidate.runner
-    if candidate.parent_loss is None:
-        candidate.parent_loss = await candidate.measure(runner.baseline(record.shard))
-    candidate.loss = await candidate.measure(runner.loss(record), record.weights.size)
-    verdict = compare_losses(candidate.loss, candidate.parent_loss, candidate.manifest.holdout_tolerance)
-    return None if verdict.outcome == "valid" else verdict
+    size = candidate.parent.weights.size if candidate.parent else 0
+    candidate.parent_losses = await candidate.measure(runner.parent_losses(record, candidate.parent), size)
+    candidate.losses = await candidate.measure(runner.losses(record), record.weights.size)
+    return compare_losses(candidate.losses, candidate.parent_losses, candidate.manifest.holdout_tolerance)
 
 
 async def check_raw(candidate: CandidateUnderCheck) -> Verdict | None:
-    raw = await candidate.measure(candidate.runner.raw_loss(candidate.record), candidate.record.state.size)
-    assert candidate.parent_loss is not None
-    return compare_raw(raw, candidate.loss, candidate.parent_loss, candidate.manifest.raw_tolerance)
+    raw = await candidate.measure(candidate.runner.raw_losses(candidate.record), candidate.record.state.size)
+    return compare_raw(raw, candidate.losses, candidate.parent_losses, candidate.manifest.raw_tolerance)
 
 
-def compare_losses(loss: float, parent_loss: float, tolerance: float) -> Verdict:
-    """Valid unless `loss` exceeds the parent's by more than the fraction `tolerance`."""
-    if not math.isfinite(loss):
-        return Verdict("invalid", "holdout", "its held-out loss is not a number")
-    most = parent_loss * (1 + tolerance)
-    if loss > most:
-        text = f"its held-out loss {loss:.5f} is worse than the accepted parent's {parent_loss:.5f} (at most {most:.5f})"
-        return Verdict("invalid", "holdout", text, loss, parent_loss)
-    return Verdict("valid", "holdout", "", loss, parent_loss)
-
-
-def compare_raw(raw: float, loss: float, parent_loss: float, tolerance: float) -> Verdict | None:
-    """None unless the raw parameters are worse than averages and parent by more than the fraction `tolerance`."""
-    most = max(loss, parent_loss) * (1 + tolerance)
-    if math.isfinite(raw) and raw <= most:
+def compare_losses(losses: Losses, parent_losses: Losses, tolerance: float) -> Verdict | None:
+    """None unless `losses` exceed the parent's by more than the fraction `tolerance` and the interval of so few rows."""
+    found = compare_rows(losses, parent_losses, tolerance)
+    if found.passes:
         return None
-    text = f"the raw parameters in its state have held-out loss {raw:.5f}, its averages {loss:.5f} (at most {most:.5f})"
-    return Verdict("invalid", "raw", text, loss, parent_loss)
+    if not math.isfinite(found.loss):
+        return Verdict("invalid", "holdout", "its held-out loss is not a number")
+    text = (
+        f"its held-out loss {found.loss:.5f} is worse than the accepted parent's {found.base:.5f} "
+        f"(at most {found.bound:.5f} on {found.rows} rows)"
+    )
+    return Verdict("invalid", "holdout", text, found.loss, found.base)
+
+
+def compare_raw(raw: Losses, losses: Losses, parent_losses: Losses, tolerance: float) -> Verdict | None:
+    """None unless the raw parameters are worse than averages and parent by more than `tolerance` and the interval."""
+    base = losses if mean(losses) > mean(parent_losses) else parent_losses
+    found = compare_rows(raw, base, tolerance)
+    if found.passes:
+        return None
+    text = (
+        f"the raw parameters in its state have held-out loss {found.loss:.5f}, its averages {mean(losses):.5f} "
+        f"(at most {found.bound:.5f} on {found.rows} rows)"
+    )
+    return Verdict("invalid", "raw", text, mean(losses), mean(parent_losses))
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------------
@@ -306,18 +315,26 @@ def first_failure(offered: RecordUnderCheck) -> Verdict | None:
 
 
 async def run_checks(
-    record: CheckpointRecord, parent_loss: float | None, manifest: Manifest, runner: CheckRunner, clock: Callable[[], float]
+    record: CheckpointRecord,
+    parent: AcceptanceRecord | None,
+    manifest: Manifest,
+    runner: CheckRunner,
+    clock: Callable[[], float],
 ) -> Verdict:
     """Run the checks from `transfer` to `raw`; the first that fails ends it.
 
     Args:
         record: a result that has passed the free checks.
-        parent_loss: held-out loss of the accepted parent; None: measure the initial model first.
+        parent: the accepted epoch before it; None: the initial model.
         manifest: the run's manifest, for its tolerances.
         runner: fetches, reads and computes.
         clock: seconds, for what each check costs.
     """
-    candidate = CandidateUnderCheck(record, manifest, runner, clock, parent_loss)
+    candidate = CandidateUnderCheck(record, manifest, runner, clock, parent)
+    return replace(await _first_failure(candidate), rules=manifest.version)
+
+
+async def _first_failure(candidate: CandidateUnderCheck) -> Verdict:
     try:
         for check in RUNNER_CHECKS:
             candidate.check = check.name
@@ -326,7 +343,8 @@ async def run_checks(
                 return replace(failed, costs=(*candidate.costs, last.model_copy(update={"outcome": failed.outcome})))
     except CheckFailed as failure:
         return replace(failure.verdict, costs=tuple(candidate.costs))
-    return Verdict("valid", "holdout", "", candidate.loss, candidate.parent_loss, tuple(candidate.costs))
+    loss, parent_loss = mean(candidate.losses), mean(candidate.parent_losses)
+    return Verdict("valid", "holdout", "", loss, parent_loss, tuple(candidate.costs))
 
 
 def _short(digest: str | None) -> str:

@@ -115,10 +115,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class StartCheck:
-    """Run the checks on this candidate, then send `CheckDone`. `parent_loss` None: measure the initial model first."""
+    """Run the checks on this candidate, then send `CheckDone`. `parent` None: compare it with the initial model."""
 
     record: CheckpointRecord
-    parent_loss: float | None
+    parent: AcceptanceRecord | None
 
 
 @dataclass(frozen=True)

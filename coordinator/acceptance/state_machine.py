@@ -174,7 +174,7 @@ class _ResultTransition(JudgeTransition):
                 self._dismiss(record, failed)
                 continue
             self.set(checking={**self.state.checking, record.shard: (record.owner, record.digest)})
-            self.actions.append(StartCheck(record, self.run.shards[record.shard].parent_loss))
+            self.actions.append(StartCheck(record, self.run.shards[record.shard].acceptance))
             free -= 1
 
     def _ready(self) -> Iterator[WaitingResult]:

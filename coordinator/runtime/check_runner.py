@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lutetia.coordinator.acceptance.audit_comparison import OWN_KIND, AuditFinding, compare, tolerance
 from lutetia.coordinator.acceptance.checks import CheckFailed, Replayed, SizeLimits, Verdict
+from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.messages import StartAudit
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
@@ -29,7 +30,7 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
-from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith, provider_key
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith, provider_key
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError, UnreachableError
@@ -104,14 +105,14 @@ class NetworkCheckRunner:
         job = InspectFiles(shard=record.shard, epoch=record.epoch, weights=weights, state=state, trace=trace)
         await self._ask("format", job, _INSPECT_LIMIT)
 
-    async def baseline(self, shard: int) -> float:
-        """Held-out loss of the shard's initial model, drawn from a seed or given by the manifest."""
-        init = self.manifest.expert_of(shard).init
-        return await self._loss(shard, self._path(init) if init else None)
+    async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
+        """Held-out losses of the parent: an accepted epoch, or the initial model, drawn from a seed or given by the manifest."""
+        weights = parent.weights if parent else self.manifest.expert_of(record.shard).init
+        return await self._losses(record.shard, self._path(weights) if weights else None)
 
-    async def loss(self, record: CheckpointRecord) -> float:
-        """Held-out loss of the candidate."""
-        return await self._loss(record.shard, self._path(record.weights))
+    async def losses(self, record: CheckpointRecord) -> Losses:
+        """Held-out losses of the candidate."""
+        return await self._losses(record.shard, self._path(record.weights))
 
     async def replay(self, audit: StartAudit) -> Replayed:
         """Check `audit`, by the coordinator itself."""
@@ -157,15 +158,15 @@ class NetworkCheckRunner:
             end=(self._path(given.weights), self._path(given.state)) if due.whole else None, doubt=noise_bounds(made),
         )  # fmt: skip
 
-    async def raw_loss(self, record: CheckpointRecord) -> float:
-        """Held-out loss of the raw parameters, from which training continues."""
-        return await self._loss(record.shard, self._path(record.state), raw=True)
+    async def raw_losses(self, record: CheckpointRecord) -> Losses:
+        """Held-out losses of the raw parameters, from which training continues."""
+        return await self._losses(record.shard, self._path(record.state), raw=True)
 
-    async def _loss(self, shard: int, weights: Path | None, raw: bool = False) -> float:
+    async def _losses(self, shard: int, weights: Path | None, raw: bool = False) -> Losses:
         check: CheckName = "raw" if raw else "holdout"
         holdout = self.blobs.path(self.manifest.shards[shard].holdout.digest)
         job = MeasureLoss(shard=shard, weights=weights, holdout=holdout, raw=raw)
-        return (await self._ask(check, job, _LOSS_LIMIT)).loss
+        return (await self._ask(check, job, _LOSS_LIMIT)).rows
 
     async def _ask(self, check: CheckName, job: Job[A], limit: float) -> A:
         """A crash of the worker process says nothing about the result: inconclusive, and tried again."""

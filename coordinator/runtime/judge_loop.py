@@ -172,7 +172,7 @@ class JudgeLoop:
 
     async def _check(self, check: StartCheck) -> None:
         """An unexpected error is logged and makes the result inconclusive: no result of a peer may end the service."""
-        checks = run_checks(check.record, check.parent_loss, self.rules.manifest, self.check_io, time.monotonic)
+        checks = run_checks(check.record, check.parent, self.rules.manifest, self.check_io, time.monotonic)
         [verdict] = await asyncio.gather(checks, return_exceptions=True)
         if isinstance(verdict, Verdict) and verdict.outcome == "valid":
             verdict = await asyncio.to_thread(self.check_io.still_whole, check.record) or verdict

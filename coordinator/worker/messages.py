@@ -66,11 +66,15 @@ class InspectFiles(Job[FilesInspected]):
 
 
 class LossMeasured(_Line):
-    """A held-out loss, NaN where training diverged; `by_time` in ten equal bins of the noise time, None for an empty bin."""
+    """A held-out loss, NaN where training diverged; `by_time` in ten equal bins of the noise time, None for an empty bin.
+
+    `rows` has the loss of each held-out clip with each of its noises, in a fixed order.
+    """
 
     job: Literal["loss"] = "loss"
     loss: float
     by_time: tuple[float | None, ...]
+    rows: tuple[float, ...] = ()
 
 
 class MeasureLoss(Job[LossMeasured]):

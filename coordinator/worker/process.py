@@ -143,7 +143,7 @@ class WorkerProcess:
         from lutetia.models.training.holdout_loss import holdout_loss
 
         result = holdout_loss(self.manifest, job.shard, job.weights, self._holdout(job.holdout), raw=job.raw)
-        return LossMeasured(loss=result.loss, by_time=result.by_time)
+        return LossMeasured(loss=result.loss, by_time=result.by_time, rows=result.rows)
 
     def trace(self, job: ReadTrace) -> TraceRead:
         from lutetia.models.training.replay import read_trace

@@ -29,6 +29,8 @@ class HoldoutLoss:
     """Mean over clips and noises, at times of the run's distribution."""
     by_time: tuple[float | None, ...]
     """Means in ten equal bins of t; None for a bin without rows."""
+    rows: tuple[float, ...]
+    """The loss of each clip with each noise. The order does not depend on the weights."""
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def holdout_loss(
         losses[rows] = row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).cpu()
     bins = (t * BINS).long().clamp(0, BINS - 1)
     by_time = tuple(losses[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
-    return HoldoutLoss(losses.double().mean().item(), by_time)
+    return HoldoutLoss(losses.double().mean().item(), by_time, tuple(losses.tolist()))
 
 
 def _load_raw(model: nn.Module, state: Path) -> None:

@@ -43,6 +43,11 @@ def honest_loss(shard: int, epoch: int, weights: str) -> float:
     return (0.25 + 0.05 * (shard % 3)) * (1 + 2 * math.exp(-epoch / 6)) * (1 + 0.004 * noise)
 
 
+def untrained_loss(shard: int) -> float:
+    """Held-out loss of a shard's initial model."""
+    return (0.25 + 0.05 * (shard % 3)) * 3.2
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedDelay(Awaitable[None]):
     """Awaited in a simulated coroutine: continue in `seconds`."""

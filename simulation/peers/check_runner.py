@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
+from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.runtime.check_runner import fetch_limit
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.simulation.interfaces import Coordinator
-from lutetia.simulation.network.blobs import Content, SimulatedDelay
+from lutetia.simulation.network.blobs import Content, SimulatedDelay, untrained_loss
 from lutetia.system.errors import UnreachableError
 
 _CORRUPT_SECONDS = 3.0
@@ -47,14 +48,13 @@ class SimulatedCheckRunner:
         if not self._content(record).sound:
             raise CheckFailed("invalid", "numbers", "its tensors are not those of the manifest")
 
-    async def baseline(self, shard: int) -> float:
+    async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         await SimulatedDelay(self._world.config.check_seconds / 3)
-        return (0.25 + 0.05 * (shard % 3)) * 3.2
+        return [self._world.blobs.contents[parent.checkpoint].loss if parent else untrained_loss(record.shard)]
 
-    async def raw_loss(self, record: CheckpointRecord) -> float:
-        return self._content(record).loss
+    async def raw_losses(self, record: CheckpointRecord) -> Losses:
+        return [self._content(record).loss]
 
-    async def loss(self, record: CheckpointRecord) -> float:
+    async def losses(self, record: CheckpointRecord) -> Losses:
         await SimulatedDelay(self._world.config.check_seconds / 3)
-        loss = self._content(record).loss
-        return loss if self._content(record).sound else math.nan
+        return [self._content(record).loss if self._content(record).sound else math.nan]

@@ -239,7 +239,7 @@ class SimulatedCoordinator:
         runner = SimulatedCheckRunner(self)
         drive(
             self.world.queue,
-            decide.run_checks(check.record, check.parent_loss, self.world.manifest, runner, self.clock),
+            decide.run_checks(check.record, check.parent, self.world.manifest, runner, self.clock),
             done,
         )
 

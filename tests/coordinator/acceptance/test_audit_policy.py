@@ -18,7 +18,6 @@ from lutetia.coordinator.acceptance.messages import (
     LedgerFacts,
     LimitsKnown,
     PublishReset,
-    StartCheck,
 )
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.admin.create import create_run
@@ -268,7 +267,7 @@ def test_a_check_from_before_a_rollback_changes_nothing():
     driver.accept(CHEAT)
     late = make_record(driver.manifest, HONEST, 0, 2, driver.state.run.shards[0].accepted)
     driver.offer(late)
-    assert driver.checks[-1] == StartCheck(late, 0.4)
+    assert driver.checks[-1].record == late
     driver.finish_audit("invalid")
     before = driver.state
     assert driver.send(CheckDone(late, Verdict("valid", "holdout", "", 0.3, 0.4), driver.now)) == ()

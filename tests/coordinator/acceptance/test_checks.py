@@ -8,12 +8,13 @@ from typing import get_args
 import pytest
 
 from lutetia.coordinator.acceptance.checks import ACCEPTANCE_CHECKS, CheckFailed, CheckRunner, run_checks
+from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.transition import JudgeChanges, JudgeState
 from lutetia.coordinator.ledger import run_state
 from lutetia.coordinator.ledger.events import CheckCost
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CHECK_NAMES, CheckName
 from tests.coordinator.acceptance.judge_driver import PEERS, START, make_manifest, make_record
 
@@ -38,22 +39,22 @@ class ScriptedChecks(CheckRunner):
     async def inspect(self, record: CheckpointRecord) -> None:
         self._run("format", "numbers")
 
-    async def baseline(self, shard: int) -> float:
+    async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         self._run()
-        return 1.0
+        return [1.0, 1.0]
 
-    async def loss(self, record: CheckpointRecord) -> float:
+    async def losses(self, record: CheckpointRecord) -> Losses:
         self._run()
-        return 9.0 if self.failed == "holdout" else 0.5
+        return [9.0, 9.0] if self.failed == "holdout" else [0.5, 0.5]
 
-    async def raw_loss(self, record: CheckpointRecord) -> float:
+    async def raw_losses(self, record: CheckpointRecord) -> Losses:
         self._run()
-        return 9.0 if self.failed == "raw" else 0.5
+        return [9.0, 9.0] if self.failed == "raw" else [0.5, 0.5]
 
 
-async def verdict_of(runner: ScriptedChecks, parent_loss: float | None = 1.0):
+async def verdict_of(runner: ScriptedChecks):
     manifest = make_manifest()
-    return await run_checks(make_record(manifest, PEERS[0]), parent_loss, manifest, runner, runner.clock)
+    return await run_checks(make_record(manifest, PEERS[0]), None, manifest, runner, runner.clock)
 
 
 def test_the_list_has_every_check_in_the_order_of_the_names():
@@ -68,8 +69,9 @@ def test_checks_are_listed_cheapest_first():
 
 
 async def test_a_result_that_passes_has_run_every_check():
-    verdict = await verdict_of(ScriptedChecks(), parent_loss=None)
+    verdict = await verdict_of(ScriptedChecks())
     assert (verdict.outcome, verdict.loss, verdict.parent_loss) == ("valid", 0.5, 1.0)
+    assert verdict.rules == 1
     assert [cost.check for cost in verdict.costs] == ["transfer", "numbers", "holdout", "holdout", "raw"]
     assert [(cost.outcome, cost.seconds) for cost in verdict.costs] == [("valid", 1.0)] * 5
 

@@ -48,7 +48,7 @@ def test_the_next_epoch_must_have_the_accepted_parent():
     assert (reply.verdict, reply.check) == ("invalid", "lineage")
     assert "its parent is 0000" in reply.text
     assert driver.offer(early).verdict == "queued"
-    assert driver.checks[-1] == StartCheck(early, 0.4), "compared with the accepted parent"
+    assert driver.checks[-1] == StartCheck(early, driver.state.run.shards[0].acceptance), "compared with the accepted parent"
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ class Runner(NetworkCheckRunner):
             self.incoming.add_bytes(f"{name} of epoch {record.epoch}".encode() * 3)
     async def inspect(self, record):
         pass
-    async def baseline(self, shard):
-        return 0.5
-    async def loss(self, record):
-        return 0.4
-    async def raw_loss(self, record):
-        return 0.4
+    async def parent_losses(self, record, parent):
+        return [0.5]
+    async def losses(self, record):
+        return [0.4]
+    async def raw_losses(self, record):
+        return [0.4]
     async def replay(self, audit):
         await asyncio.Event().wait()
 

@@ -10,6 +10,7 @@ import pytest
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import CheckFailed, Limits, Replayed, Verdict
+from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.messages import Offered, StartAudit
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.events import MixtureStitched, RouterTrained
@@ -56,9 +57,9 @@ def test_old_training_states_are_removed_and_weights_kept(tmp_path: Path):
 
 @dataclass
 class ScriptedCheckIO:
-    """Checks whose outcome the test sets; `losses` by epoch."""
+    """Checks whose outcome the test sets; losses by epoch."""
 
-    losses: dict[int, float] = field(default_factory=dict)
+    losses_of: dict[int, float] = field(default_factory=dict)
     raw: dict[int, float] = field(default_factory=dict)
     trouble: dict[str, CheckFailed] = field(default_factory=dict)
     kept: list[CheckpointRecord] = field(default_factory=list)
@@ -73,19 +74,19 @@ class ScriptedCheckIO:
 
     async def inspect(self, record: CheckpointRecord) -> None: ...
 
-    async def baseline(self, shard: int) -> float:
-        return 1.0
+    async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
+        return [1.0] * 8
 
-    async def loss(self, record: CheckpointRecord) -> float:
-        return self.losses.get(record.epoch, 0.9)
+    async def losses(self, record: CheckpointRecord) -> Losses:
+        return [self.losses_of.get(record.epoch, 0.9)] * 8
 
     async def replay(self, audit: StartAudit) -> Replayed:
         return Replayed(AuditFinding(outcome="valid"), 0.1)
 
     def forget(self, run: RunState) -> None: ...
 
-    async def raw_loss(self, record: CheckpointRecord) -> float:
-        return self.raw.get(record.epoch, 0.95)
+    async def raw_losses(self, record: CheckpointRecord) -> Losses:
+        return [self.raw.get(record.epoch, 0.95)] * 8
 
     def still_whole(self, record: CheckpointRecord) -> Verdict | None:
         return None
@@ -138,7 +139,7 @@ async def test_judge_loop_writes_the_ledger_before_it_publishes(tmp_path: Path):
 
 @pytest.mark.parametrize("loss", [1.11, float("nan"), float("inf")])
 async def test_worse_or_undefined_loss_is_invalid(tmp_path: Path, loss: float):
-    check_io = ScriptedCheckIO(losses={1: loss})
+    check_io = ScriptedCheckIO(losses_of={1: loss})
     ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert published == []
     assert [(refusal.check, refusal.verdict) for refusal in ledger.state.refusals] == [("holdout", "invalid")]
@@ -162,7 +163,7 @@ async def test_poisoned_raw_parameters_are_invalid(tmp_path: Path, raw: float):
 
 
 async def test_loss_within_the_tolerance_is_accepted(tmp_path: Path):
-    check_io = ScriptedCheckIO(losses={1: 1.09})
+    check_io = ScriptedCheckIO(losses_of={1: 1.09})
     ledger, published = await judged(tmp_path, check_io, [make_record(make_manifest(holdout_tolerance=0.1), PEERS[0])], 1)
     assert [acceptance.epoch for acceptance in published] == [1]
     ledger.close()
