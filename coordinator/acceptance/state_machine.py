@@ -191,6 +191,8 @@ class _ResultTransition(JudgeTransition):
         shard = self.run.shards[record.shard]
         if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
+        if verdict.outcome == "invalid" and verdict.rules is not None and verdict.rules < self.run.manifest_version:
+            return  # refused under rules that were replaced meanwhile: it is checked again
         if verdict.outcome != "valid":
             self._dismiss(record, verdict)
         elif not audits_lag(self.run, record.shard, record.epoch):

@@ -130,13 +130,22 @@ def _created(state: RunState, event: RunCreated) -> Changes:
 
 
 def _published(state: RunState, event: ManifestPublished) -> Changes:
-    """A raised budget reopens a finished run."""
+    """A raised budget reopens a finished run. Refusals were made under the older rules, so they no longer answer an offer."""
     epochs = event.epochs or state.epochs
     budgets = state.budgets if epochs == state.epochs else (epochs, *state.budgets)[:BUDGETS]
     return {
         "budgets": budgets, "manifest_version": event.version, "manifest": event.digest, "epochs": epochs,
         "coordinator": event.coordinator or state.coordinator, "finished": state.finished and epochs <= state.epochs,
+        "shards": _without_refusals(state.shards) if event.version > state.manifest_version else state.shards,
     }  # fmt: skip
+
+
+def _without_refusals(shards: PersistentMap[int, ShardLedger]) -> PersistentMap[int, ShardLedger]:
+    for index, shard in tuple(shards.items()):
+        kept = {key: verdict for key, verdict in shard.judged.items() if not isinstance(verdict, ResultRefused)}
+        if len(kept) < len(shard.judged):
+            shards = shards.set(index, shard.updated(judged=kept))
+    return shards
 
 
 def _seen(state: RunState, event: ResultSeen) -> Changes:

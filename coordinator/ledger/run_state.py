@@ -128,7 +128,7 @@ class ShardLedger:
     candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
     """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)
-    """Final verdicts on results for the epoch after `epoch`."""
+    """Final verdicts on results for the epoch after `epoch`; refusals only those under the newest manifest."""
 
     def updated(self, **changes: Unpack[ShardChanges]) -> ShardLedger:
         return replace(self, **changes)

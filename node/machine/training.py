@@ -86,7 +86,11 @@ def _trainer_failed(transition: NodeTransition, reason: Exit, text: str) -> None
 
 
 def manifest_changed(transition: NodeTransition, training: bool) -> None:
-    """A running trainer ends its epoch under the old manifest. If `training` changed, a new trainer takes the next epoch."""
+    """A running trainer ends its epoch under the old manifest. If `training` changed, a new trainer takes the next epoch.
+
+    Refusals of earlier versions count no more, and no shard is avoided for them: the new rules may be the owner's remedy.
+    """
+    transition.set(rejections={}, avoided_until={})
     work = transition.state.work
     if work and training and work.trainer == "on":
         transition.set_work(handover_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)

@@ -86,3 +86,17 @@ def test_lowered_budget_ends_the_work():
     assert machine.state.phase == "idle"
     assert machine.state.work is None
     assert claimed(0, ME, machine.now).live(machine.now) == []
+
+
+def test_newer_rules_end_the_avoidance_of_a_shard():
+    """The owner's remedy reaches a node that gave the shard up after refusals."""
+    machine = MachineDriver().training()
+    for _ in range(RULES.rejection_limit):
+        machine.checkpoint(1, None)
+        machine.feed(m.OfferAnswered(machine.now, "d1", "invalid", "held-out loss is worse"))
+        machine.feed(m.SyncDone(machine.now, 0, 0, None))
+    assert machine.state.avoided_until[0] > machine.now
+    machine.feed(m.ManifestChanged(machine.now, 2, False))
+    assert not machine.state.avoided_until
+    assert not machine.state.rejections
+    assert machine.state.look_at <= machine.now + RULES.heartbeat
