@@ -23,9 +23,11 @@ from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.backend import connect_transport
 from lutetia.protocol.transport.base import Transport
-from lutetia.system.errors import AuthorisationError, BootstrapError
+from lutetia.protocol.transport.reachability import policy_of
+from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError
 from lutetia.system.files import sweep_parts
 
 _log = logging.getLogger(__name__)
@@ -41,11 +43,12 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
     Raises UnreachableError when the port is taken.
     """
     endpoint = folder.read_endpoint()
+    policy = await policy_of(_own_addresses(folder, settings))
 
     async def join(bootstrap: Sequence[str]) -> Transport:
         return await connect_transport(
             identity, listen=settings.listen or endpoint.listen, check=record_check(live, time.time), bootstrap=bootstrap,
-            announce=settings.announce or endpoint.announce, state_folder=folder.network,
+            announce=settings.announce or endpoint.announce, state_folder=folder.network, policy=policy,
         )  # fmt: skip
 
     try:
@@ -53,6 +56,14 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
     except BootstrapError as error:
         _log.info("no peer from before answered; starting alone: %s", error)
         return await join(())
+
+
+def _own_addresses(folder: RunFolder, settings: ServeSettings) -> list[str]:
+    """Where volunteers dial this coordinator. They show in which networks the run lives."""
+    endpoint = folder.read_endpoint()
+    with contextlib.suppress(OSError, ConfigError):
+        return [*settings.announce, *Ticket.decode(folder.ticket.read_text()).addresses]
+    return [*(settings.announce or endpoint.announce), settings.listen or endpoint.listen]
 
 
 async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:

@@ -247,7 +247,9 @@ class Service:
     async def _remember_peers(self) -> None:
         if nodes := self._nodes():
             peerstore = Peerstore(self.folder.peers)
-            await asyncio.to_thread(peerstore.remember_nodes, nodes, except_peer=self.transport.peer_id)
+            with contextlib.suppress(ConnectionError):
+                connected = await self.transport.connections()
+                await asyncio.to_thread(peerstore.remember_nodes, nodes, connected, except_peer=self.transport.peer_id)
 
     async def _check_network_process(self) -> None:
         """The coordinator is useless without its network process: end, so that the service manager starts it again."""

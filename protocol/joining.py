@@ -32,7 +32,7 @@ from lutetia.protocol.schema.records import NodeRecord, node_key, node_keys, rea
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.backend import start_transport
 from lutetia.protocol.transport.base import StartTransport, Transport
-from lutetia.protocol.transport.reachability import bootstrap_failure
+from lutetia.protocol.transport.reachability import bootstrap_failure, policy_of
 from lutetia.system.errors import BootstrapError, ConfigError, IdentityError, LutetiaError
 from lutetia.system.files import write_atomic
 
@@ -146,7 +146,9 @@ def coordinator_addresses(manifest: Manifest, ticket: Ticket) -> dict[str, tuple
 async def _dial(transport: Transport, ticket: Ticket, cache: Peerstore, known: SignedManifest | None) -> list[str]:
     """The addresses that answer. Raises BootstrapError."""
     rotated = [a for addresses in coordinator_addresses(known.manifest, ticket).values() for a in addresses] if known else []
-    wanted = [a for a in dict.fromkeys([*ticket.addresses, *rotated, *cache.load()]) if _peer_of(a) != transport.peer_id]
+    trusted, cached = dict.fromkeys([*ticket.addresses, *rotated]), cache.load()
+    transport.limit_dials(await policy_of(trusted))
+    wanted = [address for address in dict.fromkeys([*trusted, *cached]) if _peer_of(address) != transport.peer_id]
     if not wanted:
         raise BootstrapError("every address of the ticket is this peer's own; join with an identity other than the coordinator's")
     refused = await transport.dial_each(wanted)
@@ -155,6 +157,7 @@ async def _dial(transport: Transport, ticket: Ticket, cache: Peerstore, known: S
         log.info("cannot reach %s: %s", address, reason)
     if not reachable:
         raise BootstrapError(bootstrap_failure(refused))
+    cache.remember([], gone=refused.keys())
     if all(address in refused for address in ticket.addresses):
         log.warning("no address of the ticket answers; joining through %d peers met before", len(reachable))
     return reachable
@@ -264,10 +267,10 @@ async def _refuse_double(transport: Transport, identity: Identity, run: str) -> 
 
 
 async def remember_nodes(transport: Transport, run: str, cache: Peerstore) -> None:
-    """Save the addresses of the nodes that are online now, for a later join without the ticket's bootstrap peers."""
+    """Save the addresses of the nodes that this peer is connected to, for a later join without the ticket's bootstrap peers."""
     stored_by_key = await asyncio.gather(*(transport.get(key) for key in node_keys(run)))
     records = [read_envelope(stored.value) for values in stored_by_key for stored in values.values()]
-    cache.remember_nodes(records, except_peer=transport.peer_id)
+    cache.remember_nodes(records, await transport.connections(), except_peer=transport.peer_id)
 
 
 def _peer_of(address: str) -> str:

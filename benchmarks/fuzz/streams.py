@@ -60,6 +60,9 @@ class Player(Transport):
     def addresses(self) -> list[str]:
         return []
 
+    async def connections(self) -> dict[str, str]:
+        return {}
+
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
         return {}
 

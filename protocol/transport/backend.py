@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import RecordCheck, Transport
+from lutetia.protocol.transport.dial_policy import DialPolicy
 
 
 async def start_transport(identity: Identity, *, listen: str, state_folder: Path, announce: Sequence[str] = ()) -> Transport:
@@ -24,13 +25,16 @@ async def connect_transport(
     check: RecordCheck,
     bootstrap: Sequence[str] = (),
     announce: Sequence[str] = (),
+    policy: DialPolicy | None = None,
 ) -> Transport:
     """Start the backend and enter its DHT, for a peer that knows the run's record check from the start.
+
+    `policy` limits what it dials; None follows from `listen`.
 
     Raises what `base.StartTransport` and `Transport.enter_dht` raise.
     """
     from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 
     return await connect_hivemind(
-        identity, listen=listen, bootstrap=bootstrap, check=check, announce=announce, state_folder=state_folder
+        identity, listen=listen, bootstrap=bootstrap, check=check, announce=announce, state_folder=state_folder, policy=policy
     )  # fmt: skip

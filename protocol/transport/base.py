@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.dial_policy import DialPolicy
 
 DIAL_TIMEOUT = 8.0
 """Seconds after which a peer that does not accept a stream counts as unreachable."""
@@ -78,6 +79,10 @@ class Transport(ABC):
 
     peer_id: str
 
+    def limit_dials(self, policy: DialPolicy) -> None:
+        """Dial only where `policy` allows from now on. A backend without addresses has nothing to limit."""
+        return None
+
     @abstractmethod
     def now(self) -> float:
         """The peer's clock in Unix seconds (virtual in tests)."""
@@ -87,8 +92,12 @@ class Transport(ABC):
         """Multiaddrs with peer id at which others can dial this peer."""
 
     @abstractmethod
+    async def connections(self) -> dict[str, str]:
+        """The multiaddr, without peer id, of each peer that is connected now, by peer id. "" where it is not known."""
+
+    @abstractmethod
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
-        """Dial all `addresses` at once. Returns the reason for each one that failed.
+        """Dial those of `addresses` that the dial policy allows at once. Returns the reason for each one that failed.
 
         After the first success the others get a second more; those that have not answered by then count as failed.
         """
@@ -114,7 +123,11 @@ class Transport(ABC):
 
     @abstractmethod
     async def open_stream(self, peer_id: str, protocol: str, addresses: Sequence[str] = ()) -> Stream:
-        """Open a stream to `peer_id`, dialling `addresses` if it is not connected. Raises ConnectionError."""
+        """Open a stream to `peer_id`, dialling `addresses` if it is not connected.
+
+        Raises ConnectionError. Its text says no more than that the peer is not reached, unless the ticket names `addresses`:
+        what a dial finds out about a network that a record names must not be published.
+        """
 
     @abstractmethod
     async def serve(self, protocol: str, handler: Handler) -> None:

@@ -101,6 +101,11 @@ class MemoryNetwork:
     def find(self, peer_id: str) -> MemoryTransport | None:
         return self._peers.get(peer_id)
 
+    def places(self, source: str) -> dict[str, str]:
+        """The address of each peer that `source` can dial, without peer id."""
+        others = {name: peer for name, peer in self._peers.items() if name != source and self.reachable(source, name)}
+        return {name: peer.addresses()[0].partition("/p2p/")[0] for name, peer in others.items()}
+
     def reachable(self, source: str, target: str) -> bool:
         """Whether `source` can dial `target`."""
         return target in self._peers and self.together(source, target) and (source, target) not in self._blocked

@@ -47,6 +47,10 @@ class MemoryTransport(Transport):
     def alive(self) -> bool:
         return self._alive
 
+    async def connections(self) -> dict[str, str]:
+        """All peers that can be dialled: this network has no connections."""
+        return self._network.places(self.peer_id)
+
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
         """Each address is dialled by its peer id: hosts and ports are not looked at."""
         self._require_alive()

@@ -209,21 +209,31 @@ def test_the_peerstore_keeps_the_newest_and_survives_damage(tmp_path: Path) -> N
     cache = Peerstore(tmp_path / "peers.json")
     assert cache.load() == []
     addresses = [
-        f"/ip4/127.0.0.1/tcp/{number}/p2p/{Identity.derived(str(number)).peer_id}" for number in range(1, MAX_PEERS + 11)
+        f"/ip4/192.0.2.{number}/tcp/1/p2p/{Identity.derived(str(number)).peer_id}" for number in range(1, MAX_PEERS + 11)
     ]
     for start in range(0, len(addresses), 10):
         cache.remember(addresses[start : start + 10])
     assert len(cache.load()) == MAX_PEERS
     assert cache.load()[:4] == addresses[70:74]
     assert addresses[0] not in cache.load()
+    cache.remember([], gone=addresses[70:72])
+    assert cache.load()[:2] == addresses[72:74]
     cache.path.write_text('["nonsense"]')
     assert cache.load() == []
-    node = records()["node"]
+
+
+def test_the_peerstore_takes_only_peers_that_were_spoken_to(tmp_path: Path) -> None:
+    cache, node = Peerstore(tmp_path / "peers.json"), records()["node"]
     assert isinstance(node, NodeRecord)
-    cache.remember_nodes([node, node.model_copy(update={"state": "left"}), records()["claim"]], except_peer=STRANGER.peer_id)
-    assert cache.load() == list(node.addresses)
-    cache.remember_nodes([records(STRANGER)["node"]], except_peer=STRANGER.peer_id)
-    assert cache.load() == list(node.addresses)
+    cache.remember_nodes([node], {})
+    assert cache.load() == []
+    gone, own = node.model_copy(update={"state": "left"}), records(STRANGER)["node"]
+    met = {node.peer_id: "/ip4/127.0.0.1/tcp/9", STRANGER.peer_id: "/ip4/127.0.0.1/tcp/8"}
+    cache.remember_nodes([gone, own, records()["claim"]], met, except_peer=STRANGER.peer_id)
+    assert cache.load() == []
+    many = node.model_copy(update={"addresses": tuple(f"/ip4/10.0.0.{n}/tcp/1/p2p/{node.peer_id}" for n in range(8))})
+    cache.remember_nodes([many], met)
+    assert cache.load() == [f"/ip4/127.0.0.1/tcp/9/p2p/{node.peer_id}", many.addresses[0]]
 
 
 def test_gathering_does_not_wait_for_slow_calls() -> None:

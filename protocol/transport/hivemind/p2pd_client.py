@@ -66,14 +66,24 @@ class P2pdClient:
         response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
         return outside_addresses([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
 
-    async def connected(self) -> list[str]:
-        """The ids of all peers with a live connection."""
-        return list(await self.origins())
+    async def connections(self) -> dict[str, str]:
+        """The address of each connected peer as p2pd sees it, by peer id: a direct one where there is one. "" if unknown."""
+        response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
+        seen: dict[str, str] = {}
+        for peer in response.peers:
+            peer_id, address = PeerID(peer.id).to_base58(), _address_text(peer.addrs[0]) if peer.addrs else ""
+            if peer_id not in seen or "/p2p-circuit" in seen[peer_id]:
+                seen[peer_id] = address
+        return seen
 
     async def origins(self) -> dict[str, str]:
         """The origin of each connected peer's address (see `network_origin.origin_of`), by peer id."""
-        response = await self._ask(messages.Request(type=messages.Request.LIST_PEERS))
-        return {PeerID(peer.id).to_base58(): _origin(peer.addrs[0]) if peer.addrs else "" for peer in response.peers}
+        return {peer_id: origin_of(address) for peer_id, address in (await self.connections()).items()}
+
+    async def disconnect(self, peer_id: str) -> None:
+        """Close all connections to a peer."""
+        request = messages.DisconnectRequest(peer=_peer_bytes(peer_id))
+        await self._ask(messages.Request(type=messages.Request.DISCONNECT, disconnect=request))
 
     async def connect(self, peer_id: str, addresses: Sequence[str] = (), seconds: float = DIAL_TIMEOUT) -> None:
         """Connect to `peer_id` at `addresses`, or at those that p2pd knows. Raises ConnectionError with p2pd's reason."""
@@ -131,7 +141,7 @@ class P2pdClient:
             wire.close()
             return
         handler = self._handlers.get(info.proto)
-        stream = P2pdStream(PeerID(info.peer).to_base58(), wire, _origin(info.addr))
+        stream = P2pdStream(PeerID(info.peer).to_base58(), wire, origin_of(_address_text(info.addr)))
         if handler is None or not self._tasks.start(info.proto, handler, stream):
             wire.close()
 
@@ -160,9 +170,9 @@ def _peer_bytes(peer_id: str) -> bytes:
         raise ConnectionError(f"{peer_id} is not a peer id") from error
 
 
-def _origin(packed: bytes) -> str:
+def _address_text(packed: bytes) -> str:
     try:
-        return origin_of(str(Multiaddr(packed)))
+        return str(Multiaddr(packed))
     except ValueError:
         return ""
 

@@ -10,12 +10,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from lutetia.protocol.async_helpers import gather_quickly
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.transport.base import DIAL_TIMEOUT, Handler, RecordCheck, StoredValue, Stream, Transport
+from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, Stream, Transport
+from lutetia.protocol.transport.dial_policy import DialPolicy
 from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
+from lutetia.protocol.transport.hivemind.dialer import Dialer
 from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
-from lutetia.protocol.transport.reachability import answers, bootstrap_failure, why_unreachable
+from lutetia.protocol.transport.reachability import answers, bootstrap_failure
 from lutetia.system.errors import BootstrapError
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ _PINGS_PER_ROUND = 3
 class HivemindTransport(Transport):
     """One peer over libp2p. Made by `connect_hivemind`, or by `start` where the record check is known only later."""
 
-    def __init__(self, daemon: P2pdProcess, addresses: list[str], state_folder: Path) -> None:
+    def __init__(self, daemon: P2pdProcess, addresses: list[str], state_folder: Path, policy: DialPolicy) -> None:
         self.peer_id = daemon.control.peer_id
         self._daemon, self._addresses, self._state_folder = daemon, addresses, state_folder
+        self._dialer = Dialer(daemon.control, policy)
         self._dht: HivemindDht | None = None
         self._bootstrap: tuple[str, ...] = ()
         self._periodic: list[asyncio.Task[None]] = []
@@ -47,11 +49,12 @@ class HivemindTransport(Transport):
     ) -> HivemindTransport:
         """Start p2pd: streams work, the DHT does not yet. See `StartTransport` for arguments and errors.
 
-        `reach` None chooses by `listen`: on loopback nothing outside is asked.
+        `reach` None chooses by `listen`: on loopback nothing outside is asked. Until `limit_dials` is called, the dial policy
+        follows from `listen`, too.
         """
         daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce)
         try:
-            return cls(daemon, await daemon.control.addresses(), state_folder)
+            return cls(daemon, await daemon.control.addresses(), state_folder, DialPolicy.of([listen]))
         except BaseException:
             await daemon.close()
             raise
@@ -63,18 +66,25 @@ class HivemindTransport(Transport):
             refused = await self.dial_each(self._bootstrap)
             if len(refused) == len(self._bootstrap):
                 raise BootstrapError(bootstrap_failure(refused))
+            self._bootstrap = tuple(a for a in self._bootstrap if a not in refused or self._dialer.trusts([a]))
             await self._meet_all({_peer_of(address) for address in self._bootstrap if address not in refused})
             await self._dht.look_around()
         self.every(MAINTENANCE_PERIOD, self._maintain)
 
+    def limit_dials(self, policy: DialPolicy) -> None:
+        self._dialer.policy = policy
+
+    async def connections(self) -> dict[str, str]:
+        self._require_alive()
+        return await self._daemon.control.connections()
+
     async def dial_each(self, addresses: Sequence[str]) -> dict[str, str]:
-        reasons = await gather_quickly([self._dial(address) for address in addresses], lambda reason: reason == "")
-        given = ("no answer yet" if reason is None else reason for reason in reasons)
-        return {address: reason for address, reason in zip(addresses, given, strict=True) if reason}
+        return await self._dialer.dial_each(addresses)
 
     async def find_double(self, addresses: Sequence[str]) -> str | None:
-        there = await asyncio.gather(*map(answers, addresses))
-        suspects = [address for address, answered in zip(addresses, there, strict=True) if answered]
+        allowed = [address for address in addresses if self._dialer.policy.allows(address)]
+        there = await asyncio.gather(*map(answers, allowed))
+        suspects = [address for address, answered in zip(allowed, there, strict=True) if answered]
         return suspects[0] if suspects and await self._proves_our_key(suspects) else None
 
     def now(self) -> float:
@@ -103,9 +113,14 @@ class HivemindTransport(Transport):
 
     async def open_stream(self, peer_id: str, protocol: str, addresses: Sequence[str] = ()) -> Stream:
         self._require_alive()
-        if addresses:
-            await self._daemon.control.connect(peer_id, addresses)
-        return await self._daemon.control.open_stream(peer_id, protocol)
+        try:
+            await self._dialer.reach(peer_id, addresses)
+            return await self._daemon.control.open_stream(peer_id, protocol)
+        except ConnectionError as error:
+            if self._dialer.trusts(addresses):
+                raise
+            log.info("no stream %s to peer %s: %s", protocol, peer_id, error)
+            raise ConnectionError(f"peer …{peer_id[-8:]} does not answer {protocol}") from None
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         self._require_alive()
@@ -126,14 +141,6 @@ class HivemindTransport(Transport):
     async def neighbours(self) -> list[str]:
         """Peer ids in the DHT's routing table, for benchmarks and tests."""
         return self._require_dht().neighbours()
-
-    async def _dial(self, address: str) -> str:
-        """Connect to one address. Returns the reason why it failed, or ""."""
-        try:
-            await self._daemon.control.connect(_peer_of(address), [address], DIAL_TIMEOUT)
-        except OSError as error:
-            return await why_unreachable(address, str(error))
-        return ""
 
     async def _proves_our_key(self, addresses: Sequence[str]) -> bool:
         """Dial under a new identity: libp2p's handshake succeeds only if the other side holds the key of our peer id."""
@@ -169,12 +176,9 @@ class HivemindTransport(Transport):
             if not await dht.meet(peer_id):
                 log.info("neighbour %s is gone", peer_id)
         lost = [address for address in self._bootstrap if _peer_of(address) not in dht.neighbours()]
-        if lost:
-            refused = await self.dial_each(lost)
-            back = {_peer_of(address) for address in lost if address not in refused}
-            if back:
-                await self._meet_all(back)
-                await dht.look_around()
+        if back := {_peer_of(address) for address in await self._dialer.redial(lost)}:
+            await self._meet_all(back)
+            await dht.look_around()
         self._addresses = await self._daemon.control.addresses()
 
     def _require_alive(self) -> None:
@@ -197,14 +201,18 @@ async def connect_hivemind(
     announce: Sequence[str] = (),
     state_folder: Path,
     reach: Reachability | None = None,
+    policy: DialPolicy | None = None,
 ) -> HivemindTransport:
     """Start a peer and enter the DHT; with no `bootstrap` it is alone until others come.
 
-    Arguments and errors are those of `HivemindTransport.start` and `Transport.enter_dht`.
+    `policy` limits what it dials; None follows from `listen`. Other arguments and errors are those of `HivemindTransport.start`
+    and `Transport.enter_dht`.
     """
     transport = await HivemindTransport.start(
         identity, listen=listen, state_folder=state_folder, announce=announce, reach=reach
     )  # fmt: skip
+    if policy is not None:
+        transport.limit_dials(policy)
     try:
         await transport.enter_dht(check, bootstrap)
     except BaseException:

@@ -1,0 +1,131 @@
+"""Records that name addresses of third parties: who dials them, how often, and what is said of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz import examples
+from lutetia.protocol.blobs.download import Provider, fetch_blob
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.joining import PEERS_FILE, enter_swarm
+from lutetia.protocol.peerstore import Peerstore
+from lutetia.protocol.rpc.introduction import serve_introduction
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, SignedManifest
+from lutetia.protocol.schema.records import Hardware, NodeRecord, seal
+from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.dial_policy import FAILING_PER_HOST, DialPolicy
+from lutetia.protocol.transport.hivemind.transport import HivemindTransport
+from lutetia.system.errors import UnreachableError
+from tests.attacks.hivemind_swarm import LOOPBACK, manifest_of_now, network
+
+JOINER = Identity.derived("joiner")
+NOWHERE = BlobRef(digest="7" * 64, size=1000)
+
+
+@asynccontextmanager
+async def third_party(count: int) -> AsyncIterator[tuple[list[int], list[int]]]:
+    """Yields the ports of a listener that speaks SSH, and the list of the ports that were dialled so far."""
+    dialled: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dialled.append(writer.get_extra_info("sockname")[1])
+        writer.write(b"SSH-2.0-OpenSSH_9.9\r\n")
+        writer.close()
+
+    servers = [await asyncio.start_server(answer, "127.0.0.99", 0) for _ in range(count)]
+    try:
+        yield [server.sockets[0].getsockname()[1] for server in servers], dialled
+    finally:
+        for server in servers:
+            server.close()
+
+
+def made_up_node(run: Manifest, name: str, ports: list[int]) -> tuple[Identity, NodeRecord]:
+    who = Identity.derived(name)
+    addresses = tuple(f"/ip4/127.0.0.99/tcp/{port}/p2p/{who.peer_id}" for port in ports)
+    record = NodeRecord(
+        run=run.run_id, owner=who.public_key, issued=time.time(), peer_id=who.peer_id, addresses=addresses,
+        hardware=Hardware(device="cpu", memory_bytes=1, cores=1), samples_per_second=1.0, software="0.1.0", state="idle",
+    )  # fmt: skip
+    return who, record
+
+
+async def publish_made_up_nodes(liar: HivemindTransport, run: Manifest, ports: list[int], count: int) -> list[NodeRecord]:
+    nodes = [made_up_node(run, f"reflected {number}", ports) for number in range(count)]
+    for who, record in nodes:
+        expires = time.time() + 30
+        assert await liar.store(record.key(), who.public_key, seal(record, who, expires), expires)
+    return [record for _, record in nodes]
+
+
+async def test_made_up_nodes_make_nobody_dial_a_third_party(tmp_path: Path) -> None:
+    """32 node records name eight ports of a third party. A peer that joins, and joins again, dials none of them."""
+    run = manifest_of_now()
+    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+        coordinator = await start("coordinator")
+        await serve_introduction(coordinator, lambda: SignedManifest.sign(run, examples.OWNER))
+        liar = await start("liar", bootstrap=coordinator.addresses(), host="127.0.0.2")
+        await publish_made_up_nodes(liar, run, ports, 32)
+        ticket = Ticket(run=run.run_id, owner=run.owner, addresses=tuple(coordinator.addresses()))
+        for _ in range(2):
+            joined, _ = await enter_swarm(JOINER, ticket, listen=LOOPBACK, state_folder=tmp_path / "joiner")
+            await joined._maintain()  # type: ignore[attr-defined]  # as it does every 20 seconds
+            await joined.close()
+        assert dialled == []
+        assert not [address for address in Peerstore(tmp_path / "joiner" / PEERS_FILE).load() if "127.0.0.99" in address]
+
+
+async def test_addresses_that_never_answer_are_dialled_a_few_times(tmp_path: Path) -> None:
+    """A peer is made to call 32 made-up nodes, twice over: four addresses of their host are dialled, once each."""
+    run = manifest_of_now()
+    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+        caller = await start("caller")
+        for _ in range(2):
+            for number in range(32):
+                who, record = made_up_node(run, f"reflected {number}", ports[number % 8 :][:1])
+                with pytest.raises(ConnectionError):
+                    await caller.open_stream(who.peer_id, "/lutetia/hello/1", record.addresses)
+        assert len(dialled) == FAILING_PER_HOST
+        poison = made_up_node(run, "cached", ports)[1].addresses
+        refused = await caller.dial_each(poison)
+        assert set(refused.values()) == {"no answer a moment ago"}
+
+
+async def test_a_public_run_scans_no_private_network(tmp_path: Path) -> None:
+    """Providers name open, closed and foreign ports of this machine: nothing is dialled, and all failures read alike."""
+    run, who = manifest_of_now(), Identity.derived("scanner")
+    async with network(tmp_path, run) as start, third_party(1) as ((ssh,), dialled):
+        reader = await start("reader")
+        reader.limit_dials(DialPolicy.of(["/ip4/8.8.4.4/tcp/4001/p2p/x"]))
+        said = set[str]()
+        for host, port in (("ip4/127.0.0.99", ssh), ("ip4/127.0.0.99", 9), ("dns4/localhost", ssh), ("ip4/192.168.0.1", 80)):
+            provider = Provider(who.peer_id, (f"/{host}/tcp/{port}/p2p/{who.peer_id}",))
+            with pytest.raises(UnreachableError) as caught:
+                await fetch_blob(reader, BlobStore(tmp_path / "blobs"), NOWHERE, [provider])
+            said.add(str(caught.value))
+        assert dialled == []
+        assert len(said) == 1
+
+
+async def test_what_a_dial_finds_out_is_not_published(tmp_path: Path) -> None:
+    """Also in a run of this network: an open port, a closed one and another protocol give the same text."""
+    run = manifest_of_now()
+    async with network(tmp_path, run) as start, third_party(1) as ((ssh,), dialled):
+        reader, said = await start("reader"), set[str]()
+        who = Identity.derived("scanner")
+        for host, port in (("127.0.0.99", ssh), ("127.0.0.98", 9)):
+            provider = Provider(who.peer_id, (f"/ip4/{host}/tcp/{port}/p2p/{who.peer_id}",))
+            with pytest.raises(UnreachableError) as caught:
+                await fetch_blob(reader, BlobStore(tmp_path / "blobs"), NOWHERE, [provider])
+            said.add(str(caught.value))
+        assert len(dialled) == 1
+        assert len(said) == 1
+        (text,) = said
+        assert not any(word in text for word in ("refused", "negotiate", "127.0.0", str(ssh)))
