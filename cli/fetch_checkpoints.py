@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,13 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.protocol.schema.ticket import Ticket
+from lutetia.protocol.transport.reachability import policy_of
 from lutetia.system.errors import UnreachableError
 from lutetia.system.files import replace_folder
 
 _MARK = "manifest.json"
+_MOST_HOLDERS = 4
+"""Addresses of holders that are asked before the ticket's own: holders are named by records, which may lie."""
 _MOST_ADDRESSES = 16  # of a ticket
 
 
@@ -49,6 +53,7 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
         raise UnreachableError(
             f"that peer knows no accepted checkpoint of run {ticket.run[:12]}; ask another peer, or try again later"
         )
+    policy = asyncio.run(policy_of(ticket.addresses))
     total = sum(given.weights.size + given.state.size for given, _ in accepted)
     before = 0
     with workspace(out) as work:
@@ -57,7 +62,8 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
         for given, holders in accepted:
             shard = folder / f"shard-{given.shard:04d}"
             shard.mkdir()
-            places = tuple(dict.fromkeys((*holders, *ticket.addresses)))[:_MOST_ADDRESSES]
+            named = [address for address in holders if policy.allows(address)][:_MOST_HOLDERS]
+            places = tuple(dict.fromkeys((*named, *ticket.addresses)))[:_MOST_ADDRESSES]
             files = {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
             start = before
             fetch_blobs(

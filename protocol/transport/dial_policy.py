@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -122,6 +122,8 @@ class DialBackoff:
 
     _failures: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     """Address -> how often it has failed in a row, and until when it is left alone."""
+    _failing: Counter[str] = field(default_factory=Counter)
+    """Host -> how many of its addresses are among the failures."""
     _answered: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _newest: OrderedDict[str, float] = field(default_factory=OrderedDict)
     """Host -> when an address of it failed for the first time, the last one."""
@@ -133,30 +135,41 @@ class DialBackoff:
         if address in self._answered:
             return True
         host = _host_name(address)
-        failing = sum(_host_name(other) == host for other in self._failures)
-        return failing < FAILING_PER_HOST or now >= self._newest.get(host, -NEW_ADDRESS_PAUSE) + NEW_ADDRESS_PAUSE
+        return self._failing[host] < FAILING_PER_HOST or now >= self._newest.get(host, -NEW_ADDRESS_PAUSE) + NEW_ADDRESS_PAUSE
 
     def failed(self, addresses: Iterable[str], now: float, longest: float = LONGEST_PAUSE) -> None:
         """Note that a dial of all these addresses failed. Each is left alone for at most `longest` seconds."""
         for address in addresses:
-            times, _ = self._failures.pop(address, (0, 0.0))
+            times, _ = self._failures.get(address, (0, 0.0))
             if not times and address not in self._answered:
                 _put(self._newest, _host_name(address), now)
             wait = backoff(times + 1, first=FIRST_PAUSE, longest=longest)
-            _put(self._failures, address, (times + 1, now + wait))
+            self._forget(address)
+            self._failing[_host_name(address)] += 1
+            if (dropped := _put(self._failures, address, (times + 1, now + wait))) is not None:
+                self._count_down(dropped)
 
     def answered(self, address: str) -> None:
         """Note that its peer answered at this address."""
-        self._failures.pop(address, None)
+        self._forget(address)
         _put(self._answered, address, None)
 
+    def _forget(self, address: str) -> None:
+        if self._failures.pop(address, None):
+            self._count_down(address)
 
-def _put(entries: OrderedDict[str, Value], name: str, value: Value) -> None:
-    """Put an entry last, and drop the first beyond _MOST_ENTRIES."""
+    def _count_down(self, address: str) -> None:
+        host = _host_name(address)
+        self._failing[host] -= 1
+        if not self._failing[host]:
+            del self._failing[host]
+
+
+def _put(entries: OrderedDict[str, Value], name: str, value: Value) -> str | None:
+    """Put an entry last. Beyond _MOST_ENTRIES drop the first and return its name."""
     entries.pop(name, None)
     entries[name] = value
-    if len(entries) > _MOST_ENTRIES:
-        entries.popitem(last=False)
+    return entries.popitem(last=False)[0] if len(entries) > _MOST_ENTRIES else None
 
 
 def _host_name(address: str) -> str:
