@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
@@ -97,7 +96,8 @@ class Service:
         )  # fmt: skip
         self.check_runner = NetworkCheckRunner(
             self.transport, self.manifest, self.blobs, self.incoming, self.check_worker, self.audit_worker,
-            self.settings.slowest_bytes_per_second, self.ledger.accepted_states(), self.settings.kept_states,
+            self.settings.slowest_bytes_per_second, self.identity.secret_for("held-out draws"), self.ledger.accepted_states(),
+            self.settings.kept_states,
         )  # fmt: skip
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
@@ -177,9 +177,8 @@ class Service:
     # --- the run's state and the manifest ---------------------------------------------------------------------------------
 
     def _rules(self) -> JudgeRules:
-        secret = hashlib.sha256(b"lutetia-audit-lottery" + self.identity.seed).digest()
         return JudgeRules(
-            self.manifest, self.identity.public_key, secret,
+            self.manifest, self.identity.public_key, self.identity.secret_for("audit lottery"),
             offers_per_minute=self.settings.offers_per_minute, checks_at_once=self.settings.checks_at_once,
         )  # fmt: skip
 

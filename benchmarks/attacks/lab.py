@@ -110,6 +110,7 @@ class Lab:
     setting: Honest
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
+    holdout: ShardData = field(init=False)
     worker: WorkerProcess = field(init=False)
     check_runner: NetworkCheckRunner = field(init=False)
 
@@ -117,7 +118,8 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = BlobStore(self.folder / "blobs")
         self.train = clips(self.setting.seed, self.setting.clips, self.setting.noise)
-        files = {"train": self.train, "holdout": clips(self.setting.seed, HOLDOUT, self.setting.noise)}
+        self.holdout = clips(self.setting.seed, HOLDOUT, self.setting.noise)
+        files = {"train": self.train, "holdout": self.holdout}
         refs: dict[str, Any] = {name: self._shard(name, data) for name, data in files.items()}
         shard = ShardSpec(
             index=0, name="shard 0", **refs, clips=self.setting.clips, holdout_clips=HOLDOUT, prior=1.0
@@ -129,7 +131,8 @@ class Lab:
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
         direct = cast(WorkerClient, _Direct(self.worker))
-        self.check_runner = NetworkCheckRunner(cast(Any, None), self.manifest, self.store, self.store, direct, direct, 1e9)
+        nobody, secret = cast(Any, None), b"lab"
+        self.check_runner = NetworkCheckRunner(nobody, self.manifest, self.store, self.store, direct, direct, 1e9, secret)
         self._names = itertools.count()
         self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 
@@ -173,26 +176,27 @@ class Lab:
         )
 
     async def judged(self, result: Result, parent: Result | None) -> Verdict:
-        """The verdict of all the coordinator's checks."""
+        """The verdict of all the coordinator's checks on the epoch after `parent`."""
+        torch.set_num_threads(1)
+        accepted = parent and self.accepted(parent)
+        return await run_checks(self.record(result), accepted, self.manifest, self.check_runner, time.monotonic)
+
+    def record(self, result: Result) -> CheckpointRecord:
+        """What the author of `result` offers."""
+        refs: dict[str, Any] = {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
         peer = Identity.derived("author")
-        refs = self._refs(result)
-        record = CheckpointRecord(
+        return CheckpointRecord(
             run=self.manifest.run_id, owner=peer.public_key, issued=1.0, shard=0, epoch=result.epoch,
-            parent="0" * 64 if parent else None, **refs, samples=result.epoch * STEPS * BATCH, loss=0.5,
+            parent=None if result.epoch == 1 else "0" * 64, **refs, samples=result.epoch * STEPS * BATCH, loss=0.5,
             peer_id=peer.peer_id, made=result.made,
         )  # fmt: skip
-        torch.set_num_threads(1)
-        accepted = self._accepted(parent, peer.public_key) if parent else None
-        return await run_checks(record, accepted, self.manifest, self.check_runner, time.monotonic)
 
-    def _refs(self, result: Result) -> dict[str, Any]:
-        return {name: self.store.add_file(getattr(result, name)) for name in ("weights", "state", "trace")}
-
-    def _accepted(self, result: Result, author: str) -> AcceptanceRecord:
-        refs = self._refs(result)
+    def accepted(self, result: Result) -> AcceptanceRecord:
+        """What the coordinator signed of `result`, had it accepted it."""
+        record = self.record(result)
         return AcceptanceRecord(
-            run=self.manifest.run_id, owner=OWNER.public_key, issued=1.0, shard=0, epoch=result.epoch, checkpoint="0" * 64,
-            parent=None, weights=refs["weights"], state=refs["state"], samples=result.epoch * STEPS * BATCH, author=author,
+            run=record.run, owner=OWNER.public_key, issued=1.0, shard=0, epoch=record.epoch, checkpoint=record.digest,
+            parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
             tenure_until=1.0, holdout_loss=0.5,
         )  # fmt: skip
 

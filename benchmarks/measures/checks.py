@@ -49,6 +49,7 @@ def run() -> list[Row]:
             "format, numbers": lambda: (check_weights(weights, spec), check_state(state, spec, optimisation)),
             "numbers: moments": lambda: check_moments(state, optimisation),
             f"holdout, {HELD_OUT} clips": lambda: holdout_loss(described, 0, weights, held),
+            f"holdout, its parent with the same draw, {HELD_OUT} clips": lambda: holdout_loss(described, 0, weights, held),
             f"raw, {HELD_OUT} clips": lambda: holdout_loss(described, 0, state, held, raw=True),
             "audit, 4 steps": lambda: replay(described, 0, clips, ReplayParent(1, weights, state), 4),
         }

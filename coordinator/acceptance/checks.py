@@ -7,7 +7,8 @@
     transfer    every blob arrives and hashes to its name
     format      safetensors with exactly the manifest's names, shapes and dtypes
     numbers     finite, within norm bounds, and optimiser moments that gradients can have produced
-    holdout     held-out loss of this shard not worse than the accepted parent's (same rows, a tolerance, an interval)
+    holdout     held-out loss of this shard not worse than the accepted parent's (a tolerance, an interval). Both are scored on
+                the same rows, whose noise and times are drawn from the coordinator's secret for this result
     raw         the raw parameters, from which training goes on, score about as well as the published averages
     audit       after the acceptance, when the adaptive rule asks for it: replayed from the parent, losses compared
 

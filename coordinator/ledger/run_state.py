@@ -139,11 +139,6 @@ class ShardLedger:
         return self.acceptance.checkpoint if self.acceptance else None
 
     @property
-    def parent_loss(self) -> float | None:
-        """With this the next result's held-out loss is compared; None until the initial model is measured."""
-        return self.acceptance.holdout_loss if self.acceptance else self.baseline
-
-    @property
     def audit(self) -> AuditState | None:
         """State of the accepted checkpoint's audit."""
         return self.lineage[-1].audit if self.lineage else None

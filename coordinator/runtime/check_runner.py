@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import math
 import time
 from collections.abc import Sequence
@@ -57,6 +59,7 @@ class NetworkCheckRunner:
         worker: checks the files of results.
         audit_worker: replays epochs, in a process of its own, so that no acceptance waits for a replay.
         slowest_bytes_per_second: a checkpoint that arrives slower is inconclusive.
+        secret: makes noise and times of held-out losses unpredictable to peers.
         states: digests of the accepted training states that may still be in `blobs`.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
     """
@@ -68,6 +71,7 @@ class NetworkCheckRunner:
     worker: WorkerClient
     audit_worker: WorkerClient
     slowest_bytes_per_second: float
+    secret: bytes
     states: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
 
@@ -108,11 +112,11 @@ class NetworkCheckRunner:
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         """Held-out losses of the parent: an accepted epoch, or the initial model, drawn from a seed or given by the manifest."""
         weights = parent.weights if parent else self.manifest.expert_of(record.shard).init
-        return await self._losses(record.shard, self._path(weights) if weights else None)
+        return await self._losses(record, self._path(weights) if weights else None)
 
     async def losses(self, record: CheckpointRecord) -> Losses:
         """Held-out losses of the candidate."""
-        return await self._losses(record.shard, self._path(record.weights))
+        return await self._losses(record, self._path(record.weights))
 
     async def replay(self, audit: StartAudit) -> Replayed:
         """Check `audit`, by the coordinator itself."""
@@ -160,12 +164,13 @@ class NetworkCheckRunner:
 
     async def raw_losses(self, record: CheckpointRecord) -> Losses:
         """Held-out losses of the raw parameters, from which training continues."""
-        return await self._losses(record.shard, self._path(record.state), raw=True)
+        return await self._losses(record, self._path(record.state), raw=True)
 
-    async def _losses(self, shard: int, weights: Path | None, raw: bool = False) -> Losses:
+    async def _losses(self, record: CheckpointRecord, weights: Path | None, raw: bool = False) -> Losses:
         check: CheckName = "raw" if raw else "holdout"
-        holdout = self.blobs.path(self.manifest.shards[shard].holdout.digest)
-        job = MeasureLoss(shard=shard, weights=weights, holdout=holdout, raw=raw)
+        holdout = self.blobs.path(self.manifest.shards[record.shard].holdout.digest)
+        draw = exam_draw(self.secret, record.digest)
+        job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=raw)
         return (await self._ask(check, job, _LOSS_LIMIT)).rows
 
     async def _ask(self, check: CheckName, job: Job[A], limit: float) -> A:
@@ -210,6 +215,11 @@ class NetworkCheckRunner:
         """Remove what was fetched of a result that was not accepted, except blobs that another undecided result names, too."""
         for digest in _blobs_of(record) - undecided_blobs(run):
             self.incoming.remove(digest)
+
+
+def exam_draw(secret: bytes, checkpoint: str) -> str:
+    """The draw of noise and times with which a result and its parent are scored; unpredictable without the secret."""
+    return hmac.new(secret, checkpoint.encode(), hashlib.sha256).hexdigest()
 
 
 def noise_bounds(author: TrainedWith) -> NoiseBounds:

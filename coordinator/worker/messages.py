@@ -78,12 +78,16 @@ class LossMeasured(_Line):
 
 
 class MeasureLoss(Job[LossMeasured]):
-    """The held-out loss of `weights`; without them, of the shard's initial model. `raw`: `weights` is a training state."""
+    """The held-out loss of `weights`; without them, of the shard's initial model. `raw`: `weights` is a training state.
+
+    `draw` fixes the noise and the times.
+    """
 
     job: Literal["loss"] = "loss"
     shard: int
     weights: Path | None
     holdout: Path
+    draw: str
     raw: bool = False
 
 

@@ -142,7 +142,8 @@ class WorkerProcess:
     def loss(self, job: MeasureLoss) -> LossMeasured:
         from lutetia.models.training.holdout_loss import holdout_loss
 
-        result = holdout_loss(self.manifest, job.shard, job.weights, self._holdout(job.holdout), raw=job.raw)
+        data = self._holdout(job.holdout)
+        result = holdout_loss(self.manifest, job.shard, job.weights, data, draw=job.draw, raw=job.raw)
         return LossMeasured(loss=result.loss, by_time=result.by_time, rows=result.rows)
 
     def trace(self, job: ReadTrace) -> TraceRead:

@@ -1,4 +1,4 @@
-"""The held-out loss of one expert, on the same clips, noise and times for every candidate, so that only the weights differ."""
+"""The held-out loss of one expert. Weights that are compared get the same clips, noise and times, so that only they differ."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def holdout_loss(
     weights: Path | None,
     data: ShardData,
     *,
+    draw: str | None = None,
     raw: bool = False,
     noises: int = 4,
     device: str | torch.device = "cpu",
@@ -51,6 +52,8 @@ def holdout_loss(
         shard: whose expert is scored.
         weights: a checkpoint's weights file. None: the shard's initial weights.
         data: the held-out clips.
+        draw: fixes noise and times. The coordinator gives a secret one for each result, so that nobody can train on the very
+            rows that will be scored. None: the run's id, for measurements that decide nothing.
         raw: `weights` is a checked state file; score its parameters, from which training continues, instead of averages.
         noises: rows per clip, each with its own noise and time.
         device: where to compute.
@@ -66,11 +69,11 @@ def holdout_loss(
         model.load_state_dict(read_weights(weights, manifest, shard))
     model = model.to(device).eval()
     count = len(data) * noises
-    draw = stream(manifest.run_id, shard, 0, 0, "holdout")
+    numbers = stream(draw or manifest.run_id, shard, 0, 0, "holdout")
     clips = torch.arange(len(data)).repeat_interleave(noises)
-    strata = torch.from_numpy(draw.permutation(count))
-    t = times(manifest.optimisation.time, (strata + torch.from_numpy(draw.random(count))) / count)
-    noise = normals(draw, (count, *data.latents.shape[1:]))
+    strata = torch.from_numpy(numbers.permutation(count))
+    t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
+    noise = normals(numbers, (count, *data.latents.shape[1:]))
     losses = torch.empty(count)
     for rows in torch.arange(count).split(_ROWS):
         tokens, pooled = data.tokens[clips[rows]].to(device), data.pooled[clips[rows]].to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,6 +63,10 @@ class Identity:
 
     def sign(self, message: bytes) -> str:
         return self._private.sign(message).hex()
+
+    def secret_for(self, purpose: str) -> bytes:
+        """32 secret bytes for one purpose, by HMAC-SHA256. Whoever learns them learns nothing of the key or of other purposes."""
+        return hmac.new(self.seed, purpose.encode(), hashlib.sha256).digest()
 
     def libp2p_bytes(self) -> bytes:
         """The key as libp2p's protobuf `PrivateKey`, the format of p2pd's identity file."""

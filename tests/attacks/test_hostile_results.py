@@ -10,15 +10,16 @@ tests/coordinator/test_cheater.py.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.attacks.lab import SHORT, Honest, Lab
+from benchmarks.attacks.lab import SHORT, STEPS, Honest, Lab
 from benchmarks.attacks.lies import EXCUSES, LIES, Scene
 from benchmarks.attacks.main import truths
-from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.models.training.holdout_loss import holdout_loss
 
 SEED = 1
 STOPPED = {
@@ -38,30 +39,40 @@ BY_WHOLE_EPOCH = (f"stops after the {SHORT} replayed steps", "half trained", "sc
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Verdict]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     lab = Lab(tmp_path_factory.mktemp("lab"), Honest(seed=SEED))
     parent, before = lab.honest(None)
     verdict = asyncio.run(lab.judged(parent, None))
     assert verdict.outcome == "valid", verdict.text
     _, after = lab.honest(parent)
-    return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED), verdict
+    return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED)
 
 
 @pytest.mark.parametrize(("name", "check"), STOPPED.items())
-async def test_a_hostile_result_is_refused_by_its_check(scene: tuple[Scene, Verdict], name: str, check: str) -> None:
-    stage, parent = scene
-    verdict = await stage.lab.judged(stage.lab.publish(LIES[name](stage)), parent.loss)
+async def test_a_hostile_result_is_refused_by_its_check(scene: Scene, name: str, check: str) -> None:
+    verdict = await scene.lab.judged(scene.lab.publish(LIES[name](scene)), scene.parent)
     assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
 
 
+async def test_noise_and_times_of_the_score_are_secret_and_new_for_each_result(scene: Scene) -> None:
+    lab, snapshot = scene.lab, scene.after
+    one, other = (lab.record(lab.publish(replace(snapshot, trace=[loss] * STEPS))) for loss in (0.5, 0.6))
+    assert one.weights == other.weights
+    scores = [await lab.check_runner.losses(record) for record in (one, other)]
+    weights = lab.store.path(one.weights.digest)
+    public = holdout_loss(lab.manifest, 0, weights, lab.holdout).rows
+    assert len({*scores, public}) == 3, "equal weights, and nobody can compute on which rows they are scored"
+    parent = lab.accepted(lab.publish(snapshot))
+    assert await lab.check_runner.parent_losses(one, parent) == scores[0], "the parent is scored on the same rows"
+
+
 @pytest.mark.parametrize("name", [*BY_FIRST_STEPS, *BY_WHOLE_EPOCH])
-async def test_a_fake_that_scores_well_is_found_by_replay(scene: tuple[Scene, Verdict], name: str) -> None:
+async def test_a_fake_that_scores_well_is_found_by_replay(scene: Scene, name: str) -> None:
     """The held-out loss does not reveal it. A replay does, of the first steps or of the whole epoch."""
-    stage, parent = scene
-    result = stage.lab.publish(LIES[name](stage))
-    assert (await stage.lab.judged(result, parent.loss)).outcome == "valid"
+    result = scene.lab.publish(LIES[name](scene))
+    assert (await scene.lab.judged(result, scene.parent)).outcome == "valid"
     for device, said in (WIDEST, OWN):
-        found = stage.lab.audited(result, stage.parent, said)
+        found = scene.lab.audited(result, scene.parent, said)
         assert (found.begun_short == "invalid") == (name in BY_FIRST_STEPS), (device, found.first.text, found.whole.text)
         assert found.whole.outcome == "invalid", (device, found.whole.text)
 
@@ -76,12 +87,12 @@ async def test_a_fake_that_scores_well_is_found_by_replay(scene: tuple[Scene, Ve
     ids=str,
 )
 async def test_an_honest_result_of_any_device_passes(setting: Honest, tmp_path: Path) -> None:
-    lab, parent, parent_loss = Lab(tmp_path, setting), None, None
+    lab, parent = Lab(tmp_path, setting), None
     for _ in range(2):
         result, _ = lab.honest(parent)
-        verdict = await lab.judged(result, parent_loss)
+        verdict = await lab.judged(result, parent)
         assert verdict.outcome == "valid", verdict.text
         for said in truths(setting).values():
             found = lab.audited(result, parent, said)
             assert (found.begun_short, found.whole.outcome) == ("valid", "valid"), (found.first.text, found.whole.text)
-        parent, parent_loss = result, verdict.loss
+        parent = result

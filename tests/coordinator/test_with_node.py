@@ -12,11 +12,14 @@ import pytest
 
 from lutetia.coordinator.admin.create import CreatedRun
 from lutetia.coordinator.ledger.describe import read_events, tell
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.runtime.check_runner import exam_draw
 from lutetia.coordinator.settings import tiny_expert
 from lutetia.models.experts.families import build_expert
 from lutetia.models.mixing.description import verify_mixture
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
 from tests.child_environment import child_environment
 from tests.coordinator.scripted_node import Coordinator, until
@@ -85,8 +88,10 @@ async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path
     first = next(event for event in events if event.kind == "checkpoint-accepted")
     init = run.manifest.expert.init
     assert init is not None
+    secret = Identity.load(RunFolder(run.folder).coordinator_key).secret_for("held-out draws")
+    draw = exam_draw(secret, first.acceptance.checkpoint)
     before = [
-        holdout_loss(run.manifest, 0, weights, clips(0, 4, len("holdout"))).loss
+        holdout_loss(run.manifest, 0, weights, clips(0, 4, len("holdout")), draw=draw).loss
         for weights in (BlobStore(run.folder / "blobs").path(init.digest), None)
     ]
     assert first.parent_loss == pytest.approx(before[0], rel=1e-5), "compared with the given weights"

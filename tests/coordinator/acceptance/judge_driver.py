@@ -110,8 +110,9 @@ class JudgeDriver:
 
     def verdict(self, record: CheckpointRecord, loss: float = 0.4) -> tuple[Action, ...]:
         """The checks find `record` valid."""
-        parent = self.state.run.shards[record.shard].parent_loss
-        return self.send(CheckDone(record, Verdict("valid", "holdout", "", loss, 0.5 if parent is None else parent), self.now))
+        parent = self.state.run.shards[record.shard].acceptance
+        before = parent.holdout_loss if parent else 0.5
+        return self.send(CheckDone(record, Verdict("valid", "holdout", "", loss, before), self.now))
 
     def refuse(self, record: CheckpointRecord, text: str = "tensor x is not finite") -> None:
         """Offer `record`; the checks find it invalid."""

@@ -257,7 +257,7 @@ def test_a_second_conviction_rolls_back_to_the_beginning():
     assert (shard.epoch, shard.term, shard.acceptance, shard.accepted) == (0, 1, None, None)
     assert [type(action.record) for action in actions if isinstance(action, PublishReset)] == [ResetRecord]
     assert len([event for event in driver.events if isinstance(event, PeerQuarantined)]) == 1
-    assert shard.parent_loss == 0.5, "compared with the initial model again"
+    assert shard.baseline == 0.5
     driver.accept(OTHER, 1, text="from the beginning")
     assert driver.state.run.shards[1].epoch == 1
 

@@ -148,7 +148,7 @@ async def intake(root: Path, shards: int = 2, epochs: int = 3) -> AsyncIterator[
     for content in held:
         blobs.add_bytes(content)
     await serve_blobs(transport, blobs)
-    tools = Tools(transport, manifest, blobs, incoming, shop, shop, 65536.0)  # pyright: ignore[reportArgumentType]
+    tools = Tools(transport, manifest, blobs, incoming, shop, shop, 65536.0, b"secret")  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest, now))
     room = Intake(manifest, network, tools, shop, ledger, root)
     room.start()

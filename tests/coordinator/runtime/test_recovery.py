@@ -103,7 +103,7 @@ def test_recovered_reset_rolls_back_to_the_beginning():
     c.send(LedgerFacts((MixtureStitched(time=c.now, epochs=(1,), terms=(0,), mixture="a" * 64),), c.now))
     c.send(LedgerFacts((ResetRecovered(time=c.now, shard=0, term=2),), c.now))
     shard = c.state.run.shards[0]
-    assert (shard.epoch, shard.term, shard.acceptance, shard.parent_loss) == (0, 2, None, 0.5)
+    assert (shard.epoch, shard.term, shard.acceptance, shard.baseline) == (0, 2, None, 0.5)
     assert not c.state.run.audits
     assert c.state.run.mixture is None
     with pytest.raises(LedgerOutOfOrder, match="cannot be reset in term 2"):

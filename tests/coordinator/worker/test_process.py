@@ -86,8 +86,8 @@ class Site:
         job = InspectFiles(shard=0, epoch=1, weights=weights, state=state, trace=trace or self.trace())
         await self.worker.ask(job, limit=LIMIT)
 
-    async def loss(self, weights: Path | None) -> LossMeasured:
-        return await self.worker.ask(MeasureLoss(shard=0, weights=weights, holdout=self.holdout()), limit=LIMIT)
+    async def loss(self, weights: Path | None, draw: str = "one") -> LossMeasured:
+        return await self.worker.ask(MeasureLoss(shard=0, weights=weights, holdout=self.holdout(), draw=draw), limit=LIMIT)
 
 
 def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:

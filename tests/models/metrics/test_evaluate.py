@@ -227,7 +227,7 @@ def test_routing_figures_and_tables_match_hand_calculation() -> None:
     assert routing.switches == 0.5
     with pytest.raises(DataError, match=r"\[steps, clips, experts\]"):
         routing_figures(torch.zeros(3, 2))
-    losses = loss_table({"monolith": HoldoutLoss(0.5, (0.25, None)), "expert 0": HoldoutLoss(0.4, (0.2, 0.6))})
+    losses = loss_table({"monolith": HoldoutLoss(0.5, (0.25, None), (0.5,)), "expert 0": HoldoutLoss(0.4, (0.2, 0.6), (0.4,))})
     assert "| held-out loss | all t | 0.0–0.5 | 0.5–1.0 |" in losses
     assert "| monolith | 0.5000 | 0.2500 | – |" in losses
     report = RouterReport(0.9, (1.0, 0.8), 0.02, (0.01, 0.03), 0.3, 100)
