@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from lutetia.system.notify import notify, watchdog_seconds
+from lutetia.system.process import raise_file_limit
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
@@ -27,10 +28,11 @@ def set_up_logging() -> None:
 
 
 def run_service(main: Coroutine[Any, Any, None]) -> None:
-    """Set up logging and run `main` on uvloop until it ends."""
+    """Set up logging, raise the limit of open files and run `main` on uvloop until it ends."""
     import uvloop
 
     set_up_logging()
+    raise_file_limit()
     uvloop.run(_watched(main))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
@@ -35,8 +36,8 @@ from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
-from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
@@ -88,6 +89,7 @@ class Service:
         self.manifest_notifier = ManifestNotifier(self.transport, self.live)
         self.manifest_watch = ManifestWatch(self.folder, self.live, self.identity, self._adopt_manifest)
         self.blobs = BlobStore(self.folder.blobs)
+        self.upload = RateLimit(self.settings.blob_bytes_per_second)
         self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.head = HeadFile(self.folder.head, self.ledger, self.identity)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
@@ -154,15 +156,15 @@ class Service:
             "stitcher": self.stitcher.run(),
             "manifest watch": self.manifest_watch.run(),
             "status file": self._write_status_file(),
-            "network process": _every(lambda: _POLL_SECONDS, self._check_network_process),
-            "operator's notes": _every(lambda: _POLL_SECONDS, self.operator_notes.follow),
-            "announcer": _every(lambda: self.manifest.timing.lease, self._renew_records),
-            "peerstore": _every(lambda: self.manifest.timing.lease, self._remember_peers),
-            "manifest notifier": _every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
-            "missing blobs": _every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
+            "network process": every(lambda: _POLL_SECONDS, self._check_network_process),
+            "operator's notes": every(lambda: _POLL_SECONDS, self.operator_notes.follow),
+            "announcer": every(lambda: self.manifest.timing.lease, self._renew_records),
+            "peerstore": every(lambda: self.manifest.timing.lease, self._remember_peers),
+            "manifest notifier": every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
+            "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
         if listener:
-            tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs))
+            tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs, self.upload))
         return tasks
 
     async def _answer_streams(self) -> None:
@@ -170,7 +172,7 @@ class Service:
         await AcceptedService(self.transport, self.live).serve()
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
-        await serve_blobs(self.transport, self.blobs, self.settings.blob_bytes_per_second)
+        await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload).answer)
         await self.offer_service.serve()
         await self.audit_service.serve()
 
@@ -272,6 +274,8 @@ class Service:
                 await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
             except DiskError as error:
                 _log.error("%s", error)  # the run does not depend on this file
+            except OSError as error:
+                _log_if_out_of_files("status file", error)
             await asyncio.sleep(_FRESH_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_SECONDS - _FRESH_SECONDS):
@@ -283,8 +287,18 @@ class Service:
         return path.read_bytes() if path.exists() else b""
 
 
-async def _every(seconds: Callable[[], float], action: Callable[[], Awaitable[None]]) -> None:
-    """Do `action`, wait `seconds()`, and so on."""
+async def every(seconds: Callable[[], float], action: Callable[[], Awaitable[None]]) -> None:
+    """Do `action`, wait `seconds()`, and so on. Without a free file descriptor it is done the next time."""
     while True:
-        await action()
+        try:
+            await action()
+        except OSError as error:
+            _log_if_out_of_files(getattr(action, "__name__", "action"), error)
         await asyncio.sleep(seconds())
+
+
+def _log_if_out_of_files(what: str, error: OSError) -> None:
+    """Log that no file descriptor is free. Raises any other `error`."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        raise error
+    _log.warning("%s: no file descriptor is free; trying again", what.strip("_").replace("_", " "))

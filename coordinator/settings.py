@@ -161,7 +161,8 @@ class ServeSettings(_Settings):
         default=4, ge=1, description="Epochs of each shard for which training states are kept, in case of a rollback"
     )
     blob_bytes_per_second: Positive | None = Field(
-        default=None, description="Most bytes of blobs sent to all peers per second; without it no limit"
+        default=None,
+        description="Most bytes of blobs sent per second, to peers and HTTP clients together; without it no limit",
     )
     slowest_bytes_per_second: Positive = Field(
         default=65536.0, description="Bytes per second; a checkpoint that arrives slower is inconclusive"

@@ -39,6 +39,24 @@ def give_way(niceness: int) -> None:
             Path("/proc/self/autogroup").write_text(str(nice))
 
 
+def raise_file_limit(wanted: int = 65_536) -> int | None:
+    """Raise this process's limit of open files to `wanted`, or as far as its user may. Returns it; None where there is none.
+
+    Many systems start programs with 1,024, which a service with many peers reaches.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses more than its kernel's own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 class Child:
     """A child process `python -m module` in its own process group, as its parent's event loop sees it."""
 

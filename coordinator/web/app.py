@@ -7,16 +7,27 @@ import contextlib
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
+from lutetia.coordinator.web.connections import (
+    BACKLOG,
+    LIMITS,
+    HttpLimits,
+    LimitedConfig,
+    LimitedProtocol,
+    end_overdue,
+    origin_of_host,
+)
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.stream import AnswerSlots, RateLimit
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, UnreachableError
@@ -31,38 +42,101 @@ _SAFE = {
 }
 
 
-def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore) -> FastAPI:
+_PIECE = 65536
+"""Bytes of a document that are sent at a time, so that a slow client holds no more of it in memory."""
+
+
+def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore, rate: RateLimit) -> FastAPI:
     """The read-only routes `/`, `/status.json`, `/metrics` and `/blobs/{digest}` (with ranges).
 
-    `produce` makes the status document of a request.
+    Args:
+        produce: makes the status document of a request. Equal documents are rendered once.
+        blobs: what `/blobs` serves.
+        rate: limit of the bytes per second that `/blobs` sends, shared with the coordinator's other streams.
     """
     app = FastAPI(title="Lutetia coordinator", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics = metrics_text(produce)
+    slots = AnswerSlots(max(1, rate.answers_at_once // 2))
+    pages, texts, metrics = _Rendered(produce, _page), _Rendered(produce, canonical), _Rendered(produce, metrics_text)
 
     @app.get("/")
-    async def page() -> HTMLResponse:
-        return HTMLResponse(render_page(produce()), headers=_SAFE)
+    async def page() -> StreamingResponse:
+        return _document(pages.latest(), "text/html; charset=utf-8")
 
     @app.get("/status.json")
-    async def status() -> Response:
-        return Response(canonical(produce()), media_type="application/json", headers=_SAFE)
+    async def status() -> StreamingResponse:
+        return _document(texts.latest(), "application/json")
 
     @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8", headers=_SAFE)
+    async def prometheus() -> StreamingResponse:
+        return _document(metrics.latest(), "text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/blobs/{digest}")
     async def blob(digest: str) -> FileResponse:
         if not _DIGEST.fullmatch(digest) or not blobs.has(digest):
             raise HTTPException(404, "this coordinator does not have the blob")
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}
-        return FileResponse(blobs.path(digest), media_type="application/octet-stream", headers=headers)
+        return _LimitedFile(blobs.path(digest), media_type="application/octet-stream", headers=headers).within(slots, rate)
 
     return app
 
 
-class _QuietServer(uvicorn.Server):
-    """A server that leaves the process's signals to the coordinator."""
+class _Rendered:
+    """The newest status document as bytes, rendered once per document, however many ask for it."""
+
+    def __init__(self, produce: Callable[[], SwarmStatus], render: Callable[[SwarmStatus], bytes]) -> None:
+        self._produce, self._render = produce, render
+        self._of: SwarmStatus | None = None
+        self._data = b""
+
+    def latest(self) -> bytes:
+        status = self._produce()
+        if status is not self._of:
+            self._data, self._of = self._render(status), status
+        return self._data
+
+
+def _page(status: SwarmStatus) -> bytes:
+    return render_page(status).encode()
+
+
+def _document(data: bytes, media_type: str) -> StreamingResponse:
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(data), _PIECE):
+            yield data[start : start + _PIECE]
+
+    headers = {**_SAFE, "Content-Length": str(len(data))}
+    return StreamingResponse(pieces(), media_type=media_type, headers=headers)
+
+
+class _LimitedFile(FileResponse):
+    """A file that is sent in its turn and within a rate."""
+
+    def within(self, slots: AnswerSlots, rate: RateLimit) -> _LimitedFile:
+        self._slots, self._rate = slots, rate
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def paced(message: Message) -> None:
+            if body := message.get("body"):
+                await self._rate.take(len(body))
+            await send(message)
+
+        origin = origin_of_host((scope["client"] or ("",))[0])
+        if not await self._slots.take(origin):
+            await PlainTextResponse("too many blobs are being sent; try again later", 503)(scope, receive, send)
+            return
+        try:
+            await super().__call__(scope, receive, paced)
+        finally:
+            self._slots.give_back(origin)
+
+
+class _LimitedServer(uvicorn.Server):
+    """A server that ends overdue connections and leaves the process's signals to the coordinator."""
+
+    async def on_tick(self, counter: int) -> bool:
+        end_overdue(self.server_state.connections, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,10 +167,14 @@ def bind(address: str) -> socket.socket:
     return listener
 
 
-async def serve_http(listener: socket.socket, app: FastAPI) -> None:
-    """Serve until cancelled."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
-    server = _QuietServer(config)
+async def serve_http(listener: socket.socket, app: FastAPI, limits: HttpLimits = LIMITS) -> None:
+    """Serve within `limits` until cancelled."""
+    config = LimitedConfig(
+        app, http=LimitedProtocol, ws="none", log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
+        backlog=BACKLOG,
+    )  # fmt: skip
+    config.limits = limits
+    server = _LimitedServer(config)
     _log.info("HTTP on http://%s:%d", *listener.getsockname()[:2])
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

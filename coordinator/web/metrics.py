@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -15,19 +15,15 @@ from lutetia.protocol.schema.status import SwarmStatus
 
 
 class _StatusCollector(Collector):
-    """Makes the metrics from a new document at every scrape."""
+    """The metrics of one document."""
 
-    def __init__(self, produce: Callable[[], SwarmStatus]) -> None:
-        self._produce = produce
-
-    def describe(self) -> list[Metric]:
-        return []  # otherwise registering would make a document
+    def __init__(self, status: SwarmStatus) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        status = self._produce()
-        yield from _run_metrics(status)
-        yield from _check_metrics(status)
-        yield from _shard_metrics(status)
+        yield from _run_metrics(self._status)
+        yield from _check_metrics(self._status)
+        yield from _shard_metrics(self._status)
 
 
 def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
@@ -83,8 +79,6 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     yield from (epochs, budget, loss, last, copies, states)
 
 
-def metrics_text(produce: Callable[[], SwarmStatus]) -> Callable[[], bytes]:
-    """A function that returns the exposition text of a new document from `produce`."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_StatusCollector(produce))
-    return lambda: generate_latest(registry)
+def metrics_text(status: SwarmStatus) -> bytes:
+    """The exposition text of `status`."""
+    return generate_latest(_StatusCollector(status))

@@ -18,6 +18,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.stream import RateLimit
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, UnreachableError
@@ -45,7 +46,7 @@ def document() -> SwarmStatus:
 async def served(blobs: BlobStore) -> AsyncIterator[httpx.AsyncClient]:
     listener = bind("127.0.0.1:0")
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    serving = asyncio.create_task(serve_http(listener, build_app(document, blobs)))
+    serving = asyncio.create_task(serve_http(listener, build_app(document, blobs, RateLimit(None))))
     async with httpx.AsyncClient(base_url=address, timeout=120) as client:
         yield client
     serving.cancel()
