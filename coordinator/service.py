@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.ledger.status_builder import status as status_of
+from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.audit_service import AuditService
@@ -275,7 +275,7 @@ class Service:
             except DiskError as error:
                 _log.error("%s", error)  # the run does not depend on this file
             except OSError as error:
-                _log_if_out_of_files("status file", error)
+                log_if_out_of_files("status file", error)
             await asyncio.sleep(_FRESH_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_SECONDS - _FRESH_SECONDS):
@@ -285,20 +285,3 @@ class Service:
         """The signed description of the last mixture; empty before the first."""
         path = self.folder.mixture / MIXTURE_FILE
         return path.read_bytes() if path.exists() else b""
-
-
-async def every(seconds: Callable[[], float], action: Callable[[], Awaitable[None]]) -> None:
-    """Do `action`, wait `seconds()`, and so on. Without a free file descriptor it is done the next time."""
-    while True:
-        try:
-            await action()
-        except OSError as error:
-            _log_if_out_of_files(getattr(action, "__name__", "action"), error)
-        await asyncio.sleep(seconds())
-
-
-def _log_if_out_of_files(what: str, error: OSError) -> None:
-    """Log that no file descriptor is free. Raises any other `error`."""
-    if error.errno not in (errno.EMFILE, errno.ENFILE):
-        raise error
-    _log.warning("%s: no file descriptor is free; trying again", what.strip("_").replace("_", " "))

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvloop
 
-from lutetia.coordinator.service import every
+from lutetia.coordinator.periodic import every
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.coordinator.web.connections import ConnectionTimes, HttpLimits, crowded_out
 from lutetia.protocol.blobs.store import BlobStore
@@ -175,7 +175,8 @@ async def test_a_periodic_task_waits_for_a_free_file():
     async def action() -> None:
         nonlocal tries
         tries += 1
-        with few_files(0 if tries == 1 else 8), open(os.devnull):
+        with few_files(0 if tries == 1 else 8):
+            os.close(os.open(os.devnull, os.O_RDONLY))
             done.set()
 
     periodic = asyncio.create_task(every(lambda: 0.0, action))
