@@ -61,8 +61,18 @@ class RunFolder:
 
     @property
     def blobs(self) -> Path:
-        """All that is served to peers: shards, the blobs of accepted checkpoints, the router and the mixture."""
+        """All that is served to peers: training clips, the blobs of accepted checkpoints, the router and the mixture."""
         return self.root / "blobs"
+
+    @property
+    def holdouts(self) -> Path:
+        """The held-out clips, which nobody but the coordinator reads."""
+        return self.root / "holdouts"
+
+    @property
+    def holdouts_served(self) -> Path:
+        """A marker: an earlier version served the held-out clips to peers."""
+        return self.root / "holdouts.served"
 
     @property
     def incoming(self) -> Path:

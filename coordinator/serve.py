@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
 from lutetia.coordinator.admin.upgrade import check_version, published
+from lutetia.coordinator.holdouts import withdraw_holdouts
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.signed_head import check_head
 from lutetia.coordinator.run_folder import RunFolder
@@ -73,7 +74,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
         ConfigError: no run there, or its manifest has expired or is malformed.
         IdentityError: another coordinator serves this run.
         AuthorisationError: the key in the folder is no coordinator of the run.
-        IntegrityError: the ledger is damaged.
+        IntegrityError: the ledger is damaged, or held-out clips are missing.
         UnreachableError: a port is taken, or the network process ended.
         DiskError: the disk cannot be read or written.
     """
@@ -88,6 +89,7 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
             raise AuthorisationError(
                 f"{folder.coordinator_key} is no coordinator of this run; put the key there that the manifest names"
             )
+        withdraw_holdouts(folder, signed.manifest)
         listener = stack.enter_context(bind(settings.http)) if settings.http else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
         stack.callback(ledger.close)

@@ -14,6 +14,7 @@ import torch
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict, run_checks
+from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, finding_of, noise_bounds
 from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
 from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
@@ -131,8 +132,8 @@ class Lab:
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
         direct = cast(WorkerClient, _Direct(self.worker))
-        nobody, secret = cast(Any, None), b"lab"
-        self.check_runner = NetworkCheckRunner(nobody, self.manifest, self.store, self.store, direct, direct, 1e9, secret)
+        nobody, holdouts = cast(Any, None), Holdouts(self.store, b"lab")
+        self.check_runner = NetworkCheckRunner(nobody, self.manifest, self.store, self.store, direct, direct, 1e9, holdouts)
         self._names = itertools.count()
         self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 

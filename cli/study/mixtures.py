@@ -10,7 +10,6 @@ from lutetia.system.errors import IntegrityError
 from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from lutetia.models.data.shards import ShardData
     from lutetia.models.study.plan import Reading, Training
     from lutetia.protocol.schema.manifest import Manifest
 
@@ -84,6 +83,8 @@ def _blind(run: Path, target: Path, training: Training) -> Path:
     """The mixture of the same experts with a router of the same size that sees only the noisy clip and its time."""
     if (target / "mixture.json").is_file():
         return target
+    from lutetia.coordinator.holdouts import holdout_files
+    from lutetia.coordinator.run_folder import RunFolder
     from lutetia.models.data.shards import load_shard
     from lutetia.models.mixing.router import train_router
     from lutetia.models.mixing.stitch import stitch
@@ -92,11 +93,9 @@ def _blind(run: Path, target: Path, training: Training) -> Path:
     manifest = _manifest(run)
     blind = manifest.model_copy(update={"router": manifest.router.model_copy(update={"text_conditioned": False})})
     store = BlobStore(run / "blobs")
-
-    def shards(split: str) -> list[ShardData]:
-        return [load_shard(store.path(getattr(shard, split).digest), manifest.latent) for shard in manifest.shards]
-
-    router, report = train_router(blind, shards("train"), seed=0, holdouts=shards("holdout"))
+    files = [store.path(shard.train.digest) for shard in manifest.shards], holdout_files(RunFolder(run), manifest)
+    shards, holdouts = ([load_shard(path, manifest.latent) for path in split] for split in files)
+    router, report = train_router(blind, shards, seed=0, holdouts=holdouts)
     figures = {
         "accuracy": report.accuracy,
         "accuracy_by_time": list(report.accuracy_by_time),

@@ -55,12 +55,15 @@ class BackupIndex(Frozen):
     accepted: int = Field(description="Number of accepted checkpoints")
     folder: str = Field(pattern=r"^state-\d{8}-[0-9a-f]{8}$", description="Folder of the small files and the ledger")
     files: dict[str, Digest] = Field(description="SHA-256 of each file in that folder, by relative path")
-    blobs: tuple[BlobRef, ...] = Field(description="All blobs")
+    blobs: tuple[BlobRef, ...] = Field(description="All blobs that the run serves")
+    holdouts: tuple[BlobRef, ...] = Field(
+        default=(), description="Blobs of held-out clips, which are never served; older backups have them among the others"
+    )
 
     @property
     def bytes(self) -> int:
         """Size of all blobs."""
-        return sum(blob.size for blob in self.blobs)
+        return sum(blob.size for blob in (*self.blobs, *self.holdouts))
 
 
 class SignedBackup(Frozen):
@@ -71,13 +74,18 @@ class SignedBackup(Frozen):
 
     @classmethod
     def sign(cls, index: BackupIndex, coordinator: Identity) -> SignedBackup:
-        return cls(index=index, signature=coordinator.sign(_SIGNING_DOMAIN + canonical(index)))
+        return cls(index=index, signature=coordinator.sign(_signed_bytes(index)))
 
     def check(self, manifest: Manifest, where: Path) -> None:
         """Raises AuthorisationError unless one of the run's coordinators signed it."""
-        message = _SIGNING_DOMAIN + canonical(self.index)
+        message = _signed_bytes(self.index)
         if not any(verify(key, message, self.signature) for key in manifest.coordinators):
             raise AuthorisationError(f"{where / INDEX} is not signed by a coordinator of its run; use another backup")
+
+
+def _signed_bytes(index: BackupIndex) -> bytes:
+    """Without `holdouts` where there are none: older backups were signed before that field existed."""
+    return _SIGNING_DOMAIN + canonical(index.model_dump(mode="json", exclude=None if index.holdouts else {"holdouts"}))
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,8 @@ def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, do
         out.chmod(0o700)
     for _ in range(_ROUNDS):
         state, (events, chain) = _copy_ledger(folder, out)
-        blobs, copied = _copy_blobs(folder, out, on_progress)
-        if not (missing := needed(state, manifest) - {blob.digest for blob in blobs}):
+        blobs, holdouts, copied = _copy_blobs(folder, out, on_progress)
+        if not (missing := needed(state, manifest) - {blob.digest for blob in (*blobs, *holdouts)}):
             break
         _log.info("the run accepted new checkpoints during the copy (%d blobs are missing); copying again", len(missing))
     else:
@@ -123,6 +131,7 @@ def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, do
     index = BackupIndex(
         run=manifest.run_id, name=manifest.name, time=time.time(), manifest_version=state.manifest_version, events=events,
         chain=chain, accepted=state.accepted, folder=name, files=_copy_files(folder, out, out / name), blobs=tuple(blobs),
+        holdouts=tuple(holdouts),
     )  # fmt: skip
     write_atomic(out / INDEX, canonical(SignedBackup.sign(index, Identity.load(folder.coordinator_key))))
     _remove_outdated(out, index)
@@ -167,12 +176,14 @@ def _copy_ledger(folder: RunFolder, out: Path) -> tuple[RunState, tuple[int, str
     return state, head
 
 
-def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[list[BlobRef], int]:
-    """Copy the blobs that the backup does not have yet: (all blobs, bytes copied)."""
-    source, target = BlobStore(folder.blobs), BlobStore(out / "blobs")
-    refs, copied, done = [], 0, 0
-    sizes = {digest: path.stat().st_size for digest, path in _present(source)}
-    for digest, size in sizes.items():
+def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[list[BlobRef], list[BlobRef], int]:
+    """Copy the blobs that the backup does not have yet: (blobs that are served, held-out clips, bytes copied)."""
+    target = BlobStore(out / "blobs")
+    found: list[tuple[BlobStore, list[BlobRef], dict[str, int]]] = []
+    for store in (BlobStore(folder.blobs), BlobStore(folder.holdouts)):
+        found.append((store, [], {digest: path.stat().st_size for digest, path in _present(store)}))
+    total, copied, done = sum(sum(sizes.values()) for _, _, sizes in found), 0, 0
+    for source, refs, digest, size in [(source, refs, *one) for source, refs, sizes in found for one in sizes.items()]:
         if not target.has(digest):
             try:
                 path = source.path(digest)
@@ -181,14 +192,14 @@ def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[
                 continue  # an old training state that the coordinator has just removed
             if copy.digest != digest:
                 target.remove(copy.digest)
-                raise IntegrityError(
-                    f"blob {digest[:12]} in {folder.blobs} is damaged on disk; remove it and fetch it from a peer"
-                )
+                remedy = "remove it and fetch it from a peer" if source.root == folder.blobs else "take it from an older backup"
+                raise IntegrityError(f"blob {digest[:12]} in {source.root} is damaged on disk; {remedy}")
             copied += size
         refs.append(BlobRef(digest=digest, size=size))
         done += size
-        on_progress("blobs", done, sum(sizes.values()))
-    return refs, copied
+        on_progress("blobs", done, total)
+    (_, blobs, _), (_, holdouts, _) = found
+    return blobs, holdouts, copied
 
 
 def _present(store: BlobStore) -> Iterator[tuple[str, Path]]:
@@ -203,6 +214,7 @@ def _small_files(folder: RunFolder) -> list[Path]:
     """The files of a run folder besides the ledger and the blobs."""
     files = [
         folder.manifest, folder.ticket, folder.endpoint, folder.owner_key, folder.coordinator_key, folder.peers, folder.head,
+        folder.holdouts_served,
         folder.mixture / MIXTURE_FILE, *sorted((folder.root / "manifests").glob("*.json")),
     ]  # fmt: skip
     return [path for path in files if path.is_file()]
@@ -228,7 +240,7 @@ def _remove_outdated(out: Path, index: BackupIndex) -> None:
     for folder in out.glob("state-*"):
         if folder.name != index.folder:
             shutil.rmtree(folder)
-    store, wanted = BlobStore(out / "blobs"), {blob.digest for blob in index.blobs}
+    store, wanted = BlobStore(out / "blobs"), {blob.digest for blob in (*index.blobs, *index.holdouts)}
     for digest in store.digests():
         if digest not in wanted:
             store.remove(digest)

@@ -197,10 +197,10 @@ def _fill(
     endpoint, ticket = _addresses(settings, manifest, coordinator)
     owner.save(run.owner_key)
     coordinator.save(run.coordinator_key)
-    store = BlobStore(run.blobs)
+    served, holdouts = BlobStore(run.blobs), BlobStore(run.holdouts)
     for shard in description.shards:
-        _import(store, data, shard.train)
-        _import(store, data, shard.holdout)
+        _import(served, data, shard.train)
+        _import(holdouts, data, shard.holdout)
     write_atomic(run.manifest, SignedManifest.sign(manifest, owner).to_bytes())
     write_atomic(run.endpoint, canonical(endpoint))
     write_atomic(run.ticket, ticket.encode().encode() + b"\n")

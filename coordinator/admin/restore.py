@@ -92,8 +92,9 @@ def _fill(backup: Path, run: RunFolder, index: BackupIndex, on_progress: OnProgr
             f"the ledger in {backup} ends at event {head[0]}, not at {index.events} as signed; use another backup"
         )
     source, store, done = BlobStore(backup / "blobs"), BlobStore(run.blobs), 0
-    for blob in index.blobs:
-        if not source.has(blob.digest) or store.add_file(source.path(blob.digest)) != blob:
+    own = BlobStore(run.holdouts)
+    for target, blob in [*((store, blob) for blob in index.blobs), *((own, blob) for blob in index.holdouts)]:
+        if not source.has(blob.digest) or target.add_file(source.path(blob.digest)) != blob:
             raise IntegrityError(f"blob {blob.digest[:12]} in {backup} is missing or damaged; use another backup")
         done += blob.size
         on_progress("blobs", done, index.bytes)

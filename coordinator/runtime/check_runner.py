@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import math
 import time
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from lutetia.coordinator.acceptance.audit_comparison import OWN_KIND, AuditFindi
 from lutetia.coordinator.acceptance.checks import CheckFailed, Replayed, SizeLimits, Verdict
 from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.messages import StartAudit
+from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.coordinator.worker.messages import (
@@ -59,7 +58,7 @@ class NetworkCheckRunner:
         worker: checks the files of results.
         audit_worker: replays epochs, in a process of its own, so that no acceptance waits for a replay.
         slowest_bytes_per_second: a checkpoint that arrives slower is inconclusive.
-        secret: makes noise and times of held-out losses unpredictable to peers.
+        holdouts: the held-out clips, which are never served.
         states: digests of the accepted training states that may still be in `blobs`.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
     """
@@ -71,7 +70,7 @@ class NetworkCheckRunner:
     worker: WorkerClient
     audit_worker: WorkerClient
     slowest_bytes_per_second: float
-    secret: bytes
+    holdouts: Holdouts
     states: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
 
@@ -168,8 +167,7 @@ class NetworkCheckRunner:
 
     async def _losses(self, record: CheckpointRecord, weights: Path | None, raw: bool = False) -> Losses:
         check: CheckName = "raw" if raw else "holdout"
-        holdout = self.blobs.path(self.manifest.shards[record.shard].holdout.digest)
-        draw = exam_draw(self.secret, record.digest)
+        holdout, draw = self.holdouts.path(self.manifest.shards[record.shard].holdout), self.holdouts.draw(record.digest)
         job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=raw)
         return (await self._ask(check, job, _LOSS_LIMIT)).rows
 
@@ -215,11 +213,6 @@ class NetworkCheckRunner:
         """Remove what was fetched of a result that was not accepted, except blobs that another undecided result names, too."""
         for digest in _blobs_of(record) - undecided_blobs(run):
             self.incoming.remove(digest)
-
-
-def exam_draw(secret: bytes, checkpoint: str) -> str:
-    """The draw of noise and times with which a result and its parent are scored; unpredictable without the secret."""
-    return hmac.new(secret, checkpoint.encode(), hashlib.sha256).hexdigest()
 
 
 def noise_bounds(author: TrainedWith) -> NoiseBounds:

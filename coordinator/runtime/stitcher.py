@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lutetia.coordinator.holdouts import holdout_files
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
@@ -109,7 +110,7 @@ class Stitcher:
         out = self.folder.root / "router.safetensors"
         job = TrainRouter(
             train=tuple(self.blobs.path(shard.train.digest) for shard in shards),
-            holdout=tuple(self.blobs.path(shard.holdout.digest) for shard in shards), out=out,
+            holdout=tuple(holdout_files(self.folder, self.manifest)), out=out,
         )  # fmt: skip
         report = await self.worker.ask(job, limit=_ROUTER_LIMIT)
         ref = await asyncio.to_thread(self.blobs.add_file, out, True)

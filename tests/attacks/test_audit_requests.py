@@ -39,7 +39,7 @@ def desk_of(folder: Path, transport: Transport, pace: RateWindow) -> AuditServic
     async def publish(record: AcceptanceRecord | ResetRecord) -> None: ...
 
     manifest, store = manifest_of_now(), BlobStore(folder / "blobs")
-    tools = NetworkCheckRunner(transport, manifest, store, store, None, None, 1.0, b"secret")  # pyright: ignore[reportArgumentType]
+    tools = NetworkCheckRunner(transport, manifest, store, store, None, None, 1.0, None)  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(folder / "ledger.sqlite", judge_driver.first_event(manifest, time.time()))
     rules = JudgeRules(manifest, judge_driver.COORDINATOR.public_key, b"secret")
     bench = JudgeLoop(rules, ledger, ScriptedCheckIO(), publish, transport.now, lambda state: None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lutetia.coordinator.admin.create import CreatedRun
+from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime.check_runner import exam_draw
 from lutetia.coordinator.settings import tiny_expert
 from lutetia.models.experts.families import build_expert
 from lutetia.models.mixing.description import verify_mixture
@@ -89,7 +89,7 @@ async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path
     init = run.manifest.expert.init
     assert init is not None
     secret = Identity.load(RunFolder(run.folder).coordinator_key).secret_for("held-out draws")
-    draw = exam_draw(secret, first.acceptance.checkpoint)
+    draw = Holdouts(BlobStore(run.folder / "holdouts"), secret).draw(first.acceptance.checkpoint)
     before = [
         holdout_loss(run.manifest, 0, weights, clips(0, 4, len("holdout")), draw=draw).loss
         for weights in (BlobStore(run.folder / "blobs").path(init.digest), None)

@@ -17,6 +17,7 @@ from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Replayed
 from lutetia.coordinator.acceptance.messages import Offered, StartAudit
 from lutetia.coordinator.acceptance.transition import JudgeRules
+from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.events import Outcome
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
@@ -148,7 +149,7 @@ async def intake(root: Path, shards: int = 2, epochs: int = 3) -> AsyncIterator[
     for content in held:
         blobs.add_bytes(content)
     await serve_blobs(transport, blobs)
-    tools = Tools(transport, manifest, blobs, incoming, shop, shop, 65536.0, b"secret")  # pyright: ignore[reportArgumentType]
+    tools = Tools(transport, manifest, blobs, incoming, shop, shop, 65536.0, Holdouts(blobs, b"secret"))  # pyright: ignore[reportArgumentType]
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest, now))
     room = Intake(manifest, network, tools, shop, ledger, root)
     room.start()

@@ -16,6 +16,7 @@ import pytest
 from lutetia.coordinator.admin.backup import INDEX, backup_run, read_index
 from lutetia.coordinator.admin.create import CreatedRun
 from lutetia.coordinator.admin.restore import restore_run
+from lutetia.coordinator.holdouts import withdraw_holdouts
 from lutetia.coordinator.ledger.digest import state_bytes, state_digest
 from lutetia.coordinator.ledger.events import AcceptanceRecovered, CheckpointAccepted, CoordinatorStarted, ManifestPublished
 from lutetia.coordinator.ledger.log import Ledger
@@ -85,10 +86,33 @@ def test_restored_run_equals_the_run(run: CreatedRun, tmp_path: Path):
     for key in (new.owner_key, new.coordinator_key):
         assert key.stat().st_mode & 0o777 == 0o600
     assert BlobStore(new.blobs).digests() == BlobStore(old.blobs).digests()
+    assert BlobStore(new.holdouts).digests() == [shard.holdout.digest for shard in run.manifest.shards], "still served to nobody"
     assert state_of(new) == state_of(old)
     assert new.restored.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
     assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700, "it holds keys"
+
+
+def test_backup_of_an_earlier_version_restores_and_says_that_holdouts_were_served(
+    run: CreatedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Earlier versions kept held-out clips among the served blobs; their signed index has no field for them."""
+    folder, digest = RunFolder(run.folder), run.manifest.shards[0].holdout.digest
+    BlobStore(folder.blobs).add_file(BlobStore(folder.holdouts).path(digest))
+    BlobStore(folder.holdouts).remove(digest)
+    backup_run(run.folder, tmp_path / "backup")
+    assert b'"holdouts":[]' in (tmp_path / "backup" / INDEX).read_bytes()
+    (tmp_path / "backup" / INDEX).write_bytes((tmp_path / "backup" / INDEX).read_bytes().replace(b'"holdouts":[],', b""))
+    restore_run(tmp_path / "backup", tmp_path / "again")
+    again = RunFolder(tmp_path / "again")
+    for _ in range(2):
+        caplog.clear()
+        withdraw_holdouts(again, run.manifest)
+        assert "served the held-out clips" in caplog.text, "at every start"
+    assert (BlobStore(again.blobs).has(digest), BlobStore(again.holdouts).has(digest)) == (False, True)
+    BlobStore(again.holdouts).remove(digest)
+    with pytest.raises(IntegrityError, match="lacks the held-out clips of shard 0"):
+        withdraw_holdouts(again, run.manifest)
 
 
 def state_of(folder: RunFolder) -> bytes:
@@ -214,7 +238,7 @@ def test_damaged_backup_restores_nothing(run: CreatedRun, tmp_path: Path, spoil,
 
 def test_damaged_blob_of_the_run_stops_the_backup(run: CreatedRun, tmp_path: Path):
     digest = run.manifest.shards[0].holdout.digest
-    path = run.folder / "blobs" / digest[:2] / digest
+    path = run.folder / "holdouts" / digest[:2] / digest
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     with pytest.raises(IntegrityError, match=f"blob {digest[:12]}"):
         backup_run(run.folder, tmp_path / "backup")

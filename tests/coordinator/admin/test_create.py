@@ -47,10 +47,9 @@ def test_create_run_makes_every_file(data: Path, tmp_path: Path):
     assert signed.manifest.coordinators == (coordinator.public_key,)
     for key in (run.owner_key, run.coordinator_key):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    store = BlobStore(run.blobs)
-    for shard in signed.manifest.shards:
-        assert store.has(shard.train.digest)
-        assert store.has(shard.holdout.digest)
+    served, own = set(BlobStore(run.blobs).digests()), set(BlobStore(run.holdouts).digests())
+    assert served == {shard.train.digest for shard in signed.manifest.shards}, "peers can fetch no held-out clip"
+    assert own == {shard.holdout.digest for shard in signed.manifest.shards}
     ledger = Ledger.open(run.ledger, created.run)
     assert (ledger.state.manifest_version, ledger.state.accepted_epochs) == (1, (0, 0))
     ledger.close()

@@ -47,7 +47,7 @@ class Runner(NetworkCheckRunner):
 async def main():
     manifest = make_manifest()
     ledger = Ledger.create(root / "ledger.sqlite", first_event(manifest))
-    runner = Runner(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0, b"secret")
+    runner = Runner(None, manifest, BlobStore(root / "blobs"), BlobStore(root / "incoming"), None, None, 1.0, None)
     published = asyncio.Queue()
     async def publish(record):
         print("@published", record.epoch, flush=True)

@@ -37,7 +37,7 @@ from tests.coordinator.acceptance.judge_driver import (
 
 def test_old_training_states_are_removed_and_weights_kept(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-    check_runner = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0, b"secret")  # pyright: ignore[reportArgumentType]
+    check_runner = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0, None)  # pyright: ignore[reportArgumentType]
     c, records = drive_judge(epochs=9), []
     for epoch in range(1, 9):
         weights, state, trace = (incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace"))

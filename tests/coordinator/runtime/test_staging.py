@@ -43,7 +43,7 @@ def at_a_coordinator(tmp_path: Path, scenario: Callable[[NetworkCheckRunner, Mem
         check = record_check(MANIFEST, network.now)
         coordinator, author = network.peer(COORDINATOR, check), network.peer(PEERS[0], check)
         blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
-        check_runner = NetworkCheckRunner(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0, b"secret")  # pyright: ignore[reportArgumentType]
+        check_runner = NetworkCheckRunner(coordinator, MANIFEST, blobs, incoming, None, None, 65536.0, None)  # pyright: ignore[reportArgumentType]
         await scenario(check_runner, author)
 
     run_virtual(main, START)

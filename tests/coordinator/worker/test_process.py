@@ -74,13 +74,13 @@ class Site:
         return self.files / f"{shard}.trace.safetensors"
 
     def train(self, shard: int = 0) -> Path:
-        return self._blob(self.manifest.shards[shard].train)
+        return self._blob(self.manifest.shards[shard].train, self.run.blobs)
 
     def holdout(self, shard: int = 0) -> Path:
-        return self._blob(self.manifest.shards[shard].holdout)
+        return self._blob(self.manifest.shards[shard].holdout, self.run.holdouts)
 
-    def _blob(self, ref: BlobRef) -> Path:
-        return self.run.blobs / ref.digest[:2] / ref.digest
+    def _blob(self, ref: BlobRef, store: Path) -> Path:
+        return store / ref.digest[:2] / ref.digest
 
     async def inspect(self, weights: Path, state: Path, trace: Path | None = None) -> None:
         job = InspectFiles(shard=0, epoch=1, weights=weights, state=state, trace=trace or self.trace())
