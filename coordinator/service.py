@@ -44,7 +44,7 @@ from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.identity import Identity, peer_id_of
+from lutetia.protocol.schema.identity import Identity, peer_id_of, public_key_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
@@ -169,6 +169,7 @@ class Service:
         return tasks
 
     async def _answer_streams(self) -> None:
+        self.transport.favour(self._has_accepted_work)
         await serve_introduction(self.transport, lambda: self.live.signed)
         await AcceptedService(self.transport, self.live).serve()
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
@@ -209,6 +210,11 @@ class Service:
         self._changed(self.judge_loop.state.run)
         _log.info("serving version %d of the manifest: %d epochs", manifest.version, manifest.epochs)
         await self._notify_peers()
+
+    def _has_accepted_work(self, peer_id: str) -> bool:
+        """Whether a place among the inbound streams is kept for this peer."""
+        run, owner = self.judge_loop.state.run, public_key_of(peer_id)
+        return owner is not None and run.peer(owner).accepted > 0 and owner not in run.quarantined
 
     def _accepted(self) -> list[AcceptanceRecord]:
         return [shard.acceptance for shard in self.judge_loop.state.run.shards.values() if shard.acceptance]

@@ -149,6 +149,8 @@ class NodeDaemon:
     async def serve(self, transport: Transport, store: BlobStore) -> None:
         """Serve blobs, manifest versions and accepted checkpoints on `transport`."""
         assert self.manifest_updates
+        assert self.shell
+        transport.favour(self.shell.network.has_accepted_work)
         await serve_blobs(transport, store, self.settings.upload_rate)
         await self.manifest_updates.serve(transport)
         await AcceptedService(transport, self.manifest_updates.live).serve()

@@ -72,6 +72,9 @@ class Player(Transport):
     async def enter_dht(self, check: RecordCheck, bootstrap: Sequence[str] = ()) -> None:
         return None
 
+    def favour(self, known: Callable[[str], bool]) -> None:
+        return None
+
     def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
         return None
 

@@ -23,7 +23,7 @@ from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.joining import coordinator_addresses
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply, offer_checkpoint
 from lutetia.protocol.rpc.introduction import software_version
-from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import (
     AcceptanceRecord,
@@ -204,6 +204,11 @@ class NodeNetwork:
         coordinators = [Provider(peer, addresses) for peer, addresses in self.coordinators]
         known = {coordinator.peer_id for coordinator in coordinators}
         return [*(provider for provider in providers if provider.peer_id not in known), *coordinators]
+
+    def has_accepted_work(self, peer_id: str) -> bool:
+        """Whether a peer is a coordinator or the author of a shard's newest acceptance."""
+        authors = (peer_id_of(acceptance.author) for acceptance in self.acceptances.values())
+        return any(peer_id == known for known, _ in self.coordinators) or peer_id in authors
 
     def replace_transport(self, transport: Transport) -> None:
         """Use a new transport; its addresses differ, so everything is announced again."""

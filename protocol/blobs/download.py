@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
 
 __all__ = ["Progress", "Provider", "fetch_blob", "serve_blobs"]
-
-log = logging.getLogger(__name__)
 
 PARALLEL = 4
 
@@ -117,7 +114,7 @@ class _Fetch:
         for number in numbers:
             if number in self._active:
                 worker, task = self._active[number]
-                log.warning("dropped provider %s of blob %s: too slow", worker.provider.peer_id, self._ref.digest[:12])
+                worker.note_slow()
                 task.cancel()
 
     def _reap(self) -> None:

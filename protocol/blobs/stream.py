@@ -18,6 +18,7 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Stream
+from lutetia.protocol.transport.network_origin import prefix_of
 
 BLOB = "/lutetia/blob/1"
 OK, ABSENT, BUSY, MALFORMED = range(4)
@@ -69,7 +70,9 @@ class RateLimit:
 
 
 class AnswerSlots:
-    """Limits the answers in progress to `places`, half of them for one origin. Others wait for up to TURN_TIMEOUT.
+    """Limits the answers in progress to `places`, half of them for one prefix. Others wait for up to TURN_TIMEOUT.
+
+    The next place goes to the prefix that has the fewest.
 
     Without a limit all would share the rate, until none gets enough to make progress.
     """
@@ -103,13 +106,19 @@ class AnswerSlots:
         self._admit()
 
     def _admit(self) -> None:
-        for turn in list(self._waiting):
+        while self._taken.total() < self._places:
+            prefixes = Counter[str]()
+            for origin, count in self._taken.items():
+                prefixes[prefix_of(origin)] += count
+            fit = [turn for turn in self._waiting if prefixes[prefix_of(turn[0])] < self._share]
+            turn = min(fit, key=lambda turn: prefixes[prefix_of(turn[0])], default=None)
+            if turn is None:
+                return
             origin, future = turn
-            if self._taken.total() < self._places and self._taken[origin] < self._share:
-                self._waiting.remove(turn)
-                self._taken[origin] += 1
-                if not future.done():
-                    future.set_result(None)
+            self._waiting.remove(turn)
+            self._taken[origin] += 1
+            if not future.done():
+                future.set_result(None)
 
 
 class BlobServer:
@@ -124,11 +133,7 @@ class BlobServer:
     async def answer(self, stream: Stream) -> None:
         """The stream handler. Answers requests until the peer closes or stalls; refuses a peer with too many streams."""
         peer, origin = stream.peer_id, stream.origin
-        if (
-            self._streams.total() >= MAX_STREAMS
-            or self._streams[peer] >= MAX_STREAMS_PER_PEER
-            or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN
-        ):
+        if self._streams[peer] >= MAX_STREAMS_PER_PEER or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN:
             async with asyncio.timeout(STALL_TIMEOUT):  # closing on an unread request resets the stream and loses the answer
                 await stream.read_exactly(REQUEST_BYTES)
             await _refuse(stream, BUSY)

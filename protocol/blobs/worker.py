@@ -16,9 +16,10 @@ from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, B
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError
+from lutetia.system.log_limit import LimitedLog
 from lutetia.system.retry import backoff
 
-log = logging.getLogger(__name__)
+_dropped = LimitedLog(logging.getLogger(__name__))
 
 ATTEMPTS = 3
 FIRST_RETRY = 1.0  # seconds
@@ -165,6 +166,14 @@ class DownloadWorker:
             self._transfer.overtake(plan.arrived(span, index))
             self._transfer.report(len(chunk))
 
+    def note_slow(self) -> None:
+        """Log that another worker was faster."""
+        self._log_dropped("too slow")
+
     def _lose(self, error: Exception) -> None:
-        log.warning("dropped provider %s of blob %s: %s", self.provider.peer_id, self._transfer.ref.digest[:12], error)
+        self._log_dropped(error)
         self._transfer.lost[self.provider.peer_id] = error
+
+    def _log_dropped(self, why: object) -> None:
+        blob = self._transfer.ref.digest[:12]
+        _dropped(logging.WARNING, f"blob {blob}", "dropped provider %s of blob %s: %s", self.provider.peer_id, blob, why)

@@ -17,6 +17,7 @@ from lutetia.system.errors import IdentityError, disk_reason
 from lutetia.system.files import write_atomic
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+_PEER_ID_LETTERS = 64  # more than any Ed25519 peer id has
 _PROTOBUF_ED25519 = b"\x08\x01\x12"  # field 1 (key type) = 1 (Ed25519), field 2 (data), length follows
 
 
@@ -32,6 +33,17 @@ def peer_id_of(public_key: str) -> str:
     """The libp2p peer id of an Ed25519 public key (hex): base58 of the identity multihash of its protobuf (libp2p spec)."""
     encoded = _PROTOBUF_ED25519 + b"\x20" + bytes.fromhex(public_key)
     return _base58(b"\x00" + bytes([len(encoded)]) + encoded)
+
+
+def public_key_of(peer_id: str) -> str | None:
+    """The public key (hex) that an Ed25519 peer id holds; None for other peer ids and for text that is none."""
+    number = 0
+    for letter in peer_id[:_PEER_ID_LETTERS]:
+        if letter not in _BASE58:
+            return None
+        number = number * 58 + _BASE58.index(letter)
+    key = f"{number % (1 << 256):064x}"
+    return key if peer_id_of(key) == peer_id else None
 
 
 def verify(public_key: str, message: bytes, signature: str) -> bool:

@@ -40,6 +40,8 @@ class Stream(ABC):
 
     peer_id: str
     origin: str = ""
+    moved: float = 0.0
+    """When its last byte came or went, in seconds of the event loop's clock."""
 
     @abstractmethod
     async def read_exactly(self, count: int) -> bytes:
@@ -132,6 +134,10 @@ class Transport(ABC):
     @abstractmethod
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of `protocol`. A handler that fails ends only its own stream."""
+
+    @abstractmethod
+    def favour(self, known: Callable[[str], bool]) -> None:
+        """Keep places for inbound streams of the peers that `known` names, by peer id: those with accepted work."""
 
     @abstractmethod
     def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:

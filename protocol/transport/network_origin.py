@@ -1,4 +1,7 @@
-"""The network from which a stream comes, for limits: an IPv4 address, or the /64 that one IPv6 customer gets."""
+"""The network from which a stream comes, for limits: an IPv4 address, or the /64 that one IPv6 customer gets.
+
+Who rents one address often gets its neighbours as well, so crowding is counted by prefix, too.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,17 @@ def origin_of(address: str) -> str:
             return str(host.ipv4_mapped)
         return str(ipaddress.ip_network((host, 64), strict=False))
     return str(host)
+
+
+def prefix_of(origin: str) -> str:
+    """The /24 or /48 around an origin. Loopback and private addresses stay as they are: one network there is one operator's.
+
+    "" for relayed peers, which share one prefix.
+    """
+    try:
+        network = ipaddress.ip_network(origin)
+    except ValueError:
+        return origin
+    if not network.is_global:
+        return origin
+    return str(network.supernet(new_prefix=24 if network.version == 4 else 48))

@@ -14,7 +14,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
-from lutetia.protocol.transport.network_origin import origin_of
+from lutetia.protocol.transport.network_origin import origin_of, prefix_of
 from tests.attacks.hivemind_swarm import manifest_of_now, network
 from tests.coordinator.acceptance import judge_driver
 
@@ -22,10 +22,10 @@ from tests.coordinator.acceptance import judge_driver
 @pytest.mark.parametrize(
     ("address", "origin"),
     [
-        ("/ip4/203.0.113.5/tcp/4001", "203.0.113.5"),
+        ("/ip4/203.0.114.5/tcp/4001", "203.0.114.5"),
         ("/ip6/2001:db8:1:2:3:4:5:6/tcp/1", "2001:db8:1:2::/64"),
-        ("/ip6/::ffff:203.0.113.5/tcp/1", "203.0.113.5"),
-        ("/ip4/203.0.113.5/tcp/1/p2p/12D3KooW/p2p-circuit", ""),
+        ("/ip6/::ffff:203.0.114.5/tcp/1", "203.0.114.5"),
+        ("/ip4/203.0.114.5/tcp/1/p2p/12D3KooW/p2p-circuit", ""),
         ("/ip4/999.1.1.1/tcp/1", ""),
         ("/dns4/example.org/tcp/1", ""),
         ("", ""),
@@ -35,11 +35,27 @@ def test_an_origin_is_an_ipv4_address_or_a_64_prefix(address: str, origin: str) 
     assert origin_of(address) == origin
 
 
+@pytest.mark.parametrize(
+    ("origin", "prefix"),
+    [
+        ("8.8.4.4", "8.8.4.0/24"),
+        ("2606:4700:1:2::/64", "2606:4700:1::/48"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("192.168.1.5", "192.168.1.5"),
+        ("fd00:1:2:3::/64", "fd00:1:2:3::/64"),
+        ("", ""),
+    ],
+)
+def test_a_prefix_is_a_24_or_48_of_public_addresses(origin: str, prefix: str) -> None:
+    assert prefix_of(origin) == prefix
+
+
 class Waiting(Stream):
     """An inbound stream that never sends anything."""
 
     def __init__(self, peer_id: str, origin: str) -> None:
         self.peer_id, self.origin = peer_id, origin
+        self.closed = False
 
     async def read_exactly(self, count: int) -> bytes:
         return await asyncio.get_running_loop().create_future()
@@ -48,24 +64,68 @@ class Waiting(Stream):
         return None
 
     async def close(self) -> None:
-        return None
+        self.closed = True
 
 
 async def _listen(stream: Stream) -> None:
     await stream.read_exactly(1)
 
 
-async def test_silent_peers_of_one_origin_leave_room_for_others() -> None:
-    tasks = HandlerTasks(limit=64)
-    swarm = [Waiting(f"sybil {number}", "203.0.113.5") for number in range(1000)]
-    assert sum(tasks.start("/x/1", _listen, stream) for stream in swarm) == 32
+async def open_streams(tasks: HandlerTasks, protocol: str, origin: str, count: int) -> list[Waiting]:
+    """The streams of `count` identities at `origin` that got a place, each a little later than the one before."""
+    streams = [Waiting(f"{origin} {number}", origin) for number in range(count)]
+    taken = [stream for stream in streams if tasks.start(protocol, _listen, stream)]
+    await asyncio.sleep(0)
+    return taken
+
+
+async def test_silent_streams_of_a_crowd_give_way_to_others() -> None:
+    """Identities at two addresses take all places. Those of 40 other networks get theirs none the less."""
+    tasks = HandlerTasks(places=64)
+    for origin in ("203.0.114.5", "198.51.99.7"):
+        await open_streams(tasks, "/x/1", origin, 200)
+    honest = [await open_streams(tasks, "/x/1", f"8.8.{number}.1", 1) for number in range(40)]
+    assert all(honest)
+    await asyncio.sleep(0)
+    assert not any(stream.closed for (stream,) in honest)
+    await tasks.close()
+
+
+async def test_addresses_of_one_prefix_are_one_crowd() -> None:
+    tasks = HandlerTasks(places=64)
+    crowd = [(await open_streams(tasks, "/x/1", f"203.0.114.{number}", 1))[0] for number in range(48)]
+    other = await open_streams(tasks, "/x/1", "198.51.99.7", 10)
+    assert len(other) == 10
+    assert [stream.closed for stream in crowd] == [True] * 10 + [False] * 38, "the oldest silent ones ended"
+    assert not await open_streams(tasks, "/x/1", "203.0.114.99", 5)
+    await tasks.close()
+
+
+async def test_a_flooded_protocol_leaves_the_others_alone() -> None:
+    tasks = HandlerTasks(places=64)
+    await open_streams(tasks, "/x/1", "203.0.114.5", 200)
+    assert len(await open_streams(tasks, "/y/1", "203.0.114.5", 20)) == 20
+    await tasks.close()
+
+
+async def test_peers_with_accepted_work_get_a_place_in_any_crowd() -> None:
+    tasks = HandlerTasks(places=64)
+    tasks.known = lambda peer_id: peer_id.startswith("203.0.114.5 1")
+    crowd = [stream for n in range(200) for stream in await open_streams(tasks, "/x/1", f"8.{n}.1.1", 1)]
+    assert sum(not stream.closed for stream in crowd) == 48
+    taken = await open_streams(tasks, "/x/1", "203.0.114.5", 20)
+    assert {stream.peer_id for stream in taken} == {f"203.0.114.5 {number}" for number in (1, *range(10, 20))}
+    assert not any(stream.closed for stream in taken)
+    await tasks.close()
+
+
+async def test_one_peer_gets_a_quarter_of_the_places() -> None:
+    tasks = HandlerTasks(places=64)
     greedy = [Waiting("one peer", "198.51.100.7") for _ in range(100)]
-    assert sum(tasks.start("/x/1", _listen, stream) for stream in greedy) == 8
-    honest = [Waiting(f"honest {number}", f"192.0.2.{number}") for number in range(20)]
-    assert all(tasks.start("/x/1", _listen, stream) for stream in honest)
+    assert sum(tasks.start("/x/1", _listen, stream) for stream in greedy) == 16
     await tasks.close()
     await asyncio.sleep(0)
-    assert all(tasks.start("/x/1", _listen, stream) for stream in swarm[:32])  # ended streams are forgotten
+    assert sum(tasks.start("/x/1", _listen, stream) for stream in greedy) == 16  # ended streams are forgotten
     await tasks.close()
 
 
@@ -100,22 +160,22 @@ def test_peers_of_one_origin_share_its_places_at_the_judge() -> None:
     sybils = [f"sybil {number}" for number in range(10)]
     waiting: set[str] = set()
     for peer in sybils:
-        if admission.refusal(peer, "203.0.113.5", waiting, 0.0) is None:
+        if admission.refusal(peer, "203.0.114.5", waiting, 0.0) is None:
             waiting.add(peer)
     assert len(waiting) == 3
-    assert admission.refusal("sybil 0", "203.0.113.5", waiting, 1.0) is None  # asks for the state of its own result
+    assert admission.refusal("sybil 0", "203.0.114.5", waiting, 1.0) is None  # asks for the state of its own result
     assert admission.refusal("honest", "198.51.100.7", waiting, 1.0) is None
-    assert admission.refusal("sybil 9", "203.0.113.5", set(), 2.0) is None  # decided results free their places
+    assert admission.refusal("sybil 9", "203.0.114.5", set(), 2.0) is None  # decided results free their places
 
 
 def test_offers_of_one_origin_are_limited_for_a_minute() -> None:
     admission = Admission(offers_per_minute=20, undecided=8)
-    replies = [admission.refusal(f"peer {number}", "203.0.113.5", set(), number / 10) for number in range(50)]
+    replies = [admission.refusal(f"peer {number}", "203.0.114.5", set(), number / 10) for number in range(50)]
     assert [reply is None for reply in replies] == [True] * 20 + [False] * 30
     reply = replies[-1]
     assert reply is not None
     assert reply.retry_after == pytest.approx(55.1)
-    assert admission.refusal("peer 0", "203.0.113.5", set(), 61.0) is None
+    assert admission.refusal("peer 0", "203.0.114.5", set(), 61.0) is None
     for number in range(10_000):
         admission.refusal(f"other {number}", f"10.0.{number >> 8}.{number & 255}", set(), 62.0)
     assert len(admission._origins) <= 4096

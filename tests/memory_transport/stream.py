@@ -89,10 +89,13 @@ class MemoryStream(Stream):
     async def read_exactly(self, count: int) -> bytes:
         if self.closed:
             raise ConnectionError("this stream was closed")
-        return await self._inbound.read_exactly(count)
+        data = await self._inbound.read_exactly(count)
+        self.moved = asyncio.get_running_loop().time()
+        return data
 
     async def write(self, data: bytes | memoryview) -> None:
         await self._outbound.write(data)
+        self.moved = asyncio.get_running_loop().time()
 
     async def close(self) -> None:
         self.closed = True

@@ -114,6 +114,9 @@ class MemoryTransport(Transport):
         self._require_alive()
         self._handlers[protocol] = handler
 
+    def favour(self, known: Callable[[str], bool]) -> None:
+        self._tasks.known = known
+
     def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
         self._periodic.append(asyncio.get_running_loop().create_task(self._repeat(period, action)))
 

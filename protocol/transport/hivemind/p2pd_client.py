@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from lutetia.protocol.transport.base import DIAL_TIMEOUT, Handler, Stream
@@ -30,16 +30,20 @@ class P2pdStream(Stream):
 
     def __init__(self, peer_id: str, wire: UnixSocket, origin: str = "") -> None:
         self.peer_id, self.origin = peer_id, origin
-        self._wire = wire
+        self._wire, self._loop = wire, asyncio.get_running_loop()
 
     async def read_exactly(self, count: int) -> bytes:
-        return await self._wire.read_exactly(count)
+        data = await self._wire.read_exactly(count)
+        self.moved = self._loop.time()
+        return data
 
     async def read_into(self, target: memoryview) -> None:
         await self._wire.read_into(target)
+        self.moved = self._loop.time()
 
     async def write(self, data: bytes | memoryview) -> None:
         await self._wire.write(data)
+        self.moved = self._loop.time()
 
     async def close(self) -> None:
         self._wire.close()
@@ -105,6 +109,10 @@ class P2pdClient:
             wire.close()
             raise
         return P2pdStream(peer_id, wire)
+
+    def favour(self, known: Callable[[str], bool]) -> None:
+        """See `Transport.favour`."""
+        self._tasks.known = known
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of `protocol`. Serving it again replaces the handler."""

@@ -126,6 +126,9 @@ class HivemindTransport(Transport):
         self._require_alive()
         await self._daemon.control.serve(protocol, handler)
 
+    def favour(self, known: Callable[[str], bool]) -> None:
+        self._daemon.control.favour(known)
+
     async def close(self) -> None:
         self._closed = True
         for task in self._periodic:

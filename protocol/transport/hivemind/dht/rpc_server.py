@@ -20,8 +20,10 @@ from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
 from lutetia.protocol.transport.hivemind.dht.record_quota import RecordQuota
 from lutetia.protocol.transport.hivemind.dht.routing_table import YIELD_EVERY, PlacementProtocol, position_of
 from lutetia.protocol.transport.hivemind.dht.storage import MAX_RECORDS_PER_KEY, KeyRecords, merged, sample_within
+from lutetia.system.log_limit import LimitedLog
 
 log = logging.getLogger(__name__)
+_refused = LimitedLog(log)
 
 MAX_KEYS_PER_FIND = 16
 """hivemind never asks for more at once; our own lookups ask for one."""
@@ -160,7 +162,8 @@ class RpcServer(PlacementProtocol):
         if key is None:
             return False
         if not self.quota.admits(key, owner, origin, record.expiration_time, time.time()):
-            log.info("refused a record under %s: too many from %s", key, origin or "relays")
+            source = origin or "relays"
+            _refused(logging.INFO, source, "refused a record under %s: too many from %s", key, source)
             return False
         return self.storage.store_subkey(key_id, owner, record.value, record.expiration_time)
 
