@@ -68,7 +68,7 @@ def headline(status: SwarmStatus, now: float, live: bool = True) -> str:
         f"swarm {status.name}",
         f"run {short(status.run, 12)}",
         f"experts {coverage}{held}/{len(status.shards)} held",
-        f"nodes {len(status.nodes)} ({working} working)",
+        f"nodes {len(status.nodes) + status.nodes_not_shown} ({working} working)",
     ]
     return "   ".join([*parts, coordinator] if live else parts)
 
@@ -82,6 +82,8 @@ def render_status(status: SwarmStatus, now: float, live: bool = True) -> Rendera
     parts: list[RenderableType] = [Text(headline(status, now, live), style="bold"), Text(), shards]
     if status.nodes:
         parts.append(FittingTable(lambda without: node_table(status, now, without), _NODE_COLUMNS_TO_DROP))
+    if status.nodes_not_shown:
+        parts.append(Text(f"{status.nodes_not_shown} more nodes are online, without a shard or accepted work"))
     parts.append(Text(summary(status, now)))
     return Group(*parts)
 
@@ -107,7 +109,7 @@ def _shard_row(shard: ShardStatus, peers: dict[str, NodeStatus], now: float, wit
         "COPIES": "-" if shard.copies is None else str(shard.copies),
         "AGE": ago(now - shard.last_accepted) if shard.last_accepted else "-",
         "LEASE": ago(shard.claim_expires - now) if shard.claim_expires else "-",
-        "STATE": Text(shard.state, style=_STATE_STYLE[shard.state]),
+        "STATE": Text(shard.state, style=_STATE_STYLE.get(shard.state, "")),
     }
 
 
@@ -126,7 +128,7 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
             "REJECTED": str(node.rejected),
             "SEEN": f"{ago(now - node.last_seen)} ago",
             "LINK": "relayed" if node.relayed else "direct",
-            "HEALTH": Text(node.health, style=_HEALTH_STYLE[node.health]),
+            "HEALTH": Text(node.health, style=_HEALTH_STYLE.get(node.health, "")),
         }
         for node in status.nodes
     ]

@@ -64,5 +64,5 @@ async def _warn_of_double(transport: RecordStore, key: str, record: NodeRecord, 
         other = read_envelope(stored.value)
         log.error(
             "another node is online under this identity (it published %s); give every node its own identity, or both lose work",
-            getattr(other, "addresses", ()),
+            other.addresses if isinstance(other, NodeRecord) else (),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
@@ -49,16 +50,21 @@ class _Rules:
             raise RecordRefused(f"record is of run {record.run[:12]}, not of {self._run[:12]}")
         if self._allowed is not None and record.owner not in self._allowed:
             raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
-        if (getattr(record, "shard", None) or 0) >= self._shards:
+        if (_declared(record, "shard") or 0) >= self._shards:
             raise RecordRefused(f"record names a shard that does not exist: the run has {self._shards}")
         _check_addresses(record)
 
 
 def _check_addresses(record: Record) -> None:
     """Raises RecordRefused when a record directs others to a peer that is not its owner."""
-    peer_id = getattr(record, "peer_id", None)
+    peer_id = _declared(record, "peer_id")
     if peer_id is None:
         return
     owner = peer_id_of(record.owner)
-    if peer_id != owner or not all(address.endswith(f"/p2p/{owner}") for address in getattr(record, "addresses", ())):
+    if peer_id != owner or not all(address.endswith(f"/p2p/{owner}") for address in _declared(record, "addresses") or ()):
         raise RecordRefused(f"record of peer {owner} names another peer")
+
+
+def _declared(record: Record, name: str) -> Any:
+    """A field that this kind of record has by its schema; None for others. An unknown field of that name says nothing."""
+    return getattr(record, name) if name in type(record).model_fields else None

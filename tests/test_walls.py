@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.protocol.recorded.wire_documents import wire_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
@@ -191,6 +195,56 @@ def test_no_public_class_name_means_two_things() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name_of(path))
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def unbounded(schema: dict[str, Any], place: str) -> Iterator[str]:
+    """The places within a JSON schema whose numbers, texts, lists or tables have no limit, definitions left out."""
+    kind = schema.get("type")
+    if kind in ("integer", "number") and not {"enum", "const"} & schema.keys():
+        low, high = {"minimum", "exclusiveMinimum"} & schema.keys(), {"maximum", "exclusiveMaximum"} & schema.keys()
+        if not (low and high):
+            yield place
+    if kind == "string" and not {"maxLength", "enum", "const"} & schema.keys() and endless(schema.get("pattern")):
+        yield place
+    limit = {"array": "maxItems", "object": "maxProperties"}.get(kind or "")
+    if limit and limit not in schema and "properties" not in schema:
+        yield place
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        for each in schema.get(name, ()):
+            yield from unbounded(each, place)
+    for name in ("items", "propertyNames"):
+        if isinstance(schema.get(name), dict):
+            yield from unbounded(schema[name], f"{place}[]")
+    for name, each in schema.get("properties", {}).items():
+        yield from unbounded(each, f"{place}.{name}")
+
+
+def endless(pattern: str | None) -> bool:
+    """Whether a regular expression allows texts of any length."""
+    return pattern is None or bool(re.search(r"[^\\\[][*+]|\{\d+,\}", pattern)) or not pattern.endswith("$")
+
+
+def test_everything_that_crosses_the_wire_has_bounds() -> None:
+    found: set[str] = set()
+    for document in wire_documents():
+        schema = document.model_json_schema(by_alias=False)
+        for name, part in {document.__name__: schema, **schema.get("$defs", {})}.items():
+            found.update(unbounded(part, name))
+    assert not sorted(found)
+
+
+def test_a_field_that_a_release_lacks_is_optional_and_not_written_unless_used() -> None:
+    """Declare a new field with `fields.added`: else older peers refuse what carries it, and older documents' signatures break."""
+    wrong = set()
+    for fields in (ROOT / "tests/protocol/recorded").glob("*/fields.json"):
+        recorded = json.loads(fields.read_text())
+        for kind in wire_documents():
+            for name, field in kind.model_fields.items():
+                new = kind.__name__ in recorded and name not in recorded[kind.__name__]
+                hashed = not kind.__module__.endswith((".status", ".events"))
+                if new and (field.is_required() or (hashed and field.exclude_if is None)):
+                    wrong.add(f"{kind.__name__}.{name}")
+    assert not wrong
 
 
 @pytest.mark.parametrize("module", ["cli.main", "protocol.light_client.documents", "node.control", "protocol.joining"])

@@ -10,8 +10,26 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, TypeAdapter
 
-from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, Digest, Name, PublicKey
+from lutetia.protocol.schema.canonical import WireDocument
+from lutetia.protocol.schema.fields import (
+    MOST_SHARDS,
+    Count,
+    Digest,
+    EpochCount,
+    EpochNumber,
+    EpochsByShard,
+    Label,
+    MeasuredLoss,
+    Moment,
+    Name,
+    PublicKey,
+    Seconds,
+    Sentence,
+    ShardIndex,
+    Share,
+    Tally,
+)
+from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CheckName
 
@@ -20,17 +38,16 @@ Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
 AuditReason = Literal["streak", "lottery", "re-audit", "refusals"]
 RollbackReason = Literal["invalid", "operator"]
-Sentence = Annotated[str, Field(max_length=1000)]
-_Shard = Annotated[int, Field(ge=0, description="Index of the shard.")]
-_Term = Annotated[int, Field(ge=1, description="Term of the shard from now on: how often it was rolled back.")]
+_Shard = Annotated[ShardIndex, Field(description="Index of the shard.")]
+_Term = Annotated[EpochNumber, Field(description="Term of the shard from now on: how often it was rolled back.")]
 _CheckField = Annotated[
     CheckName, Field(validation_alias=AliasChoices("check", "rung"), description="The check; `rung` in older ledgers.")
 ]
-_Epochs = Annotated[tuple[int, ...], Field(description="Accepted epoch of each shard, in the order of the shards.")]
+_Epochs = Annotated[EpochsByShard, Field(description="Accepted epoch of each shard, in the order of the shards.")]
 
 
-class _Event(Frozen):
-    time: float = Field(description="When it happened: Unix seconds of the coordinator's clock.")
+class _Event(WireDocument):
+    time: Moment = Field(description="When it happened: Unix seconds of the coordinator's clock.")
 
 
 class RunCreated(_Event):
@@ -41,18 +58,18 @@ class RunCreated(_Event):
     name: Name = Field(description="Name of the run.")
     owner: PublicKey = Field(description="Who signs the run's manifest.")
     coordinator: PublicKey = Field(description="The coordinator that keeps this ledger.")
-    shards: int = Field(ge=1, le=4096, description="Number of shards.")
-    epochs: int = Field(ge=1, description="Budget of each shard in epochs.")
+    shards: int = Field(ge=1, le=MOST_SHARDS, description="Number of shards.")
+    epochs: EpochNumber = Field(description="Budget of each shard in epochs.")
 
 
 class ManifestPublished(_Event):
     """Peers are given this version of the manifest from now on."""
 
     kind: Literal["manifest-published"] = "manifest-published"
-    version: int = Field(ge=1, description="Version of the manifest.")
+    version: Count = Field(description="Version of the manifest.")
     digest: Digest = Field(description="Digest of the manifest.")
-    expires: float = Field(description="When its signature expires: Unix seconds.")
-    epochs: int | None = Field(default=None, ge=1, description="Budget of each shard in epochs; null: unchanged.")
+    expires: Moment = Field(description="When its signature expires: Unix seconds.")
+    epochs: EpochNumber | None = Field(default=None, description="Budget of each shard in epochs; null: unchanged.")
     coordinator: PublicKey | None = Field(default=None, description="The coordinator that serves it; null: unchanged.")
 
 
@@ -60,7 +77,7 @@ class CoordinatorStarted(_Event):
     """The service started, for the first time or again from disk."""
 
     kind: Literal["coordinator-started"] = "coordinator-started"
-    software: str = Field(description="Name and version of the software.")
+    software: Label = Field(description="Name and version of the software.")
 
 
 class CoordinatorStopped(_Event):
@@ -74,7 +91,7 @@ class BaselineMeasured(_Event):
 
     kind: Literal["baseline-measured"] = "baseline-measured"
     shard: _Shard
-    loss: float = Field(description="Held-out loss of the initial model.")
+    loss: MeasuredLoss = Field(description="Held-out loss of the initial model.")
 
 
 class ResultSeen(_Event):
@@ -87,18 +104,18 @@ class ResultSeen(_Event):
 
 class _Verdict(_Event):
     shard: _Shard
-    epoch: int = Field(ge=1, description="Epoch of the result.")
+    epoch: EpochNumber = Field(description="Epoch of the result.")
     owner: PublicKey = Field(description="Author of the result.")
     checkpoint: Digest = Field(description="Digest of the result.")
 
 
-class CheckCost(Frozen):
+class CheckCost(WireDocument):
     """One check that was run on one result."""
 
     check: _CheckField
     outcome: Outcome = Field(description="What it found.")
-    seconds: float = Field(ge=0, description="Seconds that it took.")
-    size: int = Field(default=0, ge=0, description="Bytes that it fetched or read.")
+    seconds: Seconds = Field(description="Seconds that it took.")
+    size: Tally = Field(default=0, description="Bytes that it fetched or read.")
 
 
 class ResultRefused(_Verdict):
@@ -108,7 +125,7 @@ class ResultRefused(_Verdict):
     verdict: Refusal = Field(description="Whether the refusal is final.")
     check: _CheckField
     text: Sentence = Field(description="Why, in words.")
-    again_at: float | None = Field(default=None, description="When it is checked again: Unix seconds; null: not any more.")
+    again_at: Moment | None = Field(default=None, description="When it is checked again: Unix seconds; null: not any more.")
     costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
 
 
@@ -124,7 +141,7 @@ class CheckpointAccepted(_Event):
 
     kind: Literal["checkpoint-accepted"] = "checkpoint-accepted"
     acceptance: AcceptanceRecord = Field(description="The acceptance as it is signed and published.")
-    parent_loss: float = Field(description="Held-out loss of the parent, with which its loss was compared.")
+    parent_loss: MeasuredLoss = Field(description="Held-out loss of the parent, with which its loss was compared.")
     build: str = Field(
         default="",
         max_length=128,
@@ -165,7 +182,7 @@ class AuditDue(_Verdict):
     """This accepted result is to be replayed."""
 
     kind: Literal["audit-due"] = "audit-due"
-    streak: int = Field(ge=0, description="The author's consecutive results that were audited and found valid.")
+    streak: Tally = Field(description="The author's consecutive results that were audited and found valid.")
     whole: bool = Field(default=False, description="Replay the whole epoch, not only its first steps.")
     why: AuditReason = Field(
         default="streak",
@@ -181,10 +198,10 @@ class AuditDone(_Verdict):
     outcome: AuditOutcome = Field(description="What it found; `not carried out` in ledgers of the first version only.")
     text: Sentence = Field(default="", description="Why, in words.")
     by: PublicKey | None = Field(default=None, description="The peer that replayed it; null: the coordinator itself.")
-    seconds: float = Field(default=0.0, ge=0, description="Seconds that the replay took.")
+    seconds: Seconds = Field(default=0.0, description="Seconds that the replay took.")
     closer: bool = Field(default=False, description="The next try replays the whole epoch.")
     doubt: bool = Field(default=False, description="Given up, but honest work was never seen to end where this epoch ends.")
-    again_at: float | None = Field(default=None, description="When it is tried again: Unix seconds; null: not any more.")
+    again_at: Moment | None = Field(default=None, description="When it is tried again: Unix seconds; null: not any more.")
 
 
 class AuditReported(_Verdict):
@@ -194,7 +211,7 @@ class AuditReported(_Verdict):
     by: PublicKey = Field(description="The peer that replayed it.")
     outcome: Outcome = Field(description="What it reported.")
     text: Sentence = Field(default="", description="Why, in words.")
-    seconds: float = Field(default=0.0, ge=0, description="Seconds that the replay took.")
+    seconds: Seconds = Field(default=0.0, description="Seconds that the replay took.")
 
 
 class PeerQuarantined(_Verdict):
@@ -216,9 +233,9 @@ class LineageRolledBack(_Event):
 
     kind: Literal["lineage-rolled-back"] = "lineage-rolled-back"
     shard: _Shard
-    epoch: int = Field(ge=0, description="The epoch from which the shard goes on.")
+    epoch: EpochCount = Field(description="The epoch from which the shard goes on.")
     term: _Term
-    dropped: int = Field(ge=1, description="Number of accepted epochs that are void.")
+    dropped: EpochNumber = Field(description="Number of accepted epochs that are void.")
     checkpoint: Digest = Field(description="The oldest void result; it is the invalid one, if one is.")
     why: RollbackReason = Field(default="invalid", description="An audit found a result invalid, or the operator asked for it.")
 
@@ -229,9 +246,11 @@ class RouterTrained(_Event):
     kind: Literal["router-trained"] = "router-trained"
     epochs: _Epochs
     router: BlobRef = Field(description="The router's weights.")
-    accuracy: float = Field(description="Held-out accuracy, 0 to 1.")
-    accuracy_by_time: tuple[float, ...] = Field(default=(), description="Accuracy in equal bins of the diffusion time t.")
-    calibration_error: float | None = Field(default=None, description="Expected calibration error, 0 to 1.")
+    accuracy: Share = Field(description="Held-out accuracy, 0 to 1.")
+    accuracy_by_time: tuple[Share, ...] = Field(
+        default=(), max_length=64, description="Accuracy in equal bins of the diffusion time t."
+    )
+    calibration_error: Share | None = Field(default=None, description="Expected calibration error, 0 to 1.")
 
 
 class MixtureStitched(_Event):
@@ -239,7 +258,7 @@ class MixtureStitched(_Event):
 
     kind: Literal["mixture-stitched"] = "mixture-stitched"
     epochs: _Epochs
-    terms: tuple[int, ...] = Field(
+    terms: EpochsByShard = Field(
         default=(), description="Term of each shard when stitching began; empty in ledgers of earlier versions."
     )
     mixture: Digest = Field(description="Digest of the mixture's description.")

@@ -7,7 +7,7 @@ Invariant I6: a peer is `working` only while its own work is accepted in time. A
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
@@ -33,6 +33,8 @@ from lutetia.protocol.stalled_claims import Seen, current_holder
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
 _QUARANTINED_SHOWN = 64
+NODES_SHOWN = 1024
+"""So many nodes fit into a status document beside as many shards as a run may have."""
 
 _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
 
@@ -82,9 +84,8 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
             claims[claim.record.shard].append(claim)
     held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
     holders = {claim.record.owner: claim for claim in held.values() if claim}
-    nodes = sorted(
-        (node for node in live.nodes if node.expires > now and node.record.state != "left"), key=lambda n: n.record.owner
-    )
+    online = [node for node in live.nodes if node.expires > now and node.record.state != "left"]
+    nodes = shown_nodes(state, online, holders)
     return SwarmStatus(
         run=state.run,
         name=state.name,
@@ -94,6 +95,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         software=software,
         shards=tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards))),
         nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), now) for node in nodes),
+        nodes_not_shown=len(online) - len(nodes),
         router=_router_status(state),
         mixture=state.mixture.mixture if state.mixture else None,
         mixture_epochs=state.mixture.epochs if state.mixture else (),
@@ -114,6 +116,27 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
             for why in list(state.quarantined.values())[-_QUARANTINED_SHOWN:]
         ),
     )
+
+
+def shown_nodes(
+    state: RunState, nodes: Sequence[Sighting[NodeRecord]], holders: Collection[str], most: int = NODES_SHOWN
+) -> list[Sighting[NodeRecord]]:
+    """The nodes that the document has room for, ordered by public key.
+
+    Identities cost nothing, so those come first that hold a shard or have had work accepted, then those seen the longest.
+
+    Args:
+        state: The run.
+        nodes: All nodes that are online.
+        holders: Public keys of those that hold a shard.
+        most: How many are shown.
+    """
+
+    def rank(node: Sighting[NodeRecord]) -> tuple[bool, float, str]:
+        owner = node.record.owner
+        return not (owner in holders or state.peer(owner).accepted), node.since, owner
+
+    return sorted(sorted(nodes, key=rank)[:most], key=lambda node: node.record.owner)
 
 
 def _held_claim(

@@ -35,6 +35,7 @@ def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
     for health in get_args(Health):
         peers.add_metric([health], tally[health])
     yield peers
+    yield GaugeMetricFamily("lutetia_peers_not_shown", "Further peers online, not counted by health.", status.nodes_not_shown)
     yield GaugeMetricFamily(
         "lutetia_finished", "1 once every budget is done and the final mixture is stitched.", int(status.finished)
     )

@@ -25,7 +25,7 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
     router = f"router accuracy {100 * status.router.accuracy:.1f} %" if status.router else "no router yet"
     mixture = f"mixture <code>{escape(status.mixture[:12])}</code>" if status.mixture else "no mixture yet"
     facts = (
-        f"{state} · {len(status.shards)} experts · {len(status.nodes)} peers, {working} working · "
+        f"{state} · {len(status.shards)} experts · {len(status.nodes) + status.nodes_not_shown} peers, {working} working · "
         f"{status.accepted} results accepted, {status.rejected} invalid · {router} · {mixture}"
     )
     return (
@@ -63,7 +63,9 @@ def _shard(shard: ShardStatus, now: float) -> str:
 
 def _nodes(status: SwarmStatus) -> str:
     heads = "peer|device|expert|accepted|invalid|last accepted|health|reported state"
-    return _table("Peers", heads, [_node(node, status.time) for node in status.nodes])
+    hidden = f"<p>{status.nodes_not_shown} more are online, without a shard or accepted work.</p>"
+    table = _table("Peers", heads, [_node(node, status.time) for node in status.nodes])
+    return table + (hidden if status.nodes_not_shown else "")
 
 
 def _node(node: NodeStatus, now: float) -> str:

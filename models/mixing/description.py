@@ -4,46 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
+from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
+from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally
 from lutetia.protocol.schema.identity import verify
-from lutetia.protocol.schema.manifest import BlobRef, Digest, LatentSpec, Name, SamplingSpec, Signature, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 
 FILE = "mixture.json"
 _SIGNING_DOMAIN = b"lutetia-mixture-1\n"
 
 
-class ExpertEntry(Frozen):
+class ExpertEntry(WireDocument):
     """One shard's expert."""
 
     name: Name = Field(description="name of the shard")
-    folder: str | None = Field(description="its folder in the mixture; null while the shard has no accepted checkpoint")
-    class_name: str = Field(description="diffusers class of the expert")
+    folder: str | None = Field(
+        max_length=64, description="its folder in the mixture; null while the shard has no accepted checkpoint"
+    )
+    class_name: str = Field(max_length=64, description="diffusers class of the expert")
     prediction: Literal["velocity", "sample", "epsilon"] = Field(description="what the expert predicts")
     noise_schedule: Literal["linear", "vp_cosine"] = Field(description="the noise path that it was trained on")
-    prior: float = Field(description="the shard's share of all clips, 0 to 1")
-    epoch: int = Field(ge=0, description="the accepted epoch that its weights are of; 0 without one")
-    samples: int = Field(ge=0, description="samples that it was trained on")
+    prior: Share = Field(description="the shard's share of all clips, 0 to 1")
+    epoch: EpochCount = Field(description="the accepted epoch that its weights are of; 0 without one")
+    samples: Tally = Field(description="samples that it was trained on")
     checkpoint: Digest | None = Field(default=None, description="digest of the accepted checkpoint; null without one")
 
 
-class MixtureDocument(Frozen):
+class MixtureDocument(WireDocument):
     """A mixture's contents and origin."""
 
     format: Literal[1] = Field(default=1, description="version of this format")
     name: Name = Field(description="name of the run")
     run: Digest = Field(description="id of the run")
     manifest: Digest = Field(description="digest of the run's manifest")
-    manifest_version: int = Field(description="version of that manifest")
+    manifest_version: Count = Field(description="version of that manifest")
     latent: LatentSpec = Field(description="shapes of latents, text and clips, and the models that make them")
     sampling: SamplingSpec = Field(description="how the run samples clips")
-    experts: tuple[ExpertEntry, ...] = Field(description="one entry per shard, in the shards' order")
-    files: dict[str, BlobRef] = Field(description="digest and size in bytes of all other files of the folder, by relative path")
+    experts: tuple[ExpertEntry, ...] = Field(max_length=MOST_SHARDS, description="one entry per shard, in the shards' order")
+    files: dict[Annotated[str, Field(max_length=256)], BlobRef] = Field(
+        max_length=65536, description="digest and size in bytes of all other files of the folder, by relative path"
+    )
 
     @property
     def digest(self) -> str:

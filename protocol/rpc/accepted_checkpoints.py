@@ -17,7 +17,8 @@ from lutetia.protocol.claims import latest_acceptance
 from lutetia.protocol.rpc.framing import write_message
 from lutetia.protocol.rpc.introduction import ACK, SERVE_TIMEOUT
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
-from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.canonical import WireDocument, canonical
+from lutetia.protocol.schema.fields import MOST_SHARDS, Moment
 from lutetia.protocol.schema.manifest import Manifest, first_problem
 from lutetia.protocol.schema.records import (
     NODE_BUCKETS,
@@ -43,21 +44,21 @@ _MOST_HOLDERS = 4
 _FRESH_SECONDS = 5.0
 
 
-class AcceptedEntry(Frozen):
+class AcceptedEntry(WireDocument):
     """One accepted checkpoint and where to fetch it."""
 
     sealed: Annotated[str, Field(max_length=4096)] = Field(description="The AcceptanceRecord as its coordinator sealed it (JSON)")
-    expires: float = Field(description="Expiry with which it was sealed, in Unix seconds")
+    expires: Moment = Field(description="Expiry with which it was sealed, in Unix seconds")
     holders: Annotated[tuple[Address, ...], Field(max_length=32)] = Field(
         default=(), description="Addresses of peers that say they hold its weights and state"
     )
 
 
-class AcceptedDocument(Frozen):
+class AcceptedDocument(WireDocument):
     """The newest acceptance of each shard that has one."""
 
     format: int = Field(default=1, ge=1, le=1, description="Version of this document's format")
-    entries: Annotated[tuple[AcceptedEntry, ...], Field(max_length=4096)] = Field(
+    entries: Annotated[tuple[AcceptedEntry, ...], Field(max_length=MOST_SHARDS)] = Field(
         default=(), description="One entry per shard with an accepted checkpoint"
     )
 
@@ -71,7 +72,7 @@ class HeldCheckpoint:
 
     acceptance: AcceptanceRecord
     sealed: bytes
-    expires: float
+    expires: Moment
     holders: tuple[str, ...]
 
 

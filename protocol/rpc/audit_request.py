@@ -7,14 +7,24 @@ replay, and the coordinator compares.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
-from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.canonical import WireDocument, canonical, read_json
+from lutetia.protocol.schema.fields import (
+    Digest,
+    EpochNumber,
+    Moment,
+    PublicKey,
+    Seconds,
+    Sentence,
+    ShardIndex,
+    Signature,
+)
 from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
-from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey, Signature, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, first_problem
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream, Transport
 
@@ -26,39 +36,41 @@ _MAX_MESSAGE_BYTES = _REST_OF_REPORT + MAX_STEPS * _LONGEST_LOSS
 _SIGNING_DOMAIN = b"lutetia-audit-1\n"
 
 Loss = Annotated[float, Field(ge=-1e30, le=1e30)] | None
+Drift = Annotated[float, Field(ge=0, le=1e39), BeforeValidator(lambda value: min(value, 1e39) if type(value) is float else value)]
+"""Whatever lies beyond is equally far off."""
 
 
-class AuditJob(Frozen):
+class AuditJob(WireDocument):
     """Which steps of which epoch to replay. With `end_weights` and `end_state` it is the whole epoch, and its end is compared."""
 
     checkpoint: Digest = Field(description="Digest of the result under audit")
-    shard: int = Field(ge=0, description="Index of its shard")
-    epoch: int = Field(ge=1, description="Its epoch, 1 for the first")
-    epochs: int = Field(ge=1, description="Budget of the shard under which it was trained, in epochs")
+    shard: ShardIndex = Field(description="Index of its shard")
+    epoch: EpochNumber = Field(description="Its epoch, 1 for the first")
+    epochs: EpochNumber = Field(description="Budget of the shard under which it was trained, in epochs")
     steps: int = Field(ge=1, le=MAX_STEPS, description="How many steps to replay, from the start of the epoch")
     precision: Literal["float32", "bfloat16"] = Field(description="Precision in which the author trained")
     weights: BlobRef | None = Field(default=None, description="Weights of the parent; null for the first epoch")
     state: BlobRef | None = Field(default=None, description="Training state of the parent; null for the first epoch")
     end_weights: BlobRef | None = Field(default=None, description="The author's weights after the whole epoch")
     end_state: BlobRef | None = Field(default=None, description="The author's training state after the whole epoch")
-    until: float = Field(description="Deadline of the report in Unix seconds")
+    until: Moment = Field(description="Deadline of the report in Unix seconds")
 
 
-class AuditReport(Frozen):
+class AuditReport(WireDocument):
     """What a replay gave."""
 
     run: Digest = Field(description="Run id")
     owner: PublicKey = Field(description="Public key of the peer that replayed")
     checkpoint: Digest = Field(description="Digest of the result that was replayed")
     losses: tuple[Loss, ...] = Field(max_length=MAX_STEPS, description="Training loss of each replayed step; null: not a number")
-    drift: float | None = Field(
-        default=None, ge=0, description="Relative distance of the replayed end from the author's; null: not compared"
+    drift: Drift | None = Field(
+        default=None, description="Relative distance of the replayed end from the author's; null: not compared"
     )
     made: TrainedWith = Field(description="Device, precision and software of the replay")
     seconds: float = Field(ge=0, le=1e7, description="Duration of the replay in seconds")
 
 
-class AuditRequest(Frozen):
+class AuditRequest(WireDocument):
     """A peer asks for work, or sends the report of its last audit."""
 
     owner: PublicKey = Field(description="Public key of the asking peer")
@@ -66,12 +78,12 @@ class AuditRequest(Frozen):
     signature: Signature | None = Field(default=None, description="Signature of `owner` over the report")
 
 
-class AuditAnswer(Frozen):
+class AuditAnswer(WireDocument):
     """A job, or when to ask again. The answer to a report holds neither."""
 
     job: AuditJob | None = Field(default=None, description="The audit to carry out; null: there is none")
-    retry_after: float = Field(default=0.0, ge=0, description="Seconds to wait before asking again")
-    text: str = Field(default="", max_length=500, description="Reason of a refusal, for people")
+    retry_after: Seconds = Field(default=0.0, description="Seconds to wait before asking again")
+    text: Sentence = Field(default="", description="Reason of a refusal, for people")
 
 
 Answer = Callable[[AuditRequest], Awaitable[AuditAnswer]]
@@ -80,7 +92,8 @@ Admit = Callable[[Stream], AuditAnswer | None]
 """The answer to a peer that must ask later, given before its request is parsed; None lets it in."""
 
 
-def _signed_bytes(report: AuditReport) -> bytes:
+def _signed_bytes(report: AuditReport | dict[str, Any]) -> bytes:
+    """`report` as its sender wrote it, with fields of later versions."""
     return _SIGNING_DOMAIN + canonical(report)
 
 
@@ -95,13 +108,15 @@ def open_request(data: bytes, peer_id: str) -> AuditRequest:
     Raises RecordRefused: it is malformed, its owner is another peer, or its owner did not sign the report.
     """
     try:
-        request = AuditRequest.model_validate_json(data, strict=True)
+        sent = read_json(data)
+        request = AuditRequest.model_validate_json(canonical(sent), strict=True)
     except ValidationError as error:
         raise RecordRefused(f"the request for an audit is malformed: {first_problem(error)}") from error
     if peer_id_of(request.owner) != peer_id:
         raise RecordRefused("the owner of an audit request must send it over its own connection")
     report, signature = request.report, request.signature
-    if report and (report.owner != request.owner or not signature or not verify(request.owner, _signed_bytes(report), signature)):
+    signed = report and signature and verify(request.owner, _signed_bytes(sent["report"]), signature)
+    if report and (report.owner != request.owner or not signed):
         raise RecordRefused("the report of an audit is not signed by the peer that sends it")
     return request
 
@@ -127,7 +142,7 @@ async def serve_audits(transport: Transport, answer: Answer, admit: Admit = lamb
         try:
             return admit(stream) or await answer(open_request(data, stream.peer_id))
         except RecordRefused as error:
-            return AuditAnswer(retry_after=3600.0, text=str(error)[:500])
+            return AuditAnswer(retry_after=3600.0, text=str(error))
 
     limit = _REST_OF_REPORT + min(steps, MAX_STEPS) * _LONGEST_LOSS
     await serve_exchange(transport, AUDIT, reply, limit=limit, seconds=AUDIT_TIMEOUT)

@@ -11,9 +11,9 @@ from typing import Literal
 from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
-from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.canonical import WireDocument
+from lutetia.protocol.schema.fields import Moment, OpenWord, Seconds, Sentence
 from lutetia.protocol.schema.records import MAX_RECORD_BYTES, RecordRefused
-from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Stream, Transport
 
 OFFER = "/lutetia/offer/1"
@@ -22,14 +22,14 @@ _MAX_OFFER_BYTES = 2 * MAX_RECORD_BYTES + 256  # the sealed record is JSON insid
 _MAX_REPLY_BYTES = 4096
 
 
-class Offer(Frozen):
+class Offer(WireDocument):
     """A result, offered for acceptance."""
 
     sealed: str = Field(max_length=MAX_RECORD_BYTES, description="The CheckpointRecord as `records.seal` sealed it (JSON)")
-    expires: float = Field(description="Expiry with which it was sealed, in Unix seconds")
+    expires: Moment = Field(description="Expiry with which it was sealed, in Unix seconds")
 
 
-class OfferReply(Frozen):
+class OfferReply(WireDocument):
     """The state of an offered result.
 
     Verdicts:
@@ -46,14 +46,14 @@ class OfferReply(Frozen):
     verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"] = Field(
         description="State of the offered result"
     )
-    check: CheckName | None = Field(
+    check: OpenWord | None = Field(
         default=None,
         validation_alias=AliasChoices("check", "rung"),
         serialization_alias="rung",  # its name on the wire, which nodes of earlier versions read and write
         description="The check that failed, of an invalid or inconclusive result",
     )
-    text: str = Field(default="", max_length=1000, description="Reason of the verdict, for people")
-    retry_after: float | None = Field(default=None, description="Seconds to wait before offering it again; null: no need")
+    text: Sentence = Field(default="", description="Reason of the verdict, for people")
+    retry_after: Seconds | None = Field(default=None, description="Seconds to wait before offering it again; null: no need")
 
 
 Answer = Callable[[str, Offer], Awaitable[OfferReply]]
@@ -63,7 +63,7 @@ Admit = Callable[[Stream], OfferReply | None]
 
 
 async def offer_checkpoint(
-    transport: Transport, peer_id: str, sealed: bytes, expires: float, addresses: Sequence[str] = ()
+    transport: Transport, peer_id: str, sealed: bytes, expires: Moment, addresses: Sequence[str] = ()
 ) -> OfferReply:
     """Offer a sealed CheckpointRecord to coordinator `peer_id`. Raises ConnectionError: away, slow, no valid reply."""
     offer = Offer(sealed=sealed.decode(), expires=expires)
@@ -87,4 +87,4 @@ async def _answered(answer: Answer, peer_id: str, data: bytes) -> OfferReply:
     except ValidationError:
         return OfferReply(verdict="invalid", check="signature", text="the offer is malformed")
     except RecordRefused as error:
-        return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])
+        return OfferReply(verdict="invalid", check="signature", text=str(error))

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pydantic import Field
 
 from lutetia.protocol.rpc.framing import read_message, write_message
-from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import Digest, SignedManifest
+from lutetia.protocol.schema.canonical import WireDocument, canonical
+from lutetia.protocol.schema.fields import Count, Digest, Moment, Word
+from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.transport.base import Stream, Transport
 
 HELLO = "/lutetia/hello/1"
@@ -26,14 +27,14 @@ SERVE_TIMEOUT = 30.0
 ACK = b"\x06"
 
 
-class Hello(Frozen):
+class Hello(WireDocument):
     """The introduction of a peer."""
 
     run: Digest = Field(description="Run id")
-    protocol: int = Field(description="Version of the protocol between peers")
-    software: str = Field(description="Version of Lutetia that the peer runs")
-    clock: float = Field(description="The peer's clock at the moment of the answer, in Unix seconds")
-    manifest_version: int = Field(description="Version of the manifest that the peer serves")
+    protocol: int = Field(ge=0, le=1_000_000, description="Version of the protocol between peers")
+    software: Word = Field(description="Version of Lutetia that the peer runs")
+    clock: Moment = Field(description="The peer's clock at the moment of the answer, in Unix seconds")
+    manifest_version: Count = Field(description="Version of the manifest that the peer serves")
 
 
 def software_version() -> str:

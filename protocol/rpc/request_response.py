@@ -9,17 +9,17 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from lutetia.protocol.rpc.framing import read_message, write_message
-from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.canonical import WireDocument, canonical
 from lutetia.protocol.transport.base import Stream, Transport
 
-Reply = TypeVar("Reply", bound=Frozen)
+Reply = TypeVar("Reply", bound=WireDocument)
 
 
 async def exchange(
     transport: Transport,
     peer_id: str,
     protocol: str,
-    message: Frozen,
+    message: WireDocument,
     reply: type[Reply],
     *,
     addresses: Sequence[str] = (),
@@ -55,7 +55,7 @@ async def exchange(
 
 
 async def serve_exchange(
-    transport: Transport, protocol: str, answer: Callable[[Stream, bytes], Awaitable[Frozen]], *, limit: int, seconds: float
+    transport: Transport, protocol: str, answer: Callable[[Stream, bytes], Awaitable[WireDocument]], *, limit: int, seconds: float
 ) -> None:
     """Answer requests of at most `limit` bytes within `seconds`. One that is too large or too slow ends only its own stream."""
 

@@ -7,21 +7,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical
+from lutetia.protocol.schema.fields import Count, Digest, Moment, PublicKey, Signature
 from lutetia.protocol.schema.identity import Identity, verify
-from lutetia.protocol.schema.manifest import Digest, PublicKey, Signature
 
 _SIGNING_DOMAIN = b"lutetia-ledger-head-1\n"
 
 
-class LedgerHead(Frozen):
+class LedgerHead(WireDocument):
     """The length and hash of a ledger at some moment."""
 
     format: Literal[1] = Field(default=1, description="Version of this document's format")
     run: Digest = Field(description="Run id")
-    events: int = Field(ge=1, description="Events in the ledger")
+    events: Count = Field(description="Events in the ledger")
     chain: Digest = Field(description="Hash chain over these events (hex)")
-    time: float = Field(description="Time of the head in Unix seconds")
+    time: Moment = Field(description="Time of the head in Unix seconds")
     coordinator: PublicKey = Field(description="Public key of the coordinator that keeps the ledger")
 
 

@@ -4,21 +4,47 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
+from lutetia.protocol.schema.canonical import Frozen, WireDocument, bounded_json, canonical, digest_of
+from lutetia.protocol.schema.fields import (
+    MOST_SHARDS,
+    Bytes,
+    Count,
+    Digest,
+    Extent,
+    Label,
+    Moment,
+    Name,
+    Positive,
+    PublicKey,
+    Rate,
+    Real,
+    ShardIndex,
+    Share,
+    Signature,
+    Tally,
+)
 from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.system.errors import AuthorisationError, ConfigError
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
 MAX_MANIFEST_BYTES = 1 << 20
 _SIGNING_DOMAIN = b"lutetia-manifest-1\n"
+_LARGEST_SETTING = 1e9
+
+
+def _bounded_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A network's configuration: few small values. How large the network may be is bounded where it is built."""
+    bounded_json(config, deepest=4, most=256)
+    for value in (each for entry in config.values() for each in (entry if isinstance(entry, list | tuple) else [entry])):
+        if isinstance(value, int | float) and abs(value) > _LARGEST_SETTING:
+            raise ValueError(f"a number of the configuration is larger than {_LARGEST_SETTING:g}")
+        if isinstance(value, str) and not (len(value) <= 256 and value.isprintable()):
+            raise ValueError("a text of the configuration is not one printable line of at most 256 characters")
+    return config
+
+
+Config = Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=64), AfterValidator(_bounded_config)]
 
 
 class BlobRef(Frozen):
@@ -28,13 +54,13 @@ class BlobRef(Frozen):
     size: int = Field(ge=0, le=1 << 40, description="Size in bytes")
 
 
-class ExpertSpec(Frozen):
+class ExpertSpec(WireDocument):
     """The network of one expert."""
 
     class_name: str = Field(
         default="WanTransformer3DModel", pattern=r"^[A-Z][A-Za-z0-9]{2,63}$", description="Class name of a diffusers transformer"
     )
-    config: dict[str, Any] = Field(description="Its configuration, as diffusers reads it")
+    config: Config = Field(description="Its configuration, as diffusers reads it")
     prediction: Literal["velocity", "sample", "epsilon"] = Field(default="velocity", description="What it predicts")
     noise_schedule: Literal["linear", "vp_cosine"] = Field(
         default="linear", description="How data and noise are mixed over time: flow matching, or a variance-preserving cosine"
@@ -42,27 +68,29 @@ class ExpertSpec(Frozen):
     init: BlobRef | None = Field(default=None, description="Weights that training starts from; null: random ones")
 
 
-class LatentSpec(Frozen):
+class LatentSpec(WireDocument):
     """Shape and origin of the latents and text embeddings that are trained on.
 
     A network's latents are (raw - mean) / std per channel, with `mean` and `std` measured on the data.
     """
 
-    channels: Count = Field(description="Channels of a latent")
-    frames: Count = Field(description="Frames of a latent")
-    height: Count = Field(description="Height of a latent, in latent pixels")
-    width: Count = Field(description="Width of a latent, in latent pixels")
-    vae: str = Field(description="Name of the autoencoder that made the latents")
-    pixel_frames: Count = Field(description="Frames of a decoded clip")
-    pixel_height: Count = Field(description="Height of a decoded clip in pixels")
-    pixel_width: Count = Field(description="Width of a decoded clip in pixels")
+    channels: Extent = Field(description="Channels of a latent")
+    frames: Extent = Field(description="Frames of a latent")
+    height: Extent = Field(description="Height of a latent, in latent pixels")
+    width: Extent = Field(description="Width of a latent, in latent pixels")
+    vae: Label = Field(description="Name of the autoencoder that made the latents")
+    pixel_frames: Extent = Field(description="Frames of a decoded clip")
+    pixel_height: Extent = Field(description="Height of a decoded clip in pixels")
+    pixel_width: Extent = Field(description="Width of a decoded clip in pixels")
     fps: Positive = Field(default=8.0, description="Frames per second of a decoded clip")
-    text_encoder: str = Field(description="Name of the text encoder that made the embeddings")
-    text_tokens: Count = Field(description="Tokens of a text embedding")
-    text_width: Count = Field(description="Numbers per token of a text embedding")
-    pooled_width: Count = Field(description="Numbers in the pooled text embedding, which the router sees")
-    mean: tuple[float, ...] = Field(default=(), description="Mean of the raw latents, per channel; empty: 0")
-    std: tuple[Positive, ...] = Field(default=(), description="Standard deviation of the raw latents, per channel; empty: 1")
+    text_encoder: Label = Field(description="Name of the text encoder that made the embeddings")
+    text_tokens: Extent = Field(description="Tokens of a text embedding")
+    text_width: Extent = Field(description="Numbers per token of a text embedding")
+    pooled_width: Extent = Field(description="Numbers in the pooled text embedding, which the router sees")
+    mean: tuple[Real, ...] = Field(default=(), max_length=4096, description="Mean of the raw latents, per channel; empty: 0")
+    std: tuple[Positive, ...] = Field(
+        default=(), max_length=4096, description="Standard deviation of the raw latents, per channel; empty: 1"
+    )
 
     @model_validator(mode="after")
     def _one_statistic_per_channel(self) -> LatentSpec:
@@ -76,10 +104,10 @@ class LatentSpec(Frozen):
         return self.channels, self.frames, self.height, self.width
 
 
-class ShardSpec(Frozen):
+class ShardSpec(WireDocument):
     """One cluster's data."""
 
-    index: int = Field(ge=0, le=4095, description="Number of the shard, from 0")
+    index: ShardIndex = Field(description="Number of the shard, from 0")
     name: Name = Field(description="Name of the cluster, for people")
     train: BlobRef = Field(description="Blob of the training clips' latents and text embeddings")
     holdout: BlobRef = Field(description="Blob of the held-out clips, on which results are compared")
@@ -89,55 +117,55 @@ class ShardSpec(Frozen):
     expert: ExpertSpec | None = Field(default=None, description="Network of this shard's expert; null: the run's")
 
 
-class TimeSampling(Frozen):
+class TimeSampling(WireDocument):
     """How a training step draws its time: t = shift*s / (1 + (shift-1)*s), s = sigmoid(N(mean, std)).
 
     As in Open-Sora 2.0, with the shift of Stable Diffusion 3.
     """
 
-    mean: float = Field(default=0.0, description="Mean of the normal distribution before the sigmoid")
+    mean: Real = Field(default=0.0, description="Mean of the normal distribution before the sigmoid")
     std: Positive = Field(default=1.0, description="Standard deviation of the normal distribution before the sigmoid")
     shift: Positive = Field(default=1.0, description="Above 1: more steps at high noise; 1: no shift")
 
 
-class Optimisation(Frozen):
+class Optimisation(WireDocument):
     """How every expert is trained."""
 
     optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="Optimiser")
     learning_rate: Positive = Field(default=1e-3, description="Learning rate after the warm-up")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the optimiser's first moment per step")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the optimiser's second moment per step")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay")
-    warmup_steps: int = Field(default=20, ge=0, description="Steps over which the learning rate rises from 0")
+    weight_decay: Rate = Field(default=0.0, description="Decoupled weight decay")
+    warmup_steps: Tally = Field(default=20, description="Steps over which the learning rate rises from 0")
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="Learning rate after the warm-up: constant, or a cosine to the end of the budget"
     )
     gradient_clip: Positive = Field(default=1.0, description="Largest norm of the gradient")
-    batch: Count = Field(default=16, description="Samples per training step")
+    batch: Extent = Field(default=16, description="Samples per training step")
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the weights' moving average per step")
-    text_dropout: float = Field(default=0.1, ge=0, le=1, description="Share of samples that are trained without text")
+    text_dropout: Share = Field(default=0.1, description="Share of samples that are trained without text")
     time: TimeSampling = Field(default=TimeSampling(), description="How the time of a sample is drawn")
 
 
-class RouterSpec(Frozen):
+class RouterSpec(WireDocument):
     """The router: a classifier of clusters over (noisy latent, t, pooled text), trained on the natural mixture."""
 
-    hidden: Count = Field(default=96, description="Width of the hidden layers")
-    layers: Count = Field(default=3, description="Number of layers")
+    hidden: Extent = Field(default=96, description="Width of the hidden layers")
+    layers: int = Field(default=3, ge=1, le=1024, description="Number of layers")
     text_conditioned: bool = Field(default=True, description="Whether the router sees the text")
     samples: Count = Field(default=6000, description="Samples that the router is trained on")
-    batch: Count = Field(default=32, description="Samples per training step")
+    batch: Extent = Field(default=32, description="Samples per training step")
     learning_rate: Positive = Field(default=2e-3, description="Learning rate")
 
 
-class SamplingSpec(Frozen):
+class SamplingSpec(WireDocument):
     """How the mixture generates clips, in the gallery and by default."""
 
     mode: Literal["top1", "top2", "full", "sticky"] = Field(
         default="top1", description="Experts asked per step: the likeliest, the two likeliest, all, or one drawn at the start"
     )
     steps: Count = Field(default=25, description="Denoising steps")
-    guidance: float = Field(default=3.0, ge=0, description="Scale of classifier-free guidance; 1: none")
+    guidance: Rate = Field(default=3.0, description="Scale of classifier-free guidance; 1: none")
     time_shift: Positive = Field(default=1.0, description="Shift of the sampler's time steps; above 1: more at high noise")
     prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(
         default=(), max_length=64, description="Captions of the gallery's clips"
@@ -149,7 +177,7 @@ def lease_seconds(heartbeat: float) -> float:
     return 3 * heartbeat
 
 
-class Timing(Frozen):
+class Timing(WireDocument):
     """The periods of a run."""
 
     heartbeat: Positive = Field(default=20.0, description="Seconds between renewals of a claim or node record")
@@ -164,7 +192,7 @@ class Timing(Frozen):
         return lease_seconds(self.heartbeat)
 
 
-class AuditPolicy(Frozen):
+class AuditPolicy(WireDocument):
     """Which results are audited and how far. With both `replay_steps` and `whole_epoch` 0 nothing is audited.
 
     BOINC's adaptive replication: every result until an author has `streak` valid ones in a row, then one in n at random, where n
@@ -172,21 +200,21 @@ class AuditPolicy(Frozen):
     """
 
     streak: Count = Field(default=10, description="Valid results in a row after which not every result is audited")
-    replay_steps: int = Field(default=4, ge=0, description="Training steps that an audit replays, from the start of the epoch")
+    replay_steps: Tally = Field(default=4, description="Training steps that an audit replays, from the start of the epoch")
     whole_epoch: float = Field(
         default=0.05, ge=0, le=1, description="Share of audits that replay the whole epoch, drawn by a lottery nobody can foresee"
     )
 
 
-class HardwareNeeds(Frozen):
+class HardwareNeeds(WireDocument):
     """What a machine must have to train a shard."""
 
-    memory_bytes: int = Field(default=0, ge=0, description="Memory of the device in bytes")
-    disk_bytes: int = Field(default=0, ge=0, description="Free disk space in bytes")
+    memory_bytes: Bytes = Field(default=0, description="Memory of the device in bytes")
+    disk_bytes: Bytes = Field(default=0, description="Free disk space in bytes")
     cuda: bool = Field(default=False, description="Whether the device must be a CUDA card")
 
 
-class Manifest(Frozen):
+class Manifest(WireDocument):
     """The description of a whole run."""
 
     format: Literal[1] = Field(default=1, description="Version of this document's format")
@@ -197,20 +225,19 @@ class Manifest(Frozen):
     coordinators: tuple[PublicKey, ...] = Field(
         min_length=1, max_length=8, description="Public keys whose acceptances, resets and quarantines count"
     )
-    created: float = Field(description="When the run was created, in Unix seconds")
-    expires: float = Field(description="When this version stops being valid, in Unix seconds")
+    created: Moment = Field(description="When the run was created, in Unix seconds")
+    expires: Moment = Field(description="When this version stops being valid, in Unix seconds")
     latent: LatentSpec = Field(description="Latents and text embeddings of the data")
     expert: ExpertSpec = Field(description="Network of every expert whose shard names no other")
-    shards: tuple[ShardSpec, ...] = Field(min_length=1, max_length=4096, description="The data, one shard per cluster")
+    shards: tuple[ShardSpec, ...] = Field(min_length=1, max_length=MOST_SHARDS, description="The data, one shard per cluster")
     optimisation: Optimisation = Field(default=Optimisation(), description="How experts are trained")
     samples_per_shard: Count = Field(description="Budget of each shard in training samples")
     checkpoint_samples: Count = Field(description="Training samples of one epoch: the interval between checkpoints")
-    holdout_tolerance: float = Field(
-        default=0.02, ge=0, description="Fraction by which a result's held-out loss may exceed its parent's"
+    holdout_tolerance: Rate = Field(
+        default=0.02, description="Fraction by which a result's held-out loss may exceed its parent's"
     )
-    raw_tolerance: float = Field(
+    raw_tolerance: Rate = Field(
         default=0.3,
-        ge=0,
         description="Fraction by which the held-out loss of the raw parameters may exceed that of average and parent",
     )
     router: RouterSpec = Field(default=RouterSpec(), description="The router")
@@ -219,7 +246,7 @@ class Manifest(Frozen):
     audit: AuditPolicy = Field(default=AuditPolicy(), description="Which results are audited and how far")
     hardware: HardwareNeeds = Field(default=HardwareNeeds(), description="What a machine must have to train a shard")
     allowlist: tuple[PublicKey, ...] | None = Field(
-        default=None, description="Public keys that may take part besides the coordinators; null: anyone"
+        default=None, max_length=16384, description="Public keys that may take part besides the coordinators; null: anyone"
     )
 
     @model_validator(mode="after")

@@ -6,13 +6,31 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
+from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of, read_json
+from lutetia.protocol.schema.fields import (
+    Bytes,
+    Count,
+    Digest,
+    EpochCount,
+    EpochNumber,
+    MeasuredLoss,
+    Moment,
+    PeerId,
+    PublicKey,
+    Rate,
+    ReportedBatch,
+    ReportedLoss,
+    ShardIndex,
+    Signature,
+    Tally,
+    Word,
+)
 from lutetia.protocol.schema.identity import Identity, verify
-from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey, Signature, first_problem, lease_seconds
+from lutetia.protocol.schema.manifest import BlobRef, first_problem, lease_seconds
 from lutetia.protocol.schema.ticket import Address
 from lutetia.system.errors import LutetiaError
 
@@ -24,8 +42,6 @@ _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
 NodeState = Literal["joining", "probing", "idle", "claiming", "syncing", "training", "publishing", "paused", "draining", "left"]
 Addresses = Annotated[tuple[Address, ...], Field(max_length=8)]
-PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{20,80}$")]
-ShortText = Annotated[str, Field(max_length=64)]
 
 
 class RecordRefused(LutetiaError):
@@ -34,31 +50,31 @@ class RecordRefused(LutetiaError):
     code, name = 50, "integrity"
 
 
-class _Record(Frozen):
+class _Record(WireDocument):
     run: Digest = Field(description="Run id")
     owner: PublicKey = Field(description="Public key of the peer that signed the record")
-    issued: float = Field(description="When it was made, in Unix seconds")
+    issued: Moment = Field(description="When it was made, in Unix seconds")
 
     def key(self) -> str:
         raise TypeError("only a concrete record has a key")
 
 
-class Hardware(Frozen):
+class Hardware(WireDocument):
     """The hardware that a node offers."""
 
-    device: ShortText = Field(description="Kind of device, for instance cpu or cuda")
-    name: ShortText = Field(default="", description="Model of the device, for people")
-    memory_bytes: int = Field(ge=0, description="Memory of the device in bytes")
-    cores: int = Field(ge=1, description="CPU cores")
+    device: Word = Field(description="Kind of device, for instance cpu or cuda")
+    name: Word = Field(default="", description="Model of the device, for people")
+    memory_bytes: Bytes = Field(description="Memory of the device in bytes")
+    cores: int = Field(ge=1, le=65536, description="CPU cores")
 
 
-class TrainedWith(Frozen):
+class TrainedWith(WireDocument):
     """How a result was trained, according to its author. An audit chooses its tolerance by it, within fixed bounds."""
 
     device: Literal["cpu", "cuda", "mps", "other"] = Field(default="cpu", description="Kind of device")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the forward and backward pass")
-    micro_batch: int = Field(default=1, ge=1, description="Samples computed at once")
-    software: ShortText = Field(default="", description="Version of Lutetia; trust earned with one is lost with the next")
+    micro_batch: ReportedBatch = Field(default=1, description="Samples computed at once")
+    software: Word = Field(default="", description="Version of Lutetia; trust earned with one is lost with the next")
 
 
 class NodeRecord(_Record):
@@ -68,10 +84,10 @@ class NodeRecord(_Record):
     peer_id: PeerId = Field(description="libp2p peer id of the owner")
     addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which it can be dialled")
     hardware: Hardware = Field(description="Its device")
-    samples_per_second: float = Field(ge=0, description="Training speed in samples per second, as measured by itself; 0: unknown")
-    software: ShortText = Field(description="Version of Lutetia")
+    samples_per_second: Rate = Field(description="Training speed in samples per second, as measured by itself; 0: unknown")
+    software: Word = Field(description="Version of Lutetia")
     state: NodeState = Field(description="What it is doing")
-    shard: int | None = Field(default=None, ge=0, description="Index of the shard that it works on; null: none")
+    shard: ShardIndex | None = Field(default=None, description="Index of the shard that it works on; null: none")
     operator: PublicKey | None = Field(
         default=None, description="Public key of the operator; nodes of one operator do not audit each other"
     )
@@ -85,9 +101,9 @@ class ClaimRecord(_Record):
     """A peer's claim to train a shard."""
 
     kind: Literal["claim"] = Field(default="claim", description="Kind of record")
-    shard: int = Field(ge=0, description="Index of the shard")
-    epoch: int = Field(ge=0, description="The accepted epoch that the peer trains on top of; 0: from the start")
-    samples: int = Field(ge=0, description="Samples of the shard trained so far, earlier epochs included, according to the peer")
+    shard: ShardIndex = Field(description="Index of the shard")
+    epoch: EpochCount = Field(description="The accepted epoch that the peer trains on top of; 0: from the start")
+    samples: Tally = Field(description="Samples of the shard trained so far, earlier epochs included, according to the peer")
     state: Literal["claiming", "training", "draining", "released"] = Field(
         description="`released` takes the claim back: a DHT cannot delete"
     )
@@ -100,16 +116,16 @@ class CheckpointRecord(_Record):
     """A result: a checkpoint offered for acceptance."""
 
     kind: Literal["checkpoint"] = Field(default="checkpoint", description="Kind of record")
-    shard: int = Field(ge=0, description="Index of the shard")
-    epoch: int = Field(ge=1, description="The epoch that it would be, 1 for the first")
+    shard: ShardIndex = Field(description="Index of the shard")
+    epoch: EpochNumber = Field(description="The epoch that it would be, 1 for the first")
     parent: Digest | None = Field(
         description="Digest of the accepted checkpoint that it was trained on; null for the first epoch"
     )
     weights: BlobRef = Field(description="Blob of the averaged weights, which the mixture uses")
     state: BlobRef = Field(description="Blob of the training state, from which training continues")
     trace: BlobRef = Field(description="Blob of the loss of every training step, which audits compare")
-    samples: int = Field(ge=1, description="Samples of the shard trained so far, earlier epochs included")
-    loss: float = Field(description="Mean training loss of the epoch, according to the author")
+    samples: Count = Field(description="Samples of the shard trained so far, earlier epochs included")
+    loss: ReportedLoss = Field(description="Mean training loss of the epoch, according to the author")
     peer_id: PeerId = Field(description="libp2p peer id of the author")
     addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which its blobs can be fetched")
     made: TrainedWith = Field(default=TrainedWith(), description="Device, precision and software of the training")
@@ -140,17 +156,17 @@ class AcceptanceRecord(_Record):
     """A coordinator's signed acceptance of a result as the newest epoch of its shard."""
 
     kind: Literal["acceptance"] = Field(default="acceptance", description="Kind of record")
-    shard: int = Field(ge=0, description="Index of the shard")
-    epoch: int = Field(ge=1, description="The epoch that the result is now")
+    shard: ShardIndex = Field(description="Index of the shard")
+    epoch: EpochNumber = Field(description="The epoch that the result is now")
     checkpoint: Digest = Field(description="Digest of the result")
     parent: Digest | None = Field(description="Digest of the accepted checkpoint before it; null for the first epoch")
     weights: BlobRef = Field(description="Blob of its averaged weights")
     state: BlobRef = Field(description="Blob of its training state")
-    samples: int = Field(ge=1, description="Samples of the shard trained so far, earlier epochs included")
+    samples: Count = Field(description="Samples of the shard trained so far, earlier epochs included")
     author: PublicKey = Field(description="Public key of the peer that trained it")
-    tenure_until: float = Field(description="Until when the author keeps the shard while its claim lives, in Unix seconds")
-    holdout_loss: float = Field(description="Loss on the held-out clips, measured by the coordinator")
-    term: int = Field(default=0, ge=0, description="How often the shard was rolled back before")
+    tenure_until: Moment = Field(description="Until when the author keeps the shard while its claim lives, in Unix seconds")
+    holdout_loss: MeasuredLoss = Field(description="Loss on the held-out clips, measured by the coordinator")
+    term: EpochCount = Field(default=0, description="How often the shard was rolled back before")
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
@@ -163,8 +179,8 @@ class ResetRecord(_Record):
     """
 
     kind: Literal["reset"] = Field(default="reset", description="Kind of record")
-    shard: int = Field(ge=0, description="Index of the shard")
-    term: int = Field(ge=1, description="How often the shard has been rolled back")
+    shard: ShardIndex = Field(description="Index of the shard")
+    term: EpochNumber = Field(description="How often the shard has been rolled back")
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
@@ -252,18 +268,24 @@ class RecordLimits:
 
 
 class _Envelope(Frozen):
+    """Closed, because nothing around the record is signed."""
+
     record: Record = Field(description="The record")
     signature: Signature = Field(description="The owner's Ed25519 signature over key, record and expiry (hex)")
 
 
-def _signed_bytes(record: _Record, expires: float) -> bytes:
-    """Key, owner (the subkey), value and expiry together: a record cannot be stored elsewhere, prolonged or replayed later."""
-    return _SIGNING_DOMAIN + canonical({"key": record.key(), "expires": expires, "record": record.model_dump(mode="json")})
+def _signed_bytes(key: str, expires: float, record: dict[str, Any]) -> bytes:
+    """Key, owner (the subkey), value and expiry together: a record cannot be stored elsewhere, prolonged or replayed later.
+
+    `record` is the value as its owner wrote it, with fields of later versions.
+    """
+    return _SIGNING_DOMAIN + canonical({"key": key, "expires": expires, "record": record})
 
 
 def seal(record: Record, identity: Identity, expires: float) -> bytes:
     """The bytes to store under `record.key()`, subkey `record.owner`, until `expires` (Unix seconds)."""
-    return canonical(_Envelope(record=record, signature=identity.sign(_signed_bytes(record, expires))))
+    signature = identity.sign(_signed_bytes(record.key(), expires, record.model_dump(mode="json")))
+    return canonical(_Envelope(record=record, signature=signature))
 
 
 def open_record(
@@ -308,7 +330,7 @@ def open_record(
     return record
 
 
-def check_times(kind: str, issued: float, expires: float, now: float, limits: RecordLimits) -> None:
+def check_times(kind: str, issued: Moment, expires: float, now: float, limits: RecordLimits) -> None:
     """Raises RecordRefused: dated in the future, expired, or living too long. All times are Unix seconds."""
     if not math.isfinite(expires):  # a peer can send NaN, which is neither early nor late
         raise RecordRefused("record does not say when it expires")
@@ -327,11 +349,14 @@ def read_envelope(data: bytes) -> Record:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _parsed(data: bytes) -> _Envelope:
-    """Cached, because a reader gets one record many times: from every replica, at every look."""
-    return _Envelope.model_validate_json(data, strict=True)
+    """Cached, because a reader gets one record many times: from every replica, at every look.
+
+    Parsed from canonical bytes, so that a name that stands twice means the same here and in what is signed.
+    """
+    return _Envelope.model_validate_json(canonical(read_json(data)), strict=True)
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def _signature_holds(data: bytes, expires: float) -> bool:
-    envelope = _parsed(data)
-    return verify(envelope.record.owner, _signed_bytes(envelope.record, expires), envelope.signature)
+    envelope, record = _parsed(data), read_json(data)["record"]
+    return verify(envelope.record.owner, _signed_bytes(envelope.record.key(), expires, record), envelope.signature)

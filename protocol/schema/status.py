@@ -4,21 +4,43 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field, computed_field
 
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.fields import (
+    MOST_SHARDS,
+    Count,
+    Digest,
+    EpochCount,
+    EpochNumber,
+    EpochsByShard,
+    MeasuredLoss,
+    Moment,
+    OpenWord,
+    PeerId,
+    PublicKey,
+    Rate,
+    Seconds,
+    Sentence,
+    ShardIndex,
+    Share,
+    Tally,
+    Word,
+)
 from lutetia.protocol.schema.ledger_head import SignedHead
-from lutetia.protocol.schema.manifest import Digest, PublicKey
-from lutetia.protocol.schema.records import NodeState, ShortText
-from lutetia.protocol.schema.verdicts import CheckName
 
 MAX_STATUS_BYTES = 4 << 20
+MOST_NODES = 16384
+"""Nodes that a reader takes; a coordinator shows fewer (`coordinator.ledger.status_builder.NODES_SHOWN`)."""
 AuditState = Literal["not due", "due", "valid", "invalid", "inconclusive", "not carried out"]
 ShardState = Literal["unclaimed", "claimed", "training", "overdue", "done"]
 
 
 class TolerantDocument(Frozen):
-    """A part of the status, which nobody signs or hashes. An older reader ignores fields that a newer coordinator adds."""
+    """A part of the status, which nobody signs or hashes. An older reader ignores fields that a newer coordinator adds.
+
+    States, verdicts and names of checks are open words: a reader shows one that it does not know as it is.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -26,89 +48,96 @@ class TolerantDocument(Frozen):
 class ShardStatus(TolerantDocument):
     """The accepted work of one shard and who holds it."""
 
-    shard: int = Field(description="Index of the shard")
-    name: str = Field(description="Name of its cluster")
-    epoch: int = Field(description="Accepted epochs")
-    epochs: int = Field(description="Epochs in its budget")
-    samples: int = Field(description="Accepted training samples")
-    samples_budget: int = Field(description="Training samples in its budget")
-    state: ShardState = Field(description="Whether it is claimed, trained in time, late or done")
+    shard: ShardIndex = Field(description="Index of the shard")
+    name: Sentence = Field(description="Name of its cluster")
+    epoch: EpochCount = Field(description="Accepted epochs")
+    epochs: EpochNumber = Field(description="Epochs in its budget")
+    samples: Tally = Field(description="Accepted training samples")
+    samples_budget: Count = Field(description="Training samples in its budget")
+    state: OpenWord = Field(description="Whether it is claimed, trained in time, late or done")
     owner: PublicKey | None = Field(default=None, description="Public key of the peer that holds it; null: none")
-    claim_expires: float | None = Field(default=None, description="Expiry of the holder's claim in Unix seconds")
-    holdout_loss: float | None = Field(default=None, description="Held-out loss of the accepted checkpoint")
+    claim_expires: Moment | None = Field(default=None, description="Expiry of the holder's claim in Unix seconds")
+    holdout_loss: MeasuredLoss | None = Field(default=None, description="Held-out loss of the accepted checkpoint")
     checkpoint: Digest | None = Field(default=None, description="Digest of the accepted checkpoint")
-    last_accepted: float | None = Field(default=None, description="Time of the last acceptance in Unix seconds")
-    due: float | None = Field(default=None, description="When the next acceptance is expected at the latest, in Unix seconds")
-    initial_loss: float | None = Field(default=None, description="Held-out loss before any training")
-    waiting: int = Field(default=0, description="Results that wait for their checks")
-    audit: AuditState | None = Field(default=None, description="Audit of the accepted checkpoint")
-    term: int = Field(default=0, description="How often it was rolled back")
-    copies: int | None = Field(
+    last_accepted: Moment | None = Field(default=None, description="Time of the last acceptance in Unix seconds")
+    due: Moment | None = Field(default=None, description="When the next acceptance is expected at the latest, in Unix seconds")
+    initial_loss: MeasuredLoss | None = Field(default=None, description="Held-out loss before any training")
+    waiting: Tally = Field(default=0, description="Results that wait for their checks")
+    audit: OpenWord | None = Field(default=None, description="Audit of the accepted checkpoint")
+    term: EpochCount = Field(default=0, description="How often it was rolled back")
+    copies: Tally | None = Field(
         default=None, description="Live peers besides coordinators that say they hold the accepted checkpoint; null: not counted"
     )
+
+
+class _CheckNamed(TolerantDocument):
+    """Names a check. Its field was `rung` before release 0.1; it is read under either name and written under both."""
+
+    check: OpenWord = Field(validation_alias=AliasChoices("check", "rung"), description="The check")
+
+    @computed_field(description="The same as `check`, for readers that are older than release 0.1")
+    @property
+    def rung(self) -> str:
+        return self.check
 
 
 class NodeStatus(TolerantDocument):
     """A node and the state of its work."""
 
     owner: PublicKey = Field(description="Public key of the node")
-    peer_id: str = Field(description="libp2p peer id")
-    state: NodeState = Field(description="What it says it is doing")
-    health: Literal["working", "starting", "standby", "paused", "overdue", "quarantined"] = Field(
-        description="`working` only while its own results are being accepted in time (invariant I6)"
-    )
-    device: ShortText = Field(description="Kind of device, for instance cpu or cuda")
-    samples_per_second: float = Field(description="Training speed in samples per second, as measured by itself")
-    shard: int | None = Field(default=None, description="Index of the shard that it holds; null: none")
-    accepted: int = Field(default=0, description="Its accepted results")
-    rejected: int = Field(default=0, description="Its results that were found invalid")
-    last_accepted: float | None = Field(default=None, description="Time of its last acceptance in Unix seconds")
-    last_seen: float = Field(description="When it made its newest record, in Unix seconds")
+    peer_id: PeerId = Field(description="libp2p peer id")
+    state: OpenWord = Field(description="What it says it is doing")
+    health: OpenWord = Field(description="`working` only while its own results are being accepted in time (invariant I6)")
+    device: Word = Field(description="Kind of device, for instance cpu or cuda")
+    samples_per_second: Rate = Field(description="Training speed in samples per second, as measured by itself")
+    shard: ShardIndex | None = Field(default=None, description="Index of the shard that it holds; null: none")
+    accepted: Tally = Field(default=0, description="Its accepted results")
+    rejected: Tally = Field(default=0, description="Its results that were found invalid")
+    last_accepted: Moment | None = Field(default=None, description="Time of its last acceptance in Unix seconds")
+    last_seen: Moment = Field(description="When it made its newest record, in Unix seconds")
     relayed: bool = Field(default=False, description="Whether it can be reached only through a relay")
-    software: ShortText = Field(default="", description="Version of Lutetia")
+    software: Word = Field(default="", description="Version of Lutetia")
 
 
 class RouterStatus(TolerantDocument):
     """The quality of the router on held-out clips."""
 
-    accuracy: float = Field(description="Share of held-out samples whose cluster it names")
-    accuracy_by_time: tuple[float, ...] = Field(default=(), description="The same share for ten equal bins of t")
-    trained_at: float = Field(description="When it was trained, in Unix seconds")
-    epochs: tuple[int, ...] = Field(default=(), description="Accepted epoch of each shard at that time")
-    calibration_error: float | None = Field(default=None, description="Expected calibration error of its probabilities")
+    accuracy: Share = Field(description="Share of held-out samples whose cluster it names")
+    accuracy_by_time: tuple[Share, ...] = Field(default=(), max_length=64, description="The same share for ten equal bins of t")
+    trained_at: Moment = Field(description="When it was trained, in Unix seconds")
+    epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard at that time")
+    calibration_error: Share | None = Field(default=None, description="Expected calibration error of its probabilities")
 
 
-class RefusalStatus(TolerantDocument):
+class RefusalStatus(_CheckNamed):
     """A result that was not accepted."""
 
-    time: float = Field(description="When it was refused, in Unix seconds")
-    shard: int = Field(description="Index of its shard")
-    epoch: int = Field(description="The epoch that it would have been")
+    time: Moment = Field(description="When it was refused, in Unix seconds")
+    shard: ShardIndex = Field(description="Index of its shard")
+    epoch: EpochCount = Field(description="The epoch that it would have been")
     owner: PublicKey = Field(description="Public key of its author")
     checkpoint: Digest = Field(description="Digest of the result")
-    verdict: Literal["invalid", "inconclusive"] = Field(description="An inconclusive result may be tried again")
-    check: CheckName = Field(description="The check that it failed")
-    text: str = Field(description="Reason, for people")
+    verdict: OpenWord = Field(description="An inconclusive result may be tried again")
+    text: Sentence = Field(description="Reason, for people")
 
 
-class CheckStatus(TolerantDocument):
+class CheckStatus(_CheckNamed):
     """What one acceptance check has cost, for one outcome."""
 
-    check: CheckName = Field(description="The check")
-    outcome: Literal["valid", "invalid", "inconclusive"] = Field(description="How the results came out of it")
-    count: int = Field(description="Results with this outcome")
-    seconds: float = Field(description="Seconds that the check took for them, in all")
-    size: int = Field(description="Bytes that were checked, in all")
+    outcome: OpenWord = Field(description="How the results came out of it")
+    count: Tally = Field(description="Results with this outcome")
+    seconds: Seconds = Field(description="Seconds that the check took for them, in all")
+    size: Tally = Field(description="Bytes that were checked, in all")
 
 
 class QuarantineStatus(TolerantDocument):
     """A peer whose work an audit found to be faked."""
 
-    time: float = Field(description="When it was found, in Unix seconds")
+    time: Moment = Field(description="When it was found, in Unix seconds")
     owner: PublicKey = Field(description="Public key of the peer")
-    shard: int = Field(description="Index of the shard of the faked result")
-    epoch: int = Field(description="Epoch of the faked result")
-    text: str = Field(description="What the audit found, for people")
+    shard: ShardIndex = Field(description="Index of the shard of the faked result")
+    epoch: EpochCount = Field(description="Epoch of the faked result")
+    text: Sentence = Field(description="What the audit found, for people")
 
 
 class SwarmStatus(TolerantDocument):
@@ -116,23 +145,32 @@ class SwarmStatus(TolerantDocument):
 
     format: Literal[1] = Field(default=1, description="Version of this document's format")
     run: Digest = Field(description="Run id")
-    name: str = Field(description="Name of the run")
-    manifest_version: int = Field(description="Version of the manifest in force")
-    time: float = Field(description="When the document was made, in Unix seconds")
+    name: Sentence = Field(description="Name of the run")
+    manifest_version: Tally = Field(description="Version of the manifest in force")
+    time: Moment = Field(description="When the document was made, in Unix seconds")
     coordinator: PublicKey = Field(description="Public key of the coordinator")
-    software: str = Field(description="Version of Lutetia that the coordinator runs")
-    shards: tuple[ShardStatus, ...] = Field(description="One entry per shard, in order")
-    nodes: tuple[NodeStatus, ...] = Field(default=(), description="The nodes that are online, ordered by public key")
+    software: Word = Field(description="Version of Lutetia that the coordinator runs")
+    shards: tuple[ShardStatus, ...] = Field(max_length=MOST_SHARDS, description="One entry per shard, in order")
+    nodes: tuple[NodeStatus, ...] = Field(
+        default=(),
+        max_length=MOST_NODES,
+        description="Nodes that are online, ordered by public key; where room is short, those with a shard or accepted work",
+    )
+    nodes_not_shown: Tally = Field(default=0, description="Further nodes that are online, for which the document has no room")
     router: RouterStatus | None = Field(default=None, description="The last router; null: none yet")
     mixture: Digest | None = Field(default=None, description="Digest of the last stitched mixture's description")
-    accepted: int = Field(default=0, description="Accepted results")
-    rejected: int = Field(default=0, description="Results that were found invalid")
-    events: int = Field(default=0, description="Events in the coordinator's ledger")
-    refusals: tuple[RefusalStatus, ...] = Field(default=(), description="The last refusals, oldest first")
-    checks: tuple[CheckStatus, ...] = Field(default=(), description="What the acceptance checks have cost, by check and outcome")
-    audits_due: int = Field(default=0, description="Accepted results that wait for an audit")
-    quarantined: tuple[QuarantineStatus, ...] = Field(default=(), description="The last quarantined peers, oldest first")
-    mixture_epochs: tuple[int, ...] = Field(default=(), description="Accepted epoch of each shard in the last mixture")
+    accepted: Tally = Field(default=0, description="Accepted results")
+    rejected: Tally = Field(default=0, description="Results that were found invalid")
+    events: Tally = Field(default=0, description="Events in the coordinator's ledger")
+    refusals: tuple[RefusalStatus, ...] = Field(default=(), max_length=1024, description="The last refusals, oldest first")
+    checks: tuple[CheckStatus, ...] = Field(
+        default=(), max_length=1024, description="What the acceptance checks have cost, by check and outcome"
+    )
+    audits_due: Tally = Field(default=0, description="Accepted results that wait for an audit")
+    quarantined: tuple[QuarantineStatus, ...] = Field(
+        default=(), max_length=1024, description="The last quarantined peers, oldest first"
+    )
+    mixture_epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in the last mixture")
     ledger: SignedHead | None = Field(default=None, description="Signed head of the coordinator's ledger at the last acceptance")
     finished: bool = Field(default=False, description="Whether every budget is done and the final mixture is stitched")
 

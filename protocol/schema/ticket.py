@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import Digest, PublicKey, first_problem
+from lutetia.protocol.schema.canonical import WireDocument, canonical
+from lutetia.protocol.schema.fields import Digest, PublicKey
+from lutetia.protocol.schema.manifest import first_problem
 from lutetia.system.errors import ConfigError
 
 PREFIX = "lutetia1"
@@ -24,7 +25,7 @@ Place = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}$", max_length=256)]
 Address = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}/p2p/[A-Za-z0-9]+$", max_length=256)]
 
 
-class Ticket(Frozen):
+class Ticket(WireDocument):
     """What a volunteer needs to join a run."""
 
     run: Digest = Field(description="Run id")

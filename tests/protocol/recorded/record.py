@@ -39,6 +39,7 @@ from lutetia.protocol.schema.manifest import (
     Timing,
 )
 from lutetia.protocol.schema.ticket import Ticket
+from tests.protocol.recorded.wire_documents import fields_by_document
 
 OWNER, COORDINATOR, PEER, OTHER = (Identity.derived(f"recorded {name}") for name in ("owner", "coordinator", "peer", "other"))
 NOW = 1_780_000_000.0
@@ -232,6 +233,7 @@ def main(folder: Path) -> None:
         "status.json": _status(run, records, all_events),
         "mixture.json": _mixture(run),
         "ticket.txt": ticket.encode().encode(),
+        "fields.json": json.dumps(fields_by_document(), indent=1).encode(),
         "names.json": canonical({"run": run.run_id, "result": _digest(records["checkpoint"])}),
     }
     for name, data in files.items():

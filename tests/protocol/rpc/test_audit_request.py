@@ -50,7 +50,7 @@ def test_a_signed_report_is_opened_and_everything_else_refused():
     ):
         with pytest.raises(RecordRefused, match=words):
             open_request(canonical(request), peer)
-    for junk in (b"", b"[]", b"\xff\xff", b'{"owner":1}', b'{"owner":"' + b"0" * 64 + b'","more":1}', b"[" * 100_000):
+    for junk in (b"", b"[]", b"\xff\xff", b'{"owner":1}', b'{"owner":"' + b"0" * 64 + b'","more":[[[[[1]]]]]}', b"[" * 100_000):
         with pytest.raises(RecordRefused, match="malformed"):
             open_request(junk, ANN.peer_id)
     endless = canonical(good).replace(b"0.5,null", b"0.5," * 20_000 + b"null")

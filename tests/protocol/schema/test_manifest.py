@@ -39,7 +39,7 @@ def test_a_later_version_keeps_the_run_id_of_the_first() -> None:
         (b"not json", {}, ConfigError, "malformed"),
         (b" " * (MAX_MANIFEST_BYTES + 1), {}, ConfigError, "larger"),
         (changed(name="another"), {}, AuthorisationError, "signature"),
-        (changed(surprise=1), {}, ConfigError, "surprise"),
+        (changed(surprise=1), {}, AuthorisationError, "signature"),
         (changed(expires=float("1e999")), {}, ConfigError, "malformed"),
         (SIGNED.to_bytes(), {"run": "c" * 64}, ConfigError, "is of run"),
         (SIGNED.to_bytes(), {"owner": STRANGER.public_key}, AuthorisationError, "ticket pins"),
@@ -75,7 +75,7 @@ def reshaped(**changes: Any) -> tuple[Any, ...]:
         ({"optimisation": Optimisation(batch=3)}, "divide"),
         ({"expires": NOW - 1}, "expires"),
         ({"version": 2}, "run id"),
-        ({"unknown": True}, "unknown"),
+        ({"unknown": [[[[[1]]]]]}, "nested"),
     ],
 )
 def test_an_inconsistent_manifest_is_refused(changes: dict[str, Any], says: str) -> None:

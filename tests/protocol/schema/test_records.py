@@ -100,7 +100,7 @@ def test_a_future_record_is_refused_beyond_the_clock_skew() -> None:
         lambda d: d.update(comment="x" * 5000),
     ],
 )
-def test_an_unknown_field_is_refused(spoil) -> None:
+def test_a_changed_record_is_refused(spoil) -> None:
     document = json.loads(sealed("claim"))
     spoil(document)
     with pytest.raises(r.RecordRefused):
