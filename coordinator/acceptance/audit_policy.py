@@ -62,8 +62,14 @@ def suspect_parent(transition: JudgeTransition, shard: int) -> None:
     Honest training from a sound parent does not fail again and again; from one with crafted optimiser moments it must. Each
     parent is audited for this reason once, so that hostile refusals cost one replay for each accepted epoch at most.
     """
+    if refused_by_content(transition.run.shards[shard]) >= _SUSPICIOUS_REFUSALS:
+        audit_parent(transition, shard)
+
+
+def audit_parent(transition: JudgeTransition, shard: int) -> None:
+    """Make the whole epoch of the accepted parent due for an audit, unless it was replayed whole or cannot be."""
     ledger = transition.run.shards[shard]
-    if ledger.acceptance is None or not refused_by_content(ledger) >= _SUSPICIOUS_REFUSALS:
+    if ledger.acceptance is None or not ledger.lineage:
         return
     link, known = ledger.lineage[-1], transition.run.audits.get(ledger.acceptance.checkpoint)
     if link.whole or (known and known.whole) or not can_roll_back(transition.run, shard, ledger.acceptance.checkpoint):

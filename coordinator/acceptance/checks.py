@@ -43,6 +43,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Verdict:
     """What the checks found. `valid` carries both losses; otherwise `check` is the one that failed and `text` says why.
 
+    A failed loss check carries both losses, too, unless one is not a number. A `valid` with a text is accepted with that note.
+
     `costs` are the checks that were run, each with its own outcome. `rules` is the manifest's version under which they were run.
     """
 
@@ -269,6 +271,8 @@ def compare_raw(raw: Losses, losses: Losses, parent_losses: Losses, tolerance: f
     found = compare_rows(raw, base, tolerance)
     if found.passes:
         return None
+    if not math.isfinite(found.loss):
+        return Verdict("invalid", "raw", "the held-out loss of the raw parameters in its state is not a number")
     text = (
         f"the raw parameters in its state have held-out loss {found.loss:.5f}, its averages {mean(losses):.5f} "
         f"(at most {found.bound:.5f} on {found.rows} rows)"

@@ -22,6 +22,7 @@ from lutetia.coordinator.acceptance.messages import (
     LendAudit,
     LimitsKnown,
     Offered,
+    Proved,
     Stimulus,
 )
 from lutetia.coordinator.acceptance.state_machine import judge
@@ -56,7 +57,7 @@ def judge_isolated(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> 
 def author_of(stimulus: Stimulus) -> str:
     """Public key of the peer that the stimulus is about; empty when it is about none."""
     match stimulus:
-        case Offered(record=record) | CheckDone(record=record):
+        case Offered(record=record) | CheckDone(record=record) | Proved(record=record):
             return record.owner
         case AuditWanted(owner=owner) | AuditDelivered(owner=owner):
             return owner
@@ -78,6 +79,9 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
         case Audited():
             finding = AuditFinding(outcome="inconclusive", text=text)
             return _again(rules, state, replace(stimulus, finding=finding), replace(state, auditing=None), error)
+        case Proved():
+            finding = AuditFinding(outcome="inconclusive", text=text)
+            return _again(rules, state, replace(stimulus, finding=finding), replace(state, proving=None), error)
         case AuditDelivered(checkpoint=checkpoint):
             lent = {lent: to for lent, to in state.lent.items() if lent != checkpoint}
             return Judgement(replace(state, lent=lent), (), error)

@@ -51,6 +51,16 @@ class Audited:
 
 
 @dataclass(frozen=True)
+class Proved:
+    """The finding of the replay of a doubted result's whole epoch, which took `seconds`."""
+
+    record: CheckpointRecord
+    finding: AuditFinding
+    now: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class AuditWanted:
     """Peer `owner` is free to audit. `related`: peers of its operator or address, whose work it must not judge."""
 
@@ -93,7 +103,7 @@ class LedgerFacts:
     now: float
 
 
-Stimulus = Offered | CheckDone | Audited | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
+Stimulus = Offered | CheckDone | Audited | Proved | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
 
 
 # --- actions ------------------------------------------------------------------------------------------------------------------
@@ -139,6 +149,14 @@ class StartAudit:
 
 
 @dataclass(frozen=True)
+class StartProof:
+    """Replay the whole epoch of this doubted result, then send `Proved`."""
+
+    record: CheckpointRecord
+    replay: StartAudit
+
+
+@dataclass(frozen=True)
 class LendAudit:
     """The answer to an audit request: an audit and until when it is lent, or after how many seconds to ask again."""
 
@@ -161,4 +179,4 @@ class DiscardCandidate:
     record: CheckpointRecord
 
 
-Action = Write | Answer | StartCheck | Publish | StartAudit | LendAudit | PublishReset | DiscardCandidate
+Action = Write | Answer | StartCheck | Publish | StartAudit | StartProof | LendAudit | PublishReset | DiscardCandidate

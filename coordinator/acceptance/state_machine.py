@@ -33,9 +33,18 @@ from lutetia.coordinator.acceptance.messages import (
     LendAudit,
     LimitsKnown,
     Offered,
+    Proved,
     Publish,
     StartCheck,
     Stimulus,
+)
+from lutetia.coordinator.acceptance.proof import (
+    doubt,
+    doubt_reason,
+    finish_proof,
+    note_proof,
+    remembered_refusal_may_be_proved,
+    start_proof,
 )
 from lutetia.coordinator.acceptance.rollback import note_fact
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, JudgeTransition, refusal
@@ -66,6 +75,8 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
             transition.set(limits=stimulus.limits)
         case Audited():
             finish_audit(transition, stimulus)
+        case Proved():
+            transition.finish_proof(stimulus)
         case AuditWanted():
             transition.receive_audit_request(stimulus)
         case AuditDelivered():
@@ -79,6 +90,7 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
             assert_never(stimulus)
     transition.start_checks()
     start_audit(transition)
+    start_proof(transition)
     return transition.state, tuple(transition.actions)
 
 
@@ -98,7 +110,7 @@ class _ResultTransition(JudgeTransition):
         if failed := check_quarantine(offered):  # before all else: a quarantined peer learns it also of results decided before
             return OfferReply(verdict="invalid", check=failed.check, text=failed.text)
         reply = _earlier_reply(self.run, shard, record)
-        if reply and not (reply.verdict == "inconclusive" and self._may_try_again(shard, offer)):
+        if reply and not self._is_tried_again(shard, offer, reply):
             return reply
         if record.epoch > shard.epoch + 1:
             text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
@@ -119,6 +131,13 @@ class _ResultTransition(JudgeTransition):
     def _places(self, offer: Offered) -> int:
         """Records in the DHT cost their authors nothing and come from no address: they get at most half the places of a shard."""
         return self.rules.candidates_per_shard // (1 if offer.via == "offer" else 2)
+
+    def _is_tried_again(self, shard: ShardLedger, offer: Offered, reply: OfferReply) -> bool:
+        """Whether a result with a verdict is checked again: after an inconclusive one, or so that a replay can prove it."""
+        if reply.verdict == "invalid":
+            timing = self.rules.manifest.timing
+            return offer.via == "offer" and remembered_refusal_may_be_proved(shard, offer.record, timing, self.now)
+        return reply.verdict == "inconclusive" and self._may_try_again(shard, offer)
 
     def _may_try_again(self, shard: ShardLedger, offer: Offered) -> bool:
         """A result that was given up as inconclusive is checked again when its owner offers it again after a while."""
@@ -180,7 +199,7 @@ class _ResultTransition(JudgeTransition):
     def _ready(self) -> Iterator[WaitingResult]:
         for index in sorted(self.state.pending - self.state.checking.keys()):
             for candidate in self.run.shards[index].candidates.values():
-                if candidate.not_before <= self.now:
+                if candidate.not_before <= self.now and candidate.doubt is None:
                     yield candidate
 
     def finish_check(self, record: CheckpointRecord, verdict: Verdict) -> None:
@@ -193,11 +212,21 @@ class _ResultTransition(JudgeTransition):
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
         if verdict.outcome == "invalid" and verdict.rules is not None and verdict.rules < self.run.manifest_version:
             return  # refused under rules that were replaced meanwhile: it is checked again
-        if verdict.outcome != "valid":
+        if why := doubt_reason(self, record, verdict):
+            doubt(self, record, verdict, why)
+        elif verdict.outcome != "valid":
             self._dismiss(record, verdict)
         elif not audits_lag(self.run, record.shard, record.epoch):
             self._accept(record, verdict)
         # else a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
+
+    def finish_proof(self, proved: Proved) -> None:
+        """Accept the doubted result whose training was replayed; otherwise it was refused."""
+        record = proved.record
+        verdict = finish_proof(self, proved)
+        if verdict and not audits_lag(self.run, record.shard, record.epoch):
+            self._accept(record, verdict)
+            note_proof(self, record, proved)
 
     def _dismiss(self, record: CheckpointRecord, verdict: Verdict) -> None:
         candidate = self.run.shards[record.shard].candidates[record.owner]
@@ -223,10 +252,12 @@ class _ResultTransition(JudgeTransition):
         build = build_of(record, self.rules.manifest)
         self.write(
             CheckpointAccepted(
-                time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build, costs=verdict.costs
+                time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build, costs=verdict.costs,
+                note=verdict.text,
             )
-        )
-        consider_audit(self, record)
+        )  # fmt: skip
+        if not verdict.text:  # else its whole epoch was replayed already
+            consider_audit(self, record)
         self.actions.append(Publish(acceptance, record))
         for other in tuple(self.run.shards[record.shard].candidates.values()):
             late = other.record

@@ -68,6 +68,8 @@ class JudgeState:
     """Peer -> times of its offers within the last minute."""
     auditing: str | None = None
     """Checkpoint of the audit that the coordinator itself carries out."""
+    proving: tuple[str, str] | None = None
+    """(owner, digest) of the doubted result whose epoch the coordinator replays."""
     lent: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     """Checkpoint -> (public key of the peer that audits it, until when)."""
     asked: float = float("-inf")
@@ -88,6 +90,7 @@ class JudgeChanges(TypedDict, total=False):
     checking: Mapping[int, tuple[str, str]]
     offers: PersistentMap[str, tuple[float, ...]]
     auditing: str | None
+    proving: tuple[str, str] | None
     lent: Mapping[str, tuple[str, float]]
     asked: float
 

@@ -128,7 +128,7 @@ def apply_acceptance_recovered(state: RunState, event: AcceptanceRecovered) -> C
     changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
     shard = shard.updated(
         epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
-        lineage=(AcceptedEpoch(given, given.issued, state.budgets),), candidates={}, judged={},
+        lineage=(AcceptedEpoch(given, given.issued, state.budgets),), candidates={}, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
     return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
@@ -157,7 +157,7 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
         head = replace(head, acceptance=head.acceptance.model_copy(update={"term": event.term}))
         lineage = (*lineage[:-1], head)
     shard = shard.updated(
-        epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={},
+        epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={}, refuted=0, refuted_at=0.0,
         acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}

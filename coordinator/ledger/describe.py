@@ -24,6 +24,7 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
     QuarantineRecovered,
     ResetRecovered,
+    ResultDoubted,
     ResultRefused,
     ResultSeen,
     ResultSuperseded,
@@ -60,7 +61,7 @@ def sentence(event: Event) -> str:
         case CheckpointAccepted(acceptance=given):
             return (
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "
-                f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+                f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}{f' ({event.note})' if event.note else ''}"
             )
         case LineageRolledBack():
             back = f"rolled back to epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
@@ -78,17 +79,22 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
 
 
-def _verdict(event: ResultRefused | ResultSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined) -> str:
+def _verdict(
+    event: ResultRefused | ResultDoubted | ResultSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined,
+) -> str:
     match event:
         case ResultRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
             return f"is {event.verdict}, check {event.check}: {event.text}{again}"
+        case ResultDoubted():
+            return f"fails check {event.check} and is replayed before it is decided: {event.text}"
         case ResultSuperseded():
             return f"is superseded by {event.by[:12]}"
         case AuditDue():
             why = {
                 "streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}",
                 "refusals": "results of several authors that were built on it were refused",
+                "proof": "it failed a loss check",
             }  # fmt: skip
             part = "whole" if event.whole else "in part"
             return f"is due for an audit, {part} ({why.get(event.why, 'its author was convicted later')})"

@@ -36,7 +36,8 @@ from lutetia.protocol.schema.verdicts import CheckName
 Outcome = Literal["valid", "invalid", "inconclusive"]
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
-AuditReason = Literal["streak", "lottery", "re-audit", "refusals"]
+DoubtReason = Literal["author", "refusals"]
+AuditReason = Literal["streak", "lottery", "re-audit", "refusals", "proof"]
 RollbackReason = Literal["invalid", "operator"]
 _Shard = Annotated[ShardIndex, Field(description="Index of the shard.")]
 _Term = Annotated[EpochNumber, Field(description="Term of the shard from now on: how often it was rolled back.")]
@@ -129,6 +130,18 @@ class ResultRefused(_Verdict):
     costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
 
 
+class ResultDoubted(_Verdict):
+    """A result failed a loss check, but its training may be right: its whole epoch is replayed before it is decided."""
+
+    kind: Literal["checkpoint-doubted"] = "checkpoint-doubted"
+    check: CheckName = Field(description="The check that it failed.")
+    text: Sentence = Field(description="Why, in words.")
+    loss: MeasuredLoss = Field(description="Its held-out loss.")
+    parent_loss: MeasuredLoss = Field(description="Held-out loss of its parent on the same rows.")
+    why: DoubtReason = Field(description="Its author has audited work, or other results on the same parent failed, too.")
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
+
+
 class ResultSuperseded(_Verdict):
     """Another result was accepted for the same epoch first: the first valid one wins, and the others did nothing wrong."""
 
@@ -142,6 +155,9 @@ class CheckpointAccepted(_Event):
     kind: Literal["checkpoint-accepted"] = "checkpoint-accepted"
     acceptance: AcceptanceRecord = Field(description="The acceptance as it is signed and published.")
     parent_loss: MeasuredLoss = Field(description="Held-out loss of the parent, with which its loss was compared.")
+    note: Sentence = Field(
+        default="", description="The check that it failed, and the replay that proved its training; empty: it passed all checks."
+    )
     build: str = Field(
         default="",
         max_length=128,
@@ -186,8 +202,8 @@ class AuditDue(_Verdict):
     whole: bool = Field(default=False, description="Replay the whole epoch, not only its first steps.")
     why: AuditReason = Field(
         default="streak",
-        description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, or "
-        "results of several authors that were built on it were refused.",
+        description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, "
+        "results of several authors that were built on it were refused, or it was accepted by the proof of a replay.",
     )
 
 
@@ -279,6 +295,7 @@ Event = Annotated[
     | BaselineMeasured
     | ResultSeen
     | ResultRefused
+    | ResultDoubted
     | ResultSuperseded
     | CheckpointAccepted
     | AcceptanceRecovered

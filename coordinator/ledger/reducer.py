@@ -38,6 +38,7 @@ from lutetia.coordinator.ledger.events import (
     PeerQuarantined,
     QuarantineRecovered,
     ResetRecovered,
+    ResultDoubted,
     ResultRefused,
     ResultSeen,
     ResultSuperseded,
@@ -49,6 +50,7 @@ from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
     HISTORY,
+    LOSS_CHECKS,
     AcceptedEpoch,
     Changes,
     RunState,
@@ -81,6 +83,8 @@ def _changes(state: RunState, event: Event) -> Changes:
             return _seen(state, event)
         case ResultRefused():
             return _refused(state, event)
+        case ResultDoubted():
+            return _doubted(state, event)
         case ResultSuperseded():
             return {"shards": state.shards.set(event.shard, _settled(shard_of(state, event.shard), event))}
         case AuditDue():
@@ -143,8 +147,9 @@ def _published(state: RunState, event: ManifestPublished) -> Changes:
 def _without_refusals(shards: PersistentMap[int, ShardLedger]) -> PersistentMap[int, ShardLedger]:
     for index, shard in tuple(shards.items()):
         kept = {key: verdict for key, verdict in shard.judged.items() if not isinstance(verdict, ResultRefused)}
-        if len(kept) < len(shard.judged):
-            shards = shards.set(index, shard.updated(judged=kept))
+        waiting = {owner: replace(candidate, doubt=None) for owner, candidate in shard.candidates.items()}
+        if len(kept) < len(shard.judged) or any(candidate.doubt for candidate in shard.candidates.values()):
+            shards = shards.set(index, shard.updated(judged=kept, candidates=waiting, refuted=0, refuted_at=0.0))
     return shards
 
 
@@ -171,9 +176,20 @@ def _settled(shard: ShardLedger, verdict: ResultRefused | ResultSuperseded) -> S
     return shard.updated(candidates=waiting, judged=judged)
 
 
+def _doubted(state: RunState, event: ResultDoubted) -> Changes:
+    shard = shard_of(state, event.shard)
+    candidate = shard.candidates.get(event.owner)
+    if candidate is None or candidate.record.digest != event.checkpoint:
+        raise LedgerOutOfOrder(f"a result of shard {event.shard} is doubted that does not wait; restore it from a backup")
+    candidates = {**shard.candidates, event.owner: replace(candidate, doubt=event)}
+    return {"shards": state.shards.set(event.shard, shard.updated(candidates=candidates)), "spent": add_costs(state, event.costs)}
+
+
 def _refused(state: RunState, event: ResultRefused) -> Changes:
     shard = shard_of(state, event.shard)
     candidate = shard.candidates.get(event.owner)
+    if candidate and candidate.doubt and candidate.record.digest == event.checkpoint:
+        shard = shard.updated(refuted=shard.refuted + 1, refuted_at=event.time)
     if event.again_at is not None and candidate and candidate.record.digest == event.checkpoint:
         again = replace(candidate, attempts=candidate.attempts + 1, not_before=event.again_at)
         shard = shard.updated(candidates={**shard.candidates, event.owner: again})
@@ -189,8 +205,22 @@ def _refused(state: RunState, event: ResultRefused) -> Changes:
     if event.owner not in state.peers and event.check in _UNREMEMBERED_CHECKS:
         return changes
     peer = state.peer(event.owner)
-    peer = peer.updated(rejected=peer.rejected + 1, streak=peer.streak if event.check in _BLAMELESS_CHECKS else 0)
+    forfeited = max(peer.streak, peer.forfeited) if event.check in LOSS_CHECKS else peer.forfeited
+    streak = peer.streak if event.check in _BLAMELESS_CHECKS else 0
+    peer = peer.updated(rejected=peer.rejected + 1, streak=streak, forfeited=forfeited)
     return {**changes, "peers": state.peers.set(event.owner, peer)}
+
+
+def _forgiven(state: RunState, shard: ShardLedger) -> Changes:
+    """A replay has shown that honest training fails the loss checks on this parent: those refusals count against nobody."""
+    peers, rejected = state.peers, state.rejected
+    for verdict in shard.failed_losses:
+        rejected -= 1
+        if verdict.owner in peers:
+            peer = peers[verdict.owner]
+            streak = max(peer.streak, peer.forfeited)
+            peers = peers.set(verdict.owner, peer.updated(rejected=max(0, peer.rejected - 1), streak=streak, forfeited=0))
+    return {"peers": peers, "rejected": max(0, rejected)}
 
 
 def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
@@ -198,11 +228,13 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     shard = shard_of(state, given.shard)
     if given.epoch != shard.epoch + 1 or given.parent != shard.accepted or given.term != shard.term:
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be accepted on epoch {shard.epoch}")
+    if event.note:
+        state = replace(state, **_forgiven(state, shard))
     candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
     link = _link(state, shard, event)
     shard = shard.updated(
         epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
-        candidates=candidates, judged={},
+        candidates=candidates, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     peer = state.peer(given.author)
     interval = peer.interval if peer.shard == given.shard else None
@@ -215,7 +247,7 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     )  # fmt: skip
     return {
         "shards": state.shards.set(given.shard, shard), "peers": state.peers.set(given.author, peer),
-        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1,
+        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1, "rejected": state.rejected,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from lutetia.coordinator.ledger.events import (
     Outcome,
     PeerQuarantined,
     QuarantineRecovered,
+    ResultDoubted,
     ResultRefused,
     ResultSuperseded,
     RouterTrained,
@@ -22,6 +23,8 @@ from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, 
 from lutetia.protocol.schema.status import AuditState
 from lutetia.protocol.schema.verdicts import CheckName
 
+LOSS_CHECKS: frozenset[CheckName] = frozenset({"holdout", "raw"})
+"""Honest training can fail these: what they find depends on the parent and on a few held-out clips."""
 BUDGETS = 3
 """Different epoch budgets that are remembered."""
 HISTORY = 64
@@ -39,6 +42,8 @@ class WaitingResult:
     """Inconclusive checks so far."""
     not_before: float = 0.0
     """Unix seconds before which it is not checked again."""
+    doubt: ResultDoubted | None = None
+    """It failed a loss check and waits for the replay of its epoch."""
 
 
 Judged = Mapping[tuple[str, str], ResultRefused | ResultSuperseded]
@@ -108,6 +113,8 @@ class ShardChanges(TypedDict, total=False):
     lineage: tuple[AcceptedEpoch, ...]
     candidates: Mapping[str, WaitingResult]
     judged: Judged
+    refuted: int
+    refuted_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,10 @@ class ShardLedger:
     """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)
     """Final verdicts on results for the epoch after `epoch`; refusals only those under the newest manifest."""
+    refuted: int = 0
+    """How often a replay did not confirm a result for that epoch which had failed a loss check."""
+    refuted_at: float = 0.0
+    """When it last did not: Unix seconds."""
 
     def updated(self, **changes: Unpack[ShardChanges]) -> ShardLedger:
         return replace(self, **changes)
@@ -137,6 +148,15 @@ class ShardLedger:
     def accepted(self) -> str | None:
         """Digest of the accepted checkpoint: the only parent that the next one may have."""
         return self.acceptance.checkpoint if self.acceptance else None
+
+    @property
+    def failed_losses(self) -> tuple[ResultRefused, ...]:
+        """The results for the next epoch that were refused at a loss check, oldest first."""
+        return tuple(
+            verdict
+            for verdict in self.judged.values()
+            if isinstance(verdict, ResultRefused) and verdict.verdict == "invalid" and verdict.check in LOSS_CHECKS
+        )
 
     @property
     def audit(self) -> AuditState | None:
@@ -159,6 +179,7 @@ class PeerChanges(TypedDict, total=False):
     accepted: int
     rejected: int
     streak: int
+    forfeited: int
     build: str
     audited: int
     convicted: int
@@ -179,6 +200,8 @@ class PeerLedger:
     """Results found invalid."""
     streak: int = 0
     """Consecutive results of the same `build` that were audited and found valid."""
+    forfeited: int = 0
+    """The streak that a refusal at a loss check ended; given back when a replay shows that such a refusal was nobody's fault."""
     build: str = ""
     """Software and kind of expert of its last accepted result."""
     audited: int = 0

@@ -125,7 +125,7 @@ class NetworkCheckRunner:
         files = [self.manifest.shards[due.shard].train, link.trace, *self._start(audit)]
         if due.whole:
             files += [link.acceptance.weights, link.acceptance.state]
-        if link.made is None or link.trace is None or not all(self.blobs.has(ref.digest) for ref in files if ref):
+        if link.made is None or link.trace is None or not all(self._store_with(ref.digest) for ref in files if ref):
             return _impossible("a file that the replay needs is not kept any more")
         began, finding = time.monotonic(), AuditFinding(outcome="inconclusive")
         for epochs in link.budgets if self.manifest.optimisation.schedule == "cosine" else link.budgets[:1]:

@@ -22,10 +22,12 @@ from lutetia.coordinator.acceptance.messages import (
     LedgerFacts,
     LendAudit,
     LimitsKnown,
+    Proved,
     Publish,
     PublishReset,
     StartAudit,
     StartCheck,
+    StartProof,
     Stimulus,
     Write,
 )
@@ -37,6 +39,7 @@ from lutetia.coordinator.ledger.events import (
     Event,
     LineageRolledBack,
     PeerQuarantined,
+    ResultDoubted,
     ResultRefused,
     ResultSuperseded,
 )
@@ -162,6 +165,8 @@ class JudgeLoop:
                     group.create_task(self._check(action))
                 case StartAudit():
                     group.create_task(self._audit(action))
+                case StartProof():
+                    group.create_task(self._prove(action))
                 case DiscardCandidate(record=record):
                     await asyncio.to_thread(self.check_io.discard, record, self.state.run)
         if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
@@ -180,12 +185,22 @@ class JudgeLoop:
             verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
         await self.submit(CheckDone(check.record, verdict, self.now()))
 
-    async def _audit(self, audit: StartAudit) -> None:
+    async def _prove(self, proof: StartProof) -> None:
+        done = await self._replay(proof.replay)
+        finding = done.finding
+        if finding.outcome == "valid" and (gone := await asyncio.to_thread(self.check_io.still_whole, proof.record)):
+            finding = AuditFinding(outcome="inconclusive", text=gone.text)
+        await self.submit(Proved(proof.record, finding, self.now(), done.seconds))
+
+    async def _replay(self, audit: StartAudit) -> Replayed:
         """Handle unexpected errors as `_check` does."""
         [done] = await asyncio.gather(self.check_io.replay(audit), return_exceptions=True)
         if isinstance(done, BaseException):
-            done = Replayed(AuditFinding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
-        whole = audit.audit.whole
+            return Replayed(AuditFinding(outcome="inconclusive", text=_unexpected(done, "replay", audit.audit)))
+        return done
+
+    async def _audit(self, audit: StartAudit) -> None:
+        done, whole = await self._replay(audit), audit.audit.whole
         await self.submit(Audited(audit.audit.checkpoint, done.finding, self.now(), done.seconds, again=done.again, whole=whole))
 
     async def _learn_limits(self) -> None:
@@ -228,6 +243,9 @@ def _log_event(event: Event) -> None:
         case ResultRefused():
             facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.check, event.text)
             _log.info("shard %d epoch %d of %s is %s at check %s: %s", *facts)
+        case ResultDoubted():
+            facts = (event.shard, event.epoch, event.owner[:8], event.check, event.text)
+            _log.warning("shard %d epoch %d of %s fails check %s; its whole epoch is replayed: %s", *facts)
         case ResultSuperseded():
             _log.info("shard %d epoch %d of %s is superseded", event.shard, event.epoch, event.owner[:8])
         case AuditDone():

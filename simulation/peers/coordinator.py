@@ -215,6 +215,8 @@ class SimulatedCoordinator:
                     self._check(action)
                 case j.StartAudit():
                     drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
+                case j.StartProof():
+                    drive(world.queue, self._replay(action.replay), partial(self._proved, self.boot, action))
                 case j.PublishReset():
                     self._announce(action.record)
                 case _:
@@ -265,6 +267,10 @@ class SimulatedCoordinator:
     def _audited(self, boot: int, action: j.StartAudit, finding: AuditFinding) -> None:
         if boot == self.boot:
             self.feed(j.Audited(action.audit.checkpoint, finding, self.clock(), whole=action.audit.whole))
+
+    def _proved(self, boot: int, action: j.StartProof, finding: AuditFinding) -> None:
+        if boot == self.boot:
+            self.feed(j.Proved(action.record, finding, self.clock()))
 
     # --- periodic work ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,163 @@
+"""Proofs: results that fail a loss check although their training may be right. Their whole epoch is replayed before the verdict.
+
+Training is deterministic, so a refusal at `holdout` or `raw` can be nobody's fault: every honest node makes the same epoch from
+the accepted parent, and would be refused for ever. The losses then say something about the parent or the few held-out clips:
+
+- The result waits ("doubted") if its author has work that an audit found valid, or if results on this parent failed before.
+- First the parent's whole epoch is audited, unless it was. If it was crafted, its conviction rolls the shard back.
+- Then the coordinator replays the result's whole epoch itself. *Valid*: the run's rules lead to these weights, so they are
+  accepted with a note, and refusals on the same parent no longer count against anybody. *Invalid*: the result is refused and its
+  author quarantined.
+
+No statement of a peer decides anything, so it does not matter whether peers conspire. Strangers can only cause replays: one for a
+shard at a time, and after each that found nothing a lease, two, four … up to an hour until the next.
+"""
+
+from __future__ import annotations
+
+from lutetia.coordinator.acceptance.audit_policy import audit_parent, audits_lag
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import DiscardCandidate, Proved, StartAudit, StartProof
+from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits
+from lutetia.coordinator.acceptance.transition import JudgeTransition, refusal
+from lutetia.coordinator.ledger.events import AuditDone, DoubtReason, PeerQuarantined, ResultDoubted, ResultRefused
+from lutetia.coordinator.ledger.run_state import LOSS_CHECKS, AcceptedEpoch, PendingAudit, ShardLedger, WaitingResult
+from lutetia.protocol.schema.manifest import Timing
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
+from lutetia.system.retry import backoff
+
+_LONGEST_PAUSE = 3600.0
+
+
+def doubt_reason(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> DoubtReason | None:
+    """Why a result that failed a check is replayed before it is refused; None: it is refused."""
+    if verdict.outcome != "invalid" or verdict.check not in LOSS_CHECKS or verdict.loss is None or verdict.parent_loss is None:
+        return None
+    peer, shard = transition.run.peer(record.owner), transition.run.shards[record.shard]
+    if peer.audited > peer.convicted:
+        return "author"
+    return "refusals" if stranger_may_ask(shard, transition.rules.manifest.timing, transition.now) else None
+
+
+def stranger_may_ask(shard: ShardLedger, timing: Timing, now: float) -> bool:
+    """Whether a result of an author without audited work may be replayed: others failed too, and none such is replayed now."""
+    if not shard.failed_losses or any(candidate.doubt for candidate in shard.candidates.values()):
+        return False
+    pause = backoff(shard.refuted, first=timing.lease, longest=_LONGEST_PAUSE) if shard.refuted else 0.0
+    return now >= shard.refuted_at + pause
+
+
+def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict, why: DoubtReason) -> None:
+    """Let the result wait for the replay of its epoch, and before it for that of its parent."""
+    assert verdict.loss is not None
+    assert verdict.parent_loss is not None
+    transition.write(
+        ResultDoubted(
+            time=transition.now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
+            check=verdict.check, text=verdict.text[:600], loss=verdict.loss, parent_loss=verdict.parent_loss, why=why,
+            costs=verdict.costs,
+        )
+    )  # fmt: skip
+    audit_parent(transition, record.shard)
+
+
+def start_proof(transition: JudgeTransition) -> None:
+    """Start the next replay of a doubted result, unless one is running: known authors first, then the longest waiting."""
+    if transition.state.proving is not None:
+        return
+    waiting = [
+        candidate
+        for index in sorted(transition.state.pending)
+        for candidate in transition.run.shards[index].candidates.values()
+        if candidate.doubt
+    ]
+    for candidate in sorted(waiting, key=lambda c: (c.doubt is None or c.doubt.why != "author", c.seen, c.record.owner)):
+        record, shard = candidate.record, transition.run.shards[candidate.record.shard]
+        if shard.accepted in transition.run.audits or audits_lag(transition.run, record.shard, record.epoch):
+            continue  # its parent is audited first
+        if not _parent_is_sound(transition, shard):
+            _refuse(transition, candidate, "inconclusive", "the replay of the epoch before it ended without a verdict")
+            continue
+        transition.set(proving=(record.owner, record.digest))
+        transition.actions.append(StartProof(record, _replay_of(transition, candidate)))
+        return
+
+
+def _parent_is_sound(transition: JudgeTransition, shard: ShardLedger) -> bool:
+    """Whether the parent's whole epoch was replayed and found valid, or cannot be: then its acceptance is all there is."""
+    if not shard.lineage or not can_roll_back(transition.run, shard.lineage[-1].acceptance.shard, shard.accepted or ""):
+        return True
+    return shard.lineage[-1].whole and shard.lineage[-1].audit == "valid"
+
+
+def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAudit:
+    """The replay of a result that is not accepted, in the form of an audit."""
+    record, run = candidate.record, transition.run
+    assert candidate.doubt is not None
+    end = AcceptanceRecord(
+        run=record.run, owner=transition.rules.coordinator, issued=transition.now, shard=record.shard, epoch=record.epoch,
+        checkpoint=record.digest, parent=record.parent, weights=record.weights, state=record.state, samples=record.samples,
+        author=record.owner, tenure_until=transition.now, holdout_loss=candidate.doubt.loss,
+    )  # fmt: skip
+    link = AcceptedEpoch(end, transition.now, run.budgets, record.trace, record.made)
+    due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True)
+    return StartAudit(due, link, run.shards[record.shard].acceptance)
+
+
+def finish_proof(transition: JudgeTransition, proved: Proved) -> Verdict | None:
+    """Record what the replay found. Returns the verdict with which the result is accepted; None: it is not."""
+    record, finding = proved.record, proved.finding
+    if transition.state.proving == (record.owner, record.digest):
+        transition.set(proving=None)
+    candidate = transition.run.shards[record.shard].candidates.get(record.owner)
+    if candidate is None or candidate.record.digest != record.digest or candidate.doubt is None:
+        return None  # superseded, rolled back, or to be checked under newer rules
+    if finding.outcome == "valid":
+        doubted = candidate.doubt
+        return Verdict("valid", doubted.check, _note(doubted, finding.text), doubted.loss, doubted.parent_loss)
+    _refuse(transition, candidate, finding.outcome, f"the replay of its whole epoch says: {finding.text}")
+    if finding.outcome == "invalid":
+        _convict(transition, record, finding.text)
+    return None
+
+
+def _convict(transition: JudgeTransition, record: CheckpointRecord, text: str) -> None:
+    """The author claims training that did not happen: as after an audit, except that nothing is built on the result."""
+    if record.owner not in transition.run.quarantined:
+        event = PeerQuarantined(
+            time=transition.now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
+            text=text[:1000],
+        )  # fmt: skip
+        quarantine(transition, event)
+    for again in re_audits(transition.run, record.owner, transition.now):
+        transition.write(again)
+
+
+def _note(doubted: ResultDoubted, text: str) -> str:
+    return f"{doubted.text}; a replay of the whole epoch confirms the training, so it is accepted: {text}"[:1000]
+
+
+def _refuse(transition: JudgeTransition, candidate: WaitingResult, outcome: str, why: str) -> None:
+    doubted, record = candidate.doubt, candidate.record
+    assert doubted is not None
+    verdict = Verdict("invalid" if outcome == "invalid" else "inconclusive", doubted.check, f"{doubted.text}; {why}")
+    transition.write(refusal(record, verdict, transition.now))
+    transition.actions.append(DiscardCandidate(record))
+    transition.tidy(record.shard)
+
+
+def note_proof(transition: JudgeTransition, record: CheckpointRecord, proved: Proved) -> None:
+    """The result was accepted: its replay counts as an audit of the whole epoch."""
+    transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "proof"))
+    done = AuditDone(
+        time=transition.now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
+        outcome="valid", text=proved.finding.text[:1000], seconds=proved.seconds,
+    )  # fmt: skip
+    transition.write(done)
+
+
+def remembered_refusal_may_be_proved(shard: ShardLedger, record: CheckpointRecord, timing: Timing, now: float) -> bool:
+    """Whether a result that failed a loss check is checked again when its author makes and offers it again."""
+    verdict = shard.judged.get((record.owner, record.digest))
+    failed = isinstance(verdict, ResultRefused) and verdict.check in LOSS_CHECKS
+    return failed and stranger_may_ask(shard, timing, now)
