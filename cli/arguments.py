@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 def setting(variable: str, help: str = "", *names: str, **limits: Any) -> Any:
     """An option that the environment variable LUTETIA_`variable` sets too.
 
-    Without `help`, its command must take the text from a settings model: see `documented_by`.
+    Without `help`, its command must take the text from a settings model: see `documented_by`. Numbers must be finite.
     """
-    return typer.Option(*names, envvar=f"LUTETIA_{variable}", help=help, **limits)
+    return typer.Option(*names, envvar=f"LUTETIA_{variable}", help=help, **{"callback": _finite, **limits})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number; give one")
+    return value
 
 
 class DocumentedCommand(TyperCommand):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from lutetia.cli.output import say
 from lutetia.cli.workspace import check_replaceable, workspace
 from lutetia.models.mixing.description import FILE, MixtureDocument, SignedMixture, signed_document, verify_mixture
+from lutetia.models.mixing.layout import check_names
 from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE
@@ -18,9 +19,6 @@ from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, first_problem, 
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import IntegrityError, UnreachableError, UsageError
 from lutetia.system.files import replace_folder
-
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
-_MOST_BYTES, _MOST_FILES = 1 << 40, 100_000
 
 
 def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
@@ -47,7 +45,7 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     Raises:
         BootstrapError, UnreachableError: no peer serves it, or there is no mixture yet.
         AuthorisationError: a signature is wrong.
-        IntegrityError: bytes do not match their name.
+        IntegrityError: bytes do not match their name, or the mixture could run other code than this package's pipeline.
         UsageError: `out` holds something else.
         DiskError: `out` cannot be written.
     """
@@ -61,11 +59,14 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
     described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before any file is fetched
     if described.run != ticket.run:
         raise IntegrityError(f"the mixture that was offered is of run {described.run[:12]}, not {ticket.run[:12]}; ask again")
+    files = described.known_files
+    if others := described.files.keys() - files.keys():
+        say(f"left out {len(others)} files that no mixture needs, for instance {min(others)}")
     with workspace(out) as work:
         folder = work / "mixture"
         folder.mkdir()
         (folder / FILE).write_bytes(data)
-        fetch_blobs(ticket, {folder / name: ref for name, ref in described.files.items()}, timeout, on_bytes)
+        fetch_blobs(ticket, {folder / name: ref for name, ref in files.items()}, timeout, on_bytes)
         document = verify_mixture(folder, manifest.coordinators)
         replace_folder(folder, out)
     return document
@@ -77,10 +78,5 @@ def read_description(data: bytes) -> SignedMixture:
         signed = SignedMixture.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(f"the mixture's description is malformed: {first_problem(error)}; ask another peer") from error
-    document = signed.mixture
-    bad = next((name for name in document.files if not _SAFE_NAME.fullmatch(name)), None)
-    if bad is not None:
-        raise IntegrityError(f"the mixture's description names the file {bad[:80]!r}, which would leave its folder; refused")
-    if len(document.files) > _MOST_FILES or sum(ref.size for ref in document.files.values()) > _MOST_BYTES:
-        raise IntegrityError("the mixture's description names more files or bytes than any mixture has; refused")
+    check_names(signed.mixture.files)
     return signed

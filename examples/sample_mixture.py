@@ -1,4 +1,4 @@
-"""Sample a mixture by diffusers and write a video: `python examples/sample_mixture.py MIXTURE PROMPT OUT.mp4`.
+"""Sample a mixture and write a video: `python examples/sample_mixture.py MIXTURE PROMPT OUT.mp4`.
 
 `export_to_video` needs imageio-ffmpeg: `pip install imageio-ffmpeg`.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
+
+from lutetia.models.pipeline import LutetiaPipeline
 
 
 def main(mixture: Path, prompt: str, out: Path) -> None:
-    pipeline = DiffusionPipeline.from_pretrained(mixture, trust_remote_code=True)
+    pipeline = LutetiaPipeline.from_pretrained(mixture)
     result = pipeline(prompt, seed=0)
     export_to_video(list(result.frames[0]), str(out), fps=int(pipeline.fps))  # float 0…1 [frames, height, width, 3]
     shares = result.routing.mean(dim=(0, 1)).tolist()

@@ -15,14 +15,12 @@ This module's path is part of the file format: the `model_index.json` of every p
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
@@ -30,15 +28,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from lutetia.models.experts.families import TIMESTEPS, call_expert, family_of
-from lutetia.models.experts.objectives import velocity
+from lutetia.models.experts.families import TIMESTEPS, family_of
+from lutetia.models.mixing.denoisers import Denoiser, FolderExperts
+from lutetia.models.mixing.folder import MixtureFolder
+from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
 from lutetia.models.randomness import stream
-from lutetia.system.errors import ConfigError, IntegrityError, UsageError
+from lutetia.system.errors import ConfigError, UsageError
 
 Mode = Literal["top1", "top2", "full", "sticky"]
-Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +100,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     """
 
     experts_in_memory: int | None = None
+    folder: MixtureFolder | None = None
 
     @register_to_config
     def __init__(
@@ -133,24 +132,27 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MixtureTransformer:  # pyright: ignore
         """Load the `transformer` folder of a mixture, with the router and experts beside it. Honours `torch_dtype`.
 
-        Raises ConfigError when this folder or one that it names is missing.
+        Raises ConfigError when there is no mixture, IntegrityError when a part is missing, damaged or not as described.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no mixture (config.json is missing); name the folder that was stitched or fetched")
-        mixture = cls.from_config(json.loads((folder / "config.json").read_text()))
+        folder = MixtureFolder(Path(pretrained_model_name_or_path).expanduser().absolute().parent)
+        config = folder.config(f"transformer/{CONFIG}")
+        folder.check_experts(config.get("experts"))
+        with folder.reading("transformer"):
+            mixture = cls.from_config(config)
         assert isinstance(mixture, MixtureTransformer)
-        for expert in mixture.config["experts"]:
-            if expert["folder"] and not (folder.parent / expert["folder"] / "config.json").is_file():
-                raise ConfigError(f"the mixture {folder.parent} lacks the folder {expert['folder']}; fetch the mixture again")
         router = None
-        if (folder.parent / "router").is_dir():
-            router = VideoRouter.from_pretrained(folder.parent / "router", low_cpu_mem_usage=False)
-        mixture.attach(router, _FolderExperts(folder.parent, mixture))
+        if folder.holds("router"):
+            router = folder.load(VideoRouter, "router", low_cpu_mem_usage=False)
+        mixture.attach(router, FolderExperts(folder, mixture))
+        mixture.folder = folder
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):
             nn.Module.to(mixture, dtype=dtype)
         return mixture
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
+        """Raises ConfigError: experts are files beside this model's own, so a mixture is saved as a whole."""
+        raise ConfigError("a mixture is saved as a whole; call save_pretrained of its LutetiaPipeline")
 
     def forward(
         self,
@@ -249,45 +251,6 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             log.info("drop expert %d from memory: at most %d are held", dropped, cap)
         self._held[index] = self._read(index)
         return self._held[index]
-
-
-class _FolderExperts:
-    """Reads experts of a mixture folder with their own diffusers classes, onto the mixture's device and in its dtype."""
-
-    def __init__(self, folder: Path, mixture: MixtureTransformer) -> None:
-        self._folder, self._mixture = folder, mixture
-        self._entries = mixture.config["experts"]
-        self._digest = mixture.config["digest"]
-
-    def __call__(self, index: int) -> Denoiser:
-        entry = self._entries[index]
-        self._check_unchanged()
-        expert_class = getattr(diffusers, entry["class_name"])
-        model = expert_class.from_pretrained(self._folder / entry["folder"], torch_dtype=self._mixture.dtype).eval()
-        model.to(self._mixture.device)
-        log.info("read expert %d (%s) from %s", index, entry["class_name"], entry["folder"])
-        return module_denoiser(model, entry["prediction"], entry["noise_schedule"])
-
-    def _check_unchanged(self) -> None:
-        """Raises IntegrityError if the folder was replaced while in use: experts of two mixtures must not be combined."""
-        config = json.loads((self._folder / "transformer" / "config.json").read_text())
-        if config.get("digest") != self._digest:
-            raise IntegrityError(f"the mixture {self._folder} was replaced by a newer one while in use; load it again")
-
-
-def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
-    """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`."""
-
-    def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-        if next(model.parameters()).device != x_t.device:
-            model.to(x_t.device)
-
-        def ask(z: Tensor, s: Tensor) -> Tensor:
-            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled)
-
-        return velocity(prediction, noise_schedule, ask, x_t, t)
-
-    return denoise
 
 
 def _routing_options(attention_kwargs: dict[str, Any] | None) -> dict[str, Any]:

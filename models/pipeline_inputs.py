@@ -21,6 +21,11 @@ from lutetia.system.errors import UsageError
 MAX_PROMPT_CHARACTERS = 2000
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
+
+class PipelineInputError(UsageError, ValueError):
+    """What a caller passed to the pipeline contradicts itself or the mixture. A ValueError, as diffusers' pipelines raise."""
+
+
 EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -53,23 +58,25 @@ class Texts:
         return 0 if self.embeds is None else len(self.embeds)
 
     def check(self, latent: LatentSpec) -> None:
-        """Raises UsageError unless there is one text per prompt, in words or as vectors of the run's shapes."""
+        """Raises PipelineInputError unless there is one text per prompt, in words or as vectors of the run's shapes."""
         if self.prompts is not None and self.embeds is not None:
-            raise UsageError("both prompt and prompt_embeds were given; give one of them")
+            raise PipelineInputError("both prompt and prompt_embeds were given; give one of them")
         if self.negative is not None and self.negative_embeds is not None:
-            raise UsageError("both negative_prompt and negative_prompt_embeds were given; give one of them")
+            raise PipelineInputError("both negative_prompt and negative_prompt_embeds were given; give one of them")
         _check_pair("prompt_embeds", self.embeds, "pooled_prompt_embeds", self.pooled)
         _check_pair(
             "negative_prompt_embeds", self.negative_embeds, "negative_pooled_prompt_embeds", self.negative_pooled
         )  # fmt: skip
         if not len(self):
-            raise UsageError("no prompt was given; give at least one prompt, or prompt_embeds")
+            raise PipelineInputError("no prompt was given; give at least one prompt, or prompt_embeds")
         for number, text in enumerate(self.prompts or [], 1):
             _check_words(f"prompt {number}", text)
             if not text.strip():
-                raise UsageError(f"prompt {number} is empty; say in words what the clip shows")
+                raise PipelineInputError(f"prompt {number} is empty; say in words what the clip shows")
         if self.negative is not None and len(self.negative) != len(self):
-            raise UsageError(f"{len(self.negative)} negative prompts were given for {len(self)} prompts; give one, or one each")
+            raise PipelineInputError(
+                f"{len(self.negative)} negative prompts were given for {len(self)} prompts; give one, or one each"
+            )
         for number, text in enumerate(self.negative or [], 1):
             _check_words(f"negative prompt {number}", text)
         tokens, pooled = [len(self), latent.text_tokens, latent.text_width], [len(self), latent.pooled_width]
@@ -79,18 +86,22 @@ class Texts:
             ("negative_prompt_embeds", self.negative_embeds, tokens),
             ("negative_pooled_prompt_embeds", self.negative_pooled, pooled),
         ):
+            if tensor is not None:
+                _check_finite_input(name, tensor)
             if tensor is not None and list(tensor.shape) != shape:
-                raise UsageError(
+                raise PipelineInputError(
                     f"{name} must have shape {shape}, not {list(tensor.shape)}; encode the prompts with encode_prompt"
                 )
 
     def check_lengths(self, encoder: TextEncoder) -> None:
-        """Raises UsageError for a text with more tokens than the experts read."""
+        """Raises PipelineInputError for a text with more tokens than the experts read."""
         for what, given in (("prompt", self.prompts), ("negative prompt", self.negative)):
             for number, text in enumerate(given or [], 1):
                 count = encoder.count([text])
                 if count > encoder.tokens:
-                    raise UsageError(f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}; shorten it")
+                    raise PipelineInputError(
+                        f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}; shorten it"
+                    )
 
     def encode(self, encode: EncodeTexts, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token and pooled vectors of the prompts, then of the negative prompts (zeros without any), each row `repeats` times."""
@@ -98,7 +109,7 @@ class Texts:
         if self.prompts is not None:
             tokens, pooled = encode(self.prompts)
         if tokens is None or pooled is None:
-            raise UsageError("no prompt was given; give at least one prompt, or prompt_embeds")
+            raise PipelineInputError("no prompt was given; give at least one prompt, or prompt_embeds")
         negative_tokens, negative_pooled = self.negative_embeds, self.negative_pooled
         if self.negative is not None:
             negative_tokens, negative_pooled = encode(self.negative)
@@ -125,53 +136,79 @@ def draw_seeds(count: int, generator: Generators) -> list[int]:
 
 
 def check_numbers(steps: Any, guidance: Any, videos: Any) -> None:
-    """Raises UsageError unless steps and videos per prompt are whole and at least 1, and guidance is finite."""
+    """Raises PipelineInputError unless steps and videos per prompt are whole and at least 1, and guidance is finite."""
     if not isinstance(steps, Integral) or steps < 1:
-        raise UsageError(f"{steps} steps cannot make a clip; ask for a whole number of at least 1")
+        raise PipelineInputError(f"{steps} steps cannot make a clip; ask for a whole number of at least 1")
     if not isinstance(guidance, Real) or not math.isfinite(guidance):
-        raise UsageError(f"guidance_scale is {guidance}; give a finite number")
+        raise PipelineInputError(f"guidance_scale is {guidance}; give a finite number")
     if not isinstance(videos, Integral) or videos < 1:
-        raise UsageError(f"num_videos_per_prompt is {videos}; ask for a whole number of at least 1")
+        raise PipelineInputError(f"num_videos_per_prompt is {videos}; ask for a whole number of at least 1")
 
 
 def check_size(latent: LatentSpec, num_frames: int | None, height: int | None, width: int | None) -> None:
-    """Raises UsageError for a size in frames or pixels that the mixture was not trained for."""
+    """Raises PipelineInputError for a size in frames or pixels that the mixture was not trained for."""
     made = {"num_frames": latent.pixel_frames, "height": latent.pixel_height, "width": latent.pixel_width}
     for (name, makes), asked in zip(made.items(), (num_frames, height, width), strict=True):
         if asked is not None and asked != makes:
-            raise UsageError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
+            raise PipelineInputError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
 
 
 def check_noise(shape: Sequence[int], generator: Generators | None, latents: Tensor | None) -> None:
-    """Raises UsageError unless `latents` have `shape` [clips, C, F, H, W] and a list of generators has one per clip."""
+    """Raises PipelineInputError unless `latents` are finite and have `shape`, and there is one generator, or one per clip.
+
+    `shape` is [clips, C, F, H, W].
+    """
     if latents is not None and list(latents.shape) != list(shape):
-        raise UsageError(f"latents must have shape {list(shape)}, not {list(latents.shape)}; draw noise of that shape")
+        raise PipelineInputError(f"latents must have shape {list(shape)}, not {list(latents.shape)}; draw noise of that shape")
+    if latents is not None:
+        _check_finite_input("latents", latents)
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not all(isinstance(each, torch.Generator) for each in generator):
-        raise UsageError("generator must be a torch.Generator or a list of them; make one with torch.Generator()")
+        raise PipelineInputError("generator must be a torch.Generator or a list of them; make one with torch.Generator()")
     if len(generator) != shape[0]:
-        raise UsageError(f"{len(generator)} generators were given for {shape[0]} clips; give one, or one per clip")
+        raise PipelineInputError(f"{len(generator)} generators were given for {shape[0]} clips; give one, or one per clip")
     if len({each.device for each in generator}) > 1:
-        raise UsageError("the generators are on several devices; make them all on one")
+        raise PipelineInputError("the generators are on several devices; make them all on one")
+
+
+def check_finite(tensor: Tensor, guidance: float, dtype: torch.dtype) -> None:
+    """Raises PipelineInputError if what was computed is not finite, which would be shown as black."""
+    if not torch.isfinite(tensor).all():
+        raise PipelineInputError(
+            f"the clip has values that are not finite, with guidance_scale {guidance:g} in {str(dtype).removeprefix('torch.')}; "
+            "use a smaller guidance_scale, or bfloat16 or float32"
+        )
+
+
+def named_dtype(dtype: Any) -> torch.dtype | None:
+    """The dtype that a caller names: itself, by its name, or by `default` in a dictionary of components, as in diffusers."""
+    if isinstance(dtype, dict):
+        dtype = dtype.get("transformer", dtype.get("default"))
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if named is None and dtype in (None, "auto"):
+        return None
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise PipelineInputError(f"{dtype!r} is no dtype to compute in; use torch.float32, torch.bfloat16 or torch.float16")
+    return named
 
 
 def check_choices(output_type: Any, mode: Any, tensor_inputs: Sequence[str], known_inputs: Sequence[str]) -> None:
-    """Raises UsageError for an output type, a routing mode or a callback tensor that the pipeline does not have."""
+    """Raises PipelineInputError for an output type, a routing mode or a callback tensor that the pipeline does not have."""
     if output_type not in OUTPUT_TYPES:
-        raise UsageError(f"there is no output type {output_type!r}; use {', '.join(OUTPUT_TYPES)}")
+        raise PipelineInputError(f"there is no output type {output_type!r}; use {', '.join(OUTPUT_TYPES)}")
     if mode not in get_args(Mode):
-        raise UsageError(f"there is no routing mode {mode!r}; use one of {', '.join(get_args(Mode))}")
+        raise PipelineInputError(f"there is no routing mode {mode!r}; use one of {', '.join(get_args(Mode))}")
     unknown = [name for name in tensor_inputs if name not in known_inputs]
     if unknown:
-        raise UsageError(f"callback_on_step_end_tensor_inputs has no {unknown}; use {', '.join(known_inputs)}")
+        raise PipelineInputError(f"callback_on_step_end_tensor_inputs has no {unknown}; use {', '.join(known_inputs)}")
 
 
 def check_expert(entries: Sequence[dict[str, Any]], expert: int | None) -> None:
-    """Raises UsageError for an expert that the mixture does not hold; `entries` is its list of experts."""
+    """Raises PipelineInputError for an expert that the mixture does not hold; `entries` is its list of experts."""
     if expert is not None and not (0 <= expert < len(entries) and entries[expert]["folder"]):
         held = [k for k, entry in enumerate(entries) if entry["folder"]]
-        raise UsageError(f"this mixture has no expert {expert}; it has {held}")
+        raise PipelineInputError(f"this mixture has no expert {expert}; it has {held}")
 
 
 def _as_list(name: str, texts: Any, copies: int = 1) -> list[str] | None:
@@ -180,18 +217,23 @@ def _as_list(name: str, texts: Any, copies: int = 1) -> list[str] | None:
     if isinstance(texts, str):
         return [texts] * copies
     if not isinstance(texts, Iterable):
-        raise UsageError(f"{name} is of type {type(texts).__name__}; give a text or a list of texts")
+        raise PipelineInputError(f"{name} is of type {type(texts).__name__}; give a text or a list of texts")
     return list(texts)
 
 
 def _check_pair(name: str, tokens: Tensor | None, pooled_name: str, pooled: Tensor | None) -> None:
     if (tokens is None) != (pooled is None):
         given, missing = (name, pooled_name) if pooled is None else (pooled_name, name)
-        raise UsageError(f"{given} was given without {missing}; give both, as encode_prompt returns them")
+        raise PipelineInputError(f"{given} was given without {missing}; give both, as encode_prompt returns them")
+
+
+def _check_finite_input(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise PipelineInputError(f"{name} have values that are not finite; give finite numbers")
 
 
 def _check_words(what: str, text: Any) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"{what} is of type {type(text).__name__}; give a text")
+        raise PipelineInputError(f"{what} is of type {type(text).__name__}; give a text")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise UsageError(f"{what} has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}; shorten it")
+        raise PipelineInputError(f"{what} has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}; shorten it")

@@ -80,6 +80,13 @@ def test_named_tests_exist(page: Path) -> None:
         assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M), f"{path} has no {name}"
 
 
+def test_no_reader_is_told_to_run_code_of_a_mixture() -> None:
+    """Warnings name the option without a value to paste; the reference quotes them from the code."""
+    made = [ROOT / "models" / "mixing" / "stitch.py", ROOT / "cli" / "demo" / "report.py"]  # they write pages of their own
+    pages = [*PAGES, *made, *(ROOT / "examples").iterdir()]
+    assert not [page_name(page) for page in pages if "trust_remote_code=True)" in page.read_text()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     """GitHub's rendering and the site follow the same links; mkdocs sees only those inside docs/."""

@@ -30,6 +30,8 @@ MAY_IMPORT = {
 HEAVY = {"torch", "diffusers", "transformers", "hivemind", "libp2p", "sklearn", "matplotlib", "av"}
 BANNED = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {("torch", "load"), ("torch", "save")}
+WITHOUT_WEIGHTS = ("AutoTokenizer", "CLIPImageProcessor", "MixtureTransformer", "LutetiaPipeline")
+"""Loaders of files without weights, and our own two, which pass on what a mixture needs."""
 BACKENDS = ("protocol/transport/hivemind/", "protocol/light_client/bindings.py")
 """The only places of the light rooms that import a network library; they are imported when it is needed."""
 PURE = (
@@ -165,6 +167,24 @@ def test_tensors_are_read_and_written_as_safetensors_only() -> None:
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in BANNED_CALLS
     ]
+    assert not wrong
+
+
+def test_every_loader_reads_safetensors_and_says_where_from() -> None:
+    """`from_pretrained` falls back to pickle without `use_safetensors`, and to the hub without `local_files_only`."""
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr != "from_pretrained":
+                continue
+            loader = ast.unparse(node.func.value)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            safe = options.get("use_safetensors") == "True" or loader in WITHOUT_WEIGHTS
+            placed = options.get("local_files_only") == "True" or options.get(None, "").endswith(".options")
+            placed |= loader in ("MixtureTransformer", "LutetiaPipeline")
+            trusting = loader.startswith("Auto") and options.get("trust_remote_code") != "False"
+            if not safe or not placed or trusting:
+                wrong.append(f"{name_of(path)}:{node.lineno}")
     assert not wrong
 
 

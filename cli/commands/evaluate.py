@@ -53,6 +53,12 @@ def evaluate(
     aesthetic: Annotated[Path | None, setting("AESTHETIC", "LAION's aesthetic head for that CLIP (safetensors).")] = None,
     cache: Annotated[Path | None, setting("EVALUATE_CACHE", "Folder that keeps samples and features between calls.")] = None,
     device: Annotated[str | None, setting("DEVICE", "cpu, cuda or cuda:1.")] = None,
+    hub: Annotated[
+        bool | None,
+        setting(
+            "HUB", "Download the text encoder or autoencoder if the mixture names one by a hub id. It runs no code.", "--hub"
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a mixture on held-out clips.
@@ -71,7 +77,9 @@ def evaluate(
     from lutetia.models.metrics.report import evaluate as evaluate_mixture
 
     table = read_config(config)
-    flags = given(clips=clips, spare=spare, fit_clips=fit_clips, seed=seed, prompts=prompts, complete=True if metric else None)
+    flags = given(
+        clips=clips, spare=spare, fit_clips=fit_clips, seed=seed, prompts=prompts, hub=hub, complete=True if metric else None
+    )
     parts = {
         "sampling": given(mode=mode, expert=expert, steps=steps, guidance=guidance),
         "evaluator": given(metrics=metric, i3d=i3d, clip=clip, aesthetic=aesthetic, cache=cache, device=device),

@@ -27,6 +27,9 @@ def generate(
     steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
     guidance: Annotated[float | None, setting("GUIDANCE", "Strength of the prompt.", min=0.0)] = None,
     seed: Annotated[int, setting("SEED", "Same seed, same clip.")] = 0,
+    hub: Annotated[
+        bool, setting("HUB", "Download the text encoder or autoencoder if the mixture names one by a hub id. It runs no code.")
+    ] = False,
     n: Annotated[int, setting("N", "Number of clips; several get numbered files.", "--n", min=1, max=64)] = 1,
     as_json: JsonFlag = False,
 ) -> None:
@@ -38,7 +41,7 @@ def generate(
     check_ending(out)
     ready(out.parent)
 
-    sampler = MixtureLoader(mixture)
+    sampler = MixtureLoader(mixture, hub=hub)
     sampled = sampler.sample([prompt] * n, seed=seed, mode=mode, steps=steps, guidance=guidance)
     files = numbered(out, n)
     for file, clip in zip(files, sampled.clips, strict=True):

@@ -165,8 +165,8 @@ lutetia generate "{prompt}" --mixture mixture --out clip.mp4
 ```
 
 ```python
-from diffusers import DiffusionPipeline
+from lutetia.models.pipeline import LutetiaPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("mixture", trust_remote_code=True)
+pipeline = LutetiaPipeline.from_pretrained("mixture")
 clips = pipeline(["{prompt}"], seed=0).frames  # float32 in 0…1, [clips, frames, height, width, 3]
 ```"""

@@ -22,11 +22,12 @@ class SampledClips:
 class MixtureLoader:
     """A mixture, loaded once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hub: bool = False) -> None:
+        """Load it; `hub` says whether models that it names by a hub id may be downloaded."""
         from lutetia.models.mixing.description import read_mixture
         from lutetia.models.pipeline import load_pipeline
 
-        self.pipeline = load_pipeline(folder)
+        self.pipeline = load_pipeline(folder, hub=hub)
         self.names = [expert.name for expert in read_mixture(folder).mixture.experts]
 
     @property

@@ -201,7 +201,7 @@ class WorkerProcess:
         from lutetia.models.pipeline import load_pipeline
         from lutetia.models.video_files import to_uint8
 
-        pipeline = load_pipeline(job.mixture, experts_in_memory=2)
+        pipeline = load_pipeline(job.mixture, experts_in_memory=2, hub=True)  # the run's owner named the models
         prompts = list(self.manifest.sampling.prompts)
         frames, _ = pipeline(prompts, seed=0, return_dict=False)
         write_gallery(job.out, prompts, to_uint8(frames), pipeline.fps)

@@ -12,6 +12,8 @@ from docs.generate.markdown import docstring, join
 
 MODULES = (
     "lutetia.models.pipeline",
+    "lutetia.models.pipeline_state",
+    "lutetia.models.pipeline_parts",
     "lutetia.models.mixture",
     "lutetia.models.mixing.stitch",
     "lutetia.protocol.light_client",

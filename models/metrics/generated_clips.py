@@ -44,19 +44,25 @@ class ClipSampler(Protocol):
 
 
 class MixtureSampler:
-    """Sample from the folder of a stitched mixture. Raises ConfigError if the folder holds none.
+    """Sample from the folder of a stitched mixture. Raises ConfigError if the folder holds none, IntegrityError if it is damaged.
 
-    With `oracle` (prompt to expert), each prompt goes to the expert of its cluster, and the router is not used.
+    With `oracle` (prompt to expert), each prompt goes to the expert of its cluster, and the router is not used. `hub` says
+    whether models that the mixture names by a hub id may be downloaded.
     """
 
     def __init__(
-        self, folder: Path, sampling: SamplingOptions, device: str = "cpu", oracle: Mapping[str, int] | None = None
+        self,
+        folder: Path,
+        sampling: SamplingOptions,
+        device: str = "cpu",
+        oracle: Mapping[str, int] | None = None,
+        hub: bool = False,
     ) -> None:
         from lutetia.models.mixing.description import read_mixture
         from lutetia.models.pipeline import load_pipeline
 
         self.tag = read_mixture(folder).mixture.digest + (f"/oracle-{digest_of(dict(oracle))}" if oracle else "")
-        self.pipeline, self.sampling, self.oracle = load_pipeline(folder, device=device), sampling, oracle
+        self.pipeline, self.sampling, self.oracle = load_pipeline(folder, device=device, hub=hub), sampling, oracle
         spec = self.pipeline.spec
         self.shape = ClipShape(frames=spec.pixel_frames, fps=spec.fps, height=spec.pixel_height, width=spec.pixel_width)
 

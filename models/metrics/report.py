@@ -43,6 +43,7 @@ class EvaluateSettings(Frozen):
     complete: bool = Field(
         default=False, description="fail if one of the metrics cannot be measured, instead of reporting it as left out"
     )
+    hub: bool = Field(default=False, description="download models that the mixture names by a hub id; they run no code")
     shape: ClipShape | None = Field(
         default=None,
         description="how real clips are cut in time and space, as when the data of the run were built; none: the middle of each "
@@ -116,7 +117,8 @@ def evaluate(mixture: Path, data: Path, settings: EvaluateSettings, on_progress:
             raise DataError(f"{mixture} is a folder of videos; set the frames, fps and size that they are cut to")
         shape, sampling, sampler = settings.shape, None, None
     else:
-        sampling, sampler = settings.sampling, MixtureSampler(mixture, settings.sampling, settings.evaluator.device)
+        sampling, device = settings.sampling, settings.evaluator.device
+        sampler = MixtureSampler(mixture, sampling, device, hub=settings.hub)
         shape = _agreed(settings.shape, sampler.shape)
 
     def read(split: Literal["train", "test"], first: int, limit: int, stage: str) -> ClipSet:

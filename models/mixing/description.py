@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from lutetia.models.mixing.layout import EXPERT_FOLDER, INDEX, known_files, read_index
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally
@@ -24,7 +25,7 @@ class ExpertEntry(WireDocument):
 
     name: Name = Field(description="name of the shard")
     folder: str | None = Field(
-        max_length=64, description="its folder in the mixture; null while the shard has no accepted checkpoint"
+        pattern=EXPERT_FOLDER, description="its folder in the mixture; null while the shard has no accepted checkpoint"
     )
     class_name: str = Field(max_length=64, description="diffusers class of the expert")
     prediction: Literal["velocity", "sample", "epsilon"] = Field(description="what the expert predicts")
@@ -54,6 +55,11 @@ class MixtureDocument(WireDocument):
     def digest(self) -> str:
         return digest_of(self)
 
+    @property
+    def known_files(self) -> dict[str, BlobRef]:
+        """The files that a mixture needs. Raises IntegrityError if one is not listed, or if one could run other code."""
+        return known_files(self.files, [expert.folder for expert in self.experts if expert.folder])
+
 
 class SignedMixture(Frozen):
     """A mixture's description with its signature: the contents of `mixture.json`."""
@@ -69,13 +75,15 @@ class SignedMixture(Frozen):
 
 
 def read_mixture(folder: Path) -> SignedMixture:
-    """The description of a mixture folder, not verified. Raises ConfigError if it is missing or malformed."""
+    """The description of a mixture folder, not verified. Raises ConfigError if it is missing, IntegrityError if malformed."""
     try:
         return SignedMixture.model_validate_json((folder / FILE).read_bytes())
     except OSError as error:
-        raise ConfigError(f"{folder} holds no mixture ({FILE} cannot be read); name the folder that was stitched") from error
+        raise ConfigError(
+            f"{folder} holds no mixture ({FILE} cannot be read); name the folder that was stitched or fetched"
+        ) from error
     except ValidationError as error:
-        raise ConfigError(f"{folder / FILE} is malformed: {first_problem(error)}; fetch the mixture again") from error
+        raise IntegrityError(f"{folder / FILE} is malformed: {first_problem(error)}; fetch the mixture again") from error
 
 
 def signed_document(signed: SignedMixture, coordinators: Sequence[str], name: str) -> MixtureDocument:
@@ -95,11 +103,14 @@ def verify_mixture(folder: Path, coordinators: Sequence[str]) -> MixtureDocument
 
     Raises:
         AuthorisationError: unsigned, or signed with another key.
-        IntegrityError: a file is missing, changed or not listed.
+        IntegrityError: a file is missing, changed or not listed, or could run other code than the pipeline of this package.
     """
     document = signed_document(read_mixture(folder), coordinators, str(folder))
+    needed = document.known_files
     for name, ref in document.files.items():
         path = folder / name
+        if not path.is_file() and name not in needed:
+            continue  # was not fetched
         if not path.is_file():
             raise IntegrityError(f"the mixture {folder} lacks {name}; fetch it again")
         if ChunkTable.of_file(path).ref != ref:
@@ -108,4 +119,5 @@ def verify_mixture(folder: Path, coordinators: Sequence[str]) -> MixtureDocument
     unsigned = present - document.files.keys() - {FILE}
     if unsigned:
         raise IntegrityError(f"the mixture {folder} holds {min(unsigned)}, which its coordinator did not sign; fetch it again")
+    read_index((folder / INDEX).read_bytes())
     return document

@@ -6,7 +6,7 @@ transformer/       the mixture's config: experts, routing
 router/            VideoRouter
 scheduler/         FlowMatchEulerDiscreteScheduler
 vae/               the autoencoder, if it is built in or a local folder; a hub id stays a reference
-pipeline.py        two lines by which diffusers finds the pipeline class
+pipeline.py        two lines by which diffusers finds the pipeline class, the same in every mixture
 mixture.json       origin, digests, signature
 README.md          how to load it
 """
@@ -30,6 +30,7 @@ from torch import nn
 from lutetia.models.data.encode.latents import demo_autoencoder
 from lutetia.models.experts.families import build_meta, family_of
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
+from lutetia.models.mixing.layout import CONFIG, INDEX, PIPELINE, WEIGHTS, is_known
 from lutetia.models.mixing.router import VideoRouter, read_router
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.training.checkpoint_checks import check_weights
@@ -40,15 +41,7 @@ from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError
 from lutetia.system.files import disk_errors, replace_folder, write_atomic
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 log = logging.getLogger(__name__)
-
-_PIPELINE = '''"""Lets diffusers find the pipeline of the installed package `lutetia`."""
-
-from lutetia.models.pipeline import LutetiaPipeline
-
-__all__ = ["LutetiaPipeline"]
-'''
 
 _README = """---
 library_name: diffusers
@@ -60,14 +53,14 @@ tags: [decentralized-diffusion-model, lutetia]
 A mixture of {count} experts for text-to-video. Each was trained alone, on one shard of the data (run `{run}`).
 
 ```python
-from diffusers import DiffusionPipeline  # needs: pip install lutetia
+from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+pipe = LutetiaPipeline.from_pretrained("path/to/this/folder")
 frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
 ```
 
-`trust_remote_code` runs the two lines of `pipeline.py`. Without it: `lutetia.models.pipeline.load_pipeline("path/to/this")`.
-Every expert also loads alone, for instance `diffusers.{class_name}.from_pretrained("path/to/this/folder/{expert}")`.
+No code of this folder is run. Every expert also loads alone, for instance
+`diffusers.{class_name}.from_pretrained("path/to/this/folder/{expert}")`.
 """
 
 
@@ -138,8 +131,8 @@ def _fill(
     entries = [_entry(manifest, shard.index, weights, accepted) for shard in manifest.shards]
     contents = digest_of({name: ref.digest for name, ref in _hashed(build, known).items()})
     _write_transformer(build / "transformer", manifest, entries, contents)
-    _write_json(build / "model_index.json", _model_index(manifest, vae))
-    write_atomic(build / "pipeline.py", _PIPELINE.encode())
+    _write_json(build / INDEX, _model_index(manifest, vae))
+    write_atomic(build / "pipeline.py", PIPELINE)
     write_atomic(build / "README.md", _readme(manifest, entries).encode())
     return MixtureDocument(
         name=manifest.name,
@@ -177,12 +170,15 @@ def _link(source: Path, target: Path) -> None:
 def _write_vae(folder: Path, latent: LatentSpec) -> str | None:
     """Copy the autoencoder. Returns its class name, or None if it stays a reference (a hub id) or there is none (pixels)."""
     source = demo_autoencoder() if latent.vae == "builtin:demo" else Path(latent.vae).expanduser()
-    if not (source / "config.json").is_file():
+    if not (source / CONFIG).is_file():
         if Path(latent.vae).is_absolute():
             log.warning("autoencoder %s is not on this machine: stitching without it; copy it there", latent.vae)
         return None
-    shutil.copytree(source, folder)
-    return str(json.loads((folder / "config.json").read_text())["_class_name"])
+    folder.mkdir()
+    for path in source.iterdir():
+        if is_known(f"{folder.name}/{path.name}"):
+            shutil.copyfile(path, folder / path.name)
+    return str(json.loads((folder / CONFIG).read_text())["_class_name"])
 
 
 def _write_transformer(folder: Path, manifest: Manifest, entries: Sequence[ExpertEntry], contents: str) -> None:

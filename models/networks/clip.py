@@ -40,7 +40,7 @@ class ClipModel:
             model: Any = CLIPModel.from_pretrained(model_ref.location, use_safetensors=True, **model_ref.options)
             # the processor of the saved model: sizes and means differ between CLIP models
             self.processor: Any = CLIPImageProcessor.from_pretrained(model_ref.location, **model_ref.options)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_ref.location, **model_ref.options)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_ref.location, trust_remote_code=False, **model_ref.options)
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device, self.frames, self.batch = device, frames, batch
         self.tag = f"clip-image/{frames}/{fingerprint(model_ref)}"

@@ -30,6 +30,8 @@ class ModelRef:
     location: str
     subfolder: str = ""
     revision: str | None = None
+    offline: bool = False
+    """Use of a hub id only what was downloaded before."""
 
     @property
     def folder(self) -> Path | None:
@@ -39,18 +41,22 @@ class ModelRef:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"subfolder": self.subfolder, "revision": self.revision} if self.folder is None else {}
+        """Of `from_pretrained`. A folder that disappears never becomes the id of a repository on the hub."""
+        if self.folder is not None or Path(self.location).is_absolute():
+            return {"local_files_only": True}
+        return {"subfolder": self.subfolder, "revision": self.revision, "local_files_only": self.offline}
 
 
-def parse_ref(text: str, what: str, builtins: tuple[str, ...]) -> ModelRef:
+def parse_ref(text: str, what: str, builtins: tuple[str, ...], hub: bool = True) -> ModelRef:
     """Parse a reference to a model.
 
     Args:
         text: a folder, or a hub id.
         what: what it refers to, for the error text.
         builtins: the names that the caller handles itself, for the error text.
+        hub: whether a hub id may be downloaded; False where nobody was asked.
 
-    Raises ConfigError if it is neither a folder nor a hub id.
+    Raises ConfigError if it is neither a folder nor a hub id, or names a folder that is missing from one that exists.
     """
     path = Path(text).expanduser()
     if path.is_dir():
@@ -59,7 +65,12 @@ def parse_ref(text: str, what: str, builtins: tuple[str, ...]) -> ModelRef:
     if match is None or text.startswith((".", "/", "~")) or ".." in text:
         known = ", ".join((*builtins, "a folder"))
         raise ConfigError(f"{what} {text!r} is neither a folder nor a hub id; use {known} or owner/name")
-    return ModelRef(text, match["repo"], match["sub"] or "", match["rev"])
+    if Path(match["repo"].partition("/")[0]).is_dir():
+        raise ConfigError(
+            f"{what} {text!r} is no folder, but {match['repo'].partition('/')[0]} is one here, so it is not taken for a hub id; "
+            "name an existing folder, or start in another folder to mean the hub"
+        )
+    return ModelRef(text, match["repo"], match["sub"] or "", match["rev"], offline=not hub)
 
 
 def anchored(text: str) -> str:
@@ -79,22 +90,30 @@ def hub_errors(what: str, ref: ModelRef) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
         remedy = "check the folder" if ref.folder else "check the id and the connection to the hub, or give a folder"
+        if ref.offline and ref.folder is None:
+            reason, remedy = "it is on the hub and was not downloaded before", "allow that: --hub, in Python hub=True"
         raise ConfigError(f"cannot load {what} {ref.text!r}: {reason[:300]}; {remedy}") from error
 
 
 def read_config(what: str, ref: ModelRef) -> dict[str, Any]:
     """Read the `config.json` of the model. Raises ConfigError."""
     with hub_errors(what, ref):
-        if ref.folder is None:
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(ref.location, "config.json", subfolder=ref.subfolder or None, revision=ref.revision))
-        else:
-            path = ref.folder / "config.json"
+        path = ref.folder / "config.json" if ref.folder else _hub_config(ref)
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ConfigError(f"config.json of {what} {ref.text!r} is not an object; check the folder")
     return config
+
+
+def _hub_config(ref: ModelRef) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if not ref.offline:
+        return Path(hf_hub_download(ref.location, "config.json", subfolder=ref.subfolder or None, revision=ref.revision))
+    cached = try_to_load_from_cache(ref.location, f"{ref.subfolder}/config.json".lstrip("/"), revision=ref.revision)
+    if not isinstance(cached, str):
+        raise FileNotFoundError("not in the hub's cache on this machine")
+    return Path(cached)
 
 
 def fingerprint(ref: ModelRef) -> str:

@@ -80,7 +80,7 @@ class StudyEvaluation:
         """A sampler of the mixture with the routing of `reading`; the oracle needs `labels` (prompt to cluster)."""
         sampling = SamplingOptions(mode=reading.mode, expert=reading.expert, batch=self.config.evaluation.batch)
         oracle = labels if reading.route == "oracle" else None
-        return MixtureSampler(mixture, sampling, self.settings.device, oracle)
+        return MixtureSampler(mixture, sampling, self.settings.device, oracle, hub=True)  # made by this study
 
     def sample(
         self, reading: Reading, mixture: Path, seed: int, labels: Mapping[str, int] | None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.families import build_expert
 from lutetia.models.experts.objectives import velocity
+from lutetia.models.mixing.denoisers import module_denoiser
 from lutetia.models.mixing.sampling import initial_noise, sample, time_grid
-from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, module_denoiser, routing_weights
+from lutetia.models.mixture import MixtureTransformer, Mode, combine, draw_experts, routing_weights
 from lutetia.system.errors import ConfigError, UsageError
 from tests.models.tiny_experts import LATENT, WAN, tiny_data
 

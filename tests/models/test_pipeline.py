@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,37 +14,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.utils import export_utils
 from diffusers.utils.export_utils import export_to_video
 
-from lutetia.models.mixing.router import build_router
-from lutetia.models.mixing.stitch import stitch
 from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
-from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.video_files import to_uint8
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import UsageError
-from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
+from tests.models.mixing.tiny_mixture import compressed_mixture, pixel_mixture
 
-PIXELS = LatentSpec(
-    channels=3, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8, fps=6,
-    text_encoder="builtin:words", text_tokens=6, text_width=64, pooled_width=64,
-)  # fmt: skip
-WAN_PIXELS = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64})
 TOKENS, POOLED = torch.zeros(1, 6, 64), torch.zeros(1, 64)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A mixture of two experts on pixels, with position channels and the text encoder that needs no weights."""
-    root = tmp_path_factory.mktemp("pipeline")
-    manifest = tiny_manifest(expert=WAN_PIXELS, latent=PIXELS, sampling={"steps": 2, "guidance": 2.0})
-    files = [root / f"w{shard}" for shard in range(2)]
-    for shard, file in enumerate(files):
-        write_weights(ExpertTrainer(manifest, shard, tiny_data(latent=PIXELS)).snapshot(), file)
-    stitch(root / "mixture", manifest, files, build_router(manifest))
-    return root / "mixture"
+    return pixel_mixture(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +39,7 @@ def pipe(folder) -> LutetiaPipeline:
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> Path:
     """A mixture of one expert; its autoencoder was a local folder that no longer exists."""
-    root = tmp_path_factory.mktemp("compressed")
-    autoencoder = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1), latent_channels=4,
-    )  # fmt: skip
-    autoencoder.save_pretrained(root / "autoencoder")
-    size = {"pixel_height": 16, "pixel_width": 16, "mean": (0.5,) * 4, "std": (2.0,) * 4}
-    latent = PIXELS.model_copy(update={"channels": 4, "vae": str(root / "autoencoder"), **size})
-    spec = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "text_dim": 64})
-    manifest = tiny_manifest(1, expert=spec, latent=latent, sampling={"steps": 2})
-    write_weights(ExpertTrainer(manifest, 0, tiny_data(latent=latent)).snapshot(), root / "weights")
-    stitch(root / "mixture", manifest, [root / "weights"], None)
-    shutil.rmtree(root / "autoencoder")
-    return root / "mixture"
+    return compressed_mixture(tmp_path_factory.mktemp("compressed"))
 
 
 def test_stock_diffusers_loads_and_runs_a_mixture(folder, compressed, tmp_path) -> None:
@@ -253,14 +223,33 @@ def test_one_expert_in_memory_gives_the_same_clips(folder, pipe) -> None:
     assert len(frugal.transformer._held) == 1
 
 
-def test_bfloat16_and_saved_copies_give_the_same_clips(folder, pipe, tmp_path) -> None:
-    rough = load_pipeline(folder, dtype=torch.bfloat16)
-    clip = rough("a ball", seed=2, output_type="latent").frames
-    assert clip.dtype == torch.float32
-    assert (clip - pipe("a ball", seed=2, output_type="latent").frames).abs().mean() < 0.1
-    pipe.save_pretrained(tmp_path / "copy")
-    again = load_pipeline(tmp_path / "copy")("a ball", seed=2, output_type="latent").frames
-    assert torch.equal(again, pipe("a ball", seed=2, output_type="latent").frames)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["as loaded", "by its name", "afterwards"])
+def test_half_precision_works_to_the_last_step(compressed, dtype, cast) -> None:
+    match cast:
+        case "as loaded":
+            rough = LutetiaPipeline.from_pretrained(compressed, torch_dtype=dtype)
+        case "by its name":
+            rough = LutetiaPipeline.from_pretrained(compressed, dtype=str(dtype).removeprefix("torch."))
+        case _:
+            rough = load_pipeline(compressed).to(dtype)
+    assert (rough.vae.dtype, rough.transformer.dtype) == (dtype, dtype)
+    frames = rough("a ball", seed=2).frames
+    assert frames.dtype == np.float32
+    assert abs(frames - load_pipeline(compressed)("a ball", seed=2).frames).mean() < 0.1
+
+
+def test_half_precision_works_with_a_router(folder, pipe) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        clip = load_pipeline(folder, dtype=dtype)("a ball", seed=2, output_type="latent").frames
+        assert clip.dtype == torch.float32
+        assert (clip - pipe("a ball", seed=2, output_type="latent").frames).abs().mean() < 0.1
+
+
+def test_clip_that_is_not_finite_is_refused(pipe) -> None:
+    """It would be shown as black."""
+    with pytest.raises(ValueError, match=r"values that are not finite, with guidance_scale 1e\+38 in float32; use a smaller"):
+        pipe("a ball", 4, 1e38, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +285,9 @@ def test_bfloat16_and_saved_copies_give_the_same_clips(folder, pipe, tmp_path) -
         ({"prompt": "a", "negative_prompt": ["b", "c"]}, "2 negative prompts were given for 1 prompts"),
         ({"prompt": "a", "negative_prompt": "one two three four five six seven"}, "negative prompt 1 has 7 tokens"),
         ({"prompt": "a", "guidance_scale": math.nan}, "guidance_scale is nan; give a finite number"),
+        ({"prompt": "a", "guidance_scale": math.inf}, "guidance_scale is inf; give a finite number"),
+        ({"prompt": "a", "latents": torch.full((1, 3, 4, 8, 8), math.nan)}, "latents have values that are not finite"),
+        ({"prompt_embeds": TOKENS / 0, "pooled_prompt_embeds": POOLED}, "prompt_embeds have values that are not finite"),
         ({"prompt": "a", "num_inference_steps": 2.5}, "2.5 steps cannot make a clip"),
         ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "2 generators were given for 1 clips"),
@@ -306,4 +298,5 @@ def test_bfloat16_and_saved_copies_give_the_same_clips(folder, pipe, tmp_path) -
 def test_bad_input_raises_one_sentence(pipe, arguments, says) -> None:
     with pytest.raises(UsageError, match=says) as refusal:
         pipe(**arguments)
+    assert isinstance(refusal.value, ValueError)
     assert "\n" not in str(refusal.value)

@@ -83,8 +83,8 @@ def test_killed_nodes_shard_is_taken_over(demo: Demo) -> None:
 
 def test_mixture_loads_in_a_new_process(demo: Demo, tmp_path: Path) -> None:
     code = (
-        "import sys, torch; torch.set_num_threads(1)\nfrom diffusers import DiffusionPipeline, WanTransformer3DModel\n"
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "import sys, torch; torch.set_num_threads(1)\nfrom diffusers import WanTransformer3DModel\n"
+        "from lutetia.models.pipeline import LutetiaPipeline\npipe = LutetiaPipeline.from_pretrained(sys.argv[1])\n"
         "frames = pipe(['a purple star spins'], seed=0).frames\n"
         "WanTransformer3DModel.from_pretrained(sys.argv[1] + '/expert_000')\nprint(frames.shape, frames.dtype)"
     )

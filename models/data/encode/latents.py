@@ -100,13 +100,14 @@ class Latents(ABC):
         """Raw latents to pictures [N, 3, F, H, W] in about -1..1."""
 
 
-def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu") -> Latents:
+def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu", hub: bool = True) -> Latents:
     """Load the autoencoder that `ref` names.
 
     Args:
         ref: pixels, builtin:demo, a folder or a hub id.
         spec: normalise the latents by its statistics; None: raw latents.
         device: cpu, mps, cuda or cuda:N.
+        hub: whether a hub id may be downloaded; otherwise only what was downloaded before is used.
 
     Raises ConfigError if there is no such autoencoder, or if its class is not supported.
     """
@@ -117,10 +118,15 @@ def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu
     elif ref.startswith("builtin:"):
         raise ConfigError(f"there are no latents {ref!r}; use {', '.join(BUILTIN_LATENTS)}, a folder or owner/name")
     else:
-        latents = AutoencoderLatents(ref, parse_ref(ref, "latents", BUILTIN_LATENTS), device)
+        latents = AutoencoderLatents(ref, parse_ref(ref, "latents", BUILTIN_LATENTS, hub), device)
     if spec is not None:
         latents.normalise(spec.mean, spec.std)
     return latents
+
+
+def component_latents(module: Any, spec: LatentSpec, *, device: str = "cpu") -> Latents:
+    """Latents by an autoencoder of diffusers that is loaded already, in its own dtype, with the statistics of `spec`."""
+    return AutoencoderLatents("vae", ModelRef("vae", "vae"), device, module).normalise(spec.mean, spec.std)
 
 
 def demo_autoencoder() -> Path:
@@ -154,14 +160,16 @@ class PixelLatents(Latents):
 
 
 class AutoencoderLatents(Latents):
-    """A diffusers autoencoder."""
+    """A diffusers autoencoder: `module`, or the one that `model` refers to."""
 
-    def __init__(self, ref: str, model: ModelRef, device: str = "cpu") -> None:
+    def __init__(self, ref: str, model: ModelRef, device: str = "cpu", module: Any = None) -> None:
         super().__init__(ref, device)
         self._model = model
         self._causal_lock = threading.Lock()
-        self._config = read_config("latents", model)
-        self.class_name = str(self._config.get("_class_name"))
+        self._config = read_config("latents", model) if module is None else dict(module.config)
+        self.class_name = str(self._config.get("_class_name")) if module is None else type(module).__name__
+        if module is not None:
+            vars(self).update(module=module)
         if self.class_name not in PER_FRAME + CAUSAL:
             known = ", ".join(PER_FRAME + CAUSAL)
             raise ConfigError(f"latents {ref!r} are of class {self.class_name}, which is not supported; use one of {known}")
@@ -214,7 +222,12 @@ class AutoencoderLatents(Latents):
     def _channels(self) -> int:
         return int(self._config.get("z_dim" if self.class_name == "AutoencoderKLWan" else "latent_channels", 16))
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
     def _encode(self, pictures: Tensor) -> Tensor:
+        pictures = pictures.to(self._dtype)
         if self.class_name in CAUSAL:
             with self._causal_lock:  # the module stores features of the previous frames
                 return torch.cat([self.module.encode(clip).latent_dist.mode() for clip in pictures.split(1)])
@@ -224,6 +237,7 @@ class AutoencoderLatents(Latents):
         return raw.unflatten(0, (count, -1)).transpose(1, 2)
 
     def _decode(self, raw: Tensor) -> Tensor:
+        raw = raw.to(self._dtype)
         if self.class_name in CAUSAL:
             with self._causal_lock:
                 return torch.cat([self.module.decode(clip).sample for clip in raw.split(1)])

@@ -68,19 +68,24 @@ class TextEncoder(ABC):
         return None
 
 
-def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu") -> TextEncoder:
-    """Load the encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError."""
+def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu", hub: bool = True) -> TextEncoder:
+    """Load the encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError.
+
+    `hub` says whether a hub id may be downloaded; otherwise only what was downloaded before is used.
+    """
     if tokens < 1 or tokens > MAX_TOKENS:
         raise ConfigError(f"a text encoder cannot give {tokens} tokens; use 1 to {MAX_TOKENS}")
     if ref == "builtin:words":
         return WordEncoder(tokens)
     if "+" in ref and not Path(ref).expanduser().is_dir():
         first, second = ref.split("+", 1)
-        longest = load_text_encoder(second, 1).longest  # a caption may have more tokens there than in the first
-        return PairEncoder(load_text_encoder(first, tokens, device=device), load_text_encoder(second, longest, device=device))
+        longest = load_text_encoder(second, 1, hub=hub).longest  # a caption may have more tokens there than in the first
+        return PairEncoder(
+            load_text_encoder(first, tokens, device=device, hub=hub), load_text_encoder(second, longest, device=device, hub=hub)
+        )
     if ref.startswith("builtin:"):
         raise ConfigError(f"there is no text encoder {ref!r}; use {', '.join(BUILTIN_TEXT)}, a folder or owner/name")
-    return TransformersEncoder(ref, parse_ref(ref, "text encoder", BUILTIN_TEXT), tokens, device)
+    return TransformersEncoder(ref, parse_ref(ref, "text encoder", BUILTIN_TEXT, hub), tokens, device)
 
 
 class WordEncoder(TextEncoder):
@@ -174,7 +179,7 @@ class TransformersEncoder(TextEncoder):
         from transformers import AutoTokenizer
 
         with hub_errors("the tokenizer of text encoder", self._model):
-            return AutoTokenizer.from_pretrained(self._model.location, **self._model.options)
+            return AutoTokenizer.from_pretrained(self._model.location, trust_remote_code=False, **self._model.options)
 
     @cached_property
     def module(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]

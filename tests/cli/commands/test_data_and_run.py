@@ -147,6 +147,14 @@ def test_changed_manifest_is_refused(made: Path, tmp_path: Path) -> None:
     assert lutetia("coordinator", "serve", tmp_path / "nowhere").returncode == 10
 
 
+@pytest.mark.parametrize(("guidance", "says"), [("inf", "inf is not a finite number"), ("nan", "--guidance")])
+def test_generate_refuses_guidance_that_is_not_finite(tmp_path: Path, guidance: str, says: str) -> None:
+    command = ("generate", "a star", "--mixture", tmp_path / "none", "--out", tmp_path / "clip.mp4", "--guidance", guidance)
+    error = failure(lutetia(*command, "--json"))
+    assert (error["code"], says in error["message"]) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_refuses_folder_without_mixture(tmp_path: Path) -> None:
     error = failure(lutetia("generate", "a star", "--mixture", tmp_path, "--out", tmp_path / "clip.mp4", "--json"))
     assert error["code"] == 10

@@ -160,5 +160,5 @@ def test_incomplete_mixture_is_refused(mixed, tmp_path) -> None:
     stitch(tmp_path / "m", manifest, files, build_router(manifest))
     assert json.loads((tmp_path / "m/model_index.json").read_text())["_class_name"] == ["pipeline", "LutetiaPipeline"]
     (tmp_path / "m/expert_001/config.json").unlink()
-    with pytest.raises(ConfigError, match="lacks the folder expert_001"):
+    with pytest.raises(IntegrityError, match="lacks expert_001"):
         load_pipeline(tmp_path / "m")

@@ -1,0 +1,50 @@
+"""Experts as denoisers of velocities, whatever they predict, and the reader of experts from a mixture's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+from lutetia.models.experts.families import call_expert
+from lutetia.models.experts.objectives import velocity
+from lutetia.models.mixing.folder import MixtureFolder
+
+Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
+
+log = logging.getLogger(__name__)
+
+
+class FolderExperts:
+    """Reads experts of a mixture folder with their own diffusers classes, onto the mixture's device and in its dtype."""
+
+    def __init__(self, folder: MixtureFolder, mixture: Any) -> None:
+        """`mixture` is the MixtureTransformer, whose `device` and `dtype` experts get."""
+        self._folder, self._mixture = folder, mixture
+
+    def __call__(self, index: int) -> Denoiser:
+        entry = self._mixture.config["experts"][index]
+        expert_class = getattr(diffusers, entry["class_name"])
+        model = self._folder.load(expert_class, entry["folder"], torch_dtype=self._mixture.dtype).eval()
+        model.to(self._mixture.device)
+        log.info("read expert %d (%s) from %s", index, entry["class_name"], entry["folder"])
+        return module_denoiser(model, entry["prediction"], entry["noise_schedule"])
+
+
+def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
+    """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`."""
+
+    def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+        if next(model.parameters()).device != x_t.device:
+            model.to(x_t.device)
+
+        def ask(z: Tensor, s: Tensor) -> Tensor:
+            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled)
+
+        return velocity(prediction, noise_schedule, ask, x_t, t)
+
+    return denoise

@@ -1,0 +1,104 @@
+"""The parts of a pipeline: those of the folder, and the models before and behind the experts, which are loaded on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from lutetia.models.data.encode.latents import Latents, component_latents, load_latents
+from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
+from lutetia.models.mixing.folder import MixtureFolder
+from lutetia.models.mixing.layout import SCHEDULER_CONFIG
+from lutetia.models.mixture import MixtureTransformer
+from lutetia.models.pipeline_inputs import Texts
+from lutetia.protocol.schema.manifest import LatentSpec
+
+
+def read_parts(folder: MixtureFolder, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The arguments of LutetiaPipeline from a mixture's folder; `dtype` None means float32. Raises IntegrityError."""
+    index = folder.index()
+    scheduler = folder.config(f"scheduler/{SCHEDULER_CONFIG}")
+    with folder.reading("scheduler"):
+        steps = FlowMatchEulerDiscreteScheduler.from_config(scheduler)
+    return {
+        "transformer": MixtureTransformer.from_pretrained(folder.path / "transformer", torch_dtype=dtype),
+        "scheduler": steps,
+        "vae": folder.load(getattr(diffusers, index.vae), "vae", torch_dtype=dtype) if index.vae else None,
+        "latent": index.latent.model_dump(mode="json"),
+        "sampling": index.sampling.model_dump(mode="json"),
+    }
+
+
+class PromptsAndPictures:
+    """The text encoder and the autoencoder of a pipeline.
+
+    Attributes:
+        allow_hub: whether those that the mixture names by a hub id may be downloaded. Otherwise only what was downloaded before
+            is used.
+    """
+
+    allow_hub = False
+    spec: LatentSpec
+    transformer: Any
+    vae: Any
+    _execution_device: torch.device
+    _text: TextEncoder | None = None
+    _decoder: Latents | None = None
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_videos_per_prompt: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""
+        Encodes prompts as the experts and the router read them; texts that are too long lose their end.
+
+        Args:
+            prompt (`str` or `list[str]`):
+                The prompt or prompts to encode.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                The prompt or prompts that guidance leads away from. If not defined, the null condition (zeros) is returned.
+            num_videos_per_prompt (`int`, defaults to 1):
+                Every prompt's vectors are repeated so many times.
+
+        Returns:
+            `prompt_embeds [N, L, D]`, `pooled_prompt_embeds [N, P]`, `negative_prompt_embeds [N, L, D]` and
+            `negative_pooled_prompt_embeds [N, P]`, in the dtype and on the device that the experts run in.
+        """
+        texts = Texts.of(prompt, negative_prompt)
+        texts.check(self.spec)
+        tokens, pooled, negative_tokens, negative_pooled = self._encode(texts, num_videos_per_prompt)
+        return tokens, pooled, negative_tokens, negative_pooled
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips."""
+        return self.spec.fps
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder that the run's shards were built with, loaded at first use."""
+        if self._text is None:
+            self._text = load_text_encoder(self.spec.text_encoder, self.spec.text_tokens, hub=self.allow_hub)
+        return self._text
+
+    @property
+    def decoder(self) -> Latents:
+        """The run's autoencoder, normalised as the run's latents are. Shares its weights with `vae` where that is a component."""
+        device = str(self._execution_device)
+        if self._decoder is None or self._decoder.device != device:
+            if self.vae is not None:
+                self._decoder = component_latents(self.vae, self.spec, device=device)
+            else:
+                self._decoder = load_latents(self.spec.vae, self.spec, device=device, hub=self.allow_hub)
+        return self._decoder
+
+    def _encode(self, texts: Texts, repeats: int) -> tuple[Tensor, ...]:
+        device, dtype = self._execution_device, self.transformer.dtype
+        return tuple(rows.to(device, dtype) for rows in texts.encode(lambda captions: self.text.encode(captions), repeats))
