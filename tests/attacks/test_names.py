@@ -37,7 +37,7 @@ def described(name: str) -> bytes:
 
 @pytest.mark.parametrize("name", TRICKS)
 def test_a_hostile_file_name_stays_in_its_folder(name: str) -> None:
-    with pytest.raises(IntegrityError, match="refused"):
+    with pytest.raises(IntegrityError, match="refused|malformed"):
         read_description(described(name))
 
 
