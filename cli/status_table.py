@@ -127,7 +127,7 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
             "ACCEPTED": str(node.accepted),
             "REJECTED": str(node.rejected),
             "SEEN": f"{ago(now - node.last_seen)} ago",
-            "LINK": "relayed" if node.relayed else "direct",
+            "LINK": node.link or "-",
             "HEALTH": Text(node.health, style=_HEALTH_STYLE.get(node.health, "")),
         }
         for node in status.nodes

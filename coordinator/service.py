@@ -262,7 +262,7 @@ class Service:
     async def _check_network_process(self) -> None:
         """The coordinator is useless without its network process: end, so that the service manager starts it again."""
         if not self.transport.alive():
-            raise UnreachableError("the libp2p process of the coordinator has ended; start the coordinator again")
+            raise UnreachableError("the libp2p process of the coordinator has ended or hangs; start the coordinator again")
 
     # --- documents --------------------------------------------------------------------------------------------------------
 

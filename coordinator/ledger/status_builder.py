@@ -59,6 +59,8 @@ class LiveView:
     """By accepted checkpoint: how many live peers besides the coordinators report that they hold it."""
     histories: Mapping[int, Seen] = field(default_factory=dict)
     """By shard: the histories of its claims."""
+    connections: Mapping[str, str] = field(default_factory=dict)
+    """The address of each peer that the coordinator is connected to, by peer id."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
@@ -94,7 +96,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         coordinator=state.coordinator,
         software=software,
         shards=tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards))),
-        nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), now) for node in nodes),
+        nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes),
         nodes_not_shown=len(online) - len(nodes),
         router=_router_status(state),
         mixture=state.mixture.mixture if state.mixture else None,
@@ -198,9 +200,15 @@ def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | N
 
 
 def _node_status(
-    state: RunState, manifest: Manifest, node: Sighting[NodeRecord], claim: Sighting[ClaimRecord] | None, now: float
+    state: RunState,
+    manifest: Manifest,
+    node: Sighting[NodeRecord],
+    claim: Sighting[ClaimRecord] | None,
+    connections: Mapping[str, str],
+    now: float,
 ) -> NodeStatus:
     record = node.record
+    link = link_of(connections.get(_peer_id_of(record.owner)))
     peer = state.peer(record.owner)
     return NodeStatus(
         owner=record.owner,
@@ -214,9 +222,15 @@ def _node_status(
         rejected=peer.rejected,
         last_accepted=peer.last_accepted,
         last_seen=record.issued,
-        relayed=record.relayed,
+        relayed=link == "relayed",
+        link=link,
         software=record.software,
     )
+
+
+def link_of(address: str | None) -> Literal["direct", "relayed"] | None:
+    """How a peer is connected, by the address that its connection really has; None: it is not connected."""
+    return None if address is None else "relayed" if "/p2p-circuit" in address else "direct"
 
 
 def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sighting[ClaimRecord] | None, now: float) -> Health:

@@ -85,7 +85,8 @@ class SwarmMonitor:
         view, self._since = sighted(nodes, claims, self._since, now)
         longest_gap = LONGEST_GAP * self.manifest.timing.lease
         histories = observed(self.view.histories, view.claims, map(self.shard_view, shards), now, longest_gap)
-        self.view = replace(view, copies=self.view.copies, histories=histories)
+        connections = await self.transport.connections()
+        self.view = replace(view, copies=self.view.copies, histories=histories, connections=connections)
 
     async def look_at_checkpoints(self) -> None:
         """Call `found` with every result in the DHT."""

@@ -91,7 +91,7 @@ class NodeRecord(_Record):
     operator: PublicKey | None = Field(
         default=None, description="Public key of the operator; nodes of one operator do not audit each other"
     )
-    relayed: bool = Field(default=False, description="Whether it can be reached only through a relay")
+    relayed: bool = Field(default=False, description="Not used: whoever is connected to a node sees how")
 
     def key(self) -> str:
         return node_key(self.run, self.owner)

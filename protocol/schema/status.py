@@ -95,7 +95,10 @@ class NodeStatus(TolerantDocument):
     rejected: Tally = Field(default=0, description="Its results that were found invalid")
     last_accepted: Moment | None = Field(default=None, description="Time of its last acceptance in Unix seconds")
     last_seen: Moment = Field(description="When it made its newest record, in Unix seconds")
-    relayed: bool = Field(default=False, description="Whether it can be reached only through a relay")
+    relayed: bool = Field(default=False, description="Whether the coordinator is connected to it through a relay only")
+    link: OpenWord | None = Field(
+        default=None, description="How the coordinator is connected to it: direct or relayed; null: not connected"
+    )
     software: Word = Field(default="", description="Version of Lutetia")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -65,10 +66,21 @@ class P2pdClient:
         """The multiaddr of the control socket."""
         return f"/unix{self._folder}/control.sock"
 
+    @property
+    def _streams_path(self) -> str:
+        """The socket at which p2pd hands inbound streams over."""
+        return f"{self._folder}/streams.sock"
+
     async def addresses(self) -> list[str]:
         """The multiaddrs with peer id at which p2pd believes it can be dialled."""
         response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
         return outside_addresses([f"{Multiaddr(address)}/p2p/{self.peer_id}" for address in response.identify.addrs])
+
+    async def check(self, seconds: float) -> None:
+        """Raises ConnectionError when p2pd does not answer within `seconds`, or its sockets are gone."""
+        if self._listener and not await asyncio.to_thread(os.path.exists, self._streams_path):
+            raise ConnectionError("its sockets were removed")
+        await self._ask(messages.Request(type=messages.Request.IDENTIFY), seconds)
 
     async def connections(self) -> dict[str, str]:
         """The address of each connected peer as p2pd sees it, by peer id: a direct one where there is one. "" if unknown."""
@@ -101,13 +113,13 @@ class P2pdClient:
         """Raises ConnectionError when the peer cannot be reached or does not speak `protocol`."""
         peer = _peer_bytes(peer_id)
         opening = messages.StreamOpenRequest(peer=peer, proto=[protocol], timeout=max(1, int(seconds)))
-        wire = await self._connection()
-        try:
-            async with _time_limit(seconds + 1, f"peer {peer_id} did not answer"):
+        async with _time_limit(seconds + 1, f"peer {peer_id} did not answer"):
+            wire = await self._connection()
+            try:
                 await _request(wire, messages.Request(type=messages.Request.STREAM_OPEN, streamOpen=opening))
-        except BaseException:
-            wire.close()
-            raise
+            except BaseException:
+                wire.close()
+                raise
         return P2pdStream(peer_id, wire)
 
     def favour(self, known: Callable[[str], bool]) -> None:
@@ -116,7 +128,7 @@ class P2pdClient:
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of `protocol`. Serving it again replaces the handler."""
-        path = f"{self._folder}/streams.sock"
+        path = self._streams_path
         if self._listener is None:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_unix_server(lambda: UnixSocket(self._connected), path)
@@ -154,12 +166,12 @@ class P2pdClient:
             wire.close()
 
     async def _ask(self, request: Any, seconds: float = CONTROL_TIMEOUT) -> Any:
-        wire = await self._connection()
-        try:
-            async with _time_limit(seconds, "p2pd did not answer"):
+        async with _time_limit(seconds, "p2pd did not answer"):
+            wire = await self._connection()
+            try:
                 return await _request(wire, request)
-        finally:
-            wire.close()
+            finally:
+                wire.close()
 
     async def _connection(self) -> UnixSocket:
         """Raises ConnectionError when p2pd is gone."""

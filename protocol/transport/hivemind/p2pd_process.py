@@ -103,12 +103,12 @@ class P2pdProcess:
     def running(self) -> bool:
         return self.process.returncode is None
 
-    async def close(self) -> None:
-        """End the handlers and p2pd, and remove its folder. Idempotent."""
+    async def close(self, hung: bool = False) -> None:
+        """End the handlers and p2pd, and remove its folder. A `hung` p2pd is killed at once. Idempotent."""
         await self.control.close()
         if self.running:
             with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
+                (self.process.kill if hung else self.process.terminate)()
         try:
             async with asyncio.timeout(5):
                 await self.process.wait()

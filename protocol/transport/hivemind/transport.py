@@ -22,6 +22,9 @@ from lutetia.system.errors import BootstrapError
 log = logging.getLogger(__name__)
 
 MAINTENANCE_PERIOD = 20.0
+HEALTH_PERIOD, HEALTH_TIMEOUT = 5.0, 30.0
+"""How often p2pd is asked whether it works, and for how long it may take to answer. Seconds."""
+_GOODBYE_TIMEOUT = 5.0
 _PINGS_PER_ROUND = 3
 
 
@@ -36,6 +39,8 @@ class HivemindTransport(Transport):
         self._bootstrap: tuple[str, ...] = ()
         self._periodic: list[asyncio.Task[None]] = []
         self._closed = False
+        self._fault: str | None = None
+        self._health = asyncio.get_running_loop().create_task(self._watch_health())
 
     @classmethod
     async def start(
@@ -94,7 +99,8 @@ class HivemindTransport(Transport):
         return list(self._addresses)
 
     def alive(self) -> bool:
-        return not self._closed and self._daemon.running and (self._dht is None or self._dht.responsive)
+        working = self._fault is None and self._daemon.running and (self._dht is None or self._dht.responsive)
+        return working and not self._closed
 
     async def store(self, key: str, subkey: str, value: bytes, expires: float) -> bool:
         dht = self._require_dht()
@@ -131,12 +137,15 @@ class HivemindTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
-        for task in self._periodic:
+        tasks = [self._health, *self._periodic]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._periodic, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._dht:
-            await self._dht.close()
-        await self._daemon.close()
+            with contextlib.suppress(TimeoutError):  # a p2pd that hangs answers no goodbye
+                async with asyncio.timeout(_GOODBYE_TIMEOUT):
+                    await self._dht.close()
+        await self._daemon.close(hung=self._fault is not None)
 
     def every(self, period: float, action: Callable[[], Awaitable[None]]) -> None:
         self._periodic.append(asyncio.get_running_loop().create_task(self._repeat(period, action)))
@@ -171,6 +180,19 @@ class HivemindTransport(Transport):
             with contextlib.suppress(ConnectionError):
                 await action()
 
+    async def _watch_health(self) -> None:
+        """Ask p2pd regularly whether it works: one that is stopped or has lost its sockets neither ends nor says anything."""
+        while self._daemon.running:
+            await asyncio.sleep(HEALTH_PERIOD)
+            try:
+                await self._daemon.control.check(HEALTH_TIMEOUT)
+            except ConnectionError as error:
+                self._fault = str(error)
+                log.error("p2pd does not work any more (%s): this peer is off the network", error)
+                return
+            except OSError as error:  # of this process, for instance too many open files: p2pd may be well
+                log.info("cannot ask p2pd whether it works: %s", error)
+
     async def _maintain(self) -> None:
         """Drop dead neighbours, return to lost bootstrap peers, update our own addresses."""
         dht = self._require_dht()
@@ -186,7 +208,8 @@ class HivemindTransport(Transport):
 
     def _require_alive(self) -> None:
         if not self.alive():
-            raise ConnectionError("this peer is off the network: its p2pd has ended or no longer answers")
+            why = self._fault or "its p2pd has ended or no longer answers"
+            raise ConnectionError(f"this peer is off the network: {why}")
 
     def _require_dht(self) -> HivemindDht:
         self._require_alive()

@@ -43,6 +43,21 @@ def seen(driver, peer: Identity, since: float, shard: int = 0, state: NodeState 
     return document, document.nodes[0]
 
 
+@pytest.mark.parametrize(
+    ("connections", "link"),
+    [
+        ({}, None),
+        ({PEERS[0].peer_id: "/ip4/203.0.113.5/tcp/4001"}, "direct"),
+        ({PEERS[0].peer_id: f"/ip4/203.0.113.9/tcp/1/p2p/{PEERS[1].peer_id}/p2p-circuit"}, "relayed"),
+    ],
+)
+def test_a_link_is_what_the_connection_shows(connections: dict[str, str], link: str | None) -> None:
+    driver = drive_judge()
+    view = LiveView([node(driver.manifest.run_id, PEERS[0], driver.now)], connections=connections)
+    entry = status(driver.state.run, driver.manifest, view, driver.now).nodes[0]
+    assert (entry.link, entry.relayed) == (link, link == "relayed")
+
+
 def accept(driver, peer: Identity, shard: int = 0, text: str = "") -> None:
     ledger = driver.state.run.shards[shard]
     record = make_record(driver.manifest, peer, shard, ledger.epoch + 1, ledger.accepted, text=text)

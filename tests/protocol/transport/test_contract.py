@@ -329,6 +329,12 @@ async def test_dialling_names_the_reason_for_each_address_that_failed(swarm: Swa
     assert refused[dead]
 
 
+async def test_connections_show_where_peers_are(swarm: Swarm) -> None:
+    async with asyncio.timeout(120):
+        connections = await swarm.ben.connections()
+    assert connections[swarm.anna.peer_id] in {address.partition("/p2p/")[0] for address in swarm.anna.addresses()}
+
+
 async def test_a_peer_without_a_double_finds_none(swarm: Swarm) -> None:
     async with asyncio.timeout(120):
         assert await swarm.anna.find_double(swarm.ben.addresses()) is None

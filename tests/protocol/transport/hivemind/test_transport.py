@@ -24,7 +24,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport import reachability
-from lutetia.protocol.transport.hivemind import p2pd_process
+from lutetia.protocol.transport.hivemind import p2pd_process, transport
 from lutetia.protocol.transport.hivemind.bindings import DHTID, DictionaryDHTValue, PeerID
 from lutetia.protocol.transport.hivemind.dht.node import _plausible
 from lutetia.protocol.transport.hivemind.dht.routing_table import position_of
@@ -166,6 +166,32 @@ async def test_a_peer_whose_p2pd_died_is_not_alive(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match="p2pd has ended"):
         await anna.get(claim_key(run.run_id, 0))
     await anna.close()
+
+
+@pytest.mark.parametrize("fault", ["stopped", "sockets removed"])
+async def test_a_peer_whose_p2pd_lives_but_hangs_is_not_alive(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "HEALTH_PERIOD", 0.02)
+    monkeypatch.setattr(transport, "HEALTH_TIMEOUT", 1.0)
+    monkeypatch.setattr(transport, "_GOODBYE_TIMEOUT", 0.2)
+    anna = await peer("anna", tmp_path, manifest_of_now())
+    await anna.serve("/test/any", lambda stream: stream.close())
+    p2pd = psutil.Process(anna._daemon.process.pid)
+    if fault == "stopped":
+        p2pd.suspend()
+    else:
+        for path in (tmp_path / "anna" / "p2pd").glob("*.sock"):
+            path.unlink()
+
+    async def noticed() -> bool:
+        return not anna.alive()
+
+    await until(noticed)
+    with pytest.raises(ConnectionError, match="off the network"):
+        await anna.open_stream(NOBODY, "/test/any")
+    await anna.close()
+    assert not p2pd.is_running(), "the next p2pd needs its port and its folder"
 
 
 def test_p2pd_ends_with_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
