@@ -169,9 +169,7 @@ async def test_a_peer_whose_p2pd_died_is_not_alive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["stopped", "sockets removed"])
-async def test_a_peer_whose_p2pd_lives_but_hangs_is_not_alive(
-    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_peer_whose_p2pd_hangs_is_not_alive(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "HEALTH_PERIOD", 0.02)
     monkeypatch.setattr(transport, "HEALTH_TIMEOUT", 1.0)
     monkeypatch.setattr(transport, "_GOODBYE_TIMEOUT", 0.2)
