@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lutetia.cli.formatting import size
-from lutetia.system.errors import ConfigError, DiskError, HardwareError, IdentityError, UnreachableError
+from lutetia.system.errors import ConfigError, DiskError, HardwareError, IdentityError, UnreachableError, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -172,6 +172,6 @@ def render_findings(findings: list[DoctorFinding]) -> RenderableType:
 
     table = Table.grid(padding=(0, 3))
     for finding in findings:
-        seen = f"{finding.seen}; {finding.advice}" if finding.advice else finding.seen
-        table.add_row(Text(finding.verdict, style=_STYLE[finding.verdict]), finding.check, Text(seen, overflow="fold"))
+        seen = plain(f"{finding.seen}; {finding.advice}" if finding.advice else finding.seen)
+        table.add_row(Text(finding.verdict, style=_STYLE[finding.verdict]), plain(finding.check), Text(seen, overflow="fold"))
     return table

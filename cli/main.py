@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import select
 import signal
@@ -29,7 +28,7 @@ from lutetia.cli.commands import (
     swarm,
     volunteer,
 )
-from lutetia.cli.output import json_wanted
+from lutetia.cli.output import as_json_text, json_wanted, print_whatever_the_encoding, say, show
 from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
 
 _EPILOG = "Exit codes: `lutetia help exit-codes`. Each option has an environment variable too; the option overrides it."
@@ -49,7 +48,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"lutetia {version('lutetia')}")
+        show(f"lutetia {version('lutetia')}")
         raise typer.Exit()
 
 
@@ -71,7 +70,7 @@ def exit_code_rows() -> list[tuple[int, str]]:
 def exit_codes() -> None:
     """Print the meaning of every exit code."""
     for code, meaning in exit_code_rows():
-        print(f"{code:>4}  {meaning}")
+        show(f"{code:>4}  {meaning}")
 
 
 for _module in (demo, volunteer, generate, evaluate, study, simulate, doctor):
@@ -96,9 +95,9 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
     def _exit(self, code: int, name: str, sentence: str) -> None:
         with contextlib.suppress(OSError):  # the exit code still reports it
             if self.as_json:
-                print(json.dumps({"error": {"name": name, "code": code, "message": sentence}}, ensure_ascii=False), flush=True)
+                show(as_json_text({"error": {"name": name, "code": code, "message": sentence}}))
             else:
-                print(f"lutetia: {sentence}", file=sys.stderr, flush=True)
+                say(f"lutetia: {plain(sentence)}")
         raise SystemExit(code)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -160,12 +159,14 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         with _Reported(json_wanted(arguments)):
+            print_whatever_the_encoding()
             signal.signal(signal.SIGTERM, _exit_on_signal)
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are for programmers, not for volunteers
             _tie_to_parent()
             code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
             with contextlib.suppress(BrokenPipeError):  # the reader has gone; the exit code stays
-                print(end="", flush=True)
+                if sys.stdout:
+                    sys.stdout.flush()
             raise SystemExit(code if isinstance(code, int) else 0)
     finally:
         _drop_unprinted()

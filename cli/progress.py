@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
+
+from lutetia.cli.output import say
 
 OnProgress = Callable[[str, int, int], None]
 _LINE_SECONDS = 60.0
@@ -23,10 +24,10 @@ def progress(title: str) -> Iterator[OnProgress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
@@ -58,7 +59,7 @@ class ProgressLines:
             del self._start[stage]
         self._tenth[stage], self._printed_at[stage] = tenth, now
         began, first = self._start.setdefault(stage, (now, done))
-        print(f"{self._title}: {stage} {done}/{total}{self._pace(began, first, done, total)}", file=sys.stderr, flush=True)
+        say(f"{self._title}: {stage} {done}/{total}{self._pace(began, first, done, total)}")
 
     def _pace(self, began: float, first: int, done: int, total: int) -> str:
         """The rate since the first report of a stage, and the time left at that rate; empty while there is no rate."""

@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
+from lutetia.system.log_format import stderr_handler, wanted_level
 from lutetia.system.notify import notify, watchdog_seconds
 from lutetia.system.process import raise_file_limit
-
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 
 def set_up_logging() -> None:
     """Log one line per event to stderr. `LUTETIA_LOG` sets the level: debug, info or warning."""
-    level = LEVELS.get(os.environ.get("LUTETIA_LOG", "info").lower(), logging.INFO)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lutetia")
-    logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.addHandler(stderr_handler())
+    logger.setLevel(wanted_level())
     logger.propagate = False
 
 

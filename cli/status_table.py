@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lutetia.cli.formatting import ago, bar, number, short, short_peer, thousands
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
+from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,7 +19,7 @@ _STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "uncla
 _HEALTH_STYLE = {
     "working": "green", "starting": "yellow", "standby": "cyan", "paused": "yellow", "overdue": "red", "quarantined": "red",
 }  # fmt: skip
-STALE_AFTER = 60.0  # seconds after which a status document is out of date
+CLOCKS_AGREE = 60.0  # seconds by which the reader's clock may differ from the coordinator's without a word
 _BAR = "bar"
 _SHARD_COLUMNS_TO_DROP = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "LOSS", "AGE")
 _NODE_COLUMNS_TO_DROP = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
@@ -53,20 +54,27 @@ def _table(rows: Sequence[dict[str, str | Text]], without: Collection[str]) -> T
         right = name in {"SAMPLES", "LOSS", "COPIES", "LEASE", "AGE", "SPEED", "SEEN", "ACCEPTED", "REJECTED"}
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[name] for name in columns))
+        table.add_row(*(plain(cell) if isinstance(cell := row[name], str) else cell for name in columns))
     return table
 
 
 def headline(status: SwarmStatus, now: float, live: bool = True) -> str:
-    """One line: run, shards with a holder, nodes at work, and for a `live` run the age of the coordinator's status."""
+    """One line: run, shards with a holder, nodes at work, and for a `live` run whether its clock and the reader's agree.
+
+    The coordinator makes the document when it is asked, so an old one means that one of the two clocks is wrong.
+    """
     held = sum(shard.state in ("claimed", "training", "done") for shard in status.shards)
     coverage = bar(held / len(status.shards), len(status.shards)) + " " if 0 < len(status.shards) <= 24 else ""
     working = sum(node.health == "working" for node in status.nodes)
     age = now - status.time
-    coordinator = f"coordinator ok {ago(age)} ago" if age < STALE_AFTER else f"coordinator silent for {ago(age)}"
+    coordinator = "coordinator ok"
+    if abs(age) >= CLOCKS_AGREE:
+        coordinator = (
+            f"coordinator answers; this machine's clock is {ago(abs(age))} {'ahead of' if age > 0 else 'behind'} its clock"
+        )
     parts = [
-        f"swarm {status.name}",
-        f"run {short(status.run, 12)}",
+        f"swarm {plain(status.name)}",
+        f"run {plain(short(status.run, 12))}",
         f"experts {coverage}{held}/{len(status.shards)} held",
         f"nodes {len(status.nodes) + status.nodes_not_shown} ({working} working)",
     ]
@@ -74,12 +82,19 @@ def headline(status: SwarmStatus, now: float, live: bool = True) -> str:
 
 
 def render_status(status: SwarmStatus, now: float, live: bool = True) -> RenderableType:
-    """The tables of `lutetia swarm status`. Without `live`, the status is that of a past moment."""
+    """The tables of `lutetia swarm status`. All ages are counted to the document's own time.
+
+    Args:
+        status: the document.
+        now: the reader's clock, Unix seconds.
+        live: False for the status of a past moment.
+    """
     from rich.console import Group
     from rich.text import Text
 
+    first, now = headline(status, now, live), status.time
     shards = FittingTable(lambda without: shard_table(status, now, without), _SHARD_COLUMNS_TO_DROP)
-    parts: list[RenderableType] = [Text(headline(status, now, live), style="bold"), Text(), shards]
+    parts: list[RenderableType] = [Text(first, style="bold"), Text(), shards]
     if status.nodes:
         parts.append(FittingTable(lambda without: node_table(status, now, without), _NODE_COLUMNS_TO_DROP))
     if status.nodes_not_shown:

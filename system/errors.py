@@ -16,9 +16,17 @@ def plain(text: str) -> str:
 
     An error may quote another peer, which must not be able to control the reader's terminal or forge lines of a log.
     """
-    if not text.isprintable():
-        text = "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+    text = _printable(text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def plain_lines(text: str) -> str:
+    """`text` with its lines kept, and every other unprintable character escaped."""
+    return text if text.isprintable() else "\n".join(map(_printable, text.split("\n")))
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def _escaped(letter: str) -> str:

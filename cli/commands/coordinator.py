@@ -55,17 +55,17 @@ def replay(
     """Print the events up to a moment, and the status at that moment."""
     from rich.console import Group
 
-    from lutetia.cli.output import plain
+    from lutetia.cli.output import as_values, show
     from lutetia.cli.status_table import render_status
     from lutetia.coordinator.ledger.describe import read_events, tell
-    from lutetia.system.errors import plain as one_line
+    from lutetia.system.errors import plain
 
     moment = moment_of(at) if at else None
     status, digest = replayed(run, moment)
-    events = [plain(event) for event in read_events(run) if event.time <= status.time] if as_json else []
+    events = [as_values(event) for event in read_events(run) if event.time <= status.time] if as_json else []
     for line in () if as_json else tell(run, moment):
-        print(one_line(line))
-    document = {"events": events, "status": plain(status), "digest": digest}
+        show(plain(line))
+    document = {"events": events, "status": as_values(status), "digest": digest}
     emit(document, as_json, lambda: Group("", render_status(status, status.time, live=False), "", f"state {digest}"))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from lutetia.cli.arguments import given, read_config, require_device, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
+from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +58,7 @@ def build(
 
 
 def _built(report: BuildReport, out: Path) -> str:
-    left_out = [f"left out: {reason}" for _, reason in report.skipped]
+    left_out = [plain(f"left out: {reason}") for _, reason in report.skipped]
     return "\n".join([*left_out, f"shards are in {out}; next: lutetia run create {out} RUN"])
 
 
@@ -89,9 +90,9 @@ def render_data(description: DataDescription) -> RenderableType:
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for shard in description.shards:
         table.add_row(
-            f"{shard.index:03d}", shard.name, str(shard.train.clips), str(shard.holdout.clips),
+            f"{shard.index:03d}", plain(shard.name), str(shard.train.clips), str(shard.holdout.clips),
             str(shard.test.clips) if shard.test else "-", f"{shard.prior:.3f}", size(shard.train.blob.size),
-            ", ".join(shard.keywords[:6]),
+            plain(", ".join(shard.keywords[:6])),
         )  # fmt: skip
     return Group(head, table)
 

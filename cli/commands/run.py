@@ -9,6 +9,7 @@ import typer
 
 from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
+from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -190,13 +191,13 @@ def render_manifest(manifest: Manifest) -> RenderableType:
     }
     table = Table.grid(padding=(0, 3))
     for key, value in facts.items():
-        table.add_row(key, value)
+        table.add_row(key, plain(value))
     shards = Table(
         "SHARD", "CLUSTER", "CLIPS", "HELD OUT", "PRIOR", "TRAIN BLOB", "SIZE", box=None, pad_edge=False, header_style="bold"
     )
     for shard in manifest.shards:
         shards.add_row(
-            f"{shard.index:03d}", shard.name, str(shard.clips), str(shard.holdout_clips), f"{shard.prior:.3f}",
+            f"{shard.index:03d}", plain(shard.name), str(shard.clips), str(shard.holdout_clips), f"{shard.prior:.3f}",
             short(shard.train.digest, 12), size(shard.train.size),
         )  # fmt: skip
     return Group(table, Text(), shards)

@@ -50,7 +50,7 @@ def simulate(
         if not as_json:
             from lutetia.cli.output import console
 
-            console().print(_explanation(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True, markup=False)
+            console().print(_explanation(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True)
         raise typer.Exit(InvariantError.code)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from lutetia.cli.arguments import StateFolder, TicketArgument, documented_by, given, read_ticket, setting
 from lutetia.cli.output import JsonFlag, emit, say
-from lutetia.system.errors import UsageError
+from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -148,5 +148,5 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
     table = Table.grid(padding=(0, 3))
     for key, value in rows.items():
         if value:
-            table.add_row(key, value)
+            table.add_row(key, plain(value))
     return table

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lutetia.system.errors import plain
 from lutetia.system.files import atomic_path
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ def draw_losses(curves: Sequence[LossCurve], path: Path, takeover: tuple[int, in
         for curve in curves:
             colour = COLOURS[curve.shard % len(COLOURS)]
             axes.plot(
-                curve.epochs, curve.losses, marker="o", markersize=4, color=colour, label=f"expert {curve.shard}: {curve.name}"
+                curve.epochs,
+                curve.losses,
+                marker="o",
+                markersize=4,
+                color=colour,
+                label=f"expert {curve.shard}: {plain(curve.name)}",
             )
         if takeover:
             shard, epoch = takeover
@@ -97,14 +103,16 @@ def draw_router(accuracy_by_time: Sequence[float], experts: int, path: Path) -> 
 
 
 def _draw(path: Path, paint: Callable[[Axes], None]) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    paint(axes)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+    with rc_context({"text.parse_math": False}):  # dollars in a cluster's name are no formula
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        paint(axes)
+        with atomic_path(path) as part:
+            figure.savefig(part, format="png", dpi=110)

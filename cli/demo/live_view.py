@@ -11,6 +11,7 @@ from lutetia.cli.formatting import bar, clock, number
 from lutetia.cli.local.poller import LocalWorker, busy_worker, samples_done
 from lutetia.cli.output import console
 from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -92,7 +93,7 @@ class LiveTable:
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
-            self.out.print(f"[{clock(at)}] {phase}", markup=False)
+            self.out.print(f"[{clock(at)}] {phase}")
 
     def log_event(self, at: float, sentence: str) -> None:
         """Show an event and keep it in the timeline."""
@@ -101,7 +102,7 @@ class LiveTable:
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
-            self.out.print(f"[{clock(at)}]   {sentence}", markup=False)
+            self.out.print(f"[{clock(at)}]   {sentence}")
 
     def update(self, at: float, rows: Sequence[ShardRow]) -> None:
         """Show the experts' states; without a terminal only every LINE_EVERY seconds."""
@@ -111,16 +112,16 @@ class LiveTable:
         elif at - self._last_line >= LINE_EVERY:
             self._last_line = at
             for row in rows:
-                self.out.print(f"[{clock(at)}]   {line(row)}", markup=False)
+                self.out.print(f"[{clock(at)}]   {line(row)}")
 
     def table(self) -> RenderableType:
         from rich.console import Group
         from rich.text import Text
 
-        parts: list[RenderableType] = [Text(f"lutetia demo   {clock(self.at)}   {self.phase}", style="bold")]
+        parts: list[RenderableType] = [Text(plain(f"lutetia demo   {clock(self.at)}   {self.phase}"), style="bold")]
         if self.rows:
             parts.append(_rows_table(self.rows))
-        parts += [Text(f"  {clock(at)}  {sentence}", style="dim") for at, sentence in self.timeline]
+        parts += [Text(plain(f"  {clock(at)}  {sentence}"), style="dim") for at, sentence in self.timeline]
         return Group(*parts)
 
 
@@ -134,9 +135,10 @@ def _rows_table(rows: Sequence[ShardRow]) -> RenderableType:
         table.add_column(name, justify="right" if name in ("LOSS", "HELD OUT", "SAMPLES/S", "ETA") else "left", no_wrap=True)
     for row in rows:
         table.add_row(
-            f"{row.shard} {row.name}", row.worker, f"{bar(row.share)} {100 * row.share:3.0f} %", f"{row.epoch}/{row.epochs}",
-            number(row.loss), number(row.holdout_loss), f"{row.samples_per_second:.1f}" if row.samples_per_second else "-",
-            clock(row.eta), Text(row.state, style=_STATE_STYLE.get(row.state, "")),
+            f"{row.shard} {plain(row.name)}", row.worker, f"{bar(row.share)} {100 * row.share:3.0f} %",
+            f"{row.epoch}/{row.epochs}", number(row.loss), number(row.holdout_loss),
+            f"{row.samples_per_second:.1f}" if row.samples_per_second else "-", clock(row.eta),
+            Text(row.state, style=_STATE_STYLE.get(row.state, "")),
         )  # fmt: skip
     return table
 

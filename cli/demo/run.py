@@ -64,4 +64,4 @@ def print_summary(out: Path, timer: DemoClock) -> None:
         f"  read      {out / 'report.md'}",
         f'  try       lutetia generate "a purple star spins" --mixture {out / "mixture"} --out clip.mp4',
     )
-    console().print("\n".join(lines), markup=False)
+    console().print("\n".join(lines))

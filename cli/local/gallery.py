@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lutetia.models.video_files import write_gif, write_mp4
-from lutetia.system.errors import UsageError
+from lutetia.system.errors import UsageError, plain
 from lutetia.system.letters import font
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class _Sheet:
         for block in range(min(self.columns, len(rows))):
             for clip, heading in enumerate(headings):
                 left, _ = self.place(block, clip)
-                draw.text((left + self.cell / 2, MARGIN), heading, fill=FAINT, font=font(13), anchor="mm")
+                draw.text((left + self.cell / 2, MARGIN), plain(heading), fill=FAINT, font=font(13), anchor="mm")
         for index, row in enumerate(rows):
             left, top = self.corner(index)
             lines = wrap(row.prompt, font(15), self.block_width)
@@ -113,9 +113,9 @@ def _even(length: int) -> int:
 
 
 def wrap(text: str, face: Font, width: float) -> list[str]:
-    """`text` in lines no wider than `width` pixels; a single longer word stays whole."""
+    """`text` in printable lines no wider than `width` pixels; a single longer word stays whole."""
     lines: list[str] = []
-    for word in text.split():
+    for word in map(plain, text.split()):
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
 
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
+from lutetia.system.errors import plain
 
 _STYLE = """
 :root { color-scheme: light dark; --soft: color-mix(in srgb, currentColor 55%, transparent); }
@@ -23,7 +24,7 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
     working = sum(node.health == "working" for node in status.nodes)
     state = "finished" if status.finished else "stitching the final mixture" if status.done else "training"
     router = f"router accuracy {100 * status.router.accuracy:.1f} %" if status.router else "no router yet"
-    mixture = f"mixture <code>{escape(status.mixture[:12])}</code>" if status.mixture else "no mixture yet"
+    mixture = f"mixture <code>{_text(status.mixture[:12])}</code>" if status.mixture else "no mixture yet"
     facts = (
         f"{state} · {len(status.shards)} experts · {len(status.nodes) + status.nodes_not_shown} peers, {working} working · "
         f"{status.accepted} results accepted, {status.rejected} invalid · {router} · {mixture}"
@@ -31,10 +32,10 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="refresh" content="{refresh_seconds}"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(status.name)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(status.name)}</h1><p>{facts}</p>"
+        f"<title>{_text(status.name)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{_text(status.name)}</h1><p>{facts}</p>"
         f"{_shards(status)}{_nodes(status)}{_refusals(status)}"
-        f"<p>Run <code>{status.run}</code>, manifest version {status.manifest_version}. Also as "
+        f"<p>Run <code>{_text(status.run)}</code>, manifest version {status.manifest_version}. Also as "
         '<a href="status.json">JSON</a> and <a href="metrics">metrics</a>.</p></body></html>'
     )
 
@@ -53,10 +54,10 @@ def _shard(shard: ShardStatus, now: float) -> str:
     share = 100 * shard.epoch / shard.epochs
     loss = "–" if shard.holdout_loss is None else f"{shard.holdout_loss:.4f}"
     return (
-        f"<tr><td>{shard.shard:03d}</td><td>{escape(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
+        f"<tr><td>{shard.shard:03d}</td><td>{_text(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
         f'<td><div class=bar><i style="width:{share:.0f}%"></i></div></td><td class=n>{loss}</td>'
         f"<td class=n>{_ago(shard.last_accepted, now)}</td>"
-        f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{shard.audit or '–'}</td>"
+        f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{_text(shard.audit or '–')}</td>"
         f"<td class={shard.state}>{shard.state}</td></tr>"
     )
 
@@ -70,21 +71,26 @@ def _nodes(status: SwarmStatus) -> str:
 
 def _node(node: NodeStatus, now: float) -> str:
     return (
-        f"<tr><td><code>…{escape(node.peer_id[-8:])}</code></td><td>{escape(node.device)}</td>"
+        f"<tr><td><code>…{_text(node.peer_id[-8:])}</code></td><td>{_text(node.device)}</td>"
         f"<td>{'–' if node.shard is None else f'{node.shard:03d}'}</td>"
         f"<td class=n>{node.accepted}</td><td class=n>{node.rejected}</td>"
         f"<td class=n>{_ago(node.last_accepted, now)}</td><td class={node.health}>{node.health}</td>"
-        f"<td class=soft>{escape(node.state)}</td></tr>"
+        f"<td class=soft>{_text(node.state)}</td></tr>"
     )
 
 
 def _refusals(status: SwarmStatus) -> str:
     rows = [
         f"<tr><td class=n>{_ago(refusal.time, status.time)}</td><td>{refusal.shard:03d}</td><td class=n>{refusal.epoch}</td>"
-        f"<td class={refusal.verdict}>{refusal.verdict}</td><td>{refusal.check}</td><td>{escape(refusal.text)}</td></tr>"
+        f"<td class={refusal.verdict}>{refusal.verdict}</td><td>{refusal.check}</td><td>{_text(refusal.text)}</td></tr>"
         for refusal in reversed(status.refusals)
     ]
     return _table("Refused results", "when|expert|epoch|verdict|check|reason", rows)
+
+
+def _text(text: str) -> str:
+    """A text of somebody else as HTML on one line: no markup, and no letter that turns the direction of what follows."""
+    return html.escape(plain(text))
 
 
 def _ago(moment: float | None, now: float) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from lutetia.models.data.cluster.contact_sheets import LETTERS, fitted
 from lutetia.models.study.results import CurvePoint, StudyResults, curve, main_distance
-from lutetia.system.errors import ConfigError
+from lutetia.system.errors import ConfigError, plain
 from lutetia.system.files import atomic_path, write_atomic
 from lutetia.system.letters import font
 
@@ -76,7 +76,7 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequenc
     draw.font = font(LETTERS)
     for column, (name, clips) in enumerate(columns.items()):
         left = _GAP + column * block
-        draw.text((left, 1), name, fill=(0, 0, 0))
+        draw.text((left, 1), plain(name), fill=(0, 0, 0))
         for row, clip in enumerate(clips):
             top = _LINE + row * (_SIDE + _LINE + 4)
             for place, index in enumerate(np.linspace(0, len(clip) - 1, _SHOWN).round().astype(int)):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lutetia.models.data.ingest.video import Frames
+from lutetia.system.errors import plain
 from lutetia.system.files import write_atomic
 from lutetia.system.letters import font
 
@@ -25,7 +26,7 @@ def write_sheet(path: Path, title: str, clips: Sequence[Frames], captions: Seque
     sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN, rows * cell_height + 2 * _LINE), (24, 24, 28))
     draw = ImageDraw.Draw(sheet)
     draw.font = font(LETTERS)
-    draw.text((_MARGIN, _LINE // 3), title, fill=(255, 255, 255))
+    draw.text((_MARGIN, _LINE // 3), plain(title), fill=(255, 255, 255))
     for place, (frames, caption) in enumerate(zip(clips, captions, strict=True)):
         row, column = divmod(place, _COLUMNS)
         left, top = _MARGIN + column * cell_width, 2 * _LINE + row * cell_height
@@ -47,7 +48,8 @@ def _thumbnail(picture: Frames) -> Image.Image:
 
 
 def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """`text`, truncated to `width` px."""
+    """`text` on one printable line, truncated to `width` px."""
+    text = plain(text)
     while len(text) > 3 and draw.textlength(text) > width:
         text = text[: -2 if text.endswith("…") else -1].rstrip() + "…"
     return text
