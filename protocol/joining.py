@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from pydantic import ValidationError
-
 from lutetia.protocol.async_helpers import gather_quickly
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.introduction import (
-    HELLO,
     MANIFEST,
-    MAX_HELLO_BYTES,
+    OLDEST_PROTOCOL,
     PROTOCOL_VERSION,
     Hello,
     ask_document,
+    ask_hello,
     serve_introduction,
 )
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
@@ -173,29 +171,26 @@ async def _meet(transport: Transport, ticket: Ticket, reachable: Sequence[str]) 
     if not met:
         reasons = "; ".join(str(reply) for reply in replies)
         raise BootstrapError(f"none of the {len(peer_ids)} reachable peers introduces itself ({reasons}); try again later")
-    matching = [peer for peer in met if peer.hello.run == ticket.run and peer.hello.protocol == PROTOCOL_VERSION]
+    matching = [peer for peer in met if peer.hello.run == ticket.run and peer.hello.understood]
     if not matching:
         other = met[0].hello
         if other.run != ticket.run:
             raise ConfigError(f"the peers of this ticket serve run {other.run[:12]}, not {ticket.run[:12]}; get a new ticket")
         raise ConfigError(
-            f"the swarm speaks protocol {other.protocol} (software {other.software}), this node {PROTOCOL_VERSION}; "
-            "install the matching version of lutetia"
+            f"the swarm speaks protocol {other.protocol} (software {other.software}), this node {OLDEST_PROTOCOL} to "
+            f"{PROTOCOL_VERSION}; install the matching version of lutetia"
         )
     return matching
 
 
 async def _introduce(transport: Transport, peer_id: str) -> Introduction | ConnectionError:
     try:
-        sent = transport.now()
-        hello = Hello.model_validate_json(await ask_document(transport, peer_id, HELLO, limit_bytes=MAX_HELLO_BYTES))
-        received = transport.now()
+        answer = await ask_hello(transport, peer_id)
         manifest = await ask_document(transport, peer_id, MANIFEST, limit_bytes=MAX_MANIFEST_BYTES)
     except ConnectionError as error:
         return error
-    except ValidationError:
-        return ConnectionError(f"peer {peer_id} speaks another protocol")
-    return Introduction(peer_id, hello, manifest, hello.clock - (sent + received) / 2, (received - sent) / 2)
+    sent, received = answer.sent, answer.received
+    return Introduction(peer_id, answer.hello, manifest, answer.hello.clock - (sent + received) / 2, (received - sent) / 2)
 
 
 def choose_manifest(ticket: Ticket, met: Sequence[Introduction], cached: Path, now: float) -> SignedManifest:

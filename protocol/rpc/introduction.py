@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from lutetia.protocol.rpc.framing import read_message, write_message
 from lutetia.protocol.schema.canonical import WireDocument, canonical
-from lutetia.protocol.schema.fields import Count, Digest, Moment, Word
+from lutetia.protocol.schema.fields import Count, Digest, Moment, OpenWord, Word, added
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.transport.base import Stream, Transport
 
-HELLO = "/lutetia/hello/1"
+HELLO = "/lutetia/hello/2"
+HELLO_1 = "/lutetia/hello/1"
+"""The introduction of release 0.1, which refuses every field that it does not know. Served and understood until 0.3."""
 MANIFEST = "/lutetia/manifest/1"
 STATUS = "/lutetia/status/1"
 MIXTURE = "/lutetia/mixture/1"
 """The signed description of the last mixture (`mixture.json`), empty before the first. Its files are served as blobs."""
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+OLDEST_PROTOCOL = 1
+"""Peers of this version and of all between are understood."""
+CAPABILITIES: tuple[str, ...] = ("unknown-fields",)
+"""What this version can do that the one before could not, for peers that want to know before they ask."""
+
+MOST_CAPABILITIES = 32
+_CAPABILITY = re.compile(r"[a-z][a-z0-9 -]{0,31}")
+ProtocolNumber = Annotated[int, Field(ge=0, le=1_000_000)]
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_HELLO_BYTES = 4096
@@ -27,14 +40,40 @@ SERVE_TIMEOUT = 30.0
 ACK = b"\x06"
 
 
+def _known_words(words: Any) -> Any:
+    """The words that could be names of capabilities, at most 32: what a later version adds must not end the introduction."""
+    if not isinstance(words, list | tuple):
+        return words
+    return [word for word in words if isinstance(word, str) and _CAPABILITY.fullmatch(word)][:MOST_CAPABILITIES]
+
+
+Capabilities = Annotated[tuple[OpenWord, ...], Field(max_length=MOST_CAPABILITIES), BeforeValidator(_known_words)]
+
+
 class Hello(WireDocument):
     """The introduction of a peer."""
 
     run: Digest = Field(description="Run id")
-    protocol: int = Field(ge=0, le=1_000_000, description="Version of the protocol between peers")
+    protocol: ProtocolNumber = Field(description="Version of the protocol between peers")
     software: Word = Field(description="Version of Lutetia that the peer runs")
     clock: Moment = Field(description="The peer's clock at the moment of the answer, in Unix seconds")
     manifest_version: Count = Field(description="Version of the manifest that the peer serves")
+    oldest: ProtocolNumber | None = added(None, "Oldest version of the protocol that the peer understands; null: only its own")
+    capabilities: Capabilities = added((), "Words for what the peer can do; unknown ones are passed over")
+
+    @property
+    def understood(self) -> bool:
+        """Whether this version and the peer's understand each other."""
+        return self.protocol >= OLDEST_PROTOCOL and (self.oldest or self.protocol) <= PROTOCOL_VERSION
+
+
+@dataclass(frozen=True)
+class HelloAnswer:
+    """An introduction, and when it was asked for and received: Unix seconds of this peer's clock."""
+
+    hello: Hello
+    sent: float
+    received: float
 
 
 def software_version() -> str:
@@ -89,20 +128,38 @@ async def ask_document(
         raise ConnectionError(f"peer {peer_id} did not answer {protocol} within {timeout:.0f} s") from error
 
 
-async def serve_introduction(transport: Transport, manifest: Callable[[], SignedManifest]) -> None:
-    """Answer HELLO and MANIFEST, so that newcomers can join through this peer."""
+async def ask_hello(transport: Transport, peer_id: str, addresses: Sequence[str] = ()) -> HelloAnswer:
+    """The introduction of a peer of this version or of the one before. Raises ConnectionError."""
+    try:
+        return await _hello(transport, peer_id, HELLO, addresses)
+    except ConnectionError as error:
+        if isinstance(error.__cause__, TimeoutError | ValidationError):
+            raise  # it is too slow or says nonsense: it is not too old
+        return await _hello(transport, peer_id, HELLO_1, addresses)
 
-    def hello() -> bytes:
+
+async def _hello(transport: Transport, peer_id: str, protocol: str, addresses: Sequence[str]) -> HelloAnswer:
+    sent = transport.now()
+    data = await ask_document(transport, peer_id, protocol, addresses, limit_bytes=MAX_HELLO_BYTES)
+    try:
+        return HelloAnswer(Hello.model_validate_json(data), sent, transport.now())
+    except ValidationError as error:
+        raise ConnectionError(f"peer {peer_id} introduces itself in another protocol than {OLDEST_PROTOCOL} or later") from error
+
+
+async def serve_introduction(transport: Transport, manifest: Callable[[], SignedManifest]) -> None:
+    """Answer HELLO, HELLO_1 and MANIFEST, so that newcomers of this version and of the one before can join through this peer."""
+
+    def hello_1() -> Hello:
         current = manifest().manifest
-        return canonical(
-            Hello(
-                run=current.run_id,
-                protocol=PROTOCOL_VERSION,
-                software=software_version(),
-                clock=transport.now(),
-                manifest_version=current.version,
-            )
+        return Hello(
+            run=current.run_id, protocol=1, software=software_version(), clock=transport.now(), manifest_version=current.version
         )
 
-    await serve_document(transport, HELLO, hello)
+    def hello() -> Hello:
+        later = {"protocol": PROTOCOL_VERSION, "oldest": OLDEST_PROTOCOL, "capabilities": CAPABILITIES}
+        return hello_1().model_copy(update=later)
+
+    await serve_document(transport, HELLO, lambda: canonical(hello()))
+    await serve_document(transport, HELLO_1, lambda: canonical(hello_1()))
     await serve_document(transport, MANIFEST, lambda: manifest().to_bytes())

@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from lutetia.protocol.rpc.introduction import ACK, HELLO, MANIFEST, MAX_HELLO_BYTES, PROTOCOL_VERSION, Hello, ask_document
+from lutetia.protocol.rpc.introduction import ACK, MANIFEST, ask_document, ask_hello
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import check_upgrade
 from lutetia.protocol.transport.base import Stream, Transport
@@ -54,12 +52,8 @@ class LiveManifest:
 
 async def version_at(transport: Transport, peer_id: str, addresses: Sequence[str] = ()) -> tuple[str, int]:
     """The run id and manifest version in a peer's introduction. Raises ConnectionError."""
-    try:
-        data = await ask_document(transport, peer_id, HELLO, addresses, limit_bytes=MAX_HELLO_BYTES)
-        hello = Hello.model_validate_json(data)
-    except ValidationError as error:
-        raise ConnectionError(f"peer {peer_id} speaks another protocol") from error
-    if hello.protocol != PROTOCOL_VERSION:
+    hello = (await ask_hello(transport, peer_id, addresses)).hello
+    if not hello.understood:
         raise ConnectionError(f"peer {peer_id} speaks protocol {hello.protocol}")
     return hello.run, hello.manifest_version
 

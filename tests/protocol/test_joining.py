@@ -120,7 +120,7 @@ async def test_a_ticket_of_another_run_or_owner_is_refused(run: Run) -> None:
 
 
 async def test_joining_through_a_peer_without_introduction_is_refused(run: Run) -> None:
-    await run.coordinator.serve("/lutetia/hello/1", lambda stream: stream.write(b"\0\0\0\1x"))
+    await run.coordinator.serve("/lutetia/hello/2", lambda stream: stream.write(b"\0\0\0\1x"))
     with pytest.raises(BootstrapError, match="introduces itself"):
         await run.join(FIRST, "first")
 

@@ -20,6 +20,7 @@ from lutetia.protocol.rpc.introduction import (
     HELLO,
     MANIFEST,
     MAX_DOCUMENT_BYTES,
+    PROTOCOL_VERSION,
     SERVE_TIMEOUT,
     Hello,
     ask_document,
@@ -99,7 +100,7 @@ async def test_a_peer_introduces_itself(peer: MemoryTransport, other: MemoryTran
     signed = SignedManifest.sign(RUN, OWNER)
     await serve_introduction(peer, lambda: signed)
     hello = Hello.model_validate_json(await ask_document(other, peer.peer_id, HELLO))
-    assert (hello.run, hello.manifest_version, hello.protocol) == (RUN.run_id, 1, 1)
+    assert (hello.run, hello.manifest_version, hello.protocol) == (RUN.run_id, 1, PROTOCOL_VERSION)
     assert hello.clock == pytest.approx(peer.now(), abs=1)
     assert SignedManifest.model_validate_json(await ask_document(other, peer.peer_id, MANIFEST)) == signed
 
