@@ -1,4 +1,4 @@
-"""Old and new software in one swarm: what nobody knows yet is carried, shown or passed over, and a sentence says what to install."""
+"""Old and new software in one swarm: what nobody knows yet is carried or shown, and a sentence says what to install."""
 
 from __future__ import annotations
 
