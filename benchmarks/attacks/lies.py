@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from benchmarks.attacks.lab import SHORT, STEPS, Lab, Result, clips
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.experts.objectives import row_losses
 from lutetia.models.training.checkpoint_io import Snapshot
+from lutetia.models.training.holdout_loss import holdout_rows
+from lutetia.models.training.moment_checks import FIRST, SECOND, moment_ratio
 from lutetia.protocol.schema.records import TrainedWith
 
 
@@ -183,6 +186,63 @@ def negative_moments(scene: Scene) -> Snapshot:
     return replace(snapshot, moments={k: -v if "exp_avg_sq" in k else v for k, v in snapshot.moments.items()})
 
 
+def uphill_moments(scene: Scene) -> Snapshot:
+    """Good weights, and moments that throw the next trainer as far uphill as the bounds on moments allow."""
+    snapshot, optimisation = _copied(scene.after), scene.lab.manifest.optimisation
+    model = scene.lab.trainer(None).model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(snapshot.parameters[name])
+    _clean_loss(scene, model).backward()
+    slope = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    entry = 0.99 * optimisation.gradient_clip / math.sqrt(sum(gradient.numel() for gradient in slope.values()))
+    moments = {FIRST + name: -entry * gradient.sign() for name, gradient in slope.items()}
+    moments |= {SECOND + name: torch.full_like(g, 1.001 * entry**2 / moment_ratio(optimisation)) for name, g in slope.items()}
+    return replace(snapshot, moments=moments)
+
+
+def scaled_moments(factor: float) -> Callable[[Scene], Snapshot]:
+    """Both moments scaled so that the next direction is the same: the steps after it are much too large, or too small."""
+
+    def lie(scene: Scene) -> Snapshot:
+        snapshot = _copied(scene.after)
+        moments = {k: v * (factor**2 if k.startswith(SECOND) else factor) for k, v in snapshot.moments.items()}
+        return replace(snapshot, moments=moments)
+
+    return lie
+
+
+def moments_of_the_parent(scene: Scene) -> Snapshot:
+    return replace(_copied(scene.after), moments=_copied(scene.before).moments)
+
+
+def exam_practice(steps: int, rate: float) -> Callable[[Scene], Snapshot]:
+    """The first steps in earnest, then descent on the held-out clips themselves, if the liar has them.
+
+    Noise and times are those that earlier versions scored with. The other steps' losses are made up.
+    """
+
+    def lie(scene: Scene) -> Snapshot:
+        trainer, data = scene.lab.trainer(scene.parent), scene.lab.holdout
+        trace = [trainer.step() for _ in range(SHORT)]
+        begun, model = _copied(trainer.snapshot()), trainer.model
+        clips, noise, times = holdout_rows(scene.lab.manifest, 0, data)
+        tokens, pooled = data.tokens[clips], data.pooled[clips]
+        optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            answer = lambda z, s: call_expert(model, z, s, tokens, pooled)  # noqa: E731
+            row_losses(trainer.spec, answer, data.latents[clips], noise, times).mean().backward()
+            optimiser.step()
+        tuned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        averages = {name: tensor.clone() for name, tensor in tuned.items()}
+        trace += [trace[-1] * 0.99**step for step in range(1, STEPS - SHORT + 1)]
+        place = {"epoch": scene.after.epoch, "step": 0, "samples": scene.after.samples}
+        return replace(begun, parameters=tuned, ema=averages, trace=trace, **place)
+
+    return lie
+
+
 LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "untrained": untrained,
     "parent republished": republished,
@@ -205,6 +265,10 @@ LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "poisoned raw parameters": poisoned_parameters,
     "poisoned moments": poisoned_moments,
     "negative second moments": negative_moments,
+    "moments uphill": uphill_moments,
+    "moments a thousandth": scaled_moments(1e-3),
+    "moments of the parent": moments_of_the_parent,
+    "trained on the held-out clips": exam_practice(400, 2e-3),
 }
 EXCUSES: Mapping[str, TrainedWith] = {
     "its own kind": TrainedWith(),

@@ -43,7 +43,8 @@ class Tolerance:
     later: tuple[float, float]
     """Relative difference of a step's loss, after them."""
     drift: tuple[float, float]
-    """Distance between the published and the replayed end of the epoch, as a fraction of the replayed way."""
+    """Distance between the published and the replayed end of the epoch (`models.training.replay`): of weights as a fraction of
+    the replayed way, of moments as one of what they are."""
     noise: tuple[float, float]
     """Decides when the drift lies between its bounds: drift in multiples of the epoch's noise (`compare`)."""
     measured: bool
@@ -80,6 +81,7 @@ def compare(
     author: TrainedWith,
     auditor: TrainedWith,
     noise: float | None = None,
+    part: str = "end",
 ) -> AuditFinding:
     """Compare an epoch's published losses, and its end, with a replay. The worst step decides.
 
@@ -89,10 +91,11 @@ def compare(
     Args:
         published: the author's loss of each step.
         replayed: the losses of the replayed steps, from the first step on.
-        drift: distance between the two ends as a fraction of the replayed way; None: the epoch was not replayed whole.
+        drift: distance between the two ends; None: the epoch was not replayed whole.
         author: what the author trained with.
         auditor: what the replay was computed with.
         noise: the drift between two honest ways of computing this epoch (`models.training.replay`), if measured.
+        part: the part of the end that the drift was measured on, for the text.
     """
     bounds = tolerance(author, auditor)
     pair = f"{bounds.name}{'' if bounds.measured else ', assumed'}"
@@ -107,7 +110,7 @@ def compare(
     text = f"step {step}: {losses} (may differ by {most:.0e}; {pair})"
     end: Outcome = "valid"
     if drift is not None:
-        end, why = judge_end(drift, noise, bounds)
+        end, why = judge_end(drift, noise, bounds, part)
         text += f"; {why}"
     if apart[step] > too_much or end == "invalid":
         return AuditFinding(outcome="invalid", text=text)
@@ -119,10 +122,10 @@ def compare(
     return AuditFinding(outcome="valid", text=text)
 
 
-def judge_end(drift: float, noise: float | None, bounds: Tolerance) -> tuple[Outcome, str]:
+def judge_end(drift: float, noise: float | None, bounds: Tolerance, part: str = "end") -> tuple[Outcome, str]:
     """What the end of an epoch alone shows, and why. `noise` counts only when the drift lies between its bounds."""
     (near, too_far), (alike, apart) = bounds.drift, bounds.noise
-    text = f"its end lies {drift:.3g} of the replayed way from the replayed end (at most {near:g})"
+    text = f"the relative distance of its {part} from the replay is {drift:.3g} (at most {near:g})"
     if drift <= near:
         return "valid", text
     if not drift <= too_far:

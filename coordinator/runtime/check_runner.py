@@ -225,7 +225,7 @@ def noise_bounds(author: TrainedWith) -> NoiseBounds:
 def finding_of(answer: EpochReplayed, author: TrainedWith) -> AuditFinding:
     """What a replay says about the author's work."""
     losses = [math.nan if loss is None else loss for loss in answer.losses]
-    return compare(answer.published, losses, answer.drift, author, answer.made, answer.noise)
+    return compare(answer.published, losses, answer.drift, author, answer.made, answer.noise, answer.farthest or "end")
 
 
 def _blobs_of(record: CheckpointRecord) -> set[str]:

@@ -116,7 +116,8 @@ class NoiseBounds(_Line):
 class EpochReplayed(_Line):
     """The author's losses and the replayed ones (None where training diverged) of the same steps; `made`: with what they were.
 
-    `drift` is the distance between the two ends and `noise` that between two replays, both in lengths of the replayed way.
+    `drift` is the distance between the two ends, measured on the `farthest` part of them, and `noise` that between two replays
+    (`models.training.replay`).
     """
 
     job: Literal["replay"] = "replay"
@@ -125,6 +126,7 @@ class EpochReplayed(_Line):
     drift: float | None
     noise: float | None
     made: TrainedWith
+    farthest: Literal["parameters", "averages", "moments"] | None = None
 
 
 class ReplayEpoch(Job[EpochReplayed]):

@@ -163,7 +163,12 @@ class WorkerProcess:
         )  # fmt: skip
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
         return EpochReplayed(
-            published=tuple(published[: len(losses)]), losses=losses, drift=result.drift, noise=result.noise, made=result.made
+            published=tuple(published[: len(losses)]),
+            losses=losses,
+            drift=result.drift,
+            noise=result.noise,
+            made=result.made,
+            farthest=result.farthest,
         )
 
     def router(self, job: TrainRouter) -> RouterReady:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lutetia.models.data.shards import ShardData
 from lutetia.models.experts.families import build_expert, call_expert
@@ -68,14 +68,9 @@ def holdout_loss(
     elif weights is not None:
         model.load_state_dict(read_weights(weights, manifest, shard))
     model = model.to(device).eval()
-    count = len(data) * noises
-    numbers = stream(draw or manifest.run_id, shard, 0, 0, "holdout")
-    clips = torch.arange(len(data)).repeat_interleave(noises)
-    strata = torch.from_numpy(numbers.permutation(count))
-    t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
-    noise = normals(numbers, (count, *data.latents.shape[1:]))
-    losses = torch.empty(count)
-    for rows in torch.arange(count).split(_ROWS):
+    clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
+    losses = torch.empty(len(clips))
+    for rows in torch.arange(len(clips)).split(_ROWS):
         tokens, pooled = data.tokens[clips[rows]].to(device), data.pooled[clips[rows]].to(device)
         latents = data.latents[clips[rows]].to(device)
 
@@ -86,6 +81,18 @@ def holdout_loss(
     bins = (t * BINS).long().clamp(0, BINS - 1)
     by_time = tuple(losses[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
     return HoldoutLoss(losses.double().mean().item(), by_time, tuple(losses.tolist()))
+
+
+def holdout_rows(
+    manifest: Manifest, shard: int, data: ShardData, *, draw: str | None = None, noises: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that are scored: the clip of each [N], its noise [N, C, F, H, W] and its time [N]."""
+    count = len(data) * noises
+    numbers = stream(draw or manifest.run_id, shard, 0, 0, "holdout")
+    clips = torch.arange(len(data)).repeat_interleave(noises)
+    strata = torch.from_numpy(numbers.permutation(count))
+    t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
+    return clips, normals(numbers, (count, *data.latents.shape[1:])), t
 
 
 def _load_raw(model: nn.Module, state: Path) -> None:

@@ -23,7 +23,7 @@ from lutetia.protocol.schema.manifest import Optimisation
 
 _SLACK = 1.02  # rounding
 _TINY = 1e-8  # below Adam's epsilon nothing moves
-_FIRST, _SECOND, _MUON = "adamw.exp_avg.", "adamw.exp_avg_sq.", "muon.momentum_buffer."
+FIRST, SECOND, MUON = "adamw.exp_avg.", "adamw.exp_avg_sq.", "muon.momentum_buffer."
 
 
 def moment_ratio(optimisation: Optimisation) -> float:
@@ -36,25 +36,25 @@ def moment_ratio(optimisation: Optimisation) -> float:
 
 def check_moments(path: Path, optimisation: Optimisation) -> None:
     """Raises CheckpointMisfit unless the moments of a checked state file can come from training."""
-    norms = {_FIRST: 0.0, _SECOND: 0.0, _MUON: 0.0}
+    norms = {FIRST: 0.0, SECOND: 0.0, MUON: 0.0}
     ratio = moment_ratio(optimisation)
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
-        first, second = ({name.removeprefix(kind) for name in names if name.startswith(kind)} for kind in (_FIRST, _SECOND))
+        first, second = ({name.removeprefix(kind) for name in names if name.startswith(kind)} for kind in (FIRST, SECOND))
         if first != second:
             name = min(first ^ second)
             raise CheckpointMisfit("missing", f"{path.name} has one of Adam's two moments of {name} without the other; refused")
         for name in sorted(first):
-            m, v = file.get_tensor(_FIRST + name), file.get_tensor(_SECOND + name)
+            m, v = file.get_tensor(FIRST + name), file.get_tensor(SECOND + name)
             if bool((v < 0).any()):
                 raise CheckpointMisfit("norm", f"the second moment of {name} in {path.name} has negative entries; refused")
             if bool((m.abs() > v.mul(ratio).sqrt().mul_(_SLACK).add_(_TINY)).any()):
                 text = f"the moments of {name} in {path.name} contradict each other: no gradients give both; refused"
                 raise CheckpointMisfit("norm", text)
-            norms[_FIRST] += torch.linalg.vector_norm(m, dtype=torch.float64).item() ** 2
-            norms[_SECOND] += v.sum(dtype=torch.float64).item()
-        for name in (name for name in names if name.startswith(_MUON)):
-            norms[_MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
+            norms[FIRST] += torch.linalg.vector_norm(m, dtype=torch.float64).item() ** 2
+            norms[SECOND] += v.sum(dtype=torch.float64).item()
+        for name in (name for name in names if name.startswith(MUON)):
+            norms[MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
     if not any(norms.values()):
         raise CheckpointMisfit(
             "missing", f"{path.name} holds no moments of the optimiser, although every step makes some; refused"
@@ -62,6 +62,6 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
         if math.sqrt(squared) > most * _SLACK:
-            what = {_FIRST: "first moments", _SECOND: "second moments' roots", _MUON: "momenta"}[kind]
+            what = {FIRST: "first moments", SECOND: "second moments' roots", MUON: "momenta"}[kind]
             text = f"the {what} in {path.name} have norm {math.sqrt(squared):.3g}; clipped gradients give at most {most:g}"
             raise CheckpointMisfit("norm", f"{text}; refused")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,14 @@ from torch import Tensor
 from lutetia.models.data.shards import ShardData
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Precision, Snapshot
+from lutetia.models.training.moment_distance import moment_distance
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 
 Lookup = Callable[[str], Tensor]
+Part = Literal["parameters", "averages", "moments"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Replay:
     losses: tuple[float, ...]
     """One per step; they end early, with a NaN, if training diverged."""
     drift: float | None
-    """Distance of the author's end from the replayed one, over the distance that the replay moved; None if no end was given."""
+    """Distance of the author's end from the replayed one (`drift`); None if no end was given."""
     made: TrainedWith
     """Device, precision and micro-batch of the replay."""
     noise: float | None = None
     """Distance between the ends of this and a second replay with other arithmetic, in the unit of `drift`; None: not measured."""
+    farthest: Part | None = None
+    """The part of the end that `drift` was measured on."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,12 @@ def replay(
     made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch)
     if end is None or len(losses) < steps or not math.isfinite(losses[-1]):
         return Replay(tuple(losses), None, made)
-    distance, noise = drift(trainer, start, end), None
+    apart, noise = end_distances(trainer, start, end), None
+    farthest = max(apart, key=lambda part: apart[part])
+    distance = apart[farthest]
     if doubt and doubt.near < distance <= doubt.far and (other := _other_arithmetic(trainer, doubt.coarse)):
         noise = _noise(trainer, start, other, parent)
-    return Replay(tuple(losses), distance, made, noise)
+    return Replay(tuple(losses), distance, made, noise, farthest)
 
 
 def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | None:
@@ -143,7 +150,8 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
     except TrainingDiverged:
         return None
     end = other.snapshot()
-    return _relative_distance(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__)
+    apart = _distances(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__, end.moments.get)
+    return max(apart.values())
 
 
 def under_budget(manifest: Manifest, epochs: int) -> Manifest:
@@ -164,17 +172,39 @@ def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
 
 
 def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> float:
-    """The larger distance, of parameters or averages, from the author's end, over the distance that the replay moved."""
+    """The largest of the distances of the author's end from the replayed one."""
+    return max(end_distances(trainer, start, end).values())
+
+
+def end_distances(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> dict[Part, float]:
+    """How far the author's end is from the replayed one, for each part of it.
+
+    Parameters and averages: their distance over the distance that the replay moved from `start`. Moments: `moment_distance`.
+    """
     with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
-        return _relative_distance(trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor)
+        kept = set(state.keys())
+        return _distances(
+            trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor,
+            lambda name: state.get_tensor(name) if name in kept else None,
+        )  # fmt: skip
 
 
-def _relative_distance(replayed: Snapshot, start: Mapping[str, Tensor], parameters: Lookup, averages: Lookup) -> float:
-    """The larger distance, of parameters or averages, from other ones, over the distance of the replayed end from `start`."""
+def _distances(
+    replayed: Snapshot,
+    start: Mapping[str, Tensor],
+    parameters: Lookup,
+    averages: Lookup,
+    moments: Callable[[str], Tensor | None],
+) -> dict[Part, float]:
+    """How far another end is from the replayed one."""
     moved = _distance(replayed.parameters, lambda name: start[name])
     if moved == 0:
         raise IntegrityError("the replayed epoch moved no weight; its learning rate is zero and there is nothing to audit")
-    return max(_distance(replayed.parameters, parameters), _distance(replayed.ema, averages)) / moved
+    return {
+        "parameters": _distance(replayed.parameters, parameters) / moved,
+        "averages": _distance(replayed.ema, averages) / moved,
+        "moments": moment_distance(replayed.moments, moments),
+    }
 
 
 def _distance(tensors: Mapping[str, Tensor], other: Lookup) -> float:

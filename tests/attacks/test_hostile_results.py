@@ -35,7 +35,10 @@ STOPPED = {
 }
 OWN, *_, WIDEST = EXCUSES.items()
 BY_FIRST_STEPS = ("parent republished", "parent plus dust", "forward passes only", "fabricated trace", "other data")
-BY_WHOLE_EPOCH = (f"stops after the {SHORT} replayed steps", "half trained", "scaled by 1.5", "backdoor, strong")
+BY_WHOLE_EPOCH = (
+    f"stops after the {SHORT} replayed steps", "half trained", "scaled by 1.5", "backdoor, strong", "moments uphill",
+    "moments a thousandth",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

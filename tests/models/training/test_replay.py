@@ -105,7 +105,7 @@ def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
     assert compare(fake, whole.losses, whole.drift, CPU, whole.made).outcome == "invalid"
     finding = compare(trace, whole.losses, whole.drift, CPU, whole.made)
     assert finding.outcome == "invalid", "honest losses with another end"
-    assert "of the replayed way" in finding.text
+    assert "distance of its end from the replay" in finding.text
 
 
 def test_replay_from_the_beginning_needs_no_files(tmp_path):
