@@ -188,6 +188,19 @@ def test_every_loader_reads_safetensors_and_says_where_from() -> None:
     assert not wrong
 
 
+def test_media_are_opened_for_reading_in_one_place() -> None:
+    """FFmpeg reads names as addresses: `open_media` is the only way in."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("av.open", "av.container.open")
+        and not (len(node.args) > 1 and ast.unparse(node.args[1]) == "'w'")
+    ]
+    assert [place.split(":")[0] for place in found] == ["models/data/decode/media.py"], found
+
+
 def test_no_folder_holds_more_than_twelve_files() -> None:
     held: dict[str, list[str]] = defaultdict(list)
     for top in (*MAY_IMPORT, "tests", "benchmarks"):

@@ -21,7 +21,7 @@ import torch
 from benchmarks.metrics_validation import reference_checks, sensitivity
 from benchmarks.metrics_validation.degradations import frozen, shuffled_frames
 from benchmarks.metrics_validation.sensitivity import Measure, against, per_clip, sensitivity_table
-from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.features import FeatureCache
 from lutetia.models.metrics.motion import METHOD, MotionExtractor

@@ -85,8 +85,9 @@ def sample(mixture: Path, clips: Path, manifest: Manifest) -> Samples:
 
 def real_clips(folder: Path, prompts: Sequence[str], manifest: Manifest) -> list[Frames]:
     """For every prompt the clip with the most similar caption; among equals a held-out one."""
+    from lutetia.models.data.decode.clip import decode_clip
+    from lutetia.models.data.decode.shape import ClipShape
     from lutetia.models.data.ingest.listing import read_listing
-    from lutetia.models.data.ingest.video import ClipShape, decode_clip
 
     latent = manifest.latent
     shape = ClipShape(frames=latent.pixel_frames, fps=latent.fps, height=latent.pixel_height, width=latent.pixel_width)

@@ -18,6 +18,8 @@ from pydantic import Field
 
 from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
 from lutetia.models.data.cluster.kmeans import ClusterSettings
+from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS, DecoderPool
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.description import DataDescription
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import Progress, Recipe, prepare_captions, prepare_clips
@@ -25,7 +27,6 @@ from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import MAX_TOKENS, TextEncoder, load_text_encoder
 from lutetia.models.data.ingest.listing import BadClip, read_listing
-from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.data.output import check_output, output_folder
 from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
 from lutetia.models.device import Device
@@ -35,7 +36,14 @@ from lutetia.protocol.schema.manifest import Count, Positive
 from lutetia.system.errors import DataError
 
 _log = logging.getLogger(__name__)
-_NOT_CONTENT = {"skip_bad", "workers", "device", "cache"}  # settings that do not change what is written
+_NOT_CONTENT = {
+    "skip_bad",
+    "workers",
+    "device",
+    "cache",
+    "clip_seconds",
+    "clip_memory",
+}  # not written
 
 
 class BuildSettings(Frozen):
@@ -86,6 +94,8 @@ class BuildSettings(Frozen):
         le=256,
         description="threads that decode and encode clips; default: one per core, at most 16",
     )
+    clip_seconds: Positive = Field(default=CLIP_SECONDS, description="longest time to decode one clip, seconds")
+    clip_memory: Count = Field(default=CLIP_MEMORY, description="most memory to decode one clip, MiB, for each worker")
     device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda or cuda:N")
     cache: Path | None = Field(
         default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
@@ -148,10 +158,10 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
     cache = ArrayCache(settings.cache or default_cache())
-    with output_folder(out) as part:
+    with output_folder(out) as part, DecoderPool(settings.clip_seconds, settings.clip_memory) as decoder:
         with _timed(seconds, "clips"):
             prepared = prepare_clips(
-                listing.clips, recipe, cache, workers=settings.workers, skip_bad=settings.skip_bad, on_progress=progress
+                listing.clips, recipe, cache, decoder, workers=settings.workers, skip_bad=settings.skip_bad, on_progress=progress
             )  # fmt: skip
             prepared.bad[:0] = listing.bad
             repeated = drop_copies_of_test_clips(prepared)
@@ -165,7 +175,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
             placement = place_clips(prepared, vectors, settings.clustering, settings.holdout)
             progress("clusters", 1, 1)
         with _timed(seconds, "shards"):
-            source = BuildInputs(recipe, cache, prepared, embedded, placement)
+            source = BuildInputs(recipe, cache, decoder, prepared, embedded, placement)
             latent = latent_spec(source, encoder, settings.normalisation)
             description = write_data(part, source, latent, settings.model_dump(mode="json", exclude=_NOT_CONTENT), progress)
     return BuildReport(

@@ -15,11 +15,11 @@ import torch
 from lutetia.models.data.cluster.assignment import Placement, Split
 from lutetia.models.data.cluster.contact_sheets import SHEET_CLIPS, write_sheet
 from lutetia.models.data.cluster.report import central
+from lutetia.models.data.decode.pool import DecoderPool
 from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
 from lutetia.models.data.encode.text import TextEncoder
-from lutetia.models.data.ingest.video import decode_clip
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import canonical
@@ -36,6 +36,7 @@ class BuildInputs:
 
     recipe: Recipe
     cache: ArrayCache
+    decoder: DecoderPool
     prepared: PreparedClips
     embedded: EmbeddedCaptions
     placement: Placement
@@ -148,7 +149,7 @@ def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None
     spread = np.linspace(half, len(ranked) - 1, half).round().astype(int) if len(ranked) > half else np.empty(0, int)
     chosen = ranked[:half] + [ranked[place] for place in np.unique(spread) if place >= half]
     clips = [source.prepared.clips[row] for row in chosen]
-    frames = [decode_clip(clip.path, source.recipe.shape) for clip in clips]
+    frames = [source.decoder.decode(clip.path, source.recipe.shape) for clip in clips]
     write_sheet(
         path,
         f"{name}: {len(rows)} clips; the most typical first, then farther from the centre",

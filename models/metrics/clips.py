@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lutetia.models.data.decode.cut import ClipRefused
+from lutetia.models.data.decode.pool import DecoderPool
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import ClipSource, read_listing
-from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip
 from lutetia.system.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -104,19 +106,20 @@ def read_clips(
     candidates = ordered(matching, seed, stratified)[first:]
     count = min(len(candidates), len(candidates) if limit is None else limit)
     frames, chosen = np.empty((count, shape.frames, shape.height, shape.width, 3), np.uint8), list[ClipSource]()
-    for clip in candidates:
-        if len(chosen) == count:
-            break
-        try:
-            frames[len(chosen)] = decode_clip(clip.path, shape)
-        except ClipRefused as error:
-            if not skip_bad:
-                raise
-            logger.warning("left out: %s", error)
-            continue
-        chosen.append(clip)
-        if on_progress:
-            on_progress(len(chosen), count)
+    with DecoderPool() as decoder:
+        for clip in candidates:
+            if len(chosen) == count:
+                break
+            try:
+                frames[len(chosen)] = decoder.decode(clip.path, shape)
+            except ClipRefused as error:
+                if not skip_bad:
+                    raise
+                logger.warning("left out: %s", error)
+                continue
+            chosen.append(clip)
+            if on_progress:
+                on_progress(len(chosen), count)
     if not chosen:
         sought = f"clips of split {split or 'any'}" + (" with the given captions" if captions is not None else "")
         raise DataError(f"{folder} has no {sought} from number {first} on; check its metadata")

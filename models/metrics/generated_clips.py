@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.mixing.sampling import initial_noise
 from lutetia.models.video_files import to_uint8

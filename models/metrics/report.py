@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import METADATA_NAMES, read_listing
-from lutetia.models.data.ingest.video import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings, MetricEntry
 from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate

@@ -21,9 +21,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from lutetia.models.data.decode.clip import hash_file
 from lutetia.models.data.ingest.listing import ClipSource, read_listing
 from lutetia.models.data.ingest.synthetic import make_clips
-from lutetia.models.data.ingest.video import hash_file
 from lutetia.models.data.ingest.webdataset import TarMember
 from lutetia.models.networks.assets import asset
 from lutetia.models.study.config import DrawnClips, FolderClips, MadeClips

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lutetia.models.data.ingest.video import Frames
+from lutetia.models.data.decode.cut import Frames
 from lutetia.system.errors import plain
 from lutetia.system.files import write_atomic
 from lutetia.system.letters import font

@@ -22,9 +22,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
+from lutetia.models.data.decode.pool import DecoderPool
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest import synthetic
 from lutetia.models.data.ingest.listing import ClipSource, read_listing
-from lutetia.models.data.ingest.video import ClipShape, decode_clip
 from lutetia.system.errors import ConfigError, DataError
 from lutetia.system.files import disk_errors, fsync_folder, make_folder
 
@@ -210,7 +211,9 @@ def _frames_of(clips: Sequence[ClipSource], seed: int, size: int) -> tuple[Tenso
     """FRAMES_PER_USER_CLIP random frames of each clip, uint8 [N, 3, size, size], and their kinds."""
     rng = np.random.default_rng(seed)
     shape = ClipShape(frames=CLIP_FRAMES, height=size, width=size, start="whole", short="loop")
-    frames = [decode_clip(clip.path, shape)[rng.choice(CLIP_FRAMES, FRAMES_PER_USER_CLIP, replace=False)] for clip in clips]
+    with DecoderPool() as decoder:
+        chosen = (rng.choice(CLIP_FRAMES, FRAMES_PER_USER_CLIP, replace=False) for _ in clips)
+        frames = [decoder.decode(clip.path, shape)[rows] for clip, rows in zip(clips, chosen, strict=True)]
     kinds = [clip.kind for clip in clips for _ in range(FRAMES_PER_USER_CLIP)]
     return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2).contiguous(), kinds
 

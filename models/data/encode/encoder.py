@@ -13,17 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lutetia.models.data.decode.clip import hash_file
+from lutetia.models.data.decode.cut import ClipRefused
+from lutetia.models.data.decode.pool import DecoderPool, in_pool
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.encode.cache import ArrayCache, cache_key
 from lutetia.models.data.encode.features import Features
 from lutetia.models.data.encode.latents import Latents
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.data.ingest.listing import BadClip, ClipSource
-from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip, hash_file, in_pool
 from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total); the stages are clips, captions, clusters and shards."""
 
+_RULE = 2  # raised when the rule changes by which files become frames, so that what was cached before is not used
 _PACK_CLIPS = 64
 _PACK_BYTES = 64 << 20
 _CAPTIONS_AT_ONCE = 64
@@ -40,7 +44,7 @@ class Recipe:
 
     def latents_key(self, digest: str) -> str:
         made_by = {"latents": self.latents.ref, "fingerprint": self.latents.fingerprint}
-        return cache_key(kind="latents", file=digest, shape=self.shape.model_dump(mode="json"), **made_by)
+        return cache_key(kind="latents", rule=_RULE, file=digest, shape=self.shape.model_dump(mode="json"), **made_by)
 
     def features_key(self, digest: str, features: Features) -> str:
         return cache_key(kind="features", of=self.latents_key(digest), name=features.name, fingerprint=features.fingerprint)
@@ -64,14 +68,16 @@ class PreparedClips:
 
 
 def prepare_clips(
-    clips: Sequence[ClipSource], recipe: Recipe, cache: ArrayCache, *, workers: int, skip_bad: bool, on_progress: Progress
-) -> PreparedClips:
+    clips: Sequence[ClipSource], recipe: Recipe, cache: ArrayCache, decoder: DecoderPool, *, workers: int, skip_bad: bool,
+    on_progress: Progress,
+) -> PreparedClips:  # fmt: skip
     """Decode and encode the clips that are not in the cache.
 
     Args:
         clips: of the listing.
         recipe: shape, autoencoder and features.
         cache: keeps the arrays.
+        decoder: decodes the clips.
         workers: threads.
         skip_bad: leave out clips that cannot be used.
         on_progress: called after every clip.
@@ -82,11 +88,11 @@ def prepare_clips(
     pack: dict[str, dict[str, NDArray[Any]]] = {}
 
     def work(clip: ClipSource) -> tuple[str, dict[str, NDArray[Any]]]:
-        return _prepare_clip(clip, recipe, cache)
+        return _prepare_clip(clip, recipe, cache, decoder)
 
     with _one_thread_each():
         try:
-            for done, (clip, outcome) in enumerate(in_pool(clips, work, workers), 1):
+            for done, (clip, outcome) in enumerate(in_pool(clips, work, workers, decoder.close), 1):
                 if isinstance(outcome, ClipRefused):
                     _refuse(clip, outcome, prepared, skip_bad)
                 else:
@@ -111,7 +117,9 @@ def _refuse(clip: ClipSource, refusal: ClipRefused, prepared: PreparedClips, ski
     prepared.bad.append(BadClip(clip.name, str(refusal)))
 
 
-def _prepare_clip(clip: ClipSource, recipe: Recipe, cache: ArrayCache) -> tuple[str, dict[str, NDArray[Any]]]:
+def _prepare_clip(
+    clip: ClipSource, recipe: Recipe, cache: ArrayCache, decoder: DecoderPool
+) -> tuple[str, dict[str, NDArray[Any]]]:
     """The digest of the file, and key to array for what is not in the cache. One clip at a time: results depend on no other."""
     digest = hash_file(clip.path)
     latents_key = recipe.latents_key(digest)
@@ -119,7 +127,7 @@ def _prepare_clip(clip: ClipSource, recipe: Recipe, cache: ArrayCache) -> tuple[
     missing = {key: features for key, features in missing.items() if key not in cache}
     if latents_key in cache and not missing:
         return digest, {}
-    frames = decode_clip(clip.path, recipe.shape)
+    frames = decoder.decode(clip.path, recipe.shape)
     cached = cache.get(latents_key)
     latents = torch.from_numpy(cached["array"]) if cached else recipe.latents.encode(frames[None])[0]
     if not torch.isfinite(latents).all():

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lutetia.models.data.ingest.video import Frames
+from lutetia.models.data.decode.cut import Frames
 from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
 from lutetia.system.errors import ConfigError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,52 @@ def write_video(path: Path, video: np.ndarray, fps: float = 8, options: Mapping[
         for picture in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def textured(frames: int, height: int, width: int) -> np.ndarray:
+    """A picture full of detail, through which the view moves by two columns and one row a frame."""
+    rows, columns = height + frames, width + 2 * frames
+    y, x = np.mgrid[0:rows, 0:columns].astype(np.float32)
+    rng, picture = np.random.default_rng(0), np.zeros((rows, columns, 3), np.float32)
+    for _ in range(12):
+        down, right, phase = rng.uniform(-0.35, 0.35, 2).tolist() + [rng.uniform(0, 6)]
+        picture += np.sin(down * y + right * x + phase)[..., None] * rng.uniform(0.3, 1, 3)
+    picture = ((picture - picture.min()) / (picture.max() - picture.min()) * 255).astype(np.uint8)
+    return np.stack([picture[i : i + height, 2 * i : 2 * i + width] for i in range(frames)])
+
+
+def encode(
+    path: Path, video: np.ndarray, codec: str, pixel_format: str, options: Mapping[str, str], *, fps: int,
+    aspect: Fraction | None = None,
+) -> Path:  # fmt: skip
+    """Write uint8 [F, H, W, 3] by a codec of FFmpeg; the suffix chooses the container, `aspect` the shape of a pixel."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=fps)
+        stream.height, stream.width, stream.pix_fmt, stream.options = *video.shape[1:3], pixel_format, dict(options)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for picture in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_tracks(
+    path: Path, videos: Sequence[np.ndarray], dispositions: Mapping[int, Any] | None = None, title: str = ""
+) -> Path:
+    """Write several lossless video tracks of 8 frames/s into one file, with their dispositions and a title."""
+    with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
+        streams: list[Any] = [container.add_stream("ffv1", rate=8) for _ in videos]
+        for number, (stream, video) in enumerate(zip(streams, videos, strict=True)):
+            stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "bgr0"
+            stream.disposition = (dispositions or {}).get(number, 0)
+        for stream, video in zip(streams, videos, strict=True):
+            for picture in video:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(stream.encode())
     return path
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lutetia.models.data.ingest.video import ClipShape
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.evaluator import EvaluatorSettings
 from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lutetia.models.data.decode.clip import hash_file
 from lutetia.models.data.ingest.listing import ClipSource, read_listing
-from lutetia.models.data.ingest.video import hash_file
 from lutetia.models.networks.assets import assets_folder
 from lutetia.models.study.clips import ROLES, assign, split_clips
 from lutetia.models.study.config import DrawnClips, FolderClips, MadeClips

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lutetia.models.data.decode.clip import decode_clip, hash_file
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import read_listing
-from lutetia.models.data.ingest.video import ClipShape, decode_clip, hash_file
 from lutetia.models.data.ingest.webdataset import TarMember
 from lutetia.system.errors import DataError
 from tests.models.data.clip_files import numbered, write_video

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lutetia.models.data.ingest import video as clips_module
-from lutetia.models.data.ingest.video import ClipRefused, ClipShape, decode_clip, hash_file, in_pool
+from lutetia.models.data.decode import clip as clips_module
+from lutetia.models.data.decode.clip import decode_clip, hash_file
+from lutetia.models.data.decode.cut import ClipRefused
+from lutetia.models.data.decode.shape import ClipShape
 from tests.models.data.clip_files import frame_numbers, look, numbered, write_video
 
 SUFFIXES = [".mp4", ".mov", ".webm", ".gif", ".webp"]
@@ -182,17 +184,6 @@ def test_playlist_named_mp4_opens_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n")
     with pytest.raises(ClipRefused, match="list.mp4 cannot be decoded"):
         decode_clip(tmp_path / "list.mp4", ClipShape())
-
-
-def test_pool_keeps_order_and_passes_on_refusals() -> None:
-    def work(number: int) -> int:
-        if number % 7 == 3:
-            raise ClipRefused(f"{number} is bad")
-        return number * number
-
-    outcomes = list(in_pool(range(40), work, 3))
-    assert [item for item, _ in outcomes] == list(range(40))
-    assert all(isinstance(o, ClipRefused) if i % 7 == 3 else o == i * i for i, o in outcomes)
 
 
 def test_decoded_motion_matches_the_video(tmp_path: Path) -> None:
