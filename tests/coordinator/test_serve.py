@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -11,16 +12,20 @@ from typing import Any
 import httpx
 import pytest
 
+from lutetia.cli.fetch_mixture import fetch_mixture
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import tell
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.serve import serve_run
 from lutetia.coordinator.settings import RunSettings, ServeSettings
-from lutetia.models.mixing.description import verify_mixture
+from lutetia.models.mixing.description import FILE, SignedMixture, read_mixture, verify_mixture
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import seal
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.system.errors import ConfigError, IdentityError, UnreachableError
+from lutetia.system.errors import ConfigError, IdentityError, IntegrityError, UnreachableError
 from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.tiny_data import build_tiny
 
@@ -81,6 +86,7 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
         await until(lambda: finished(ann), "the final mixture")
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{http}/status.json")).json()["finished"]
+        await asyncio.to_thread(check_fetching, run, tmp_path / "fetched")
     assert await coordinator.end(signal.SIGTERM) == 0
     check_the_end(run, coordinator, http)
 
@@ -119,6 +125,33 @@ async def published(peer: ScriptedNode, shard: int, epoch: int) -> None:
 
 async def finished(peer: ScriptedNode) -> bool:
     return (await peer.status()).finished
+
+
+def check_fetching(run: CreatedRun, out: Path) -> None:
+    """`swarm fetch` takes the files that a mixture needs, and refuses what a hostile coordinator signs."""
+
+    def fetch() -> set[str]:
+        fetch_mixture(Ticket.decode(run.ticket), out, 60.0, lambda done, total: None)
+        verify_mixture(out, run.manifest.coordinators)
+        return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+    served, key = run.folder / "mixture" / FILE, Identity.load(run.folder / "coordinator.key")
+    signed, document = served.read_bytes(), read_mixture(run.folder / "mixture").mixture
+    code = ChunkTable.of_bytes(b"print('code of the mixture ran')").ref
+
+    def serve(**files: BlobRef) -> None:
+        changed = document.model_copy(update={"files": {**document.files, **files}})
+        served.write_bytes(canonical(SignedMixture.sign(changed, key.sign)))
+
+    assert fetch() == {*document.files, FILE}
+    serve(**{"vae/evil.py": code, "expert_000/diffusion_pytorch_model.bin": code})
+    assert fetch() == {*document.files, FILE}, "its blobs are nowhere, and nobody asked for them"
+    before = (out / FILE).read_bytes()
+    serve(**{"pipeline.py": code})
+    with pytest.raises(IntegrityError, match=r"pipeline\.py is not Lutetia's"):
+        fetch()
+    assert (out / FILE).read_bytes() == before, "the mixture that was fetched before stays"
+    served.write_bytes(signed)
 
 
 def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
