@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lutetia.cli.arguments import given, read_config, require_device, setting, settings_of
+from lutetia.cli.arguments import documented_by, given, read_config, require_device, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the top level."""
-    app.command()(evaluate)
+    app.command(cls=documented_by("lutetia.models.mixing.options:SamplingOptions"))(evaluate)
 
 
 def evaluate(
@@ -39,12 +39,10 @@ def evaluate(
     metric: Annotated[
         list[str] | None, setting("EVALUATE_METRICS", "fvd, motion, retrieval, classifier or clip; repeat for more.")
     ] = None,
-    mode: Annotated[
-        Literal["top1", "top2", "full", "sticky"] | None, setting("MODE", "How experts are chosen; default: as the mixture says.")
-    ] = None,
-    expert: Annotated[int | None, setting("EXPERT", "Sample from this expert alone.", min=0)] = None,
-    steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
-    guidance: Annotated[float | None, setting("GUIDANCE", "Strength of classifier-free guidance.", min=0.0)] = None,
+    mode: Annotated[Literal["top1", "top2", "full", "sticky"] | None, setting("MODE")] = None,
+    expert: Annotated[int | None, setting("EXPERT", min=0)] = None,
+    steps: Annotated[int | None, setting("STEPS", min=1)] = None,
+    guidance: Annotated[float | None, setting("GUIDANCE", min=0.0)] = None,
     frames: Annotated[int | None, setting("FRAMES", "Frames of a clip, if MIXTURE is a folder of clips.", min=1)] = None,
     fps: Annotated[float | None, setting("FPS", "Frames per second, if MIXTURE is a folder of clips.", min=0.01)] = None,
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels, if MIXTURE is a folder of clips.", min=8)] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lutetia.cli.arguments import setting
+from lutetia.cli.arguments import documented_by, setting
 from lutetia.cli.output import JsonFlag, emit
 
 Mode = Literal["top1", "top2", "full", "sticky"]
@@ -16,16 +16,16 @@ Mode = Literal["top1", "top2", "full", "sticky"]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the top level."""
-    app.command()(generate)
+    app.command(cls=documented_by("lutetia.models.mixing.options:SamplingOptions"))(generate)
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the clip shows, in words the run was trained on.", metavar="PROMPT")],
     mixture: Annotated[Path, setting("MIXTURE", "The mixture's folder.")],
     out: Annotated[Path, setting("GENERATE_OUT", "File to write, .mp4 or .gif.")] = Path("clip.mp4"),
-    mode: Annotated[Mode | None, setting("MODE", "How experts are chosen; the mixture's own way if not given.")] = None,
-    steps: Annotated[int | None, setting("STEPS", "Steps of the ODE solver.", min=1)] = None,
-    guidance: Annotated[float | None, setting("GUIDANCE", "Strength of the prompt.", min=0.0)] = None,
+    mode: Annotated[Mode | None, setting("MODE")] = None,
+    steps: Annotated[int | None, setting("STEPS", min=1)] = None,
+    guidance: Annotated[float | None, setting("GUIDANCE", min=0.0)] = None,
     seed: Annotated[int, setting("SEED", "Same seed, same clip.")] = 0,
     hub: Annotated[
         bool, setting("HUB", "Download the text encoder or autoencoder if the mixture names one by a hub id. It runs no code.")

@@ -5,30 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.metrics.clips import ClipSet
+from lutetia.models.mixing.options import SamplingOptions
 from lutetia.models.mixing.sampling import initial_noise
 from lutetia.models.video_files import to_uint8
-from lutetia.protocol.schema.canonical import Frozen, canonical, digest_of
+from lutetia.protocol.schema.canonical import canonical, digest_of
 from lutetia.system.files import atomic_path
-
-
-class SamplingOptions(Frozen):
-    """How clips are sampled. Where a field is not set, the settings of the mixture apply."""
-
-    steps: int | None = Field(default=None, ge=1, description="steps of the ODE solver")
-    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance; 1: none")
-    mode: Literal["top1", "top2", "full", "sticky"] | None = Field(default=None, description="how experts are chosen")
-    expert: int | None = Field(default=None, ge=0, description="number of the only expert to use, instead of the router's choice")
-    batch: int = Field(default=8, ge=1, description="clips sampled at once")
 
 
 class ClipSampler(Protocol):

@@ -17,10 +17,11 @@ from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import METADATA_NAMES, read_listing
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings, MetricEntry
-from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate
+from lutetia.models.metrics.generated_clips import MixtureSampler, generate
 from lutetia.models.metrics.routing import Routing, loss_table, routing_figures
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
 from lutetia.models.mixing.description import FILE as MIXTURE
+from lutetia.models.mixing.options import SamplingOptions
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.system.errors import DataError
 

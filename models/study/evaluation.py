@@ -14,10 +14,11 @@ from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.metrics.clips import ClipSet, read_clips
 from lutetia.models.metrics.comparison import Comparison, compare, compare_kinds, main_ratio
 from lutetia.models.metrics.evaluator import Evaluator, MetricEntry
-from lutetia.models.metrics.generated_clips import MixtureSampler, SamplingOptions, generate
+from lutetia.models.metrics.generated_clips import MixtureSampler, generate
 from lutetia.models.metrics.routing import Routing, routing_figures
 from lutetia.models.metrics.stats.intervals import Figure
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
+from lutetia.models.mixing.options import SamplingOptions
 from lutetia.models.study.config import Prompts, StudyConfig
 from lutetia.models.study.plan import Reading
 from lutetia.protocol.schema.canonical import Frozen
