@@ -1,6 +1,6 @@
 """Sample a mixture and write a video: `python examples/sample_mixture.py MIXTURE PROMPT OUT.mp4`.
 
-`export_to_video` needs imageio-ffmpeg: `pip install imageio-ffmpeg`.
+diffusers' own `export_to_video` writes `pipeline(prompt).frames[0]`, too; it needs `pip install "lutetia[export]"`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from diffusers.utils import export_to_video
-
 from lutetia.models.pipeline import LutetiaPipeline
+from lutetia.models.video_files import write_mp4
 
 
 def main(mixture: Path, prompt: str, out: Path) -> None:
     pipeline = LutetiaPipeline.from_pretrained(mixture)
-    result = pipeline(prompt, seed=0)
-    export_to_video(list(result.frames[0]), str(out), fps=int(pipeline.fps))  # float 0…1 [frames, height, width, 3]
+    result = pipeline(prompt, seed=0, output_type="pil")
+    write_mp4(result.frames[0], out, pipeline.fps)
     shares = result.routing.mean(dim=(0, 1)).tolist()
     print(f"wrote {out}; experts were used for {', '.join(f'{share:.0%}' for share in shares)} of the steps")
 

@@ -191,7 +191,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
 
             >>> pipe = load_pipeline("path/to/mixture")
             >>> clip = pipe("a purple star spins", seed=0).frames[0]
-            >>> export_to_video(clip, "clip.mp4", fps=pipe.fps)
+            >>> export_to_video(clip, "clip.mp4", fps=pipe.fps)  # needs the extra `export`
             ```
 
         Returns:
