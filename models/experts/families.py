@@ -26,6 +26,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
+from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import ConfigError
@@ -156,6 +157,7 @@ def build_expert(spec: ExpertSpec, seed: int | None = None) -> nn.Module:
 
 def _construct(spec: ExpertSpec) -> nn.Module:
     family_of(spec.class_name)
+    check_config(spec)
     expert_class = getattr(diffusers, spec.class_name)
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.config.items()}
     unknown = config.keys() - inspect.signature(expert_class.__init__).parameters.keys()
@@ -237,10 +239,11 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
     p_t, p_h, p_w = family.patch(config)
     volume = p_t * p_h * p_w if family.packed else 1
     extra = _input_channels(family, config) - latent.channels
-    if config.in_channels % volume or extra < 0 or extra % 6:
+    if config.in_channels % volume or extra < 0 or extra % 6 or extra > MOST_POSITION_CHANNELS:
         raise ConfigError(
             f"the expert's in_channels is {config.in_channels} but the run's latents have {latent.channels} channels; "
-            f"give it {latent.channels * volume}, or with position channels that plus a multiple of {6 * volume}"
+            f"give it {latent.channels * volume}, or with position channels that plus a multiple of {6 * volume}, "
+            f"at most {MOST_POSITION_CHANNELS * volume}"
         )
     agreements = [
         ("out_channels", config.out_channels or config.in_channels, latent.channels * volume),
@@ -261,7 +264,7 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
 
     try:
         _rehearse(spec, latent)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(f"{spec.class_name} cannot take the run's latents: {reason}; correct the expert config") from error
 

@@ -150,7 +150,7 @@ class Optimisation(WireDocument):
 class RouterSpec(WireDocument):
     """The router: a classifier of clusters over (noisy latent, t, pooled text), trained on the natural mixture."""
 
-    hidden: Extent = Field(default=96, description="Width of the hidden layers")
+    hidden: int = Field(default=96, ge=1, le=65536, description="Width of the hidden layers")
     layers: int = Field(default=3, ge=1, le=1024, description="Number of layers")
     text_conditioned: bool = Field(default=True, description="Whether the router sees the text")
     samples: Count = Field(default=6000, description="Samples that the router is trained on")
