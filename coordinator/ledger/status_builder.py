@@ -32,7 +32,7 @@ from lutetia.protocol.stalled_claims import Seen, current_holder
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
-_QUARANTINED_SHOWN = 64
+QUARANTINED_SHOWN = 64
 NODES_SHOWN = 1024
 """So many nodes fit into a status document beside as many shards as a run may have."""
 
@@ -115,7 +115,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         audits_due=len(state.audits),
         quarantined=tuple(
             QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))
-            for why in list(state.quarantined.values())[-_QUARANTINED_SHOWN:]
+            for why in list(state.quarantined.values())[-QUARANTINED_SHOWN:]
         ),
     )
 

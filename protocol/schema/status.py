@@ -49,7 +49,7 @@ class ShardStatus(TolerantDocument):
     """The accepted work of one shard and who holds it."""
 
     shard: ShardIndex = Field(description="Index of the shard")
-    name: Sentence = Field(description="Name of its cluster")
+    name: Word = Field(description="Name of its cluster")
     epoch: EpochCount = Field(description="Accepted epochs")
     epochs: EpochNumber = Field(description="Epochs in its budget")
     samples: Tally = Field(description="Accepted training samples")
@@ -77,7 +77,7 @@ class _CheckNamed(TolerantDocument):
 
     @computed_field(description="The same as `check`, for readers that are older than release 0.1")
     @property
-    def rung(self) -> str:
+    def rung(self) -> OpenWord:
         return self.check
 
 
@@ -148,7 +148,7 @@ class SwarmStatus(TolerantDocument):
 
     format: Literal[1] = Field(default=1, description="Version of this document's format")
     run: Digest = Field(description="Run id")
-    name: Sentence = Field(description="Name of the run")
+    name: Word = Field(description="Name of the run")
     manifest_version: Tally = Field(description="Version of the manifest in force")
     time: Moment = Field(description="When the document was made, in Unix seconds")
     coordinator: PublicKey = Field(description="Public key of the coordinator")
