@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lutetia.cli.formatting import ago, bar, number, short, short_peer, thousands
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
-from lutetia.system.errors import plain
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, stalls_of
+from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-_STATE_STYLE = {"training": "green", "done": "cyan", "claimed": "yellow", "unclaimed": "red", "overdue": "red"}
+_STATE_STYLE = {
+    "training": "green", "done": "cyan", "claimed": "yellow", "unclaimed": "red", "overdue": "red", "stalled": "bold red",
+}  # fmt: skip
 _HEALTH_STYLE = {
     "working": "green", "starting": "yellow", "standby": "cyan", "paused": "yellow", "overdue": "red", "quarantined": "red",
 }  # fmt: skip
 CLOCKS_AGREE = 60.0  # seconds by which the reader's clock may differ from the coordinator's without a word
+_STALLS_SHOWN = 3
 _BAR = "bar"
-_SHARD_COLUMNS_TO_DROP = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "LOSS", "AGE")
+_SHARD_COLUMNS_TO_DROP = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "HELD OUT", "AGE")
 _NODE_COLUMNS_TO_DROP = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
 
 
@@ -51,7 +54,7 @@ def _table(rows: Sequence[dict[str, str | Text]], without: Collection[str]) -> T
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     columns = [name for name in rows[0] if name not in without] if rows else []
     for name in columns:
-        right = name in {"SAMPLES", "LOSS", "COPIES", "LEASE", "AGE", "SPEED", "SEEN", "ACCEPTED", "REJECTED"}
+        right = name in {"SAMPLES", "HELD OUT", "COPIES", "LEASE", "AGE", "SPEED", "SEEN", "ACCEPTED", "REJECTED"}
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(plain(cell) if isinstance(cell := row[name], str) else cell for name in columns))
@@ -100,7 +103,17 @@ def render_status(status: SwarmStatus, now: float, live: bool = True) -> Rendera
     if status.nodes_not_shown:
         parts.append(Text(f"{status.nodes_not_shown} more nodes are online, without a shard or accepted work"))
     parts.append(Text(summary(status, now)))
+    parts += [Text(plain(line), style="red") for line in stall_lines(status, now)]
     return Group(*parts)
+
+
+def stall_lines(status: SwarmStatus, now: float) -> list[str]:
+    """What does not go on, a line each; of many the first few and their number."""
+    stalls = stalls_of(status)
+    lines = [f"{stall.what} stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}" for stall in stalls[:_STALLS_SHOWN]]
+    if more := len(stalls) - len(lines):
+        lines.append(f"{more} more stalled; `lutetia run why RUN SHARD` explains a shard, --json lists all")
+    return lines
 
 
 def shard_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -> Table:
@@ -113,18 +126,19 @@ def _shard_row(shard: ShardStatus, peers: dict[str, NodeStatus], now: float, wit
     from rich.text import Text
 
     owner, epoch = peers.get(shard.owner or ""), f"{shard.epoch}/{shard.epochs}"
+    state = "stalled" if shard.stall else shard.state
     return {
         "EXPERT": f"{shard.shard:03d}",
         "CLUSTER": shard.name,
         "NODE": short_peer(owner.peer_id) if owner else short(shard.owner),
         "EPOCH": f"{bar(shard.epoch / shard.epochs, 8)} {epoch}" if with_bar else epoch,
         "SAMPLES": f"{thousands(shard.samples)}/{thousands(shard.samples_budget)}",
-        "LOSS": number(shard.holdout_loss),
+        "HELD OUT": number(shard.holdout_loss),
         "CKPT": short(shard.checkpoint),
         "COPIES": "-" if shard.copies is None else str(shard.copies),
         "AGE": ago(now - shard.last_accepted) if shard.last_accepted else "-",
         "LEASE": ago(shard.claim_expires - now) if shard.claim_expires else "-",
-        "STATE": Text(shard.state, style=_STATE_STYLE.get(shard.state, "")),
+        "STATE": Text(state, style=_STATE_STYLE.get(state, "")),
     }
 
 
@@ -163,3 +177,17 @@ def summary(status: SwarmStatus, now: float) -> str:
     if status.done:
         parts.append("all budgets done")
     return "   ".join(parts)
+
+
+def shard_reason(status: SwarmStatus, shard: int, now: float) -> dict[str, Any]:
+    """What holds a shard up, for `lutetia run why`: its state, `since` in Unix seconds, and the sentences. Raises UsageError."""
+    if shard >= len(status.shards):
+        raise UsageError(f"run {status.name} has no shard {shard}; its last is {len(status.shards) - 1}")
+    entry = status.shards[shard]
+    document = {"shard": shard, "state": "stalled" if entry.stall else entry.state, "since": None, "why": None, "remedy": None}
+    if entry.stall:
+        stall = entry.stall
+        text = f"Stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}"
+        return {**document, "since": stall.since, "why": stall.why, "remedy": stall.remedy, "text": text}
+    last = f", the last {ago(now - entry.last_accepted)} ago" if entry.last_accepted else ""
+    return {**document, "text": f"Nothing holds it up: {entry.state}, {entry.epoch} of {entry.epochs} epochs accepted{last}."}

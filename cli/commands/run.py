@@ -1,4 +1,4 @@
-"""`lutetia run create|show|upgrade|rotate`: what a run's owner does."""
+"""`lutetia run create|show|why|upgrade|rotate`: what a run's owner does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lutetia.protocol.schema.manifest import Manifest
+    from lutetia.protocol.schema.status import SwarmStatus
 
 app = typer.Typer(help="Create a run, show its manifest, or change it while it is served.", no_args_is_help=True)
 
@@ -135,6 +136,43 @@ def show(
     """Show and verify a run's manifest."""
     manifest = load_manifest(source, timeout)
     emit(manifest, as_json, lambda: render_manifest(manifest))
+
+
+@app.command("why")
+def why(
+    source: Annotated[
+        str, typer.Argument(help="A run's folder on the coordinator's machine, or a ticket.", metavar="RUN|TICKET")
+    ],
+    shard: Annotated[int, typer.Argument(min=0, help="Index of the shard.", metavar="SHARD")],
+    timeout: Annotated[float, setting("TIMEOUT", "Seconds to wait for each address of a ticket.", min=0.1)] = 8.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say in two sentences what holds a shard up, and what to do."""
+    import time
+
+    from lutetia.cli.status_table import shard_reason
+    from lutetia.system.errors import plain
+
+    status = load_status(source, timeout)
+    reason = shard_reason(status, shard, time.time())
+    emit(reason, as_json, lambda: plain(str(reason["text"])))
+
+
+def load_status(source: str, timeout: float) -> SwarmStatus:
+    """The status that the coordinator wrote into a run's folder, or that a ticket's peers answer. Raises LutetiaError."""
+    from lutetia.cli.commands.swarm import fetch_status, read_status
+    from lutetia.coordinator.run_folder import RunFolder as Folder
+    from lutetia.protocol.schema.ticket import PREFIX
+    from lutetia.system.errors import ConfigError
+
+    if source.startswith(PREFIX) or source.endswith(".txt"):
+        return fetch_status(source, timeout)
+    path = Folder(Path(source)).status
+    try:
+        return read_status(path.read_bytes())
+    except OSError as error:
+        text = f"cannot read {path}: {error.strerror}; give the folder of a run that is or was served, or its ticket"
+        raise ConfigError(text) from error
 
 
 def load_manifest(source: str, timeout: float) -> Manifest:

@@ -130,7 +130,8 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
     if document["shard"] is not None:
         done = f"epoch {document['epoch']} of {document['epochs']}, step {document['step'] or 0} of {document['steps'] or '?'}"
         speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
-        work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, loss {number(document['loss'])}, {speed}"
+        loss = f"training loss {number(document['loss'])}"
+        work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"
     counts = f"{document['accepted']} accepted ({document['accepted_today']} today), {document['refused']} refused"
     device = document["device"] or "a device not yet probed"
     rows = {

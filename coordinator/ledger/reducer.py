@@ -110,7 +110,7 @@ def _changes(state: RunState, event: Event) -> Changes:
         case LineageRolledBack():
             return apply_rolled_back(state, event)
         case RouterTrained():
-            return {"router": event}
+            return {"router": _router(state, event)}
         case MixtureStitched():
             return {"mixture": event}
         case RunFinished():
@@ -119,6 +119,13 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {}
         case _:
             assert_never(event)
+
+
+def _router(state: RunState, event: RouterTrained) -> RouterTrained:
+    """Ledgers of earlier versions repeat the router's event with each mixture; it is as old as its training."""
+    if state.router and state.router.router == event.router:
+        return event.model_copy(update={"time": state.router.time})
+    return event
 
 
 def _created(state: RunState, event: RunCreated) -> Changes:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
 from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
+from lutetia.coordinator.ledger.stalls import ShardFacts, audit_stalls, node_stall, shard_stall
 from lutetia.protocol.claims import LiveClaim
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
@@ -61,6 +62,8 @@ class LiveView:
     """By shard: the histories of its claims."""
     connections: Mapping[str, str] = field(default_factory=dict)
     """The address of each peer that the coordinator is connected to, by peer id."""
+    free_since: Mapping[int, float] = field(default_factory=dict)
+    """By shard: since when no peer has claimed it, in Unix seconds."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
@@ -95,7 +98,10 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         time=now,
         coordinator=state.coordinator,
         software=software,
-        shards=tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards))),
+        shards=tuple(
+            _shard_status(state, manifest, index, held.get(index), live, len(online) - len(holders), now)
+            for index in range(len(state.shards))
+        ),
         nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes),
         nodes_not_shown=len(online) - len(nodes),
         router=_router_status(state),
@@ -113,6 +119,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
             )
         ),
         audits_due=len(state.audits),
+        audit_stalls=audit_stalls(state, manifest, now),
         quarantined=tuple(
             QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))
             for why in list(state.quarantined.values())[-QUARANTINED_SHOWN:]
@@ -161,12 +168,20 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
 
 
 def _shard_status(
-    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, live: LiveView, now: float
+    state: RunState,
+    manifest: Manifest,
+    index: int,
+    claim: Sighting[ClaimRecord] | None,
+    live: LiveView,
+    standbys: int,
+    now: float,
 ) -> ShardStatus:
     shard = state.shards[index]
     covered, patience = _due(state, manifest, claim) if claim else (None, None)
     due = max((moment for moment in (covered, patience) if moment is not None), default=None)
     done = shard.epoch >= state.epochs
+    owner = claim.record.owner if claim else None
+    facts = ShardFacts(owner, due, None if claim else live.free_since.get(index), max(0, standbys))
     return ShardStatus(
         shard=index,
         name=manifest.shards[index].name,
@@ -175,7 +190,7 @@ def _shard_status(
         samples=shard.epoch * manifest.checkpoint_samples,
         samples_budget=manifest.samples_per_shard,
         state=_shard_state(done, claim, due, now),
-        owner=claim.record.owner if claim else None,
+        owner=owner,
         claim_expires=claim.expires if claim else None,
         holdout_loss=shard.acceptance.holdout_loss if shard.acceptance else None,
         checkpoint=shard.accepted,
@@ -186,6 +201,7 @@ def _shard_status(
         audit=shard.audit,
         term=shard.term,
         copies=live.copies.get(shard.accepted) if shard.accepted else None,
+        stall=shard_stall(state, manifest, index, facts, now),
     )
 
 
@@ -210,14 +226,16 @@ def _node_status(
     record = node.record
     link = link_of(connections.get(_peer_id_of(record.owner)))
     peer = state.peer(record.owner)
+    health, shard = _health(state, manifest, record, claim, now), claim.record.shard if claim else None
+    due = max(moment for moment in _due(state, manifest, claim) if moment is not None) if claim else None
     return NodeStatus(
         owner=record.owner,
         peer_id=_peer_id_of(record.owner),
         state=record.state,
-        health=_health(state, manifest, record, claim, now),
+        health=health,
         device=record.hardware.device,
         samples_per_second=record.samples_per_second,
-        shard=claim.record.shard if claim else None,
+        shard=shard,
         accepted=peer.accepted,
         rejected=peer.rejected,
         last_accepted=peer.last_accepted,
@@ -225,6 +243,7 @@ def _node_status(
         relayed=link == "relayed",
         link=link,
         software=record.software,
+        stall=node_stall(state, record.owner, health, shard, due),
     )
 
 

@@ -129,10 +129,7 @@ class Stitcher:
         await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer.digest[:12], list(epochs))
-        stitched = MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest)
-        if router is None:
-            return [stitched]
-        return [router.model_copy(update={"time": self.now(), "epochs": epochs}), stitched]
+        return [MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest)]
 
     def _offer_files(self) -> None:
         """Serve every file of the mixture as a blob; the experts' weights are served already."""

@@ -85,8 +85,11 @@ class SwarmMonitor:
         view, self._since = sighted(nodes, claims, self._since, now)
         longest_gap = LONGEST_GAP * self.manifest.timing.lease
         histories = observed(self.view.histories, view.claims, map(self.shard_view, shards), now, longest_gap)
+        free = free_since(self.view.free_since, view.claims, shards, now)
         connections = await self.transport.connections()
-        self.view = replace(view, copies=self.view.copies, histories=histories, connections=connections)
+        self.view = replace(
+            view, copies=self.view.copies, histories=histories, free_since=free, connections=connections
+        )  # fmt: skip
 
     async def look_at_checkpoints(self) -> None:
         """Call `found` with every result in the DHT."""
@@ -137,6 +140,14 @@ def sighted(
     peers = [sighting(record, expires, (record.owner, -1)) for record, expires in nodes]
     held = [sighting(record, expires, (record.owner, record.shard)) for record, expires in claims if record.state != "released"]
     return LiveView(peers, held), since
+
+
+def free_since(
+    known: Mapping[int, float], claims: Iterable[Sighting[ClaimRecord]], shards: Iterable[int], now: float
+) -> dict[int, float]:
+    """By shard that nobody claims: since when, as this and earlier looks show (`known`)."""
+    claimed = {claim.record.shard for claim in claims}
+    return {shard: known.get(shard, now) for shard in shards if shard not in claimed}
 
 
 def observed(

@@ -54,6 +54,7 @@ def _check_metrics(status: SwarmStatus) -> Iterator[Metric]:
             family.add_metric([spent.check, spent.outcome], value)
     yield from (count, seconds, size)
     yield GaugeMetricFamily("lutetia_audits_due", "Accepted results that wait for an audit.", status.audits_due)
+    yield GaugeMetricFamily("lutetia_audits_stalled", "Audits that do not end.", len(status.audit_stalls))
     yield GaugeMetricFamily("lutetia_peers_quarantined", "Peers whose work an audit found invalid.", len(status.quarantined))
 
 
@@ -63,6 +64,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
     last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
     copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
+    stalled = GaugeMetricFamily("lutetia_shard_stalled", "1 if something holds the shard up.", labels=["shard"])
     states = GaugeMetricFamily("lutetia_shards", "Shards by state.", labels=["state"])
     tally = Tally(shard.state for shard in status.shards)
     for state in ("unclaimed", "claimed", "training", "overdue", "done"):
@@ -71,13 +73,14 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
         label = [str(shard.shard)]
         epochs.add_metric(label, shard.epoch)
         budget.add_metric(label, shard.epochs)
+        stalled.add_metric(label, int(shard.stall is not None))
         if shard.holdout_loss is not None:
             loss.add_metric(label, shard.holdout_loss)
         if shard.last_accepted is not None:
             last.add_metric(label, shard.last_accepted)
         if shard.copies is not None:
             copies.add_metric(label, shard.copies)
-    yield from (epochs, budget, loss, last, copies, states)
+    yield from (epochs, budget, loss, last, copies, stalled, states)
 
 
 def metrics_text(status: SwarmStatus) -> bytes:

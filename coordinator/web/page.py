@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, stalls_of
 from lutetia.system.errors import plain
 
+_STALLS_SHOWN = 64
 _STYLE = """
 :root { color-scheme: light dark; --soft: color-mix(in srgb, currentColor 55%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -15,7 +16,7 @@ p, .soft { color: var(--soft); } table { border-collapse: collapse; width: 100%;
 th { text-align: left; font-weight: 600; } th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #8883; }
 td.n { font-variant-numeric: tabular-nums; } code { font-size: .9em; }
 .bar { background: #8883; border-radius: 3px; height: .6rem; min-width: 7rem; } .bar i { display: block; height: 100%;
-border-radius: 3px; background: #3a86c8; } .overdue, .invalid { color: #c2410c; } .working, .done { color: #15803d; }
+border-radius: 3px; background: #3a86c8; } .overdue, .stalled, .invalid { color: #c2410c; } .working, .done { color: #15803d; }
 """
 
 
@@ -34,7 +35,7 @@ def render_page(status: SwarmStatus, refresh_seconds: int = 5) -> str:
         f'<meta http-equiv="refresh" content="{refresh_seconds}"><meta name="viewport" content="width=device-width">'
         f"<title>{_text(status.name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{_text(status.name)}</h1><p>{facts}</p>"
-        f"{_shards(status)}{_nodes(status)}{_refusals(status)}"
+        f"{_shards(status)}{_stalls(status)}{_nodes(status)}{_refusals(status)}"
         f"<p>Run <code>{_text(status.run)}</code>, manifest version {status.manifest_version}. Also as "
         '<a href="status.json">JSON</a> and <a href="metrics">metrics</a>.</p></body></html>'
     )
@@ -52,14 +53,24 @@ def _shards(status: SwarmStatus) -> str:
 
 def _shard(shard: ShardStatus, now: float) -> str:
     share = 100 * shard.epoch / shard.epochs
+    state = "stalled" if shard.stall else shard.state
     loss = "–" if shard.holdout_loss is None else f"{shard.holdout_loss:.4f}"
     return (
         f"<tr><td>{shard.shard:03d}</td><td>{_text(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
         f'<td><div class=bar><i style="width:{share:.0f}%"></i></div></td><td class=n>{loss}</td>'
         f"<td class=n>{_ago(shard.last_accepted, now)}</td>"
         f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{_text(shard.audit or '–')}</td>"
-        f"<td class={shard.state}>{shard.state}</td></tr>"
+        f"<td class={state}>{_text(state)}</td></tr>"
     )
+
+
+def _stalls(status: SwarmStatus) -> str:
+    rows = [
+        f"<tr><td class=stalled>{_text(stall.what)}</td><td class=n>{_ago(stall.since, status.time)}</td>"
+        f"<td>{_text(stall.why)} {_text(stall.remedy)}</td></tr>"
+        for stall in stalls_of(status)[:_STALLS_SHOWN]
+    ]
+    return _table("Stalled", "what|since|why, and what to do", rows)
 
 
 def _nodes(status: SwarmStatus) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import AliasChoices, ConfigDict, Field, computed_field
@@ -45,6 +46,21 @@ class TolerantDocument(Frozen):
     model_config = ConfigDict(extra="ignore")
 
 
+class StallStatus(TolerantDocument):
+    """What does not go on, and what to do."""
+
+    since: Moment = Field(description="Since when, in Unix seconds")
+    why: Sentence = Field(description="What holds it up, for people")
+    remedy: Sentence = Field(description="What to do, for people")
+
+
+class AuditStall(StallStatus):
+    """An audit that does not end."""
+
+    shard: ShardIndex = Field(description="Index of its shard")
+    epoch: EpochNumber = Field(description="The accepted epoch that is to be replayed")
+
+
 class ShardStatus(TolerantDocument):
     """The accepted work of one shard and who holds it."""
 
@@ -68,6 +84,7 @@ class ShardStatus(TolerantDocument):
     copies: Tally | None = Field(
         default=None, description="Live peers besides coordinators that say they hold the accepted checkpoint; null: not counted"
     )
+    stall: StallStatus | None = Field(default=None, description="What holds the shard up; null: it goes on, or is done")
 
 
 class _CheckNamed(TolerantDocument):
@@ -100,6 +117,7 @@ class NodeStatus(TolerantDocument):
         default=None, description="How the coordinator is connected to it: direct or relayed; null: not connected"
     )
     software: Word = Field(default="", description="Version of Lutetia")
+    stall: StallStatus | None = Field(default=None, description="Why its work does not count; null: it counts, or it has none")
 
 
 class RouterStatus(TolerantDocument):
@@ -170,6 +188,9 @@ class SwarmStatus(TolerantDocument):
         default=(), max_length=1024, description="What the acceptance checks have cost, by check and outcome"
     )
     audits_due: Tally = Field(default=0, description="Accepted results that wait for an audit")
+    audit_stalls: tuple[AuditStall, ...] = Field(
+        default=(), max_length=64, description="The audits that do not end, the oldest first"
+    )
     quarantined: tuple[QuarantineStatus, ...] = Field(
         default=(), max_length=1024, description="The last quarantined peers, oldest first"
     )
@@ -181,3 +202,25 @@ class SwarmStatus(TolerantDocument):
     def done(self) -> bool:
         """Whether every shard's budget is done."""
         return all(shard.epoch >= shard.epochs for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """One thing that does not go on. `what` names it, for people; `since` is in Unix seconds."""
+
+    what: str
+    since: float
+    why: str
+    remedy: str
+
+    @classmethod
+    def of(cls, what: str, stall: StallStatus) -> Stall:
+        return cls(what, stall.since, stall.why, stall.remedy)
+
+
+def stalls_of(status: SwarmStatus) -> list[Stall]:
+    """All that the document says does not go on: shards first, then audits, then nodes, each the oldest first."""
+    shards = [Stall.of(f"expert {shard.shard:03d}", shard.stall) for shard in status.shards if shard.stall]
+    audits = [Stall.of(f"audit of expert {stall.shard:03d} epoch {stall.epoch}", stall) for stall in status.audit_stalls]
+    nodes = [Stall.of(f"node …{node.peer_id[-8:]}", node.stall) for node in status.nodes if node.stall]
+    return [stall for kind in (shards, audits, nodes) for stall in sorted(kind, key=lambda stall: stall.since)]

@@ -1,0 +1,187 @@
+"""What does not go on in a run: what holds it up, since when, and what to do. Pure; two sentences for each.
+
+Each rule looks at facts that the coordinator has itself seen. A stranger's refused result makes no shard red: only results of the
+shard's holder, of a peer with accepted work, or of two peers say something about the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lutetia.coordinator.ledger.events import ResultRefused
+from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, PendingAudit, RunState, ShardLedger
+from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.status import AuditStall, StallStatus
+from lutetia.protocol.schema.verdicts import CheckName
+
+STALLED_AUDIT_TRIES = 2
+"""An audit that ended so often without a verdict counts as stalled."""
+STALLED_AUDIT_TENURES = 6
+"""An audit that has been due for so many tenures counts as stalled."""
+AUDITS_SHOWN = 64
+_REMEDIES: dict[CheckName, str] = {
+    "transfer": "Its author's uploads do not arrive: see the log on both sides, or let another node take the shard.",
+    "format": "Compare the versions of Lutetia in `lutetia swarm status`, and update the older side.",
+    "numbers": "Compare the versions of Lutetia in `lutetia swarm status`; training that diverges needs a new run with a lower "
+    "learning rate.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What the status document knows of a shard besides the ledger. Times are Unix seconds.
+
+    `holder`: who holds it. `due`: when its next acceptance is due. `free_since`: since when nobody claims it. `standbys`: nodes
+    that are online and hold nothing.
+    """
+
+    holder: str | None
+    due: float | None
+    free_since: float | None
+    standbys: int
+
+
+def shard_stall(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    """What holds the shard up; None while it goes on, or once its budget is done."""
+    shard = state.shards[index]
+    if shard.epoch >= state.epochs:
+        return None
+    rules = (_doubted, _refused, _behind_audits, _waiting, _unheld, _overdue)
+    return next((stall for rule in rules if (stall := rule(state, manifest, index, facts, now))), None)
+
+
+def _doubted(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    shard = state.shards[index]
+    doubts = [candidate.doubt for candidate in shard.candidates.values() if candidate.doubt]
+    if not doubts:
+        return None
+    doubt = min(doubts, key=lambda event: event.time)
+    if now - doubt.time <= manifest.timing.lease:
+        return None  # short proofs are part of the work
+    if shard.accepted in state.audits:
+        doing = f"the coordinator replays epoch {shard.epoch}, on which it is built, and then its own epoch"
+    else:
+        doing = "the coordinator replays its whole epoch"
+    why = f"A result for epoch {doubt.epoch} fails the check {doubt.check} ({doubt.text}), and {doing}."
+    remedy = f"Nothing: it is accepted if the replay confirms it. {_looser(doubt.check)}"
+    return StallStatus(since=doubt.time, why=why[:1000], remedy=remedy)
+
+
+def _refused(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    shard = state.shards[index]
+    refusals = [verdict for verdict in shard.judged.values() if isinstance(verdict, ResultRefused) and _says_something(verdict)]
+    owners = {verdict.owner for verdict in refusals}
+    known = any(owner == facts.holder or state.peer(owner).accepted for owner in owners)
+    if not refusals or not (known or len(owners) > 1) or _under_check(shard):
+        return None
+    last, peers = refusals[-1], "peer" if len(owners) == 1 else f"{len(owners)} peers"
+    results = f"{len(refusals)} result{'s' if len(refusals) > 1 else ''} of {'a ' if len(owners) == 1 else ''}{peers}"
+    why = f"{results} for epoch {shard.epoch + 1} did not pass, last at the check {last.check}: {last.text}."
+    return StallStatus(since=refusals[0].time, why=why[:1000], remedy=_remedy(index, shard, last.check))
+
+
+def _says_something(verdict: ResultRefused) -> bool:
+    """Refusals before anything is fetched, and those of quarantined peers, concern their author alone."""
+    return verdict.again_at is None and verdict.check in ("transfer", "format", "numbers", "holdout", "raw")
+
+
+def _under_check(shard: ShardLedger) -> bool:
+    return any(not candidate.attempts for candidate in shard.candidates.values())
+
+
+def _remedy(index: int, shard: ShardLedger, check: CheckName) -> str:
+    if check not in LOSS_CHECKS:
+        return _REMEDIES.get(check, "See the coordinator's log.")
+    again = "The same result, made again, is replayed and accepted if the replay confirms it."
+    back = f" Or go back an epoch: `lutetia coordinator rollback RUN {index} {shard.epoch - 1}`." if shard.epoch else ""
+    return f"{again} {_looser(check)}{back}"
+
+
+def _looser(check: CheckName) -> str:
+    field = "raw_tolerance" if check == "raw" else "holdout_tolerance"
+    return f"To accept more at once, loosen the check: `lutetia run upgrade RUN --set {field}=…`."
+
+
+def _behind_audits(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    audits = [audit for audit in state.audits.values() if audit.shard == index]
+    oldest = min(audits, key=lambda audit: audit.epoch, default=None)
+    if oldest is None or state.shards[index].epoch + 1 - oldest.epoch <= HISTORY - 2:
+        return None
+    why = f"The audit of epoch {oldest.epoch} is {HISTORY - 2} epochs behind, and results wait until it is done."
+    remedy = "Let more nodes stand by, which take audits, or give the coordinator a faster machine."
+    return StallStatus(since=oldest.since, why=why, remedy=remedy)
+
+
+def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    """A result whose checks take a lease longer than checks took so far."""
+    waiting = [candidate for candidate in state.shards[index].candidates.values() if not candidate.doubt]
+    oldest = min(waiting, key=lambda candidate: candidate.seen, default=None)
+    usual = sum(cost.seconds for (check, _), cost in state.spent.items() if check != "audit") / max(1, state.accepted)
+    if oldest is None or now - oldest.seen <= manifest.timing.lease + 3 * usual:
+        return None
+    tried = f" after {oldest.attempts} tries without a verdict" if oldest.attempts else ""
+    why = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} still waits for its checks{tried}."
+    last = next((r.text for r in reversed(state.refusals) if r.checkpoint == oldest.record.digest), "")
+    remedy = f"See the coordinator's log{f' ({last[:600]})' if last else ''}; if the checks are slow, raise checks_at_once."
+    return StallStatus(since=oldest.seen, why=why, remedy=remedy)
+
+
+def _unheld(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    if facts.free_since is None or now - facts.free_since <= manifest.timing.lease:
+        return None
+    if facts.standbys:
+        why = f"No node holds it, although {facts.standbys} stand{'s' if facts.standbys == 1 else ''} by."
+        remedy = "Ask those nodes why: `lutetia status` says whether the shard fits them, or they avoid it after refusals."
+    else:
+        why, remedy = "No node holds it, and none stands by.", "Find more volunteers: `lutetia join TICKET` on another machine."
+    return StallStatus(since=facts.free_since, why=why, remedy=remedy)
+
+
+def _overdue(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    if facts.holder is None or facts.due is None or now <= facts.due:
+        return None
+    why = f"{_peer(facts.holder)} holds it, and no result of it was accepted in the time that its epochs took so far."
+    remedy = "Look at `lutetia status` on that node; once its claim protects it no more, a standby takes the shard."
+    return StallStatus(since=facts.due, why=why, remedy=remedy)
+
+
+def node_stall(state: RunState, owner: str, health: str, shard: int | None, due: float | None) -> StallStatus | None:
+    """Why the node's work does not count, for a node that is overdue or quarantined. `due`: since when it is overdue."""
+    if health == "quarantined":
+        event = state.quarantined[owner]
+        remedy = "If its operator explains it, `lutetia coordinator pardon RUN PEER` lifts the quarantine."
+        return StallStatus(since=event.time, why=f"It is quarantined: {event.text[:900]}.", remedy=remedy)
+    if health != "overdue" or shard is None or due is None:
+        return None
+    last = next((refusal for refusal in reversed(state.refusals) if refusal.owner == owner and refusal.shard == shard), None)
+    if last:
+        why = f"Its last result for shard {shard} did not pass the check {last.check}: {last.text[:800]}."
+        return StallStatus(since=due, why=why, remedy=f"`lutetia run why RUN {shard}` says what holds the shard up.")
+    why = f"It holds shard {shard}, and offers no result."
+    return StallStatus(since=due, why=why, remedy="Look at `lutetia status` and the log on that node.")
+
+
+def audit_stalls(state: RunState, manifest: Manifest, now: float) -> tuple[AuditStall, ...]:
+    """The audits that do not end, the oldest first."""
+    due = sorted(state.audits.values(), key=lambda audit: (audit.since, audit.checkpoint))
+    return tuple(_stalled_audits(due, manifest, now))[:AUDITS_SHOWN]
+
+
+def _stalled_audits(audits: list[PendingAudit], manifest: Manifest, now: float) -> Iterator[AuditStall]:
+    patience = STALLED_AUDIT_TENURES * manifest.timing.tenure
+    for audit in audits:
+        if audit.attempts < STALLED_AUDIT_TRIES and now - audit.since <= patience:
+            continue
+        part = "whole epoch" if audit.whole else "first steps"
+        if audit.attempts:
+            why = f"{audit.attempts} replays of the {part} ended without a verdict."
+        else:
+            why = f"The replay of the {part} has not been done for {STALLED_AUDIT_TENURES} tenures."
+        remedy = "The coordinator's log says why; more standbys, or a faster coordinator, replay more."
+        yield AuditStall(since=audit.since, why=why, remedy=remedy, shard=audit.shard, epoch=audit.epoch)
+
+
+def _peer(owner: str) -> str:
+    return f"node …{peer_id_of(owner)[-8:]}"
