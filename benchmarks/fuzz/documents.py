@@ -15,6 +15,7 @@ from lutetia.coordinator.ledger import events
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.models.mixing.layout import check_weights_index, read_index
 from lutetia.node.control import read_answer, read_request
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
@@ -77,6 +78,12 @@ def event_log(data: bytes) -> None:
         canonical(status(state, examples.manifest(), LiveView(), examples.NOW))
 
 
+def mixture(data: bytes) -> None:
+    """Read a mixture's description, and decide which files are fetched, as `swarm fetch` does."""
+    described = read_description(data).mixture
+    assert described.known_files.items() <= described.files.items()
+
+
 def _event_logs() -> Sequence[bytes]:
     lines = [canonical(event) for event in examples.all_events()]
     return [b"\n".join(lines), *lines]
@@ -90,7 +97,14 @@ DOCUMENTS = (
     Target("manifest-body", manifest_body, lambda: [canonical(examples.manifest())], most_bytes=MAX_MANIFEST_BYTES),
     Target("events", event_log, _event_logs, (ValidationError,)),
     Target("status", read_status, lambda: [examples.status_document()], most_bytes=MAX_STATUS_BYTES),
-    Target("mixture", read_description, lambda: [examples.signed_mixture()]),
+    Target("mixture", mixture, lambda: [examples.signed_mixture()]),
+    Target("mixture-index", read_index, lambda: [examples.mixture_index()]),
+    Target(
+        "weights-index",
+        check_weights_index,
+        lambda: [b'{"weight_map":{"a":"diffusion_pytorch_model-00001-of-00002.safetensors"}}'],
+        (ValueError,),
+    ),
     Target("control-request", read_request, lambda: [b'{"verb":"status"}', b'{"verb":"pause","seconds":60.5}'], most_bytes=4096),
     Target(
         "control-answer",

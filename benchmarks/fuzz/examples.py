@@ -10,6 +10,7 @@ from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.models.mixing.description import ExpertEntry, MixtureDocument, SignedMixture
+from lutetia.models.mixing.layout import COMPONENTS, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.rpc.introduction import Hello
 from lutetia.protocol.schema import records
@@ -148,9 +149,18 @@ def signed_mixture() -> bytes:
         name="shard 0", folder="expert_000", class_name=run.expert.class_name, prediction="velocity", noise_schedule="linear",
         prior=0.5, epoch=1, samples=24, checkpoint="5" * 64,
     )  # fmt: skip
-    files = {"expert_000/config.json": blob("c"), "model_index.json": blob("i")}
+    names = ("expert_000/config.json", f"expert_000/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json")
+    files = {
+        **{name: blob(name) for name in names},
+        "model_index.json": blob("i"),
+        "pipeline.py": ChunkTable.of_bytes(PIPELINE).ref,
+    }
     document = MixtureDocument(
         name=run.name, run=run.run_id, manifest=run.run_id, manifest_version=1, latent=run.latent, sampling=run.sampling,
         experts=(entry,), files=files,
     )  # fmt: skip
     return canonical(SignedMixture.sign(document, COORDINATOR.sign))
+
+
+def mixture_index() -> bytes:
+    return canonical({**{name: list(known[0]) for name, known in COMPONENTS.items()}, "latent": LATENT.model_dump(mode="json")})
