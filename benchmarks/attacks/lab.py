@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
-from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, secret_steps
 from lutetia.coordinator.acceptance.checks import Verdict, run_checks
 from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, finding_of, noise_bounds
@@ -31,6 +32,12 @@ from lutetia.system.process import Message, ParentChannel
 
 STEPS, BATCH, EPOCHS, HOLDOUT = 16, 4, 4, 16
 SHORT = 4
+_DRAWS = 2000
+DRAWN = {
+    steps: count / _DRAWS
+    for steps, count in Counter(secret_steps((n + 0.5) / _DRAWS, SHORT, STEPS) for n in range(_DRAWS)).items()
+}
+"""How often an audit replays so many first steps."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Audited:
-    """`first` is what a replay of the first SHORT steps finds, `whole` one of the epoch."""
+    """`first` is what a replay of the first SHORT steps finds, `whole` one of the epoch.
+
+    `chance`: the probability that an audit of a secret number of first steps convicts.
+    """
 
     first: AuditFinding
+    chance: float
     whole: AuditFinding
     drift: float | None
     noise: float | None
@@ -208,8 +219,13 @@ class Lab:
         """
         author = claimed or result.made
         replayed = self._replayed(result, parent, author)
-        few = replayed.model_copy(update={"losses": replayed.losses[:SHORT], "drift": None, "noise": None})
-        return Audited(finding_of(few, author), finding_of(replayed, author), replayed.drift, replayed.noise)
+        whole, by_steps = finding_of(replayed, author), {}
+        for steps in range(SHORT, STEPS + 1):
+            few = replayed.model_copy(update={"losses": replayed.losses[:steps], "drift": None, "noise": None})
+            by_steps[steps] = finding_of(few, author)
+        convicts = {steps: (whole if found.closer else found).outcome == "invalid" for steps, found in by_steps.items()}
+        chance = sum(share for steps, share in DRAWN.items() if convicts[steps])
+        return Audited(by_steps[SHORT], chance, whole, replayed.drift, replayed.noise)
 
     def _replayed(self, result: Result, parent: Result | None, author: TrainedWith) -> EpochReplayed:
         """The worker's answer; an earlier one, where it would be the same."""

@@ -34,7 +34,9 @@ def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str
     for name, claimed in devices.items():
         audited = lab.audited(result, parent, claimed)
         first, whole = audited.first, audited.whole
-        yield Replays(name, audited.begun_short, first.closer, whole.outcome, whole.text, audited.drift, audited.noise)
+        yield Replays(
+            name, audited.begun_short, audited.chance, first.closer, whole.outcome, whole.text, audited.drift, audited.noise
+        )
 
 
 async def judged(

@@ -16,11 +16,13 @@ OWN, *OTHERS = EXCUSES
 class Replays(NamedTuple):
     """What audits of one result find when its author claims that it was made on `device` ("": the truth).
 
-    `short` begins with the first steps; `closer`: it also replayed the whole epoch. `whole` replays the whole epoch at once.
+    `short` begins with the first SHORT steps; `closer`: it also replayed the whole epoch. `chance`: the probability that an audit
+    of a secret number of first steps convicts. `whole` replays the whole epoch at once.
     """
 
     device: str
     short: str
+    chance: float
     closer: bool
     whole: str
     text: str
@@ -95,7 +97,7 @@ def whole_table(tries: Sequence[Try]) -> str:
 def _audit_chance(lie: Try, device: str) -> float:
     """The chance that one audit finds it invalid, when WHOLE_SHARE of audits replay the whole epoch."""
     replay = next((one for one in lie.audits if one.device == device), None)
-    return (1 - WHOLE_SHARE) * (replay.short == "invalid") + WHOLE_SHARE * (replay.whole == "invalid") if replay else 0.0
+    return (1 - WHOLE_SHARE) * replay.chance + WHOLE_SHARE * (replay.whole == "invalid") if replay else 0.0
 
 
 def honest_table(good: Sequence[Try]) -> str:

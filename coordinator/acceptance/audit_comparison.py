@@ -150,6 +150,23 @@ def audit_due(streak: int, needed: int, lottery: float) -> bool:
     return streak < needed or lottery * streak < 1
 
 
+def secret_steps(draw: float, fewest: int, epoch: int) -> int:
+    """How many first steps an audit replays that is not of the whole epoch: `fewest`, half as many more on average, at most all.
+
+    It is k or more with a probability in proportion to 1 / k. So whoever stops training early risks more the earlier it stops.
+
+    Args:
+        draw: uniform in [0, 1) and unpredictable to the peer.
+        fewest: the manifest's `replay_steps`.
+        epoch: steps of an epoch.
+    """
+    fewest = max(1, fewest)
+    if epoch <= fewest:
+        return epoch
+    share = fewest / 2 / sum(1 / step for step in range(fewest + 1, epoch + 1))
+    return epoch if draw * epoch < share else max(fewest, math.ceil(share / draw) - 1)
+
+
 def lottery(secret: bytes, checkpoint: str, purpose: str = "audit") -> float:
     """Uniform in [0, 1) for each checkpoint and purpose; unpredictable without the coordinator's secret."""
     return int.from_bytes(hashlib.sha256(purpose.encode() + secret + checkpoint.encode()).digest()[:7], "big") / (1 << 56)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
-from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery
+from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery, secret_steps
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
 from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits, roll_back
-from lutetia.coordinator.acceptance.transition import JudgeTransition
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
 from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger
 from lutetia.protocol.schema.canonical import digest_of
@@ -140,7 +140,15 @@ def _audit_job(transition: JudgeTransition, audit: PendingAudit) -> StartAudit:
     link = shard.link(audit.checkpoint)
     assert link is not None, "a due audit is of an accepted epoch: a rollback removes it"
     before = shard.before(link)
-    return StartAudit(audit, link, before.acceptance if before else None)
+    return StartAudit(audit, link, before.acceptance if before else None, steps_of(transition.rules, audit))
+
+
+def steps_of(rules: JudgeRules, audit: PendingAudit) -> int:
+    """How many steps a replay takes: all, or a secret number of first ones. The same at each try."""
+    epoch = rules.manifest.steps_per_epoch
+    if audit.whole:
+        return epoch
+    return secret_steps(lottery(rules.secret, audit.checkpoint, "steps"), rules.manifest.audit.replay_steps, epoch)
 
 
 def finish_audit(transition: JudgeTransition, done: Audited) -> None:

@@ -141,11 +141,12 @@ class Publish:
 
 @dataclass(frozen=True)
 class StartAudit:
-    """Replay this accepted epoch from `parent` (None: from the beginning), then send `Audited`."""
+    """Replay `steps` first steps of this accepted epoch from `parent` (None: from the beginning), then send `Audited`."""
 
     audit: PendingAudit
     link: AcceptedEpoch
     parent: AcceptanceRecord | None
+    steps: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ shard at a time, and after each that found nothing a lease, two, four … up to 
 
 from __future__ import annotations
 
-from lutetia.coordinator.acceptance.audit_policy import audit_parent, audits_lag
+from lutetia.coordinator.acceptance.audit_policy import audit_parent, audits_lag, steps_of
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import DiscardCandidate, Proved, StartAudit, StartProof
 from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits
@@ -101,7 +101,7 @@ def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAu
     )  # fmt: skip
     link = AcceptedEpoch(end, transition.now, run.budgets, record.trace, record.made)
     due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True)
-    return StartAudit(due, link, run.shards[record.shard].acceptance)
+    return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due))
 
 
 def finish_proof(transition: JudgeTransition, proved: Proved) -> Verdict | None:

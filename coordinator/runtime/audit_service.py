@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
+from lutetia.coordinator.acceptance.audit_policy import steps_of
 from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, LendAudit, StartAudit
 from lutetia.coordinator.acceptance.rate_limits import RateWindow
 from lutetia.coordinator.ledger.run_state import RunState
@@ -72,8 +73,7 @@ class AuditService:
         link = audit and run.shards[audit.shard].link(report.checkpoint)
         if audit is None or link is None or link.trace is None or link.made is None:
             return AuditFinding(outcome="inconclusive", text="the result was rolled back meanwhile")
-        policy, steps = self.manifest.audit, self.manifest.steps_per_epoch
-        asked = steps if audit.whole else min(steps, policy.replay_steps)
+        asked = steps_of(self.judge_loop.rules, audit)
         if len(report.losses) != asked or (audit.whole and report.drift is None):
             return AuditFinding(
                 outcome="inconclusive", text=f"it reports {len(report.losses)} losses; {asked} steps were asked for"
@@ -104,12 +104,11 @@ def _hosts(record: NodeRecord) -> set[str]:
 def job_of(audit: StartAudit, until: float, manifest: Manifest) -> AuditJob:
     """Tell the peer where to begin and how far to go, but not the author's losses."""
     due, link, parent = audit.audit, audit.link, audit.parent
-    given, policy = link.acceptance, manifest.audit
+    given = link.acceptance
     init = manifest.expert_of(due.shard).init
     return AuditJob(
         checkpoint=due.checkpoint, shard=due.shard, epoch=due.epoch, epochs=link.budgets[0],
-        steps=manifest.steps_per_epoch if due.whole else min(manifest.steps_per_epoch, policy.replay_steps),
-        precision=link.made.precision if link.made else "float32",
+        steps=audit.steps, precision=link.made.precision if link.made else "float32",
         weights=parent.weights if parent else init, state=parent.state if parent else None,
         end_weights=given.weights if due.whole else None, end_state=given.state if due.whole else None, until=until,
     )  # fmt: skip

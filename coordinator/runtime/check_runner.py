@@ -157,7 +157,7 @@ class NetworkCheckRunner:
         return ReplayEpoch(
             shard=due.shard, epoch=due.epoch - 1, data=self._path(self.manifest.shards[due.shard].train),
             weights=weights and self._path(weights), state=state and self._path(state),
-            trace=self._path(audit.link.trace), precision=made.precision, steps=self.manifest.audit.replay_steps, epochs=epochs,
+            trace=self._path(audit.link.trace), precision=made.precision, steps=audit.steps, epochs=epochs,
             end=(self._path(given.weights), self._path(given.state)) if due.whole else None, doubt=noise_bounds(made),
         )  # fmt: skip
 

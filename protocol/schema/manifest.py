@@ -200,7 +200,10 @@ class AuditPolicy(WireDocument):
     """
 
     streak: Count = Field(default=10, description="Valid results in a row after which not every result is audited")
-    replay_steps: Tally = Field(default=4, description="Training steps that an audit replays, from the start of the epoch")
+    replay_steps: Tally = Field(
+        default=4,
+        description="Fewest first steps of an epoch that an audit replays: half as many more on average, how many is secret",
+    )
     whole_epoch: float = Field(
         default=0.05, ge=0, le=1, description="Share of audits that replay the whole epoch, drawn by a lottery nobody can foresee"
     )

@@ -19,11 +19,6 @@ AuditorPolicy = Literal["honest", "valid", "invalid"]
 """Whether an auditor reports what it found, or always the same without a replay."""
 
 
-def replay_steps(world: World, audit: PendingAudit) -> int:
-    """How many steps a replay takes."""
-    return world.manifest.steps_per_epoch if audit.whole else world.manifest.audit.replay_steps
-
-
 def replay_finding(world: World, audit: PendingAudit) -> AuditFinding:
     """The finding of a replay: the first steps show that none were taken, only the whole epoch shows a faked end."""
     faked = world.blobs.contents[audit.checkpoint].faked
@@ -97,7 +92,7 @@ class SimulatedAuditor:
         try:
             for parcel in fetched:
                 await world.blobs.fetch(node, parcel, parcels[parcel], world.coordinators)
-            left = config.epoch_seconds * replay_steps(world, audit) / world.manifest.steps_per_epoch / node.machine.speed
+            left = config.epoch_seconds * job.steps / world.manifest.steps_per_epoch / node.machine.speed
             while left > 0:
                 if not self._free(boot) or node.clock() >= until:
                     return None

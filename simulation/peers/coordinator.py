@@ -38,7 +38,7 @@ from lutetia.simulation.config import COORDINATOR, MIB
 from lutetia.simulation.interfaces import Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
 from lutetia.simulation.peers.announcer import OwnRecords, SimulatedRecordStore
-from lutetia.simulation.peers.auditor import replay_finding, replay_steps
+from lutetia.simulation.peers.auditor import replay_finding
 from lutetia.simulation.peers.check_runner import SimulatedCheckRunner
 from lutetia.simulation.peers.manifest_updates import ServedManifest
 from lutetia.simulation.peers.streams import shard_parcel
@@ -260,7 +260,7 @@ class SimulatedCoordinator:
 
     async def _replay(self, action: j.StartAudit) -> AuditFinding:
         """A replay by the coordinator, at the speed of a node of speed 1."""
-        world, steps = self.world, replay_steps(self.world, action.audit)
+        world, steps = self.world, action.steps
         await SimulatedDelay(world.config.epoch_seconds * steps / world.manifest.steps_per_epoch)
         return replay_finding(world, action.audit)
 

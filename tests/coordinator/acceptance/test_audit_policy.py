@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, audit_due, lottery
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, audit_due, lottery, secret_steps
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import (
     Audited,
@@ -223,6 +223,35 @@ def test_a_conviction_quarantines_rolls_back_and_re_audits():
     )
     assert driver.audits[-1].audit.checkpoint == earlier.digest, "it is the oldest"
     assert faked.digest not in run.audits
+
+
+@pytest.mark.parametrize(("fewest", "epoch"), [(4, 16), (4, 100), (8, 40)])
+def test_how_many_steps_are_replayed_is_secret_and_half_as_many_more_on_average(fewest: int, epoch: int):
+    steps = [secret_steps((place + 0.5) / 20_000, fewest, epoch) for place in range(20_000)]
+    assert sum(steps) / len(steps) == pytest.approx(1.5 * fewest, rel=0.02)
+    assert (min(steps), max(steps)) == (fewest, epoch)
+    reach = {k: sum(count >= k for count in steps) for k in (fewest + 1, epoch)}
+    assert reach[fewest + 1] / reach[epoch] == pytest.approx(epoch / (fewest + 1), rel=0.1), "k or more: in proportion to 1 / k"
+
+
+@pytest.mark.parametrize(("fewest", "epoch", "expected"), [(4, 4, 4), (4, 3, 3), (9, 1, 1)])
+def test_short_epochs_are_replayed_to_their_last_step(fewest: int, epoch: int, expected: int):
+    assert {secret_steps(draw, fewest, epoch) for draw in (0.0, 1e-9, 0.5, 0.999)} == {expected}
+
+
+def test_an_audit_replays_equally_many_steps_at_each_try_and_results_differ():
+    driver = drive_judge(shards=1, epochs=12, checkpoint_samples=32, samples_per_shard=384, audit={"whole_epoch": 0})
+    counts = []
+    for epoch in range(12):
+        driver.accept(HONEST, text=str(epoch))
+        counts.append(driver.audits[-1].steps)
+        driver.finish_audit("inconclusive")
+        driver.now += 3600
+        driver.send(JudgeTick(driver.now))
+        assert driver.audits[-1].steps == counts[-1]
+        driver.finish_audit("valid")
+    assert len(set(counts)) > 1
+    assert min(counts) >= driver.manifest.audit.replay_steps
 
 
 def test_a_quarantined_peer_is_refused_until_pardoned():
