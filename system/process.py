@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from lutetia.system.forked import MAX_LINE, TEMPLATE, fork_child
 
 _PR_SET_PDEATHSIG = 1
-MAX_LINE = 1 << 20
 
 Message = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def die_with_parent(parent: int) -> None:
@@ -57,15 +60,37 @@ def raise_file_limit(wanted: int = 65_536) -> int | None:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+class ChildProcess(Protocol):
+    """The part of `asyncio.subprocess.Process` that a `Child` needs; a forked process has it, too."""
+
+    @property
+    def stdin(self) -> asyncio.StreamWriter | None: ...
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int: ...
+
+
 class Child:
     """A child process `python -m module` in its own process group, as its parent's event loop sees it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: ChildProcess) -> None:
         self.process = process
 
     @classmethod
     async def start(cls, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Start a child with `environment` added to this process's. It writes to this process's stderr."""
+        """Start a child with `environment` added to this process's. It writes to this process's stderr.
+
+        Where LUTETIA_TEMPLATE names a template process, that forks the child.
+        """
+        if name := os.environ.get(TEMPLATE):
+            try:
+                return cls(await fork_child(name, module, arguments, {**os.environ, **(environment or {})}))
+            except (OSError, ValueError) as error:
+                _log.warning("no process can be forked from the template %s (%s): starting %s anew", name, error, module)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, *arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_LINE, start_new_session=True,

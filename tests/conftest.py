@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.child_environment import template_process
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -28,6 +30,11 @@ LONGEST = (
     "coordinator/admin/test_upgrade_live.py",
 )
 """Start with these: a long file that comes last keeps one process busy while the others have nothing left to do."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # not where xdist only hands out the tests
+        template_process()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

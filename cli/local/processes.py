@@ -7,15 +7,19 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lutetia.system.errors import LutetiaError, UnreachableError
+from lutetia.system.forked import TEMPLATE, start_template
 
 STOP_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 COORDINATOR = "coordinator"
+_IMPORTS = ("diffusers.models.transformers", "lutetia.node.trainer.loop", "lutetia.coordinator.worker.process")
+"""What the trainers and workers of a swarm import. On Linux they are forked from one process that has done it."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -55,22 +59,29 @@ class LocalSwarm:
 
     logs: Path
     members: dict[str, LocalProcess] = field(default_factory=dict)
+    _template: tuple[str, subprocess.Popen[bytes]] | None = None
 
     async def __aenter__(self) -> LocalSwarm:
         self.logs.mkdir(parents=True, exist_ok=True)
+        if sys.platform.startswith("linux") and not os.environ.get(TEMPLATE):
+            self._template = start_template(*_IMPORTS)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.shield(self.stop(*self.members))
+        if self._template:
+            self._template[1].kill()
+            self._template[1].wait()
 
     async def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> LocalProcess:
         """Run `lutetia ARGUMENTS` as process `name`; its output goes to `logs/name.log`."""
         log = self.logs / f"{name}.log"
+        template = {TEMPLATE: self._template[0]} if self._template else {}
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "lutetia.cli", *arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                env={**os.environ, "NO_COLOR": "1", **(environment or {}), "LUTETIA_PARENT": str(os.getpid())},
+                env={**os.environ, **template, "NO_COLOR": "1", **(environment or {}), "LUTETIA_PARENT": str(os.getpid())},
             )  # fmt: skip
         self.members[name] = member = LocalProcess(name, process, log)
         return member

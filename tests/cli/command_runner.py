@@ -9,14 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.system import tether
-from tests.child_environment import child_environment
+from lutetia.system.forked import TEMPLATE, ForkRequest, ask_to_fork
+from tests.child_environment import clean_environment, template_process
 
 Result = TypeVar("Result")
 
@@ -24,28 +23,17 @@ Result = TypeVar("Result")
 def lutetia(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`lutetia ARGUMENTS` in a process forked from one that has the imports done (see `tests.cli.fork_server`)."""
+    """`lutetia ARGUMENTS` in a process forked from one that has the imports done (see `lutetia.system.template`)."""
     words = [str(word) for word in arguments]
-    server = _fork_server()
-    assert server.stdin
-    assert server.stdout
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        request = {
-            "arguments": words, "cwd": str(cwd or Path.cwd()), "seconds": timeout, "out": out.name, "err": err.name,
-            "environment": {**_environment(environment), "LUTETIA_PARENT": str(server.pid)},
-        }  # fmt: skip
-        print(json.dumps(request), file=server.stdin, flush=True)
-        code = json.loads(server.stdout.readline())["code"]
-        return subprocess.CompletedProcess(words, code, out.read(), err.read())
-
-
-@cache
-def _fork_server() -> subprocess.Popen[str]:
-    """One for this process, started when it is first needed. It ends when its stdin does, or when this process is killed."""
-    return subprocess.Popen(
-        [*tether.command(sys.executable), "-m", "tests.cli.fork_server"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(DIFFUSERS_VERBOSITY="error"),
-    )  # fmt: skip
+    template_process()
+    request = ForkRequest("lutetia.cli", tuple(words), str(cwd or Path.cwd()), _environment(environment), os.getpid())
+    with Path(os.devnull).open() as empty, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with ask_to_fork(os.environ[TEMPLATE], request, (empty.fileno(), out.fileno(), err.fileno())) as connection:
+            connection.settimeout(timeout)
+            pid, code = connection.makefile().read().split()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess([*words, f"(process {pid})"], int(code), out.read(), err.read())
 
 
 def fresh_lutetia(*arguments: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +46,7 @@ def fresh_lutetia(*arguments: str | Path, timeout: float = 240, **environment: s
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
     """Without the caller's own LUTETIA_ variables; the process ends with this one."""
-    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
-    return {**base, "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid()), **more}
+    return {**clean_environment(), "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid()), **more}
 
 
 def one_process(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lutetia.protocol.schema.identity import Identity
+from tests.child_environment import clean_environment
 from tests.cli.command_runner import failure, fresh_lutetia, lutetia, one_process, processor_time, ticket
 
 COMMANDS = (
@@ -171,9 +172,8 @@ def closed_pipe() -> Iterator[int]:
 
 
 def run_into(output: int, *arguments: str, errors: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
-    base = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     command = [sys.executable, "-m", "lutetia.cli", *arguments]
-    return subprocess.run(command, stdout=output, stderr=errors, text=True, env={**base, **environment})
+    return subprocess.run(command, stdout=output, stderr=errors, text=True, env={**clean_environment(), **environment})
 
 
 def test_doctor_passes_on_this_machine(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ async def test_killed_in_the_middle_of_a_step(pair: Pair) -> None:
 async def test_killed_in_the_middle_of_writing_a_checkpoint(pair: Pair) -> None:
     """F1. A torn file never counts, and the next daemon on the folder sweeps it away."""
     holder, standby = await pair.ready()
-    trainer = holder.child("node.trainer")
+    trainer = holder.child("trainer")
 
     def torn_epoch() -> list[Path]:
         return [path for path in parts(holder.work) if "epoch" in str(path.relative_to(holder.work))]
@@ -102,7 +102,7 @@ async def test_asleep_past_its_lease_it_wakes_up_fenced(pair: Pair) -> None:
 async def test_its_trainer_is_killed_for_memory(pair: Pair) -> None:
     """F15. What the kernel does to a process that takes too much: the daemon starts another from the last local state."""
     holder, _ = await pair.ready()
-    trainer, work = holder.child("node.trainer"), CheckpointFolder(holder.work.parent, pair.world.run.run, 0)
+    trainer, work = holder.child("trainer"), CheckpointFolder(holder.work.parent, pair.world.run.run, 0)
 
     def in_an_epoch() -> bool:
         local, done = work.local(), [kept.epoch for kept in work.kept()]
@@ -122,7 +122,7 @@ async def test_its_trainer_is_killed_for_memory(pair: Pair) -> None:
 async def test_its_trainer_hangs(pair: Pair) -> None:
     """F15. A driver that never answers: the silent trainer is killed and started again, while the daemon holds the lease."""
     holder, standby = await pair.ready()
-    trainer, mark = holder.child("node.trainer"), holder.mark()
+    trainer, mark = holder.child("trainer"), holder.mark()
     trainer.suspend()
     await holder.says("no report for", mark)
     await gone([trainer])
@@ -134,11 +134,11 @@ async def test_its_trainer_hangs(pair: Pair) -> None:
 async def test_its_network_process_is_killed(pair: Pair) -> None:
     """F5. hivemind's own sign of life lies then; ours does not. Training goes on while the network is built anew."""
     holder, _ = await pair.ready()
-    trainer, author = holder.child("node.trainer"), await owner(holder)
+    trainer, author = holder.child("trainer"), await owner(holder)
     holder.child("p2pd").kill()
     await holder.until(online=False)
     await holder.until(online=True, state="training")
-    assert holder.child("node.trainer").pid == trainer.pid, "training went on"
+    assert holder.child("trainer").pid == trainer.pid, "training went on"
     await pair.coordinator.accepts(1, author=author)
 
 

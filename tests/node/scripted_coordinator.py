@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lutetia.node.control import ask
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
@@ -24,7 +26,7 @@ from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 from lutetia.system.errors import LutetiaError
-from tests.child_environment import child_environment
+from tests.child_environment import child_environment, forked_for
 from tests.node.tiny_run import COORDINATOR, OWNER, TinyRun
 
 
@@ -150,18 +152,12 @@ class DaemonProcess:
 
 
 def children_of(pid: int) -> set[int]:
-    """All descendants of a process, by /proc."""
-    found: set[int] = set()
-    fresh = {pid}
-    while fresh:
-        parents, fresh = fresh, set()
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = path.read_text().rpartition(")")[2].split()
-                if int(fields[1]) in parents and int(path.parent.name) not in found:
-                    fresh.add(int(path.parent.name))
-        found |= fresh
-    return found
+    """All descendants of a process, and what was forked for it."""
+    try:
+        descendants = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        descendants = []
+    return {process.pid for process in (*descendants, *forked_for(pid))}
 
 
 def running(pids: set[int]) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -11,6 +10,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lutetia.node.control import ask
@@ -37,13 +37,8 @@ async def coordinator(tmp_path: Path) -> AsyncIterator[ScriptedCoordinator]:
         yield coordinator
 
 
-async def command_of(pid: int) -> str:
-    data = await asyncio.to_thread(Path(f"/proc/{pid}/cmdline").read_bytes)
-    return data.replace(b"\0", b" ").decode()
-
-
-async def child(daemon: DaemonProcess, command: str) -> set[int]:
-    return {pid for pid in running(children_of(daemon.process.pid)) if command in await command_of(pid)}
+def child(daemon: DaemonProcess, name: str) -> set[int]:
+    return {pid for pid in running(children_of(daemon.process.pid)) if psutil.Process(pid).name().startswith(name)}
 
 
 async def test_daemon_life_from_join_to_leave(coordinator: ScriptedCoordinator, tmp_path: Path):
@@ -64,7 +59,7 @@ async def test_daemon_life_from_join_to_leave(coordinator: ScriptedCoordinator, 
 
 
 async def pause_and_resume(coordinator: ScriptedCoordinator, daemon: DaemonProcess, shard: int) -> None:
-    trainer = await child(daemon, "node.trainer")
+    trainer = child(daemon, "trainer")
     await ask(daemon.state, "pause")
     await daemon.until(state="paused", shard=None)
     await eventually(lambda: claims_are(coordinator, shard, "released"))
@@ -137,7 +132,7 @@ async def test_full_disk_is_one_sentence_and_work_resumes(coordinator: ScriptedC
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
             ballast = fill(disk, leave=20_000)
             status = await daemon.until(problem=lambda text: text and "no space left" in text)
-            for pid in await child(daemon, "node.trainer"):  # the process that waits for disk space is gone
+            for pid in child(daemon, "trainer"):  # the process that waits for disk space is gone
                 os.kill(pid, signal.SIGKILL)
             ballast.unlink()
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])

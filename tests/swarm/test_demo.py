@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.system.forked import TEMPLATE
 from tests.cli.command_runner import lutetia  # pyright: ignore[reportMissingImports]
 from tests.swarm.leak_check import family, litter
 from tests.swarm.processes import command, until
 
-CHILD = {"OMP_NUM_THREADS": "1"}
+CHILD = {"OMP_NUM_THREADS": "1", TEMPLATE: ""}  # its swarm starts a template of its own
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.results import StudyResults
 from lutetia.system.errors import ConfigError
 from lutetia.system.files import write_atomic
+from tests.child_environment import clean_environment
 from tests.cli.command_runner import failure, lutetia
 
 CONFIG = Path(__file__).parents[3] / "docs" / "studies" / "miniature.toml"
@@ -108,8 +109,7 @@ def test_own_latents_are_trained_again_for_other_clips(tmp_path: Path) -> None:
 def test_interrupted_study_resumes_and_writes_tables(tmp_path: Path) -> None:
     home, out = tmp_path / "study", tmp_path / "out"
     arguments = [sys.executable, "-m", "lutetia.cli", "study", str(CONFIG), "--folder", str(home), "--out", str(out)]
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LUTETIA_")}, "OMP_NUM_THREADS": "1"}
-    environment["LUTETIA_PARENT"] = str(os.getpid())
+    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "LUTETIA_PARENT": str(os.getpid())}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as first:
         assert first.stderr is not None
         lines = []

@@ -47,6 +47,7 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
+from lutetia.system.forked import TEMPLATE
 from lutetia.system.process import Child, ParentChannel
 from tests.coordinator.scripted_node import until
 from tests.coordinator.tiny_data import build_tiny, clips
@@ -339,7 +340,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-async def test_half_a_line_of_a_killed_child_ends_its_messages(tmp_path: Path):
+async def test_half_a_line_of_a_killed_child_ends_its_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(TEMPLATE)  # which would not look for modules elsewhere
     (tmp_path / "halting.py").write_text(HALTING)
     child = await Child.start("halting", environment={"PYTHONPATH": str(tmp_path)})
     assert [message async for message in child.messages()] == [{"text": "whole"}]
@@ -424,6 +426,7 @@ sys.stdin.read()
 async def test_malformed_answer_fails_the_job_and_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str):
     (tmp_path / "odd.py").write_text(ODD.replace("LINE", line))
     start = Child.start
+    monkeypatch.delenv(TEMPLATE)
     monkeypatch.setattr(Child, "start", lambda *_, **__: start("odd", environment={"PYTHONPATH": str(tmp_path)}))
     worker = WorkerClient(tmp_path / "manifest.json", name="odd", threads=1, nice=0)
     with pytest.raises(WorkerFailed, match="answer to the job sizes cannot be read"):

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from tests.child_environment import clean_environment, forked_for, template_process
+
 PATIENCE = 300.0
 """Seconds for anything that should take seconds: the machine may be busy with ten other things."""
 POLL = 0.08
@@ -56,16 +58,16 @@ class Member:
         return self.log.stat().st_size if self.log.exists() else 0
 
     def family(self) -> list[psutil.Process]:
-        """The process and all its descendants, the process itself first."""
+        """The process, all its descendants and those forked for it, the process itself first."""
         try:
             own = psutil.Process(self.process.pid)
-            return [own, *own.children(recursive=True)]
+            return [own, *own.children(recursive=True), *forked_for(own.pid)]
         except psutil.NoSuchProcess:
             return []
 
     def child(self, word: str) -> psutil.Process:
-        """The one living descendant whose command line has `word`."""
-        found = [one for one in self.family()[1:] if lives(one) and word in " ".join(command_line(one))]
+        """The one living descendant called `word`, or whose command line has it."""
+        found = [one for one in self.family()[1:] if lives(one) and (word in one.name() or word in " ".join(command_line(one)))]
         assert len(found) == 1, f"{self.name} has {len(found)} children of {word}: {found}"
         return found[0]
 
@@ -141,13 +143,12 @@ async def start(
     temporary = folder / "tmp" / name
     temporary.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
             *prefix, sys.executable, *map(str, program), *map(str, arguments),
             stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             env={
-                **clean, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary),
+                **clean_environment(), "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary),
                 **(environment or {}), "LUTETIA_PARENT": str(os.getpid()),
             },
         )  # fmt: skip
@@ -172,11 +173,10 @@ class Said:
 
 async def say(*arguments: str | Path, prefix: Sequence[str] = (), seconds: float = PATIENCE) -> Said:
     """Run `lutetia ARGUMENTS` to its end."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LUTETIA_")}
     process = await asyncio.create_subprocess_exec(
         *prefix, sys.executable, "-m", "lutetia.cli", *map(str, arguments),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, 
-        env={**clean, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "LUTETIA_PARENT": str(os.getpid())},
+        env={**clean_environment(), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "LUTETIA_PARENT": str(os.getpid())},
     )  # fmt: skip
     try:
         async with asyncio.timeout(seconds):
@@ -197,8 +197,11 @@ def litter(folder: Path) -> list[Path]:
 
 
 def relatives(folder: Path) -> list[str]:
-    """Living processes that have anything to do with `folder`: by command line, environment or working directory."""
-    found = []
+    """Living processes that have anything to do with `folder`: by command line, environment or working directory.
+
+    All that were forked for some process count too: only one test runs at a time.
+    """
+    found = [f"{process.pid} {process.name()}" for process in template_process().children() if lives(process)]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = [*process.cmdline(), *process.environ().values(), process.cwd()]

@@ -21,6 +21,7 @@ from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.node.trainer.exit_reasons import TrainerEnded
 from lutetia.node.trainer.loop import build, manifest_of_epoch
 from lutetia.node.trainer.messages import AllowTraining, SetDutyCycle, StopTraining
+from lutetia.system.forked import TEMPLATE
 from lutetia.system.process import Child
 from tests.node.scripted_coordinator import all_gone
 from tests.node.small_disk import fill, small_disk
@@ -98,7 +99,7 @@ async def test_trainer_waits_for_allow_and_ignores_sigterm(run: TinyRun):
     async with trainer_process(run.assignment(work, until=1)) as child:
         await next_message(child, "progress", waiting=True, epoch=1)
         assert [kept.epoch for kept in work.kept()] in ([1], [])
-        child.process.send_signal(signal.SIGTERM)
+        os.kill(child.process.pid, signal.SIGTERM)
         child.process.send_signal(signal.SIGINT)
         await child.send(AllowTraining(until=2).to_wire())
         await next_message(child, "progress", waiting=True, epoch=2)
@@ -242,7 +243,8 @@ def test_damaged_local_state_starts_the_epoch_again(tmp_path: Path):
     assert manifest_of_epoch(build(run.assignment(work, local=local)), local) == run.manifest
 
 
-async def test_trainer_dies_with_its_parent_while_importing():
+async def test_trainer_dies_with_its_parent_while_importing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(TEMPLATE)  # a forked one has nothing to import
     script = """
         import asyncio
         from lutetia.system.process import Child
