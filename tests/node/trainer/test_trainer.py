@@ -100,7 +100,7 @@ async def test_trainer_waits_for_allow_and_ignores_sigterm(run: TinyRun):
         await next_message(child, "progress", waiting=True, epoch=1)
         assert [kept.epoch for kept in work.kept()] in ([1], [])
         os.kill(child.process.pid, signal.SIGTERM)
-        child.process.send_signal(signal.SIGINT)
+        os.kill(child.process.pid, signal.SIGINT)
         await child.send(AllowTraining(until=2).to_wire())
         await next_message(child, "progress", waiting=True, epoch=2)
         assert await child.stop(60) == 0
