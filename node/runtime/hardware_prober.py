@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 
+import psutil
 from pydantic import ValidationError
 
 from lutetia.node.runtime.trainer_process import TrainerProcess
@@ -16,6 +18,7 @@ from lutetia.node.trainer.messages import ProbeFinished, RequestFailed, RunProbe
 from lutetia.node.trainer.probe import PROBE_SECONDS, ProbeQuestion, ProbeResult, question_digest
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import Hardware, NodeState
 from lutetia.system.errors import DiskError, HardwareError
 from lutetia.system.files import write_atomic
 
@@ -91,3 +94,15 @@ class HardwareProber:
             crashed = f"the hardware probe crashed (exit code {child.process.returncode}); look at the log"
             raise HardwareError(report.text if isinstance(report, RequestFailed) else crashed)
         return result
+
+
+def announced(phase: NodeState, probed: ProbeResult | None, reported_rate: float) -> tuple[NodeState, Hardware, float]:
+    """State, hardware and samples per second for the node's record.
+
+    Until the first probe ends, which may take minutes, the node is announced as joining: with the machine's memory and cores, no
+    known device and no speed, so that nobody counts on it yet.
+    """
+    if probed:
+        return phase, probed.hardware, reported_rate or probed.samples_per_second
+    memory, cores = psutil.virtual_memory().total, os.cpu_count() or 1
+    return "left" if phase == "left" else "joining", Hardware(device="not probed", memory_bytes=memory, cores=cores), 0.0

@@ -16,7 +16,7 @@ from lutetia.node.machine import messages as m
 from lutetia.node.machine.machine import advance
 from lutetia.node.machine.state import MachineState, NodeRules, next_wake
 from lutetia.node.pacing import tick_pause
-from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.hardware_prober import HardwareProber, announced
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.replication import Replicator
 from lutetia.node.runtime.tasks import NodeTasks
@@ -209,10 +209,9 @@ class NodeShell:
         with _log_unreachable("records"):
             if claim:
                 await self.network.publish_claim(claim)
-            report, probed, work = self.trainer.report, self.prober.result, self.state.work
-            if probed:
-                rate = report.rate if report and report.rate else probed.samples_per_second
-                await self.network.publish_node(self.state.phase, probed.hardware, rate, work.shard if work else None)
+            report, work = self.trainer.report, self.state.work
+            state, hardware, rate = announced(self.state.phase, self.prober.result, report.rate if report else 0.0)
+            await self.network.publish_node(state, hardware, rate, work.shard if work else None)
             if self.state.phase != "left":
                 await self.network.announce(await asyncio.to_thread(self.served))
 

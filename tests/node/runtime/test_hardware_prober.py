@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.hardware_prober import HardwareProber, announced
 from lutetia.node.runtime.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import RunPaths
+from lutetia.node.services.standby_policy import is_standby
 from lutetia.node.settings import NodeSettings
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import NodeRecord
 from lutetia.system.errors import HardwareError
 from tests.node.scripted_coordinator import children_of, running
 from tests.node.tiny_run import TinyRun, make_run
@@ -55,3 +58,18 @@ async def test_failed_probe_keeps_the_previous_result(tmp_path: Path):
         await prober.probe(run.manifest)
     assert prober.result is first
     await prober.trainer.close()
+
+
+async def test_a_node_that_probes_is_announced_as_joining(tmp_path: Path):
+    """Nobody saw it before for up to five minutes."""
+    state, hardware, rate = announced("probing", None, 0.0)
+    assert (state, hardware.device, rate) == ("joining", "not probed", 0.0)
+    assert announced("left", None, 0.0)[0] == "left"
+    run, keeper = make_run(tmp_path / "run"), Identity.derived("a node that probes")
+    record = NodeRecord(
+        run=run.manifest.run_id, owner=keeper.public_key, issued=1.0, peer_id=keeper.peer_id, hardware=hardware,
+        samples_per_second=rate, software="0.1", state=state,
+    )  # fmt: skip
+    assert not is_standby(record), "no copies and no shards are left to it"
+    document = NodeRecord.model_validate_json(record.model_dump_json())
+    assert document == record
