@@ -57,7 +57,7 @@ class LiveView:
     nodes: Sequence[Sighting[NodeRecord]] = ()
     claims: Sequence[Sighting[ClaimRecord]] = ()
     copies: Mapping[str, int] = field(default_factory=dict)
-    """By accepted checkpoint: how many live peers besides the coordinators report that they hold it."""
+    """By accepted checkpoint: how many live peers besides the coordinators hold it, as a random chunk of each shows."""
     histories: Mapping[int, Seen] = field(default_factory=dict)
     """By shard: the histories of its claims."""
     connections: Mapping[str, str] = field(default_factory=dict)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
 from lutetia.protocol.async_helpers import gather_bounded
+from lutetia.protocol.blobs.holder_proofs import HolderProofs
+from lutetia.protocol.blobs.worker import Provider
 from lutetia.protocol.claims import LiveClaim, ShardView
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.accepted_checkpoints import holders_of
@@ -31,6 +33,7 @@ from lutetia.protocol.transport.base import Transport
 _log = logging.getLogger(__name__)
 
 _READS_AT_ONCE = 16
+_COUNTS_AT_ONCE = 4
 FULL_PACE = 1000
 """Up to this many peers, all node records are read at every look."""
 
@@ -54,6 +57,7 @@ class SwarmMonitor:
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
     _nodes_due: float = float("-inf")
+    _proofs: HolderProofs = field(default_factory=HolderProofs)
 
     async def run(self) -> None:
         """Read nodes, claims and results four times per heartbeat, and count copies once per lease, until cancelled."""
@@ -99,13 +103,16 @@ class SwarmMonitor:
                 await self.found(record)
 
     async def count_copies(self) -> None:
-        """Count the peers in `view` that announce each accepted checkpoint."""
-        alive = {node.record.owner for node in self.view.nodes if node.record.state != "left"}
+        """Count the peers in `view` that announce each accepted checkpoint and answered a random chunk of it."""
+        alive = {node.record.owner: node.record for node in self.view.nodes if node.record.state != "left"}
 
         async def count(acceptance: AcceptanceRecord) -> tuple[str, int]:
-            return acceptance.checkpoint, len(await holders_of(self.transport, self.manifest, acceptance, alive))
+            holders = await holders_of(self.transport, self.manifest, acceptance, set(alive))
+            candidates = [Provider(alive[holder].peer_id, alive[holder].addresses) for holder in sorted(holders)]
+            proved = await self._proofs.proved(self.transport, candidates, [acceptance.weights, acceptance.state])
+            return acceptance.checkpoint, len(proved)
 
-        counts = await gather_bounded(count, self.accepted(), _READS_AT_ONCE)
+        counts = await gather_bounded(count, self.accepted(), _COUNTS_AT_ONCE)
         self.view = replace(self.view, copies=dict(counts))
 
     async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ class NodeNetwork:
         return await fetch_blob(self.transport, self.store, ref, await self._providers(ref), on_progress)
 
     async def _providers(self, ref: BlobRef) -> list[Provider]:
-        """Nodes first, to spare the coordinators, which hold everything."""
+        """Nodes first, to spare the coordinators, which hold everything; in random order, since liars choose theirs."""
         providers = []
         try:
             for record, _ in await read_records(self.transport, provider_key(self.manifest.run_id, ref.digest)):
@@ -201,7 +202,8 @@ class NodeNetwork:
                     providers.append(Provider(record.peer_id, record.addresses))
         except ConnectionError as error:
             log.info("cannot look up the providers of blob %s: %s", ref.digest[:12], error)
-        coordinators = [Provider(peer, addresses) for peer, addresses in self.coordinators]
+        random.shuffle(providers)
+        coordinators = [Provider(peer, addresses, trusted=True) for peer, addresses in self.coordinators]
         known = {coordinator.peer_id for coordinator in coordinators}
         return [*(provider for provider in providers if provider.peer_id not in known), *coordinators]
 

@@ -17,6 +17,8 @@ from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.replication_policy import COPIES_WANTED, PeerRing, Replica, UnderReplicated, affordable, outdated
 from lutetia.node.runtime.workspace import Workspace
 from lutetia.protocol.async_helpers import gather_bounded
+from lutetia.protocol.blobs.holder_proofs import HolderProofs
+from lutetia.protocol.blobs.worker import Provider
 from lutetia.protocol.rpc.accepted_checkpoints import HeldCheckpoint, live_nodes, newest_of
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 from lutetia.system.errors import LutetiaError
@@ -45,6 +47,7 @@ class Replicator:
     """Complete copies, by shard."""
     _incomplete: dict[int, Replica] = field(default_factory=dict)
     _rare_since: dict[str, float] = field(default_factory=dict)
+    _proofs: HolderProofs = field(default_factory=HolderProofs)
 
     def __post_init__(self) -> None:
         with contextlib.suppress(OSError, ValidationError):
@@ -70,7 +73,7 @@ class Replicator:
         held = await self._held_by(
             sorted({*ring.shards_to_check(owner, len(manifest.shards)), *self.replicas, *self._incomplete})
         )
-        rare = self._under_replicated(await self._online(held, {node.owner for node in nodes}))
+        rare = self._under_replicated(await self._online(held, {node.owner: node for node in nodes}))
         newest = {shard: checkpoint.replica for shard, checkpoint in rare.items()}
         for replica in outdated([*self.replicas.values(), *self._incomplete.values()], newest):
             await self._remove(replica, newest[replica.shard])
@@ -87,16 +90,24 @@ class Replicator:
         )
         return {shard: checkpoint for shard, checkpoint in zip(shards, held, strict=True) if checkpoint}
 
-    async def _online(self, checkpoints: dict[int, HeldCheckpoint], known: set[str]) -> dict[int, tuple[Replica, frozenset[str]]]:
-        """Each checkpoint with its online holders. `known`: peers known to be online. This node counts only with a full copy."""
-        owner, manifest = self.network.identity.public_key, self.network.manifest
+    async def _online(
+        self, checkpoints: dict[int, HeldCheckpoint], known: dict[str, NodeRecord]
+    ) -> dict[int, tuple[Replica, frozenset[str]]]:
+        """Each checkpoint with the online holders that answered a random chunk. `known`: nodes known to be online, by owner.
+
+        This node counts only with a full copy.
+        """
+        owner, transport, run = self.network.identity.public_key, self.network.transport, self.network.manifest.run_id
         unknown = {node_bucket(holder) for held in checkpoints.values() for holder in held.holders if holder not in known}
-        known = known | {node.owner for node in await live_nodes(self.network.transport, manifest.run_id, unknown)}
+        known = known | {node.owner: node for node in await live_nodes(transport, run, unknown)}
         online = {}
         for shard, held in checkpoints.items():
             replica = Replica.of(held.acceptance)
-            holders = known & set(held.holders)
-            online[shard] = replica, frozenset(holders if self._is_complete(replica) else holders - {owner})
+            others = {known[holder].peer_id: holder for holder in held.holders if holder in known and holder != owner}
+            candidates = [Provider(peer_id, known[holder].addresses) for peer_id, holder in others.items()]
+            proved = await self._proofs.proved(transport, candidates, [replica.weights, replica.state])
+            own = {owner} if owner in held.holders and owner in known and self._is_complete(replica) else set[str]()
+            online[shard] = replica, frozenset(own | {others[peer_id] for peer_id in proved})
         return online
 
     def _under_replicated(self, online: dict[int, tuple[Replica, frozenset[str]]]) -> dict[int, UnderReplicated]:

@@ -72,6 +72,8 @@ class NodeShell:
         """The last warning, for the local status."""
         self.slowed: str | None = None
         """Why the duty cycle is reduced now, for the local status."""
+        self.blobs_bytes: int | None = None
+        """Bytes of the blobs that this node serves, for the local status; None before the first heartbeat."""
         self.replicator = Replicator(network, workspace, workspace.paths.folder / "seeds.json")
         self._rejoin = rejoin
         self._early_verbs: list[m.UserVerb] = []
@@ -213,7 +215,9 @@ class NodeShell:
             state, hardware, rate = announced(self.state.phase, self.prober.result, report.rate if report else 0.0)
             await self.network.publish_node(state, hardware, rate, work.shard if work else None)
             if self.state.phase != "left":
-                await self.network.announce(await asyncio.to_thread(self.served))
+                served = await asyncio.to_thread(self.served)
+                self.blobs_bytes = sum(served.values())
+                await self.network.announce(served)
 
     def served(self) -> dict[str, int]:
         """Blobs that this node serves (own work and copies for other peers), with sizes in bytes. Blocks on the disk."""

@@ -16,6 +16,7 @@ def status_fields(shell: NodeShell) -> dict[str, Any]:
         "state": state.phase, "reason": state.why, "since": state.since, "run": shell.manifest.run_id,
         "name": shell.manifest.name, "manifest_version": shell.manifest.version, "online": state.online,
         "problem": shell.problem, "slowed": shell.slowed, "copies": len(shell.replicator.replicas),
+        "blobs_bytes": shell.blobs_bytes,
         "paused_until": state.pause_until or state.closed_until,
         "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
         "accepted_today": counts.today(now), "addresses": shell.network.addresses if state.online else (),

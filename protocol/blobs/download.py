@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 from lutetia.protocol.async_helpers import wait_for_thread
@@ -15,11 +16,17 @@ from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
 from lutetia.protocol.blobs.worker import DownloadWorker, Progress, Provider, SharedDownload
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.network_origin import origin_of, prefix_of
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
 
 __all__ = ["Progress", "Provider", "fetch_blob", "serve_blobs"]
 
 PARALLEL = 4
+TRUSTED_DELAY = 1.0
+"""Seconds after which a trusted provider sends, too, so that the others cannot hold up a transfer."""
+PER_NETWORK = 2
+"""Providers of one prefix that a transfer uses. Records name their addresses, so this is no proof of where they are."""
+_REASONS_NAMED = 4
 
 
 async def serve_blobs(transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None) -> None:
@@ -36,8 +43,9 @@ async def fetch_blob(
 ) -> Path:
     """Fetch `ref` into `store` and return its file, at once if it is there already.
 
-    Up to PARALLEL providers send at a time. One that sends wrong bytes, fails or is too slow is replaced by the next. What has
-    arrived stays on disk, so a later call continues there. Concurrent calls for one blob share one transfer.
+    Up to PARALLEL providers send at a time, and after TRUSTED_DELAY seconds a trusted one besides. One that sends wrong bytes,
+    fails or is too slow is replaced by the next. What has arrived stays on disk, so a later call continues there. Concurrent
+    calls for one blob share one transfer.
 
     Args:
         transport: How to reach the providers.
@@ -63,8 +71,9 @@ class _Fetch:
     def __init__(self, transport: Transport, store: BlobStore, ref: BlobRef, providers: Sequence[Provider]) -> None:
         self.listeners: list[Progress] = []
         self._transport, self._store, self._ref = transport, store, ref
-        unique = {provider.peer_id: provider for provider in providers if provider.peer_id != transport.peer_id}
-        self._standby = deque(unique.values())
+        unique = {provider.peer_id: provider for provider in providers if provider.peer_id != transport.peer_id}.values()
+        self._standby = deque(few_per_network([provider for provider in unique if not provider.trusted]))
+        self._trusted = deque(provider for provider in unique if provider.trusted)
         self._active: dict[int, tuple[DownloadWorker, asyncio.Task[None]]] = {}
 
     async def run(self) -> Path:
@@ -91,23 +100,35 @@ class _Fetch:
         """Run workers until all chunks are there. Raises an error when all providers are lost."""
         transfer = SharedDownload(self._transport, self._ref, partial, self.listeners, self._overtake)
         plan = transfer.begin() if partial.has_table else None
-        number = 0
+        loop, numbers = asyncio.get_running_loop(), count()
+        trusted_at = loop.time() + TRUSTED_DELAY
         try:
             while plan is None or not plan.done:
-                while self._standby and len(self._active) < PARALLEL:
-                    worker = DownloadWorker(number, self._standby.popleft(), transfer)
-                    self._active[number] = worker, asyncio.get_running_loop().create_task(worker.run())
-                    number += 1
+                for provider in self._to_start(loop.time() >= trusted_at):
+                    number = next(numbers)
+                    worker = DownloadWorker(number, provider, transfer)
+                    self._active[number] = worker, loop.create_task(worker.run())
                 if not self._active:
                     raise self._failure(transfer)
                 transfer.workers = len(self._active)
-                await asyncio.wait([task for _, task in self._active.values()], return_when=asyncio.FIRST_COMPLETED)
+                wait = max(0.0, trusted_at - loop.time()) if self._trusted and loop.time() < trusted_at else None
+                tasks = [task for _, task in self._active.values()]
+                await asyncio.wait(tasks, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 self._reap()
                 plan = transfer.plan
         finally:
             for _, task in self._active.values():
                 task.cancel()
             await asyncio.gather(*(task for _, task in self._active.values()), return_exceptions=True)
+
+    def _to_start(self, waited: bool) -> Iterator[Provider]:
+        """The providers that begin to send now. `waited`: whether it is time for a trusted one."""
+        trusted = sum(worker.provider.trusted for worker, _ in self._active.values())
+        for _ in range(PARALLEL - (len(self._active) - trusted)):
+            if self._standby:
+                yield self._standby.popleft()
+        if self._trusted and not trusted and (waited or not self._active):
+            yield self._trusted.popleft()
 
     def _overtake(self, numbers: list[int]) -> None:
         """End the workers that were slower at a chunk than another worker that began it later."""
@@ -129,10 +150,25 @@ class _Fetch:
         name = f"blob {self._ref.digest[:12]} ({transfer.bytes_here} of {self._ref.size} bytes are here)"
         if not transfer.lost:
             return UnreachableError(f"no peer offers {name}; wait until one that holds it is online")
-        reasons = "; ".join(f"peer …{peer_id[-8:]}: {error}" for peer_id, error in transfer.lost.items())
+        named = list(transfer.lost.items())[:_REASONS_NAMED]
+        more = f"; {len(transfer.lost) - len(named)} more" if len(transfer.lost) > len(named) else ""
+        reasons = "; ".join(f"peer …{peer_id[-8:]}: {str(error) or 'no answer in time'}" for peer_id, error in named) + more
         if all(isinstance(error, IntegrityError) for error in transfer.lost.values()):
             return IntegrityError(f"every provider of {name} sent wrong bytes ({reasons}); ask other peers")
         return UnreachableError(f"no provider is left for {name} ({reasons}); try again later, the bytes here are kept")
+
+
+def few_per_network(providers: Sequence[Provider]) -> list[Provider]:
+    """Those of `providers` that are among the first PER_NETWORK of their prefix. Those without an IP address stay."""
+    used = Counter[str]()
+    few: list[Provider] = []
+    for provider in providers:
+        origin = next((origin for address in provider.addresses if (origin := origin_of(address))), "")
+        prefix = prefix_of(origin)
+        if not prefix or used[prefix] < PER_NETWORK:
+            used[prefix] += 1
+            few.append(provider)
+    return few
 
 
 def _close(opening: asyncio.Future[PartialBlob]) -> None:

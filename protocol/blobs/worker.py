@@ -22,6 +22,8 @@ from lutetia.system.retry import backoff
 _dropped = LimitedLog(logging.getLogger(__name__))
 
 ATTEMPTS = 3
+CONNECT_TIMEOUT = 5.0
+"""Seconds after which a provider that opens no stream counts as failed."""
 FIRST_RETRY = 1.0  # seconds
 IDLE_STEP = 1.0
 
@@ -31,10 +33,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Provider:
-    """A peer that says it holds a blob."""
+    """A peer that says it holds a blob. Coordinators are `trusted`: a transfer keeps a worker for one of them."""
 
     peer_id: str
     addresses: tuple[str, ...] = ()
+    trusted: bool = False
 
 
 @dataclass
@@ -82,6 +85,7 @@ class DownloadWorker:
         self.number, self.provider = number, provider
         self._transfer = transfer
         self._failures = 0
+        self._met = provider.trusted
 
     async def run(self) -> None:
         """Return when the blob is complete or the provider is lost (see `SharedDownload.lost`). Raises DiskError."""
@@ -95,7 +99,7 @@ class DownloadWorker:
             except (OSError, EOFError, TimeoutError) as error:
                 self._failures += 1
                 hopeless = isinstance(error, BlobRefused) and error.status in (ABSENT, MALFORMED)
-                if hopeless or self._failures >= ATTEMPTS:
+                if hopeless or not self._met or self._failures >= ATTEMPTS:  # whom nobody has met may be made up
                     self._lose(error)
                     return
                 await asyncio.sleep(backoff(self._failures, first=FIRST_RETRY))
@@ -117,7 +121,9 @@ class DownloadWorker:
                 await client.close()
 
     async def _connect(self) -> BlobClient:
-        stream = await self._transfer.transport.open_stream(self.provider.peer_id, BLOB, self.provider.addresses)
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            stream = await self._transfer.transport.open_stream(self.provider.peer_id, BLOB, self.provider.addresses)
+        self._met = True
         return BlobClient(stream, self._transfer.ref)
 
     async def _fetch_table(self, client: BlobClient) -> DownloadPlan:

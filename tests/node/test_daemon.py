@@ -53,7 +53,7 @@ async def test_daemon_life_from_join_to_leave(coordinator: ScriptedCoordinator, 
         assert status["device"] == "cpu"
         assert status["precision"] == "float32: CPU"
         assert "secret key" in daemon.log_text()
-        await daemon.until(accepted_today=lambda count: count >= 1)
+        await daemon.until(accepted_today=lambda count: count >= 1, blobs_bytes=lambda size: size)
         await pause_and_resume(coordinator, daemon, status["shard"])
         await finish(coordinator, daemon)
 

@@ -20,7 +20,7 @@ from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
-from lutetia.protocol.schema.records import AcceptanceRecord, Hardware, NodeRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, Hardware, NodeRecord, ProviderRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.transport import MemoryTransport
@@ -96,6 +96,33 @@ def run_scenario(tmp_path: Path, scenario: Callable[[ReplicationSetup], Awaitabl
         await scenario(ReplicationSetup(run, tmp_path))
 
     run_virtual(main, run.manifest.created + 60)
+
+
+def test_holders_that_answer_no_chunk_do_not_count(tmp_path: Path):
+    """Two keys announce everything and hold nothing: the copy is kept none the less."""
+
+    async def scenario(setup: ReplicationSetup) -> None:
+        weights, state = await setup.accept(1)
+        liars = [Identity.derived(f"liar {number}") for number in range(2)]
+        records = [await publish_liar(setup, who, [weights, state]) for who in liars]
+        for _ in range(3):
+            await setup.replicator.run_round([node_record(setup.run, setup.transport), *records])
+            setup.transport.skew += 3 * setup.run.manifest.timing.heartbeat
+            setup.coordinator.skew = setup.transport.skew
+        assert setup.replicator.replicas[0].epoch == 1
+
+    run_scenario(tmp_path, scenario)
+
+
+async def publish_liar(setup: ReplicationSetup, who: Identity, refs: list[BlobRef]) -> NodeRecord:
+    peer = setup.network.peer(who, record_check(setup.run.manifest, setup.network.now))
+    record = node_record(setup.run, peer).model_copy(
+        update={"owner": who.public_key, "peer_id": who.peer_id, "state": "training"}
+    )
+    for ref in refs:
+        place = {"run": record.run, "owner": who.public_key, "issued": peer.now(), "peer_id": who.peer_id}
+        assert await publish(peer, who, ProviderRecord(**place, blob=ref.digest), 600)  # type: ignore[arg-type]
+    return record
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lutetia.protocol.blobs.chunk_table import CHUNK
-from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
+from lutetia.protocol.blobs.download import PER_NETWORK, Provider, fetch_blob, few_per_network, serve_blobs
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, OK, REQUEST_BYTES
@@ -316,6 +317,42 @@ async def test_a_silent_provider_does_not_hold_up_the_table(swarm: Swarm) -> Non
     start = swarm.network.now()
     assert (await swarm.fetch()).read_bytes() == DATA
     assert swarm.network.now() - start < 10
+
+
+@simulated
+async def test_made_up_providers_cannot_hold_up_a_transfer(swarm: Swarm) -> None:
+    """128 of them: half swallow dials, half take streams and never answer. The coordinator makes up for them."""
+    coordinator = await swarm.holder()
+    liars = [Provider(Identity.derived(f"away {number}").peer_id) for number in range(64)]
+    for number in range(64):
+        silent = swarm.network.peer(Identity.derived(f"silent {number}"), any_record)
+        await silent.serve(BLOB, lambda stream: asyncio.sleep(3600))
+        liars.append(Provider(silent.peer_id))
+    random.Random(3).shuffle(liars)
+    start = swarm.network.now()
+    path = await fetch_blob(swarm.receiver, swarm.store, REF, [*liars, Provider(coordinator.peer_id, trusted=True)])
+    assert path.read_bytes() == DATA
+    assert swarm.network.now() - start < 6  # the coordinator alone takes 2.5 s for it
+
+
+@simulated
+async def test_a_trusted_provider_is_spared_by_fast_ones(swarm: Swarm) -> None:
+    trusted, *_ = [await swarm.holder(rate=64 << 20) for _ in range(5)]
+    asked: list[str] = []
+    await trusted.serve(BLOB, lambda stream: _note(asked, stream))
+    await fetch_blob(swarm.receiver, swarm.store, REF, [Provider(trusted.peer_id, trusted=True), *swarm.providers[1:]])
+    assert asked == []
+
+
+async def _note(asked: list[str], stream: Stream) -> None:
+    asked.append(stream.peer_id)
+
+
+def test_two_providers_of_a_network_are_used() -> None:
+    crowd = [Provider(f"liar {n}", ("/dns4/x/tcp/1/p2p/x", f"/ip4/203.0.114.{n}/tcp/1/p2p/liar{n}")) for n in range(128)]
+    honest = [Provider(f"honest {n}", (f"/ip4/8.8.{n}.1/tcp/1/p2p/honest{n}",)) for n in range(3)]
+    unknown = [Provider("relayed"), Provider("also relayed"), Provider("a third")]
+    assert few_per_network([*crowd, *honest, *unknown]) == [*crowd[:PER_NETWORK], *honest, *unknown]
 
 
 @simulated
