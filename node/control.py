@@ -70,9 +70,7 @@ class LocalStatus(Frozen):
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
     slowed: str | None = Field(default=None, description="Why the node trains less than it may: its temperature")
     addresses: tuple[str, ...] = Field(default=(), description="Addresses that the node announces")
-    blobs_bytes: int | None = Field(
-        default=None, description="Bytes of blobs that it serves; null before the first heartbeat"
-    )
+    blobs_bytes: int | None = Field(default=None, description="Bytes of blobs that it serves; null before the first heartbeat")
     copies: int = Field(default=0, description="Checkpoints of other peers of which the node keeps copies")
     pid: int = Field(description="Process id of the daemon")
     software: str = Field(description="Version of Lutetia")
