@@ -142,7 +142,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         assert isinstance(mixture, MixtureTransformer)
         router = None
         if folder.holds("router"):
-            router = folder.load(VideoRouter, "router", low_cpu_mem_usage=False)
+            router = folder.load(VideoRouter, "router")
         mixture.attach(router, FolderExperts(folder, mixture))
         mixture.folder = folder
         dtype = options.get("torch_dtype") or options.get("dtype")

@@ -13,7 +13,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lutetia.models.mixing.description import FILE, read_mixture
-from lutetia.models.mixing.layout import CONFIG, INDEX, WEIGHTS_INDEX, ModelIndex, check_weights_index, is_known, read_index
+from lutetia.models.mixing.layout import (
+    CONFIG,
+    INDEX,
+    WEIGHTS_INDEX,
+    ModelIndex,
+    check_sizes,
+    check_weights_index,
+    is_known,
+    read_index,
+)
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.system.errors import ConfigError, IntegrityError, UsageError
 from lutetia.system.files import disk_errors, replace_folder
@@ -51,8 +60,7 @@ class MixtureFolder:
         """The model in the folder `part`, made by `loader`, a class of diffusers. Raises IntegrityError."""
         location = self.check(part)
         with self.reading(part):
-            if "quantization_config" in self.config(f"{part}/config.json"):
-                raise ValueError("its config asks for quantised weights, which mixtures do not have")
+            check_sizes(self.config(f"{part}/{CONFIG}"))
             if (location / WEIGHTS_INDEX).is_file():
                 check_weights_index((location / WEIGHTS_INDEX).read_bytes())
             return loader.from_pretrained(location, use_safetensors=True, local_files_only=True, **options)

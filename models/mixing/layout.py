@@ -43,6 +43,8 @@ COMPONENTS: Mapping[str, Sequence[tuple[str | None, str | None]]] = {
 """Module and class of each component, as `model_index.json` names them; both null where a mixture holds none."""
 
 MOST_BYTES, MOST_FILES = 1 << 40, 100_000
+MOST_BLOCKS, LARGEST_SIZE = 256, 1 << 16
+"""Most blocks of one kind in a network, and the largest length of an axis."""
 MOST_TEXT_BYTES = 1 << 20
 """Most bytes of a file that holds no weights."""
 
@@ -97,6 +99,17 @@ def check_weights_index(data: bytes) -> None:
         raise ValueError(f"{WEIGHTS_INDEX} is malformed") from error
     if not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
         raise ValueError(f"{WEIGHTS_INDEX} names a file that is not beside it")
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a network that no mixture has, and whose building alone would take minutes or all memory."""
+    if config.get("quantization_config") is not None:
+        raise ValueError("its config asks for quantised weights, which mixtures do not have")
+    for key, value in config.items():
+        sizes = value if isinstance(value, list) else [value]
+        most = MOST_BLOCKS if key.endswith(("layers", "blocks", "layers_per_block")) else LARGEST_SIZE
+        if len(sizes) > MOST_BLOCKS or any(isinstance(size, int) and not 0 <= size <= most for size in sizes):
+            raise ValueError(f"{key[:40]} in its config is not within 0 to {most}")
 
 
 def is_known(name: str) -> bool:

@@ -125,6 +125,20 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a router of nonsense": (
         lambda m: edit(m / "router/config.json", lambda config: config.update(channels="many")), "router of the mixture",
     ),
+    "a router without end": (
+        lambda m: edit(m / "router/config.json", lambda config: config.update(layers=10**9)), "layers in its config is not",
+    ),
+    "an autoencoder without end": (
+        lambda m: edit(m / "vae/config.json", lambda config: config.update(num_encoder_blocks=[10**9])),
+        "num_encoder_blocks in its config is not within",
+    ),
+    "an expert without end": (
+        lambda m: edit(m / "expert_000/config.json", lambda config: config.update(num_layers=10**9)),
+        "num_layers in its config is not within",
+    ),
+    "a router larger than its weights": (
+        lambda m: edit(m / "router/config.json", lambda config: config.update(hidden=65536)), "router of the mixture",
+    ),
     "an index that leads elsewhere": (
         lambda m: (m / "vae" / WEIGHTS_INDEX).write_text('{"weight_map": {"a": "/etc/passwd"}}'), "names a file that is not",
     ),
