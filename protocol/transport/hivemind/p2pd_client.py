@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from lutetia.protocol.transport.base import DIAL_TIMEOUT, Handler, Stream
 from lutetia.protocol.transport.hivemind.bindings import Multiaddr, PeerID, messages
@@ -46,6 +47,10 @@ class P2pdStream(Stream):
         await self._wire.write(data)
         self.moved = self._loop.time()
 
+    @property
+    def open(self) -> bool:
+        return not self._wire.closed
+
     async def close(self) -> None:
         self._wire.close()
 
@@ -58,6 +63,7 @@ class P2pdClient:
         self._folder = folder
         self._handlers: dict[str, Handler] = {}
         self._tasks = HandlerTasks()
+        self._streams: WeakSet[P2pdStream] = WeakSet()
         self._greeting: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Server | None = None
 
@@ -96,6 +102,11 @@ class P2pdClient:
         """The origin of each connected peer's address (see `network_origin.origin_of`), by peer id."""
         return {peer_id: origin_of(address) for peer_id, address in (await self.connections()).items()}
 
+    def in_use(self, peer_ids: Iterable[str]) -> set[str]:
+        """Those peers whose connections are to stay: they carry a stream, or the peer has accepted work."""
+        busy = {stream.peer_id for stream in list(self._streams) if stream.open}
+        return {peer_id for peer_id in peer_ids if peer_id in busy or self._tasks.known(peer_id)}
+
     async def disconnect(self, peer_id: str) -> None:
         """Close all connections to a peer."""
         request = messages.DisconnectRequest(peer=_peer_bytes(peer_id))
@@ -120,7 +131,9 @@ class P2pdClient:
             except BaseException:
                 wire.close()
                 raise
-        return P2pdStream(peer_id, wire)
+        stream = P2pdStream(peer_id, wire)
+        self._streams.add(stream)
+        return stream
 
     def favour(self, known: Callable[[str], bool]) -> None:
         """See `Transport.favour`."""
@@ -162,6 +175,7 @@ class P2pdClient:
             return
         handler = self._handlers.get(info.proto)
         stream = P2pdStream(PeerID(info.peer).to_base58(), wire, origin_of(_address_text(info.addr)))
+        self._streams.add(stream)
         if handler is None or not self._tasks.start(info.proto, handler, stream):
             wire.close()
 

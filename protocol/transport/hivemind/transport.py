@@ -16,6 +16,7 @@ from lutetia.protocol.transport.dial_policy import DialPolicy
 from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
 from lutetia.protocol.transport.hivemind.dialer import Dialer
 from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
+from lutetia.protocol.transport.idle_connections import IDLE_PER_PREFIX, idle_to_close
 from lutetia.protocol.transport.reachability import answers, bootstrap_failure
 from lutetia.system.errors import BootstrapError
 
@@ -194,7 +195,7 @@ class HivemindTransport(Transport):
                 log.info("cannot ask p2pd whether it works: %s", error)
 
     async def _maintain(self) -> None:
-        """Drop dead neighbours, return to lost bootstrap peers, update our own addresses."""
+        """Drop dead neighbours, return to lost bootstrap peers, close idle connections, update our own addresses."""
         dht = self._require_dht()
         neighbours = dht.neighbours()
         for peer_id in random.sample(neighbours, min(_PINGS_PER_ROUND, len(neighbours))):
@@ -204,7 +205,14 @@ class HivemindTransport(Transport):
         if back := {_peer_of(address) for address in await self._dialer.redial(lost)}:
             await self._meet_all(back)
             await dht.look_around()
+        await self._close_idle()
         self._addresses = await self._daemon.control.addresses()
+
+    async def _close_idle(self) -> None:
+        control, wanted = self._daemon.control, {*self._require_dht().neighbours(), *map(_peer_of, self._bootstrap)}
+        connections = await control.connections()
+        for peer_id in idle_to_close(connections, wanted | control.in_use(connections), IDLE_PER_PREFIX):
+            await control.disconnect(peer_id)
 
     def _require_alive(self) -> None:
         if not self.alive():

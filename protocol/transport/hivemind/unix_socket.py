@@ -100,7 +100,7 @@ class UnixSocket(asyncio.BufferedProtocol):
 
     async def write(self, data: bytes | memoryview) -> None:
         """Send `data`. Waits while more than WRITE_LIMIT bytes are buffered. Raises ConnectionError when it is gone."""
-        if self._lost or self._wire.is_closing():
+        if self.closed:
             raise ConnectionError(self._ended or "the stream is closed")
         self._wire.write(data)
         if self._writer is not None:
@@ -110,11 +110,16 @@ class UnixSocket(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Close. Buffered bytes are still sent, for up to LINGER seconds. Idempotent."""
-        if self._lost or self._wire.is_closing():
+        if self.closed:
             return
         if self._wire.get_write_buffer_size():
             asyncio.get_running_loop().call_later(LINGER, self._wire.abort)
         self._wire.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this side has closed it, or it is gone."""
+        return self._lost or self._wire.is_closing()
 
     @property
     def _wire(self) -> asyncio.Transport:
