@@ -15,7 +15,8 @@ import diffusers
 import torch
 
 from lutetia.models.experts.families import FAMILIES, full_config
-from lutetia.models.mixing.description import FILE, ExpertEntry, read_mixture
+from lutetia.models.mixing.description import FILE, ExpertEntry
+from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
@@ -34,7 +35,7 @@ class InitialWeights:
 
 
 def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> tuple[InitialWeights, ...]:
-    """The initial weights of the experts, one per shard; no weights are read.
+    """The initial weights of the experts, one per shard. Those of a mixture are compared with its description.
 
     Args:
         ref: the folder or hub id of the source.
@@ -44,6 +45,7 @@ def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> t
     Raises:
         ConfigError: there is no such source, its class cannot be trained, its config is not `wanted`, or it has other experts
             than the run has shards.
+        IntegrityError: a part of the mixture is missing or damaged.
     """
     model = parse_ref(ref, _WHAT, ())
     folder = model.folder
@@ -93,7 +95,8 @@ def warm(manifest: Manifest, weights: Sequence[BlobRef]) -> Manifest:
 
 
 def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWeights, ...]:
-    experts = read_mixture(folder).mixture.experts
+    mixture = MixtureFolder(folder)
+    experts = mixture.document.experts
     known = [expert.name for expert in experts]
     if len(experts) > 1 and known != list(names):
         raise ConfigError(
@@ -104,7 +107,7 @@ def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWe
     for expert in experts:
         if expert.folder is None:
             raise ConfigError(f"{_WHAT} {ref!r} has no expert {expert.name} yet; name a mixture that has all its experts")
-        model = ModelRef(ref, str(folder / expert.folder))
+        model = ModelRef(ref, str(mixture.check(expert.folder)))
         sources.append(_source(model, expert))
     return tuple(sources)
 

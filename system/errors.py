@@ -105,7 +105,7 @@ class AuthorisationError(LutetiaError):
 
 
 class IntegrityError(LutetiaError):
-    """Bytes do not match their name, or tensors do not match the manifest."""
+    """Bytes do not match their name, tensors do not match the manifest, or a mixture is damaged."""
 
     code, name = 50, "integrity"
 

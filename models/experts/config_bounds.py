@@ -32,7 +32,7 @@ def check_config(spec: ExpertSpec) -> None:
     config, name = spec.config, spec.class_name
     layers = 0
     for key, size in _sizes(config):
-        least = 0 if "layers" in key else 1
+        least = 0 if "layers" in key or key.endswith("shift") else 1
         if not least <= size <= LARGEST_SIZE:
             raise _refusal(name, f"{key} of {size}", f"from {least} to {LARGEST_SIZE}")
         layers += size if key.endswith("layers") else 0

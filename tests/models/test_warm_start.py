@@ -17,7 +17,7 @@ from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.warm_start import find_sources, warm
 from lutetia.models.warm_start import write_weights as write_given
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec
-from lutetia.system.errors import ConfigError
+from lutetia.system.errors import ConfigError, IntegrityError
 from tests.models.tiny_experts import CONFIGS, WAN, tiny_data, tiny_manifest
 
 NAMES = ("cats", "dogs")
@@ -68,6 +68,12 @@ def mixture(tmp_path: Path) -> Path:
         write_weights(ExpertTrainer(manifest, shard, tiny_data()).snapshot(), file)
     stitch(tmp_path / "mixture", manifest, files, build_router(manifest))
     return tmp_path / "mixture"
+
+
+def test_damaged_mixture_source_is_refused(mixture: Path) -> None:
+    (mixture / "expert_001" / WEIGHTS).write_bytes(bytes(9))
+    with pytest.raises(IntegrityError, match="expert_001 of the mixture .* is damaged"):
+        find_sources(str(mixture), ("shard 0", "shard 1"), None)
 
 
 def test_mixture_source_starts_each_shard_from_its_expert(mixture: Path, tmp_path: Path) -> None:
