@@ -277,6 +277,7 @@ def main() -> None:
         import_experts()
     import torch
 
+    torch.set_flush_denormal(True)  # before any thread of torch starts: a processor takes several times as long for such numbers
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     manifest = SignedManifest.model_validate_json(Path(manifest_file).read_bytes()).manifest
     WorkerProcess(manifest, channel).run()

@@ -243,6 +243,7 @@ def read_manifest(assignment: Assignment) -> Manifest:
 
 def work(channel: ParentChannel) -> Exit:
     """Carry out one assignment; returns why it ended."""
+    torch.set_flush_denormal(True)  # a parent full of such numbers would make every step several times as slow
     orders = DaemonOrders(channel)
     try:
         assignment = orders.assignment()

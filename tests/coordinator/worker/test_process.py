@@ -130,6 +130,24 @@ async def test_right_checkpoint_passes_and_improves_on_initial_model(site: Site)
     assert session_niceness(site.worker.pid) in (None, nice), "its own value weighs nothing against other sessions"
 
 
+async def test_subnormal_weights_cost_no_more_than_others(site: Site, tmp_path: Path):
+    """Processors take several times as long for them; half of the weights were enough to make a check four times as slow."""
+    weights, draw = load_file(site.weights()), torch.Generator().manual_seed(1)
+    for tensor in weights.values():
+        tensor[torch.rand(tensor.shape, generator=draw) < 0.5] = 1e-39
+    save_file(weights, tmp_path / "subnormal")
+
+    async def seconds(file: Path) -> float:
+        await site.loss(file)  # starts the process, if none runs
+        process = psutil.Process(site.worker.pid)
+        before = process.cpu_times().user
+        for _ in range(12):
+            await site.loss(file)
+        return process.cpu_times().user - before
+
+    assert await seconds(tmp_path / "subnormal") < 1.5 * await seconds(site.weights())
+
+
 def session_niceness(pid: int) -> int | None:
     """None when the kernel has no autogroups, or this session began before they were switched on: the file is empty then."""
     file = Path(f"/proc/{pid}/autogroup")
