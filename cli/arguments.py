@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import math
 import os
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from lutetia.system.errors import ConfigError
+from lutetia.system.errors import ConfigError, disk_reason
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -93,21 +94,40 @@ Model = TypeVar("Model", bound="BaseModel")
 
 
 def read_ticket(text: str) -> Ticket:
-    """Read a ticket: `text` is the ticket itself or the name of a file that holds it. Raises ConfigError."""
-    from lutetia.protocol.schema.ticket import PREFIX, Ticket
+    """Read a ticket: `text` is the ticket as it was pasted, or the name of a file that holds it. Raises ConfigError."""
+    from lutetia.protocol.schema.ticket import Ticket
 
-    if not text.startswith(PREFIX) and (os.sep in text or _is_file(text)):
-        try:
-            text = Path(text).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read a ticket from {text}: {error}; give the ticket itself or its file") from error
+    if not is_ticket(text) and (os.sep in text or _is_file(text)):
+        text = _file_text(Path(text))
     return Ticket.decode(text)
+
+
+def is_ticket(text: str) -> bool:
+    """Whether `text` is a pasted ticket, and not the name of a file. Whether it is whole is not checked."""
+    from lutetia.protocol.schema.ticket import PREFIX, pasted
+
+    return pasted(text).startswith(PREFIX) and not _is_file(text)
+
+
+def _file_text(path: Path) -> str:
+    """The text of a ticket's file, in UTF-8 or, as PowerShell writes, UTF-16."""
+    from lutetia.protocol.schema.ticket import MAX_TICKET_CHARACTERS
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(8 * MAX_TICKET_CHARACTERS)
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
+    except OSError as error:
+        reason = disk_reason(error)
+    except UnicodeDecodeError:
+        reason = "it is no text"
+    raise ConfigError(f"cannot read a ticket from {path}: {reason}; give the ticket itself or its file")
 
 
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except OSError:  # longer than a file name may be: a mistyped ticket
+    except (OSError, ValueError):  # longer than a file name may be, or with a zero byte: a mistyped ticket
         return False
 
 
@@ -134,15 +154,14 @@ def settings_of(model: type[Model], source: str, values: dict[str, Any]) -> Mode
     """Make a `model` of `values`. Raises ConfigError that names `source` and the unknown or wrong key."""
     from pydantic import ValidationError
 
-    from lutetia.protocol.schema.manifest import first_problem
+    from lutetia.protocol.schema.problems import describe_problem, unknown_key
 
+    if unknown := unknown_key(values, model):
+        raise ConfigError(f"{source}: {unknown}; known keys: {', '.join(sorted(model.model_fields))}")
     try:
         return model(**values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        known = ", ".join(sorted(model.model_fields))
-        hint = f"; known keys: {known}" if problem["type"] == "extra_forbidden" else "; correct it"
-        raise ConfigError(f"{source}: {first_problem(error)}{hint}") from error
+        raise ConfigError(f"{source}: {describe_problem(error, model)}; correct it") from error
 
 
 KEY_NAME = "identity.key"

@@ -30,6 +30,7 @@ from lutetia.cli.commands import (
 )
 from lutetia.cli.output import as_json_text, json_wanted, print_whatever_the_encoding, say, show
 from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
+from lutetia.system.signals import ending_signals
 
 _EPILOG = "Exit codes: `lutetia help exit-codes`. Each option has an environment variable too; the option overrides it."
 
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # panels would take half the time of --help
 )
+_INTERRUPTED = 130
 help_app = typer.Typer(help="Explain the exit codes.", no_args_is_help=True)
 
 
@@ -62,7 +64,8 @@ def _top(
 
 def exit_code_rows() -> list[tuple[int, str]]:
     """Every exit code with its meaning, in order."""
-    rows = {0: "Success", **EXIT_CODES, 70: "Unexpected: a bug", 130: "Interrupted by Ctrl-C", 143: "Ended by SIGTERM"}
+    rows = {0: "Success", **EXIT_CODES, 70: "Unexpected: a bug", _INTERRUPTED: "Interrupted by Ctrl-C"}
+    rows |= {129: "Ended by SIGHUP, the terminal was closed", 143: "Ended by SIGTERM"}
     return sorted(rows.items())
 
 
@@ -114,7 +117,7 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
             case typer.TyperException():
                 self._exit(2, "usage", _usage_sentence(error))
             case KeyboardInterrupt() | typer.Abort():
-                self._exit(130, "interrupted", "interrupted")
+                self._exit(_INTERRUPTED, "interrupted", "interrupted")
             case BrokenPipeError() if _reader_left():
                 raise SystemExit(0) from error  # the reader of the pipe has closed it (| head)
             case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -160,10 +163,14 @@ def main() -> None:
     try:
         with _Reported(json_wanted(arguments)):
             print_whatever_the_encoding()
-            signal.signal(signal.SIGTERM, _exit_on_signal)
+            for number in ending_signals():
+                if number != signal.SIGINT:  # Python raises KeyboardInterrupt
+                    signal.signal(number, _exit_on_signal)
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are for programmers, not for volunteers
             _tie_to_parent()
             code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
+            if code == _INTERRUPTED:  # typer turned Ctrl-C into an exit
+                raise KeyboardInterrupt
             with contextlib.suppress(BrokenPipeError):  # the reader has gone; the exit code stays
                 if sys.stdout:
                     sys.stdout.flush()
@@ -173,7 +180,7 @@ def main() -> None:
 
 
 def _exit_on_signal(number: int, frame: object) -> NoReturn:
-    """Turn SIGTERM into an exception, so that workspaces and children are cleaned up. Services install their own handler."""
+    """Turn SIGTERM and SIGHUP into an exception, so that workspaces and children are cleaned up. Services have own handlers."""
     raise SystemExit(128 + number)
 
 

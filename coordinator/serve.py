@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.reachability import policy_of
 from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError
 from lutetia.system.files import sweep_parts
+from lutetia.system.signals import ending_signals
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _own_addresses(folder: RunFolder, settings: ServeSettings) -> list[str]:
 
 
 async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:
-    """Serve the run in `root` until SIGTERM, SIGINT or, with `exit_when_done`, its end. It continues where it stopped last.
+    """Serve the run in `root` until a signal or, with `exit_when_done`, the run ends. It continues where it stopped last.
 
     Raises:
         ConfigError: no run there, or its manifest has expired or is malformed.
@@ -115,12 +115,13 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
 
 @contextlib.contextmanager
 def _signals(stopping: asyncio.Event) -> Iterator[None]:
-    """Set `stopping` on SIGTERM or SIGINT."""
+    """Set `stopping` on SIGTERM, SIGINT or SIGHUP."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = ending_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stopping.set)
     try:
         yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from lutetia.coordinator.addresses import dialled_address, host_port
 from lutetia.protocol.schema.manifest import (
     AuditPolicy,
     Count,
@@ -22,8 +23,10 @@ from lutetia.protocol.schema.manifest import (
 )
 from lutetia.protocol.schema.ticket import Place
 
-HostPort = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
+HostPort = Annotated[str, AfterValidator(host_port)]
 """`host:port`; write an IPv6 address in brackets."""
+DialledAddress = Annotated[str, AfterValidator(dialled_address)]
+"""`host:port` where others reach this machine."""
 
 
 class _Settings(BaseModel):
@@ -37,7 +40,7 @@ class RunSettings(_Settings):
         default=None, description="Defaults for the settings below: tiny, a run of seconds; demo, the run of `lutetia demo`"
     )
     name: Name = Field(default="run", description="Name of the run, shown to people")
-    addresses: tuple[HostPort, ...] = Field(
+    addresses: tuple[DialledAddress, ...] = Field(
         default=("127.0.0.1:41000",), min_length=1, max_length=8,
         description="host:port where nodes reach the coordinator, written into the ticket; it listens on the first one's port",
     )  # fmt: skip

@@ -35,6 +35,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.files import sweep_parts
 from lutetia.system.notify import notify
+from lutetia.system.signals import ending_signals
 
 log = logging.getLogger(__name__)
 
@@ -197,18 +198,20 @@ class NodeDaemon:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT: the first means finish, the second leave at once."""
+        """Handle SIGTERM, SIGINT and SIGHUP: the first means finish, a second SIGTERM or SIGINT leave at once."""
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = ending_signals()
         for number in numbers:
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signals and number not in (signal.SIGTERM, signal.SIGINT):
+            return  # a closed terminal may send several
         self._signals += 1
         now = time.time()
         if self._signals > 1:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from lutetia.node.schedule import WeeklyHours
-from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.problems import describe_problem
 from lutetia.protocol.schema.ticket import PORT, Ticket
 from lutetia.system.errors import ConfigError
 from lutetia.system.files import read_toml
@@ -108,7 +108,7 @@ class NodeSettings(BaseSettings):
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
     save_every: float = Field(default=30.0, gt=0, description="Seconds between local saves of the training state")
     stop_within: float = Field(
-        default=75.0, ge=0, description="Seconds that the node has to finish its checkpoint after SIGTERM or Ctrl-C"
+        default=75.0, ge=0, description="Seconds that the node has to finish its checkpoint after SIGTERM, SIGHUP or Ctrl-C"
     )
     hang_after: float = Field(
         default=300.0, ge=1, description="Seconds without a report after which the trainer is restarted; slow devices get more"
@@ -180,4 +180,4 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> tuple[N
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         where = {"file": str(file), "environment": f"LUTETIA_{field.upper()}", "flag": "options"}.get(origins.get(field, "flag"))
-        raise ConfigError(f"{where or 'settings'}: {first_problem(error)}; correct it") from error
+        raise ConfigError(f"{where or 'settings'}: {describe_problem(error, NodeSettings)}; correct it") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
-from lutetia.cli.output import JsonFlag, emit
+from lutetia.cli.output import JsonFlag, emit, say
 from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
@@ -44,8 +45,23 @@ def create(
     from lutetia.coordinator.admin.create import create_run
 
     created = create_run(data, folder, settings)
+    if warning := reach_warning(settings.resolved().addresses):
+        say(warning)
     document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
     emit(document, as_json, lambda: created_text(document))
+
+
+def reach_warning(addresses: Sequence[str]) -> str:
+    """Who cannot join with a ticket that names `addresses`; empty if everybody can."""
+    from lutetia.coordinator.addresses import reach
+
+    named = ", ".join(addresses)
+    match reach(addresses):
+        case "machine":
+            return f"only this machine can join: the ticket names {named}; for others create the run with --address HOST:PORT"
+        case "network":
+            return f"only machines of the same network can join: the ticket names {named}"
+    return ""
 
 
 def created_text(document: dict[str, Any]) -> str:
@@ -179,14 +195,13 @@ def load_manifest(source: str, timeout: float) -> Manifest:
     """Load and verify the manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError or BootstrapError."""
     import time
 
-    from lutetia.cli.arguments import read_ticket
+    from lutetia.cli.arguments import is_ticket, read_ticket
     from lutetia.protocol.light_client.documents import fetch_document
     from lutetia.protocol.rpc.introduction import MANIFEST
     from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
-    from lutetia.protocol.schema.ticket import PREFIX
     from lutetia.system.errors import ConfigError
 
-    if source.startswith(PREFIX) or source.endswith(".txt"):
+    if is_ticket(source) or source.endswith(".txt"):
         ticket = read_ticket(source)
         data = fetch_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES)
         return open_manifest(data, now=time.time(), run=ticket.run, owner=ticket.owner).manifest

@@ -26,6 +26,7 @@ from lutetia.protocol.schema.fields import (
     Tally,
 )
 from lutetia.protocol.schema.identity import Identity, verify
+from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -342,6 +343,4 @@ def open_manifest(
 
 def first_problem(error: ValidationError) -> str:
     """The first problem that pydantic found, as `field: problem`."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "document"
-    return f"{where}: {problem['msg']}"
+    return describe_problem(error)

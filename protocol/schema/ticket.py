@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import zlib
 from typing import Annotated
 
@@ -17,12 +18,24 @@ from lutetia.system.errors import ConfigError
 PREFIX = "lutetia1"
 MAX_TICKET_CHARACTERS = 8192
 
+_NOISE = re.compile(r"[\s'\"`<>\\=“”‘’«»\u00ad\u200b-\u200f\u2028\u2029\u2060\ufeff]+")
+"""What mail, chat, terminals and editors put into or around a pasted word. No letter of a ticket is among it."""
+_COMMAND = re.compile(r"[$#%]?(lutetia_ticket|lutetiajoin|lutetiaswarmstatus)?:?")
+"""What may stand before a ticket that was pasted with its command, without spaces."""
+
 PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 """A TCP port. Written with [0-9], because the digit class also matches digits of other scripts."""
 _HOST = r"/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+"
 Place = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}$", max_length=256)]
 """Where a peer listens, for instance /ip4/203.0.113.5/tcp/41000"""
 Address = Annotated[str, Field(pattern=rf"^{_HOST}/tcp/{PORT}/p2p/[A-Za-z0-9]+$", max_length=256)]
+
+
+def pasted(text: str) -> str:
+    """The word in a pasted text, without what was pasted around or into it."""
+    word = _NOISE.sub("", text[: 4 * MAX_TICKET_CHARACTERS]).lower()
+    before, prefix, rest = word.partition(PREFIX)
+    return prefix + rest.rstrip(".,;") if prefix and _COMMAND.fullmatch(before) else word
 
 
 class Ticket(WireDocument):
@@ -43,8 +56,11 @@ class Ticket(WireDocument):
 
     @classmethod
     def decode(cls, text: str) -> Ticket:
-        """Raises ConfigError when `text` is not a ticket, was cut short or was mistyped."""
-        text = text.strip()
+        """Read a ticket as it was pasted: line breaks, spaces, quotes and the command before it do not matter.
+
+        Raises ConfigError when `text` is not a ticket, was cut short or was mistyped.
+        """
+        text = pasted(text)
         if not text.startswith(PREFIX):
             raise ConfigError(
                 f"this is not a ticket: it must start with {PREFIX!r}; paste the whole word that `lutetia run create` printed"

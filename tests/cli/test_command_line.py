@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -160,6 +161,39 @@ def test_full_disk_under_stdout_is_reported(tmp_path: Path) -> None:
 def test_command_without_stdout_succeeds() -> None:
     run = subprocess.run(["sh", "-c", 'exec "$0" -m lutetia.cli help exit-codes >&-', sys.executable], stderr=subprocess.PIPE)
     assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_interrupt_with_json_prints_a_document(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ticket")
+    command = [sys.executable, "-m", "lutetia.cli", "swarm", "status", str(tmp_path / "ticket"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        with (tmp_path / "ticket").open("w"):  # returns once the command has opened it, and waits for what it holds
+            run.send_signal(signal.SIGINT)
+            printed, _ = run.communicate(timeout=60)
+        assert run.returncode == 130
+    assert json.loads(printed) == {"error": {"name": "interrupted", "code": 130, "message": "interrupted"}}
+
+
+def test_output_fits_a_stream_that_is_not_utf8(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", NOT_UTF8], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1", "COLUMNS": "200"}
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
+    table, document = run.stdout.decode("latin-1").split("=====")
+    assert "experts ##- 2/3 held" in table
+    assert "###-----" not in table.splitlines()[0]
+    assert json.loads(document) == {"name": "Zürich █ 東京"}
+
+
+NOT_UTF8 = """
+from lutetia.cli.output import emit, print_whatever_the_encoding, show
+from lutetia.cli.status_table import render_status
+from tests.cli.sample_documents import NOW, status
+print_whatever_the_encoding()
+emit({}, False, lambda: render_status(status(), NOW))
+show("=====")
+emit({"name": "Zürich █ 東京"}, True, lambda: None)
+"""
 
 
 @contextlib.contextmanager

@@ -196,4 +196,4 @@ async def test_second_coordinator_on_a_folder_is_refused(tmp_path: Path):
     await up(coordinator)
     with pytest.raises(IdentityError, match=f"process {coordinator.process.pid}"):
         await serve_run(run.folder)
-    assert await coordinator.end(signal.SIGINT) == 0
+    assert await coordinator.end(signal.SIGHUP) == 0

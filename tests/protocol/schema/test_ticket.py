@@ -24,6 +24,31 @@ def test_a_ticket_with_whitespace_around_it_decodes() -> None:
     assert Ticket.decode(f"  {WORD}\n") == TICKET
 
 
+PASTES = {
+    "wrapped": "\n".join(WORD[start : start + 30] for start in range(0, len(WORD), 30)),
+    "wrapped by Windows": "\r\n".join(WORD[start : start + 30] for start in range(0, len(WORD), 30)),
+    "quoted mail": "> " + "\n> ".join(WORD[start : start + 30] for start in range(0, len(WORD), 30)),
+    "quoted-printable": "=\n".join(WORD[start : start + 76] for start in range(0, len(WORD), 76)),
+    "spaces": " ".join(WORD),
+    "quotes": f'"{WORD}"',
+    "curly quotes": f"\u201c{WORD}\u201d.",
+    "backticks": f"`{WORD}`",
+    "angle brackets": f"<{WORD}>",
+    "byte order mark": f"\ufeff{WORD}",
+    "zero width": "\u200b".join((WORD[:20], WORD[20:])),
+    "no-break space": f"\u00a0{WORD}\u00a0",
+    "command": f"lutetia join {WORD}",
+    "prompt": f"$ lutetia join '{WORD}'",
+    "variable": f"LUTETIA_TICKET={WORD}",
+    "capitals": WORD.upper(),
+}
+
+
+@pytest.mark.parametrize("name", PASTES)
+def test_a_pasted_ticket_decodes(name: str) -> None:
+    assert Ticket.decode(PASTES[name]) == TICKET
+
+
 @given(st.integers(min_value=0, max_value=len(WORD) - 1))
 def test_a_truncated_ticket_is_refused(length: int) -> None:
     with pytest.raises(ConfigError):

@@ -1,0 +1,87 @@
+"""What pydantic found wrong in a document or a setting, in words for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary|Set|Data|Value|Bytes|Decimal input|URL) should ")
+_WORDS = {
+    "must match pattern": "must have the form", "greater than or equal to": "at least", "less than or equal to": "at most",
+    "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid tuple": "a list",
+    "a valid list": "a list", "a valid dictionary": "a table", "a valid number": "a number", "a valid string": "a text",
+}  # fmt: skip
+_LONGEST_INPUT = 60
+
+
+def describe_problem(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first problem, as `field: what is allowed, and what was given`.
+
+    Args:
+        error: what pydantic raised.
+        model: the settings that were wrong. Its fields' descriptions then say what is allowed.
+    """
+    problem = error.errors(include_url=False)[0]
+    where = [part for part in problem["loc"] if isinstance(part, int) or not _is_branch(part)]
+    return f"{'.'.join(map(str, where)) or 'document'}: {_sentence(problem, where, model)}"
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of the place names a validator of pydantic's and no field."""
+    return any(letter in part for letter in "[(")
+
+
+def _sentence(problem: Mapping[str, Any], where: Sequence[int | str], model: type[BaseModel] | None) -> str:
+    given = _quoted(problem["input"])
+    match problem["type"]:
+        case "missing":
+            return "is missing"
+        case "extra_forbidden":
+            return "is unknown"
+        case "string_pattern_mismatch" | "int_parsing" if described := _description(model, where):
+            return f"{given or 'the value'} is not allowed ({described})"
+        case "value_error" | "assertion_error":
+            return str(problem["ctx"]["error"])
+        case "literal_error":
+            return f"must be {problem['ctx']['expected']}{given and f', not {given}'}"
+    sentence = _SUBJECT.sub("must ", problem["msg"])
+    sentence = sentence.split(", unable to")[0]
+    for technical, plain in _WORDS.items():
+        sentence = sentence.replace(technical, plain)
+    return f"{sentence}{given and f', not {given}'}" if sentence.startswith("must ") else sentence
+
+
+def _quoted(value: Any) -> str:
+    """The wrong value, where it is short enough to be shown."""
+    text = repr(value)
+    return text if isinstance(value, str | int | float | bool) and len(text) <= _LONGEST_INPUT else ""
+
+
+def unknown_key(values: Mapping[str, Any], model: type[BaseModel], above: tuple[str, ...] = ()) -> str | None:
+    """The first key of `values`, or of a table in it, that `model` does not have, as `table.key: is unknown`.
+
+    Documents of other versions may have more fields than ours; what people write may not.
+    """
+    for key, value in values.items():
+        if key not in model.model_fields:
+            near = get_close_matches(key, model.model_fields, 1)
+            return f"{'.'.join((*above, key))}: is unknown{f'; did you mean {near[0]}?' if near else ''}"
+        inner = _inner_model(model, key)
+        if inner and isinstance(value, Mapping) and (found := unknown_key(value, inner, (*above, key))):
+            return found
+    return None
+
+
+def _inner_model(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[key].annotation
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _description(model: type[BaseModel] | None, where: Sequence[int | str]) -> str:
+    field = model.model_fields.get(str(where[0])) if model and where else None
+    return (field.description or "") if field else ""
