@@ -30,7 +30,11 @@ def default_state_folder() -> Path:
 
 
 def default_cache_folder() -> Path:
-    """The folder for files that can be made again: latents, text embeddings and downloads."""
+    """The folder for files that can be made again, such as latents and embeddings: `LUTETIA_CACHE`, else the user's."""
+    if cache := os.environ.get("LUTETIA_CACHE"):
+        return expanded(Path(cache))
     if home := os.environ.get("LUTETIA_HOME"):
         return expanded(Path(home)) / "cache"
-    return _home("XDG_CACHE_HOME", ".cache")
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lutetia")

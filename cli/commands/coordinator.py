@@ -178,7 +178,7 @@ def replayed(run: Path, moment: float | None) -> tuple[SwarmStatus, str]:
 
     folder = Folder(run)
     signed = folder.read_manifest(now=0.0)  # an expired run can still be replayed
-    ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
+    ledger = Ledger.open(folder.ledger, signed.manifest.run_id, to_read=True)
     try:
         times = [row.time for row in ledger.rows()]
         now = max(times) if moment is None else moment

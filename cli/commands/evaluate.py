@@ -69,10 +69,10 @@ def evaluate(
     """
     from lutetia.cli.progress import progress
     from lutetia.cli.workspace import ready
-    from lutetia.models.data.build import default_cache
     from lutetia.models.metrics.motion import require_opencv
     from lutetia.models.metrics.report import EvaluateSettings
     from lutetia.models.metrics.report import evaluate as evaluate_mixture
+    from lutetia.system.paths import default_cache_folder
 
     table = read_config(config)
     flags = given(
@@ -85,7 +85,7 @@ def evaluate(
     }
     for name, values in parts.items():
         table[name] = {**table.get(name, {}), **values}
-    table["evaluator"].setdefault("cache", default_cache().parent / "metrics")
+    table["evaluator"].setdefault("cache", default_cache_folder() / "metrics")
     if not table["shape"]:
         del table["shape"]
     settings = settings_of(EvaluateSettings, str(config or "options"), {**table, **flags})

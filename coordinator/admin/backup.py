@@ -163,7 +163,7 @@ def _copy_ledger(folder: RunFolder, out: Path) -> tuple[RunState, tuple[int, str
     """A snapshot of the ledger in `out`, verified event by event: (its state, (events, chain))."""
     part = out / _PART
     part.unlink(missing_ok=True)
-    ledger = Ledger.open(folder.ledger)
+    ledger = Ledger.open(folder.ledger, to_read=True)
     try:
         ledger.copy_to(part)
     finally:

@@ -114,7 +114,7 @@ def _verdict(
 
 def open_ledger(folder: Path) -> Ledger:
     """The verified ledger of a run folder, also while a coordinator serves it. Raises ConfigError or IntegrityError."""
-    return Ledger.open(RunFolder(folder).ledger)
+    return Ledger.open(RunFolder(folder).ledger, to_read=True)
 
 
 def read_events(folder: Path) -> Iterator[Event]:

@@ -84,8 +84,10 @@ class Ledger:
         return ledger
 
     @classmethod
-    def open(cls, path: Path, run: str | None = None) -> Ledger:
+    def open(cls, path: Path, run: str | None = None, *, to_read: bool = False) -> Ledger:
         """Read and verify the ledger of `run` (None: of any run), and rebuild its state.
+
+        With `to_read` nothing is written, so that neither the file nor its folder need be writable.
 
         Raises:
             ConfigError: the file is absent, no ledger, or another run's.
@@ -95,7 +97,7 @@ class Ledger:
             raise ConfigError(f"there is no ledger at {path}; create the run first or restore the file from a backup")
         with _sqlite_errors(path):
             _refuse_foreign(path)
-            connection = _connect(path)
+            connection = _connect_to_read(path) if to_read else _connect(path)
             ledger = cls(path, connection)
             try:
                 ledger._load(run)
@@ -216,9 +218,24 @@ def _link(chain: bytes, time: float, text: str) -> bytes:
 
 def _refuse_foreign(path: Path) -> None:
     """Checked read-only before the file is opened for writing, so that another program's database is never changed."""
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with contextlib.closing(_connect_to_read(path)) as connection:
         if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             raise ConfigError(f"{path} is a database of another program, not a ledger; give the run's folder")
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that writes nothing, not even the files beside a ledger that SQLite makes where it may."""
+    where = f"{path.absolute().as_uri()}?mode=ro"
+    connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=5.0, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.OperationalError:
+        connection.close()
+        pending = path.with_name(f"{path.name}-wal")
+        if pending.exists() and pending.stat().st_size:
+            raise  # some events are in a file that only a writer can read in
+        connection = sqlite3.connect(f"{where}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+    return connection
 
 
 def _connect(path: Path) -> sqlite3.Connection:

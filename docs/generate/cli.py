@@ -18,7 +18,7 @@ from lutetia.cli.main import app, exit_code_rows
 _BOUNDS = re.compile(r"(?:[\d.]+<=?)?x(?:[<>]=?[\d.]+)|[\d.]+<=?x")
 _VARIABLES = {
     "LUTETIA_HOME": "Folder of everything that Lutetia keeps. Default: the XDG folders of the user.",
-    "LUTETIA_CACHE": "Folder of caches that can be made again. Default: the user's cache folder.",
+    "LUTETIA_CACHE": "Folder of caches that can be made again. Default: `cache` in `LUTETIA_HOME`, else the user's cache folder.",
     "LUTETIA_ASSETS": "Folder of weights for the metrics of `lutetia evaluate`.",
     "LUTETIA_JSON": "`1` prints JSON, as `--json` does.",
     "LUTETIA_LOG": "`debug`, `info` or `warning`: what `lutetia join` and `lutetia coordinator serve` log. Default: `info`.",

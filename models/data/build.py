@@ -21,7 +21,7 @@ from lutetia.models.data.cluster.kmeans import ClusterSettings
 from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS, DecoderPool
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.description import DataDescription
-from lutetia.models.data.encode.cache import ArrayCache
+from lutetia.models.data.encode.cache import array_cache
 from lutetia.models.data.encode.encoder import Progress, Recipe, prepare_captions, prepare_clips
 from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
@@ -34,6 +34,7 @@ from lutetia.models.networks.model_ref import anchored
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Count, Positive
 from lutetia.system.errors import DataError
+from lutetia.system.paths import default_cache_folder
 
 _log = logging.getLogger(__name__)
 _NOT_CONTENT = {
@@ -124,13 +125,6 @@ class BuildReport(Frozen):
     seconds: dict[str, float] = Field(default={}, description="stage to its duration, seconds")
 
 
-def default_cache() -> Path:
-    """The folder that keeps latents and embeddings between builds: in `LUTETIA_CACHE`, or in the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("LUTETIA_CACHE") or user_cache_path("lutetia")) / "data"
-
-
 def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Progress | None = None) -> BuildReport:
     """Build `out` from the clips in `folder`.
 
@@ -157,8 +151,11 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         _log.warning("every user of the mixture needs the text encoder at this path: %s; a hub id avoids that", settings.text)
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
-    cache = ArrayCache(settings.cache or default_cache())
-    with output_folder(out) as part, DecoderPool(settings.clip_seconds, settings.clip_memory) as decoder:
+    with (
+        output_folder(out) as part,
+        array_cache(settings.cache or default_cache_folder() / "data", instead=part.parent) as cache,
+        DecoderPool(settings.clip_seconds, settings.clip_memory) as decoder,
+    ):
         with _timed(seconds, "clips"):
             prepared = prepare_clips(
                 listing.clips, recipe, cache, decoder, workers=settings.workers, skip_bad=settings.skip_bad, on_progress=progress

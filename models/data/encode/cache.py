@@ -6,9 +6,11 @@ bytes, so a damaged pack is detected and deleted. Several builds may share one f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lutetia.protocol.schema.canonical import digest_of
-from lutetia.system.files import write_atomic
+from lutetia.system.files import make_folder, takes_writes, write_atomic
 
 Arrays = Mapping[str, NDArray[Any]]
 _log = logging.getLogger(__name__)
@@ -30,10 +32,15 @@ def cache_key(**parts: Any) -> str:
 
 
 class ArrayCache:
-    """`get(key)` returns the arrays that `put` stored under `key`."""
+    """`get(key)` returns the arrays that `put` stored under `key`.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: the packs of earlier builds.
+        target: where new packs go, if `folder` cannot be written.
+    """
+
+    def __init__(self, folder: Path, target: Path | None = None) -> None:
+        self._folder = target or folder
         self._packs: dict[str, dict[str, Path]] = {}
         self._sound: set[Path] = set()
         for pack in sorted(folder.glob("*.safetensors")):
@@ -93,5 +100,23 @@ class ArrayCache:
 
     def _drop(self, pack: Path, reason: str) -> None:
         _log.warning("deleting %s from the cache: %s; its content is computed again", pack.name, reason)
-        pack.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the cache cannot be written, or another build has deleted it
+            pack.unlink()
         self._packs = {key: places for key, places in self._packs.items() if pack not in places.values()}
+
+
+@contextlib.contextmanager
+def array_cache(folder: Path, instead: Path) -> Iterator[ArrayCache]:
+    """The cache in `folder`. If that cannot be written, a warning says so, and new packs go into `instead` for this build."""
+    writable = False
+    with contextlib.suppress(OSError):
+        make_folder(folder)
+        writable = takes_writes(folder)
+    if writable:
+        yield ArrayCache(folder)
+        return
+    _log.warning(
+        "cannot write the cache %s: the next build computes everything again; set LUTETIA_CACHE to another folder", folder
+    )
+    with tempfile.TemporaryDirectory(prefix=".cache.", suffix=".part", dir=instead) as spare:
+        yield ArrayCache(folder, Path(spare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 import time
@@ -40,6 +41,7 @@ from tests.coordinator.acceptance.judge_driver import (
     make_manifest,
     make_record,
 )
+from tests.unprivileged import shared_folder, unprivileged
 
 
 def events_of(steps: list[tuple[int, int, str]]) -> list[Event]:
@@ -267,3 +269,25 @@ def test_a_ledger_with_older_events_opens_and_grows(tmp_path: Path):
     again.append([CoordinatorStopped(time=driver.now)])
     assert len(list(again.rows())) == count + 2
     again.close()
+
+
+def test_a_ledger_is_read_where_nothing_can_be_written() -> None:
+    with shared_folder() as folder:
+        path = folder / "ledger.sqlite"
+        ledger = Ledger.create(path, first_event(make_manifest(), START))
+        state = ledger.state
+        ledger.close()
+        path.chmod(0o444)
+        folder.chmod(0o555)
+        with unprivileged(), contextlib.closing(Ledger.open(path, to_read=True)) as read:
+            assert read.state == state
+            assert [row.event().kind for row in read.rows()] == ["run-created"]
+        assert [file.name for file in folder.iterdir()] == ["ledger.sqlite"]
+
+
+def test_a_reader_sees_what_a_writer_has_appended(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", first_event(make_manifest(), START))
+    ledger.append([CoordinatorStopped(time=START + 1)])
+    with contextlib.closing(Ledger.open(tmp_path / "ledger.sqlite", to_read=True)) as read:
+        assert len(list(read.rows())) == 2
+    ledger.close()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from lutetia.models.data.encode.cache import ArrayCache, cache_key
+from lutetia.models.data.encode.cache import ArrayCache, array_cache, cache_key
+from lutetia.system.paths import default_cache_folder
+from tests.unprivileged import shared_folder, unprivileged
 
 ARRAYS = {"latents": np.arange(12, dtype=np.float32).reshape(3, 4), "features": np.ones(5, np.float32)}
 
@@ -51,6 +54,28 @@ def test_truncated_pack_is_deleted(tmp_path: Path) -> None:
     pack.write_bytes(pack.read_bytes()[:40])
     assert "one" not in ArrayCache(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_still_read(caplog: pytest.LogCaptureFixture) -> None:
+    with shared_folder() as folder, shared_folder() as out:
+        ArrayCache(folder).put({"one": ARRAYS})
+        out.chmod(0o777)
+        folder.chmod(0o555)
+        with unprivileged(), array_cache(folder, out) as cache:
+            assert cache.get("one") is not None
+            cache.put({"two": ARRAYS})
+            assert cache.get("two") is not None
+            assert "LUTETIA_CACHE" in caplog.text
+        assert not list(out.iterdir())
+        assert len(list(folder.iterdir())) == 1
+
+
+def test_the_cache_follows_lutetia_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LUTETIA_HOME", str(tmp_path))
+    monkeypatch.delenv("LUTETIA_CACHE", raising=False)
+    assert default_cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("LUTETIA_CACHE", str(tmp_path / "other"))
+    assert default_cache_folder() == tmp_path / "other"
 
 
 def test_cache_key_depends_on_every_part() -> None:
