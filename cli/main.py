@@ -30,7 +30,7 @@ from lutetia.cli.commands import (
 )
 from lutetia.cli.output import as_json_text, json_wanted, print_whatever_the_encoding, say, show
 from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
-from lutetia.system.signals import ending_signals
+from lutetia.system.notify import ending_signals
 
 _EPILOG = "Exit codes: `lutetia help exit-codes`. Each option has an environment variable too; the option overrides it."
 

@@ -29,7 +29,7 @@ from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.reachability import policy_of
 from lutetia.system.errors import AuthorisationError, BootstrapError, ConfigError
 from lutetia.system.files import sweep_parts
-from lutetia.system.signals import ending_signals
+from lutetia.system.notify import ending_signals
 
 _log = logging.getLogger(__name__)
 

@@ -34,8 +34,7 @@ from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.files import sweep_parts
-from lutetia.system.notify import notify
-from lutetia.system.signals import ending_signals
+from lutetia.system.notify import ending_signals, notify
 
 log = logging.getLogger(__name__)
 

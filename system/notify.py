@@ -1,9 +1,10 @@
-"""Tell systemd the state of a service (sd_notify). Without systemd nothing is sent."""
+"""What a service and its manager tell each other: systemd's notifications (sd_notify), and the signals that end a service."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 
 
@@ -25,3 +26,10 @@ def watchdog_seconds() -> float | None:
     if not microseconds or (pid and int(pid) != os.getpid()):
         return None
     return int(microseconds) / 2e6
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a service to end: SIGTERM, SIGINT and, unless the caller ignores it as `nohup` does, SIGHUP."""
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    kept = () if hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN else (hang_up,)
+    return signal.SIGTERM, signal.SIGINT, *kept

@@ -12,7 +12,7 @@ import pytest
 from lutetia.node.daemon import NodeDaemon
 from lutetia.node.settings import NodeSettings
 from lutetia.protocol.schema.identity import Identity
-from lutetia.system.signals import ending_signals
+from lutetia.system.notify import ending_signals
 
 
 def daemon_in(folder: Path) -> NodeDaemon:
