@@ -218,6 +218,20 @@ def test_p2pd_ends_with_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("*.sock"))
 
 
+@pytest.mark.parametrize(("security", "answer"), [("/tls/1.0.0", "na"), ("/noise", "/noise")])
+async def test_strangers_reach_noise_and_not_the_certificates_of_tls(tmp_path: Path, security: str, answer: str) -> None:
+    """By multistream-select: every message is its length, its text and a newline."""
+    anna = await peer("anna", tmp_path, manifest_of_now())
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(anna.addresses()[0].split("/")[4]))
+    for text in ("/multistream/1.0.0", security):
+        writer.write(bytes([len(text) + 1]) + text.encode() + b"\n")
+    async with asyncio.timeout(60):
+        answers = [(await reader.readexactly((await reader.readexactly(1))[0])).decode().strip() for _ in range(2)]
+    assert answers == ["/multistream/1.0.0", answer]
+    writer.close()
+    await anna.close()
+
+
 async def test_closing_leaves_nothing_but_a_lock_file(tmp_path: Path) -> None:
     before = litter()
     anna = await peer("anna", tmp_path, manifest_of_now())
