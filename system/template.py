@@ -17,6 +17,7 @@ import ctypes
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -30,6 +31,7 @@ from typing import NoReturn
 from lutetia.system.forked import ForkRequest, same_user
 from lutetia.system.process import die_with_parent
 
+_log = logging.getLogger(__name__)
 _PR_SET_NAME = 15
 _NAME = 15  # characters that Linux keeps
 _MAX_REQUEST = 1 << 20
@@ -68,7 +70,7 @@ class Template:
         try:
             request, streams = _receive(client)
         except (OSError, ValueError, TypeError) as error:
-            print(f"a request to fork cannot be read: {error}", file=sys.stderr)
+            _log.warning("a request to fork is refused: %s", error)
             client.close()
             return
         reading, writing = os.pipe()

@@ -16,7 +16,7 @@ import pytest
 
 from lutetia.protocol.schema.identity import Identity
 from tests.child_environment import clean_environment
-from tests.cli.command_runner import failure, fresh_lutetia, lutetia, one_process, processor_time, ticket
+from tests.cli.command_runner import each, failure, fresh_lutetia, lutetia, processor_time, ticket
 
 COMMANDS = (
     "demo", "join", "status", "pause", "resume", "finish", "leave", "swarm status", "swarm fetch", "run create", "run show",
@@ -122,7 +122,7 @@ def test_identity_export_and_import_keep_the_key(tmp_path: Path) -> None:
     (two / "identity.key").chmod(0o644)
     assert "chmod 600" in lutetia("identity", "show", "--state-folder", two).stderr
     none = ("--state-folder", tmp_path / "none")
-    shown, exported, imported = one_process(
+    shown, exported, imported = each(
         [
             ("identity", "show", *none),
             ("identity", "export", tmp_path / "new.key", *none),
@@ -223,7 +223,7 @@ def test_missing_device_is_reported_before_any_work(tmp_path: Path) -> None:
     build.write_text('device = "cuda"\n')
     study = Path(__file__).parents[2] / "docs" / "studies" / "miniature.toml"
     kept = ("--folder", tmp_path / "study")
-    runs = one_process(
+    runs = each(
         [
             ("evaluate", "nowhere", "nowhere", "--device", "cuda", "--json"),
             ("data", "build", "nowhere", tmp_path / "data", "--config", build, "--json"),

@@ -13,7 +13,7 @@ import pytest
 
 from lutetia.models.data.ingest.synthetic import make_clips
 from lutetia.protocol.schema.identity import Identity
-from tests.cli.command_runner import failure, lutetia, one_process, ticket
+from tests.cli.command_runner import each, failure, lutetia, ticket
 
 NOT_MINE = "-dac_override,-dac_read_search"
 
@@ -50,7 +50,7 @@ def test_file_instead_of_folder_gives_one_sentence(file: Path, tmp_path: Path) -
     Identity.derived("node").save(key := tmp_path / "node.key")
     make_clips(clips := tmp_path / "clips", 3, 0, 4, 16)
     below = file / "x"
-    runs = one_process(
+    runs = each(
         [
             ("data", "build", clips, below, "--json"),
             ("join", ticket(), "--state-folder", file),
@@ -81,7 +81,7 @@ def test_file_instead_of_folder_gives_one_sentence(file: Path, tmp_path: Path) -
 
 def test_folder_without_permission_gives_one_sentence(barred: Path, tmp_path: Path) -> None:
     state, at = ("--state-folder", barred / "x"), barred / "x"
-    runs = one_process(
+    runs = each(
         [
             ("identity", "show", *state),
             ("identity", "export", tmp_path / "key", *state),
@@ -116,14 +116,14 @@ def test_unknown_home_gives_one_sentence() -> None:
         ("LUTETIA_STATE_FOLDER", [("identity", "show"), ("doctor",), ("status", "--json")]),
         ("LUTETIA_HOME", [("identity", "show"), ("doctor",), ("join", ticket())]),
     ):
-        runs = one_process(commands, **{variable: "~nobodyhere/node"})
+        runs = each(commands, **{variable: "~nobodyhere/node"})
         check_sentences(runs, {10})
         assert all("~nobodyhere/node begins with a home folder that does not exist" in run.stderr + run.stdout for run in runs)
 
 
 def test_doctor_reports_unusable_state_folder(file: Path, barred: Path) -> None:
     for place, codes in ((file, {21}), (file / "x" / "y", {21}), (barred / "x", {21})):
-        run = one_process([("doctor", "--json", "--state-folder", place)], without=NOT_MINE)[0]
+        run = each([("doctor", "--json", "--state-folder", place)], without=NOT_MINE)[0]
         findings = json.loads(run.stdout)["findings"]
         failed = {finding["check"]: finding["seen"] for finding in findings if finding["verdict"] == "fail"}
         assert {run.returncode} == codes, run
@@ -132,6 +132,6 @@ def test_doctor_reports_unusable_state_folder(file: Path, barred: Path) -> None:
 
 
 def test_status_of_another_users_daemon_names_the_user(barred: Path) -> None:
-    run = one_process([("status", "--state-folder", barred)], without=NOT_MINE)[0]
+    run = each([("status", "--state-folder", barred)], without=NOT_MINE)[0]
     assert run.returncode == 31
     assert run.stderr == f"lutetia: {barred} belongs to another user; run this command as that user\n"

@@ -9,7 +9,7 @@ import pytest
 
 from lutetia.cli.progress import ProgressLines
 from lutetia.models.data.ingest.synthetic import make_clips
-from tests.cli.command_runner import failure, lutetia, one_process
+from tests.cli.command_runner import each, failure, lutetia
 
 MINIATURE = Path(__file__).parents[3] / "docs" / "studies" / "miniature.toml"
 
@@ -62,7 +62,7 @@ def test_command_without_its_package_names_the_extra(package: str, clips: Path, 
     study = ["study", MINIATURE, "--folder", tmp_path / "study", "--json"]
     train = ["data", "train-autoencoder", tmp_path / "autoencoder", "--json"]
     commands = {"cv2": [evaluate, study], "matplotlib": [study], "skimage": [[*study, "--prepare"], train]}
-    for run in one_process(commands[package], missing=package):
+    for run in each(commands[package], missing=package):
         assert failure(run)["code"] == 10
         extra = "demo" if "train-autoencoder" in run.args else "study"
         assert f"is not installed; run: pip install 'lutetia[{extra}]'" in failure(run)["message"]

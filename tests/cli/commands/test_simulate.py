@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.cli.command_runner import lutetia, one_process
+from tests.cli.command_runner import each, lutetia
 
 
 def test_held_invariants_give_code_0_and_a_table() -> None:
@@ -37,13 +37,11 @@ def test_list_names_scenarios_and_what_is_not_simulated() -> None:
 def test_wrong_arguments_give_one_sentence_and_code_2() -> None:
     wrong = [("nowhere",), (), ("disks", "--peers", "1"), ("calm", "--broken", "nothing")]
     wrong += [("calm", f"--keep={steps}") for steps in ("x", "99", "0,99", "-1")]
-    for run in one_process([("simulate", *arguments) for arguments in wrong]):
+    for run in each([("simulate", *arguments) for arguments in wrong]):
         assert run.returncode == 2, run.args
         assert run.stderr.count("\n") == 1
 
 
 def test_keep_carries_out_part_of_a_plan_or_none() -> None:
-    kept = one_process(
-        [("simulate", "calm", "--peers", "3", "--seconds", "60", f"--keep={steps}", "--json") for steps in ("0,1", "-")]
-    )
+    kept = each([("simulate", "calm", "--peers", "3", "--seconds", "60", f"--keep={steps}", "--json") for steps in ("0,1", "-")])
     assert [json.loads(run.stdout)["steps"] for run in kept] == [2, 0]
