@@ -159,7 +159,7 @@ def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None
 
 
 def _clip_lines(source: BuildInputs) -> bytes:
-    """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then those that were left out, with the reason."""
+    """One JSON object per clip: file, SHA-256, caption, kind, split and shard; then what was left out or is no clip, and why."""
     placement, prepared = source.placement, source.prepared
     lines: list[dict[str, Any]] = [
         {
@@ -169,4 +169,5 @@ def _clip_lines(source: BuildInputs) -> bytes:
         for row, (clip, digest) in enumerate(zip(prepared.clips, prepared.digests, strict=True))
     ]  # fmt: skip
     lines += [{"file_name": bad.name, "left_out": bad.reason} for bad in prepared.bad]
+    lines += [{"file_name": other.name, "not_used": other.reason} for other in prepared.unused]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -58,12 +58,14 @@ class PreparedClips:
         clips: the clips.
         digests: SHA-256 (hex) of their files.
         bad: clips that were left out.
+        unused: other files of the folder.
         cached: how many were in the cache.
     """
 
     clips: list[ClipSource] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     bad: list[BadClip] = field(default_factory=list)
+    unused: list[BadClip] = field(default_factory=list)
     cached: int = 0
 
 

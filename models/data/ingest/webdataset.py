@@ -86,29 +86,47 @@ class Sample:
     texts: dict[str, TarMember] = field(default_factory=dict)
 
 
-def read_samples(archive: Path, videos: frozenset[str]) -> list[Sample]:
+@dataclass
+class ArchiveContent:
+    """The samples of an archive that hold a video, and the names of all other members."""
+
+    samples: list[Sample]
+    unused: list[str]
+
+
+def read_archive(archive: Path, videos: frozenset[str]) -> ArchiveContent:
     """The samples with a member whose suffix is in `videos`. Raises DataError if the archive is not a complete plain tar."""
     samples: dict[str, Sample] = {}
-    for member in _members(archive):
+    unused: list[str] = []
+    for name, member in _members(archive):
+        if member is None:
+            unused.append(name)
+            continue
         key, _, ending = member.name.partition(".")
         key = str(PurePosixPath(member.member).parent / key)
-        sample = samples.setdefault(key, Sample(key))
         if member.suffix.lower() in videos:
-            sample.videos.append(member)
+            samples.setdefault(key, Sample(key)).videos.append(member)
         elif ending in ("txt", "json"):
-            sample.texts[ending] = member
-    return [sample for sample in samples.values() if sample.videos]
+            samples.setdefault(key, Sample(key)).texts[ending] = member
+        else:
+            unused.append(name)
+    complete = [sample for sample in samples.values() if sample.videos]
+    unused += [member.member for sample in samples.values() if not sample.videos for member in sample.texts.values()]
+    return ArchiveContent(complete, sorted(unused))
 
 
-def _members(archive: Path) -> Iterator[TarMember]:
-    """Yield regular files that are not hidden; links and devices are ignored."""
+def _members(archive: Path) -> Iterator[tuple[str, TarMember | None]]:
+    """Yield name and member of regular files that are not hidden; no member for links, devices and sparse files."""
     try:
         with tarfile.open(archive, "r:") as tar:
             while info := tar.next():
                 tar.members = []  # type: ignore[assignment]  # keep no list: there may be millions
                 parts = [part for part in PurePosixPath(info.name).parts if part != "/"]
-                if info.isreg() and not info.issparse() and not any(part.startswith(".") for part in parts):
-                    yield TarMember(archive, "/".join(parts), info.offset_data, info.size)
+                name = "/".join(parts)
+                if info.isdir() or any(part.startswith(".") for part in parts):
+                    continue
+                is_plain = info.isreg() and not info.issparse()
+                yield name, TarMember(archive, name, info.offset_data, info.size) if is_plain else None
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(
             f"cannot read {archive} ({error}); it must be a complete plain tar file; download or decompress it again"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,73 @@ def test_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
         read_listing(tmp_path / "absent")
     with pytest.raises(DataError, match="holds no clips"):
         read_listing(tmp_path)
+
+
+def test_every_suffix_of_video_is_listed(tmp_path: Path) -> None:
+    for suffix in ["avi", "ts", "mts", "mpg", "ogv", "wmv", "flv", "3gp", "y4m", "apng", "AVI", "Mov"]:
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(b"x")
+        (tmp_path / f"{suffix}.txt").write_text("a dog")
+    assert (len(read_listing(tmp_path).clips), read_listing(tmp_path).unused) == (12, [])
+
+
+def test_whatever_is_not_used_is_named(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for name in ("notes.doc", "deep/a.jpg", "b.jpg", "more.zip", "gone.txt"):
+        (folder / name).write_bytes(b"x")
+    outside = tmp_path_factory.mktemp("linked")
+    (outside / "c.mp4").write_bytes(b"x")
+    (folder / "linked").symlink_to(outside)
+    listing = read_listing(rows(folder, A, B))
+    assert {each.name: each.reason.split(";")[0] for each in listing.unused} == {
+        "b.jpg": "not a video by its suffix",
+        "deep/a.jpg": "not a video by its suffix",
+        "notes.doc": "not a video by its suffix",
+        "more.zip": "an archive that is not read",
+        "gone.txt": "no video has this name",
+        "linked": "a linked folder is not entered",
+    }
+    assert listing.unused_in_short().startswith("2 .jpg, 1 .")
+    assert (len(listing.clips), listing.bad) == (2, [])
+
+
+def test_folder_without_clips_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "b.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="; it holds 2 .jpg; name another folder"):
+        read_listing(tmp_path)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_links_in_a_loop_and_pipes_are_named(folder: Path, by_row: bool) -> None:
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "loop.txt").write_text("a loop")
+    (folder / "pipe.txt").write_text("a pipe")
+    more = [{"file_name": name, "caption": "x"} for name in ("loop.mp4", "pipe.mp4")] if by_row else []
+    bad = read_listing(rows(folder, A, B, *more)).bad
+    where = {"loop.mp4": "metadata.jsonl line 3: loop.mp4", "pipe.mp4": "metadata.jsonl line 4: pipe.mp4"} if by_row else {}
+    assert [each.reason for each in bad] == [
+        f"{where.get('loop.mp4', 'loop.mp4')} is a link that leads nowhere; remove it",
+        f"{where.get('pipe.mp4', 'pipe.mp4')} is no regular file; remove it",
+    ]
+
+
+def test_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path: Path) -> None:
+    for name, text in ((b"caf\xe9.mp4", b"x"), (b"caf\xe9.txt", b"a dog"), (b"\xff.mp4", b"x"), (b"\xfe.dat", b"x")):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(text)
+    listing = read_listing(tmp_path)
+    assert [(clip.name, clip.caption) for clip in listing.clips] == [("caf\\xe9.mp4", "a dog")]
+    assert [bad.name for bad in listing.bad] == ["\\xff.mp4"]
+    assert [each.name for each in listing.unused] == ["\\xfe.dat"]
+    assert all(each.name.encode() for each in (*listing.clips, *listing.bad, *listing.unused))
+    assert listing.clips[0].path.open("rb").read() == b"x"
+
+
+def test_names_and_captions_are_equal_in_every_normal_form(tmp_path: Path) -> None:
+    composed, parts = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    (tmp_path / f"{parts}.mp4").write_bytes(b"x")
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    rows(tmp_path, {"file_name": f"{composed}.mp4", "caption": f"a {parts}"}, {"file_name": "b.mp4", "caption": f"a {composed}"})
+    listing = read_listing(tmp_path)
+    assert [clip.caption for clip in listing.clips] == [f"a {composed}"] * 2
+    assert listing.bad == []

@@ -14,7 +14,6 @@ from lutetia.models.data.decode.clip import decode_clip, hash_file
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import read_listing
 from lutetia.models.data.ingest.webdataset import TarMember
-from lutetia.system.errors import DataError
 from tests.models.data.clip_files import numbered, write_video
 
 SHAPE = ClipShape(frames=8, fps=8.0, height=32, width=32)
@@ -80,7 +79,7 @@ def test_unusable_sample_is_named(tmp_path: Path, members: dict[str, bytes | str
     assert words in bad.reason
 
 
-def test_links_hidden_files_and_outside_paths_are_ignored(tmp_path: Path):
+def test_links_hidden_files_and_outside_paths_are_not_used(tmp_path: Path):
     outside = tmp_path / "secret.mp4"
     outside.write_bytes(b"secret")
     archive = pack(tmp_path / "set/a.tar", {"1.mp4": b"x", "1.txt": "a", ".2.mp4": b"x", "../3.mp4": b"x", "3.txt": "b"})
@@ -92,6 +91,7 @@ def test_links_hidden_files_and_outside_paths_are_ignored(tmp_path: Path):
     listing = read_listing(tmp_path / "set")
     assert [clip.name for clip in listing.clips] == ["a.tar/1.mp4"]
     assert listing.bad == []
+    assert [each.name for each in listing.unused] == ["a.tar/3.txt", "a.tar/4.mp4", "a.tar/5.mp4"]
 
 
 def test_archive_linked_outside_the_folder_is_not_read(tmp_path: Path):
@@ -103,12 +103,13 @@ def test_archive_linked_outside_the_folder_is_not_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
-def test_damaged_archive_is_refused_as_a_whole(tmp_path: Path, damage: str):
+def test_damaged_archive_is_left_out_as_a_whole(tmp_path: Path, damage: str):
     archive = pack(tmp_path / "a.tar", {"1.mp4": bytes(5000), "1.txt": "a", "2.mp4": bytes(90_000)})
     whole = archive.read_bytes()
     archive.write_bytes({"cut": whole[:20_000], "noise": b"noise" * 500, "empty": b""}[damage])
-    with pytest.raises(DataError, match=r"cannot read .*a\.tar"):
-        read_listing(tmp_path)
+    (bad,) = read_listing(tmp_path).bad
+    assert bad.name == "a.tar"
+    assert "it must be a complete plain tar file" in bad.reason
 
 
 def test_compressed_archive_is_refused(tmp_path: Path):
