@@ -33,6 +33,7 @@ def build(
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels.", min=8)] = None,
     latents: Annotated[str | None, setting("LATENTS", "Autoencoder: builtin:demo, pixels, folder or hub id.")] = None,
     text: Annotated[str | None, setting("TEXT", "Text encoder: builtin:words, folder or hub id.")] = None,
+    smallest: Annotated[int | None, setting("SMALLEST", "Fewest clips in a shard.", min=1)] = None,
     features: Annotated[str | None, setting("FEATURES", "Features for clustering, such as builtin+text.")] = None,
     skip_bad: Annotated[
         bool | None, setting("SKIP_BAD", "Leave out clips that cannot be used, and list them.", "--skip-bad")
@@ -48,7 +49,7 @@ def build(
 
     flags = given(
         experts=experts, frames=frames, fps=fps, height=size, width=size, latents=latents, text=text, features=features,
-        skip_bad=skip_bad,
+        smallest=smallest, skip_bad=skip_bad,
     )  # fmt: skip
     settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config), **flags})
     require_device(settings.device)

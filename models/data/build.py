@@ -17,16 +17,17 @@ from typing import Literal
 from pydantic import Field
 
 from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
-from lutetia.models.data.cluster.kmeans import ClusterSettings
+from lutetia.models.data.cluster.kmeans import ClusterSettings, smallest_cluster
 from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS, DecoderPool
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.description import DataDescription
+from lutetia.models.data.doubts import find_doubts
 from lutetia.models.data.encode.cache import array_cache
-from lutetia.models.data.encode.encoder import Progress, Recipe, prepare_captions, prepare_clips
+from lutetia.models.data.encode.encoder import PreparedClips, Progress, Recipe, prepare_captions, prepare_clips
 from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import MAX_TOKENS, TextEncoder, load_text_encoder
-from lutetia.models.data.ingest.listing import BadClip, read_listing
+from lutetia.models.data.ingest.listing import BadClip, Listing, read_listing
 from lutetia.models.data.output import check_output, output_folder
 from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
 from lutetia.models.device import Device
@@ -37,6 +38,7 @@ from lutetia.system.errors import DataError
 from lutetia.system.paths import default_cache_folder
 
 _log = logging.getLogger(__name__)
+_ROOM = 32  # tokens at least: prompts may be longer than all captions, and cannot get more tokens later
 _NOT_CONTENT = {
     "skip_bad",
     "workers",
@@ -69,7 +71,10 @@ class BuildSettings(Frozen):
     )
     text: str = Field(default="builtin:words", description="text encoder: builtin:words, a folder, a hub id, or a pair A+B")
     text_tokens: int | None = Field(
-        default=None, ge=1, le=MAX_TOKENS, description="tokens of a caption; none: as many as the longest caption needs"
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="tokens of captions and prompts; none: as many as the longest caption needs, at least 32",
     )
     features: str = Field(
         default="builtin+text",
@@ -85,7 +90,9 @@ class BuildSettings(Frozen):
     largest_share: float | None = Field(
         default=None, gt=0, le=1, description="largest share of the clips in one shard; none: 2.2/experts, at most 0.9"
     )
-    smallest: Count = Field(default=24, description="fewest clips in a shard")
+    smallest: Count | None = Field(
+        default=None, description="fewest clips in a shard; none: 24, or half of an equal share where that is fewer"
+    )
     holdout: float = Field(default=0.1, gt=0, lt=0.5, description="share of the training clips held out for acceptance checks")
     seed: int = Field(default=0, description="seed of the clustering")
     skip_bad: bool = Field(default=False, description="leave out clips that cannot be used, instead of failing")
@@ -122,6 +129,10 @@ class BuildReport(Frozen):
     repeated: int = Field(description="training clips left out as copies of test clips")
     cached: int = Field(description="clips that were in the cache and were not decoded")
     skipped: tuple[tuple[str, str], ...] = Field(default=(), description="(clip, reason) of the clips that were left out")
+    unused: tuple[tuple[str, str], ...] = Field(default=(), description="(file, reason) of other files that were not used")
+    round_trip_db: float | None = Field(
+        default=None, description="PSNR of some clips after encoding and decoding, dB; only of the stand-in builtin:demo"
+    )
     seconds: dict[str, float] = Field(default={}, description="stage to its duration, seconds")
 
 
@@ -139,6 +150,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     progress = on_progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
     check_output(out)
+    chosen = settings.model_fields_set
     settings = settings.model_copy(update={"latents": anchored(settings.latents), "text": anchored(settings.text)})
     recipe = Recipe(
         settings.clip_shape,
@@ -151,6 +163,11 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         _log.warning("every user of the mixture needs the text encoder at this path: %s; a hub id avoids that", settings.text)
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
+    if listing.unused:
+        _log.warning(
+            "%d files in %s were not used: %s; clips.jsonl names each", len(listing.unused), folder, listing.unused_in_short()
+        )
+    _check_counts(listing, settings)
     with (
         output_folder(out) as part,
         array_cache(settings.cache or default_cache_folder() / "data", instead=part.parent) as cache,
@@ -161,11 +178,16 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
                 listing.clips, recipe, cache, decoder, workers=settings.workers, skip_bad=settings.skip_bad, on_progress=progress
             )  # fmt: skip
             prepared.bad[:0] = listing.bad
+            prepared.unused = listing.unused
+            _require_clips(prepared)
             repeated = drop_copies_of_test_clips(prepared)
         with _timed(seconds, "captions"):
             captions = [clip.caption for clip in prepared.clips]
             encoder = _text_encoder(settings, captions)
             embedded = prepare_captions(captions, encoder, cache, progress)
+            doubts = find_doubts(chosen, prepared, encoder, recipe.latents, lambda clip: decoder.decode(clip.path, recipe.shape))
+            for doubt in doubts.sentences:
+                _log.warning("%s", doubt)
         with _timed(seconds, "clusters"):
             progress("clusters", 0, 1)
             vectors = feature_vectors(prepared, recipe, cache, embedded, wants_text(settings.features))
@@ -178,7 +200,9 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     return BuildReport(
         out=out, description=description, train=placement.count("train"), holdout=placement.count("holdout"),
         test=placement.count("test"), repeated=repeated, cached=prepared.cached,
-        skipped=tuple((bad.name, bad.reason) for bad in prepared.bad), seconds=seconds,
+        skipped=tuple((bad.name, bad.reason) for bad in prepared.bad),
+        unused=tuple((other.name, other.reason) for other in prepared.unused),
+        round_trip_db=doubts.round_trip_db, seconds=seconds,
     )  # fmt: skip
 
 
@@ -191,15 +215,31 @@ def _refuse_bad(bad: Sequence[BadClip], skip_bad: bool) -> None:
         _log.warning("left out: %s", clip.reason)
 
 
+def _check_counts(listing: Listing, settings: BuildSettings) -> None:
+    """Raise DataError where the number of clips alone shows that the build must fail, before anything is decoded."""
+    training = sum(clip.split == "train" for clip in listing.clips)
+    if not listing.clips:
+        raise DataError(f"no clip is left: all {len(listing.bad)} were left out, the first because {listing.bad[0].reason}")
+    if not training:
+        raise DataError("no clip is left for training; check the split column of the metadata")
+    smallest_cluster(settings.clustering, training)
+
+
+def _require_clips(prepared: PreparedClips) -> None:
+    """Raise DataError if every clip was left out."""
+    if not prepared.clips:
+        raise DataError(f"no clip is left: all {len(prepared.bad)} were left out, the first because {prepared.bad[0].reason}")
+
+
 def _text_encoder(settings: BuildSettings, captions: Sequence[str]) -> TextEncoder:
     different, reader = sorted(set(captions)), load_text_encoder(settings.text, 1)
     longest = max(1, reader.count(different))
-    tokens = settings.text_tokens or min(longest, reader.longest)
+    tokens = settings.text_tokens or min(max(longest, _ROOM), reader.longest)
     if longest > tokens:
         cut = sum(reader.count([caption]) > tokens for caption in different)
         _log.warning("%d of %d captions are longer than %d tokens and are truncated", cut, len(different), tokens)
     elif settings.text_tokens is None:
-        _log.info("captions get %d tokens, as many as the longest needs", tokens)
+        _log.info("captions and prompts get %d tokens; the longest caption needs %d", tokens, longest)
     return load_text_encoder(settings.text, tokens, device=settings.device)
 
 

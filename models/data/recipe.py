@@ -21,6 +21,7 @@ DATA: dict[str, Any] = {
     "latents": "builtin:demo",
     "normalisation": "shipped",
     "text": "builtin:words",
+    "text_tokens": 9,
 }
 """Settings of `build_data`; latents [8, 8, 8, 8] = [C, F, H, W]."""
 

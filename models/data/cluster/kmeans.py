@@ -26,6 +26,7 @@ Labels = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 
 MAX_FINE = 1024
+_SMALLEST = 24  # clips of a cluster, where there are enough
 _CLIPS_PER_FINE = 6
 _DIMENSIONS = 64
 _MINI_BATCH_BEYOND = 50_000
@@ -45,8 +46,22 @@ class ClusterSettings(Frozen):
     largest_share: float | None = Field(
         default=None, gt=0, le=1, description="largest share of the clips in one cluster; none: 2.2/K, at most 0.9"
     )
-    smallest: Count = Field(default=24, description="fewest clips in a cluster")
+    smallest: Count | None = Field(
+        default=None, description="fewest clips in a cluster; none: 24, or half of an equal share where that is fewer"
+    )
     seed: int = Field(default=0, description="seed of k-means and of random clusters")
+
+
+def smallest_cluster(settings: ClusterSettings, count: int) -> int:
+    """The fewest of `count` clips that a cluster may hold. Raises DataError if there are too few for all clusters."""
+    usual = max(2, min(_SMALLEST, count // (2 * settings.experts)))
+    smallest = settings.smallest or usual
+    if count < settings.experts * smallest:
+        raise DataError(
+            f"{count} clips are too few for {settings.experts} experts of at least {smallest} clips each; "
+            f"use at most {max(1, count // smallest)} experts (--experts), more clips, or a smaller minimum (--smallest)"
+        )
+    return smallest
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,7 @@ def cluster(vectors: Vectors, keys: Sequence[str], kinds: Sequence[str], setting
     Raises DataError if the clips are too few, or too uneven, for that many clusters of that size.
     """
     count, experts = len(vectors), settings.experts
-    if count < experts * settings.smallest:
-        raise DataError(
-            f"{count} clips are too few for {experts} experts of at least {settings.smallest} clips each; "
-            f"use at most {max(1, count // settings.smallest)} experts, more clips or a smaller minimum"
-        )
+    smallest = smallest_cluster(settings, count)
     if settings.method == "random":
         return _finish(vectors, _random(keys, settings), 1 / experts)
     if settings.method == "kinds":
@@ -110,7 +121,7 @@ def cluster(vectors: Vectors, keys: Sequence[str], kinds: Sequence[str], setting
             100 * cap,
         )
         coarse = merge(centroids, weights, experts, cap * count)
-    labels = _enforce_smallest(reduced, coarse[fine], settings)
+    labels = _enforce_smallest(reduced, coarse[fine], settings, smallest)
     return _finish(vectors, labels, share)
 
 
@@ -177,31 +188,31 @@ def _centroids(vectors: Vectors, labels: Labels) -> tuple[NDArray[np.float64], N
     return sums / sizes[:, None], sizes
 
 
-def _enforce_smallest(vectors: Vectors, labels: Labels, settings: ClusterSettings) -> Labels:
+def _enforce_smallest(vectors: Vectors, labels: Labels, settings: ClusterSettings, smallest: int) -> Labels:
     """Merge clusters below `smallest` into their nearest neighbour, and split the largest one instead."""
     for _ in range(4 * settings.experts):
         centroids, sizes = _centroids(vectors, labels)
         small = int(np.argmin(sizes))
-        if sizes[small] >= settings.smallest:
+        if sizes[small] >= smallest:
             return labels
         cost = _ward(centroids[small : small + 1], sizes[small : small + 1], centroids, sizes)[0]
         cost[small] = np.inf
         labels = np.where(labels == small, int(np.argmin(cost)), labels)
         largest = int(np.argmax(np.bincount(labels, minlength=len(sizes))))
         members = np.flatnonzero(labels == largest)
-        if len(members) < 2 * settings.smallest:
+        if len(members) < 2 * smallest:
             break
-        labels[members[_half(vectors[members], settings)]] = small
+        labels[members[_half(vectors[members], settings.seed, smallest)]] = small
     raise DataError(
-        f"the clusters are too uneven for {settings.experts} experts of at least {settings.smallest} clips; "
-        "use fewer experts, more clips or a smaller minimum"
+        f"the clusters are too uneven for {settings.experts} experts of at least {smallest} clips; "
+        "use fewer experts (--experts), more clips, or a smaller minimum (--smallest)"
     )
 
 
-def _half(vectors: Vectors, settings: ClusterSettings) -> NDArray[np.bool_]:
+def _half(vectors: Vectors, seed: int, smallest: int) -> NDArray[np.bool_]:
     """Which clips go to a new cluster: by 2-means, or, if that is too uneven, split at the median of the main direction."""
-    labels = _fine(vectors, min(2, len(np.unique(vectors, axis=0))), settings.seed)
-    if min(labels.sum(), len(labels) - labels.sum()) >= settings.smallest:
+    labels = _fine(vectors, min(2, len(np.unique(vectors, axis=0))), seed)
+    if min(labels.sum(), len(labels) - labels.sum()) >= smallest:
         return labels == 1
     centred = vectors - vectors.mean(0)
     main = np.linalg.svd(centred, full_matrices=False)[2][0]

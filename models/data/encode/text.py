@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -95,7 +96,7 @@ class WordEncoder(TextEncoder):
     """
 
     ref, width, pooled_width = "builtin:words", WORD_WIDTH, WORD_WIDTH
-    fingerprint = "words-1"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    fingerprint = "words-2"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     _POSITION = 0.3  # weight of the position in a token, relative to the word
 
     def __init__(self, tokens: int) -> None:
@@ -120,8 +121,24 @@ class WordEncoder(TextEncoder):
 
 
 def split_words(text: str) -> list[str]:
-    """The words and numbers of `text` in lower case, without punctuation."""
-    return re.findall(r"\w+", text.casefold())
+    """The words and numbers of `text` in lower case, without punctuation, equal for equal texts in any normal form of Unicode.
+
+    Vowel signs and accents belong to their letter. Scripts that put no spaces between words give a word per character: that
+    keeps something in common between captions.
+    """
+    composed = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    without_joiners = composed.translate({0x200C: None, 0x200D: None})
+    spaced = _UNSPACED.sub(lambda match: f" {match[0]} ", without_joiners)
+    return "".join(each if _is_of_word(each) else " " for each in spaced).split()
+
+
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Kana and Han characters."""
+
+
+def _is_of_word(letter: str) -> bool:
+    """Letters, marks, numbers, and the underscore and its like, but no emoji: their variation selectors are marks."""
+    return letter.isalnum() or letter == "_" or (unicodedata.category(letter)[0] == "M" and not "\ufe00" <= letter <= "\ufe0f")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -200,6 +217,7 @@ class TransformersEncoder(TextEncoder):
         if not captions:
             return torch.zeros(0, self.tokens, self.width), torch.zeros(0, self.pooled_width)
         # batches of one size: the embedding of a caption must not depend on the number of captions
+        captions = [unicodedata.normalize("NFC", caption) for caption in captions]
         padded = [*captions, *[""] * (-len(captions) % BATCH)]
         parts = [self._encode(padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
         tokens = torch.cat([part[0] for part in parts])[: len(captions)]

@@ -198,6 +198,58 @@ def test_bad_clips_are_refused_or_left_out_and_reported(faulty: Path, cache: Pat
     assert "cannot be decoded" in json.loads((report.out / "clips.jsonl").read_text().splitlines()[-1])["left_out"]
 
 
+def test_nothing_left_is_one_sentence(clips: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    for path in folder.glob("*.mp4"):
+        path.write_bytes(path.name.encode() * 40)
+    with pytest.raises(DataError, match="no clip is left: all 72 were left out, the first because ball-000.mp4 cannot"):
+        build_data(folder, tmp_path / "out", settings(cache, skip_bad=True))
+    for path in folder.glob("*.mp4"):
+        path.unlink()
+    with pytest.raises(DataError, match="no clip is left: all 72 were left out, the first because .* does not exist"):
+        build_data(folder, tmp_path / "out", settings(cache, skip_bad=True))
+
+
+def test_counts_are_checked_before_decoding(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"use at most 2 experts \(--experts\), .* or a smaller minimum \(--smallest\)"):
+        build_data(clips, tmp_path / "out", settings(tmp_path / "cache", smallest=30))
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def few(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty clips with captions, three of which hold no word, and two other files."""
+    folder = tmp_path_factory.mktemp("few")
+    for number, path in enumerate(sorted(clips.glob("*.mp4"))[2:62:2]):
+        shutil.copy(path, folder)
+        (folder / path.name).with_suffix(".txt").write_text("\U0001f600\U0001f389" if number < 3 else "a red ball rolls")
+    (folder / "notes.doc").write_text("x")
+    (folder / "cover.jpg").write_text("x")
+    return folder
+
+
+def test_thirty_clips_build_with_default_sizes_and_warnings(few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = {"height": 32, "width": 32, "workers": 2, "cache": tmp_path / "cache"}
+    report = build_data(few, tmp_path / "out", BuildSettings.model_validate(chosen))
+    assert min(shard.train.clips + shard.holdout.clips for shard in report.description.shards) >= 5
+    assert report.description.latent.text_tokens == 32, "room for prompts that are longer than all captions"
+    assert report.round_trip_db is not None
+    assert 5 < report.round_trip_db < 50
+    assert f"it rebuilds these clips at {report.round_trip_db:.1f} dB" in caplog.text
+    assert "text builtin:words is a stand-in" in caplog.text
+    assert "3 of 30 captions hold no words (the first is of ball-002.mp4)" in caplog.text
+    assert "2 files in" in caplog.text
+    lines = [json.loads(line) for line in (report.out / "clips.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines if "not_used" in line] == ["cover.jpg", "notes.doc"]
+
+
+def test_chosen_stand_ins_are_not_warned_of(few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = {**SMALL, "smallest": None, "text": "builtin:words", "cache": tmp_path / "cache"}
+    assert build_data(few, tmp_path / "out", BuildSettings.model_validate(chosen)).round_trip_db is None
+    assert "stand-in" not in caplog.text
+
+
 def test_truncated_captions_are_counted_in_the_log(
     clips: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,7 +101,7 @@ def test_kinds_can_be_the_clusters() -> None:
 def test_more_experts_than_clips_or_features_are_refused() -> None:
     vectors, keys, kinds = points([30, 30])
     with pytest.raises(DataError, match="60 clips are too few for 3 experts of at least 24 clips each; use at most 2 experts"):
-        cluster(vectors, keys, kinds, ClusterSettings(experts=3))
+        cluster(vectors, keys, kinds, ClusterSettings(experts=3, smallest=24))
     same = np.repeat(vectors[:2], 40, axis=0)
     with pytest.raises(DataError, match="only 2 distinct features, too few for 3 experts; use at most 2"):
         cluster(same, [str(i) for i in range(80)], ["x"] * 80, ClusterSettings(experts=3))

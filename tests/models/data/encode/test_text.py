@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,23 @@ def test_real_minilm_ranks_captions_by_meaning(tmp_path: Path) -> None:
     similar = torch.nn.functional.cosine_similarity(pooled[:1], pooled[1:])
     torch.testing.assert_close(similar, torch.tensor([0.695, 0.943, 0.257]), atol=5e-3, rtol=0)  # the model card's figures
     torch.testing.assert_close(pooled.square().mean(-1), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_split_words_gives_one_result_for_every_normal_form() -> None:
+    for text in ("caméra à l'été", "Ἀθῆναι", "한국어 자막", "हिन्दी कविता", "İstanbul"):
+        assert len({tuple(split_words(unicodedata.normalize(form, text))) for form in ("NFC", "NFD")}) == 1
+    assert split_words(unicodedata.normalize("NFD", "caméra")) == ["caméra"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("हिन्दी कविता", 2), ("தமிழ் மொழி", 2), ("عَرَبِيّ", 1), ("שָׁלוֹם עולם", 2), ("می\u200cروم", 1), ("猫が走る", 4), ("a 猫 runs", 3)],
+)
+def test_split_words_keeps_marks_with_their_letters(text: str, count: int) -> None:
+    assert len(split_words(text)) == count
+
+
+@pytest.mark.parametrize("text", ["\U0001f600\U0001f389", "\u2764\ufe0f", "\u200b", "!?…", " "])
+def test_signs_are_no_words(text: str) -> None:
+    assert split_words(text) == []
+    assert load_text_encoder("builtin:words", 4).count([text]) == 0
