@@ -19,6 +19,7 @@ STUDIES = {
     "faults": "benchmarks.faults",
     "fuzz": "benchmarks.fuzz.main",
     "metrics": "benchmarks.metrics_validation.main",
+    "network-attacks": "benchmarks.attacks.network",
     "simulate": "benchmarks.simulation.main",
 }
 NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))

@@ -62,9 +62,10 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
 def _own_addresses(folder: RunFolder, settings: ServeSettings) -> list[str]:
     """Where volunteers dial this coordinator. They show in which networks the run lives."""
     endpoint = folder.read_endpoint()
+    listen = settings.listen or endpoint.listen
     with contextlib.suppress(OSError, ConfigError):
-        return [*settings.announce, *Ticket.decode(folder.ticket.read_text()).addresses]
-    return [*(settings.announce or endpoint.announce), settings.listen or endpoint.listen]
+        return [listen, *settings.announce, *Ticket.decode(folder.ticket.read_text()).addresses]
+    return [listen, *(settings.announce or endpoint.announce)]
 
 
 async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:

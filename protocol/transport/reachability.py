@@ -78,4 +78,6 @@ async def _resolve(name: str) -> list[IPAddress]:
             found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except _NO_ANSWER:
         return []
-    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    hosts = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    # many systems give their own name a loopback address, which says nothing about the run
+    return [host for host in hosts if not host.is_loopback or name == "localhost"]
