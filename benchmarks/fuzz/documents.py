@@ -9,12 +9,13 @@ from pydantic import ValidationError
 
 from benchmarks.fuzz import examples
 from benchmarks.fuzz.contract import Target
+from benchmarks.fuzz.decisions import restart
+from benchmarks.fuzz.views import describe_event, show_everywhere
 from lutetia.cli.commands.swarm import read_status
 from lutetia.cli.fetch_mixture import read_description
 from lutetia.coordinator.ledger import events
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
-from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.models.mixing.layout import check_weights_index, read_index
 from lutetia.node.control import read_answer, read_request
 from lutetia.protocol.schema.canonical import canonical
@@ -68,14 +69,20 @@ def manifest_body(data: bytes) -> None:
 
 
 def event_log(data: bytes) -> None:
-    """Events of a ledger, applied one after another, and the status document of the result."""
+    """Events of a ledger, applied one after another and described; then a coordinator that starts from them."""
     state = RunState()
     for line in data.splitlines():
         event = events.read_event(line)
         assert events.read_event(canonical(event)) == event
         state = apply(state, event)
+        describe_event(event)
     if len(state.shards) == len(examples.manifest().shards):
-        canonical(status(state, examples.manifest(), LiveView(), examples.NOW))
+        restart(state)
+
+
+def status_document(data: bytes) -> None:
+    """A status, as any coordinator may send it, in every view."""
+    show_everywhere(read_status(data))
 
 
 def mixture(data: bytes) -> None:
@@ -96,7 +103,7 @@ DOCUMENTS = (
     Target("manifest", manifest, lambda: [examples.signed_manifest()], most_bytes=MAX_MANIFEST_BYTES + 1),
     Target("manifest-body", manifest_body, lambda: [canonical(examples.manifest())], most_bytes=MAX_MANIFEST_BYTES),
     Target("events", event_log, _event_logs, (ValidationError,)),
-    Target("status", read_status, lambda: [examples.status_document()], most_bytes=MAX_STATUS_BYTES),
+    Target("status", status_document, lambda: [examples.status_document()], most_bytes=MAX_STATUS_BYTES),
     Target("mixture", mixture, lambda: [examples.signed_mixture()]),
     Target("mixture-index", read_index, lambda: [examples.mixture_index()]),
     Target(

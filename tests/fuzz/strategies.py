@@ -26,7 +26,10 @@ _ANY = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+_LATER = _ANY.filter(lambda value: len(text := json.dumps(value)) < 200 and text.count("[") + text.count("{") <= 3)
 _PRINTABLE = st.characters(exclude_categories=("C",))
+_SETTING = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | st.text(_PRINTABLE, max_size=9)
+"""A value of a network's configuration."""
 
 
 def of_schema(schema: Json, root: Json) -> st.SearchStrategy[Any]:
@@ -93,10 +96,12 @@ def _arrays(schema: Json, root: Json) -> st.SearchStrategy[list[Any]]:
 def _objects(schema: Json, root: Json) -> st.SearchStrategy[Json]:
     if "properties" not in schema:
         inner = schema.get("additionalProperties")
-        return st.dictionaries(st.text(max_size=5), of_schema(inner, root) if isinstance(inner, dict) else _ANY, max_size=3)
+        return st.dictionaries(st.text(max_size=5), of_schema(inner, root) if isinstance(inner, dict) else _SETTING, max_size=3)
     fields = {name: of_schema(each, root) for name, each in schema["properties"].items()}
     told_apart = [name for name, each in schema["properties"].items() if "const" in each]  # a union needs its tag
     needed = {name: fields.pop(name) for name in dict.fromkeys((*schema.get("required", ()), *told_apart))}
+    if schema.get("additionalProperties") is True:  # a field of a later version
+        fields["of_a_later_version"] = _LATER
     return st.fixed_dictionaries(needed, optional=fields)
 
 
