@@ -17,6 +17,7 @@ from benchmarks.report import Machine, Row, as_json, markdown
 STUDIES = {
     "attacks": "benchmarks.attacks.main",
     "faults": "benchmarks.faults",
+    "judge-attacks": "benchmarks.attacks.judge_attacks",
     "fuzz": "benchmarks.fuzz.main",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",

@@ -154,6 +154,7 @@ class Service:
         tasks: dict[str, Coroutine[Any, Any, None]] = {
             "judge loop": self.judge_loop.run(),
             "swarm monitor": self.swarm_monitor.run(),
+            "owner dials": self.offer_service.dial_owners(),
             "stitcher": self.stitcher.run(),
             "manifest watch": self.manifest_watch.run(),
             "status file": self._write_status_file(),

@@ -13,13 +13,13 @@
     audit       after the acceptance, when the adaptive rule asks for it: replayed from the parent, losses compared
 
 `ACCEPTANCE_CHECKS` is the list. To add a check, add its name to `CheckName`, write its function here and put it into the list.
-The judge runs the free checks when a result is offered, `run_checks` those that fetch, read or compute.
+The judge runs the free checks when a result is offered, `run_transfer` fetches, `run_checks` reads and computes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -170,8 +170,8 @@ def check_size(offered: RecordUnderCheck) -> Verdict | None:
 class CheckRunner(Protocol):
     """The network, disk and computation that checks need. Each method raises CheckFailed."""
 
-    async def fetch(self, record: CheckpointRecord) -> None:
-        """Fetch all blobs, and compare them with their names."""
+    async def fetch(self, record: CheckpointRecord, patience: float = 1.0) -> None:
+        """Fetch all blobs, within the fraction `patience` of the usual time, and compare them with their names."""
         ...
 
     async def inspect(self, record: CheckpointRecord) -> None:
@@ -199,7 +199,8 @@ class CandidateUnderCheck:
     manifest: Manifest
     runner: CheckRunner
     clock: Callable[[], float]
-    parent: AcceptanceRecord | None
+    parent: AcceptanceRecord | None = None
+    patience: float = 1.0
     parent_losses: Losses = ()
     losses: Losses = ()
     check: CheckName = "transfer"
@@ -228,7 +229,7 @@ class CandidateUnderCheck:
 
 
 async def check_transfer(candidate: CandidateUnderCheck) -> Verdict | None:
-    await candidate.measure(candidate.runner.fetch(candidate.record), candidate.size)
+    await candidate.measure(candidate.runner.fetch(candidate.record, candidate.patience), candidate.size)
     return None
 
 
@@ -303,14 +304,15 @@ FREE_CHECKS: tuple[AcceptanceCheck[Callable[[RecordUnderCheck], Verdict | None]]
     AcceptanceCheck("lineage", "free", check_lineage),
     AcceptanceCheck("size", "free", check_size),
 )
-RUNNER_CHECKS: tuple[AcceptanceCheck[Callable[[CandidateUnderCheck], Awaitable[Verdict | None]]], ...] = (
-    AcceptanceCheck("transfer", "network", check_transfer),
+RunnerCheck = AcceptanceCheck[Callable[[CandidateUnderCheck], Awaitable[Verdict | None]]]
+NETWORK_CHECKS: tuple[RunnerCheck, ...] = (AcceptanceCheck("transfer", "network", check_transfer),)
+LOCAL_CHECKS: tuple[RunnerCheck, ...] = (
     AcceptanceCheck("numbers", "disk", check_contents, includes=("format",)),
     AcceptanceCheck("holdout", "compute", check_holdout),
     AcceptanceCheck("raw", "compute", check_raw),
 )
 AUDIT_CHECK = AcceptanceCheck("audit", "replay", compare)
-ACCEPTANCE_CHECKS: tuple[AcceptanceCheck[Any], ...] = (*FREE_CHECKS, *RUNNER_CHECKS, AUDIT_CHECK)
+ACCEPTANCE_CHECKS: tuple[AcceptanceCheck[Any], ...] = (*FREE_CHECKS, *NETWORK_CHECKS, *LOCAL_CHECKS, AUDIT_CHECK)
 """All checks in the order in which a result meets them."""
 
 
@@ -326,28 +328,38 @@ async def run_checks(
     runner: CheckRunner,
     clock: Callable[[], float],
 ) -> Verdict:
-    """Run the checks from `transfer` to `raw`; the first that fails ends it.
+    """Run the checks from `format` to `raw`; the first that fails ends it.
 
     Args:
-        record: a result that has passed the free checks.
+        record: a result that has passed the free checks and whose blobs have arrived.
         parent: the accepted epoch before it; None: the initial model.
         manifest: the run's manifest, for its tolerances.
         runner: fetches, reads and computes.
         clock: seconds, for what each check costs.
     """
     candidate = CandidateUnderCheck(record, manifest, runner, clock, parent)
-    return replace(await _first_failure(candidate), rules=manifest.version)
+    return replace(await _first_failure(candidate, LOCAL_CHECKS), rules=manifest.version)
 
 
-async def _first_failure(candidate: CandidateUnderCheck) -> Verdict:
+async def run_transfer(
+    record: CheckpointRecord, manifest: Manifest, runner: CheckRunner, clock: Callable[[], float], patience: float = 1.0
+) -> Verdict:
+    """Run the check `transfer`, which waits for peers, within the fraction `patience` of the usual time."""
+    candidate = CandidateUnderCheck(record, manifest, runner, clock, patience=patience)
+    return replace(await _first_failure(candidate, NETWORK_CHECKS), rules=manifest.version)
+
+
+async def _first_failure(candidate: CandidateUnderCheck, checks: Sequence[RunnerCheck]) -> Verdict:
     try:
-        for check in RUNNER_CHECKS:
+        for check in checks:
             candidate.check = check.name
             if failed := await check.run(candidate):
                 last = candidate.costs.pop()  # the work was done, and the comparison after it failed
                 return replace(failed, costs=(*candidate.costs, last.model_copy(update={"outcome": failed.outcome})))
     except CheckFailed as failure:
         return replace(failure.verdict, costs=tuple(candidate.costs))
+    if not candidate.losses:
+        return Verdict("valid", candidate.check, costs=tuple(candidate.costs))
     loss, parent_loss = mean(candidate.losses), mean(candidate.parent_losses)
     return Verdict("valid", "holdout", "", loss, parent_loss, tuple(candidate.costs))
 

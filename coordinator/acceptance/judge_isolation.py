@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.fetch_queue import key_of
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -17,6 +18,7 @@ from lutetia.coordinator.acceptance.messages import (
     Audited,
     AuditWanted,
     CheckDone,
+    FetchDone,
     JudgeTick,
     LedgerFacts,
     LendAudit,
@@ -57,7 +59,7 @@ def judge_isolated(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> 
 def author_of(stimulus: Stimulus) -> str:
     """Public key of the peer that the stimulus is about; empty when it is about none."""
     match stimulus:
-        case Offered(record=record) | CheckDone(record=record) | Proved(record=record):
+        case Offered(record=record) | FetchDone(record=record) | CheckDone(record=record) | Proved(record=record):
             return record.owner
         case AuditWanted(owner=owner) | AuditDelivered(owner=owner):
             return owner
@@ -72,6 +74,9 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
             return Judgement(state, (Answer(OfferReply(verdict="inconclusive", text=text)),), error)
         case AuditWanted():
             return Judgement(state, (LendAudit(None, retry_after=_ASK_AGAIN_SECONDS),), error)
+        case FetchDone(record=record, now=now):
+            verdict, released = Verdict("inconclusive", "transfer", text), state.fetching - {key_of(record)}
+            return _again(rules, state, FetchDone(record, verdict, now), replace(state, fetching=released), error)
         case CheckDone(record=record, now=now):
             checking = {shard: held for shard, held in state.checking.items() if shard != record.shard}
             verdict = Verdict("inconclusive", "transfer", text)

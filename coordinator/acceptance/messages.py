@@ -22,6 +22,17 @@ class Offered:
     record: CheckpointRecord
     now: float
     via: Literal["offer", "poll"] = "offer"
+    origin: str = ""
+    """The network from which it was offered; empty when that is not known."""
+
+
+@dataclass(frozen=True)
+class FetchDone:
+    """The blobs of a candidate have arrived, or not: the verdict of the check `transfer`."""
+
+    record: CheckpointRecord
+    verdict: Verdict
+    now: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,9 @@ class LedgerFacts:
     now: float
 
 
-Stimulus = Offered | CheckDone | Audited | Proved | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
+Stimulus = (
+    Offered | FetchDone | CheckDone | Audited | Proved | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
+)
 
 
 # --- actions ------------------------------------------------------------------------------------------------------------------
@@ -124,8 +137,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class StartFetch:
+    """Fetch the blobs of this candidate, within the fraction `patience` of the usual time, then send `FetchDone`."""
+
+    record: CheckpointRecord
+    patience: float
+
+
+@dataclass(frozen=True)
 class StartCheck:
-    """Run the checks on this candidate, then send `CheckDone`. `parent` None: compare it with the initial model."""
+    """Run the checks on this candidate, whose blobs have arrived, then send `CheckDone`.
+
+    `parent` None: compare it with the initial model.
+    """
 
     record: CheckpointRecord
     parent: AcceptanceRecord | None
@@ -175,9 +199,11 @@ class PublishReset:
 
 @dataclass(frozen=True)
 class DiscardCandidate:
-    """The candidate is decided against: its fetched blobs may be removed."""
+    """The candidate is decided against: its fetch ends, and what has arrived may be removed."""
 
     record: CheckpointRecord
 
 
-Action = Write | Answer | StartCheck | Publish | StartAudit | StartProof | LendAudit | PublishReset | DiscardCandidate
+Action = (
+    Write | Answer | StartFetch | StartCheck | Publish | StartAudit | StartProof | LendAudit | PublishReset | DiscardCandidate
+)

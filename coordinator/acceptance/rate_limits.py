@@ -1,8 +1,8 @@
-"""Limits per network origin: all identities behind one address share the quota of that address.
+"""Limits per peer, and per network origin: all identities behind one address share the quota of that address.
 
-The judge limits the rate of each peer; here requests are counted by origin (`protocol.transport.network_origin`): offers and
-audit requests per minute, and undecided results, each of which costs the coordinator a download and a check. Peers behind relays
-share one origin. No clock of its own.
+The judge counts the requests of each peer. By origin (`protocol.transport.network_origin`) offers and audit requests are counted
+per minute, and undecided results, each of which costs the coordinator a download and a check. Peers behind relays share one
+origin. No clock of its own.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from lutetia.coordinator.acceptance.transition import JudgeTransition
+from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
+from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.transport.network_origin import origin_of
+from lutetia.system.retry import backoff
 
 T = TypeVar("T")
 
 _MINUTE = 60.0
 _REMEMBERED = 4096
 BUSY_SECONDS = 10.0
+DIALS_AT_ONCE = 8
+_FIRST_PAUSE, _LONGEST_PAUSE = 20.0, 3600.0
 
 
 @dataclass
@@ -61,6 +69,94 @@ class Admission:
     def origin(self, peer_id: str) -> str:
         """The network origin from which this peer last offered; empty for a peer that never did."""
         return self._origins.get(peer_id, "")
+
+
+def may_become_candidate(run: RunState, record: CheckpointRecord) -> bool:
+    """Whether the result is for the next epoch of its shard, and neither waiting nor decided."""
+    shard = run.shards.get(record.shard)
+    if shard is None or record.epoch != shard.epoch + 1 or record.parent != shard.accepted or record.owner in run.quarantined:
+        return False
+    return record.owner not in shard.candidates and (record.owner, record.digest) not in shard.judged
+
+
+@dataclass
+class OwnerDials:
+    """The results read from the DHT whose owners are to be dialled. `now` is in Unix seconds.
+
+    A record in the DHT costs its author nothing and may name any address. So before anything of such a result is fetched, its
+    owner must answer a dial, which proves its key. Few owners are dialled at a time, one at each host; one that did not answer
+    waits longer each time, behind those that have not been tried.
+    """
+
+    _waiting: dict[str, CheckpointRecord] = field(default_factory=dict)
+    _running: dict[str, str] = field(default_factory=dict)
+    _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def add(self, record: CheckpointRecord) -> None:
+        """Have the owner dialled; a newer result of the same owner replaces the older one."""
+        if record.owner in self._waiting or len(self._waiting) < _REMEMBERED:
+            self._waiting[record.owner] = record
+
+    def start(self, now: float) -> list[CheckpointRecord]:
+        """The results whose owners are to be dialled now. Tell `ended` of each."""
+        started: list[CheckpointRecord] = []
+        for owner, record in sorted(self._waiting.items(), key=lambda item: self._failures.get(item[0], (0, 0.0))[0]):
+            host = _host(record)
+            if len(self._running) >= DIALS_AT_ONCE:
+                break
+            if owner not in self._running and host not in self._running.values() and self._due(owner, now):
+                self._running[owner] = host
+                started.append(self._waiting.pop(owner))
+        return started
+
+    def ended(self, record: CheckpointRecord, answered: bool, now: float) -> None:
+        self._running.pop(record.owner, None)
+        failures, _ = self._failures.pop(record.owner, (0, 0.0))
+        if not answered:
+            self._failures[record.owner] = (failures + 1, now)
+            if len(self._failures) > _REMEMBERED:
+                del self._failures[next(iter(self._failures))]
+
+    def _due(self, owner: str, now: float) -> bool:
+        failures, last = self._failures.get(owner, (0, 0.0))
+        return not failures or now - last >= backoff(failures, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
+
+
+def _host(record: CheckpointRecord) -> str:
+    """The host of the owner's first address; relayed peers, and those by name, count as one host."""
+    return origin_of(record.addresses[0]) if record.addresses else ""
+
+
+def over_rate(transition: JudgeTransition, owner: str) -> float | None:
+    """Seconds to wait when `owner` offered or asked too often within the last minute; otherwise this request is counted."""
+    now, offers = transition.now, transition.state.offers
+    recent = tuple(moment for moment in offers.get(owner, ()) if moment > now - _MINUTE)
+    if len(recent) >= transition.rules.offers_per_minute:
+        return recent[0] + _MINUTE - now
+    transition.set(offers=offers.set(owner, (*recent, now)))
+    return None
+
+
+def forget_offers(transition: JudgeTransition) -> None:
+    """Forget peers that have offered nothing for a minute."""
+    begin, offers = transition.now - _MINUTE, transition.state.offers
+    if any(moments[-1] <= begin for moments in offers.values()):
+        kept: PersistentMap[str, tuple[float, ...]] = PersistentMap()
+        for owner, moments in offers.items():
+            if moments[-1] > begin:
+                kept = kept.set(owner, moments)
+        transition.set(offers=kept)
+
+
+def forget_origins(transition: JudgeTransition) -> None:
+    """Forget the origins of peers without an undecided result."""
+    state = transition.state
+    waiting = {owner for index in state.pending for owner in state.run.shards[index].candidates}
+    if any(owner not in waiting for owner in state.origins):
+        kept: PersistentMap[str, str] = PersistentMap()
+        for owner in sorted(waiting & state.origins.keys()):
+            kept = kept.set(owner, state.origins[owner])
+        transition.set(origins=kept)
 
 
 def _remember(known: OrderedDict[str, T], name: str, value: T) -> None:

@@ -6,7 +6,7 @@ not pass all checks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import assert_never
 
 from lutetia.coordinator.acceptance.audit_policy import (
@@ -20,6 +20,18 @@ from lutetia.coordinator.acceptance.audit_policy import (
     suspect_parent,
 )
 from lutetia.coordinator.acceptance.checks import RecordUnderCheck, Verdict, check_quarantine, check_size, first_failure
+from lutetia.coordinator.acceptance.fetch_queue import (
+    UNKNOWN_ORIGINS,
+    forget_gone,
+    gives_way,
+    is_known,
+    key_of,
+    next_checks,
+    next_fetches,
+    note_failure,
+    note_success,
+    patience,
+)
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -28,6 +40,7 @@ from lutetia.coordinator.acceptance.messages import (
     AuditWanted,
     CheckDone,
     DiscardCandidate,
+    FetchDone,
     JudgeTick,
     LedgerFacts,
     LendAudit,
@@ -36,6 +49,7 @@ from lutetia.coordinator.acceptance.messages import (
     Proved,
     Publish,
     StartCheck,
+    StartFetch,
     Stimulus,
 )
 from lutetia.coordinator.acceptance.proof import (
@@ -46,21 +60,25 @@ from lutetia.coordinator.acceptance.proof import (
     remembered_refusal_may_be_proved,
     start_proof,
 )
+from lutetia.coordinator.acceptance.rate_limits import forget_offers, forget_origins, over_rate
 from lutetia.coordinator.acceptance.rollback import note_fact
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, JudgeTransition, refusal
+from lutetia.coordinator.acceptance.transition import (
+    JudgeRules,
+    JudgeState,
+    JudgeTransition,
+    acceptance_of,
+    earlier_reply,
+    refusal,
+)
 from lutetia.coordinator.ledger.events import (
     BaselineMeasured,
     CheckpointAccepted,
-    ResultRefused,
     ResultSeen,
     ResultSuperseded,
 )
-from lutetia.coordinator.ledger.persistent_map import PersistentMap
-from lutetia.coordinator.ledger.run_state import HISTORY, RunState, ShardLedger, WaitingResult
+from lutetia.coordinator.ledger.run_state import HISTORY, ShardLedger, WaitingResult
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
-from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
-
-_MINUTE = 60.0
+from lutetia.protocol.schema.records import CheckpointRecord
 
 
 def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[JudgeState, tuple[Action, ...]]:
@@ -69,6 +87,8 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
     match stimulus:
         case Offered():
             transition.actions.append(Answer(transition.receive_offer(stimulus)))
+        case FetchDone():
+            transition.finish_fetch(stimulus.record, stimulus.verdict)
         case CheckDone():
             transition.finish_check(stimulus.record, stimulus.verdict)
         case LimitsKnown():
@@ -82,13 +102,16 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         case AuditDelivered():
             receive_report(transition, stimulus)
         case JudgeTick():
-            transition.forget_offers()
+            forget_offers(transition)
+            forget_origins(transition)
         case LedgerFacts():
             for event in stimulus.events:
                 note_fact(transition, event)
         case _:
             assert_never(stimulus)
+    forget_gone(transition)
     transition.start_checks()
+    transition.start_fetches()
     start_audit(transition)
     start_proof(transition)
     return transition.state, tuple(transition.actions)
@@ -104,12 +127,12 @@ class _ResultTransition(JudgeTransition):
         shard = self.run.shards.get(record.shard)
         if shard is None:
             return OfferReply(verdict="invalid", check="lineage", text=f"the run has no shard {record.shard}")
-        if offer.via == "offer" and (wait := self._over_rate(record.owner)):
+        if offer.via == "offer" and (wait := over_rate(self, record.owner)):
             return OfferReply(verdict="busy", text="too many offers from this peer", retry_after=wait)
         offered = RecordUnderCheck(record, self.run, self.rules.manifest, limits)
         if failed := check_quarantine(offered):  # before all else: a quarantined peer learns it also of results decided before
             return OfferReply(verdict="invalid", check=failed.check, text=failed.text)
-        reply = _earlier_reply(self.run, shard, record)
+        reply = earlier_reply(self.run, shard, record)
         if reply and not self._is_tried_again(shard, offer, reply):
             return reply
         if record.epoch > shard.epoch + 1:
@@ -121,16 +144,30 @@ class _ResultTransition(JudgeTransition):
         if audits_lag(self.run, record.shard, record.epoch):
             text = f"audits of shard {record.shard} are {HISTORY - 2} epochs behind; results wait until they have caught up"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
-        if record.owner in shard.candidates or len(shard.candidates) >= self._places(offer):
+        if offer.via == "offer":
+            origin = offer.origin or UNKNOWN_ORIGINS["offer"]
+            self.set(origins=self.state.origins.set(record.owner, origin))
+        if record.owner in shard.candidates or not self._has_place(shard, offer):
             text = f"a result for epoch {record.epoch} of shard {record.shard} is still being checked"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         self.write(ResultSeen(time=self.now, record=record, via=offer.via))
         self.set(pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
 
-    def _places(self, offer: Offered) -> int:
-        """Records in the DHT cost their authors nothing and come from no address: they get at most half the places of a shard."""
-        return self.rules.candidates_per_shard // (1 if offer.via == "offer" else 2)
+    def _has_place(self, shard: ShardLedger, offer: Offered) -> bool:
+        """Whether there is a place, or another result gives its own up because it is behind this one in line.
+
+        Records in the DHT cost their authors nothing and come from no address: they get at most half the places of a shard.
+        """
+        polled = offer.via == "poll" and not is_known(self.run, offer.record.owner)
+        if len(shard.candidates) < self.rules.candidates_per_shard // (2 if polled else 1):
+            return True
+        last = None if polled else gives_way(self.state, WaitingResult(offer.record, self.now))
+        if last:
+            text = "it had not arrived when results of others, which come first, needed its place; offer it again later"
+            note_failure(self, last.record)
+            self._dismiss(last.record, Verdict("inconclusive", "transfer", text), final=True)
+        return last is not None
 
     def _is_tried_again(self, shard: ShardLedger, offer: Offered, reply: OfferReply) -> bool:
         """Whether a result with a verdict is checked again: after an inconclusive one, or so that a replay can prove it."""
@@ -149,64 +186,62 @@ class _ResultTransition(JudgeTransition):
         return self.rules.retry_after(self.rules.attempts)
 
     def receive_audit_request(self, stimulus: AuditWanted) -> None:
-        if wait := self._over_rate(stimulus.owner):
+        if wait := over_rate(self, stimulus.owner):
             self.actions.append(LendAudit(None, retry_after=wait))
         else:
             lend_audit(self, stimulus)
 
-    def _over_rate(self, owner: str) -> float | None:
-        """Seconds to wait when `owner` offered too often within the last minute; otherwise this offer is counted."""
-        recent = tuple(moment for moment in self.state.offers.get(owner, ()) if moment > self.now - _MINUTE)
-        if len(recent) >= self.rules.offers_per_minute:
-            return recent[0] + _MINUTE - self.now
-        self.set(offers=self.state.offers.set(owner, (*recent, self.now)))
-        return None
-
-    def forget_offers(self) -> None:
-        """Forget peers that have offered nothing for a minute."""
-        begin = self.now - _MINUTE
-        if any(moments[-1] <= begin for moments in self.state.offers.values()):
-            kept: PersistentMap[str, tuple[float, ...]] = PersistentMap()
-            for owner, moments in self.state.offers.items():
-                if moments[-1] > begin:
-                    kept = kept.set(owner, moments)
-            self.set(offers=kept)
-
     # checks
 
-    def start_checks(self) -> None:
-        """Fill the free places: one candidate per shard at a time, fewest attempts first, then the longest waiting."""
+    def start_fetches(self) -> None:
+        """Fill the free places for fetches."""
         limits = self.state.limits
         if limits is None or not self.state.pending:
             return
-        free = self.rules.checks_at_once - len(self.state.checking)
-        for candidate in sorted(self._ready(), key=lambda c: (c.attempts, c.seen, c.record.owner)):
-            if free <= 0:
-                return
+        for candidate in next_fetches(self):
             record = candidate.record
             if record.owner in self.run.quarantined:  # a recovered quarantine, written after the candidate was
                 self._dismiss(record, Verdict("invalid", "quarantine", "its author was quarantined meanwhile"))
-                continue
-            if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
-                continue
-            if failed := check_size(RecordUnderCheck(record, self.run, self.rules.manifest, limits)):
+            elif failed := check_size(RecordUnderCheck(record, self.run, self.rules.manifest, limits)):
                 self._dismiss(record, failed)
+            elif not audits_lag(self.run, record.shard, record.epoch):
+                self.set(fetching=self.state.fetching | {key_of(record)})
+                self.actions.append(StartFetch(record, patience(self.state, record, self.now)))
+
+    def finish_fetch(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        """The candidate waits for its checks, or for another fetch."""
+        key = key_of(record)
+        if key not in self.state.fetching:
+            return  # a late answer, from before the candidate was discarded
+        self.set(fetching=self.state.fetching - {key})
+        if verdict.outcome == "valid":
+            self.set(fetched={**self.state.fetched, key: verdict.costs})
+        else:
+            note_failure(self, record)
+            self._dismiss(record, verdict)
+
+    def start_checks(self) -> None:
+        """Fill the free places with candidates that have arrived: one per shard at a time."""
+        free = self.rules.checks_at_once - len(self.state.checking)
+        if free <= 0 or not self.state.fetched:
+            return
+        for candidate in next_checks(self):
+            record = candidate.record
+            if free <= 0:
+                return
+            if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
                 continue
             self.set(checking={**self.state.checking, record.shard: (record.owner, record.digest)})
             self.actions.append(StartCheck(record, self.run.shards[record.shard].acceptance))
             free -= 1
 
-    def _ready(self) -> Iterator[WaitingResult]:
-        for index in sorted(self.state.pending - self.state.checking.keys()):
-            for candidate in self.run.shards[index].candidates.values():
-                if candidate.not_before <= self.now and candidate.doubt is None:
-                    yield candidate
-
     def finish_check(self, record: CheckpointRecord, verdict: Verdict) -> None:
         """Accept or refuse the candidate that was checked."""
         if self.state.checking.get(record.shard) != (record.owner, record.digest):
             return  # a late answer, from before the worker process restarted or the candidate was discarded
-        self.set(checking={k: v for k, v in self.state.checking.items() if k != record.shard})
+        fetched = dict(self.state.fetched)
+        verdict = replace(verdict, costs=(*fetched.pop(key_of(record), ()), *verdict.costs))
+        self.set(checking={k: v for k, v in self.state.checking.items() if k != record.shard}, fetched=fetched)
         shard = self.run.shards[record.shard]
         if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
@@ -214,7 +249,10 @@ class _ResultTransition(JudgeTransition):
             return  # refused under rules that were replaced meanwhile: it is checked again
         if why := doubt_reason(self, record, verdict):
             doubt(self, record, verdict, why)
-        elif verdict.outcome != "valid":
+            return
+        if verdict.outcome == "invalid":
+            note_failure(self, record)
+        if verdict.outcome != "valid":
             self._dismiss(record, verdict)
         elif not audits_lag(self.run, record.shard, record.epoch):
             self._accept(record, verdict)
@@ -228,10 +266,10 @@ class _ResultTransition(JudgeTransition):
             self._accept(record, verdict)
             note_proof(self, record, proved)
 
-    def _dismiss(self, record: CheckpointRecord, verdict: Verdict) -> None:
+    def _dismiss(self, record: CheckpointRecord, verdict: Verdict, final: bool = False) -> None:
         candidate = self.run.shards[record.shard].candidates[record.owner]
         again_at = None
-        if verdict.outcome == "inconclusive" and candidate.attempts + 1 < self.rules.attempts:
+        if verdict.outcome == "inconclusive" and not final and candidate.attempts + 1 < self.rules.attempts:
             again_at = self.now + self.rules.retry_after(candidate.attempts)
         self.write(refusal(record, verdict, self.now, again_at))
         if again_at is None:
@@ -248,8 +286,9 @@ class _ResultTransition(JudgeTransition):
             or verdict.parent_loss is None
         ):
             raise AssertionError(f"the checks passed epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
-        acceptance = _acceptance(self.rules, record, shard.term, verdict.loss, self.now)
+        acceptance = acceptance_of(self.rules, record, shard.term, verdict.loss, self.now)
         build = build_of(record, self.rules.manifest)
+        note_success(self, record)
         self.write(
             CheckpointAccepted(
                 time=self.now, acceptance=acceptance, parent_loss=verdict.parent_loss, build=build, costs=verdict.costs,
@@ -268,33 +307,3 @@ class _ResultTransition(JudgeTransition):
             )
             self.actions.append(DiscardCandidate(late))
         self.tidy(record.shard)
-
-
-def _earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
-    """The reply to a result that is decided or waiting already; None for a new one."""
-    digest = record.digest
-    if run.peer(record.owner).checkpoint == digest and shard.link(digest):
-        return OfferReply(verdict="accepted")
-    if shard.term and record.epoch > shard.epoch and (record.epoch > shard.epoch + 1 or record.parent != shard.accepted):
-        text = f"shard {record.shard} was rolled back to epoch {shard.epoch}; sync it and go on from there"
-        return OfferReply(verdict="superseded", text=text)
-    if record.epoch <= shard.epoch:
-        text = f"epoch {shard.epoch} of shard {record.shard} was accepted from another result; sync it and go on from there"
-        return OfferReply(verdict="superseded", text=text)
-    waiting = shard.candidates.get(record.owner)
-    if waiting and waiting.record.digest == digest:
-        return OfferReply(verdict="queued")
-    match shard.judged.get((record.owner, digest)):
-        case ResultRefused() as refusal:
-            return OfferReply(verdict=refusal.verdict, check=refusal.check, text=refusal.text)
-        case ResultSuperseded():
-            return OfferReply(verdict="superseded")
-    return None
-
-
-def _acceptance(rules: JudgeRules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
-    return AcceptanceRecord(
-        run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
-        parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
-        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss, term=term,
-    )  # fmt: skip

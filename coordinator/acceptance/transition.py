@@ -8,15 +8,19 @@ from typing import TypedDict, Unpack
 
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
 from lutetia.coordinator.acceptance.messages import Action, Write
-from lutetia.coordinator.ledger.events import Event, ResultRefused
+from lutetia.coordinator.ledger.events import CheckCost, Event, ResultRefused, ResultSuperseded
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.reducer import apply
-from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.ledger.run_state import RunState, ShardLedger
+from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.system.retry import backoff
 
 _LONGEST_RETRY = 3600.0
+
+FetchKey = tuple[int, str, str]
+"""(shard, owner, digest) of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class JudgeRules:
     """Offers and audit requests of one peer."""
     candidates_per_shard: int = 16
     """Undecided results of one shard."""
+    fetches_at_once: int = 64
+    """Results that are fetched at the same time."""
+    fetches_per_shard: int = 16
+    """Results of one shard that are fetched at the same time, until the first has arrived."""
     checks_at_once: int = 4
     """Results under check at the same time, at most one per shard."""
     attempts: int = 4
@@ -62,6 +70,14 @@ class JudgeState:
     limits: Limits | None = None
     pending: frozenset[int] = frozenset()
     """Shards that have candidates."""
+    fetching: frozenset[FetchKey] = frozenset()
+    """Candidates whose blobs are on their way."""
+    fetched: Mapping[FetchKey, tuple[CheckCost, ...]] = field(default_factory=dict)
+    """Candidates whose blobs have all arrived, with what that cost; they wait for their checks or are under check."""
+    origins: PersistentMap[str, str] = field(default_factory=PersistentMap)
+    """Peer -> network origin of its last offer."""
+    failures: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """Source or owner -> (fetches and checks that failed one after the other, when the last one did)."""
     checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     """Shard -> (owner, digest) of the candidate under check."""
     offers: PersistentMap[str, tuple[float, ...]] = field(default_factory=PersistentMap)
@@ -87,6 +103,10 @@ class JudgeChanges(TypedDict, total=False):
     run: RunState
     limits: Limits | None
     pending: frozenset[int]
+    fetching: frozenset[FetchKey]
+    fetched: Mapping[FetchKey, tuple[CheckCost, ...]]
+    origins: PersistentMap[str, str]
+    failures: Mapping[str, tuple[int, float]]
     checking: Mapping[int, tuple[str, str]]
     offers: PersistentMap[str, tuple[float, ...]]
     auditing: str | None
@@ -126,4 +146,35 @@ def refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: fl
     return ResultRefused(
         time=now, shard=record.shard, epoch=record.epoch, owner=record.owner, checkpoint=record.digest,
         verdict=verdict.outcome, check=verdict.check, text=verdict.text[:1000], again_at=again_at, costs=verdict.costs,
+    )  # fmt: skip
+
+
+def earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
+    """The reply to a result that is decided or waiting already; None for a new one."""
+    digest = record.digest
+    if run.peer(record.owner).checkpoint == digest and shard.link(digest):
+        return OfferReply(verdict="accepted")
+    if shard.term and record.epoch > shard.epoch and (record.epoch > shard.epoch + 1 or record.parent != shard.accepted):
+        text = f"shard {record.shard} was rolled back to epoch {shard.epoch}; sync it and go on from there"
+        return OfferReply(verdict="superseded", text=text)
+    if record.epoch <= shard.epoch:
+        text = f"epoch {shard.epoch} of shard {record.shard} was accepted from another result; sync it and go on from there"
+        return OfferReply(verdict="superseded", text=text)
+    waiting = shard.candidates.get(record.owner)
+    if waiting and waiting.record.digest == digest:
+        return OfferReply(verdict="queued")
+    match shard.judged.get((record.owner, digest)):
+        case ResultRefused() as refusal:
+            return OfferReply(verdict=refusal.verdict, check=refusal.check, text=refusal.text)
+        case ResultSuperseded():
+            return OfferReply(verdict="superseded")
+    return None
+
+
+def acceptance_of(rules: JudgeRules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
+    """The acceptance of a result that has passed its checks."""
+    return AcceptanceRecord(
+        run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
+        parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
+        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss, term=term,
     )  # fmt: skip

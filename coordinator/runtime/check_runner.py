@@ -27,16 +27,20 @@ from lutetia.coordinator.worker.messages import (
     ReadTrace,
     ReplayEpoch,
 )
+from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith, provider_key
 from lutetia.protocol.schema.verdicts import CheckName
-from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.base import DIAL_TIMEOUT, Transport
 from lutetia.system.errors import IntegrityError, UnreachableError
 
 _FETCH_GRACE = 30.0
+_FIRST_ANSWER = DIAL_TIMEOUT + 2.0
+"""Seconds in which a peer must be found, dialled and have answered."""
+_SHORTEST_WAIT = 3.0
 _INSPECT_LIMIT, _LOSS_LIMIT, _REPLAY_LIMIT = 300.0, 900.0, 24 * 3600.0
 _MAX_PROVIDERS = 8
 KEPT_STATES = 3
@@ -46,6 +50,27 @@ A = TypeVar("A")
 def fetch_limit(size: int, slowest: float) -> float:
     """Seconds within which `size` bytes must arrive, at `slowest` bytes per second and with some grace."""
     return _FETCH_GRACE + size / slowest
+
+
+def chunk_limit(size: int, slowest: float) -> float:
+    """Seconds within which the first chunk of a blob must arrive, and then each next one."""
+    return _FIRST_ANSWER + min(size, CHUNK) / slowest
+
+
+@dataclass
+class Progress:
+    """Moves the deadline of a fetch on with each chunk: `chunk_limit` seconds from now, but never beyond the end."""
+
+    deadline: asyncio.Timeout
+    step: float
+    end: float
+    arrived: int | None = None
+
+    def __call__(self, here: int, _: int) -> None:
+        """Called with the number of bytes that are here; the first call tells of those from earlier fetches."""
+        if self.arrived is not None and here > self.arrived and not self.deadline.expired():
+            self.deadline.reschedule(min(self.end, asyncio.get_running_loop().time() + self.step))
+        self.arrived = here
 
 
 @dataclass
@@ -80,20 +105,36 @@ class NetworkCheckRunner:
         steps = self.manifest.steps_per_epoch
         return {shard: SizeLimits.of(weights, sizes.state[shard], steps) for shard, weights in sizes.weights.items()}
 
-    async def fetch(self, record: CheckpointRecord) -> None:
-        """Check `transfer`: all three blobs, from the author and from peers that announce them."""
+    async def fetch(self, record: CheckpointRecord, patience: float = 1.0) -> None:
+        """Check `transfer`: all three blobs, from the author and from peers that announce them.
+
+        `patience`: the fraction of the usual time that may pass until the first chunk, from one chunk to the next, and in all.
+        """
         for name, ref in (("weights", record.weights), ("state", record.state), ("trace", record.trace)):
             if store := self._store_with(ref.digest):
                 _refuse_wrong_size(store, ref, name)
                 continue
-            seconds = fetch_limit(ref.size, self.slowest_bytes_per_second)
             try:
-                async with asyncio.timeout(seconds):
-                    await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref))
+                await self._fetch_blob(record, ref, patience)
             except TimeoutError as error:
-                raise CheckFailed("inconclusive", "transfer", f"its {name} did not arrive within {seconds:.0f} s") from error
+                raise CheckFailed("inconclusive", "transfer", f"its {name} did not arrive: {error}") from error
             except (UnreachableError, IntegrityError, ConnectionError) as error:
                 raise CheckFailed("inconclusive", "transfer", f"its {name} could not be fetched: {error}") from error
+
+    async def _fetch_blob(self, record: CheckpointRecord, ref: BlobRef, patience: float) -> None:
+        """Raises TimeoutError when a chunk, or all of them, take too long."""
+        now, slowest = asyncio.get_running_loop().time(), self.slowest_bytes_per_second
+        step = max(_SHORTEST_WAIT, patience * chunk_limit(ref.size, slowest))
+        most = max(_SHORTEST_WAIT, patience * fetch_limit(ref.size, slowest))
+        progress: Progress | None = None
+        try:
+            async with asyncio.timeout(min(step, most)) as deadline:
+                progress = Progress(deadline, step, now + most)
+                await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref), progress)
+        except TimeoutError as error:
+            here = (progress and progress.arrived) or 0
+            text = f"{here} of {ref.size} bytes were here when no chunk came for {step:.0f} s, or {most:.0f} s had passed"
+            raise TimeoutError(text) from error
 
     async def _providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:
         providers = [Provider(record.peer_id, tuple(record.addresses))]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
-from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks
+from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks, run_transfer
+from lutetia.coordinator.acceptance.fetch_queue import key_of
 from lutetia.coordinator.acceptance.judge_isolation import author_of, judge_isolated
 from lutetia.coordinator.acceptance.messages import (
     Action,
@@ -18,6 +19,7 @@ from lutetia.coordinator.acceptance.messages import (
     Audited,
     CheckDone,
     DiscardCandidate,
+    FetchDone,
     JudgeTick,
     LedgerFacts,
     LendAudit,
@@ -27,12 +29,13 @@ from lutetia.coordinator.acceptance.messages import (
     PublishReset,
     StartAudit,
     StartCheck,
+    StartFetch,
     StartProof,
     Stimulus,
     Write,
 )
 from lutetia.coordinator.acceptance.rate_limits import RateWindow
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
+from lutetia.coordinator.acceptance.transition import FetchKey, JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import (
     AuditDone,
     CheckpointAccepted,
@@ -95,6 +98,7 @@ class JudgeLoop:
     changed: Callable[[RunState], None] = lambda state: None
     origin_of: Callable[[str], str] = lambda owner: ""
     state: JudgeState = field(init=False)
+    _fetches: dict[FetchKey, asyncio.Task[None]] = field(init=False, default_factory=dict)
     _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
     _logged: RateWindow = field(init=False, default_factory=lambda: RateWindow(per_minute=1))
 
@@ -161,6 +165,8 @@ class JudgeLoop:
             match action:
                 case Publish(acceptance=record) | PublishReset(record=record):
                     group.create_task(self._publish(record))
+                case StartFetch():
+                    self._fetches[key_of(action.record)] = group.create_task(self._fetch(action))
                 case StartCheck():
                     group.create_task(self._check(action))
                 case StartAudit():
@@ -168,12 +174,28 @@ class JudgeLoop:
                 case StartProof():
                     group.create_task(self._prove(action))
                 case DiscardCandidate(record=record):
+                    await self._end_fetch(record)
                     await asyncio.to_thread(self.check_io.discard, record, self.state.run)
         if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
             await asyncio.to_thread(self.check_io.forget, self.state.run)
 
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
         await self.publish(record)
+
+    async def _fetch(self, fetch: StartFetch) -> None:
+        """Handle unexpected errors as `_check` does."""
+        record = fetch.record
+        transfer = run_transfer(record, self.rules.manifest, self.check_io, time.monotonic, fetch.patience)
+        [verdict] = await asyncio.gather(transfer, return_exceptions=True)
+        if isinstance(verdict, BaseException):
+            verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "transfer", record))
+        self._fetches.pop(key_of(record), None)
+        await self.submit(FetchDone(record, verdict, self.now()))
+
+    async def _end_fetch(self, record: CheckpointRecord) -> None:
+        if fetch := self._fetches.pop(key_of(record), None):
+            fetch.cancel()
+            await asyncio.gather(fetch, return_exceptions=True)
 
     async def _check(self, check: StartCheck) -> None:
         """An unexpected error is logged and makes the result inconclusive: no result of a peer may end the service."""

@@ -5,13 +5,14 @@ The ledger is a list that survives a crash; everything else is rebuilt from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
-from lutetia.coordinator.acceptance.checks import SizeLimits
+from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict, run_transfer
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
@@ -182,7 +183,7 @@ class SimulatedCoordinator:
                 )
             except RecordRefused as error:
                 return OfferReply(verdict="invalid", check="signature", text=str(error)[:1000])
-        reply = self.feed(j.Offered(record, self.clock()))
+        reply = self.feed(j.Offered(record, self.clock(), origin=record.peer_id))
         assert isinstance(reply, OfferReply)
         return reply
 
@@ -211,8 +212,13 @@ class SimulatedCoordinator:
                         world.queue.after(0.0, self.crash)
                     else:
                         self._announce(action.acceptance)
-                case j.StartCheck():
-                    self._check(action)
+                case j.StartFetch(record=record):
+                    work = run_transfer(record, world.manifest, SimulatedCheckRunner(self), self.clock, action.patience)
+                    self._work(work, partial(j.FetchDone, record))
+                case j.StartCheck(record=record):
+                    runner = SimulatedCheckRunner(self)
+                    work = world.decide.run_checks(record, action.parent, world.manifest, runner, self.clock)
+                    self._work(work, partial(j.CheckDone, record))
                 case j.StartAudit():
                     drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
                 case j.StartProof():
@@ -231,19 +237,14 @@ class SimulatedCoordinator:
     def _announce(self, record: AcceptanceRecord | ResetRecord) -> None:
         drive(self.world.queue, self._announcer.announce(record), _ignore)
 
-    def _check(self, check: j.StartCheck) -> None:
-        boot, decide = self.boot, self.world.decide
+    def _work(self, work: Coroutine[Any, Any, Verdict], done: Callable[[Verdict, float], j.Stimulus]) -> None:
+        boot = self.boot
 
-        def done(verdict: Any) -> None:
+        def finished(verdict: Verdict) -> None:
             if boot == self.boot:
-                self.feed(j.CheckDone(check.record, verdict, self.clock()))
+                self.feed(done(verdict, self.clock()))
 
-        runner = SimulatedCheckRunner(self)
-        drive(
-            self.world.queue,
-            decide.run_checks(check.record, check.parent, self.world.manifest, runner, self.clock),
-            done,
-        )
+        drive(self.world.queue, work, finished)
 
     def lend(self, asking: Node) -> j.LendAudit:
         """As `coordinator.runtime.audit_service`: lend an audit of a peer that is unrelated to the asking one."""

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict
+from lutetia.coordinator.acceptance.fetch_queue import key_of
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
     Audited,
     CheckDone,
+    FetchDone,
     Offered,
     StartAudit,
     StartCheck,
+    StartFetch,
     Stimulus,
     Write,
 )
@@ -94,18 +97,36 @@ class JudgeDriver:
     checks: list[StartCheck] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     audits: list[StartAudit] = field(default_factory=list)
+    fetches: list[StartFetch] = field(default_factory=list)
     now: float = START
+    arrives: bool = True
+    """Whether the blobs of each candidate arrive at once; if not, the test sends `FetchDone`."""
 
     def send(self, stimulus: Stimulus) -> tuple[Action, ...]:
+        actions = self._send(stimulus)
+        while self.arrives and (fetched := [a for a in actions if isinstance(a, StartFetch) and self._on_its_way(a.record)]):
+            actions = (*actions, *self.arrived(fetched[0].record))
+        return actions
+
+    def arrived(self, record: CheckpointRecord, failed: str = "") -> tuple[Action, ...]:
+        """The fetch of `record` ends: all of it is here, or it `failed`."""
+        verdict = Verdict("inconclusive" if failed else "valid", "transfer", failed)
+        return self._send(FetchDone(record, verdict, self.now))
+
+    def _on_its_way(self, record: CheckpointRecord) -> bool:
+        return key_of(record) in self.state.fetching
+
+    def _send(self, stimulus: Stimulus) -> tuple[Action, ...]:
         self.state, actions = judge(self.rules, self.state, stimulus)
+        self.fetches += [action for action in actions if isinstance(action, StartFetch)]
         self.events += [action.event for action in actions if isinstance(action, Write)]
         self.checks += [action for action in actions if isinstance(action, StartCheck)]
         self.audits += [action for action in actions if isinstance(action, StartAudit)]
         self.actions += actions
         return actions
 
-    def offer(self, record: CheckpointRecord, via: str = "offer") -> OfferReply:
-        actions = self.send(Offered(record, self.now, via))  # pyright: ignore[reportArgumentType]
+    def offer(self, record: CheckpointRecord, via: str = "offer", origin: str = "") -> OfferReply:
+        actions = self.send(Offered(record, self.now, via, origin))  # pyright: ignore[reportArgumentType]
         return next(action.reply for action in actions if isinstance(action, Answer))
 
     def verdict(self, record: CheckpointRecord, loss: float = 0.4) -> tuple[Action, ...]:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from lutetia.coordinator.acceptance.checks import ACCEPTANCE_CHECKS, CheckFailed, CheckRunner, run_checks
+from lutetia.coordinator.acceptance.checks import ACCEPTANCE_CHECKS, CheckFailed, CheckRunner, run_checks, run_transfer
 from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.transition import JudgeChanges, JudgeState
 from lutetia.coordinator.ledger import run_state
@@ -33,7 +33,7 @@ class ScriptedChecks(CheckRunner):
         if self.failed in names:
             raise CheckFailed("invalid", self.failed, "as the script wants")
 
-    async def fetch(self, record: CheckpointRecord) -> None:
+    async def fetch(self, record: CheckpointRecord, patience: float = 1.0) -> None:
         self._run("transfer")
 
     async def inspect(self, record: CheckpointRecord) -> None:
@@ -54,7 +54,12 @@ class ScriptedChecks(CheckRunner):
 
 async def verdict_of(runner: ScriptedChecks):
     manifest = make_manifest()
-    return await run_checks(make_record(manifest, PEERS[0]), None, manifest, runner, runner.clock)
+    record = make_record(manifest, PEERS[0])
+    transfer = await run_transfer(record, manifest, runner, runner.clock)
+    if transfer.outcome != "valid":
+        return transfer
+    verdict = await run_checks(record, None, manifest, runner, runner.clock)
+    return dataclasses.replace(verdict, costs=(*transfer.costs, *verdict.costs))
 
 
 def test_the_list_has_every_check_in_the_order_of_the_names():

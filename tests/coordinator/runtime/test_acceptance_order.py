@@ -30,7 +30,7 @@ from lutetia.protocol.blobs.store import BlobStore
 class Runner(NetworkCheckRunner):
     async def limits(self):
         return limits_of(2)
-    async def fetch(self, record):
+    async def fetch(self, record, patience=1.0):
         for name in ("weights", "state", "trace"):
             self.incoming.add_bytes(f"{name} of epoch {record.epoch}".encode() * 3)
     async def inspect(self, record):

@@ -68,7 +68,7 @@ class ScriptedCheckIO:
     async def limits(self) -> Limits:
         return limits_of(2)
 
-    async def fetch(self, record: CheckpointRecord) -> None:
+    async def fetch(self, record: CheckpointRecord, patience: float = 1.0) -> None:
         if record.owner in self.trouble:
             raise self.trouble[record.owner]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,8 +17,11 @@ from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.stream import BLOB
 from lutetia.protocol.record_rules import record_check
+from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.transport.base import Stream
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge, make_manifest, make_record
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.transport import MemoryTransport
@@ -75,6 +79,48 @@ def test_discard_removes_what_arrived_of_a_result(tmp_path: Path):
         assert allocated(check_runner.incoming) >= len(DATA), "the rest may be fetched later"
         check_runner.discard(offered(0), RunState())
         assert allocated(check_runner.incoming) == 0
+
+    at_a_coordinator(tmp_path, scenario)
+
+
+async def _silent(stream: Stream) -> None:
+    await asyncio.sleep(3600)
+
+
+def _seconds_until_given_up(tmp_path: Path, serve: Callable[[MemoryTransport], Awaitable[None]], patience: float) -> float:
+    """Virtual seconds for which the coordinator waits for a result of 5 GB."""
+    found: list[float] = []
+
+    async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
+        await serve(author)
+        large = offered(0).model_copy(update={"weights": BlobRef(digest="a" * 64, size=5 << 30)})
+        began = author.now()
+        with pytest.raises(CheckFailed, match="no chunk came for"):
+            await check_runner.fetch(large, patience)
+        found.append(author.now() - began)
+
+    at_a_coordinator(tmp_path, scenario)
+    return found[0]
+
+
+@pytest.mark.parametrize(("patience", "most"), [(1.0, 27.0), (0.25, 7.0)])
+def test_fetch_without_a_first_chunk_is_given_up_within_seconds(tmp_path: Path, patience: float, most: float):
+    """At 64 KiB/s 5 GB may take 22 hours; a peer that sends nothing does not get them."""
+    assert _seconds_until_given_up(tmp_path, lambda author: author.serve(BLOB, _silent), patience) <= most
+
+
+def test_fetch_that_makes_progress_goes_on(tmp_path: Path):
+    """At 150 kB/s, 4 MiB take 28 s: longer than the wait for one chunk."""
+
+    async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
+        held = BlobStore(tmp_path / "author")
+        refs = [held.add_bytes(DATA + bytes([number])) for number in range(3)]
+        await serve_blobs(author, held, 150_000.0)
+        record = make_record(MANIFEST, PEERS[0], weights=refs[0], state=refs[1], trace=refs[2])
+        began = author.now()
+        await check_runner.fetch(record)
+        assert author.now() - began > 3 * 27.0
+        assert all(check_runner.incoming.has(ref.digest) for ref in refs)
 
     at_a_coordinator(tmp_path, scenario)
 

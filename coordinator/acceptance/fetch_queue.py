@@ -1,0 +1,185 @@
+"""Which undecided results are fetched and checked next, and how long a fetch may take. Pure.
+
+To offer a result costs its author nothing, and to wait for its blobs costs the coordinator time. So fetching is apart from
+checking: a result takes a place among the checks only once all of it has arrived, and several results of a shard are fetched at
+once. Owners with accepted work go first; of the others, those from where nothing has failed lately, and of each source one before
+any other has its second. A result that did not arrive goes to the end of the line, and the next fetch from there may take half
+as long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from lutetia.coordinator.acceptance.transition import FetchKey, JudgeState, JudgeTransition
+from lutetia.coordinator.ledger.run_state import RunState, WaitingResult
+from lutetia.protocol.schema.records import CheckpointRecord
+
+ACCEPTED_PER_REFUSAL = 8
+"""An owner counts as known while it has more accepted results than this times its refused ones."""
+UNKNOWN_ORIGINS = {"offer": "relay", "poll": "dht"}
+"""The source of results whose origin is not known, by the way they came: an address in a record proves nothing."""
+_PLACES_OF_ORIGIN, _PLACES_OF_UNKNOWN = (2, 1), (8, 4)
+"""Fetches at once of unknown owners behind one network origin, or of no known origin: in all shards, and in one."""
+LONG_FETCH = 300.0
+"""Seconds for which an unknown owner's result keeps its place in a full shard while it arrives."""
+LEAST_PATIENCE = 1 / 8
+FORGIVEN_AFTER = 600.0
+"""Seconds without a failure after which a source has all its patience back."""
+_REMEMBERED = 1024
+
+
+def key_of(record: CheckpointRecord) -> FetchKey:
+    return record.shard, record.owner, record.digest
+
+
+def is_known(run: RunState, owner: str) -> bool:
+    """Whether accepted work speaks for this owner: it cost training, which made-up identities do not have."""
+    peer = run.peer(owner)
+    return peer.accepted > ACCEPTED_PER_REFUSAL * peer.rejected
+
+
+def source_of(state: JudgeState, record: CheckpointRecord) -> str:
+    """With whom a result shares its turns: an owner with accepted work with nobody, others with their network origin.
+
+    Results that came by way of a relay share one source, and so do those that were read from the DHT.
+    """
+    if is_known(state.run, record.owner):
+        return record.owner
+    return state.origins.get(record.owner, UNKNOWN_ORIGINS["poll"])
+
+
+def in_line(state: JudgeState, waiting: Iterable[WaitingResult], held: Iterable[WaitingResult] = ()) -> list[WaitingResult]:
+    """`waiting` in the order in which they get places; `held` are those that have places now."""
+    ahead = Counter(source_of(state, candidate.record) for candidate in held)
+    ranked: list[tuple[tuple[bool, int, int, int, float, str], WaitingResult]] = []
+    for candidate in sorted(waiting, key=lambda one: (one.attempts, one.seen, one.record.owner)):
+        owner, source = candidate.record.owner, source_of(state, candidate.record)
+        known = is_known(state.run, owner)
+        accepted = state.run.peer(owner).accepted if known else 0
+        failures = max(candidate.attempts, _failures(state, candidate.record)[0])
+        ranked.append(((not known, failures, ahead[source], -accepted, candidate.seen, owner), candidate))
+        ahead[source] += 1
+    return [candidate for _, candidate in sorted(ranked, key=lambda entry: entry[0])]
+
+
+def gives_way(state: JudgeState, newcomer: WaitingResult) -> WaitingResult | None:
+    """The undecided result of a full shard that loses its place to `newcomer`; None when the newcomer has to wait.
+
+    It is the last in line, if that is not the newcomer, else the first of an unknown owner that has taken longer than LONG_FETCH.
+    Nothing that has arrived is given up.
+    """
+    there = state.run.shards[newcomer.record.shard].candidates.values()
+    others = [candidate for candidate in there if key_of(candidate.record) not in state.fetched and candidate.doubt is None]
+    last = in_line(state, [*others, newcomer])[-1]
+    if last is not newcomer:
+        return last
+    slow = (one for one in others if newcomer.seen - one.seen >= LONG_FETCH and not is_known(state.run, one.record.owner))
+    return min(slow, key=lambda one: one.seen, default=None)
+
+
+def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
+    """The waiting results that may be fetched now, best first. The caller starts each before it asks for the next.
+
+    Unknown owners get at most three quarters of all places, so that no other has to wait for them.
+    """
+    state, rules = transition.state, transition.rules
+    if len(state.fetching) >= rules.fetches_at_once:
+        return
+    held = list(_candidates(state, state.fetching))
+    strangers = [candidate.record for candidate in held if not is_known(state.run, candidate.record.owner)]
+    free, free_to_strangers = rules.fetches_at_once - len(held), rules.fetches_at_once * 3 // 4 - len(strangers)
+    of_source = Counter(source_of(state, record) for record in strangers)
+    of_source_here = Counter((source_of(state, record), record.shard) for record in strangers)
+    shards, arrived = Counter(candidate.record.shard for candidate in held), {shard for shard, _, _ in state.fetched}
+    for candidate in in_line(state, _ready(transition, strangers_too=free_to_strangers > 0), held):
+        shard, source = candidate.record.shard, source_of(state, candidate.record)
+        places = 1 if shard in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
+        if free <= 0 or shards[shard] >= places:
+            continue
+        if not is_known(state.run, candidate.record.owner):
+            most, most_here = _PLACES_OF_UNKNOWN if source in UNKNOWN_ORIGINS.values() else _PLACES_OF_ORIGIN
+            if free_to_strangers <= 0 or of_source[source] >= most or of_source_here[source, shard] >= most_here:
+                continue
+            of_source[source] += 1
+            of_source_here[source, shard] += 1
+            free_to_strangers -= 1
+        yield candidate
+        free -= 1
+        shards[shard] += 1
+
+
+def _ready(transition: JudgeTransition, strangers_too: bool) -> Iterator[WaitingResult]:
+    """The candidates that are neither here nor on their way, and whose time has come."""
+    state, under_way = transition.state, {*transition.state.fetching, *transition.state.fetched}
+    for index in sorted(state.pending):
+        for candidate in state.run.shards[index].candidates.values():
+            idle = candidate.doubt is None and key_of(candidate.record) not in under_way
+            if idle and candidate.not_before <= transition.now and (strangers_too or is_known(state.run, candidate.record.owner)):
+                yield candidate
+
+
+def next_checks(transition: JudgeTransition) -> list[WaitingResult]:
+    """The results that have arrived and wait for their checks, best first."""
+    state = transition.state
+    ready = _candidates(state, state.fetched.keys())
+    return in_line(state, (candidate for candidate in ready if candidate.record.shard not in state.checking))
+
+
+def _candidates(state: JudgeState, keys: Collection[FetchKey]) -> Iterator[WaitingResult]:
+    for shard, owner, digest in sorted(keys):
+        candidate = state.run.shards[shard].candidates.get(owner)
+        if candidate and candidate.record.digest == digest:
+            yield candidate
+
+
+def forget_gone(transition: JudgeTransition) -> None:
+    """Forget the fetches of results that are no longer undecided. What arrives of them is discarded with them."""
+    state = transition.state
+    if not state.fetching and not state.fetched:
+        return
+    there = {key_of(candidate.record) for candidate in _candidates(state, [*state.fetching, *state.fetched])}
+    if len(there) < len(state.fetching) + len(state.fetched):
+        fetched = {key: costs for key, costs in state.fetched.items() if key in there}
+        transition.set(fetching=state.fetching & there, fetched=fetched)
+
+
+# --- patience ---------------------------------------------------------------------------------------------------------------
+
+
+def patience(state: JudgeState, record: CheckpointRecord, now: float) -> float:
+    """The fraction of the usual time that a fetch of this result may take."""
+    failures, last = _failures(state, record)
+    return max(LEAST_PATIENCE, 0.5**failures) if now - last < FORGIVEN_AFTER else 1.0
+
+
+def note_failure(transition: JudgeTransition, record: CheckpointRecord) -> None:
+    """A fetch failed, or what arrived was refused: count it against the source."""
+    failures, last = _failures(transition.state, record)
+    failures = failures + 1 if transition.now - last < FORGIVEN_AFTER else 1
+    others = _without(transition, record)
+    kept = dict(list(others.items())[max(0, len(others) - _REMEMBERED + 1) :])
+    transition.set(failures={**kept, _blamed(transition.state, record): (failures, transition.now)})
+
+
+def note_success(transition: JudgeTransition, record: CheckpointRecord) -> None:
+    """A result that passed its checks makes up for all failures of its source."""
+    if _blamed(transition.state, record) in transition.state.failures:
+        transition.set(failures=_without(transition, record))
+
+
+def _without(transition: JudgeTransition, record: CheckpointRecord) -> dict[str, tuple[int, float]]:
+    blamed = _blamed(transition.state, record)
+    return {name: value for name, value in transition.state.failures.items() if name != blamed}
+
+
+def _failures(state: JudgeState, record: CheckpointRecord) -> tuple[int, float]:
+    """(Failures of this source one after the other, when the last one was.)"""
+    return state.failures.get(_blamed(state, record), (0, 0.0))
+
+
+def _blamed(state: JudgeState, record: CheckpointRecord) -> str:
+    """Whose patience a failure uses up: the source's, or the owner's where the origin is not known."""
+    source = source_of(state, record)
+    return record.owner if source in UNKNOWN_ORIGINS.values() else source
