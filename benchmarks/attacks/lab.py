@@ -30,7 +30,7 @@ from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Opti
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.system.process import Message, ParentChannel
 
-STEPS, BATCH, EPOCHS, HOLDOUT = 16, 4, 4, 16
+STEPS, BATCH, EPOCHS = 16, 4, 4
 SHORT = 4
 _DRAWS = 2000
 DRAWN = {
@@ -48,6 +48,7 @@ class Honest:
     threads: int = 1
     micro_batch: int = BATCH
     clips: int = 32
+    holdout: int = 16
     noise: float = 0.1
     precision: Precision = "float32"
 
@@ -130,11 +131,12 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = BlobStore(self.folder / "blobs")
         self.train = clips(self.setting.seed, self.setting.clips, self.setting.noise)
-        self.holdout = clips(self.setting.seed, HOLDOUT, self.setting.noise)
+        self.holdout = clips(self.setting.seed, self.setting.holdout, self.setting.noise)
         files = {"train": self.train, "holdout": self.holdout}
         refs: dict[str, Any] = {name: self._shard(name, data) for name, data in files.items()}
         shard = ShardSpec(
-            index=0, name="shard 0", **refs, clips=self.setting.clips, holdout_clips=HOLDOUT, prior=1.0
+            index=0, name="shard 0", **refs, clips=self.setting.clips, holdout_clips=self.setting.holdout,
+            prior=1.0,
         )  # fmt: skip
         self.manifest = Manifest(
             name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,

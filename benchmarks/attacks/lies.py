@@ -187,13 +187,16 @@ def negative_moments(scene: Scene) -> Snapshot:
 
 
 def uphill_moments(scene: Scene) -> Snapshot:
-    """Good weights, and moments that throw the next trainer as far uphill as the bounds on moments allow."""
+    """Good weights, and moments that throw the next trainer as far up the held-out loss as the bounds on moments allow.
+
+    This liar has the held-out clips, and takes the noise and times with which earlier versions scored.
+    """
     snapshot, optimisation = _copied(scene.after), scene.lab.manifest.optimisation
     model = scene.lab.trainer(None).model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(snapshot.parameters[name])
-    _clean_loss(scene, model).backward()
+    _held_out_loss(scene.lab, model).backward()
     slope = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     entry = 0.99 * optimisation.gradient_clip / math.sqrt(sum(gradient.numel() for gradient in slope.values()))
     moments = {FIRST + name: -entry * gradient.sign() for name, gradient in slope.items()}
@@ -223,16 +226,13 @@ def exam_practice(steps: int, rate: float) -> Callable[[Scene], Snapshot]:
     """
 
     def lie(scene: Scene) -> Snapshot:
-        trainer, data = scene.lab.trainer(scene.parent), scene.lab.holdout
+        trainer = scene.lab.trainer(scene.parent)
         trace = [trainer.step() for _ in range(SHORT)]
         begun, model = _copied(trainer.snapshot()), trainer.model
-        clips, noise, times = holdout_rows(scene.lab.manifest, 0, data)
-        tokens, pooled = data.tokens[clips], data.pooled[clips]
         optimiser = torch.optim.Adam(model.parameters(), lr=rate)
         for _ in range(steps):
             optimiser.zero_grad()
-            answer = lambda z, s: call_expert(model, z, s, tokens, pooled)  # noqa: E731
-            row_losses(trainer.spec, answer, data.latents[clips], noise, times).mean().backward()
+            _held_out_loss(scene.lab, model).backward()
             optimiser.step()
         tuned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         averages = {name: tensor.clone() for name, tensor in tuned.items()}
@@ -241,6 +241,13 @@ def exam_practice(steps: int, rate: float) -> Callable[[Scene], Snapshot]:
         return replace(begun, parameters=tuned, ema=averages, trace=trace, **place)
 
     return lie
+
+
+def _held_out_loss(lab: Lab, model: torch.nn.Module) -> Tensor:
+    data = lab.holdout
+    clips, noise, times = holdout_rows(lab.manifest, 0, data)
+    answer = lambda z, s: call_expert(model, z, s, data.tokens[clips], data.pooled[clips])  # noqa: E731
+    return row_losses(lab.manifest.expert, answer, data.latents[clips], noise, times).mean()
 
 
 LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
@@ -270,6 +277,8 @@ LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "moments of the parent": moments_of_the_parent,
     "trained on the held-out clips": exam_practice(400, 2e-3),
 }
+WEDGES = tuple(name for name in LIES if name.startswith(("moments", "trained on")))
+"""Lies against the next honest epoch."""
 EXCUSES: Mapping[str, TrainedWith] = {
     "its own kind": TrainedWith(),
     "a CPU in bfloat16": TrainedWith(precision="bfloat16"),

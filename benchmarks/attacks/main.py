@@ -1,9 +1,9 @@
-"""`python -m benchmarks attacks [--tries N] [--labs M] [--keep FILE]`: what checks and audits catch, and wrongly refuse.
+"""`python -m benchmarks attacks [--tries N] [--labs M] [--only WORDS] [--keep FILE]`: what checks and audits catch and refuse.
 
 Each lie is tried N times, in runs with different data and weights. It goes through the coordinator's own checks, and then, for
 each device that a liar may claim, through an audit of the first steps and one of the whole epoch. Honest nodes of every kind
-(threads, micro-batches, precisions, noise in the data, shards of a single batch) train M runs of four epochs, and their results
-go through the same checks and audits. Rates have exact (Clopper-Pearson) 95 % intervals.
+(threads, micro-batches, precisions, noise in the data, shards of a single batch, two held-out clips) train M runs of four
+epochs, and their results go through the same checks and audits. Rates have exact (Clopper-Pearson) 95 % intervals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.attacks.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
-from benchmarks.attacks.lies import EXCUSES, LIES, Scene, trigger_loss
+from benchmarks.attacks.lies import EXCUSES, LIES, WEDGES, Scene, trigger_loss
 from benchmarks.attacks.tables import Replays, Try, summary
 from benchmarks.report import Machine
 from lutetia.protocol.schema.records import TrainedWith
@@ -54,11 +54,11 @@ async def judged(
     began = time.perf_counter()
     replays = tuple(audits(lab, result, parent, devices))
     seconds.append(("replay of the epoch", (time.perf_counter() - began) / len(replays)))
-    return Try(who, "", "", replays, None, tuple(seconds), size), verdict
+    return Try(who, "", "", replays, seconds=tuple(seconds), size=size), verdict
 
 
-async def lies(folder: Path, seed: int) -> list[Try]:
-    """Try every lie once, in the run of `seed`."""
+async def lies(folder: Path, seed: int, only: str) -> list[Try]:
+    """Try every lie whose name holds `only` once, in the run of `seed`."""
     lab = Lab(folder, Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2]))
     parent, before = lab.honest(None)
     verdict = await lab.judged(parent, None)
@@ -67,11 +67,21 @@ async def lies(folder: Path, seed: int) -> list[Try]:
     tries = []
     for number, (name, lie) in enumerate(LIES.items()):
         draw = torch.Generator().manual_seed(1000 * seed + number)
+        if only not in name:
+            continue
         scene = Scene(lab, before, parent, after, draw, seed)
         snapshot = lie(scene)
-        one, _ = await judged(lab, name, lab.publish(snapshot), parent, EXCUSES)
-        tries.append(replace(one, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None))
+        result = lab.publish(snapshot)
+        one, _ = await judged(lab, name, result, parent, EXCUSES)
+        one = replace(one, effect=_effect(scene, snapshot) if name.startswith("backdoor") else None)
+        tries.append(replace(one, wedged=await _wedged(lab, result)) if name in WEDGES and not one.check else one)
     return tries
+
+
+async def _wedged(lab: Lab, accepted: Result) -> bool:
+    """Whether the checks refuse the honest epoch after `accepted`."""
+    following, _ = lab.honest(accepted)
+    return (await lab.judged(following, accepted)).outcome != "valid"
 
 
 def _effect(scene: Scene, snapshot: Any) -> float:
@@ -90,7 +100,7 @@ def settings(count: int) -> Iterator[Honest]:
     for seed in range(count):
         yield Honest(
             seed=5000 + seed, threads=draw.choice((1, 2)), micro_batch=draw.choice((1, 2, 3, BATCH)),
-            clips=draw.choice((BATCH, 8, 32, 64)), noise=draw.choice((0.0, 0.1, 0.5)),
+            clips=draw.choice((BATCH, 8, 32, 64)), holdout=draw.choice((2, 4, 16)), noise=draw.choice((0.0, 0.1, 0.5)),
             precision=draw.choice(("float32", "float32", "bfloat16")),
         )  # fmt: skip
 
@@ -113,7 +123,7 @@ async def honest(folder: Path, setting: Honest) -> list[Try]:
     return tries
 
 
-async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None:
+async def study(tries: int, labs: int, only: str, keep: Callable[[str, Try], None]) -> None:
     """Honest runs and lies alternate, so that an unfinished study has both."""
     honest_settings = list(settings(labs))
     with tempfile.TemporaryDirectory() as name:
@@ -124,7 +134,7 @@ async def study(tries: int, labs: int, keep: Callable[[str, Try], None]) -> None
                 ("honest", one) for one in (await honest(folder / "honest", honest_settings[number]) if number < labs else ())
             ]
             if number % 2 == 0 and number < 2 * tries:
-                found += [("lie", one) for one in await lies(folder / "lies", number // 2)]
+                found += [("lie", one) for one in await lies(folder / "lies", number // 2, only)]
             for kind, one in found:
                 keep(kind, one)
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,6 +145,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attacks", description=__doc__)
     parser.add_argument("--tries", type=int, default=40, help="times that each lie is tried (default 40)")
     parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only the lies whose names hold these words")
     parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="file for all tries, one per line")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
     arguments = parser.parse_args(argv)
@@ -145,6 +156,7 @@ def main(argv: Sequence[str]) -> None:
                 study(
                     arguments.tries,
                     arguments.labs,
+                    arguments.only,
                     lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
                 )
             )

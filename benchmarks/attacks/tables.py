@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.attacks.lab import SHORT
-from benchmarks.attacks.lies import EXCUSES, LIES
+from benchmarks.attacks.lies import EXCUSES, LIES, WEDGES
 
 WHOLE_SHARE = 0.05  # the manifest's default share of audits that replay the whole epoch
 OWN, *OTHERS = EXCUSES
@@ -39,6 +39,8 @@ class Try:
     text: str
     audits: tuple[Replays, ...] = ()
     effect: float | None = None
+    wedged: bool | None = None
+    """Whether the honest epoch after it was refused."""
     seconds: tuple[tuple[str, float], ...] = ()
     size: int = 0
 
@@ -124,9 +126,21 @@ def honest_table(good: Sequence[Try]) -> str:
     return "\n".join(lines)
 
 
+def wedge_table(tries: Sequence[Try]) -> str:
+    """What follows for the next honest epoch, and whether the replay that two refusals ask for convicts."""
+    lines = ["| lie | passes the checks | refuses the next honest epoch | a replay of the epoch convicts |", "|---|---|---|---|"]
+    for name in WEDGES:
+        if lies := [one for one in tries if one.who == name]:
+            passed = [one for one in lies if not one.check]
+            convicted = [one for one in passed if all(replay.whole == "invalid" for replay in one.audits)]
+            cells = interval(len(passed), len(lies)), interval(sum(bool(one.wedged) for one in passed), len(passed))
+            lines.append(f"| {' | '.join((name, *cells, interval(len(convicted), len(passed))))} |")
+    return "\n".join(lines)
+
+
 def summary(lies: Sequence[Try], good: Sequence[Try]) -> str:
     """All tables."""
-    lines = [lie_table(lies), "", whole_table(lies), "", honest_table(good)]
+    lines = [lie_table(lies), "", whole_table(lies), "", wedge_table(lies), "", honest_table(good)]
     lines += ["", "| backdoor | its prompt's loss over the honest model's, median |", "|---|---|"]
     for name in (name for name in LIES if name.startswith("backdoor")):
         effects = sorted(one.effect for one in lies if one.who == name and one.effect is not None)
