@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from lutetia.protocol.rpc.framing import read_message, write_message
 from lutetia.protocol.schema.canonical import WireDocument, canonical
-from lutetia.protocol.schema.fields import Count, Digest, Moment, OpenWord, Word, added
+from lutetia.protocol.schema.capabilities import CAPABILITIES, AnnouncedCapabilities
+from lutetia.protocol.schema.fields import Count, Digest, Moment, Word, added
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.transport.base import Stream, Transport
 
@@ -27,27 +27,12 @@ MIXTURE = "/lutetia/mixture/1"
 PROTOCOL_VERSION = 2
 OLDEST_PROTOCOL = 1
 """Peers of this version and of all between are understood."""
-CAPABILITIES: tuple[str, ...] = ("unknown-fields",)
-"""What this version can do that the one before could not, for peers that want to know before they ask."""
-
-MOST_CAPABILITIES = 32
-_CAPABILITY = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 ProtocolNumber = Annotated[int, Field(ge=0, le=1_000_000)]
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_HELLO_BYTES = 4096
 SERVE_TIMEOUT = 30.0
 ACK = b"\x06"
-
-
-def _known_words(words: Any) -> Any:
-    """The words that could be names of capabilities, at most 32: what a later version adds must not end the introduction."""
-    if not isinstance(words, list | tuple):
-        return words
-    return [word for word in words if isinstance(word, str) and _CAPABILITY.fullmatch(word)][:MOST_CAPABILITIES]
-
-
-Capabilities = Annotated[tuple[OpenWord, ...], Field(max_length=MOST_CAPABILITIES), BeforeValidator(_known_words)]
 
 
 class Hello(WireDocument):
@@ -59,7 +44,7 @@ class Hello(WireDocument):
     clock: Moment = Field(description="The peer's clock at the moment of the answer, in Unix seconds")
     manifest_version: Count = Field(description="Version of the manifest that the peer serves")
     oldest: ProtocolNumber | None = added(None, "Oldest version of the protocol that the peer understands; null: only its own")
-    capabilities: Capabilities = added((), "Words for what the peer can do; unknown ones are passed over")
+    capabilities: AnnouncedCapabilities = added((), "Words for what the peer can do; unknown ones are passed over")
 
     @property
     def understood(self) -> bool:

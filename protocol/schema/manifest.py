@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, bounded_json, canonical, digest_of
+from lutetia.protocol.schema.capabilities import CAPABILITIES, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -24,6 +25,7 @@ from lutetia.protocol.schema.fields import (
     Share,
     Signature,
     Tally,
+    added,
 )
 from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.protocol.schema.problems import describe_problem
@@ -252,6 +254,7 @@ class Manifest(WireDocument):
     allowlist: tuple[PublicKey, ...] | None = Field(
         default=None, max_length=16384, description="Public keys that may take part besides the coordinators; null: anyone"
     )
+    needs: Capabilities = added((), "Capabilities that a peer must have to take part; one that lacks any refuses the manifest")
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -319,7 +322,8 @@ def open_manifest(
         owner: The public key that must have signed it; None: the one that it names.
         at_least_version: Older versions are refused.
 
-    Raises ConfigError (malformed, expired, another run, too old) or AuthorisationError (another owner, wrong signature).
+    Raises ConfigError (malformed, expired, another run, too old, needs what this version lacks) or AuthorisationError (another
+    owner, wrong signature).
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ConfigError(f"manifest of {len(data)} bytes is larger than {MAX_MANIFEST_BYTES}; refused")
@@ -336,6 +340,8 @@ def open_manifest(
         raise ConfigError(f"manifest is of run {manifest.run_id[:12]}, not of {run[:12]}; check the ticket")
     if manifest.version < at_least_version:
         raise ConfigError(f"manifest version {manifest.version} is older than {at_least_version}, seen before; refused")
+    if missing := sorted({*manifest.needs} - {*CAPABILITIES}):
+        raise ConfigError(f"the run needs {', '.join(missing)}, which this version of lutetia cannot do; install a newer one")
     if manifest.expires <= now:
         raise ConfigError(f"the manifest of run {manifest.run_id[:12]} has expired; ask its owner for a new version")
     return signed

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lutetia.protocol.rpc.introduction import (
-    CAPABILITIES,
     HELLO,
     HELLO_1,
     OLDEST_PROTOCOL,
@@ -22,6 +21,7 @@ from lutetia.protocol.rpc.introduction import (
 )
 from lutetia.protocol.rpc.manifest_sync import version_at
 from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.capabilities import CAPABILITIES
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.transport.base import Stream

@@ -62,6 +62,13 @@ def test_another_key_cannot_sign_in_the_owners_name() -> None:
         open_manifest(forged.to_bytes(), now=NOW)
 
 
+def test_a_run_that_needs_what_this_version_lacks_is_refused() -> None:
+    able, unable = (manifest(needs=needs) for needs in (("unknown-fields",), ("unknown-fields", "time-travel")))
+    assert open_manifest(SignedManifest.sign(able, OWNER).to_bytes(), now=NOW).manifest.needs == ("unknown-fields",)
+    with pytest.raises(ConfigError, match="the run needs time-travel, which this version of lutetia cannot do; install a newer"):
+        open_manifest(SignedManifest.sign(unable, OWNER).to_bytes(), now=NOW)
+
+
 def reshaped(**changes: Any) -> tuple[Any, ...]:
     return tuple(shard.model_copy(update=changes) for shard in manifest().shards)
 

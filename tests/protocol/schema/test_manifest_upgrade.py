@@ -27,6 +27,7 @@ CHANGES = {
     "allowlist": ["ab" * 32],
     "coordinators": ["cd" * 32],
     "expires": NOW + 1e7,
+    "needs": ["unknown-fields"],
 }
 """One change of every changeable field."""
 

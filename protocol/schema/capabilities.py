@@ -1,0 +1,26 @@
+"""Words for what this version can do: announced in the introduction, and needed by manifests that not every version can serve."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from lutetia.protocol.schema.fields import OpenWord
+
+MOST_CAPABILITIES = 32
+CAPABILITIES: tuple[str, ...] = ("unknown-fields",)
+"""`unknown-fields`: carries the fields of later versions instead of refusing them."""
+_WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
+
+
+def _possible_words(words: Any) -> Any:
+    """Those that could name a capability, at most 32: what a later version announces must not end the introduction."""
+    if not isinstance(words, list | tuple):
+        return words
+    return [word for word in words if isinstance(word, str) and _WORD.fullmatch(word)][:MOST_CAPABILITIES]
+
+
+Capabilities = Annotated[tuple[OpenWord, ...], Field(max_length=MOST_CAPABILITIES)]
+AnnouncedCapabilities = Annotated[Capabilities, BeforeValidator(_possible_words)]
