@@ -29,6 +29,7 @@ from lutetia.cli.commands import (
     volunteer,
 )
 from lutetia.cli.output import as_json_text, json_wanted, print_whatever_the_encoding, say, show
+from lutetia.cli.variables import warn_of_unknown
 from lutetia.system.errors import EXIT_CODES, DiskError, LutetiaError, disk_reason, plain
 from lutetia.system.notify import ending_signals
 
@@ -168,6 +169,7 @@ def main() -> None:
                     signal.signal(number, _exit_on_signal)
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are for programmers, not for volunteers
             _tie_to_parent()
+            warn_of_unknown(app, os.environ)
             code = app(args=arguments, prog_name="lutetia", standalone_mode=False)
             if code == _INTERRUPTED:  # typer turned Ctrl-C into an exit
                 raise KeyboardInterrupt

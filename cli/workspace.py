@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lutetia.system.errors import DiskError, UsageError
-from lutetia.system.files import disk_errors, make_folder, takes_writes
+from lutetia.system.files import disk_errors, lock_file, make_folder, takes_writes
 
 _LOCK = "in-use"
 
@@ -25,12 +24,12 @@ def workspace(target: Path) -> Iterator[Path]:
         _sweep(parent, target.name)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=parent))
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock_file(descriptor)
     try:
         yield folder
     finally:
+        os.close(descriptor)  # first, since Windows removes no open file
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
 
 
 def _sweep(parent: Path, name: str) -> None:
@@ -40,13 +39,10 @@ def _sweep(parent: Path, name: str) -> None:
             descriptor = os.open(stale / _LOCK, os.O_RDWR)
         except OSError:
             continue  # not a workspace, or not locked yet
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = lock_file(descriptor)
+        os.close(descriptor)
+        if free:
             shutil.rmtree(stale, ignore_errors=True)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(descriptor)
 
 
 def ready(folder: Path) -> None:

@@ -23,12 +23,39 @@ _DISK_ERRNOS = {
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
+    """Make renames inside `folder` durable. Windows cannot open a folder, and its file system needs no such request."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file for this process until it is closed. Returns whether nobody else holds the lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_on_windows(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_on_windows(descriptor: int) -> bool:
+    try:
+        import msvcrt
+    except ImportError:  # neither system: go on without a lock
+        return True
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    except OSError:
+        return False
+    return True
 
 
 def make_folder(folder: Path) -> None:

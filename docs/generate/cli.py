@@ -14,17 +14,9 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from docs.generate.markdown import code, escaped, join, table
 from lutetia.cli.arguments import DocumentedCommand
 from lutetia.cli.main import app, exit_code_rows
+from lutetia.cli.variables import GENERAL
 
 _BOUNDS = re.compile(r"(?:[\d.]+<=?)?x(?:[<>]=?[\d.]+)|[\d.]+<=?x")
-_VARIABLES = {
-    "LUTETIA_HOME": "Folder of everything that Lutetia keeps. Default: the XDG folders of the user.",
-    "LUTETIA_CACHE": "Folder of caches that can be made again. Default: `cache` in `LUTETIA_HOME`, else the user's cache folder.",
-    "LUTETIA_ASSETS": "Folder of weights for the metrics of `lutetia evaluate`.",
-    "LUTETIA_JSON": "`1` prints JSON, as `--json` does.",
-    "LUTETIA_LOG": "`debug`, `info` or `warning`: what `lutetia join` and `lutetia coordinator serve` log. Default: `info`.",
-    "LUTETIA_DEBUG": "Set to anything: print the traceback of an error.",
-    "NO_COLOR": "Set to anything: print no colours.",
-}
 
 
 def page() -> str:
@@ -39,7 +31,7 @@ def page() -> str:
         table(("code", "meaning"), ((code(number), meaning) for number, meaning in exit_code_rows())),
         "## Environment variables",
         "Besides those of the options above:",
-        table(("variable", "meaning"), ((code(name), text) for name, text in _VARIABLES.items())),
+        table(("variable", "meaning"), ((code(name), text) for name, text in GENERAL.items())),
     )
 
 

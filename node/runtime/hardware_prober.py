@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from lutetia.node.runtime.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import RunPaths
 from lutetia.node.settings import NodeSettings
+from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.node.trainer.messages import ProbeFinished, RequestFailed, RunProbe, parse_report
 from lutetia.node.trainer.probe import PROBE_SECONDS, ProbeQuestion, ProbeResult, question_digest
 from lutetia.protocol.schema.canonical import canonical
@@ -39,7 +40,7 @@ class HardwareProber:
         self._probing = asyncio.Lock()
 
     async def probe(self, manifest: Manifest) -> ProbeResult:
-        """Raises HardwareError when the device is missing, or the probe crashed or took longer than PROBE_SECONDS."""
+        """Raises DeviceMissing, or HardwareError when the probe crashed or took longer than PROBE_SECONDS."""
         async with self._probing:
             result = await self._probe(manifest)
         self.result = result
@@ -92,6 +93,8 @@ class HardwareProber:
             await (self.trainer.give_back(child) if result else child.kill())
         if result is None:
             crashed = f"the hardware probe crashed (exit code {child.process.returncode}); look at the log"
+            if isinstance(report, RequestFailed) and report.device_missing:
+                raise DeviceMissing(report.text)
             raise HardwareError(report.text if isinstance(report, RequestFailed) else crashed)
         return result
 

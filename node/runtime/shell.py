@@ -25,6 +25,7 @@ from lutetia.node.runtime.workspace import Workspace
 from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import remembered_shards
+from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.manifest_upgrade import training_changed
 from lutetia.protocol.transport.base import Transport
@@ -253,6 +254,8 @@ class NodeShell:
         try:
             probed = await self.prober.probe(self.manifest)
         except LutetiaError as error:
+            if isinstance(error, DeviceMissing) and not self.prober.result:
+                raise  # it never was there, so the setting is wrong; a device that is lost later may come back
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
             self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)

@@ -10,6 +10,10 @@ from lutetia.system.errors import HardwareError
 Precision = Literal["float32", "bfloat16"]
 
 
+class DeviceMissing(HardwareError):
+    """The device that the volunteer chose is not in this machine, or its driver does not run."""
+
+
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
     """`capability`: (major, minor) of its streaming multiprocessors."""
@@ -36,7 +40,7 @@ class Accelerators:
 
 
 def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
-    """(device, reason) for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Raises HardwareError when the device is missing."""
+    """(device, reason) for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Raises DeviceMissing."""
     if wanted == "auto":
         if seen.cuda:
             return "cuda:0", f"cuda:0: {seen.cuda[0].name}"
@@ -44,12 +48,12 @@ def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
     if wanted.startswith("cuda"):
         number = int(wanted.partition(":")[2] or 0)
         if number >= len(seen.cuda):
-            raise HardwareError(
+            raise DeviceMissing(
                 f"device {wanted} is set, but torch sees {len(seen.cuda)} CUDA devices; check the driver, or use cpu"
             )
         return f"cuda:{number}", f"cuda:{number}: as set"
     if wanted == "mps" and not seen.mps:
-        raise HardwareError("device mps is set, but torch sees no Apple GPU; use cpu")
+        raise DeviceMissing("device mps is set, but torch sees no Apple GPU; use cpu")
     return wanted, f"{wanted}: as set"
 
 

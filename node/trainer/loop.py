@@ -16,6 +16,7 @@ from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
+from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.messages import (
     AllowTraining,
@@ -198,7 +199,7 @@ def answer_probe(question: ProbeQuestion) -> ProbeFinished | RequestFailed:
     try:
         return ProbeFinished(finding=probe(question))
     except LutetiaError as error:
-        return RequestFailed(text=str(error))
+        return RequestFailed(text=str(error), device_missing=isinstance(error, DeviceMissing))
 
 
 def build(assignment: Assignment) -> ExpertTrainer:

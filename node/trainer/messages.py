@@ -113,10 +113,11 @@ class ReplayFinished(_Message):
 
 
 class RequestFailed(_Message):
-    """The probe or replay could not be done."""
+    """The probe or replay could not be done. `device_missing`: the device that the settings name is not there."""
 
     say: Literal["failed"] = "failed"
     text: str
+    device_missing: bool = False
 
 
 class TrainerReady(_Message):

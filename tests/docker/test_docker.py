@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shutil
@@ -78,6 +79,14 @@ def test_unit_is_hardened() -> None:
     }  # fmt: skip
     assert wanted.items() <= settings.items()
     assert int(settings["TimeoutStopSec"]) >= 60  # a checkpoint is submitted after SIGTERM
+
+
+@pytest.mark.parametrize("driver", ["nvidia-frontend nvidia-uvm", "nvidia nvidiactl nvidia-uvm nvidia-caps", "drm kfd"])
+def test_unit_allows_the_device_groups_of_every_driver(driver: str) -> None:
+    """The names are those of /proc/devices, which systemd matches like file names."""
+    allowed = re.findall(r"^DeviceAllow=char-(\S+) rw$", UNIT.read_text(), re.MULTILINE)
+    for group in driver.split():
+        assert any(fnmatch.fnmatch(group, pattern) for pattern in allowed), group
 
 
 def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:

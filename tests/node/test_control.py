@@ -97,3 +97,18 @@ def test_asking_imports_neither_torch_nor_hivemind():
     script = "import sys, lutetia.node.control; print([m for m in ('torch', 'hivemind', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
+def test_a_pidfile_that_is_another_file_is_refused_and_nothing_is_emptied(kind: str, tmp_path: Path):
+    victim, pidfile = tmp_path / "victim", tmp_path / "state" / PIDFILE
+    victim.write_text("precious")
+    pidfile.parent.mkdir()
+    make = {
+        "link": lambda: pidfile.symlink_to(victim), "hard link": lambda: pidfile.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(pidfile), "folder": pidfile.mkdir,
+    }  # fmt: skip
+    make[kind]()
+    with pytest.raises(IdentityError, match="daemon.pid is a link or no plain file"), state_lock(pidfile.parent):
+        pass
+    assert victim.read_text() == "precious"

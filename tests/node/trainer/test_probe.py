@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lutetia.node.trainer.devices import Accelerators, CudaDevice, choose_device, choose_precision
+from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.trainer.devices import Accelerators, CudaDevice, DeviceMissing, choose_device, choose_precision
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
+from lutetia.node.trainer.loop import answer_probe
+from lutetia.node.trainer.messages import ProbeFinished, RequestFailed
 from lutetia.node.trainer.probe import ProbeQuestion, largest_working, probe, question_digest, unmet_need
 from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
 from lutetia.protocol.schema.records import Hardware
@@ -79,6 +83,33 @@ def test_probe_runs_the_real_expert(tmp_path: Path):
     refused = probe(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
     assert refused.shards[0].reason == "the run needs a CUDA device"
+
+
+def test_a_missing_device_is_told_apart_from_a_failed_probe(tmp_path: Path):
+    run = make_run(tmp_path)
+    answer = answer_probe(ProbeQuestion(manifest=run.manifest_file, device="cuda:63", free_disk=10**9))
+    assert isinstance(answer, RequestFailed)
+    assert answer.device_missing
+    assert "cuda:63" in answer.text
+    torn = answer_probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
+    assert isinstance(torn, ProbeFinished)
+
+
+async def test_only_a_device_that_never_was_there_ends_the_daemon():
+    fed = []
+
+    class Prober:
+        result: object = None
+
+        async def probe(self, manifest: object) -> None:
+            raise DeviceMissing("device cuda is set, but torch sees 0 CUDA devices; check the driver, or use cpu")
+
+    shell = SimpleNamespace(prober=Prober(), manifest=None, feed=fed.append)
+    with pytest.raises(HardwareError, match="torch sees 0 CUDA devices"):
+        await NodeShell._probe(shell)  # type: ignore[arg-type]
+    shell.prober.result = "an earlier finding"
+    await NodeShell._probe(shell)  # type: ignore[arg-type]
+    assert [type(event).__name__ for event in fed] == ["ProbeFailed"]
 
 
 def test_expert_unfit_for_the_latents_has_fitness_zero(tmp_path: Path):
