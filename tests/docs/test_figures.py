@@ -125,7 +125,7 @@ def test_table_of_bounds_is_that_of_the_audits() -> None:
 
 def test_secret_number_of_steps_is_as_likely_as_the_page_says() -> None:
     text = " ".join((DOCS / "explanation" / "audits.md").read_text().split())
-    draws = [(index + 0.5) / 20_000 for index in range(20_000)]
+    draws = [(index + 0.5) / 2_000 for index in range(2_000)]
     beyond = [
         sum(secret_steps(draw, AUDIT.replay_steps, epoch) > AUDIT.replay_steps for draw in draws) / len(draws)
         for epoch in (16, 100, 1000)
