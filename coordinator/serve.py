@@ -52,11 +52,16 @@ async def connect(live: LiveManifest, identity: Identity, folder: RunFolder, set
             announce=settings.announce or endpoint.announce, state_folder=folder.network, policy=policy,
         )  # fmt: skip
 
+    peers = Peerstore(folder.peers)
+    before = peers.load()
     try:
-        return await join(Peerstore(folder.peers).load())
+        transport = await join(before)
     except BootstrapError as error:
         _log.info("no peer from before answered; starting alone: %s", error)
         return await join(())
+    here = await transport.connections()
+    peers.remember([], gone=[address for address in before if address.rpartition("/p2p/")[2] not in here])
+    return transport
 
 
 def _own_addresses(folder: RunFolder, settings: ServeSettings) -> list[str]:

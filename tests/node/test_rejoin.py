@@ -1,9 +1,10 @@
-"""A daemon whose p2pd dies rejoins the network, even if an attempt fails: real p2pd, coordinator in the test."""
+"""A daemon whose p2pd hangs rejoins the network, even if an attempt fails: real p2pd, coordinator in the test."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lutetia.node.settings import NodeSettings
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.hivemind import transport as hivemind_transport
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from tests.node.scripted_coordinator import children_of, eventually, running, scripted_coordinator
 from tests.node.tiny_run import make_run
@@ -34,7 +36,10 @@ class FailingDaemon(NodeDaemon):
         await super().serve(transport, store)
 
 
-async def test_rejoin_after_a_failed_attempt(tmp_path: Path):
+async def test_rejoin_after_a_failed_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """p2pd is stopped, not killed: it lives, and answers nothing."""
+    monkeypatch.setattr(hivemind_transport, "HEALTH_PERIOD", 0.2)
+    monkeypatch.setattr(hivemind_transport, "HEALTH_TIMEOUT", 3.0)
     before = children_of(os.getpid())
     run = make_run(tmp_path / "run", heartbeat=2.0)
     async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
@@ -54,7 +59,12 @@ async def test_rejoin_after_a_failed_attempt(tmp_path: Path):
             assert daemon.shell
             first = daemon.shell.network.transport
             assert isinstance(first, HivemindTransport)
-            first._daemon.process.kill()
+            first._daemon.process.send_signal(signal.SIGSTOP)
+
+            async def offline() -> bool:
+                return not daemon.status().online
+
+            await eventually(offline, 60)
 
             async def back() -> bool:
                 assert daemon.shell
