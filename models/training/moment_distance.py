@@ -43,12 +43,15 @@ class _Apart:
         return math.sqrt(self.distance / self.length)
 
 
-def moment_distance(moments: Mapping[str, Tensor], other: Callable[[str], Tensor | None]) -> float:
+def moment_distance(
+    moments: Mapping[str, Tensor], other: Callable[[str], Tensor | None], device: torch.device | None = None
+) -> float:
     """The largest of the distances above; 1 where nothing of the moments is left, 0 where there are none.
 
     Args:
         moments: by the names of `Snapshot.moments`.
         other: the tensor of that name in the other state. None: it has none, which counts as zeros.
+        device: where to orthogonalise, which takes minutes for large matrices on a CPU.
     """
     direction, momentum, orthogonal = _Apart(), _Apart(), _Apart()
     logarithms, entries = 0.0, 0
@@ -67,6 +70,6 @@ def moment_distance(moments: Mapping[str, Tensor], other: Callable[[str], Tensor
         elif name.startswith(MUON):
             matrix, other_matrix = pair(name)
             momentum.add(matrix, other_matrix)
-            orthogonal.add(orthogonalise(matrix[None]), orthogonalise(other_matrix[None]))
+            orthogonal.add(*(orthogonalise(each[None].to(device)).cpu() for each in (matrix, other_matrix)))
     mean_logarithm = logarithms / entries if entries else 0.0
     return max(direction.relative, mean_logarithm, momentum.relative, orthogonal.relative)

@@ -150,7 +150,8 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
     except TrainingDiverged:
         return None
     end = other.snapshot()
-    apart = _distances(trainer.snapshot(), start, end.parameters.__getitem__, end.ema.__getitem__, end.moments.get)
+    found = end.parameters.__getitem__, end.ema.__getitem__, end.moments.get
+    apart = _distances(trainer.snapshot(), start, *found, trainer.device)
     return max(apart.values())
 
 
@@ -185,7 +186,7 @@ def end_distances(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: Repl
         kept = set(state.keys())
         return _distances(
             trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor,
-            lambda name: state.get_tensor(name) if name in kept else None,
+            lambda name: state.get_tensor(name) if name in kept else None, trainer.device,
         )  # fmt: skip
 
 
@@ -195,6 +196,7 @@ def _distances(
     parameters: Lookup,
     averages: Lookup,
     moments: Callable[[str], Tensor | None],
+    device: torch.device,
 ) -> dict[Part, float]:
     """How far another end is from the replayed one."""
     moved = _distance(replayed.parameters, lambda name: start[name])
@@ -203,7 +205,7 @@ def _distances(
     return {
         "parameters": _distance(replayed.parameters, parameters) / moved,
         "averages": _distance(replayed.ema, averages) / moved,
-        "moments": moment_distance(replayed.moments, moments),
+        "moments": moment_distance(replayed.moments, moments, device),
     }
 
 
