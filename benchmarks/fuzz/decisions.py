@@ -20,13 +20,17 @@ from lutetia.coordinator.acceptance.messages import (
     Audited,
     AuditWanted,
     CheckDone,
+    FetchDone,
     JudgeTick,
     LendAudit,
     LimitsKnown,
     Offered,
+    Proved,
     Publish,
     StartAudit,
     StartCheck,
+    StartFetch,
+    StartProof,
     Stimulus,
     Write,
 )
@@ -47,6 +51,7 @@ from lutetia.protocol.schema import records as r
 from lutetia.protocol.schema.canonical import canonical, read_json
 
 MOST_LINES = 20
+AUDITOR = examples.OWNER.public_key
 _LONG = "a reason without end " * 200 + "\x1b[2J\u202e"
 VERDICTS = (
     Verdict("valid", "holdout", "", 0.4, 0.5),
@@ -103,31 +108,43 @@ def judge_record(record: r.CheckpointRecord) -> None:
     fields = {"run": examples.manifest().run_id, "shard": 0, "epoch": 1, "parent": None, "samples": 24}
     for offered in (record, record.model_copy(update=fields)):
         for via in ("offer", "poll"):
-            state, actions = decide(ready(), Offered(offered, examples.NOW, via))
-            for check in (action for action in actions if isinstance(action, StartCheck)):
-                for verdict in VERDICTS:
-                    _follow(*decide(state, CheckDone(check.record, verdict, examples.NOW + 1)))
-                _lend(state, check.record)
+            follow(*decide(ready(), Offered(offered, examples.NOW, via)), examples.NOW + 1)
+    asked, _ = decide(ready(), AuditWanted(AUDITOR, examples.NOW))
+    follow(*decide(asked, Offered(record.model_copy(update=fields), examples.NOW)), examples.NOW + 1)
 
 
-def _follow(state: JudgeState, actions: Sequence[Action]) -> None:
-    """Carry out the audits, by the coordinator and by a peer, offer the next result, and show the run."""
-    for audit in (action for action in actions if isinstance(action, StartAudit)):
-        for finding in FINDINGS:
-            decide(state, Audited(audit.audit.checkpoint, finding, examples.NOW + 2, 1e9))
-    decide(JudgeState.restored(state.run), JudgeTick(examples.NOW + 4))
-    show_everywhere(status(state.run, examples.manifest(), LiveView(), examples.NOW + 4))
+def follow(state: JudgeState, actions: Sequence[Action], now: float) -> None:
+    """Do what `actions` ask for, once with each outcome that it may have, and so on until nothing is left to do."""
+    ways = [outcome for action in actions for outcome in outcomes(action, now)]
+    for outcome in ways:
+        follow(*decide(state, outcome), now + 1)
+    if not ways and state.run is not ready().run:
+        _lend(state, now + 30)
+        restart(state.run)
 
 
-def _lend(state: JudgeState, record: r.CheckpointRecord) -> None:
-    """Accept the result while a peer asks for audits, lend it the audit, and take each report that it may send."""
-    auditor = examples.OWNER.public_key
-    state, _ = decide(state, AuditWanted(auditor, examples.NOW))
-    state, _ = decide(state, CheckDone(record, VERDICTS[0], examples.NOW + 1))
-    state, _ = decide(state, AuditWanted(auditor, examples.NOW + 30))
+def outcomes(action: Action, now: float) -> Iterator[Stimulus]:
+    """What may come of an action that takes time."""
+    match action:
+        case StartFetch(record=record):
+            yield FetchDone(record, Verdict("valid", "transfer"), now)
+            yield FetchDone(record, VERDICTS[-1], now)
+        case StartCheck(record=record):
+            yield from (CheckDone(record, verdict, now) for verdict in VERDICTS)
+        case StartAudit(audit=audit):
+            yield from (Audited(audit.checkpoint, finding, now, 1e9) for finding in FINDINGS)
+        case StartProof(record=record):
+            yield from (Proved(record, finding, now, 1e9) for finding in FINDINGS)
+        case _:
+            return
+
+
+def _lend(state: JudgeState, now: float) -> None:
+    """Lend a due audit to a peer, and take each report that it may send."""
+    state, _ = decide(state, AuditWanted(AUDITOR, now))
     for checkpoint in state.lent:
         for finding in FINDINGS:
-            decide(state, AuditDelivered(auditor, checkpoint, finding, 1e7, examples.NOW + 31))
+            decide(state, AuditDelivered(AUDITOR, checkpoint, finding, 1e7, now + 1))
 
 
 def restart(run: RunState) -> None:
