@@ -214,8 +214,8 @@ class Service:
 
     def _has_accepted_work(self, peer_id: str) -> bool:
         """Whether a place among the inbound streams is kept for this peer."""
-        run, owner = self.judge_loop.state.run, public_key_of(peer_id)
-        return owner is not None and run.peer(owner).accepted > 0 and owner not in run.quarantined
+        owner = public_key_of(peer_id)
+        return owner is not None and self.judge_loop.state.run.has_accepted_work(owner)
 
     def _accepted(self) -> list[AcceptanceRecord]:
         return [shard.acceptance for shard in self.judge_loop.state.run.shards.values() if shard.acceptance]

@@ -301,6 +301,10 @@ class RunState:
     def peer(self, owner: str) -> PeerLedger:
         return self.peers.get(owner, _UNKNOWN_PEER)
 
+    def has_accepted_work(self, owner: str) -> bool:
+        """Whether a result of this peer was accepted, and it is not quarantined."""
+        return self.peer(owner).accepted > 0 and owner not in self.quarantined
+
     def shard_view(self, shard: int) -> ShardView:
         """The accepted lineage of a shard as peers see it in the DHT, without claims."""
         ledger = self.shards[shard]

@@ -24,7 +24,7 @@ from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.joining import coordinator_addresses
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply, offer_checkpoint
 from lutetia.protocol.rpc.introduction import software_version
-from lutetia.protocol.schema.identity import Identity, peer_id_of
+from lutetia.protocol.schema.identity import Identity, public_key_of
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import (
     AcceptanceRecord,
@@ -209,8 +209,9 @@ class NodeNetwork:
 
     def has_accepted_work(self, peer_id: str) -> bool:
         """Whether a peer is a coordinator or the author of a shard's newest acceptance."""
-        authors = (peer_id_of(acceptance.author) for acceptance in self.acceptances.values())
-        return any(peer_id == known for known, _ in self.coordinators) or peer_id in authors
+        owner = public_key_of(peer_id)
+        authors = (acceptance.author for acceptance in self.acceptances.values())
+        return owner is not None and (owner in self.manifest.coordinators or owner in authors)
 
     def replace_transport(self, transport: Transport) -> None:
         """Use a new transport; its addresses differ, so everything is announced again."""

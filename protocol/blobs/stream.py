@@ -29,7 +29,7 @@ PIECE = 1 << 18
 
 MAX_STREAMS = 64
 MAX_STREAMS_PER_PEER = 8
-MAX_STREAMS_PER_ORIGIN = 32
+MAX_STREAMS_PER_PREFIX = 32
 STALL_TIMEOUT = 20.0
 """Seconds without PIECE bytes of progress after which a peer counts as stalled: at least 13 KiB/s are needed."""
 IDLE_TIMEOUT = 60.0
@@ -127,27 +127,27 @@ class BlobServer:
     def __init__(self, store: BlobStore, rate: RateLimit) -> None:
         self._store, self._rate = store, rate
         self._streams: Counter[str] = Counter()
-        self._origins: Counter[str] = Counter()
+        self._prefixes: Counter[str] = Counter()
         self._turns = AnswerSlots(rate.answers_at_once)
 
     async def answer(self, stream: Stream) -> None:
         """The stream handler. Answers requests until the peer closes or stalls; refuses a peer with too many streams."""
-        peer, origin = stream.peer_id, stream.origin
-        if self._streams[peer] >= MAX_STREAMS_PER_PEER or self._origins[origin] >= MAX_STREAMS_PER_ORIGIN:
+        peer, prefix = stream.peer_id, prefix_of(stream.origin)
+        if self._streams[peer] >= MAX_STREAMS_PER_PEER or self._prefixes[prefix] >= MAX_STREAMS_PER_PREFIX:
             async with asyncio.timeout(STALL_TIMEOUT):  # closing on an unread request resets the stream and loses the answer
                 await stream.read_exactly(REQUEST_BYTES)
             await _refuse(stream, BUSY)
             return
         self._streams[peer] += 1
-        self._origins[origin] += 1
+        self._prefixes[prefix] += 1
         try:
             while await self._answer_one(stream):
                 pass
         finally:
             self._streams[peer] -= 1
-            self._origins[origin] -= 1
+            self._prefixes[prefix] -= 1
             self._streams += Counter()  # forget peers without a stream
-            self._origins += Counter()
+            self._prefixes += Counter()
 
     async def _answer_one(self, stream: Stream) -> bool:
         async with asyncio.timeout(IDLE_TIMEOUT):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lutetia.coordinator.acceptance.rate_limits import Admission
+from lutetia.coordinator.ledger.events import PeerQuarantined
 from lutetia.protocol.blobs import stream as blob_stream
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
@@ -117,6 +119,18 @@ async def test_peers_with_accepted_work_get_a_place_in_any_crowd() -> None:
     assert {stream.peer_id for stream in taken} == {f"203.0.114.5 {number}" for number in (1, *range(10, 20))}
     assert not any(stream.closed for stream in taken)
     await tasks.close()
+
+
+def test_places_are_kept_for_authors_of_accepted_results() -> None:
+    driver = judge_driver.drive_judge()
+    author, stranger = judge_driver.PEERS[:2]
+    driver.accept(author)
+    assert driver.state.run.has_accepted_work(author.public_key)
+    assert not driver.state.run.has_accepted_work(stranger.public_key)
+    caught = PeerQuarantined(time=driver.now, owner=author.public_key, shard=0, epoch=1, checkpoint="c" * 64)
+    banned = {author.public_key: caught}
+    quarantined = replace(driver.state.run, quarantined=banned)
+    assert not quarantined.has_accepted_work(author.public_key)
 
 
 async def test_one_peer_gets_a_quarter_of_the_places() -> None:

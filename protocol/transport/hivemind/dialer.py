@@ -20,6 +20,7 @@ from lutetia.protocol.transport.dial_policy import (
 )
 from lutetia.protocol.transport.hivemind.p2pd_client import P2pdClient
 from lutetia.protocol.transport.reachability import why_unreachable
+from lutetia.system.log_limit import LimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Dialer:
         self.policy = policy
         self._control = control
         self._backoff = DialBackoff()
+        self._log_failure = LimitedLog(log)
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def reach(self, peer_id: str, addresses: Sequence[str]) -> None:
@@ -85,7 +87,8 @@ class Dialer:
                 await self._control.connect(peer_id, addresses, DIAL_TIMEOUT)
             except ConnectionError as error:
                 self._backoff.failed(named, _now())
-                log.info("cannot connect to peer %s: %s", peer_id, error)
+                text = "cannot connect to peer %s: %s"
+                self._log_failure(logging.INFO, str(host_of(addresses[0])), text, peer_id, error)
                 raise
         if len(addresses) == 1:  # else p2pd does not say which one answered
             self._backoff.answered(addresses[0])

@@ -126,7 +126,7 @@ class HivemindTransport(Transport):
         except ConnectionError as error:
             if self._dialer.trusts(addresses):
                 raise
-            log.info("no stream %s to peer %s: %s", protocol, peer_id, error)
+            log.debug("no stream %s to peer %s: %s", protocol, peer_id, error)
             raise ConnectionError(f"peer …{peer_id[-8:]} does not answer {protocol}") from None
 
     async def serve(self, protocol: str, handler: Handler) -> None:

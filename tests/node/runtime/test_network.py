@@ -9,7 +9,7 @@ from lutetia.node.runtime.network import NodeNetwork
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.record_rules import record_check
-from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.records import Hardware, NodeRecord, node_key
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.hivemind.transport import connect_hivemind
@@ -33,5 +33,7 @@ async def test_addresses_unfit_for_records_are_left_out(tmp_path: Path):
         [(record, _)] = await read_records(transport, node_key(run.manifest.run_id, NODE.public_key))
         assert isinstance(record, NodeRecord)
         assert record.addresses == (f"{good}/p2p/{NODE.peer_id}",)
+        assert network.has_accepted_work(peer_id_of(run.manifest.coordinators[0]))
+        assert not network.has_accepted_work(NODE.peer_id)
     finally:
         await transport.close()

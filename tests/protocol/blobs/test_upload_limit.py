@@ -100,6 +100,26 @@ def test_an_origin_gets_half_of_the_slots_in_order() -> None:
     run_virtual(scenario)
 
 
+def test_the_next_slot_goes_to_the_prefix_with_the_fewest() -> None:
+    async def scenario() -> None:
+        turns = AnswerSlots(4)
+        for number in range(2):
+            assert await turns.take(f"8.8.4.{number}")
+            assert await turns.take(f"9.9.9.{number}")
+        crowd = [asyncio.ensure_future(turns.take(f"9.9.9.{number}")) for number in range(2, 9)]
+        await asyncio.sleep(1)
+        newcomer = asyncio.ensure_future(turns.take("1.1.1.1"))
+        await asyncio.sleep(1)
+        turns.give_back("9.9.9.0")
+        assert await newcomer
+        assert not any(request.done() for request in crowd)
+        for request in crowd:
+            request.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+
+    run_virtual(scenario)
+
+
 def test_a_cancelled_request_gives_its_slot_back() -> None:
     async def scenario() -> None:
         turns = AnswerSlots(1)

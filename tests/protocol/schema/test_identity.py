@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
+from lutetia.protocol.schema.identity import Identity, peer_id_of, public_key_of, verify
 from lutetia.system.errors import IdentityError
 
 
@@ -55,3 +55,10 @@ def test_a_broken_or_public_key_file_is_refused_in_one_sentence(tmp_path: Path, 
 def test_a_missing_key_file_is_reported_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match=r"cannot read the identity \S+: no such file or directory; restore"):
         Identity.load(tmp_path / "identity.key")
+
+
+def test_a_peer_id_holds_its_public_key() -> None:
+    identity = Identity.derived("a peer")
+    assert public_key_of(identity.peer_id) == identity.public_key
+    for other in ("", "12D3KooW", identity.peer_id[:-1], identity.peer_id + "1", "0" * 52, "Qm" + "a" * 44, "é" * 10_000):
+        assert public_key_of(other) is None
