@@ -41,6 +41,8 @@ class SimulationConfig:
         unfit: share of machines that cannot train any shard.
         save_every: pause between saves of the training state, a volunteer's setting.
         operators: number of people who run the nodes, in turn, and declare it; 0: one each.
+        held_out_clips: fewest and most held-out clips of a shard, whose noise then decides over results (`network.held_out`);
+            None: so many that it does not matter.
         signed: records are the real sealed bytes, and every replica and reader verifies them.
     """
 
@@ -75,6 +77,7 @@ class SimulationConfig:
     poll_every: float | None = None
     signed: bool = False
     operators: int = 0
+    held_out_clips: tuple[int, int] | None = None
 
     @property
     def lease(self) -> float:

@@ -27,6 +27,7 @@ from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import EventQueue
 from lutetia.simulation.network.blobs import SimulatedBlobs
 from lutetia.simulation.network.dht import SimulatedDht, SimulatedRecord, SimulatedReplica
+from lutetia.simulation.network.held_out import HeldOutModel
 from lutetia.simulation.network.links import Links
 from lutetia.simulation.network.membership import SharedMembership
 from lutetia.simulation.rules_under_test import RulesUnderTest
@@ -157,6 +158,7 @@ class World(Protocol):
     links: Links
     dht: SimulatedDht
     blobs: SimulatedBlobs
+    held_out: HeldOutModel | None
 
     @property
     def manifest(self) -> Manifest: ...

@@ -13,6 +13,7 @@ from lutetia.simulation.event_queue import START, EventQueue
 from lutetia.simulation.invariants import Invariants
 from lutetia.simulation.network.blobs import SimulatedBlobs
 from lutetia.simulation.network.dht import SimulatedDht
+from lutetia.simulation.network.held_out import HeldOutModel
 from lutetia.simulation.network.links import Links
 from lutetia.simulation.network.membership import SharedMembership
 from lutetia.simulation.peers.coordinator import SimulatedCoordinator
@@ -61,6 +62,8 @@ class SimulatedWorld:
         self.directory: dict[str, tuple[SimulatedNode, Sighting]] = {}
         """Node records by owner: the node and its newest record."""
         self._memberships: dict[int, tuple[tuple[int, int], SharedMembership]] = {}
+        clips = config.held_out_clips
+        self.held_out = HeldOutModel(seed, *clips) if clips else None
         self.invariants = Invariants(self)
         self.nodes = [SimulatedNode(self, index, draw_machine(config, seed, index)) for index in range(peers)]
         self.coordinators = [SimulatedCoordinator(self, -1)]

@@ -98,11 +98,11 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
 
 def start_audit(transition: JudgeTransition) -> None:
     """Start the coordinator's next own audit, the oldest result first, unless one is running or a peer has or may take it."""
-    if transition.state.auditing is not None or not transition.run.audits:
+    if transition.state.auditing is not None or transition.state.proving is not None or not transition.run.audits:
         return
     audits, now = transition.run.audits.values(), transition.now
     ready = [audit for audit in audits if audit.not_before <= now and not _left_to_peers(transition, audit)]
-    for audit in sorted(ready, key=lambda audit: (audit.attempts, audit.since, audit.checkpoint)):
+    for audit in sorted(ready, key=lambda a: (not _holds_up_a_proof(transition.run, a), a.attempts, a.since, a.checkpoint)):
         if not _closed_as_too_old(transition, audit):
             transition.set(auditing=audit.checkpoint)
             transition.actions.append(_audit_job(transition, audit))
@@ -126,13 +126,20 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
 
     At the end of the run the coordinator waits for no peer.
     """
-    if transition.run.budgets_done:
+    if transition.run.budgets_done or _holds_up_a_proof(transition.run, audit):
         return False
     lent = transition.state.lent.get(audit.checkpoint)
     if lent:
         return transition.now < lent[1]
     wait_until = min(transition.state.asked, audit.since) + transition.rules.audit_wait
     return audit.reported is None and not audit.attempts and transition.now < wait_until
+
+
+def _holds_up_a_proof(run: RunState, audit: PendingAudit) -> bool:
+    """Whether the result of a known author on this epoch waits for it: then the coordinator carries it out before all others."""
+    shard = run.shards[audit.shard]
+    doubts = [candidate.doubt for candidate in shard.candidates.values() if candidate.doubt]
+    return shard.accepted == audit.checkpoint and any(doubt.why == "author" for doubt in doubts)
 
 
 def _audit_job(transition: JudgeTransition, audit: PendingAudit) -> StartAudit:
@@ -205,6 +212,7 @@ def _oldest_free(transition: JudgeTransition, lent: Mapping[str, tuple[str, floa
         (audit.since, name)
         for name, audit in transition.run.audits.items()
         if not (name in lent or name == transition.state.auditing or audit.owner in related or audit.reported or audit.attempts)
+        and not _holds_up_a_proof(transition.run, audit)
     ]
     return min(free, default=(0.0, None))[1]
 

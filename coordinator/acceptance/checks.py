@@ -46,6 +46,7 @@ class Verdict:
     A failed loss check carries both losses, too, unless one is not a number. A `valid` with a text is accepted with that note.
 
     `costs` are the checks that were run, each with its own outcome. `rules` is the manifest's version under which they were run.
+    `over` says by which fraction a loss exceeds its bound.
     """
 
     outcome: Outcome
@@ -55,6 +56,7 @@ class Verdict:
     parent_loss: float | None = None
     costs: tuple[CheckCost, ...] = ()
     rules: int | None = None
+    over: float | None = None
 
 
 class CheckFailed(LutetiaError):
@@ -263,7 +265,7 @@ def compare_losses(losses: Losses, parent_losses: Losses, tolerance: float) -> V
         f"its held-out loss {found.loss:.5f} is worse than the accepted parent's {found.base:.5f} "
         f"(at most {found.bound:.5f} on {found.rows} rows)"
     )
-    return Verdict("invalid", "holdout", text, found.loss, found.base)
+    return Verdict("invalid", "holdout", text, found.loss, found.base, over=found.over)
 
 
 def compare_raw(raw: Losses, losses: Losses, parent_losses: Losses, tolerance: float) -> Verdict | None:
@@ -278,7 +280,7 @@ def compare_raw(raw: Losses, losses: Losses, parent_losses: Losses, tolerance: f
         f"the raw parameters in its state have held-out loss {found.loss:.5f}, its averages {mean(losses):.5f} "
         f"(at most {found.bound:.5f} on {found.rows} rows)"
     )
-    return Verdict("invalid", "raw", text, mean(losses), mean(parent_losses))
+    return Verdict("invalid", "raw", text, mean(losses), mean(parent_losses), over=found.over)
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------------

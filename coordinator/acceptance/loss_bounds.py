@@ -31,6 +31,11 @@ class Excess:
     rows: int
 
     @property
+    def over(self) -> float:
+        """By which fraction of the base the loss exceeds its bound."""
+        return (self.loss - self.bound) / self.base if self.base > 0 else math.inf
+
+    @property
     def passes(self) -> bool:
         return math.isfinite(self.loss) and self.loss <= self.bound
 

@@ -5,7 +5,10 @@ the accepted parent, and would be refused for ever. The losses then say somethin
 
 - The result waits ("doubted") if its author has work that an audit found valid, or if results on this parent failed before.
 - First the parent's whole epoch is audited, unless it was. If it was crafted, its conviction rolls the shard back.
-- Then the coordinator replays the result's whole epoch itself. *Valid*: the run's rules lead to these weights, so they are
+- If a result of the shard's last PROVED_LATELY epochs was accepted in this way, the next one of a known author that exceeds its
+  bound by at most MOST_WITHOUT_PROOF is accepted with a note at once; the audit of its whole epoch follows. So where few clips
+  are overfitted and every epoch fails, the coordinator's replays do not set the pace.
+- Otherwise the coordinator replays the result's whole epoch itself. *Valid*: the run's rules lead to these weights, so they are
   accepted with a note, and refusals on the same parent no longer count against anybody. *Invalid*: the result is refused and its
   author quarantined.
 
@@ -14,6 +17,8 @@ shard at a time, and after each that found nothing a lease, two, four … up to 
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lutetia.coordinator.acceptance.audit_policy import audit_parent, audits_lag, steps_of
 from lutetia.coordinator.acceptance.checks import Verdict
@@ -27,6 +32,10 @@ from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.system.retry import backoff
 
 _LONGEST_PAUSE = 3600.0
+PROVED_LATELY = 8
+"""For so many epochs after a proof the next result of a known author that fails a loss check needs none before its acceptance."""
+MOST_WITHOUT_PROOF = 0.25
+"""By which fraction such a result may exceed its bound."""
 
 
 def doubt_reason(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> DoubtReason | None:
@@ -47,6 +56,17 @@ def stranger_may_ask(shard: ShardLedger, timing: Timing, now: float) -> bool:
     return now >= shard.refuted_at + pause
 
 
+def waived(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> Verdict | None:
+    """The verdict with which a doubtful result is accepted without a proof before; None: it needs one."""
+    lately = transition.run.shards[record.shard].lineage[-PROVED_LATELY:]
+    if verdict.over is None or verdict.over > MOST_WITHOUT_PROOF or not any(link.proved for link in lately):
+        return None
+    if transition.run.peer(record.owner).audited <= transition.run.peer(record.owner).convicted:
+        return None
+    note = f"{verdict.text}; lately a replay confirmed such a result of this shard, so it is accepted and audited afterwards"
+    return replace(verdict, outcome="valid", text=note[:1000])
+
+
 def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict, why: DoubtReason) -> None:
     """Let the result wait for the replay of its epoch, and before it for that of its parent."""
     assert verdict.loss is not None
@@ -61,17 +81,20 @@ def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdic
     audit_parent(transition, record.shard)
 
 
-def start_proof(transition: JudgeTransition) -> None:
-    """Start the next replay of a doubted result, unless one is running: known authors first, then the longest waiting."""
-    if transition.state.proving is not None:
+def start_proof(transition: JudgeTransition, why: DoubtReason) -> None:
+    """Start the replay of the longest waiting result that is doubted for this reason, unless the coordinator replays already.
+
+    Those of known authors come before audits, those of strangers after them.
+    """
+    if transition.state.proving is not None or transition.state.auditing is not None:
         return
     waiting = [
         candidate
         for index in sorted(transition.state.pending)
         for candidate in transition.run.shards[index].candidates.values()
-        if candidate.doubt
+        if candidate.doubt and candidate.doubt.why == why
     ]
-    for candidate in sorted(waiting, key=lambda c: (c.doubt is None or c.doubt.why != "author", c.seen, c.record.owner)):
+    for candidate in sorted(waiting, key=lambda candidate: (candidate.seen, candidate.record.owner)):
         record, shard = candidate.record, transition.run.shards[candidate.record.shard]
         if shard.accepted in transition.run.audits or audits_lag(transition.run, record.shard, record.epoch):
             continue  # its parent is audited first

@@ -59,9 +59,10 @@ from lutetia.coordinator.acceptance.proof import (
     note_proof,
     remembered_refusal_may_be_proved,
     start_proof,
+    waived,
 )
 from lutetia.coordinator.acceptance.rate_limits import forget_offers, forget_origins, over_rate
-from lutetia.coordinator.acceptance.rollback import note_fact
+from lutetia.coordinator.acceptance.rollback import due_audit, note_fact
 from lutetia.coordinator.acceptance.transition import (
     JudgeRules,
     JudgeState,
@@ -73,6 +74,7 @@ from lutetia.coordinator.acceptance.transition import (
 from lutetia.coordinator.ledger.events import (
     BaselineMeasured,
     CheckpointAccepted,
+    DoubtReason,
     ResultSeen,
     ResultSuperseded,
 )
@@ -112,8 +114,9 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
     forget_gone(transition)
     transition.start_checks()
     transition.start_fetches()
+    start_proof(transition, "author")
     start_audit(transition)
-    start_proof(transition)
+    start_proof(transition, "refusals")
     return transition.state, tuple(transition.actions)
 
 
@@ -248,7 +251,7 @@ class _ResultTransition(JudgeTransition):
         if verdict.outcome == "invalid" and verdict.rules is not None and verdict.rules < self.run.manifest_version:
             return  # refused under rules that were replaced meanwhile: it is checked again
         if why := doubt_reason(self, record, verdict):
-            doubt(self, record, verdict, why)
+            self._accept_or_doubt(record, verdict, why)
             return
         if verdict.outcome == "invalid":
             note_failure(self, record)
@@ -257,6 +260,14 @@ class _ResultTransition(JudgeTransition):
         elif not audits_lag(self.run, record.shard, record.epoch):
             self._accept(record, verdict)
         # else a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
+
+    def _accept_or_doubt(self, record: CheckpointRecord, verdict: Verdict, why: DoubtReason) -> None:
+        accepted = waived(self, record, verdict)
+        if accepted is None:
+            doubt(self, record, verdict, why)
+        elif not audits_lag(self.run, record.shard, record.epoch):
+            self._accept(record, accepted)
+            self.write(due_audit(self.run, record.shard, record.digest, self.now, True, "proof"))
 
     def finish_proof(self, proved: Proved) -> None:
         """Accept the doubted result whose training was replayed; otherwise it was refused."""
@@ -295,7 +306,7 @@ class _ResultTransition(JudgeTransition):
                 note=verdict.text,
             )
         )  # fmt: skip
-        if not verdict.text:  # else its whole epoch was replayed already
+        if not verdict.text:  # else its whole epoch is replayed, before or after
             consider_audit(self, record)
         self.actions.append(Publish(acceptance, record))
         for other in tuple(self.run.shards[record.shard].candidates.values()):

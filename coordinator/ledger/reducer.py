@@ -263,4 +263,4 @@ def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Acc
     waiting = shard.candidates.get(given.author)
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
     made = (record.trace, record.made) if record else (None, None)
-    return AcceptedEpoch(given, event.time, state.budgets, *made)
+    return AcceptedEpoch(given, event.time, state.budgets, *made, proved=bool(event.note))

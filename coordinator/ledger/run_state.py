@@ -66,6 +66,8 @@ class AcceptedEpoch:
     """Of its checkpoint record, as is `made`."""
     made: TrainedWith | None = None
     audit: AuditState = "not due"
+    proved: bool = False
+    """Whether it was accepted although it failed a loss check."""
     whole: bool = False
     """Whether its last audit replayed the whole epoch."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from lutetia.protocol.blobs.download import PARALLEL
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import EventQueue
+from lutetia.simulation.network.held_out import Quality
 from lutetia.simulation.network.links import Links, SimulatedPeer
 from lutetia.system.errors import UnreachableError
 
@@ -35,6 +36,8 @@ class Content:
     intact: bool = True
     sound: bool = True
     faked: Literal["none", "all", "end"] = "none"
+    quality: Quality | None = None
+    """In settings with few held-out clips."""
 
 
 def honest_loss(shard: int, epoch: int, weights: str) -> float:

@@ -50,11 +50,23 @@ class SimulatedCheckRunner:
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         await SimulatedDelay(self._world.config.check_seconds / 3)
-        return [self._world.blobs.contents[parent.checkpoint].loss if parent else untrained_loss(record.shard)]
+        content = self._world.blobs.contents[parent.checkpoint] if parent else None
+        if held_out := self._world.held_out:
+            quality = content.quality if content and content.quality else held_out.initial(record.shard)
+            return held_out.rows(quality.averages, content.weights if content else "", record.digest)
+        return [content.loss if content else untrained_loss(record.shard)]
 
     async def raw_losses(self, record: CheckpointRecord) -> Losses:
-        return [self._content(record).loss]
+        return self._losses(record, raw=True)
 
     async def losses(self, record: CheckpointRecord) -> Losses:
         await SimulatedDelay(self._world.config.check_seconds / 3)
-        return [self._content(record).loss if self._content(record).sound else math.nan]
+        return self._losses(record)
+
+    def _losses(self, record: CheckpointRecord, raw: bool = False) -> Losses:
+        content, held_out = self._content(record), self._world.held_out
+        if not content.sound:
+            return [math.nan]
+        if held_out and (quality := content.quality):
+            return held_out.rows(quality.raw if raw else quality.averages, f"{content.weights}{raw}", record.digest)
+        return [content.loss]

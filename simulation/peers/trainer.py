@@ -229,6 +229,9 @@ class SimulatedTrainer:
         before = parent.weights if parent else "the initial model"
         weights = world.decide.weights(training.shard, epoch, before, node.machine.device, spans)
         content = Content(weights, honest_loss(training.shard, epoch, weights))
+        if held_out := world.held_out:
+            quality = parent.quality if parent and parent.quality else held_out.initial(training.shard)
+            content = replace(content, quality=held_out.trained(training.shard, epoch, before, quality))
         content = _tampered(self.behaviour, content, parent, node.machine.owner)
         record = CheckpointRecord(
             run=world.manifest.run_id, owner=node.machine.owner, issued=node.clock(), shard=training.shard, epoch=epoch,

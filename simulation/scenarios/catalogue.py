@@ -7,6 +7,7 @@ from random import Random
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.adversaries import ADVERSARY_SCENARIOS
+from lutetia.simulation.scenarios.few_clips import FEW_CLIP_SCENARIOS
 from lutetia.simulation.scenarios.links import LINK_SCENARIOS
 from lutetia.simulation.scenarios.machines import MACHINE_SCENARIOS
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, completed, joins, no_double_work
@@ -119,6 +120,7 @@ SCENARIOS: dict[str, Scenario] = {
         *MACHINE_SCENARIOS,
         *LINK_SCENARIOS,
         *ADVERSARY_SCENARIOS,
+        *FEW_CLIP_SCENARIOS,
     )
 }
 
