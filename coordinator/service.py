@@ -94,13 +94,14 @@ class Service:
         self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.head = HeadFile(self.folder.head, self.ledger, self.identity)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
-        self.check_worker, self.mixture_worker, self.audit_worker = self.workers = (
-            self._worker("checking"), self._worker("making"), self._worker("auditing"),
+        self.check_worker, self.mixture_worker, self.audit_worker, self.proof_worker = self.workers = (
+            self._worker("checking"), self._worker("making"), self._worker("auditing"), self._worker("proving"),
         )  # fmt: skip
         holdouts = Holdouts(BlobStore(self.folder.holdouts), self.identity.secret_for("held-out draws"))
         self.check_runner = NetworkCheckRunner(
             self.transport, self.manifest, self.blobs, self.incoming, self.check_worker, self.audit_worker,
             self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_states(), self.settings.kept_states,
+            self.proof_worker,
         )  # fmt: skip
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
@@ -188,7 +189,7 @@ class Service:
         )  # fmt: skip
 
     def _worker(self, name: str) -> WorkerClient:
-        """Checks, mixtures and audits have a process each, so that training the router or a replay delays no acceptance."""
+        """Checks, mixtures, audits and proofs have a process each, started when needed, so that none waits for another."""
         return WorkerClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
 
     def _changed(self, state: RunState) -> None:

@@ -129,6 +129,11 @@ def _run(
     return world, None
 
 
+def run_world(scenario: Scenario, peers: int, seed: int, decide: RulesUnderTest | None = None) -> SimulatedWorld:
+    """The world at the end of one run, whatever it violated."""
+    return _run(scenario, peers, seed, steps_of(scenario, peers, seed), scenario.seconds, decide)[0]
+
+
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:
     """Figures at the end of the run."""
     steps = world.manifest.steps_per_epoch

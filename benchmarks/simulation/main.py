@@ -1,8 +1,8 @@
-"""`python -m benchmarks simulate seeds|costs`: many seeds of every scenario, and the cost of a swarm by its size.
+"""`python -m benchmarks simulate seeds|costs|standstill`: many seeds of every scenario, costs by size, few clips.
 
 `seeds` runs every scenario from N seeds and writes a table of what was checked and violated. `costs` measures messages, bytes,
 keys, coordinator work, memory and time by the number of peers and shards, draws them (log-log) and says what breaks first.
-Both write into docs/results, or into --out.
+`standstill` runs honest nodes on 20 to 60 clips. All write into docs/results, or into --out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     seeds.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="only this one; may be given again")
     costs = parts.add_parser("costs", help="cost by peers and shards")
     costs.add_argument("--most", type=int, default=10_000, help="largest swarm that is simulated (default: 10000)")
-    for part in (seeds, costs):
+    still = parts.add_parser("standstill", help="honest runs on few clips, under the earlier rules and today's")
+    still.add_argument("--seeds", type=int, default=1000, help="how many runs under each (default: 1000)")
+    for part in (seeds, costs, still):
         part.add_argument("--out", type=Path, default=RESULTS, help=f"folder for table and picture (default: {RESULTS})")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         from benchmarks.simulation.costs import study
 
         study(options.most, options.out)
+    elif options.part == "standstill":
+        from benchmarks.simulation.standstill import study as standstill
+
+        sys.exit(standstill(options.seeds, options.out))
     else:
         sys.exit(_seeds(options.scenario or list(SCENARIOS), options.first, options.seeds, options.out))
 

@@ -98,7 +98,7 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
 
 def start_audit(transition: JudgeTransition) -> None:
     """Start the coordinator's next own audit, the oldest result first, unless one is running or a peer has or may take it."""
-    if transition.state.auditing is not None or transition.state.proving is not None or not transition.run.audits:
+    if transition.state.auditing is not None or not transition.run.audits:
         return
     audits, now = transition.run.audits.values(), transition.now
     ready = [audit for audit in audits if audit.not_before <= now and not _left_to_peers(transition, audit)]

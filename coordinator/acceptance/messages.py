@@ -171,6 +171,8 @@ class StartAudit:
     link: AcceptedEpoch
     parent: AcceptanceRecord | None
     steps: int
+    proof: bool = False
+    """Of a doubted result: it is replayed in another process than audits."""
 
 
 @dataclass(frozen=True)

@@ -81,20 +81,17 @@ def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdic
     audit_parent(transition, record.shard)
 
 
-def start_proof(transition: JudgeTransition, why: DoubtReason) -> None:
-    """Start the replay of the longest waiting result that is doubted for this reason, unless the coordinator replays already.
-
-    Those of known authors come before audits, those of strangers after them.
-    """
-    if transition.state.proving is not None or transition.state.auditing is not None:
+def start_proof(transition: JudgeTransition) -> None:
+    """Start the next replay of a doubted result, unless one is running: known authors first, then the longest waiting."""
+    if transition.state.proving is not None:
         return
     waiting = [
         candidate
         for index in sorted(transition.state.pending)
         for candidate in transition.run.shards[index].candidates.values()
-        if candidate.doubt and candidate.doubt.why == why
+        if candidate.doubt
     ]
-    for candidate in sorted(waiting, key=lambda candidate: (candidate.seen, candidate.record.owner)):
+    for candidate in sorted(waiting, key=lambda c: (c.doubt is None or c.doubt.why != "author", c.seen, c.record.owner)):
         record, shard = candidate.record, transition.run.shards[candidate.record.shard]
         if shard.accepted in transition.run.audits or audits_lag(transition.run, record.shard, record.epoch):
             continue  # its parent is audited first
@@ -124,7 +121,7 @@ def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAu
     )  # fmt: skip
     link = AcceptedEpoch(end, transition.now, run.budgets, record.trace, record.made)
     due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True)
-    return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due))
+    return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due), proof=True)
 
 
 def finish_proof(transition: JudgeTransition, proved: Proved) -> Verdict | None:

@@ -114,9 +114,8 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
     forget_gone(transition)
     transition.start_checks()
     transition.start_fetches()
-    start_proof(transition, "author")
     start_audit(transition)
-    start_proof(transition, "refusals")
+    start_proof(transition)
     return transition.state, tuple(transition.actions)
 
 

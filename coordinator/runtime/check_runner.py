@@ -86,6 +86,7 @@ class NetworkCheckRunner:
         holdouts: the held-out clips, which are never served.
         states: digests of the accepted training states that may still be in `blobs`.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
+        proof_worker: replays doubted results, for which a shard waits; None: `audit_worker` does.
     """
 
     transport: Transport
@@ -98,6 +99,7 @@ class NetworkCheckRunner:
     holdouts: Holdouts
     states: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
+    proof_worker: WorkerClient | None = None
 
     async def limits(self) -> dict[int, SizeLimits]:
         """Size limits of every shard, from the manifest's weight schema."""
@@ -161,6 +163,7 @@ class NetworkCheckRunner:
     async def replay(self, audit: StartAudit) -> Replayed:
         """Check `audit`, by the coordinator itself."""
         due, link, parent = audit.audit, audit.link, audit.parent
+        worker = self.proof_worker if audit.proof and self.proof_worker else self.audit_worker
         if due.epoch > 1 and parent is None:
             return _impossible(f"epoch {due.epoch - 1}, from which it would be replayed, is too long ago")
         files = [self.manifest.shards[due.shard].train, link.trace, *self._start(audit)]
@@ -171,7 +174,7 @@ class NetworkCheckRunner:
         began, finding = time.monotonic(), AuditFinding(outcome="inconclusive")
         for epochs in link.budgets if self.manifest.optimisation.schedule == "cosine" else link.budgets[:1]:
             try:
-                answer = await self.audit_worker.ask(self._replay_job(audit, epochs), limit=_REPLAY_LIMIT)
+                answer = await worker.ask(self._replay_job(audit, epochs), limit=_REPLAY_LIMIT)
             except (WorkerFailed, WorkerRefused, BlobMissing) as error:  # the author's files passed their checks before
                 return Replayed(AuditFinding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
             finding = finding_of(answer, link.made)

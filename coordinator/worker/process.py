@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _MOST_HOLDOUTS = 16
-LEAN = ("checking", "auditing")
+LEAN = ("checking", "auditing", "proving")
 """Worker processes with these names never load a text encoder, and start in half the time."""
 _NUMBER_REASONS = ("non-finite", "norm")
 

@@ -7,6 +7,7 @@ import pytest
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, LedgerFacts, Proved, Publish, StartProof
+from lutetia.coordinator.acceptance.proof import PROVED_LATELY
 from lutetia.coordinator.acceptance.rollback import due_audit
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.describe import sentence
@@ -197,3 +198,53 @@ def test_a_restart_goes_on_with_the_proof():
     assert [proof.record for proof in proofs(driver)] == [record, record]
     doubted = next(event for event in driver.events if isinstance(event, ResultDoubted))
     assert "fails check raw and is replayed before it is decided" in sentence(doubted)
+
+
+def proved_shard() -> JudgeDriver:
+    """Epoch 2 of shard 0 is accepted by a proof."""
+    driver = begun()
+    prove(driver, fails(driver, KNOWN))
+    return driver
+
+
+def third(driver: JudgeDriver, peer: Identity, over: float) -> CheckpointRecord:
+    record = make_record(driver.manifest, peer, 0, 3, driver.state.run.shards[0].accepted)
+    assert driver.offer(record).verdict == "queued"
+    driver.send(CheckDone(record, Verdict("invalid", "holdout", "worse again", 0.7, 0.6, over=over), driver.now))
+    return record
+
+
+def test_after_a_proof_a_known_author_is_accepted_first_and_audited_whole():
+    """Where every epoch is overfitted, the coordinator's replays do not set the pace."""
+    driver = proved_shard()
+    record = third(driver, KNOWN, 0.2)
+    assert driver.state.run.shards[0].accepted == record.digest
+    assert driver.state.run.audits[record.digest].whole
+    driver.finish_audit("invalid", record.digest)
+    assert driver.state.run.shards[0].epoch == 2, "a faked one is rolled back as ever"
+
+
+@pytest.mark.parametrize(("peer", "over"), [(KNOWN, 0.3), (STRANGER, 0.1)])
+def test_large_excesses_and_strangers_still_need_a_proof(peer: Identity, over: float):
+    driver = proved_shard()
+    third(driver, peer, over)
+    assert driver.state.run.shards[0].epoch == 2
+
+
+def test_the_trust_of_a_proof_fades():
+    driver = drive_judge(epochs=20)
+    driver.accept(KNOWN)
+    driver.finish_audit("valid")
+    prove_first = fails(driver, KNOWN)
+    driver.finish_audit("valid")
+    prove(driver, prove_first)
+    for _ in range(PROVED_LATELY):
+        driver.accept(KNOWN)
+        if driver.state.run.audits:
+            driver.finish_audit("valid")
+    shard = driver.state.run.shards[0]
+    record = make_record(driver.manifest, KNOWN, 0, shard.epoch + 1, shard.accepted)
+    driver.offer(record)
+    driver.send(CheckDone(record, Verdict("invalid", "holdout", "worse again", 0.7, 0.6, over=0.1), driver.now))
+    assert driver.state.run.shards[0].epoch == shard.epoch
+    assert driver.state.run.shards[0].candidates[KNOWN.public_key].doubt
