@@ -113,7 +113,7 @@ class ShardSpec(WireDocument):
     index: ShardIndex = Field(description="Number of the shard, from 0")
     name: Name = Field(description="Name of the cluster, for people")
     train: BlobRef = Field(description="Blob of the training clips' latents and text embeddings")
-    holdout: BlobRef = Field(description="Blob of the held-out clips, on which results are compared")
+    holdout: BlobRef = Field(description="Held-out clips, on which results are scored: only the coordinator has them")
     clips: Count = Field(description="Training clips in the shard")
     holdout_clips: Count = Field(description="Held-out clips in the shard")
     prior: float = Field(gt=0, le=1, description="Share of the shard in the natural mixture of all data")
