@@ -20,6 +20,7 @@ from lutetia.coordinator.serve import serve_run
 from lutetia.coordinator.settings import RunSettings, ServeSettings
 from lutetia.models.mixing.description import FILE, SignedMixture, read_mixture, verify_mixture
 from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef
@@ -46,6 +47,16 @@ async def up(coordinator: Coordinator) -> None:
     await until(written, "the coordinator's first status")
 
 
+async def holdouts_are_kept(peer: ScriptedNode, http: int) -> None:
+    """The coordinator serves training clips, and to nobody the held-out ones, whose digest the manifest names."""
+    shard, coordinator = peer.signed.manifest.shards[0], Provider(peer.coordinator, tuple(peer.ticket.addresses))
+    assert (await fetch_blob(peer.transport, peer.store, shard.train, [coordinator])).stat().st_size == shard.train.size
+    with pytest.raises(UnreachableError):
+        await fetch_blob(peer.transport, peer.store, shard.holdout, [coordinator])
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(f"http://127.0.0.1:{http}/blobs/{shard.holdout.digest}")).status_code == 404
+
+
 @pytest.mark.timeout(900)
 async def test_run_from_first_offer_to_finish(tmp_path: Path):
     run = make_run(tmp_path)
@@ -59,6 +70,7 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
     ):
         assert [shard.state for shard in (await ann.status()).shards] == ["unclaimed", "unclaimed"]
         await refusals(ann, bob)
+        await holdouts_are_kept(ann, http)
         first = ann.train(0)
         assert (await ann.offer(first)).verdict == "queued"
         assert (await ann.verdict(first)).verdict == "accepted"
@@ -159,7 +171,7 @@ def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
     assert status.finished
     assert status.mixture_epochs == (2, 2)
     assert status.router is not None
-    assert status.router.epochs == (2, 2)
+    assert status.router.epochs == (1, 0), "trained once, after the first acceptance"
     assert [shard.audit for shard in status.shards] == ["valid"] * 2, "finishing waited for the audits"
     assert verify_mixture(run.folder / "mixture", run.manifest.coordinators).digest == status.mixture
     assert (run.folder / "gallery" / "000.gif").exists()
