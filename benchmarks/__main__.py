@@ -16,6 +16,7 @@ from benchmarks.report import Machine, Row, as_json, markdown
 
 STUDIES = {
     "attacks": "benchmarks.attacks.main",
+    "document-attacks": "benchmarks.attacks.documents",
     "faults": "benchmarks.faults",
     "judge-attacks": "benchmarks.attacks.judge_attacks",
     "fuzz": "benchmarks.fuzz.main",
