@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 
 _HOST = re.compile(r"^/(ip4|ip6)/([^/]+)")
 
@@ -27,6 +28,7 @@ def origin_of(address: str) -> str:
     return str(host)
 
 
+@lru_cache(maxsize=1 << 13)
 def prefix_of(origin: str) -> str:
     """The /24 or /48 around an origin. Loopback and private addresses stay as they are: one network there is one operator's.
 

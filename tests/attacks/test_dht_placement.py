@@ -99,6 +99,13 @@ def test_newcomers_of_an_origin_are_limited_in_rate() -> None:
     assert len(limit._spent) <= 2 * NEWCOMERS_AT_ONCE + 1, "origins that were quiet for a while are forgotten"
 
 
+def test_neighbouring_addresses_share_buckets_and_replicas_as_one() -> None:
+    crowd = [f"203.0.114.{number}" for number in range(8)]
+    assert alternate(range(10), [*crowd, "8.8.4.4", "9.9.9.9"])[:3] == [0, 8, 9]
+    assert member_to_replace(dict(enumerate(crowd)), "8.8.4.4") == 7
+    assert member_to_replace(dict(enumerate(crowd)), "203.0.114.99") is None
+
+
 async def test_origins_of_several_newcomers_cost_one_request() -> None:
     asked: list[float] = []
 

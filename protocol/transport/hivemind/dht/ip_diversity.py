@@ -1,9 +1,9 @@
 """Share replicas and places in the routing table among network origins. Pure.
 
-Making keys until one lies close to a target costs almost nothing; network addresses cost more. So no origin
-(`protocol.transport.network_origin`) may fill a bucket that others want to be in, as in Ethereum's discovery. Newcomers of one
-origin are admitted at a bounded rate, because for every new neighbour a peer looks through all records that it keeps. With a
-single origin nothing changes.
+Making keys until one lies close to a target costs almost nothing; network addresses cost more, and neighbouring ones less than
+others. So no prefix (`protocol.transport.network_origin`) may fill a bucket that others want, as in Ethereum's discovery.
+Newcomers of one origin are admitted at a bounded rate, because for every new neighbour a peer looks through all records that it
+keeps. With a single prefix nothing changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from lutetia.protocol.transport.network_origin import prefix_of
+
 Name = TypeVar("Name")
 
 NEWCOMERS_AT_ONCE = 64
@@ -20,24 +22,24 @@ NEWCOMERS_PER_SECOND = 1.0
 
 
 def member_to_replace(members: Mapping[Name, str], origin: str) -> Name | None:
-    """Which member of a full bucket a newcomer of `origin` replaces: the newest of the most frequent origin, or None.
+    """Which member of a full bucket a newcomer of `origin` replaces: the newest of the most frequent prefix, or None.
 
     `members` maps each member to its origin, the oldest first: Kademlia prefers nodes that have been there for long.
     """
-    counts = Counter(members.values())
+    counts = Counter(map(prefix_of, members.values()))
     most_frequent, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
-    if most < counts[origin] + 2:
+    if most < counts[prefix_of(origin)] + 2:
         return None
-    return [name for name, other in members.items() if other == most_frequent][-1]
+    return [name for name, other in members.items() if prefix_of(other) == most_frequent][-1]
 
 
 def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
-    """Reorder `names`: the first of each origin, then the second of each, and so on."""
+    """Reorder `names`: the first of each prefix, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     ranks: list[int] = []
-    for origin in origins:
-        ranks.append(seen[origin])
-        seen[origin] += 1
+    for prefix in map(prefix_of, origins):
+        ranks.append(seen[prefix])
+        seen[prefix] += 1
     return [names[place] for place in sorted(range(len(names)), key=ranks.__getitem__)]
 
 
