@@ -160,7 +160,7 @@ def _drop_unprinted() -> None:
 
 def main() -> None:
     """Run the command line. Always raises SystemExit."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     try:
         with _Reported(json_wanted(arguments)):
             print_whatever_the_encoding()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from lutetia.cli.formatting import ago, bar
 from lutetia.cli.output import say
+from lutetia.system.log_format import StatusLineHandler
 
 OnProgress = Callable[[str, int, int], None]
 _LINE_SECONDS = 60.0
@@ -69,3 +72,50 @@ class ProgressLines:
         rate = (done - first) / seconds
         left = f", {(total - done) / rate:.0f} s left" if done < total else ""
         return f" ({rate:.3g}/s{left})"
+
+
+class TrainingProgress:
+    """Shows a node's own progress: a line that changes in place on a terminal, elsewhere a line of the log now and then.
+
+    Args:
+        line: the terminal's line; None without a terminal.
+        log: writes a line of the log.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self, line: StatusLineHandler | None, log: Callable[[str], None], clock: Callable[[], float] = time.time
+    ) -> None:  # fmt: skip
+        self._line, self._log, self._clock = line, log, clock
+        self._logged: tuple[float, Any] = (float("-inf"), None)
+
+    def __call__(self, status: Mapping[str, Any]) -> None:
+        """Show the progress in the daemon's status document."""
+        now = self._clock()
+        text = training_line(status, now)
+        if self._line:
+            self._line.set_status(text and f"{bar(status['step'] / status['steps'], 20)} {text}")
+            return
+        work = status["shard"], status["epoch"]
+        if text and (now - self._logged[0] >= _LINE_SECONDS or work != self._logged[1]):
+            self._logged = now, work
+            self._log(text)
+
+
+def training_line(status: Mapping[str, Any], now: float) -> str:
+    """Expert, epoch, step, loss, rate and time left of a training node in one line; empty while it does not train."""
+    step, steps = status["step"], status["steps"]
+    if status["state"] != "training" or not steps or step is None or status["loss"] is None:
+        return ""
+    epoch = min(status["epochs"], status["epoch"] + status["pending"] + 1)
+    parts = [
+        f"expert {status['shard']} {status['shard_name'] or ''}".strip(),
+        f"epoch {epoch} of {status['epochs']}",
+        f"step {step} of {steps}",
+        f"loss {status['loss']:.4f}",
+    ]
+    if status["samples_per_second"] and status["due"]:
+        left = max(0.0, status["due"] - now)
+        further = (status["epochs"] - epoch) * left / max(1, steps - step) * steps
+        parts += [f"{status['samples_per_second']:.1f} samples/s", f"checkpoint in {ago(left)}, all in {ago(left + further)}"]
+    return ", ".join(parts)

@@ -13,19 +13,19 @@ from lutetia.system.notify import notify, watchdog_seconds
 from lutetia.system.process import raise_file_limit
 
 
-def set_up_logging() -> None:
-    """Log one line per event to stderr. `LUTETIA_LOG` sets the level: debug, info or warning."""
+def set_up_logging(handler: logging.Handler | None = None) -> None:
+    """Log one line per event to stderr, or to `handler`. `LUTETIA_LOG` sets the level: debug, info or warning."""
     logger = logging.getLogger("lutetia")
-    logger.addHandler(stderr_handler())
+    logger.addHandler(handler or stderr_handler())
     logger.setLevel(wanted_level())
     logger.propagate = False
 
 
-def run_service(main: Coroutine[Any, Any, None]) -> None:
+def run_service(main: Coroutine[Any, Any, None], handler: logging.Handler | None = None) -> None:
     """Set up logging, raise the limit of open files and run `main` on uvloop until it ends."""
     import uvloop
 
-    set_up_logging()
+    set_up_logging(handler)
     raise_file_limit()
     uvloop.run(_watched(main))
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from lutetia.protocol.schema.ticket import Ticket
+
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _EXAMPLES = "203.0.113.5:41000, training.example.org:41000 or [2001:db8::1]:41000"
@@ -62,3 +64,9 @@ def reach(addresses: Sequence[str]) -> Reach:
         else:
             found.add("machine" if host.is_loopback else "anyone" if host.is_global else "network")
     return "anyone" if "anyone" in found else "network" if "network" in found else "machine"
+
+
+def reach_of_ticket(ticket: str) -> Reach:
+    """Who can dial at least one of a ticket's addresses. Raises ConfigError when it is malformed."""
+    hosts = [(kind, host, port) for _, kind, host, _, port, *_ in (place.split("/") for place in Ticket.decode(ticket).addresses)]
+    return reach([f"[{host}]:{port}" if kind == "ip6" else f"{host}:{port}" for kind, host, port in hosts])

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
@@ -18,7 +19,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.recovery import SignedLineages
 from lutetia.coordinator.service import Service
 from lutetia.coordinator.settings import ServeSettings
-from lutetia.coordinator.web.app import bind
+from lutetia.coordinator.web.app import bind, page_address
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
@@ -73,7 +74,25 @@ def _own_addresses(folder: RunFolder, settings: ServeSettings) -> list[str]:
     return [listen, *(settings.announce or endpoint.announce)]
 
 
-async def serve_run(root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect) -> None:
+@dataclass(frozen=True)
+class ServedRun:
+    """What a run's owner tells others about it.
+
+    Args:
+        name: the run's name.
+        ticket: empty if its file is lost.
+        page: the address of the status page, if there is one.
+    """
+
+    name: str
+    ticket: str
+    page: str | None
+
+
+async def serve_run(
+    root: Path, settings: ServeSettings | None = None, *, connecting: Connect = connect,
+    on_serving: Callable[[ServedRun], None] = lambda run: None,
+) -> None:  # fmt: skip
     """Serve the run in `root` until a signal or, with `exit_when_done`, the run ends. It continues where it stopped last.
 
     Raises:
@@ -112,11 +131,22 @@ async def serve_run(root: Path, settings: ServeSettings | None = None, *, connec
             if recover:
                 await lineage.recover(ledger, signed.manifest.timing.lease)
                 folder.restored.unlink(missing_ok=True)
-            service = Service(folder, live, identity, ledger, transport, settings, lineage, recover)
+            served = ServedRun(signed.manifest.name, _ticket(folder), listener and page_address(listener))
+            service = Service(
+                folder, live, identity, ledger, transport, settings, lineage, recover, on_serving=lambda: on_serving(served)
+            )
             with _signals(service.stopping):
                 await service.serve(listener)
         finally:
             await transport.close()
+
+
+def _ticket(folder: RunFolder) -> str:
+    """The run's ticket; empty if somebody has removed its file, which nothing but people needs."""
+    try:
+        return folder.ticket.read_text().strip()
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager

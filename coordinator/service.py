@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ class Service:
         ledger: open for writing.
         lineage: finds what the DHT holds and the ledger lacks; used when `recovering`.
         stopping: set it to end `serve`.
+        on_serving: called once peers can reach it.
     """
 
     folder: RunFolder
@@ -84,6 +85,7 @@ class Service:
     lineage: SignedLineages
     recovering: bool
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    on_serving: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.software = software_version()
@@ -142,6 +144,7 @@ class Service:
                     await self._answer_streams()
                     self._changed(self.ledger.state)
                     _log.info("serving run %s at %s", self.manifest.run_id[:12], ", ".join(self.transport.addresses()))
+                    self.on_serving()
                     await self.stopping.wait()
                     for task in tasks:
                         task.cancel()

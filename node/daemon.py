@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lutetia.node.contributions import Contributions
@@ -39,10 +39,11 @@ from lutetia.system.notify import ending_signals, notify
 log = logging.getLogger(__name__)
 
 IDENTITY = "identity.key"
+_SHOW_SECONDS = 2.0
 
 
-async def run_node(settings: NodeSettings) -> None:
-    """Join the ticket's run and work for it. Returns when the node has left.
+async def run_node(settings: NodeSettings, on_status: Callable[[LocalStatus], None] | None = None) -> None:
+    """Join the ticket's run and work for it. Returns when the node has left. `on_status` gets the status every two seconds.
 
     Raises HardwareError (no sensor for `max_temp`), ConfigError (ticket, manifest, `announce`), IdentityError (two daemons, bad
     key), BootstrapError, UnreachableError or AuthorisationError when it cannot join.
@@ -57,7 +58,12 @@ async def run_node(settings: NodeSettings) -> None:
         async with serve_control(settings.state_folder, daemon.answer):
             with daemon.signals():
                 log.info("joining run %s as %s", ticket.run[:12], daemon.identity.peer_id)
-                await daemon.run()
+                showing = asyncio.create_task(daemon.show(on_status)) if on_status else None
+                try:
+                    await daemon.run()
+                finally:
+                    if showing:
+                        showing.cancel()
     log.info("left the run; all its processes have ended")
 
 
@@ -194,6 +200,12 @@ class NodeDaemon:
             owner=self.identity.public_key, peer_id=self.identity.peer_id, pid=os.getpid(),
             software=software_version(), started=self.started, **fields,
         )  # fmt: skip
+
+    async def show(self, on_status: Callable[[LocalStatus], None]) -> None:
+        """Call `on_status` with the status until cancelled."""
+        while True:
+            on_status(self.status())
+            await asyncio.sleep(_SHOW_SECONDS)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
 from types import TracebackType
+from typing import TextIO
 
 from lutetia.system.errors import plain, plain_lines
 
@@ -24,6 +27,35 @@ class PlainFormatter(logging.Formatter):
 
     def formatException(self, ei: _ErrorInfo) -> str:
         return plain_lines(super().formatException(ei))
+
+
+class StatusLineHandler(logging.StreamHandler[TextIO]):
+    """Writes events to a terminal above a line that changes in place.
+
+    The cursor stays at the beginning of that line, so that what a child process writes replaces it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.setFormatter(PlainFormatter())
+        self._status = ""
+
+    def set_status(self, text: str) -> None:
+        """Show `text`, cut to the terminal's width; an empty text removes the line."""
+        with self.lock or contextlib.nullcontext():
+            self._status = plain(text)
+            self._draw()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream.write("\r\x1b[2K")
+        super().emit(record)
+        self._draw()
+
+    def _draw(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the terminal has gone
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write(f"\r\x1b[2K{self._status[:width]}\r")
+            self.stream.flush()
 
 
 def stderr_handler() -> logging.Handler:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
-from lutetia.cli.output import JsonFlag, emit
-from lutetia.system.errors import UsageError
+from lutetia.cli.output import JsonFlag, emit, show
+from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
+    from lutetia.coordinator.serve import ServedRun
     from lutetia.protocol.schema.status import SwarmStatus
 
 app = typer.Typer(help="Serve a run: bootstrap peer, blob origin, judge and stitcher.", no_args_is_help=True)
@@ -43,7 +44,22 @@ def serve(
     from lutetia.cli.run_service import run_service
     from lutetia.coordinator.serve import serve_run
 
-    run_service(serve_run(run, settings))
+    run_service(serve_run(run, settings, on_serving=lambda served: show(served_text(served))))
+
+
+def served_text(run: ServedRun) -> str:
+    """What to give to volunteers, and where to look."""
+    from lutetia.coordinator.addresses import reach_of_ticket
+
+    lines = [f"Run {plain(run.name)} is served."]
+    if run.ticket:
+        lines[0] += " Volunteers join with:"
+        lines += ["", f"  lutetia join {run.ticket}", "", "Its status: lutetia swarm status, with the same ticket"]
+    if run.page:
+        lines.append(f"Status page: {run.page}")
+    if run.ticket and reach_of_ticket(run.ticket) == "machine":
+        lines.append("Only this machine can join: the ticket names no address that others reach.")
+    return "\n".join(lines)
 
 
 @app.command("replay")
@@ -55,10 +71,9 @@ def replay(
     """Print the events up to a moment, and the status at that moment."""
     from rich.console import Group
 
-    from lutetia.cli.output import as_values, show
+    from lutetia.cli.output import as_values
     from lutetia.cli.status_table import render_status
     from lutetia.coordinator.ledger.describe import read_events, tell
-    from lutetia.system.errors import plain
 
     moment = moment_of(at) if at else None
     status, digest = replayed(run, moment)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,16 +56,22 @@ def join(
     A --config file can set more than these options: see docs/reference/settings.md.
     """
     checked = read_ticket(ticket).encode()  # before the slow imports, so that a bad ticket is reported at once
+    import logging
+
+    from lutetia.cli.progress import TrainingProgress
     from lutetia.cli.run_service import run_service
     from lutetia.node.daemon import run_node
     from lutetia.node.settings import load_settings
+    from lutetia.system.log_format import StatusLineHandler
 
     flags = given(
         state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
         max_temp=max_temp, disk_limit=disk_limit, upload_rate=upload_rate,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": checked}, config)
-    run_service(run_node(settings))
+    line = StatusLineHandler(sys.stderr) if sys.stderr and sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None
+    shown = TrainingProgress(line, logging.getLogger("lutetia.progress").info)
+    run_service(run_node(settings, lambda status: shown(status.model_dump())), line)
 
 
 def _ask(state_folder: Path | None, verb: str, **arguments: Any) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def bind(address: str) -> socket.socket:
     return listener
 
 
+def page_address(listener: socket.socket) -> str:
+    """The address of the status page, as this machine's browser opens it."""
+    host, port = listener.getsockname()[:2]
+    here = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
+
+
 async def serve_http(listener: socket.socket, app: FastAPI, limits: HttpLimits = LIMITS) -> None:
     """Serve within `limits` until cancelled."""
     config = LimitedConfig(
@@ -175,7 +182,7 @@ async def serve_http(listener: socket.socket, app: FastAPI, limits: HttpLimits =
     )  # fmt: skip
     config.limits = limits
     server = _LimitedServer(config)
-    _log.info("HTTP on http://%s:%d", *listener.getsockname()[:2])
+    _log.info("HTTP on %s", page_address(listener))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.shield(serving)

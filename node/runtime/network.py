@@ -129,7 +129,7 @@ class NodeNetwork:
         try:
             stored = await read_records(self.transport, quarantine_key(self.manifest.run_id))
         except ConnectionError as error:
-            log.info("cannot look up the quarantine: %s", error)
+            log.debug("cannot look up the quarantine: %s", error)
             return
         self._quarantine_seen = now
         records = [record for record, _ in stored if isinstance(record, QuarantineRecord)]
@@ -201,7 +201,7 @@ class NodeNetwork:
                 if isinstance(record, ProviderRecord) and record.peer_id != self.identity.peer_id:
                     providers.append(Provider(record.peer_id, record.addresses))
         except ConnectionError as error:
-            log.info("cannot look up the providers of blob %s: %s", ref.digest[:12], error)
+            log.debug("cannot look up the providers of blob %s: %s", ref.digest[:12], error)
         random.shuffle(providers)
         coordinators = [Provider(peer, addresses, trusted=True) for peer, addresses in self.coordinators]
         known = {coordinator.peer_id for coordinator in coordinators}

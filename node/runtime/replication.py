@@ -65,7 +65,7 @@ class Replicator:
             with disk_errors(self.path):
                 await self._update(nodes)
         except (LutetiaError, ConnectionError) as error:
-            log.info("cannot check the copies of accepted checkpoints now: %s", error)
+            log.debug("cannot check the copies of accepted checkpoints now: %s", error)
 
     async def _update(self, nodes: Sequence[NodeRecord]) -> None:
         manifest, owner = self.network.manifest, self.network.identity.public_key
@@ -133,7 +133,7 @@ class Replicator:
             await self.network.fetch(ref)
         self.replicas[replica.shard] = self._incomplete.pop(replica.shard)
         await self.network.announce([replica.weights.digest, replica.state.digest])
-        log.info(
+        log.debug(
             "keeping a copy of epoch %d of shard %d: fewer than %d other peers do", replica.epoch, replica.shard, COPIES_WANTED
         )
 

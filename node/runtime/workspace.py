@@ -270,7 +270,7 @@ class Workspace:
                 break
             used -= size
             self.store.remove(digest)
-            log.info("removed blob %s to stay within the disk limit", digest[:12])
+            log.debug("removed blob %s to stay within the disk limit", digest[:12])
         self._drop_removed()
 
     def _spare(self, keep: Collection[str]) -> list[tuple[str, int]]:

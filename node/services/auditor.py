@@ -47,7 +47,7 @@ class NodeAuditor:
                 try:
                     wait = await self._once()
                 except (LutetiaError, ConnectionError) as error:
-                    log.info("no audit now: %s", " ".join(str(error).split()))
+                    log.debug("no audit now: %s", " ".join(str(error).split()))
 
     async def _once(self) -> float:
         """Do one audit if there is one. Returns the seconds until the next question."""
@@ -60,7 +60,7 @@ class NodeAuditor:
             report = await self._replay_in_time(answer.job)
             if report:
                 await self._send_report(sign_report(report, network.identity), peer, addresses, answer.job.until)
-                log.info("replayed epoch %d of shard %d for the coordinator", answer.job.epoch, answer.job.shard)
+                log.debug("replayed epoch %d of shard %d for the coordinator", answer.job.epoch, answer.job.shard)
         return 0.0
 
     async def _send_report(self, report: AuditRequest, peer: str, addresses: tuple[str, ...], until: float) -> None:

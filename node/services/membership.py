@@ -40,7 +40,7 @@ class Membership:
                 try:
                     wait = await self._read(group)
                 except (LutetiaError, ConnectionError) as error:
-                    log.info("cannot read the node records now: %s", error)
+                    log.debug("cannot read the node records now: %s", error)
 
     async def _read(self, group: asyncio.TaskGroup) -> float:
         """Read the node records once and act on them. Returns the seconds until the next read."""

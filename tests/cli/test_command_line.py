@@ -51,6 +51,11 @@ def test_every_command_has_help(command: str) -> None:
     assert f"Usage: lutetia {command}" in run.stdout
 
 
+def test_without_arguments_the_help_is_shown() -> None:
+    run = lutetia()
+    assert (run.returncode, run.stdout) == (0, lutetia("--help").stdout)
+
+
 def test_version_is_printed() -> None:
     assert lutetia("--version").stdout.startswith("lutetia 0.")
 

@@ -50,9 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ticket(folder: Path) -> Iterator[Path]:
     """The ticket of the run while it is served."""
     command = [sys.executable, "-m", "lutetia.cli", "coordinator", "serve", str(folder / "run")]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as coordinator:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as coordinator:
+        assert coordinator.stdout
         assert coordinator.stderr
         assert any("serving run" in line for line in coordinator.stderr), "the coordinator ended before it served"
+        printed = [coordinator.stdout.readline().strip() for _ in range(3)]
+        word = (folder / "run" / "ticket.txt").read_text().strip()
+        assert printed == ["Run example is served. Volunteers join with:", "", f"lutetia join {word}"]
         yield folder / "run" / "ticket.txt"
         coordinator.send_signal(signal.SIGTERM)
         coordinator.communicate(timeout=60)

@@ -88,7 +88,7 @@ class Dialer:
             except ConnectionError as error:
                 self._backoff.failed(named, _now())
                 text = "cannot connect to peer %s: %s"
-                self._log_failure(logging.INFO, str(host_of(addresses[0])), text, peer_id, error)
+                self._log_failure(logging.DEBUG, str(host_of(addresses[0])), text, peer_id, error)
                 raise
         if len(addresses) == 1:  # else p2pd does not say which one answered
             self._backoff.answered(addresses[0])

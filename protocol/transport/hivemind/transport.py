@@ -200,7 +200,7 @@ class HivemindTransport(Transport):
         neighbours = dht.neighbours()
         for peer_id in random.sample(neighbours, min(_PINGS_PER_ROUND, len(neighbours))):
             if not await dht.meet(peer_id):
-                log.info("neighbour %s is gone", peer_id)
+                log.debug("neighbour %s is gone", peer_id)
         lost = [address for address in self._bootstrap if _peer_of(address) not in dht.neighbours()]
         if back := {_peer_of(address) for address in await self._dialer.redial(lost)}:
             await self._meet_all(back)

@@ -1,0 +1,78 @@
+"""A node's own progress on the terminal and in the log, and what a coordinator prints when it serves."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import socket
+
+import pytest
+
+from lutetia.cli.commands.coordinator import served_text
+from lutetia.cli.progress import TrainingProgress, training_line
+from lutetia.coordinator.serve import ServedRun
+from lutetia.coordinator.web.app import page_address
+from lutetia.node.control import LocalStatus
+from lutetia.system.log_format import StatusLineHandler
+from tests.cli.command_runner import ticket
+from tests.cli.sample_documents import NOW, PEERS
+
+STATUS = LocalStatus(
+    state="training", reason="training", since=NOW, owner=PEERS[0].public_key, peer_id=PEERS[0].peer_id, pid=1, software="0.1",
+    started=NOW, shard=2, shard_name="night streets", epoch=3, epochs=20, step=100, steps=400, samples=900, loss=0.12345,
+    samples_per_second=31.42, due=NOW + 300, pending=1,
+).model_dump()  # fmt: skip
+LINE = (
+    "expert 2 night streets, epoch 5 of 20, step 100 of 400, loss 0.1235, 31.4 samples/s, "
+    "checkpoint in 5.0 min, all in 1.8 h"
+)  # fmt: skip
+
+
+def test_a_training_node_is_told_in_one_line() -> None:
+    assert training_line(STATUS, NOW) == LINE
+    assert training_line({**STATUS, "samples_per_second": None, "due": None}, NOW).endswith("loss 0.1235")
+    for idle in ({"state": "syncing"}, {"step": None}, {"steps": None}, {"loss": None}):
+        assert training_line({**STATUS, **idle}, NOW) == ""
+
+
+def test_the_log_has_a_line_each_minute_and_for_each_epoch() -> None:
+    lines: list[str] = []
+    now = [NOW]
+    progress = TrainingProgress(None, lines.append, lambda: now[0])
+    for second in range(0, 121, 2):
+        now[0] = NOW + second
+        progress({**STATUS, "epoch": 3 if second < 100 else 4})
+    assert len(lines) == 3
+    assert "epoch 6 of 20" in lines[-1]
+
+
+def test_a_terminal_has_one_line_that_changes_below_the_log() -> None:
+    terminal = io.StringIO()
+    line = StatusLineHandler(terminal)
+    progress = TrainingProgress(line, lambda text: None, lambda: NOW)
+    progress({**STATUS, "shard_name": "\x1b[2Jnight"})
+    line.handle(logging.LogRecord("lutetia", logging.INFO, "", 0, "joined\nforged", (), None))
+    progress({**STATUS, "state": "idle"})
+    shown = terminal.getvalue()
+    assert "\x1b[2J" not in shown
+    assert "█████░" in shown
+    before, _, after = shown.partition("joined forged\n")
+    assert before.endswith("lutetia: ")
+    assert re.search(r"expert 2", after)
+    assert shown.endswith("\r\x1b[2K\r")
+
+
+def test_a_coordinator_prints_ticket_command_and_page() -> None:
+    text = served_text(ServedRun("paris\x1b[2J by night", ticket(), "http://127.0.0.1:8080"))
+    assert f"  lutetia join {ticket()}\n" in text
+    assert "Status page: http://127.0.0.1:8080" in text
+    assert "Only this machine can join" in text
+    assert "\x1b" not in text
+    assert "join" not in served_text(ServedRun("lost", "", None))
+
+
+@pytest.mark.parametrize(("host", "address"), [("0.0.0.0", "http://127.0.0.1:"), ("127.0.0.1", "http://127.0.0.1:")])
+def test_the_page_has_an_address_that_a_browser_opens(host: str, address: str) -> None:
+    with socket.create_server((host, 0)) as listener:
+        assert page_address(listener).startswith(address)
