@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
+from benchmarks.attacks.time_bomb import time_bomb
 
 
 def stalled_judging(tries: int) -> str:
@@ -26,8 +27,26 @@ def stalled_judging(tries: int) -> str:
     return "\n".join(lines)
 
 
+def time_bombs(tries: int) -> str:
+    """A table of honest epochs that a conviction voids."""
+    lines = [
+        "Honest epochs in eight shards of 60 that a cheater's conviction voids: largest of the tries, and whole replays (mean).",
+        "",
+        "| the cheater | honest epochs | void | lazy epochs accepted | whole replays |",
+        "|---|---|---|---|---|",
+    ]
+    for name, honest_first in (("is lazy from its first epoch on", 0), ("is honest three times first", 3), ("twelve times", 12)):
+        found = [time_bomb(honest_first=honest_first, seed=seed) for seed in range(tries)]
+        replays = statistics.mean(one.whole_replays for one in found)
+        cells = (found[0].accepted, max(one.lost for one in found), max(one.lazy for one in found), f"{replays:.0f}")
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks judge-attacks", description=__doc__)
     parser.add_argument("--tries", type=int, default=20, help="times that each attack is tried (default 20)")
     arguments = parser.parse_args(argv)
     print(stalled_judging(arguments.tries))
+    print()
+    print(time_bombs(arguments.tries))

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery, secret_steps
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
-from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits, roll_back
+from lutetia.coordinator.acceptance.rollback import can_roll_back, condemn, due_audit, quarantine, re_audits, settle_suspects
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
 from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger
@@ -22,6 +22,10 @@ from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
+NEWCOMER_EPOCHS = 2
+"""So many epochs of each author are replayed whole, whatever the lottery says."""
+DEPTH_UNIT = 16
+"""For each such number of epochs without one that was replayed whole the share of whole audits grows by `audit.whole_epoch`."""
 _SUSPICIOUS_REFUSALS = 2
 _CONTENT_CHECKS: frozenset[CheckName] = frozenset({"numbers", "holdout", "raw"})
 """What these look at depends on the parent from which the epoch was trained."""
@@ -46,14 +50,38 @@ def build_of(record: CheckpointRecord, manifest: Manifest) -> str:
 
 
 def consider_audit(transition: JudgeTransition, record: CheckpointRecord) -> None:
-    """`record` was accepted: decide by the adaptive rule whether it is audited, and whether whole or in part."""
+    """`record` was accepted: decide by the adaptive rule whether it is audited, and whether whole or in part.
+
+    Where whole epochs are audited at all, a newcomer's first ones are, and so are some of those with many epochs below them of
+    which none was replayed whole.
+    """
     policy, peer = transition.rules.manifest.audit, transition.run.peer(record.owner)
+    if policy.whole_epoch:
+        depth_draw = lottery(transition.rules.secret, record.digest, "depth")
+        if is_newcomer(transition.run, record.owner):
+            transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "newcomer"))
+            return
+        if depth_draw < policy.whole_epoch * unproved_depth(transition.run.shards[record.shard]) / DEPTH_UNIT:
+            transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "depth"))
+            return
     whole = lottery(transition.rules.secret, record.digest, "whole") < policy.whole_epoch
     if not (policy.replay_steps or whole):
         return
     if audit_due(peer.streak, policy.streak, lottery(transition.rules.secret, record.digest)):
         why = "streak" if peer.streak < policy.streak else "lottery"
         transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, whole, why))
+
+
+def is_newcomer(run: RunState, owner: str) -> bool:
+    """Whether fewer than NEWCOMER_EPOCHS of its epochs were, or are to be, replayed whole."""
+    due = sum(audit.owner == owner and audit.whole for audit in run.audits.values())
+    return run.peer(owner).proved + due < NEWCOMER_EPOCHS
+
+
+def unproved_depth(shard: ShardLedger) -> int:
+    """The number of epochs at the end of the lineage since the last one that was, or is to be, replayed whole."""
+    proved = (place for place, link in enumerate(reversed(shard.lineage)) if link.whole and link.audit == "valid")
+    return next(proved, len(shard.lineage))
 
 
 def suspect_parent(transition: JudgeTransition, shard: int) -> None:
@@ -91,22 +119,35 @@ def refused_by_content(shard: ShardLedger) -> int:
 def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
     """Whether accepting `epoch` would push an epoch whose audit is due, or its parent, out of the history that is kept.
 
-    A conviction could then no longer be followed by a rollback, so the result waits until the audits have caught up.
+    A conviction could then no longer be followed by a rollback, so the result waits until the audits have caught up. The same
+    holds for an invalid epoch while it is open whether what stands on it is kept.
     """
-    return any(audit.shard == shard and epoch - audit.epoch > HISTORY - 2 for audit in run.audits.values())
+    due = [audit.epoch for audit in run.audits.values() if audit.shard == shard]
+    if suspects := run.shards[shard].suspects:
+        due += [link.acceptance.epoch for link in run.shards[shard].lineage if link.acceptance.checkpoint in suspects]
+    return any(epoch - earlier > HISTORY - 2 for earlier in due)
 
 
 def start_audit(transition: JudgeTransition) -> None:
-    """Start the coordinator's next own audit, the oldest result first, unless one is running or a peer has or may take it."""
+    """Start the coordinator's next own audit, unless one is running or a peer has or may take it.
+
+    Authors of whom no whole epoch was found valid yet come first, so that little is built on their work before; then the oldest.
+    """
     if transition.state.auditing is not None or not transition.run.audits:
         return
     audits, now = transition.run.audits.values(), transition.now
     ready = [audit for audit in audits if audit.not_before <= now and not _left_to_peers(transition, audit)]
-    for audit in sorted(ready, key=lambda a: (not _holds_up_a_proof(transition.run, a), a.attempts, a.since, a.checkpoint)):
+    for audit in sorted(ready, key=lambda audit: _rank(transition.run, audit)):
         if not _closed_as_too_old(transition, audit):
             transition.set(auditing=audit.checkpoint)
             transition.actions.append(_audit_job(transition, audit))
             return
+
+
+def _rank(run: RunState, audit: PendingAudit) -> tuple[bool, int, bool, float, str]:
+    """Place of an audit among those that the coordinator carries out itself; the lowest comes first."""
+    holds_up = _holds_up_a_proof(run, audit)
+    return not holds_up, audit.attempts, run.peer(audit.owner).proved > 0, audit.since, audit.checkpoint
 
 
 def _closed_as_too_old(transition: JudgeTransition, audit: PendingAudit, seconds: float = 0.0) -> bool:
@@ -182,6 +223,7 @@ def finish_audit(transition: JudgeTransition, done: Audited) -> None:
     )  # fmt: skip
     if finding.outcome == "invalid":
         _convict(transition, audit, finding.text)
+    settle_suspects(transition, audit.shard)
 
 
 def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
@@ -237,12 +279,13 @@ def receive_report(transition: JudgeTransition, report: AuditDelivered) -> None:
             seconds=report.seconds,
         )
     )  # fmt: skip
+    settle_suspects(transition, audit.shard)
 
 
 def _convict(transition: JudgeTransition, audit: PendingAudit, text: str) -> None:
-    """Quarantine the author, roll back what is built on the faked epoch, and audit all its earlier work, oldest first."""
+    """Quarantine the author, drop or suspect what is built on the faked epoch, and audit all its earlier work, oldest first."""
     if audit.owner not in transition.run.quarantined:
         quarantine(transition, PeerQuarantined(time=transition.now, **_result(audit), text=text[:1000]))
-    roll_back(transition, audit.shard, audit.epoch - 1, audit.checkpoint)
+    condemn(transition, audit.shard, audit.checkpoint)
     for again in re_audits(transition.run, audit.owner, transition.now):
         transition.write(again)

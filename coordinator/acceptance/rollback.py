@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict
+
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import DiscardCandidate, PublishReset
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, refusal
@@ -10,7 +12,9 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReason,
     Event,
+    LineageKept,
     LineageRolledBack,
+    LineageSuspected,
     MixtureStitched,
     PeerQuarantined,
     QuarantineRecovered,
@@ -19,6 +23,16 @@ from lutetia.coordinator.ledger.events import (
 )
 from lutetia.coordinator.ledger.run_state import AcceptedEpoch, RunState
 from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
+
+KEPT_DEPTH, KEPT_PROOFS = 4, 2
+"""Epochs that must stand on an invalid one, and whole replays among them that must be valid, for the lineage to be kept."""
+
+
+class _EpochFields(TypedDict):
+    shard: int
+    epoch: int
+    owner: str
+    checkpoint: str
 
 
 def note_fact(transition: JudgeTransition, event: Event) -> None:
@@ -70,6 +84,73 @@ def roll_back(transition: JudgeTransition, shard: int, epoch: int, checkpoint: s
     )  # fmt: skip
     move_shard(transition, shard, event)
     transition.actions.append(PublishReset(standing(transition.rules, transition.run, shard, transition.now)))
+
+
+def weigh_lineage(run: RunState, shard: int, checkpoint: str) -> tuple[Literal["kept", "open", "void"], str]:
+    """What becomes of the accepted epochs that stand on an invalid one, and why.
+
+    They are kept if they have proved to be good work: there are at least KEPT_DEPTH of them, the held-out loss at their end is
+    lower than before the invalid epoch, and of at least KEPT_PROOFS of them, by authors who are not quarantined, a replay of the
+    whole epoch was valid. The question is open while replays that may still prove it are due.
+    """
+    ledger = run.shards[shard]
+    link = ledger.link(checkpoint)
+    assert link is not None
+    assert ledger.acceptance is not None
+    before = ledger.before(link)
+    base, loss = before.acceptance.holdout_loss if before else ledger.baseline, ledger.acceptance.holdout_loss
+    above = [other for other in ledger.lineage if other.acceptance.epoch > link.acceptance.epoch]
+    if len(above) < KEPT_DEPTH:
+        return "void", f"only {len(above)} epochs stand on it"
+    if base is None or not loss < base:
+        return "void", f"the held-out loss {loss:.5f} is not lower than before it"
+    honest = [other for other in above if other.acceptance.author not in run.quarantined]
+    proofs = sum(other.whole and other.audit == "valid" for other in honest)
+    text = f"{len(above)} epochs stand on it, {proofs} of them were replayed whole and valid, and the held-out loss fell from "
+    if proofs >= KEPT_PROOFS:
+        return "kept", text + f"{base:.5f} to {loss:.5f}"
+    due = sum((known := run.audits.get(other.acceptance.checkpoint)) is not None and known.whole for other in honest)
+    return ("open" if proofs + due >= KEPT_PROOFS else "void"), text + f"{base:.5f} to {loss:.5f}"
+
+
+def condemn(transition: JudgeTransition, shard: int, checkpoint: str) -> None:
+    """An audit found this accepted epoch invalid: drop it with what stands on it, or have that replayed whole first.
+
+    The newest epochs are replayed, since their training states are kept.
+    """
+    if weigh_lineage(transition.run, shard, checkpoint)[0] != "kept":
+        ledger = transition.run.shards[shard]
+        epoch = next(link.acceptance.epoch for link in ledger.lineage if link.acceptance.checkpoint == checkpoint)
+        above = [link for link in ledger.lineage if link.acceptance.epoch > epoch]
+        if len(above) >= KEPT_DEPTH:
+            for link in above[-KEPT_PROOFS - 1 :]:
+                known = transition.run.audits.get(link.acceptance.checkpoint)
+                if link.acceptance.author not in transition.run.quarantined and not (link.whole or (known and known.whole)):
+                    given = link.acceptance.checkpoint
+                    transition.write(due_audit(transition.run, shard, given, transition.now, True, "lineage"))
+    _settle(transition, shard, checkpoint)
+
+
+def settle_suspects(transition: JudgeTransition, shard: int) -> None:
+    """After an audit of this shard: decide about the invalid epochs on which it stands, oldest first, where that is possible."""
+    for checkpoint in transition.run.shards[shard].suspects:
+        if checkpoint in transition.run.shards[shard].suspects:  # not rolled back meanwhile
+            _settle(transition, shard, checkpoint)
+
+
+def _settle(transition: JudgeTransition, shard: int, checkpoint: str) -> None:
+    ledger = transition.run.shards[shard]
+    link = ledger.link(checkpoint)
+    assert link is not None
+    outcome, text = weigh_lineage(transition.run, shard, checkpoint)
+    given = link.acceptance
+    facts: _EpochFields = {"shard": shard, "epoch": given.epoch, "owner": given.author, "checkpoint": checkpoint}
+    if outcome == "void":
+        roll_back(transition, shard, given.epoch - 1, checkpoint)
+    elif outcome == "kept":
+        transition.write(LineageKept(time=transition.now, **facts, text=text))
+    elif checkpoint not in ledger.suspects:
+        transition.write(LineageSuspected(time=transition.now, **facts))
 
 
 def standing(rules: JudgeRules, run: RunState, shard: int, now: float) -> AcceptanceRecord | ResetRecord:
@@ -132,8 +213,10 @@ def re_audits(run: RunState, owner: str, now: float) -> list[AuditDue]:
 
 
 def _needs_re_audit(run: RunState, shard: int, link: AcceptedEpoch) -> bool:
-    """Not while a replay of the whole epoch is due already, nor where no rollback could follow."""
+    """Not what a replay of the whole epoch has decided, or is to decide, nor where no rollback could follow."""
     known = run.audits.get(link.acceptance.checkpoint)
+    if link.audit == "invalid" or (link.whole and link.audit == "valid"):
+        return False
     return (known is None or not known.whole) and can_roll_back(run, shard, link.acceptance.checkpoint)
 
 

@@ -14,7 +14,9 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReported,
     CheckCost,
+    LineageKept,
     LineageRolledBack,
+    LineageSuspected,
     Outcome,
     PeerPardoned,
     ResetRecovered,
@@ -90,11 +92,12 @@ def apply_audit_done(state: RunState, event: AuditDone) -> Changes:
     peers = _with_auditor_trust(state, pending, event)
     peer = peers.get(event.owner, PeerLedger())
     if event.outcome == "valid":
-        peer = peer.updated(streak=peer.streak + 1, audited=peer.audited + 1)
+        whole = bool(pending and pending.whole)
+        peer = peer.updated(streak=peer.streak + 1, audited=peer.audited + 1, proved=peer.proved + whole)
     elif event.outcome == "invalid":
-        peer = peer.updated(streak=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
+        peer = peer.updated(streak=0, proved=0, audited=peer.audited + 1, convicted=peer.convicted + 1)
     elif event.doubt:
-        peer = peer.updated(streak=0)
+        peer = peer.updated(streak=0, proved=0)
     return {
         **changes, "shards": state.shards.set(event.shard, shard), "peers": peers.set(event.owner, peer),
         "audits": {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint},
@@ -128,7 +131,8 @@ def apply_acceptance_recovered(state: RunState, event: AcceptanceRecovered) -> C
     changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
     shard = shard.updated(
         epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
-        lineage=(AcceptedEpoch(given, given.issued, state.budgets),), candidates={}, judged={}, refuted=0, refuted_at=0.0,
+        suspects=(), lineage=(AcceptedEpoch(given, given.issued, state.budgets),),
+        candidates={}, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
     return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
@@ -158,10 +162,19 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
         lineage = (*lineage[:-1], head)
     shard = shard.updated(
         epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={}, refuted=0, refuted_at=0.0,
+        suspects=tuple(checkpoint for checkpoint in shard.suspects if checkpoint not in gone),
         acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}
     return {"shards": state.shards.set(event.shard, shard), "audits": audits, "mixture": None, "finished": False}
+
+
+def apply_suspicion(state: RunState, event: LineageSuspected | LineageKept) -> Changes:
+    """An invalid epoch on which the shard stands: not decided yet, or decided for the lineage."""
+    shard = shard_of(state, event.shard)
+    others = tuple(checkpoint for checkpoint in shard.suspects if checkpoint != event.checkpoint)
+    suspects = (*others, event.checkpoint) if isinstance(event, LineageSuspected) else others
+    return {"shards": state.shards.set(event.shard, shard.updated(suspects=suspects))}
 
 
 def apply_pardoned(state: RunState, event: PeerPardoned) -> Changes:

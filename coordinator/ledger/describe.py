@@ -17,7 +17,9 @@ from lutetia.coordinator.ledger.events import (
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    LineageKept,
     LineageRolledBack,
+    LineageSuspected,
     ManifestPublished,
     MixtureStitched,
     PeerPardoned,
@@ -80,7 +82,15 @@ def sentence(event: Event) -> str:
 
 
 def _verdict(
-    event: ResultRefused | ResultDoubted | ResultSuperseded | AuditDue | AuditDone | AuditReported | PeerQuarantined,
+    event: ResultRefused
+    | ResultDoubted
+    | ResultSuperseded
+    | AuditDue
+    | AuditDone
+    | AuditReported
+    | PeerQuarantined
+    | LineageSuspected
+    | LineageKept,
 ) -> str:
     match event:
         case ResultRefused():
@@ -94,6 +104,8 @@ def _verdict(
             why = {
                 "streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}",
                 "refusals": "results of several authors that were built on it were refused",
+                "newcomer": "its author is new", "depth": "many epochs stand on one that was not replayed whole",
+                "lineage": "it stands on an invalid epoch",
                 "proof": "it failed a loss check",
             }  # fmt: skip
             part = "whole" if event.whole else "in part"
@@ -106,6 +118,10 @@ def _verdict(
             return f"audit{by} in {event.seconds:.1f} s: {event.outcome}{text}{again}"
         case AuditReported():
             return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be verified ({event.text})"
+        case LineageSuspected():
+            return "is invalid; what stands on it is audited before anything is dropped"
+        case LineageKept():
+            return f"is invalid, and what stands on it is kept: {event.text}"
         case PeerQuarantined():
             return f"is invalid, its author is quarantined: {event.text}"
         case _:

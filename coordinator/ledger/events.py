@@ -37,7 +37,7 @@ Outcome = Literal["valid", "invalid", "inconclusive"]
 Refusal = Literal["invalid", "inconclusive"]
 AuditOutcome = Literal["valid", "invalid", "inconclusive", "not carried out"]
 DoubtReason = Literal["author", "refusals"]
-AuditReason = Literal["streak", "lottery", "re-audit", "refusals", "proof"]
+AuditReason = Literal["streak", "lottery", "re-audit", "refusals", "newcomer", "depth", "lineage", "proof"]
 RollbackReason = Literal["invalid", "operator"]
 _Shard = Annotated[ShardIndex, Field(description="Index of the shard.")]
 _Term = Annotated[EpochNumber, Field(description="Term of the shard from now on: how often it was rolled back.")]
@@ -203,7 +203,8 @@ class AuditDue(_Verdict):
     why: AuditReason = Field(
         default="streak",
         description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, "
-        "results of several authors that were built on it were refused, or it was accepted by the proof of a replay.",
+        "results of several authors that were built on it were refused, its author is new, many epochs stand on one that was not "
+        "replayed whole, it stands on an invalid one, or it was accepted by the proof of a replay.",
     )
 
 
@@ -254,6 +255,19 @@ class LineageRolledBack(_Event):
     dropped: EpochNumber = Field(description="Number of accepted epochs that are void.")
     checkpoint: Digest = Field(description="The oldest void result; it is the invalid one, if one is.")
     why: RollbackReason = Field(default="invalid", description="An audit found a result invalid, or the operator asked for it.")
+
+
+class LineageSuspected(_Verdict):
+    """This accepted result was found invalid; what stands on it may be good, and is audited before anything is dropped."""
+
+    kind: Literal["lineage-suspected"] = "lineage-suspected"
+
+
+class LineageKept(_Verdict):
+    """This accepted result was found invalid, and the lineage is kept all the same: what stands on it proved good."""
+
+    kind: Literal["lineage-kept"] = "lineage-kept"
+    text: Sentence = Field(default="", description="Why, in words.")
 
 
 class RouterTrained(_Event):
@@ -307,6 +321,8 @@ Event = Annotated[
     | PeerQuarantined
     | PeerPardoned
     | LineageRolledBack
+    | LineageSuspected
+    | LineageKept
     | RouterTrained
     | MixtureStitched
     | RunFinished,

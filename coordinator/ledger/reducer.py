@@ -19,6 +19,7 @@ from lutetia.coordinator.ledger.audit_reducer import (
     apply_pardoned,
     apply_reset_recovered,
     apply_rolled_back,
+    apply_suspicion,
     shard_of,
 )
 from lutetia.coordinator.ledger.events import (
@@ -31,7 +32,9 @@ from lutetia.coordinator.ledger.events import (
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    LineageKept,
     LineageRolledBack,
+    LineageSuspected,
     ManifestPublished,
     MixtureStitched,
     PeerPardoned,
@@ -109,6 +112,8 @@ def _changes(state: RunState, event: Event) -> Changes:
             return apply_pardoned(state, event)
         case LineageRolledBack():
             return apply_rolled_back(state, event)
+        case LineageSuspected() | LineageKept():
+            return apply_suspicion(state, event)
         case RouterTrained():
             return {"router": _router(state, event)}
         case MixtureStitched():

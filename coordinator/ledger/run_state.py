@@ -113,6 +113,7 @@ class ShardChanges(TypedDict, total=False):
     baseline: float | None
     term: int
     lineage: tuple[AcceptedEpoch, ...]
+    suspects: tuple[str, ...]
     candidates: Mapping[str, WaitingResult]
     judged: Judged
     refuted: int
@@ -134,6 +135,8 @@ class ShardLedger:
     """How often the shard was rolled back."""
     lineage: tuple[AcceptedEpoch, ...] = ()
     """The last HISTORY accepted epochs, oldest first."""
+    suspects: tuple[str, ...] = ()
+    """Accepted epochs that an audit found invalid while it is not decided yet whether what stands on them is kept."""
     candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
     """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)
@@ -185,6 +188,7 @@ class PeerChanges(TypedDict, total=False):
     build: str
     audited: int
     convicted: int
+    proved: int
     trust: int
     shard: int | None
     checkpoint: str | None
@@ -210,6 +214,8 @@ class PeerLedger:
     """Audits of its results that found them valid or invalid."""
     convicted: int = 0
     """Audits that found its result invalid."""
+    proved: int = 0
+    """Its results that a replay of the whole epoch found valid since the last one that was invalid or in doubt."""
     trust: int = 0
     """As an auditor: consecutive reports that the coordinator verified and found right."""
     shard: int | None = None

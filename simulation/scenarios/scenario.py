@@ -97,7 +97,8 @@ def caught(world: SimulatedWorld) -> str | None:
         for link in shard.lineage:
             faked = world.blobs.contents[link.acceptance.checkpoint].faked
             overdue = world.queue.now - link.at > 5 * world.config.epoch_seconds
-            if faked == "all" and overdue and link.acceptance.checkpoint not in lent:
+            found = link.audit == "invalid"  # what stands on it is kept, or is replayed to decide that
+            if faked == "all" and overdue and not found and link.acceptance.checkpoint not in lent:
                 return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and is still accepted"
     return None
 

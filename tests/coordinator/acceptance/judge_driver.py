@@ -28,7 +28,16 @@ from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, Timing
+from lutetia.protocol.schema.manifest import (
+    AuditPolicy,
+    BlobRef,
+    ExpertSpec,
+    LatentSpec,
+    Manifest,
+    Optimisation,
+    ShardSpec,
+    Timing,
+)
 from lutetia.protocol.schema.records import CheckpointRecord
 
 START = 1_800_000_000.0
@@ -48,7 +57,7 @@ def make_manifest(shards: int = 2, epochs: int = 3, **changes: object) -> Manife
         "name": "tiny",
         "owner": OWNER.public_key, "coordinators": (COORDINATOR.public_key,), "created": START, "expires": START + 1e6,
         "latent": latent, "expert": ExpertSpec(config={}), "optimisation": Optimisation(batch=2), "checkpoint_samples": 4,
-        "samples_per_shard": 4 * epochs, "timing": Timing(heartbeat=2.0, tenure=60.0),
+        "audit": AuditPolicy(whole_epoch=0.0), "samples_per_shard": 4 * epochs, "timing": Timing(heartbeat=2.0, tenure=60.0),
         "shards": tuple(
             ShardSpec(
                 index=i, name=f"shard {i}", train=blob(f"train{i}"), holdout=blob(f"holdout{i}"), clips=4, holdout_clips=2,

@@ -1,0 +1,175 @@
+"""Which epochs are replayed whole, and what a conviction leaves of the work that others have built on the faked epoch."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.attacks.time_bomb import time_bomb
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.audit_policy import NEWCOMER_EPOCHS, audits_lag, unproved_depth
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import Audited, CheckDone, JudgeTick
+from lutetia.coordinator.acceptance.rollback import KEPT_DEPTH, weigh_lineage
+from lutetia.coordinator.ledger.describe import sentence
+from lutetia.coordinator.ledger.events import AuditDue, LineageKept, LineageRolledBack, LineageSuspected, Outcome
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import HISTORY, RunState
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import AuditPolicy
+from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, make_record
+
+CHEAT, HONEST, OTHER = PEERS[0], PEERS[1], PEERS[2]
+
+
+def accept(driver: JudgeDriver, peer: Identity, loss: float) -> str:
+    """`peer`'s next epoch of shard 0 is accepted; the digest."""
+    ledger = driver.state.run.shards[0]
+    record = make_record(driver.manifest, peer, 0, ledger.epoch + 1, ledger.accepted)
+    assert driver.offer(record).verdict == "queued"
+    driver.send(CheckDone(record, Verdict("valid", "holdout", "", loss, 1.0), driver.now))
+    driver.now += 60
+    return record.digest
+
+
+def buried(depth: int = KEPT_DEPTH, better: bool = True) -> tuple[JudgeDriver, str]:
+    """An honest epoch, one of the cheat whose audit is due, and `depth` honest ones on it."""
+    driver = drive_judge(shards=1, epochs=200)
+    accept(driver, HONEST, 0.9)
+    driver.finish_audit("valid")
+    faked = accept(driver, CHEAT, 0.9)
+    for index in range(depth):
+        accept(driver, OTHER, 0.8 - index / 1000 if better else 0.9)
+    return driver, faked
+
+
+def finish_audits(driver: JudgeDriver, outcome: Outcome) -> None:
+    """All due replays of whole epochs end with `outcome`, those of first steps are valid."""
+    while driver.state.auditing:
+        whole = driver.state.run.audits[driver.state.auditing].whole
+        driver.finish_audit(outcome if whole else "valid", driver.state.auditing)
+
+
+def events(driver: JudgeDriver, kind: type) -> list:
+    return [event for event in driver.events if isinstance(event, kind)]
+
+
+# --- who is audited whole ---------------------------------------------------------------------------------------------------
+
+
+def test_first_epochs_of_a_newcomer_are_replayed_whole():
+    driver = drive_judge(shards=1, epochs=50, audit=AuditPolicy(whole_epoch=0.001))
+    for _ in range(NEWCOMER_EPOCHS + 2):
+        accept(driver, HONEST, 0.9)
+    due = events(driver, AuditDue)
+    assert [event.whole for event in due] == [True] * NEWCOMER_EPOCHS + [False] * 2
+    assert due[0].why == "newcomer"
+    assert "its author is new" in sentence(due[0])
+
+
+def test_newcomers_are_replayed_before_authors_with_proved_epochs():
+    driver = drive_judge(shards=1, epochs=50, audit=AuditPolicy(whole_epoch=0.001))
+    accept(driver, HONEST, 0.9)
+    driver.finish_audit("valid")
+    running = accept(driver, HONEST, 0.9)
+    accept(driver, HONEST, 0.9)
+    newcomer = accept(driver, CHEAT, 0.9)
+    driver.finish_audit("valid", running)
+    assert driver.state.auditing == newcomer, "though an older audit is due"
+
+
+def test_author_convicted_or_in_doubt_is_a_newcomer_again():
+    driver = drive_judge(shards=1, epochs=50, audit=AuditPolicy(whole_epoch=0.001))
+    for _ in range(NEWCOMER_EPOCHS):
+        accept(driver, HONEST, 0.9)
+        driver.finish_audit("valid")
+    assert driver.state.run.peer(HONEST.public_key).proved == NEWCOMER_EPOCHS
+    doubted = accept(driver, HONEST, 0.9)
+    driver.send(Audited(doubted, AuditFinding(outcome="inconclusive", doubt=True), driver.now))
+    assert driver.state.run.peer(HONEST.public_key).proved == 0
+
+
+def test_share_of_whole_replays_grows_with_the_depth_of_unproved_work():
+    """Each author has a long record, so that nothing else asks for a replay."""
+    driver = drive_judge(shards=1, epochs=1000, audit=AuditPolicy(streak=1, replay_steps=0, whole_epoch=0.05))
+    for _ in range(300):
+        accept(driver, HONEST, 0.9)
+        while driver.state.auditing:
+            driver.finish_audit("valid", driver.state.auditing)
+    by_depth = [event.epoch for event in events(driver, AuditDue) if event.why == "depth"]
+    gaps = [later - earlier for earlier, later in zip(by_depth, by_depth[1:], strict=False)]
+    assert len(by_depth) >= 5
+    assert max(gaps) < 80, "none stays without for long"
+    assert unproved_depth(driver.state.run.shards[0]) < 80
+
+
+# --- what a conviction drops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "better"), [(0, True), (KEPT_DEPTH - 1, True), (KEPT_DEPTH, False)])
+def test_little_or_worse_work_on_a_faked_epoch_is_dropped_with_it(depth: int, better: bool):
+    driver, faked = buried(depth, better)
+    driver.finish_audit("invalid", faked)
+    assert [event.epoch for event in events(driver, LineageRolledBack)] == [1]
+    assert not events(driver, LineageSuspected)
+
+
+def test_good_work_on_a_faked_epoch_is_kept_once_replays_prove_it():
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    assert CHEAT.public_key in driver.state.run.quarantined
+    assert driver.state.run.shards[0].suspects == (faked,)
+    assert [event.epoch for event in events(driver, AuditDue) if event.why == "lineage"] == [4, 5, 6], "the newest"
+    finish_audits(driver, "valid")
+    assert not events(driver, LineageRolledBack)
+    [kept] = events(driver, LineageKept)
+    assert (kept.epoch, kept.checkpoint) == (2, faked)
+    assert "4 epochs stand on it, 2 of them were replayed whole and valid" in sentence(kept)
+    shard = driver.state.run.shards[0]
+    assert (shard.epoch, shard.term, shard.suspects) == (6, 0, ())
+
+
+@pytest.mark.parametrize("outcome", ["invalid", "inconclusive"])
+def test_work_that_no_replay_proves_is_dropped(outcome):
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    for _ in range(3 * driver.rules.audit_attempts):
+        finish_audits(driver, outcome)
+        driver.now += 4000
+        driver.send(JudgeTick(driver.now))
+    assert events(driver, LineageRolledBack)[-1].epoch == 1
+    assert driver.state.run.shards[0].suspects == ()
+    assert not events(driver, LineageKept)
+
+
+def test_convicted_epoch_that_is_kept_is_not_audited_again():
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    finish_audits(driver, "valid")
+    assert not [event for event in events(driver, AuditDue) if event.why == "re-audit" and event.checkpoint == faked]
+    assert not driver.state.run.audits.get(faked)
+
+
+def test_suspected_epoch_does_not_leave_the_history_undecided():
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    assert not audits_lag(driver.state.run, 0, HISTORY)
+    assert audits_lag(driver.state.run, 0, HISTORY + 1)
+    assert weigh_lineage(driver.state.run, 0, faked)[0] == "open"
+
+
+def test_restart_in_between_decides_the_same():
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    state = RunState()
+    for event in driver.events:
+        state = apply(state, event)
+    assert state == driver.state.run
+
+
+@pytest.mark.parametrize("honest_first", [0, 3])
+def test_time_bomb_voids_no_honest_epoch(honest_first: int):
+    """A newcomer is caught at once; a cheater that begins honestly fakes an epoch in each shard, and convicts itself later."""
+    found = time_bomb(shards=3, epochs=24, honest_first=honest_first)
+    assert found.accepted >= 60
+    assert found.lost == 0
+    assert found.lazy >= (3 if honest_first else 1)
