@@ -82,3 +82,4 @@ class WorkChanges(TypedDict, total=False):
     offer_at: float
     offers: int
     unjudged: int
+    ahead: int

@@ -130,6 +130,7 @@ class OfferAnswered:
     """The coordinator's answer to the offered checkpoint `digest`. `retry_after` in seconds.
 
     `unreachable`: no coordinator answered, or publishing failed. `quarantined`: the coordinator judges nothing of this peer.
+    `room`: how many more checkpoints this disk may keep while no coordinator answers.
     """
 
     now: float
@@ -137,6 +138,7 @@ class OfferAnswered:
     verdict: Verdict
     text: str = ""
     retry_after: float | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,9 @@ class NodeRules:
     probe_again: float = 300.0
     """How long to wait before a node that fits nothing is probed again."""
     max_pending: int = 3
-    """Own checkpoints that may wait for acceptance before the trainer has to wait."""
+    """Own checkpoints that may wait for acceptance before the trainer has to wait, while a coordinator answers."""
+    max_ahead: int = 32
+    """The same while none answers, as far as the disk has room: there is nothing else to do, and its verdicts will come."""
     crash_limit: int = 6
     """Failures in a row after which the shard is released."""
     rejection_limit: int = 2
@@ -133,6 +135,8 @@ class ShardWork:
     offers: int = 0
     unjudged: int = 0
     """Inconclusive verdicts on the oldest pending result."""
+    ahead: int = 0
+    """Own checkpoints that may wait because no coordinator answers; 0: one answers."""
 
     @property
     def stand(self) -> Stand:
@@ -144,8 +148,8 @@ class ShardWork:
         return self.pending[-1].epoch if self.pending else self.epoch
 
     def epoch_limit(self, rules: NodeRules) -> int:
-        """The last epoch that may be trained: within the budget and at most `max_pending` beyond the accepted one."""
-        return min(rules.epochs, self.epoch + rules.max_pending)
+        """The last epoch that may be trained: within the budget, and as far beyond the accepted one as results may wait."""
+        return min(rules.epochs, self.epoch + max(rules.max_pending, self.ahead))
 
     def may_train(self, rules: NodeRules) -> bool:
         return self.newest < self.epoch_limit(rules)

@@ -13,7 +13,8 @@ def offer_answered(transition: NodeTransition, event: OfferAnswered) -> None:
     if not work or not work.pending or work.pending[0].digest != event.digest:
         return
     head, offers = work.pending[0], work.offers + 1
-    transition.set_work(offering=None, offers=offers)
+    ahead = min(rules.max_ahead, len(work.pending) + event.room) if event.verdict == "unreachable" else 0
+    transition.set_work(offering=None, offers=offers, ahead=ahead)
     jitter = 1 + rules.jitter("offer", event.digest, offers) / 4
     match event.verdict:
         case "accepted":

@@ -18,6 +18,7 @@ from lutetia.node.machine.messages import (
 from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
 
+_WAITS = "training waits until one is accepted"
 _HEALTHY = 600.0
 """Seconds. A trainer that ran longer than this resets the count of crashes."""
 
@@ -154,6 +155,7 @@ def _end_trainer_when_due(transition: NodeTransition, until: int) -> None:
 def continue_work(transition: NodeTransition) -> None:
     """Carry out what is due for the held shard."""
     state, now = transition.state, transition.now
+    _explain_waiting(transition)
     if state.phase == "syncing" and transition.work.sync_at is not None and now >= transition.work.sync_at:
         transition.set_work(sync_at=None)
         transition.do(Sync(transition.work.shard, transition.work.epoch, transition.work.checkpoint))
@@ -165,6 +167,19 @@ def continue_work(transition: NodeTransition) -> None:
         transition.do(PublishCheckpoint(work.pending[0]))
     if transition.state.phase in ("training", "publishing") and transition.state.work:
         _finish_shard(transition)
+
+
+def _explain_waiting(transition: NodeTransition) -> None:
+    """Say why the trainer waits, in the node's status, and that it goes on."""
+    work = transition.work
+    if transition.state.phase != "training" or work.newest >= transition.rules.epochs:
+        return
+    waits = work.trainer == "on" and work.waiting and not work.may_train(transition.rules)
+    if waits:
+        who = "no coordinator answers" if work.ahead else "the coordinator has not judged them"
+        transition.explain(f"{len(work.pending)} checkpoints wait for acceptance, and {who}; {_WAITS}")
+    elif transition.state.why.endswith(_WAITS):
+        transition.explain(f"training shard {work.shard} from epoch {work.newest}")
 
 
 def _finish_shard(transition: NodeTransition) -> None:

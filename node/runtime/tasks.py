@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Collection
 
@@ -96,10 +97,11 @@ class NodeTasks:
     async def publish(self, candidate: m.OwnCheckpoint) -> m.OfferAnswered:
         """Store the checkpoint's blobs, announce them, and offer it to the coordinator. Idempotent."""
         verdict: m.Verdict = "unreachable"
-        text, after = "", None
+        text, after, room = "", None, 0
         try:
             with disk_errors(self.settings.state_folder):
                 kept = await asyncio.to_thread(self._stored, candidate)
+            room = await asyncio.to_thread(self._room, sum(ref.size for ref in kept.refs))
             await self.network.announce([ref.digest for ref in kept.refs])
             reply = await self.network.offer(kept)
             verdict, text, after = reply.verdict, " ".join(reply.text.split()), reply.retry_after
@@ -110,7 +112,14 @@ class NodeTasks:
         except (DiskError, CheckpointDiscarded, ConnectionError) as error:
             self._note_disk(error)
             text = _one_line(error)
-        return m.OfferAnswered(time.time(), candidate.digest, verdict, text, after)
+        return m.OfferAnswered(time.time(), candidate.digest, verdict, text, after, room)
+
+    def _room(self, size: int) -> int:
+        """How many more checkpoints of `size` bytes half of the free space takes. Blocks on the disk."""
+        store, free = self.workspace.store, shutil.disk_usage(self.settings.state_folder).free
+        if store.limit_bytes is not None:
+            free = min(free, max(0, store.limit_bytes - store.used_bytes()))
+        return free // 2 // max(1, size)
 
     def _stored(self, candidate: m.OwnCheckpoint) -> KeptCheckpoint:
         """The checkpoint, with its files in the store. Blocks on the disk; raises what `store_checkpoint` raises."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lutetia.node.machine import messages as m
 from tests.node.machine.machine_driver import ME, RULES, MachineDriver, T, acceptance, claimed
 
@@ -111,3 +113,56 @@ def test_recovered_checkpoints_are_offered_after_a_restart():
     assert m.PublishCheckpoint(kept[0]) in actions
     assert machine.state.work
     assert machine.state.work.trainer_epoch == 2
+
+
+def unanswered(machine: MachineDriver, room: int, epochs: int) -> list[m.Action]:
+    """Train `epochs` epochs while no coordinator answers and the disk has room for `room` more checkpoints."""
+    machine.rules = replace(RULES, epochs=100)
+    parent, actions = None, []
+    for epoch in range(1, epochs + 1):
+        machine.progress(epoch)
+        actions += machine.checkpoint(epoch, parent)
+        parent = f"d{epoch}"
+        machine.now += 120
+        machine.tick()
+        actions += machine.feed(m.OfferAnswered(machine.now, "d1", "unreachable", "no answer", room=room - epoch + 1))
+    return actions
+
+
+def test_without_a_coordinator_training_goes_on_as_far_as_the_disk_has_room():
+    machine = MachineDriver().training()
+    actions = unanswered(machine, 9, 6)
+    assert machine.state.work
+    assert machine.state.work.newest == 6, "three were the limit"
+    assert [action.until for action in actions if isinstance(action, m.AllowEpochs)][-1] == 10
+    machine.feed(m.OfferAnswered(machine.now, "d1", "accepted"))
+    assert machine.state.work.epoch_limit(machine.rules) == 4, "with a coordinator that answers, three may wait again"
+    assert machine.state.work.pending, "and none of what was trained is lost"
+
+
+def test_a_trainer_without_a_coordinator_stops_before_the_disk_is_full_and_says_so():
+    machine = MachineDriver().training()
+    unanswered(machine, 3, 4)
+    machine.progress(4, waiting=True)
+    machine.tick()
+    assert machine.state.work
+    assert not machine.state.work.may_train(machine.rules)
+    assert machine.state.why == (
+        "4 checkpoints wait for acceptance, and no coordinator answers; training waits until one is accepted"
+    )
+    machine.feed(m.OfferAnswered(machine.now, "d1", "accepted"))
+    for epoch in (2, 3):
+        machine.now += 60
+        machine.tick()
+        machine.feed(m.OfferAnswered(machine.now, f"d{epoch}", "accepted"))
+    assert machine.state.why == "training shard 0 from epoch 4"
+
+
+def test_a_judge_that_is_slow_holds_the_trainer_and_the_status_says_so():
+    machine = MachineDriver().training()
+    for epoch, parent in ((1, None), (2, "d1"), (3, "d2")):
+        machine.progress(epoch, waiting=epoch == 3)
+        machine.checkpoint(epoch, parent)
+    machine.feed(m.OfferAnswered(machine.now, "d1", "queued"))
+    machine.tick()
+    assert machine.state.why.startswith("3 checkpoints wait for acceptance, and the coordinator has not judged them")

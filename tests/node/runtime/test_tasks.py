@@ -173,3 +173,12 @@ async def test_trainer_without_a_probe_result_does_not_start(run: TinyRun, tmp_p
     answer = await node.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2))
     assert isinstance(answer, m.TrainerExited)
     assert answer.reason == "hardware"
+
+
+async def test_room_for_more_checkpoints_is_half_of_what_the_disk_limit_leaves(run: TinyRun, tmp_path: Path):
+    """So many epochs a node may train ahead while no coordinator answers."""
+    node = await NodeSetup.create(run, tmp_path / "node")
+    kept = node.checkpoint()
+    size = sum(ref.size for ref in kept.refs)
+    node.workspace.store.limit_bytes = node.workspace.store.used_bytes() + 11 * size
+    assert (await node.tasks.publish(kept.candidate)).room == 5
