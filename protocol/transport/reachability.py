@@ -19,6 +19,7 @@ _REASONS = (
     ("connection refused", "connection refused (nothing listens there)"),
     ("no route to host", "no route to host"),
     ("network is unreachable", "network is unreachable"),
+    ("no answer a moment ago", "no answer a moment ago"),
     ("dial backoff", "no answer a moment ago, and p2pd does not dial again yet"),
     ("negotiate", "something answers there that is not a Lutetia peer"),
     ("timeout", "no answer in time (host down, or a firewall drops packets)"),

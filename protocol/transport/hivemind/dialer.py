@@ -81,12 +81,14 @@ class Dialer:
         return [each for each in addresses if each in self.policy.trusted or self._backoff.allows(each, _now())]
 
     async def _dial(self, peer_id: str, addresses: Sequence[str]) -> None:
-        named = [address for address in addresses if address not in self.policy.trusted]
-        async with self._turn(named):
+        async with self._turn([address for address in addresses if address not in self.policy.trusted]):
+            addresses = self._due(addresses)  # others of the same host may have failed while this one waited
+            if not addresses:
+                raise ConnectionError("no answer a moment ago")
             try:
                 await self._control.connect(peer_id, addresses, DIAL_TIMEOUT)
             except ConnectionError as error:
-                self._backoff.failed(named, _now())
+                self._backoff.failed([each for each in addresses if each not in self.policy.trusted], _now())
                 text = "cannot connect to peer %s: %s"
                 self._log_failure(logging.DEBUG, str(host_of(addresses[0])), text, peer_id, error)
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,11 +12,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz import examples
+from lutetia.coordinator.run_folder import Endpoint, RunFolder
+from lutetia.coordinator.serve import connect
+from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.joining import PEERS_FILE, enter_swarm
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.introduction import serve_introduction
+from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, Manifest, SignedManifest
 from lutetia.protocol.schema.records import Hardware, NodeRecord, seal
@@ -129,3 +135,24 @@ async def test_what_a_dial_finds_out_is_not_published(tmp_path: Path) -> None:
         assert len(said) == 1
         (text,) = said
         assert not any(word in text for word in ("refused", "negotiate", "127.0.0", str(ssh)))
+
+
+async def test_a_restarted_coordinator_forgets_poisoned_addresses(tmp_path: Path) -> None:
+    """Its cache names a peer that lives, and 64 made-up ones at a third party: it dials four of those, once."""
+    run = manifest_of_now()
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.endpoint.write_bytes(canonical(Endpoint(listen=LOOPBACK)))
+    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+        friend = await start("friend")
+        made_up = [made_up_node(run, f"cached {number}", ports)[1].addresses[number % 8] for number in range(64)]
+        folder.peers.write_text(json.dumps([*friend.addresses(), *made_up]))
+        live = LiveManifest(SignedManifest.sign(run, examples.OWNER))
+        coordinator = await connect(live, examples.COORDINATOR, folder, ServeSettings())
+        try:
+            assert Peerstore(folder.peers).load() == friend.addresses()
+            for _ in range(3):
+                await coordinator._maintain()  # type: ignore[attr-defined]  # as it does every 20 seconds
+        finally:
+            await coordinator.close()
+        assert len(dialled) <= FAILING_PER_HOST
