@@ -150,7 +150,7 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
     except TrainingDiverged:
         return None
     end = other.snapshot()
-    found = end.parameters.__getitem__, end.ema.__getitem__, end.moments.get
+    found = end.parameters.__getitem__, end.weights.__getitem__, end.moments.get
     apart = _distances(trainer.snapshot(), start, *found, trainer.device)
     return max(apart.values())
 
@@ -180,7 +180,8 @@ def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -
 def end_distances(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> dict[Part, float]:
     """How far the author's end is from the replayed one, for each part of it.
 
-    Parameters and averages: their distance over the distance that the replay moved from `start`. Moments: `moment_distance`.
+    Parameters and averages (with what is published beside them and never trained, such as positions): their distance over the
+    distance that the replay moved from `start`. Moments: `moment_distance`.
     """
     with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
         kept = set(state.keys())
@@ -204,7 +205,7 @@ def _distances(
         raise IntegrityError("the replayed epoch moved no weight; its learning rate is zero and there is nothing to audit")
     return {
         "parameters": _distance(replayed.parameters, parameters) / moved,
-        "averages": _distance(replayed.ema, averages) / moved,
+        "averages": _distance(replayed.weights, averages) / moved,
         "moments": moment_distance(replayed.moments, moments, device),
     }
 

@@ -25,10 +25,11 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay
 from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 from tests.child_environment import child_environment
-from tests.models.tiny_experts import tiny_data, tiny_manifest
+from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 
 CPU = TrainedWith()
 MANIFEST = tiny_manifest(samples_per_shard=96, checkpoint_samples=48)  # epochs of 12 steps
@@ -106,6 +107,27 @@ def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
     finding = compare(trace, whole.losses, whole.drift, CPU, whole.made)
     assert finding.outcome == "invalid", "honest losses with another end"
     assert "distance of its end from the replay" in finding.text
+
+
+def test_published_tensors_that_are_never_trained_are_compared_too(tmp_path):
+    """Learned positions of CogVideoX are a buffer: in the published weights, in no state, and without a gradient."""
+    config = CONFIGS["CogVideoXTransformer3DModel"] | {
+        "use_learned_positional_embeddings": True,
+        "use_rotary_positional_embeddings": True,
+    }
+    expert = ExpertSpec(class_name="CogVideoXTransformer3DModel", config=config)
+    manifest, data = tiny_manifest(expert=expert, samples_per_shard=4, checkpoint_samples=4), tiny_data()
+    trainer = ExpertTrainer(manifest, 0, data)
+    trainer.step()
+    snapshot, parent, ends = trainer.snapshot(), ReplayParent(0), []
+    for name in ("honest", "tampered"):
+        write_weights(snapshot, tmp_path / f"{name}.weights")
+        write_state(snapshot, tmp_path / f"{name}.state", ema=False)
+        end = ReplayEnd(tmp_path / f"{name}.weights", tmp_path / f"{name}.state")
+        ends.append(replay(manifest, 0, data, parent, 1, end=end))
+        snapshot.buffers["patch_embed.pos_embedding"] += 1.0
+    assert (ends[0].drift, ends[1].farthest) == (0.0, "averages")
+    assert compare(trainer.trace, ends[1].losses, ends[1].drift, CPU, ends[1].made).outcome == "invalid"
 
 
 def test_replay_from_the_beginning_needs_no_files(tmp_path):
