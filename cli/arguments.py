@@ -131,11 +131,25 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def read_config(path: Path | None) -> dict[str, Any]:
-    """Read the tables of a TOML file; none where `path` is None. Raises ConfigError."""
+COMMAND_TABLES = ("data", "run", "serve")
+"""Tables of a file that `lutetia init` wrote: the settings of `data build`, `run create` and `coordinator serve`."""
+
+
+def read_config(path: Path | None, table: str | None = None) -> dict[str, Any]:
+    """Read a TOML file; nothing where `path` is None. Raises ConfigError.
+
+    Args:
+        path: the file.
+        table: the settings of this command, where the file holds those of several, see COMMAND_TABLES.
+    """
     from lutetia.system.files import read_toml
 
-    return {} if path is None else read_toml(path)
+    values = {} if path is None else read_toml(path)
+    if table is None or not any(isinstance(values.get(name), dict) for name in COMMAND_TABLES):
+        return values
+    if others := sorted(set(values) - set(COMMAND_TABLES)):
+        raise ConfigError(f"{path} has tables of several commands and {others[0]} outside of them; move it into [{table}]")
+    return values.get(table, {})
 
 
 def require_device(device: str) -> None:

@@ -77,7 +77,7 @@ def exit_codes() -> None:
         show(f"{code:>4}  {meaning}")
 
 
-for _module in (demo, volunteer, generate, evaluate, study, simulate, doctor):
+for _module in (demo, data, volunteer, generate, evaluate, study, simulate, doctor):
     _module.register(app)
 for _group, _name in (
     (swarm.app, "swarm"),

@@ -40,7 +40,7 @@ def serve(
         listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None,
         recover=recover or None,
     )  # fmt: skip
-    settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config), **flags})
+    settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config, "serve"), **flags})
     from lutetia.cli.run_service import run_service
     from lutetia.coordinator.serve import serve_run
 

@@ -1,4 +1,4 @@
-"""`lutetia data build|inspect|train-autoencoder`."""
+"""`lutetia init` and `lutetia data build|inspect|train-autoencoder`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,53 @@ from lutetia.system.errors import plain
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from lutetia.cli.init.run import InitReport
     from lutetia.models.data.build import BuildReport
     from lutetia.models.data.description import DataDescription
 
 app = typer.Typer(help="Build shards from captioned clips, and inspect them.", no_args_is_help=True)
+
+
+def register(top: typer.Typer) -> None:
+    """Add `init` to the top level."""
+    top.command("init")(init)
+
+
+def init(
+    clips: Annotated[Path, typer.Argument(help="Folder of captioned clips, as for `lutetia data build`.", metavar="CLIPS")],
+    out: Annotated[Path, setting("INIT_OUT", "The file to write.", "--out")] = Path("lutetia.toml"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at clips and machine, and write the settings of a run.
+
+    `data build`, `run create` and `coordinator serve` take the file as --config.
+    """
+    from lutetia.cli.init.run import write_settings
+    from lutetia.cli.init.settings_file import commands
+    from lutetia.cli.progress import progress
+
+    with progress("looking at clips and machine") as on_progress:
+        report = write_settings(clips, out, on_progress)
+    document = {
+        "file": str(out), "data": vars(report.data), "budget": vars(report.budget), "measured": vars(report.measured),
+        "bad": report.bad, "unused": report.unused, "next": commands(clips, out),
+    }  # fmt: skip
+    emit(document, as_json, lambda: _proposed(report, out, clips))
+
+
+def _proposed(report: InitReport, out: Path, clips: Path) -> str:
+    from lutetia.cli.init.settings_file import commands
+    from lutetia.system.errors import plain
+
+    data, budget = report.data, report.budget
+    lines = [plain(f"cannot be used: {reason}") for reason in report.bad]
+    lines += [f"{report.unused} other files are not used"] if report.unused else []
+    lines += [
+        f"{out} proposes {data.experts} experts of {report.measured.parameters / 1e6:.1f} million parameters, a batch of "
+        f"{data.batch}, about {budget.hours:.1f} hours each on this machine ({report.measured.device}). Read it, then:",
+        *(plain(f"  {command}") for command in commands(clips, out)),
+    ]
+    return "\n".join(lines)
 
 
 @app.command("build")
@@ -51,7 +94,7 @@ def build(
         experts=experts, frames=frames, fps=fps, height=size, width=size, latents=latents, text=text, features=features,
         smallest=smallest, skip_bad=skip_bad,
     )  # fmt: skip
-    settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config), **flags})
+    settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config, "data"), **flags})
     require_device(settings.device)
     with progress("building shards") as on_progress:
         report = build_data(folder, out, settings, on_progress)

@@ -40,7 +40,7 @@ def create(
     from lutetia.coordinator.settings import RunSettings
 
     flags = given(preset=preset, name=name, addresses=address, experts=experts, warm_start=warm_start)
-    values = {**read_config(config), **flags}
+    values = {**read_config(config, "run"), **flags}
     settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports
     from lutetia.coordinator.admin.create import create_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -24,7 +25,16 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec, SignedManifest, first_problem
+from lutetia.protocol.schema.manifest import (
+    BlobRef,
+    ExpertSpec,
+    LatentSpec,
+    Manifest,
+    Optimisation,
+    ShardSpec,
+    SignedManifest,
+    first_problem,
+)
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IntegrityError
 from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
@@ -32,6 +42,7 @@ from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_a
 if TYPE_CHECKING:
     from lutetia.models.warm_start import InitialWeights
 
+_log = logging.getLogger(__name__)
 _DAY = 86400.0
 _SEEDED_TIME = 1_767_225_600.0  # 2026-01-01, when all seeded runs are created
 
@@ -82,6 +93,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
         raise ConfigError(f"{folder} exists already; a run is never overwritten, name a new folder")
     description = read_data(data)
     _check_experts(settings, description)
+    settings = _with_batch_that_fits(settings, description)
     birth = birth or RunSecrets.now()
     owner, coordinator = birth.owner, birth.coordinator
     sources = _warm_start(settings, description)
@@ -110,6 +122,17 @@ def _check_experts(settings: RunSettings, description: DataDescription) -> None:
             f"the settings want {settings.experts} experts, {more} than the data have clusters ({clusters}); "
             f"build the data with --experts {settings.experts} or drop the setting"
         )
+
+
+def _with_batch_that_fits(settings: RunSettings, description: DataDescription) -> RunSettings:
+    """The settings; the default batch is made as small as the smallest shard needs. A batch that was set is kept."""
+    optimisation, smallest = settings.optimisation, min(shard.train.clips for shard in description.shards)
+    if "batch" in optimisation.model_fields_set or optimisation.batch <= smallest:
+        return settings
+    batch = next(size for size in range(smallest, 0, -1) if settings.checkpoint_samples % size == 0)
+    _log.warning("the batch is %d instead of %d, because a shard has %d training clips", batch, optimisation.batch, smallest)
+    changed = {**{name: getattr(optimisation, name) for name in optimisation.model_fields_set}, "batch": batch}
+    return settings.model_copy(update={"optimisation": Optimisation(**changed)})
 
 
 def _check_epochs(manifest: Manifest) -> None:

@@ -22,11 +22,11 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 
-from lutetia.models.data.decode.cut import ClipRefused, Cut, Frames
+from lutetia.models.data.decode.cut import ClipLook, ClipRefused, Cut, Frames
 from lutetia.models.data.decode.media import Media, open_media
 from lutetia.models.data.decode.picture import filtered, picture_of
 from lutetia.models.data.decode.timeline import Track, moments
-from lutetia.models.data.decode.webp import is_webp, webp_pictures
+from lutetia.models.data.decode.webp import is_webp, webp_look, webp_pictures
 from lutetia.models.data.ingest.webdataset import TarMember
 
 _SEEK_BEYOND = 5  # seconds; before that, decoding from the start is as fast, and always exact
@@ -96,6 +96,21 @@ def scan(path: Path | TarMember) -> Track:
                 keys.append(packet.is_keyframe)
                 end = max(end, stamp + Fraction(packet.duration or usual))
     return Track(base, stamps, keys, end, aspect, is_timed)
+
+
+def look_at(path: Path | TarMember) -> ClipLook:
+    """Size, duration and frame rate of a clip, without decoding it. Raises ClipRefused."""
+    try:
+        if is_webp(path):
+            return webp_look(path)
+        track = scan(path)
+        with open_media(path) as media:
+            context = media.stream.codec_context
+            height, width = context.height, context.width
+    except (FFmpegError, OSError, ValueError, SyntaxError, MemoryError) as error:
+        lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+        raise ClipRefused(f"{path.name} cannot be read ({lines[0].rstrip('.')}); remove it or encode it again") from error
+    return ClipLook(height, width, float(track.timeline.duration), len(track.stamps))
 
 
 class _Search:

@@ -37,6 +37,16 @@ class Cut(Protocol):
 
 
 @dataclass(frozen=True)
+class ClipLook:
+    """What a file says of its clip: height and width in px, duration in seconds, number of frames."""
+
+    height: int
+    width: int
+    seconds: float
+    frames: int
+
+
+@dataclass(frozen=True)
 class PlainCut:
     """A `Cut` without validation, as it reaches a decoder process."""
 

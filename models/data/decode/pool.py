@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lutetia.models.data.decode.cut import ClipRefused, Cut, Frames
+from lutetia.models.data.decode.cut import ClipLook, ClipRefused, Cut, Frames
 from lutetia.models.data.ingest.webdataset import TarMember
 from lutetia.system.errors import HardwareError
 
@@ -69,6 +69,15 @@ class DecoderPool:
 
     def decode(self, path: Path | TarMember, cut: Cut) -> Frames:
         """The clip as uint8 [F, H, W, 3]. Raises ClipRefused, as `decode_clip` does, and at a limit; HardwareError."""
+        _, payload = self._ask(path, cut)
+        return np.frombuffer(payload, np.uint8).reshape(cut.frames, cut.height, cut.width, 3)
+
+    def look(self, path: Path | TarMember) -> ClipLook:
+        """Size and duration of a clip, from its packets alone. Raises ClipRefused, HardwareError."""
+        header, _ = self._ask(path, None)
+        return ClipLook(**header["look"])
+
+    def _ask(self, path: Path | TarMember, cut: Cut | None) -> tuple[dict[str, Any], bytearray]:
         child = self._take()
         try:
             header, payload = child.ask(_request(path, cut), cut, self._seconds)
@@ -90,7 +99,7 @@ class DecoderPool:
             self._drop(child)
         if "refused" in header:
             raise ClipRefused(str(header["refused"]))
-        return np.frombuffer(payload, np.uint8).reshape(cut.frames, cut.height, cut.width, 3)
+        return header, payload
 
     def _take(self) -> _Child:
         with self._lock:
@@ -113,10 +122,11 @@ class DecoderPool:
             self._all.discard(child)
 
 
-def _request(path: Path | TarMember, cut: Cut) -> bytes:
+def _request(path: Path | TarMember, cut: Cut | None) -> bytes:
     is_file = isinstance(path, Path)
     member = None if is_file else {"member": path.member, "offset": path.offset, "size": path.size}
-    values = {name: getattr(cut, name) for name in ("frames", "fps", "height", "width", "start", "short")}
+    fields = ("frames", "fps", "height", "width", "start", "short")
+    values = cut and {name: getattr(cut, name) for name in fields}
     return json.dumps({"path": os.path.abspath(path if is_file else path.archive), "member": member, "cut": values}).encode()
 
 
@@ -135,16 +145,18 @@ class _Child:
     def wait_until_ready(self) -> None:
         self._header(time.monotonic() + _START_SECONDS)
 
-    def ask(self, request: bytes, cut: Cut, seconds: float) -> tuple[dict[str, Any], bytearray]:
+    def ask(self, request: bytes, cut: Cut | None, seconds: float) -> tuple[dict[str, Any], bytearray]:
         """Raises TimeoutError after `seconds`; OSError, ValueError or EOFError if the child has failed."""
         until = time.monotonic() + seconds
         assert self._process.stdin is not None
         self._process.stdin.write(request + b"\n")
         header = self._header(until)
-        size = cut.frames * cut.height * cut.width * 3
-        if "refused" not in header and header.get("bytes") != size:
-            raise ValueError("not the frames that were asked for")
-        return header, self._take(0 if "refused" in header else size, until)
+        if "refused" in header or (cut is None and isinstance(header.get("look"), dict)):
+            return header, bytearray()
+        size = 0 if cut is None else cut.frames * cut.height * cut.width * 3
+        if header.get("bytes") != size:
+            raise ValueError("not the answer to the request")
+        return header, self._take(size, until)
 
     def stop(self) -> None:
         """End the process; the thread that waits for its answer then gets an EOFError."""

@@ -11,12 +11,13 @@ import json
 import resource
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from lutetia.models.data.decode.clip import decode_clip
+from lutetia.models.data.decode.clip import decode_clip, look_at
 from lutetia.models.data.decode.cut import ClipRefused, PlainCut
 from lutetia.models.data.ingest.webdataset import TarMember
 
@@ -36,6 +37,9 @@ def main() -> None:
 
 def _handle(request: dict[str, Any], answers: BinaryIO) -> None:
     try:
+        if request["cut"] is None:
+            _answer(answers, {"look": asdict(look_at(_source(request)))})
+            return
         frames = decode_clip(_source(request), PlainCut(**request["cut"]))
     except ClipRefused as refusal:
         _answer(answers, {"refused": str(refusal)})

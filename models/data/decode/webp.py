@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from lutetia.models.data.decode.cut import MAX_PIXELS, ClipRefused, Cut, Frames
+from lutetia.models.data.decode.cut import MAX_PIXELS, ClipLook, ClipRefused, Cut, Frames
 from lutetia.models.data.decode.picture import on_white
 from lutetia.models.data.decode.timeline import Timeline, moments
 from lutetia.models.data.ingest.webdataset import TarMember
@@ -55,6 +55,20 @@ def webp_pictures(path: Path | TarMember, cut: Cut) -> list[Frames]:
                     f"{path.name} has {max(shown) + 1} pictures of {image.width}×{image.height} pixels to decode; scale it down"
                 )
             return _decoded(image, shown, cut)
+
+
+def webp_look(path: Path | TarMember) -> ClipLook:
+    """Size and duration from the headers. Raises OSError or ValueError."""
+    from PIL import Image, UnidentifiedImageError
+
+    with path.open("rb") as file:
+        lengths = _lengths(file)
+        file.seek(0)
+        try:
+            with Image.open(file, formats=["WEBP"]) as image:
+                return ClipLook(image.height, image.width, sum(lengths) / 1000, len(lengths))
+        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError("it is not a picture, or an enormous one") from error
 
 
 def _decoded(image: ImageFile, shown: list[int], cut: Cut) -> list[Frames]:
