@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-
-import torch
+from typing import TYPE_CHECKING
 
 from lutetia.cli.init.proposal import DataChoice, Measured
 from lutetia.coordinator.settings import small_expert
-from lutetia.models.data.encode.latents import load_latents
-from lutetia.models.data.encode.text import load_text_encoder
-from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.protocol.schema.manifest import LatentSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TOKENS = 32
 _STEPS = 2
@@ -19,6 +18,9 @@ _STEPS = 2
 
 def latent_of(choice: DataChoice) -> LatentSpec:
     """The latents that `data build` makes by default of clips of this shape."""
+    from lutetia.models.data.encode.latents import load_latents
+    from lutetia.models.data.encode.text import load_text_encoder
+
     text = load_text_encoder("builtin:words", _TOKENS)
     channels, frames, height, width = load_latents("builtin:demo").shape_of(choice.frames, choice.side, choice.side)
     return LatentSpec(
@@ -30,13 +32,17 @@ def latent_of(choice: DataChoice) -> LatentSpec:
 
 def measure(latent: LatentSpec, batch: int, device: str) -> Measured:
     """Do some training steps of the default expert on random latents."""
+    import torch
+
+    from lutetia.models.experts.families import build_expert, call_expert
+
     model = build_expert(small_expert(latent), 0).to(device)
     x, t = torch.randn(batch, *latent.shape, device=device), torch.rand(batch, device=device)
     tokens = torch.randn(batch, latent.text_tokens, latent.text_width, device=device)
     pooled = torch.randn(batch, latent.pooled_width, device=device)
     kept: dict[int, int] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
