@@ -130,3 +130,19 @@ def test_architecture_names_symbols_where_they_are() -> None:
             if not any(re.search(rf"\b{symbol}\b", path.read_text()) for path in files):
                 missing.append(symbol)
     assert not missing
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=page_name)
+def test_named_modules_and_their_symbols_exist(page: Path) -> None:
+    """`node.machine.machine.advance` and the like, with or without `lutetia.` before it."""
+    rooms = "|".join(MAY_IMPORT)
+    missing = []
+    for name in re.findall(rf"`(?:lutetia\.)?((?:{rooms})(?:\.\w+)+)(?<!\.key)`", page.read_text()):
+        path, parts = ROOT, name.split(".")
+        while parts and (path / parts[0]).is_dir():
+            path /= parts.pop(0)
+        if parts and (path / f"{parts[0]}.py").is_file():
+            path /= f"{parts.pop(0)}.py"
+        if parts and not (path.is_file() and all(re.search(rf"\b{part}\b", path.read_text()) for part in parts)):
+            missing.append(name)
+    assert not missing
