@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lutetia.protocol.schema.manifest import Manifest, first_problem
 from lutetia.system.errors import ConfigError
@@ -75,7 +75,7 @@ def next_version(old: Manifest, changes: Mapping[str, Any], now: float, accepted
             if not isinstance(value, int | float) or value <= 0:
                 raise UpgradeRefused("value", name, "valid_days must be a number of days above 0")
             name, value = "expires", now + value * _DAY
-        _set(document, name, value)
+        _set(old, document, name, value)
     document |= {"run": old.run_id, "version": old.version + 1}
     try:
         new = Manifest.model_validate(document)
@@ -90,7 +90,7 @@ def training_changed(old: Manifest, new: Manifest) -> bool:
     return old.optimisation.schedule == "cosine" and old.samples_per_shard != new.samples_per_shard
 
 
-def _set(document: dict[str, Any], name: str, value: Any) -> None:
+def _set(old: Manifest, document: dict[str, Any], name: str, value: Any) -> None:
     top, _, key = name.partition(".")
     if top not in Manifest.model_fields:
         known = ", ".join(sorted({*CHANGEABLE, "valid_days"}))
@@ -99,8 +99,8 @@ def _set(document: dict[str, Any], name: str, value: Any) -> None:
         raise _fixed(top)
     if not key:
         document[top] = value
-    elif isinstance(document[top], dict) and key in document[top]:
-        document[top][key] = value
+    elif isinstance(table := getattr(old, top), BaseModel) and key in type(table).model_fields:
+        document[top][key] = value  # also a field that is not written while it has its default
     else:
         raise UpgradeRefused("value", name, f"the manifest's {top} has no {key!r}; look at `lutetia run show`")
 
