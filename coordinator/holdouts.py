@@ -17,7 +17,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.system.errors import IntegrityError
-from lutetia.system.files import write_atomic
+from lutetia.system.files import disk_errors, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +38,20 @@ class Holdouts:
         return hmac.new(self.secret, checkpoint.encode(), hashlib.sha256).hexdigest()
 
 
+def holdout_store(folder: RunFolder) -> BlobStore:
+    """The store of a run's held-out clips, which other users of the machine cannot read."""
+    store = BlobStore(folder.holdouts)
+    with disk_errors(folder.holdouts):
+        folder.holdouts.chmod(0o700)
+    return store
+
+
 def holdout_files(folder: RunFolder, manifest: Manifest) -> Iterator[Path]:
     """The files of the held-out clips of all shards, in order. Raises BlobMissing.
 
     A run of an earlier version that was never served since has them among the served blobs.
     """
-    own, served = BlobStore(folder.holdouts), BlobStore(folder.blobs)
+    own, served = holdout_store(folder), BlobStore(folder.blobs)
     for shard in manifest.shards:
         digest = shard.holdout.digest
         yield (served if served.has(digest) and not own.has(digest) else own).path(digest)
@@ -54,7 +62,7 @@ def withdraw_holdouts(folder: RunFolder, manifest: Manifest) -> None:
 
     Raises IntegrityError when the clips of a shard are in neither store: no result of that shard could be checked.
     """
-    own, served = BlobStore(folder.holdouts), BlobStore(folder.blobs)
+    own, served = holdout_store(folder), BlobStore(folder.blobs)
     for shard in manifest.shards:
         digest = shard.holdout.digest
         if served.has(digest):

@@ -13,7 +13,7 @@ from typing import Any
 from lutetia.coordinator.acceptance.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
-from lutetia.coordinator.holdouts import Holdouts
+from lutetia.coordinator.holdouts import Holdouts, holdout_store
 from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
@@ -99,7 +99,7 @@ class Service:
         self.check_worker, self.mixture_worker, self.audit_worker, self.proof_worker = self.workers = (
             self._worker("checking"), self._worker("making"), self._worker("auditing"), self._worker("proving"),
         )  # fmt: skip
-        holdouts = Holdouts(BlobStore(self.folder.holdouts), self.identity.secret_for("held-out draws"))
+        holdouts = Holdouts(holdout_store(self.folder), self.identity.secret_for("held-out draws"))
         self.check_runner = NetworkCheckRunner(
             self.transport, self.manifest, self.blobs, self.incoming, self.check_worker, self.audit_worker,
             self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_states(), self.settings.kept_states,

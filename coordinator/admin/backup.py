@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
@@ -180,7 +181,7 @@ def _copy_blobs(folder: RunFolder, out: Path, on_progress: OnProgress) -> tuple[
     """Copy the blobs that the backup does not have yet: (blobs that are served, held-out clips, bytes copied)."""
     target = BlobStore(out / "blobs")
     found: list[tuple[BlobStore, list[BlobRef], dict[str, int]]] = []
-    for store in (BlobStore(folder.blobs), BlobStore(folder.holdouts)):
+    for store in (BlobStore(folder.blobs), holdout_store(folder)):
         found.append((store, [], {digest: path.stat().st_size for digest, path in _present(store)}))
     total, copied, done = sum(sum(sizes.values()) for _, _, sizes in found), 0, 0
     for source, refs, digest, size in [(source, refs, *one) for source, refs, sizes in found for one in sizes.items()]:

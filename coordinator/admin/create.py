@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.events import RunCreated
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import Endpoint, RunFolder
@@ -220,7 +221,7 @@ def _fill(
     endpoint, ticket = _addresses(settings, manifest, coordinator)
     owner.save(run.owner_key)
     coordinator.save(run.coordinator_key)
-    served, holdouts = BlobStore(run.blobs), BlobStore(run.holdouts)
+    served, holdouts = BlobStore(run.blobs), holdout_store(run)
     for shard in description.shards:
         _import(served, data, shard.train)
         _import(holdouts, data, shard.holdout)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from lutetia.coordinator.admin.backup import BackupIndex, OnProgress, read_index
+from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
@@ -92,7 +93,7 @@ def _fill(backup: Path, run: RunFolder, index: BackupIndex, on_progress: OnProgr
             f"the ledger in {backup} ends at event {head[0]}, not at {index.events} as signed; use another backup"
         )
     source, store, done = BlobStore(backup / "blobs"), BlobStore(run.blobs), 0
-    own = BlobStore(run.holdouts)
+    own = holdout_store(run)
     for target, blob in [*((store, blob) for blob in index.blobs), *((own, blob) for blob in index.holdouts)]:
         if not source.has(blob.digest) or target.add_file(source.path(blob.digest)) != blob:
             raise IntegrityError(f"blob {blob.digest[:12]} in {backup} is missing or damaged; use another backup")

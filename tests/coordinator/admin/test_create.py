@@ -50,6 +50,7 @@ def test_create_run_makes_every_file(data: Path, tmp_path: Path):
     served, own = set(BlobStore(run.blobs).digests()), set(BlobStore(run.holdouts).digests())
     assert served == {shard.train.digest for shard in signed.manifest.shards}, "peers can fetch no held-out clip"
     assert own == {shard.holdout.digest for shard in signed.manifest.shards}
+    assert stat.S_IMODE(run.holdouts.stat().st_mode) == 0o700
     ledger = Ledger.open(run.ledger, created.run)
     assert (ledger.state.manifest_version, ledger.state.accepted_epochs) == (1, (0, 0))
     ledger.close()
