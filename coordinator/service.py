@@ -22,7 +22,7 @@ from lutetia.coordinator.ledger.status_builder import status as status_of
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
-from lutetia.coordinator.runtime.audit_service import AuditService
+from lutetia.coordinator.runtime.audit_service import AuditService, free_auditors
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.runtime.manifest_watch import ManifestNotifier, ManifestWatch
@@ -120,6 +120,7 @@ class Service:
             lambda shard: self.judge_loop.state.run.shard_view(shard),
         )  # fmt: skip
         self.announcer.swarm_monitor = self.swarm_monitor
+        self.judge_loop.auditors = lambda: free_auditors(self.swarm_monitor.view)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,

@@ -8,6 +8,8 @@ CHECKPOINT_RECORD_SECONDS = 600.0
 """A checkpoint's record is published again after this time, while the checkpoint is still offered."""
 AUDIT_WATCH_SECONDS = 0.5
 """How often a node that replays an epoch looks whether it has work of its own."""
+AUDIT_SIGN_SECONDS = 120.0
+"""How often a node that replays an epoch asks the coordinator for the same audit again, which shows that it still works on it."""
 LATEST_MANIFEST_QUESTION = 1.25
 """Leases after which every node has asked for a newer manifest."""
 

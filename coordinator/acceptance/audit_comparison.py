@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from lutetia.coordinator.ledger.events import Outcome
+from lutetia.coordinator.ledger.run_state import RunState, ShardLedger
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.records import TrainedWith
 
@@ -55,6 +56,10 @@ class Tolerance:
         return self.first if step < FIRST_STEPS else self.later
 
 
+NEWCOMER_EPOCHS = 2
+"""So many epochs of each author are replayed whole, whatever the lottery says."""
+DEPTH_UNIT = 16
+"""For each such number of epochs without one that was replayed whole the share of whole audits grows by `audit.whole_epoch`."""
 FIRST_STEPS = 8
 FLOAT32_CPU = Tolerance("two processors, float32", (1e-4, 1e-3), (1e-3, 1e-2), (1e-3, 0.2), (10, 100), True)
 BFLOAT16_CPU = Tolerance("two processors, bfloat16", (2e-3, 2e-2), (1e-2, 0.1), (0.03, 0.5), (6, 25), True)
@@ -170,3 +175,15 @@ def secret_steps(draw: float, fewest: int, epoch: int) -> int:
 def lottery(secret: bytes, checkpoint: str, purpose: str = "audit") -> float:
     """Uniform in [0, 1) for each checkpoint and purpose; unpredictable without the coordinator's secret."""
     return int.from_bytes(hashlib.sha256(purpose.encode() + secret + checkpoint.encode()).digest()[:7], "big") / (1 << 56)
+
+
+def is_newcomer(run: RunState, owner: str) -> bool:
+    """Whether fewer than NEWCOMER_EPOCHS of its epochs were, or are to be, replayed whole."""
+    due = sum(audit.owner == owner and audit.whole for audit in run.audits.values())
+    return run.peer(owner).proved + due < NEWCOMER_EPOCHS
+
+
+def unproved_depth(shard: ShardLedger) -> int:
+    """The number of epochs at the end of the lineage since the last one that was, or is to be, replayed whole."""
+    proved = (place for place, link in enumerate(reversed(shard.lineage)) if link.whole and link.audit == "valid")
+    return next(proved, len(shard.lineage))

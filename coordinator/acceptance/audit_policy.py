@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
-from lutetia.coordinator.acceptance.audit_comparison import audit_due, lottery, secret_steps
+from lutetia.coordinator.acceptance.audit_comparison import (
+    DEPTH_UNIT,
+    audit_due,
+    is_newcomer,
+    lottery,
+    secret_steps,
+    unproved_depth,
+)
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
 from lutetia.coordinator.acceptance.rollback import can_roll_back, condemn, due_audit, quarantine, re_audits, settle_suspects
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, Loan
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
 from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger
 from lutetia.protocol.schema.canonical import digest_of
@@ -22,10 +29,8 @@ from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
-NEWCOMER_EPOCHS = 2
-"""So many epochs of each author are replayed whole, whatever the lottery says."""
-DEPTH_UNIT = 16
-"""For each such number of epochs without one that was replayed whole the share of whole audits grows by `audit.whole_epoch`."""
+LOAN_FACTOR = 3
+"""A peer may be so many times slower at a whole epoch than its author."""
 _SUSPICIOUS_REFUSALS = 2
 _CONTENT_CHECKS: frozenset[CheckName] = frozenset({"numbers", "holdout", "raw"})
 """What these look at depends on the parent from which the epoch was trained."""
@@ -70,18 +75,6 @@ def consider_audit(transition: JudgeTransition, record: CheckpointRecord) -> Non
     if audit_due(peer.streak, policy.streak, lottery(transition.rules.secret, record.digest)):
         why = "streak" if peer.streak < policy.streak else "lottery"
         transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, whole, why))
-
-
-def is_newcomer(run: RunState, owner: str) -> bool:
-    """Whether fewer than NEWCOMER_EPOCHS of its epochs were, or are to be, replayed whole."""
-    due = sum(audit.owner == owner and audit.whole for audit in run.audits.values())
-    return run.peer(owner).proved + due < NEWCOMER_EPOCHS
-
-
-def unproved_depth(shard: ShardLedger) -> int:
-    """The number of epochs at the end of the lineage since the last one that was, or is to be, replayed whole."""
-    proved = (place for place, link in enumerate(reversed(shard.lineage)) if link.whole and link.audit == "valid")
-    return next(proved, len(shard.lineage))
 
 
 def suspect_parent(transition: JudgeTransition, shard: int) -> None:
@@ -171,7 +164,7 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
         return False
     lent = transition.state.lent.get(audit.checkpoint)
     if lent:
-        return transition.now < lent[1]
+        return transition.now < lent.until
     wait_until = min(transition.state.asked, audit.since) + transition.rules.audit_wait
     return audit.reported is None and not audit.attempts and transition.now < wait_until
 
@@ -227,14 +220,17 @@ def finish_audit(transition: JudgeTransition, done: Audited) -> None:
 
 
 def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
-    """Lend the asking peer the oldest audit that no other peer has and whose author is unrelated to it; one at a time."""
+    """Lend the asking peer the oldest audit that no other peer has and whose author is unrelated to it; one at a time.
+
+    A peer that asks again has lost its audit, or shows that it still works on it: it gets the same.
+    """
     rules, allowed = transition.rules, transition.rules.manifest.allowlist
     if wanted.owner in transition.run.quarantined or (allowed is not None and wanted.owner not in allowed):
         transition.actions.append(LendAudit(None, retry_after=_LONGEST_DELAY))
         return
     transition.set(asked=transition.now)
     lent = {name: loan for name, loan in transition.state.lent.items() if name in transition.run.audits}  # each is lent once
-    held = next((name for name, loan in lent.items() if loan[0] == wanted.owner and loan[1] > transition.now), None)
+    held = next((name for name, loan in lent.items() if loan.owner == wanted.owner and loan.until > transition.now), None)
     if held is None:
         held = _oldest_free(transition, lent, {wanted.owner, *wanted.related})
     if held is None or _closed_as_too_old(transition, transition.run.audits[held]):
@@ -242,13 +238,40 @@ def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
         retry_after = rules.audit_wait / 4 + len(transition.state.offers) / rules.asks_per_second
         transition.actions.append(LendAudit(None, retry_after=retry_after))
         return
-    loan = rules.audit_loan * (6 if transition.run.audits[held].whole else 1)
-    lent.setdefault(held, (wanted.owner, transition.now + loan))  # a peer that asks again has lost it, and gets the same
+    audit = transition.run.audits[held]
+    until = lent[held].until if held in lent else transition.now + loan_seconds(rules, transition.run, audit)
+    lent[held] = Loan(wanted.owner, until, transition.now)
     transition.set(lent=lent)
-    transition.actions.append(LendAudit(_audit_job(transition, transition.run.audits[held]), lent[held][1]))
+    transition.actions.append(LendAudit(_audit_job(transition, audit), until))
 
 
-def _oldest_free(transition: JudgeTransition, lent: Mapping[str, tuple[str, float]], related: set[str]) -> str | None:
+def loan_seconds(rules: JudgeRules, run: RunState, audit: PendingAudit) -> float:
+    """How long a peer has for an audit: for a whole epoch LOAN_FACTOR times what the author took, at least and at most
+    one and six times as long as for a few steps.
+    """
+    pace = run.peer(audit.owner).interval
+    if not audit.whole:
+        return rules.audit_loan
+    longest = 6 * rules.audit_loan
+    return longest if pace is None else min(longest, max(rules.audit_loan, LOAN_FACTOR * pace))
+
+
+def end_loans(transition: JudgeTransition, auditors: frozenset[str] | None) -> None:
+    """End the loans of peers that are gone or do other work, and of those that have not been heard of for long.
+
+    `auditors`: the peers whose node records say that they are free; None: not known.
+    """
+    now, rules = transition.now, transition.rules
+    lent = dict(transition.state.lent)
+    for name, loan in lent.items():
+        gone = auditors is not None and loan.owner not in auditors and now - loan.heard >= rules.manifest.timing.lease
+        if loan.until > now and (gone or now - loan.heard >= rules.audit_loan):
+            lent[name] = loan._replace(until=now)
+    if lent != transition.state.lent:
+        transition.set(lent=lent)
+
+
+def _oldest_free(transition: JudgeTransition, lent: Mapping[str, Loan], related: set[str]) -> str | None:
     """The oldest audit that nobody has, and whose author is none of `related`."""
     free = [
         (audit.since, name)
@@ -265,7 +288,8 @@ def receive_report(transition: JudgeTransition, report: AuditDelivered) -> None:
     Everything else is replayed here before it counts: no peer is convicted by another peer's report.
     """
     audit = transition.run.audits.get(report.checkpoint)
-    if audit is None or transition.state.lent.get(report.checkpoint, ("", 0.0))[0] != report.owner:
+    loan = transition.state.lent.get(report.checkpoint)
+    if audit is None or loan is None or loan.owner != report.owner:
         return
     transition.set(lent={k: v for k, v in transition.state.lent.items() if k != report.checkpoint})
     trust, needed = transition.run.peer(report.owner).trust, transition.rules.manifest.audit.streak

@@ -101,9 +101,13 @@ class LimitsKnown:
 
 @dataclass(frozen=True)
 class JudgeTick:
-    """Time has passed: retries may be due."""
+    """Time has passed: retries may be due.
+
+    `auditors`: the peers whose node records say that they are free; None: not known.
+    """
 
     now: float
+    auditors: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lutetia.coordinator.acceptance.audit_policy import (
     audits_lag,
     build_of,
     consider_audit,
+    end_loans,
     finish_audit,
     lend_audit,
     receive_report,
@@ -104,6 +105,7 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         case AuditDelivered():
             receive_report(transition, stimulus)
         case JudgeTick():
+            end_loans(transition, stimulus.auditors)
             forget_offers(transition)
             forget_origins(transition)
         case LedgerFacts():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
 from lutetia.coordinator.acceptance.messages import Action, Write
@@ -21,6 +21,17 @@ _LONGEST_RETRY = 3600.0
 
 FetchKey = tuple[int, str, str]
 """(shard, owner, digest) of a candidate."""
+
+
+class Loan(NamedTuple):
+    """An audit that a peer carries out. Times are Unix seconds."""
+
+    owner: str
+    """Public key of the peer."""
+    until: float
+    """When the coordinator carries it out itself."""
+    heard: float
+    """When the peer last asked for it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class JudgeRules:
     audit_wait: float = 60.0
     """While peers ask for audits, an audit waits this long for one of them; then the coordinator carries it out itself."""
     audit_loan: float = 600.0
-    """How long a peer has for an audit that it was lent; six times as long for a whole epoch."""
+    """How long a peer has for an audit that it was lent, or is silent; up to six times as long for a whole epoch."""
     asks_per_second: float = 5.0
     """Audit requests of all peers together: the more peers stand by, the longer each is told to wait."""
 
@@ -86,8 +97,8 @@ class JudgeState:
     """Checkpoint of the audit that the coordinator itself carries out."""
     proving: tuple[str, str] | None = None
     """(owner, digest) of the doubted result whose epoch the coordinator replays."""
-    lent: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    """Checkpoint -> (public key of the peer that audits it, until when)."""
+    lent: Mapping[str, Loan] = field(default_factory=dict)
+    """Checkpoint -> who audits it, also once the loan has ended: no audit is lent twice."""
     asked: float = float("-inf")
     """When a peer last asked for an audit."""
 
@@ -111,7 +122,7 @@ class JudgeChanges(TypedDict, total=False):
     offers: PersistentMap[str, tuple[float, ...]]
     auditing: str | None
     proving: tuple[str, str] | None
-    lent: Mapping[str, tuple[str, float]]
+    lent: Mapping[str, Loan]
     asked: float
 
 

@@ -11,6 +11,7 @@ from lutetia.coordinator.acceptance.audit_policy import steps_of
 from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, LendAudit, StartAudit
 from lutetia.coordinator.acceptance.rate_limits import RateWindow
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerFailed, WorkerRefused
@@ -60,7 +61,7 @@ class AuditService:
         if report.run != run.run:
             raise RecordRefused(f"the report is of run {report.run[:12]}, not of {run.run[:12]}")
         lent = self.judge_loop.state.lent.get(report.checkpoint)
-        if lent is None or lent[0] != report.owner:
+        if lent is None or lent.owner != report.owner:
             raise RecordRefused("no audit of that result was lent to this peer")
         finding = await self._finding(report, run)
         delivered = AuditDelivered(report.owner, report.checkpoint, finding, report.seconds, self.transport.now())
@@ -84,6 +85,12 @@ class AuditService:
             return AuditFinding(outcome="inconclusive", text=str(error))
         losses = [math.nan if loss is None else loss for loss in report.losses]
         return compare(published, losses, report.drift, link.made, report.made)
+
+
+def free_auditors(view: LiveView) -> frozenset[str] | None:
+    """The peers that can carry out an audit, by their own records; None while no record was seen."""
+    free = frozenset(node.record.owner for node in view.nodes if node.record.state == "idle")
+    return free if view.nodes else None
 
 
 def relatives(owner: str, peers: list[NodeRecord]) -> frozenset[str]:

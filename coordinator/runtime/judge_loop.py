@@ -87,6 +87,7 @@ class JudgeLoop:
         publish: sends an acceptance or a reset into the DHT.
         now: the coordinator's clock, in Unix seconds.
         changed: called after every change of the state.
+        auditors: the peers whose node records say that they are free; None: not known.
         origin_of: the network origin of a peer, by public key; empty when it is not known.
     """
 
@@ -97,6 +98,7 @@ class JudgeLoop:
     now: Callable[[], float]
     changed: Callable[[RunState], None] = lambda state: None
     origin_of: Callable[[str], str] = lambda owner: ""
+    auditors: Callable[[], frozenset[str] | None] = lambda: None
     state: JudgeState = field(init=False)
     _fetches: dict[FetchKey, asyncio.Task[None]] = field(init=False, default_factory=dict)
     _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
@@ -231,7 +233,7 @@ class JudgeLoop:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self.submit(JudgeTick(self.now()))
+            await self.submit(JudgeTick(self.now(), self.auditors()))
 
 
 def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:

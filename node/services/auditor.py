@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from lutetia.node.pacing import AUDIT_WATCH_SECONDS, audit_pause
+from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_pause
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
@@ -57,7 +57,7 @@ class NodeAuditor:
             answer = await ask_audit(network.transport, peer, request, addresses)
             if answer.job is None:
                 return answer.retry_after
-            report = await self._replay_in_time(answer.job)
+            report = await self._replay_in_time(answer.job, peer, addresses)
             if report:
                 await self._send_report(sign_report(report, network.identity), peer, addresses, answer.job.until)
                 log.debug("replayed epoch %d of shard %d for the coordinator", answer.job.epoch, answer.job.shard)
@@ -77,16 +77,29 @@ class NodeAuditor:
                 raise ConnectionError(f"the coordinator did not take the audit report: {why}")
             await asyncio.sleep(wait)
 
-    async def _replay_in_time(self, job: AuditJob) -> AuditReport | None:
-        """The report; None if it took too long or the node got work of its own."""
-        replaying = asyncio.create_task(self._replay(job))
+    async def _replay_in_time(self, job: AuditJob, peer: str, addresses: tuple[str, ...]) -> AuditReport | None:
+        """The report; None if it took too long, the node got work of its own, or the audit is no longer lent to it."""
+        replaying, asked = asyncio.create_task(self._replay(job)), time.monotonic()
         try:
             while not replaying.done() and self._free and time.time() < job.until:
                 await asyncio.wait([replaying], timeout=AUDIT_WATCH_SECONDS)
+                if not replaying.done() and time.monotonic() - asked >= AUDIT_SIGN_SECONDS:
+                    if not await self._still_lent(job, peer, addresses):
+                        return None
+                    asked = time.monotonic()
             return replaying.result() if replaying.done() else None
         finally:
             replaying.cancel()
             await asyncio.gather(replaying, return_exceptions=True)
+
+    async def _still_lent(self, job: AuditJob, peer: str, addresses: tuple[str, ...]) -> bool:
+        """Show the coordinator that this node still works on `job`. A coordinator that is away or busy ends nothing."""
+        network = self.shell.network
+        try:
+            answer = await ask_audit(network.transport, peer, AuditRequest(owner=network.identity.public_key), addresses)
+        except ConnectionError:
+            return True
+        return bool(answer.text) or (answer.job is not None and answer.job.checkpoint == job.checkpoint)
 
     async def _replay(self, job: AuditJob) -> AuditReport | None:
         network, workspace = self.shell.network, self.shell.workspace

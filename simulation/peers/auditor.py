@@ -8,7 +8,7 @@ from typing import Literal
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.messages import LendAudit, StartAudit
 from lutetia.coordinator.ledger.run_state import PendingAudit
-from lutetia.node.pacing import AUDIT_WATCH_SECONDS, audit_pause
+from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_pause
 from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node, World
 from lutetia.simulation.network.blobs import SimulatedDelay, drive
@@ -61,7 +61,7 @@ class SimulatedAuditor:
             if lend.audit is None:
                 return lend.retry_after
             try:
-                finding = await self._replayed(lend.audit, boot, lend.until)
+                finding = await self._replayed(coordinator, lend.audit, boot, lend.until)
             except UnreachableError:
                 return 0.0
             if finding:
@@ -77,7 +77,7 @@ class SimulatedAuditor:
         self._world.costs.audit_exchanged()
         return coordinator.lend(node) if links.dials(node, coordinator) and coordinator.serving else None
 
-    async def _replayed(self, job: StartAudit, boot: int, until: float) -> AuditFinding | None:
+    async def _replayed(self, coordinator: Coordinator, job: StartAudit, boot: int, until: float) -> AuditFinding | None:
         """None when it took too long or the node got work of its own. Raises UnreachableError when a blob cannot be fetched."""
         node, world, audit = self._node, self._world, job.audit
         if self.policy != "honest":
@@ -92,10 +92,15 @@ class SimulatedAuditor:
         try:
             for parcel in fetched:
                 await world.blobs.fetch(node, parcel, parcels[parcel], world.coordinators)
+            asked = node.clock()
             left = config.epoch_seconds * job.steps / world.manifest.steps_per_epoch / node.machine.speed
             while left > 0:
                 if not self._free(boot) or node.clock() >= until:
                     return None
+                if node.clock() - asked >= AUDIT_SIGN_SECONDS:
+                    lend, asked = await self._ask_coordinator(coordinator), node.clock()
+                    if lend and (lend.audit is None or lend.audit.audit.checkpoint != audit.checkpoint):
+                        return None
                 part = min(left, AUDIT_WATCH_SECONDS)
                 await SimulatedDelay(part)
                 left -= part

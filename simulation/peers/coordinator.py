@@ -17,7 +17,7 @@ from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.announcer import Announcer
-from lutetia.coordinator.runtime.audit_service import relatives
+from lutetia.coordinator.runtime.audit_service import free_auditors, relatives
 from lutetia.coordinator.runtime.judge_loop import TICK_SECONDS
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor, look_pause, nodes_pause, observed, sighted
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
@@ -256,7 +256,7 @@ class SimulatedCoordinator:
     def receive_report(self, auditor: Node, checkpoint: str, finding: AuditFinding) -> None:
         """Take an audit report from the peer that it was lent to; ignore all others."""
         lent = self.state.lent.get(checkpoint)
-        if lent is not None and lent[0] == auditor.machine.owner:
+        if lent is not None and lent.owner == auditor.machine.owner:
             self.feed(j.AuditDelivered(auditor.machine.owner, checkpoint, finding, 1.0, self.clock()))
 
     async def _replay(self, action: j.StartAudit) -> AuditFinding:
@@ -276,7 +276,7 @@ class SimulatedCoordinator:
     # --- periodic work ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.feed(j.JudgeTick(self.clock()))
+        self.feed(j.JudgeTick(self.clock(), free_auditors(self.view)))
 
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: read results that were not offered by stream, nodes and claims."""

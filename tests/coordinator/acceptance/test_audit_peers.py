@@ -8,8 +8,10 @@ from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, JudgeTick, LendAudit, LimitsKnown
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import AuditDone, Outcome
-from lutetia.coordinator.runtime.audit_service import relatives
+from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.coordinator.runtime.audit_service import free_auditors, relatives
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import AuditPolicy
 from lutetia.protocol.schema.records import Hardware, NodeRecord
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, limits_of
 
@@ -63,6 +65,73 @@ def test_the_coordinator_audits_what_peers_do_not_finish():
     driver.now += 1.1
     driver.send(JudgeTick(driver.now))
     assert [audit.audit.checkpoint for audit in driver.audits] == [checkpoint], "the peer did not report"
+
+
+def lent_whole(pace: float | None = None) -> tuple[JudgeDriver, LendAudit]:
+    """A driver whose auditor was just lent a whole epoch; its author took `pace` seconds for each one before."""
+    driver = drive_judge(shards=2, epochs=60, audit=AuditPolicy(whole_epoch=1.0), rules={"offers_per_minute": 500})
+    for _ in range(2 if pace else 0):
+        driver.accept(HONEST)
+        driver.finish_audit("valid")
+        driver.now += pace or 0.0
+    ask(driver)
+    driver.accept(HONEST)
+    lend = ask(driver)
+    assert lend.audit
+    assert lend.audit.audit.whole
+    return driver, lend
+
+
+@pytest.mark.parametrize(("pace", "factor"), [(None, 6.0), (10.0, 1.0), (400.0, 2.0), (5000.0, 6.0)])
+def test_loan_of_a_whole_epoch_follows_its_authors_pace(pace: float | None, factor: float):
+    driver, lend = lent_whole(pace)
+    assert lend.until - driver.now == pytest.approx(factor * driver.rules.audit_loan)
+
+
+@pytest.mark.parametrize("auditors", [frozenset(), frozenset({owner(HONEST)})])
+def test_loan_ends_when_the_borrower_is_gone_or_has_other_work(auditors: frozenset[str]):
+    driver, _ = lent_whole()
+    lease = driver.rules.manifest.timing.lease
+    driver.now += lease - 1
+    driver.send(JudgeTick(driver.now, auditors))
+    assert driver.state.auditing is None, "its record may be on its way"
+    driver.now += 1
+    driver.send(JudgeTick(driver.now, auditors))
+    assert driver.state.auditing is not None, "the coordinator replays it itself"
+    driver.finish_audit("valid")
+    assert ask(driver).audit is None
+
+
+@pytest.mark.parametrize("auditors", [None, frozenset({owner(AUDITOR)})])
+def test_loan_ends_when_the_borrower_is_silent(auditors: frozenset[str] | None):
+    driver, lend = lent_whole()
+    for _ in range(10):
+        driver.now += 300
+        driver.send(JudgeTick(driver.now, auditors))
+        assert ask(driver) == lend, "asking again is a sign of life"
+    assert driver.state.auditing is None
+    driver.now += driver.rules.audit_loan
+    driver.send(JudgeTick(driver.now, auditors))
+    assert driver.state.auditing is not None
+
+
+def test_report_of_an_ended_loan_still_counts():
+    driver, lend = lent_whole()
+    assert lend.audit
+    driver.now += driver.rules.audit_loan
+    driver.send(JudgeTick(driver.now, frozenset()))
+    report(driver, lend.audit.audit.checkpoint, "valid")
+    assert driver.state.run.audits[lend.audit.audit.checkpoint].reported == (owner(AUDITOR), "valid")
+
+
+def test_free_auditors_are_the_idle_nodes_of_the_view():
+    facts = {"run": "a" * 64, "issued": 1.0, "hardware": Hardware(device="cpu", memory_bytes=1, cores=1), "software": "1"}
+    nodes = [
+        Sighting(NodeRecord(**facts, owner=owner(peer), peer_id=peer.peer_id, samples_per_second=1.0, state=state), 9.0, 1.0)
+        for peer, state in ((AUDITOR, "idle"), (HONEST, "training"), (OTHER, "left"))
+    ]
+    assert free_auditors(LiveView(nodes)) == {owner(AUDITOR)}
+    assert free_auditors(LiveView()) is None, "nothing was read yet"
 
 
 def test_an_unfinished_audit_is_not_lent_again():

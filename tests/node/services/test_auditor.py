@@ -1,8 +1,9 @@
-"""Which blobs stay after a replay. A real trainer process, a network in memory."""
+"""Audits by a node: which blobs stay after a replay, and whether the audit is still lent. A network in memory."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,24 @@ from lutetia.node.contributions import Contributions
 from lutetia.node.runtime.replication_policy import Replica
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.services.auditor import NodeAuditor
-from lutetia.protocol.rpc.audit_request import AuditJob
+from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditJob, AuditRequest, serve_audits
 from lutetia.protocol.transport.base import Transport
-from tests.node.runtime.test_tasks import NodeSetup, probe_result
+from tests.memory_transport.network import MemoryNetwork
+from tests.node.runtime.test_tasks import COORDINATOR, NodeSetup, probe_result
 from tests.node.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)
+
+
+JOB = AuditJob(checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=1, precision="float32", until=4e9)
+
+
+def make_shell(node: NodeSetup, folder: Path) -> NodeShell:
+    async def rejoin() -> Transport:
+        raise ConnectionError("not used in this test")
+
+    contributions = Contributions(folder / "contributions.json")
+    return NodeShell(node.tasks.settings, node.tasks.network, node.workspace, contributions, rejoin)
 
 
 async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):
@@ -24,21 +37,44 @@ async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):
     node = await NodeSetup.create(run, tmp_path / "node")
     store = node.workspace.store
 
-    async def rejoin() -> Transport:
-        raise ConnectionError("not used in this test")
-
-    contributions = Contributions(tmp_path / "contributions.json")
-    shell = NodeShell(node.tasks.settings, node.tasks.network, node.workspace, contributions, rejoin)
+    shell = make_shell(node, tmp_path)
     shell.prober.result = probe_result()
     weights, state = store.add_bytes(b"accepted weights"), store.add_bytes(b"accepted state")
     shell.replicator.replicas[0] = Replica(shard=0, epoch=1, checkpoint="c" * 64, weights=weights, state=state)
-    job = AuditJob(
-        checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=1, precision="float32", end_weights=weights, end_state=state,
-        until=time.time() + 600,
-    )  # fmt: skip
+    job = JOB.model_copy(update={"end_weights": weights, "end_state": state, "until": time.time() + 600})
     store.limit_bytes = store.used_bytes() + run.manifest.shards[0].train.size
     spare = store.add_bytes(b"not needed")
     assert await NodeAuditor(shell)._replay(job) is None, "the blobs are not weights, so the replay fails"
     assert set(store.digests()) == {weights.digest, state.digest}
     assert not store.has(spare.digest)
     await shell.trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "lent"),
+    [
+        (AuditAnswer(job=JOB), True),
+        (AuditAnswer(job=JOB.model_copy(update={"checkpoint": "d" * 64})), False),
+        (AuditAnswer(retry_after=15.0), False),
+        (AuditAnswer(retry_after=15.0, text="too many requests for audits from this address"), True),
+        (None, True),
+    ],
+    ids=["the same audit", "another audit", "none", "busy", "away"],
+)
+async def test_node_learns_whether_its_audit_is_still_lent(tmp_path: Path, answer: AuditAnswer | None, lent: bool):
+    run, network = make_run(tmp_path / "run"), MemoryNetwork(latency=0.001)
+    node = await NodeSetup.create(run, tmp_path / "node", network)
+    shell = make_shell(node, tmp_path)
+    coordinator = network.find(COORDINATOR.peer_id)
+    assert coordinator
+    if answer:
+        await serve_audits(coordinator, _always(answer))
+    assert await NodeAuditor(shell)._still_lent(JOB, COORDINATOR.peer_id, ()) == lent
+
+
+def _always(answer: AuditAnswer) -> Callable[[AuditRequest], Awaitable[AuditAnswer]]:
+    async def give(request: AuditRequest) -> AuditAnswer:
+        assert request.report is None
+        return answer
+
+    return give
