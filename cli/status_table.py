@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lutetia.cli.formatting import ago, bar, number, short, short_peer, thousands
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, stalls_of
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
 from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def render_status(status: SwarmStatus, now: float, live: bool = True) -> Rendera
 
 def stall_lines(status: SwarmStatus, now: float) -> list[str]:
     """What does not go on, a line each; of many the first few and their number."""
-    stalls = stalls_of(status)
-    lines = [f"{stall.what} stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}" for stall in stalls[:_STALLS_SHOWN]]
-    if more := len(stalls) - len(lines):
+    first = status.stalls[:_STALLS_SHOWN]
+    lines = [f"{name_of(stall)} stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}" for stall in first]
+    if more := max(len(status.stalls), len(status.stalled_shards)) - len(lines):
         lines.append(f"{more} more stalled; `lutetia run why RUN SHARD` explains a shard, --json lists all")
     return lines
 
@@ -119,14 +119,18 @@ def stall_lines(status: SwarmStatus, now: float) -> list[str]:
 def shard_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -> Table:
     """The table of accepted work, a row for each shard."""
     peers = {node.owner: node for node in status.nodes}
-    return _table([_shard_row(shard, peers, now, _BAR not in without) for shard in status.shards], without)
+    stalled = frozenset(status.stalled_shards)
+    rows = [_shard_row(shard, peers, now, _BAR not in without, shard.shard in stalled) for shard in status.shards]
+    return _table(rows, without)
 
 
-def _shard_row(shard: ShardStatus, peers: dict[str, NodeStatus], now: float, with_bar: bool) -> dict[str, str | Text]:
+def _shard_row(
+    shard: ShardStatus, peers: dict[str, NodeStatus], now: float, with_bar: bool, stalled: bool
+) -> dict[str, str | Text]:
     from rich.text import Text
 
     owner, epoch = peers.get(shard.owner or ""), f"{shard.epoch}/{shard.epochs}"
-    state = "stalled" if shard.stall else shard.state
+    state = "stalled" if stalled else shard.state
     return {
         "EXPERT": f"{shard.shard:03d}",
         "CLUSTER": shard.name,
@@ -183,11 +187,14 @@ def shard_reason(status: SwarmStatus, shard: int, now: float) -> dict[str, Any]:
     """What holds a shard up, for `lutetia run why`: its state, `since` in Unix seconds, and the sentences. Raises UsageError."""
     if shard >= len(status.shards):
         raise UsageError(f"run {status.name} has no shard {shard}; its last is {len(status.shards) - 1}")
-    entry = status.shards[shard]
-    document = {"shard": shard, "state": "stalled" if entry.stall else entry.state, "since": None, "why": None, "remedy": None}
-    if entry.stall:
-        stall = entry.stall
+    entry, stalled = status.shards[shard], shard in status.stalled_shards
+    document = {"shard": shard, "state": "stalled" if stalled else entry.state, "since": None, "why": None, "remedy": None}
+    stall = next((stall for stall in status.stalls if (stall.kind, stall.shard) == ("shard", shard)), None)
+    if stall:
         text = f"Stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}"
         return {**document, "since": stall.since, "why": stall.why, "remedy": stall.remedy, "text": text}
+    if stalled:
+        others = sum(stall.kind == "shard" for stall in status.stalls)
+        return {**document, "text": f"Stalled. The {others} shards that stalled first are explained first: see to those."}
     last = f", the last {ago(now - entry.last_accepted)} ago" if entry.last_accepted else ""
     return {**document, "text": f"Nothing holds it up: {entry.state}, {entry.epoch} of {entry.epochs} epochs accepted{last}."}

@@ -6,21 +6,22 @@ shard's holder, of a peer with accepted work, or of two peers say something abou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lutetia.coordinator.ledger.events import ResultRefused
-from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, PendingAudit, RunState, ShardLedger
+from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, RunState, ShardLedger
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.status import AuditStall, StallStatus
+from lutetia.protocol.schema.status import StallStatus
 from lutetia.protocol.schema.verdicts import CheckName
 
 STALLED_AUDIT_TRIES = 2
 """An audit that ended so often without a verdict counts as stalled."""
 STALLED_AUDIT_TENURES = 6
 """An audit that has been due for so many tenures counts as stalled."""
-AUDITS_SHOWN = 64
+SHARDS_EXPLAINED, AUDITS_EXPLAINED, NODES_EXPLAINED = 24, 8, 16
+"""The document has room for so many of each."""
 _REMEDIES: dict[CheckName, str] = {
     "transfer": "Its author's uploads do not arrive: see the log on both sides, or let another node take the shard.",
     "format": "Compare the versions of Lutetia in `lutetia swarm status`, and update the older side.",
@@ -61,12 +62,12 @@ def _doubted(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     if now - doubt.time <= manifest.timing.lease:
         return None  # short proofs are part of the work
     if shard.accepted in state.audits:
-        doing = f"the coordinator replays epoch {shard.epoch}, on which it is built, and then its own epoch"
+        doing = f"The coordinator replays epoch {shard.epoch} and then the result built on it"
     else:
-        doing = "the coordinator replays its whole epoch"
-    why = f"A result for epoch {doubt.epoch} fails the check {doubt.check} ({doubt.text}), and {doing}."
+        doing = "The coordinator replays a result"
+    why = f"{doing}, which fails the check {doubt.check}: {doubt.text}."
     remedy = f"Nothing: it is accepted if the replay confirms it. {_looser(doubt.check)}"
-    return StallStatus(since=doubt.time, why=why[:1000], remedy=remedy)
+    return StallStatus(kind="shard", shard=index, since=doubt.time, why=why, remedy=remedy)
 
 
 def _refused(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -79,7 +80,7 @@ def _refused(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     last, peers = refusals[-1], "peer" if len(owners) == 1 else f"{len(owners)} peers"
     results = f"{len(refusals)} result{'s' if len(refusals) > 1 else ''} of {'a ' if len(owners) == 1 else ''}{peers}"
     why = f"{results} for epoch {shard.epoch + 1} did not pass, last at the check {last.check}: {last.text}."
-    return StallStatus(since=refusals[0].time, why=why[:1000], remedy=_remedy(index, shard, last.check))
+    return StallStatus(kind="shard", shard=index, since=refusals[0].time, why=why, remedy=_remedy(index, shard, last.check))
 
 
 def _says_something(verdict: ResultRefused) -> bool:
@@ -111,7 +112,7 @@ def _behind_audits(state: RunState, manifest: Manifest, index: int, facts: Shard
         return None
     why = f"The audit of epoch {oldest.epoch} is {HISTORY - 2} epochs behind, and results wait until it is done."
     remedy = "Let more nodes stand by, which take audits, or give the coordinator a faster machine."
-    return StallStatus(since=oldest.since, why=why, remedy=remedy)
+    return StallStatus(kind="shard", shard=index, since=oldest.since, why=why, remedy=remedy)
 
 
 def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -125,7 +126,7 @@ def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     why = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} still waits for its checks{tried}."
     last = next((r.text for r in reversed(state.refusals) if r.checkpoint == oldest.record.digest), "")
     remedy = f"See the coordinator's log{f' ({last[:600]})' if last else ''}; if the checks are slow, raise checks_at_once."
-    return StallStatus(since=oldest.seen, why=why, remedy=remedy)
+    return StallStatus(kind="shard", shard=index, since=oldest.seen, why=why, remedy=remedy)
 
 
 def _unheld(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -136,7 +137,7 @@ def _unheld(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, 
         remedy = "Ask those nodes why: `lutetia status` says whether the shard fits them, or they avoid it after refusals."
     else:
         why, remedy = "No node holds it, and none stands by.", "Find more volunteers: `lutetia join TICKET` on another machine."
-    return StallStatus(since=facts.free_since, why=why, remedy=remedy)
+    return StallStatus(kind="shard", shard=index, since=facts.free_since, why=why, remedy=remedy)
 
 
 def _overdue(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -144,7 +145,7 @@ def _overdue(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
         return None
     why = f"{_peer(facts.holder)} holds it, and no result of it was accepted in the time that its epochs took so far."
     remedy = "Look at `lutetia status` on that node; once its claim protects it no more, a standby takes the shard."
-    return StallStatus(since=facts.due, why=why, remedy=remedy)
+    return StallStatus(kind="shard", shard=index, since=facts.due, why=why, remedy=remedy)
 
 
 def node_stall(state: RunState, owner: str, health: str, shard: int | None, due: float | None) -> StallStatus | None:
@@ -152,26 +153,22 @@ def node_stall(state: RunState, owner: str, health: str, shard: int | None, due:
     if health == "quarantined":
         event = state.quarantined[owner]
         remedy = "If its operator explains it, `lutetia coordinator pardon RUN PEER` lifts the quarantine."
-        return StallStatus(since=event.time, why=f"It is quarantined: {event.text[:900]}.", remedy=remedy)
+        return StallStatus(kind="node", owner=owner, since=event.time, why=f"It is quarantined: {event.text}.", remedy=remedy)
     if health != "overdue" or shard is None or due is None:
         return None
     last = next((refusal for refusal in reversed(state.refusals) if refusal.owner == owner and refusal.shard == shard), None)
     if last:
-        why = f"Its last result for shard {shard} did not pass the check {last.check}: {last.text[:800]}."
-        return StallStatus(since=due, why=why, remedy=f"`lutetia run why RUN {shard}` says what holds the shard up.")
-    why = f"It holds shard {shard}, and offers no result."
-    return StallStatus(since=due, why=why, remedy="Look at `lutetia status` and the log on that node.")
+        why = f"Its last result for shard {shard} did not pass the check {last.check}: {last.text}."
+        remedy = f"`lutetia run why RUN {shard}` says what holds the shard up."
+    else:
+        why, remedy = f"It holds shard {shard}, and offers no result.", "Look at `lutetia status` and the log on that node."
+    return StallStatus(kind="node", shard=shard, owner=owner, since=due, why=why, remedy=remedy)
 
 
-def audit_stalls(state: RunState, manifest: Manifest, now: float) -> tuple[AuditStall, ...]:
-    """The audits that do not end, the oldest first."""
-    due = sorted(state.audits.values(), key=lambda audit: (audit.since, audit.checkpoint))
-    return tuple(_stalled_audits(due, manifest, now))[:AUDITS_SHOWN]
-
-
-def _stalled_audits(audits: list[PendingAudit], manifest: Manifest, now: float) -> Iterator[AuditStall]:
+def audit_stalls(state: RunState, manifest: Manifest, now: float) -> Iterator[StallStatus]:
+    """The audits that do not end."""
     patience = STALLED_AUDIT_TENURES * manifest.timing.tenure
-    for audit in audits:
+    for audit in state.audits.values():
         if audit.attempts < STALLED_AUDIT_TRIES and now - audit.since <= patience:
             continue
         part = "whole epoch" if audit.whole else "first steps"
@@ -180,7 +177,13 @@ def _stalled_audits(audits: list[PendingAudit], manifest: Manifest, now: float) 
         else:
             why = f"The replay of the {part} has not been done for {STALLED_AUDIT_TENURES} tenures."
         remedy = "The coordinator's log says why; more standbys, or a faster coordinator, replay more."
-        yield AuditStall(since=audit.since, why=why, remedy=remedy, shard=audit.shard, epoch=audit.epoch)
+        yield StallStatus(kind="audit", shard=audit.shard, epoch=audit.epoch, since=audit.since, why=why, remedy=remedy)
+
+
+def explained(shards: Iterable[StallStatus], audits: Iterable[StallStatus], nodes: Iterable[StallStatus]) -> list[StallStatus]:
+    """Those that the document has room for: the oldest of each kind."""
+    kinds = ((shards, SHARDS_EXPLAINED), (audits, AUDITS_EXPLAINED), (nodes, NODES_EXPLAINED))
+    return [stall for stalls, most in kinds for stall in sorted(stalls, key=lambda stall: stall.since)[:most]]
 
 
 def _peer(owner: str) -> str:

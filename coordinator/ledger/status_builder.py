@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
 from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
-from lutetia.coordinator.ledger.stalls import ShardFacts, audit_stalls, node_stall, shard_stall
+from lutetia.coordinator.ledger.stalls import ShardFacts, audit_stalls, explained, node_stall, shard_stall
 from lutetia.protocol.claims import LiveClaim
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
@@ -26,6 +26,7 @@ from lutetia.protocol.schema.status import (
     RouterStatus,
     ShardState,
     ShardStatus,
+    StallStatus,
     SwarmStatus,
 )
 from lutetia.protocol.schema.verdicts import CHECK_NAMES
@@ -91,6 +92,13 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     holders = {claim.record.owner: claim for claim in held.values() if claim}
     online = [node for node in live.nodes if node.expires > now and node.record.state != "left"]
     nodes = shown_nodes(state, online, holders)
+    shards = tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards)))
+    shown = tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes)
+    stalled = _stalled_shards(state, manifest, shards, live, sum(node.health == "standby" for node in shown), now)
+    overdue = {node.record.owner: _overdue_since(state, manifest, holders.get(node.record.owner)) for node in nodes}
+    stalled_nodes = [
+        stall for node in shown if (stall := node_stall(state, node.owner, node.health, node.shard, overdue[node.owner]))
+    ]
     return SwarmStatus(
         run=state.run,
         name=state.name,
@@ -98,11 +106,8 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         time=now,
         coordinator=state.coordinator,
         software=software,
-        shards=tuple(
-            _shard_status(state, manifest, index, held.get(index), live, len(online) - len(holders), now)
-            for index in range(len(state.shards))
-        ),
-        nodes=tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes),
+        shards=shards,
+        nodes=shown,
         nodes_not_shown=len(online) - len(nodes),
         router=_router_status(state),
         mixture=state.mixture.mixture if state.mixture else None,
@@ -119,7 +124,8 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
             )
         ),
         audits_due=len(state.audits),
-        audit_stalls=audit_stalls(state, manifest, now),
+        stalls=tuple(explained(stalled, audit_stalls(state, manifest, now), stalled_nodes)),
+        stalled_shards=tuple(stall.shard for stall in stalled if stall.shard is not None),
         quarantined=tuple(
             QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))
             for why in list(state.quarantined.values())[-QUARANTINED_SHOWN:]
@@ -168,20 +174,12 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
 
 
 def _shard_status(
-    state: RunState,
-    manifest: Manifest,
-    index: int,
-    claim: Sighting[ClaimRecord] | None,
-    live: LiveView,
-    standbys: int,
-    now: float,
+    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, live: LiveView, now: float
 ) -> ShardStatus:
     shard = state.shards[index]
     covered, patience = _due(state, manifest, claim) if claim else (None, None)
     due = max((moment for moment in (covered, patience) if moment is not None), default=None)
     done = shard.epoch >= state.epochs
-    owner = claim.record.owner if claim else None
-    facts = ShardFacts(owner, due, None if claim else live.free_since.get(index), max(0, standbys))
     return ShardStatus(
         shard=index,
         name=manifest.shards[index].name,
@@ -190,7 +188,7 @@ def _shard_status(
         samples=shard.epoch * manifest.checkpoint_samples,
         samples_budget=manifest.samples_per_shard,
         state=_shard_state(done, claim, due, now),
-        owner=owner,
+        owner=claim.record.owner if claim else None,
         claim_expires=claim.expires if claim else None,
         holdout_loss=shard.acceptance.holdout_loss if shard.acceptance else None,
         checkpoint=shard.accepted,
@@ -201,8 +199,23 @@ def _shard_status(
         audit=shard.audit,
         term=shard.term,
         copies=live.copies.get(shard.accepted) if shard.accepted else None,
-        stall=shard_stall(state, manifest, index, facts, now),
     )
+
+
+def _stalled_shards(
+    state: RunState, manifest: Manifest, shards: Sequence[ShardStatus], live: LiveView, standbys: int, now: float
+) -> list[StallStatus]:
+    """What holds up each shard that does not go on."""
+    facts = {
+        shard.shard: ShardFacts(shard.owner, shard.due, None if shard.owner else live.free_since.get(shard.shard), standbys)
+        for shard in shards
+    }
+    return [stall for index in facts if (stall := shard_stall(state, manifest, index, facts[index], now))]
+
+
+def _overdue_since(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord] | None) -> float | None:
+    """When the holder's next acceptance was due, in Unix seconds; None without a claim."""
+    return max(moment for moment in _due(state, manifest, claim) if moment is not None) if claim else None
 
 
 def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | None, now: float) -> ShardState:
@@ -226,16 +239,14 @@ def _node_status(
     record = node.record
     link = link_of(connections.get(_peer_id_of(record.owner)))
     peer = state.peer(record.owner)
-    health, shard = _health(state, manifest, record, claim, now), claim.record.shard if claim else None
-    due = max(moment for moment in _due(state, manifest, claim) if moment is not None) if claim else None
     return NodeStatus(
         owner=record.owner,
         peer_id=_peer_id_of(record.owner),
         state=record.state,
-        health=health,
+        health=_health(state, manifest, record, claim, now),
         device=record.hardware.device,
         samples_per_second=record.samples_per_second,
-        shard=shard,
+        shard=claim.record.shard if claim else None,
         accepted=peer.accepted,
         rejected=peer.rejected,
         last_accepted=peer.last_accepted,
@@ -243,7 +254,6 @@ def _node_status(
         relayed=link == "relayed",
         link=link,
         software=record.software,
-        stall=node_stall(state, record.owner, health, shard, due),
     )
 
 

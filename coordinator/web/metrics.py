@@ -54,7 +54,9 @@ def _check_metrics(status: SwarmStatus) -> Iterator[Metric]:
             family.add_metric([spent.check, spent.outcome], value)
     yield from (count, seconds, size)
     yield GaugeMetricFamily("lutetia_audits_due", "Accepted results that wait for an audit.", status.audits_due)
-    yield GaugeMetricFamily("lutetia_audits_stalled", "Audits that do not end.", len(status.audit_stalls))
+    yield GaugeMetricFamily(
+        "lutetia_audits_stalled", "Audits that do not end.", sum(stall.kind == "audit" for stall in status.stalls)
+    )
     yield GaugeMetricFamily("lutetia_peers_quarantined", "Peers whose work an audit found invalid.", len(status.quarantined))
 
 
@@ -64,6 +66,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
     last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
     copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
+    stalls = frozenset(status.stalled_shards)
     stalled = GaugeMetricFamily("lutetia_shard_stalled", "1 if something holds the shard up.", labels=["shard"])
     states = GaugeMetricFamily("lutetia_shards", "Shards by state.", labels=["state"])
     tally = Tally(shard.state for shard in status.shards)
@@ -73,7 +76,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
         label = [str(shard.shard)]
         epochs.add_metric(label, shard.epoch)
         budget.add_metric(label, shard.epochs)
-        stalled.add_metric(label, int(shard.stall is not None))
+        stalled.add_metric(label, int(shard.shard in stalls))
         if shard.holdout_loss is not None:
             loss.add_metric(label, shard.holdout_loss)
         if shard.last_accepted is not None:

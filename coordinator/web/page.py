@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, stalls_of
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
 from lutetia.system.errors import plain
 
-_STALLS_SHOWN = 64
 _STYLE = """
 :root { color-scheme: light dark; --soft: color-mix(in srgb, currentColor 55%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -47,13 +46,14 @@ def _table(title: str, heads: str, rows: list[str]) -> str:
 
 
 def _shards(status: SwarmStatus) -> str:
-    rows = [_shard(shard, status.time) for shard in status.shards]
+    stalled = frozenset(status.stalled_shards)
+    rows = [_shard(shard, status.time, shard.shard in stalled) for shard in status.shards]
     return _table("Experts", "#|cluster|epochs||held-out loss|last accepted|copies|audit|state", rows)
 
 
-def _shard(shard: ShardStatus, now: float) -> str:
+def _shard(shard: ShardStatus, now: float, stalled: bool) -> str:
     share = 100 * shard.epoch / shard.epochs
-    state = "stalled" if shard.stall else shard.state
+    state = "stalled" if stalled else shard.state
     loss = "–" if shard.holdout_loss is None else f"{shard.holdout_loss:.4f}"
     return (
         f"<tr><td>{shard.shard:03d}</td><td>{_text(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
@@ -66,9 +66,9 @@ def _shard(shard: ShardStatus, now: float) -> str:
 
 def _stalls(status: SwarmStatus) -> str:
     rows = [
-        f"<tr><td class=stalled>{_text(stall.what)}</td><td class=n>{_ago(stall.since, status.time)}</td>"
+        f"<tr><td class=stalled>{_text(name_of(stall))}</td><td class=n>{_ago(stall.since, status.time)}</td>"
         f"<td>{_text(stall.why)} {_text(stall.remedy)}</td></tr>"
-        for stall in stalls_of(status)[:_STALLS_SHOWN]
+        for stall in status.stalls
     ]
     return _table("Stalled", "what|since|why, and what to do", rows)
 

@@ -15,6 +15,7 @@ from lutetia.system.errors import plain
 
 MOST_SHARDS = 4096
 LONGEST_SENTENCE = 1000
+LONGEST_EXPLANATION = 400
 _LARGEST_COUNT = 10**15  # exact as a float, too: below 2**53
 _LARGEST_FLOAT32 = 1e39
 _NO_WORD = re.compile(r"[^A-Za-z0-9 ._,:;()+/@#*=%-]")
@@ -62,10 +63,10 @@ ReportedBatch = Annotated[int, Field(ge=1, le=1 << 20), _clamped(-1, 1 << 20)]
 """Samples at once, as a peer reports them; cut like `ReportedLoss`."""
 
 
-def sentence(text: str) -> str:
-    """`text` on one printable line of at most 1000 characters."""
+def sentence(text: str, most: int = LONGEST_SENTENCE) -> str:
+    """`text` on one printable line of at most `most` characters."""
     text = plain(text)
-    return text if len(text) <= LONGEST_SENTENCE else text[: LONGEST_SENTENCE - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def word(text: str) -> str:
@@ -83,6 +84,8 @@ def _texts(change: Any) -> BeforeValidator:
 
 Sentence = Annotated[str, Field(max_length=LONGEST_SENTENCE), _texts(sentence)]
 """A reason, for people. It is cut where it is made and where it is read, so no reply can fail its own schema."""
+Explanation = Annotated[str, Field(max_length=LONGEST_EXPLANATION), _texts(lambda text: sentence(text, LONGEST_EXPLANATION))]
+"""A sentence in a list that must stay small; cut like `Sentence`."""
 Word = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9 ._,:;()+/@#*=%?-]*$"), _texts(word)]
 """A word in a record: what a device is called, a version. Other characters are replaced on reading and writing."""
 OpenWord = Annotated[str, Field(pattern=r"^[a-z][a-z0-9 -]{0,31}$")]

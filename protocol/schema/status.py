@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import AliasChoices, ConfigDict, Field, computed_field
@@ -15,6 +14,7 @@ from lutetia.protocol.schema.fields import (
     EpochCount,
     EpochNumber,
     EpochsByShard,
+    Explanation,
     MeasuredLoss,
     Moment,
     OpenWord,
@@ -49,16 +49,13 @@ class TolerantDocument(Frozen):
 class StallStatus(TolerantDocument):
     """What does not go on, and what to do."""
 
+    kind: OpenWord = Field(description="What it is: a shard, an audit, or a node")
+    shard: ShardIndex | None = Field(default=None, description="Index of the shard, also of an audit's; null: a node without one")
+    epoch: EpochNumber | None = Field(default=None, description="The accepted epoch that an audit is to replay; null: no audit")
+    owner: PublicKey | None = Field(default=None, description="Public key of the node; null: no node")
     since: Moment = Field(description="Since when, in Unix seconds")
-    why: Sentence = Field(description="What holds it up, for people")
-    remedy: Sentence = Field(description="What to do, for people")
-
-
-class AuditStall(StallStatus):
-    """An audit that does not end."""
-
-    shard: ShardIndex = Field(description="Index of its shard")
-    epoch: EpochNumber = Field(description="The accepted epoch that is to be replayed")
+    why: Explanation = Field(description="What holds it up, for people")
+    remedy: Explanation = Field(description="What to do, for people")
 
 
 class ShardStatus(TolerantDocument):
@@ -84,7 +81,6 @@ class ShardStatus(TolerantDocument):
     copies: Tally | None = Field(
         default=None, description="Live peers besides coordinators that say they hold the accepted checkpoint; null: not counted"
     )
-    stall: StallStatus | None = Field(default=None, description="What holds the shard up; null: it goes on, or is done")
 
 
 class _CheckNamed(TolerantDocument):
@@ -117,7 +113,6 @@ class NodeStatus(TolerantDocument):
         default=None, description="How the coordinator is connected to it: direct or relayed; null: not connected"
     )
     software: Word = Field(default="", description="Version of Lutetia")
-    stall: StallStatus | None = Field(default=None, description="Why its work does not count; null: it counts, or it has none")
 
 
 class RouterStatus(TolerantDocument):
@@ -188,8 +183,11 @@ class SwarmStatus(TolerantDocument):
         default=(), max_length=1024, description="What the acceptance checks have cost, by check and outcome"
     )
     audits_due: Tally = Field(default=0, description="Accepted results that wait for an audit")
-    audit_stalls: tuple[AuditStall, ...] = Field(
-        default=(), max_length=64, description="The audits that do not end, the oldest first"
+    stalls: tuple[StallStatus, ...] = Field(
+        default=(), max_length=64, description="What does not go on: shards, audits and nodes, the oldest of each kind first"
+    )
+    stalled_shards: tuple[ShardIndex, ...] = Field(
+        default=(), max_length=MOST_SHARDS, description="Indexes of all shards that do not go on"
     )
     quarantined: tuple[QuarantineStatus, ...] = Field(
         default=(), max_length=1024, description="The last quarantined peers, oldest first"
@@ -204,23 +202,9 @@ class SwarmStatus(TolerantDocument):
         return all(shard.epoch >= shard.epochs for shard in self.shards)
 
 
-@dataclass(frozen=True, slots=True)
-class Stall:
-    """One thing that does not go on. `what` names it, for people; `since` is in Unix seconds."""
-
-    what: str
-    since: float
-    why: str
-    remedy: str
-
-    @classmethod
-    def of(cls, what: str, stall: StallStatus) -> Stall:
-        return cls(what, stall.since, stall.why, stall.remedy)
-
-
-def stalls_of(status: SwarmStatus) -> list[Stall]:
-    """All that the document says does not go on: shards first, then audits, then nodes, each the oldest first."""
-    shards = [Stall.of(f"expert {shard.shard:03d}", shard.stall) for shard in status.shards if shard.stall]
-    audits = [Stall.of(f"audit of expert {stall.shard:03d} epoch {stall.epoch}", stall) for stall in status.audit_stalls]
-    nodes = [Stall.of(f"node …{node.peer_id[-8:]}", node.stall) for node in status.nodes if node.stall]
-    return [stall for kind in (shards, audits, nodes) for stall in sorted(kind, key=lambda stall: stall.since)]
+def name_of(stall: StallStatus) -> str:
+    """What does not go on, in words for people."""
+    shard = "" if stall.shard is None else f"expert {stall.shard:03d}"
+    if stall.kind == "node":
+        return f"node {(stall.owner or '?')[:8]}" + (f" on {shard}" if shard else "")
+    return shard if stall.kind == "shard" else f"{stall.kind} of {shard} epoch {stall.epoch}"

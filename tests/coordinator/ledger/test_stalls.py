@@ -17,7 +17,7 @@ from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.protocol.schema.status import StallStatus, SwarmStatus, stalls_of
+from lutetia.protocol.schema.status import StallStatus, SwarmStatus
 from lutetia.protocol.schema.verdicts import CheckName
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, blob, drive_judge, make_record
 from tests.coordinator.ledger.test_status_builder import claim, node
@@ -33,7 +33,10 @@ def document(driver: JudgeDriver, view: LiveView | None = None) -> SwarmStatus:
 
 
 def stall(driver: JudgeDriver, view: LiveView | None = None) -> StallStatus | None:
-    return document(driver, view).shards[0].stall
+    shown = document(driver, view)
+    found = next((stall for stall in shown.stalls if (stall.kind, stall.shard) == ("shard", 0)), None)
+    assert (found is not None) == (0 in shown.stalled_shards)
+    return found
 
 
 def refused(driver: JudgeDriver, peer: Identity, check: CheckName = "raw", loss: float | None = None) -> CheckpointRecord:
@@ -55,7 +58,7 @@ def started() -> JudgeDriver:
 def test_a_shard_that_goes_on_has_no_stall():
     driver = started()
     assert stall(driver) is None
-    assert stalls_of(document(driver)) == []
+    assert document(driver).stalls == ()
     assert "Nothing holds it up: training, 1 of 9 epochs" in shard_reason(document(driver), 0, driver.now)["text"]
 
 
@@ -63,7 +66,7 @@ def test_a_refused_holder_makes_its_shard_red_at_once_everywhere():
     driver = started()
     refused(driver, HOLDER)
     shown = document(driver)
-    found = shown.shards[0].stall
+    found = stall(driver)
     assert found is not None
     assert (found.since, "0.6 % over the bound" in found.why) == (driver.now, True)
     assert "lutetia run upgrade RUN --set raw_tolerance=" in found.remedy
@@ -94,11 +97,11 @@ def test_a_proof_is_shown_once_it_takes_longer_than_a_lease():
     driver.now += driver.manifest.timing.lease + 1
     found = stall(driver)
     assert found is not None
-    assert "the coordinator replays epoch 1, on which it is built" in found.why
+    assert "The coordinator replays epoch 1 and then the result built on it" in found.why
     driver.finish_audit("valid")
     found = stall(driver)
     assert found is not None
-    assert "the coordinator replays its whole epoch" in found.why
+    assert "The coordinator replays a result, which fails the check raw" in found.why
     assert "it is accepted if the replay confirms it" in found.remedy
 
 
@@ -124,10 +127,10 @@ def test_an_overdue_holder_is_named_with_its_shard():
     run = driver.manifest.run_id
     held = LiveView([node(run, HOLDER, driver.now)], [claim(run, HOLDER, driver.now, since=driver.now - 500)])
     shown = document(driver, held)
-    assert shown.shards[0].stall is not None
-    assert f"node …{HOLDER.peer_id[-8:]} holds it" in shown.shards[0].stall.why
-    assert shown.nodes[0].stall is not None
-    assert "holds shard 0, and offers no result" in shown.nodes[0].stall.why
+    shard, holder = shown.stalls
+    assert (shard.kind, holder.kind, holder.owner) == ("shard", "node", HOLDER.public_key)
+    assert f"node …{HOLDER.peer_id[-8:]} holds it" in shard.why
+    assert "holds shard 0, and offers no result" in holder.why
 
 
 def test_a_check_that_takes_too_long_is_named():
@@ -146,13 +149,13 @@ def test_a_check_that_takes_too_long_is_named():
 def test_audits_that_do_not_end_are_listed():
     driver = drive_judge(epochs=9)
     accepted = driver.accept(HOLDER)
-    assert document(driver).audit_stalls == ()
+    assert document(driver).stalls == ()
     for _ in range(2):
         finding = AuditFinding(outcome="inconclusive", text="the worker process was killed")
         driver.send(Audited(accepted.digest, finding, driver.now))
         driver.now += 60
         driver.send(JudgeTick(driver.now))
-    [found] = document(driver).audit_stalls
+    [found] = [stall for stall in document(driver).stalls if stall.kind == "audit"]
     assert (found.shard, found.epoch) == (0, 1)
     assert "2 replays of the first steps ended without a verdict" in found.why
     assert b"lutetia_audits_stalled 1.0" in metrics_text(document(driver))
@@ -163,17 +166,17 @@ def test_an_audit_that_nobody_carries_out_is_listed_after_six_tenures():
     driver.accept(HOLDER)
     assert any(isinstance(event, AuditDue) for event in driver.events)
     driver.now += STALLED_AUDIT_TENURES * driver.manifest.timing.tenure + 1
-    assert len(document(driver).audit_stalls) == 1
+    assert [stall.epoch for stall in document(driver).stalls if stall.kind == "audit"] == [1]
 
 
 def test_a_quarantined_node_is_told_why():
     driver = drive_judge(epochs=9)
     driver.accept(HOLDER)
     driver.finish_audit("invalid")
-    [shown] = document(driver).nodes
-    assert shown.health == "quarantined"
-    assert shown.stall is not None
-    assert "step 2: 0.7 and 0.9" in shown.stall.why
+    shown = document(driver)
+    assert shown.nodes[0].health == "quarantined"
+    [found] = [stall for stall in shown.stalls if stall.kind == "node"]
+    assert (found.owner, "step 2: 0.7 and 0.9" in found.why) == (HOLDER.public_key, True)
 
 
 def test_the_router_is_as_old_as_its_training():
