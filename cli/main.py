@@ -131,7 +131,9 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
 def _usage_sentence(error: typer.TyperException) -> str:
     """typer's message, and which help to read. For a group without a command typer gives its whole help instead of a message."""
     path = getattr(getattr(error, "ctx", None), "command_path", "lutetia")
-    text = error.format_message().rstrip(".")
+    from lutetia.protocol.schema.problems import plain_words
+
+    text = plain_words(error.format_message().rstrip("."))
     return f"name a command; see {path} --help" if "\n" in text else f"{text[:1].lower()}{text[1:]}; see {path} --help"
 
 

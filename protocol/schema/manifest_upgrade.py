@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from lutetia.protocol.schema.manifest import Manifest, first_problem
+from lutetia.protocol.schema.problems import unknown_key
 from lutetia.system.errors import ConfigError
 
 Reason = Literal["run", "version", "lineage", "budget", "value"]
@@ -98,6 +99,8 @@ def _set(old: Manifest, document: dict[str, Any], name: str, value: Any) -> None
     if top not in CHANGEABLE:
         raise _fixed(top)
     if not key:
+        if unknown := unknown_key({top: value}, Manifest):
+            raise UpgradeRefused("value", name, f"{unknown}; look at `lutetia run show`")
         document[top] = value
     elif isinstance(table := getattr(old, top), BaseModel) and key in type(table).model_fields:
         document[top][key] = value  # also a field that is not written while it has its default

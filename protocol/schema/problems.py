@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary|Set|Data|Value|Bytes|Decimal input|URL) should ")
+_SUBJECT = re.compile(r"\b(Input|String|List|Tuple|Dictionary|Set|Data|Value|Bytes|Decimal input|URL) should ")
 _WORDS = {
     "must match pattern": "must have the form", "greater than or equal to": "at least", "less than or equal to": "at most",
     "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid tuple": "a list",
@@ -48,11 +48,16 @@ def _sentence(problem: Mapping[str, Any], where: Sequence[int | str], model: typ
             return str(problem["ctx"]["error"])
         case "literal_error":
             return f"must be {problem['ctx']['expected']}{given and f', not {given}'}"
-    sentence = _SUBJECT.sub("must ", problem["msg"])
-    sentence = sentence.split(", unable to")[0]
+    sentence = plain_words(problem["msg"])
+    return f"{sentence}{given and f', not {given}'}" if sentence.startswith("must ") else sentence
+
+
+def plain_words(text: str) -> str:
+    """A message of pydantic's, or one that quotes it as typer's do, in plain words."""
+    sentence = _SUBJECT.sub("must ", text).split(", unable to")[0].replace("Value error, ", "")
     for technical, plain in _WORDS.items():
         sentence = sentence.replace(technical, plain)
-    return f"{sentence}{given and f', not {given}'}" if sentence.startswith("must ") else sentence
+    return sentence
 
 
 def _quoted(value: Any) -> str:
