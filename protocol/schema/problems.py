@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -66,25 +66,29 @@ def _quoted(value: Any) -> str:
     return text if isinstance(value, str | int | float | bool) and len(text) <= _LONGEST_INPUT else ""
 
 
-def unknown_key(values: Mapping[str, Any], model: type[BaseModel], above: tuple[str, ...] = ()) -> str | None:
-    """The first key of `values`, or of a table in it, that `model` does not have, as `table.key: is unknown`.
+def unknown_key(values: Mapping[str, Any], *models: type[BaseModel], above: tuple[str, ...] = ()) -> str | None:
+    """The first key of `values`, or of a table in it, that none of `models` has, as `table.key: is unknown`.
 
     Documents of other versions may have more fields than ours; what people write may not.
     """
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
     for key, value in values.items():
-        if key not in model.model_fields:
-            near = get_close_matches(key, model.model_fields, 1)
+        if key not in fields:
+            near = get_close_matches(key, fields, 1)
             return f"{'.'.join((*above, key))}: is unknown{f'; did you mean {near[0]}?' if near else ''}"
-        inner = _inner_model(model, key)
-        if inner and isinstance(value, Mapping) and (found := unknown_key(value, inner, (*above, key))):
+        inner = [kind for model in models if key in model.model_fields for kind in _models_in(model.model_fields[key].annotation)]
+        if inner and isinstance(value, Mapping) and (found := unknown_key(value, *inner, above=(*above, key))):
             return found
     return None
 
 
-def _inner_model(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    annotation = model.model_fields[key].annotation
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a value of this type may be. A mapping of models is none itself: its keys are free."""
+    if get_origin(annotation) in (dict, Mapping):
+        return []
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _description(model: type[BaseModel] | None, where: Sequence[int | str]) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from lutetia.cli.arguments import settings_of
 from lutetia.coordinator.settings import RunSettings, ServeSettings
+from lutetia.models.study.config import StudyConfig
 from lutetia.node.settings import load_settings
+from lutetia.protocol.schema.problems import unknown_key
 from lutetia.system.errors import ConfigError
 
+ROOT = Path(__file__).parents[3]
 TECHNICAL = ("should", "pattern", "^", "Input", "Value error", "valid tuple", "parse", "pydantic", "\n", "string_")
 
 RUN: list[tuple[dict[str, Any], str]] = [
@@ -71,3 +77,22 @@ def test_a_wrong_setting_of_a_node_is_explained(values: dict[str, Any], says: st
     with pytest.raises(ConfigError) as caught:
         load_settings({"ticket": "x", **values})
     one_sentence(caught, says)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_key_of_the_shipped_studies_is_known(path: Path) -> None:
+    assert unknown_key(tomllib.loads(path.read_text()), StudyConfig) is None
+
+
+def test_an_unknown_key_is_found_in_unions_and_not_in_free_tables() -> None:
+    class Cat(BaseModel):
+        lives: int = 9
+
+    class Dog(BaseModel):
+        tricks: dict[str, Cat] = {}
+
+    class Owner(BaseModel):
+        pet: Cat | Dog | None = None
+
+    assert unknown_key({"pet": {"tricks": {"any name": {"lives": 1}}}}, Owner) is None
+    assert unknown_key({"pet": {"lifes": 1}}, Owner) == "pet.lifes: is unknown; did you mean lives?"
