@@ -132,7 +132,9 @@ def test_secret_number_of_steps_is_as_likely_as_the_page_says() -> None:
     ]
     assert "beyond the fourth step with probability {:.2f}, {:.2f} and {:.2f}".format(*beyond) in text
     caught = [share + AUDIT.whole_epoch * (1 - share) for share in (beyond[0], beyond[2])]
-    assert "with probability {:.2f} per audit, of 1,000 steps with {:.2f}".format(*caught) in text
+    threats = (DOCS / "explanation" / "threat-model.md").read_text()
+    often = [counted(round(1 / share)) for share in caught]
+    assert "who stops after four of 16 steps is caught in one audit of {}, of 1,000 steps in one of {}".format(*often) in threats
 
 
 def test_study_page_names_every_config_control_and_changeable_setting() -> None:

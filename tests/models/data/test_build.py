@@ -311,7 +311,7 @@ def test_read_data_refuses_changed_files(built: BuildReport, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"001.holdout.safetensors is missing; build the data again"):
         read_data(tmp_path / "data")
     (tmp_path / "data/data.json").write_text("{}")
-    with pytest.raises(DataError, match=r"data.json cannot be read \(latent: Field required\)"):
+    with pytest.raises(DataError, match=r"data.json cannot be read \(latent: is missing\)"):
         read_data(tmp_path / "data")
     with pytest.raises(DataError, match="holds no data.json; name a folder that `lutetia data build` wrote"):
         read_data(tmp_path)
