@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
 from lutetia.models.data.cluster.kmeans import ClusterSettings, smallest_cluster
-from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS, DecoderPool
+from lutetia.models.data.decode.pool import CLIP_SECONDS, DecoderPool, memory_of_a_clip
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.description import DataDescription
 from lutetia.models.data.doubts import find_doubts
@@ -102,8 +102,14 @@ class BuildSettings(Frozen):
         le=256,
         description="threads that decode and encode clips; default: one per core, at most 16",
     )
-    clip_seconds: Positive = Field(default=CLIP_SECONDS, description="longest time to decode one clip, seconds")
-    clip_memory: Count = Field(default=CLIP_MEMORY, description="most memory to decode one clip, MiB, for each worker")
+    clip_seconds: float = Field(default=CLIP_SECONDS, ge=1, le=86_400, description="longest time to decode one clip, seconds")
+    clip_memory: int | None = Field(
+        default=None,
+        ge=64,
+        le=1 << 20,
+        description="most memory to decode one clip, MiB, for each worker; none: 2048, or less where all workers together would "
+        "take more than half of the machine's memory",
+    )
     device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda or cuda:N")
     cache: Path | None = Field(
         default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
@@ -171,7 +177,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     with (
         output_folder(out) as part,
         array_cache(settings.cache or default_cache_folder() / "data", instead=part.parent) as cache,
-        DecoderPool(settings.clip_seconds, settings.clip_memory) as decoder,
+        DecoderPool(settings.clip_seconds, settings.clip_memory or memory_of_a_clip(settings.workers)) as decoder,
     ):
         with _timed(seconds, "clips"):
             prepared = prepare_clips(

@@ -32,6 +32,12 @@ _START_SECONDS = 60.0
 _HEADER = 1 << 14  # bytes
 
 
+def memory_of_a_clip(workers: int) -> int:
+    """MiB for each of `workers`, which together get at most half of the machine's memory; at least 256."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    return max(256, min(CLIP_MEMORY, machine // 2 // workers))
+
+
 class DecoderPool:
     """Decodes clips in child processes that are started when they are needed, and again when one had to be ended.
 

@@ -11,7 +11,7 @@ import pytest
 
 from lutetia.models.data.decode.clip import decode_clip
 from lutetia.models.data.decode.cut import ClipRefused
-from lutetia.models.data.decode.pool import DecoderPool, in_pool
+from lutetia.models.data.decode.pool import DecoderPool, in_pool, memory_of_a_clip
 from lutetia.models.data.decode.shape import ClipShape
 from tests.models.data.clip_files import look, numbered, write_video
 
@@ -39,6 +39,14 @@ def test_small_file_with_an_enormous_picture_meets_the_memory_limit(tmp_path: Pa
         with pytest.raises(ClipRefused, match=r"^greedy.gif cannot be decoded .*; remove it or encode it again"):
             pool.decode(greedy, SHAPE)
         assert pool.decode(sound, SHAPE).shape == (8, 32, 32, 3)
+
+
+def test_workers_share_half_of_the_memory() -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    for workers in (1, 2, 16, 256):
+        each = memory_of_a_clip(workers)
+        assert 256 <= each <= 2048
+        assert each == 256 or each * workers <= machine / 2
 
 
 def test_file_that_never_ends_meets_the_deadline(tmp_path: Path, sound: Path) -> None:
