@@ -6,6 +6,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
+from benchmarks.attacks.poison_number import poison_number
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from benchmarks.attacks.time_bomb import time_bomb
 
@@ -50,3 +51,6 @@ def main(argv: Sequence[str]) -> None:
     print(stalled_judging(arguments.tries))
     print()
     print(time_bombs(arguments.tries))
+    print(f"\nRecords with numbers of up to 4,000 digits, {arguments.tries} tries:")
+    for outcome, count in sorted(poison_number(arguments.tries).items()):
+        print(f"- {outcome}: {count}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
@@ -12,7 +14,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
 from lutetia.coordinator.runtime.audit_service import free_auditors, relatives
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
-from lutetia.protocol.schema.records import Hardware, NodeRecord
+from lutetia.protocol.schema.records import Hardware, NodeRecord, NodeState
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, limits_of
 
 CHEAT, HONEST, OTHER, AUDITOR = PEERS[0], PEERS[1], PEERS[2], PEERS[4]
@@ -125,10 +127,16 @@ def test_report_of_an_ended_loan_still_counts():
 
 
 def test_free_auditors_are_the_idle_nodes_of_the_view():
-    facts = {"run": "a" * 64, "issued": 1.0, "hardware": Hardware(device="cpu", memory_bytes=1, cores=1), "software": "1"}
+    states: tuple[tuple[Identity, NodeState], ...] = ((AUDITOR, "idle"), (HONEST, "training"), (OTHER, "left"))
+    facts: dict[str, Any] = {
+        "run": "a" * 64,
+        "issued": 1.0,
+        "hardware": Hardware(device="cpu", memory_bytes=1, cores=1),
+        "software": "1",
+    }
     nodes = [
         Sighting(NodeRecord(**facts, owner=owner(peer), peer_id=peer.peer_id, samples_per_second=1.0, state=state), 9.0, 1.0)
-        for peer, state in ((AUDITOR, "idle"), (HONEST, "training"), (OTHER, "left"))
+        for peer, state in states
     ]
     assert free_auditors(LiveView(nodes)) == {owner(AUDITOR)}
     assert free_auditors(LiveView()) is None, "nothing was read yet"
