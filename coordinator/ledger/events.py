@@ -18,7 +18,6 @@ from lutetia.protocol.schema.fields import (
     EpochCount,
     EpochNumber,
     EpochsByShard,
-    Label,
     MeasuredLoss,
     Moment,
     Name,
@@ -78,7 +77,7 @@ class CoordinatorStarted(_Event):
     """The service started, for the first time or again from disk."""
 
     kind: Literal["coordinator-started"] = "coordinator-started"
-    software: Label = Field(description="Name and version of the software.")
+    software: Sentence = Field(description="Name and version of the software.")
 
 
 class CoordinatorStopped(_Event):

@@ -15,7 +15,14 @@ from tests.fuzz.strategies import mutations
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 MOST_SECONDS = 5.0  # of processor time: the machine may be busy
-EXAMPLES = {**dict.fromkeys(LIGHT, 60), **dict.fromkeys(TENSOR_NAMES, 25), "ledger": 40, "state": 10, "state-header": 15}
+EXAMPLES = {
+    **dict.fromkeys(LIGHT, 60),
+    **dict.fromkeys(TENSOR_NAMES, 25),
+    "ledger": 40,
+    "results": 15,
+    "state": 10,
+    "state-header": 15,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
