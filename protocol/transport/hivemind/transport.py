@@ -212,7 +212,8 @@ class HivemindTransport(Transport):
         control, wanted = self._daemon.control, {*self._require_dht().neighbours(), *map(_peer_of, self._bootstrap)}
         connections = await control.connections()
         for peer_id in idle_to_close(connections, wanted | control.in_use(connections), IDLE_PER_PREFIX):
-            await control.disconnect(peer_id)
+            with contextlib.suppress(ConnectionError):  # it has gone meanwhile
+                await control.disconnect(peer_id)
 
     def _require_alive(self) -> None:
         if not self.alive():
