@@ -109,6 +109,26 @@ def test_author_of_only_the_first_steps_fails_a_whole_replay(tmp_path):
     assert "distance of its end from the replay" in finding.text
 
 
+@pytest.mark.parametrize(("optimizer", "kind"), [("adamw", "adamw.exp_avg."), ("muon", "muon.momentum_buffer.")])
+def test_crafted_moments_with_honest_weights_are_invalid_whatever_the_device(tmp_path, optimizer: str, kind: str):
+    manifest = tiny_manifest(samples_per_shard=24, checkpoint_samples=24, optimisation={"optimizer": optimizer})
+    trainer, data, found = ExpertTrainer(manifest, 0, tiny_data()), tiny_data(), []
+    while not trainer.at_epoch_end:
+        trainer.step()
+    snapshot = trainer.snapshot()
+    write_weights(snapshot, tmp_path / "weights")
+    for name in ("honest", "crafted"):
+        write_state(snapshot, tmp_path / name, ema=False)
+        found.append(replay(manifest, 0, data, ReplayParent(0), 1, end=ReplayEnd(tmp_path / "weights", tmp_path / name)))
+        snapshot.moments = {key: -value if key.startswith(kind) else value for key, value in snapshot.moments.items()}
+    honest, crafted = found
+    assert (honest.drift, crafted.farthest) == (0.0, "moments")
+    for claimed in (CPU, TrainedWith(device="other", precision="bfloat16")):
+        finding = compare(trainer.trace, crafted.losses, crafted.drift, claimed, crafted.made, part="moments")
+        assert finding.outcome == "invalid", finding.text
+        assert "its moments" in finding.text
+
+
 def test_published_tensors_that_are_never_trained_are_compared_too(tmp_path):
     """Learned positions of CogVideoX are a buffer: in the published weights, in no state, and without a gradient."""
     config = CONFIGS["CogVideoXTransformer3DModel"] | {
