@@ -68,8 +68,8 @@ def page() -> str:
     """docs/reference/protocol.md."""
     return join(
         "# Protocol",
-        "Documents are canonical JSON (sorted keys, no spaces, UTF-8). Fields that a reader does not know are carried, within bounds: "
-        "[compatibility](../explanation/compatibility.md) says what may change how.",
+        "Documents are canonical JSON (sorted keys, no spaces, UTF-8). Fields that a reader does not know are carried, "
+        "within bounds: [compatibility](../explanation/compatibility.md) says what may change how.",
         "## The ticket",
         docstring(ticket),
         f"A ticket is `{PREFIX}` followed by the packed document below, at most {MAX_TICKET_CHARACTERS:,} characters.",
