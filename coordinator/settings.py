@@ -168,5 +168,7 @@ class ServeSettings(_Settings):
         description="Most bytes of blobs sent per second, to peers and HTTP clients together; without it no limit",
     )
     slowest_bytes_per_second: Positive = Field(
-        default=65536.0, description="Bytes per second; a checkpoint that arrives slower is inconclusive"
+        default=65536.0,
+        description="Bytes per second; a checkpoint that arrives slower, or of which no MiB came for 10 s and the time that "
+        "this rate gives it, is inconclusive",
     )

@@ -18,6 +18,7 @@ from lutetia.coordinator.acceptance.audit_comparison import (
     unproved_depth,
 )
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
+from lutetia.coordinator.acceptance.rate_limits import loan_seconds
 from lutetia.coordinator.acceptance.rollback import can_roll_back, condemn, due_audit, quarantine, re_audits, settle_suspects
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, Loan
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
@@ -29,8 +30,6 @@ from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.retry import backoff
 
 _LONGEST_DELAY = 3600.0
-LOAN_FACTOR = 3
-"""A peer may be so many times slower at a whole epoch than its author."""
 _SUSPICIOUS_REFUSALS = 2
 _CONTENT_CHECKS: frozenset[CheckName] = frozenset({"numbers", "holdout", "raw"})
 """What these look at depends on the parent from which the epoch was trained."""
@@ -243,32 +242,6 @@ def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
     lent[held] = Loan(wanted.owner, until, transition.now)
     transition.set(lent=lent)
     transition.actions.append(LendAudit(_audit_job(transition, audit), until))
-
-
-def loan_seconds(rules: JudgeRules, run: RunState, audit: PendingAudit) -> float:
-    """How long a peer has for an audit: for a whole epoch LOAN_FACTOR times what the author took, at least and at most
-    one and six times as long as for a few steps.
-    """
-    pace = run.peer(audit.owner).interval
-    if not audit.whole:
-        return rules.audit_loan
-    longest = 6 * rules.audit_loan
-    return longest if pace is None else min(longest, max(rules.audit_loan, LOAN_FACTOR * pace))
-
-
-def end_loans(transition: JudgeTransition, auditors: frozenset[str] | None) -> None:
-    """End the loans of peers that are gone or do other work, and of those that have not been heard of for long.
-
-    `auditors`: the peers whose node records say that they are free; None: not known.
-    """
-    now, rules = transition.now, transition.rules
-    lent = dict(transition.state.lent)
-    for name, loan in lent.items():
-        gone = auditors is not None and loan.owner not in auditors and now - loan.heard >= rules.manifest.timing.lease
-        if loan.until > now and (gone or now - loan.heard >= rules.audit_loan):
-            lent[name] = loan._replace(until=now)
-    if lent != transition.state.lent:
-        transition.set(lent=lent)
 
 
 def _oldest_free(transition: JudgeTransition, lent: Mapping[str, Loan], related: set[str]) -> str | None:

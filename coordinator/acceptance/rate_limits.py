@@ -2,7 +2,7 @@
 
 The judge counts the requests of each peer. By origin (`protocol.transport.network_origin`) offers and audit requests are counted
 per minute, and undecided results, each of which costs the coordinator a download and a check. Peers behind relays share one
-origin. No clock of its own.
+origin. Also: whose owner is dialled before a record of the DHT counts, and how long a peer may keep an audit. No own clock.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lutetia.coordinator.acceptance.transition import JudgeTransition
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
-from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.ledger.run_state import PendingAudit, RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.transport.network_origin import origin_of
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _MINUTE = 60.0
 _REMEMBERED = 4096
+LOAN_FACTOR = 3
+"""A peer may be so many times slower at a whole epoch than its author."""
 BUSY_SECONDS = 10.0
 DIALS_AT_ONCE = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 20.0, 3600.0
@@ -157,6 +159,32 @@ def forget_origins(transition: JudgeTransition) -> None:
         for owner in sorted(waiting & state.origins.keys()):
             kept = kept.set(owner, state.origins[owner])
         transition.set(origins=kept)
+
+
+def loan_seconds(rules: JudgeRules, run: RunState, audit: PendingAudit) -> float:
+    """How long a peer has for an audit: for a whole epoch LOAN_FACTOR times what the author took, at least and at most
+    one and six times as long as for a few steps.
+    """
+    pace = run.peer(audit.owner).interval
+    if not audit.whole:
+        return rules.audit_loan
+    longest = 6 * rules.audit_loan
+    return longest if pace is None else min(longest, max(rules.audit_loan, LOAN_FACTOR * pace))
+
+
+def end_loans(transition: JudgeTransition, auditors: frozenset[str] | None) -> None:
+    """End the loans of peers that are gone or do other work, and of those that have not been heard of for long.
+
+    `auditors`: the peers whose node records say that they are free; None: not known.
+    """
+    now, rules = transition.now, transition.rules
+    lent = dict(transition.state.lent)
+    for name, loan in lent.items():
+        gone = auditors is not None and loan.owner not in auditors and now - loan.heard >= rules.manifest.timing.lease
+        if loan.until > now and (gone or now - loan.heard >= rules.audit_loan):
+            lent[name] = loan._replace(until=now)
+    if lent != transition.state.lent:
+        transition.set(lent=lent)
 
 
 def _remember(known: OrderedDict[str, T], name: str, value: T) -> None:

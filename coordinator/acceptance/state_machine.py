@@ -13,7 +13,6 @@ from lutetia.coordinator.acceptance.audit_policy import (
     audits_lag,
     build_of,
     consider_audit,
-    end_loans,
     finish_audit,
     lend_audit,
     receive_report,
@@ -62,7 +61,7 @@ from lutetia.coordinator.acceptance.proof import (
     start_proof,
     waived,
 )
-from lutetia.coordinator.acceptance.rate_limits import forget_offers, forget_origins, over_rate
+from lutetia.coordinator.acceptance.rate_limits import end_loans, forget_offers, forget_origins, over_rate
 from lutetia.coordinator.acceptance.rollback import due_audit, note_fact
 from lutetia.coordinator.acceptance.transition import (
     JudgeRules,

@@ -58,7 +58,7 @@ def chunk_limit(size: int, slowest: float) -> float:
 
 
 @dataclass
-class Progress:
+class ChunkDeadline:
     """Moves the deadline of a fetch on with each chunk: `chunk_limit` seconds from now, but never beyond the end."""
 
     deadline: asyncio.Timeout
@@ -128,10 +128,10 @@ class NetworkCheckRunner:
         now, slowest = asyncio.get_running_loop().time(), self.slowest_bytes_per_second
         step = max(_SHORTEST_WAIT, patience * chunk_limit(ref.size, slowest))
         most = max(_SHORTEST_WAIT, patience * fetch_limit(ref.size, slowest))
-        progress: Progress | None = None
+        progress: ChunkDeadline | None = None
         try:
             async with asyncio.timeout(min(step, most)) as deadline:
-                progress = Progress(deadline, step, now + most)
+                progress = ChunkDeadline(deadline, step, now + most)
                 await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref), progress)
         except TimeoutError as error:
             here = (progress and progress.arrived) or 0

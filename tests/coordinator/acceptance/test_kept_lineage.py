@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.attacks.time_bomb import time_bomb
-from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
-from lutetia.coordinator.acceptance.audit_policy import NEWCOMER_EPOCHS, audits_lag, unproved_depth
+from lutetia.coordinator.acceptance.audit_comparison import NEWCOMER_EPOCHS, AuditFinding, unproved_depth
+from lutetia.coordinator.acceptance.audit_policy import audits_lag
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import Audited, CheckDone, JudgeTick
 from lutetia.coordinator.acceptance.rollback import KEPT_DEPTH, weigh_lineage
