@@ -64,7 +64,7 @@ def _video_pictures(path: Path | TarMember, cut: Cut) -> list[Frames]:
     wanted = sorted(set(ticks))
     search = _Search(path, track, cut, wanted)
     far = wanted[0] - track.shown[0] > _SEEK_BEYOND / track.base
-    found = search.run(seek=True) if far and track.is_timed else {}
+    found = search.run(seek=True) if far and track.is_timed and track.can_seek else {}
     if len(found) < len(wanted):  # no seek was needed, or what lies between keys cannot be decoded alone
         found = search.run(seek=False)
     if search.is_disordered:  # AVI with B-frames: its packets bear no times of showing, and those that FFmpeg guesses are wrong
@@ -95,7 +95,9 @@ def scan(path: Path | TarMember) -> Track:
                 stamps.append(stamp)
                 keys.append(packet.is_keyframe)
                 end = max(end, stamp + Fraction(packet.duration or usual))
-    return Track(base, stamps, keys, end, aspect, is_timed)
+        # 4:4:4 of old x264 is decoded in another way, which FFmpeg knows from a note in the first packet
+        can_seek = not (stream.codec_context.name == "h264" and "4:4:4" in str(stream.codec_context.profile))
+    return Track(base, stamps, keys, end, aspect, is_timed, can_seek)
 
 
 def look_at(path: Path | TarMember) -> ClipLook:

@@ -34,6 +34,7 @@ class Track:
         end: tick at which the last picture ends.
         aspect: width of a pixel over its height.
         is_timed: whether every packet says when its picture appears; otherwise pictures are counted.
+        can_seek: whether decoding may begin at a key; otherwise only the first packet says how to read the others.
     """
 
     base: Fraction
@@ -42,6 +43,7 @@ class Track:
     end: Fraction
     aspect: Fraction
     is_timed: bool
+    can_seek: bool = True
 
     @cached_property
     def shown(self) -> list[int]:

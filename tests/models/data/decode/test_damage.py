@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from lutetia.models.data.decode.clip import decode_clip
+from lutetia.models.data.decode.clip import decode_clip, scan
 from lutetia.models.data.decode.cut import ClipRefused
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.decode.timeline import Track
@@ -69,6 +69,13 @@ def test_clip_in_the_middle_equals_decoding_all(tmp_path: Path, parameters: str,
     path = encode(tmp_path / "clip.mp4", video, "libx264", pixel_format, {"x264-params": parameters}, fps=8)
     frames = decode_clip(path, ClipShape(frames=8, fps=8, height=48, width=64))
     assert np.abs(frames.astype(int) - video[56:64]).mean() < 8
+
+
+@pytest.mark.parametrize(("pixel_format", "can_seek"), [("yuv420p", True), ("yuv444p", False)])
+def test_444_is_decoded_from_its_first_packet(tmp_path: Path, pixel_format: str, can_seek: bool) -> None:
+    """Only the first packet names the encoder, and 4:4:4 of an old one is green where that is not known."""
+    path = encode(tmp_path / "clip.mp4", textured(8, 48, 64), "libx264", pixel_format, {}, fps=8)
+    assert scan(path).can_seek is can_seek
 
 
 def test_avi_with_reordered_pictures_keeps_their_order(tmp_path: Path) -> None:
