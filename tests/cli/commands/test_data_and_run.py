@@ -104,7 +104,7 @@ def test_data_build_refuses_bad_input(made: Path, tmp_path: Path, damage: str) -
         shutil.copy(path, clips / path.name)
         (clips / path.name).with_suffix(".txt").write_text("a red handwritten three moves up\n")
     config.write_text(f'{SETTINGS}cache = "{tmp_path / "cache"}"\n')
-    first, flags, code = sorted(clips.glob("*.mp4"))[0], [], 12
+    first, flags, code = sorted(clips.glob("*.mp4"))[0], ["--experts", "2"], 12
     match damage:
         case "caption":
             first.with_suffix(".txt").unlink()
