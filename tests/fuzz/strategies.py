@@ -120,6 +120,7 @@ def _consistent(value: Json) -> Json:
     channels = latent["channels"] if latent["channels"] <= 8 else 0
     latent |= {"mean": [0.5] * channels, "std": [1.5] * channels}
     value |= {"checkpoint_samples": 2 * batch, "samples_per_shard": 6 * batch, "expires": created + abs(created) + 1}
+    value.pop("needs", None)  # an unknown capability is a reason to refuse
     value["run"] = None if value["version"] == 1 else value.get("run") or "a" * 64
     return value
 
