@@ -1,4 +1,4 @@
-"""Fixtures of the fault suite. One swarm serves the faults of several files; every test starts from `pair.ready()`.
+"""Fixtures of the fault suite. One swarm serves the faults of a file; every test starts from `pair.ready()`.
 
 LONG tests run in `make faults` alone (or with LUTETIA_FAULTS=all), so that every commit pays for the others only.
 """
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")  # it trains as long as it lives
 async def _pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     folder = tmp_path_factory.mktemp("pair") / "world"
     with disk(folder / "disk"):
