@@ -54,7 +54,7 @@ class Outcome:
 
 SUITE = (
     *("cli", "coordinator", "models", "node", "protocol", "system"),
-    *("pyproject.toml", "setup.py", "constraints.txt", "tests/conftest.py", "tests/faults"),
+    *("pyproject.toml", "setup.py", "constraints.txt", "tests/conftest.py", "tests/child_environment.py", "tests/faults"),
     *(
         "tests/coordinator/tiny_data.py",
         "tests/node/small_disk.py",

@@ -15,7 +15,7 @@ from lutetia.coordinator.ledger.events import AuditDone, AuditReported
 from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import Timing
+from lutetia.protocol.schema.manifest import AuditPolicy, Timing
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
@@ -24,6 +24,11 @@ from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny
 
 HEARTBEAT = 4.0
+EPOCHS = 50
+
+
+def reports_in(folder: Path) -> list[AuditReported]:
+    return [event for event in read_events(folder) if isinstance(event, AuditReported)]
 
 
 async def hold(peer: ScriptedNode) -> None:
@@ -40,7 +45,10 @@ async def hold(peer: ScriptedNode) -> None:
 @pytest.mark.timeout(900)
 async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
     timing = Timing(heartbeat=HEARTBEAT, tenure=300.0)
-    settings = RunSettings(preset="tiny", name="audited", addresses=(f"127.0.0.1:{free_port()}",), timing=timing)
+    settings = RunSettings(
+        preset="tiny", name="audited", addresses=(f"127.0.0.1:{free_port()}",), timing=timing, audit=AuditPolicy(streak=EPOCHS),
+        samples_per_shard=8 * EPOCHS,
+    )  # fmt: skip
     run = create_run(build_tiny(tmp_path / "data", 1), tmp_path / "run", settings)
     coordinator = await Coordinator.start(run.folder, json.dumps({"stitch": "end", "gallery": False}))
     node: asyncio.subprocess.Process | None = None
@@ -55,7 +63,7 @@ async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
                 return [peer.state for peer in peers] == ["idle"]
 
             await until(standing_by, "the node to stand by")
-            for _ in range(3):
+            while not reports_in(run.folder):  # the coordinator itself replays what comes before the node's first question
                 assert (await ann.verdict(ann.train(0))).verdict == "accepted"
 
                 async def decided() -> bool:
@@ -69,10 +77,9 @@ async def test_node_without_a_shard_audits_an_epoch(tmp_path: Path):
             if process and process.returncode is None:
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
-    history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
-    reports = [event for event in events if isinstance(event, AuditReported)]
+    history, reports = "\n".join(tell(run.folder)), reports_in(run.folder)
+    done = [event.outcome for event in read_events(run.folder) if isinstance(event, AuditDone)]
     auditor = Identity.load(tmp_path / "node" / "identity.key").public_key
-    assert reports, history
     assert {(event.by, event.outcome) for event in reports} == {(auditor, "valid")}, history
-    assert [event.outcome for event in events if isinstance(event, AuditDone)] == ["valid"] * 3, history
+    assert set(done) == {"valid"}, history
     assert "to be verified" in history

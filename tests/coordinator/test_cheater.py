@@ -67,7 +67,10 @@ async def test_faked_training_is_rolled_back_and_trained_again(tmp_path: Path):
             first = ann.train(0)
             assert (await ann.verdict(first)).verdict == "accepted"
             faked = fake(mallory, ann, first)
-            assert (await mallory.verdict(faked)).verdict == "accepted", "its held-out loss is as good as the parent's"
+            reply = await mallory.verdict(
+                faked
+            )  # its held-out loss is as good as the parent's; an audit may come before the reply
+            assert reply.verdict == "accepted" or reply.check == "quarantine", reply
 
             async def caught() -> bool:
                 return bool((await ann.status()).quarantined)

@@ -104,7 +104,7 @@ def test_template_refuses_another_user(template: psutil.Process):
                 raise ConnectionResetError
 
     assert as_nobody(ask) == "PermissionError"
-    assert as_nobody(ask_without_looking) == "ConnectionResetError"
+    assert as_nobody(ask_without_looking) in ("ConnectionResetError", "BrokenPipeError")
     assert not template.children()
 
 
