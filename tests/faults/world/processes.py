@@ -199,12 +199,17 @@ def litter(folder: Path) -> list[Path]:
 def relatives(folder: Path) -> list[str]:
     """Living processes that have anything to do with `folder`: by command line, environment or working directory.
 
-    All that were forked for some process count too: only one test runs at a time.
+    A forked process counts with the one it was forked for, or if that has ended.
     """
-    found = [f"{process.pid} {process.name()}" for process in template_process().children() if lives(process)]
+    found: dict[int, str] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = [*process.cmdline(), *process.environ().values(), process.cwd()]
             if process.pid != os.getpid() and lives(process) and any(str(folder) in word for word in words):
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:160]}")
-    return found
+                found[process.pid] = " ".join(process.cmdline())[:160]
+    for process in template_process().children():
+        with contextlib.suppress(psutil.Error):
+            parent = int(process.name().rpartition(" ")[2])
+            if lives(process) and (parent in found or not psutil.pid_exists(parent)):
+                found[process.pid] = process.name()
+    return [f"{pid} {text}" for pid, text in found.items()]
