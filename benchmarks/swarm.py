@@ -15,7 +15,8 @@ from lutetia.cli.local.processes import LocalSwarm, free_port
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data import recipe
-from lutetia.models.data.build import BuildSettings, build_data
+from lutetia.models.data.build import build_data
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.ingest.synthetic import make_clips
 from lutetia.models.data.shards import ShardData, load_shard
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest

@@ -16,6 +16,7 @@ from lutetia.system.errors import ConfigError, disk_reason
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
     from lutetia.protocol.schema.ticket import Ticket
 
@@ -35,35 +36,45 @@ def _finite(value: Any) -> Any:
 
 
 class DocumentedCommand(TyperCommand):
-    """A command whose options take their help texts from the fields of a settings model, see `documented_by`."""
+    """A command whose options take their help texts from the fields of settings models, see `documented_by`."""
 
-    model = ""
+    models: tuple[str, ...] = ()
     fields: dict[str, str] = {}
 
     def describe_options(self) -> None:
-        """Fill in the help texts. This imports the model, so it is done only for a command's own help page."""
-        module, _, name = self.model.partition(":")
-        described = getattr(importlib.import_module(module), name).model_fields
+        """Fill in the help texts. This imports the models, so it is done only for a command's own help page."""
+        described: dict[str, FieldInfo] = {}
+        for model in reversed(self.models):
+            module, _, name = model.partition(":")
+            described |= getattr(importlib.import_module(module), name).model_fields
         for option in self.params:
             field = described.get(self.fields.get(option.name or "", option.name))
             if isinstance(option, TyperOption) and field is not None and field.description:
-                option.help = f"{field.description.rstrip('.')}."
+                option.help = _sentence(field.description, str(field.annotation))
 
     def get_help(self, ctx: typer.Context) -> str:
         self.describe_options()
         return super().get_help(ctx)
 
 
-def documented_by(model: str, **fields: str) -> type[DocumentedCommand]:
-    """The class of a command whose options set a settings model: pass it as `app.command(cls=…)`.
+def _sentence(description: str, values: str) -> str:
+    """With a full stop, and a capital letter unless it begins with one of the field's literal values, or as `host:port` does."""
+    first = description.split()[0].rstrip(":,")
+    begin = description[0] if f"'{first}'" in values or ":" in first else description[0].upper()
+    return f"{begin}{description[1:].rstrip('.')}."
 
-    An option takes its help from the field of the same name; one that is no field keeps its own text.
+
+def documented_by(*models: str, **fields: str) -> type[DocumentedCommand]:
+    """The class of a command whose options set settings models: pass it as `app.command(cls=…)`.
+
+    An option takes its help from the field of the same name in the first model that has it; one that is no field keeps its own
+    text.
 
     Args:
-        model: `module:Class` of the settings model.
+        models: `module:Class` of each settings model.
         fields: option → field, where their names differ.
     """
-    return type("DocumentedCommand", (DocumentedCommand,), {"model": model, "fields": fields})
+    return type("DocumentedCommand", (DocumentedCommand,), {"models": models, "fields": fields})
 
 
 TicketArgument = Annotated[

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lutetia.models.data.build import BuildSettings, build_data
+from lutetia.models.data.build import build_data
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.ingest.synthetic import make_clips
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from lutetia.coordinator.settings import RunSettings
-from lutetia.models.data.build import BuildSettings
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.node.settings import NodeSettings
 from lutetia.system import errors
 

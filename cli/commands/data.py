@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lutetia.cli.arguments import given, read_config, require_device, setting, settings_of
+from lutetia.cli.arguments import documented_by, given, read_config, require_device, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
 from lutetia.system.errors import plain
 
@@ -63,24 +63,22 @@ def _proposed(report: InitReport, out: Path, clips: Path) -> str:
     return "\n".join(lines)
 
 
-@app.command("build")
+@app.command("build", cls=documented_by("lutetia.models.data.build_settings:BuildSettings"))
 def build(
     folder: Annotated[
         Path, typer.Argument(help="Clips with captions in metadata.jsonl, metadata.csv or .txt files.", metavar="CLIPS")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for shards/ and data.json.", metavar="OUT")],
     config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags override them.")] = None,
-    experts: Annotated[int | None, setting("EXPERTS", "Number of shards, one expert each.", min=1)] = None,
-    frames: Annotated[int | None, setting("FRAMES", "Frames of a clip.", min=1)] = None,
-    fps: Annotated[float | None, setting("FPS", "Frames per second of a clip.", min=0.01)] = None,
+    experts: Annotated[int | None, setting("EXPERTS", min=1)] = None,
+    frames: Annotated[int | None, setting("FRAMES", min=1)] = None,
+    fps: Annotated[float | None, setting("FPS", min=0.01)] = None,
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels.", min=8)] = None,
-    latents: Annotated[str | None, setting("LATENTS", "Autoencoder: builtin:demo, pixels, folder or hub id.")] = None,
-    text: Annotated[str | None, setting("TEXT", "Text encoder: builtin:words, folder or hub id.")] = None,
-    smallest: Annotated[int | None, setting("SMALLEST", "Fewest clips in a shard.", min=1)] = None,
-    features: Annotated[str | None, setting("FEATURES", "Features for clustering, such as builtin+text.")] = None,
-    skip_bad: Annotated[
-        bool | None, setting("SKIP_BAD", "Leave out clips that cannot be used, and list them.", "--skip-bad")
-    ] = None,
+    latents: Annotated[str | None, setting("LATENTS")] = None,
+    text: Annotated[str | None, setting("TEXT")] = None,
+    smallest: Annotated[int | None, setting("SMALLEST", min=1)] = None,
+    features: Annotated[str | None, setting("FEATURES")] = None,
+    skip_bad: Annotated[bool | None, setting("SKIP_BAD", "", "--skip-bad")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Decode, encode and cluster clips into shards.
@@ -88,7 +86,8 @@ def build(
     A repeated build computes only what changed.
     """
     from lutetia.cli.progress import progress
-    from lutetia.models.data.build import BuildSettings, build_data
+    from lutetia.models.data.build import build_data
+    from lutetia.models.data.build_settings import BuildSettings
 
     flags = given(
         experts=experts, frames=frames, fps=fps, height=size, width=size, latents=latents, text=text, features=features,

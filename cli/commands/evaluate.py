@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the top level."""
-    app.command(cls=documented_by("lutetia.models.mixing.options:SamplingOptions"))(evaluate)
+    settings = "lutetia.models.metrics.settings"
+    models = ("lutetia.models.mixing.options:SamplingOptions", f"{settings}:EvaluateSettings", f"{settings}:EvaluatorSettings")
+    app.command(cls=documented_by(*models, metric="metrics", cache=""))(evaluate)
 
 
 def evaluate(
@@ -28,17 +30,12 @@ def evaluate(
     ],
     config: Annotated[Path | None, setting("EVALUATE_CONFIG", "Settings as TOML; flags override them.")] = None,
     out: Annotated[Path | None, setting("EVALUATE_OUT", "Folder for report.json and report.md.")] = None,
-    clips: Annotated[int | None, setting("EVALUATE_CLIPS", "Number of prompts, and of real clips.", min=20)] = None,
-    spare: Annotated[int | None, setting("EVALUATE_SPARE", "More real clips, for the distance of real from real.")] = None,
-    fit_clips: Annotated[int | None, setting("EVALUATE_FIT", "Real training clips to fit the probes on.", min=20)] = None,
-    seed: Annotated[int | None, setting("EVALUATE_SEED", "Seed of the clips and of the noise.")] = None,
-    prompts: Annotated[
-        Literal["natural", "stratified"] | None,
-        setting("EVALUATE_PROMPTS", "natural: as in the data; stratified: equally many of each kind."),
-    ] = None,
-    metric: Annotated[
-        list[str] | None, setting("EVALUATE_METRICS", "fvd, motion, retrieval, classifier or clip; repeat for more.")
-    ] = None,
+    clips: Annotated[int | None, setting("EVALUATE_CLIPS", min=20)] = None,
+    spare: Annotated[int | None, setting("EVALUATE_SPARE")] = None,
+    fit_clips: Annotated[int | None, setting("EVALUATE_FIT", min=20)] = None,
+    seed: Annotated[int | None, setting("EVALUATE_SEED")] = None,
+    prompts: Annotated[Literal["natural", "stratified"] | None, setting("EVALUATE_PROMPTS")] = None,
+    metric: Annotated[list[str] | None, setting("EVALUATE_METRICS")] = None,
     mode: Annotated[Literal["top1", "top2", "full", "sticky"] | None, setting("MODE")] = None,
     expert: Annotated[int | None, setting("EXPERT", min=0)] = None,
     steps: Annotated[int | None, setting("STEPS", min=1)] = None,
@@ -46,17 +43,12 @@ def evaluate(
     frames: Annotated[int | None, setting("FRAMES", "Frames of a clip, if MIXTURE is a folder of clips.", min=1)] = None,
     fps: Annotated[float | None, setting("FPS", "Frames per second, if MIXTURE is a folder of clips.", min=0.01)] = None,
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels, if MIXTURE is a folder of clips.", min=8)] = None,
-    i3d: Annotated[Path | None, setting("I3D", "File of I3D's weights, if not in LUTETIA_ASSETS.")] = None,
-    clip: Annotated[str | None, setting("CLIP", "CLIP for text-video similarity: folder or hub id.")] = None,
-    aesthetic: Annotated[Path | None, setting("AESTHETIC", "LAION's aesthetic head for that CLIP (safetensors).")] = None,
+    i3d: Annotated[Path | None, setting("I3D")] = None,
+    clip: Annotated[str | None, setting("CLIP")] = None,
+    aesthetic: Annotated[Path | None, setting("AESTHETIC")] = None,
     cache: Annotated[Path | None, setting("EVALUATE_CACHE", "Folder that keeps samples and features between calls.")] = None,
-    device: Annotated[str | None, setting("DEVICE", "cpu, cuda or cuda:1.")] = None,
-    hub: Annotated[
-        bool | None,
-        setting(
-            "HUB", "Download the text encoder or autoencoder if the mixture names one by a hub id. It runs no code.", "--hub"
-        ),
-    ] = None,
+    device: Annotated[str | None, setting("DEVICE")] = None,
+    hub: Annotated[bool | None, setting("HUB", "", "--hub")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a mixture on held-out clips.
@@ -70,8 +62,8 @@ def evaluate(
     from lutetia.cli.progress import progress
     from lutetia.cli.workspace import ready
     from lutetia.models.metrics.motion import require_opencv
-    from lutetia.models.metrics.report import EvaluateSettings
     from lutetia.models.metrics.report import evaluate as evaluate_mixture
+    from lutetia.models.metrics.settings import EvaluateSettings
     from lutetia.system.paths import default_cache_folder
 
     table = read_config(config)

@@ -33,7 +33,8 @@ def make_run(work: Path, preset: Preset, address: str, phase: Callable[[str], Ab
         from lutetia.cli.arguments import settings_of
         from lutetia.coordinator.admin.create import create_run
         from lutetia.coordinator.settings import RunSettings
-        from lutetia.models.data.build import BuildSettings, build_data
+        from lutetia.models.data.build import build_data
+        from lutetia.models.data.build_settings import BuildSettings
         from lutetia.models.data.ingest.synthetic import make_clips
     clips, data, folder = work / "clips", work / "data", work / "run"
     with phase(f"draw {preset.clips} captioned clips as mp4 files"):

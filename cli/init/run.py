@@ -47,7 +47,7 @@ def write_settings(clips: Path, file: Path, on_progress: Progress) -> InitReport
     facts, refused = _look(listing, on_progress)
     choose_data(facts, has_accelerator=False)  # raises before the slow imports
     from lutetia.cli.init.machine import latent_of, measure
-    from lutetia.models.data.build import BuildSettings
+    from lutetia.models.data.build_settings import BuildSettings
 
     device, _ = choose_device("auto", Accelerators.seen())
     data = choose_data(facts, device != "cpu")

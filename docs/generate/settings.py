@@ -9,8 +9,8 @@ from docs.generate.markdown import join
 from docs.generate.models import Model, sections
 from lutetia.cli.arguments import DocumentedCommand
 from lutetia.coordinator.settings import RunSettings, ServeSettings
-from lutetia.models.data.build import BuildSettings
-from lutetia.models.metrics.report import EvaluateSettings
+from lutetia.models.data.build_settings import BuildSettings
+from lutetia.models.metrics.settings import EvaluateSettings
 from lutetia.models.study.config import StudyConfig
 from lutetia.node.settings import NodeSettings
 

@@ -8,120 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
-from lutetia.models.data.cluster.kmeans import ClusterSettings, smallest_cluster
-from lutetia.models.data.decode.pool import CLIP_SECONDS, DecoderPool, memory_of_a_clip
-from lutetia.models.data.decode.shape import ClipShape
+from lutetia.models.data.cluster.kmeans import smallest_cluster
+from lutetia.models.data.decode.pool import DecoderPool, memory_of_a_clip
 from lutetia.models.data.description import DataDescription
 from lutetia.models.data.doubts import find_doubts
 from lutetia.models.data.encode.cache import array_cache
 from lutetia.models.data.encode.encoder import PreparedClips, Progress, Recipe, prepare_captions, prepare_clips
 from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
-from lutetia.models.data.encode.text import MAX_TOKENS, TextEncoder, load_text_encoder
+from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
 from lutetia.models.data.ingest.listing import BadClip, Listing, read_listing
 from lutetia.models.data.output import check_output, output_folder
 from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
-from lutetia.models.device import Device
 from lutetia.models.networks.model_ref import anchored
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, Positive
 from lutetia.system.errors import DataError
 from lutetia.system.paths import default_cache_folder
 
 _log = logging.getLogger(__name__)
 _ROOM = 32  # tokens at least: prompts may be longer than all captions, and cannot get more tokens later
-_NOT_CONTENT = {
-    "skip_bad",
-    "workers",
-    "device",
-    "cache",
-    "clip_seconds",
-    "clip_memory",
-}  # not written
-
-
-class BuildSettings(Frozen):
-    """How clips become shards."""
-
-    experts: Count = Field(default=3, description="number of shards, one expert each")
-    frames: Count = Field(default=8, description="frames of a clip")
-    fps: Positive = Field(default=8.0, description="frames per second of a clip")
-    height: Count = Field(default=64, description="height of a clip, px")
-    width: Count = Field(default=64, description="width of a clip, px")
-    start: Literal["middle", "start", "whole"] = Field(
-        default="middle", description="part of a video that becomes the clip; whole: all of it, at another frame rate"
-    )
-    short: Literal["refuse", "loop"] = Field(
-        default="refuse", description="videos that are too short are refused, or repeated from their beginning"
-    )
-    latents: str = Field(default="builtin:demo", description="autoencoder: builtin:demo, pixels, a folder or a hub id")
-    normalisation: Literal["auto", "measured", "shipped"] = Field(
-        default="auto",
-        description="mean and std of the latents: measured on the training clips, shipped with the autoencoder, or auto: shipped "
-        "if it has them, else measured",
-    )
-    text: str = Field(default="builtin:words", description="text encoder: builtin:words, a folder, a hub id, or a pair A+B")
-    text_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_TOKENS,
-        description="tokens of captions and prompts; none: as many as the longest caption needs, at least 32",
-    )
-    features: str = Field(
-        default="builtin+text",
-        description="features for clustering: builtin, text, i3d, efficientnet, or a folder or hub id of a DINOv2 model, "
-        "joined by +",
-    )
-    method: Literal["kmeans", "random", "kinds"] = Field(
-        default="kmeans", description="clustering by features, at random, or by the kinds in the metadata"
-    )
-    fine: int | None = Field(
-        default=None, ge=1, le=1024, description="fine centroids of the clustering; none: one per six clips, at most 1,024"
-    )
-    largest_share: float | None = Field(
-        default=None, gt=0, le=1, description="largest share of the clips in one shard; none: 2.2/experts, at most 0.9"
-    )
-    smallest: Count | None = Field(
-        default=None, description="fewest clips in a shard; none: 24, or half of an equal share where that is fewer"
-    )
-    holdout: float = Field(default=0.1, gt=0, lt=0.5, description="share of the training clips held out for acceptance checks")
-    seed: int = Field(default=0, description="seed of the clustering")
-    skip_bad: bool = Field(default=False, description="leave out clips that cannot be used, instead of failing")
-    workers: int = Field(
-        default_factory=lambda: min(16, os.cpu_count() or 1),
-        ge=1,
-        le=256,
-        description="threads that decode and encode clips; default: one per core, at most 16",
-    )
-    clip_seconds: float = Field(default=CLIP_SECONDS, ge=1, le=86_400, description="longest time to decode one clip, seconds")
-    clip_memory: int | None = Field(
-        default=None,
-        ge=64,
-        le=1 << 20,
-        description="most memory to decode one clip, MiB, for each worker; none: 2048, or less where all workers together would "
-        "take more than half of the machine's memory",
-    )
-    device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda or cuda:N")
-    cache: Path | None = Field(
-        default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
-    )
-
-    @property
-    def clip_shape(self) -> ClipShape:
-        return ClipShape.model_validate({name: getattr(self, name) for name in ClipShape.model_fields})
-
-    @property
-    def clustering(self) -> ClusterSettings:
-        return ClusterSettings.model_validate({name: getattr(self, name) for name in ClusterSettings.model_fields})
+_NOT_CONTENT = {"skip_bad", "workers", "device", "cache", "clip_seconds", "clip_memory"}  # not written
 
 
 class BuildReport(Frozen):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,23 +15,22 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from lutetia.models.device import Device
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.features import Extractor, FeatureCache
 from lutetia.models.metrics.fvd import distances
 from lutetia.models.metrics.motion import METHOD, MotionExtractor
+from lutetia.models.metrics.settings import EvaluatorSettings, Name
 from lutetia.models.metrics.stats.classifier import CLASSIFIER_NAME, WORDS_NAME, Accuracy, classify, fit_classifier
 from lutetia.models.metrics.stats.intervals import Figure, mean
 from lutetia.models.metrics.stats.retrieval import PROBE_NAME, Retrieval, fit_probe, retrieve
 from lutetia.models.networks.clip import AestheticHead, ClipModel
 from lutetia.models.networks.efficientnet import EfficientNetExtractor
-from lutetia.models.networks.i3d import I3DExtractor, Precision
+from lutetia.models.networks.i3d import I3DExtractor
 from lutetia.models.networks.sentences import MiniLM
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.system.errors import ConfigError, DataError
 
 Better = Literal["lower", "higher", "neither"]
-Name = Literal["fvd", "motion", "retrieval", "classifier", "clip"]
 Array = NDArray[np.float64]
 Step = Callable[[str, int, int], None]
 """(stage, clips done, clips in all)."""
@@ -49,29 +47,6 @@ class MetricEntry(Frozen):
         default=None, description="the metric on real held-out clips; for distances, the distance of real clips from real clips"
     )
     note: str = Field(default="", description="how the figure was measured")
-
-
-class EvaluatorSettings(Frozen):
-    """Which metrics are measured, with which weights, and where."""
-
-    metrics: tuple[Name, ...] = Field(
-        default=("fvd", "motion", "retrieval", "classifier", "clip"), description="metrics to measure"
-    )
-    cache: Path | None = Field(default=None, description="folder that keeps features and samples; none: nothing is kept")
-    i3d: Path | None = Field(default=None, description="file of I3D's weights; none: the asset in LUTETIA_ASSETS")
-    efficientnet: Path | None = Field(
-        default=None, description="file of EfficientNet-lite0's weights; none: the asset in LUTETIA_ASSETS"
-    )
-    minilm: Path | None = Field(default=None, description="folder of MiniLM; none: the asset in LUTETIA_ASSETS")
-    clip: str | None = Field(default=None, description="CLIP for text-video similarity, a folder or hub id; none: left out")
-    aesthetic: Path | None = Field(
-        default=None, description="LAION's aesthetic head for that CLIP, a safetensors file; none: left out"
-    )
-    device: Device = Field(default="cpu", description="device of the networks: cpu, mps, cuda or cuda:N")
-    i3d_precision: Precision = Field(
-        default="float32", description="number format of I3D; bfloat16 is faster on processors with AMX, with other figures"
-    )
-    resamples: int = Field(default=60, description="subsets of clips that are drawn for each interval of a distance")
 
 
 Metric = Callable[[ClipSet, tuple[int, ...]], list[MetricEntry]]

@@ -16,9 +16,10 @@ from pydantic import Field
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.ingest.listing import METADATA_NAMES, read_listing
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings, MetricEntry
+from lutetia.models.metrics.evaluator import Evaluator, MetricEntry
 from lutetia.models.metrics.generated_clips import MixtureSampler, generate
 from lutetia.models.metrics.routing import Routing, loss_table, routing_figures
+from lutetia.models.metrics.settings import MIN_CLIPS, EvaluateSettings
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
 from lutetia.models.mixing.description import FILE as MIXTURE
 from lutetia.models.mixing.options import SamplingOptions
@@ -27,31 +28,6 @@ from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
-MIN_CLIPS = 20
-
-
-class EvaluateSettings(Frozen):
-    """What `lutetia evaluate` samples and measures."""
-
-    clips: int = Field(default=256, ge=MIN_CLIPS, description="prompts to sample, and as many real clips to compare with")
-    spare: int = Field(default=256, ge=0, description="more real held-out clips, for floors at the same number of clips")
-    fit_clips: int = Field(default=1000, ge=MIN_CLIPS, description="real training clips to fit probe and classifier on")
-    seed: int = Field(default=0, description="seed of the choice of clips and of the sampling noise")
-    prompts: Literal["natural", "stratified"] = Field(
-        default="natural", description="natural: kinds as frequent as in the data; stratified: equally many of each kind"
-    )
-    loss_clips: int = Field(default=256, ge=0, description="held-out clips for the loss by timestep; 0: not measured")
-    complete: bool = Field(
-        default=False, description="fail if one of the metrics cannot be measured, instead of reporting it as left out"
-    )
-    hub: bool = Field(default=False, description="download models that the mixture names by a hub id; they run no code")
-    shape: ClipShape | None = Field(
-        default=None,
-        description="how real clips are cut in time and space, as when the data of the run were built; none: the middle of each "
-        "clip at the size of the mixture. Required to evaluate a folder of video files",
-    )
-    sampling: SamplingOptions = Field(default=SamplingOptions(), description="how the mixture is sampled")
-    evaluator: EvaluatorSettings = Field(default=EvaluatorSettings(), description="metrics and their weights")
 
 
 class MetricsReport(Frozen):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lutetia.models.metrics.settings import Precision
 from lutetia.models.networks.assets import I3D_FILE, asset, file_digest, load_tensors
 from lutetia.system.errors import DataError, IntegrityError
 
@@ -24,9 +25,6 @@ EPSILON = 1e-3
 _MIXED_3 = ("Mixed_3b", "Mixed_3c")
 _MIXED_4 = ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f")
 _MIXED_5 = ("Mixed_5b", "Mixed_5c")
-
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class Embedding(NamedTuple):

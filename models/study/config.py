@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lutetia.models.data.build import BuildSettings
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.device import Device
-from lutetia.models.metrics.evaluator import EvaluatorSettings
+from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from lutetia.models.data.cluster.kmeans import ClusterSettings, Labels, Vectors, cluster
+from lutetia.models.data.build_settings import ClusterSettings
+from lutetia.models.data.cluster.kmeans import Labels, Vectors, cluster
 from lutetia.models.data.cluster.report import ClusterReport, summarise
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Recipe, cached_array

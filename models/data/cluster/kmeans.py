@@ -12,44 +12,22 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count
+from lutetia.models.data.build_settings import MAX_FINE, ClusterSettings
 from lutetia.system.errors import DataError
 
 Labels = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 
-MAX_FINE = 1024
 _SMALLEST = 24  # clips of a cluster, where there are enough
 _CLIPS_PER_FINE = 6
 _DIMENSIONS = 64
 _MINI_BATCH_BEYOND = 50_000
 _log = logging.getLogger(__name__)
-
-
-class ClusterSettings(Frozen):
-    """How clips are clustered."""
-
-    method: Literal["kmeans", "random", "kinds"] = Field(
-        default="kmeans", description="kmeans: by features; random: equal shares at random; kinds: by the kinds in the metadata"
-    )
-    experts: Count = Field(default=3, description="number of clusters K, one expert each")
-    fine: int | None = Field(
-        default=None, ge=1, le=MAX_FINE, description="number of fine centroids; none: one per six clips, at most 1,024"
-    )
-    largest_share: float | None = Field(
-        default=None, gt=0, le=1, description="largest share of the clips in one cluster; none: 2.2/K, at most 0.9"
-    )
-    smallest: Count | None = Field(
-        default=None, description="fewest clips in a cluster; none: 24, or half of an equal share where that is fewer"
-    )
-    seed: int = Field(default=0, description="seed of k-means and of random clusters")
 
 
 def smallest_cluster(settings: ClusterSettings, count: int) -> int:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lutetia.models.data.build_settings import MAX_TOKENS
 from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
 from lutetia.system.errors import ConfigError
 
 BUILTIN_TEXT = ("builtin:words",)
 MODEL_TYPES = ("clip", "clip_text_model", "t5", "umt5", "bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
 WORD_WIDTH = 64
-MAX_TOKENS = 512
 CLIP_TOKENS = 77
 BATCH = 16
 

@@ -12,8 +12,9 @@ from lutetia.cli.init.proposal import ClipFacts, DataChoice, Measured, choose_bu
 from lutetia.cli.init.run import write_settings
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.settings import RunSettings, ServeSettings
-from lutetia.models.data.build import BuildSettings, build_data
-from lutetia.models.data.cluster.kmeans import ClusterSettings, smallest_cluster
+from lutetia.models.data.build import build_data
+from lutetia.models.data.build_settings import BuildSettings, ClusterSettings
+from lutetia.models.data.cluster.kmeans import smallest_cluster
 from lutetia.models.data.decode.cut import ClipLook
 from lutetia.protocol.schema.manifest import Optimisation
 from lutetia.system.errors import ConfigError, DataError

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lutetia.models.data.build import BuildSettings, build_data
+from lutetia.models.data.build import build_data
+from lutetia.models.data.build_settings import BuildSettings
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lutetia.models.data.build import BuildReport, BuildSettings, build_data
+from lutetia.models.data.build import BuildReport, build_data
+from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.cluster.balance import balance
 from lutetia.models.data.description import read_data
 from lutetia.models.data.encode.latents import demo_autoencoder, load_latents

@@ -14,10 +14,10 @@ import torch
 
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.metrics.clips import ClipSet, read_clips
-from lutetia.models.metrics.evaluator import EvaluatorSettings
 from lutetia.models.metrics.generated_clips import MixtureSampler, generate
-from lutetia.models.metrics.report import EvaluateSettings, MetricsReport, evaluate
+from lutetia.models.metrics.report import MetricsReport, evaluate
 from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
+from lutetia.models.metrics.settings import EvaluateSettings, EvaluatorSettings
 from lutetia.models.mixing.options import SamplingOptions
 from lutetia.models.mixing.router import RouterReport, build_router
 from lutetia.models.mixing.stitch import stitch

@@ -10,7 +10,8 @@ import pytest
 from benchmarks.metrics_validation.degradations import frozen, noisy, shuffled_captions
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.comparison import compare, compare_kinds, comparison_table
-from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
+from lutetia.models.metrics.evaluator import Evaluator
+from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.models.metrics.stats.retrieval import PROBE_NAME
 from lutetia.system.errors import DataError
 from tests.models.metrics.square_clips import square_clips

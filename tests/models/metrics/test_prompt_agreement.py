@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lutetia.models.metrics.evaluator import Evaluator, EvaluatorSettings
+from lutetia.models.metrics.evaluator import Evaluator
+from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.models.metrics.stats.classifier import classify, fit_classifier, words
 from lutetia.models.metrics.stats.retrieval import fit_probe, load_probe, rank, retrieve, save_probe
 from lutetia.models.networks.clip import AestheticHead, ClipModel, spread

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from lutetia.models.data.cluster.kmeans import ClusterSettings, cluster, merge
+from lutetia.models.data.build_settings import ClusterSettings
+from lutetia.models.data.cluster.kmeans import cluster, merge
 from lutetia.models.data.cluster.report import keywords, summarise
 from lutetia.models.data.encode.features import BuiltinFeatures, Joiner, load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
