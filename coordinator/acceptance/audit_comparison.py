@@ -158,7 +158,8 @@ def audit_due(streak: int, needed: int, lottery: float) -> bool:
 def secret_steps(draw: float, fewest: int, epoch: int) -> int:
     """How many first steps an audit replays that is not of the whole epoch: `fewest`, half as many more on average, at most all.
 
-    It is k or more with a probability in proportion to 1 / k. So whoever stops training early risks more the earlier it stops.
+    The probability that an audit replays k steps or more is proportional to 1 / k. A peer that stops training earlier is
+    convicted more often.
 
     Args:
         draw: uniform in [0, 1) and unpredictable to the peer.

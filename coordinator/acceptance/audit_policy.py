@@ -111,8 +111,8 @@ def refused_by_content(shard: ShardLedger) -> int:
 def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
     """Whether accepting `epoch` would push an epoch whose audit is due, or its parent, out of the history that is kept.
 
-    A conviction could then no longer be followed by a rollback, so the result waits until the audits have caught up. The same
-    holds for an invalid epoch while it is open whether what stands on it is kept.
+    A conviction could then no longer be followed by a rollback, so the result waits until the audits have caught up. It also
+    waits for an invalid epoch, until the judge has decided whether to keep the epochs after it.
     """
     due = [audit.epoch for audit in run.audits.values() if audit.shard == shard]
     if suspects := run.shards[shard].suspects:

@@ -50,7 +50,7 @@ def judge_isolated(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> 
     """
     try:
         return Judgement(*judge(rules, state, stimulus))
-    except Exception as error:
+    except Exception as error:  # any defect of the judge that a peer's input reaches costs that input, not the coordinator
         if isinstance(stimulus, LedgerFacts | LimitsKnown):
             raise
         return _fallback(rules, state, stimulus, error)
@@ -98,5 +98,5 @@ def _again(rules: JudgeRules, state: JudgeState, plainer: Stimulus, released: Ju
     """Judge an inconclusive outcome instead; if that fails too, only release the place that the work held."""
     try:
         return Judgement(*judge(rules, state, plainer), error=error)
-    except Exception:  # noqa: BLE001 - the first error is reported, and nothing may end the coordinator
+    except Exception:  # noqa: BLE001 - the caller logs the first error; a second one must not end the coordinator either
         return Judgement(released, (), error)

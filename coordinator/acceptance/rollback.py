@@ -114,9 +114,9 @@ def weigh_lineage(run: RunState, shard: int, checkpoint: str) -> tuple[Literal["
 
 
 def condemn(transition: JudgeTransition, shard: int, checkpoint: str) -> None:
-    """An audit found this accepted epoch invalid: drop it with what stands on it, or have that replayed whole first.
+    """Roll back to before this epoch, which an audit found invalid; or first have the newest epochs after it replayed whole.
 
-    The newest epochs are replayed, since their training states are kept.
+    Only the newest can be replayed: the training states of older ones are not kept.
     """
     if weigh_lineage(transition.run, shard, checkpoint)[0] != "kept":
         ledger = transition.run.shards[shard]

@@ -104,8 +104,8 @@ def _verdict(
             why = {
                 "streak": f"only {event.streak} valid in a row", "lottery": f"drawn by lottery, 1 in {event.streak}",
                 "refusals": "results of several authors that were built on it were refused",
-                "newcomer": "its author is new", "depth": "many epochs stand on one that was not replayed whole",
-                "lineage": "it stands on an invalid epoch",
+                "newcomer": "its author is new", "depth": "many epochs before it were not replayed whole",
+                "lineage": "an epoch before it is invalid",
                 "proof": "it failed a loss check",
             }  # fmt: skip
             part = "whole" if event.whole else "in part"
@@ -119,9 +119,9 @@ def _verdict(
         case AuditReported():
             return f"replayed by {event.by[:8]} in {event.seconds:.1f} s: {event.outcome}, to be verified ({event.text})"
         case LineageSuspected():
-            return "is invalid; what stands on it is audited before anything is dropped"
+            return "is invalid; the epochs after it are audited before the shard is rolled back"
         case LineageKept():
-            return f"is invalid, and what stands on it is kept: {event.text}"
+            return f"is invalid, and the epochs after it are kept: {event.text}"
         case PeerQuarantined():
             return f"is invalid, its author is quarantined: {event.text}"
         case _:

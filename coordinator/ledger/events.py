@@ -202,8 +202,8 @@ class AuditDue(_Verdict):
     why: AuditReason = Field(
         default="streak",
         description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, "
-        "results of several authors that were built on it were refused, its author is new, many epochs stand on one that was not "
-        "replayed whole, it stands on an invalid one, or it was accepted by the proof of a replay.",
+        "results of several authors that were built on it were refused, its author is new, many epochs before it were not replayed "
+        "whole, an epoch before it is invalid, or it was accepted by the proof of a replay.",
     )
 
 
@@ -257,13 +257,13 @@ class LineageRolledBack(_Event):
 
 
 class LineageSuspected(_Verdict):
-    """This accepted result was found invalid; what stands on it may be good, and is audited before anything is dropped."""
+    """An audit found this accepted result invalid. The epochs after it may be good: they are audited before a rollback."""
 
     kind: Literal["lineage-suspected"] = "lineage-suspected"
 
 
 class LineageKept(_Verdict):
-    """This accepted result was found invalid, and the lineage is kept all the same: what stands on it proved good."""
+    """An audit found this accepted result invalid. The lineage is kept, because the epochs after it proved good."""
 
     kind: Literal["lineage-kept"] = "lineage-kept"
     text: Sentence = Field(default="", description="Why, in words.")

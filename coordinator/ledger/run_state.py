@@ -136,7 +136,7 @@ class ShardLedger:
     lineage: tuple[AcceptedEpoch, ...] = ()
     """The last HISTORY accepted epochs, oldest first."""
     suspects: tuple[str, ...] = ()
-    """Accepted epochs that an audit found invalid while it is not decided yet whether what stands on them is kept."""
+    """Accepted epochs that an audit found invalid, while it is not decided whether the epochs after them are kept."""
     candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
     """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)

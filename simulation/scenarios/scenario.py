@@ -91,7 +91,7 @@ def caught(world: SimulatedWorld) -> str | None:
         for link in shard.lineage:
             faked = world.blobs.contents[link.acceptance.checkpoint].faked
             overdue = world.queue.now - link.at > 5 * world.config.epoch_seconds
-            found = link.audit == "invalid"  # what stands on it is kept, or is replayed to decide that
+            found = link.audit == "invalid"  # the epochs after it are kept, or are replayed to decide that
             if faked == "all" and overdue and not found:
                 return f"epoch {link.acceptance.epoch} of shard {link.acceptance.shard} was never trained, and is still accepted"
     return None
