@@ -34,12 +34,13 @@ NODES, PROVIDERS, HELLOS = 64, 128, 28
 
 
 @contextlib.asynccontextmanager
-async def third_party(count: int) -> AsyncIterator[tuple[list[int], list[int]]]:
-    """Yields the ports of a listener at 127.0.0.99, and the ports that were dialled so far."""
+async def third_party(count: int, greeting: bytes = b"") -> AsyncIterator[tuple[list[int], list[int]]]:
+    """Yields the ports of a listener at 127.0.0.99 that says `greeting` and hangs up, and the ports that were dialled so far."""
     dialled: list[int] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         dialled.append(writer.get_extra_info("sockname")[1])
+        writer.write(greeting)
         writer.close()
 
     servers = [await asyncio.start_server(answer, "127.0.0.99", 0) for _ in range(count)]

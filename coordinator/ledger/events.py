@@ -202,8 +202,8 @@ class AuditDue(_Verdict):
     why: AuditReason = Field(
         default="streak",
         description="The streak is too short, the lottery of 1/streak drew it, a later result of its author was invalid, "
-        "results of several authors that were built on it were refused, its author is new, many epochs before it were not replayed "
-        "whole, an epoch before it is invalid, or it was accepted by the proof of a replay.",
+        "results of several authors that were built on it were refused, its author is new, many epochs before it were not "
+        "replayed whole, an epoch before it is invalid, or it was accepted by the proof of a replay.",
     )
 
 

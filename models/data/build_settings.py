@@ -12,7 +12,7 @@ from lutetia.models.data.decode.pool import CLIP_SECONDS
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.device import Device
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, Positive
+from lutetia.protocol.schema.manifest import Count
 
 MAX_FINE = 1024
 MAX_TOKENS = 512
@@ -25,33 +25,22 @@ class ClusterSettings(Frozen):
     method: Literal["kmeans", "random", "kinds"] = Field(
         default="kmeans", description="kmeans: by features; random: equal shares at random; kinds: by the kinds in the metadata"
     )
-    experts: Count = Field(default=3, description="number of clusters K, one expert each")
+    experts: Count = Field(default=3, description="number of shards K, one expert each")
     fine: int | None = Field(
-        default=None, ge=1, le=MAX_FINE, description="number of fine centroids; none: one per six clips, at most 1,024"
+        default=None, ge=1, le=MAX_FINE, description="fine centroids of the clustering; none: one per six clips, at most 1,024"
     )
     largest_share: float | None = Field(
-        default=None, gt=0, le=1, description="largest share of the clips in one cluster; none: 2.2/K, at most 0.9"
+        default=None, gt=0, le=1, description="largest share of the clips in one shard; none: 2.2/K, at most 0.9"
     )
     smallest: Count | None = Field(
-        default=None, description="fewest clips in a cluster; none: 24, or half of an equal share where that is fewer"
+        default=None, description="fewest clips in a shard; none: 24, or half of an equal share where that is fewer"
     )
-    seed: int = Field(default=0, description="seed of k-means and of random clusters")
+    seed: int = Field(default=0, description="seed of the clustering")
 
 
-class BuildSettings(Frozen):
+class BuildSettings(ClipShape, ClusterSettings):
     """How clips become shards."""
 
-    experts: Count = Field(default=3, description="number of shards, one expert each")
-    frames: Count = Field(default=8, description="frames of a clip")
-    fps: Positive = Field(default=8.0, description="frames per second of a clip")
-    height: Count = Field(default=64, description="height of a clip, px")
-    width: Count = Field(default=64, description="width of a clip, px")
-    start: Literal["middle", "start", "whole"] = Field(
-        default="middle", description="part of a video that becomes the clip; whole: all of it, at another frame rate"
-    )
-    short: Literal["refuse", "loop"] = Field(
-        default="refuse", description="videos that are too short are refused, or repeated from their beginning"
-    )
     latents: str = Field(default="builtin:demo", description="autoencoder: builtin:demo, pixels, a folder or a hub id")
     normalisation: Literal["auto", "measured", "shipped"] = Field(
         default="auto",
@@ -70,20 +59,7 @@ class BuildSettings(Frozen):
         description="features for clustering: builtin, text, i3d, efficientnet, or a folder or hub id of a DINOv2 model, "
         "joined by +",
     )
-    method: Literal["kmeans", "random", "kinds"] = Field(
-        default="kmeans", description="clustering by features, at random, or by the kinds in the metadata"
-    )
-    fine: int | None = Field(
-        default=None, ge=1, le=1024, description="fine centroids of the clustering; none: one per six clips, at most 1,024"
-    )
-    largest_share: float | None = Field(
-        default=None, gt=0, le=1, description="largest share of the clips in one shard; none: 2.2/experts, at most 0.9"
-    )
-    smallest: Count | None = Field(
-        default=None, description="fewest clips in a shard; none: 24, or half of an equal share where that is fewer"
-    )
     holdout: float = Field(default=0.1, gt=0, lt=0.5, description="share of the training clips held out for acceptance checks")
-    seed: int = Field(default=0, description="seed of the clustering")
     skip_bad: bool = Field(default=False, description="leave out clips that cannot be used, instead of failing")
     workers: int = Field(
         default_factory=lambda: min(16, os.cpu_count() or 1),

@@ -24,9 +24,15 @@ def lutetia(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`lutetia ARGUMENTS` in a process forked from one that has the imports done (see `lutetia.system.template`)."""
+    return _forked(arguments, cwd or Path.cwd(), timeout, environment)
+
+
+def _forked(
+    arguments: Sequence[str | Path], cwd: Path, timeout: float, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in arguments]
     template_process()
-    request = ForkRequest("lutetia.cli", tuple(words), str(cwd or Path.cwd()), _environment(environment), os.getpid())
+    request = ForkRequest("lutetia.cli", tuple(words), str(cwd), _environment(environment), os.getpid())
     with Path(os.devnull).open() as empty, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         with ask_to_fork(os.environ[TEMPLATE], request, (empty.fileno(), out.fileno(), err.fileno())) as connection:
             connection.settimeout(timeout)
@@ -58,7 +64,7 @@ def each(
     `missing`: a package that cannot be imported, as if it were not installed.
     """
     if not without and not missing:
-        return [lutetia(*command, **environment) for command in commands]
+        return [_forked(command, Path.cwd(), 240, environment) for command in commands]
     prefix = ["setpriv", f"--bounding-set={without}", "--"] if without and os.geteuid() == 0 else []
     run = subprocess.run(
         [*prefix, sys.executable, "-c", _EACH, missing, json.dumps([[str(word) for word in command] for command in commands])],

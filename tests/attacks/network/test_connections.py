@@ -22,6 +22,7 @@ def test_idle_connections_of_one_network_are_few() -> None:
     assert set(closing) <= set(crowd) - {f"liar {n}" for n in range(10)}
 
 
+@pytest.mark.timeout(120)
 async def test_idle_connections_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four peers at one address connect: one has a stream open, one has accepted work, one of the idle ones stays."""
     monkeypatch.setattr(transport_module, "IDLE_PER_PREFIX", 1)
@@ -40,9 +41,11 @@ async def test_idle_connections_are_closed(tmp_path: Path, monkeypatch: pytest.M
             stream = await visitors[0].open_stream(host.peer_id, "/test/wait")
             host.favour(lambda peer_id: peer_id == visitors[1].peer_id)
             assert len(await host.connections()) == 4
-            await host._maintain()
             left = set(await host.connections())
-            assert {visitors[0].peer_id, visitors[1].peer_id} < left
+            while len(left) > 3:  # a visitor's p2pd dials again while it fills its own tables; the next round closes that, too
+                await host._maintain()
+                left = set(await host.connections())
+                assert {visitors[0].peer_id, visitors[1].peer_id} < left
             assert len(left) == 3
             await stream.close()
         finally:

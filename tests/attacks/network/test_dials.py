@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from benchmarks.attacks.network import third_party
 from benchmarks.fuzz import examples
 from lutetia.coordinator.run_folder import Endpoint, RunFolder
 from lutetia.coordinator.serve import connect
@@ -32,25 +30,8 @@ from lutetia.system.errors import UnreachableError
 from tests.attacks.hivemind_swarm import LOOPBACK, manifest_of_now, network
 
 JOINER = Identity.derived("joiner")
+SSH = b"SSH-2.0-OpenSSH_9.9\r\n"
 NOWHERE = BlobRef(digest="7" * 64, size=1000)
-
-
-@asynccontextmanager
-async def third_party(count: int) -> AsyncIterator[tuple[list[int], list[int]]]:
-    """Yields the ports of a listener that speaks SSH, and the list of the ports that were dialled so far."""
-    dialled: list[int] = []
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        dialled.append(writer.get_extra_info("sockname")[1])
-        writer.write(b"SSH-2.0-OpenSSH_9.9\r\n")
-        writer.close()
-
-    servers = [await asyncio.start_server(answer, "127.0.0.99", 0) for _ in range(count)]
-    try:
-        yield [server.sockets[0].getsockname()[1] for server in servers], dialled
-    finally:
-        for server in servers:
-            server.close()
 
 
 def made_up_node(run: Manifest, name: str, ports: list[int]) -> tuple[Identity, NodeRecord]:
@@ -74,7 +55,7 @@ async def publish_made_up_nodes(liar: HivemindTransport, run: Manifest, ports: l
 async def test_made_up_nodes_make_nobody_dial_a_third_party(tmp_path: Path) -> None:
     """32 node records name eight ports of a third party. A peer that joins, and joins again, dials none of them."""
     run = manifest_of_now()
-    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+    async with network(tmp_path, run) as start, third_party(8, SSH) as (ports, dialled):
         coordinator = await start("coordinator")
         await serve_introduction(coordinator, lambda: SignedManifest.sign(run, examples.OWNER))
         liar = await start("liar", bootstrap=coordinator.addresses(), host="127.0.0.2")
@@ -91,7 +72,7 @@ async def test_made_up_nodes_make_nobody_dial_a_third_party(tmp_path: Path) -> N
 async def test_addresses_that_never_answer_are_dialled_a_few_times(tmp_path: Path) -> None:
     """A peer is made to call 32 made-up nodes, twice over: four addresses of their host are dialled, once each."""
     run = manifest_of_now()
-    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+    async with network(tmp_path, run) as start, third_party(8, SSH) as (ports, dialled):
         caller = await start("caller")
         for _ in range(2):
             for number in range(32):
@@ -107,7 +88,7 @@ async def test_addresses_that_never_answer_are_dialled_a_few_times(tmp_path: Pat
 async def test_a_public_run_scans_no_private_network(tmp_path: Path) -> None:
     """Providers name open, closed and foreign ports of this machine: nothing is dialled, and all failures read alike."""
     run, who = manifest_of_now(), Identity.derived("scanner")
-    async with network(tmp_path, run) as start, third_party(1) as ((ssh,), dialled):
+    async with network(tmp_path, run) as start, third_party(1, SSH) as ((ssh,), dialled):
         reader = await start("reader")
         reader.limit_dials(DialPolicy.of(["/ip4/8.8.4.4/tcp/4001/p2p/x"]))
         said = set[str]()
@@ -123,7 +104,7 @@ async def test_a_public_run_scans_no_private_network(tmp_path: Path) -> None:
 async def test_what_a_dial_finds_out_is_not_published(tmp_path: Path) -> None:
     """Also in a run of this network: an open port, a closed one and another protocol give the same text."""
     run = manifest_of_now()
-    async with network(tmp_path, run) as start, third_party(1) as ((ssh,), dialled):
+    async with network(tmp_path, run) as start, third_party(1, SSH) as ((ssh,), dialled):
         reader, said = await start("reader"), set[str]()
         who = Identity.derived("scanner")
         for host, port in (("127.0.0.99", ssh), ("127.0.0.98", 9)):
@@ -146,7 +127,7 @@ async def test_a_restarted_coordinator_forgets_poisoned_addresses(tmp_path: Path
     folder = RunFolder(tmp_path / "run")
     folder.root.mkdir()
     folder.endpoint.write_bytes(canonical(Endpoint(listen=LOOPBACK)))
-    async with network(tmp_path, run) as start, third_party(8) as (ports, dialled):
+    async with network(tmp_path, run) as start, third_party(8, SSH) as (ports, dialled):
         friend = await start("friend")
         made_up = [made_up_node(run, f"cached {number}", ports)[1].addresses[number % 8] for number in range(64)]
         folder.peers.write_text(json.dumps([*friend.addresses(), *made_up]))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -24,82 +22,25 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.coordinator.worker.messages import (
-    AnyAnswer,
-    AnyJob,
-    InspectFiles,
-    JobDone,
-    LossMeasured,
-    MeasureLoss,
     MeasureSizes,
     ReadTrace,
     ReplayEpoch,
     SampleGallery,
     StitchMixture,
     TrainRouter,
-    encode,
-    read_from_worker,
 )
 from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.tensor_files import write_tensors
-from lutetia.models.training.checkpoint_io import write_state, write_weights
-from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.system.forked import TEMPLATE
-from lutetia.system.process import Child, ParentChannel
+from lutetia.system.process import ParentChannel
 from tests.coordinator.scripted_node import until
-from tests.coordinator.tiny_data import build_tiny, clips
+from tests.coordinator.tiny_data import build_tiny
+from tests.coordinator.worker.worker_site import LIMIT, Site, mutated, train_epoch
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-LIMIT = 120.0
-
-
-@dataclass
-class Site:
-    """A tiny run, one trained epoch of each shard, and a running worker process."""
-
-    run: RunFolder
-    manifest: Manifest
-    files: Path
-    worker: WorkerClient
-
-    def weights(self, shard: int = 0) -> Path:
-        return self.files / f"{shard}.weights.safetensors"
-
-    def state(self, shard: int = 0) -> Path:
-        return self.files / f"{shard}.state.safetensors"
-
-    def trace(self, shard: int = 0) -> Path:
-        return self.files / f"{shard}.trace.safetensors"
-
-    def train(self, shard: int = 0) -> Path:
-        return self._blob(self.manifest.shards[shard].train, self.run.blobs)
-
-    def holdout(self, shard: int = 0) -> Path:
-        return self._blob(self.manifest.shards[shard].holdout, self.run.holdouts)
-
-    def _blob(self, ref: BlobRef, store: Path) -> Path:
-        return store / ref.digest[:2] / ref.digest
-
-    async def inspect(self, weights: Path, state: Path, trace: Path | None = None) -> None:
-        job = InspectFiles(shard=0, epoch=1, weights=weights, state=state, trace=trace or self.trace())
-        await self.worker.ask(job, limit=LIMIT)
-
-    async def loss(self, weights: Path | None, draw: str = "one") -> LossMeasured:
-        return await self.worker.ask(MeasureLoss(shard=0, weights=weights, holdout=self.holdout(), draw=draw), limit=LIMIT)
-
-
-def train_epoch(manifest: Manifest, shard: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    trainer = ExpertTrainer(manifest, shard, clips(shard, 6, 5))
-    while not trainer.at_epoch_end:
-        trainer.step()
-    snapshot = trainer.snapshot()
-    write_weights(snapshot, folder / f"{shard}.weights.safetensors")
-    write_state(snapshot, folder / f"{shard}.state.safetensors")
-    write_tensors(folder / f"{shard}.trace.safetensors", {"trace": torch.tensor(snapshot.trace)})
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -160,56 +101,6 @@ async def test_give_way_leaves_a_session_of_another_leader_alone():
     before = session_niceness(os.getpid())
     assert not await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait()
     assert session_niceness(os.getpid()) == before
-
-
-def mutated(site: Site, kind: str, folder: Path) -> tuple[Path, Path]:
-    """Weights and state with one thing wrong."""
-    weights, state, metadata = load_file(site.weights()), load_file(site.state()), header_of(site.state())
-    name = sorted(weights)[0]
-    good = {key: value.clone() for key, value in weights.items()}
-    match kind:
-        case "missing":
-            del good[name]
-        case "extra":
-            good["backdoor"] = torch.zeros(3)
-        case "nan":
-            good[name].view(-1)[0] = float("nan")
-        case "infinite":
-            good[name].view(-1)[0] = float("inf")
-        case "huge":
-            good[name] *= 1e6
-        case "shape":
-            good[name] = good[name].reshape(-1)[:-1].clone()
-        case "dtype":
-            good[name] = good[name].double()
-        case "state of another epoch":
-            place = json.loads(metadata["lutetia"])
-            metadata["lutetia"] = json.dumps({**place, "epoch": 2, "samples": 2 * place["samples"]})
-        case "a sample too many":
-            place = json.loads(metadata["lutetia"])
-            metadata["lutetia"] = json.dumps({**place, "samples": place["samples"] + 1})
-        case "no number of samples":
-            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "samples": "x"})
-        case "no micro-batch":
-            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "micro_batch": 0})
-        case "no moments":
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(("adamw.", "muon."))}
-        case "state of another shard":
-            metadata["lutetia"] = json.dumps({**json.loads(metadata["lutetia"]), "shard": 1})
-        case "other averages":
-            state["ema." + name] = state["ema." + name] + 1e-3
-        case "nan in state":
-            state["param." + name].view(-1)[0] = float("nan")
-        case "empty state":
-            state = {}
-    save_file(good, folder / "w.safetensors", metadata={"format": "pt"})
-    save_file(state, folder / "s.safetensors", metadata=metadata)
-    return folder / "w.safetensors", folder / "s.safetensors"
-
-
-def header_of(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
 
 
 @pytest.mark.parametrize(
@@ -351,21 +242,6 @@ async def test_replay_of_some_steps_returns_their_published_losses(site: Site):
     assert len(answer.losses) == 2
 
 
-HALTING = """
-import os, signal
-os.write(1, b'{"text": "whole"}\\n{"text": "ha')
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-async def test_half_a_line_of_a_killed_child_ends_its_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(TEMPLATE)  # which would not look for modules elsewhere
-    (tmp_path / "halting.py").write_text(HALTING)
-    child = await Child.start("halting", environment={"PYTHONPATH": str(tmp_path)})
-    assert [message async for message in child.messages()] == [{"text": "whole"}]
-    assert await child.process.wait() == -signal.SIGKILL
-
-
 async def test_idle_process_ends_and_the_next_job_starts_another(site: Site):
     worker = WorkerClient(site.run.manifest, name="rare", threads=1, nice=3, idle=0.2)
     await worker.ask(MeasureSizes(), limit=LIMIT)
@@ -410,44 +286,3 @@ class Lines:
 async def test_line_that_is_no_job_ends_the_process(site: Site, line: Any):
     with pytest.raises(ValueError, match=r".+"):
         WorkerProcess(site.manifest, cast(ParentChannel, Lines(line))).run()
-
-
-async def test_each_job_has_the_answer_of_its_own_name():
-    answers = {answer.model_fields["job"].default: answer for answer in get_args(get_args(AnyAnswer)[0])}
-    jobs = get_args(get_args(AnyJob)[0])
-    assert len(jobs) == len(answers)
-    for job in jobs:
-        [base] = [base for base in job.__mro__ if base.__name__.startswith("Job[")]
-        assert base.__pydantic_generic_metadata__["args"] == (answers[job.name()],)
-
-
-async def test_numbers_that_are_not_finite_survive_the_line():
-    answer = LossMeasured(loss=math.nan, by_time=(None, math.inf))
-    message = read_from_worker(json.loads(json.dumps(encode(JobDone(id=1, answer=answer)))))
-    assert isinstance(message, JobDone)
-    assert isinstance(message.answer, LossMeasured)
-    assert math.isnan(message.answer.loss)
-    assert message.answer.by_time == (None, math.inf)
-
-
-ODD = """
-import sys
-sys.stdin.readline()
-print('LINE', flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize(
-    "line", ["[]", '{"kind": "done", "id": 1}', '{"kind": "done", "id": 1, "answer": {"job": "inspect"}}', "no JSON"]
-)
-async def test_malformed_answer_fails_the_job_and_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str):
-    (tmp_path / "odd.py").write_text(ODD.replace("LINE", line))
-    start = Child.start
-    monkeypatch.delenv(TEMPLATE)
-    monkeypatch.setattr(Child, "start", lambda *_, **__: start("odd", environment={"PYTHONPATH": str(tmp_path)}))
-    worker = WorkerClient(tmp_path / "manifest.json", name="odd", threads=1, nice=0)
-    with pytest.raises(WorkerFailed, match="answer to the job sizes cannot be read"):
-        await worker.ask(MeasureSizes(), limit=LIMIT)
-    assert worker.pid is None
-    await worker.close()
