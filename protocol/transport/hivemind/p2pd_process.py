@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -35,11 +36,20 @@ _LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
 
 @dataclass(frozen=True)
 class Reachability:
-    """How a peer makes itself reachable from outside: UPnP, AutoNAT with hole punching, circuit relays."""
+    """How a peer makes itself reachable from outside.
+
+    Attributes:
+        nat_port_map: ask the router for a port (UPnP).
+        auto_nat: tell other peers whether they can be dialled.
+        relay: be reached through circuit relays, and be one for whoever asks: p2pd cannot do the first alone.
+        auto_relay: ask `trusted_relays` for a place while nobody can dial this peer.
+        trusted_relays: addresses with peer ids.
+        no_listen: listen nowhere.
+    """
 
     nat_port_map: bool = True
     auto_nat: bool = True
-    relay: bool = True
+    relay: bool = False
     auto_relay: bool = False
     trusted_relays: tuple[str, ...] = ()
     no_listen: bool = False
@@ -50,7 +60,7 @@ class Reachability:
         host = listen.split("/")[2] if listen.count("/") >= 2 else ""
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(host).is_loopback:
-                return cls(nat_port_map=False, auto_nat=False, relay=False)
+                return cls(nat_port_map=False, auto_nat=False)
         return cls()
 
     def arguments(self) -> list[str]:
@@ -137,12 +147,15 @@ class P2pdProcess:
 async def _spawn(
     identity: Identity, listen: str, sockets: _SocketFolder, reach: Reachability | None, announce: Sequence[str]
 ) -> asyncio.subprocess.Process:
-    key = _key_file(sockets)
+    key, config, reach = _key_file(sockets), sockets.path / "config.json", reach or Reachability.of(listen)
     write_atomic(key, identity.libp2p_bytes(), mode=0o600)
+    # -relay=0 alone does nothing: p2pd then takes its default, which is a relay for every libp2p peer of the world
+    write_atomic(config, json.dumps({"Relay": {"Enabled": reach.relay}}).encode())
     # noise alone secures connections, as fast as TLS here: strangers then reach no certificate parser of an old Go
     arguments = [
-        f"-id={key}", f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
-        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=0", *(reach or Reachability.of(listen)).arguments(),
+        f"-f={config}", f"-id={key}",
+        f"-listen=/unix{sockets.path}/control.sock", f"-hostAddrs={listen}", "-dhtServer", "-connManager=1",
+        f"-idleTimeout={_IDLE_TIMEOUT}", "-tls=0", *reach.arguments(),
     ]  # fmt: skip
     if announce:
         arguments.append("-announceAddrs=" + ",".join(announce))
