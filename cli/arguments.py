@@ -164,7 +164,7 @@ def read_config(path: Path | None, table: str | None = None) -> dict[str, Any]:
 
 
 def require_device(device: str) -> None:
-    """Raise HardwareError unless this machine has `device` (cpu, mps, cuda or cuda:N), before its driver fails."""
+    """Raise HardwareError unless this machine has `device` (cpu, mps, cuda, cuda:N, xpu or xpu:N), before its driver fails."""
     from lutetia.node.trainer.devices import Accelerators, choose_device
 
     choose_device(device, Accelerators.seen())

@@ -64,7 +64,7 @@ class LocalStatus(Frozen):
     last_accepted: float | None = Field(default=None, description="When the last one was accepted, in Unix seconds")
     due: float | None = Field(default=None, description="When the next checkpoint is expected, in Unix seconds")
     paused_until: float | None = Field(default=None, description="When the pause ends, in Unix seconds; None: at resume")
-    device: str | None = Field(default=None, description="Device that trains: cpu, mps or cuda:N")
+    device: str | None = Field(default=None, description="Device that trains: cpu, mps, cuda:N or xpu:N")
     precision: str | None = Field(default=None, description="Data type of the forward pass, and why")
     online: bool = Field(default=False, description="Whether the network is up")
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")

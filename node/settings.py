@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
+from lutetia.models.device import AUTO_DEVICE, PrecisionChoice
 from lutetia.node.schedule import WeeklyHours
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.protocol.schema.ticket import PORT, Ticket
@@ -83,10 +84,11 @@ class NodeSettings(BaseSettings):
         description="Addresses to announce to peers if they differ from `listen`, for instance /ip4/203.0.113.5/tcp/41000",
     )
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Device to train on: auto, cpu, mps, cuda or cuda:N"
+        default="auto", pattern=AUTO_DEVICE, description="Device to train on: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Data type of the forward pass; auto takes bfloat16 where the GPU supports it"
+    precision: PrecisionChoice = Field(
+        default="auto",
+        description="Data type of the forward pass; auto takes bfloat16 on GPUs that have it, on older ones float16",
     )
     micro_batch: int | None = Field(default=None, ge=1, description="Clips per forward pass; by default the largest that fits")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads for training; by default torch chooses")

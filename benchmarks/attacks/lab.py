@@ -21,8 +21,9 @@ from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
 from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
 from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.models.device import Precision
 from lutetia.models.tensor_files import write_tensors
-from lutetia.models.training.checkpoint_io import Precision, Snapshot, write_state, write_weights
+from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity

@@ -75,7 +75,7 @@ class BuildSettings(ClipShape, ClusterSettings):
         description="most memory to decode one clip, MiB, for each worker; none: 2048, or less where all workers together would "
         "take more than half of the machine's memory",
     )
-    device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda or cuda:N")
+    device: Device = Field(default="cpu", description="device of autoencoder and encoders: cpu, mps, cuda, cuda:N, xpu or xpu:N")
     cache: Path | None = Field(
         default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
     )

@@ -34,7 +34,7 @@ class EvaluatorSettings(Frozen):
     aesthetic: Path | None = Field(
         default=None, description="LAION's aesthetic head for that CLIP, a safetensors file; none: left out"
     )
-    device: Device = Field(default="cpu", description="device of the networks: cpu, mps, cuda or cuda:N")
+    device: Device = Field(default="cpu", description="device of the networks: cpu, mps, cuda, cuda:N, xpu or xpu:N")
     i3d_precision: Precision = Field(
         default="float32", description="number format of I3D; bfloat16 is faster on processors with AMX, with other figures"
     )

@@ -115,7 +115,7 @@ class Machines(Frozen):
 
     workers: int | None = Field(default=None, ge=1, description="nodes; none: one per shard, at most one per core")
     threads: int | None = Field(default=None, ge=1, description="threads of each node; none: the cores divided by the nodes")
-    device: Device = Field(default="cpu", description="device of every node: cpu, mps, cuda or cuda:N")
+    device: Device = Field(default="cpu", description="device of every node: cpu, mps, cuda, cuda:N, xpu or xpu:N")
     heartbeat: Positive = Field(
         default=2.0, description="heartbeat of a claim, seconds; the shard of a lost node is free after three"
     )

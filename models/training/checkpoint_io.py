@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lutetia.models.device import Precision
 from lutetia.models.tensor_files import read_document, write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
 from lutetia.protocol.schema.manifest import Manifest
 
-Precision = Literal["float32", "bfloat16"]
 _PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision", "device")
 _NUMBERS = ("shard", "epoch", "step", "samples", "micro_batch")
 
@@ -111,7 +111,8 @@ def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     fits = 0 <= numbers["step"] < steps and numbers["epoch"] >= 0 and numbers["micro_batch"] >= 1
     if not fits or numbers["samples"] != (numbers["epoch"] * steps + numbers["step"]) * batch:
         raise CheckpointMisfit("header", f"the state {path.name} names a place that this run does not have; refused")
-    precision = "bfloat16" if header.get("precision") == "bfloat16" else "float32"
+    named = header.get("precision")
+    precision = named if named in get_args(Precision) else "float32"
     return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(header.get("device", ""))}
 
 

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, all matrices of one shape together.
 
 The update is that of `torch.optim.Muon`, whose Newton-Schulz iteration always runs in bfloat16, one matrix at a time. That takes
-twenty times as long on a processor without bfloat16 units, so here it runs in float32 on a CPU and in bfloat16 elsewhere.
+twenty times as long on a processor without bfloat16 units, so here it runs in float32 on a CPU and on cards without them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lutetia.models.device import multiplies_bfloat16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic with the steepest start that still ends near 1
 STEPS = 5
@@ -54,5 +56,5 @@ class Muon(torch.optim.Optimizer):
         moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
         torch._foreach_lerp_(moments, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         ahead = torch.stack([g.lerp(m, momentum) for g, m in zip(gradients, moments, strict=True)])
-        fast = ahead if ahead.device.type == "cpu" else ahead.bfloat16()
+        fast = ahead.bfloat16() if multiplies_bfloat16(ahead.device) else ahead
         return list(orthogonalise(fast).to(ahead.dtype))

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lutetia.models.data.shards import ShardData
+from lutetia.models.device import Precision
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
-from lutetia.models.training.checkpoint_io import Precision, Snapshot
+from lutetia.models.training.checkpoint_io import Snapshot
 from lutetia.models.training.moment_distance import moment_distance
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged
 from lutetia.protocol.schema.manifest import Manifest
@@ -132,7 +133,7 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
     """A trainer whose sums round differently. None if there is none: micro-batches of one cannot be split further."""
     precision: Precision = trainer.precision
     if coarse:
-        precision = "float32" if precision == "bfloat16" else "bfloat16"
+        precision = "bfloat16" if precision == "float32" else "float32"
     elif trainer.micro_batch == 1:
         return None
     return ExpertTrainer(
@@ -162,8 +163,13 @@ def under_budget(manifest: Manifest, epochs: int) -> Manifest:
 
 
 def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> TrainedWith:
-    """Device, precision, micro-batch and software in the form that peers exchange; rare devices count as "other"."""
+    """Device, precision, micro-batch and software in the form that peers exchange. Rare devices count as "other".
+
+    float16 counts as bfloat16, which rounds eight times as coarsely, and on a CPU as another kind of device: no auditor uses it.
+    """
     kind = device if device in ("cpu", "cuda", "mps") else "other"
+    if precision == "float16":
+        kind, precision = "other" if kind == "cpu" else kind, "bfloat16"
     return TrainedWith(device=kind, precision=precision, micro_batch=micro_batch, software=software)
 
 

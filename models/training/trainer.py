@@ -24,12 +24,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lutetia.models.data.shards import ShardData
+from lutetia.models.device import Precision
 from lutetia.models.experts.families import build_expert, call_expert, check_fits
 from lutetia.models.experts.objectives import row_losses
 from lutetia.models.randomness import seed_of
 from lutetia.models.training.batches import Batch, Batches
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
-from lutetia.models.training.checkpoint_io import Precision, Snapshot, read_state, read_weights, write_state, write_weights
+from lutetia.models.training.checkpoint_io import Snapshot, read_state, read_weights, write_state, write_weights
+from lutetia.models.training.loss_scaling import scaled_backward
 from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, learning_rate
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
@@ -114,7 +116,11 @@ class ExpertTrainer:
             self._place(self.epoch + 1, 0, [])
         optimisation, done = self.manifest.optimisation, self.steps
         total = self.manifest.epochs * self.manifest.steps_per_epoch
-        loss = self._accumulate(self._batches.take(self.epoch, self.step_in_epoch))
+        batch = self._batches.take(self.epoch, self.step_in_epoch)
+        if self.precision == "float16":
+            loss = scaled_backward(lambda factor: self._accumulate(batch, factor), self._parameters)
+        else:
+            loss = self._accumulate(batch)
         nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip)
         self._optimiser.step(learning_rate(optimisation, done, total))
         self._ema.update(ema_decay(optimisation, done))
@@ -122,18 +128,19 @@ class ExpertTrainer:
         value = loss.item()
         self.trace.append(value)
         if not math.isfinite(value):
-            raise TrainingDiverged(f"shard {self.shard} diverged at step {done} (loss {value}); restore the accepted checkpoint")
+            remedy = "set precision to float32" if self.precision == "float16" else "restore the accepted checkpoint"
+            raise TrainingDiverged(f"shard {self.shard} diverged at step {done} (loss {value}); {remedy}")
         return value
 
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """Compute the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss, on the device."""
+    def _accumulate(self, batch: Batch, factor: float = 1.0) -> Tensor:
+        """Compute the gradients of the batch's mean loss times `factor`, micro-batch by micro-batch. Returns the loss."""
         total = torch.zeros((), device=self.device)
         for first in range(0, len(batch), self.micro_batch):
             rows = batch.rows(first, first + self.micro_batch).to(self.device)
             with self._autocast():
                 losses = row_losses(self.spec, self._answers(rows), rows.latents, rows.noise, rows.time)
             loss = losses.sum() / len(batch)
-            loss.backward()
+            (loss if factor == 1 else loss * factor).backward()
             total += loss.detach()
         return total
 
@@ -143,7 +150,7 @@ class ExpertTrainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
     def snapshot(self) -> Snapshot:
         """A copy of the training state in main memory: about four times the weights."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
+from lutetia.models.device import Precision
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.checkpoint_folder import LocalState
 from lutetia.protocol.schema.canonical import Frozen
@@ -31,8 +31,8 @@ class Assignment(Frozen):
     state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
     local: LocalState | None = Field(default=None, description="A state within the epoch to resume from")
     until: int = Field(description="Epochs whose parent is below this number may be trained")
-    device: str = Field(default="cpu", description="cpu, mps or cuda:N")
-    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Data type of the forward pass")
+    device: str = Field(default="cpu", description="cpu, mps, cuda:N or xpu:N")
+    precision: Precision = Field(default="float32", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")

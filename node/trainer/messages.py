@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lutetia.models.device import Precision
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
@@ -34,8 +35,8 @@ class ReplayQuestion(Frozen):
     state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
     end_weights: Path | None = Field(default=None, description="Weights of the checkpoint under audit")
     end_state: Path | None = Field(default=None, description="Training state of the checkpoint under audit")
-    precision: Literal["float32", "bfloat16"] = Field(description="Data type of the forward pass")
-    device: str = Field(description="cpu, mps or cuda:N")
+    precision: Precision = Field(description="Data type of the forward pass")
+    device: str = Field(description="cpu, mps, cuda:N or xpu:N")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
 

@@ -13,12 +13,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import psutil
 from pydantic import Field
 
-from lutetia.node.trainer.devices import Accelerators, Precision, choose_device, choose_precision
+from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
+from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
 from lutetia.protocol.schema.records import Hardware
@@ -33,8 +33,8 @@ class ProbeQuestion(Frozen):
     """What to probe, and what the volunteer allows."""
 
     manifest: Path = Field(description="The signed manifest")
-    device: str = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Data type of the forward pass")
+    device: str = Field(default="auto", description="auto, cpu, mps, cuda, cuda:N, xpu or xpu:N")
+    precision: PrecisionChoice = Field(default="auto", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass to try first; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     free_disk: int = Field(ge=0, description="Bytes that blobs may still take")
@@ -53,7 +53,7 @@ class ProbeResult(Frozen):
 
     question: Digest = Field(description="`question_digest` of the question")
     hardware: Hardware = Field(description="As in the node record")
-    device: str = Field(description="The chosen device: cpu, mps or cuda:N")
+    device: str = Field(description="The chosen device: cpu, mps, cuda:N or xpu:N")
     precision: Precision = Field(description="The chosen data type of the forward pass")
     precision_reason: str = Field(description="Why that data type")
     samples_per_second: float = Field(description="Training speed of the first expert that fits; 0 if none does")
@@ -69,8 +69,9 @@ def describe(device: str) -> Hardware:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(torch.device(device))
+    if device.startswith(("cuda", "xpu")):
+        kind = torch.cuda if device.startswith("cuda") else torch.xpu
+        properties = kind.get_device_properties(torch.device(device))
         return Hardware(device=device, name=properties.name[:64], memory_bytes=properties.total_memory, cores=cores)
     return Hardware(device=device, name=_cpu_name(), memory_bytes=psutil.virtual_memory().total, cores=cores)
 
@@ -171,8 +172,7 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
             return True
         finally:
             trainer = None
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            free_cached_memory(device)
         return False
 
     size = largest_working(min(wanted or batch, batch), works)

@@ -81,12 +81,21 @@ def test_unit_is_hardened() -> None:
     assert int(settings["TimeoutStopSec"]) >= 60  # a checkpoint is submitted after SIGTERM
 
 
-@pytest.mark.parametrize("driver", ["nvidia-frontend nvidia-uvm", "nvidia nvidiactl nvidia-uvm nvidia-caps", "drm kfd"])
+@pytest.mark.parametrize(
+    "driver",
+    ["nvidia-frontend nvidia-uvm", "nvidia nvidiactl nvidia-uvm nvidia-caps", "drm kfd"],
+    ids=["nvidia-old", "nvidia", "amd"],
+)
 def test_unit_allows_the_device_groups_of_every_driver(driver: str) -> None:
     """The names are those of /proc/devices, which systemd matches like file names."""
     allowed = re.findall(r"^DeviceAllow=char-(\S+) rw$", UNIT.read_text(), re.MULTILINE)
     for group in driver.split():
         assert any(fnmatch.fnmatch(group, pattern) for pattern in allowed), group
+
+
+def test_unit_joins_the_groups_that_own_render_nodes() -> None:
+    """/dev/kfd and /dev/dri/renderD128 are 0660 root:render; the unit runs as a user of its own."""
+    assert "SupplementaryGroups=render video" in UNIT.read_text().splitlines()
 
 
 def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def load_latents(ref: str, spec: LatentSpec | None = None, *, device: str = "cpu
     Args:
         ref: pixels, builtin:demo, a folder or a hub id.
         spec: normalise the latents by its statistics; None: raw latents.
-        device: cpu, mps, cuda or cuda:N.
+        device: cpu, mps, cuda, cuda:N, xpu or xpu:N.
         hub: whether a hub id may be downloaded; otherwise only what was downloaded before is used.
 
     Raises ConfigError if there is no such autoencoder, or if its class is not supported.

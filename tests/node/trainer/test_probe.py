@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.trainer.devices import Accelerators, CudaDevice, DeviceMissing, choose_device, choose_precision
+from lutetia.node.trainer.devices import (
+    Accelerators,
+    CudaDevice,
+    DeviceMissing,
+    XpuDevice,
+    choose_device,
+    choose_precision,
+    missing_code,
+)
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.loop import answer_probe
 from lutetia.node.trainer.messages import ProbeFinished, RequestFailed
@@ -51,10 +59,33 @@ def test_device_and_precision_follow_the_accelerators():
     assert choose_device("auto", TWO_GPUS) == ("cuda:0", "cuda:0: NVIDIA H100")
     assert choose_device("cuda:1", TWO_GPUS)[0] == "cuda:1"
     assert choose_precision("cuda:0", "auto", TWO_GPUS) == ("bfloat16", "bfloat16: CUDA SM 90")
-    assert choose_precision("cuda:1", "auto", TWO_GPUS) == ("float32", "float32: CUDA SM 75 has no bfloat16")
+    assert choose_precision("cuda:1", "auto", TWO_GPUS) == ("float16", "float16 with a scaled loss: CUDA SM 75 has no bfloat16")
+    old = Accelerators(cuda=(CudaDevice("GTX 1080", (6, 1)),))
+    assert choose_precision("cuda:0", "auto", old) == ("float32", "float32: CUDA SM 61 has neither bfloat16 nor fast float16")
     assert choose_device("auto", Accelerators(mps=True)) == ("mps", "mps: Apple GPU")
     with pytest.raises(HardwareError, match="sees 2 CUDA devices"):
         choose_device("cuda:2", TWO_GPUS)
+
+
+def test_card_without_code_in_this_torch_is_refused_with_the_reason():
+    built_for = ["sm_75", "sm_80", "sm_90", "compute_90"]
+    assert missing_code((8, 6), built_for) == missing_code((12, 0), built_for) == missing_code((9, 0), ["gfx90a"]) == ""
+    assert missing_code((12, 0), built_for[:-1]).startswith("SM 120, but this torch has code for SM 75 to 90 only")
+    old = Accelerators(cuda=(CudaDevice("GTX 1080", (6, 1), missing_code((6, 1), built_for)), CudaDevice("T4", (7, 5))))
+    assert choose_device("auto", old) == ("cuda:1", "cuda:1: T4")
+    assert choose_device("auto", Accelerators(cuda=old.cuda[:1]))[1].startswith("cpu: GTX 1080 has SM 61")
+    with pytest.raises(DeviceMissing, match="GTX 1080 has SM 61, but this torch .* or use cpu"):
+        choose_device("cuda", old)
+
+
+def test_intel_card_is_chosen_and_numbered():
+    two = Accelerators(xpu=(XpuDevice("Arc A770"), XpuDevice("Iris Xe", bfloat16=False)))
+    assert choose_device("auto", two) == ("xpu:0", "xpu:0: Arc A770")
+    assert choose_device("xpu:1", two)[0] == "xpu:1"
+    assert choose_precision("xpu:0", "auto", two) == ("bfloat16", "bfloat16: Arc A770")
+    assert choose_precision("xpu:1", "auto", two) == ("float32", "float32: Iris Xe has no bfloat16")
+    with pytest.raises(DeviceMissing, match="sees 2 XPU devices"):
+        choose_device("xpu:2", two)
 
 
 def test_devices_seen_by_torch_can_be_chosen():
