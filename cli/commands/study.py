@@ -35,6 +35,7 @@ def study(
     plan: Annotated[bool, setting("STUDY_PLAN", "Print arms, FLOPs and estimated hours, and stop.", "--plan")] = False,
     device: Annotated[str | None, setting("DEVICE", "Train and evaluate on this device instead of that in CONFIG.")] = None,
     tune: Annotated[bool, setting("STUDY_TUNE", "Evaluate on the clips for tuning, not on test.", "--tune")] = False,
+    tables: Annotated[bool, setting("STUDY_TABLES", "Make the tables again from OUT/results.json.", "--tables")] = False,
     prepare: Annotated[bool, setting("STUDY_PREPARE", "Make clips, latents and shards, and stop.", "--prepare")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -44,6 +45,13 @@ def study(
     repeated. The tables are updated after every training. Needs the extra `study`.
     """
     settings = load_study(config, device=device, tune=tune)
+    home = (folder or config.with_suffix("")).absolute()
+    if tables:
+        from lutetia.cli.study.stages import rewrite_tables
+
+        written = rewrite_tables(out or home / "results")
+        emit({"out": str(written)}, as_json, lambda: f"the tables are in {written}")
+        return
     if plan:
         from lutetia.models.study.estimate import estimate
         from lutetia.models.study.plan import plan_study, planned_latent
@@ -59,7 +67,6 @@ def study(
     _require_packages(settings, prepare)
     for needed in {settings.data.device} if prepare else {settings.data.device, settings.machines.device}:
         require_device(needed)
-    home = (folder or config.with_suffix("")).absolute()
     if prepare:
         counts = prepare_data(settings, home, cache or home / "cache")
         emit(counts, as_json, lambda: f"clips and shards are in {home}; run the same command without --prepare to train")

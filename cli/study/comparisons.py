@@ -37,12 +37,13 @@ class Comparisons:
             prompts: compared.rows for prompts, compared in self._compared(name, Headline, self.state.evaluation.compare, arm)
         }
 
-    def beyond(self) -> dict[str, tuple[Comparison, ...]]:
-        """The headline by distance from real clips after encoding and decoding."""
+    def beyond(self, arm: str = MONOLITH) -> dict[str, tuple[Comparison, ...]]:
+        """`arm` of the whole budget against the mixture by distance from real clips after encoding and decoding."""
         from lutetia.models.study.results import Headline
 
         compare_beyond = partial(self.state.evaluation.compare_beyond, self.state.latents)
-        return {prompts: compared.rows for prompts, compared in self._compared("beyond", Headline, compare_beyond)}
+        name = "beyond" if arm == MONOLITH else f"beyond-{arm}"
+        return {prompts: compared.rows for prompts, compared in self._compared(name, Headline, compare_beyond, arm)}
 
     def kinds(self) -> dict[str, dict[str, tuple[Comparison, ...]]]:
         """The headline by distance within each kind, over the same seeds."""

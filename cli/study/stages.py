@@ -12,7 +12,7 @@ from lutetia.cli.study.comparisons import Comparisons
 from lutetia.cli.study.state import StudyState
 from lutetia.cli.workspace import ready
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.system.errors import ConfigError
+from lutetia.system.errors import ConfigError, plain
 from lutetia.system.files import disk_errors, write_atomic
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _remember(config: StudyConfig, home: Path) -> None:
 def write_results(state: StudyState) -> StudyResults:
     """Write tables, curves and sample grids of everything that is evaluated so far."""
     from lutetia.models.study.pictures import draw_curves
+    from lutetia.models.study.results import specialisation
     from lutetia.models.study.tables import report
 
     results = collect_results(state)
@@ -98,11 +99,36 @@ def write_results(state: StudyState) -> StudyResults:
         if results.headline:
             _grid(state, state.out / "samples.png")
             pictures.append("samples.png")
-        public = results.model_copy(update={"evaluated": {k: v.model_copy(update={"values": {}, "labels": ()})
-                                                     for k, v in results.evaluated.items()}})  # fmt: skip
+        short = {name: each.model_copy(update={"values": {}, "labels": ()}) for name, each in results.evaluated.items()}
+        public = results.model_copy(update={"evaluated": short, "alone": tuple(specialisation(results))})
         write_atomic(state.out / "results.json", public.model_dump_json(indent=1).encode())
         write_atomic(state.out / "README.md", report(results, pictures, _sheets(state)).encode())
     return results
+
+
+def rewrite_tables(out: Path) -> Path:
+    """Write the tables anew from `out/results.json`, with the pictures that lie beside it. Returns the page.
+
+    Raises ConfigError if there are no results or they cannot be read.
+    """
+    from pydantic import ValidationError
+
+    from lutetia.models.study.results import StudyResults
+    from lutetia.models.study.tables import report
+    from lutetia.protocol.schema.manifest import first_problem
+
+    path = out / "results.json"
+    try:
+        results = StudyResults.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {plain(str(error.strerror))}; name a folder of results with --out") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not the results of a study: {first_problem(error)}; carry the study out again") from error
+    pictures = [name for name in ("curves.png", "samples.png") if (out / name).is_file()]
+    sheets = [f"clusters/{sheet.name}" for sheet in sorted((out / "clusters").glob("*.png"))]
+    page = out / "README.md"
+    write_atomic(page, report(results, pictures, sheets).encode())
+    return page
 
 
 def collect_results(state: StudyState) -> StudyResults:
@@ -132,6 +158,7 @@ def collect_results(state: StudyState) -> StudyResults:
         rebuilt={str(each): comparisons.rebuilt(each) for each in encoded}, kinds=comparisons.kinds(),
         beyond=comparisons.beyond() if encoded else {},
         rivals={arm: comparisons.headline(arm) for arm in state.config.controls.full}, against=comparisons.against(),
+        rivals_beyond={arm: comparisons.beyond(arm) for arm in state.config.controls.full} if encoded else {},
     )  # fmt: skip
 
 

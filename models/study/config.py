@@ -13,7 +13,7 @@ from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
 
-Arm = Literal["small-batch", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
+Arm = Literal["small-batch", "root-rate", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
 Control = Arm | Literal["text-blind", "oracle", "modes", "experts"]
 Prompts = Literal["natural", "stratified"]
 
@@ -63,6 +63,7 @@ class Controls(Frozen):
     They are compared with a monolith and a mixture of the same budget.
 
     - small-batch: a monolith at batch B/K for K times the steps.
+    - root-rate: a monolith at the square root of K times the learning rate, as a batch K times an expert's may bear.
     - balanced: a monolith that sees every cluster equally often, as the mixture does: clips of small clusters are repeated.
     - random: clusters at random.
     - kinds: clusters by the kinds in the metadata.

@@ -6,6 +6,7 @@ is a set of clips to evaluate: sampled from a training at some epoch, with some 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
@@ -246,6 +247,9 @@ def _arm(config: StudyConfig, costs: _Costs, tier: Tier, arm: Arm, seed: int) ->
     match arm:
         case "small-batch":
             return _training(costs, tier, arm, seed, experts=1, batch=small)
+        case "root-rate":
+            rate = config.optimisation.learning_rate * math.sqrt(experts)
+            return _training(costs, tier, arm, seed, experts=1, batch=batch, learning_rate=rate)
         case "balanced":
             return _training(costs, tier, arm, seed, experts=1, batch=batch, method=arm)
         case "warm-start":

@@ -54,6 +54,25 @@ class Rebuilt(Frozen):
     entries: tuple[MetricEntry, ...] = Field(description="one line per figure")
 
 
+class OutsideReading(Frozen):
+    """Final figures of an arm that was carried out in a run of its own; it has no curve here."""
+
+    seed: int = Field(description="training seed")
+    prompts: str = Field(description="choice of prompts: natural or stratified")
+    clips: int = Field(description="number of clips")
+    distance: float = Field(description="the main distance")
+    loss: float = Field(description="held-out loss")
+
+
+class Specialisation(Frozen):
+    """One expert alone, on prompts of its own cluster and on all others."""
+
+    expert: int = Field(description="number of the expert")
+    metric: str = Field(description="name of the metric; higher is better")
+    own: Figure = Field(description="the metric on prompts of its own cluster")
+    other: Figure = Field(description="the metric on all other prompts")
+
+
 class StudyResults(Frozen):
     """All figures of a study, as far as it is carried out."""
 
@@ -84,6 +103,17 @@ class StudyResults(Frozen):
     )
     rivals: dict[str, dict[str, tuple[Comparison, ...]]] = Field(
         default={}, description="other arms of the whole budget to prompts to the comparison with the mixture"
+    )
+
+    rivals_beyond: dict[str, dict[str, tuple[Comparison, ...]]] = Field(
+        default={}, description="other arms of the whole budget to prompts to the comparison by distance from encoded real clips"
+    )
+    outside: dict[str, tuple[OutsideReading, ...]] = Field(
+        default={}, description="arm to its final figures, where it was carried out in runs of its own"
+    )
+
+    alone: tuple[Specialisation, ...] = Field(
+        default=(), description="figures of single experts, as far as the numbers of each clip are left out above"
     )
 
     def of(self, reading: Reading) -> EvaluatedReading | None:
@@ -137,21 +167,12 @@ def curve(results: StudyResults, arm: str, metric: str) -> list[CurvePoint]:
     return rows
 
 
-class Specialisation(Frozen):
-    """One expert alone, on prompts of its own cluster and on all others."""
-
-    expert: int = Field(description="number of the expert")
-    metric: str = Field(description="name of the metric; higher is better")
-    own: Figure = Field(description="the metric on prompts of its own cluster")
-    other: Figure = Field(description="the metric on all other prompts")
-
-
 def specialisation(results: StudyResults) -> list[Specialisation]:
     """The figures of all experts that were sampled alone, by every metric of one number per clip."""
-    rows = []
+    rows = [*results.alone]
     for evaluated in results.evaluated.values():
         expert = evaluated.reading.expert
-        if expert is None:
+        if expert is None or results.alone:
             continue
         is_own = np.array(evaluated.labels) == expert
         if min(is_own.sum(), (~is_own).sum()) < 2:

@@ -1,4 +1,4 @@
-"""The results of a study as Markdown: setting, headline, other arms, curves, controls, trainings and clusters."""
+"""The results of a study as Markdown: setting, compute, headline, other arms, curves, controls, trainings and clusters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lutetia.models.metrics.comparison import comparison_table
 from lutetia.models.metrics.routing import loss_table
+from lutetia.models.study.compute_table import compute_section
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.evaluation import EvaluatedReading
 from lutetia.models.study.plan import Reading, Training
@@ -14,7 +15,7 @@ from lutetia.models.study.results import PAPER, StudyResults, curve, entry, head
 
 def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:
     """The whole page. `pictures` and `sheets` (the contact sheet of each cluster) are files beside it."""
-    parts = [f"# Study {results.name}", _setting(results), _headline(results)]
+    parts = [f"# Study {results.name}", _setting(results), compute_section(results, table), _headline(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [
         _rivals(results),

@@ -181,3 +181,15 @@ def test_interrupted_study_resumes_and_writes_tables(tmp_path: Path) -> None:
     other.write_text(CONFIG.read_text().replace("share = 1.0", "share = 0.9"))
     refused = lutetia("study", other, "--folder", home, "--json")
     assert "name another --folder" in failure(refused)["message"]
+
+
+def test_tables_are_made_again_from_results_alone(tmp_path: Path) -> None:
+    union = Path(__file__).parents[3] / "docs" / "results" / "union"
+    shutil.copy(union / "results.json", tmp_path)
+    run = lutetia("study", CONFIG, "--tables", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "compute multiplier" in (tmp_path / "README.md").read_text()
+    (tmp_path / "results.json").write_text("{}")
+    refused = lutetia("study", CONFIG, "--tables", "--out", tmp_path, "--json")
+    assert failure(refused)["code"] == 10
+    assert "is not the results of a study" in failure(refused)["message"]
