@@ -103,7 +103,7 @@ class Service:
         self.check_runner = NetworkCheckRunner(
             self.transport, self.manifest, self.blobs, self.incoming, self.check_worker, self.audit_worker,
             self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_states(), self.settings.kept_states,
-            self.proof_worker,
+            self.proof_worker, self.settings.check_seconds,
         )  # fmt: skip
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
@@ -194,7 +194,8 @@ class Service:
 
     def _worker(self, name: str) -> WorkerClient:
         """Checks, mixtures, audits and proofs have a process each, started when needed, so that none waits for another."""
-        return WorkerClient(self.folder.manifest, name=name, threads=self.settings.threads, nice=self.settings.nice)
+        settings = self.settings
+        return WorkerClient(self.folder.manifest, name=name, threads=settings.threads, nice=settings.nice, device=settings.device)
 
     def _changed(self, state: RunState) -> None:
         """Called after each change of the run's state."""

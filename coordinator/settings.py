@@ -149,6 +149,15 @@ class ServeSettings(_Settings):
         default=5, ge=0, le=19,
         description="How much lower the priority of the worker processes is, so that trainers on the same machine go first",
     )  # fmt: skip
+    device: str = Field(
+        default="cpu", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="Where the worker processes compute: auto, cpu, mps, cuda or cuda:N",
+    )  # fmt: skip
+    check_seconds: Positive = Field(
+        default=900.0,
+        description="Seconds that scoring one result on held-out clips may take, its parent's score included; where all rows "
+        "would take longer, fewer are scored, but at least 8",
+    )
     stitch: Literal["refresh", "end"] = Field(
         default="refresh", description="When to make the mixture: refresh, after acceptances; end, once all budgets are done"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from benchmarks.fuzz.examples import LATENT, OWNER, WAN
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, secret_steps
 from lutetia.coordinator.acceptance.checks import Verdict, run_checks
 from lutetia.coordinator.holdouts import Holdouts
-from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner, finding_of, noise_bounds
+from lutetia.coordinator.runtime.check_runner import CHECK_SECONDS, NetworkCheckRunner, finding_of, noise_bounds
 from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
 from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
 from lutetia.coordinator.worker.process import WorkerProcess
@@ -72,6 +72,9 @@ class _Quiet:
     def messages(self) -> Iterator[Message]:
         return iter(())
 
+    def send(self, message: Message) -> None:
+        """Progress of a job, which nobody waits for here."""
+
 
 class _Direct:
     """The worker within this process."""
@@ -118,10 +121,17 @@ class Audited:
 
 @dataclass
 class Lab:
-    """A run of one shard in `folder`, with its data."""
+    """A run of one shard in `folder`, with its data.
+
+    Args:
+        check_seconds: what scoring one result may take; 0: the fewest rows.
+        clock: seconds, by which that is measured.
+    """
 
     folder: Path
     setting: Honest
+    check_seconds: float = CHECK_SECONDS
+    clock: Callable[[], float] = time.monotonic
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
     holdout: ShardData = field(init=False)
@@ -144,10 +154,12 @@ class Lab:
             latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         )  # fmt: skip
-        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()))
+        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock)
         direct = cast(WorkerClient, _Direct(self.worker))
         nobody, holdouts = cast(Any, None), Holdouts(self.store, b"lab")
-        self.check_runner = NetworkCheckRunner(nobody, self.manifest, self.store, self.store, direct, direct, 1e9, holdouts)
+        self.check_runner = NetworkCheckRunner(
+            nobody, self.manifest, self.store, self.store, direct, direct, 1e9, holdouts, check_seconds=self.check_seconds
+        )
         self._names = itertools.count()
         self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
 

@@ -26,6 +26,7 @@ def serve(
     http: Annotated[str | None, setting("HTTP")] = None,
     stitch: Annotated[str | None, setting("STITCH")] = None,
     threads: Annotated[int | None, setting("COORDINATOR_THREADS", min=1)] = None,
+    device: Annotated[str | None, setting("COORDINATOR_DEVICE")] = None,
     gallery: Annotated[bool | None, setting("GALLERY", "", "--gallery/--no-gallery")] = None,
     exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE")] = False,
     recover: Annotated[bool, setting("RECOVER")] = False,
@@ -37,8 +38,8 @@ def serve(
     from lutetia.coordinator.settings import ServeSettings
 
     flags = given(
-        listen=listen, http=http, stitch=stitch, threads=threads, gallery=gallery, exit_when_done=exit_when_done or None,
-        recover=recover or None,
+        listen=listen, http=http, stitch=stitch, threads=threads, device=device, gallery=gallery,
+        exit_when_done=exit_when_done or None, recover=recover or None,
     )  # fmt: skip
     settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config, "serve"), **flags})
     from lutetia.cli.run_service import run_service

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
-from lutetia.coordinator.acceptance.loss_bounds import Losses, compare_rows, mean
+from lutetia.coordinator.acceptance.loss_bounds import Losses, compare_rows, in_common, mean
 from lutetia.coordinator.ledger.events import CheckCost, Outcome, QuarantineRecovered
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.identity import peer_id_of
@@ -246,12 +246,13 @@ async def check_holdout(candidate: CandidateUnderCheck) -> Verdict | None:
     size = candidate.parent.weights.size if candidate.parent else 0
     candidate.parent_losses = await candidate.measure(runner.parent_losses(record, candidate.parent), size)
     candidate.losses = await candidate.measure(runner.losses(record), record.weights.size)
+    candidate.losses, candidate.parent_losses = in_common(candidate.losses, candidate.parent_losses)
     return compare_losses(candidate.losses, candidate.parent_losses, candidate.manifest.holdout_tolerance)
 
 
 async def check_raw(candidate: CandidateUnderCheck) -> Verdict | None:
     raw = await candidate.measure(candidate.runner.raw_losses(candidate.record), candidate.record.state.size)
-    return compare_raw(raw, candidate.losses, candidate.parent_losses, candidate.manifest.raw_tolerance)
+    return compare_raw(*in_common(raw, candidate.losses, candidate.parent_losses), candidate.manifest.raw_tolerance)
 
 
 def compare_losses(losses: Losses, parent_losses: Losses, tolerance: float) -> Verdict | None:

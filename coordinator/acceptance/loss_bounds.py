@@ -17,6 +17,9 @@ CONFIDENCE = 0.99
 WIDEST = 0.1
 """The interval widens the bound at most by this fraction of the loss, or by the tolerance if that is larger."""
 
+FEWEST_ROWS = 8
+"""A result is never judged on fewer rows than this, unless its shard has fewer. `chance_refused` says what so few rows show."""
+
 Losses = Sequence[float]
 """Held-out losses row by row."""
 
@@ -45,6 +48,12 @@ def mean(losses: Losses) -> float:
     return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
 
 
+def in_common(*losses: Losses) -> tuple[Losses, ...]:
+    """The first rows, as many as each side has: where time was short one side may have scored fewer of the same order."""
+    count = min(map(len, losses))
+    return tuple(rows[:count] for rows in losses)
+
+
 def compare_rows(losses: Losses, base: Losses, tolerance: float) -> Excess:
     """Whether `losses` exceed `base` by more than the fraction `tolerance` and the uncertainty of so few rows.
 
@@ -70,3 +79,27 @@ def _half_width(losses: Losses, base: Losses, tolerance: float) -> float:
 
     deviation = math.sqrt(math.fsum((value - centre) ** 2 for value in excess) / (count - 1))
     return float(stdtrit(count - 1, CONFIDENCE)) * deviation / math.sqrt(count)
+
+
+def chance_refused(rows: int, excess: float, spread: float, tolerance: float) -> float:
+    """The probability that `compare_rows` refuses a result, if differences of rows are normally distributed.
+
+    With `excess` at `tolerance` it is the rate at which results are refused that just may pass, with more the power of the check.
+    The mean and the standard deviation of a normal sample are independent, so the mean's part of the probability is summed over
+    equally likely values of the deviation (chi-square with `rows` - 1 degrees of freedom).
+
+    Args:
+        rows: number of rows that both sides were scored on, at least 2.
+        excess: the true relative excess of the result's loss over its parent's.
+        spread: standard deviation over the rows of loss minus allowed loss, as a fraction of the parent's mean loss.
+        tolerance: fraction that is always allowed.
+    """
+    from scipy.special import chdtri, ndtr, stdtrit
+
+    t, steps, total = float(stdtrit(rows - 1, CONFIDENCE)), 400, 0.0
+    error = spread / math.sqrt(rows)
+    for step in range(steps):
+        deviation = spread * math.sqrt(float(chdtri(rows - 1, 1 - (step + 0.5) / steps)) / (rows - 1))
+        half = min(t * deviation / math.sqrt(rows), max(tolerance, WIDEST))
+        total += float(ndtr((excess - tolerance - half) / error)) if error else float(excess > tolerance)
+    return total / steps

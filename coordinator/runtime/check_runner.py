@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,8 @@ from lutetia.coordinator.worker.messages import (
     ReadTrace,
     ReplayEpoch,
 )
+from lutetia.coordinator.worker.scored_rows import Part, RowScores
+from lutetia.coordinator.worker.time_limits import patience_for
 from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
@@ -35,15 +37,15 @@ from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith, provider_key
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import DIAL_TIMEOUT, Transport
-from lutetia.system.errors import IntegrityError, UnreachableError
+from lutetia.system.errors import ConfigError, IntegrityError, UnreachableError
 
 _FETCH_GRACE = 30.0
 _FIRST_ANSWER = DIAL_TIMEOUT + 2.0
 """Seconds in which a peer must be found, dialled and have answered."""
 _SHORTEST_WAIT = 3.0
-_INSPECT_LIMIT, _LOSS_LIMIT, _REPLAY_LIMIT = 300.0, 900.0, 24 * 3600.0
 _MAX_PROVIDERS = 8
 KEPT_STATES = 3
+CHECK_SECONDS = 900.0
 A = TypeVar("A")
 
 
@@ -87,6 +89,7 @@ class NetworkCheckRunner:
         states: digests of the accepted training states that may still be in `blobs`.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
         proof_worker: replays doubted results, for which a shard waits; None: `audit_worker` does.
+        check_seconds: what scoring one result may take; fewer held-out rows are scored where all would take longer.
     """
 
     transport: Transport
@@ -100,10 +103,17 @@ class NetworkCheckRunner:
     states: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
     proof_worker: WorkerClient | None = None
+    check_seconds: float = CHECK_SECONDS
+
+    def __post_init__(self) -> None:
+        self._scores = RowScores(self.worker, self.check_seconds)
 
     async def limits(self) -> dict[int, SizeLimits]:
         """Size limits of every shard, from the manifest's weight schema."""
-        sizes = await self.worker.ask(MeasureSizes(), limit=_INSPECT_LIMIT)
+        try:
+            sizes = await self.worker.ask(MeasureSizes(), limit=patience_for(0))
+        except WorkerRefused as error:
+            raise ConfigError(str(error)) from error
         steps = self.manifest.steps_per_epoch
         return {shard: SizeLimits.of(weights, sizes.state[shard], steps) for shard, weights in sizes.weights.items()}
 
@@ -149,16 +159,16 @@ class NetworkCheckRunner:
         """Checks `format` and `numbers`."""
         weights, state, trace = (self._path(ref) for ref in (record.weights, record.state, record.trace))
         job = InspectFiles(shard=record.shard, epoch=record.epoch, weights=weights, state=state, trace=trace)
-        await self._ask("format", job, _INSPECT_LIMIT)
+        await self._ask("format", job, record.weights.size + record.state.size)
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         """Held-out losses of the parent: an accepted epoch, or the initial model, drawn from a seed or given by the manifest."""
         weights = parent.weights if parent else self.manifest.expert_of(record.shard).init
-        return await self._losses(record, self._path(weights) if weights else None)
+        return await self._losses(record, "parent", self._path(weights) if weights else None)
 
     async def losses(self, record: CheckpointRecord) -> Losses:
         """Held-out losses of the candidate."""
-        return await self._losses(record, self._path(record.weights))
+        return await self._losses(record, "averages", self._path(record.weights))
 
     async def replay(self, audit: StartAudit) -> Replayed:
         """Check `audit`, by the coordinator itself."""
@@ -172,9 +182,10 @@ class NetworkCheckRunner:
         if link.made is None or link.trace is None or not all(self._store_with(ref.digest) for ref in files if ref):
             return _impossible("a file that the replay needs is not kept any more")
         began, finding = time.monotonic(), AuditFinding(outcome="inconclusive")
+        patience = patience_for(sum(ref.size for ref in files if ref))
         for epochs in link.budgets if self.manifest.optimisation.schedule == "cosine" else link.budgets[:1]:
             try:
-                answer = await worker.ask(self._replay_job(audit, epochs), limit=_REPLAY_LIMIT)
+                answer = await worker.ask(self._replay_job(audit, epochs), limit=patience)
             except (WorkerFailed, WorkerRefused, BlobMissing) as error:  # the author's files passed their checks before
                 return Replayed(AuditFinding(outcome="inconclusive", text=str(error)), time.monotonic() - began)
             finding = finding_of(answer, link.made)
@@ -184,7 +195,7 @@ class NetworkCheckRunner:
 
     async def published(self, trace: BlobRef) -> Sequence[float]:
         """The losses in an accepted trace. Raises WorkerFailed, WorkerRefused or BlobMissing."""
-        return (await self.worker.ask(ReadTrace(path=self._path(trace)), limit=_INSPECT_LIMIT)).losses
+        return (await self.worker.ask(ReadTrace(path=self._path(trace)), limit=patience_for(trace.size))).losses
 
     def _start(self, audit: StartAudit) -> tuple[BlobRef | None, BlobRef | None]:
         """Weights and state from which the epoch was trained."""
@@ -207,18 +218,22 @@ class NetworkCheckRunner:
 
     async def raw_losses(self, record: CheckpointRecord) -> Losses:
         """Held-out losses of the raw parameters, from which training continues."""
-        return await self._losses(record, self._path(record.state), raw=True)
+        return await self._losses(record, "raw", self._path(record.state))
 
-    async def _losses(self, record: CheckpointRecord, weights: Path | None, raw: bool = False) -> Losses:
-        check: CheckName = "raw" if raw else "holdout"
+    async def _losses(self, record: CheckpointRecord, part: Part, weights: Path | None) -> Losses:
+        check: CheckName = "raw" if part == "raw" else "holdout"
         holdout, draw = self.holdouts.path(self.manifest.shards[record.shard].holdout), self.holdouts.draw(record.digest)
-        job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=raw)
-        return (await self._ask(check, job, _LOSS_LIMIT)).rows
+        job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=part == "raw")
+        patience = patience_for(record.weights.size + record.state.size)
+        return await self._checked(check, self._scores.measure(record.digest, part, job, patience))
 
-    async def _ask(self, check: CheckName, job: Job[A], limit: float) -> A:
+    async def _ask(self, check: CheckName, job: Job[A], size: int) -> A:
+        return await self._checked(check, self.worker.ask(job, limit=patience_for(size)))
+
+    async def _checked(self, check: CheckName, work: Awaitable[A]) -> A:
         """A crash of the worker process says nothing about the result: inconclusive, and tried again."""
         try:
-            return await self.worker.ask(job, limit=limit)
+            return await work
         except WorkerRefused as error:
             raise CheckFailed("invalid", error.check or check, str(error)) from error
         except WorkerFailed as error:
@@ -241,6 +256,7 @@ class NetworkCheckRunner:
 
         Weights and traces are kept for good, training states (several times as large) until `forget` removes them.
         """
+        self._scores.forget(record.digest)
         for ref in (record.weights, record.state, record.trace):
             if not self.blobs.has(ref.digest):
                 self.blobs.adopt(self.incoming.path(ref.digest), self.incoming.table(ref.digest))
@@ -255,6 +271,7 @@ class NetworkCheckRunner:
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None:
         """Remove what was fetched of a result that was not accepted, except blobs that another undecided result names, too."""
+        self._scores.forget(record.digest)
         for digest in _blobs_of(record) - undecided_blobs(run):
             self.incoming.remove(digest)
 

@@ -20,6 +20,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.coordinator.worker.messages import RouterReady, SampleGallery, StitchMixture, TrainRouter
+from lutetia.coordinator.worker.time_limits import patience_for
 from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
@@ -29,7 +30,8 @@ from lutetia.system.errors import LutetiaError
 _log = logging.getLogger(__name__)
 
 _MIXTURE_DOMAIN = b"lutetia-mixture-1\n"  # what models/mixing/description.py signs
-_ROUTER_LIMIT, _STITCH_LIMIT, _GALLERY_LIMIT = 6 * 3600.0, 3600.0, 6 * 3600.0
+_GALLERY_PATIENCE = 6 * 3600.0
+"""Sampling reports nothing until all prompts are done."""
 _RETRY_SECONDS = 30.0
 
 Step = Literal["router", "mixture", "finish", "nothing"]
@@ -112,7 +114,7 @@ class Stitcher:
             train=tuple(self.blobs.path(shard.train.digest) for shard in shards),
             holdout=tuple(holdout_files(self.folder, self.manifest)), out=out,
         )  # fmt: skip
-        report = await self.worker.ask(job, limit=_ROUTER_LIMIT)
+        report = await self.worker.ask(job, limit=patience_for(sum(shard.train.size + shard.holdout.size for shard in shards)))
         ref = await asyncio.to_thread(self.blobs.add_file, out, True)
         _log.info("router trained: %.1f %% right on held-out noisy clips", 100 * report.accuracy)
         return _router_event(self.now(), epochs, ref, report)
@@ -125,7 +127,8 @@ class Stitcher:
             weights=tuple(self.blobs.path(acceptance.weights.digest) for acceptance in accepted),
             router=self.blobs.path(router.router.digest) if router else None,
         )  # fmt: skip
-        answer = await self.worker.ask(job, limit=_STITCH_LIMIT, sign=self._sign)
+        size = sum(acceptance.weights.size for acceptance in accepted)
+        answer = await self.worker.ask(job, limit=patience_for(size), sign=self._sign)
         await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
         _log.info("mixture %s stitched from epochs %s", answer.digest[:12], list(epochs))
@@ -146,7 +149,7 @@ class Stitcher:
         """A failure is only logged: the mixture is complete without its gallery."""
         try:
             job = SampleGallery(mixture=self.folder.mixture, out=self.folder.gallery)
-            await self.worker.ask(job, limit=_GALLERY_LIMIT)
+            await self.worker.ask(job, limit=_GALLERY_PATIENCE)
         except (WorkerFailed, WorkerRefused) as error:
             _log.warning("could not sample the gallery: %s", error)
 

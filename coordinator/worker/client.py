@@ -12,6 +12,7 @@ from lutetia.coordinator.worker.messages import (
     FromWorker,
     Job,
     JobDone,
+    JobProgress,
     JobRefused,
     JobRequest,
     SignatureReply,
@@ -19,6 +20,7 @@ from lutetia.coordinator.worker.messages import (
     encode,
     read_from_worker,
 )
+from lutetia.coordinator.worker.time_limits import silence_limit
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.errors import LutetiaError
 from lutetia.system.process import Child
@@ -42,9 +44,28 @@ class WorkerRefused(LutetiaError):
 
 
 class WorkerFailed(LutetiaError):
-    """The worker process crashed, took too long or sent a malformed line: nothing is known about the job."""
+    """The worker process crashed, hung or sent a malformed line. `progress` is the last that it said of the job."""
 
     code, name = 70, "internal"
+
+    def __init__(self, text: str, progress: JobProgress | None = None) -> None:
+        super().__init__(text)
+        self.progress = progress
+
+
+class _Pauses:
+    """Remembers the longest pause of jobs of one name, and moves a deadline on with each sign of progress."""
+
+    def __init__(self, longest: dict[str, float], name: str, deadline: asyncio.Timeout, patience: float) -> None:
+        self._longest, self._name, self._deadline, self._patience = longest, name, deadline, patience
+        self._last = asyncio.get_running_loop().time()
+
+    def ended(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._longest[self._name] = max(self._longest.get(self._name, 0.0), now - self._last)
+        self._last = now
+        if not self._deadline.expired():
+            self._deadline.reschedule(now + self._patience)
 
 
 class WorkerClient:
@@ -56,10 +77,13 @@ class WorkerClient:
         threads: threads of torch.
         nice: how much lower its priority is than the coordinator's, as `os.nice` counts.
         idle: seconds without a job after which the process ends.
+        device: where it computes: auto, cpu, mps, cuda or cuda:N.
     """
 
-    def __init__(self, manifest: Path, *, name: str, threads: int, nice: int, idle: float = IDLE_SECONDS) -> None:
-        self._manifest, self._name, self._idle = manifest, name, idle
+    def __init__(
+        self, manifest: Path, *, name: str, threads: int, nice: int, idle: float = IDLE_SECONDS, device: str = "cpu"
+    ) -> None:
+        self._manifest, self._name, self._idle, self._device = manifest, name, idle, device
         self._environment = {
             variable: str(threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         }
@@ -67,6 +91,8 @@ class WorkerClient:
         self._child: Child | None = None
         self._lock = asyncio.Lock()
         self._jobs = 0
+        self._pauses: dict[str, float] = {}
+        self._progress: JobProgress | None = None
         self._outdated = False
         self._idle_watch: asyncio.Task[None] | None = None
 
@@ -76,22 +102,26 @@ class WorkerClient:
         return self._child.process.pid if self._child else None
 
     async def ask(self, job: Job[A], *, limit: float, sign: Callable[[bytes], str] | None = None) -> A:
-        """Have `job` done within `limit` seconds. `sign` signs what the job asks to have signed.
+        """Have `job` done. `sign` signs what the job asks to have signed.
 
-        Raises WorkerRefused, or WorkerFailed when the process crashed, or was ended because it was too slow or sent a malformed
-        line.
+        The process is ended when it has shown no progress for `limit` seconds, or for many times the longest pause that a job of
+        this kind had before (`silence_limit`). A job that goes on is never cut off.
+
+        Raises WorkerRefused, or WorkerFailed when the process crashed, or was ended because it hung or sent a malformed line.
         """
         name = job.name()
         async with self._lock:
             self._jobs += 1
+            self._progress = None
             request = JobRequest.model_validate({"id": self._jobs, "job": job})
+            patience = silence_limit(limit, self._pauses.get(name, 0.0))
             try:
-                async with asyncio.timeout(limit):
-                    reply = await self._ask(request, sign)
+                async with asyncio.timeout(patience) as deadline:
+                    reply = await self._ask(request, sign, _Pauses(self._pauses, name, deadline, patience))
             except TimeoutError as error:
                 await self._end()
                 raise WorkerFailed(
-                    f"the worker process took longer than {limit:.0f} s for the job {name} and was ended"
+                    f"the worker process showed no progress for {patience:.0f} s in the job {name} and was ended", self._progress
                 ) from error
             except ConnectionError as error:
                 status = await self._end(_STOP_GRACE)
@@ -99,7 +129,8 @@ class WorkerClient:
                     "worker process %s ended with status %s during the job %s; the next job starts it again",
                     self._name, status, name,
                 )  # fmt: skip
-                raise WorkerFailed(f"the worker process crashed (status {status}) during the job {name}") from error
+                text = f"the worker process crashed (status {status}) during the job {name}"
+                raise WorkerFailed(text, self._progress) from error
             except ValueError as error:
                 await self._end()  # otherwise the rest of the line is read as the next answer
                 raise WorkerFailed(
@@ -112,13 +143,13 @@ class WorkerClient:
             raise WorkerRefused(reply.text, reply.check)
         return cast(A, reply.answer)
 
-    async def _ask(self, request: JobRequest, sign: Callable[[bytes], str] | None) -> JobDone | JobRefused:
+    async def _ask(self, request: JobRequest, sign: Callable[[bytes], str] | None, pauses: _Pauses) -> JobDone | JobRefused:
         """Raises ConnectionError when the process ends before it answers, ValueError when a line is malformed."""
         if self._outdated:
             self._outdated = False
             await self._end(_STOP_GRACE)
         if self._child is None or self._child.process.returncode is not None:
-            arguments = (str(self._manifest), self._name)
+            arguments = (str(self._manifest), self._name, self._device)
             self._child = await Child.start("lutetia.coordinator.worker", *arguments, environment=self._environment)
             _log.info("started worker process %s, process id %d", self._name, self._child.process.pid)
         if self._idle_watch is None or self._idle_watch.done():
@@ -128,6 +159,9 @@ class WorkerClient:
         async for line in child.messages():
             message: FromWorker = read_from_worker(line)
             match message:
+                case JobProgress() if message.id == request.id:
+                    pauses.ended()
+                    self._progress = message
                 case SignatureRequest() if sign:
                     await child.send(encode(SignatureReply(signature=sign(message.message.encode()))))
                 case JobDone() if message.id == request.id:

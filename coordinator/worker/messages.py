@@ -1,7 +1,8 @@
 """What the coordinator and its worker process say to each other: one type per job, and the type of its answer.
 
 Each message is one JSON line. The coordinator sends a JobRequest and gets back a JobDone or a JobRefused with the same id. In
-between the worker process may send a SignatureRequest, because no key enters it; the coordinator sends a SignatureReply.
+between the worker process may send JobProgress, and a SignatureRequest, because no key enters it; the coordinator sends a
+SignatureReply.
 A line that is none of these is a ValueError at either end.
 """
 
@@ -68,19 +69,22 @@ class InspectFiles(Job[FilesInspected]):
 class LossMeasured(_Line):
     """A held-out loss, NaN where training diverged; `by_time` in ten equal bins of the noise time, None for an empty bin.
 
-    `rows` has the loss of each held-out clip with each of its noises, in a fixed order.
+    `rows` has the loss of each held-out clip with each of its noises, in a fixed order. `drawn`: of the first ones of a drawn
+    order, because not all of them fitted into the time.
     """
 
     job: Literal["loss"] = "loss"
     loss: float
     by_time: tuple[float | None, ...]
     rows: tuple[float, ...] = ()
+    drawn: bool = False
 
 
 class MeasureLoss(Job[LossMeasured]):
     """The held-out loss of `weights`; without them, of the shard's initial model. `raw`: `weights` is a training state.
 
-    `draw` fixes the noise and the times.
+    `draw` fixes the noise, the times and the order in which rows are scored where not all of them fit into `seconds` (None: no
+    limit). At least `fewest` rows are scored. `count`, `drawn` and `known`: `models.training.holdout_loss.RowLimits`.
     """
 
     job: Literal["loss"] = "loss"
@@ -89,6 +93,11 @@ class MeasureLoss(Job[LossMeasured]):
     holdout: Path
     draw: str
     raw: bool = False
+    seconds: float | None = None
+    fewest: int = 1
+    count: int | None = None
+    drawn: bool | None = None
+    known: tuple[float, ...] = ()
 
 
 class TraceRead(_Line):
@@ -238,6 +247,15 @@ class JobRefused(_Line):
     check: CheckName | None = None
 
 
+class JobProgress(_Line):
+    """From the worker process, within a job: it goes on. `rows`: the losses of the rows that it has scored, if it scores rows."""
+
+    kind: Literal["progress"] = "progress"
+    id: int
+    drawn: bool = False
+    rows: tuple[float, ...] = ()
+
+
 class SignatureRequest(_Line):
     """From the worker process, within a job: sign this."""
 
@@ -246,7 +264,7 @@ class SignatureRequest(_Line):
 
 
 ToWorker = JobRequest | SignatureReply
-FromWorker = JobDone | JobRefused | SignatureRequest
+FromWorker = JobDone | JobRefused | JobProgress | SignatureRequest
 _TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 

@@ -1,4 +1,4 @@
-"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.worker MANIFEST NAME`.
+"""The coordinator's heavy work, in a child process: `python -m lutetia.coordinator.worker MANIFEST NAME DEVICE`.
 
 The coordinator imports torch only here. It takes one job at a time (`messages.py`); files are named by path. An unexpected error
 ends the process, and the coordinator starts a new one.
@@ -12,6 +12,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -23,6 +26,7 @@ from lutetia.coordinator.worker.messages import (
     GallerySampled,
     InspectFiles,
     JobDone,
+    JobProgress,
     JobRefused,
     JobRequest,
     LossMeasured,
@@ -43,7 +47,7 @@ from lutetia.coordinator.worker.messages import (
     read_to_worker,
 )
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.system.errors import LutetiaError
+from lutetia.system.errors import ConfigError, LutetiaError
 from lutetia.system.files import replace_folder
 from lutetia.system.process import ParentChannel, give_way
 
@@ -58,10 +62,21 @@ _NUMBER_REASONS = ("non-finite", "norm")
 
 
 class WorkerProcess:
-    """Does the jobs of one run, one method each."""
+    """Does the jobs of one run, one method each.
 
-    def __init__(self, manifest: Manifest, channel: ParentChannel) -> None:
-        self.manifest = manifest
+    Args:
+        manifest: the run.
+        channel: to the coordinator.
+        device: where to compute: auto, cpu, mps, cuda or cuda:N.
+        clock: seconds, by which the rows of a loss are limited.
+    """
+
+    def __init__(
+        self, manifest: Manifest, channel: ParentChannel, device: str = "cpu", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.manifest, self._clock = manifest, clock
+        self._wanted_device, self._job = device, 0
+        self._reported = float("-inf")
         self._channel = channel
         self._lines = channel.messages()
         self._holdouts: dict[Path, ShardData] = {}
@@ -76,6 +91,7 @@ class WorkerProcess:
 
     def answer(self, request: JobRequest) -> JobDone | JobRefused:
         """Do the job; a file that is wrong is a refusal."""
+        self._job = request.id
         try:
             return JobDone(id=request.id, answer=self.do(request.job))
         except LutetiaError as error:
@@ -105,7 +121,20 @@ class WorkerProcess:
             case _:
                 assert_never(job)
 
+    @cached_property
+    def device(self) -> str:
+        """Raises ConfigError when torch does not see the device."""
+        return resolved_device(self._wanted_device)
+
+    def _progress(self, done: int = 0, total: int = 0) -> None:
+        """Tell the coordinator that the job goes on, at most once a second."""
+        if self._clock() - self._reported >= 1.0:
+            self._reported = self._clock()
+            self._channel.send(encode(JobProgress(id=self._job)))
+
     def sizes(self) -> SizesMeasured:
+        """The coordinator asks for this first, so a device that is not there is found at the start."""
+        assert self.device
         from lutetia.models.experts.families import weight_schema
         from lutetia.models.training.checkpoint_checks import state_schema
 
@@ -131,8 +160,11 @@ class WorkerProcess:
 
         spec = self.manifest.expert_of(job.shard)
         check_weights(job.weights, spec)
+        self._progress()
         check_state(job.state, spec, self.manifest.optimisation)
+        self._progress()
         check_moments(job.state, self.manifest.optimisation)
+        self._progress()
         _check_agreement(self.manifest, job)
         if (steps := len(read_trace(job.trace))) != self.manifest.steps_per_epoch:
             text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
@@ -140,11 +172,18 @@ class WorkerProcess:
         return FilesInspected()
 
     def loss(self, job: MeasureLoss) -> LossMeasured:
-        from lutetia.models.training.holdout_loss import holdout_loss
+        """Rows that are scored are reported at once: the next attempt goes on from them if this process is ended."""
+        from lutetia.models.training.holdout_loss import RowLimits, holdout_loss
 
-        data = self._holdout(job.holdout)
-        result = holdout_loss(self.manifest, job.shard, job.weights, data, draw=job.draw, raw=job.raw)
-        return LossMeasured(loss=result.loss, by_time=result.by_time, rows=result.rows)
+        def report(drawn: bool, losses: Sequence[float]) -> None:
+            self._channel.send(encode(JobProgress(id=self._job, drawn=drawn, rows=tuple(losses))))
+
+        seconds = math.inf if job.seconds is None else job.seconds
+        result = holdout_loss(
+            self.manifest, job.shard, job.weights, self._holdout(job.holdout), draw=job.draw, raw=job.raw, device=self.device,
+            limits=RowLimits(seconds, job.fewest, job.count, job.drawn, job.known), on_rows=report, clock=self._clock,
+        )  # fmt: skip
+        return LossMeasured(loss=result.loss, by_time=result.by_time, rows=result.rows, drawn=result.drawn)
 
     def trace(self, job: ReadTrace) -> TraceRead:
         from lutetia.models.training.replay import read_trace
@@ -160,6 +199,7 @@ class WorkerProcess:
             under_budget(self.manifest, job.epochs), job.shard, load_shard(job.data, self.manifest.latent),
             ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
             precision=job.precision, doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
+            device=self.device, progress=self._progress,
         )  # fmt: skip
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
         return EpochReplayed(
@@ -179,7 +219,10 @@ class WorkerProcess:
             return [load_shard(path, self.manifest.latent).lean() for path in paths]
 
         shards, holdouts = lean(job.train), lean(job.holdout)
-        router, report = train_router(self.manifest, shards, seed=0, holdouts=holdouts)
+        router, report = train_router(
+            self.manifest, shards, seed=0, holdouts=holdouts, device=self.device,
+            on_progress=lambda done, steps, loss: self._progress(done, steps),
+        )  # fmt: skip
         write_router(router, job.out)
         return RouterReady(
             accuracy=report.accuracy, accuracy_by_time=tuple(report.accuracy_by_time), calibration_error=report.ece
@@ -207,6 +250,8 @@ class WorkerProcess:
         from lutetia.models.video_files import to_uint8
 
         pipeline = load_pipeline(job.mixture, experts_in_memory=2, hub=True)  # the run's owner named the models
+        if self.device != "cpu":
+            pipeline.to(self.device)
         prompts = list(self.manifest.sampling.prompts)
         frames, _ = pipeline(prompts, seed=0, return_dict=False)
         write_gallery(job.out, prompts, to_uint8(frames), pipeline.fps)
@@ -266,11 +311,25 @@ def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> Non
         shutil.rmtree(part, ignore_errors=True)
 
 
+def resolved_device(wanted: str) -> str:
+    """The device for `auto`, or `wanted`. Raises ConfigError when torch does not see it."""
+    import torch
+
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return "cuda:0" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted.startswith("cuda") and int(wanted.partition(":")[2] or 0) >= cuda:
+        raise ConfigError(f"device {wanted} is set, but torch sees {cuda} CUDA devices; check the driver, or serve with cpu")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device mps is set, but torch sees no Apple GPU; serve with cpu")
+    return wanted
+
+
 def main() -> None:
     """Take jobs until the parent closes the channel."""
     channel = ParentChannel()
     give_way(int(os.environ.get("LUTETIA_WORKER_NICE", "0")))
-    manifest_file, name = sys.argv[1:3]
+    manifest_file, name, device = sys.argv[1:4]
     if name in LEAN:
         from lutetia.models.fast_import import import_experts
 
@@ -280,4 +339,4 @@ def main() -> None:
     torch.set_flush_denormal(True)  # before any thread of torch starts: a processor takes several times as long for such numbers
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     manifest = SignedManifest.model_validate_json(Path(manifest_file).read_bytes()).manifest
-    WorkerProcess(manifest, channel).run()
+    WorkerProcess(manifest, channel, device).run()

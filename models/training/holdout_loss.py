@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from lutetia.protocol.schema.manifest import Manifest
 
 BINS = 10
 _ROWS = 32  # per forward pass; does not change a row's noise
+_REPORT_SECONDS = 10.0
+"""Where rows are slow, a forward pass takes about so long, so that progress is reported and little is lost when it ends."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,36 @@ class HoldoutLoss:
     """Held-out loss of one set of weights."""
 
     loss: float
-    """Mean over clips and noises, at times of the run's distribution."""
+    """Mean over the rows that were scored, at times of the run's distribution."""
     by_time: tuple[float | None, ...]
     """Means in ten equal bins of t; None for a bin without rows."""
     rows: tuple[float, ...]
     """The loss of each clip with each noise. The order does not depend on the weights."""
+    drawn: bool = False
+    """Whether `rows` are the first ones of the order that the draw gives, not the clips one after another."""
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """How many of the held-out rows are scored.
+
+    Args:
+        seconds: rows beyond the fewest are scored only while they fit into this time.
+        fewest: so many rows are scored however long they take.
+        count: at most so many rows, because what they are compared with has no more; None: all.
+        drawn: whether rows come in drawn order, as in what they are compared with. None: only if not all of them fit.
+        known: the losses of the first rows of that order, from an attempt that was cut off.
+    """
+
+    seconds: float = math.inf
+    fewest: int = 1
+    count: int | None = None
+    drawn: bool | None = None
+    known: tuple[float, ...] = ()
+
+
+OnRows = Callable[[bool, Sequence[float]], None]
+"""Called with `drawn` and the losses of all rows so far."""
 
 
 @torch.no_grad()
@@ -44,8 +74,14 @@ def holdout_loss(
     raw: bool = False,
     noises: int = 4,
     device: str | torch.device = "cpu",
+    limits: RowLimits | None = None,
+    on_rows: OnRows = lambda drawn, losses: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> HoldoutLoss:
     """The loss on held-out clips. Times are stratified over all rows, so a few clips give a good estimate.
+
+    Where not all rows fit into the time, the first ones of a drawn order are scored: what two sets of weights have in common of
+    it is a fair sample of the rows for both.
 
     Args:
         manifest: the run.
@@ -57,10 +93,14 @@ def holdout_loss(
         raw: `weights` is a checked state file; score its parameters, from which training continues, instead of averages.
         noises: rows per clip, each with its own noise and time.
         device: where to compute.
+        limits: how many rows to score. None: all.
+        on_rows: called after each forward pass.
+        clock: seconds, for `limits`.
 
     Raises:
         CheckpointMisfit: the weights do not fit the expert.
     """
+    limits = limits or RowLimits()
     spec = manifest.expert_of(shard)
     model = build_expert(spec, initial_seed(manifest, shard))
     if weights is not None and raw:
@@ -69,18 +109,90 @@ def holdout_loss(
         model.load_state_dict(read_weights(weights, manifest, shard))
     model = model.to(device).eval()
     clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
-    losses = torch.empty(len(clips))
-    for rows in torch.arange(len(clips)).split(_ROWS):
+
+    def score(rows: Tensor) -> list[float]:
         tokens, pooled = data.tokens[clips[rows]].to(device), data.pooled[clips[rows]].to(device)
         latents = data.latents[clips[rows]].to(device)
 
-        def answer(z, s, tokens=tokens, pooled=pooled):
+        def answer(z, s):
             return call_expert(model, z, s, tokens, pooled)
 
-        losses[rows] = row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).cpu()
-    bins = (t * BINS).long().clamp(0, BINS - 1)
-    by_time = tuple(losses[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
-    return HoldoutLoss(losses.double().mean().item(), by_time, tuple(losses.tolist()))
+        return row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).tolist()
+
+    order, losses = _score_rows(score, len(clips), _drawn_order(manifest, shard, draw, len(clips)), limits, on_rows, clock)
+    drawn, scored = order is not None, torch.tensor(losses)
+    times_scored = t[order[: len(losses)]] if order is not None else t[: len(losses)]
+    bins = (times_scored * BINS).long().clamp(0, BINS - 1)
+    by_time = tuple(scored[bins == b].mean().item() if (bins == b).any() else None for b in range(BINS))
+    return HoldoutLoss(scored.double().mean().item(), by_time, tuple(scored.tolist()), drawn)
+
+
+def _score_rows(
+    score: Callable[[Tensor], list[float]],
+    total: int,
+    order: Tensor,
+    limits: RowLimits,
+    on_rows: OnRows,
+    clock: Callable[[], float],
+) -> tuple[Tensor | None, list[float]]:
+    """(order of the rows, or None for that of the clips; the losses of those that were scored)."""
+    began, losses, pace = clock(), list(limits.known), 0.0
+    most = min(total, limits.count or total)
+    drawn = limits.drawn
+    if drawn is None:
+        drawn, losses, pace = _tried(score, order, total, limits.seconds, clock)
+    rows = order if drawn else torch.arange(total)
+    while size := _next_rows(len(losses), most, drawn, pace, limits.seconds - (clock() - began), limits.fewest):
+        start = clock()
+        losses += score(rows[len(losses) : len(losses) + size])
+        pace = (clock() - start) / size
+        on_rows(drawn, losses)
+    return (order if drawn else None), losses
+
+
+def _next_rows(scored: int, most: int, drawn: bool, pace: float, left: float, fewest: int) -> int:
+    """How many rows the next forward pass takes; 0: no more.
+
+    Args:
+        scored: rows that are done.
+        most: rows to score in all.
+        drawn: whether they come in drawn order. In the order of the clips batches are always whole, so that losses are bit-equal
+            whatever the time.
+        pace: seconds that a row takes; 0: not known yet.
+        left: seconds that are left.
+        fewest: so many rows are scored however long they take.
+    """
+    size = min(_ROWS, most - scored)
+    if not pace:
+        return min(size, 1) if drawn else size
+    fit = max(fewest - scored, int(min(left / pace, size)), 0)
+    if not drawn:
+        return size if fit else 0
+    return min(size, fit, max(1, int(_REPORT_SECONDS / pace)))
+
+
+def _tried(
+    score: Callable[[Tensor], list[float]], order: Tensor, total: int, seconds: float, clock: Callable[[], float]
+) -> tuple[bool, list[float], float]:
+    """Whether all rows take longer than `seconds`; if so, the losses of the rows that showed it, and the seconds that one takes.
+
+    One row shows it. The first one also pays for what a device loads once, so a second one decides.
+    """
+    if not math.isfinite(seconds):
+        return False, [], 0.0
+    losses: list[float] = []
+    pace = 0.0
+    for row in order[:2].split(1):
+        began = clock()
+        losses += score(row)
+        pace = clock() - began
+        if pace * total <= seconds:
+            return False, [], 0.0
+    return True, losses, pace
+
+
+def _drawn_order(manifest: Manifest, shard: int, draw: str | None, count: int) -> Tensor:
+    return torch.from_numpy(stream(draw or manifest.run_id, shard, 0, 0, "holdout order").permutation(count))
 
 
 def holdout_rows(

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from lutetia.coordinator.acceptance.checks import compare_losses, compare_raw
-from lutetia.coordinator.acceptance.loss_bounds import WIDEST, compare_rows
+from lutetia.coordinator.acceptance.loss_bounds import FEWEST_ROWS, WIDEST, chance_refused, compare_rows, in_common
 
 PARENT = [0.30, 0.50, 0.70, 0.90, 0.35, 0.55, 0.75, 0.95]
 """Two clips with four noises each."""
@@ -64,3 +64,24 @@ def test_honest_noise_on_few_rows_is_rarely_refused():
         bare += sum(losses) > 1.02 * sum(PARENT)
     assert refused <= 40
     assert bare > 500
+
+
+@pytest.mark.parametrize(("rows", "excess", "spread"), [(8, 0.02, 0.05), (8, 0.08, 0.05), (8, 0.02, 0.2), (64, 0.04, 0.05)])
+def test_chance_refused_is_what_samples_of_rows_show(rows: int, excess: float, spread: float):
+    draw, base, refused, tries = random.Random(1), [1.0] * rows, 0, 1500
+    for _ in range(tries):
+        refused += not compare_rows([1.0 + draw.gauss(excess, spread) for _ in range(rows)], base, 0.02).passes
+    expected = chance_refused(rows, excess, spread, 0.02)
+    assert abs(refused / tries - expected) < 4 * math.sqrt(expected * (1 - expected) / tries) + 0.002
+
+
+def test_power_grows_with_rows_and_excess_and_honest_results_pass():
+    assert chance_refused(FEWEST_ROWS, 0.02, 0.05, 0.02) <= 1.01 * 0.01
+    powers = [chance_refused(FEWEST_ROWS, excess, 0.05, 0.02) for excess in (0.02, 0.05, 0.1, 0.2)]
+    assert powers == sorted(powers)
+    assert powers[-1] > 0.99
+    assert chance_refused(64, 0.05, 0.05, 0.02) > 2 * chance_refused(FEWEST_ROWS, 0.05, 0.05, 0.02)
+
+
+def test_sides_of_unequal_length_are_compared_on_the_first_rows():
+    assert in_common((1.0, 2.0, 3.0), (4.0, 5.0)) == ((1.0, 2.0), (4.0, 5.0))
