@@ -163,6 +163,14 @@ def read_config(path: Path | None, table: str | None = None) -> dict[str, Any]:
     return values.get(table, {})
 
 
+def same_config(path: Path | None, table: str) -> str:
+    """` --config FILE` to put behind the next command, where this one's file has its settings in `table` too; else empty."""
+    import shlex
+
+    shared = path is not None and isinstance(read_config(path).get(table), dict)
+    return f" --config {shlex.quote(str(path))}" if shared else ""
+
+
 def require_device(device: str) -> None:
     """Raise HardwareError unless this machine has `device` (cpu, mps, cuda, cuda:N, xpu or xpu:N), before its driver fails."""
     from lutetia.node.trainer.devices import Accelerators, choose_device

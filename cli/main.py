@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import signal
@@ -170,6 +171,7 @@ def main() -> None:
                 if number != signal.SIGINT:  # Python raises KeyboardInterrupt
                     signal.signal(number, _exit_on_signal)
             os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings are for programmers, not for volunteers
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is installed
             _tie_to_parent()
             warn_of_unknown(app, os.environ)
             code = app(args=arguments, prog_name="lutetia", standalone_mode=False)

@@ -27,7 +27,11 @@ def run_service(main: Coroutine[Any, Any, None], handler: logging.Handler | None
 
     set_up_logging(handler)
     raise_file_limit()
-    uvloop.run(_watched(main))
+    try:
+        uvloop.run(_watched(main))
+    finally:
+        if handler:
+            handler.close()  # before an error is printed
 
 
 async def _watched(main: Coroutine[Any, Any, None]) -> None:

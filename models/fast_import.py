@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
-_ABSENT = ("transformers", "scipy")
+_ABSENT = ("transformers", "scipy", "peft")
 
 
 def import_experts() -> None:

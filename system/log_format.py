@@ -32,7 +32,8 @@ class PlainFormatter(logging.Formatter):
 class StatusLineHandler(logging.StreamHandler[TextIO]):
     """Writes events to a terminal above a line that changes in place.
 
-    The cursor stays at the beginning of that line, so that what a child process writes replaces it.
+    The cursor stays at the beginning of that line, so that what a child process writes replaces it (see `stderr_handler`).
+    `close` removes the line: what is printed afterwards may be shorter.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -51,6 +52,11 @@ class StatusLineHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
         self._draw()
 
+    def close(self) -> None:
+        if self._status:
+            self.set_status("")
+        super().close()
+
     def _draw(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
             width = shutil.get_terminal_size().columns - 1
@@ -58,9 +64,18 @@ class StatusLineHandler(logging.StreamHandler[TextIO]):
             self.stream.flush()
 
 
+class _ErasingHandler(logging.StreamHandler[TextIO]):
+    """Writes events to a terminal on which another process may show a line of its own: the whole line is replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream.write("\r\x1b[2K")
+        super().emit(record)
+
+
 def stderr_handler() -> logging.Handler:
     """A handler that writes to stderr in the one format."""
-    handler = logging.StreamHandler(sys.stderr)
+    on_terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    handler = (_ErasingHandler if on_terminal else logging.StreamHandler)(sys.stderr)
     handler.setFormatter(PlainFormatter())
     return handler
 

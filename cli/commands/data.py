@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lutetia.cli.arguments import documented_by, given, read_config, require_device, setting, settings_of
+from lutetia.cli.arguments import documented_by, given, read_config, require_device, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
 from lutetia.system.errors import plain
 
@@ -49,15 +49,15 @@ def init(
 
 
 def _proposed(report: InitReport, out: Path, clips: Path) -> str:
-    from lutetia.cli.init.settings_file import commands
+    from lutetia.cli.init.settings_file import commands, hours_text
     from lutetia.system.errors import plain
 
     data, budget = report.data, report.budget
     lines = [plain(f"cannot be used: {reason}") for reason in report.bad]
-    lines += [f"{report.unused} other files are not used"] if report.unused else []
+    lines += [f"{report.unused} other {'file is' if report.unused == 1 else 'files are'} not used"] if report.unused else []
     lines += [
         f"{out} proposes {data.experts} experts of {report.measured.parameters / 1e6:.1f} million parameters, a batch of "
-        f"{data.batch}, about {budget.hours:.1f} hours each on this machine ({report.measured.device}). Read it, then:",
+        f"{data.batch}, {hours_text(budget.hours)} each on this machine ({report.measured.device}). Read it, then:",
         *(plain(f"  {command}") for command in commands(clips, out)),
     ]
     return "\n".join(lines)
@@ -97,12 +97,12 @@ def build(
     require_device(settings.device)
     with progress("building shards") as on_progress:
         report = build_data(folder, out, settings, on_progress)
-    emit(report, as_json, lambda: _built(report, out))
+    emit(report, as_json, lambda: _built(report, out, same_config(config, "run")))
 
 
-def _built(report: BuildReport, out: Path) -> str:
+def _built(report: BuildReport, out: Path, more: str) -> str:
     left_out = [plain(f"left out: {reason}") for _, reason in report.skipped]
-    return "\n".join([*left_out, f"shards are in {out}; next: lutetia run create {out} RUN"])
+    return "\n".join([*left_out, f"shards are in {out}; next: lutetia run create {out} RUN{more}"])
 
 
 @app.command("inspect")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, setting, settings_of
+from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
 from lutetia.system.errors import plain
 
@@ -48,7 +48,7 @@ def create(
     if warning := reach_warning(settings.resolved().addresses):
         say(warning)
     document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
-    emit(document, as_json, lambda: created_text(document))
+    emit(document, as_json, lambda: created_text(document, same_config(config, "serve")))
 
 
 def reach_warning(addresses: Sequence[str]) -> str:
@@ -64,10 +64,10 @@ def reach_warning(addresses: Sequence[str]) -> str:
     return ""
 
 
-def created_text(document: dict[str, Any]) -> str:
+def created_text(document: dict[str, Any], more: str) -> str:
     return (
         f"Run {document['run'][:12]} is in {document['folder']}. Keep owner.key there safe: it signs the run.\n"
-        f"Start its coordinator:  lutetia coordinator serve {document['folder']}\n"
+        f"Start its coordinator:  lutetia coordinator serve {document['folder']}{more}\n"
         f"Volunteers join with:   lutetia join {document['ticket']}"
     )
 

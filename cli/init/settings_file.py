@@ -77,7 +77,7 @@ def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured) -> list[t
         ('addresses = ["127.0.0.1:41000"]', "where volunteers reach the coordinator; this one is for this machine only"),
         (
             f"samples_per_shard = {budget.samples}",
-            f"budget of each expert: {_hours(budget.hours)} on this machine ({measured.device})",
+            f"budget of each expert: {hours_text(budget.hours)} on this machine ({measured.device})",
         ),
         (f"checkpoint_samples = {budget.checkpoint}", f"an epoch, after which a node uploads {budget.upload_gb:.2f} GB"),
         ("", f"Each expert has {million:.1f} million parameters. A card needs {budget.memory_gb:.1f} GB for the whole batch;"),
@@ -87,7 +87,8 @@ def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured) -> list[t
     ]
 
 
-def _hours(hours: float) -> str:
+def hours_text(hours: float) -> str:
+    """The time that an expert takes, in words."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
 
 

@@ -84,9 +84,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     listing = read_listing(folder)
     _refuse_bad(listing.bad, settings.skip_bad)
     if listing.unused:
-        _log.warning(
-            "%d files in %s were not used: %s; clips.jsonl names each", len(listing.unused), folder, listing.unused_in_short()
-        )
+        _log.warning("files in %s that were not used: %s; clips.jsonl names each", folder, listing.unused_in_short())
     _check_counts(listing, settings)
     with (
         output_folder(out) as part,

@@ -14,7 +14,7 @@ from lutetia.cli.progress import TrainingProgress, training_line
 from lutetia.coordinator.serve import ServedRun
 from lutetia.coordinator.web.app import page_address
 from lutetia.node.control import LocalStatus
-from lutetia.system.log_format import StatusLineHandler
+from lutetia.system.log_format import StatusLineHandler, stderr_handler
 from tests.cli.command_runner import ticket
 from tests.cli.sample_documents import NOW, PEERS
 
@@ -61,6 +61,38 @@ def test_a_terminal_has_one_line_that_changes_below_the_log() -> None:
     assert before.endswith("lutetia: ")
     assert re.search(r"expert 2", after)
     assert shown.endswith("\r\x1b[2K\r")
+
+
+def shown_rows(text: str) -> list[str]:
+    """What a terminal shows after this output, of which `\\r`, `\\n` and the erasure of a line are obeyed."""
+    rows, column = [""], 0
+    for part in re.findall(r"\x1b\[2K|.|\n", text.replace("\r\n", "\n"), re.DOTALL):
+        match part:
+            case "\x1b[2K":
+                rows[-1] = " " * column
+            case "\r":
+                column = 0
+            case "\n":
+                rows, column = [*rows, ""], 0
+            case _:
+                rows[-1] = rows[-1][:column].ljust(column) + part + rows[-1][column + 1 :]
+                column += 1
+    return [row.rstrip() for row in rows]
+
+
+def test_no_line_keeps_a_tail_of_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    line = StatusLineHandler(terminal)
+    line.set_status("a long bar of a node that trains")
+    of_child = stderr_handler()
+    of_child.handle(logging.LogRecord("child", logging.WARNING, "", 0, "hot", (), None))
+    line.set_status("a long bar of a node that trains")
+    line.close()
+    print("lutetia: no disk", file=terminal)
+    assert [re.sub(r"^[\d:]+ ", "", row) for row in shown_rows(terminal.getvalue())] == ["W child: hot", "lutetia: no disk", ""]
 
 
 def test_a_coordinator_prints_ticket_command_and_page() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.cli.arguments import read_config, settings_of
+from lutetia.cli.arguments import read_config, same_config, settings_of
+from lutetia.cli.commands.run import created_text
 from lutetia.cli.init.proposal import ClipFacts, DataChoice, Measured, choose_budget, choose_data
 from lutetia.cli.init.run import write_settings
 from lutetia.coordinator.admin.create import create_run
@@ -102,6 +103,20 @@ def test_file_of_several_commands_gives_each_its_table(tmp_path: Path) -> None:
     file.write_text('experts = 2\n[run]\nname = "a"\n')
     with pytest.raises(ConfigError, match=r"tables of several commands and experts outside of them; move it into \[data\]"):
         read_config(file, "data")
+
+
+def test_next_command_takes_the_same_file_where_it_has_its_settings(tmp_path: Path) -> None:
+    file = tmp_path / "my run.toml"
+    file.write_text('[data]\nexperts = 2\n[run]\nname = "a"\n')
+    assert same_config(file, "run") == f" --config '{file}'"
+    assert same_config(file, "serve") == same_config(None, "run") == ""
+    file.write_text("experts = 2\n")
+    assert same_config(file, "run") == "", "a file for one command is refused by the next"
+    assert (
+        created_text({"run": "0" * 64, "folder": "run", "ticket": "t"}, " --config x")
+        .splitlines()[1]
+        .endswith("serve run --config x")
+    )
 
 
 def test_command_names_what_is_missing(tmp_path: Path) -> None:
