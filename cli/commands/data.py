@@ -9,7 +9,7 @@ import typer
 
 from lutetia.cli.arguments import documented_by, given, read_config, require_device, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit
-from lutetia.system.errors import plain
+from lutetia.system.errors import ConfigError, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,7 +70,8 @@ def build(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for shards/ and data.json.", metavar="OUT")],
     config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags override them.")] = None,
-    experts: Annotated[int | None, setting("EXPERTS", min=1)] = None,
+    experts: Annotated[str | None, setting("EXPERTS", metavar="INTEGER|auto")] = None,
+    budget: Annotated[int | None, setting("BUDGET", min=1)] = None,
     frames: Annotated[int | None, setting("FRAMES", min=1)] = None,
     fps: Annotated[float | None, setting("FPS", min=0.01)] = None,
     size: Annotated[int | None, setting("SIZE", "Height and width in pixels.", min=8)] = None,
@@ -90,14 +91,23 @@ def build(
     from lutetia.models.data.build_settings import BuildSettings
 
     flags = given(
-        experts=experts, frames=frames, fps=fps, height=size, width=size, latents=latents, text=text, features=features,
-        smallest=smallest, skip_bad=skip_bad,
+        experts=_number_or_auto(experts), budget=budget, frames=frames, fps=fps, height=size, width=size, latents=latents,
+        text=text, features=features, smallest=smallest, skip_bad=skip_bad,
     )  # fmt: skip
     settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config, "data"), **flags})
     require_device(settings.device)
     with progress("building shards") as on_progress:
         report = build_data(folder, out, settings, on_progress)
     emit(report, as_json, lambda: _built(report, out, same_config(config, "run")))
+
+
+def _number_or_auto(experts: str | None) -> int | str | None:
+    """A whole number as such. Raises ConfigError for anything else but `auto`."""
+    if experts is None or experts == "auto":
+        return experts
+    if not experts.isdecimal() or int(experts) < 1:
+        raise ConfigError(f"--experts is {plain(experts)!r}; give a whole number of at least 1, or auto")
+    return int(experts)
 
 
 def _built(report: BuildReport, out: Path, more: str) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from pydantic import Field
 
 from lutetia.models.data.build_settings import BuildSettings
-from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips
-from lutetia.models.data.cluster.kmeans import smallest_cluster
+from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips, training_rows
+from lutetia.models.data.cluster.expert_count import propose_experts
+from lutetia.models.data.cluster.kmeans import Vectors, smallest_cluster
 from lutetia.models.data.decode.pool import DecoderPool, memory_of_a_clip
 from lutetia.models.data.description import DataDescription
 from lutetia.models.data.doubts import find_doubts
@@ -35,7 +36,8 @@ from lutetia.system.paths import default_cache_folder
 
 _log = logging.getLogger(__name__)
 _ROOM = 32  # tokens at least: prompts may be longer than all captions, and cannot get more tokens later
-_NOT_CONTENT = {"skip_bad", "workers", "device", "cache", "clip_seconds", "clip_memory"}  # not written
+# settings that are not written: they do not change the content, or only the number of experts, which is written
+_NOT_CONTENT = {"skip_bad", "workers", "device", "cache", "clip_seconds", "clip_memory", "auto_experts", "budget"}
 
 
 class BuildReport(Frozen):
@@ -109,6 +111,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         with _timed(seconds, "clusters"):
             progress("clusters", 0, 1)
             vectors = feature_vectors(prepared, recipe, cache, embedded, wants_text(settings.features))
+            settings = _with_experts(settings, prepared, vectors)
             placement = place_clips(prepared, vectors, settings.clustering, settings.holdout)
             progress("clusters", 1, 1)
         with _timed(seconds, "shards"):
@@ -140,7 +143,23 @@ def _check_counts(listing: Listing, settings: BuildSettings) -> None:
         raise DataError(f"no clip is left: all {len(listing.bad)} were left out, the first because {listing.bad[0].reason}")
     if not training:
         raise DataError("no clip is left for training; check the split column of the metadata")
-    smallest_cluster(settings.clustering, training)
+    fewest = settings.clustering.model_copy(update={"experts": 1}) if settings.auto_experts else settings.clustering
+    smallest_cluster(fewest, training)
+
+
+def _with_experts(settings: BuildSettings, prepared: PreparedClips, vectors: Vectors) -> BuildSettings:
+    """The settings with the number of experts that the data deserve, if that was asked for."""
+    if not settings.auto_experts:
+        return settings
+    rows = training_rows(prepared.clips)
+    digests, kinds = [prepared.digests[row] for row in rows], [prepared.clips[row].kind for row in rows]
+    proposal = propose_experts(vectors[rows], digests, kinds, settings.clustering, settings.budget)
+    for each in proposal.tried:
+        _log.info(
+            "%d experts: %s", each.experts, each.impossible or f"silhouette {each.silhouette:.2f}, smallest {each.smallest}"
+        )
+    _log.warning("%s", proposal.reason)
+    return settings.model_copy(update={"experts": proposal.experts})
 
 
 def _require_clips(prepared: PreparedClips) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lutetia.models.data.decode.pool import CLIP_SECONDS
 from lutetia.models.data.decode.shape import ClipShape
@@ -25,7 +25,9 @@ class ClusterSettings(Frozen):
     method: Literal["kmeans", "random", "kinds"] = Field(
         default="kmeans", description="kmeans: by features; random: equal shares at random; kinds: by the kinds in the metadata"
     )
-    experts: Count = Field(default=3, description="number of shards K, one expert each")
+    experts: Count = Field(
+        default=3, description="number of shards K, one expert each; auto: chosen by silhouette, sizes of clusters and budget"
+    )
     fine: int | None = Field(
         default=None, ge=1, le=MAX_FINE, description="fine centroids of the clustering; none: one per six clips, at most 1,024"
     )
@@ -41,6 +43,10 @@ class ClusterSettings(Frozen):
 class BuildSettings(ClipShape, ClusterSettings):
     """How clips become shards."""
 
+    auto_experts: bool = Field(default=False, description="choose the number of shards by the data, as experts = auto does")
+    budget: Count | None = Field(
+        default=None, description="training samples of all experts together, which limits an automatic K; none: no limit"
+    )
     latents: str = Field(default="builtin:demo", description="autoencoder: builtin:demo, pixels, a folder or a hub id")
     normalisation: Literal["auto", "measured", "shipped"] = Field(
         default="auto",
@@ -79,6 +85,19 @@ class BuildSettings(ClipShape, ClusterSettings):
     cache: Path | None = Field(
         default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("experts") == "auto":
+            return {**{key: value for key, value in values.items() if key != "experts"}, "auto_experts": True}
+        return values
+
+    @model_validator(mode="after")
+    def _auto_clusters(self) -> BuildSettings:
+        if self.auto_experts and self.method != "kmeans":
+            raise ValueError(f"experts can be chosen by the data only with method kmeans, not {self.method}")
+        return self
 
     @property
     def clip_shape(self) -> ClipShape:

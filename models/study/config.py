@@ -158,6 +158,8 @@ class StudyConfig(Frozen):
     def _consistent(self) -> StudyConfig:
         if self.data.text_tokens is None:
             raise ValueError("data.text_tokens must be set: the FLOPs depend on it")
+        if self.data.auto_experts:
+            raise ValueError("data.experts must be a number: the budgets depend on it")
         for experts in (self.data.experts, *self.controls.expert_counts):
             if experts < 2:
                 raise ValueError("a mixture needs 2 or more experts")

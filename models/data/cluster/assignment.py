@@ -64,7 +64,7 @@ def feature_vectors(
     ]
     if with_text:
         blocks.append(np.stack([embedded.pooled[clip.caption].numpy() for clip in prepared.clips]))
-    training = _training_rows(prepared.clips)
+    training = training_rows(prepared.clips)
     return Joiner([block[training] for block in blocks])(blocks)
 
 
@@ -77,7 +77,7 @@ def place_clips(prepared: PreparedClips, vectors: Vectors, settings: ClusterSett
         settings: of the clustering.
         holdout: share of the training clips to hold out.
     """
-    training = _training_rows(prepared.clips)
+    training = training_rows(prepared.clips)
     digests, kinds = [prepared.digests[row] for row in training], [prepared.clips[row].kind for row in training]
     clustering = cluster(vectors[training], digests, kinds, settings)
     report = summarise(clustering, vectors[training], [prepared.clips[row].caption for row in training], kinds)
@@ -95,7 +95,7 @@ def place_clips(prepared: PreparedClips, vectors: Vectors, settings: ClusterSett
     return Placement(shards, splits, vectors, report)
 
 
-def _training_rows(clips: Sequence[ClipSource]) -> list[int]:
+def training_rows(clips: Sequence[ClipSource]) -> list[int]:
     rows = [row for row, clip in enumerate(clips) if clip.split == "train"]
     if not rows:
         raise DataError("no clip is left for training; check the split column of the metadata")

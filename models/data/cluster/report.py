@@ -55,7 +55,7 @@ class ClusterReport(Frozen):
 def summarise(clustering: Clustering, vectors: Vectors, captions: Sequence[str], kinds: Sequence[str]) -> ClusterReport:
     """Report on `clustering`; `vectors`, `captions` and `kinds` are those of its clips, in order. Deterministic."""
     labels, number = clustering.labels, int(clustering.labels.max()) + 1
-    scores = _silhouettes(vectors, labels)
+    scores = silhouettes(vectors, labels)
     has_kinds = any(kinds)
     members = [np.flatnonzero(labels == index).tolist() for index in range(number)]
     words = keywords([[captions[i] for i in rows] for rows in members])
@@ -141,7 +141,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[: _MAX_NAME // 2]
 
 
-def _silhouettes(vectors: Vectors, labels: np.ndarray) -> np.ndarray:
+def silhouettes(vectors: Vectors, labels: np.ndarray) -> np.ndarray:
     """One score per clip; beyond 2,000 clips an evenly spaced sample is scored and the others are NaN."""
     from sklearn.metrics import silhouette_samples
 

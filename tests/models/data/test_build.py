@@ -112,6 +112,14 @@ def test_second_build_gives_the_same_bytes_from_the_cache(clips: Path, cache: Pa
     assert content(again.out) == content(fresh.out) == content(built.out)
 
 
+def test_automatic_number_of_experts_gives_the_bytes_of_that_number(
+    clips: Path, cache: Path, built: BuildReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    automatic = build_data(clips, tmp_path / "auto", settings(cache, experts="auto"))
+    assert content(automatic.out) == content(built.out)
+    assert "3 experts: silhouette" in caplog.text
+
+
 def test_held_out_clips_do_not_depend_on_cluster_count(clips: Path, cache: Path, tmp_path: Path) -> None:
     held = []
     for experts in (1, 2):
