@@ -1,8 +1,8 @@
 """How many experts the data deserve: by silhouette, by the sizes of the clusters, and by the budget.
 
 More experts specialise more, but each learns anew what the clusters share, on its own part of the budget. So the best number
-grows with the budget: on the union of three sets, at 18,000 samples in all, mixtures of 3 and 4 experts did best and one of 8 was worse
-than a single model (docs/results/union).
+grows with the budget: on the union of three sets, at 18,000 samples in all, mixtures of 3 and 4 experts did best and one of 8 was
+worse than a single model (docs/results/union).
 """
 
 from __future__ import annotations
