@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lutetia.cli.formatting import ago, bar, number, short, short_peer, thousands
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
@@ -110,7 +110,11 @@ def render_status(status: SwarmStatus, now: float, live: bool = True) -> Rendera
 def stall_lines(status: SwarmStatus, now: float) -> list[str]:
     """What does not go on, a line each; of many the first few and their number."""
     first = status.stalls[:_STALLS_SHOWN]
-    lines = [f"{name_of(stall)} stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}" for stall in first]
+    words = ["suspected" if stall.kind == "lineage" else "stalled" for stall in first]
+    lines = [
+        f"{name_of(stall)} {word} for {ago(now - stall.since)}: {stall.why} {stall.remedy}"
+        for word, stall in zip(words, first, strict=True)
+    ]
     if more := max(len(status.stalls), len(status.stalled_shards)) - len(lines):
         lines.append(f"{more} more stalled; `lutetia run why RUN SHARD` explains a shard, --json lists all")
     return lines
@@ -189,12 +193,20 @@ def shard_reason(status: SwarmStatus, shard: int, now: float) -> dict[str, Any]:
         raise UsageError(f"run {status.name} has no shard {shard}; its last is {len(status.shards) - 1}")
     entry, stalled = status.shards[shard], shard in status.stalled_shards
     document = {"shard": shard, "state": "stalled" if stalled else entry.state, "since": None, "why": None, "remedy": None}
+    document["suspected"] = suspected = _explained(status, "lineage", shard, "why")
+    also = f" Suspected: {suspected} {_explained(status, 'lineage', shard, 'remedy')}" if suspected else ""
     stall = next((stall for stall in status.stalls if (stall.kind, stall.shard) == ("shard", shard)), None)
     if stall:
-        text = f"Stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}"
+        text = f"Stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}{also}"
         return {**document, "since": stall.since, "why": stall.why, "remedy": stall.remedy, "text": text}
     if stalled:
         others = sum(stall.kind == "shard" for stall in status.stalls)
-        return {**document, "text": f"Stalled. The {others} shards that stalled first are explained first: see to those."}
+        return {**document, "text": f"Stalled. The {others} shards that stalled first are explained first: see to those.{also}"}
     last = f", the last {ago(now - entry.last_accepted)} ago" if entry.last_accepted else ""
-    return {**document, "text": f"Nothing holds it up: {entry.state}, {entry.epoch} of {entry.epochs} epochs accepted{last}."}
+    goes_on = f"Nothing holds it up: {entry.state}, {entry.epoch} of {entry.epochs} epochs accepted{last}."
+    return {**document, "text": goes_on + also}
+
+
+def _explained(status: SwarmStatus, kind: str, shard: int, part: Literal["why", "remedy"]) -> str | None:
+    found = next((stall for stall in status.stalls if (stall.kind, stall.shard) == (kind, shard)), None)
+    return found and (found.why if part == "why" else found.remedy)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from lutetia.coordinator.acceptance.rate_limits import Admission
+from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.holdouts import Holdouts, holdout_store

@@ -6,6 +6,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
+from benchmarks.attacks.buried_newcomer import TENURE, buried_newcomer
 from benchmarks.attacks.poison_number import poison_number
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from benchmarks.attacks.time_bomb import time_bomb
@@ -44,6 +45,22 @@ def time_bombs(tries: int) -> str:
     return "\n".join(lines)
 
 
+def buried_newcomers(tries: int) -> str:
+    """A table of epochs of others that a newcomer's conviction voids, by the time that its whole replay takes."""
+    lines = [
+        "One shard, an epoch each ten minutes, a tenure of ten. Epochs of others that a newcomer's conviction voids, and the",
+        f"longest time in tenures that an honest result was held: largest of {tries} tries.",
+        "",
+        "| the replay takes, in epochs | held-out loss falls | it does not | longest hold |",
+        "|---|---|---|---|",
+    ]
+    for epochs in (1, 5, 30, 60):
+        falls, flat = ([buried_newcomer(epochs, improves, seed=seed) for seed in range(tries)] for improves in (True, False))
+        longest = max(one.longest_wait for one in (*falls, *flat)) / TENURE
+        lines.append(f"| {epochs} | {max(one.lost for one in falls)} | {max(one.lost for one in flat)} | {longest:.0f} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks judge-attacks", description=__doc__)
     parser.add_argument("--tries", type=int, default=20, help="times that each attack is tried (default 20)")
@@ -51,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
     print(stalled_judging(arguments.tries))
     print()
     print(time_bombs(arguments.tries))
+    print()
+    print(buried_newcomers(arguments.tries))
     print(f"\nRecords with numbers of up to 4,000 digits, {arguments.tries} tries:")
     for outcome, count in sorted(poison_number(arguments.tries).items()):
         print(f"- {outcome}: {count}")

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.messages import CheckDone, FetchDone, JudgeTick, Offered, StartCheck, StartFetch
-from lutetia.coordinator.acceptance.rate_limits import Admission
 from lutetia.coordinator.runtime.check_runner import chunk_limit, fetch_limit
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord

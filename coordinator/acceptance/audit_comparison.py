@@ -56,8 +56,6 @@ class Tolerance:
         return self.first if step < FIRST_STEPS else self.later
 
 
-NEWCOMER_EPOCHS = 2
-"""So many epochs of each author are replayed whole, whatever the lottery says."""
 DEPTH_UNIT = 16
 """For each such number of epochs without one that was replayed whole the share of whole audits grows by `audit.whole_epoch`."""
 FIRST_STEPS = 8
@@ -178,10 +176,10 @@ def lottery(secret: bytes, checkpoint: str, purpose: str = "audit") -> float:
     return int.from_bytes(hashlib.sha256(purpose.encode() + secret + checkpoint.encode()).digest()[:7], "big") / (1 << 56)
 
 
-def is_newcomer(run: RunState, owner: str) -> bool:
-    """Whether fewer than NEWCOMER_EPOCHS of its epochs were, or are to be, replayed whole."""
+def is_newcomer(run: RunState, owner: str, epochs: int) -> bool:
+    """Whether fewer than `epochs` of its epochs were, or are to be, replayed whole."""
     due = sum(audit.owner == owner and audit.whole for audit in run.audits.values())
-    return run.peer(owner).proved + due < NEWCOMER_EPOCHS
+    return run.peer(owner).proved + due < epochs
 
 
 def unproved_depth(shard: ShardLedger) -> int:

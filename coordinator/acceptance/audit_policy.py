@@ -17,8 +17,9 @@ from lutetia.coordinator.acceptance.audit_comparison import (
     secret_steps,
     unproved_depth,
 )
+from lutetia.coordinator.acceptance.intake.newcomer_holds import holds_up
+from lutetia.coordinator.acceptance.intake.rate_limits import loan_seconds
 from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
-from lutetia.coordinator.acceptance.rate_limits import loan_seconds
 from lutetia.coordinator.acceptance.rollback import can_roll_back, condemn, due_audit, quarantine, re_audits, settle_suspects
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, Loan
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
@@ -56,15 +57,15 @@ def build_of(record: CheckpointRecord, manifest: Manifest) -> str:
 def consider_audit(transition: JudgeTransition, record: CheckpointRecord) -> None:
     """`record` was accepted: decide by the adaptive rule whether it is audited, and whether whole or in part.
 
-    Where whole epochs are audited at all, a newcomer's first ones are, and so are some of those with many epochs below them of
-    which none was replayed whole.
+    Where anything is audited, a newcomer's first epochs are, whole. Where whole epochs are audited, so are some of those with
+    many epochs below them of which none was replayed whole.
     """
     policy, peer = transition.rules.manifest.audit, transition.run.peer(record.owner)
+    if policy.audits and is_newcomer(transition.run, record.owner, transition.rules.newcomer_epochs):
+        transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "newcomer"))
+        return
     if policy.whole_epoch:
         depth_draw = lottery(transition.rules.secret, record.digest, "depth")
-        if is_newcomer(transition.run, record.owner):
-            transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "newcomer"))
-            return
         if depth_draw < policy.whole_epoch * unproved_depth(transition.run.shards[record.shard]) / DEPTH_UNIT:
             transition.write(due_audit(transition.run, record.shard, record.digest, transition.now, True, "depth"))
             return
@@ -129,17 +130,17 @@ def start_audit(transition: JudgeTransition) -> None:
         return
     audits, now = transition.run.audits.values(), transition.now
     ready = [audit for audit in audits if audit.not_before <= now and not _left_to_peers(transition, audit)]
-    for audit in sorted(ready, key=lambda audit: _rank(transition.run, audit)):
+    for audit in sorted(ready, key=lambda audit: _rank(transition, audit)):
         if not _closed_as_too_old(transition, audit):
             transition.set(auditing=audit.checkpoint)
             transition.actions.append(_audit_job(transition, audit))
             return
 
 
-def _rank(run: RunState, audit: PendingAudit) -> tuple[bool, int, bool, float, str]:
+def _rank(transition: JudgeTransition, audit: PendingAudit) -> tuple[bool, int, bool, float, str]:
     """Place of an audit among those that the coordinator carries out itself; the lowest comes first."""
-    holds_up = _holds_up_a_proof(run, audit)
-    return not holds_up, audit.attempts, run.peer(audit.owner).proved > 0, audit.since, audit.checkpoint
+    run = transition.run
+    return not _is_waited_for(transition, audit), audit.attempts, run.peer(audit.owner).proved > 0, audit.since, audit.checkpoint
 
 
 def _closed_as_too_old(transition: JudgeTransition, audit: PendingAudit, seconds: float = 0.0) -> bool:
@@ -159,13 +160,18 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
 
     At the end of the run the coordinator waits for no peer.
     """
-    if transition.run.budgets_done or _holds_up_a_proof(transition.run, audit):
+    if transition.run.budgets_done or _is_waited_for(transition, audit):
         return False
     lent = transition.state.lent.get(audit.checkpoint)
     if lent:
         return transition.now < lent.until
     wait_until = min(transition.state.asked, audit.since) + transition.rules.audit_wait
     return audit.reported is None and not audit.attempts and transition.now < wait_until
+
+
+def _is_waited_for(transition: JudgeTransition, audit: PendingAudit) -> bool:
+    """Whether a result waits for its end: then the coordinator carries it out at once, also while a peer has it."""
+    return _holds_up_a_proof(transition.run, audit) or holds_up(transition.run, transition.rules.manifest.timing, audit)
 
 
 def _holds_up_a_proof(run: RunState, audit: PendingAudit) -> bool:

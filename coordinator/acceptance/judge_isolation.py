@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.fetch_queue import key_of
+from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,

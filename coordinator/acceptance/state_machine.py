@@ -20,7 +20,7 @@ from lutetia.coordinator.acceptance.audit_policy import (
     suspect_parent,
 )
 from lutetia.coordinator.acceptance.checks import RecordUnderCheck, Verdict, check_quarantine, check_size, first_failure
-from lutetia.coordinator.acceptance.fetch_queue import (
+from lutetia.coordinator.acceptance.intake.fetch_queue import (
     UNKNOWN_ORIGINS,
     forget_gone,
     gives_way,
@@ -28,10 +28,13 @@ from lutetia.coordinator.acceptance.fetch_queue import (
     key_of,
     next_checks,
     next_fetches,
+    next_held,
     note_failure,
     note_success,
     patience,
 )
+from lutetia.coordinator.acceptance.intake.newcomer_holds import hold
+from lutetia.coordinator.acceptance.intake.rate_limits import end_loans, forget_offers, forget_origins, over_rate
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -61,7 +64,6 @@ from lutetia.coordinator.acceptance.proof import (
     start_proof,
     waived,
 )
-from lutetia.coordinator.acceptance.rate_limits import end_loans, forget_offers, forget_origins, over_rate
 from lutetia.coordinator.acceptance.rollback import due_audit, note_fact
 from lutetia.coordinator.acceptance.transition import (
     JudgeRules,
@@ -113,6 +115,7 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         case _:
             assert_never(stimulus)
     forget_gone(transition)
+    transition.release_held()
     transition.start_checks()
     transition.start_fetches()
     start_audit(transition)
@@ -166,7 +169,10 @@ class _ResultTransition(JudgeTransition):
         if len(shard.candidates) < self.rules.candidates_per_shard // (2 if polled else 1):
             return True
         last = None if polled else gives_way(self.state, WaitingResult(offer.record, self.now))
-        if last:
+        if last and key_of(last.record) in self.state.held:
+            text = "a result of an author with accepted work needed its place while it was held; offer it again later"
+            self._dismiss(last.record, Verdict("inconclusive", "transfer", text), final=True)
+        elif last:
             text = "it had not arrived when results of others, which come first, needed its place; offer it again later"
             note_failure(self, last.record)
             self._dismiss(last.record, Verdict("inconclusive", "transfer", text), final=True)
@@ -257,17 +263,40 @@ class _ResultTransition(JudgeTransition):
             note_failure(self, record)
         if verdict.outcome != "valid":
             self._dismiss(record, verdict)
-        elif not audits_lag(self.run, record.shard, record.epoch):
-            self._accept(record, verdict)
-        # else a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
+        else:
+            self._accept_or_hold(record, verdict)
 
     def _accept_or_doubt(self, record: CheckpointRecord, verdict: Verdict, why: DoubtReason) -> None:
         accepted = waived(self, record, verdict)
         if accepted is None:
             doubt(self, record, verdict, why)
-        elif not audits_lag(self.run, record.shard, record.epoch):
-            self._accept(record, accepted)
+        else:
+            self._accept_or_hold(record, accepted)
+
+    def _accept_or_hold(self, record: CheckpointRecord, verdict: Verdict) -> None:
+        if audits_lag(self.run, record.shard, record.epoch):
+            return  # a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
+        if self._is_held(self.run.shards[record.shard].candidates[record.owner]):
+            self.set(held={**self.state.held, key_of(record): verdict})
+            return
+        self._accept(record, verdict)
+        if verdict.text:
             self.write(due_audit(self.run, record.shard, record.digest, self.now, True, "proof"))
+
+    def _is_held(self, candidate: WaitingResult) -> bool:
+        held = hold(self.run, self.rules.manifest.timing, candidate)
+        return held is not None and self.now < held.until
+
+    def release_held(self) -> None:
+        """Accept the held results whose wait is over: of each shard the first in line."""
+        if not self.state.held:
+            return
+        for candidate in next_held(self.state):
+            verdict = self.state.held.get(key_of(candidate.record))
+            if verdict and not self._is_held(candidate):
+                self.set(held={key: other for key, other in self.state.held.items() if key != key_of(candidate.record)})
+                self._accept_or_hold(candidate.record, verdict)
+                forget_gone(self)
 
     def finish_proof(self, proved: Proved) -> None:
         """Accept the doubted result whose training was replayed; otherwise it was refused."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypedDict, Unpack
 
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
+from lutetia.coordinator.acceptance.intake.newcomer_holds import NEWCOMER_EPOCHS
 from lutetia.coordinator.acceptance.messages import Action, Write
 from lutetia.coordinator.ledger.events import CheckCost, Event, ResultRefused, ResultSuperseded
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
@@ -65,6 +66,8 @@ class JudgeRules:
     """While peers ask for audits, an audit waits this long for one of them; then the coordinator carries it out itself."""
     audit_loan: float = 600.0
     """How long a peer has for an audit that it was lent, or is silent; up to six times as long for a whole epoch."""
+    newcomer_epochs: int = NEWCOMER_EPOCHS
+    """So many epochs of each author are replayed whole before its audits follow the lottery."""
     asks_per_second: float = 5.0
     """Audit requests of all peers together: the more peers stand by, the longer each is told to wait."""
 
@@ -85,6 +88,8 @@ class JudgeState:
     """Candidates whose blobs are on their way."""
     fetched: Mapping[FetchKey, tuple[CheckCost, ...]] = field(default_factory=dict)
     """Candidates whose blobs have all arrived, with what that cost; they wait for their checks or are under check."""
+    held: Mapping[FetchKey, Verdict] = field(default_factory=dict)
+    """Candidates that passed their checks and wait for the audit of an epoch below them (`intake.newcomer_holds`)."""
     origins: PersistentMap[str, str] = field(default_factory=PersistentMap)
     """Peer -> network origin of its last offer."""
     failures: Mapping[str, tuple[int, float]] = field(default_factory=dict)
@@ -116,6 +121,7 @@ class JudgeChanges(TypedDict, total=False):
     pending: frozenset[int]
     fetching: frozenset[FetchKey]
     fetched: Mapping[FetchKey, tuple[CheckCost, ...]]
+    held: Mapping[FetchKey, Verdict]
     origins: PersistentMap[str, str]
     failures: Mapping[str, tuple[int, float]]
     checking: Mapping[int, tuple[str, str]]

@@ -138,7 +138,7 @@ def _with_batch_that_fits(settings: RunSettings, description: DataDescription) -
 
 def _check_epochs(manifest: Manifest) -> None:
     """Raises ConfigError when an epoch has more steps than an audit may replay."""
-    audited = manifest.audit.replay_steps or manifest.audit.whole_epoch
+    audited = manifest.audit.audits
     if audited and (steps := manifest.steps_per_epoch) > MAX_STEPS:
         raise ConfigError(
             f"an epoch of {steps} steps is too long for its audits, which replay at most {MAX_STEPS}; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from lutetia.coordinator.acceptance.intake.newcomer_holds import hold
 from lutetia.coordinator.ledger.events import ResultRefused
 from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, RunState, ShardLedger
 from lutetia.protocol.schema.identity import peer_id_of
@@ -20,7 +21,7 @@ STALLED_AUDIT_TRIES = 2
 """An audit that ended so often without a verdict counts as stalled."""
 STALLED_AUDIT_TENURES = 6
 """An audit that has been due for so many tenures counts as stalled."""
-SHARDS_EXPLAINED, AUDITS_EXPLAINED, NODES_EXPLAINED = 24, 8, 16
+SHARDS_EXPLAINED, LINEAGES_EXPLAINED, AUDITS_EXPLAINED, NODES_EXPLAINED = 24, 8, 8, 16
 """The document has room for so many of each."""
 _REMEDIES: dict[CheckName, str] = {
     "transfer": "Its author's uploads do not arrive: see the log on both sides, or let another node take the shard.",
@@ -49,7 +50,7 @@ def shard_stall(state: RunState, manifest: Manifest, index: int, facts: ShardFac
     shard = state.shards[index]
     if shard.epoch >= state.epochs:
         return None
-    rules = (_doubted, _refused, _behind_audits, _waiting, _unheld, _overdue)
+    rules = (_doubted, _refused, _behind_audits, _held, _waiting, _unheld, _overdue)
     return next((stall for rule in rules if (stall := rule(state, manifest, index, facts, now))), None)
 
 
@@ -113,6 +114,24 @@ def _behind_audits(state: RunState, manifest: Manifest, index: int, facts: Shard
     why = f"The audit of epoch {oldest.epoch} is {HISTORY - 2} epochs behind, and results wait until it is done."
     remedy = "Let more nodes stand by, which take audits, or give the coordinator a faster machine."
     return StallStatus(kind="shard", shard=index, since=oldest.since, why=why, remedy=remedy)
+
+
+def _held(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    """A result that waits for the replay of an unproved epoch below it (`newcomer_holds`)."""
+    waiting = [candidate for candidate in state.shards[index].candidates.values() if not candidate.doubt]
+    holds = [(one, hold(state, manifest.timing, one)) for one in sorted(waiting, key=lambda candidate: candidate.seen)]
+    oldest, held = next(((one, found) for one, found in holds if found and now < found.until), (None, None))
+    if oldest is None or held is None or now - oldest.seen <= manifest.timing.lease:
+        return None
+    whose = "a newcomer, " if held.why == "newcomer" else ""
+    doing = "is still to be replayed" if held.why == "newcomer" else "was found invalid, and it is not decided what follows"
+    result = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} waits"
+    why = f"{result}: epoch {held.epoch} by {whose}{_peer(held.author)} {doing}, and {held.built} epochs of others stand on it."
+    remedy = (
+        f"Nothing: if the checks pass, it is accepted once the replay ends, in {held.until - now:.0f} s at the latest. "
+        "More standbys, or a faster coordinator, replay sooner."
+    )
+    return StallStatus(kind="shard", shard=index, since=oldest.seen, why=why, remedy=remedy)
 
 
 def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -180,9 +199,30 @@ def audit_stalls(state: RunState, manifest: Manifest, now: float) -> Iterator[St
         yield StallStatus(kind="audit", shard=audit.shard, epoch=audit.epoch, since=audit.since, why=why, remedy=remedy)
 
 
-def explained(shards: Iterable[StallStatus], audits: Iterable[StallStatus], nodes: Iterable[StallStatus]) -> list[StallStatus]:
+def suspected_lineages(state: RunState) -> Iterator[StallStatus]:
+    """The oldest accepted epoch of each shard that an audit found invalid, while it is not decided what becomes of it."""
+    for index, shard in state.shards.items():
+        link = next((link for link in shard.lineage if link.acceptance.checkpoint in shard.suspects), None)
+        if link is None:
+            continue
+        given, due = link.acceptance, sum(audit.shard == index and audit.whole for audit in state.audits.values())
+        author = state.quarantined.get(given.author)
+        why = (
+            f"An audit found epoch {given.epoch} of {_peer(given.author)} invalid, and {shard.epoch - given.epoch} epochs stand "
+            f"on it. They are kept if replays prove them good; {due} are due."
+        )
+        remedy = f"Nothing: if the replays do not prove them good, the shard goes back to epoch {given.epoch - 1} by itself."
+        since = author.time if author else link.at
+        yield StallStatus(kind="lineage", shard=index, epoch=given.epoch, owner=given.author, since=since, why=why, remedy=remedy)
+
+
+def explained(
+    shards: Iterable[StallStatus], lineages: Iterable[StallStatus], audits: Iterable[StallStatus], nodes: Iterable[StallStatus]
+) -> list[StallStatus]:
     """Those that the document has room for: the oldest of each kind."""
-    kinds = ((shards, SHARDS_EXPLAINED), (audits, AUDITS_EXPLAINED), (nodes, NODES_EXPLAINED))
+    kinds = (
+        (shards, SHARDS_EXPLAINED), (lineages, LINEAGES_EXPLAINED), (audits, AUDITS_EXPLAINED), (nodes, NODES_EXPLAINED),
+    )  # fmt: skip
     return [stall for stalls, most in kinds for stall in sorted(stalls, key=lambda stall: stall.since)[:most]]
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, compare
 from lutetia.coordinator.acceptance.audit_policy import steps_of
+from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.messages import AuditDelivered, AuditWanted, LendAudit, StartAudit
-from lutetia.coordinator.acceptance.rate_limits import RateWindow
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner

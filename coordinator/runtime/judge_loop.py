@@ -11,7 +11,8 @@ from typing import Protocol
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks, run_transfer
-from lutetia.coordinator.acceptance.fetch_queue import key_of
+from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
+from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.judge_isolation import author_of, judge_isolated
 from lutetia.coordinator.acceptance.messages import (
     Action,
@@ -34,7 +35,6 @@ from lutetia.coordinator.acceptance.messages import (
     Stimulus,
     Write,
 )
-from lutetia.coordinator.acceptance.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.transition import FetchKey, JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import (
     AuditDone,

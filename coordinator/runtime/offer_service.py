@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.acceptance.fetch_queue import is_known
+from lutetia.coordinator.acceptance.intake.fetch_queue import is_known
+from lutetia.coordinator.acceptance.intake.rate_limits import Admission, OwnerDials, may_become_candidate
 from lutetia.coordinator.acceptance.messages import Offered
-from lutetia.coordinator.acceptance.rate_limits import Admission, OwnerDials, may_become_candidate
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.protocol.blobs.stream import BLOB
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers

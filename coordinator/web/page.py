@@ -70,7 +70,7 @@ def _stalls(status: SwarmStatus) -> str:
         f"<td>{_text(stall.why)} {_text(stall.remedy)}</td></tr>"
         for stall in status.stalls
     ]
-    return _table("Stalled", "what|since|why, and what to do", rows)
+    return _table("Stalled or suspected", "what|since|why, and what to do", rows)
 
 
 def _nodes(status: SwarmStatus) -> str:

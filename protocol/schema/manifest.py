@@ -208,8 +208,17 @@ class AuditPolicy(WireDocument):
         description="Fewest first steps of an epoch that an audit replays: half as many more on average, how many is secret",
     )
     whole_epoch: float = Field(
-        default=0.05, ge=0, le=1, description="Share of audits that replay the whole epoch, drawn by a lottery nobody can foresee"
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Share of audits that replay the whole epoch, drawn by a lottery nobody can foresee; besides, each author's "
+        "first two epochs are replayed whole",
     )
+
+    @property
+    def audits(self) -> bool:
+        """Whether anything is audited."""
+        return bool(self.replay_steps or self.whole_epoch)
 
 
 class HardwareNeeds(WireDocument):

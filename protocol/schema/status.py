@@ -47,12 +47,12 @@ class TolerantDocument(Frozen):
 
 
 class StallStatus(TolerantDocument):
-    """What does not go on, and what to do."""
+    """What does not go on or is in question, and what to do."""
 
-    kind: OpenWord = Field(description="What it is: a shard, an audit, or a node")
+    kind: OpenWord = Field(description="What it is: a shard, a lineage that stands on an invalid epoch, an audit, or a node")
     shard: ShardIndex | None = Field(default=None, description="Index of the shard, also of an audit's; null: a node without one")
-    epoch: EpochNumber | None = Field(default=None, description="The accepted epoch that an audit is to replay; null: no audit")
-    owner: PublicKey | None = Field(default=None, description="Public key of the node; null: no node")
+    epoch: EpochNumber | None = Field(default=None, description="The accepted epoch that an audit is to replay, or found invalid")
+    owner: PublicKey | None = Field(default=None, description="Public key of the node, or of the invalid epoch's author")
     since: Moment = Field(description="Since when, in Unix seconds")
     why: Explanation = Field(description="What holds it up, for people")
     remedy: Explanation = Field(description="What to do, for people")

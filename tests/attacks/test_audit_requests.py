@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.rate_limits import RateWindow
+from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.runtime.audit_service import AuditService

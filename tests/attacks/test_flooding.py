@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.rate_limits import Admission
+from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.ledger.events import PeerQuarantined
 from lutetia.protocol.blobs import stream as blob_stream
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs

@@ -11,7 +11,7 @@ from lutetia.cli.study import stages
 from lutetia.coordinator.acceptance import audit_comparison as bounds
 from lutetia.coordinator.acceptance import loss_bounds
 from lutetia.coordinator.acceptance.audit_comparison import secret_steps
-from lutetia.coordinator.acceptance.rate_limits import Admission
+from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.run_state import HISTORY
 from lutetia.coordinator.ledger.status_builder import NODES_SHOWN

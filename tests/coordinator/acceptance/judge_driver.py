@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict
-from lutetia.coordinator.acceptance.fetch_queue import key_of
+from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -172,8 +172,10 @@ class JudgeDriver:
 def drive_judge(
     shards: int = 2, epochs: int = 3, limits: bool = True, rules: dict[str, object] | None = None, **changes: object
 ) -> JudgeDriver:
+    """A driver. Where the lottery draws no whole epochs (the default), no author counts as a newcomer, unless `rules` say so."""
     manifest = make_manifest(shards, epochs, **changes)
-    made = JudgeRules(manifest, COORDINATOR.public_key, b"secret", **(rules or {}))  # pyright: ignore[reportArgumentType]
+    newcomers = {} if manifest.audit.whole_epoch else {"newcomer_epochs": 0}
+    made = JudgeRules(manifest, COORDINATOR.public_key, b"secret", **{**newcomers, **(rules or {})})  # pyright: ignore[reportArgumentType]
     created = first_event(manifest)
     state = JudgeState(apply(RunState(), created), limits=limits_of(shards) if limits else None)
     return JudgeDriver(manifest, made, state, [created])

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.fetch_queue import FORGIVEN_AFTER, LEAST_PATIENCE, LONG_FETCH, is_known, key_of
+from lutetia.coordinator.acceptance.intake.fetch_queue import FORGIVEN_AFTER, LEAST_PATIENCE, LONG_FETCH, is_known, key_of
 from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, FetchDone, JudgeTick, LimitsKnown
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import ResultRefused

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.attacks.time_bomb import time_bomb
-from lutetia.coordinator.acceptance.audit_comparison import NEWCOMER_EPOCHS, AuditFinding, unproved_depth
+from lutetia.cli.status_table import shard_reason, stall_lines
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, unproved_depth
 from lutetia.coordinator.acceptance.audit_policy import audits_lag
 from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.intake.newcomer_holds import NEWCOMER_EPOCHS
 from lutetia.coordinator.acceptance.messages import Audited, CheckDone, JudgeTick
 from lutetia.coordinator.acceptance.rollback import KEPT_DEPTH, weigh_lineage
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.events import AuditDue, LineageKept, LineageRolledBack, LineageSuspected, Outcome
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import HISTORY, RunState
+from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
 from lutetia.protocol.schema.verdicts import CheckName
@@ -127,6 +131,22 @@ def test_good_work_on_a_faked_epoch_is_kept_once_replays_prove_it():
     assert "4 epochs stand on it, 2 of them were replayed whole and valid" in sentence(kept)
     shard = driver.state.run.shards[0]
     assert (shard.epoch, shard.term, shard.suspects) == (6, 0, ())
+
+
+def test_suspected_lineage_is_in_the_status_the_page_and_run_why():
+    driver, faked = buried()
+    driver.finish_audit("invalid", faked)
+    shown = status(driver.state.run, driver.manifest, LiveView(), driver.now)
+    [found] = [stall for stall in shown.stalls if stall.kind == "lineage"]
+    assert (found.shard, found.epoch, found.owner, shown.stalled_shards) == (0, 2, CHEAT.public_key, ())
+    assert "4 epochs stand on it. They are kept if replays prove them good; 3 are due" in found.why
+    assert "goes back to epoch 1 by itself" in found.remedy
+    reason = shard_reason(shown, 0, driver.now)
+    assert reason["suspected"] == found.why
+    for text in (reason["text"], render_page(shown), " ".join(stall_lines(shown, driver.now))):
+        assert "An audit found epoch 2" in text
+    finish_audits(driver, "valid")
+    assert not status(driver.state.run, driver.manifest, LiveView(), driver.now).stalls
 
 
 @pytest.mark.parametrize("outcome", ["invalid", "inconclusive"])

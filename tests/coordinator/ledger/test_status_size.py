@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lutetia.cli.status_table import render_status
 from lutetia.coordinator.ledger.reducer import REMEMBERED_REFUSALS
-from lutetia.coordinator.ledger.stalls import AUDITS_EXPLAINED, NODES_EXPLAINED, SHARDS_EXPLAINED
+from lutetia.coordinator.ledger.stalls import AUDITS_EXPLAINED, LINEAGES_EXPLAINED, NODES_EXPLAINED, SHARDS_EXPLAINED
 from lutetia.coordinator.ledger.status_builder import NODES_SHOWN, QUARANTINED_SHOWN, LiveView, shown_nodes, status
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
@@ -67,7 +67,7 @@ def test_largest_run_in_the_largest_swarm_fits() -> None:
     counts: dict[type[BaseModel], int] = {
         ShardStatus: MOST_SHARDS, NodeStatus: NODES_SHOWN, RefusalStatus: REMEMBERED_REFUSALS,
         QuarantineStatus: QUARANTINED_SHOWN, CheckStatus: 3 * len(CHECK_NAMES), RouterStatus: 1, SignedHead: 1,
-        StallStatus: SHARDS_EXPLAINED + AUDITS_EXPLAINED + NODES_EXPLAINED,
+        StallStatus: SHARDS_EXPLAINED + LINEAGES_EXPLAINED + AUDITS_EXPLAINED + NODES_EXPLAINED,
     }  # fmt: skip
     epochs = 2 * MOST_SHARDS * len("1000000000,") + MOST_SHARDS * len("4095,")
     assert largest(SwarmStatus) + epochs + sum(count * (largest(kind) + 1) for kind, count in counts.items()) < MAX_STATUS_BYTES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.acceptance.rate_limits import DIALS_AT_ONCE, Admission, OwnerDials, may_become_candidate
+from lutetia.coordinator.acceptance.intake.rate_limits import DIALS_AT_ONCE, Admission, OwnerDials, may_become_candidate
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner

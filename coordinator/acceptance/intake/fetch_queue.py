@@ -68,10 +68,11 @@ def gives_way(state: JudgeState, newcomer: WaitingResult) -> WaitingResult | Non
     """The undecided result of a full shard that loses its place to `newcomer`; None when the newcomer has to wait.
 
     It is the last in line, if that is not the newcomer, else the first of an unknown owner that has taken longer than LONG_FETCH.
-    Nothing that has arrived is given up.
+    Nothing that has arrived is given up, except what is held, for a known owner.
     """
     there = state.run.shards[newcomer.record.shard].candidates.values()
-    others = [candidate for candidate in there if key_of(candidate.record) not in state.fetched and candidate.doubt is None]
+    kept = {*state.fetched} if is_known(state.run, newcomer.record.owner) else {*state.fetched, *state.held}
+    others = [candidate for candidate in there if key_of(candidate.record) not in kept and candidate.doubt is None]
     last = in_line(state, [*others, newcomer])[-1]
     if last is not newcomer:
         return last
@@ -92,7 +93,10 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     free, free_to_strangers = rules.fetches_at_once - len(held), rules.fetches_at_once * 3 // 4 - len(strangers)
     of_source = Counter(source_of(state, record) for record in strangers)
     of_source_here = Counter((source_of(state, record), record.shard) for record in strangers)
-    shards, arrived = Counter(candidate.record.shard for candidate in held), {shard for shard, _, _ in state.fetched}
+    shards, arrived = (
+        Counter(candidate.record.shard for candidate in held),
+        {shard for shard, _, _ in (*state.fetched, *state.held)},
+    )
     for candidate in in_line(state, _ready(transition, strangers_too=free_to_strangers > 0), held):
         shard, source = candidate.record.shard, source_of(state, candidate.record)
         places = 1 if shard in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
@@ -112,12 +116,17 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
 
 def _ready(transition: JudgeTransition, strangers_too: bool) -> Iterator[WaitingResult]:
     """The candidates that are neither here nor on their way, and whose time has come."""
-    state, under_way = transition.state, {*transition.state.fetching, *transition.state.fetched}
+    state, under_way = transition.state, {*transition.state.fetching, *transition.state.fetched, *transition.state.held}
     for index in sorted(state.pending):
         for candidate in state.run.shards[index].candidates.values():
             idle = candidate.doubt is None and key_of(candidate.record) not in under_way
             if idle and candidate.not_before <= transition.now and (strangers_too or is_known(state.run, candidate.record.owner)):
                 yield candidate
+
+
+def next_held(state: JudgeState) -> list[WaitingResult]:
+    """The results that have passed their checks and are held, best first."""
+    return in_line(state, _candidates(state, state.held.keys()))
 
 
 def next_checks(transition: JudgeTransition) -> list[WaitingResult]:
@@ -137,12 +146,13 @@ def _candidates(state: JudgeState, keys: Collection[FetchKey]) -> Iterator[Waiti
 def forget_gone(transition: JudgeTransition) -> None:
     """Forget the fetches of results that are no longer undecided. What arrives of them is discarded with them."""
     state = transition.state
-    if not state.fetching and not state.fetched:
+    if not state.fetching and not state.fetched and not state.held:
         return
-    there = {key_of(candidate.record) for candidate in _candidates(state, [*state.fetching, *state.fetched])}
-    if len(there) < len(state.fetching) + len(state.fetched):
+    there = {key_of(candidate.record) for candidate in _candidates(state, [*state.fetching, *state.fetched, *state.held])}
+    if len(there) < len(state.fetching) + len(state.fetched) + len(state.held):
         fetched = {key: costs for key, costs in state.fetched.items() if key in there}
-        transition.set(fetching=state.fetching & there, fetched=fetched)
+        held = {key: verdict for key, verdict in state.held.items() if key in there}
+        transition.set(fetching=state.fetching & there, fetched=fetched, held=held)
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------------
