@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.families import TIMESTEPS, family_of
 from lutetia.models.mixing.denoisers import Denoiser, FolderExperts
+from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
 from lutetia.models.randomness import stream
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError, UsageError
 
 Mode = Literal["top1", "top2", "full", "sticky"]
@@ -90,8 +92,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     when it is first used. If more than `experts_in_memory` would be held (None: no limit), the least recently used is dropped.
 
     Args:
-        experts: one entry per shard: `folder` (beside this model's own; None while the shard has no accepted checkpoint, then the
-            expert is never routed to), `class_name`, `prediction`, `noise_schedule`.
+        experts: one ExpertKind per shard, as JSON: `folder` (beside this model's own; None while the shard has no accepted
+            checkpoint, then the expert is never routed to), `class_name`, `prediction`, `noise_schedule`, `betas`, `inputs`.
         mode: how experts are chosen if a call does not say.
         in_channels: channels of the latents.
         patch_size: frames, height and width of an expert's patch, which diffusers pipelines read.
@@ -119,6 +121,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         self._read: Callable[[int], Denoiser] | None = None
         self._held: OrderedDict[int, Denoiser] = OrderedDict()
         self._available = torch.tensor([expert["folder"] is not None for expert in experts])
+        self.changed_inputs: dict[str, Any] = {}
+        """Fields of ExpertInputs that a caller gives in place of those of the experts' training."""
         self._kept: tuple[float, Tensor] | None = None  # sticky: time of the last call and its weights
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # gives an empty mixture a device and a dtype
 
@@ -181,7 +185,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         """
         if encoder_hidden_states_image is not None:
             raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
-        t = (timestep / TIMESTEPS).to(hidden_states.dtype).expand(len(hidden_states))
+        exact = timestep if timestep.dtype == torch.float64 else timestep.float()  # bfloat16 has 256 times between 0.5 and 1
+        t = (exact / TIMESTEPS).expand(len(hidden_states))
         if weights is None:
             weights = self.route(hidden_states, t, **{"pooled": None, **_routing_options(attention_kwargs)})
         flow = combine(self.expert, weights, hidden_states, t, encoder_hidden_states, pooled_projections)
@@ -222,6 +227,11 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     def count(self) -> int:
         """Number of experts of the run, including those without an accepted checkpoint."""
         return len(self._available)
+
+    def inputs_of(self, expert: ExpertKind) -> ExpertInputs | None:
+        """What `expert` is given at a call besides latents and text: as in its training, but for `changed_inputs`."""
+        inputs = expert.inputs or (family_of(expert.class_name).inputs if self.changed_inputs else None)
+        return inputs.model_copy(update=self.changed_inputs) if inputs else None
 
     def begin(self) -> None:
         """Forget the experts that `sticky` drew: new clips begin."""

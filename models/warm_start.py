@@ -121,12 +121,13 @@ def _source(model: ModelRef, like: ExpertEntry | ExpertSpec | None) -> InitialWe
         raise ConfigError(f"{_WHAT} {model.text!r} is of class {class_name}, which is not supported; use one of {known}")
     spec = ExpertSpec(class_name=class_name, config={key: value for key, value in config.items() if not key.startswith("_")})
     if like:
-        spec = spec.model_copy(update={"prediction": like.prediction, "noise_schedule": like.noise_schedule})
+        kind = {name: getattr(like, name) for name in ("prediction", "noise_schedule", "betas", "inputs")}
+        spec = spec.model_copy(update=kind)
     return InitialWeights(model, spec)
 
 
 def _check_agreement(ref: str, given: ExpertSpec, wanted: ExpertSpec) -> None:
-    for key in ("class_name", "prediction", "noise_schedule"):
+    for key in ("class_name", "prediction", "noise_schedule", "betas", "inputs"):
         _check_equal(ref, key, getattr(given, key), getattr(wanted, key))
     given_config, wanted_config = full_config(given), full_config(wanted)
     for key in sorted(given_config.keys() | wanted_config.keys()):

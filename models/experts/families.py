@@ -1,11 +1,11 @@
 """Experts: any of the diffusers video transformers below, named by class and config, called in one way.
 
 An expert keeps its diffusers class, config and weights unchanged, so its folder loads alone with `from_pretrained`. The classes
-differ only in the arguments of `forward`; one `Family` per class handles that. Shapes of a call:
+differ only in the arguments of `forward`; one `Family` per class handles that (`classes/`). Shapes of a call:
 `latents [B, C, F, H, W]`, `time [B]` in [0, 1] with 1 = noise, `tokens [B, L, D]`, `pooled [B, P]`.
-The null condition (dropped text, the unguided branch) is `tokens = 0, pooled = 0`.
+The null condition (dropped text, the unguided branch) is `tokens = 0, pooled = 0`, or that of the run's pipeline (`TextRecipe`).
 
-To add a class, add an entry to `FAMILIES`.
+To add a class, describe it in `classes/` and name it in `classes/registry.py`.
 
 If an expert's config has more input than output channels, it gets *position channels* beside the noisy latents, in the way that
 image-to-video models get their condition: its `in_channels` are C + P with P a multiple of 6. A model with only rotary positions,
@@ -16,133 +16,27 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
+from lutetia.models.experts.classes.family import TIMESTEPS, Asked, Family, config_of
+from lutetia.models.experts.classes.registry import FAMILIES, family_of
 from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError
 
-TIMESTEPS = 1000.0  # diffusers' transformers embed time as a timestep in [0, 1000]
+__all__ = [
+    "FAMILIES", "TIMESTEPS", "build_expert", "build_meta", "call_expert", "check_fits", "family_of", "full_config",
+    "position_channels", "weight_schema",
+]  # fmt: skip
 
-Patch = tuple[int, int, int]
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one diffusers class is called, and the names of its config entries that must agree with the latents and the text."""
-
-    call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """(model, latents [B, C, F, H, W], timestep [B] in 0…1000, tokens, pooled) -> prediction like latents."""
-    patch: Callable[[Any], Patch]
-    """Frames, height and width of a patch, from the config."""
-    text_width: str
-    pooled_width: str | None = None
-    packed: bool = False
-    """Whether in_channels counts a whole patch."""
-    text_tokens: str | None = None
-
-
-def _call_wan(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    return model(x, timestep, tokens, return_dict=False)[0]
-
-
-def _call_hunyuan(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    config = _config(model)
-    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if pooled is None:
-        pooled = tokens.new_zeros(len(tokens), config.pooled_projection_dim)
-    guidance = torch.full_like(timestep, TIMESTEPS) if config.guidance_embeds else None  # 1.0: not distilled from a guided model
-    return model(x, timestep, tokens, mask, pooled, guidance, return_dict=False)[0]
-
-
-def _call_cogvideox(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    frames_first = x.transpose(1, 2)
-    rotary = None
-    config = _config(model)
-    if config.use_rotary_positional_embeddings:
-        p_t, p, _ = _patch_cogvideox(config)
-        grid = (x.shape[2] // p_t, x.shape[3] // p, x.shape[4] // p)
-        base = (config.sample_height // p, config.sample_width // p)
-        rotary = _cogvideox_rotary(config.attention_head_dim, grid, base, config.patch_size_t is not None, x.device)
-    return model(frames_first, tokens, timestep, image_rotary_emb=rotary, return_dict=False)[0].transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def _cogvideox_rotary(
-    head: int, grid: Patch, base: tuple[int, int], patched_time: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Like `CogVideoXPipeline._prepare_rotary_positional_embeddings` (version 1.0, or 1.5 with `patched_time`)."""
-    frames, *space = grid
-    if patched_time:
-        cosine, sine = get_3d_rotary_pos_embed(head, None, space, frames, grid_type="slice", max_size=base, device=device)
-    else:
-        crop = resized_region((space[0], space[1]), base)
-        cosine, sine = get_3d_rotary_pos_embed(head, crop, space, frames, device=device)
-    return torch.as_tensor(cosine), torch.as_tensor(sine)
-
-
-def resized_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The region of the base grid that a grid (height, width) is resized into: (top, left), (bottom, right).
-
-    A copy of diffusers' `get_resize_crop_region_for_grid`, whose import would also import a pipeline and text encoders.
-    """
-    (height, width), (base_height, base_width) = grid, base
-    if height / width > base_height / base_width:
-        width, height = round(base_height / height * width), base_height
-    else:
-        height, width = round(base_width / width * height), base_width
-    top, left = round((base_height - height) / 2), round((base_width - width) / 2)
-    return (top, left), (top + height, left + width)
-
-
-def _call_ltx(model: nn.Module, x: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    """LTX takes a sequence of patches; they are packed and unpacked as in `LTXPipeline._pack_latents`."""
-    p_t, p, _ = _patch_ltx(_config(model))
-    batch, channels, frames, height, width = x.shape
-    f, h, w = frames // p_t, height // p, width // p
-    patches = x.reshape(batch, channels, f, p_t, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
-    mask = torch.ones(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
-    out = model(patches, tokens, timestep, mask, num_frames=f, height=h, width=w, return_dict=False)[0]
-    return out.reshape(batch, f, h, w, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, frames, height, width)
-
-
-def _patch_cogvideox(config: Any) -> Patch:
-    return config.patch_size_t or 1, config.patch_size, config.patch_size
-
-
-def _patch_ltx(config: Any) -> Patch:
-    return config.patch_size_t, config.patch_size, config.patch_size
-
-
-def _patch_hunyuan(config: Any) -> Patch:
-    return config.patch_size_t, config.patch_size, config.patch_size
-
-
-FAMILIES: Mapping[str, Family] = {
-    "WanTransformer3DModel": Family(_call_wan, lambda config: tuple(config.patch_size), "text_dim"),
-    "HunyuanVideoTransformer3DModel": Family(_call_hunyuan, _patch_hunyuan, "text_embed_dim", "pooled_projection_dim"),
-    "LTXVideoTransformer3DModel": Family(_call_ltx, _patch_ltx, "caption_channels", packed=True),
-    "CogVideoXTransformer3DModel": Family(_call_cogvideox, _patch_cogvideox, "text_embed_dim", text_tokens="max_text_seq_length"),
-}
-
-
-def family_of(class_name: str) -> Family:
-    """How experts of this class are called. Raises ConfigError for a class that is not supported."""
-    try:
-        return FAMILIES[class_name]
-    except KeyError:
-        known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"expert class {class_name!r} is not supported; use one of {known}") from None
 
 
 def build_expert(spec: ExpertSpec, seed: int | None = None) -> nn.Module:
@@ -169,7 +63,9 @@ def _construct(spec: ExpertSpec) -> nn.Module:
         raise ConfigError(f"{spec.class_name} refuses its config: {error}; correct the run's expert config") from error
 
 
-def call_expert(model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None) -> Tensor:
+def call_expert(
+    model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None, inputs: ExpertInputs | None = None
+) -> Tensor:
     """The expert's raw prediction, in the shape of `x_t`; position channels are added here.
 
     Args:
@@ -178,13 +74,18 @@ def call_expert(model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled
         t: time on the expert's own schedule, in [0, 1] with 1 = noise, `[B]`.
         tokens: `[B, L, D]`.
         pooled: `[B, P]`, or None.
+        inputs: what else it is given (`ExpertSpec.inputs`). None: what its class needs.
     """
     family = family_of(type(model).__name__)
-    extra = _input_channels(family, _config(model)) - x_t.shape[1]
+    inputs = inputs or family.inputs
+    extra = _input_channels(family, config_of(model)) - x_t.shape[1]
     if extra:
         positions = position_channels(extra, *x_t.shape[2:], x_t.device, x_t.dtype)
         x_t = torch.cat([x_t, positions.expand(len(x_t), -1, -1, -1, -1)], dim=1)
-    return family.call(model, x_t, t * TIMESTEPS, tokens, pooled)
+    timestep = t * TIMESTEPS
+    if inputs.reversed:
+        return -family.call(model, Asked(x_t, TIMESTEPS - timestep, tokens, pooled, inputs))
+    return family.call(model, Asked(x_t, timestep, tokens, pooled, inputs))
 
 
 @lru_cache(maxsize=16)
@@ -217,7 +118,7 @@ def _schema_of(document: bytes) -> Schema:
 
 def full_config(spec: ExpertSpec) -> dict[str, Any]:
     """The expert's config, completed with the defaults of its class. Raises like `build_expert`."""
-    config = {key: value for key, value in _config(build_meta(spec)).items() if not key.startswith("_")}
+    config = {key: value for key, value in config_of(build_meta(spec)).items() if not key.startswith("_")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
@@ -234,7 +135,7 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
         raise ConfigError(
             "the expert has dropout, whose masks cannot be replayed on another device or with another micro-batch; set it to 0"
         )
-    config = _config(model)
+    config = config_of(model)
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
     volume = p_t * p_h * p_w if family.packed else 1
@@ -272,16 +173,14 @@ def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
 @torch.no_grad()
 def _rehearse(spec: ExpertSpec, latent: LatentSpec) -> None:
     """One forward pass without memory or arithmetic. It finds the misfits that the rules of `check_fits` do not name."""
+    if not family_of(spec.class_name).on_meta:
+        return
     with torch.device("meta"):
         x, t, text = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.text_tokens, latent.text_width)
-        out = call_expert(_construct(spec), x, t, text, torch.empty(1, latent.pooled_width))
+        out = call_expert(_construct(spec), x, t, text, torch.empty(1, latent.pooled_width), spec.inputs)
     if out.shape != x.shape:
         raise ValueError(f"it answers with shape {list(out.shape[1:])} instead of {list(x.shape[1:])}")
 
 
 def _input_channels(family: Family, config: Any) -> int:
     return config.in_channels // (math.prod(family.patch(config)) if family.packed else 1)
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config  # diffusers' ConfigMixin

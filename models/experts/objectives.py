@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lutetia.models.experts.beta_table import table_flow_time, table_time
+from lutetia.models.experts.classes.family import TIMESTEPS
 from lutetia.protocol.schema.manifest import ExpertSpec, TimeSampling
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
 
 Prediction = Literal["velocity", "sample", "epsilon"]
-Schedule = Literal["linear", "vp_cosine"]
+Schedule = Literal["linear", "vp_cosine"] | BetaSchedule
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents [B, ...] on the expert's own path, its own time s [B] in [0, 1]) -> raw prediction like the latents."""
 
@@ -27,11 +30,41 @@ ALPHA_MIN = 0.01  # floor of 1-t where eps is turned into x0 (heterogeneous DDM)
 X0_LIMIT = 20.0  # and the clamp on that x0; latents have unit variance
 
 
+def schedule_of(spec: Any) -> Schedule:
+    """The noise path of an expert: its table of betas, or its named schedule. Takes an ExpertSpec or a mixture's ExpertEntry."""
+    return spec.betas or spec.noise_schedule
+
+
 def matched(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """The expert's own time s at the signal-to-noise ratio of flow time t, and the scale c of its input `z = c x_t`; both [B]."""
     if schedule == "linear":
         return t, torch.ones_like(t)
+    if isinstance(schedule, BetaSchedule):
+        return table_time(schedule, t), 1 / torch.hypot(1 - t, t)
     return torch.atan2(t, 1 - t) * (2 / math.pi), 1 / torch.hypot(1 - t, t)  # A = cos(pi s/2), B = sin(pi s/2)
+
+
+def flow_time(schedule: Schedule, s: Tensor) -> Tensor:
+    """The flow time `[B]` at an expert's own time `s [B]` in [0, 1]: the inverse of `matched`."""
+    if schedule == "linear":
+        return s
+    if isinstance(schedule, BetaSchedule):
+        return table_flow_time(schedule, s * TIMESTEPS)
+    return torch.sin(s * (math.pi / 2)) / (torch.sin(s * (math.pi / 2)) + torch.cos(s * (math.pi / 2)))
+
+
+def from_velocity(prediction: Prediction, schedule: Schedule, flow: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """What an expert would have answered, `[B, ...]`, where the flow's velocity is `flow`: the inverse of `to_velocity`."""
+    t = _columns(t, x_t)
+    x0, noise = x_t - t * flow, x_t + (1 - t) * flow
+    if prediction == "sample":
+        return x0
+    if prediction == "epsilon":
+        return noise
+    if schedule == "linear":
+        return flow
+    scale = 1 / torch.hypot(1 - t, t)
+    return scale * ((1 - t) * noise - t * x0)
 
 
 def to_velocity(prediction: Prediction, schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -83,17 +116,18 @@ def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t:
         noise: standard normals, `[B, ...]`.
         t: flow times, `[B]`.
     """
-    s, scale = matched(spec.noise_schedule, t)
+    schedule = schedule_of(spec)
+    s, scale = matched(schedule, t)
     time, scale = _columns(t, x0), _columns(scale, x0)
     x_t = torch.lerp(x0, noise, time)
-    if spec.noise_schedule != "linear":
+    if schedule != "linear":
         x_t = scale * x_t
     out = predict(x_t, s).to(x0.dtype)
     if spec.prediction == "sample":
         error = (out - x0) / time.clamp_min(T_MIN)
     elif spec.prediction == "epsilon":
         error = out - noise
-    elif spec.noise_schedule == "linear":
+    elif schedule == "linear":
         error = out - (noise - x0)
     else:
         error = out - scale * ((1 - time) * noise - time * x0)

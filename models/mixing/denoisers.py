@@ -10,8 +10,10 @@ import diffusers
 from torch import Tensor, nn
 
 from lutetia.models.experts.families import call_expert
-from lutetia.models.experts.objectives import velocity
+from lutetia.models.experts.objectives import Prediction, Schedule, schedule_of, velocity
+from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
@@ -32,19 +34,25 @@ class FolderExperts:
         model = self._folder.load(expert_class, entry["folder"], torch_dtype=self._mixture.dtype).eval()
         model.to(self._mixture.device)
         log.info("read expert %d (%s) from %s", index, entry["class_name"], entry["folder"])
-        return module_denoiser(model, entry["prediction"], entry["noise_schedule"])
+        kind = ExpertKind.model_validate({name: entry[name] for name in ExpertKind.model_fields if name in entry})
+        return module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.inputs_of(kind))
 
 
-def module_denoiser(model: nn.Module, prediction: Any, noise_schedule: Any) -> Denoiser:
-    """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`."""
+def module_denoiser(
+    model: nn.Module, prediction: Prediction, schedule: Schedule, inputs: Callable[[], ExpertInputs | None] = lambda: None
+) -> Denoiser:
+    """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`.
+
+    `inputs` says at each call what else the expert is given; None: what its class needs.
+    """
 
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
         if next(model.parameters()).device != x_t.device:
             model.to(x_t.device)
 
         def ask(z: Tensor, s: Tensor) -> Tensor:
-            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled)
+            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled, inputs())
 
-        return velocity(prediction, noise_schedule, ask, x_t, t)
+        return velocity(prediction, schedule, ask, x_t, t)
 
     return denoise

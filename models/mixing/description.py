@@ -4,32 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from lutetia.models.mixing.layout import EXPERT_FOLDER, INDEX, known_files, read_index
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally
+from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally, added
 from lutetia.protocol.schema.identity import verify
 from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, ExpertInputs
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 
 FILE = "mixture.json"
 _SIGNING_DOMAIN = b"lutetia-mixture-1\n"
 
 
-class ExpertEntry(WireDocument):
-    """One shard's expert."""
+class ExpertKind(WireDocument):
+    """What the mixture must know to ask an expert."""
 
-    name: Name = Field(description="name of the shard")
     folder: str | None = Field(
         pattern=EXPERT_FOLDER, description="its folder in the mixture; null while the shard has no accepted checkpoint"
     )
     class_name: str = Field(max_length=64, description="diffusers class of the expert")
     prediction: Literal["velocity", "sample", "epsilon"] = Field(description="what the expert predicts")
     noise_schedule: Literal["linear", "vp_cosine"] = Field(description="the noise path that it was trained on")
+    betas: BetaSchedule | None = added(None, "that path as a table, in place of `noise_schedule`; null: `noise_schedule`")
+    inputs: ExpertInputs | None = added(None, "what the expert is given besides latents and text; null: as its class needs")
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The fields of this class alone, as JSON, as the config of the mixture's transformer holds them."""
+        return self.model_dump(mode="json", include=set(ExpertKind.model_fields))
+
+
+class ExpertEntry(ExpertKind):
+    """One shard's expert."""
+
+    name: Name = Field(description="name of the shard")
     prior: Share = Field(description="the shard's share of all clips, 0 to 1")
     epoch: EpochCount = Field(description="the accepted epoch that its weights are of; 0 without one")
     samples: Tally = Field(description="samples that it was trained on")

@@ -71,9 +71,7 @@ class MixtureFolder:
 
     def check_experts(self, entries: Any) -> None:
         """Raises IntegrityError unless `entries`, of the transformer's config, agree with the description."""
-        described = [
-            entry.model_dump(include={"folder", "class_name", "prediction", "noise_schedule"}) for entry in self.document.experts
-        ]
+        described = [expert.entry for expert in self.document.experts]
         if entries != described:
             raise self._damage("transformer", "its experts are not those of the description")
         for entry in described:

@@ -185,7 +185,7 @@ def _write_transformer(folder: Path, manifest: Manifest, entries: Sequence[Exper
     first = manifest.expert_of(0)
     config = getattr(build_meta(first), "config", None)
     MixtureTransformer(
-        experts=[entry.model_dump(include={"folder", "class_name", "prediction", "noise_schedule"}) for entry in entries],
+        experts=[entry.entry for entry in entries],
         mode=manifest.sampling.mode,
         in_channels=manifest.latent.channels,
         patch_size=family_of(first.class_name).patch(config),
@@ -202,6 +202,8 @@ def _entry(manifest: Manifest, shard: int, weights: Mapping[int, Path], accepted
         class_name=spec.class_name,
         prediction=spec.prediction,
         noise_schedule=spec.noise_schedule,
+        betas=spec.betas,
+        inputs=spec.inputs,
         prior=manifest.shards[shard].prior,
         epoch=record.epoch if record else 0,
         samples=record.samples if record else 0,

@@ -115,7 +115,7 @@ def holdout_loss(
         latents = data.latents[clips[rows]].to(device)
 
         def answer(z, s):
-            return call_expert(model, z, s, tokens, pooled)
+            return call_expert(model, z, s, tokens, pooled, spec.inputs)
 
         return row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).tolist()
 

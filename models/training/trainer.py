@@ -145,7 +145,7 @@ class ExpertTrainer:
         return total
 
     def _answers(self, rows: Batch):
-        return lambda z, s: call_expert(self.model, z, s, rows.tokens, rows.pooled)
+        return lambda z, s: call_expert(self.model, z, s, rows.tokens, rows.pooled, self.spec.inputs)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

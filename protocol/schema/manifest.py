@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from lutetia.protocol.schema.canonical import Frozen, WireDocument, bounded_json, canonical, digest_of
+from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.capabilities import CAPABILITIES, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
@@ -28,26 +28,12 @@ from lutetia.protocol.schema.fields import (
     added,
 )
 from lutetia.protocol.schema.identity import Identity, verify
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, SchedulerSpec, TextRecipe
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
 
 MAX_MANIFEST_BYTES = 1 << 20
 _SIGNING_DOMAIN = b"lutetia-manifest-1\n"
-_LARGEST_SETTING = 1e9
-
-
-def _bounded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A network's configuration: few small values. How large the network may be is bounded where it is built."""
-    bounded_json(config, deepest=4, most=256)
-    for value in (each for entry in config.values() for each in (entry if isinstance(entry, list | tuple) else [entry])):
-        if isinstance(value, int | float) and abs(value) > _LARGEST_SETTING:
-            raise ValueError(f"a number of the configuration is larger than {_LARGEST_SETTING:g}")
-        if isinstance(value, str) and not (len(value) <= 256 and value.isprintable()):
-            raise ValueError("a text of the configuration is not one printable line of at most 256 characters")
-    return config
-
-
-Config = Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=64), AfterValidator(_bounded_config)]
 
 
 class BlobRef(Frozen):
@@ -69,6 +55,10 @@ class ExpertSpec(WireDocument):
         default="linear", description="How data and noise are mixed over time: flow matching, or a variance-preserving cosine"
     )
     init: BlobRef | None = Field(default=None, description="Weights that training starts from; null: random ones")
+    betas: BetaSchedule | None = added(
+        None, "Noise path as a table, which holds in place of `noise_schedule`; null: `noise_schedule`"
+    )
+    inputs: ExpertInputs | None = added(None, "What the expert is given besides noisy latents and text; null: as its class needs")
 
 
 class LatentSpec(WireDocument):
@@ -93,6 +83,10 @@ class LatentSpec(WireDocument):
     mean: tuple[Real, ...] = Field(default=(), max_length=4096, description="Mean of the raw latents, per channel; empty: 0")
     std: tuple[Positive, ...] = Field(
         default=(), max_length=4096, description="Standard deviation of the raw latents, per channel; empty: 1"
+    )
+
+    text: TextRecipe | None = added(
+        None, "How `text_encoder`, a pipeline, turns captions into tokens; null: it names an encoder whose tokens end in zeros"
     )
 
     @model_validator(mode="after")
@@ -172,6 +166,10 @@ class SamplingSpec(WireDocument):
     time_shift: Positive = Field(default=1.0, description="Shift of the sampler's time steps; above 1: more at high noise")
     prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(
         default=(), max_length=64, description="Captions of the gallery's clips"
+    )
+    scheduler: SchedulerSpec | None = added(None, "Scheduler that gives the steps; null: Euler steps shifted by `time_shift`")
+    embedded_guidance: Rate | None = added(
+        None, "Guidance that experts with embedded guidance are told; null: that of their training"
     )
 
 

@@ -12,7 +12,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.models.experts.families import resized_region
+from lutetia.models.experts.classes.cogvideox import resized_region
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import ExpertSpec
 from tests.child_environment import child_environment

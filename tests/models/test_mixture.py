@@ -179,6 +179,19 @@ def spy_mixture(**config: Any) -> tuple[MixtureTransformer, SpyRouter, list[int]
     return MixtureTransformer(experts=[ENTRY] * 2, **config).attach(router, expert), router, read
 
 
+def test_time_is_not_rounded_to_the_latents_dtype() -> None:
+    """Between 0.5 and 1, bfloat16 has 128 times: 50 steps would ask experts at times that are off by up to two timesteps."""
+    seen: list[Tensor] = []
+
+    def spy(x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+        seen.append(t)
+        return x
+
+    mixture = MixtureTransformer(experts=[ENTRY]).attach(None, lambda index: spy)
+    mixture(torch.zeros(2, *LATENT.shape, dtype=torch.bfloat16), torch.tensor(937.3), torch.zeros(2, 5, 16).bfloat16())
+    assert torch.allclose(seen[0], torch.full((2,), 0.9373), atol=1e-6)
+
+
 def test_guidance_branches_share_one_routing_decision() -> None:
     mixture, router, _ = spy_mixture()
     data = tiny_data(3)

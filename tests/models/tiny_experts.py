@@ -37,6 +37,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_embed_dim": 16, "num_layers": 1, "sample_width": 8, "sample_height": 8, "sample_frames": 4, "patch_size": 4,
         "temporal_compression_ratio": 1, "max_text_seq_length": 5,
     },
+    "MochiTransformer3DModel": {
+        "patch_size": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
+        "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 5,
+    },
 }  # fmt: skip
 
 WAN = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])

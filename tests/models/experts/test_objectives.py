@@ -4,9 +4,21 @@ import math
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 
-from lutetia.models.experts.objectives import ALPHA_MIN, T_MIN, matched, row_losses, shift_time, to_velocity, velocity
+from lutetia.models.experts.objectives import (
+    ALPHA_MIN,
+    T_MIN,
+    flow_time,
+    from_velocity,
+    matched,
+    row_losses,
+    shift_time,
+    to_velocity,
+    velocity,
+)
 from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
 from tests.models.tiny_experts import WAN
 
 SCHEDULES = ("linear", "vp_cosine")
@@ -98,3 +110,34 @@ def test_time_shift_keeps_the_ends() -> None:
 
 def test_expert_spec_accepts_both_noise_schedules() -> None:
     assert ExpertSpec(config={}, prediction="epsilon", noise_schedule="vp_cosine").noise_schedule == "vp_cosine"
+
+
+COGVIDEOX = BetaSchedule(start=0.00085, end=0.012, kind="scaled_linear", snr_shift=3.0, zero_snr=True)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_table_of_betas_is_the_path_of_diffusers_scheduler(prediction) -> None:
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    x0, noise = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    k = torch.tensor([0, 1, 500, 900, 998])
+    z = scheduler.add_noise(x0, noise, k)
+    t = flow_time(COGVIDEOX, k / 1000)
+    s, scale = matched(COGVIDEOX, t)
+    assert torch.allclose(s * 1000, k.float(), atol=2e-4)
+    x_t = torch.lerp(x0, noise, t[:, None])
+    assert torch.allclose(scale[:, None] * x_t, z, atol=1e-6)
+    answer = {"sample": x0, "epsilon": noise, "velocity": scheduler.get_velocity(x0, noise, k)}[prediction]
+    flow = noise - x0
+    assert torch.allclose(from_velocity(prediction, COGVIDEOX, flow, x_t, t), answer, atol=2e-6)
+    if prediction == "velocity":
+        assert torch.allclose(velocity(prediction, COGVIDEOX, lambda z, s: answer, x_t, t), flow, atol=2e-6)
+        spec = WAN.model_copy(update={"betas": COGVIDEOX})
+        assert row_losses(spec, lambda z, s: answer, x0, noise, t).max() < 1e-10
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, COGVIDEOX], ids=str)
+def test_own_time_and_flow_time_are_inverse(schedule) -> None:
+    t = torch.linspace(0.1, 0.99, 50)
+    assert torch.allclose(flow_time(schedule, matched(schedule, t)[0]), t, atol=1e-6)

@@ -1,0 +1,98 @@
+"""How one diffusers class is called. Every class of `registry.py` is described by one `Family`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
+
+TIMESTEPS = 1000.0  # diffusers' transformers embed time as a timestep in [0, 1000]
+
+Patch = tuple[int, int, int]
+"""Frames, rows and columns of a patch."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an expert is asked: one call, in the form that all classes share."""
+
+    latents: Tensor
+    """[B, C, F, H, W], noisy."""
+    timestep: Tensor
+    """[B], 0…1000 on the expert's own clock."""
+    tokens: Tensor
+    """[B, L, D]; a vector of zeros is padding."""
+    pooled: Tensor | None
+    """[B, P]"""
+    inputs: ExpertInputs
+
+    @property
+    def mask(self) -> Tensor:
+        """Which tokens the expert attends to, bool [B, L]: all, or if the expert is told its padding, those that are not zero."""
+        if not self.inputs.masked:
+            return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+        return (self.tokens != 0).any(-1)
+
+
+@dataclass(frozen=True)
+class StockCall:
+    """A call of a diffusers pipeline, read from the arguments of its transformer's `forward`."""
+
+    latents: Tensor
+    """[B, C, F, H, W]"""
+    timestep: Tensor
+    tokens: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+    """Which tokens are no padding, [B, L]; None: the class has no such argument."""
+    changed: dict[str, Any]
+    """Fields of ExpertInputs as this pipeline gives them."""
+    pack: Callable[[Tensor], Tensor]
+    """Turns a prediction [B, C, F, H, W] into what `forward` returns."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one diffusers class is called, and the names of its config entries that must agree with the latents and the text."""
+
+    call: Callable[[nn.Module, Asked], Tensor]
+    """-> prediction like the latents."""
+    patch: Callable[[Any], Patch]
+    """The patch, from the config."""
+    text_width: str
+    pooled_width: str | None = None
+    packed: bool = False
+    """Whether in_channels counts a whole patch."""
+    text_tokens: str | None = None
+    on_meta: bool = True
+    """Whether its forward pass can be rehearsed on the meta device."""
+    inputs: ExpertInputs = ExpertInputs()
+    """What experts of this class are given where the run does not say."""
+    read_call: Callable[[Any, dict[str, Any]], StockCall] | None = None
+    """(config, arguments of `forward` by name) -> the call of a stock pipeline; None: as Wan is called."""
+
+
+def config_of(model: nn.Module) -> Any:
+    return model.config  # diffusers' ConfigMixin
+
+
+def read_usual_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
+    """The call of a pipeline that gives latents `[B, C, F, H, W]` and names the other arguments as most classes do."""
+    changed = {}
+    if (guidance := arguments.get("guidance")) is not None:
+        changed["guidance"] = float(guidance.flatten()[0]) / TIMESTEPS
+    latents = arguments["hidden_states"]
+    return StockCall(
+        latents=latents,
+        timestep=arguments["timestep"],
+        tokens=arguments["encoder_hidden_states"],
+        pooled=arguments.get("pooled_projections"),
+        mask=arguments.get("encoder_attention_mask"),
+        changed=changed,
+        pack=lambda prediction: prediction,
+    )
