@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lutetia.models.networks.assets import assets_folder
+from tests.models.emulated_device import emulated_device
 
 torch.set_num_threads(1)
 
@@ -24,3 +25,13 @@ def asset_or_skip() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module", params=["cpu", "emulated"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU, then a device whose tensors do not mix with the CPU's. A test that takes it runs on both."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with emulated_device() as name:
+        yield name

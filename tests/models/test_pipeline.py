@@ -32,8 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(folder) -> LutetiaPipeline:
-    return load_pipeline(folder)
+def pipe(folder, device) -> LutetiaPipeline:
+    return load_pipeline(folder, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_output_types_match_diffusers_video_pipelines(pipe) -> None:
     assert 0 <= frames.min() < frames.max() <= 1
     tensor = pipe(["a ball", "a cube"], seed=1, output_type="pt").frames
     assert (tensor.dtype, tensor.shape) == (torch.float32, (2, 4, 3, 8, 8))
-    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), frames)
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).cpu().numpy(), frames)
     pictures = pipe(["a ball", "a cube"], seed=1, output_type="pil").frames
     assert [len(clip) for clip in pictures] == [4, 4]
     assert np.array_equal(np.array([[np.asarray(picture) for picture in clip] for clip in pictures]), to_uint8(frames))
@@ -216,8 +216,8 @@ def test_callback_classes_of_diffusers_name_their_own_tensors(pipe) -> None:
     assert Watch.seen == [Watch.tensor_inputs] * 2
 
 
-def test_one_expert_in_memory_gives_the_same_clips(folder, pipe) -> None:
-    frugal = load_pipeline(folder, experts_in_memory=1)
+def test_one_expert_in_memory_gives_the_same_clips(folder, pipe, device) -> None:
+    frugal = load_pipeline(folder, device=device, experts_in_memory=1)
     options = {"mode": "full", "seed": 2, "output_type": "latent"}
     assert torch.equal(frugal("a ball", **options).frames, pipe("a ball", **options).frames)
     assert len(frugal.transformer._held) == 1
@@ -239,9 +239,9 @@ def test_half_precision_works_to_the_last_step(compressed, dtype, cast) -> None:
     assert abs(frames - load_pipeline(compressed)("a ball", seed=2).frames).mean() < 0.1
 
 
-def test_half_precision_works_with_a_router(folder, pipe) -> None:
+def test_half_precision_works_with_a_router(folder, pipe, device) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        clip = load_pipeline(folder, dtype=dtype)("a ball", seed=2, output_type="latent").frames
+        clip = load_pipeline(folder, device=device, dtype=dtype)("a ball", seed=2, output_type="latent").frames
         assert clip.dtype == torch.float32
         assert (clip - pipe("a ball", seed=2, output_type="latent").frames).abs().mean() < 0.1
 

@@ -45,8 +45,8 @@ def test_latent_patches_return_to_their_place(spec) -> None:
     assert corner > 3 * change.sum() / (4 * 64 - 16)
 
 
-def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, tmp_path) -> None:
-    trainer = ExpertTrainer(tiny_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, tiny_data())
+def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, device, tmp_path) -> None:
+    trainer = ExpertTrainer(tiny_manifest(expert=spec, optimisation={"learning_rate": 5e-3}), 0, tiny_data(), device=device)
     before = trainer.snapshot().weights
     losses = [trainer.step() for _ in range(6)]
     assert all(0 < loss < 100 for loss in losses)

@@ -59,9 +59,9 @@ def test_router_ignores_pure_noise_and_reads_noisy_clips() -> None:
     assert later.std(0).max() > 1e-3
 
 
-def test_train_router_is_deterministic_and_reports_progress() -> None:
+def test_train_router_is_deterministic_and_reports_progress(device) -> None:
     manifest, progress = uneven(text=True), []
-    arguments = {"seed": 4, "steps": 5, "holdouts": [shard.take(range(6)) for shard in SHARDS]}
+    arguments = {"seed": 4, "steps": 5, "holdouts": [shard.take(range(6)) for shard in SHARDS], "device": device}
     a, report = train_router(manifest, SHARDS, on_progress=lambda *done: progress.append(done[:2]), **arguments)
     b, again = train_router(manifest, SHARDS, **arguments)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

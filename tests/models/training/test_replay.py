@@ -64,6 +64,15 @@ def test_honest_author_is_valid_with_any_micro_batch(tmp_path, options, whole):
         assert replayed.drift in (None, 0.0)
 
 
+def test_author_on_an_accelerator_and_auditor_on_the_cpu_agree_both_ways(tmp_path, device):
+    parent, end, trace = author(tmp_path, device=device)
+    for here in ("cpu", device):
+        replayed = replay(MANIFEST, 0, tiny_data(), parent, 12, end=end, device=here)
+        assert replayed.made.device == ("cpu" if here == "cpu" else "other")
+        finding = compare(trace, replayed.losses, replayed.drift, TrainedWith(device=replayed.made.device), replayed.made)
+        assert finding.outcome == "valid", finding.text
+
+
 def test_other_threads_and_instruction_sets_are_valid(tmp_path):
     """The author is another process, with two threads and without vector instructions."""
     environment = child_environment(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", OMP_NUM_THREADS="2")

@@ -83,9 +83,9 @@ def test_resuming_after_every_step_changes_nothing(optimizer, tmp_path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_accepted_checkpoint_continues_on_another_node(optimizer, ema, tmp_path) -> None:
+def test_accepted_checkpoint_continues_on_another_node(optimizer, ema, device, tmp_path) -> None:
     manifest = tiny_manifest(optimisation={"optimizer": optimizer})
-    there, here = ExpertTrainer(manifest, 0, tiny_data()), ExpertTrainer(manifest, 0, tiny_data())
+    there, here = (ExpertTrainer(manifest, 0, tiny_data(), device=device) for _ in range(2))
     steps(there, 6)
     assert there.at_epoch_end
     snapshot = there.snapshot()
@@ -115,8 +115,10 @@ def test_snapshot_is_a_copy_with_its_place_in_the_run() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_only_rounding(micro_batch) -> None:
-    whole, split = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), micro_batch=size) for size in (None, micro_batch))
+def test_micro_batches_change_only_rounding(micro_batch, device) -> None:
+    whole, split = (
+        ExpertTrainer(tiny_manifest(), 0, tiny_data(), device=device, micro_batch=size) for size in (None, micro_batch)
+    )
     assert steps(whole, 4) == pytest.approx(steps(split, 4), rel=1e-5)
     pairs = zip(whole.model.parameters(), split.model.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
@@ -158,8 +160,11 @@ def test_epoch_on_two_kinds_of_device_is_of_kind_other(tmp_path) -> None:
     assert trainer.snapshot().device == "cpu", "a file of an earlier version has no entry"
 
 
-def test_gradient_checkpointing_changes_no_loss() -> None:
-    plain, frugal = (ExpertTrainer(tiny_manifest(), 0, tiny_data(), gradient_checkpointing=frugal) for frugal in (False, True))
+def test_gradient_checkpointing_changes_no_loss(device) -> None:
+    options = {"device": device}
+    plain, frugal = (
+        ExpertTrainer(tiny_manifest(), 0, tiny_data(), gradient_checkpointing=frugal, **options) for frugal in (False, True)
+    )
     assert steps(plain, 3) == pytest.approx(steps(frugal, 3), rel=1e-6)
 
 
@@ -297,8 +302,8 @@ def test_batches_made_ahead_are_the_same() -> None:
         assert torch.equal(made.latents, expected.latents)
 
 
-def test_divergence_raises() -> None:
+def test_divergence_raises(device) -> None:
     data = tiny_data()
     data.latents[:] = float("nan")
     with pytest.raises(TrainingDiverged, match="shard 0 diverged at step 0"):
-        ExpertTrainer(tiny_manifest(), 0, data).step()
+        ExpertTrainer(tiny_manifest(), 0, data, device=device).step()
