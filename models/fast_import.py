@@ -12,8 +12,9 @@ def import_experts() -> None:
     """Import diffusers' transformers. Call this before anything else of diffusers is imported.
 
     It saves time in two places. The garbage collector would walk a million live objects again and again: it is paused. And
-    importing any of diffusers' transformers also imports the libraries transformers (text encoders) and scipy (schedules):
-    diffusers is told that they are not installed, and where it tries nevertheless, the import fails as if they were not.
+    importing any of diffusers' transformers also imports the libraries transformers (text encoders), scipy (schedules) and
+    peft (adapters): diffusers is told that they are not installed, and where it tries nevertheless, the import fails as if they
+    were not. Afterwards they can be imported: an expert that is an adapter does so.
     """
     collecting = gc.isenabled()
     gc.disable()

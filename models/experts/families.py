@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.classes.family import TIMESTEPS, Asked, Family, config_of
 from lutetia.models.experts.classes.registry import FAMILIES, family_of
+from lutetia.models.experts.adapters.inject import add_adapter
 from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
+from lutetia.models.experts.trained import published_tensors
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError
 
 __all__ = [
-    "FAMILIES", "TIMESTEPS", "build_expert", "build_meta", "call_expert", "check_fits", "family_of", "full_config",
+    "FAMILIES", "TIMESTEPS", "build_expert", "build_meta", "call_expert", "check_fits", "construct", "family_of", "full_config",
     "position_channels", "weight_schema",
 ]  # fmt: skip
 
@@ -40,16 +42,17 @@ Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def build_expert(spec: ExpertSpec, seed: int | None = None) -> nn.Module:
-    """A newly initialised expert on the CPU in float32. Equal seeds give equal weights; torch's global generator is not used.
+    """A newly initialised network on the CPU in float32. Equal seeds give equal weights; torch's global generator is not used.
 
     Raises ConfigError if the class or a config key is unknown, or if diffusers refuses a value.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0 if seed is None else seed)
-        return _construct(spec)
+        return construct(spec)
 
 
-def _construct(spec: ExpertSpec) -> nn.Module:
+def construct(spec: ExpertSpec) -> nn.Module:
+    """The network without its adapter, with weights from torch's global generator. Raises like `build_expert`."""
     family_of(spec.class_name)
     check_config(spec)
     expert_class = getattr(diffusers, spec.class_name)
@@ -106,14 +109,14 @@ def position_channels(
 
 
 def weight_schema(spec: ExpertSpec) -> Schema:
-    """Name, shape and dtype of every tensor of the expert's weights, without allocating them. Raises like `build_expert`."""
+    """Name, shape and dtype of every tensor of the expert's weights file, none allocated. Raises like `build_expert`."""
     return dict(_schema_of(canonical(spec)))
 
 
 @lru_cache(maxsize=64)
 def _schema_of(document: bytes) -> Schema:
     model = build_meta(ExpertSpec.model_validate_json(document))
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in published_tensors(model).items()}
 
 
 def full_config(spec: ExpertSpec) -> dict[str, Any]:
@@ -125,7 +128,10 @@ def full_config(spec: ExpertSpec) -> dict[str, Any]:
 def build_meta(spec: ExpertSpec) -> nn.Module:
     """The expert without memory for its weights (names, shapes and config only). Raises like `build_expert`."""
     with torch.device("meta"):
-        return _construct(spec)
+        model = construct(spec)
+        if spec.adapter:
+            add_adapter(model, spec.adapter)
+        return model
 
 
 def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
@@ -177,7 +183,7 @@ def _rehearse(spec: ExpertSpec, latent: LatentSpec) -> None:
         return
     with torch.device("meta"):
         x, t, text = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.text_tokens, latent.text_width)
-        out = call_expert(_construct(spec), x, t, text, torch.empty(1, latent.pooled_width), spec.inputs)
+        out = call_expert(construct(spec), x, t, text, torch.empty(1, latent.pooled_width), spec.inputs)
     if out.shape != x.shape:
         raise ValueError(f"it answers with shape {list(out.shape[1:])} instead of {list(x.shape[1:])}")
 

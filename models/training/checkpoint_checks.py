@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lutetia.models.experts.families import Schema, build_meta, weight_schema
+from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.optimisers import hidden_matrices
 from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
 from lutetia.system.errors import IntegrityError
@@ -53,7 +54,7 @@ def state_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, 
     matrices = hidden_matrices(model) if optimisation.optimizer == "muon" else set()
     required: Schema = {}
     optional: Schema = {"trace": ((-1,), torch.float32)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         form = tuple(parameter.shape), parameter.dtype
         required[f"param.{name}"] = optional[f"ema.{name}"] = form
         moments = ("muon.momentum_buffer",) if name in matrices else ("adamw.exp_avg", "adamw.exp_avg_sq")

@@ -13,8 +13,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lutetia.models.data.shards import ShardData
-from lutetia.models.experts.families import build_expert, call_expert
+from lutetia.models.experts.adapters.base_model import Base
+from lutetia.models.experts.adapters.build import load_expert
+from lutetia.models.experts.families import call_expert
 from lutetia.models.experts.objectives import row_losses, times
+from lutetia.models.experts.trained import load_trained, trained_parameters
 from lutetia.models.randomness import normals, stream
 from lutetia.models.training.checkpoint_io import read_weights
 from lutetia.models.training.trainer import initial_seed
@@ -77,6 +80,7 @@ def holdout_loss(
     limits: RowLimits | None = None,
     on_rows: OnRows = lambda drawn, losses: None,
     clock: Callable[[], float] = time.monotonic,
+    base: Base | None = None,
 ) -> HoldoutLoss:
     """The loss on held-out clips. Times are stratified over all rows, so a few clips give a good estimate.
 
@@ -96,17 +100,18 @@ def holdout_loss(
         limits: how many rows to score. None: all.
         on_rows: called after each forward pass.
         clock: seconds, for `limits`.
+        base: the files of the base that the expert adapts, if it does.
 
     Raises:
         CheckpointMisfit: the weights do not fit the expert.
     """
     limits = limits or RowLimits()
     spec = manifest.expert_of(shard)
-    model = build_expert(spec, initial_seed(manifest, shard))
+    model = load_expert(spec, initial_seed(manifest, shard), base)
     if weights is not None and raw:
         _load_raw(model, weights)
     elif weights is not None:
-        model.load_state_dict(read_weights(weights, manifest, shard))
+        load_trained(model, read_weights(weights, manifest, shard))
     model = model.to(device).eval()
     clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
 
@@ -210,5 +215,5 @@ def holdout_rows(
 def _load_raw(model: nn.Module, state: Path) -> None:
     """Reads one parameter at a time: a state is several times as large as its parameters."""
     with safe_open(state, framework="pt") as file:
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(file.get_tensor(f"param.{name}"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lutetia.models.experts.trained import published_name, trained_parameters
 from lutetia.models.training.muon import Muon
 from lutetia.protocol.schema.manifest import Optimisation
 
@@ -31,14 +32,15 @@ def ema_decay(optimisation: Optimisation, step: int) -> float:
 
 def hidden_matrices(model: nn.Module) -> set[str]:
     """The parameters that Muon trains: weights of linear layers in transformer blocks. AdamW trains the others."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name}
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name)
+    return {published_name(f"{name}.weight") for name in linear}
 
 
 class Optimiser:
-    """AdamW, or Muon for hidden matrices and AdamW for the others, over the named parameters of one model."""
+    """AdamW, or Muon for hidden matrices and AdamW for the others, over the trained parameters of one model."""
 
     def __init__(self, model: nn.Module, optimisation: Optimisation) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = trained_parameters(model)
         matrices = hidden_matrices(model) & parameters.keys() if optimisation.optimizer == "muon" else set()
         decay = optimisation.weight_decay
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
@@ -86,13 +88,13 @@ class Optimiser:
 
 
 class Ema:
-    """The exponential moving average of a model's parameters: the weights that are published."""
+    """The exponential moving average of a model's trained parameters: the weights that are published."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
-        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        parameters = trained_parameters(model)
+        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
         self._averaged = list(self.weights.values())
-        self._live = [p.detach() for p in self._parameters.values()]
+        self._live = [p.detach() for p in parameters.values()]
 
     def update(self, decay: float) -> None:
         """Move the averages towards the parameters by `1 - decay`."""

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lutetia.models.data.shards import ShardData
 from lutetia.models.device import Precision
+from lutetia.models.experts.adapters.base_model import Base
+from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Snapshot
 from lutetia.models.training.moment_distance import moment_distance
@@ -86,6 +88,7 @@ def replay(
     precision: Precision = "float32",
     micro_batch: int | None = None,
     doubt: ReplayDoubt | None = None,
+    base: Base | None = None,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Replay:
     """Train again from `parent`.
@@ -101,13 +104,14 @@ def replay(
         precision: of the forward pass.
         micro_batch: rows per forward pass. None: the whole batch.
         doubt: when to measure the noise by a second replay.
+        base: the files of the base that the expert adapts, if it does.
         progress: called with (steps done, steps).
 
     Raises:
         CheckpointMisfit, IntegrityError: the parent's files do not fit.
         DataError, ConfigError: the shard's data or expert do not fit.
     """
-    trainer = ExpertTrainer(manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch)
+    trainer = ExpertTrainer(manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base)
     trainer.restore(parent.epoch, parent.weights, parent.state)
     steps = manifest.steps_per_epoch if end else min(steps, manifest.steps_per_epoch)
     start = raw_parameters(trainer) if end else {}
@@ -138,7 +142,7 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
         return None
     return ExpertTrainer(
         trainer.manifest, trainer.shard, trainer.data, device=trainer.device, precision=precision,
-        micro_batch=trainer.micro_batch if coarse else 1,
+        micro_batch=trainer.micro_batch if coarse else 1, base=trainer.base,
     )  # fmt: skip
 
 
@@ -175,7 +179,7 @@ def made_with(device: str, precision: Precision, micro_batch: int, software: str
 
 def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
     """A copy of the parameters that are being trained (not of their averages), on the CPU."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained_parameters(trainer.model).items()}
 
 
 def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> float:

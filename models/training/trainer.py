@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from lutetia.models.data.shards import ShardData
 from lutetia.models.device import Precision
-from lutetia.models.experts.families import build_expert, call_expert, check_fits
+from lutetia.models.experts.adapters.base_model import Base
+from lutetia.models.experts.adapters.build import load_expert, reset_expert
+from lutetia.models.experts.families import call_expert, check_fits
 from lutetia.models.experts.objectives import row_losses
+from lutetia.models.experts.trained import load_trained, published_tensors, trained_parameters
 from lutetia.models.randomness import seed_of
 from lutetia.models.training.batches import Batch, Batches
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
@@ -57,6 +60,7 @@ class ExpertTrainer:
         device: where to train.
         micro_batch: rows per forward pass, to fit the memory. None: the whole batch. Changes results by rounding only.
         precision: of the forward pass; weights and moments are float32.
+        base: the files of the base that the expert adapts, if it does.
         gradient_checkpointing: save memory at the cost of time; does not change results.
 
     Raises:
@@ -73,9 +77,11 @@ class ExpertTrainer:
         device: str | torch.device = "cpu",
         micro_batch: int | None = None,
         precision: Precision = "float32",
+        base: Base | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.manifest, self.shard, self.data = manifest, shard, data
+        self.base: Base | None = base
         self.spec = manifest.expert_of(shard)
         self.device = torch.device(device)
         self.micro_batch = micro_batch or manifest.optimisation.batch
@@ -87,10 +93,10 @@ class ExpertTrainer:
         if len(data) < manifest.optimisation.batch:
             batch = manifest.optimisation.batch
             raise DataError(f"shard {shard} has {len(data)} clips, fewer than a batch of {batch}; use fewer experts")
-        self.model = build_expert(self.spec, initial_seed(manifest, shard)).to(self.device).train()
+        self.model = load_expert(self.spec, initial_seed(manifest, shard), base).to(self.device).train()
         if gradient_checkpointing:
             cast(ModelMixin, self.model).enable_gradient_checkpointing()
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = list(trained_parameters(self.model).values())
         self._optimiser = Optimiser(self.model, manifest.optimisation)
         self._ema = Ema(self.model)
         self._batches = _Ahead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
@@ -153,7 +159,7 @@ class ExpertTrainer:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
     def snapshot(self) -> Snapshot:
-        """A copy of the training state in main memory: about four times the weights."""
+        """A copy of the training state in main memory: about four times what is trained."""
         return Snapshot(
             run=self.manifest.run_id,
             shard=self.shard,
@@ -163,9 +169,9 @@ class ExpertTrainer:
             micro_batch=self.micro_batch,
             precision=self.precision,
             device=self._trained_on,
-            parameters=_copies(dict(self.model.named_parameters())),
+            parameters=_copies(trained_parameters(self.model)),
             ema=_copies(self._ema.weights),
-            buffers=_copies({k: v for k, v in self.model.state_dict().items() if k not in self._ema.weights}),
+            buffers=_copies({k: v for k, v in published_tensors(self.model).items() if k not in self._ema.weights}),
             moments=_copies(dict(self._optimiser.state())),
             trace=list(self.trace),
         )
@@ -197,7 +203,8 @@ class ExpertTrainer:
             self._start(read_weights(weights, self.manifest, self.shard), epoch)
             return f"started shard {self.shard} from given weights at epoch {epoch}"
         if epoch == 0:
-            self._start(build_expert(self.spec, initial_seed(self.manifest, self.shard)).state_dict(), epoch)
+            reset_expert(self.model, self.spec, initial_seed(self.manifest, self.shard))
+            self._start(published_tensors(self.model), epoch)
             return f"started shard {self.shard} from its seeded initial weights"
         raise ConfigError(f"epoch {epoch} of shard {self.shard} has no accepted state to continue from; fetch it first")
 
@@ -223,10 +230,7 @@ class ExpertTrainer:
 
     def _start(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Set parameters and EMA to `weights`; drop moments and trace."""
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                if name in weights:
-                    tensor.copy_(weights[name])
+        load_trained(self.model, weights)
         self._ema.load(weights)
         self._optimiser.load({}, 0)
         self._place(epoch, 0, [])

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from lutetia.protocol.schema.adapter import AdapterSpec
+from lutetia.protocol.schema.blob_ref import BlobRef
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.capabilities import CAPABILITIES, Capabilities
 from lutetia.protocol.schema.fields import (
@@ -36,13 +38,6 @@ MAX_MANIFEST_BYTES = 1 << 20
 _SIGNING_DOMAIN = b"lutetia-manifest-1\n"
 
 
-class BlobRef(Frozen):
-    """A blob by name."""
-
-    digest: Digest = Field(description="SHA-256 over the size and the table of 1 MiB chunk hashes (hex)")
-    size: int = Field(ge=0, le=1 << 40, description="Size in bytes")
-
-
 class ExpertSpec(WireDocument):
     """The network of one expert."""
 
@@ -59,6 +54,7 @@ class ExpertSpec(WireDocument):
         None, "Noise path as a table, which holds in place of `noise_schedule`; null: `noise_schedule`"
     )
     inputs: ExpertInputs | None = added(None, "What the expert is given besides noisy latents and text; null: as its class needs")
+    adapter: AdapterSpec | None = added(None, "The adapter that is trained on a frozen base; null: the network is trained whole")
 
 
 class LatentSpec(WireDocument):

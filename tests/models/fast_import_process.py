@@ -20,3 +20,10 @@ for name, config in [*CONFIGS.items(), ("CogVideoXTransformer3DModel", rotary)]:
     spec = ExpertSpec(class_name=name, config=config)
     print(name, ExpertTrainer(tiny_manifest(expert=spec), 0, tiny_data()).step())
 assert "transformers.models.auto" not in sys.modules, "no text encoder can be loaded here"
+if len(sys.argv) > 1:  # a folder for a base: an adapter imports peft, and with it transformers, when it is built
+    from pathlib import Path
+
+    from tests.models.experts.tiny_base import adapting, tiny_base
+
+    files = tiny_base(Path(sys.argv[1]))
+    print("adapter", ExpertTrainer(tiny_manifest(expert=adapting(files)), 0, tiny_data(), base=files).step())

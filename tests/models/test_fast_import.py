@@ -21,11 +21,13 @@ from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 CHILD = Path(__file__).with_name("fast_import_process.py")
 
 
-def test_every_class_trains_after_fast_import() -> None:
-    done = subprocess.run([sys.executable, str(CHILD)], env=child_environment(), capture_output=True, text=True, timeout=600)
+def test_every_class_trains_after_fast_import(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(tmp_path)], env=child_environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     losses = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _ in losses] == [*CONFIGS, "CogVideoXTransformer3DModel"]
+    assert [name for name, _ in losses] == [*CONFIGS, "CogVideoXTransformer3DModel", "adapter"]
     assert all(math.isfinite(float(loss)) for _, loss in losses)
     for name, loss in losses[: len(CONFIGS)]:
         spec = ExpertSpec(class_name=name, config=CONFIGS[name])
