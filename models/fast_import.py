@@ -22,11 +22,11 @@ def import_experts() -> None:
         import diffusers.utils
         from diffusers.utils import import_utils
 
-        diffusers.utils.USE_PEFT_BACKEND = False  # otherwise each forward pass looks for adapters to scale, and imports peft
+        diffusers.utils.USE_PEFT_BACKEND = False  # pyright: ignore[reportPrivateImportUsage] (each forward pass would import peft)
         for library in _ABSENT:
             setattr(import_utils, f"_{library}_available", False)
         blocked = [library for library in _ABSENT if sys.modules.setdefault(library, None) is None]  # type: ignore[arg-type]
-        import diffusers.models.transformers  # noqa: F401
+        import diffusers.models.transformers
 
         for library in blocked:
             del sys.modules[library]
