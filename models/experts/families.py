@@ -23,9 +23,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from lutetia.models.experts.adapters.inject import add_adapter
 from lutetia.models.experts.classes.family import TIMESTEPS, Asked, Family, config_of
 from lutetia.models.experts.classes.registry import FAMILIES, family_of
-from lutetia.models.experts.adapters.inject import add_adapter
 from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
 from lutetia.models.experts.trained import published_tensors
 from lutetia.protocol.schema.canonical import canonical

@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from lutetia.protocol.schema.adapter import AdapterSpec
-from lutetia.protocol.schema.blob_ref import BlobRef
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.capabilities import CAPABILITIES, Capabilities
 from lutetia.protocol.schema.fields import (
@@ -30,6 +28,8 @@ from lutetia.protocol.schema.fields import (
     added,
 )
 from lutetia.protocol.schema.identity import Identity, verify
+from lutetia.protocol.schema.model.adapter import AdapterSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, SchedulerSpec, TextRecipe
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lutetia.models.experts.adapters.frozen_linear import FrozenLinear
-from lutetia.protocol.schema.adapter import BaseDtype
+from lutetia.protocol.schema.model.adapter import BaseDtype
 from lutetia.system.errors import ConfigError
 
 BaseFiles = Mapping[str, Path]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lutetia.protocol.schema.adapter import BaseDtype
+from lutetia.protocol.schema.model.adapter import BaseDtype
 from lutetia.system.errors import ConfigError
 
 _LARGEST_E4M3 = 448.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lutetia.models.experts.trained import ADAPTER, trained_parameters
-from lutetia.protocol.schema.adapter import AdapterSpec
+from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.system.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lutetia.protocol.schema.blob_ref import BlobRef
 from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import Label, Positive
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 
 BaseDtype = Literal["float32", "bfloat16", "fp8", "nf4"]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.safetensors$")]
