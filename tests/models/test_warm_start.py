@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lutetia.models.experts.families import build_expert
+from lutetia.models.mixing.layout import WEIGHTS
 from lutetia.models.mixing.router import build_router
-from lutetia.models.mixing.stitch import WEIGHTS, stitch
+from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.checkpoint_checks import check_weights
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.warm_start import find_sources, warm

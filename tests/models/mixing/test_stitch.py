@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from lutetia.models.mixing.description import read_mixture, verify_mixture
+from lutetia.models.mixing.layout import WEIGHTS
 from lutetia.models.mixing.router import build_router, read_router, router_of, write_router
-from lutetia.models.mixing.stitch import WEIGHTS, stitch
+from lutetia.models.mixing.stitch import stitch
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline import load_pipeline
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit

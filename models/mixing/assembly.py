@@ -1,0 +1,190 @@
+"""Puts a mixture together from parts that need no weights, and from accepted weights, which are linked. Imports no torch.
+
+`stitch` writes the parts with diffusers and calls `assemble`. A coordinator that holds no model in memory has the parts written
+once and then links and describes files only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
+from lutetia.models.mixing.layout import CONFIG, INDEX, PIPELINE, WEIGHTS
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.schema.canonical import digest_of
+from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.records import AcceptanceRecord
+from lutetia.system.files import disk_errors, replace_folder, write_atomic
+
+_README = """---
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [decentralized-diffusion-model, lutetia]
+---
+# {name}
+
+A mixture of {count} experts for text-to-video. Each was trained alone, on one shard of the data (run `{run}`).
+
+```python
+from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia
+
+pipe = LutetiaPipeline.from_pretrained("path/to/this/folder")
+frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
+```
+
+No code of this folder is run. Every expert also loads alone, for instance
+`diffusers.{class_name}.from_pretrained("path/to/this/folder/{expert}")`.
+"""
+
+
+def expert_folder(shard: int) -> str:
+    """The name of a shard's expert in the mixture's folder."""
+    return f"expert_{shard:03d}"
+
+
+def write_mixture(folder: Path, fill: Callable[[Path], MixtureDocument], sign: Callable[[bytes], str] | None) -> str:
+    """Replace `folder`, whole or not at all. Returns the digest of its description.
+
+    Args:
+        folder: the mixture to replace.
+        fill: writes all files but the description into a folder beside it, and describes them.
+        sign: signs the description; None leaves it unsigned.
+
+    Raises DiskError: the folder cannot be written.
+    """
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a stitch that was killed
+            shutil.rmtree(leftover)
+        build = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        try:
+            os.chmod(build, 0o755)
+            document = fill(build)
+            signed = SignedMixture.sign(document, sign)
+            write_atomic(build / FILE, signed.model_dump_json(indent=1).encode())
+            replace_folder(build, folder)
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
+    return document.digest
+
+
+def assemble(
+    build: Path,
+    manifest: Manifest,
+    weights: Mapping[int, Path],
+    accepted: Mapping[int, AcceptanceRecord],
+    router: Path | None = None,
+) -> MixtureDocument:
+    """Add weights and description to the parts in `build`.
+
+    Args:
+        build: the folder with the parts of at least these experts; those of others are removed.
+        manifest: the run.
+        weights: a checked file for each shard that has an expert.
+        accepted: the acceptances of these files, if there are any.
+        router: the router's weights, unless they are in `build`.
+    """
+    known: dict[str, BlobRef] = {}
+    for shard in range(len(manifest.shards)):
+        if shard not in weights:
+            shutil.rmtree(build / expert_folder(shard), ignore_errors=True)
+            continue
+        _link(weights[shard], build / expert_folder(shard) / WEIGHTS)
+        if shard in accepted:
+            known[f"{expert_folder(shard)}/{WEIGHTS}"] = accepted[shard].weights
+    if router:
+        _link(router, build / "router" / WEIGHTS)
+    template = json.loads((build / "transformer" / CONFIG).read_text())
+    (build / "transformer" / CONFIG).unlink()
+    (build / "transformer").rmdir()
+    entries = [_entry(manifest, shard.index, weights, accepted) for shard in manifest.shards]
+    contents = digest_of({name: ref.digest for name, ref in _hashed(build, known).items()})
+    named = {"folder", "class_name", "prediction", "noise_schedule"}
+    template["experts"] = [entry.model_dump(include=named) for entry in entries]
+    template["digest"] = contents
+    (build / "transformer").mkdir()
+    (build / "transformer" / CONFIG).write_text(json.dumps(template, indent=2, sort_keys=True) + "\n")
+    _write_json(build / INDEX, _model_index(manifest, build, template["_diffusers_version"]))
+    write_atomic(build / "pipeline.py", PIPELINE)
+    write_atomic(build / "README.md", _readme(manifest, entries).encode())
+    return MixtureDocument(
+        name=manifest.name,
+        run=manifest.run_id,
+        manifest=digest_of(manifest),
+        manifest_version=manifest.version,
+        latent=manifest.latent,
+        sampling=manifest.sampling,
+        experts=tuple(entries),
+        files=_hashed(build, known),
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _entry(manifest: Manifest, shard: int, weights: Mapping[int, Path], accepted: Mapping[int, AcceptanceRecord]) -> ExpertEntry:
+    spec, record = manifest.expert_of(shard), accepted.get(shard)
+    return ExpertEntry(
+        name=manifest.shards[shard].name,
+        folder=expert_folder(shard) if shard in weights else None,
+        class_name=spec.class_name,
+        prediction=spec.prediction,
+        noise_schedule=spec.noise_schedule,
+        betas=spec.betas,
+        inputs=spec.inputs,
+        prior=manifest.shards[shard].prior,
+        epoch=record.epoch if record else 0,
+        samples=record.samples if record else 0,
+        checkpoint=record.checkpoint if record else None,
+    )
+
+
+def _model_index(manifest: Manifest, build: Path, diffusers: str) -> dict[str, Any]:
+    folder = build / "vae" / CONFIG
+    vae = str(json.loads(folder.read_text())["_class_name"]) if folder.exists() else None
+    sampling = manifest.sampling.model_dump(mode="json", include={"steps", "guidance", "mode"})
+    return {
+        "_class_name": ["pipeline", "LutetiaPipeline"],
+        "_diffusers_version": diffusers,
+        "transformer": ["lutetia.models.mixture", "MixtureTransformer"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", vae] if vae else [None, None],
+        "latent": manifest.latent.model_dump(mode="json"),
+        "sampling": sampling,
+    }
+
+
+def _readme(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
+    first = next(entry for entry in entries if entry.folder)
+    latent = manifest.latent
+    return _README.format(
+        name=manifest.name,
+        count=sum(entry.folder is not None for entry in entries),
+        run=manifest.run_id,
+        prompt=manifest.sampling.prompts[0] if manifest.sampling.prompts else "a prompt",
+        frames=latent.pixel_frames,
+        height=latent.pixel_height,
+        width=latent.pixel_width,
+        class_name=first.class_name,
+        expert=first.folder,
+    )
+
+
+def _hashed(build: Path, known: Mapping[str, BlobRef]) -> dict[str, BlobRef]:
+    """Digest and size of every file written so far, by relative path. `known` ones (accepted weights) are not hashed again."""
+    names = sorted(path.relative_to(build).as_posix() for path in build.rglob("*") if path.is_file())
+    return {name: known.get(name) or ChunkTable.of_file(build / name).ref for name in names}
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(document, indent=2).encode())
