@@ -24,6 +24,7 @@ from av.video.frame import VideoFrame
 
 from lutetia.models.data.decode.cut import ClipLook, ClipRefused, Cut, Frames
 from lutetia.models.data.decode.media import Media, open_media
+from lutetia.models.data.decode.overrun import CODECS, OverrunCheck
 from lutetia.models.data.decode.picture import filtered, picture_of
 from lutetia.models.data.decode.timeline import Track, moments
 from lutetia.models.data.decode.webp import is_webp, webp_look, webp_pictures
@@ -161,6 +162,7 @@ class _Search:
     def _frames(self, media: Media, has_sought: bool) -> Iterator[VideoFrame]:
         """Decode, and note which pictures a fault spoils."""
         track, count, waits_for_key = self._track, 0, has_sought
+        overrun = OverrunCheck(media.decoder) if media.decoder.name in CODECS else None
         for packet in media.container.demux(media.stream):
             number = track.places.get(packet.pts if packet.pts is not None else packet.dts or 0)
             if waits_for_key and packet.is_keyframe and number is not None:
@@ -172,14 +174,15 @@ class _Search:
                 if isinstance(error, MemoryError):
                     raise
                 self._spoil(number if track.is_timed else min(count, len(track.stamps) - 1))
-                continue
+                frames = []
+            unsound = overrun.unsound(packet, frames) if overrun else []
             if packet.is_corrupt:
                 self._spoil(number)
             for frame in frames:
                 if not track.is_timed:
                     frame.pts = track.shown[count] if count < len(track.shown) else None
                 count += 1
-                if frame.is_corrupt and frame.pts is not None:
+                if (frame.is_corrupt or frame in unsound) and frame.pts is not None:
                     self._spoil(track.places.get(frame.pts))
                 yield frame
 
