@@ -38,7 +38,8 @@ from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
+from lutetia.protocol.blobs.stream import BLOB, BlobServer
+from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version

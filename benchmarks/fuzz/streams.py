@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.fuzz import examples
 from benchmarks.fuzz.contract import Target
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import BlobClient, BlobServer, RateLimit
+from lutetia.protocol.blobs.stream import BlobClient, BlobServer
+from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.joining import _introduce
 from lutetia.protocol.rpc import checkpoint_offer
 from lutetia.protocol.rpc.checkpoint_offer import OFFER, Offer, OfferReply, offer_checkpoint, serve_offers

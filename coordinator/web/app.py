@@ -27,7 +27,7 @@ from lutetia.coordinator.web.connections import (
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import AnswerSlots, RateLimit
+from lutetia.protocol.blobs.upload_limit import AnswerSlots, RateLimit
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, UnreachableError
@@ -122,13 +122,14 @@ class _LimitedFile(FileResponse):
             await send(message)
 
         origin = origin_of_host((scope["client"] or ("",))[0])
-        if not await self._slots.take(origin):
+        slot = await self._slots.take(origin, may_end=False)
+        if slot is None:
             await PlainTextResponse("too many blobs are being sent; try again later", 503)(scope, receive, send)
             return
         try:
             await super().__call__(scope, receive, paced)
         finally:
-            self._slots.give_back(origin)
+            self._slots.give_back(slot)
 
 
 class _LimitedServer(uvicorn.Server):

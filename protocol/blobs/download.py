@@ -12,7 +12,8 @@ from pathlib import Path
 from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import BLOB, BlobServer, RateLimit
+from lutetia.protocol.blobs.stream import BLOB, BlobServer
+from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.blobs.worker import DownloadWorker, Progress, Provider, SharedDownload
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Transport

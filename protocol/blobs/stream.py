@@ -16,6 +16,7 @@ from contextlib import aclosing
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
+from lutetia.protocol.blobs.upload_limit import PIECE, STALL_TIMEOUT, AnswerSlot, AnswerSlots, RateLimit
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.network_origin import prefix_of
@@ -25,16 +26,10 @@ OK, ABSENT, BUSY, MALFORMED = range(4)
 ACK = b"\x06"
 REQUEST_BYTES = 40
 ANSWER_BYTES = 9
-PIECE = 1 << 18
 
-MAX_STREAMS = 64
 MAX_STREAMS_PER_PEER = 8
 MAX_STREAMS_PER_PREFIX = 32
-STALL_TIMEOUT = 20.0
-"""Seconds without PIECE bytes of progress after which a peer counts as stalled: at least 13 KiB/s are needed."""
 IDLE_TIMEOUT = 60.0
-TURN_TIMEOUT = STALL_TIMEOUT / 2
-"""Seconds that a request waits for other answers to end before it is refused as BUSY."""
 
 
 class BlobRefused(ConnectionError):
@@ -46,81 +41,6 @@ class BlobRefused(ConnectionError):
         self.status = status
 
 
-class RateLimit:
-    """At most `bytes_per_second` over all streams together. None is no limit."""
-
-    def __init__(self, bytes_per_second: float | None) -> None:
-        self._rate = bytes_per_second
-        self._free_at = 0.0
-
-    @property
-    def answers_at_once(self) -> int:
-        """How many answers can share the rate so that each sends a PIECE in half of STALL_TIMEOUT."""
-        return max(1, min(MAX_STREAMS, int(self._rate * STALL_TIMEOUT / (2 * PIECE)))) if self._rate else MAX_STREAMS
-
-    async def take(self, count: int) -> None:
-        if self._rate:
-            now = asyncio.get_running_loop().time()
-            self._free_at = max(self._free_at, now) + count / self._rate
-            try:
-                await asyncio.sleep(self._free_at - now)
-            except asyncio.CancelledError:
-                self._free_at -= count / self._rate  # not sent
-                raise
-
-
-class AnswerSlots:
-    """Limits the answers in progress to `places`, half of them for one prefix. Others wait for up to TURN_TIMEOUT.
-
-    The next place goes to the prefix that has the fewest.
-
-    Without a limit all would share the rate, until none gets enough to make progress.
-    """
-
-    def __init__(self, places: int) -> None:
-        self._places, self._share = places, (places + 1) // 2
-        self._taken: Counter[str] = Counter()
-        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
-
-    async def take(self, origin: str) -> bool:
-        """Wait for a place. Returns whether `origin` got one, which must be given back."""
-        turn = origin, asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        self._admit()
-        try:
-            async with asyncio.timeout(TURN_TIMEOUT):
-                await turn[1]
-        except BaseException as error:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            else:
-                self.give_back(origin)  # it got its place just as the wait ended
-            if isinstance(error, TimeoutError):
-                return False
-            raise
-        return True
-
-    def give_back(self, origin: str) -> None:
-        self._taken[origin] -= 1
-        self._taken += Counter()  # forget origins without a place
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._taken.total() < self._places:
-            prefixes = Counter[str]()
-            for origin, count in self._taken.items():
-                prefixes[prefix_of(origin)] += count
-            fit = [turn for turn in self._waiting if prefixes[prefix_of(turn[0])] < self._share]
-            turn = min(fit, key=lambda turn: prefixes[prefix_of(turn[0])], default=None)
-            if turn is None:
-                return
-            origin, future = turn
-            self._waiting.remove(turn)
-            self._taken[origin] += 1
-            if not future.done():
-                future.set_result(None)
-
-
 class BlobServer:
     """Answers blob streams from a store."""
 
@@ -128,7 +48,7 @@ class BlobServer:
         self._store, self._rate = store, rate
         self._streams: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
-        self._turns = AnswerSlots(rate.answers_at_once)
+        self._turns = AnswerSlots(rate.answers_at_once, rate.bytes_per_second)
 
     async def answer(self, stream: Stream) -> None:
         """The stream handler. Answers requests until the peer closes or stalls; refuses a peer with too many streams."""
@@ -165,30 +85,31 @@ class BlobServer:
         if count and first + count > chunk_count(size):
             await _refuse(stream, MALFORMED)
             return False
-        if not await self._turns.take(stream.origin):
+        slot = await self._turns.take(stream.origin)
+        if slot is None:
             await _refuse(stream, BUSY)
             return False
         try:
             if count == 0:
-                await self._send_table(stream, digest)
+                await self._send_table(stream, slot, digest)
             else:
-                await self._send_chunks(stream, digest, size, first, count)
+                await self._send_chunks(stream, slot, digest, size, first, count)
         finally:
-            self._turns.give_back(stream.origin)
+            self._turns.give_back(slot)
         async with asyncio.timeout(STALL_TIMEOUT):
             return await stream.read_exactly(1) == ACK
 
-    async def _send_table(self, stream: Stream, digest: str) -> None:
+    async def _send_table(self, stream: Stream, slot: AnswerSlot, digest: str) -> None:
         hashes = self._store.table(digest).hashes
         await stream.write(bytes([OK]) + len(hashes).to_bytes(8, "big"))
-        await self._send(stream, hashes)
+        await self._send(stream, slot, hashes)
 
-    async def _send_chunks(self, stream: Stream, digest: str, size: int, first: int, count: int) -> None:
+    async def _send_chunks(self, stream: Stream, slot: AnswerSlot, digest: str, size: int, first: int, count: int) -> None:
         length = min(size, (first + count) * CHUNK) - first * CHUNK
         await stream.write(bytes([OK]) + length.to_bytes(8, "big"))
         async with aclosing(self._read_ahead(digest, first, count)) as chunks:
             async for chunk in chunks:
-                await self._send(stream, chunk)
+                await self._send(stream, slot, chunk)
 
     async def _read_ahead(self, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
         """Read chunk n+1 from disk in a thread while chunk n is sent."""
@@ -202,13 +123,14 @@ class BlobServer:
         finally:
             coming.cancel()
 
-    async def _send(self, stream: Stream, data: bytes) -> None:
+    async def _send(self, stream: Stream, slot: AnswerSlot, data: bytes) -> None:
         view = memoryview(data)
         for start in range(0, len(view), PIECE):
             piece = view[start : start + PIECE]
             await self._rate.take(len(piece))
             async with asyncio.timeout(STALL_TIMEOUT):
                 await stream.write(piece)
+            slot.sent += len(piece)
 
 
 class BlobClient:

@@ -9,6 +9,8 @@ import ipaddress
 import re
 from functools import lru_cache
 
+PREFIX_FACTOR = 4
+"""All addresses of one prefix together may use so many times the quota of one."""
 _HOST = re.compile(r"^/(ip4|ip6)/([^/]+)")
 
 
@@ -41,3 +43,10 @@ def prefix_of(origin: str) -> str:
     if not network.is_global:
         return origin
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
+
+
+@lru_cache(maxsize=1 << 13)
+def quotas_of(origin: str) -> tuple[tuple[str, int], ...]:
+    """The names under which an origin is counted, each with the number of address quotas that it may use: itself, its prefix."""
+    prefix = prefix_of(origin)
+    return ((origin, 1),) if prefix == origin else ((origin, 1), (prefix, PREFIX_FACTOR))

@@ -16,7 +16,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.inbound_limits import HandlerTasks
-from lutetia.protocol.transport.network_origin import origin_of, prefix_of
+from lutetia.protocol.transport.network_origin import PREFIX_FACTOR, origin_of, prefix_of
 from tests.attacks.hivemind_swarm import manifest_of_now, network
 from tests.coordinator.acceptance import judge_driver
 
@@ -180,6 +180,18 @@ def test_peers_of_one_origin_share_its_places_at_the_judge() -> None:
     assert admission.refusal("sybil 0", "203.0.114.5", waiting, 1.0) is None  # asks for the state of its own result
     assert admission.refusal("honest", "198.51.100.7", waiting, 1.0) is None
     assert admission.refusal("sybil 9", "203.0.114.5", set(), 2.0) is None  # decided results free their places
+
+
+def test_addresses_of_one_prefix_share_four_quotas_at_the_judge() -> None:
+    admission, waiting = Admission(offers_per_minute=20, undecided=3), set[str]()
+    for number in range(100):
+        if admission.refusal(f"sybil {number}", f"8.8.4.{number}", waiting, 0.0) is None:
+            waiting.add(f"sybil {number}")
+    assert len(waiting) == PREFIX_FACTOR * 3
+    assert admission.refusal("honest", "9.9.9.9", waiting, 0.0) is None
+    pace = Admission(offers_per_minute=20)
+    admitted = [pace.refusal(f"sybil {n}", f"8.8.4.{n % 50}", set(), 0.0) is None for n in range(200)]
+    assert sum(admitted) == PREFIX_FACTOR * 20
 
 
 def test_offers_of_one_origin_are_limited_for_a_minute() -> None:

@@ -14,8 +14,10 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Timing
 from lutetia.protocol.schema.records import claim_key
 from lutetia.protocol.transport.hivemind.bindings import DHTID
+from lutetia.protocol.transport.hivemind.dht.ip_diversity import NewcomerLimit
 from lutetia.protocol.transport.hivemind.dht.record_quota import PER_KEY, PER_ORIGIN, RecordQuota
 from lutetia.protocol.transport.hivemind.dht.storage import RecordStorage
+from lutetia.protocol.transport.network_origin import PREFIX_FACTOR
 from tests.attacks.hivemind_swarm import claim, manifest_of_now, network
 
 CLAIMS = f"{'0' * 64}/claims/0"
@@ -31,6 +33,26 @@ def test_one_origin_gets_its_share_of_a_key_and_of_all_keys() -> None:
     others = [quota.admits(f"{'0' * 64}/providers/{n}", "sybil", "203.0.113.5", 60.0, 0.0) for n in range(100)]
     assert sum(others) == 100 - most
     assert quota.admits(CLAIMS, "sybil 150", "203.0.113.5", 99.0, 61.0), "expired records free their places"
+
+
+def test_addresses_of_one_prefix_share_four_quotas_of_a_key_and_of_all_keys() -> None:
+    quota = RecordQuota(per_origin=100)
+    taken = [quota.admits(CLAIMS, f"sybil {n}", f"8.8.4.{n}", 60.0, 0.0) for n in range(250)]
+    taken += [quota.admits(CLAIMS, f"sybil {n}", f"8.8.4.{n % 250}", 60.0, 0.0) for n in range(250, 500)]
+    assert sum(taken) == PREFIX_FACTOR * PER_KEY["claims"]
+    assert quota.admits(CLAIMS, "honest", "9.9.9.9", 60.0, 0.0)
+    others = [quota.admits(f"{'0' * 64}/x/{n}", "sybil", f"8.8.4.{n % 250}", 60.0, 0.0) for n in range(500)]
+    assert sum(others) == PREFIX_FACTOR * (100 - PER_KEY["claims"])
+    quota._forget(61.0)
+    assert not quota._under_key
+    assert not quota._of_origin
+
+
+def test_calls_from_addresses_of_one_prefix_share_four_buckets() -> None:
+    limit = NewcomerLimit(at_once=10, per_second=1.0)
+    assert sum(limit.admits(f"8.8.4.{n % 250}", 0.0) for n in range(1000)) == PREFIX_FACTOR * 10
+    assert limit.admits("9.9.9.9", 0.0)
+    assert sum(limit.admits(f"8.8.4.{n % 250}", 5.0) for n in range(1000)) == PREFIX_FACTOR * 5
 
 
 @settings(max_examples=60)

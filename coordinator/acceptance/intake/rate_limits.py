@@ -1,4 +1,4 @@
-"""Limits per peer, and per network origin: all identities behind one address share the quota of that address.
+"""Limits per peer, and per network origin: all identities behind one address share its quota, all addresses of a prefix four.
 
 The judge counts the requests of each peer. By origin (`protocol.transport.network_origin`) offers and audit requests are counted
 per minute, and undecided results, each of which costs the coordinator a download and a check. Peers behind relays share one
@@ -7,7 +7,7 @@ origin. Also: whose owner is dialled before a record of the DHT counts, and how 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,7 +17,7 @@ from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import PendingAudit, RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.protocol.transport.network_origin import origin_of
+from lutetia.protocol.transport.network_origin import origin_of, quotas_of
 from lutetia.system.retry import backoff
 
 T = TypeVar("T")
@@ -33,25 +33,32 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 20.0, 3600.0
 
 @dataclass
 class RateWindow:
-    """At most `per_minute` requests from one origin within any minute."""
+    """At most `per_minute` requests from one origin within any minute, and PREFIX_FACTOR times as many from one prefix."""
 
     per_minute: int
     _moments: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict)
 
     def wait(self, origin: str, now: float) -> float | None:
         """Seconds to wait, or None; the request is counted then."""
-        moments = self._moments.get(origin) or deque()
-        while moments and moments[0] <= now - _MINUTE:
-            moments.popleft()
-        if len(moments) >= self.per_minute:
-            return moments[0] + _MINUTE - now
-        moments.append(now)
-        _remember(self._moments, origin, moments)
+        quotas = quotas_of(origin)
+        for name, share in quotas:
+            moments = self._moments.get(name) or deque()
+            while moments and moments[0] <= now - _MINUTE:
+                moments.popleft()
+            if len(moments) >= share * self.per_minute:
+                return moments[0] + _MINUTE - now
+        for name, _ in quotas:
+            moments = self._moments.get(name) or deque()
+            moments.append(now)
+            _remember(self._moments, name, moments)
         return None
 
 
 class Admission:
-    """Whether an offer is looked at now. Of one origin: at most `offers_per_minute`, and `undecided` results at a time."""
+    """Whether an offer is looked at now.
+
+    Of one origin: at most `offers_per_minute`, and `undecided` results at a time; of one prefix PREFIX_FACTOR times as many.
+    """
 
     def __init__(self, offers_per_minute: int = 120, undecided: int = 8) -> None:
         self._pace, self._undecided = RateWindow(offers_per_minute), undecided
@@ -61,9 +68,11 @@ class Admission:
         """The reply to an offer that must come later, or None. `waiting`: the peer ids with undecided results."""
         if wait := self._pace.wait(origin, now):
             return OfferReply(verdict="busy", text="too many offers from this address", retry_after=wait)
-        here = sum(self._origins.get(other) == origin for other in waiting)
-        if peer_id not in waiting and here >= self._undecided:
-            text = f"{here} results from this address are being checked; offer yours again later"
+        known = (self._origins[other] for other in waiting if other in self._origins)
+        counted = Counter(name for other in known for name, _ in quotas_of(other))
+        full = next((name for name, share in quotas_of(origin) if counted[name] >= share * self._undecided), None)
+        if peer_id not in waiting and full is not None:
+            text = f"{counted[full]} results from this address or its neighbours are being checked; offer yours again later"
             return OfferReply(verdict="busy", text=text, retry_after=BUSY_SECONDS)
         _remember(self._origins, peer_id, origin)
         return None

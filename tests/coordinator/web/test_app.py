@@ -18,7 +18,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import RateLimit
+from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.system.errors import ConfigError, UnreachableError

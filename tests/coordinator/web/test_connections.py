@@ -21,7 +21,7 @@ from lutetia.coordinator.periodic import every
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.coordinator.web.connections import ConnectionTimes, HttpLimits, crowded_out
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import RateLimit
+from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.system.process import raise_file_limit
 from tests.coordinator.web.test_app import document
 

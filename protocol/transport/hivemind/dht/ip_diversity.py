@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lutetia.protocol.transport.network_origin import prefix_of
+from lutetia.protocol.transport.network_origin import prefix_of, quotas_of
 
 Name = TypeVar("Name")
 
@@ -45,26 +45,28 @@ def alternate(names: Sequence[Name], origins: Sequence[str]) -> list[Name]:
 
 @dataclass
 class NewcomerLimit:
-    """A token bucket for each origin, which bounds the rate of its newcomers or calls.
+    """A token bucket for each origin, and one for each prefix, which bound the rate of its newcomers or calls.
 
-    `at_once` is the size of a bucket, `per_second` the rate at which it refills.
+    `at_once` is the size of an origin's bucket, `per_second` the rate at which it refills. A prefix has PREFIX_FACTOR times both.
     """
 
     at_once: int = NEWCOMERS_AT_ONCE
     per_second: float = NEWCOMERS_PER_SECOND
-    _spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _spent: dict[str, tuple[float, float, int]] = field(default_factory=dict)
 
     def admits(self, origin: str, now: float, cost: float = 1.0) -> bool:
         """Whether another one of `origin` is admitted at `now` (seconds of any clock). Takes `cost` tokens if so."""
-        spent = self._left_of(origin, now) + cost
-        if spent > self.at_once:
+        quotas = quotas_of(origin)
+        spent = {name: self._spent_of(name, share, now) + cost for name, share in quotas}
+        if any(spent[name] > share * self.at_once for name, share in quotas):
             return False
         if len(self._spent) > 2 * self.at_once:
-            self._spent = {each: entry for each, entry in self._spent.items() if self._left_of(each, now) > 0}
-        self._spent[origin] = (spent, now)
+            self._spent = {name: entry for name, entry in self._spent.items() if self._spent_of(name, entry[2], now) > 0}
+        for name, share in quotas:
+            self._spent[name] = spent[name], now, share
         return True
 
-    def _left_of(self, origin: str, now: float) -> float:
-        """How many of the tokens that an origin has spent are not refilled yet."""
-        spent, since = self._spent.get(origin, (0.0, now))
-        return max(0.0, spent - (now - since) * self.per_second)
+    def _spent_of(self, name: str, share: int, now: float) -> float:
+        """How many of the tokens that an origin or prefix has spent are not refilled yet."""
+        spent, since, _ = self._spent.get(name, (0.0, now, share))
+        return max(0.0, spent - (now - since) * share * self.per_second)

@@ -1,4 +1,4 @@
-"""How many records of one network origin a peer keeps of the DHT. No I/O.
+"""How many records of one network origin, and of one prefix of them, a peer keeps of the DHT. No I/O.
 
 The origin of a record is that of the connection over which it arrives (`protocol.transport.network_origin`). A peer that passes
 on records of others, as replicas do for a newcomer, uses up its own quota; what exceeds it arrives from the owners with the next
@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from lutetia.protocol.transport.network_origin import quotas_of
+
 Name = TypeVar("Name", str, tuple[str, str])
 
 PER_KEY = {"claims": 64, "checkpoints": 64, "providers": 128}
@@ -23,9 +25,10 @@ PER_ORIGIN = 1 << 14
 
 @dataclass
 class RecordQuota:
-    """Counts the live records of each origin. Keys are `<run>/<kind>/…`.
+    """Counts the live records of each origin and each prefix. Keys are `<run>/<kind>/…`.
 
-    `per_key` limits an origin under one key, by kind; `per_origin` limits it over all keys.
+    `per_key` limits an origin under one key, by kind; `per_origin` limits it over all keys. A prefix may have PREFIX_FACTOR times
+    as many.
     """
 
     per_key: dict[str, int] = field(default_factory=lambda: dict(PER_KEY))
@@ -51,12 +54,16 @@ class RecordQuota:
             return True  # counted already
         if known is None or known[0] != origin:
             most = self.per_key.get(key.split("/")[1], PER_OTHER_KEY)
-            if self._under_key[key, origin] >= most or self._of_origin[origin] >= self.per_origin:
+            if any(
+                self._under_key[key, name] >= share * most or self._of_origin[name] >= share * self.per_origin
+                for name, share in quotas_of(origin)
+            ):
                 return False
             if known:
                 self._drop(key, owner)
-            self._under_key[key, origin] += 1
-            self._of_origin[origin] += 1
+            for name, _ in quotas_of(origin):
+                self._under_key[key, name] += 1
+                self._of_origin[name] += 1
         self._held[key, owner] = origin, expires
         heapq.heappush(self._ends, (expires, key, owner))
         if len(self._ends) > 2 * len(self._held) + 64:  # renewals leave old expiries behind
@@ -72,8 +79,9 @@ class RecordQuota:
 
     def _drop(self, key: str, owner: str) -> None:
         origin, _ = self._held.pop((key, owner))
-        _count_down(self._under_key, (key, origin))
-        _count_down(self._of_origin, origin)
+        for name, _ in quotas_of(origin):
+            _count_down(self._under_key, (key, name))
+            _count_down(self._of_origin, name)
 
 
 def _count_down(counter: Counter[Name], name: Name) -> None:
