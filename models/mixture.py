@@ -248,6 +248,10 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         logits = self.router(x_t, t, pooled)
         return logits.masked_fill(~self._available.to(logits.device), -torch.inf).softmax(1)
 
+    def free_experts(self) -> None:
+        """Drop all experts from memory; they are read again at their next use."""
+        self._held.clear()
+
     def expert(self, index: int) -> Denoiser:
         """Expert `index`, read on first use."""
         if index in self._held:

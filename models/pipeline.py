@@ -247,13 +247,16 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
             )  # fmt: skip
         self._current_timestep = None
         inputs.check_finite(sampled.latents, guidance, tokens.dtype)
-        frames: Any = sampled.latents
-        if output_type != "latent":
-            pictures = self.decoder.decode_pictures(sampled.latents.float())
-            inputs.check_finite(pictures, guidance, tokens.dtype)
-            frames = self.video_processor.postprocess_video(pictures, output_type=output_type)
+        frames: Any = sampled.latents if output_type == "latent" else self.decode_latents(sampled.latents, output_type)
         self.maybe_free_model_hooks()
         return LutetiaPipelineOutput(frames, sampled.routing) if return_dict else (frames, sampled.routing)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, output_type: OutputType = "np") -> Any:
+        """Clips of latents `[N, C, f, h, w]`, as `output_type` says. Raises UsageError if they are not finite."""
+        pictures = self.decoder.decode_pictures(latents.float())
+        inputs.check_finite(pictures, self._guidance_scale, self.transformer.dtype)
+        return self.video_processor.postprocess_video(pictures, output_type=output_type)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Copy the mixture that this pipeline was loaded from: experts are not all in memory, and signatures stay valid.

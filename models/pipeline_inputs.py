@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -95,13 +95,16 @@ class Texts:
 
     def check_lengths(self, encoder: TextEncoder) -> None:
         """Raises PipelineInputError for a text with more tokens than the experts read."""
+        for problem in self.too_long(encoder):
+            raise PipelineInputError(f"{problem}; shorten it")
+
+    def too_long(self, encoder: TextEncoder) -> Iterator[str]:
+        """A clause about every text with more tokens than the experts read."""
         for what, given in (("prompt", self.prompts), ("negative prompt", self.negative)):
             for number, text in enumerate(given or [], 1):
                 count = encoder.count([text])
                 if count > encoder.tokens:
-                    raise PipelineInputError(
-                        f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}; shorten it"
-                    )
+                    yield f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}"
 
     def encode(self, encode: EncodeTexts, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token and pooled vectors of the prompts, then of the negative prompts (zeros without any), each row `repeats` times."""

@@ -88,6 +88,10 @@ class PromptsAndPictures:
             self._text = load_text_encoder(self.spec.text_encoder, self.spec.text_tokens, hub=self.allow_hub)
         return self._text
 
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder from memory; it is read again at its next use."""
+        self._text = None
+
     @property
     def decoder(self) -> Latents:
         """The run's autoencoder, normalised as the run's latents are. Shares its weights with `vae` where that is a component."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lutetia.cli.local.sampling_plan import SamplingPlan
 
 if TYPE_CHECKING:
     from lutetia.models.video_files import Frames
@@ -19,15 +21,35 @@ class SampledClips:
     experts: list[list[dict[str, float]]]
 
 
+@dataclass(frozen=True)
+class SampledClip:
+    """One clip, uint8 [F, H, W, 3], with the weights of the experts that took part in each step, by name."""
+
+    frames: Frames
+    experts: list[dict[str, float]]
+
+
 class MixtureLoader:
     """A mixture, loaded once."""
 
-    def __init__(self, folder: Path, hub: bool = False) -> None:
-        """Load it; `hub` says whether models that it names by a hub id may be downloaded."""
+    def __init__(self, folder: Path, hub: bool = False, plan: SamplingPlan | None = None) -> None:
+        """Load it.
+
+        Args:
+            folder: the mixture.
+            hub: whether models that it names by a hub id may be downloaded.
+            plan: device, dtype, experts in memory and tiling. None: the CPU in float32, with all experts in memory.
+        """
+        import torch
+
         from lutetia.models.mixing.description import read_mixture
         from lutetia.models.pipeline import load_pipeline
 
-        self.pipeline = load_pipeline(folder, hub=hub)
+        self.plan = plan or SamplingPlan("cpu", "float32", None, False)
+        self.pipeline = load_pipeline(
+            folder, hub=hub, device=self.plan.device, dtype=getattr(torch, self.plan.dtype),
+            experts_in_memory=self.plan.experts_in_memory,
+        )  # fmt: skip
         self.names = [expert.name for expert in read_mixture(folder).mixture.experts]
 
     @property
@@ -44,7 +66,7 @@ class MixtureLoader:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> SampledClips:
-        """One clip per prompt. What is None is the mixture's own choice.
+        """One clip per prompt, all at once. What is None is the mixture's own choice.
 
         Args:
             prompts: what the clips show, in words.
@@ -60,10 +82,67 @@ class MixtureLoader:
         from lutetia.models.video_files import to_uint8
 
         output = self.pipeline(list(prompts), steps, guidance, mode=mode, expert=expert, seed=seed)
-        experts = [[_named(self.names, step[clip]) for step in output.routing] for clip in range(len(prompts))]
-        return SampledClips(list(to_uint8(output.frames)), experts)
+        return SampledClips(list(to_uint8(output.frames)), [self._named(output.routing, clip) for clip in range(len(prompts))])
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str | None = None,
+        seed: int = 0,
+        batch: int = 8,
+        on_cut: Callable[[str], None] = lambda problem: None,
+        on_step: Callable[[int, int], None] = lambda done, steps: None,
+        **options: Any,
+    ) -> Iterator[SampledClip]:
+        """One clip per prompt, with as little memory as possible: the text encoder, the experts and the autoencoder in turn.
 
-def _named(names: Sequence[str], weights: Any) -> dict[str, float]:
-    """The experts that took part in one step, with their weights."""
-    return {name: round(float(weight), 4) for name, weight in zip(names, weights, strict=True) if weight > 0}
+        Args:
+            prompts: what the clips show, in words.
+            negative: what guidance leads away from. None: the null condition of training.
+            seed: clip i starts from noise of `seed + i`.
+            batch: clips sampled at once.
+            on_cut: called with a clause about each text that is longer than those of training, whose end is cut.
+            on_step: called with (steps done, steps) of all batches together.
+            options: those of `sample`.
+
+        Raises:
+            UsageError: a prompt or an option that the mixture cannot take.
+        """
+        from lutetia.models.pipeline_inputs import Texts
+        from lutetia.models.video_files import to_uint8
+
+        pipeline = self.pipeline
+        for problem in Texts.of(list(prompts), negative).too_long(pipeline.text):
+            on_cut(problem)
+        names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        encoded = dict(zip(names, pipeline.encode_prompt(list(prompts), negative), strict=True))
+        pipeline.free_text_encoder()
+        sampled = []
+        batches = -(-len(prompts) // batch)
+        for number in range(batches):
+
+            def step_done(pipe: Any, step: int, timestep: Any, tensors: Any, number: int = number) -> dict[str, Any]:
+                on_step(number * pipe.num_timesteps + step + 1, batches * pipe.num_timesteps)
+                return {}
+
+            rows = slice(number * batch, (number + 1) * batch)
+            texts: dict[str, Any] = {name: vectors[rows] for name, vectors in encoded.items()}
+            output = pipeline(
+                **texts, num_inference_steps=options.get("steps"), guidance_scale=options.get("guidance"),
+                mode=options.get("mode"), expert=options.get("expert"), seed=seed + rows.start, output_type="latent",
+                callback_on_step_end=step_done,
+            )  # fmt: skip
+            sampled += [(latents.cpu(), self._named(output.routing, clip)) for clip, latents in enumerate(output.frames)]
+        pipeline.transformer.free_experts()
+        if self.plan.tiling:
+            pipeline.decoder.tile()
+        for latents, experts in sampled:
+            yield SampledClip(to_uint8(pipeline.decode_latents(latents[None]))[0], experts)
+
+    def _named(self, routing: Any, clip: int) -> list[dict[str, float]]:
+        """The experts that took part in each step of a clip, with their weights; `routing` [steps, N, K]."""
+        return [
+            {name: round(float(weight), 4) for name, weight in zip(self.names, step[clip], strict=True) if weight > 0}
+            for step in routing
+        ]

@@ -38,6 +38,7 @@ class Latents(ABC):
 
     def __init__(self, ref: str, device: str = "cpu") -> None:
         self.ref, self.device = ref, device
+        self._frames_at_once = _FRAMES_AT_ONCE
         self._mean: Tensor | None = None
         self._std: Tensor | None = None
 
@@ -90,6 +91,10 @@ class Latents(ABC):
     def module(self) -> nn.Module | None:
         """The diffusers autoencoder, for the `vae` folder of a pipeline; None for pixels."""
         return None
+
+    def tile(self) -> None:
+        """Decode with less memory from now on: frame by frame, large pictures in tiles, whose seams get slightly other pixels."""
+        self._frames_at_once = 1
 
     @abstractmethod
     def _encode(self, pictures: Tensor) -> Tensor:
@@ -204,6 +209,11 @@ class AutoencoderLatents(Latents):
             raise ConfigError(f"latents {self.ref!r} need {time}n+1 frames, not {frames}; use {near} frames")
         return self._channels(), (frames - 1) // time + 1, height // space, width // space
 
+    def tile(self) -> None:
+        super().tile()
+        if self.class_name != "AutoencoderTiny":  # its tiling fails on pictures smaller than a tile
+            self.module.enable_tiling()
+
     def _factors(self) -> tuple[int, int]:
         """Pixels (of a side) and frames per latent."""
         config = self._config
@@ -232,7 +242,7 @@ class AutoencoderLatents(Latents):
             with self._causal_lock:  # the module stores features of the previous frames
                 return torch.cat([self.module.encode(clip).latent_dist.mode() for clip in pictures.split(1)])
         count, frames = len(pictures), pictures.transpose(1, 2).flatten(0, 1)
-        parts = [self.module.encode(part) for part in frames.split(_FRAMES_AT_ONCE)]
+        parts = [self.module.encode(part) for part in frames.split(self._frames_at_once)]
         raw = torch.cat([part.latents if self.class_name == "AutoencoderTiny" else part.latent_dist.mode() for part in parts])
         return raw.unflatten(0, (count, -1)).transpose(1, 2)
 
@@ -242,5 +252,5 @@ class AutoencoderLatents(Latents):
             with self._causal_lock:
                 return torch.cat([self.module.decode(clip).sample for clip in raw.split(1)])
         count, latents = len(raw), raw.transpose(1, 2).flatten(0, 1)
-        pictures = torch.cat([self.module.decode(part).sample for part in latents.split(_FRAMES_AT_ONCE)])
+        pictures = torch.cat([self.module.decode(part).sample for part in latents.split(self._frames_at_once)])
         return pictures.unflatten(0, (count, -1)).transpose(1, 2)
