@@ -18,7 +18,8 @@ from lutetia.models.data import recipe
 from lutetia.models.data.build import build_data
 from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.ingest.synthetic import make_clips
-from lutetia.models.data.shards import ShardData, load_shard
+from lutetia.models.data.parts.reader import load_shard
+from lutetia.models.data.shards import ShardData
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 
 CLIPS = 160
@@ -60,7 +61,7 @@ async def site(**run: Any) -> AsyncIterator[Site]:
         address = f"127.0.0.1:{free_port()}"
         created = create_run(folder / "data", folder / "run", RunSettings(preset="demo", experts=1, addresses=(address,), **run))
         manifest = SignedManifest.model_validate(json.loads((folder / "run/manifest.json").read_bytes())).manifest
-        data = load_shard(next((folder / "data/shards").glob("*train*")), manifest.latent)
+        data = load_shard(next((folder / "data/shards").glob("*train.safetensors")), manifest.latent)
         async with LocalSwarm(folder / "logs") as swarm:
             await swarm.serve(folder / "run")
             async for _ in polls(swarm, POLL):

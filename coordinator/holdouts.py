@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lutetia.coordinator.run_folder import RunFolder
+from lutetia.models.data.parts.index import parts_of
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.system.errors import IntegrityError
@@ -57,6 +58,12 @@ def holdout_files(folder: RunFolder, manifest: Manifest) -> Iterator[Path]:
         yield (served if served.has(digest) and not own.has(digest) else own).path(digest)
 
 
+def data_files(folder: RunFolder, manifest: Manifest) -> Iterator[Path]:
+    """The files of the training clips of all shards, in order: indexes of parts, or whole shards. Raises BlobMissing."""
+    served = BlobStore(folder.blobs)
+    return (served.path(shard.train.digest) for shard in manifest.shards)
+
+
 def withdraw_holdouts(folder: RunFolder, manifest: Manifest) -> None:
     """Take held-out clips that an earlier version served to peers out of the served blobs, and warn at each start from then on.
 
@@ -70,9 +77,10 @@ def withdraw_holdouts(folder: RunFolder, manifest: Manifest) -> None:
             if not own.has(digest):
                 own.adopt(served.path(digest), served.table(digest))
             served.remove(digest)
-        if not own.has(digest):
+        missing = [digest] if not own.has(digest) else [part for part in _parts(own.path(digest)) if not own.has(part)]
+        if missing:
             raise IntegrityError(
-                f"{folder.holdouts} lacks the held-out clips of shard {shard.index} (blob {digest[:12]}); "
+                f"{folder.holdouts} lacks the held-out clips of shard {shard.index} (blob {missing[0][:12]}); "
                 "restore a backup of the run"
             )
     if folder.holdouts_served.exists():
@@ -80,3 +88,7 @@ def withdraw_holdouts(folder: RunFolder, manifest: Manifest) -> None:
             "an earlier version served the held-out clips of this run to peers, so a peer may have trained on them; "
             "this run goes on with weaker checks, and only a new run on other held-out clips has the full ones"
         )
+
+
+def _parts(path: Path) -> list[str]:
+    return [part.blob.digest for part in parts_of(path)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lutetia.models.data.description import DATA_FILE, DataDescription
-from lutetia.models.data.shards import load_shard
+from lutetia.models.data.parts.reader import load_shard
 
 
 def motion(latents: Tensor) -> Tensor:

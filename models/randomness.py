@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def stream(run: str, shard: int, epoch: int, step: int, purpose: str) -> np.random.Generator:
@@ -35,6 +37,8 @@ def seed_of(run: str, shard: int, purpose: str, step: int = 0) -> int:
 
 def normals(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     """Standard normals of `shape`, float32, on the CPU: equal on every device that they are moved to."""
+    import torch  # here, because a node's supervisor computes the order of clips without it
+
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 

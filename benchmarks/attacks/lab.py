@@ -20,7 +20,9 @@ from lutetia.coordinator.runtime.check_runner import CHECK_SECONDS, NetworkCheck
 from lutetia.coordinator.worker.client import WorkerClient, WorkerRefused
 from lutetia.coordinator.worker.messages import AnyJob, EpochReplayed, JobRefused, JobRequest, ReplayEpoch
 from lutetia.coordinator.worker.process import WorkerProcess
-from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.models.data.description import files_of
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.data.shards import ShardData
 from lutetia.models.device import Precision
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
@@ -165,9 +167,10 @@ class Lab:
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
-        split = "train" if name == "train" else "holdout"
-        write_shard(path, data, ShardMetadata(latent=LATENT, split=split))
-        return self.store.add_file(path)
+        ref = write_shard(path, data, LATENT, split="train" if name == "train" else "holdout").blob
+        for file, _ in files_of(path, ref):
+            self.store.add_file(file)
+        return ref
 
     def trainer(self, parent: Result | None, setting: Honest | None = None, data: ShardData | None = None) -> ExpertTrainer:
         """A trainer for the epoch after `parent`, as on a node with `setting`."""

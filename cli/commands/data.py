@@ -1,4 +1,4 @@
-"""`lutetia init` and `lutetia data build|inspect|train-autoencoder`."""
+"""`lutetia init` and `lutetia data build|inspect|convert|train-autoencoder`."""
 
 from __future__ import annotations
 
@@ -144,10 +144,25 @@ def render_data(description: DataDescription) -> RenderableType:
     for shard in description.shards:
         table.add_row(
             f"{shard.index:03d}", plain(shard.name), str(shard.train.clips), str(shard.holdout.clips),
-            str(shard.test.clips) if shard.test else "-", f"{shard.prior:.3f}", size(shard.train.blob.size),
+            str(shard.test.clips) if shard.test else "-", f"{shard.prior:.3f}", size(shard.train.bytes),
             plain(", ".join(shard.keywords[:6])),
         )  # fmt: skip
     return Group(head, table)
+
+
+@app.command("convert")
+def convert_data(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `lutetia data build` of release 0.1.", metavar="DATA")],
+    out: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert data that release 0.1 built; the clips and their order stay."""
+    from lutetia.cli.progress import progress
+    from lutetia.models.data.parts.convert import convert
+
+    with progress("converting shards") as on_progress:
+        description = convert(folder, out, on_progress)
+    emit(description, as_json, lambda: render_data(description))
 
 
 @app.command("train-autoencoder")

@@ -251,6 +251,6 @@ def render_manifest(manifest: Manifest) -> RenderableType:
     for shard in manifest.shards:
         shards.add_row(
             f"{shard.index:03d}", plain(shard.name), str(shard.clips), str(shard.holdout_clips), f"{shard.prior:.3f}",
-            short(shard.train.digest, 12), size(shard.train.size),
+            short(shard.train.digest, 12), size(shard.size),
         )  # fmt: skip
     return Group(table, Text(), shards)

@@ -83,18 +83,16 @@ def _blind(run: Path, target: Path, training: Training) -> Path:
     """The mixture of the same experts with a router of the same size that sees only the noisy clip and its time."""
     if (target / "mixture.json").is_file():
         return target
-    from lutetia.coordinator.holdouts import holdout_files
+    from lutetia.coordinator.holdouts import data_files, holdout_files
     from lutetia.coordinator.run_folder import RunFolder
-    from lutetia.models.data.shards import load_shard
-    from lutetia.models.mixing.router import train_router
+    from lutetia.models.data.parts.reader import open_shard
+    from lutetia.models.mixing.router_training import train_router
     from lutetia.models.mixing.stitch import stitch
-    from lutetia.protocol.blobs.store import BlobStore
 
     manifest = _manifest(run)
     blind = manifest.model_copy(update={"router": manifest.router.model_copy(update={"text_conditioned": False})})
-    store = BlobStore(run / "blobs")
-    files = [store.path(shard.train.digest) for shard in manifest.shards], holdout_files(RunFolder(run), manifest)
-    shards, holdouts = ([load_shard(path, manifest.latent) for path in split] for split in files)
+    files = data_files(RunFolder(run), manifest), holdout_files(RunFolder(run), manifest)
+    shards, holdouts = ([open_shard(path, manifest.latent) for path in split] for split in files)
     router, report = train_router(blind, shards, seed=0, holdouts=holdouts)
     figures = {
         "accuracy": report.accuracy,

@@ -23,6 +23,7 @@ from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
+from lutetia.models.data.parts.index import parts_of
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
@@ -121,7 +122,7 @@ def backup_run(root: Path, out: Path, on_progress: OnProgress = lambda stage, do
     for _ in range(_ROUNDS):
         state, (events, chain) = _copy_ledger(folder, out)
         blobs, holdouts, copied = _copy_blobs(folder, out, on_progress)
-        if not (missing := needed(state, manifest) - {blob.digest for blob in (*blobs, *holdouts)}):
+        if not (missing := needed(state, manifest, folder) - {blob.digest for blob in (*blobs, *holdouts)}):
             break
         _log.info("the run accepted new checkpoints during the copy (%d blobs are missing); copying again", len(missing))
     else:
@@ -149,7 +150,7 @@ def _check_target(out: Path, run: str) -> None:
         raise ConfigError(f"{out} is a backup of run {other[:12]}, not of {run[:12]}; name another folder")
 
 
-def needed(state: RunState, manifest: Manifest) -> set[str]:
+def needed(state: RunState, manifest: Manifest, folder: RunFolder) -> set[str]:
     """Digests that the run needs to continue: its data, the accepted checkpoints and the router."""
     refs: list[BlobRef | None] = []
     for shard in manifest.shards:
@@ -157,6 +158,9 @@ def needed(state: RunState, manifest: Manifest) -> set[str]:
     for shard in state.shards.values():
         refs += [shard.acceptance.weights, shard.acceptance.state] if shard.acceptance else []
     refs.append(state.router.router if state.router else None)
+    for store in (BlobStore(folder.blobs), holdout_store(folder)):
+        for index in (ref for shard in manifest.shards for ref in (shard.train, shard.holdout) if store.has(ref.digest)):
+            refs += [part.blob for part in parts_of(store.path(index.digest))]
     return {ref.digest for ref in refs if ref}
 
 

@@ -21,13 +21,13 @@ from lutetia.coordinator.ledger.events import RunCreated
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import Endpoint, RunFolder
 from lutetia.coordinator.settings import RunSettings, small_expert, tiny_expert
-from lutetia.models.data.description import DataDescription, DataFile, read_data
+from lutetia.models.data.description import DataDescription, DataFile, files_of, read_data
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.capabilities import SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import (
-    BlobRef,
     ExpertSpec,
     LatentSpec,
     Manifest,
@@ -197,6 +197,7 @@ def _manifest(
         ShardSpec(
             index=shard.index, name=shard.name, train=shard.train.blob, holdout=shard.holdout.blob,
             clips=shard.train.clips, holdout_clips=shard.holdout.clips, prior=shard.prior / total, expert=experts[shard.index],
+            data_bytes=shard.train.bytes,
         )
         for shard in description.shards
     )  # fmt: skip
@@ -209,6 +210,7 @@ def _manifest(
             holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
             sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
+            needs=(SHARD_PARTS,),
         )  # fmt: skip
     except ValidationError as error:
         raise ConfigError(f"the run's settings do not fit the data: {first_problem(error)}") from error
@@ -243,11 +245,10 @@ def _begin_ledger(run: RunFolder, manifest: Manifest) -> None:
     ledger.close()
 
 
-def _import(store: BlobStore, data: Path, file: DataFile) -> BlobRef:
-    ref = store.add_file(data / file.path)
-    if ref != file.blob:
-        raise IntegrityError(f"{data / file.path} has changed since it was built; build the data again")
-    return ref
+def _import(store: BlobStore, data: Path, file: DataFile) -> None:
+    for path, blob in files_of(data / file.path, file.blob):
+        if store.add_file(path) != blob:
+            raise IntegrityError(f"{path} has changed since it was built; build the data again")
 
 
 def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity) -> tuple[Endpoint, Ticket]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lutetia.coordinator.holdouts import holdout_files
+from lutetia.coordinator.holdouts import data_files, holdout_files
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
@@ -108,10 +108,9 @@ class Stitcher:
         return [RunFinished(time=self.now(), mixture=state.mixture.mixture)]
 
     async def _train_router(self, epochs: tuple[int, ...]) -> RouterTrained:
-        shards = self.manifest.shards
         out = self.folder.root / "router.safetensors"
         job = TrainRouter(
-            train=tuple(self.blobs.path(shard.train.digest) for shard in shards),
+            train=tuple(data_files(self.folder, self.manifest)),
             holdout=tuple(holdout_files(self.folder, self.manifest)), out=out,
         )  # fmt: skip
         report = await self.worker.ask(job, limit=patience_for(sum(shard.train.size + shard.holdout.size for shard in shards)))

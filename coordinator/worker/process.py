@@ -52,7 +52,7 @@ from lutetia.system.files import replace_folder
 from lutetia.system.process import ParentChannel, give_way
 
 if TYPE_CHECKING:
-    from lutetia.models.data.shards import ShardData
+    from lutetia.models.data.shards import ClipReader
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _MOST_HOLDOUTS = 16
@@ -79,7 +79,7 @@ class WorkerProcess:
         self._reported = float("-inf")
         self._channel = channel
         self._lines = channel.messages()
-        self._holdouts: dict[Path, ShardData] = {}
+        self._holdouts: dict[Path, ClipReader] = {}
 
     def run(self) -> None:
         """Take jobs until the parent closes the channel. Raises ValueError for a line that is no job."""
@@ -191,12 +191,12 @@ class WorkerProcess:
         return TraceRead(losses=tuple(read_trace(job.path)))
 
     def replay(self, job: ReplayEpoch) -> EpochReplayed:
-        from lutetia.models.data.shards import load_shard
+        from lutetia.models.data.parts.reader import open_shard
         from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay, under_budget
 
         published = read_trace(job.trace)
         result = replay(
-            under_budget(self.manifest, job.epochs), job.shard, load_shard(job.data, self.manifest.latent),
+            under_budget(self.manifest, job.epochs), job.shard, open_shard(job.data, self.manifest.latent),
             ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
             precision=job.precision, doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
             device=self.device, progress=self._progress,
@@ -212,13 +212,11 @@ class WorkerProcess:
         )
 
     def router(self, job: TrainRouter) -> RouterReady:
-        from lutetia.models.data.shards import load_shard
-        from lutetia.models.mixing.router import train_router, write_router
+        from lutetia.models.data.parts.reader import open_shard
+        from lutetia.models.mixing.router import write_router
+        from lutetia.models.mixing.router_training import train_router
 
-        def lean(paths: tuple[Path, ...]) -> list[ShardData]:  # all shards are in memory at once
-            return [load_shard(path, self.manifest.latent).lean() for path in paths]
-
-        shards, holdouts = lean(job.train), lean(job.holdout)
+        shards, holdouts = ([open_shard(path, self.manifest.latent) for path in paths] for paths in (job.train, job.holdout))
         router, report = train_router(
             self.manifest, shards, seed=0, holdouts=holdouts, device=self.device,
             on_progress=lambda done, steps, loss: self._progress(done, steps),
@@ -257,13 +255,13 @@ class WorkerProcess:
         write_gallery(job.out, prompts, to_uint8(frames), pipeline.fps)
         return GallerySampled(clips=len(prompts))
 
-    def _holdout(self, path: Path) -> ShardData:
-        from lutetia.models.data.shards import load_shard
+    def _holdout(self, path: Path) -> ClipReader:
+        from lutetia.models.data.parts.reader import open_shard
 
         if path not in self._holdouts:
             if len(self._holdouts) > _MOST_HOLDOUTS:
                 self._holdouts.clear()
-            self._holdouts[path] = load_shard(path, self.manifest.latent)
+            self._holdouts[path] = open_shard(path, self.manifest.latent)
         return self._holdouts[path]
 
 

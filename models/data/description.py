@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from lutetia.models.data.cluster.report import ClusterReport
+from lutetia.models.data.parts.index import part_path, read_index
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import BlobRef, Count, LatentSpec, Name, first_problem
 from lutetia.system.errors import DataError
 
 DATA_FILE = "data.json"
+OLD_FORMAT = "lutetia-data-1"
 
 
 class DataFile(Frozen):
-    """A shard file."""
+    """The index of a shard's clips of one split; their parts lie in the folder of the same name without suffix."""
 
     path: str = Field(
-        pattern=r"^shards/[0-9]{3,4}\.(train|holdout|test)\.safetensors$", description="path relative to the folder"
+        pattern=r"^shards/[0-9]{3,4}\.(train|holdout|test)\.safetensors$", description="path of the index relative to the folder"
     )
-    blob: BlobRef = Field(description="digest and size of the file")
+    blob: BlobRef = Field(description="digest and size of the index")
     clips: Count = Field(description="number of clips")
+    bytes: Count = Field(description="bytes of index and parts")
 
 
 class DataShard(Frozen):
@@ -42,7 +47,7 @@ class DataShard(Frozen):
 class DataDescription(Frozen):
     """The content of `data.json`."""
 
-    format: Literal["lutetia-data-1"] = Field(default="lutetia-data-1", description="version of this format")
+    format: Literal["lutetia-data-2"] = Field(default="lutetia-data-2", description="version of this format")
     latent: LatentSpec = Field(description="shapes of latents and texts, and their encoders")
     shards: tuple[DataShard, ...] = Field(min_length=1, max_length=4096, description="one per cluster")
     clustering: ClusterReport = Field(description="report on the clusters")
@@ -51,19 +56,39 @@ class DataDescription(Frozen):
 
 
 def read_data(folder: Path) -> DataDescription:
-    """Read the description of a folder that `lutetia data build` wrote. Raises DataError if it holds none, or lacks files."""
+    """Read the description of a folder that `lutetia data build` wrote.
+
+    Raises DataError if it holds none, lacks files, or was written by release 0.1, or IntegrityError if an index is malformed.
+    """
     path = folder / DATA_FILE
     try:
-        description = DataDescription.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        _refuse_old(folder, text)
+        description = DataDescription.model_validate_json(text)
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no {DATA_FILE}; name a folder that `lutetia data build` wrote") from error
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise DataError(f"{path} cannot be read ({reason}); build the data again") from error
     for shard in description.shards:
         for file in filter(None, (shard.train, shard.holdout, shard.test)):
-            if not (folder / file.path).is_file():
-                raise DataError(f"{folder / file.path} is missing; build the data again")
-            if (folder / file.path).stat().st_size != file.blob.size:
-                raise DataError(f"{folder / file.path} is not the file that {DATA_FILE} describes; build the data again")
+            for part, blob in files_of(folder / file.path, file.blob):
+                if not part.is_file():
+                    raise DataError(f"{part} is missing; build the data again")
+                if part.stat().st_size != blob.size:
+                    raise DataError(f"{part} is not the file that {DATA_FILE} describes; build the data again")
     return description
+
+
+def files_of(index: Path, blob: BlobRef) -> Iterator[tuple[Path, BlobRef]]:
+    """The index and its parts, each with the blob that it must be. Raises as `read_index`, after the index has been given."""
+    yield index, blob
+    for number, part in enumerate(read_index(index).parts):
+        yield part_path(index, number, part.blob), part.blob
+
+
+def _refuse_old(folder: Path, text: bytes) -> None:
+    """Raises DataError for data of release 0.1, and ValueError if `text` is no JSON object."""
+    document = json.loads(text)
+    if isinstance(document, dict) and document.get("format") == OLD_FORMAT:
+        raise DataError(f"{folder} was built by release 0.1; convert it: lutetia data convert {folder} NEW_FOLDER")

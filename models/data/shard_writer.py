@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
 from lutetia.models.data.encode.text import TextEncoder
-from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
-from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.models.data.parts.writer import ShardWriter, WrittenShard, part_bytes, text_of
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import LatentSpec
 from lutetia.system.errors import ConfigError, DataError
@@ -124,21 +124,25 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
     rows = source.placement.rows(index, split)
     if not rows:
         return None
-    clips = [source.prepared.clips[row] for row in rows]
-    captions = [clip.caption for clip in clips]
-    shape = (1, -1, 1, 1, 1)
-    raw = torch.from_numpy(np.stack([source.latents(row) for row in rows]))
-    data = ShardData(
-        latents=(raw - torch.tensor(latent.mean).view(shape)) / torch.tensor(latent.std).view(shape),
-        tokens=source.embedded.tokens(captions),
-        pooled=torch.stack([source.embedded.pooled[caption] for caption in captions]),
-        captions=captions,
-        kinds=[clip.kind for clip in clips],
-    )
-    sources = tuple(source.prepared.digests[row] for row in rows)
     relative = f"shards/{index:03d}.{split}.safetensors"
-    write_shard(folder / relative, data, ShardMetadata(latent=latent, name=name, split=split, sources=sources))
-    return DataFile(path=relative, blob=ChunkTable.of_file(folder / relative).ref, clips=len(rows))
+    captions = {source.prepared.clips[row].caption for row in rows}
+    total = 2 * (len(rows) * math.prod(latent.shape) + len(captions) * latent.text_tokens * latent.text_width)
+    writer = ShardWriter(folder / relative, latent, name, split, part_bytes(total))
+    mean, std = (torch.tensor(each).view(-1, 1, 1, 1) for each in (latent.mean, latent.std))
+    for row in rows:  # one at a time: a shard may be larger than the memory
+        clip = source.prepared.clips[row]
+        writer.add(
+            (torch.from_numpy(source.latents(row)) - mean) / std,
+            text_of(clip.caption, source.embedded.tokens(clip.caption), source.embedded.pooled[clip.caption]),
+            clip.kind,
+            source.prepared.digests[row],
+        )
+    return data_file(relative, writer.finish())
+
+
+def data_file(path: str, written: WrittenShard) -> DataFile:
+    """The entry of `data.json` for a shard that was written to `path`, relative to the folder."""
+    return DataFile(path=path, blob=written.blob, clips=written.clips, bytes=written.bytes)
 
 
 def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lutetia.models.data.shards import ShardData
+from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.objectives import times
 from lutetia.models.randomness import clip_order, normals, stream
 from lutetia.protocol.schema.manifest import Manifest
@@ -49,7 +49,7 @@ class Batch:
 class Batches:
     """Makes the batches of one shard, on the CPU in float32, so that every machine replays the same ones."""
 
-    def __init__(self, manifest: Manifest, shard: int, data: ShardData) -> None:
+    def __init__(self, manifest: Manifest, shard: int, data: ClipReader) -> None:
         self._run, self._shard, self._data = manifest.run_id, shard, data
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
 
@@ -61,16 +61,15 @@ class Batches:
         """
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
         order = clip_order(self._run, self._shard, len(self._data), (epoch * self._steps + step) * size, size)
-        clips = torch.from_numpy(order)
-        latents = self._data.latents[clips]
+        clips = self._data.take(torch.from_numpy(order))
         jitter, dropout = stream(*place, "rows").random((2, size))
         kept = torch.from_numpy((dropout >= self._settings.text_dropout).astype(np.float32))
         return Batch(
-            latents=latents,
-            noise=normals(stream(*place, "noise"), tuple(latents.shape)),
+            latents=clips.latents,
+            noise=normals(stream(*place, "noise"), tuple(clips.latents.shape)),
             time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
-            tokens=self._data.tokens[clips].mul_(kept[:, None, None]),  # the null condition is zeros
-            pooled=self._data.pooled[clips].mul_(kept[:, None]),
+            tokens=clips.tokens.mul_(kept[:, None, None]),  # the null condition is zeros
+            pooled=clips.pooled.mul_(kept[:, None]),
         )
 
 

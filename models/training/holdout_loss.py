@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lutetia.models.data.shards import ShardData
+from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.families import call_expert
@@ -71,7 +71,7 @@ def holdout_loss(
     manifest: Manifest,
     shard: int,
     weights: Path | None,
-    data: ShardData,
+    data: ClipReader,
     *,
     draw: str | None = None,
     raw: bool = False,
@@ -116,8 +116,8 @@ def holdout_loss(
     clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
 
     def score(rows: Tensor) -> list[float]:
-        tokens, pooled = data.tokens[clips[rows]].to(device), data.pooled[clips[rows]].to(device)
-        latents = data.latents[clips[rows]].to(device)
+        taken = data.take(clips[rows])
+        latents, tokens, pooled = (each.to(device) for each in (taken.latents, taken.tokens, taken.pooled))
 
         def answer(z, s):
             return call_expert(model, z, s, tokens, pooled, spec.inputs)
@@ -201,7 +201,7 @@ def _drawn_order(manifest: Manifest, shard: int, draw: str | None, count: int) -
 
 
 def holdout_rows(
-    manifest: Manifest, shard: int, data: ShardData, *, draw: str | None = None, noises: int = 4
+    manifest: Manifest, shard: int, data: ClipReader, *, draw: str | None = None, noises: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows that are scored: the clip of each [N], its noise [N, C, F, H, W] and its time [N]."""
     count = len(data) * noises
@@ -209,7 +209,7 @@ def holdout_rows(
     clips = torch.arange(len(data)).repeat_interleave(noises)
     strata = torch.from_numpy(numbers.permutation(count))
     t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
-    return clips, normals(numbers, (count, *data.latents.shape[1:])), t
+    return clips, normals(numbers, (count, *manifest.latent.shape)), t
 
 
 def _load_raw(model: nn.Module, state: Path) -> None:

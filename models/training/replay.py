@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lutetia.models.data.shards import ShardData
+from lutetia.models.data.shards import ClipReader
 from lutetia.models.device import Precision
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.trained import trained_parameters
@@ -79,7 +79,7 @@ class ReplayDoubt:
 def replay(
     manifest: Manifest,
     shard: int,
-    data: ShardData,
+    data: ClipReader,
     parent: ReplayParent,
     steps: int,
     *,

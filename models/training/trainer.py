@@ -23,7 +23,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from lutetia.models.data.shards import ShardData
+from lutetia.models.data.shards import ClipReader
 from lutetia.models.device import Precision
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert, reset_expert
@@ -72,7 +72,7 @@ class ExpertTrainer:
         self,
         manifest: Manifest,
         shard: int,
-        data: ShardData,
+        data: ClipReader,
         *,
         device: str | torch.device = "cpu",
         micro_batch: int | None = None,

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Collection
 
+from lutetia.models.data.parts.index import MAX_INDEX_BYTES
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.hardware_prober import HardwareProber
 from lutetia.node.runtime.network import NodeNetwork
@@ -38,6 +39,7 @@ class NodeTasks:
         try:
             with disk_errors(self.settings.state_folder):
                 base = await self._base(shard, epoch, checkpoint) if epoch else None
+                await self._fetch_index(shard, base)
                 keep = await asyncio.to_thread(self.workspace.needed, shard, base)
                 for ref in self.workspace.inputs(shard, base):
                     await self._fetch(ref, keep)
@@ -54,6 +56,16 @@ class NodeTasks:
         if base is None:
             raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT; waiting for it")
         return base
+
+    async def _fetch_index(self, shard: int, base: AcceptedBase | None) -> None:
+        """Fetch the index of data that lie in parts. Raises IntegrityError if the manifest names a larger one than any may be."""
+        spec = self.manifest.shards[shard]
+        if spec.data_bytes is None:
+            return
+        if spec.train.size > MAX_INDEX_BYTES:
+            raise IntegrityError(f"the index of shard {shard} has {spec.train.size} bytes, more than {MAX_INDEX_BYTES}; refused")
+        await self._fetch(spec.train, await asyncio.to_thread(self.workspace.needed, shard, base))
+        await asyncio.to_thread(self.workspace.check_index, shard)
 
     async def _fetch(self, ref: BlobRef, keep: Collection[str]) -> None:
         if not await asyncio.to_thread(self.workspace.store.has, ref.digest):

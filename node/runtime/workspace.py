@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from lutetia.models.data.parts.index import ShardIndex, read_index
 from lutetia.node.trainer.checkpoint_folder import (
     CHECKPOINT,
     FILES,
@@ -28,7 +29,7 @@ from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.system.errors import IntegrityError, LutetiaError
+from lutetia.system.errors import DataError, IntegrityError, LutetiaError
 from lutetia.system.files import disk_errors, write_atomic
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Workspace:
 
     def __init__(self, paths: RunPaths, manifest: Manifest, store: BlobStore) -> None:
         self.paths, self.manifest, self.store = paths, manifest, store
+        self._indexes: dict[str, ShardIndex] = {}
 
     def work(self, shard: int) -> CheckpointFolder:
         return CheckpointFolder(self.paths.work, self.manifest.run_id, shard)
@@ -226,11 +228,42 @@ class Workspace:
             self._check_fetched(shard)
 
     def inputs(self, shard: int, base: AcceptedBase | None) -> list[BlobRef]:
-        """Blobs to fetch for work on this shard from `base`: its data, and the weights and state to start with."""
-        data, init = self.manifest.shards[shard].train, self.manifest.expert_of(shard).init
+        """Blobs to fetch for work on this shard from `base`: its data, and the weights and state to start with.
+
+        The parts of the data are among them once their index is here.
+        """
+        data, init = [self.manifest.shards[shard].train, *self.parts(shard)], self.manifest.expert_of(shard).init
         if base:
-            return [data, base.weights, base.state]
-        return [data, init] if init else [data]
+            return [*data, base.weights, base.state]
+        return [*data, init] if init else data
+
+    def parts(self, shard: int) -> list[BlobRef]:
+        """The parts of a shard's data; none while their index is not here."""
+        index = self.index(shard)
+        return [part.blob for part in index.parts] if index else []
+
+    def index(self, shard: int) -> ShardIndex | None:
+        """The index of a shard's data; None while it is not here or cannot be read, or if the data are one blob."""
+        spec = self.manifest.shards[shard]
+        if spec.data_bytes is None or not self.store.has(spec.train.digest):
+            return None
+        if spec.train.digest not in self._indexes:
+            try:
+                self._indexes[spec.train.digest] = read_index(self.store.path(spec.train.digest))
+            except (IntegrityError, DataError) as error:
+                log.warning("%s", error)
+                return None
+        return self._indexes[spec.train.digest]
+
+    def check_index(self, shard: int) -> None:
+        """Raises IntegrityError when the fetched index cannot be read; one that was damaged on disk is removed."""
+        ref = self.manifest.shards[shard].train
+        try:
+            self.store.verify(ref.digest)
+        except IntegrityError:
+            self.store.remove(ref.digest)
+            raise
+        read_index(self.store.path(ref.digest))
 
     def needed(self, shard: int, base: AcceptedBase | None) -> set[str]:
         """Digests of the blobs needed to continue the work on this shard from `base`, or to offer it."""

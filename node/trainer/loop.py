@@ -9,7 +9,7 @@ import time
 import torch
 from pydantic import ValidationError
 
-from lutetia.models.data.shards import load_shard
+from lutetia.models.data.parts.reader import open_shard
 from lutetia.models.training.replay import under_budget
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.machine.messages import Exit
@@ -206,7 +206,7 @@ def build(assignment: Assignment) -> ExpertTrainer:
     """The trainer, restored to its starting point. Raises TrainerEnded when shard or state cannot be used."""
     manifest = read_manifest(assignment)
     try:
-        data = load_shard(assignment.data, manifest.latent)
+        data = open_shard(assignment.data, manifest.latent)
         trainer = ExpertTrainer(
             manifest, assignment.shard, data,
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lutetia.models.data.shards import load_shard
+from lutetia.models.data.parts.reader import open_shard
 from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay, under_budget
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed
 from lutetia.protocol.schema.manifest import SignedManifest
@@ -21,7 +21,7 @@ def answer_replay(question: ReplayQuestion) -> ReplayFinished | RequestFailed:
         manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
         manifest = under_budget(manifest, question.epochs)
         outcome = replay(
-            manifest, question.shard, load_shard(question.data, manifest.latent),
+            manifest, question.shard, open_shard(question.data, manifest.latent),
             ReplayParent(question.epoch, question.weights, question.state), question.steps,
             end=end, device=question.device, precision=question.precision, micro_batch=question.micro_batch,
         )  # fmt: skip

@@ -10,8 +10,9 @@ from pydantic import BeforeValidator, Field
 from lutetia.protocol.schema.fields import OpenWord
 
 MOST_CAPABILITIES = 32
-CAPABILITIES: tuple[str, ...] = ("unknown-fields",)
-"""`unknown-fields`: carries the fields of later versions instead of refusing them."""
+SHARD_PARTS = "shard-parts"
+CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS)
+"""`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

@@ -102,12 +102,22 @@ class ShardSpec(WireDocument):
 
     index: ShardIndex = Field(description="Number of the shard, from 0")
     name: Name = Field(description="Name of the cluster, for people")
-    train: BlobRef = Field(description="Blob of the training clips' latents and text embeddings")
+    train: BlobRef = Field(
+        description="Index of the training clips' latents and text embeddings, or all of them where `data_bytes` is null"
+    )
     holdout: BlobRef = Field(description="Held-out clips, on which results are scored: only the coordinator has them")
     clips: Count = Field(description="Training clips in the shard")
     holdout_clips: Count = Field(description="Held-out clips in the shard")
     prior: float = Field(gt=0, le=1, description="Share of the shard in the natural mixture of all data")
     expert: ExpertSpec | None = Field(default=None, description="Network of this shard's expert; null: the run's")
+    data_bytes: Count | None = added(
+        None, "Bytes of `train` and of the parts that it lists; null: `train` is no index but holds the clips itself"
+    )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the training data."""
+        return self.data_bytes or self.train.size
 
 
 class TimeSampling(WireDocument):

@@ -63,7 +63,7 @@ def local_document(words: str) -> dict[str, Any]:
 
 
 def data_description(words: str) -> DataDescription:
-    file = DataFile.model_construct(clips=3, blob=manifest().shards[0].train)
+    file = DataFile.model_construct(clips=3, bytes=9, blob=manifest().shards[0].train)
     shard = DataShard.model_construct(index=0, name=words, prior=1.0, keywords=(words,), test=None, train=file, holdout=file)
     return DataDescription.model_construct(latent=manifest().latent, shards=(shard,))
 

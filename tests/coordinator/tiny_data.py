@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 
 from lutetia.models.data.cluster.report import ClusterReport
-from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
+from lutetia.models.data.description import DATA_FILE, DataDescription, DataShard
 from lutetia.models.data.encode.text import load_text_encoder
-from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
-from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.data.shard_writer import data_file
+from lutetia.models.data.shards import ShardData
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import LatentSpec
 
@@ -49,10 +50,10 @@ def build_tiny(folder: Path, shards: int = 2, train: int = 6, holdout: int = 4) 
         files = {}
         splits: tuple[tuple[Literal["train", "holdout"], int], ...] = (("train", train), ("holdout", holdout))
         for split, count in splits:
-            path = folder / "shards" / f"{index:03d}.{split}.safetensors"
-            write_shard(path, clips(index, count, len(split)), ShardMetadata(latent=latent, name=f"kind {index}", split=split))
-            ref = ChunkTable.of_file(path).ref
-            files[split] = DataFile(path=str(path.relative_to(folder)), blob=ref, clips=count)
+            path = f"shards/{index:03d}.{split}.safetensors"
+            data = clips(index, count, len(split))
+            written = write_shard(folder / path, data, latent, name=f"kind {index}", split=split, size=3000)  # two clips a part
+            files[split] = data_file(path, written)
         entries.append(DataShard(index=index, name=f"kind {index}", **files, prior=1 / shards))
     report = ClusterReport(clusters=(), silhouette=0.0, largest_uncapped=1 / shards)
     description = DataDescription(latent=latent, shards=tuple(entries), clustering=report)

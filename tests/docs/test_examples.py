@@ -14,7 +14,7 @@ import pytest
 
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.settings import RunSettings
-from lutetia.models.data.shards import load_shard
+from lutetia.models.data.parts.reader import load_shard
 from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.trainer import ExpertTrainer, write_weights

@@ -82,7 +82,7 @@ async def scripted_coordinator(
     try:
         store = BlobStore(folder / "blobs")
         for shard in run.manifest.shards:
-            store.add_file(run.data(shard.index))
+            run.add_data(shard.index, store)
         coordinator = ScriptedCoordinator(run, transport, store)
         signed = SignedManifest.model_validate_json(run.manifest_file.read_bytes())
         await serve_introduction(transport, lambda: signed)

@@ -11,13 +11,24 @@ from typing import Any, Literal
 
 import torch
 
-from lutetia.models.data.shards import ShardData, ShardMetadata, write_shard
+from lutetia.models.data.description import files_of
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.data.shards import ShardData
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.node.trainer.messages import StartTraining
-from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.manifest import (
+    BlobRef,
+    ExpertSpec,
+    LatentSpec,
+    Manifest,
+    Optimisation,
+    ShardSpec,
+    SignedManifest,
+    Timing,
+)
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.system.process import Child
 
@@ -27,6 +38,8 @@ LATENT = LatentSpec(
     channels=4, frames=2, height=4, width=4, vae="pixels", pixel_frames=2, pixel_height=4, pixel_width=4,
     text_encoder="builtin:words", text_tokens=3, text_width=16, pooled_width=16,
 )  # fmt: skip
+PART_BYTES = 1500
+"""Three parts of a shard: three clips take 1.3 KB."""
 EXPERT = ExpertSpec(
     config={
         "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
@@ -58,6 +71,17 @@ class TinyRun:
     def data(self, shard: int) -> Path:
         return self.folder / f"{shard}.train.safetensors"
 
+    def data_refs(self, shard: int) -> list[BlobRef]:
+        """The shard's index and parts."""
+        return [ref for _, ref in files_of(self.data(shard), self.manifest.shards[shard].train)]
+
+    def add_data(self, shard: int, store: BlobStore) -> BlobRef:
+        """Put the shard's index and parts into `store`; returns the index."""
+        spec = self.manifest.shards[shard]
+        for path, _ in files_of(self.data(shard), spec.train):
+            store.add_file(path)
+        return spec.train
+
     def work(self, name: str, shard: int = 0) -> CheckpointFolder:
         return CheckpointFolder(self.folder / name, self.manifest.run_id, shard)
 
@@ -84,12 +108,16 @@ def make_run(
     """Write a run to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
+    splits: tuple[Literal["train", "holdout"], ...] = ("train", "holdout")
     for index in range(2):
-        refs = {}
-        for split in ("train", "holdout"):
+        refs: dict[str, Any] = {}
+        sizes: dict[str, int] = {}
+        for split in splits:
             path = folder / f"{index}.{split}.safetensors"
-            write_shard(path, tiny_shard(index), ShardMetadata(latent=LATENT, name=f"kind {index}", split=split))
-            refs[split] = ChunkTable.of_file(path).ref
+            written = write_shard(path, tiny_shard(index), LATENT, name=f"kind {index}", split=split, size=PART_BYTES)
+            refs[split] = written.blob
+            sizes[split] = written.bytes
+        refs["data_bytes"] = sizes["train"]
         shards.append(ShardSpec(index=index, name=f"kind {index}", clips=8, holdout_clips=8, prior=0.5, **refs))
     now = time.time()
     manifest = Manifest(

@@ -166,9 +166,9 @@ class EmbeddedCaptions:
     keys: Mapping[str, str]
     pooled: Mapping[str, Tensor]
 
-    def tokens(self, captions: Sequence[str]) -> Tensor:
-        """Tokens [N, L, D] in float16, as in shards. Raises DataError if they are no longer in the cache."""
-        return torch.stack([torch.from_numpy(cached_array(self.cache, self.keys[each], "tokens")).half() for each in captions])
+    def tokens(self, caption: str) -> Tensor:
+        """Tokens [L, D]. Raises DataError if they are no longer in the cache."""
+        return torch.from_numpy(cached_array(self.cache, self.keys[caption], "tokens"))
 
 
 def prepare_captions(captions: Sequence[str], encoder: TextEncoder, cache: ArrayCache, on_progress: Progress) -> EmbeddedCaptions:

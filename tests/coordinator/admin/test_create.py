@@ -15,6 +15,7 @@ from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings, ServeSettings, small_expert, tiny_expert
+from lutetia.models.data.description import files_of, read_data
 from lutetia.models.experts.families import build_expert
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
@@ -48,8 +49,9 @@ def test_create_run_makes_every_file(data: Path, tmp_path: Path):
     for key in (run.owner_key, run.coordinator_key):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
     served, own = set(BlobStore(run.blobs).digests()), set(BlobStore(run.holdouts).digests())
-    assert served == {shard.train.digest for shard in signed.manifest.shards}, "peers can fetch no held-out clip"
-    assert own == {shard.holdout.digest for shard in signed.manifest.shards}
+    assert served == blobs_of(data, "train"), "peers can fetch no held-out clip"
+    assert own == blobs_of(data, "holdout")
+    assert signed.manifest.needs == ("shard-parts",), "release 0.1 would take an index for the clips"
     assert stat.S_IMODE(run.holdouts.stat().st_mode) == 0o700
     ledger = Ledger.open(run.ledger, created.run)
     assert (ledger.state.manifest_version, ledger.state.accepted_epochs) == (1, (0, 0))
@@ -140,7 +142,7 @@ def test_missing_or_changed_data_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.json"):
         create_run(tmp_path, tmp_path / "run", TINY)
     data = build_tiny(tmp_path / "data")
-    path = data / "shards" / "001.train.safetensors"
+    path = data / "shards" / "001.train" / "0001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -148,6 +150,12 @@ def test_missing_or_changed_data_are_refused(tmp_path: Path):
         create_run(data, tmp_path / "run", TINY)
     assert not (tmp_path / "run").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+def blobs_of(data: Path, split: str) -> set[str]:
+    """The digests of the indexes and parts of all shards."""
+    files = [getattr(shard, split) for shard in read_data(data).shards]
+    return {blob.digest for file in files for _, blob in files_of(data / file.path, file.blob)}
 
 
 @pytest.mark.parametrize(

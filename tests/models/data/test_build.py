@@ -21,7 +21,7 @@ from lutetia.models.data.cluster.balance import balance
 from lutetia.models.data.description import read_data
 from lutetia.models.data.encode.latents import demo_autoencoder, load_latents
 from lutetia.models.data.output import output_folder
-from lutetia.models.data.shards import load_shard, read_shard_metadata
+from lutetia.models.data.parts.reader import PartedShard, load_shard, open_shard
 from lutetia.models.networks.model_ref import anchored
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.system.errors import ConfigError, DataError, LutetiaError
@@ -72,6 +72,13 @@ def test_build_makes_one_shard_per_natural_kind(built: BuildReport) -> None:
             assert set(data.kinds) == {shard.name}
 
 
+def sources(built: BuildReport, path: str) -> list[str]:
+    """The digests of the files of a shard's clips."""
+    shard = open_shard(built.out / path, built.description.latent)
+    assert isinstance(shard, PartedShard)
+    return [digest for number in range(len(shard.index.parts)) for digest in shard.metadata(number).sources]
+
+
 def test_latents_are_normalised_and_decode_to_the_clips(built: BuildReport) -> None:
     spec = built.description.latent
     shards = [load_shard(built.out / shard.train.path, spec) for shard in built.description.shards]
@@ -80,7 +87,7 @@ def test_latents_are_normalised_and_decode_to_the_clips(built: BuildReport) -> N
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(3), atol=2e-3, rtol=0)
     lines = [json.loads(line) for line in (built.out / "clips.jsonl").read_text().splitlines()]
     number = {line["sha256"]: int(line["file_name"].split("-")[1][:3]) for line in lines}
-    source = read_shard_metadata(built.out / "shards/000.train.safetensors").sources[0]
+    source = sources(built, "shards/000.train.safetensors")[0]
     decoded = load_latents("pixels", spec).decode(shards[0].latents[:1])[0]
     assert np.abs(decoded.astype(int) - look("ball", number[source])).mean() < 3
 
@@ -89,7 +96,7 @@ def test_no_file_is_in_two_splits(built: BuildReport) -> None:
     sides: dict[str, set[str]] = {"train": set(), "holdout": set(), "test": set()}
     for shard in built.description.shards:
         for file in filter(None, (shard.train, shard.holdout, shard.test)):
-            sides[file.path.split(".")[1]] |= set(read_shard_metadata(built.out / file.path).sources)
+            sides[file.path.split(".")[1]] |= set(sources(built, file.path))
     assert not sides["train"] & sides["holdout"]
     assert not (sides["train"] | sides["holdout"]) & sides["test"]
     lines = [json.loads(line) for line in (built.out / "clips.jsonl").read_text().splitlines()]
@@ -313,6 +320,12 @@ def test_folder_of_test_clips_only_is_refused(tmp_path: Path, cache: Path) -> No
 
 def test_read_data_refuses_changed_files(built: BuildReport, tmp_path: Path) -> None:
     shutil.copytree(built.out, tmp_path / "data")
+    (tmp_path / "data/shards/001.holdout/0000.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match="001.holdout/0000.safetensors is not the file that data.json describes"):
+        read_data(tmp_path / "data")
+    (tmp_path / "data/shards/001.holdout/0000.safetensors").unlink()
+    with pytest.raises(DataError, match=r"001.holdout/0000.safetensors is missing; build the data again"):
+        read_data(tmp_path / "data")
     (tmp_path / "data/shards/001.holdout.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match="001.holdout.safetensors is not the file that data.json describes"):
         read_data(tmp_path / "data")

@@ -19,7 +19,8 @@ from lutetia.models.metrics.report import MetricsReport, evaluate
 from lutetia.models.metrics.routing import loss_table, router_table, routing_figures
 from lutetia.models.metrics.settings import EvaluateSettings, EvaluatorSettings
 from lutetia.models.mixing.options import SamplingOptions
-from lutetia.models.mixing.router import RouterReport, build_router
+from lutetia.models.mixing.router import build_router
+from lutetia.models.mixing.router_training import RouterReport
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.holdout_loss import HoldoutLoss
 from lutetia.models.training.trainer import ExpertTrainer, write_weights

@@ -1,19 +1,14 @@
 """The router learns which shard a noisy latent comes from, is calibrated, and follows the shards' priors."""
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from lutetia.models.mixing.router import (
-    MAX_PATCHES,
-    VideoRouter,
-    _calibration_error,
-    _patch_size,
-    build_router,
-    report_router,
-    train_router,
-)
+from lutetia.models.data.parts.reader import load_shard, open_shard
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.mixing.router import MAX_PATCHES, VideoRouter, _patch_size, build_router
+from lutetia.models.mixing.router_training import _calibration_error, report_router, train_router
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import DataError
 from tests.models.tiny_experts import tiny_data, tiny_manifest
@@ -69,9 +64,12 @@ def test_train_router_is_deterministic_and_reports_progress(device) -> None:
     assert progress == [(step, 5) for step in range(1, 6)]
 
 
-def test_lean_shards_give_the_same_router() -> None:
-    manifest, on_disk = uneven(text=True), [replace(shard, latents=shard.latents.half().float()) for shard in SHARDS]
-    routers = [train_router(manifest, shards, seed=4, steps=5) for shards in (on_disk, [shard.lean() for shard in on_disk])]
+def test_shards_on_disk_give_the_same_router(tmp_path: Path) -> None:
+    manifest, paths = uneven(text=True), [tmp_path / f"{number}.safetensors" for number in range(len(SHARDS))]
+    for path, shard in zip(paths, SHARDS, strict=True):
+        write_shard(path, shard, manifest.latent, size=4000)
+    readers = [open_shard(path, manifest.latent) for path in paths], [load_shard(path, manifest.latent) for path in paths]
+    routers = [train_router(manifest, shards, seed=4, steps=5) for shards in readers]
     (a, report), (b, again) = routers
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert report == again

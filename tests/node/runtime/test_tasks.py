@@ -49,7 +49,7 @@ class NodeSetup:
         coordinator, transport = network.peer(COORDINATOR, check), network.peer(NODE, check)
         origin = BlobStore(run.folder / "origin")
         for shard in run.manifest.shards:
-            origin.add_file(run.data(shard.index))
+            run.add_data(shard.index, origin)
 
         async def accepted(peer_id: str, offer: Offer) -> OfferReply:
             return OfferReply(verdict="accepted")
@@ -130,15 +130,15 @@ async def test_disk_limit_removes_a_finished_shard(run: TinyRun, tmp_path: Path)
     kept = node.checkpoint()
     await node.tasks.publish(kept.candidate)
     node.workspace.superseded(0, 1)
-    data = [shard.train for shard in run.manifest.shards]
-    node.workspace.store.limit_bytes = data[1].size + total(kept.refs)
+    data = [run.data_refs(shard.index) for shard in run.manifest.shards]
+    node.workspace.store.limit_bytes = total(data[1]) + total(kept.refs)
     assert isinstance(await node.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
-    assert not node.workspace.store.has(data[0].digest)
+    assert not any(node.workspace.store.has(ref.digest) for ref in data[0])
     assert node.workspace.work(0).kept() == [kept], "own checkpoints are removed last"
     later = write_checkpoint(node.workspace, 1, None, shard=1)
-    node.workspace.store.limit_bytes = data[1].size + total(later.refs)
+    node.workspace.store.limit_bytes = total(data[1]) + total(later.refs)
     assert (await node.tasks.publish(later.candidate)).verdict == "accepted"
-    assert set(node.workspace.store.digests()) == {data[1].digest, *(ref.digest for ref in later.refs)}
+    assert set(node.workspace.store.digests()) == {ref.digest for ref in (*data[1], *later.refs)}
     assert node.workspace.work(0).kept() == [], "a checkpoint that is not served takes no space in the work folder"
 
 
@@ -147,9 +147,9 @@ async def test_disk_limit_keeps_pending_work(run: TinyRun, tmp_path: Path):
     await node.tasks.sync(m.Sync(0, 0, None))
     kept = node.checkpoint()
     await node.tasks.publish(kept.candidate)
-    node.workspace.store.limit_bytes = run.manifest.shards[1].train.size
+    node.workspace.store.limit_bytes = run.manifest.shards[1].size
     assert isinstance(await node.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
-    node.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs)
+    node.workspace.store.limit_bytes = run.manifest.shards[0].size + total(kept.refs)
     back = await node.tasks.sync(m.Sync(0, 0, None))
     assert isinstance(back, m.SyncDone)
     assert back.pending == (kept.candidate,)
@@ -161,11 +161,11 @@ async def test_disk_limit_below_one_shard_is_one_sentence(run: TinyRun, tmp_path
     node = await NodeSetup.create(run, tmp_path / "node")
     await node.tasks.sync(m.Sync(0, 0, None))
     kept = node.checkpoint()
-    node.workspace.store.limit_bytes = run.manifest.shards[0].train.size + total(kept.refs) - 1
+    node.workspace.store.limit_bytes = run.manifest.shards[0].size + total(kept.refs) - 1
     answer = await node.tasks.publish(kept.candidate)
     assert answer.verdict == "unreachable"
     assert "raise the limit" in answer.text
-    assert node.workspace.store.has(run.manifest.shards[0].train.digest)
+    assert all(node.workspace.store.has(ref.digest) for ref in run.data_refs(0))
 
 
 async def test_trainer_without_a_probe_result_does_not_start(run: TinyRun, tmp_path: Path):

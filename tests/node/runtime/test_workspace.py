@@ -130,7 +130,7 @@ def test_discard_keeps_the_accepted_checkpoint_only(workspace: Workspace):
 
 
 def test_discard_all_removes_damaged_fetched_blobs(workspace: Workspace, run: TinyRun):
-    ref = workspace.store.add_file(run.data(0))
+    ref = run.add_data(0, workspace.store)
     workspace.work(0).path.mkdir(parents=True)
     with workspace.store.path(ref.digest).open("r+b") as file:
         file.write(b"rot")

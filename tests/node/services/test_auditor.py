@@ -42,7 +42,7 @@ async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):
     weights, state = store.add_bytes(b"accepted weights"), store.add_bytes(b"accepted state")
     shell.replicator.replicas[0] = Replica(shard=0, epoch=1, checkpoint="c" * 64, weights=weights, state=state)
     job = JOB.model_copy(update={"end_weights": weights, "end_state": state, "until": time.time() + 600})
-    store.limit_bytes = store.used_bytes() + run.manifest.shards[0].train.size
+    store.limit_bytes = store.used_bytes() + run.manifest.shards[0].size
     spare = store.add_bytes(b"not needed")
     assert await NodeAuditor(shell)._replay(job) is None, "the blobs are not weights, so the replay fails"
     assert set(store.digests()) == {weights.digest, state.digest}

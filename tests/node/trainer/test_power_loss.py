@@ -18,7 +18,7 @@ import sys, threading
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lutetia.models.data.shards import load_shard
+from lutetia.models.data.parts.reader import load_shard
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter

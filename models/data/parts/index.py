@@ -1,0 +1,162 @@
+"""The index of a shard: which blobs its clips lie in, and which text each clip has. Needs no torch: a node's supervisor reads it.
+
+A shard is an index and its *parts*, one safetensors file each. Clips are numbered through all parts. A text (a caption and its
+embedding) is stored once, in the part of the first clip that has it; texts are numbered in that order. So the index and the
+order of batches say which parts a step needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.manifest import BlobRef, Count, LatentSpec, Tally, first_problem
+from lutetia.system.errors import DataError, IntegrityError
+from lutetia.system.files import atomic_path
+
+MAX_INDEX_BYTES = 64 << 20
+MAX_PARTS = 4096
+MAX_PART_BYTES = 256_000_000
+MAX_CLIPS = 1 << 23
+METADATA = "lutetia"
+"""The metadata entry of index and parts. Only one: safetensors writes several in random order."""
+Split = Literal["train", "holdout", "test"]
+
+
+class PartSpec(Frozen):
+    """One part of a shard."""
+
+    blob: BlobRef = Field(description="digest and size of the file")
+    clips: Count = Field(description="clips in the part")
+    texts: Tally = Field(description="texts in the part")
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> PartSpec:
+        if self.blob.size > MAX_PART_BYTES:
+            raise ValueError(f"a part has {self.blob.size} bytes, more than {MAX_PART_BYTES}")
+        return self
+
+
+class IndexDocument(Frozen):
+    """The metadata of an index file."""
+
+    format: Literal["lutetia-shard-2"] = Field(default="lutetia-shard-2", description="version of this format")
+    latent: LatentSpec = Field(description="shapes of latents and texts, and their encoders")
+    name: str = Field(default="", max_length=512, description="name of the cluster")
+    split: Split = Field(default="train", description="use of the clips")
+    parts: tuple[PartSpec, ...] = Field(min_length=1, max_length=MAX_PARTS, description="the parts, in the order of their clips")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """An index that was read.
+
+    Attributes:
+        document: its metadata.
+        texts: the number of each clip's text, int32 [N].
+    """
+
+    document: IndexDocument
+    texts: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def parts(self) -> tuple[PartSpec, ...]:
+        return self.document.parts
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.blob.size for part in self.parts)
+
+    @cached_property
+    def clip_starts(self) -> NDArray[np.int64]:
+        """The first clip of each part, and the number of clips [parts + 1]."""
+        return np.cumsum([0, *(part.clips for part in self.parts)])
+
+    @cached_property
+    def text_starts(self) -> NDArray[np.int64]:
+        """The first text of each part, and the number of texts [parts + 1]."""
+        return np.cumsum([0, *(part.texts for part in self.parts)])
+
+    def parts_of(self, clips: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The parts that hold the latents and the text of each clip, int64 [len(clips), 2]."""
+        of_clips = np.searchsorted(self.clip_starts, clips, side="right") - 1
+        of_texts = np.searchsorted(self.text_starts, self.texts[clips], side="right") - 1
+        return np.stack([of_clips, of_texts], axis=1)
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file names parts; otherwise it may be a shard in one file, as earlier versions wrote them."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys()) == ["texts"]
+    except (SafetensorError, OSError):
+        return False
+
+
+def parts_of(path: Path) -> tuple[PartSpec, ...]:
+    """The parts that the file at `path` lists; none if it is a shard in one file. Raises as `read_index`."""
+    return read_index(path).parts if is_index(path) else ()
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read and check an index. Raises DataError (no such file) or IntegrityError (malformed, too large, contradictory)."""
+    try:
+        if (size := path.stat().st_size) > MAX_INDEX_BYTES:
+            raise IntegrityError(f"the index {path.name} has {size} bytes, more than {MAX_INDEX_BYTES}; refused")
+        with safe_open(path, framework="numpy") as file:
+            text, names = (file.metadata() or {}).get(METADATA), list(file.keys())
+            texts = file.get_tensor("texts") if names == ["texts"] else None
+    except FileNotFoundError as error:
+        raise DataError(f"shard {path} does not exist; fetch or build it again") from error
+    except SafetensorError as error:
+        raise IntegrityError(f"shard {path} is not a complete safetensors file ({error}); fetch or build it again") from error
+    if text is None or texts is None:
+        raise IntegrityError(f"{path} is a safetensors file but not a shard; name one that `lutetia data build` wrote")
+    try:
+        document = IndexDocument.model_validate_json(text)
+    except ValidationError as error:
+        raise IntegrityError(f"the index {path.name} is malformed ({first_problem(error)}); build the data again") from error
+    index = ShardIndex(document, cast("NDArray[np.int32]", texts))
+    if problem := _contradiction(index):
+        raise IntegrityError(f"the index {path.name} contradicts itself: {problem}; build the data again")
+    return index
+
+
+def _contradiction(index: ShardIndex) -> str | None:
+    texts = index.texts
+    if texts.dtype != np.int32 or texts.ndim != 1 or not 0 < len(texts) <= MAX_CLIPS:
+        return f"its texts are not one row of 1 to {MAX_CLIPS} whole numbers"
+    if len(texts) != index.clip_starts[-1]:
+        return f"its parts hold {index.clip_starts[-1]} clips, but {len(texts)} clips have texts"
+    if texts.min() < 0 or texts.max() >= index.text_starts[-1]:
+        return f"a clip has a text beyond the {index.text_starts[-1]} of its parts"
+    return None
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Write an index atomically. The same index gives the same bytes. Raises DataError if it is too large, or DiskError."""
+    data = save({"texts": np.ascontiguousarray(index.texts)}, metadata={METADATA: canonical(index.document).decode()})
+    if len(data) > MAX_INDEX_BYTES:
+        raise DataError(f"cannot write shard {path.name}: its index has {len(data)} bytes; split the data into more experts")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def part_path(index: Path, number: int, blob: BlobRef) -> Path:
+    """Where a part lies: in a blob store under its digest, beside other blobs; in a folder of data under its number."""
+    if len(index.name) == 64 and index.parent.name == index.name[:2]:
+        return index.parent.parent / blob.digest[:2] / blob.digest
+    return index.with_suffix("") / f"{number:04d}.safetensors"

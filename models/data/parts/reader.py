@@ -1,0 +1,141 @@
+"""Read the clips of a shard from its parts: only what a batch needs is loaded, and padded again."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lutetia.models.data.parts.index import ShardIndex, is_index, part_path, read_index
+from lutetia.models.data.parts.part_file import OpenPart, PartMetadata
+from lutetia.models.data.parts.single_file import SingleFileShard
+from lutetia.models.data.shards import ClipReader, ClipRows, Rows, ShardData, infinite_name
+from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.system.errors import DataError, IntegrityError
+
+_MAPPED_BYTES = 256 << 20
+"""Parts that are kept open together hold at most this much, or are one part."""
+
+Wait = Callable[[int, Path], None]
+"""Called with the number and path of a part that is not there yet; returns when it is, or raises."""
+
+
+class PartedShard:
+    """The clips of a shard that lies in parts. Safe for several threads.
+
+    Args:
+        path: the index.
+        index: its content.
+        wait: waits for a part; None: a missing part is an error.
+    """
+
+    def __init__(self, path: Path, index: ShardIndex, wait: Wait | None = None) -> None:
+        self.path, self.index, self.latent = path, index, index.document.latent
+        self._wait = wait
+        self._open: OrderedDict[int, OpenPart] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+        picked = torch.as_tensor(rows, dtype=torch.long).numpy()
+        latent, count = self.latent, len(picked)
+        data = ClipRows(
+            torch.empty(count, *latent.shape),
+            torch.zeros(count, latent.text_tokens if with_tokens else 0, latent.text_width),
+            torch.empty(count, latent.pooled_width),
+        )
+        texts, places = self.index.texts[picked], self.index.parts_of(picked)
+        with self._lock:
+            for number in np.unique(places):
+                part = self._part(int(number))
+                for row in np.flatnonzero(places[:, 0] == number):
+                    data.latents[row] = part.latents(int(picked[row] - self.index.clip_starts[number]))
+                for row in np.flatnonzero(places[:, 1] == number):
+                    tokens, data.pooled[row] = part.text(int(texts[row] - self.index.text_starts[number]))
+                    if with_tokens:
+                        data.tokens[row, : len(tokens)] = tokens
+        if name := infinite_name(data):
+            numbers = ", ".join(str(number) for number in np.unique(places)[:8])
+            raise IntegrityError(f"shard {self.path.name}: {name} of parts {numbers} are not finite; build the data again")
+        return data
+
+    def load(self) -> ShardData:
+        """All clips."""
+        rows, kinds, captions = self.take(range(len(self))), [], []
+        with self._lock:
+            for number in range(len(self.index.parts)):
+                metadata = self._part(number).metadata()
+                kinds += metadata.kinds
+                captions += metadata.captions
+        return ShardData(rows.latents, rows.tokens, rows.pooled, [captions[text] for text in self.index.texts], kinds)
+
+    def metadata(self, number: int) -> PartMetadata:
+        """Captions, kinds and sources of a part."""
+        with self._lock:
+            return self._part(number).metadata()
+
+    def _part(self, number: int) -> OpenPart:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        spec = self.index.parts[number]
+        path = part_path(self.path, number, spec.blob)
+        if self._wait and not path.is_file():
+            self._wait(number, path)
+        part = self._open[number] = OpenPart(path, spec, self.latent)
+        while len(self._open) > 1 and sum(each.part.blob.size for each in self._open.values()) > _MAPPED_BYTES:
+            self._open.popitem(last=False)
+        return part
+
+
+def open_shard(
+    path: Path, latent: LatentSpec, batch: int | None = None, wait: Wait | None = None
+) -> PartedShard | SingleFileShard:
+    """Open a shard and check it; its clips are read when they are used.
+
+    Args:
+        path: its index, or the shard file of release 0.1.
+        latent: the spec of the run; that of the shard must be equal in every field.
+        batch: the fewest clips that the shard must have.
+        wait: waits for a part that is not there yet; None: that is an error.
+
+    Raises DataError (no such file, or fewer clips than a batch) or IntegrityError (anything that does not match).
+    """
+    shard = PartedShard(path, read_index(path), wait) if is_index(path) else SingleFileShard(path)
+    for field in LatentSpec.model_fields:
+        built, expected = getattr(shard.latent, field), getattr(latent, field)
+        if built != expected:
+            raise IntegrityError(
+                f"shard {path.name} was built with {field} {built}, but the run has {expected}; build the data again"
+            )
+    if batch is not None and len(shard) < batch:
+        raise DataError(
+            f"shard {path.name} has {len(shard)} clips, fewer than a batch of {batch}; use a smaller batch or fewer experts"
+        )
+    return shard
+
+
+def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> ShardData:
+    """Read a whole shard into memory. Arguments and errors as those of `open_shard`."""
+    return open_shard(path, latent, batch).load()
+
+
+class Excerpt:
+    """Some clips of a shard, numbered anew."""
+
+    def __init__(self, clips: ClipReader, rows: list[int]) -> None:
+        self._clips, self._rows = clips, torch.tensor(rows, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+        picked: Tensor = self._rows[torch.as_tensor(rows, dtype=torch.long)]
+        return self._clips.take(picked, with_tokens=with_tokens)

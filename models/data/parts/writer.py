@@ -1,0 +1,169 @@
+"""Write a shard as an index and its parts, clip by clip, so that it never has to be in memory as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lutetia.models.data.parts.index import (
+    MAX_PART_BYTES,
+    MAX_PARTS,
+    IndexDocument,
+    PartSpec,
+    ShardIndex,
+    Split,
+    part_path,
+    write_index,
+)
+from lutetia.models.data.parts.part_file import PartMetadata, Text, true_length, write_part
+from lutetia.models.data.shards import ShardData, shape_problem
+from lutetia.protocol.blobs.chunk_table import ChunkTable
+from lutetia.protocol.schema.manifest import BlobRef, LatentSpec
+from lutetia.system.errors import DataError
+
+_USUAL_PARTS = 1024
+_SMALLEST_PART = 4 << 20
+_HEADER = 1 << 20
+"""Bytes that the metadata of a part may take beside what is counted."""
+
+
+def part_bytes(total: int) -> int:
+    """How large the parts of a shard of `total` bytes are: about a thousand, so that few bytes precede the first step."""
+    return min(max(_SMALLEST_PART, total // _USUAL_PARTS), MAX_PART_BYTES - _HEADER)
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """The index that was written, and the bytes of index and parts."""
+
+    blob: BlobRef
+    clips: int
+    bytes: int
+
+
+@dataclass
+class ShardWriter:
+    """Writes a shard. Call `add` for every clip, then `finish`.
+
+    Args:
+        path: the index; parts go into the folder of the same name without suffix.
+        latent: shapes of latents and texts.
+        name: of the cluster.
+        split: use of the clips.
+        part_bytes: size at which a part is full (`part_bytes`).
+    """
+
+    path: Path
+    latent: LatentSpec
+    name: str
+    split: Split
+    part_bytes: int
+    _latents: list[Tensor] = field(default_factory=list)
+    _texts: list[Text] = field(default_factory=list)
+    _kinds: list[str] = field(default_factory=list)
+    _sources: list[str] = field(default_factory=list)
+    _bytes: int = 0
+    _parts: list[PartSpec] = field(default_factory=list)
+    _known: dict[bytes, int] = field(default_factory=dict)
+    _of_clips: list[int] = field(default_factory=list)
+
+    def add(self, latents: Tensor, text: Text, kind: str = "", source: str = "") -> None:
+        """Add a clip.
+
+        Args:
+            latents: [C, F, H, W], normalised.
+            text: caption and embedding.
+            kind: label of the user.
+            source: SHA-256 (hex) of its file.
+
+        Raises DataError if it does not have the shapes of the shard or is not finite in float16, or DiskError.
+        """
+        half = latents.detach().to("cpu", torch.float16)
+        self._check(half, text)
+        key = hashlib.sha256(text.caption.encode() + b"\0" + _bytes_of(text.tokens) + _bytes_of(text.pooled)).digest()
+        size = 2 * half.numel() + (0 if key in self._known else text.bytes) + len(kind.encode()) + 80
+        if self._latents and self._bytes + size > self.part_bytes:
+            self._flush()
+        if key not in self._known:
+            self._known[key] = len(self._known)
+            self._texts.append(text)
+        self._of_clips.append(self._known[key])
+        self._latents.append(half)
+        self._kinds.append(kind)
+        self._sources.append(source)
+        self._bytes += size
+
+    def finish(self) -> WrittenShard:
+        """Write the last part and the index. Raises DataError (no clips, too many parts) or DiskError."""
+        if not self._of_clips:
+            raise self._error("it has no clips")
+        self._flush()
+        if len(self._parts) > MAX_PARTS:
+            raise self._error(f"it has {len(self._parts)} parts, more than {MAX_PARTS}; split the data into more experts")
+        document = IndexDocument(latent=self.latent, name=self.name, split=self.split, parts=tuple(self._parts))
+        index = ShardIndex(document, np.array(self._of_clips, dtype=np.int32))
+        write_index(self.path, index)
+        ref = ChunkTable.of_file(self.path).ref
+        return WrittenShard(ref, len(index), ref.size + index.bytes)
+
+    def _check(self, half: Tensor, text: Text) -> None:
+        if half.shape != self.latent.shape:
+            raise self._error(f"latents are {list(half.shape)} instead of {list(self.latent.shape)}")
+        rows, widths = len(text.tokens), (text.tokens.shape[1], len(text.pooled))
+        if rows > self.latent.text_tokens or widths != (self.latent.text_width, self.latent.pooled_width):
+            raise self._error(f"tokens are {list(text.tokens.shape)} and pooled vectors {list(text.pooled.shape)}")
+        for name, tensor in {"latents": half, "tokens": text.tokens, "pooled": text.pooled}.items():
+            if not torch.isfinite(tensor).all():
+                raise self._error(f"{name} are not finite in half precision; normalise them")
+
+    def _error(self, problem: str) -> DataError:
+        return DataError(f"cannot write shard {self.path.name}: {problem}")
+
+    def _flush(self) -> None:
+        number = len(self._parts)
+        path = part_path(self.path, number, BlobRef(digest="0" * 64, size=0))
+        metadata = PartMetadata(kinds=tuple(self._kinds), sources=tuple(self._sources) if any(self._sources) else ())
+        write_part(path, self._latents, self._texts, metadata, (self.latent.text_width, self.latent.pooled_width))
+        self._parts.append(PartSpec(blob=ChunkTable.of_file(path).ref, clips=len(self._latents), texts=len(self._texts)))
+        for pending in (self._latents, self._texts, self._kinds, self._sources):
+            pending.clear()
+        self._bytes = 0
+
+
+def text_of(caption: str, tokens: Tensor, pooled: Tensor) -> Text:
+    """The text of a caption from its padded tokens [L, D] and its pooled vector [P]."""
+    half = tokens.detach().to("cpu", torch.float16)
+    return Text(caption, half[: true_length(half)].contiguous(), pooled.detach().to("cpu", torch.float16))
+
+
+def write_shard(
+    path: Path, data: ShardData, latent: LatentSpec, *, name: str = "", split: Split = "train", size: int | None = None
+) -> WrittenShard:
+    """Write clips that are in memory.
+
+    Args:
+        path: the index.
+        data: the clips.
+        latent: shapes of latents and texts.
+        name: of the cluster.
+        split: use of the clips.
+        size: bytes of a part. None: by the size of the shard.
+
+    Raises DataError (`data` do not have the shapes, are not finite in float16, or have no clips) or DiskError.
+    """
+    if problem := shape_problem(data, latent):
+        raise DataError(f"cannot write shard {path.name}: {problem}; build the data again")
+    total = 2 * (data.latents.numel() + data.tokens.numel())
+    writer = ShardWriter(path, latent, name, split, size or part_bytes(total))
+    for row, (caption, kind) in enumerate(zip(data.captions, data.kinds, strict=True)):
+        writer.add(data.latents[row], text_of(caption, data.tokens[row], data.pooled[row]), kind)
+    return writer.finish()
+
+
+def _bytes_of(half: Tensor) -> bytes:
+    return half.contiguous().view(torch.uint8).numpy().tobytes()
