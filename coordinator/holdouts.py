@@ -71,24 +71,23 @@ def withdraw_holdouts(folder: RunFolder, manifest: Manifest) -> None:
     """
     own, served = holdout_store(folder), BlobStore(folder.blobs)
     for shard in manifest.shards:
-        digest = shard.holdout.digest
-        if served.has(digest):
-            write_atomic(folder.holdouts_served, b"")  # first: a crash in between must not lose the warning
+        waiting = [shard.holdout.digest]
+        while waiting:
+            digest = waiting.pop()
+            if served.has(digest):
+                write_atomic(folder.holdouts_served, b"")  # first: a crash in between must not lose the warning
+                if not own.has(digest):
+                    own.adopt(served.path(digest), served.table(digest))
+                served.remove(digest)
             if not own.has(digest):
-                own.adopt(served.path(digest), served.table(digest))
-            served.remove(digest)
-        missing = [digest] if not own.has(digest) else [part for part in _parts(own.path(digest)) if not own.has(part)]
-        if missing:
-            raise IntegrityError(
-                f"{folder.holdouts} lacks the held-out clips of shard {shard.index} (blob {missing[0][:12]}); "
-                "restore a backup of the run"
-            )
+                raise IntegrityError(
+                    f"{folder.holdouts} lacks the held-out clips of shard {shard.index} (blob {digest[:12]}); "
+                    "restore a backup of the run"
+                )
+            if digest == shard.holdout.digest:
+                waiting = [part.blob.digest for part in parts_of(own.path(digest))]
     if folder.holdouts_served.exists():
         _log.warning(
             "an earlier version served the held-out clips of this run to peers, so a peer may have trained on them; "
             "this run goes on with weaker checks, and only a new run on other held-out clips has the full ones"
         )
-
-
-def _parts(path: Path) -> list[str]:
-    return [part.blob.digest for part in parts_of(path)]

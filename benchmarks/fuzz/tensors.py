@@ -5,13 +5,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from benchmarks.fuzz import examples
 from benchmarks.fuzz.contract import Target
 from benchmarks.fuzz.files import _folder, _written
-from lutetia.models.data.shards import ShardData, ShardMetadata, load_shard, write_shard
+from lutetia.models.data.parts.index import ShardIndex, part_path, read_index
+from lutetia.models.data.parts.part_file import OpenPart
+from lutetia.models.data.parts.reader import open_shard
+from lutetia.models.data.parts.single_file import SingleFileShard
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.data.shards import ShardData
 from lutetia.models.experts.families import weight_schema
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_checks import check_state, check_weights, state_schema
@@ -29,7 +35,17 @@ def state(data: bytes) -> None:
 
 
 def shard(data: bytes) -> None:
-    load_shard(_written("shard.safetensors", data), examples.LATENT)
+    """The index of a shard, or a shard in one file as release 0.1 wrote it."""
+    shard = open_shard(_written("shard.safetensors", data), examples.LATENT)
+    if isinstance(shard, SingleFileShard):
+        shard.load()
+
+
+def part(data: bytes) -> None:
+    clips = OpenPart(_written("part.safetensors", data), _index().parts[0], examples.LATENT)
+    clips.metadata()
+    clips.latents(0)
+    clips.text(0)
 
 
 def header(check: Callable[[bytes], None], whole: Callable[[], bytes]) -> Callable[[bytes], None]:
@@ -65,15 +81,27 @@ def state_file() -> bytes:
     return path.read_bytes()
 
 
-@cache
 def shard_file() -> bytes:
+    return _shard().read_bytes()
+
+
+def part_file() -> bytes:
+    return part_path(_shard(), 0, _index().parts[0].blob).read_bytes()
+
+
+def _index() -> ShardIndex:
+    return read_index(_shard())
+
+
+@cache
+def _shard() -> Path:
     path, latent = _folder() / "seed-shard.safetensors", examples.LATENT
     data = ShardData(
         torch.zeros(1, *latent.shape), torch.zeros(1, latent.text_tokens, latent.text_width),
         torch.zeros(1, latent.pooled_width), ["a cat"], ["cats"],
     )  # fmt: skip
-    write_shard(path, data, ShardMetadata(latent=latent))
-    return path.read_bytes()
+    write_shard(path, data, latent)
+    return path
 
 
 def _spec():
@@ -92,7 +120,9 @@ TENSORS = (
     Target("weights", weights, _whole(weights_file), most_bytes=1 << 20),
     Target("state", state, _whole(state_file), most_bytes=1 << 20),
     Target("shard", shard, _whole(shard_file), most_bytes=1 << 20),
+    Target("part", part, _whole(part_file), most_bytes=1 << 20),
     Target("weights-header", header(weights, weights_file), lambda: [_header_of(weights_file())]),
     Target("state-header", header(state, state_file), lambda: [_header_of(state_file())]),
     Target("shard-header", header(shard, shard_file), lambda: [_header_of(shard_file())]),
+    Target("part-header", header(part, part_file), lambda: [_header_of(part_file())]),
 )

@@ -113,7 +113,7 @@ class Stitcher:
             train=tuple(data_files(self.folder, self.manifest)),
             holdout=tuple(holdout_files(self.folder, self.manifest)), out=out,
         )  # fmt: skip
-        report = await self.worker.ask(job, limit=patience_for(sum(shard.train.size + shard.holdout.size for shard in shards)))
+        report = await self.worker.ask(job, limit=patience_for(sum(shard.size for shard in self.manifest.shards)))
         ref = await asyncio.to_thread(self.blobs.add_file, out, True)
         _log.info("router trained: %.1f %% right on held-out noisy clips", 100 * report.accuracy)
         return _router_event(self.now(), epochs, ref, report)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lutetia.models.data.parts.index import METADATA, ShardIndex, part_path, read_index, write_index
 from lutetia.models.data.parts.reader import PartedShard, load_shard, open_shard
 from lutetia.models.data.parts.writer import part_bytes, write_shard
-from lutetia.models.data.shards import ShardData
+from lutetia.models.data.shards import ClipReader, ShardData
 from lutetia.models.training.batches import Batches
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import LatentSpec
@@ -114,7 +114,7 @@ def test_batches_are_those_of_release_0_1(tmp_path: Path) -> None:
     manifest, data = tiny_manifest(1), tiny_data(10)
     write_old_shard(tmp_path / "old", data, TINY_LATENT)
     write_shard(tmp_path / "new.safetensors", data, TINY_LATENT, size=3000)
-    readers = [open_shard(tmp_path / name, TINY_LATENT) for name in ("old", "new.safetensors")]
+    readers: list[ClipReader] = [open_shard(tmp_path / name, TINY_LATENT) for name in ("old", "new.safetensors")]
     readers.append(load_shard(tmp_path / "old", TINY_LATENT))
     for epoch, step in ((0, 0), (1, 3), (7, 5)):
         batches = [Batches(manifest, 0, reader).at(epoch, step) for reader in readers]
