@@ -67,7 +67,7 @@ class ProgressLines:
     def _pace(self, began: float, first: int, done: int, total: int) -> str:
         """The rate since the first report of a stage, and the time left at that rate; empty while there is no rate."""
         seconds = self._clock() - began
-        if done <= first or seconds <= 0:
+        if done <= first or seconds <= 0 or total == 1:
             return ""
         rate = (done - first) / seconds
         left = f", {(total - done) / rate:.0f} s left" if done < total else ""

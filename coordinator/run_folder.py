@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,6 +133,8 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of this folder; the kernel releases it when the process ends. Raises IdentityError when it is taken."""
+        import fcntl  # Windows has none, and may read a folder
+
         path = self.root / "coordinator.lock"
         with disk_errors(path):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

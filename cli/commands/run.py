@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lutetia.cli.arguments import RunFolder, documented_by, given, read_config, same_config, setting, settings_of
+from lutetia.cli.arguments import RunFolder, documented_by, given, is_ticket, read_config, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
 from lutetia.system.errors import plain
 
@@ -178,10 +178,9 @@ def load_status(source: str, timeout: float) -> SwarmStatus:
     """The status that the coordinator wrote into a run's folder, or that a ticket's peers answer. Raises LutetiaError."""
     from lutetia.cli.commands.swarm import fetch_status, read_status
     from lutetia.coordinator.run_folder import RunFolder as Folder
-    from lutetia.protocol.schema.ticket import PREFIX
     from lutetia.system.errors import ConfigError
 
-    if source.startswith(PREFIX) or source.endswith(".txt"):
+    if is_ticket(source) or source.endswith(".txt"):
         return fetch_status(source, timeout)
     path = Folder(Path(source)).status
     try:
@@ -195,7 +194,7 @@ def load_manifest(source: str, timeout: float) -> Manifest:
     """Load and verify the manifest of a folder, file or ticket. Raises ConfigError, AuthorisationError or BootstrapError."""
     import time
 
-    from lutetia.cli.arguments import is_ticket, read_ticket
+    from lutetia.cli.arguments import read_ticket
     from lutetia.protocol.light_client.documents import fetch_document
     from lutetia.protocol.rpc.introduction import MANIFEST
     from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest

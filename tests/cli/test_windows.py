@@ -1,4 +1,4 @@
-"""What README promises for Windows: `swarm status`, `swarm fetch` and `generate` need nothing that Windows lacks."""
+"""What README promises for Windows: `swarm status`, `swarm fetch`, `run why` and `generate` need nothing that Windows lacks."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ def test_commands_for_windows_run_without_unix(tmp_path: Path) -> None:
     commands = [
         ["swarm", "status", ticket(), "--timeout", "0.5"],
         ["swarm", "fetch", ticket(), "--timeout", "0.5", "--out", "mixture"],
+        ["run", "why", f"lutetia join {ticket()}", "0", "--timeout", "0.5"],
         ["swarm", "fetch", ticket(), "--checkpoints", "--timeout", "0.5", "--out", "checkpoints"],
     ]
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_UNIX, json.dumps(commands)], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        env=child_environment(),
+        env={**child_environment(), "PYTHONIOENCODING": "cp1252"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [30, 30, 30], run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == [30, 30, 30, 30], run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
