@@ -151,7 +151,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "due": f"in {ago(document['due'] - now)}" if document["due"] else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] else "",
         "slowed": document.get("slowed") or "",
-        "keeps": f"copies of {document['copies']} accepted checkpoints of other peers" if document.get("copies") else "",
+        "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}" if document.get("copies") else "",
         "problem": document["problem"] or "",
     }
     table = Table.grid(padding=(0, 3))

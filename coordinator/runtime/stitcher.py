@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -105,6 +106,10 @@ class Stitcher:
         if step == "mixture":
             return await self._stitch(state)
         assert state.mixture is not None
+        _log.info(
+            "all budgets are done; the mixture is %s: lutetia generate PROMPT --mixture %s; results and mixture are served on",
+            self.folder.mixture, shlex.quote(str(self.folder.mixture)),
+        )  # fmt: skip
         return [RunFinished(time=self.now(), mixture=state.mixture.mixture)]
 
     async def _train_router(self, epochs: tuple[int, ...]) -> RouterTrained:

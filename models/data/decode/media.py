@@ -21,6 +21,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from lutetia.models.data.decode.cut import MAX_PIXELS, ClipRefused
+from lutetia.models.data.decode.matroska import is_cropped
 from lutetia.models.data.ingest.webdataset import TarMember
 
 CONTAINERS = (
@@ -31,6 +32,8 @@ CONTAINERS = (
 
 _BETTER = {"vp9": "libvpx-vp9"}  # FFmpeg's own decoder notices far less damage
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these drop transparency
+_DOLBY_VISION_ALONE = ("dvh1", "dvhe", "dav1", "dva1", "dvav")
+"""Of MP4: the picture means nothing to other decoders. Pictures that do are called hvc1, hev1, av01 or avc1."""
 _STRICT = {
     "err_detect": "crccheck+bitstream+buffer+explode",  # a fault is an error: by default its effect on the picture is hidden
     "max_pixels": str(MAX_PIXELS),
@@ -59,6 +62,9 @@ def open_media(path: Path | TarMember) -> Iterator[Media]:
 
     Raises ClipRefused if it has no video or its pictures are too large, FFmpegError or OSError if it cannot be read.
     """
+    with path.open("rb") as file:
+        if is_cropped(file):
+            raise ClipRefused(f"{path.name} asks for its edges to be cut off (PixelCrop), which is not done here; encode it cut")
     with contextlib.ExitStack() as stack:
         source = f"file:{os.path.abspath(path)}" if isinstance(path, Path) else stack.enter_context(path.open())
         container = stack.enter_context(av.open(source, "r", options=_OPTIONS, metadata_errors="ignore"))
@@ -66,6 +72,11 @@ def open_media(path: Path | TarMember) -> Iterator[Media]:
         if stream is None:
             raise ClipRefused(f"{path.name} has no video stream; remove it or encode it again")
         context = stream.codec_context
+        if context is not None and context.codec_tag in _DOLBY_VISION_ALONE:
+            raise ClipRefused(
+                f"{path.name} is Dolby Vision of a profile whose colours only its own decoders know (5); convert it to HDR10, "
+                "HLG or standard range"
+            )
         if context is None or not context.width or not context.height or context.width * context.height > MAX_PIXELS:
             size = f"{context.width}×{context.height} pixels" if context is not None and context.width else "an unknown size"
             raise ClipRefused(f"{path.name} has pictures of {size}, at most {MAX_PIXELS} pixels can be read; scale it down")

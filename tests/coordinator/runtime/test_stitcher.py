@@ -80,7 +80,8 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
 
 
 @pytest.mark.timeout(120)
-async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path: Path):
+async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "lutetia.coordinator.runtime.stitcher")
     async with stitching_room(tmp_path) as (room, shop):
         gate, room.tools.found = shop.gate("stitch", -1), "invalid"
         faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
@@ -97,6 +98,7 @@ async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path:
         assert [expert.checkpoint for expert in held.experts] == [honest.digest]
         assert run.mixture
         assert run.mixture.mixture == held.digest
+    assert f"all budgets are done; the mixture is {RunFolder(tmp_path).mixture}: lutetia generate PROMPT" in caplog.text
 
 
 def test_mixture_of_rolled_back_epochs_is_not_recorded():

@@ -17,7 +17,7 @@ from lutetia.models.data.decode.clip import decode_clip
 from lutetia.models.data.decode.cut import ClipRefused
 from lutetia.models.data.decode.media import open_media
 from lutetia.models.data.decode.shape import ClipShape
-from tests.models.data.clip_files import frame_numbers, numbered, write_tracks, write_video
+from tests.models.data.clip_files import encode, frame_numbers, numbered, textured, write_tracks, write_video
 
 SHAPE = ClipShape(height=32, width=32)
 
@@ -82,6 +82,42 @@ def test_cover_picture_is_no_track(tmp_path: Path) -> None:
     with av.open(str(path)) as made:
         assert Disposition.attached_pic in [stream.disposition for stream in made.streams.video]
     assert frame_numbers(decode_clip(path, SHAPE)) == list(range(8))
+
+
+def test_edit_list_of_mp4_cuts_the_beginning(tmp_path: Path) -> None:
+    video, path = numbered(24), tmp_path / "cut.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8, options={"bf": "2"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in video]
+        for packet in [packet for frame in [*frames, None] for packet in stream.encode(frame)]:
+            ticks = 6 * int(1 / (8 * packet.time_base))  # times before zero are cut by an edit list
+            packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+            container.mux(packet)
+    assert frame_numbers(decode_clip(path, ClipShape(frames=8, fps=8, height=32, width=32, start="start"))) == list(range(6, 14))
+
+
+@pytest.mark.parametrize("pixels", [0, 8])
+def test_edges_that_matroska_cuts_off_are_refused_by_name(tmp_path: Path, pixels: int) -> None:
+    """The element of the display's unit is made one for the pixels to cut off at the left."""
+    path = encode(tmp_path / "x.mkv", textured(8, 48, 64), "libx264", "yuv420p", {}, fps=8)
+    data = path.read_bytes()
+    assert data.count(b"\x54\xb2\x81\x04") == 1
+    path.write_bytes(data.replace(b"\x54\xb2\x81\x04", b"\x54\xcc\x81" + bytes([pixels])))
+    if not pixels:
+        assert len(decode_clip(path, SHAPE)) == SHAPE.frames
+        return
+    with pytest.raises(ClipRefused, match=r"x.mkv asks for its edges to be cut off \(PixelCrop\)"):
+        decode_clip(path, SHAPE)
+
+
+def test_dolby_vision_that_others_cannot_show_is_refused_by_name(tmp_path: Path) -> None:
+    path = encode(tmp_path / "x.mp4", textured(8, 48, 64), "libx265", "yuv420p", {"x265-params": "log-level=none"}, fps=8)
+    data = path.read_bytes()
+    assert data.count(b"hev1") == 1
+    path.write_bytes(data.replace(b"hev1", b"dvhe"))
+    with pytest.raises(ClipRefused, match="x.mp4 is Dolby Vision of a profile .* convert it to HDR10"):
+        decode_clip(path, ClipShape(height=32, width=32))
 
 
 def test_enormous_pictures_are_refused_before_decoding(tmp_path: Path) -> None:
