@@ -15,6 +15,7 @@ from lutetia.protocol.transport.base import Handler, RecordCheck, StoredValue, S
 from lutetia.protocol.transport.dial_policy import DialPolicy
 from lutetia.protocol.transport.hivemind.dht.node import HivemindDht
 from lutetia.protocol.transport.hivemind.dialer import Dialer
+from lutetia.protocol.transport.hivemind.listener import ListenerCheck
 from lutetia.protocol.transport.hivemind.p2pd_process import P2pdProcess, Reachability
 from lutetia.protocol.transport.idle_connections import IDLE_PER_PREFIX, idle_to_close
 from lutetia.protocol.transport.reachability import answers, bootstrap_failure
@@ -32,10 +33,13 @@ _PINGS_PER_ROUND = 3
 class HivemindTransport(Transport):
     """One peer over libp2p. Made by `connect_hivemind`, or by `start` where the record check is known only later."""
 
-    def __init__(self, daemon: P2pdProcess, addresses: list[str], state_folder: Path, policy: DialPolicy) -> None:
+    def __init__(
+        self, daemon: P2pdProcess, addresses: list[str], state_folder: Path, policy: DialPolicy, listener: ListenerCheck
+    ) -> None:
         self.peer_id = daemon.control.peer_id
         self._daemon, self._addresses, self._state_folder = daemon, addresses, state_folder
         self._dialer = Dialer(daemon.control, policy)
+        self._listener = listener
         self._dht: HivemindDht | None = None
         self._bootstrap: tuple[str, ...] = ()
         self._periodic: list[asyncio.Task[None]] = []
@@ -60,7 +64,9 @@ class HivemindTransport(Transport):
         """
         daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce)
         try:
-            return cls(daemon, await daemon.control.addresses(), state_folder, DialPolicy.of([listen]))
+            addresses = await daemon.control.addresses()
+            listener = ListenerCheck("" if reach and reach.no_listen else listen, () if announce else addresses)
+            return cls(daemon, addresses, state_folder, DialPolicy.of([listen]), listener)
         except BaseException:
             await daemon.close()
             raise
@@ -182,11 +188,16 @@ class HivemindTransport(Transport):
                 await action()
 
     async def _watch_health(self) -> None:
-        """Ask p2pd regularly whether it works: one that is stopped or has lost its sockets neither ends nor says anything."""
+        """Ask p2pd regularly whether it works, and whether it can be reached.
+
+        One that is stopped or has lost its sockets or its listener neither ends nor says anything.
+        """
         while self._daemon.running:
             await asyncio.sleep(HEALTH_PERIOD)
             try:
                 await self._daemon.control.check(HEALTH_TIMEOUT)
+                if await self._listener.is_lost():
+                    raise ConnectionError("it no longer listens at its port")
             except ConnectionError as error:
                 self._fault = str(error)
                 log.error("p2pd does not work any more (%s): this peer is off the network", error)

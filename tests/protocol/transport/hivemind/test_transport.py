@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ from tests.protocol.example_documents import records
 from tests.protocol.networks import LOOPBACK, honest, manifest_of_now, until
 
 ANNA, BEN = Identity.derived("anna"), Identity.derived("ben")
+_PIDFD_GETFD = 438
 NOBODY = Identity.derived("nobody").peer_id
 LIBRARIES = ("lutetia.protocol.light_client.bindings", "lutetia.protocol.transport.hivemind.bindings")
 
@@ -190,6 +193,46 @@ async def test_a_peer_whose_p2pd_hangs_is_not_alive(tmp_path: Path, fault: str, 
         await anna.open_stream(NOBODY, "/test/any")
     await anna.close()
     assert not p2pd.is_running(), "the next p2pd needs its port and its folder"
+
+
+def shut_listener(pid: int, port: int) -> None:
+    """Shut the listening socket of another process, as nothing but the kernel does in earnest."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for fd in [int(name) for name in os.listdir(f"/proc/{pid}/fd")]:
+        own = libc.syscall(_PIDFD_GETFD, process := os.pidfd_open(pid), fd, 0)
+        os.close(process)
+        if own < 0 and ctypes.get_errno() == errno.EPERM:
+            pytest.skip("this machine lets no process look into its child")
+        if own < 0:
+            continue
+        if not stat.S_ISSOCK(os.fstat(own).st_mode):
+            os.close(own)
+            continue
+        with socket.socket(fileno=own) as held:
+            tcp = held.family in (socket.AF_INET, socket.AF_INET6)
+            if tcp and held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and held.getsockname()[1] == port:
+                held.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes another process's socket, which Linux allows")
+async def test_a_peer_whose_p2pd_lost_its_listener_is_not_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "HEALTH_PERIOD", 0.02)
+    anna = await peer("anna", tmp_path, manifest_of_now())
+    assert anna._listener.place
+
+    async def checked() -> bool:
+        return anna._listener._seen
+
+    await until(checked)
+    shut_listener(anna._daemon.process.pid, anna._listener.place[1])
+
+    async def noticed() -> bool:
+        return not anna.alive()
+
+    await until(noticed)
+    with pytest.raises(ConnectionError, match="no longer listens"):
+        await anna.open_stream(NOBODY, "/test/any")
+    await anna.close()
 
 
 def test_p2pd_ends_with_a_killed_parent_and_leaves_nothing(tmp_path: Path) -> None:
