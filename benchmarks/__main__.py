@@ -16,6 +16,7 @@ from benchmarks.report import Machine, Row, as_json, markdown
 
 STUDIES = {
     "attacks": "benchmarks.attacks.main",
+    "coordinator-attacks": "benchmarks.attacks.coordinator_load",
     "document-attacks": "benchmarks.attacks.documents",
     "faults": "benchmarks.faults",
     "fuzz": "benchmarks.fuzz.main",

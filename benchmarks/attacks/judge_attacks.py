@@ -10,6 +10,8 @@ from benchmarks.attacks.buried_newcomer import TENURE, buried_newcomer
 from benchmarks.attacks.poison_number import poison_number
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from benchmarks.attacks.time_bomb import time_bomb
+from lutetia.coordinator.acceptance.audit_comparison import lottery, secret_steps
+from lutetia.protocol.schema.manifest import AuditPolicy
 
 
 def stalled_judging(tries: int) -> str:
@@ -61,6 +63,25 @@ def buried_newcomers(tries: int) -> str:
     return "\n".join(lines)
 
 
+def places_of_the_cheat(audits: int = 20_000) -> str:
+    """A table of the share of audits that replay past the step from which an epoch is faked, by the judge's own draws."""
+    policy, lines = AuditPolicy(), ["| faked from step on | of an epoch of 16 | of 100 | of 1,000 |", "|---|---|---|---|"]
+    replayed: dict[int, list[int]] = {}
+    for epoch in (16, 100, 1000):
+        drawn = ((lottery(b"secret", f"{n:064x}", "whole"), lottery(b"secret", f"{n:064x}", "steps")) for n in range(audits))
+        replayed[epoch] = [
+            epoch if whole < policy.whole_epoch else secret_steps(steps, policy.replay_steps, epoch) for whole, steps in drawn
+        ]
+    for first in (0, 4, 8, 15, 50, 99, 250, 500, 999):
+        shares = (
+            f"{sum(steps > first for steps in counts) / audits:.3f}" if first < epoch else ""
+            for epoch, counts in replayed.items()
+        )
+        lines.append(f"| {first} | {' | '.join(shares)} |")
+    means = (f"{sum(counts) / audits:.1f}" for counts in replayed.values())
+    return "\n".join([*lines, f"| steps replayed, mean | {' | '.join(means)} |"])
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks judge-attacks", description=__doc__)
     parser.add_argument("--tries", type=int, default=20, help="times that each attack is tried (default 20)")
@@ -70,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
     print(time_bombs(arguments.tries))
     print()
     print(buried_newcomers(arguments.tries))
+    print(f"\n{places_of_the_cheat()}")
     print(f"\nRecords with numbers of up to 4,000 digits, {arguments.tries} tries:")
     for outcome, count in sorted(poison_number(arguments.tries).items()):
         print(f"- {outcome}: {count}")
