@@ -102,12 +102,17 @@ class TrainingProgress:
             self._log(text)
 
 
+def current_epoch(status: Mapping[str, Any]) -> int:
+    """The number of the epoch under way, from 1: after those that are accepted and those that wait for a verdict."""
+    return min(status["epochs"], status["epoch"] + status["pending"] + 1)
+
+
 def training_line(status: Mapping[str, Any], now: float) -> str:
     """Expert, epoch, step, loss, rate and time left of a training node in one line; empty while it does not train."""
     step, steps = status["step"], status["steps"]
     if status["state"] != "training" or not steps or step is None or status["loss"] is None:
         return ""
-    epoch = min(status["epochs"], status["epoch"] + status["pending"] + 1)
+    epoch = current_epoch(status)
     parts = [
         f"expert {status['shard']} {status['shard_name'] or ''}".strip(),
         f"epoch {epoch} of {status['epochs']}",

@@ -130,13 +130,15 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
     from rich.table import Table
 
     from lutetia.cli.formatting import ago, number, short, short_peer
+    from lutetia.cli.progress import current_epoch
 
     def since(moment: float | None) -> str:
         return f"{ago(now - moment)} ago" if moment else "-"
 
     work = "-"
     if document["shard"] is not None:
-        done = f"epoch {document['epoch']} of {document['epochs']}, step {document['step'] or 0} of {document['steps'] or '?'}"
+        epoch = current_epoch(document) if document["epochs"] and document["epoch"] is not None else "?"
+        done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
         speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
         loss = f"training loss {number(document['loss'])}"
         work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"

@@ -130,7 +130,8 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
 def _refuse_bad(bad: Sequence[BadClip], skip_bad: bool) -> None:
     """Raise or log the faults of the listing, before anything is decoded."""
     if bad and not skip_bad:
-        more = f" ({len(bad) - 1} more clips have faults)" if len(bad) > 1 else ""
+        others = len(bad) - 1
+        more = f" ({others} more clip{'s have' if others > 1 else ' has'} faults)" if others else ""
         raise DataError(f"{bad[0].reason}{more}; or leave such clips out with --skip-bad")
     for clip in bad:
         _log.warning("left out: %s", clip.reason)

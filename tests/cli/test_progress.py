@@ -10,6 +10,8 @@ import socket
 import pytest
 
 from lutetia.cli.commands.coordinator import served_text
+from lutetia.cli.commands.volunteer import render_local
+from lutetia.cli.output import console
 from lutetia.cli.progress import TrainingProgress, training_line
 from lutetia.coordinator.serve import ServedRun
 from lutetia.coordinator.web.app import page_address
@@ -34,6 +36,13 @@ def test_a_training_node_is_told_in_one_line() -> None:
     assert training_line({**STATUS, "samples_per_second": None, "due": None}, NOW).endswith("loss 0.1235")
     for idle in ({"state": "syncing"}, {"step": None}, {"steps": None}, {"loss": None}):
         assert training_line({**STATUS, **idle}, NOW) == ""
+
+
+def test_status_and_log_count_epochs_alike() -> None:
+    printer = console()
+    with printer.capture() as shown:
+        printer.print(render_local(STATUS, NOW))
+    assert "expert 2 night streets, epoch 5 of 20, step 100 of 400" in shown.get()
 
 
 def test_the_log_has_a_line_each_minute_and_for_each_epoch() -> None:

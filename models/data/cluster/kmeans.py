@@ -30,14 +30,20 @@ _MINI_BATCH_BEYOND = 50_000
 _log = logging.getLogger(__name__)
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def smallest_cluster(settings: ClusterSettings, count: int) -> int:
     """The fewest of `count` clips that a cluster may hold. Raises DataError if there are too few for all clusters."""
     usual = max(2, min(_SMALLEST, count // (2 * settings.experts)))
     smallest = settings.smallest or usual
     if count < settings.experts * smallest:
+        fit = count // smallest
+        fewer = f"at most {_counted(fit, 'expert')} (--experts), " if fit else ""
         raise DataError(
-            f"{count} clips are too few for {settings.experts} experts of at least {smallest} clips each; "
-            f"use at most {max(1, count // smallest)} experts (--experts), more clips, or a smaller minimum (--smallest)"
+            f"{_counted(count, 'clip')} {'is' if count == 1 else 'are'} too few for {_counted(settings.experts, 'expert')} of "
+            f"at least {smallest} clips each; use {fewer}more clips, or a smaller minimum (--smallest)"
         )
     return smallest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -98,7 +99,10 @@ def _parse(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if "file_name" not in (reader.fieldnames or ()):
+        names = reader.fieldnames or []
+        if len(names) == 1 and re.search(r"[;\t]", names[0]):
+            raise DataError(f"{table} separates its columns with semicolons or tabs; save it with commas")
+        if "file_name" not in names:
             raise DataError(
                 f"{table} has no column file_name; its first line must be the names of the columns, with file_name and caption"
             )

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lutetia.models.data.build_settings import ClusterSettings
-from lutetia.models.data.cluster.kmeans import cluster, merge
+from lutetia.models.data.cluster.kmeans import cluster, merge, smallest_cluster
 from lutetia.models.data.cluster.report import keywords, summarise
 from lutetia.models.data.encode.features import BuiltinFeatures, Joiner, load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
@@ -104,6 +104,8 @@ def test_more_experts_than_clips_or_features_are_refused() -> None:
     with pytest.raises(DataError, match="60 clips are too few for 3 experts of at least 24 clips each; use at most 2 experts"):
         cluster(vectors, keys, kinds, ClusterSettings(experts=3, smallest=24))
     same = np.repeat(vectors[:2], 40, axis=0)
+    with pytest.raises(DataError, match="1 clip is too few for 1 expert of at least 9 clips each; use more clips, or a smaller"):
+        smallest_cluster(ClusterSettings(experts=1, smallest=9), 1)
     with pytest.raises(DataError, match="only 2 distinct features, too few for 3 experts; use at most 2"):
         cluster(same, [str(i) for i in range(80)], ["x"] * 80, ClusterSettings(experts=3))
 

@@ -141,6 +141,7 @@ def test_links_outside_the_folder_are_refused(folder: Path, tmp_path_factory: py
         ("metadata.jsonl", '["a.mp4"]', "line 1 is not an object"),
         ("metadata.jsonl", "\n", "has no rows"),
         ("metadata.csv", "name,caption\na.mp4,x\n", "no column file_name"),
+        ("metadata.csv", "file_name;caption\na.mp4;x\n", "separates its columns with semicolons or tabs; save it with commas"),
         ("metadata.csv", "file_name,caption\na.mp4,one,two\n", "line 2 has more values than columns"),
     ],
 )
