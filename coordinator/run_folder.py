@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from lutetia.models.experts.adapters.base_sources import BASE_FILE
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import SignedManifest, first_problem, open_manifest
 from lutetia.system.errors import ConfigError, IdentityError
@@ -91,6 +92,11 @@ class RunFolder:
     def restored(self) -> Path:
         """A marker: the run was restored, and the coordinator has not yet recovered what the backup lacks."""
         return self.root / "restored"
+
+    @property
+    def base(self) -> Path:
+        """Where the files of the adapters' base are on this machine."""
+        return self.root / BASE_FILE
 
     @property
     def mixture(self) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lutetia.coordinator.admin.base import settle_base
 from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
 from lutetia.coordinator.admin.upgrade import check_version, published
 from lutetia.coordinator.holdouts import withdraw_holdouts
@@ -96,7 +97,7 @@ async def serve_run(
     """Serve the run in `root` until a signal or, with `exit_when_done`, the run ends. It continues where it stopped last.
 
     Raises:
-        ConfigError: no run there, or its manifest has expired or is malformed.
+        ConfigError: no run there, its manifest has expired or is malformed, or the base of its adapters is not here.
         IdentityError: another coordinator serves this run.
         AuthorisationError: the key in the folder is no coordinator of the run.
         IntegrityError: the ledger is damaged, or held-out clips are missing.
@@ -115,6 +116,7 @@ async def serve_run(
                 f"{folder.coordinator_key} is no coordinator of this run; put the key there that the manifest names"
             )
         withdraw_holdouts(folder, signed.manifest)
+        settle_base(folder, signed.manifest, settings.base)
         listener = stack.enter_context(bind(settings.http)) if settings.http else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
         stack.callback(ledger.close)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from lutetia.coordinator.addresses import dialled_address, host_port
 from lutetia.protocol.schema.manifest import (
@@ -21,6 +22,7 @@ from lutetia.protocol.schema.manifest import (
     SamplingSpec,
     Timing,
 )
+from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.ticket import Place
 
 HostPort = Annotated[str, AfterValidator(host_port)]
@@ -31,6 +33,46 @@ DialledAddress = Annotated[str, AfterValidator(dialled_address)]
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterSettings(_Settings):
+    """An adapter that is trained on a frozen base."""
+
+    base: str = Field(
+        description="Folder or hub id `owner/name[/folder][@revision]` of the transformer or pipeline that the experts adapt"
+    )
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of the adapter's matrices")
+    alpha: Positive = Field(default=16.0, description="The adapter's product is multiplied by alpha / rank")
+    targets: tuple[ModuleName, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, max_length=64,
+        description="Linear layers that get an adapter, by the ends of their names",
+    )  # fmt: skip
+    dora: bool = Field(default=False, description="Train the length of each row of the weights, too (DoRA)")
+    dtype: BaseDtype = Field(
+        default="bfloat16",
+        description="Data type in which the base's linear layers are kept: float32, bfloat16, fp8, or nf4 (needs bitsandbytes)",
+    )
+    serve: bool = Field(
+        default=False, description="Serve the base's files to volunteers who do not have them; its licence must allow that"
+    )
+
+
+class AdaptedExpert(_Settings):
+    """An expert whose network is that of its adapter's base."""
+
+    adapter: AdapterSettings = Field(description="The adapter")
+    prediction: Literal["velocity", "sample", "epsilon"] = Field(default="velocity", description="What the base predicts")
+    noise_schedule: Literal["linear", "vp_cosine"] = Field(default="linear", description="The noise path of the base")
+
+
+def _expert_kind(value: Any) -> str:
+    """An expert of settings names its base by text; one of a manifest, with digests, is a whole description."""
+    adapter = value.get("adapter") if isinstance(value, dict) else getattr(value, "adapter", None)
+    by_name = isinstance(adapter, dict) and not isinstance(adapter.get("base"), dict)
+    return "adapted" if by_name or isinstance(value, AdaptedExpert) else "whole"
+
+
+Expert = Annotated[Annotated[ExpertSpec, Tag("whole")] | Annotated[AdaptedExpert, Tag("adapted")], Discriminator(_expert_kind)]
 
 
 class RunSettings(_Settings):
@@ -47,8 +89,10 @@ class RunSettings(_Settings):
     experts: Count | None = Field(
         default=None, description="Number of experts; refused if the data have another number of clusters"
     )
-    expert: ExpertSpec | None = Field(
-        default=None, description="Network of each expert; without it a small Wan transformer that fits the latents"
+    expert: Expert | None = Field(
+        default=None,
+        description="Network of each expert, or expert.adapter: an adapter on a base; without it a small Wan transformer that "
+        "fits the latents",
     )
     warm_start: str | None = Field(
         default=None, description="Folder or hub id of a model from which the experts take their first weights"
@@ -77,8 +121,8 @@ class RunSettings(_Settings):
 
     @field_validator("expert")
     @classmethod
-    def _weights_by_name(cls, expert: ExpertSpec | None) -> ExpertSpec | None:
-        if expert and expert.init:
+    def _weights_by_name(cls, expert: ExpertSpec | AdaptedExpert | None) -> ExpertSpec | AdaptedExpert | None:
+        if isinstance(expert, ExpertSpec) and expert.init:
             raise ValueError("expert.init is written by `run create`; set warm_start to the model to take the first weights from")
         return expert
 
@@ -157,6 +201,9 @@ class ServeSettings(_Settings):
         default=900.0,
         description="Seconds that scoring one result on held-out clips may take, its parent's score included; where all rows "
         "would take longer, fewer are scored, but at least 8",
+    )
+    base: Path | None = Field(
+        default=None, description="Folder of the weights that the run's adapters are trained on; without it where they were found"
     )
     stitch: Literal["refresh", "end"] = Field(
         default="refresh", description="When to make the mixture: refresh, after acceptances; end, once all budgets are done"

@@ -29,6 +29,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lutetia.models.experts.families import TIMESTEPS, family_of
+from lutetia.models.mixing.adapter_experts import AdapterExperts, locate_base
 from lutetia.models.mixing.denoisers import Denoiser, FolderExperts
 from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
@@ -134,9 +135,12 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> MixtureTransformer:  # pyright: ignore
-        """Load the `transformer` folder of a mixture, with the router and experts beside it. Honours `torch_dtype`.
+        """Load the `transformer` folder of a mixture, with the router and experts beside it.
 
-        Raises ConfigError when there is no mixture, IntegrityError when a part is missing, damaged or not as described.
+        Honours `torch_dtype`, and for a mixture of adapters `base` (the folder of their base) and `hub` (whether the base may be
+        downloaded).
+
+        Raises ConfigError without a mixture or its base, IntegrityError when a part is missing, damaged or not as described.
         """
         folder = MixtureFolder(Path(pretrained_model_name_or_path).expanduser().absolute().parent)
         config = folder.config(f"transformer/{CONFIG}")
@@ -147,7 +151,11 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         router = None
         if folder.holds("router"):
             router = folder.load(VideoRouter, "router")
-        mixture.attach(router, FolderExperts(folder, mixture))
+        network, read = folder.document.network, FolderExperts(folder, mixture)
+        if network and network.adapter:
+            files = locate_base(network.adapter.base, options.get("base"), bool(options.get("hub")))
+            read = AdapterExperts(folder, mixture, network, files)
+        mixture.attach(router, read)
         mixture.folder = folder
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):

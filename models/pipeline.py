@@ -31,6 +31,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from lutetia.models import pipeline_inputs as inputs
+from lutetia.models.mixing.adapter_experts import GivenBase
 from lutetia.models.mixing.folder import MixtureFolder, refused_options
 from lutetia.models.mixing.layout import parse_shapes
 from lutetia.models.mixing.sampling import SamplingState, sample
@@ -41,7 +42,16 @@ from lutetia.models.pipeline_state import CALLBACK_TENSORS, CallProgress, Luteti
 from lutetia.system.errors import ConfigError
 
 OutputType = Literal["np", "pt", "pil", "latent"]
-_OPTIONS = ("torch_dtype", "dtype", "hub", "use_safetensors", "local_files_only", "trust_remote_code", "low_cpu_mem_usage")
+_OPTIONS = (
+    "torch_dtype",
+    "dtype",
+    "hub",
+    "base",
+    "use_safetensors",
+    "local_files_only",
+    "trust_remote_code",
+    "low_cpu_mem_usage",
+)
 log = logging.getLogger(__name__)
 
 
@@ -89,7 +99,8 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: the folder.
             torch_dtype: of router, experts and autoencoder, float32 by default; `dtype` means the same.
-            hub: sets `allow_hub`.
+            hub: sets `allow_hub`, and allows to download the base of a mixture of adapters.
+            base: folder of that base; None: what was downloaded before.
 
         Raises:
             ConfigError: the folder holds no mixture, or an option is not one of these.
@@ -97,9 +108,10 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
         """
         refused_options(options, _OPTIONS)
         folder = MixtureFolder(pretrained_model_name_or_path)
-        pipeline = cls(**read_parts(folder, named_dtype(options.get("dtype") or options.get("torch_dtype"))))
+        dtype, hub = named_dtype(options.get("dtype") or options.get("torch_dtype")), bool(options.get("hub"))
+        pipeline = cls(**read_parts(folder, dtype, options.get("base"), hub))
         pipeline.register_to_config(_name_or_path=str(folder.path))
-        pipeline.allow_hub = bool(options.get("hub"))
+        pipeline.allow_hub = hub
         return pipeline
 
     @torch.no_grad()
@@ -281,6 +293,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     experts_in_memory: int | None = None,
     hub: bool = False,
+    base: GivenBase = None,
 ) -> LutetiaPipeline:
     """The pipeline of a mixture folder.
 
@@ -289,13 +302,14 @@ def load_pipeline(
         device: where router and experts run, in torch's words.
         dtype: of router, experts and autoencoder. None: float32.
         experts_in_memory: most experts held at a time; the least recently used one is dropped. None: no limit.
-        hub: whether a text encoder or autoencoder that the mixture names by a hub id may be downloaded.
+        hub: whether a text encoder, autoencoder or base that the mixture names by a hub id may be downloaded.
+        base: of a mixture of adapters: its folder. None: what was downloaded before.
 
     Raises:
         ConfigError: the folder holds no mixture.
         IntegrityError: a part of the mixture is missing or damaged.
     """
-    pipeline = LutetiaPipeline.from_pretrained(folder, torch_dtype=dtype, hub=hub)
+    pipeline = LutetiaPipeline.from_pretrained(folder, torch_dtype=dtype, hub=hub, base=base)
     pipeline.transformer.experts_in_memory = experts_in_memory
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline, ConfigMixin)

@@ -19,14 +19,16 @@ from lutetia.models.pipeline_inputs import Texts
 from lutetia.protocol.schema.manifest import LatentSpec
 
 
-def read_parts(folder: MixtureFolder, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The arguments of LutetiaPipeline from a mixture's folder; `dtype` None means float32. Raises IntegrityError."""
+def read_parts(folder: MixtureFolder, dtype: torch.dtype | None, base: Any = None, hub: bool = False) -> dict[str, Any]:
+    """The arguments of LutetiaPipeline from a mixture's folder; `dtype` None means float32; `base` and `hub` as for a mixture.
+
+    Raises ConfigError without the base that its experts adapt, IntegrityError."""
     index = folder.index()
     scheduler = folder.config(f"scheduler/{SCHEDULER_CONFIG}")
     with folder.reading("scheduler"):
         steps = FlowMatchEulerDiscreteScheduler.from_config(scheduler)
     return {
-        "transformer": MixtureTransformer.from_pretrained(folder.path / "transformer", torch_dtype=dtype),
+        "transformer": MixtureTransformer.from_pretrained(folder.path / "transformer", torch_dtype=dtype, base=base, hub=hub),
         "scheduler": steps,
         "vae": folder.load(getattr(diffusers, index.vae), "vae", torch_dtype=dtype) if index.vae else None,
         "latent": index.latent.model_dump(mode="json"),

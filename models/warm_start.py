@@ -96,6 +96,8 @@ def warm(manifest: Manifest, weights: Sequence[BlobRef]) -> Manifest:
 
 def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWeights, ...]:
     mixture = MixtureFolder(folder)
+    if mixture.document.network:
+        raise ConfigError(f"{_WHAT} {ref!r} holds adapters, not whole experts; name a model that is whole")
     experts = mixture.document.experts
     known = [expert.name for expert in experts]
     if len(experts) > 1 and known != list(names):

@@ -9,8 +9,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from lutetia.models.experts.adapters.base_sources import find_base, missing_base
 from lutetia.node.contributions import Contributions
 from lutetia.node.control import ControlRequest, LocalStatus, serve_control
 from lutetia.node.machine.messages import UserVerb
@@ -32,6 +34,7 @@ from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.files import sweep_parts
 from lutetia.system.notify import ending_signals, notify
@@ -127,7 +130,9 @@ class NodeDaemon:
         store = await asyncio.to_thread(BlobStore, paths.blobs, self.settings.disk_limit)
         network = NodeNetwork(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
         contributions = Contributions(paths.folder / "contributions.json")
-        shell = NodeShell(self.settings, network, Workspace(paths, manifest, store), contributions, self.rejoin)
+        workspace = Workspace(paths, manifest, store)
+        workspace.local_model = await asyncio.to_thread(find_local_model, manifest, self.settings.base, store)
+        shell = NodeShell(self.settings, network, workspace, contributions, self.rejoin)
         self.manifest_updates = ManifestUpdates(network, live, lambda: shell.upgrade(live()))
         self.shell = shell
         await self.serve(transport, store)
@@ -232,3 +237,19 @@ class NodeDaemon:
         log.info("stopping: finishing the current checkpoint within %.0f s; Ctrl-C again leaves at once", within)
         self.apply_verb(UserVerb(now, "finish"))
         asyncio.get_running_loop().call_later(within, lambda: self.apply_verb(UserVerb(time.time(), "leave")))
+
+
+def find_local_model(manifest: Manifest, folder: Path | None, store: BlobStore) -> dict[str, Path] | None:
+    """Files of the base that the run's experts adapt; None where there is none, or where it is fetched from the swarm.
+
+    Raises ConfigError when `folder` holds another base, or it is nowhere to be had: better now than after hours.
+    """
+    if manifest.adapter is None:
+        return None
+    base = manifest.adapter.base
+    files = find_base(base, folder, store)
+    if files is None and not base.served:
+        raise missing_base(base)
+    log.info("the base %s %s", base.source, "is here" if files else f"is fetched from the swarm: {base.size / 1e9:.1f} GB")
+    fetched = files is not None and all(path.is_relative_to(store.root) for path in files.values())
+    return None if fetched else files

@@ -103,6 +103,11 @@ class NodeSettings(BaseSettings):
         le=110,
         description="Temperature limit in degrees Celsius: training slows down while the hottest sensor is above it",
     )
+    base: Path | None = Field(
+        default=None,
+        description="Folder of the weights that the run's adapters are trained on; by default what the hub's cache or the "
+        "run's owner has",
+    )
     disk_limit: Bytes | None = Field(default=None, description="Most disk space for blobs, like 50GB; by default no limit")
     upload_rate: Bytes | None = Field(
         default=None, description="Most bytes per second sent to other peers, like 2MB; by default no limit"

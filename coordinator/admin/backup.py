@@ -155,6 +155,8 @@ def needed(state: RunState, manifest: Manifest, folder: RunFolder) -> set[str]:
     refs: list[BlobRef | None] = []
     for shard in manifest.shards:
         refs += [shard.train, shard.holdout, manifest.expert_of(shard.index).init]
+    if manifest.adapter and manifest.adapter.base.served:
+        refs += manifest.adapter.base.files.values()
     for shard in state.shards.values():
         refs += [shard.acceptance.weights, shard.acceptance.state] if shard.acceptance else []
     refs.append(state.router.router if state.router else None)

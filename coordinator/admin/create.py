@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lutetia.coordinator.admin.base import keep_base, with_base
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.events import RunCreated
@@ -35,6 +36,7 @@ from lutetia.protocol.schema.manifest import (
     ShardSpec,
     SignedManifest,
     first_problem,
+    needed_capabilities,
 )
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IntegrityError
@@ -97,6 +99,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
     settings = _with_batch_that_fits(settings, description)
     birth = birth or RunSecrets.now()
     owner, coordinator = birth.owner, birth.coordinator
+    settings, base = with_base(settings)
     sources = _warm_start(settings, description)
     manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
     _check_epochs(manifest)
@@ -107,6 +110,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
         try:
             manifest = _warmed(manifest, sources, part)
             ticket = _fill(RunFolder(part), data, description, manifest, owner, coordinator, settings)
+            keep_base(RunFolder(part), manifest, base)
             part.chmod(0o755)
             os.rename(part, folder)  # replaces at most an empty folder; otherwise it fails
             fsync_folder(folder.absolute().parent)
@@ -160,7 +164,8 @@ def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[In
         return ()
     from lutetia.models.warm_start import find_sources
 
-    return find_sources(settings.warm_start, [shard.name for shard in description.shards], settings.expert)
+    wanted = settings.expert if isinstance(settings.expert, ExpertSpec) else None
+    return find_sources(settings.warm_start, [shard.name for shard in description.shards], wanted)
 
 
 def _warmed(manifest: Manifest, sources: Sequence[InitialWeights], part: Path) -> Manifest:
@@ -181,7 +186,7 @@ def _warmed(manifest: Manifest, sources: Sequence[InitialWeights], part: Path) -
 def _expert(settings: RunSettings, latent: LatentSpec, sources: Sequence[InitialWeights]) -> ExpertSpec:
     if sources:
         return sources[0].spec
-    if settings.expert is not None:
+    if isinstance(settings.expert, ExpertSpec):
         return settings.expert
     return tiny_expert(latent) if settings.preset == "tiny" else small_expert(latent)
 
@@ -201,16 +206,17 @@ def _manifest(
         )
         for shard in description.shards
     )  # fmt: skip
+    expert = _expert(settings, description.latent, sources)
     try:
         return Manifest(
             name=settings.name, owner=owner.public_key, coordinators=(coordinator.public_key,),
             created=now, expires=now + settings.valid_days * _DAY, latent=description.latent,
-            expert=_expert(settings, description.latent, sources), shards=shards, optimisation=settings.optimisation,
+            expert=expert, shards=shards, optimisation=settings.optimisation,
             samples_per_shard=settings.samples_per_shard, checkpoint_samples=settings.checkpoint_samples,
             holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
             sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
-            needs=(SHARD_PARTS,),
+            needs=(SHARD_PARTS, *needed_capabilities(expert)),
         )  # fmt: skip
     except ValidationError as error:
         raise ConfigError(f"the run's settings do not fit the data: {first_problem(error)}") from error

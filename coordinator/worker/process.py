@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -46,6 +46,7 @@ from lutetia.coordinator.worker.messages import (
     encode,
     read_to_worker,
 )
+from lutetia.models.experts.adapters.base_sources import BASE_FILE, read_paths
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, LutetiaError
 from lutetia.system.files import replace_folder
@@ -69,12 +70,14 @@ class WorkerProcess:
         channel: to the coordinator.
         device: where to compute: auto, cpu, mps, cuda or cuda:N.
         clock: seconds, by which the rows of a loss are limited.
+        base: the files of the base that the run's experts adapt, if they do.
     """
 
     def __init__(
-        self, manifest: Manifest, channel: ParentChannel, device: str = "cpu", clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.manifest, self._clock = manifest, clock
+        self, manifest: Manifest, channel: ParentChannel, device: str = "cpu", clock: Callable[[], float] = time.monotonic,
+        base: Mapping[str, Path] | None = None,
+    ) -> None:  # fmt: skip
+        self.manifest, self._clock, self._base = manifest, clock, base
         self._wanted_device, self._job = device, 0
         self._reported = float("-inf")
         self._channel = channel
@@ -182,6 +185,7 @@ class WorkerProcess:
         result = holdout_loss(
             self.manifest, job.shard, job.weights, self._holdout(job.holdout), draw=job.draw, raw=job.raw, device=self.device,
             limits=RowLimits(seconds, job.fewest, job.count, job.drawn, job.known), on_rows=report, clock=self._clock,
+            base=self._base,
         )  # fmt: skip
         return LossMeasured(loss=result.loss, by_time=result.by_time, rows=result.rows, drawn=result.drawn)
 
@@ -199,7 +203,7 @@ class WorkerProcess:
             under_budget(self.manifest, job.epochs), job.shard, open_shard(job.data, self.manifest.latent),
             ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
             precision=job.precision, doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
-            device=self.device, progress=self._progress,
+            device=self.device, progress=self._progress, base=self._base,
         )  # fmt: skip
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
         return EpochReplayed(
@@ -247,7 +251,7 @@ class WorkerProcess:
         from lutetia.models.pipeline import load_pipeline
         from lutetia.models.video_files import to_uint8
 
-        pipeline = load_pipeline(job.mixture, experts_in_memory=2, hub=True)  # the run's owner named the models
+        pipeline = load_pipeline(job.mixture, experts_in_memory=2, hub=True, base=self._base)  # the run's owner named the models
         if self.device != "cpu":
             pipeline.to(self.device)
         prompts = list(self.manifest.sampling.prompts)
@@ -337,4 +341,5 @@ def main() -> None:
     torch.set_flush_denormal(True)  # before any thread of torch starts: a processor takes several times as long for such numbers
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     manifest = SignedManifest.model_validate_json(Path(manifest_file).read_bytes()).manifest
-    WorkerProcess(manifest, channel, device).run()
+    base = read_paths(Path(manifest_file).with_name(BASE_FILE)) if manifest.adapter else None
+    WorkerProcess(manifest, channel, device, base=base).run()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lutetia.models.experts.adapters.lora_file import LORA_FILE, write_lora
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
 from lutetia.models.mixing.layout import CONFIG, INDEX, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
@@ -40,6 +41,28 @@ frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {h
 
 No code of this folder is run. Every expert also loads alone, for instance
 `diffusers.{class_name}.from_pretrained("path/to/this/folder/{expert}")`.
+"""
+
+
+_README_OF_ADAPTERS = """---
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [decentralized-diffusion-model, lutetia, lora]
+---
+# {name}
+
+A mixture of {count} adapters (LoRA) of `{base}` for text-to-video.
+Each was trained alone, on one shard of the data (run `{run}`).
+
+```python
+from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia
+
+pipe = LutetiaPipeline.from_pretrained("path/to/this/folder", base="folder/of/the/base")
+frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
+```
+
+No code of this folder is run. Every adapter also loads alone into a diffusers pipeline of the base ({class_name}), by
+`load_lora_weights("path/to/this/folder/{expert}")`.
 """
 
 
@@ -95,6 +118,9 @@ def assemble(
         if shard not in weights:
             shutil.rmtree(build / expert_folder(shard), ignore_errors=True)
             continue
+        if manifest.adapter:
+            write_lora(weights[shard], build / expert_folder(shard) / LORA_FILE, manifest.adapter)
+            continue
         _link(weights[shard], build / expert_folder(shard) / WEIGHTS)
         if shard in accepted:
             known[f"{expert_folder(shard)}/{WEIGHTS}"] = accepted[shard].weights
@@ -121,6 +147,7 @@ def assemble(
         latent=manifest.latent,
         sampling=manifest.sampling,
         experts=tuple(entries),
+        network=manifest.expert if manifest.adapter else None,
         files=_hashed(build, known),
     )
 
@@ -167,7 +194,9 @@ def _model_index(manifest: Manifest, build: Path, diffusers: str) -> dict[str, A
 def _readme(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
     first = next(entry for entry in entries if entry.folder)
     latent = manifest.latent
-    return _README.format(
+    text = _README if manifest.adapter is None else _README_OF_ADAPTERS
+    return text.format(
+        base=manifest.adapter.base.source if manifest.adapter else "",
         name=manifest.name,
         count=sum(entry.folder is not None for entry in entries),
         run=manifest.run_id,

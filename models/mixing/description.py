@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lutetia.models.mixing.layout import EXPERT_FOLDER, INDEX, known_files, read_index
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally, added
 from lutetia.protocol.schema.identity import verify
-from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, SamplingSpec, first_problem
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, ExpertInputs
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 
@@ -60,9 +60,16 @@ class MixtureDocument(WireDocument):
     latent: LatentSpec = Field(description="shapes of latents, text and clips, and the models that make them")
     sampling: SamplingSpec = Field(description="how the run samples clips")
     experts: tuple[ExpertEntry, ...] = Field(max_length=MOST_SHARDS, description="one entry per shard, in the shards' order")
+    network: ExpertSpec | None = added(None, "where experts are adapters: their network, its adapter and the base; else null")
     files: dict[Annotated[str, Field(max_length=256)], BlobRef] = Field(
         max_length=65536, description="digest and size in bytes of all other files of the folder, by relative path"
     )
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> MixtureDocument:
+        if self.network and (self.network.adapter is None or {e.class_name for e in self.experts} != {self.network.class_name}):
+            raise ValueError("network must be that of adapters, and of the class of all experts")
+        return self
 
     @property
     def digest(self) -> str:
@@ -71,7 +78,7 @@ class MixtureDocument(WireDocument):
     @property
     def known_files(self) -> dict[str, BlobRef]:
         """The files that a mixture needs. Raises IntegrityError if one is not listed, or if one could run other code."""
-        return known_files(self.files, [expert.folder for expert in self.experts if expert.folder])
+        return known_files(self.files, [expert.folder for expert in self.experts if expert.folder], self.network is not None)
 
 
 class SignedMixture(Frozen):

@@ -20,6 +20,7 @@ from lutetia.models.mixing.layout import (
     ModelIndex,
     check_sizes,
     check_weights_index,
+    expert_files,
     is_known,
     read_index,
 )
@@ -75,7 +76,8 @@ class MixtureFolder:
         if entries != described:
             raise self._damage("transformer", "its experts are not those of the description")
         for entry in described:
-            if entry["folder"] and not (self.path / entry["folder"] / CONFIG).is_file():
+            first = expert_files(self.document.network is not None)[0]
+            if entry["folder"] and not (self.path / entry["folder"] / first).is_file():
                 raise IntegrityError(f"the mixture {self.path} lacks {entry['folder']}; fetch it again")
         if len(described) > 1 and not self.holds("router"):
             raise IntegrityError(f"the mixture {self.path} lacks router; fetch it again")

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lutetia.models.experts.adapters.lora_file import LORA_FILE
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
 from lutetia.system.errors import IntegrityError
@@ -53,6 +54,7 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-
 _KNOWN_NAME = re.compile(
     rf"{INDEX}|pipeline\.py|README\.md|transformer/{CONFIG}|scheduler/{SCHEDULER_CONFIG}"
     rf"|(router|vae|{EXPERT_FOLDER.strip('^$')})/({CONFIG}|{re.escape(WEIGHTS)})"
+    rf"|{EXPERT_FOLDER.strip('^$')}/{re.escape(LORA_FILE)}"
     rf"|vae/({_SHARD.pattern}|{re.escape(WEIGHTS_INDEX)})"
 )
 
@@ -126,18 +128,19 @@ def check_names(files: Mapping[str, BlobRef]) -> None:
         raise IntegrityError("the mixture's description names more files or bytes than any mixture has; refused")
 
 
-def known_files(files: Mapping[str, BlobRef], experts: Sequence[str]) -> dict[str, BlobRef]:
+def known_files(files: Mapping[str, BlobRef], experts: Sequence[str], adapters: bool = False) -> dict[str, BlobRef]:
     """The files of a mixture that are used; others, which older versions copied with an autoencoder, are left out.
 
     Args:
         files: all files that its description names, by relative path.
         experts: the folders of its experts.
+        adapters: whether they are adapters.
 
     Raises IntegrityError when a part is not listed, `pipeline.py` is not ours, or a text file is too long.
     """
     check_names(files)
     known = {name: ref for name, ref in files.items() if is_known(name)}
-    for name in _required(experts):
+    for name in _required(experts, adapters):
         if name not in known:
             raise IntegrityError(f"the mixture's description lacks {name}; refused")
     if "pipeline.py" in known and known["pipeline.py"] != ChunkTable.of_bytes(PIPELINE).ref:
@@ -150,7 +153,12 @@ def known_files(files: Mapping[str, BlobRef], experts: Sequence[str]) -> dict[st
     return known
 
 
-def _required(experts: Sequence[str]) -> Iterator[str]:
+def _required(experts: Sequence[str], adapters: bool) -> Iterator[str]:
     yield from (INDEX, f"transformer/{CONFIG}", f"scheduler/{SCHEDULER_CONFIG}")
     for expert in experts:
-        yield from (f"{expert}/{CONFIG}", f"{expert}/{WEIGHTS}")
+        yield from (f"{expert}/{name}" for name in expert_files(adapters))
+
+
+def expert_files(adapters: bool) -> tuple[str, ...]:
+    """The files in the folder of an expert."""
+    return (LORA_FILE,) if adapters else (CONFIG, WEIGHTS)

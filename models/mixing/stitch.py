@@ -1,7 +1,7 @@
 """Stitching: write accepted experts and the router as one diffusers folder, which is replaced as a whole.
 
 model_index.json   pipeline and components, as diffusers reads them
-expert_000/ …      one stock diffusers model each, which loads alone
+expert_000/ …      one stock diffusers model each, which loads alone, or an adapter in diffusers' LoRA layout
 transformer/       the mixture's config: experts, routing
 router/            VideoRouter
 scheduler/         FlowMatchEulerDiscreteScheduler
@@ -97,10 +97,11 @@ def write_parts(build: Path, manifest: Manifest, shards: Sequence[int], router: 
         router: a router of the run, trained or not; None: the run has one shard.
     """
     for shard in shards:
-        model = build_meta(manifest.expert_of(shard))
-        assert isinstance(model, ConfigMixin)
         (build / expert_folder(shard)).mkdir()
-        model.save_config(build / expert_folder(shard))
+        if manifest.adapter is None:
+            model = build_meta(manifest.expert_of(shard))
+            assert isinstance(model, ConfigMixin)
+            model.save_config(build / expert_folder(shard))
     if router is not None:
         router.save_config(build / "router")
     _write_vae(build / "vae", manifest.latent)

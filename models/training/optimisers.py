@@ -47,7 +47,8 @@ class Optimiser:
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
         others = [p for name, p in parameters.items() if name not in matrices]
         betas = (optimisation.beta1, optimisation.beta2)
-        self._parts["adamw"] = torch.optim.AdamW(others, betas=betas, weight_decay=decay, fused=True), 1.0
+        if others:  # of an adapter all are hidden matrices
+            self._parts["adamw"] = torch.optim.AdamW(others, betas=betas, weight_decay=decay, fused=True), 1.0
         if matrices:
             hidden = [parameters[name] for name in parameters if name in matrices]
             self._parts["muon"] = Muon(hidden, weight_decay=decay), MUON_RATE

@@ -99,7 +99,8 @@ class NodeTasks:
             manifest=self.workspace.paths.manifest, shard=shard,
             data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
-            local=start.place.local, until=action.until, device=probed.device, precision=probed.precision,
+            local=start.place.local, base=self.workspace.base_model(),
+            until=action.until, device=probed.device, precision=probed.precision,
             micro_batch=max(1, whole >> action.halvings), threads=settings.threads, duty=settings.duty,
             save_every=settings.save_every,
         )  # fmt: skip

@@ -97,6 +97,8 @@ class Workspace:
     def __init__(self, paths: RunPaths, manifest: Manifest, store: BlobStore) -> None:
         self.paths, self.manifest, self.store = paths, manifest, store
         self._indexes: dict[str, ShardIndex] = {}
+        self.local_model: dict[str, Path] | None = None
+        """Files of the base that the run's experts adapt, where this machine had them before; None: they come as blobs."""
 
     def work(self, shard: int) -> CheckpointFolder:
         return CheckpointFolder(self.paths.work, self.manifest.run_id, shard)
@@ -233,6 +235,7 @@ class Workspace:
         The parts of the data are among them once their index is here.
         """
         data, init = [self.manifest.shards[shard].train, *self.parts(shard)], self.manifest.expert_of(shard).init
+        data = [*self.model_blobs(), *data]
         if base:
             return [*data, base.weights, base.state]
         return [*data, init] if init else data
@@ -264,6 +267,17 @@ class Workspace:
             self.store.remove(ref.digest)
             raise
         read_index(self.store.path(ref.digest))
+
+    def model_blobs(self) -> list[BlobRef]:
+        """Blobs of the frozen model that the experts adapt, where it has to be fetched."""
+        adapter = self.manifest.adapter
+        return list(adapter.base.files.values()) if adapter and self.local_model is None else []
+
+    def base_model(self) -> dict[str, Path] | None:
+        """Files of the frozen model that the experts adapt, by name; None where they are trained whole. Raises BlobMissing."""
+        if self.manifest.adapter is None or self.local_model is not None:
+            return self.local_model
+        return {name: self.store.path(ref.digest) for name, ref in self.manifest.adapter.base.files.items()}
 
     def needed(self, shard: int, base: AcceptedBase | None) -> set[str]:
         """Digests of the blobs needed to continue the work on this shard from `base`, or to offer it."""

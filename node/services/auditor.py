@@ -113,6 +113,12 @@ class NodeAuditor:
                 if not await asyncio.to_thread(network.store.has, ref.digest):
                     await asyncio.to_thread(workspace.make_room, ref.size, keep)
                 paths[name] = await network.fetch(ref)
+            for ref in workspace.model_blobs():
+                if not await asyncio.to_thread(network.store.has, ref.digest):
+                    await asyncio.to_thread(
+                        workspace.make_room, ref.size, keep | {blob.digest for blob in workspace.model_blobs()}
+                    )
+                    await network.fetch(ref)
             began = time.monotonic()
             replayed = await self._replay_in_child(job, paths)
             if replayed is None:
@@ -147,7 +153,7 @@ class NodeAuditor:
         question = ReplayQuestion(
             manifest=self.shell.workspace.paths.manifest, shard=job.shard, epoch=job.epoch - 1, epochs=job.epochs,
             steps=job.steps, precision=job.precision, device=result.device, micro_batch=result.shards[job.shard].micro_batch,
-            threads=self.shell.settings.threads, **paths,
+            threads=self.shell.settings.threads, base=self.shell.workspace.base_model(), **paths,
         )  # fmt: skip
         message = None
         child = await trainer.take()

@@ -31,6 +31,7 @@ class Assignment(Frozen):
     state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
     local: LocalState | None = Field(default=None, description="A state within the epoch to resume from")
     until: int = Field(description="Epochs whose parent is below this number may be trained")
+    base: dict[str, Path] | None = Field(default=None, description="Files of the base that the expert adapts, by name")
     device: str = Field(default="cpu", description="cpu, mps, cuda:N or xpu:N")
     precision: Precision = Field(default="float32", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")

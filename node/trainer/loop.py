@@ -210,6 +210,7 @@ def build(assignment: Assignment) -> ExpertTrainer:
         trainer = ExpertTrainer(
             manifest, assignment.shard, data,
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
+            base=assignment.base,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
         raise TrainerEnded("bad-shard", str(error)) from error

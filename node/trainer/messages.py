@@ -33,6 +33,7 @@ class ReplayQuestion(Frozen):
     data: Path = Field(description="The shard's training data")
     weights: Path | None = Field(default=None, description="Weights of the parent; None at epoch 0 without a warm start")
     state: Path | None = Field(default=None, description="Training state of the parent; None at epoch 0")
+    base: dict[str, Path] | None = Field(default=None, description="Files of the base that the expert adapts, by name")
     end_weights: Path | None = Field(default=None, description="Weights of the checkpoint under audit")
     end_state: Path | None = Field(default=None, description="Training state of the checkpoint under audit")
     precision: Precision = Field(description="Data type of the forward pass")

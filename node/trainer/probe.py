@@ -155,7 +155,7 @@ def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precisio
     def works(size: int) -> bool:
         nonlocal problem
         try:
-            trainer = ExpertTrainer(manifest, shard, data, device=device, micro_batch=size, precision=precision)
+            trainer = ExpertTrainer(manifest, shard, data, device=device, micro_batch=size, precision=precision, base="random")
             trainer.step()  # the first step allocates optimiser moments and compiles kernels
             start = time.monotonic()
             trainer.step()

@@ -11,8 +11,10 @@ from lutetia.protocol.schema.fields import OpenWord
 
 MOST_CAPABILITIES = 32
 SHARD_PARTS = "shard-parts"
-CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS)
-"""`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts."""
+ADAPTERS = "adapters"
+CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS)
+"""`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
+`adapters`: trains, checks and replays experts that are adapters on a frozen base."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

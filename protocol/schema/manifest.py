@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import CAPABILITIES, Capabilities
+from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -281,6 +281,8 @@ class Manifest(WireDocument):
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:
             raise ValueError("batch must divide checkpoint_samples, which must divide samples_per_shard")
+        if any(shard.expert and shard.expert.adapter != self.expert.adapter for shard in self.shards):
+            raise ValueError("either no expert of a run is an adapter, or all are alike, on the same base")
         for shard in self.shards:
             if shard.clips < self.optimisation.batch:
                 raise ValueError(
@@ -288,6 +290,11 @@ class Manifest(WireDocument):
                     f"{self.optimisation.batch}; use fewer experts or a smaller batch"
                 )
         return self
+
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """The adapter of every expert; None where experts are trained whole."""
+        return self.expert.adapter
 
     @property
     def run_id(self) -> str:
@@ -305,6 +312,11 @@ class Manifest(WireDocument):
 
     def expert_of(self, shard: int) -> ExpertSpec:
         return self.shards[shard].expert or self.expert
+
+
+def needed_capabilities(expert: ExpertSpec) -> tuple[str, ...]:
+    """What a peer must be able to do to take part in a run of such experts."""
+    return (ADAPTERS,) if expert.adapter else ()
 
 
 class SignedManifest(Frozen):
