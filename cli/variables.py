@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from lutetia.cli.output import say
+from lutetia.system.log_format import LEVELS
 
 PREFIX = "LUTETIA_"
 GENERAL = {
@@ -27,7 +28,10 @@ _INTERNAL = {"LUTETIA_PARENT", "LUTETIA_TEMPLATE", "LUTETIA_WORKER_NICE", "LUTET
 
 
 def warn_of_unknown(app: typer.Typer, environment: Mapping[str, str]) -> None:
-    """Name on stderr each variable of `environment` that begins like ours and that nothing reads."""
+    """Name on stderr each variable of `environment` that begins like ours and that nothing reads, and a level that is none."""
+    level = environment.get("LUTETIA_LOG", "info")
+    if level.lower() not in LEVELS:
+        say(f"lutetia: LUTETIA_LOG={level!r} is none of {', '.join(LEVELS)}; info is used")
     ours = {name for name in environment if name.startswith(PREFIX)} - GENERAL.keys() - _INTERNAL
     if not ours:  # the usual case; the rest takes a while
         return

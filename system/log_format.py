@@ -12,7 +12,7 @@ from typing import TextIO
 
 from lutetia.system.errors import plain, plain_lines
 
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 _ErrorInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -82,4 +82,4 @@ def stderr_handler() -> logging.Handler:
 
 def wanted_level() -> int:
     """The level that `LUTETIA_LOG` sets: debug, info or warning; info without it."""
-    return _LEVELS.get(os.environ.get("LUTETIA_LOG", "info").lower(), logging.INFO)
+    return LEVELS.get(os.environ.get("LUTETIA_LOG", "info").lower(), logging.INFO)

@@ -57,7 +57,7 @@ def _proposed(report: InitReport, out: Path, clips: Path) -> str:
     lines += [f"{report.unused} other {'file is' if report.unused == 1 else 'files are'} not used"] if report.unused else []
     lines += [
         f"{out} proposes {data.experts} experts of {report.measured.parameters / 1e6:.1f} million parameters, a batch of "
-        f"{data.batch}, {hours_text(budget.hours)} each on this machine ({report.measured.device}). Read it, then:",
+        f"{data.batch}, about {hours_text(budget.hours)} each on this machine ({report.measured.device}). Read it, then:",
         *(plain(f"  {command}") for command in commands(clips, out)),
     ]
     return "\n".join(lines)
