@@ -34,6 +34,7 @@ from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.coordinator.runtime.stitcher import Stitcher
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
+from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
@@ -128,6 +129,7 @@ class Service:
         )  # fmt: skip
         self.audit_service = AuditService(self.transport, self.judge_loop, self.check_runner, self._nodes)
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
+        self.source = RunSource(self.folder, self.ledger, self.live, self.status)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
 
@@ -172,7 +174,7 @@ class Service:
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
         if listener:
-            tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs, self.upload))
+            tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs, self.upload, self.source))
         return tasks
 
     async def _answer_streams(self) -> None:
@@ -202,6 +204,7 @@ class Service:
         """Called after each change of the run's state."""
         self._status = None
         self._status_changed.set()
+        self.source.notify()
         self.stitcher.wake()
         if state.finished and self.settings.exit_when_done:
             # two heartbeats, in which peers learn of the last acceptance

@@ -152,6 +152,12 @@ class Ledger:
             for row, _ in self._verified():
                 yield row
 
+    def rows_after(self, event: int, limit: int) -> list[LedgerRow]:
+        """At most `limit` rows after that event. They were verified when the ledger was opened. May be called from any thread."""
+        query = "SELECT id, time, event, chain FROM events WHERE id > ? ORDER BY id LIMIT ?"
+        with self._writing, _sqlite_errors(self.path):
+            return [LedgerRow(*line) for line in self._connection.execute(query, (event, limit))]
+
     def accepted_states(self) -> set[str]:
         """Digests of all training states that were ever accepted."""
         states = "SELECT event ->> '$.acceptance.state.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -15,6 +15,9 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from lutetia.coordinator.web.api.answers import RequestLimit, document_pieces
+from lutetia.coordinator.web.api.routes import api_router
+from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.connections import (
     BACKLOG,
     LIMITS,
@@ -42,41 +45,55 @@ _SAFE = {
 }
 
 
-_PIECE = 65536
-"""Bytes of a document that are sent at a time, so that a slow client holds no more of it in memory."""
+API_VERSION = "1.0.0"
 
 
-def build_app(produce: Callable[[], SwarmStatus], blobs: BlobStore, rate: RateLimit) -> FastAPI:
-    """The read-only routes `/`, `/status.json`, `/metrics` and `/blobs/{digest}` (with ranges).
+def build_app(
+    produce: Callable[[], SwarmStatus],
+    blobs: BlobStore,
+    rate: RateLimit,
+    source: RunSource | None = None,
+    limit: RequestLimit | None = None,
+) -> FastAPI:
+    """The read-only routes `/`, `/status.json`, `/metrics`, `/blobs/{digest}` (with ranges) and those below `/api/v1`.
 
     Args:
         produce: makes the status document of a request. Equal documents are rendered once.
         blobs: what `/blobs` serves.
         rate: limit of the bytes per second that `/blobs` sends, shared with the coordinator's other streams.
+        source: the run that `/api/v1` shows; None: without it.
+        limit: of the requests of one origin to `/api/v1`; None: the usual one.
     """
-    app = FastAPI(title="Lutetia coordinator", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Lutetia coordinator", version=API_VERSION, docs_url=None, redoc_url=None,
+        openapi_url="/api/v1/openapi.json" if source else None,
+    )  # fmt: skip
     slots = AnswerSlots(max(1, rate.answers_at_once // 2))
     pages, texts, metrics = _Rendered(produce, _page), _Rendered(produce, canonical), _Rendered(produce, metrics_text)
 
-    @app.get("/")
+    @app.get("/", include_in_schema=False)
     async def page() -> StreamingResponse:
         return _document(pages.latest(), "text/html; charset=utf-8")
 
-    @app.get("/status.json")
+    @app.get("/status.json", include_in_schema=False)
     async def status() -> StreamingResponse:
         return _document(texts.latest(), "application/json")
 
-    @app.get("/metrics")
+    @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> StreamingResponse:
         return _document(metrics.latest(), "text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/blobs/{digest}")
+    @app.head("/blobs/{digest}", include_in_schema=False)
+    @app.get("/blobs/{digest}", response_class=FileResponse, responses={404: {"description": "There is no such blob here"}})
     async def blob(digest: str) -> FileResponse:
+        """A blob by its digest. Ranges are answered with 206; whoever checks it by its table of chunk hashes needs no trust."""
         if not _DIGEST.fullmatch(digest) or not blobs.has(digest):
             raise HTTPException(404, "this coordinator does not have the blob")
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}
         return _LimitedFile(blobs.path(digest), media_type="application/octet-stream", headers=headers).within(slots, rate)
 
+    if source is not None:
+        app.include_router(api_router(source, limit))
     return app
 
 
@@ -100,12 +117,8 @@ def _page(status: SwarmStatus) -> bytes:
 
 
 def _document(data: bytes, media_type: str) -> StreamingResponse:
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(data), _PIECE):
-            yield data[start : start + _PIECE]
-
     headers = {**_SAFE, "Content-Length": str(len(data))}
-    return StreamingResponse(pieces(), media_type=media_type, headers=headers)
+    return StreamingResponse(document_pieces(data), media_type=media_type, headers=headers)
 
 
 class _LimitedFile(FileResponse):

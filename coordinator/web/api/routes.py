@@ -1,0 +1,180 @@
+"""The routes of the web API below /api/v1: read-only, without a key, with entity tags, compressed, and limited per origin."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse, StreamingResponse
+
+from lutetia.coordinator.web.api import views
+from lutetia.coordinator.web.api.answers import SAFE, Answers, RequestLimit, origin_of
+from lutetia.coordinator.web.api.documents import (
+    CheckpointsPage,
+    EventsPage,
+    GalleryDocument,
+    MixtureAnswer,
+    PeerHistoryDocument,
+    PeersPage,
+    RunDocument,
+    SeriesDocument,
+    ShardDocument,
+)
+from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
+from lutetia.coordinator.web.api.source import RunSource
+from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.status import SwarmStatus
+
+_CLIP = re.compile(r"[0-9]{3,6}\.gif")
+_LARGEST = 2**53
+MOST_EVENTS = 1000
+Cursor = Annotated[int, Query(ge=0, le=_LARGEST)]
+Limit = Annotated[int, Query(ge=1, le=MOST_EVENTS)]
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    304: {"description": "The client has it: its If-None-Match is the entity tag"},
+    429: {"description": "Too many requests of this address; try again after the seconds of Retry-After"},
+}
+_MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such thing"}}
+
+
+class _Shards(Frozen):
+    """All shards."""
+
+    shards: tuple[ShardDocument, ...]
+
+
+def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRouter:
+    """The routes that show `source`; `limit` counts the requests of each origin."""
+    requests, answers, streams = limit or RequestLimit(time.monotonic), Answers(), EventStreams(source)
+
+    async def within_limit(request: Request) -> None:
+        if not requests.take(origin_of(request)):
+            raise HTTPException(429, "too many requests of this address; slow down", {"Retry-After": "1"})
+
+    router = APIRouter(prefix="/api/v1", dependencies=[Depends(within_limit)], responses=_PROBLEMS)
+
+    def live_tag(status: SwarmStatus) -> str:
+        """Changes with the status document, too."""
+        return f"{source.tag()}-{int(2 * status.time)}"
+
+    @router.get("/run", response_model=RunDocument)
+    async def run(request: Request) -> Response:
+        """The run in a few numbers: progress, speed, arrival, peers, how to join, and what does not go on."""
+        history, status = await source.up_to_date(), source.status()
+        return answers.answer(
+            request, live_tag(status), lambda: views.run_document(status, source.manifest(), history, _ticket(source))
+        )
+
+    @router.get("/status", response_model=SwarmStatus)
+    async def whole_status(request: Request) -> Response:
+        """The same document as /status.json."""
+        status = source.status()
+        return answers.answer(request, live_tag(status), lambda: status)
+
+    @router.get("/shards", response_model=_Shards)
+    async def shards(request: Request) -> Response:
+        """All shards with their histories."""
+        history, status = await source.up_to_date(), source.status()
+        return answers.answer(
+            request, live_tag(status), lambda: _Shards(shards=tuple(views.shard_documents(status, source.manifest(), history)))
+        )
+
+    @router.get("/shards/{index}", response_model=ShardDocument, responses=_MISSING)
+    async def shard(request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)]) -> Response:
+        """One shard with its history."""
+        history, status = await source.up_to_date(), source.status()
+        found = views.shard_documents(status, source.manifest(), history, index)
+        if not found:
+            raise HTTPException(404, f"the run has no shard {index}")
+        return answers.answer(request, live_tag(status), lambda: found[0])
+
+    @router.get("/peers", response_model=PeersPage)
+    async def peers(
+        request: Request, health: Annotated[str | None, Query(max_length=32)] = None, offset: Cursor = 0, limit: Limit = 100
+    ) -> Response:
+        """Peers that are online or have had a result decided, those with most accepted samples first."""
+        history, status = await source.up_to_date(), source.status()
+        return answers.answer(
+            request, live_tag(status),
+            lambda: views.peers_page(status, history, health=health, offset=offset, limit=limit),
+        )  # fmt: skip
+
+    @router.get("/peers/{peer}", response_model=PeerHistoryDocument, responses=_MISSING)
+    async def peer(request: Request, peer: Annotated[str, PathParameter(max_length=128)]) -> Response:
+        """One peer, by peer id or public key: what counted, what did not, and why."""
+        history, status = await source.up_to_date(), source.status()
+        owner = views.find_owner(status, history, peer)
+        if owner is None:
+            raise HTTPException(404, "the run knows no such peer: it is not online and has had no result decided")
+        return answers.answer(request, live_tag(status), lambda: views.peer_history(status, history, owner))
+
+    @router.get("/checkpoints", response_model=CheckpointsPage)
+    async def checkpoints(
+        request: Request, shard: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None,
+        before: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None, limit: Limit = 100,
+    ) -> Response:  # fmt: skip
+        """Accepted results, newest first; `before` is an event's number."""
+        history = await source.up_to_date()
+        return answers.answer(
+            request, source.tag(), lambda: views.checkpoints_page(history, shard=shard, before=before, limit=limit)
+        )
+
+    @router.get("/events", response_model=EventsPage)
+    async def events(request: Request, after: Cursor = 0, limit: Limit = 100) -> Response:
+        """Events of the ledger after the cursor, oldest first."""
+
+        def page() -> EventsPage:
+            lines = views.event_lines(source.rows(after, limit))
+            return EventsPage(events=lines, cursor=lines[-1].event if lines else after, head=source.ledger.head[0])
+
+        return answers.answer(request, source.tag(), page)
+
+    @router.get("/events/stream", response_class=StreamingResponse, responses={503: {"description": "Too many streams"}})
+    async def stream(
+        request: Request, after: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None,
+        last_event_id: Annotated[str | None, Header(max_length=32)] = None,
+    ) -> StreamingResponse:  # fmt: skip
+        """Events as server-sent events from `Last-Event-ID` or `after` on, without either from now on."""
+        return streams.open(origin_of(request), last_event(last_event_id, after, source.ledger.head[0]))
+
+    @router.get("/mixture", response_model=MixtureAnswer, responses=_MISSING)
+    async def mixture(request: Request) -> Response:
+        """The present mixture, with the address of each of its files."""
+        history, status = await source.up_to_date(), source.status()
+        found = views.mixture_answer(source.folder.mixture, status.mixture, history)
+        if found is None:
+            raise HTTPException(404, "no mixture was stitched yet")
+        return answers.answer(request, f"{source.tag()}-{found.digest[:16]}", lambda: found)
+
+    @router.get("/gallery", response_model=GalleryDocument)
+    async def gallery(request: Request) -> Response:
+        """Clips of the fixed prompts, sampled from the last mixture whose gallery is done."""
+        history = await source.up_to_date()
+        found = views.gallery_document(source.folder.gallery, history)
+        return answers.answer(request, f"{source.tag()}-{len(found.clips)}", lambda: found)
+
+    @router.get("/gallery/{file}", response_class=FileResponse, responses=_MISSING)
+    async def gallery_clip(file: Annotated[str, PathParameter(max_length=32)]) -> FileResponse:
+        """One clip as a GIF."""
+        path = source.folder.gallery / file
+        if not _CLIP.fullmatch(file) or not path.is_file():
+            raise HTTPException(404, "the gallery has no such clip")
+        return FileResponse(path, media_type="image/gif", headers=SAFE)
+
+    @router.get("/metrics", response_model=SeriesDocument)
+    async def metrics(request: Request) -> Response:
+        """Curves: held-out loss of each shard against samples, router accuracy by time bin, throughput by the hour."""
+        history, status = await source.up_to_date(), source.status()
+        return answers.answer(request, source.tag(), lambda: views.series(status, history))
+
+    return router
+
+
+def _ticket(source: RunSource) -> str:
+    try:
+        return source.folder.ticket.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,77 @@
+"""What the web API shows: the run's folder, ledger, manifest and present state, and a signal when events are added."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lutetia.coordinator.ledger.log import Ledger, LedgerRow
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.coordinator.web.api.history import History
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.status import SwarmStatus
+
+_ROWS_AT_ONCE = 500
+"""Events that are added up before other tasks get their turn."""
+
+
+@dataclass
+class RunSource:
+    """The run that is shown.
+
+    Args:
+        folder: the run's files.
+        ledger: its ledger; only read here.
+        manifest: the newest manifest.
+        status: makes the status document.
+    """
+
+    folder: RunFolder
+    ledger: Ledger
+    manifest: Callable[[], Manifest]
+    status: Callable[[], SwarmStatus]
+    history: History = field(default_factory=History)
+    _more: set[asyncio.Event] = field(default_factory=set)
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def notify(self) -> None:
+        """Events were added."""
+        for waiting in self._more:
+            waiting.set()
+
+    async def wait_for_more(self, after: int, seconds: float) -> bool:
+        """Wait until the ledger has more than `after` events, at most so many seconds. Returns whether it has."""
+        if self.ledger.head[0] > after:
+            return True
+        more = asyncio.Event()
+        self._more.add(more)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.ledger.head[0] <= after:
+                    await more.wait()
+                    more.clear()
+        except TimeoutError:
+            return False
+        finally:
+            self._more.discard(more)
+        return True
+
+    def rows(self, after: int, limit: int) -> list[LedgerRow]:
+        """At most `limit` events after the first `after`."""
+        return self.ledger.rows_after(after, limit)
+
+    async def up_to_date(self) -> History:
+        """The history of all events in the ledger now. The first call reads the whole ledger, later ones what was added."""
+        async with self._reading:
+            head = self.ledger.head[0]
+            while self.history.events < head:
+                for row in self.rows(self.history.events, _ROWS_AT_ONCE):
+                    self.history.add(row.id, row.event())
+                await asyncio.sleep(0)
+        return self.history
+
+    def tag(self) -> str:
+        """Changes with every event of the ledger, and with the manifest."""
+        count, chain = self.ledger.head
+        return f"{count}-{chain[:16]}-{self.manifest().version}"

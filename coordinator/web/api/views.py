@@ -1,0 +1,214 @@
+"""Makes the documents of the web API from state, history and manifest. Pure, but for the files of mixture and gallery."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lutetia.coordinator.ledger.describe import sentence
+from lutetia.coordinator.ledger.log import LedgerRow
+from lutetia.coordinator.web.api.documents import (
+    AcceptedPoint,
+    Arrival,
+    CheckpointsPage,
+    EventLine,
+    GalleryClip,
+    GalleryDocument,
+    LossSeries,
+    MixtureAnswer,
+    MixtureFile,
+    PeerDocument,
+    PeerHistoryDocument,
+    PeersPage,
+    RunDocument,
+    SeriesDocument,
+    ShardDocument,
+    ThroughputBin,
+)
+from lutetia.coordinator.web.api.history import AuthorHistory, History, samples_per_second, seconds_left
+from lutetia.models.mixing.description import read_mixture
+from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.system.errors import LutetiaError
+
+HOUR = 3600.0
+_DAY = 24 * HOUR
+_PACE_WINDOW = 6 * HOUR
+
+
+def run_document(status: SwarmStatus, manifest: Manifest, history: History, ticket: str) -> RunDocument:
+    points = [point for shard in history.shards.values() for point in shard.accepted]
+    state = "finished" if status.finished else "stitching" if status.done else "stalled" if status.stalled_shards else "training"
+    return RunDocument(
+        run=status.run, name=status.name, owner=manifest.owner, coordinator=status.coordinator, software=status.software,
+        manifest_version=status.manifest_version, created=manifest.created, expires=manifest.expires, time=status.time,
+        state=state, experts=len(status.shards), samples=sum(shard.samples for shard in status.shards),
+        samples_budget=sum(shard.samples_budget for shard in status.shards),
+        samples_per_second=samples_per_second(points, status.time, HOUR), arrival=arrival(status, history),
+        peers_working=sum(node.health == "working" for node in status.nodes),
+        peers_online=len(status.nodes) + status.nodes_not_shown,
+        peers_day=sum((author.last_accepted or 0.0) > status.time - _DAY for author in history.authors.values()),
+        accepted=status.accepted, rejected=status.rejected, events=status.events, ticket=ticket,
+        join=f"lutetia join {ticket}" if ticket else "", memory_bytes=manifest.hardware.memory_bytes,
+        disk_bytes=manifest.hardware.disk_bytes, stalls=status.stalls,
+    )  # fmt: skip
+
+
+def arrival(status: SwarmStatus, history: History) -> Arrival:
+    """When the budgets will be done if every shard goes on as it did lately."""
+    remaining = {shard.shard: shard.samples_budget - shard.samples for shard in status.shards}
+    if not any(left > 0 for left in remaining.values()):
+        return Arrival(seconds=0.0, basis="all budgets are done")
+    rates: dict[int, float] = {}
+    window = 0.0
+    for shard in status.shards:
+        points = [point for point in history.shard(shard.shard).accepted if not point.void]
+        recent = [point for point in points if point.time > status.time - _PACE_WINDOW]
+        since = min((point.time for point in recent), default=status.time)
+        if len(recent) > 1 and status.time > since:
+            rates[shard.shard] = sum(point.trained for point in recent[1:]) / (status.time - since)
+            window = max(window, status.time - since)
+    seconds = seconds_left(remaining, rates)
+    if seconds is None:
+        behind = [shard for shard, left in remaining.items() if left > 0 and shard not in rates]
+        shown = ", ".join(f"{shard:03d}" for shard in behind[:5])
+        return Arrival(seconds=None, basis=f"not known: fewer than two results lately for expert {shown}")
+    return Arrival(seconds=seconds, basis=f"the slowest expert's accepted samples of the last {window / 60:.0f} minutes")
+
+
+def shard_documents(status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None) -> list[ShardDocument]:
+    """All shards, or the one with `index`."""
+    documents = []
+    for shard in status.shards:
+        if index in (None, shard.shard):
+            spec, past = manifest.shards[shard.shard], history.shard(shard.shard)
+            documents.append(
+                ShardDocument(
+                    status=shard, clips=spec.clips, prior=spec.prior, expert=manifest.expert_of(shard.shard).class_name,
+                    initial_loss=past.initial_loss, accepted=tuple(past.accepted), refused=tuple(past.refused),
+                )
+            )  # fmt: skip
+    return documents
+
+
+def peers_page(status: SwarmStatus, history: History, *, health: str | None, offset: int, limit: int) -> PeersPage:
+    """Peers that are online or have had a result decided, those with most accepted samples first."""
+    nodes = {node.owner: node for node in status.nodes}
+    owners = set(nodes) | set(history.authors)
+    if health is not None:
+        owners = {owner for owner in owners if owner in nodes and nodes[owner].health == health}
+    ranked = sorted(owners, key=lambda owner: (-_past(history, owner).samples, owner))
+    shown = tuple(peer_document(status, history, owner) for owner in ranked[offset : offset + limit])
+    return PeersPage(total=len(ranked), peers=shown)
+
+
+def find_owner(status: SwarmStatus, history: History, wanted: str) -> str | None:
+    """The public key of the peer with this public key or peer id."""
+    for owner in (*(node.owner for node in status.nodes), *history.authors):
+        if wanted in (owner, peer_id_of(owner)):
+            return owner
+    return None
+
+
+def peer_document(status: SwarmStatus, history: History, owner: str) -> PeerDocument:
+    return PeerDocument(**_peer(status, history, owner))
+
+
+def peer_history(status: SwarmStatus, history: History, owner: str) -> PeerHistoryDocument:
+    past = _past(history, owner)
+    return PeerHistoryDocument(
+        **_peer(status, history, owner), points=tuple(past.points), refused=tuple(past.refused),
+        superseded=tuple(past.superseded), audits=tuple(past.audits),
+    )  # fmt: skip
+
+
+def _peer(status: SwarmStatus, history: History, owner: str) -> dict[str, Any]:
+    past = _past(history, owner)
+    node = next((node for node in status.nodes if node.owner == owner), None)
+    return {
+        "owner": owner, "peer_id": peer_id_of(owner), "node": node, "samples": past.samples, "accepted": past.accepted,
+        "void": past.void, "invalid": past.invalid, "last_accepted": past.last_accepted, "quarantined": past.quarantined,
+    }  # fmt: skip
+
+
+def _past(history: History, owner: str) -> AuthorHistory:
+    return history.authors.get(owner) or AuthorHistory()
+
+
+def checkpoints_page(history: History, *, shard: int | None, before: int | None, limit: int) -> CheckpointsPage:
+    shards = history.shards.values() if shard is None else [history.shard(shard)] if shard in history.shards else []
+    points = [point for each in shards for point in each.accepted if before is None or point.event < before]
+    points.sort(key=lambda point: -point.event)
+    shown = tuple(points[:limit])
+    return CheckpointsPage(checkpoints=shown, next=shown[-1].event if len(points) > limit else None)
+
+
+def event_lines(rows: Sequence[LedgerRow]) -> tuple[EventLine, ...]:
+    lines = []
+    for row in rows:
+        event = row.event()
+        lines.append(EventLine(event=row.id, time=row.time, kind=event.kind, text=sentence(event), data=json.loads(row.text)))
+    return tuple(lines)
+
+
+def mixture_answer(folder: Path, digest: str | None, history: History) -> MixtureAnswer | None:
+    """The mixture in `folder`; None before the first, or while it cannot be read."""
+    if digest is None:
+        return None
+    try:
+        signed = read_mixture(folder)
+    except LutetiaError:
+        return None
+    files = tuple(
+        MixtureFile(path=name, digest=ref.digest, size=ref.size, url=f"/blobs/{ref.digest}")
+        for name, ref in sorted(signed.mixture.files.items())
+    )
+    return MixtureAnswer(
+        digest=signed.mixture.digest, files=files, document=signed.model_dump(mode="json"), history=tuple(history.mixtures)
+    )
+
+
+def gallery_document(folder: Path, history: History) -> GalleryDocument:
+    """The gallery in `folder`; without clips while there is none."""
+    mixture = history.mixtures[-1].mixture if history.mixtures else None
+    try:
+        clips = json.loads((folder / "gallery.json").read_text())["clips"]
+    except (OSError, ValueError, KeyError):
+        clips = []
+    return GalleryDocument(
+        mixture=mixture,
+        clips=tuple(
+            GalleryClip(prompt=clip["prompt"], file=clip["file"], url=f"/api/v1/gallery/{clip['file']}", seed=clip.get("seed", 0))
+            for clip in clips
+        ),
+    )
+
+
+def series(status: SwarmStatus, history: History) -> SeriesDocument:
+    losses = []
+    for shard in status.shards:
+        points = [point for point in history.shard(shard.shard).accepted if not point.void]
+        losses.append(
+            LossSeries(
+                shard=shard.shard, name=shard.name, events=tuple(point.event for point in points),
+                times=tuple(point.time for point in points), samples=tuple(point.samples for point in points),
+                losses=tuple(point.loss for point in points),
+            )
+        )  # fmt: skip
+    every = [point for shard in history.shards.values() for point in shard.accepted]
+    return SeriesDocument(losses=tuple(losses), routers=tuple(history.routers), throughput=_throughput(every))
+
+
+def _throughput(points: Sequence[AcceptedPoint]) -> tuple[ThroughputBin, ...]:
+    samples: Counter[int] = Counter()
+    results: Counter[int] = Counter()
+    for point in points:
+        if not point.void:
+            hour = int(point.time // HOUR)
+            samples[hour] += point.trained
+            results[hour] += 1
+    return tuple(ThroughputBin(time=hour * HOUR, samples=samples[hour], results=results[hour]) for hour in sorted(results))

@@ -1,0 +1,226 @@
+"""The web API over a real connection: documents, cursors, entity tags, compression, streams, limits, and its own description."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import given, settings
+
+from lutetia.coordinator.ledger.events import LineageRolledBack
+from lutetia.coordinator.web.api.answers import RequestLimit
+from lutetia.coordinator.web.api.documents import EventsPage, PeerHistoryDocument, PeersPage, RunDocument, SeriesDocument
+from lutetia.coordinator.web.app import build_app
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.blobs.upload_limit import RateLimit
+from lutetia.protocol.schema.status import SwarmStatus
+from tests.coordinator.acceptance.judge_driver import PEERS
+from tests.coordinator.web.api.recorded_run import HOSTILE, STEP, RecordedRun, record_run, serving
+
+API = "/api/v1"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RecordedRun:
+    return record_run(tmp_path / "run")
+
+
+async def test_run_tells_progress_arrival_and_how_to_join(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        document = RunDocument.model_validate_json((await client.get(f"{API}/run")).content)
+    assert (document.state, document.samples, document.samples_budget) == ("training", 12, 72)
+    assert document.join == "lutetia join lutetia1example"
+    assert (document.peers_online, document.peers_day) == (1, 2)
+    assert document.samples_per_second == pytest.approx(12 / 3600)
+    assert document.arrival.seconds is None
+    assert document.arrival.basis == "not known: fewer than two results lately for expert 001"
+    run.accept(0, shard=1)
+    run.write()
+    async with serving(run) as client:
+        document = RunDocument.model_validate_json((await client.get(f"{API}/run")).content)
+    assert document.arrival.seconds == pytest.approx(28 / 4 * (3 * STEP + 1))  # 28 are left; 4 came since the first result
+
+
+async def test_peers_say_what_counted_and_what_did_not(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        page = PeersPage.model_validate_json((await client.get(f"{API}/peers")).content)
+        assert [peer.samples for peer in page.peers] == [8, 4, 0]
+        assert page.peers[1].node is not None
+        one = await client.get(f"{API}/peers/{PEERS[2].peer_id}")
+        refused = PeerHistoryDocument.model_validate_json(one.content)
+        assert (refused.accepted, refused.invalid, refused.refused[0].text) == (0, 1, HOSTILE)
+        assert (await client.get(f"{API}/peers/nobody")).status_code == 404
+        none = PeersPage.model_validate_json((await client.get(f"{API}/peers?health=working")).content)
+        assert none.total == 0
+
+
+async def test_rollback_takes_samples_back(run: RecordedRun) -> None:
+    accepted = run.driver.state.run.shards[0].acceptance
+    assert accepted is not None
+    now, void = run.driver.now, accepted.checkpoint
+    run.write(LineageRolledBack(time=now, shard=0, epoch=1, term=1, dropped=1, checkpoint=void, why="operator"))
+    async with serving(run) as client:
+        peer = PeerHistoryDocument.model_validate_json((await client.get(f"{API}/peers/{PEERS[1].public_key}")).content)
+        curves = SeriesDocument.model_validate_json((await client.get(f"{API}/metrics")).content)
+    assert (peer.samples, peer.accepted, peer.void) == (4, 1, 1)
+    assert [point.void for point in peer.points] == [False, True]
+    assert [len(each.losses) for each in curves.losses] == [1, 1]
+    assert sum(each.samples for each in curves.throughput) == 8
+
+
+async def test_events_are_read_by_cursor_and_every_one_has_a_sentence(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        seen, cursor = [], 0
+        while True:
+            page = EventsPage.model_validate_json((await client.get(f"{API}/events?after={cursor}&limit=3")).content)
+            if not page.events:
+                break
+            seen += page.events
+            cursor = page.cursor
+    assert [line.event for line in seen] == list(range(1, page.head + 1))
+    assert all(line.text for line in seen)
+    assert seen[0].kind == "run-created"
+
+
+async def test_checkpoints_come_newest_first_in_pages(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        first = (await client.get(f"{API}/checkpoints?limit=2")).json()
+        rest = (await client.get(f"{API}/checkpoints?limit=2&before={first['next']}")).json()
+        of_shard = (await client.get(f"{API}/checkpoints?shard=1")).json()
+    numbers = [each["event"] for each in (*first["checkpoints"], *rest["checkpoints"])]
+    assert numbers == sorted(numbers, reverse=True)
+    assert (len(numbers), rest["next"], len(of_shard["checkpoints"])) == (3, None, 1)
+
+
+async def test_unchanged_documents_are_not_sent_again_and_large_ones_are_compressed(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        first = await client.get(f"{API}/checkpoints")
+        assert first.headers["content-encoding"] == "gzip"
+        again = await client.get(f"{API}/checkpoints", headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        plain = await client.get(f"{API}/checkpoints", headers={"Accept-Encoding": "identity"})
+        assert "content-encoding" not in plain.headers
+        assert plain.json() == first.json()
+        run.accept(0, shard=1)
+        run.write()
+        changed = await client.get(f"{API}/checkpoints", headers={"If-None-Match": first.headers["etag"]})
+        assert changed.status_code == 200
+        assert len(changed.json()["checkpoints"]) == 4
+
+
+async def test_status_gallery_and_shards(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        assert SwarmStatus.model_validate_json((await client.get(f"{API}/status")).content) == run.source.status()
+        gallery = (await client.get(f"{API}/gallery")).json()
+        assert gallery["clips"][0]["prompt"] == "a <b>cat</b>"
+        clip = await client.get(gallery["clips"][0]["url"])
+        assert (clip.headers["content-type"], clip.content) == ("image/gif", b"GIF89a")
+        for wrong in ("gallery.json", "001.gif", "..%2Fticket.txt", "000.gif%00"):
+            assert (await client.get(f"{API}/gallery/{wrong}")).status_code == 404
+        shards = (await client.get(f"{API}/shards")).json()["shards"]
+        assert [len(each["accepted"]) for each in shards] == [2, 1]
+        assert shards[0]["refused"][0]["text"] == HOSTILE
+        assert (await client.get(f"{API}/shards/1")).json() == shards[1]
+        assert (await client.get(f"{API}/shards/9")).status_code == 404
+        assert (await client.get(f"{API}/mixture")).status_code == 404
+
+
+async def lines_of(answer: httpx.Response, count: int) -> list[dict[str, str]]:
+    """The first `count` server-sent events."""
+    found: list[dict[str, str]] = []
+    fields: dict[str, str] = {}
+    async for line in answer.aiter_lines():
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif "data" in fields:
+            found.append(fields)
+            fields = {}
+            if len(found) == count:
+                break
+    return found
+
+
+async def test_stream_goes_on_after_the_last_event_that_a_client_has(run: RecordedRun) -> None:
+    head = run.source.ledger.head[0]
+    async with serving(run) as client:
+        async with client.stream("GET", f"{API}/events/stream", headers={"Last-Event-ID": str(head - 2)}) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            old = await lines_of(answer, 2)
+        assert [each["id"] for each in old] == [str(head - 1), str(head)]
+        async with client.stream("GET", f"{API}/events/stream") as answer:
+            waiting = asyncio.create_task(lines_of(answer, 1))
+            run.accept(0, shard=1)
+            run.write()
+            (new,) = await waiting
+    assert new["event"] == "ledger"
+    assert int(new["id"]) == head + 1 == json.loads(new["data"])["event"]
+
+
+async def test_streams_of_one_address_are_limited_and_come_free(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        answers = [await client.send(client.build_request("GET", f"{API}/events/stream"), stream=True) for _ in range(8)]
+        assert {answer.status_code for answer in answers} == {200}
+        for answer in answers:
+            await anext(answer.aiter_bytes())
+        assert (await client.get(f"{API}/events/stream")).status_code == 503
+        for answer in answers:
+            await answer.aclose()
+        async with asyncio.timeout(30):
+            while (await client.send(client.build_request("GET", f"{API}/events/stream"), stream=True)).status_code == 503:
+                pass  # until the server has noticed
+
+
+async def test_requests_of_one_address_are_limited(run: RecordedRun) -> None:
+    async with serving(run, RequestLimit(lambda: 0.0, burst=5)) as client:
+        codes = [(await client.get(f"{API}/gallery/none.gif")).status_code for _ in range(5)]
+        refused = await client.get(f"{API}/run")
+        assert (await client.get("/status.json")).status_code == 200
+    assert codes == [404] * 5
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+
+
+def test_request_limit_fills_up_again_and_forgets_old_origins() -> None:
+    now = 0.0
+    limit = RequestLimit(lambda: now, rate=2.0, burst=3)
+    assert [limit.take("a") for _ in range(4)] == [True, True, True, False]
+    assert limit.take("b")
+    now = 1.0
+    assert [limit.take("a") for _ in range(3)] == [True, True, False]
+
+
+async def test_blobs_answer_head_and_ranges(run: RecordedRun, tmp_path: Path) -> None:
+    blobs = BlobStore(run.source.folder.blobs)
+    ref = blobs.add_bytes(b"0123456789")
+    async with serving(run) as client:
+        head = await client.head(f"/blobs/{ref.digest}")
+        assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
+        part = await client.get(f"/blobs/{ref.digest}", headers={"Range": "bytes=2-4"})
+        assert (part.status_code, part.content) == (206, b"234")
+        beyond = await client.get(f"/blobs/{ref.digest}", headers={"Range": "bytes=20-"})
+        assert beyond.status_code == 416
+
+
+def test_every_route_keeps_its_own_description(run: RecordedRun) -> None:
+    """Schemathesis calls every documented route with generated and with wrong arguments."""
+    unlimited = RequestLimit(lambda: 0.0, burst=10**9)
+    app = build_app(run.source.status, BlobStore(run.source.folder.blobs), RateLimit(None), run.source, unlimited)
+    schema = schemathesis.openapi.from_asgi(f"{API}/openapi.json", app)
+    called = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if operation.path.endswith("/stream"):
+            continue  # it does not end
+        called.add(operation.path)
+
+        @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+        @given(case=operation.as_strategy())
+        def check(case: schemathesis.Case) -> None:
+            case.call_and_validate()
+
+        check()
+    assert len(called) >= 12
