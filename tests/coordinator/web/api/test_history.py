@@ -29,13 +29,8 @@ def test_credit_is_conserved_under_any_rollbacks(steps: list[tuple[int, int, boo
     for number, (shard, peer, back, depth) in enumerate(steps, 1):
         if back and epochs[shard]:
             target = max(0, epochs[shard] - 1 - depth)
-            dropped = epochs[shard] - target
-            history.add(
-                number,
-                LineageRolledBack(
-                    time=START, shard=shard, epoch=target, term=number, dropped=dropped, checkpoint=blob("x").digest, why="operator"
-                ),
-            )
+            void = {"dropped": epochs[shard] - target, "checkpoint": blob("x").digest, "why": "operator"}
+            history.add(number, LineageRolledBack(time=START, shard=shard, epoch=target, term=number, **void))
             epochs[shard] = target
         else:
             epochs[shard] += 1
