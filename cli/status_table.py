@@ -176,7 +176,7 @@ def summary(status: SwarmStatus, now: float) -> str:
     """One line about the run's results: acceptances, router, mixture."""
     parts = [f"accepted {status.accepted}, rejected {status.rejected}"]
     if status.audits_due:
-        parts.append(f"{status.audits_due} audits due")
+        parts.append(f"{status.audits_due} audit{'s' if status.audits_due > 1 else ''} due")
     if status.quarantined:
         parts.append(f"{len(status.quarantined)} peers quarantined")
     if status.router:
