@@ -35,7 +35,7 @@ def test_prompts_of_a_file_become_numbered_clips(mixture: Path, tmp_path: Path, 
     document = json.loads(printed.out)
     assert [Path(file).name for file in document["files"]] == [f"clip-{number}.gif" for number in (1, 2, 3, 4)]
     assert document["prompts"] == ["a red ball"] * 2 + ["a blue cup that turns slowly to the left"] * 2
-    assert all(Image.open(file).n_frames == 4 for file in document["files"])
+    assert all(getattr(Image.open(file), "n_frames", 1) == 4 for file in document["files"])
     assert "warning: prompt 3 has 9 tokens, but this mixture reads 6; its end is cut, as in training" in printed.err
     assert "device cpu: as set; dtype float32: CPU; all 2 experts in memory" in printed.err
     assert re.search(r"generate: steps\D+2/2", printed.err)
