@@ -20,6 +20,7 @@ STUDIES = {
     "document-attacks": "benchmarks.attacks.documents",
     "faults": "benchmarks.faults",
     "fuzz": "benchmarks.fuzz.main",
+    "gpu": "benchmarks.gpu.main",
     "judge-attacks": "benchmarks.attacks.judge_attacks",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",

@@ -23,6 +23,7 @@ from lutetia.protocol.schema.manifest import (
     Timing,
 )
 from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
+from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.ticket import Place
 
 HostPort = Annotated[str, AfterValidator(host_port)]
@@ -117,6 +118,7 @@ class RunSettings(_Settings):
     allowlist: tuple[PublicKey, ...] | None = Field(
         default=None, description="Public keys that may take part besides the coordinators; without it anyone"
     )
+    card: CardSpec | None = Field(default=None, description="What the mixture's model card says besides what the run knows")
     valid_days: Positive = Field(default=365.0, description="Days until the manifest expires")
 
     @field_validator("expert")

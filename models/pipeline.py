@@ -4,9 +4,9 @@
     pipe = LutetiaPipeline.from_pretrained("path/to/mixture")
     frames = pipe(["a red digit three moves to the left"], seed=0).frames
 
-This compares every part with the folder's description before it is read, and runs no code of the folder. Fetch a mixture from a
-hub as a whole first, with `huggingface_hub.snapshot_download`. `DiffusionPipeline.from_pretrained` loads the folder, too, but
-only with `trust_remote_code=True`, which runs whatever `pipeline.py` lies there.
+This compares every part with the folder's description before it is read, and runs no code of the folder. A hub id
+(`owner/name`) is downloaded as a whole first. `DiffusionPipeline.from_pretrained` loads the folder, too, but only with
+`trust_remote_code=True`, which runs whatever `pipeline.py` lies there.
 
 This module's path is part of the file format: the `pipeline.py` of every published mixture imports `LutetiaPipeline` from here.
 Do not move or rename either.
@@ -36,26 +36,18 @@ from lutetia.models.mixing.folder import MixtureFolder, refused_options
 from lutetia.models.mixing.layout import parse_shapes
 from lutetia.models.mixing.sampling import SamplingState, sample
 from lutetia.models.mixture import MixtureTransformer, Mode
+from lutetia.models.pipeline_hub import HUB_OPTIONS, PushesMixtures, mixture_place
 from lutetia.models.pipeline_inputs import Generators, Texts, named_dtype
 from lutetia.models.pipeline_parts import PromptsAndPictures, read_parts
 from lutetia.models.pipeline_state import CALLBACK_TENSORS, CallProgress, LutetiaPipelineOutput, StepCallback, state_after
 from lutetia.system.errors import ConfigError
 
 OutputType = Literal["np", "pt", "pil", "latent"]
-_OPTIONS = (
-    "torch_dtype",
-    "dtype",
-    "hub",
-    "base",
-    "use_safetensors",
-    "local_files_only",
-    "trust_remote_code",
-    "low_cpu_mem_usage",
-)
+_OPTIONS = ("torch_dtype", "dtype", "hub", "base", "use_safetensors", "trust_remote_code", "low_cpu_mem_usage", *HUB_OPTIONS)
 log = logging.getLogger(__name__)
 
 
-class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
+class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, DiffusionPipeline):
     r"""
     Pipeline for text-to-video generation using a mixture of experts.
 
@@ -94,10 +86,12 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LutetiaPipeline:  # pyright: ignore
-        """Load a mixture folder without running code from it.
+        """Load a mixture without running code from it.
 
         Args:
-            pretrained_model_name_or_path: the folder.
+            pretrained_model_name_or_path: its folder, or its hub id `owner/name`. What was downloaded before is used when the hub
+                cannot be reached, and with `local_files_only=True` nothing else.
+            revision, token, cache_dir: of the hub id, as in diffusers.
             torch_dtype: of router, experts and autoencoder, float32 by default; `dtype` means the same.
             hub: sets `allow_hub`, and allows to download the base of a mixture of adapters.
             base: folder of that base; None: what was downloaded before.
@@ -107,7 +101,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, DiffusionPipeline):
             IntegrityError: a part of the mixture is missing, damaged or of a class that mixtures do not have.
         """
         refused_options(options, _OPTIONS)
-        folder = MixtureFolder(pretrained_model_name_or_path)
+        folder = MixtureFolder(mixture_place(pretrained_model_name_or_path, options))
         dtype, hub = named_dtype(options.get("dtype") or options.get("torch_dtype")), bool(options.get("hub"))
         pipeline = cls(**read_parts(folder, dtype, options.get("base"), hub))
         pipeline.register_to_config(_name_or_path=str(folder.path))
@@ -298,7 +292,7 @@ def load_pipeline(
     """The pipeline of a mixture folder.
 
     Args:
-        folder: a stitched or fetched mixture.
+        folder: a stitched or fetched mixture, or the hub id of one.
         device: where router and experts run, in torch's words.
         dtype: of router, experts and autoencoder. None: float32.
         experts_in_memory: most experts held at a time; the least recently used one is dropped. None: no limit.

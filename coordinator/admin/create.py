@@ -217,6 +217,7 @@ def _manifest(
             sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
             needs=(SHARD_PARTS, *needed_capabilities(expert)),
+            card=settings.card,
         )  # fmt: skip
     except ValidationError as error:
         raise ConfigError(f"the run's settings do not fit the data: {first_problem(error)}") from error

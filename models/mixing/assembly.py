@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lutetia.models.experts.adapters.lora_file import LORA_FILE, write_lora
+from lutetia.models.mixing.card import model_card
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
 from lutetia.models.mixing.layout import CONFIG, INDEX, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
@@ -22,48 +23,6 @@ from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.files import disk_errors, replace_folder, write_atomic
-
-_README = """---
-library_name: diffusers
-pipeline_tag: text-to-video
-tags: [decentralized-diffusion-model, lutetia]
----
-# {name}
-
-A mixture of {count} experts for text-to-video. Each was trained alone, on one shard of the data (run `{run}`).
-
-```python
-from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia
-
-pipe = LutetiaPipeline.from_pretrained("path/to/this/folder")
-frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
-```
-
-No code of this folder is run. Every expert also loads alone, for instance
-`diffusers.{class_name}.from_pretrained("path/to/this/folder/{expert}")`.
-"""
-
-
-_README_OF_ADAPTERS = """---
-library_name: diffusers
-pipeline_tag: text-to-video
-tags: [decentralized-diffusion-model, lutetia, lora]
----
-# {name}
-
-A mixture of {count} adapters (LoRA) of `{base}` for text-to-video.
-Each was trained alone, on one shard of the data (run `{run}`).
-
-```python
-from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia
-
-pipe = LutetiaPipeline.from_pretrained("path/to/this/folder", base="folder/of/the/base")
-frames = pipe(["{prompt}"], seed=0).frames  # float32 in 0…1, [1, {frames}, {height}, {width}, 3]
-```
-
-No code of this folder is run. Every adapter also loads alone into a diffusers pipeline of the base ({class_name}), by
-`load_lora_weights("path/to/this/folder/{expert}")`.
-"""
 
 
 def expert_folder(shard: int) -> str:
@@ -138,7 +97,7 @@ def assemble(
     (build / "transformer" / CONFIG).write_text(json.dumps(template, indent=2, sort_keys=True) + "\n")
     _write_json(build / INDEX, _model_index(manifest, build, template["_diffusers_version"]))
     write_atomic(build / "pipeline.py", PIPELINE)
-    write_atomic(build / "README.md", _readme(manifest, entries).encode())
+    write_atomic(build / "README.md", model_card(manifest, entries).encode())
     return MixtureDocument(
         name=manifest.name,
         run=manifest.run_id,
@@ -189,24 +148,6 @@ def _model_index(manifest: Manifest, build: Path, diffusers: str) -> dict[str, A
         "latent": manifest.latent.model_dump(mode="json"),
         "sampling": sampling,
     }
-
-
-def _readme(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
-    first = next(entry for entry in entries if entry.folder)
-    latent = manifest.latent
-    text = _README if manifest.adapter is None else _README_OF_ADAPTERS
-    return text.format(
-        base=manifest.adapter.base.source if manifest.adapter else "",
-        name=manifest.name,
-        count=sum(entry.folder is not None for entry in entries),
-        run=manifest.run_id,
-        prompt=manifest.sampling.prompts[0] if manifest.sampling.prompts else "a prompt",
-        frames=latent.pixel_frames,
-        height=latent.pixel_height,
-        width=latent.pixel_width,
-        class_name=first.class_name,
-        expert=first.folder,
-    )
 
 
 def _hashed(build: Path, known: Mapping[str, BlobRef]) -> dict[str, BlobRef]:

@@ -8,7 +8,7 @@ scheduler/         FlowMatchEulerDiscreteScheduler
 vae/               the autoencoder, if it is built in or a local folder; a hub id stays a reference
 pipeline.py        two lines by which diffusers finds the pipeline class, the same in every mixture
 mixture.json       origin, digests, signature
-README.md          how to load it
+README.md          the model card: base, data, recipe, lineage, licences, and how to load it
 """
 
 from __future__ import annotations

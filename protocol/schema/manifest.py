@@ -30,6 +30,7 @@ from lutetia.protocol.schema.fields import (
 from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, SchedulerSpec, TextRecipe
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
@@ -267,6 +268,7 @@ class Manifest(WireDocument):
     allowlist: tuple[PublicKey, ...] | None = Field(
         default=None, max_length=16384, description="Public keys that may take part besides the coordinators; null: anyone"
     )
+    card: CardSpec | None = added(None, "What the owner says in the mixture's model card; null: nothing")
     needs: Capabilities = added((), "Capabilities that a peer must have to take part; one that lacks any refuses the manifest")
 
     @model_validator(mode="after")
