@@ -15,7 +15,7 @@ from lutetia.models.pipeline import LutetiaPipeline, load_pipeline
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.system.errors import ConfigError, IntegrityError
-from tests.models.fake_hub import fake_hub
+from tests.models.hub.fake_hub import fake_hub
 from tests.models.mixing.tiny_mixture import pixel_mixture
 from tests.models.tiny_experts import tiny_manifest
 
