@@ -16,6 +16,7 @@ from lutetia.models.experts.adapters.base_sources import find_base, missing_base
 from lutetia.node.contributions import Contributions
 from lutetia.node.control import ControlRequest, LocalStatus, serve_control
 from lutetia.node.machine.messages import UserVerb
+from lutetia.node.runtime.data_fetcher import DataFetcher
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.runtime.status_fields import status_fields
@@ -139,7 +140,7 @@ class NodeDaemon:
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._early_verbs:
             self.shell.add_early_verb(verb)
-        services = [self.manifest_updates.run(), Membership(shell, copies=self.settings.copies).run()]
+        services = [self.manifest_updates.run(), DataFetcher(shell).run(), Membership(shell, copies=self.settings.copies).run()]
         if self.settings.hours:
             services.append(follow_schedule(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _PROVIDERS_AT_ONCE = 4
 _MAX_ADDRESSES = 8
+PROVIDERS_SECONDS = 60.0
 _ADDRESS = TypeAdapter(Address)
 
 
@@ -76,6 +77,7 @@ class NodeNetwork:
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
     _announced: dict[str, float] = field(default_factory=dict)
     _recorded: dict[str, float] = field(default_factory=dict)
+    _part_providers: dict[str, tuple[float, list[Provider]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.upgrade(self.manifest)
@@ -184,14 +186,30 @@ class NodeNetwork:
                 problem = error
         raise problem
 
-    async def fetch(self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None) -> Path:
-        """The blob's file, from the store or from peers. `on_progress(bytes done, bytes in total)`.
+    async def fetch(
+        self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None, listed_by: BlobRef | None = None
+    ) -> Path:
+        """The blob's file, from the store or from peers.
+
+        Args:
+            ref: the blob.
+            on_progress: called with (bytes done, bytes in total).
+            listed_by: the index of the shard whose part it is: who announces the index has all its parts.
 
         Raises UnreachableError, IntegrityError or DiskError.
         """
         if await asyncio.to_thread(self.store.has, ref.digest):
             return self.store.path(ref.digest)
-        return await fetch_blob(self.transport, self.store, ref, await self._providers(ref), on_progress)
+        providers = await self._providers_of_parts(listed_by) if listed_by else await self._providers(ref)
+        return await fetch_blob(self.transport, self.store, ref, providers, on_progress)
+
+    async def _providers_of_parts(self, index: BlobRef) -> list[Provider]:
+        """The providers of an index, asked for at most once in PROVIDERS_SECONDS: a shard may have a thousand parts."""
+        known, providers = self._part_providers.get(index.digest, (float("-inf"), []))
+        if time.monotonic() - known > PROVIDERS_SECONDS:
+            providers = await self._providers(index)
+            self._part_providers = {index.digest: (time.monotonic(), providers)}
+        return random.sample(providers, len(providers))
 
     async def _providers(self, ref: BlobRef) -> list[Provider]:
         """Nodes first, to spare the coordinators, which hold everything; in random order, since liars choose theirs."""
@@ -218,3 +236,4 @@ class NodeNetwork:
         self.transport = transport
         self._announced.clear()
         self._recorded.clear()
+        self._part_providers.clear()

@@ -68,6 +68,8 @@ class NodeShell:
         self.trainer = TrainerProcess(self.feed, time.time, settings.threads)
         self.prober = HardwareProber(settings, workspace.paths, self.trainer)
         self.tasks = NodeTasks(settings, network, workspace, self.prober)
+        self.data_wanted = self.trainer.starved
+        """Set when parts of the data may have to be fetched (`DataFetcher`)."""
         self.left = asyncio.Event()
         self.problem: str | None = None
         """The last warning, for the local status."""
@@ -130,6 +132,7 @@ class NodeShell:
         for action in actions:
             self._do(action)
         if self.state.phase != before.phase:
+            self.data_wanted.set()
             notify(f"STATUS={self.state.phase}: {self.state.why}")
         if self._syncing and self.state.phase != "syncing":
             self._syncing.cancel()
@@ -218,7 +221,8 @@ class NodeShell:
             if self.state.phase != "left":
                 served = await asyncio.to_thread(self.served)
                 self.blobs_bytes = sum(served.values())
-                await self.network.announce(served)
+                unannounced = await asyncio.to_thread(self.workspace.unannounced)
+                await self.network.announce(digest for digest in served if digest not in unannounced)
 
     def served(self) -> dict[str, int]:
         """Blobs that this node serves (own work and copies for other peers), with sizes in bytes. Blocks on the disk."""

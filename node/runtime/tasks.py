@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Collection
 
-from lutetia.models.data.parts.index import MAX_INDEX_BYTES
+from lutetia.models.data.parts.order import next_uses
 from lutetia.node.machine import messages as m
+from lutetia.node.runtime.data_parts import check_index, check_index_size
 from lutetia.node.runtime.hardware_prober import HardwareProber
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.workspace import AcceptedBase, CheckpointDiscarded, Workspace
@@ -30,11 +31,16 @@ class NodeTasks:
         self.settings, self.network, self.workspace, self.prober = settings, network, workspace, prober
         self.manifest = network.manifest
         self.disk_problem: str | None = None
+        self.places: dict[int, int] = {}
+        """Samples of each shard that were trained when its trainer began."""
 
     # --- fetching -----------------------------------------------------------------------------------------------------------
 
     async def sync(self, action: m.Sync) -> m.SyncDone | m.SyncFailed:
-        """Fetch the shard's data and accepted state, and find own checkpoints that descend from it."""
+        """Fetch the shard's accepted state and data, and find own checkpoints that descend from it.
+
+        Of data that lie in parts, those of the first batch are fetched; `DataFetcher` fetches the others while they are trained.
+        """
         shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
         try:
             with disk_errors(self.settings.state_folder):
@@ -45,6 +51,7 @@ class NodeTasks:
                     await self._fetch(ref, keep)
                 await asyncio.to_thread(self.workspace.set_base, shard, base)
                 kept = await asyncio.to_thread(self.workspace.pending, shard, epoch, checkpoint)
+                await self._fetch_first_parts(shard, epoch, checkpoint, base)
         except (LutetiaError, ConnectionError) as error:
             self._note_disk(error)
             return m.SyncFailed(time.time(), shard, _one_line(error))
@@ -62,15 +69,28 @@ class NodeTasks:
         spec = self.manifest.shards[shard]
         if spec.data_bytes is None:
             return
-        if spec.train.size > MAX_INDEX_BYTES:
-            raise IntegrityError(f"the index of shard {shard} has {spec.train.size} bytes, more than {MAX_INDEX_BYTES}; refused")
+        check_index_size(spec)
         await self._fetch(spec.train, await asyncio.to_thread(self.workspace.needed, shard, base))
-        await asyncio.to_thread(self.workspace.check_index, shard)
+        await asyncio.to_thread(check_index, self.workspace.store, spec)
 
-    async def _fetch(self, ref: BlobRef, keep: Collection[str]) -> None:
+    async def _fetch_first_parts(self, shard: int, epoch: int, checkpoint: str | None, base: AcceptedBase | None) -> None:
+        """Fetch the parts of the batch that the trainer begins with."""
+        index = await asyncio.to_thread(self.workspace.data.index, self.workspace.store, self.manifest.shards[shard])
+        if index is None:
+            return
+        start = await asyncio.to_thread(self.workspace.start, shard, epoch, checkpoint, base)
+        place = self.places[shard] = self.workspace.place(shard, start.place)
+        uses = await asyncio.to_thread(next_uses, self.manifest, shard, index, place)
+        self.workspace.data.set_next_use(index, uses)
+        keep = await asyncio.to_thread(self.workspace.needed, shard, base)
+        for part, use in zip(index.parts, uses, strict=True):
+            if use < self.manifest.optimisation.batch:
+                await self._fetch(part.blob, keep, self.manifest.shards[shard].train)
+
+    async def _fetch(self, ref: BlobRef, keep: Collection[str], listed_by: BlobRef | None = None) -> None:
         if not await asyncio.to_thread(self.workspace.store.has, ref.digest):
             await asyncio.to_thread(self.workspace.make_room, ref.size, keep)
-            await self.network.fetch(ref)
+            await self.network.fetch(ref, listed_by=listed_by)
 
     # --- training -----------------------------------------------------------------------------------------------------------
 
@@ -92,6 +112,7 @@ class NodeTasks:
             work.drop_local()  # it was trained with another micro-batch
         base = self.workspace.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
         start = self.workspace.start(shard, action.epoch, action.checkpoint, base)
+        self.places[shard] = self.workspace.place(shard, start.place)
         make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
         whole = probed.shards[shard].micro_batch or self.manifest.optimisation.batch

@@ -13,6 +13,7 @@ from lutetia.node.trainer.assignment import EXIT_CODES, Assignment
 from lutetia.node.trainer.messages import (
     AllowTraining,
     CheckpointWritten,
+    DataArrived,
     DiskReport,
     ExitReport,
     FromTrainer,
@@ -22,6 +23,7 @@ from lutetia.node.trainer.messages import (
     StopTraining,
     ToTrainer,
     TrainerReady,
+    WaitingForPart,
     parse_report,
 )
 from lutetia.system.process import Child
@@ -68,6 +70,8 @@ class TrainerProcess:
         self.disk_full = False
         """Whether the trainer waits for disk space; it retries and reports."""
         self.report: TrainerReport | None = None
+        self.starved = asyncio.Event()
+        """Set when the trainer waits for a part of its data."""
 
     # --- the spare process: importing its libraries takes seconds, which pass while a claim settles ------------------------
 
@@ -127,6 +131,10 @@ class TrainerProcess:
         """Epochs whose parent is below `until` may be trained."""
         await self._send(AllowTraining(until=until))
 
+    async def data_arrived(self) -> None:
+        """A part of the data was stored."""
+        await self._send(DataArrived())
+
     async def stop(self, *, save: bool) -> None:
         """End the trainer if there is one, and return when it is gone. `save`: give it STOP_GRACE to write a local state."""
         child, reader = self._child, self._reader
@@ -180,6 +188,10 @@ class TrainerProcess:
                 if not self._stopping:
                     self.report = TrainerReport(epoch, report.step, report.steps, samples, report.loss, report.rate)
                 self._feed(TrainerProgress(now, run, epoch, samples, waiting))
+            case WaitingForPart():
+                self.starved.set()
+                if self.report and self.report.steps:  # it does not hang
+                    self._feed(TrainerProgress(now, run, self.report.epoch, self.report.samples, False))
             case CheckpointWritten(kept=kept):
                 self._feed(CheckpointReady(now, run, kept.candidate))
             case DiskReport(full=True, text=text):

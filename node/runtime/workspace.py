@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from lutetia.models.data.parts.index import ShardIndex, read_index
+from lutetia.node.runtime.data_parts import DataParts
 from lutetia.node.trainer.checkpoint_folder import (
     CHECKPOINT,
     FILES,
@@ -29,7 +29,7 @@ from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.system.errors import DataError, IntegrityError, LutetiaError
+from lutetia.system.errors import IntegrityError, LutetiaError
 from lutetia.system.files import disk_errors, write_atomic
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Workspace:
 
     def __init__(self, paths: RunPaths, manifest: Manifest, store: BlobStore) -> None:
         self.paths, self.manifest, self.store = paths, manifest, store
-        self._indexes: dict[str, ShardIndex] = {}
+        self.data = DataParts()
         self.local_model: dict[str, Path] | None = None
         """Files of the base that the run's experts adapt, where this machine had them before; None: they come as blobs."""
 
@@ -230,43 +230,29 @@ class Workspace:
             self._check_fetched(shard)
 
     def inputs(self, shard: int, base: AcceptedBase | None) -> list[BlobRef]:
-        """Blobs to fetch for work on this shard from `base`: its data, and the weights and state to start with.
-
-        The parts of the data are among them once their index is here.
-        """
-        data, init = [self.manifest.shards[shard].train, *self.parts(shard)], self.manifest.expert_of(shard).init
-        data = [*self.model_blobs(), *data]
+        """Blobs to fetch before work on this shard from `base`: its data or their index, and what the expert starts from."""
+        data, init = [*self.model_blobs(), self.manifest.shards[shard].train], self.manifest.expert_of(shard).init
         if base:
             return [*data, base.weights, base.state]
         return [*data, init] if init else data
 
     def parts(self, shard: int) -> list[BlobRef]:
         """The parts of a shard's data; none while their index is not here."""
-        index = self.index(shard)
-        return [part.blob for part in index.parts] if index else []
+        return self.data.refs(self.store, self.manifest.shards[shard])
 
-    def index(self, shard: int) -> ShardIndex | None:
-        """The index of a shard's data; None while it is not here or cannot be read, or if the data are one blob."""
-        spec = self.manifest.shards[shard]
-        if spec.data_bytes is None or not self.store.has(spec.train.digest):
-            return None
-        if spec.train.digest not in self._indexes:
-            try:
-                self._indexes[spec.train.digest] = read_index(self.store.path(spec.train.digest))
-            except (IntegrityError, DataError) as error:
-                log.warning("%s", error)
-                return None
-        return self._indexes[spec.train.digest]
+    @property
+    def soon(self) -> int:
+        """Samples ahead of the trainer's place whose parts are never removed: its batch and the one that it makes ahead."""
+        return 2 * self.manifest.optimisation.batch
 
-    def check_index(self, shard: int) -> None:
-        """Raises IntegrityError when the fetched index cannot be read; one that was damaged on disk is removed."""
-        ref = self.manifest.shards[shard].train
-        try:
-            self.store.verify(ref.digest)
-        except IntegrityError:
-            self.store.remove(ref.digest)
-            raise
-        read_index(self.store.path(ref.digest))
+    def has_room(self, need: int) -> bool:
+        """Whether `need` more bytes of blobs fit below the disk limit."""
+        return self.store.limit_bytes is None or self.store.used_bytes() + need <= self.store.limit_bytes
+
+    def place(self, shard: int, start: ResumePoint) -> int:
+        """Samples of the shard's budget that are trained at `start`."""
+        done = start.local.step * self.manifest.optimisation.batch if start.local else 0
+        return start.epoch * self.manifest.checkpoint_samples + done
 
     def model_blobs(self) -> list[BlobRef]:
         """Blobs of the frozen model that the experts adapt, where it has to be fetched."""
@@ -280,13 +266,17 @@ class Workspace:
         return {name: self.store.path(ref.digest) for name, ref in self.manifest.adapter.base.files.items()}
 
     def needed(self, shard: int, base: AcceptedBase | None) -> set[str]:
-        """Digests of the blobs needed to continue the work on this shard from `base`, or to offer it."""
+        """Digests of the blobs needed to continue the work on this shard from `base`, or to offer it.
+
+        Parts of its data that are used later than `soon` are not among them: they can be fetched again in time.
+        """
         own = [kept for kept in self.work(shard).kept() if base is None or kept.epoch >= base.epoch]
-        refs = [*self.inputs(shard, base), *(ref for kept in own for ref in kept.refs)]
+        parts = self.data.used_within(self.store, self.manifest.shards[shard], self.soon)
+        refs = [*self.inputs(shard, base), *parts, *(ref for kept in own for ref in kept.refs)]
         return {ref.digest for ref in refs}
 
     def _check_fetched(self, shard: int) -> None:
-        for ref in self.inputs(shard, self.known_base(shard)):
+        for ref in [*self.inputs(shard, self.known_base(shard)), *self.parts(shard)]:
             try:
                 if self.store.has(ref.digest):
                     self.store.verify(ref.digest)
@@ -298,10 +288,14 @@ class Workspace:
         """Blobs of current and earlier work (own checkpoints, bases, shards), which are served, and their sizes in bytes."""
         sizes: dict[str, int] = {}
         for shard in self._shards():
-            fetched = [*self.inputs(shard, None), *self.inputs(shard, self.known_base(shard))]
+            fetched = [*self.inputs(shard, None), *self.inputs(shard, self.known_base(shard)), *self.parts(shard)]
             refs = [*fetched, *(ref for kept in self.work(shard).kept() for ref in kept.refs)]
             sizes |= {ref.digest: ref.size for ref in refs if self.store.has(ref.digest)}
         return sizes
+
+    def unannounced(self) -> set[str]:
+        """Held blobs without provider records."""
+        return {digest for shard in self._shards() for digest in self.data.unannounced(self.store, self.manifest.shards[shard])}
 
     def make_room(self, need: int, keep: Collection[str]) -> None:
         """Under a disk limit, remove blobs until `need` more bytes fit or none is left: never `keep`, own checkpoints last.
@@ -321,14 +315,18 @@ class Workspace:
         self._drop_removed()
 
     def _spare(self, keep: Collection[str]) -> list[tuple[str, int]]:
-        """(digest, bytes) of all blobs except `keep`, in the order of removal: own checkpoints last, older ones first."""
+        """(digest, bytes) of all blobs except `keep`, in the order of removal.
+
+        Own checkpoints come last, before them the parts of the held shard's data, those first that are used last; others by age.
+        """
         own = {ref.digest for shard in self._shards() for kept in self.work(shard).kept() for ref in kept.refs}
         spare = []
         for digest in set(self.store.digests()) - set(keep):
             with contextlib.suppress(FileNotFoundError, BlobMissing):  # another task may remove it meanwhile
                 status = self.store.path(digest).stat()
-                spare.append((digest in own, status.st_mtime, digest, status.st_size))
-        return [(digest, size) for _, _, digest, size in sorted(spare)]
+                later = -self.data.next_use(digest)
+                spare.append((digest in own, later, status.st_mtime, digest, status.st_size))
+        return [(digest, size) for *_, digest, size in sorted(spare)]
 
     def _drop_removed(self) -> None:
         """Remove accepted checkpoints whose blobs were removed: their hard links would keep the disk space."""

@@ -9,10 +9,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from lutetia.models.data.parts.order import parts_used
 from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_pause
+from lutetia.node.runtime.data_parts import check_index_size
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
@@ -102,23 +104,23 @@ class NodeAuditor:
         return bool(answer.text) or (answer.job is not None and answer.job.checkpoint == job.checkpoint)
 
     async def _replay(self, job: AuditJob) -> AuditReport | None:
-        network, workspace = self.shell.network, self.shell.workspace
+        network = self.shell.network
         data = network.manifest.shards[job.shard].train
         named = {name: getattr(job, name) for name in ("weights", "state", "end_weights", "end_state")} | {"data": data}
         refs = {name: ref for name, ref in named.items() if ref is not None}
+        fetched = list(refs.values())
         try:
-            paths: dict[str, Path] = {}
+            check_index_size(network.manifest.shards[job.shard])
             keep = {*await asyncio.to_thread(self.shell.served), *(ref.digest for ref in refs.values())}
-            for name, ref in refs.items():
-                if not await asyncio.to_thread(network.store.has, ref.digest):
-                    await asyncio.to_thread(workspace.make_room, ref.size, keep)
-                paths[name] = await network.fetch(ref)
-            for ref in workspace.model_blobs():
-                if not await asyncio.to_thread(network.store.has, ref.digest):
-                    await asyncio.to_thread(
-                        workspace.make_room, ref.size, keep | {blob.digest for blob in workspace.model_blobs()}
-                    )
-                    await network.fetch(ref)
+            paths = {name: await self._fetch(ref, keep) for name, ref in refs.items()}
+            parts = await asyncio.to_thread(self._parts, job)
+            model = self.shell.workspace.model_blobs()
+            keep |= {blob.digest for blob in (*parts, *model)}
+            for blob in model:
+                await self._fetch(blob, keep)
+            for part in parts:
+                fetched.append(part)
+                await self._fetch(part, keep, listed_by=data)
             began = time.monotonic()
             replayed = await self._replay_in_child(job, paths)
             if replayed is None:
@@ -129,7 +131,24 @@ class NodeAuditor:
                 losses=replayed.losses, drift=replayed.drift, made=made, seconds=time.monotonic() - began,
             )  # fmt: skip
         finally:
-            await self._clean_up(job.shard, refs.values())
+            await self._clean_up(job.shard, fetched)
+
+    async def _fetch(self, ref: BlobRef, keep: Collection[str], listed_by: BlobRef | None = None) -> Path:
+        network = self.shell.network
+        if not await asyncio.to_thread(network.store.has, ref.digest):
+            await asyncio.to_thread(self.shell.workspace.make_room, ref.size, keep)
+        return await network.fetch(ref, listed_by=listed_by)
+
+    def _parts(self, job: AuditJob) -> list[BlobRef]:
+        """The parts of the shard's data that the replayed steps need, and no others. Blocks on the disk."""
+        manifest = self.shell.network.manifest
+        index = self.shell.workspace.data.index(self.shell.network.store, manifest.shards[job.shard])
+        if index is None:
+            return []
+        steps = manifest.steps_per_epoch if job.end_weights else min(job.steps, manifest.steps_per_epoch)
+        first = (job.epoch - 1) * manifest.checkpoint_samples
+        used = parts_used(manifest, job.shard, index, first, steps * manifest.optimisation.batch)
+        return [index.parts[number].blob for number in used]
 
     async def _clean_up(self, shard: int, refs: Iterable[BlobRef]) -> None:
         """Remove what was fetched for the replay, except what this node serves or needs by now."""

@@ -6,7 +6,7 @@ import torch
 
 from lutetia.models.training.trainer import TrainingDiverged
 from lutetia.node.machine.messages import Exit
-from lutetia.system.errors import DiskError, LutetiaError
+from lutetia.system.errors import DataError, DiskError, IntegrityError, LutetiaError
 
 
 class TrainerEnded(LutetiaError):
@@ -25,6 +25,8 @@ def reason_of(error: BaseException) -> tuple[Exit, str] | None:
             return error.reason, str(error)
         case DiskError():
             return "disk-full", str(error)
+        case IntegrityError() | DataError():
+            return "bad-shard", str(error)
         case TrainingDiverged():
             return "crash", str(error)
         case torch.OutOfMemoryError() | MemoryError():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
-from lutetia.models.data.parts.reader import open_shard
+from lutetia.models.data.parts.reader import Wait, open_shard
 from lutetia.models.training.replay import under_budget
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.machine.messages import Exit
@@ -31,6 +32,7 @@ from lutetia.node.trainer.messages import (
     StartTraining,
     StopTraining,
     TrainerReady,
+    WaitingForPart,
     parse_order,
 )
 from lutetia.node.trainer.probe import ProbeQuestion, probe
@@ -42,6 +44,14 @@ from lutetia.system.process import ParentChannel
 log = logging.getLogger(__name__)
 
 _RATE_SECONDS = 10.0
+WAITING_SECONDS = 1.0
+"""Seconds between reports that training waits for a part of the data."""
+DATA_SECONDS = 600.0
+"""Seconds after which a trainer that waits for a part ends, so that the node fetches again or gives the shard up."""
+
+
+class StoppedWaiting(Exception):
+    """The process is to stop while it waits for a part of the data."""
 
 
 class DaemonOrders:
@@ -94,6 +104,19 @@ class DaemonOrders:
         with self._changed:
             self._changed.wait_for(lambda: self.stopping, seconds)
 
+    def wait_for_part(self, number: int, path: Path) -> None:
+        """Wait until part `number` of the data is at `path`. Raises StoppedWaiting if the process is to stop, or TrainerEnded."""
+        log.info("waiting for part %d of the data", number)
+        with self._changed:
+            until = time.monotonic() + DATA_SECONDS
+            while not path.is_file():
+                if self.stopping:
+                    raise StoppedWaiting
+                if time.monotonic() > until:
+                    raise TrainerEnded("crash", f"part {number} of the data did not arrive for {DATA_SECONDS:.0f} s")
+                self.send(WaitingForPart(part=number))
+                self._changed.wait(WAITING_SECONDS)
+
     def wait_for_epoch(self, epoch: int) -> None:
         """Wait until the epoch after `epoch` may be trained, or the process is to stop."""
         with self._changed:
@@ -123,7 +146,10 @@ class TrainerLoop:
                 self.orders.wait_for_epoch(self.place[0])
                 self._rate.pause()
                 continue
-            busy = self._step()
+            try:
+                busy = self._step()
+            except StoppedWaiting:
+                return
             share = self.orders.duty_cycle
             if share < 1:
                 self.orders.rest(busy * (1 - share) / share)
@@ -202,11 +228,14 @@ def answer_probe(question: ProbeQuestion) -> ProbeFinished | RequestFailed:
         return RequestFailed(text=str(error), device_missing=isinstance(error, DeviceMissing))
 
 
-def build(assignment: Assignment) -> ExpertTrainer:
-    """The trainer, restored to its starting point. Raises TrainerEnded when shard or state cannot be used."""
+def build(assignment: Assignment, wait: Wait | None = None) -> ExpertTrainer:
+    """The trainer, restored to its starting point. Raises TrainerEnded when shard or state cannot be used.
+
+    `wait` waits for a part of the data that is not there yet.
+    """
     manifest = read_manifest(assignment)
     try:
-        data = open_shard(assignment.data, manifest.latent)
+        data = open_shard(assignment.data, manifest.latent, wait=wait)
         trainer = ExpertTrainer(
             manifest, assignment.shard, data,
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
@@ -254,7 +283,7 @@ def work(channel: ParentChannel) -> Exit:
         if assignment.threads:
             torch.set_num_threads(assignment.threads)
         CheckpointFolder(assignment.folder.parent, "", assignment.shard).sweep()
-        trainer = build(assignment)
+        trainer = build(assignment, orders.wait_for_part)
         orders.listen()
         loop = TrainerLoop(trainer, assignment, orders)
         orders.send(TrainerReady(epoch=loop.place[0], step=loop.place[1], device=str(trainer.device)))

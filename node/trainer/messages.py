@@ -87,6 +87,12 @@ class SetDutyCycle(_Message):
     share: float
 
 
+class DataArrived(_Message):
+    """A part of the data was stored: a trainer that waits for one looks again."""
+
+    do: Literal["data"] = "data"
+
+
 class StopTraining(_Message):
     """End; write a local state first if `save`."""
 
@@ -94,7 +100,7 @@ class StopTraining(_Message):
     save: bool
 
 
-ToTrainer = RunProbe | RunReplay | StartTraining | AllowTraining | SetDutyCycle | StopTraining
+ToTrainer = RunProbe | RunReplay | StartTraining | AllowTraining | SetDutyCycle | DataArrived | StopTraining
 
 
 # --- from the trainer process -----------------------------------------------------------------------------------------------
@@ -144,6 +150,13 @@ class ProgressReport(_Message):
     waiting: bool = False
 
 
+class WaitingForPart(_Message):
+    """Training waits for this part of the data; repeated while it waits."""
+
+    say: Literal["waiting"] = "waiting"
+    part: int
+
+
 class LocalStateSaved(_Message):
     say: Literal["saved"] = "saved"
     epoch: int
@@ -172,8 +185,8 @@ class ExitReport(_Message):
 
 
 FromTrainer = (
-    ProbeFinished | ReplayFinished | RequestFailed | TrainerReady | ProgressReport | LocalStateSaved | CheckpointWritten
-    | DiskReport | ExitReport
+    ProbeFinished | ReplayFinished | RequestFailed | TrainerReady | ProgressReport | WaitingForPart | LocalStateSaved
+    | CheckpointWritten | DiskReport | ExitReport
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from lutetia.models.data.shards import ShardData
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.node.trainer.messages import StartTraining
+from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import (
@@ -31,6 +32,7 @@ from lutetia.protocol.schema.manifest import (
 )
 from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.system.process import Child
+from tests.models.data.old_format import write_old_shard
 
 OWNER = Identity.derived("owner of tiny runs")
 COORDINATOR = Identity.derived("coordinator of tiny runs")
@@ -72,15 +74,18 @@ class TinyRun:
         return self.folder / f"{shard}.train.safetensors"
 
     def data_refs(self, shard: int) -> list[BlobRef]:
-        """The shard's index and parts."""
-        return [ref for _, ref in files_of(self.data(shard), self.manifest.shards[shard].train)]
+        """The shard's index and parts, or its one file."""
+        return [ref for _, ref in self._files(shard)]
 
     def add_data(self, shard: int, store: BlobStore) -> BlobRef:
-        """Put the shard's index and parts into `store`; returns the index."""
-        spec = self.manifest.shards[shard]
-        for path, _ in files_of(self.data(shard), spec.train):
+        """Put the shard's files into `store`; returns the index."""
+        for path, _ in self._files(shard):
             store.add_file(path)
-        return spec.train
+        return self.manifest.shards[shard].train
+
+    def _files(self, shard: int) -> list[tuple[Path, BlobRef]]:
+        path, spec = self.data(shard), self.manifest.shards[shard]
+        return [(path, spec.train)] if spec.data_bytes is None else list(files_of(path, spec.train))
 
     def work(self, name: str, shard: int = 0) -> CheckpointFolder:
         return CheckpointFolder(self.folder / name, self.manifest.run_id, shard)
@@ -103,9 +108,9 @@ def raise_budget(run: TinyRun, epochs: int) -> TinyRun:
 
 def make_run(
     folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, heartbeat: float = 1.0,
-    schedule: Literal["constant", "cosine"] = "cosine", **fields: Any,
+    schedule: Literal["constant", "cosine"] = "cosine", clips: int = 8, old: bool = False, **fields: Any,
 ) -> TinyRun:  # fmt: skip
-    """Write a run to `folder`."""
+    """Write a run to `folder`. `old`: its shards are in one file each, as release 0.1 made them."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     splits: tuple[Literal["train", "holdout"], ...] = ("train", "holdout")
@@ -114,11 +119,15 @@ def make_run(
         sizes: dict[str, int] = {}
         for split in splits:
             path = folder / f"{index}.{split}.safetensors"
-            written = write_shard(path, tiny_shard(index), LATENT, name=f"kind {index}", split=split, size=PART_BYTES)
+            if old:
+                write_old_shard(path, tiny_shard(index, clips), LATENT, f"kind {index}", split)
+                refs[split] = ChunkTable.of_file(path).ref
+                continue
+            written = write_shard(path, tiny_shard(index, clips), LATENT, name=f"kind {index}", split=split, size=PART_BYTES)
             refs[split] = written.blob
             sizes[split] = written.bytes
-        refs["data_bytes"] = sizes["train"]
-        shards.append(ShardSpec(index=index, name=f"kind {index}", clips=8, holdout_clips=8, prior=0.5, **refs))
+        refs["data_bytes"] = sizes.get("train")
+        shards.append(ShardSpec(index=index, name=f"kind {index}", clips=clips, holdout_clips=clips, prior=0.5, **refs))
     now = time.time()
     manifest = Manifest(
         name="tiny", owner=OWNER.public_key, coordinators=(COORDINATOR.public_key,), created=now - 10, expires=now + 86_400,

@@ -87,12 +87,20 @@ class PartedShard:
             return self._open[number]
         spec = self.index.parts[number]
         path = part_path(self.path, number, spec.blob)
-        if self._wait and not path.is_file():
-            self._wait(number, path)
-        part = self._open[number] = OpenPart(path, spec, self.latent)
+        part = self._open[number] = self._opened(number, path)
         while len(self._open) > 1 and sum(each.part.blob.size for each in self._open.values()) > _MAPPED_BYTES:
             self._open.popitem(last=False)
         return part
+
+    def _opened(self, number: int, path: Path) -> OpenPart:
+        while True:
+            if self._wait and not path.is_file():
+                self._wait(number, path)
+            try:
+                return OpenPart(path, self.index.parts[number], self.latent)
+            except DataError:
+                if not self._wait or path.is_file():
+                    raise  # otherwise it was removed just now, to make room: wait for it again
 
 
 def open_shard(

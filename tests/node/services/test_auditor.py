@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lutetia.models.data.parts.index import read_index
 from lutetia.node.contributions import Contributions
 from lutetia.node.runtime.replication_policy import Replica
 from lutetia.node.runtime.shell import NodeShell
@@ -48,6 +49,20 @@ async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):
     assert set(store.digests()) == {weights.digest, state.digest}
     assert not store.has(spare.digest)
     await shell.trainer.close()
+
+
+async def test_replay_of_few_steps_needs_few_parts_of_the_data(tmp_path: Path):
+    run = make_run(tmp_path / "run", clips=30, batch=2, steps=15)
+    node = await NodeSetup.create(run, tmp_path / "node")
+    shell = make_shell(node, tmp_path)
+    index = read_index(run.data(0))
+    await node.tasks.network.fetch(run.manifest.shards[0].train)
+    auditor = NodeAuditor(shell)
+    few = auditor._parts(JOB)
+    assert 1 <= len(few) <= 2, "two clips"
+    assert auditor._parts(JOB.model_copy(update={"epoch": 2})) != few
+    whole = JOB.model_copy(update={"end_weights": index.parts[0].blob, "end_state": index.parts[0].blob})
+    assert len(auditor._parts(whole)) == len(index.parts) == 10
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState,
 from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
 from lutetia.node.trainer.exit_reasons import TrainerEnded
 from lutetia.node.trainer.loop import build, manifest_of_epoch
-from lutetia.node.trainer.messages import AllowTraining, SetDutyCycle, StopTraining
+from lutetia.node.trainer.messages import AllowTraining, DataArrived, SetDutyCycle, StopTraining
 from lutetia.system.forked import TEMPLATE
 from lutetia.system.process import Child
 from tests.node.scripted_coordinator import all_gone
@@ -85,6 +86,34 @@ async def some_saves(child: Child, count: int) -> None:
         count -= message["say"] == "saved"
         if not count or message.get("waiting"):
             return
+
+
+async def test_training_waits_for_parts_of_its_data_and_equals_training_on_all(
+    run: TinyRun, uninterrupted: CheckpointFolder, tmp_path: Path
+):
+    """A trainer that waits can be stopped, and goes on as soon as the part is there."""
+    index, work = tmp_path / run.data(0).name, run.work("waiting")
+    shutil.copy(run.data(0), index)
+    index.with_suffix("").mkdir()
+    first = run.assignment(work, data=index)
+    async with trainer_process(first) as child:
+        await next_message(child, "waiting")
+        await child.send(StopTraining(save=True).to_wire())
+        assert await child.process.wait() == EXIT_CODES["stopped"]
+    asked: list[int] = []
+    async with trainer_process(first) as child:
+        async for message in child.messages():
+            if message["say"] == "waiting" and message["part"] not in asked:
+                asked.append(message["part"])
+                name = f"{asked[-1]:04d}.safetensors"
+                shutil.copy(run.data(0).with_suffix("") / name, tmp_path / name)
+                (tmp_path / name).rename(index.with_suffix("") / name)
+                await child.send(DataArrived().to_wire())
+            if message.get("waiting"):
+                break
+        assert await child.stop(60) == 0
+    assert sorted(asked) == [0, 1, 2]
+    assert [files(work, epoch) for epoch in (1, 2)] == [files(uninterrupted, epoch) for epoch in (1, 2)]
 
 
 async def test_checkpoints_form_a_chain_while_training_continues(run: TinyRun, uninterrupted: CheckpointFolder):
