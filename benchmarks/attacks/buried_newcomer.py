@@ -104,3 +104,46 @@ class _Burial:
 def buried_newcomer(replay_epochs: float, improves: bool = False, audit: AuditPolicy | None = None, seed: int = 0) -> BuriedFound:
     """`replay_epochs`: how many epochs long the whole replay takes. `improves`: whether held-out losses still fall."""
     return _Burial(audit or AuditPolicy(), seed, replay_epochs * EPOCH_SECONDS, improves).run()
+
+
+@dataclass(frozen=True)
+class CopiesFound:
+    """After the attack: honest epochs that stand, epochs that an honest author trained, keys of the attacker convicted."""
+
+    standing: int
+    trained: int
+    convicted: int
+
+
+def copies_by_new_keys(epochs: int = 40, seed: int = 0) -> CopiesFound:
+    """A copy of each accepted epoch is offered at once as the next one, under a new key each time, while one honest author works.
+
+    The copies pass the checks. A replay of the whole epoch takes as long as an epoch of the honest author, and convicts them.
+    `epochs`: for how many epochs' time the attack goes on.
+    """
+    scene = _Burial(AuditPolicy(), seed, EPOCH_SECONDS, improves=True)
+    honest, run = scene.honest[0], lambda: scene.driver.state.run
+    for _ in range(_HONEST_BEFORE):
+        scene.work(honest)
+        scene.pass_epoch()
+    began, copies, trained = scene.driver.now, 0, 0
+    base, ready = run().shards[0].accepted, began + EPOCH_SECONDS
+    fakes: set[str] = set()
+    scene.lazy = "."
+    while scene.driver.now < began + epochs * EPOCH_SECONDS:
+        if run().shards[0].accepted != base:
+            base, ready = run().shards[0].accepted, scene.driver.now + EPOCH_SECONDS
+        own = run().shards[0].acceptance
+        waiting = any(owner != honest.public_key for owner in run().shards[0].candidates)
+        if not waiting and (own is None or own.checkpoint not in fakes):
+            copies += 1
+            fakes.add(scene.work(Identity.derived(f"copy {seed} {copies}")))
+        if scene.driver.now >= ready and honest.public_key not in run().shards[0].candidates:
+            trained += 1
+            scene.work(honest)
+        scene.lazy = next((fake for fake in fakes if fake == scene.driver.state.auditing), ".")
+        scene.tick()
+    standing = run().shards[0].epoch - _HONEST_BEFORE
+    above = [link for link in run().shards[0].lineage if link.acceptance.epoch > _HONEST_BEFORE]
+    standing = sum(link.acceptance.author == honest.public_key for link in above)
+    return CopiesFound(standing, trained, len(run().quarantined))

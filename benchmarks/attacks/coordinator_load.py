@@ -42,6 +42,9 @@ BOUNDS = {"memory, times usual": 1.5, "files": 1024.0, "processors": 1.0, "accep
 without its workers."""
 
 
+_UNDECIDED = ("queued", "busy", "unreachable", "inconclusive")
+
+
 @dataclass
 class Cost:
     """What a round cost the coordinator at most, and how long honest results waited."""
@@ -95,38 +98,55 @@ async def nothing(scene: Scene) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def slow_loris(scene: Scene) -> AsyncIterator[None]:
-    """SLOW_SOCKETS connections to the pages, each of which sends a byte of its request every second."""
-
-    async def drip() -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", scene.http)
-        try:
-            writer.write(b"GET /status.json HTTP/1.1\r\nHost: x\r\nX-a: ")
-            while True:
-                writer.write(b"a")
-                await writer.drain()
-                await asyncio.sleep(1)
-        finally:
-            scene.count("connections of the slow-loris closed")
-            writer.close()
-
-    async with together(*[drip] * SLOW_SOCKETS):
-        yield
-
-
-@asynccontextmanager
-async def idle_connections(scene: Scene) -> AsyncIterator[None]:
-    """IDLE_CONNECTIONS finished libp2p connections, an identity each, that are made again when they are closed."""
-    code = f"from benchmarks.attacks.coordinator_load import crowd; crowd({scene.ticket.addresses[0]!r})"
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
+async def elsewhere(scene: Scene, function: str, argument: object, what: str) -> AsyncIterator[None]:
+    """Run an attack of this module in a process of its own, which prints how often it connected, first when all are there."""
+    code = f"from benchmarks.attacks import coordinator_load; coordinator_load.{function}({argument!r})"
+    process = await asyncio.create_subprocess_exec("nice", sys.executable, "-c", code, stdout=subprocess.PIPE)
     assert process.stdout
     try:
-        await process.stdout.readline()  # all are there
+        await process.stdout.readline()
         yield
     finally:
         process.terminate()
         said = (await process.communicate())[0].decode().split()
-        scene.seen["idle connections made in all"] = int(said[-1]) if said else 0
+        scene.seen[what] = int(said[-1]) if said else 0
+
+
+def slow_loris(scene: Scene) -> AbstractAsyncContextManager[None]:
+    """SLOW_SOCKETS connections to the pages, each of which sends a byte of its request every second, and comes back if closed."""
+    return elsewhere(scene, "drip", scene.http, "slow-loris connections made in all")
+
+
+def drip(port: int) -> None:
+    """Hold SLOW_SOCKETS connections until SIGTERM."""
+    made = 0
+
+    async def one() -> None:
+        nonlocal made
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                made += 1
+                if made % 100 == 0 and made >= SLOW_SOCKETS:
+                    print(made, flush=True)
+                writer.write(b"GET /status.json HTTP/1.1\r\nHost: x\r\nX-a: ")
+                while not writer.is_closing():
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(1)
+            await asyncio.sleep(1)
+
+    async def main() -> None:
+        await asyncio.gather(*(one() for _ in range(SLOW_SOCKETS)))
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
+    asyncio.run(main())
+
+
+def idle_connections(scene: Scene) -> AbstractAsyncContextManager[None]:
+    """IDLE_CONNECTIONS finished libp2p connections, an identity each, that are made again when they are closed."""
+    return elsewhere(scene, "crowd", scene.ticket.addresses[0], "idle connections made in all")
 
 
 def crowd(address: str) -> None:
@@ -278,7 +298,7 @@ async def one_round(coordinator: Coordinator, scene: Scene, attack: Attack, epoc
         for _ in range(epochs):
             record = await asyncio.to_thread(scene.honest.train, 0)
             began = time.monotonic()
-            while (reply := await _offered(scene.honest, record)) in ("queued", "busy", "unreachable"):  # noqa: ASYNC110
+            while (reply := await _offered(scene.honest, record)) in _UNDECIDED:  # noqa: ASYNC110
                 await asyncio.sleep(0.25)
             cost.waits.append(time.monotonic() - began)
             assert reply == "accepted", reply

@@ -6,7 +6,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.attacks.buried_newcomer import TENURE, buried_newcomer
+from benchmarks.attacks.buried_newcomer import TENURE, buried_newcomer, copies_by_new_keys
 from benchmarks.attacks.poison_number import poison_number
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from benchmarks.attacks.time_bomb import time_bomb
@@ -63,6 +63,16 @@ def buried_newcomers(tries: int) -> str:
     return "\n".join(lines)
 
 
+def copies_by_keys(tries: int, epochs: int = 40) -> str:
+    """A sentence on how much honest work stands after copies under ever new keys."""
+    found = [copies_by_new_keys(epochs, seed) for seed in range(tries)]
+    standing, convicted = min(one.standing for one in found), max(one.convicted for one in found)
+    return (
+        f"Copies of each accepted epoch under a new key each, offered at once, for the time of {epochs} epochs, {tries} tries: at "
+        f"least {standing} honest epochs stand, at most {convicted} keys were accepted and convicted."
+    )
+
+
 def places_of_the_cheat(audits: int = 20_000) -> str:
     """A table of the share of audits that replay past the step from which an epoch is faked, by the judge's own draws."""
     policy, lines = AuditPolicy(), ["| faked from step on | of an epoch of 16 | of 100 | of 1,000 |", "|---|---|---|---|"]
@@ -91,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
     print(time_bombs(arguments.tries))
     print()
     print(buried_newcomers(arguments.tries))
+    print(f"\n{copies_by_keys(arguments.tries)}")
     print(f"\n{places_of_the_cheat()}")
     print(f"\nRecords with numbers of up to 4,000 digits, {arguments.tries} tries:")
     for outcome, count in sorted(poison_number(arguments.tries).items()):

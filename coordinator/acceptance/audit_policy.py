@@ -171,7 +171,10 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
 
 def _is_waited_for(transition: JudgeTransition, audit: PendingAudit) -> bool:
     """Whether a result waits for its end: then the coordinator carries it out at once, also while a peer has it."""
-    return _holds_up_a_proof(transition.run, audit) or holds_up(transition.run, transition.rules.manifest.timing, audit)
+    rules = transition.rules
+    if _holds_up_a_proof(transition.run, audit):
+        return True
+    return holds_up(transition.run, rules.manifest.timing, audit, rules.newcomer_epochs)
 
 
 def _holds_up_a_proof(run: RunState, audit: PendingAudit) -> bool:

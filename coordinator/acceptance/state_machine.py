@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from lutetia.coordinator.acceptance.audit_comparison import lottery
 from lutetia.coordinator.acceptance.audit_policy import (
     audits_lag,
     build_of,
@@ -278,25 +279,28 @@ class _ResultTransition(JudgeTransition):
             return  # a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
         if self._is_held(self.run.shards[record.shard].candidates[record.owner]):
             self.set(held={**self.state.held, key_of(record): verdict})
-            return
+        else:
+            self._accept_checked(record, verdict)
+
+    def _accept_checked(self, record: CheckpointRecord, verdict: Verdict) -> None:
         self._accept(record, verdict)
         if verdict.text:
             self.write(due_audit(self.run, record.shard, record.digest, self.now, True, "proof"))
 
     def _is_held(self, candidate: WaitingResult) -> bool:
-        held = hold(self.run, self.rules.manifest.timing, candidate)
+        held = hold(self.run, self.rules.manifest.timing, candidate, self.rules.newcomer_epochs)
         return held is not None and self.now < held.until
 
     def release_held(self) -> None:
-        """Accept the held results whose wait is over: of each shard the first in line."""
-        if not self.state.held:
-            return
-        for candidate in next_held(self.state):
-            verdict = self.state.held.get(key_of(candidate.record))
-            if verdict and not self._is_held(candidate):
-                self.set(held={key: other for key, other in self.state.held.items() if key != key_of(candidate.record)})
-                self._accept_or_hold(candidate.record, verdict)
-                forget_gone(self)
+        """Of each shard where the wait of a held result is over, accept the held result that is first in line."""
+        for shard in sorted({shard for shard, _, _ in self.state.held}):
+            held = next_held(self.state, shard, lambda digest: lottery(self.rules.secret, digest, "held"))
+            if held and not all(map(self._is_held, held)):
+                record = held[0].record
+                verdict = self.state.held[key_of(record)]
+                if not audits_lag(self.run, shard, record.epoch):
+                    self.set(held={key: other for key, other in self.state.held.items() if key[0] != shard})
+                    self._accept_checked(record, verdict)
 
     def finish_proof(self, proved: Proved) -> None:
         """Accept the doubted result whose training was replayed; otherwise it was refused."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lutetia.coordinator.acceptance.intake.newcomer_holds import hold
+from lutetia.coordinator.acceptance.intake.newcomer_holds import Hold, hold
 from lutetia.coordinator.ledger.events import ResultRefused
-from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, RunState, ShardLedger
+from lutetia.coordinator.ledger.run_state import HISTORY, LOSS_CHECKS, RunState, ShardLedger, WaitingResult
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.status import StallStatus
@@ -123,6 +123,8 @@ def _held(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, no
     oldest, held = next(((one, found) for one, found in holds if found and now < found.until), (None, None))
     if oldest is None or held is None or now - oldest.seen <= manifest.timing.lease:
         return None
+    if held.why == "convictions":
+        return _on_probation(index, oldest, held, now)
     whose = "a newcomer, " if held.why == "newcomer" else ""
     doing = "is still to be replayed" if held.why == "newcomer" else "was found invalid, and it is not decided what follows"
     result = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} waits"
@@ -132,6 +134,13 @@ def _held(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, no
         "More standbys, or a faster coordinator, replay sooner."
     )
     return StallStatus(kind="shard", shard=index, since=oldest.seen, why=why, remedy=remedy)
+
+
+def _on_probation(index: int, waiting: WaitingResult, held: Hold, now: float) -> StallStatus:
+    lately = f"{held.built} author{' was' if held.built == 1 else 's were'} convicted on this shard lately"
+    why = f"A result for epoch {held.epoch} by {_peer(held.author)}, whose work is not proved yet, waits: {lately}."
+    remedy = f"Nothing: a result of an author with proved work goes first, else it is accepted in {held.until - now:.0f} s."
+    return StallStatus(kind="shard", shard=index, since=waiting.seen, why=why, remedy=remedy)
 
 
 def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:

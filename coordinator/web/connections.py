@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lutetia.protocol.transport.network_origin import origin_of
+from lutetia.protocol.transport.network_origin import PREFIX_FACTOR, origin_of, prefix_of
 
 BACKLOG = 256
 """Connections that the kernel accepts ahead of the server. The server takes them all at once, whatever its limits are."""
@@ -26,7 +26,7 @@ class HttpLimits:
 
     Args:
         connections: open connections, over all clients.
-        per_origin: open connections of one IPv4 address or IPv6 /64.
+        per_origin: open connections of one IPv4 address or IPv6 /64; of all addresses of one prefix PREFIX_FACTOR times as many.
         request_seconds: until a request's head has arrived, counted from the connection or from the last answer.
         stall_seconds: without any byte of an answer leaving.
     """
@@ -73,17 +73,22 @@ class ConnectionTimes:
 def crowded_out(held: Collection[ConnectionTimes], newest: ConnectionTimes, limits: HttpLimits) -> ConnectionTimes | None:
     """The connection to close now that `newest` has come; None while there are few enough.
 
-    It is one of `newest`'s origin when that has too many, else one of the origin that has most. Of these a connection that waits
-    for a request goes before one that is answered, and the oldest first. So new clients get in, however many others idle.
+    It is one of `newest`'s origin or prefix when that has too many, else one of the prefix that has most, and there of the origin
+    that has most. Of these a connection that waits for a request goes before one that is answered, and the oldest first. So new
+    clients get in, however many others idle.
     """
     crowd = Counter(connection.origin for connection in held)
+    prefixes = Counter(prefix_of(connection.origin) for connection in held)
+    own = prefix_of(newest.origin)
     if crowd[newest.origin] > limits.per_origin:
-        origin = newest.origin
-    elif len(held) > limits.connections:
-        origin = max(crowd, key=lambda origin: crowd[origin])
+        origins = {newest.origin}
+    elif prefixes[own] > PREFIX_FACTOR * limits.per_origin or len(held) > limits.connections:
+        prefix = own if prefixes[own] > PREFIX_FACTOR * limits.per_origin else max(prefixes, key=lambda name: prefixes[name])
+        most = max(crowd[origin] for origin in crowd if prefix_of(origin) == prefix)
+        origins = {origin for origin in crowd if prefix_of(origin) == prefix and crowd[origin] == most}
     else:
         return None
-    same = [connection for connection in held if connection.origin == origin]
+    same = [connection for connection in held if connection.origin in origins]
     return min(same, key=lambda connection: (connection.waiting_since is None, connection.opened))
 
 

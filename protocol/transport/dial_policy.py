@@ -43,8 +43,14 @@ _PRIVATE = tuple(
         ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "fc00::/7", "fe80::/10"),
     )
 )
-_EMBEDDING = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
-"""IPv6 ranges that lead to an IPv4 address, which may be private: NAT64, 6to4 and Teredo."""
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10", "192.88.99.0/24"),
+    )
+)
+"""Ranges that Python counts as global. NAT64, 6to4, Teredo and IPv4-compatible IPv6 addresses lead to an IPv4 address, which may
+be private; fec0::/10 is private itself; 192.88.99.0/24 is whatever relay of 6to4 is nearest."""
 
 
 def place_of(address: str) -> str:
@@ -55,7 +61,7 @@ def place_of(address: str) -> str:
 def host_of(address: str) -> IPAddress | None:
     """The IP address of a multiaddr of the form /ip4/HOST/tcp/PORT; None for host names, relays and what is malformed."""
     match = _PLACE.fullmatch(place_of(address))
-    if match is None or "/p2p-circuit" in address:
+    if match is None or "/p2p-circuit" in address or not 0 < int(match[3]) < 1 << 16:
         return None
     try:
         host = ipaddress.ip_address(match[2])
@@ -110,7 +116,7 @@ def _ranges_with(ranges: Sequence[IPNetwork], hosts: Iterable[IPAddress]) -> tup
 
 
 def _is_public(host: IPAddress) -> bool:
-    return host.is_global and not host.is_multicast and not any(host in network for network in _EMBEDDING)
+    return host.is_global and not host.is_multicast and not any(host in network for network in _NOT_PUBLIC)
 
 
 @dataclass

@@ -2,19 +2,20 @@
 
 To offer a result costs its author nothing, and to wait for its blobs costs the coordinator time. So fetching is apart from
 checking: a result takes a place among the checks only once all of it has arrived, and several results of a shard are fetched at
-once. Owners with accepted work go first; of the others, those from where nothing has failed lately, and of each source one before
-any other has its second. A result that did not arrive goes to the end of the line, and the next fetch from there may take half
-as long.
+once. Owners with accepted work go first; of the others, those from where nothing has failed lately, then four of each prefix
+before any has more, and of each source one before any other has its second. A result that did not arrive goes to the end of the
+line, and the next fetch from there may take half as long.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from lutetia.coordinator.acceptance.transition import FetchKey, JudgeState, JudgeTransition
 from lutetia.coordinator.ledger.run_state import RunState, WaitingResult
 from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.transport.network_origin import PREFIX_FACTOR, prefix_of
 
 ACCEPTED_PER_REFUSAL = 8
 """An owner counts as known while it has more accepted results than this times its refused ones."""
@@ -52,15 +53,18 @@ def source_of(state: JudgeState, record: CheckpointRecord) -> str:
 
 def in_line(state: JudgeState, waiting: Iterable[WaitingResult], held: Iterable[WaitingResult] = ()) -> list[WaitingResult]:
     """`waiting` in the order in which they get places; `held` are those that have places now."""
-    ahead = Counter(source_of(state, candidate.record) for candidate in held)
-    ranked: list[tuple[tuple[bool, int, int, int, float, str], WaitingResult]] = []
+    sources = [source_of(state, candidate.record) for candidate in held]
+    ahead, ahead_here = Counter(sources), Counter(map(prefix_of, sources))
+    ranked: list[tuple[tuple[bool, int, int, int, int, float, str], WaitingResult]] = []
     for candidate in sorted(waiting, key=lambda one: (one.attempts, one.seen, one.record.owner)):
         owner, source = candidate.record.owner, source_of(state, candidate.record)
         known = is_known(state.run, owner)
         accepted = state.run.peer(owner).accepted if known else 0
         failures = max(candidate.attempts, _failures(state, candidate.record)[0])
-        ranked.append(((not known, failures, ahead[source], -accepted, candidate.seen, owner), candidate))
+        crowd = ahead_here[prefix_of(source)] // PREFIX_FACTOR
+        ranked.append(((not known, failures, crowd, ahead[source], -accepted, candidate.seen, owner), candidate))
         ahead[source] += 1
+        ahead_here[prefix_of(source)] += 1
     return [candidate for _, candidate in sorted(ranked, key=lambda entry: entry[0])]
 
 
@@ -124,9 +128,19 @@ def _ready(transition: JudgeTransition, strangers_too: bool) -> Iterator[Waiting
                 yield candidate
 
 
-def next_held(state: JudgeState) -> list[WaitingResult]:
-    """The results that have passed their checks and are held, best first."""
-    return in_line(state, _candidates(state, state.held.keys()))
+def next_held(state: JudgeState, shard: int, draw: Callable[[str], float]) -> list[WaitingResult]:
+    """The results of a shard that have passed their checks and are held, best first.
+
+    Owners with accepted work go first. Of the others to be early proves nothing, since a copy is there before honest work: of
+    each source one before any other has its second, in the order of `draw`, which nobody can foresee.
+    """
+    ahead: Counter[str] = Counter()
+    ranked: list[tuple[tuple[bool, int, float], WaitingResult]] = []
+    for candidate in in_line(state, _candidates(state, [key for key in state.held if key[0] == shard])):
+        source, known = source_of(state, candidate.record), is_known(state.run, candidate.record.owner)
+        ranked.append(((not known, ahead[source], 0.0 if known else draw(candidate.record.digest)), candidate))
+        ahead[source] += 1
+    return [candidate for _, candidate in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def next_checks(transition: JudgeTransition) -> list[WaitingResult]:

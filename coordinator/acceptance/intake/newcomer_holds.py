@@ -1,10 +1,15 @@
-"""Results that wait because an epoch below them is an unproved newcomer's. Pure.
+"""Results that wait because an epoch below them is an unproved newcomer's, or because they are one's where others cheated. Pure.
 
 A newcomer's first epochs are replayed whole, and its conviction voids what others have built on them. So at most BUILT_AT_ONCE
 epochs of other authors are accepted on such an epoch at once. The next result passes its checks and is then held until the
 replay ends, at most for one tenure; the one after it for two, then four, then LONGEST_HOLD. So a shard never stands still, and
 what a conviction costs others grows with the logarithm of the time that the replay takes, at first. The same holds on an epoch
 that an audit found invalid, until it is decided whether the epochs after it are kept.
+
+A copy of the accepted epoch under a new key costs nothing, passes the checks, and is there before any honest work. It is
+convicted later, and what was built on it is void; with ever new keys nothing else would ever stand. So where authors were
+convicted lately, a result of an author of whom no whole epoch was found valid is held as well, for one tenure, two, four … up to
+LONGEST_PROBATION: long enough for another author to train the epoch, whose result is accepted at once.
 """
 
 from __future__ import annotations
@@ -22,45 +27,64 @@ BUILT_AT_ONCE = 2
 """So many epochs of other authors are accepted on an unproved one without waiting."""
 LONGEST_HOLD = 8
 """A result is held for so many tenures at most."""
+LONGEST_PROBATION = 24
+"""The result of an author without a proved epoch is held for so many tenures at most. An epoch may last as long."""
+PROBATION_TENURES = 144
+"""Convictions of the last so many tenures count; a day by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
     """Why a result waits: the unproved epoch below it, its author, and the epochs of others that stand on it already.
 
-    `until`: Unix seconds at which the result is accepted all the same.
+    For `convictions`: the result's own epoch and author, and how many authors were convicted. `until`: Unix seconds at which the
+    result is accepted all the same.
     """
 
     epoch: int
     author: str
     built: int
     until: float
-    why: Literal["newcomer", "suspected"]
+    why: Literal["newcomer", "suspected", "convictions"]
 
 
-def is_unproved(run: RunState, audit: PendingAudit) -> bool:
-    """Whether a whole replay is due of an author of whom few were found valid, or none since its last conviction or doubt."""
-    return audit.whole and run.peer(audit.owner).proved < NEWCOMER_EPOCHS
+def hold(run: RunState, timing: Timing, waiting: WaitingResult, newcomer_epochs: int = NEWCOMER_EPOCHS) -> Hold | None:
+    """What holds an undecided result that has passed its checks, the longest hold first; None: it may be accepted.
+
+    An author is unproved as long as replays found fewer than `newcomer_epochs` of its whole epochs valid, since its last
+    conviction or doubt.
+    """
+    return max(_holds(run, timing, waiting, newcomer_epochs), key=lambda one: (one.until, -one.epoch), default=None)
 
 
-def hold(run: RunState, timing: Timing, waiting: WaitingResult) -> Hold | None:
-    """What holds an undecided result that has passed its checks, the longest hold first; None: it may be accepted."""
-    return max(_holds(run, timing, waiting), key=lambda one: (one.until, -one.epoch), default=None)
-
-
-def holds_up(run: RunState, timing: Timing, audit: PendingAudit) -> bool:
+def holds_up(run: RunState, timing: Timing, audit: PendingAudit, newcomer_epochs: int = NEWCOMER_EPOCHS) -> bool:
     """Whether an undecided result waits for this audit."""
-    if not is_unproved(run, audit):
+    if not audit.whole or run.peer(audit.owner).proved >= newcomer_epochs:
         return False
-    waiting = run.shards[audit.shard].candidates.values()
-    return any(found.epoch == audit.epoch for one in waiting for found in _holds(run, timing, one))
+    waiting, tenure = run.shards[audit.shard].candidates.values(), max(timing.tenure, timing.lease)
+    return any(found.epoch == audit.epoch for one in waiting for found in _holds_below(run, tenure, one, newcomer_epochs))
 
 
-def _holds(run: RunState, timing: Timing, waiting: WaitingResult) -> Iterator[Hold]:
+def _holds(run: RunState, timing: Timing, waiting: WaitingResult, newcomer_epochs: int) -> Iterator[Hold]:
+    record, tenure = waiting.record, max(timing.tenure, timing.lease)
+    if run.peer(record.owner).proved < min(1, newcomer_epochs):
+        convicted = sum(
+            event.kind == "peer-quarantined"
+            and event.shard == record.shard
+            and waiting.seen - event.time < PROBATION_TENURES * tenure
+            for event in run.quarantined.values()
+        )
+        if convicted:
+            until = waiting.seen + min(2 ** (convicted - 1), LONGEST_PROBATION) * tenure
+            yield Hold(record.epoch, record.owner, convicted, until, "convictions")
+    yield from _holds_below(run, tenure, waiting, newcomer_epochs)
+
+
+def _holds_below(run: RunState, tenure: float, waiting: WaitingResult, newcomer_epochs: int) -> Iterator[Hold]:
     shard, owner = run.shards[waiting.record.shard], waiting.record.owner
     unproved: list[tuple[int, str, Literal["newcomer", "suspected"]]] = []
     for audit in run.audits.values():
-        if audit.shard == waiting.record.shard and is_unproved(run, audit):
+        if audit.shard == waiting.record.shard and audit.whole and run.peer(audit.owner).proved < newcomer_epochs:
             unproved.append((audit.epoch, audit.owner, "newcomer"))
     for link in shard.lineage:
         if link.acceptance.checkpoint in shard.suspects:
@@ -69,4 +93,4 @@ def _holds(run: RunState, timing: Timing, waiting: WaitingResult) -> Iterator[Ho
         built = sum(link.acceptance.epoch > epoch and link.acceptance.author != author for link in shard.lineage)
         if author != owner and built >= BUILT_AT_ONCE:
             tenures = min(2 ** (built - BUILT_AT_ONCE), LONGEST_HOLD)
-            yield Hold(epoch, author, built, waiting.seen + tenures * max(timing.tenure, timing.lease), why)
+            yield Hold(epoch, author, built, waiting.seen + tenures * tenure, why)

@@ -100,7 +100,7 @@ class Intake:
 
     def start(self) -> None:
         """Start a judge loop that goes on from the ledger."""
-        rules = JudgeRules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1)
+        rules = JudgeRules(self.manifest, COORDINATOR.public_key, b"s", retry_delay=0.1, newcomer_epochs=0)
         self.bench = JudgeLoop(rules, self.ledger, self.tools, self._publish, time.time, lambda run: self._news.set())
         self.running = asyncio.create_task(self.bench.run())
 

@@ -72,6 +72,23 @@ def test_when_full_the_most_crowded_origin_gives_way():
     assert crowded_out(held, held[-1], LIMITS) is held[1]
 
 
+def test_when_full_the_most_crowded_prefix_gives_way():
+    """Two connections of each of three addresses of one /24, and one honest client that was there first."""
+    limits = HttpLimits(connections=7, per_origin=3)
+    crowd = [times(f"8.8.4.{index % 3}", 2 + index) for index in range(6)]
+    held = [times("9.9.9.9", 1), *crowd, times("1.1.1.1", 10)]
+    assert crowded_out(held, held[-1], limits) is crowd[0]
+    single = [times("9.9.9.9", 1), *(times(f"8.8.4.{index}", 2 + index) for index in range(6)), times("1.1.1.1", 10)]
+    assert crowded_out(single, single[-1], limits) is single[1], "one connection of each address"
+
+
+def test_a_prefix_has_four_times_the_connections_of_an_origin():
+    limits = HttpLimits(connections=100, per_origin=2)
+    held = [times(f"8.8.4.{index}", index) for index in range(9)]
+    assert crowded_out(held[:8], held[7], limits) is None
+    assert crowded_out(held, held[-1], limits) is held[0]
+
+
 def test_a_dripped_request_is_overdue():
     waiting = times("a", 100)
     for now in range(100, 110):

@@ -39,6 +39,9 @@ def test_a_policy_follows_the_reach_of_the_ticket(ticket: list[str], allowed: li
     [
         "/dns4/localhost/tcp/22/p2p/x", "/dns/swarm.example/tcp/1/p2p/x", "/ip4/8.8.4.4/tcp/1/p2p/x/p2p-circuit", "/ip4/x/tcp/1",
         "/ip6/::ffff:127.0.0.1/tcp/1/p2p/x", "/ip6/64:ff9b::7f00:1/tcp/1/p2p/x", "/ip6/2002:7f00:1::/tcp/1/p2p/x", "",
+        "/ip6/::127.0.0.1/tcp/1/p2p/x", "/ip6/fec0::1/tcp/1/p2p/x", "/ip4/192.88.99.1/tcp/1/p2p/x", "/ip4/8.8.4.4/tcp/0/p2p/x",
+        "/ip4/8.8.4.4/tcp/99999/p2p/x", "/ip4/0.0.0.0/tcp/1/p2p/x",
+        "/ip4/255.255.255.255/tcp/1/p2p/x", "/ip6/ff02::1/tcp/1/p2p/x",
     ],
 )  # fmt: skip
 def test_names_and_disguised_addresses_are_refused(address: str) -> None:
@@ -90,5 +93,5 @@ def test_a_liar_fills_few_places_of_the_peerstore() -> None:
     assert sum("/p2p/s" in address for address in kept) == 2 * PER_HOST
     assert sum("/p2p/h" in address for address in kept) == 2 * (MAX_PEERS - PER_HOST)
     third_party = [f"/ip4/192.0.2.{n}/tcp/1/p2p/p{n}" for n in range(64)]
-    aimed = [address for n, seen in enumerate(third_party) for address in (seen, f"/ip4/198.51.100.1/tcp/{n}/p2p/p{n}")]
+    aimed = [address for n, seen in enumerate(third_party) for address in (seen, f"/ip4/198.51.100.1/tcp/{n + 1}/p2p/p{n}")]
     assert sum("/ip4/198.51.100.1/" in address for address in addresses_to_keep(aimed)) == PER_HOST

@@ -6,7 +6,14 @@ import pytest
 
 from benchmarks.attacks.stalled_judging import ATTACKS, USUAL, honest_delay
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.intake.fetch_queue import FORGIVEN_AFTER, LEAST_PATIENCE, LONG_FETCH, is_known, key_of
+from lutetia.coordinator.acceptance.intake.fetch_queue import (
+    FORGIVEN_AFTER,
+    LEAST_PATIENCE,
+    LONG_FETCH,
+    in_line,
+    is_known,
+    key_of,
+)
 from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, FetchDone, JudgeTick, LimitsKnown
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import ResultRefused
@@ -230,3 +237,17 @@ def test_restart_fetches_again_what_had_arrived():
     driver.send(LimitsKnown(limits_of(2), driver.now))
     assert driver.state.fetching == {key_of(record)}
     assert not driver.state.checking
+
+
+def test_results_of_one_prefix_wait_behind_those_of_others_beyond_four():
+    driver = drive_judge(shards=1, epochs=9, rules={"candidates_per_shard": 12})
+    driver.arrives = False
+    crowd = [Identity.derived(f"neighbour {number}") for number in range(12)]
+    for number, peer in enumerate(crowd):
+        driver.offer(make_record(driver.manifest, peer), origin=f"8.8.4.{number}")
+    late = make_record(driver.manifest, Identity.derived("late"))
+    assert driver.offer(late, origin="9.9.9.9").verdict == "queued", "the last of the crowd gives way"
+    left = driver.state.run.shards[0].candidates
+    assert len(left) == 12
+    waiting = [one.record.owner for one in in_line(driver.state, left.values())]
+    assert waiting.index(late.owner) <= 4

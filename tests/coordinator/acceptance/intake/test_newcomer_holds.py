@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.attacks.buried_newcomer import buried_newcomer
+from benchmarks.attacks.buried_newcomer import buried_newcomer, copies_by_new_keys
 from lutetia.cli.status_table import shard_reason
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
-from lutetia.coordinator.acceptance.intake.newcomer_holds import BUILT_AT_ONCE, LONGEST_HOLD, NEWCOMER_EPOCHS, hold
+from lutetia.coordinator.acceptance.intake.newcomer_holds import (
+    BUILT_AT_ONCE,
+    LONGEST_HOLD,
+    NEWCOMER_EPOCHS,
+    PROBATION_TENURES,
+    hold,
+)
 from lutetia.coordinator.acceptance.messages import AuditWanted, CheckDone, JudgeTick, LimitsKnown
 from lutetia.coordinator.acceptance.transition import JudgeState
 from lutetia.coordinator.ledger.events import AuditDue
@@ -177,6 +185,67 @@ def test_status_and_run_why_say_why_a_result_waits_and_how_long():
     assert "2 epochs of others stand on it" in stall.why
     assert "in 53 s at the latest" in stall.remedy
     assert "by a newcomer" in shard_reason(shown, 0, driver.now)["text"]
+
+
+def after_conviction() -> JudgeDriver:
+    """KNOWN is proved; an epoch of CHEAT was convicted, and the shard is back at KNOWN's."""
+    driver, newcomer = with_newcomer(built=0)
+    driver.finish_audit("invalid", newcomer.digest)
+    return driver
+
+
+def test_unproved_author_waits_where_others_were_convicted_and_a_proved_one_does_not():
+    driver = after_conviction()
+    before = epoch(driver)
+    stranger = offer(driver, STRANGER)
+    assert (epoch(driver), list(driver.state.held)) == (before, [key_of(stranger)])
+    known = offer(driver, KNOWN)
+    assert driver.state.run.shards[0].accepted == known.digest
+    assert not driver.state.held
+
+
+def test_unproved_author_is_accepted_after_a_tenure_and_its_wait_is_explained():
+    driver = after_conviction()
+    stranger = offer(driver, STRANGER)
+    driver.now += driver.manifest.timing.lease + 1
+    assert "1 author was convicted on this shard lately" in document(driver).stalls[0].why
+    driver.now += driver.manifest.timing.tenure - driver.manifest.timing.lease
+    driver.send(JudgeTick(driver.now))
+    assert driver.state.run.shards[0].accepted == stranger.digest
+
+
+def test_convictions_in_other_shards_or_long_ago_hold_nobody():
+    driver = after_conviction()
+    driver.now += PROBATION_TENURES * driver.manifest.timing.tenure
+    stranger = offer(driver, STRANGER)
+    assert driver.state.run.shards[0].accepted == stranger.digest
+
+
+def test_early_copy_of_one_network_does_not_go_before_honest_strangers_when_the_hold_ends():
+    """Of results of unproved authors to be early proves nothing: a secret draw decides, one for each network."""
+    won = 0
+    for number in range(12):
+        driver = after_conviction()
+        driver.rules = replace(driver.rules, secret=b"%d" % number)
+        for key in range(3):
+            early = Identity.derived(f"copy {number} {key}")
+            record = make_record(driver.manifest, early, 0, epoch(driver) + 1, driver.state.run.shards[0].accepted)
+            driver.offer(record, origin="203.0.113.1")
+            driver.verdict(record)
+        record = make_record(driver.manifest, STRANGER, 0, epoch(driver) + 1, driver.state.run.shards[0].accepted)
+        driver.offer(record, origin="198.51.100.9")
+        driver.verdict(record)
+        driver.now += driver.manifest.timing.tenure
+        driver.send(JudgeTick(driver.now))
+        won += driver.state.run.shards[0].accepted == record.digest
+    assert 3 <= won <= 9, "one of two networks"
+
+
+def test_copies_by_ever_new_keys_do_not_stop_a_shard():
+    """Without the rule none of the honest epochs stands, and a new key is convicted in each epoch's time."""
+    found = copies_by_new_keys(epochs=15)
+    assert found.standing == found.trained >= 10
+    assert found.convicted <= 3
 
 
 def test_hold_names_the_epoch_its_author_and_what_stands_on_it():
