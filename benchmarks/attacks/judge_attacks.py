@@ -68,8 +68,8 @@ def copies_by_keys(tries: int, epochs: int = 40) -> str:
     found = [copies_by_new_keys(epochs, seed) for seed in range(tries)]
     standing, convicted = min(one.standing for one in found), max(one.convicted for one in found)
     return (
-        f"Copies of each accepted epoch under a new key each, offered at once, for the time of {epochs} epochs, {tries} tries: at "
-        f"least {standing} honest epochs stand, at most {convicted} keys were accepted and convicted."
+        f"Copies of each accepted epoch under ever new keys, offered at once, for the time of {epochs} epochs, {tries} tries: "
+        f"at least {standing} honest epochs stand, at most {convicted} keys were accepted and convicted."
     )
 
 
