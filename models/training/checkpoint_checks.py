@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lutetia.models.experts.families import Schema, build_meta, weight_schema
 from lutetia.models.experts.trained import trained_parameters
+from lutetia.models.tensor_files import DTYPES, MAX_HEADER_BYTES, NotTensors, TensorFile
 from lutetia.models.training.optimisers import hidden_matrices
 from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
 from lutetia.system.errors import IntegrityError
 
 Reason = Literal["missing", "extra", "shape", "dtype", "non-finite", "norm", "header"]
 
-MAX_HEADER_BYTES = 16 << 20
 MAX_ROOT_MEAN_SQUARE = 100.0  # trained weights lie around 0.01 to 1
 MAX_TRACE = 1 << 20  # losses
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 class CheckpointMisfit(IntegrityError):
@@ -105,25 +104,28 @@ def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, 
         fits = given == list(shape)
     if not fits:
         raise CheckpointMisfit("shape", f"{name} of {path.name} has shape {str(given)[:80]} instead of {list(shape)}; refused")
-    if entry.get("dtype") != _DTYPES[dtype]:
-        raise CheckpointMisfit("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {_DTYPES[dtype]}; refused")
+    if entry.get("dtype") != DTYPES[dtype]:
+        raise CheckpointMisfit("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {DTYPES[dtype]}; refused")
 
 
 def _check_values(path: Path, header: Mapping[str, Any]) -> None:
     """Finite numbers and bounded norms, one tensor in memory at a time; a norm is finite only if all its numbers are."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with TensorFile(path) as file:
             for name in header:
-                tensor = file.get_tensor(name)
-                if tensor.numel() == 0:
-                    continue
-                norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-                if not math.isfinite(norm):
-                    raise CheckpointMisfit("non-finite", f"{name} of {path.name} holds NaN or infinity; refused")
-                if norm > MAX_ROOT_MEAN_SQUARE * math.sqrt(tensor.numel()):
-                    size = norm / math.sqrt(tensor.numel())
-                    raise CheckpointMisfit(
-                        "norm", f"{name} of {path.name} has root mean square {size:.3g}, above {MAX_ROOT_MEAN_SQUARE}; refused"
-                    )
-    except SafetensorError as error:
+                _check_numbers(path, name, file[name])
+    except NotTensors as error:
         raise CheckpointMisfit("header", f"{path.name} is not a whole safetensors file ({error}); refused") from error
+
+
+def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    if not math.isfinite(norm):
+        raise CheckpointMisfit("non-finite", f"{name} of {path.name} holds NaN or infinity; refused")
+    if norm > MAX_ROOT_MEAN_SQUARE * math.sqrt(tensor.numel()):
+        size = norm / math.sqrt(tensor.numel())
+        raise CheckpointMisfit(
+            "norm", f"{name} of {path.name} has root mean square {size:.3g}, above {MAX_ROOT_MEAN_SQUARE}; refused"
+        )

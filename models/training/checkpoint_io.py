@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lutetia.models.device import Precision
-from lutetia.models.tensor_files import read_document, write_tensors
+from lutetia.models.tensor_files import TensorFile, read_document, write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
 from lutetia.protocol.schema.manifest import Manifest
 
@@ -52,13 +53,25 @@ class Snapshot:
         """The weights that are published and sampled: the EMA under the names of the expert's own class."""
         return {**self.buffers, **self.ema}
 
+    @contextmanager
+    def reading(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Gives the values of one of its tensors while they are read."""
+        yield tensor
+
+    def rewind(self) -> bool:
+        """Whether it can be read once more from its first tensor on, after a write has failed."""
+        return True
+
+    def release(self) -> None:
+        """It is read, or no longer wanted."""
+
 
 def write_weights(snapshot: Snapshot, path: Path) -> None:
     """Write the EMA in the form of diffusers' `diffusion_pytorch_model.safetensors`, with equal bytes for equal weights.
 
     Raises DiskError.
     """
-    write_tensors(path, snapshot.weights)
+    write_tensors(path, snapshot.weights, reading=snapshot.reading)
 
 
 def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
@@ -67,31 +80,24 @@ def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
     if ema:
         tensors |= {f"ema.{name}": tensor for name, tensor in snapshot.ema.items()}
     tensors["trace"] = torch.tensor(snapshot.trace, dtype=torch.float32)
-    write_tensors(path, tensors, {"format": 1, **{name: getattr(snapshot, name) for name in _PLACE}})
+    document = {"format": 1, **{name: getattr(snapshot, name) for name in _PLACE}}
+    write_tensors(path, tensors, document, reading=snapshot.reading)
 
 
 def read_weights(path: Path, manifest: Manifest, shard: int) -> dict[str, Tensor]:
     """The weights of a shard's expert, checked. Raises CheckpointMisfit."""
     check_weights(path, manifest.expert_of(shard))
-    return _read_tensors(path)
+    with TensorFile(path) as file:
+        return dict(file)
 
 
-def read_state(path: Path, manifest: Manifest, shard: int) -> Snapshot:
-    """The state of a shard's trainer, checked. `ema` is empty if the state was written without it.
+def check_resumable(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+    """Check a training state, reading one tensor at a time; returns its place (`read_place`).
 
     Raises CheckpointMisfit if it does not fit the expert or is of another run or shard.
     """
     check_state(path, manifest.expert_of(shard), manifest.optimisation)
-    place = read_place(path, manifest, shard)
-    tensors = _read_tensors(path)
-    return Snapshot(
-        **place,
-        parameters=_under("param.", tensors),
-        ema=_under("ema.", tensors),
-        buffers={},
-        moments={name: tensor for name, tensor in tensors.items() if name.startswith(("adamw.", "muon."))},
-        trace=tensors["trace"].tolist() if "trace" in tensors else [],
-    )
+    return read_place(path, manifest, shard)
 
 
 def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
@@ -114,12 +120,3 @@ def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     named = header.get("precision")
     precision = named if named in get_args(Precision) else "float32"
     return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(header.get("device", ""))}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

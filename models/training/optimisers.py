@@ -70,7 +70,7 @@ class Optimiser:
                         yield f"{kind}.{moment}.{self._names[parameter]}", tensor
 
     def load(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Restore the moments that `state` gave after `steps` updates. Missing moments of Adam become zeros.
+        """Restore the moments that `state` gave after `steps` updates; each is read once. Missing moments of Adam become zeros.
 
         Their step count is set to `steps` too: a trainer that continues and one that reloads must correct the bias alike.
         """

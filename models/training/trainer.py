@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -31,23 +32,32 @@ from lutetia.models.experts.families import call_expert, check_fits
 from lutetia.models.experts.objectives import row_losses
 from lutetia.models.experts.trained import load_trained, published_tensors, trained_parameters
 from lutetia.models.randomness import seed_of
+from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.batches import Batch, Batches
-from lutetia.models.training.checkpoint_checks import CheckpointMisfit
-from lutetia.models.training.checkpoint_io import Snapshot, read_state, read_weights, write_state, write_weights
+from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
+from lutetia.models.training.checkpoint_io import Snapshot, check_resumable, read_weights, write_state, write_weights
 from lutetia.models.training.loss_scaling import scaled_backward
 from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, learning_rate
+from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
 
-__all__ = ["ExpertTrainer", "Snapshot", "TrainingDiverged", "initial_seed", "write_state", "write_weights"]
+__all__ = ["ExpertTrainer", "Snapshot", "TrainingDiverged", "UpdateInterrupted", "initial_seed", "write_state", "write_weights"]
 
 log = logging.getLogger(__name__)
+S = TypeVar("S", bound=Snapshot)
 
 
 class TrainingDiverged(LutetiaError):
     """The loss is no longer finite."""
 
     name = "diverged"
+
+
+class UpdateInterrupted(LutetiaError):
+    """A step was given up before its update, which waited for a writer that was not done; the state is that before the step."""
+
+    name = "interrupted"
 
 
 class ExpertTrainer:
@@ -89,6 +99,7 @@ class ExpertTrainer:
         self.epoch, self.step_in_epoch = 0, 0
         self.trace: list[float] = []
         self._trained_on = self.device.type
+        self._held: list[LiveSnapshot] = []
         check_fits(self.spec, manifest.latent)
         if len(data) < manifest.optimisation.batch:
             batch = manifest.optimisation.batch
@@ -116,8 +127,16 @@ class ExpertTrainer:
         """Samples of the shard's budget that are done, by this trainer and those before it."""
         return self.steps * self.manifest.optimisation.batch
 
-    def step(self) -> float:
-        """Train on the next batch. Returns its loss; raises TrainingDiverged if that is not finite."""
+    def step(self, may_wait: Callable[[], bool] = lambda: True) -> float:
+        """Train on the next batch. Returns its loss.
+
+        Args:
+            may_wait: whether the update may wait for the reader of a `live_snapshot`; asked several times a second.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+            UpdateInterrupted: `may_wait` said no.
+        """
         if self.at_epoch_end:
             self._place(self.epoch + 1, 0, [])
         optimisation, done = self.manifest.optimisation, self.steps
@@ -127,6 +146,7 @@ class ExpertTrainer:
             loss = scaled_backward(lambda factor: self._accumulate(batch, factor), self._parameters)
         else:
             loss = self._accumulate(batch)
+        self._wait_for_readers(may_wait)
         nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip)
         self._optimiser.step(learning_rate(optimisation, done, total))
         self._ema.update(ema_decay(optimisation, done))
@@ -158,9 +178,31 @@ class ExpertTrainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
+    def _wait_for_readers(self, may_wait: Callable[[], bool]) -> None:
+        for held in self._held:
+            if not held.before_update(may_wait):
+                for parameter in self._parameters:
+                    parameter.grad = None
+                raise UpdateInterrupted("a checkpoint was not written when the trainer was stopped")
+        self._held.clear()
+
     def snapshot(self) -> Snapshot:
         """A copy of the training state in main memory: about four times what is trained."""
-        return Snapshot(
+        live = self._state(Snapshot)
+        return replace(
+            live, parameters=_copies(live.parameters), ema=_copies(live.ema), buffers=_copies(live.buffers),
+            moments=_copies(live.moments),
+        )  # fmt: skip
+
+    def live_snapshot(self) -> LiveSnapshot:
+        """The training state without a copy, for one reader in another thread: the next update waits until it is read."""
+        snapshot = self._state(LiveSnapshot)
+        snapshot.spare = sum(parameter.numel() for parameter in self._parameters)
+        self._held.append(snapshot)
+        return snapshot
+
+    def _state(self, kind: type[S]) -> S:
+        return kind(
             run=self.manifest.run_id,
             shard=self.shard,
             epoch=self.epoch + 1 if self.at_epoch_end else self.epoch,
@@ -169,10 +211,10 @@ class ExpertTrainer:
             micro_batch=self.micro_batch,
             precision=self.precision,
             device=self._trained_on,
-            parameters=_copies(trained_parameters(self.model)),
-            ema=_copies(self._ema.weights),
-            buffers=_copies({k: v for k, v in published_tensors(self.model).items() if k not in self._ema.weights}),
-            moments=_copies(dict(self._optimiser.state())),
+            parameters=dict(trained_parameters(self.model)),
+            ema=dict(self._ema.weights),
+            buffers={k: v for k, v in published_tensors(self.model).items() if k not in self._ema.weights},
+            moments=dict(self._optimiser.state()),
             trace=list(self.trace),
         )
 
@@ -192,12 +234,12 @@ class ExpertTrainer:
         """
         if local is not None and local.exists():
             try:
-                self._resume(self._state_of(local, epoch), None)
+                self._resume(local, self._place_of(local, epoch), None)
                 return f"resumed shard {self.shard} from the local state at epoch {epoch}, step {self.step_in_epoch}"
             except IntegrityError as error:
                 log.warning("local state %s is not used: %s", local, error)
         if state is not None:
-            self._resume(self._state_of(state, epoch, step=0), weights)
+            self._resume(state, self._place_of(state, epoch, step=0), weights)
             return f"continued shard {self.shard} from accepted epoch {epoch}"
         if weights is not None:
             self._start(read_weights(weights, self.manifest, self.shard), epoch)
@@ -208,30 +250,36 @@ class ExpertTrainer:
             return f"started shard {self.shard} from its seeded initial weights"
         raise ConfigError(f"epoch {epoch} of shard {self.shard} has no accepted state to continue from; fetch it first")
 
-    def _state_of(self, path: Path, epoch: int, step: int | None = None) -> Snapshot:
-        state = read_state(path, self.manifest, self.shard)
-        if state.epoch != epoch or step not in (None, state.step):
-            raise IntegrityError(f"the state {path.name} is of epoch {state.epoch}, step {state.step}, not of epoch {epoch}")
-        return state
+    def _place_of(self, path: Path, epoch: int, step: int | None = None) -> dict[str, Any]:
+        place = check_resumable(path, self.manifest, self.shard)
+        if place["epoch"] != epoch or step not in (None, place["step"]):
+            text = f"the state {path.name} is of epoch {place['epoch']}, step {place['step']}, not of epoch {epoch}"
+            raise IntegrityError(text)
+        return place
 
-    def _resume(self, state: Snapshot, weights: Path | None) -> None:
-        ema = read_weights(weights, self.manifest, self.shard) if weights is not None else state.ema
-        if not self._ema.weights.keys() <= ema.keys():
-            text = f"the state of shard {self.shard} has no EMA and came without its weights; fetch them too"
-            raise CheckpointMisfit("missing", text)
-        self._start(state.parameters, state.epoch)
-        self._ema.load(ema)
-        self._place(state.epoch, state.step, state.trace if state.step else [])
-        self._optimiser.load(state.moments, self.steps)
-        if state.step:  # an epoch must be finished with the same split, or sums differ in their last bits
-            self.micro_batch, self.precision = state.micro_batch, state.precision
-            if state.device not in ("", self.device.type):
+    def _resume(self, path: Path, place: dict[str, Any], weights: Path | None) -> None:
+        """Take over a checked state tensor by tensor, so that no second copy of it is ever in memory."""
+        if weights is not None:
+            check_weights(weights, self.spec)
+        with ExitStack() as files:
+            state = files.enter_context(TensorFile(path))
+            ema = files.enter_context(TensorFile(weights)) if weights is not None else state.under("ema.")
+            if not self._ema.weights.keys() <= ema.keys():
+                text = f"the state of shard {self.shard} has no EMA and came without its weights; fetch them too"
+                raise CheckpointMisfit("missing", text)
+            self._start(state.under("param."), place["epoch"], ema)
+            trace = state["trace"].tolist() if "trace" in state and place["step"] else []
+            self._place(place["epoch"], place["step"], trace)
+            self._optimiser.load(state, self.steps)
+        if place["step"]:  # an epoch must be finished with the same split, or sums differ in their last bits
+            self.micro_batch, self.precision = place["micro_batch"], place["precision"]
+            if place["device"] not in ("", self.device.type):
                 self._trained_on = "other"  # no single kind of device can replay it
 
-    def _start(self, weights: Mapping[str, Tensor], epoch: int) -> None:
-        """Set parameters and EMA to `weights`; drop moments and trace."""
+    def _start(self, weights: Mapping[str, Tensor], epoch: int, averages: Mapping[str, Tensor] | None = None) -> None:
+        """Set parameters to `weights`, and the EMA to `averages` or else the same; drop moments and trace."""
         load_trained(self.model, weights)
-        self._ema.load(weights)
+        self._ema.load(weights if averages is None else averages)
         self._optimiser.load({}, 0)
         self._place(epoch, 0, [])
 
