@@ -92,7 +92,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     try:
-        return memoryview(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
+        return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data
     except MemoryError as error:
         raise OSError(errno.ENOMEM, "out of memory") from error
 
@@ -148,7 +148,7 @@ class TensorFile(Mapping[str, Tensor]):
         shape, dtype, begin = self._entries[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
-            data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            data = tensor.view(-1).view(torch.uint8).numpy().data
             self._file.seek(self._start + begin)
             while data:
                 count = self._file.readinto(data[:_PIECE])

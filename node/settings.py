@@ -113,7 +113,13 @@ class NodeSettings(BaseSettings):
         default=None, description="Most bytes per second sent to other peers, like 2MB; by default no limit"
     )
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
-    save_every: float = Field(default=30.0, gt=0, description="Seconds between local saves of the training state")
+    save_every: float = Field(
+        default=30.0, gt=0,
+        description="Fewest seconds between local saves of the training state; more where they would cost above 2 % of the time",
+    )  # fmt: skip
+    local_bytes_per_day: Bytes = Field(
+        default=300 * 10**9, description="Most bytes of local saves written in a day, like 300GB: they wear the disk"
+    )
     stop_within: float = Field(
         default=75.0, ge=0, description="Seconds that the node has to finish its checkpoint after SIGTERM, SIGHUP or Ctrl-C"
     )

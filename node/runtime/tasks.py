@@ -123,7 +123,7 @@ class NodeTasks:
             local=start.place.local, base=self.workspace.base_model(),
             until=action.until, device=probed.device, precision=probed.precision,
             micro_batch=max(1, whole >> action.halvings), threads=settings.threads, duty=settings.duty,
-            save_every=settings.save_every,
+            save_every=settings.save_every, local_bytes_per_day=settings.local_bytes_per_day,
         )  # fmt: skip
 
     # --- publishing ---------------------------------------------------------------------------------------------------------

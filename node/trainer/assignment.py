@@ -16,6 +16,8 @@ EXIT_CODES: dict[Exit, int] = {
     "stopped": 0, "crash": 70, "bad-shard": 12, "hardware": 20, "disk-full": 21, "out-of-memory": 22, "bad-state": 50,
 }  # fmt: skip
 PROGRESS_SECONDS = 0.25
+LOCAL_BYTES_PER_DAY = 300 * 10**9
+"""A common SSD of 1 TB is rated for 600 TB in five years, 330 GB a day."""
 
 
 class Assignment(Frozen):
@@ -37,4 +39,5 @@ class Assignment(Frozen):
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")
-    save_every: float = Field(default=30.0, gt=0, description="Seconds between local states")
+    save_every: float = Field(default=30.0, gt=0, description="Fewest seconds between local states")
+    local_bytes_per_day: int = Field(default=LOCAL_BYTES_PER_DAY, gt=0, description="Bytes of local states written in a day")

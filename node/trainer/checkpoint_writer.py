@@ -1,6 +1,7 @@
 """Writes a trainer's checkpoints and local states in the background, so that the step loop does not wait for the disk.
 
-On a full disk the snapshot stays in memory and is written when there is space again.
+A snapshot is read tensor by tensor while the next step computes its gradients (`LiveSnapshot`). On a full disk the loop waits
+before that step's update until the checkpoint is written; a local state is given up and tried again from a later step.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,10 @@ class CheckpointWriter:
         self._job: _Job | None = None
         self._busy = False
         self._closing = False
-        self._full = False
+        self._ended_well = False
+        self.disk_full = False
+        self.processor_seconds = 0.0
+        """Of this thread, for the last local state."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -61,6 +66,11 @@ class CheckpointWriter:
     @property
     def idle(self) -> bool:
         return self._job is None and not self._busy
+
+    @property
+    def alive(self) -> bool:
+        """False when the writer has ended: by an error that the log names, or closed."""
+        return self._thread.is_alive()
 
     def submit(
         self, snapshot: Snapshot, *, whole: bool, budget: int | None = None, may_wait: Callable[[], bool] = lambda: True
@@ -79,16 +89,23 @@ class CheckpointWriter:
                 self._changed.wait(0.2)
             if not self._thread.is_alive():
                 raise RuntimeError("the checkpoint writer has ended; its error is logged above")
+            if self._job is not None:
+                self._job.snapshot.release()
             self._job = _Job(snapshot, whole, budget)
             self._changed.notify_all()
             return True
 
     def close(self) -> bool:
-        """Write what is queued, and end. On a full disk it tries once more. Returns whether everything was written."""
+        """Write what is queued, and end. On a full disk it tries once more. Returns whether everything was written.
+
+        Raises RuntimeError if an unexpected error has ended the writer.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        if not self._ended_well:
+            raise RuntimeError("the checkpoint writer has ended; its error is logged above")
         return self._job is None
 
     def _run(self) -> None:
@@ -97,20 +114,31 @@ class CheckpointWriter:
                 while self._job is None and not self._closing:
                     self._changed.wait()
                 if self._job is None:
+                    self._ended_well = True
                     return
                 job, self._job, self._busy = self._job, None, True
                 self._changed.notify_all()
-            written = self._persist(job)
+            written = False
+            try:
+                written = self._persist(job)
+            finally:
+                if written or not job.whole:
+                    job.snapshot.release()
             with self._changed:
                 self._busy = False
                 if not written and self._job is None:
                     self._job = job  # for `close` to report
                 self._changed.notify_all()
                 if not written:
+                    self._ended_well = True
                     return
 
     def _persist(self, job: _Job) -> bool:
-        """Retry until it is written or the writer closes. A local state is dropped for anything newer."""
+        """Write the job. Returns whether that is settled.
+
+        A local state that the disk refuses is dropped. A checkpoint is tried again until it is written or the writer closes; it
+        is lost if the disk refused it after the trainer had gone on, which the reserved space makes unlikely.
+        """
         while True:
             closing = self._closing
             try:
@@ -120,21 +148,20 @@ class CheckpointWriter:
             else:
                 self._report_free()
                 return True
-            if closing:
+            if not job.whole and not closing:
+                return True
+            if closing or not job.snapshot.rewind():
                 return False
             with self._changed:
-                self._changed.wait_for(lambda job=job: self._closing or self._replaced(job), RETRY_SECONDS)
-                if self._replaced(job):
-                    return True
-
-    def _replaced(self, job: _Job) -> bool:
-        return self._job is not None and not job.whole
+                self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)
 
     def _write(self, job: _Job) -> None:
         if job.whole:
             self._write_checkpoint(job.snapshot)
         else:
+            begun = time.thread_time()
             self._write_local(job.snapshot, job.budget)
+            self.processor_seconds = time.thread_time() - begun
 
     def _write_local(self, snapshot: Snapshot, budget: int | None) -> None:
         name = f"local-{snapshot.epoch}-{snapshot.step}.safetensors"
@@ -177,11 +204,11 @@ class CheckpointWriter:
         return kept
 
     def _report_full(self, text: str) -> None:
-        if not self._full:
-            self._full = True
+        if not self.disk_full:
+            self.disk_full = True
             self.send(DiskReport(full=True, text=text))
 
     def _report_free(self) -> None:
-        if self._full:
-            self._full = False
+        if self.disk_full:
+            self.disk_full = False
             self.send(DiskReport(full=False))

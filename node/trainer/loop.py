@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from lutetia.models.data.parts.reader import Wait, open_shard
 from lutetia.models.training.replay import under_budget
-from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.models.training.states.live_snapshot import LiveSnapshot
+from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
-from lutetia.node.trainer.checkpoint_writer import CheckpointWriter
+from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
 from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.messages import (
@@ -37,6 +38,7 @@ from lutetia.node.trainer.messages import (
 )
 from lutetia.node.trainer.probe import ProbeQuestion, probe
 from lutetia.node.trainer.replay import answer_replay
+from lutetia.node.trainer.save_policy import SaveInterval, save_interval
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
 from lutetia.system.process import ParentChannel
@@ -130,7 +132,9 @@ class TrainerLoop:
         self.trainer, self.orders = trainer, orders
         self.manifest = trainer.manifest
         trainer.manifest = manifest_of_epoch(trainer, assignment.local)
-        self.save_every = assignment.save_every
+        self._wanted, self._daily = assignment.save_every, assignment.local_bytes_per_day
+        self._local: LiveSnapshot | None = None
+        self._every = SaveInterval(assignment.save_every, "as set")
         self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
         self.writer = CheckpointWriter(self.folder, assignment.parent, orders.send)
         self._loss: float | None = None
@@ -148,8 +152,8 @@ class TrainerLoop:
                 continue
             try:
                 busy = self._step()
-            except StoppedWaiting:
-                return
+            except (StoppedWaiting, UpdateInterrupted):
+                return  # stopped, or the writer has ended; `finish` says what is lost
             share = self.orders.duty_cycle
             if share < 1:
                 self.orders.rest(busy * (1 - share) / share)
@@ -165,21 +169,34 @@ class TrainerLoop:
         start = time.monotonic()
         if self.place[1] == 0:  # an epoch under an earlier budget has ended
             self.trainer.manifest = self.manifest
-        self._loss = self.trainer.step()
+        self._loss = self.trainer.step(lambda: not self.orders.stopping and self.writer.alive)
         self._rate.add(self.trainer.manifest.optimisation.batch)
         if self.trainer.at_epoch_end:
             self._saved = time.monotonic()
-            if not self.writer.submit(self.trainer.snapshot(), whole=True, may_wait=lambda: not self.orders.stopping):
+            if not self.writer.submit(self.trainer.live_snapshot(), whole=True, may_wait=lambda: not self.orders.stopping):
                 raise TrainerEnded("disk-full", "the last checkpoint could not be written before the trainer was stopped")
             self._report(now=True)
-        elif time.monotonic() - self._saved >= self.save_every and self.writer.idle:
+        elif self.writer.idle and time.monotonic() - self._saved >= self._save_interval():
             self._saved = time.monotonic()
             self._save()
         self._report()
         return time.monotonic() - start
 
+    def _save_interval(self) -> float:
+        """Seconds from the last save to the next one, by the cost of the last local state."""
+        if self.writer.disk_full:
+            return RETRY_SECONDS
+        if self._local is not None:
+            cost = self._local.waited + self.writer.processor_seconds
+            every = save_interval(self._wanted, self._local.nbytes, cost, self._daily)
+            if every.seconds > 1.5 * self._every.seconds or every.seconds < self._every.seconds / 1.5:
+                log.info("local states are written every %.0f s: %s", every.seconds, every.reason)
+                self._every = every
+        return self._every.seconds
+
     def _save(self) -> None:
-        self.writer.submit(self.trainer.snapshot(), whole=False, budget=self.trainer.manifest.epochs)
+        self._local = self.trainer.live_snapshot()
+        self.writer.submit(self._local, whole=False, budget=self.trainer.manifest.epochs)
 
     def _report(self, *, waiting: bool = False, now: bool = False) -> None:
         if not now and time.monotonic() - self._reported < PROGRESS_SECONDS:

@@ -34,7 +34,6 @@ class LiveSnapshot(Snapshot):
     _copies: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _current: int | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
-    _copied_at: float = 0.0
     _updated: bool = False
     _stream: torch.cuda.Stream | None = None
 
@@ -47,9 +46,9 @@ class LiveSnapshot(Snapshot):
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
-    def pending(self) -> bool:
-        """Whether an update must still look at it."""
-        return bool(self._unread)
+    def nbytes(self) -> int:
+        """Bytes of a local state."""
+        return sum(tensor.nbytes for part in (self.parameters, self.ema, self.moments) for tensor in part.values())
 
     @contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
