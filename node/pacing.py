@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 LOOKUPS_AT_ONCE = 8
 """Shards that are looked up in the DHT at the same time."""
 CHECKPOINT_RECORD_SECONDS = 600.0
@@ -38,3 +40,36 @@ def provider_record_due(since: float, ttl: float) -> bool:
 def tick_pause(due: float, now: float, heartbeat: float) -> float:
     """Pause before the state machine's next ClockTick, due at `due`: at most a heartbeat, because clocks may jump."""
     return min(max(0.0, due - now), heartbeat)
+
+
+LOCAL_COST_SHARE = 0.02
+"""Largest share of the training time that local states may cost."""
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class SaveInterval:
+    """Seconds from one local state to the next, and why."""
+
+    seconds: float
+    reason: str
+
+
+def save_interval(wanted: float, size: int, cost: float, daily: int) -> SaveInterval:
+    """The longest of: what is wanted, what keeps the cost small, what keeps to the bytes a day.
+
+    A local state saves the work since the last one if the machine crashes; a trainer that is stopped writes one in any case. Each
+    costs time and wears the disk.
+
+    Args:
+        wanted: seconds, if nothing else speaks against it.
+        size: bytes of a local state.
+        cost: seconds of training that the last one took: the loop's waiting and the processor time of its writing.
+        daily: bytes of local states that may be written in a day.
+    """
+    choices = (
+        SaveInterval(wanted, "as set"),
+        SaveInterval(cost / LOCAL_COST_SHARE, f"one costs {cost:.2g} s, and {LOCAL_COST_SHARE:.0%} of the time may be spent so"),
+        SaveInterval(size * _DAY / daily, f"one has {size / 1e9:.3g} GB, and {daily / 1e9:.3g} GB a day may be written"),
+    )
+    return max(choices, key=lambda choice: choice.seconds)

@@ -72,7 +72,8 @@ OWN_KIND = FLOAT32_CPU
 def tolerance(author: TrainedWith, auditor: TrainedWith) -> Tolerance:
     """The tolerance of a pair: one of four, whatever the peers report of themselves."""
     processors = author.device == auditor.device == "cpu"
-    if author.precision == auditor.precision == "float32":
+    fine = author.moments == author.weights == auditor.moments == auditor.weights == "float32"
+    if fine and author.precision == auditor.precision == "float32":
         return FLOAT32_CPU if processors else FLOAT32_OTHER
     return BFLOAT16_CPU if processors and author.precision == auditor.precision else BFLOAT16_OTHER
 

@@ -18,7 +18,7 @@ from lutetia.coordinator.worker.client import WorkerFailed, WorkerRefused
 from lutetia.protocol.blobs.store import BlobMissing
 from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditJob, AuditReport, AuditRequest, serve_audits
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import NodeRecord, RecordRefused
+from lutetia.protocol.schema.records import NodeRecord, RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream, Transport
 
 _LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
@@ -112,10 +112,10 @@ def job_of(audit: StartAudit, until: float, manifest: Manifest) -> AuditJob:
     """Tell the peer where to begin and how far to go, but not the author's losses."""
     due, link, parent = audit.audit, audit.link, audit.parent
     given = link.acceptance
-    init = manifest.expert_of(due.shard).init
+    init, made = manifest.expert_of(due.shard).init, link.made or TrainedWith()
     return AuditJob(
         checkpoint=due.checkpoint, shard=due.shard, epoch=due.epoch, epochs=link.budgets[0],
-        steps=audit.steps, precision=link.made.precision if link.made else "float32",
+        steps=audit.steps, precision=made.precision, moments=made.moments, kept_weights=made.weights,
         weights=parent.weights if parent else init, state=parent.state if parent else None,
         end_weights=given.weights if due.whole else None, end_state=given.state if due.whole else None, until=until,
     )  # fmt: skip

@@ -212,7 +212,8 @@ class NetworkCheckRunner:
         return ReplayEpoch(
             shard=due.shard, epoch=due.epoch - 1, data=self._path(self.manifest.shards[due.shard].train),
             weights=weights and self._path(weights), state=state and self._path(state),
-            trace=self._path(audit.link.trace), precision=made.precision, steps=audit.steps, epochs=epochs,
+            trace=self._path(audit.link.trace), precision=made.precision, moments=made.moments,
+            kept_weights=made.weights, steps=audit.steps, epochs=epochs,
             end=(self._path(given.weights), self._path(given.state)) if due.whole else None, doubt=noise_bounds(made),
         )  # fmt: skip
 
@@ -278,7 +279,7 @@ class NetworkCheckRunner:
 
 def noise_bounds(author: TrainedWith) -> NoiseBounds:
     """The drifts between near and far, where a replay also measures the epoch's own noise."""
-    bounds = tolerance(author, TrainedWith(precision=author.precision))
+    bounds = tolerance(author, TrainedWith(precision=author.precision, moments=author.moments, weights=author.weights))
     near, far = bounds.drift
     return NoiseBounds(near=near, far=far, coarse=bounds is not OWN_KIND)
 

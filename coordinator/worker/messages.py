@@ -149,6 +149,8 @@ class ReplayEpoch(Job[EpochReplayed]):
     state: Path | None
     trace: Path
     precision: Literal["float32", "bfloat16"]
+    moments: Literal["float32", "8bit"] = "float32"
+    kept_weights: Literal["float32", "bfloat16"] = "float32"
     steps: int
     epochs: int
     end: tuple[Path, Path] | None = None

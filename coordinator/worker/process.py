@@ -196,13 +196,15 @@ class WorkerProcess:
 
     def replay(self, job: ReplayEpoch) -> EpochReplayed:
         from lutetia.models.data.parts.reader import open_shard
+        from lutetia.models.training.memory.options import MemoryOptions
         from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay, under_budget
 
         published = read_trace(job.trace)
         result = replay(
             under_budget(self.manifest, job.epochs), job.shard, open_shard(job.data, self.manifest.latent),
             ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
-            precision=job.precision, doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
+            precision=job.precision, memory=MemoryOptions(moments=job.moments, weights=job.kept_weights),
+            doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
             device=self.device, progress=self._progress, base=self._base,
         )  # fmt: skip
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,24 @@ class Batches:
             tokens=clips.tokens.mul_(kept[:, None, None]),  # the null condition is zeros
             pooled=clips.pooled.mul_(kept[:, None]),
         )
+
+
+class BatchesAhead:
+    """Makes batches. For an accelerator it makes the next one in a thread, so that the device never waits for random numbers."""
+
+    def __init__(self, batches: Batches, steps: int, device: torch.device) -> None:
+        self._batches, self._steps = batches, steps
+        self._pool = ThreadPoolExecutor(1, "batches") if device.type != "cpu" else None
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def take(self, epoch: int, step: int) -> Batch:
+        if self._pool is None:
+            return self._batches.at(epoch, step)
+        ahead, self._ahead = self._ahead, None
+        batch = ahead[1].result() if ahead and ahead[0] == (epoch, step) else self._batches.at(epoch, step)
+        following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+        self._ahead = following, self._pool.submit(self._batches.at, *following)
+        return batch
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from lutetia.models.device import Precision
 from lutetia.models.tensor_files import TensorFile, read_document, write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.protocol.schema.manifest import Manifest
 
 _PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision", "device")
@@ -47,6 +48,10 @@ class Snapshot:
     """Kind of device the epoch was trained on: "other" if on more than one, "" if a file of an earlier version has no entry."""
     trace: list[float] = field(default_factory=list)
     """Losses of the epoch that is being trained or has just ended."""
+    memory: MemoryOptions = PLAIN
+    """In which forms the state was kept."""
+    sources: Mapping[int, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    """By `id`: makes the values of a tensor above that is a placeholder, because it is kept in another form than float32."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -56,7 +61,12 @@ class Snapshot:
     @contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
         """Gives the values of one of its tensors while they are read."""
-        yield tensor
+        yield self.values(tensor)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """The values of one of its tensors."""
+        make = self.sources.get(id(tensor))
+        return tensor.detach() if make is None else make()
 
     def rewind(self) -> bool:
         """Whether it can be read once more from its first tensor on, after a write has failed."""
@@ -81,6 +91,8 @@ def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
         tensors |= {f"ema.{name}": tensor for name, tensor in snapshot.ema.items()}
     tensors["trace"] = torch.tensor(snapshot.trace, dtype=torch.float32)
     document = {"format": 1, **{name: getattr(snapshot, name) for name in _PLACE}}
+    if not snapshot.memory.exact:
+        document["forms"] = [snapshot.memory.moments, snapshot.memory.weights]
     write_tensors(path, tensors, document, reading=snapshot.reading)
 
 
@@ -119,4 +131,7 @@ def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
         raise CheckpointMisfit("header", f"the state {path.name} names a place that this run does not have; refused")
     named = header.get("precision")
     precision = named if named in get_args(Precision) else "float32"
-    return {"run": manifest.run_id, **numbers, "precision": precision, "device": str(header.get("device", ""))}
+    given = header.get("forms")
+    forms = tuple(map(str, given)) if isinstance(given, list) else (PLAIN.moments, PLAIN.weights)
+    device = str(header.get("device", ""))
+    return {"run": manifest.run_id, **numbers, "precision": precision, "device": device, "forms": forms}

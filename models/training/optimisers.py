@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lutetia.models.device import Precision
 from lutetia.models.experts.trained import published_name, trained_parameters
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
+from lutetia.models.training.memory.slim_adamw import REST, SlimAdamW
 from lutetia.models.training.muon import Muon
+from lutetia.models.training.states.eight_bit import Packed
 from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.system.errors import ConfigError
 
+Make = Callable[[], Tensor]
+"""Makes the float32 values of a tensor that is kept in another form."""
 LAST_RATE = 0.02  # the cosine ends at this share of the peak
 MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one setting fits both
 
@@ -37,9 +44,12 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 class Optimiser:
-    """AdamW, or Muon for hidden matrices and AdamW for the others, over the trained parameters of one model."""
+    """AdamW, or Muon for hidden matrices and AdamW for the others, over the trained parameters of one model.
 
-    def __init__(self, model: nn.Module, optimisation: Optimisation) -> None:
+    With weights or moments in fewer bits, the state in float32 is made where it is read.
+    """
+
+    def __init__(self, model: nn.Module, optimisation: Optimisation, memory: MemoryOptions = PLAIN) -> None:
         parameters = trained_parameters(model)
         matrices = hidden_matrices(model) & parameters.keys() if optimisation.optimizer == "muon" else set()
         decay = optimisation.weight_decay
@@ -47,8 +57,10 @@ class Optimiser:
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
         others = [p for name, p in parameters.items() if name not in matrices]
         betas = (optimisation.beta1, optimisation.beta2)
-        if others:  # of an adapter all are hidden matrices
-            self._parts["adamw"] = torch.optim.AdamW(others, betas=betas, weight_decay=decay, fused=True), 1.0
+        self._slim = None if memory.exact or not others else SlimAdamW(others, betas, decay, packed=memory.moments == "8bit")
+        if others:  # of an adapter all may be hidden matrices
+            plain = self._slim or torch.optim.AdamW(others, betas=betas, weight_decay=decay, fused=True)
+            self._parts["adamw"] = plain, 1.0
         if matrices:
             hidden = [parameters[name] for name in parameters if name in matrices]
             self._parts["muon"] = Muon(hidden, weight_decay=decay), MUON_RATE
@@ -61,13 +73,33 @@ class Optimiser:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The moments by name (`adamw.exp_avg.<parameter>`, …). These are the live tensors: clone them to keep them."""
+    def values(self, parameter: Tensor) -> Tensor:
+        """The parameter's value in float32; not a copy where it is kept so."""
+        return self._slim.values(parameter) if self._slim and parameter.dtype != torch.float32 else parameter.detach()
+
+    def parameters(self) -> Iterator[tuple[str, Tensor, Make | None]]:
+        """The parameters by name, like `state`."""
+        for parameter, name in self._names.items():
+            if parameter.dtype == torch.float32:
+                yield name, parameter, None
+            else:
+                yield name, _placeholder(parameter), lambda parameter=parameter: self.values(parameter)
+
+    def state(self) -> Iterator[tuple[str, Tensor, Make | None]]:
+        """The moments by name (`adamw.exp_avg.<parameter>`, …), as live tensors: clone them to keep them.
+
+        One that is kept in another form than float32 is a placeholder without values, with the function that makes them.
+        """
         for kind, (part, _) in self._parts.items():
             for parameter, moments in part.state.items():
-                for moment, tensor in moments.items():
-                    if moment != "step":
-                        yield f"{kind}.{moment}.{self._names[parameter]}", tensor
+                for moment, kept in moments.items():
+                    name = f"{kind}.{moment}.{self._names[parameter]}"
+                    if isinstance(kept, Packed):
+                        slim = self._slim
+                        assert slim
+                        yield name, _placeholder(parameter), lambda p=parameter, m=moment, s=slim: s.moment(p, m)
+                    elif moment not in ("step", REST):
+                        yield name, kept, None
 
     def load(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """Restore the moments that `state` gave after `steps` updates; each is read once. Missing moments of Adam become zeros.
@@ -75,33 +107,86 @@ class Optimiser:
         Their step count is set to `steps` too: a trainer that continues and one that reloads must correct the bias alike.
         """
         for kind, (part, _) in self._parts.items():
-            part.state.clear()
             for parameter in (p for group in part.param_groups for p in group["params"]):
+                rest = part.state.pop(parameter, {}).get(REST)
+                if rest is not None:
+                    part.state[parameter][REST] = rest
                 suffix = f".{self._names[parameter]}"
                 for name in (f"{kind}.{moment}{suffix}" for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer")):
                     if name in moments:
-                        part.state[parameter][name.split(".", 2)[1]] = moments[name].to(parameter.device, copy=True)
+                        self._keep(part, parameter, name.split(".", 2)[1], moments[name].to(parameter.device, copy=True))
                 if kind == "adamw" and steps:
                     state = part.state[parameter]
                     state["step"] = torch.tensor(float(steps), device=parameter.device)
                     for moment in ("exp_avg", "exp_avg_sq"):
-                        state.setdefault(moment, torch.zeros_like(parameter))
+                        if moment not in state:
+                            self._keep(part, parameter, moment, torch.zeros_like(parameter, dtype=torch.float32))
+
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set the parameters that are kept in bfloat16, with what rounds off."""
+        for parameter, name in self._names.items():
+            if self._slim and parameter.dtype != torch.float32 and name in values:
+                self._slim.set_values(parameter, values[name].to(parameter.device))
+
+    def _keep(self, part: torch.optim.Optimizer, parameter: Tensor, moment: str, value: Tensor) -> None:
+        if self._slim is not None and self._slim is part:
+            self._slim.set_moment(parameter, moment, value)
+        else:
+            part.state[parameter][moment] = value
 
 
 class Ema:
-    """The exponential moving average of a model's trained parameters: the weights that are published."""
+    """The exponential moving average of a model's trained parameters: the weights that are published.
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters = trained_parameters(model)
-        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
+    Args:
+        model: whose parameters.
+        values: gives a parameter's value in float32.
+        host: keep the averages in main memory, beside an accelerator.
+    """
+
+    def __init__(self, model: nn.Module, values: Callable[[Tensor], Tensor] = Tensor.detach, host: bool = False) -> None:
+        self._live = list(trained_parameters(model).values())
+        self._values = values
+        self._plain = not host and all(parameter.dtype == torch.float32 for parameter in self._live)
+        self.weights = {
+            name: values(parameter).to("cpu" if host else parameter.device, copy=True)
+            for name, parameter in trained_parameters(model).items()
+        }
         self._averaged = list(self.weights.values())
-        self._live = [p.detach() for p in parameters.values()]
 
     def update(self, decay: float) -> None:
         """Move the averages towards the parameters by `1 - decay`."""
-        torch._foreach_lerp_(self._averaged, self._live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if self._plain:
+            live = [parameter.detach() for parameter in self._live]
+            torch._foreach_lerp_(self._averaged, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        for average, parameter in zip(self._averaged, self._live, strict=True):
+            average.lerp_(self._values(parameter).to(average.device), 1 - decay)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the averages from `weights`."""
         for name, tensor in self.weights.items():
             tensor.copy_(weights[name])
+
+
+def keep_weights_in_bfloat16(model: nn.Module, precision: Precision, optimisation: Optimisation) -> None:
+    """Convert the trained weights of linear layers and convolutions, which autocast would round anyway; the others are small.
+
+    Raises ConfigError where that does not fit how the model is trained.
+    """
+    if precision != "bfloat16" or optimisation.optimizer != "adamw":
+        raise ConfigError("weights in bfloat16 need the precision bfloat16 and the optimizer adamw; choose others")
+    for parameter in narrow_weights(model):
+        parameter.data = parameter.data.bfloat16()
+
+
+def narrow_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained weights that may be kept in bfloat16: those of linear layers and convolutions."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and parameter.requires_grad and parameter.ndim > 1:
+                yield parameter
+
+
+def _placeholder(parameter: Tensor) -> Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float32, device="meta")

@@ -19,9 +19,9 @@ from torch import Tensor
 from lutetia.models.data.shards import ClipReader
 from lutetia.models.device import Precision
 from lutetia.models.experts.adapters.base_model import Base
-from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Snapshot
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.moment_distance import moment_distance
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged
 from lutetia.protocol.schema.manifest import Manifest
@@ -89,6 +89,7 @@ def replay(
     micro_batch: int | None = None,
     doubt: ReplayDoubt | None = None,
     base: Base | None = None,
+    memory: MemoryOptions = PLAIN,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Replay:
     """Train again from `parent`.
@@ -105,13 +106,16 @@ def replay(
         micro_batch: rows per forward pass. None: the whole batch.
         doubt: when to measure the noise by a second replay.
         base: the files of the base that the expert adapts, if it does.
+        memory: what to do to need less of it. The forms of moments and weights are those of the author.
         progress: called with (steps done, steps).
 
     Raises:
         CheckpointMisfit, IntegrityError: the parent's files do not fit.
         DataError, ConfigError: the shard's data or expert do not fit.
     """
-    trainer = ExpertTrainer(manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base)
+    trainer = ExpertTrainer(
+        manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base, memory=memory
+    )
     trainer.restore(parent.epoch, parent.weights, parent.state)
     steps = manifest.steps_per_epoch if end else min(steps, manifest.steps_per_epoch)
     start = raw_parameters(trainer) if end else {}
@@ -122,7 +126,7 @@ def replay(
             progress(done + 1, steps)
     except TrainingDiverged:
         losses.append(math.nan)
-    made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch)
+    made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch, memory=trainer.memory)
     if end is None or len(losses) < steps or not math.isfinite(losses[-1]):
         return Replay(tuple(losses), None, made)
     apart, noise = end_distances(trainer, start, end), None
@@ -143,7 +147,13 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
     return ExpertTrainer(
         trainer.manifest, trainer.shard, trainer.data, device=trainer.device, precision=precision,
         micro_batch=trainer.micro_batch if coarse else 1, base=trainer.base,
+        memory=_other_memory(trainer.memory, precision),
     )  # fmt: skip
+
+
+def _other_memory(memory: MemoryOptions, precision: Precision) -> MemoryOptions:
+    """Weights in bfloat16 need that precision."""
+    return memory if precision == "bfloat16" else memory.model_copy(update={"weights": "float32"})
 
 
 def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTrainer, parent: ReplayParent) -> float | None:
@@ -166,7 +176,9 @@ def under_budget(manifest: Manifest, epochs: int) -> Manifest:
     return manifest.model_copy(update={"run": manifest.run_id, "samples_per_shard": samples})
 
 
-def made_with(device: str, precision: Precision, micro_batch: int, software: str = "") -> TrainedWith:
+def made_with(
+    device: str, precision: Precision, micro_batch: int, software: str = "", memory: MemoryOptions = PLAIN
+) -> TrainedWith:
     """Device, precision, micro-batch and software in the form that peers exchange. Rare devices count as "other".
 
     float16 counts as bfloat16, which rounds eight times as coarsely, and on a CPU as another kind of device: no auditor uses it.
@@ -174,12 +186,19 @@ def made_with(device: str, precision: Precision, micro_batch: int, software: str
     kind = device if device in ("cpu", "cuda", "mps") else "other"
     if precision == "float16":
         kind, precision = "other" if kind == "cpu" else kind, "bfloat16"
-    return TrainedWith(device=kind, precision=precision, micro_batch=micro_batch, software=software)
+    return TrainedWith(
+        device=kind,
+        precision=precision,
+        micro_batch=micro_batch,
+        software=software,
+        moments=memory.moments,
+        weights=memory.weights,
+    )
 
 
 def raw_parameters(trainer: ExpertTrainer) -> dict[str, Tensor]:
     """A copy of the parameters that are being trained (not of their averages), on the CPU."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained_parameters(trainer.model).items()}
+    return {name: values.to("cpu", copy=True) for name, values in trainer.parameters().items()}
 
 
 def drift(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: ReplayEnd) -> float:

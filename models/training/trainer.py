@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +32,12 @@ from lutetia.models.experts.objectives import row_losses
 from lutetia.models.experts.trained import load_trained, published_tensors, trained_parameters
 from lutetia.models.randomness import seed_of
 from lutetia.models.tensor_files import TensorFile
-from lutetia.models.training.batches import Batch, Batches
+from lutetia.models.training.batches import Batch, Batches, BatchesAhead
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
 from lutetia.models.training.checkpoint_io import Snapshot, check_resumable, read_weights, write_state, write_weights
 from lutetia.models.training.loss_scaling import scaled_backward
-from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, learning_rate
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
+from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, keep_weights_in_bfloat16, learning_rate
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
@@ -71,7 +71,8 @@ class ExpertTrainer:
         micro_batch: rows per forward pass, to fit the memory. None: the whole batch. Changes results by rounding only.
         precision: of the forward pass; weights and moments are float32.
         base: the files of the base that the expert adapts, if it does.
-        gradient_checkpointing: save memory at the cost of time; does not change results.
+        memory: what to do to need less of it. Moments or weights in fewer bits change results; weights in bfloat16 need the
+            precision bfloat16.
 
     Raises:
         ConfigError: the expert does not fit the run's latents.
@@ -88,7 +89,7 @@ class ExpertTrainer:
         micro_batch: int | None = None,
         precision: Precision = "float32",
         base: Base | None = None,
-        gradient_checkpointing: bool = False,
+        memory: MemoryOptions = PLAIN,
     ) -> None:
         self.manifest, self.shard, self.data = manifest, shard, data
         self.base: Base | None = base
@@ -96,6 +97,7 @@ class ExpertTrainer:
         self.device = torch.device(device)
         self.micro_batch = micro_batch or manifest.optimisation.batch
         self.precision: Precision = precision
+        self.memory = memory
         self.epoch, self.step_in_epoch = 0, 0
         self.trace: list[float] = []
         self._trained_on = self.device.type
@@ -105,12 +107,14 @@ class ExpertTrainer:
             batch = manifest.optimisation.batch
             raise DataError(f"shard {shard} has {len(data)} clips, fewer than a batch of {batch}; use fewer experts")
         self.model = load_expert(self.spec, initial_seed(manifest, shard), base).to(self.device).train()
-        if gradient_checkpointing:
+        if memory.weights == "bfloat16":
+            keep_weights_in_bfloat16(self.model, precision, manifest.optimisation)
+        if memory.checkpointing:
             cast(ModelMixin, self.model).enable_gradient_checkpointing()
         self._parameters = list(trained_parameters(self.model).values())
-        self._optimiser = Optimiser(self.model, manifest.optimisation)
-        self._ema = Ema(self.model)
-        self._batches = _Ahead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
+        self._optimiser = Optimiser(self.model, manifest.optimisation, memory)
+        self._ema = Ema(self.model, self._optimiser.values, host=memory.average == "host")
+        self._batches = BatchesAhead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
 
     @property
     def at_epoch_end(self) -> bool:
@@ -186,12 +190,16 @@ class ExpertTrainer:
                 raise UpdateInterrupted("a checkpoint was not written when the trainer was stopped")
         self._held.clear()
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The values of what is trained, in float32; not copies where they are kept so."""
+        return {name: self._optimiser.values(parameter) for name, parameter in trained_parameters(self.model).items()}
+
     def snapshot(self) -> Snapshot:
         """A copy of the training state in main memory: about four times what is trained."""
         live = self._state(Snapshot)
         return replace(
-            live, parameters=_copies(live.parameters), ema=_copies(live.ema), buffers=_copies(live.buffers),
-            moments=_copies(live.moments),
+            live, parameters=_copies(live, live.parameters), ema=_copies(live, live.ema), buffers=_copies(live, live.buffers),
+            moments=_copies(live, live.moments), sources={},
         )  # fmt: skip
 
     def live_snapshot(self) -> LiveSnapshot:
@@ -202,6 +210,7 @@ class ExpertTrainer:
         return snapshot
 
     def _state(self, kind: type[S]) -> S:
+        parameters, moments = list(self._optimiser.parameters()), list(self._optimiser.state())
         return kind(
             run=self.manifest.run_id,
             shard=self.shard,
@@ -211,11 +220,13 @@ class ExpertTrainer:
             micro_batch=self.micro_batch,
             precision=self.precision,
             device=self._trained_on,
-            parameters=dict(trained_parameters(self.model)),
+            parameters={name: tensor for name, tensor, _ in parameters},
             ema=dict(self._ema.weights),
             buffers={k: v for k, v in published_tensors(self.model).items() if k not in self._ema.weights},
-            moments=dict(self._optimiser.state()),
+            moments={name: tensor for name, tensor, _ in moments},
             trace=list(self.trace),
+            memory=self.memory,
+            sources={id(tensor): make for _, tensor, make in (*parameters, *moments) if make},
         )
 
     def restore(self, epoch: int, weights: Path | None = None, state: Path | None = None, local: Path | None = None) -> str:
@@ -255,6 +266,8 @@ class ExpertTrainer:
         if place["epoch"] != epoch or step not in (None, place["step"]):
             text = f"the state {path.name} is of epoch {place['epoch']}, step {place['step']}, not of epoch {epoch}"
             raise IntegrityError(text)
+        if step is None and place["forms"] != (self.memory.moments, self.memory.weights):
+            raise IntegrityError(f"the state {path.name} was trained with moments or weights in another form")
         return place
 
     def _resume(self, path: Path, place: dict[str, Any], weights: Path | None) -> None:
@@ -279,6 +292,7 @@ class ExpertTrainer:
     def _start(self, weights: Mapping[str, Tensor], epoch: int, averages: Mapping[str, Tensor] | None = None) -> None:
         """Set parameters to `weights`, and the EMA to `averages` or else the same; drop moments and trace."""
         load_trained(self.model, weights)
+        self._optimiser.load_values(weights)
         self._ema.load(weights if averages is None else averages)
         self._optimiser.load({}, 0)
         self._place(epoch, 0, [])
@@ -287,28 +301,10 @@ class ExpertTrainer:
         self.epoch, self.step_in_epoch, self.trace, self._trained_on = epoch, step, trace, self.device.type
 
 
-class _Ahead:
-    """Makes batches. For an accelerator it makes the next one in a thread, so that the device never waits for random numbers."""
-
-    def __init__(self, batches: Batches, steps: int, device: torch.device) -> None:
-        self._batches, self._steps = batches, steps
-        self._pool = ThreadPoolExecutor(1, "batches") if device.type != "cpu" else None
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
-
-    def take(self, epoch: int, step: int) -> Batch:
-        if self._pool is None:
-            return self._batches.at(epoch, step)
-        ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == (epoch, step) else self._batches.at(epoch, step)
-        following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
-        self._ahead = following, self._pool.submit(self._batches.at, *following)
-        return batch
-
-
 def initial_seed(manifest: Manifest, shard: int) -> int:
     """The seed of a shard's first weights."""
     return seed_of(manifest.run_id, shard, "initial weights")
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def _copies(snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: snapshot.values(tensor).to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -115,14 +115,15 @@ class NodeTasks:
         self.places[shard] = self.workspace.place(shard, start.place)
         make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
-        whole = probed.shards[shard].micro_batch or self.manifest.optimisation.batch
+        fit = probed.shards[shard]
+        whole = fit.micro_batch or self.manifest.optimisation.batch
         return Assignment(
             manifest=self.workspace.paths.manifest, shard=shard,
             data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, base=self.workspace.base_model(),
-            until=action.until, device=probed.device, precision=probed.precision,
-            micro_batch=max(1, whole >> action.halvings), threads=settings.threads, duty=settings.duty,
+            until=action.until, device=probed.device, precision=fit.precision or probed.precision,
+            micro_batch=max(1, whole >> action.halvings), memory=fit.memory, threads=settings.threads, duty=settings.duty,
             save_every=settings.save_every, local_bytes_per_day=settings.local_bytes_per_day,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lutetia.models.data.parts.order import parts_used
+from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_pause
 from lutetia.node.runtime.data_parts import check_index_size
 from lutetia.node.runtime.shell import NodeShell
@@ -169,9 +170,11 @@ class NodeAuditor:
         """Replay in a trainer process, which is ended when the replay is cancelled."""
         result, trainer = self.shell.prober.result, self.shell.trainer
         assert result
+        fit, forms = result.shards[job.shard], {"moments": job.moments, "weights": job.kept_weights}
         question = ReplayQuestion(
             manifest=self.shell.workspace.paths.manifest, shard=job.shard, epoch=job.epoch - 1, epochs=job.epochs,
-            steps=job.steps, precision=job.precision, device=result.device, micro_batch=result.shards[job.shard].micro_batch,
+            steps=job.steps, precision=job.precision, device=result.device,
+            micro_batch=fit.micro_batch, memory=MemoryOptions.model_validate({**fit.memory.model_dump(), **forms}),
             threads=self.shell.settings.threads, base=self.shell.workspace.base_model(), **paths,
         )  # fmt: skip
         message = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from lutetia.models.device import Precision
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.checkpoint_folder import LocalState
 from lutetia.protocol.schema.canonical import Frozen
@@ -37,6 +38,7 @@ class Assignment(Frozen):
     device: str = Field(default="cpu", description="cpu, mps, cuda:N or xpu:N")
     precision: Precision = Field(default="float32", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
+    memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")
     save_every: float = Field(default=30.0, gt=0, description="Fewest seconds between local states")

@@ -15,6 +15,7 @@ from lutetia.models.training.replay import under_budget
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
 from lutetia.node.machine.messages import Exit
+from lutetia.node.pacing import SaveInterval, save_interval
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
@@ -38,7 +39,6 @@ from lutetia.node.trainer.messages import (
 )
 from lutetia.node.trainer.probe import ProbeQuestion, probe
 from lutetia.node.trainer.replay import answer_replay
-from lutetia.node.trainer.save_policy import SaveInterval, save_interval
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
 from lutetia.system.process import ParentChannel
@@ -256,7 +256,7 @@ def build(assignment: Assignment, wait: Wait | None = None) -> ExpertTrainer:
         trainer = ExpertTrainer(
             manifest, assignment.shard, data,
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
-            base=assignment.base,
+            base=assignment.base, memory=assignment.memory,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
         raise TrainerEnded("bad-shard", str(error)) from error

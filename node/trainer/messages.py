@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from lutetia.models.device import Precision
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
@@ -37,6 +38,7 @@ class ReplayQuestion(Frozen):
     end_weights: Path | None = Field(default=None, description="Weights of the checkpoint under audit")
     end_state: Path | None = Field(default=None, description="Training state of the checkpoint under audit")
     precision: Precision = Field(description="Data type of the forward pass")
+    memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory, in the author's forms")
     device: str = Field(description="cpu, mps, cuda:N or xpu:N")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")

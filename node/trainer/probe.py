@@ -11,22 +11,44 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from pydantic import Field
 
 from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
+from lutetia.models.training.memory.options import PLAIN, MemoryOptions
+from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, MemoryShort, plan_memory
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import LutetiaError
 
+if TYPE_CHECKING:
+    from lutetia.models.data.shards import ShardData
+
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 300.0
+_PLAIN_BYTES, _SMALL = 20, 0.1
+"""Bytes a number of plain training without activations, and the share of the memory below which that is small."""
+_LESS = 0.8
+
+
+@dataclass(frozen=True)
+class PlanQuestion:
+    """For what a plan is made; see `plan_memory`."""
+
+    batch: int
+    precision: Precision
+    device: str
+    optimizer: str
+    narrower: bool
+    host: int
 
 
 class ProbeQuestion(Frozen):
@@ -45,6 +67,8 @@ class ShardFit(Frozen):
 
     fitness: float = Field(description="0: does not fit; 1: fits")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass that work")
+    memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
+    precision: Precision | None = Field(default=None, description="Data type of the forward pass; None: the chosen one")
     reason: str = Field(description="Why")
 
 
@@ -127,7 +151,7 @@ def probe(question: ProbeQuestion) -> ProbeResult:
         spec = manifest.expert_of(shard.index)
         kind = spec.model_dump_json()
         if unmet is None and kind not in tried:
-            tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question.micro_batch)
+            tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question)
             rate = rate or measured
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
         fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
@@ -137,49 +161,118 @@ def probe(question: ProbeQuestion) -> ProbeResult:
     )  # fmt: skip
 
 
-def _try_expert(manifest: Manifest, shard: int, device: str, precision: Precision, wanted: int | None) -> tuple[ShardFit, float]:
-    """Train steps of the shard's expert on random clips, with the largest micro-batch that works: (fit, samples per second)."""
+def available_memory(device: str) -> int:
+    """Bytes that training may take of the device now."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if device.startswith("xpu"):
+        return torch.xpu.get_device_properties(torch.device(device)).total_memory
+    return psutil.virtual_memory().available
+
+
+def plans(facts: Callable[[], ExpertFacts], parameters: int, memory: int, ask: PlanQuestion) -> Iterator[MemoryPlan]:
+    """What to try, one after another; each takes less memory than the one before it.
+
+    An expert that is small beside the memory is tried plainly first, because counting what it keeps takes seconds.
+
+    Args:
+        facts: counts them.
+        parameters: numbers of the expert.
+        memory: bytes of the device that are free.
+        ask: for what.
+
+    Raises MemoryShort when nothing more is left.
+    """
+    if _PLAIN_BYTES * parameters < _SMALL * memory:
+        yield MemoryPlan(PLAIN, ask.precision, ask.batch, None, "small beside the memory")
+    counted = facts()
+    while True:
+        plan = plan_memory(
+            counted, memory, ask.batch, ask.precision, ask.device, ask.optimizer, narrower=ask.narrower, host=ask.host
+        )
+        yield plan
+        assert plan.need
+        memory = int(_LESS * min(memory, plan.need.device))
+
+
+def _try_expert(
+    manifest: Manifest, shard: int, device: str, precision: Precision, question: ProbeQuestion
+) -> tuple[ShardFit, float]:
+    """Train steps of the shard's expert on random clips, by the first plan that works: (fit, samples per second)."""
     import torch
 
     from lutetia.models.data.shards import ShardData
-    from lutetia.models.training.trainer import ExpertTrainer
-    from lutetia.node.trainer.exit_reasons import reason_of
+    from lutetia.models.experts.families import build_meta
+    from lutetia.models.training.memory.activations import expert_facts
 
     latent, batch = manifest.latent, manifest.optimisation.batch
     data = ShardData(
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
     )  # fmt: skip
-    problem, rates = "", [0.0]
+    parameters = sum(parameter.numel() for parameter in build_meta(manifest.expert_of(shard)).parameters())
+    wanted, optimizer = question.micro_batch, manifest.optimisation.optimizer
+    ask = PlanQuestion(
+        batch=min(wanted or batch, batch), precision=precision, device=device, optimizer=optimizer,
+        narrower=question.precision == "auto" and device.startswith("cpu"), host=psutil.virtual_memory().available,
+    )  # fmt: skip
+    trial = _Trial(manifest, shard, data, device)
+    try:
+        for plan in plans(lambda: expert_facts(manifest, shard), parameters, available_memory(device), ask):
+            size = largest_working(plan.rows, lambda rows, plan=plan: trial.works(plan, rows))
+            if size is not None:
+                why = "as set" if wanted and size == wanted else "the whole batch" if size >= batch else "the largest that fits"
+                reason = f"micro-batch {size}, {why}; {plan.reason}"
+                return ShardFit(
+                    fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, reason=reason
+                ), trial.rate  # fmt: skip
+            if not trial.out_of_memory:
+                break
+    except MemoryShort as error:
+        trial.problem = str(error)
+    return ShardFit(fitness=0.0, reason=f"does not fit this machine: {trial.problem}"), 0.0
 
-    def works(size: int) -> bool:
-        nonlocal problem
+
+@dataclass
+class _Trial:
+    """Tries plans with one expert. `rate`: samples per second of the last try that worked."""
+
+    manifest: Manifest
+    shard: int
+    data: ShardData
+    device: str
+    problem: str = ""
+    out_of_memory: bool = False
+    rate: float = 0.0
+
+    def works(self, plan: MemoryPlan, rows: int) -> bool:
+        from lutetia.models.training.trainer import ExpertTrainer
+        from lutetia.node.trainer.exit_reasons import reason_of
+
         try:
-            trainer = ExpertTrainer(manifest, shard, data, device=device, micro_batch=size, precision=precision, base="random")
+            trainer = ExpertTrainer(
+                self.manifest, self.shard, self.data, base="random",
+                device=self.device, micro_batch=rows, precision=plan.precision, memory=plan.options,
+            )  # fmt: skip
             trainer.step()  # the first step allocates optimiser moments and compiles kernels
             start = time.monotonic()
             trainer.step()
-            rates.append(batch / (time.monotonic() - start))
+            self.rate = self.manifest.optimisation.batch / (time.monotonic() - start)
         except (RuntimeError, MemoryError) as error:
             known = reason_of(error)
             if known is None or known[0] != "out-of-memory":
                 raise
-            problem = known[1]
+            self.problem, self.out_of_memory = known[1], True
         except LutetiaError as error:
-            problem = str(error)
-            return False
+            self.problem, self.out_of_memory = str(error), False
         else:
             return True
         finally:
             trainer = None
-            free_cached_memory(device)
+            free_cached_memory(self.device)
         return False
-
-    size = largest_working(min(wanted or batch, batch), works)
-    if size is None:
-        return ShardFit(fitness=0.0, reason=f"does not fit this machine: {problem}"), 0.0
-    why = "as set" if wanted and size == wanted else "the whole batch fits" if size >= batch else "the largest that fits"
-    return ShardFit(fitness=1.0, micro_batch=size, reason=f"micro-batch {size}: {why}"), rates[-1]
 
 
 def question_digest(question: ProbeQuestion) -> str:

@@ -24,7 +24,7 @@ def answer_replay(question: ReplayQuestion) -> ReplayFinished | RequestFailed:
             manifest, question.shard, open_shard(question.data, manifest.latent),
             ReplayParent(question.epoch, question.weights, question.state), question.steps,
             end=end, device=question.device, precision=question.precision, micro_batch=question.micro_batch,
-            base=question.base,
+            base=question.base, memory=question.memory,
         )  # fmt: skip
     except (LutetiaError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=" ".join(str(error).split())[:500])

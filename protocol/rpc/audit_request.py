@@ -22,6 +22,7 @@ from lutetia.protocol.schema.fields import (
     Sentence,
     ShardIndex,
     Signature,
+    added,
 )
 from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
 from lutetia.protocol.schema.manifest import BlobRef, first_problem
@@ -49,6 +50,8 @@ class AuditJob(WireDocument):
     epochs: EpochNumber = Field(description="Budget of the shard under which it was trained, in epochs")
     steps: int = Field(ge=1, le=MAX_STEPS, description="How many steps to replay, from the start of the epoch")
     precision: Literal["float32", "bfloat16"] = Field(description="Precision in which the author trained")
+    moments: Literal["float32", "8bit"] = added("float32", "Form in which the author kept AdamW's moments")
+    kept_weights: Literal["float32", "bfloat16"] = added("float32", "Form in which the author kept the weights")
     weights: BlobRef | None = Field(default=None, description="Weights of the parent; null for the first epoch")
     state: BlobRef | None = Field(default=None, description="Training state of the parent; null for the first epoch")
     end_weights: BlobRef | None = Field(default=None, description="The author's weights after the whole epoch")

@@ -28,6 +28,7 @@ from lutetia.protocol.schema.fields import (
     Signature,
     Tally,
     Word,
+    added,
 )
 from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.protocol.schema.manifest import BlobRef, first_problem, lease_seconds
@@ -75,6 +76,10 @@ class TrainedWith(WireDocument):
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the forward and backward pass")
     micro_batch: ReportedBatch = Field(default=1, description="Samples computed at once")
     software: Word = Field(default="", description="Version of Lutetia; trust earned with one is lost with the next")
+    moments: Literal["float32", "8bit"] = added("float32", "Form in which AdamW's moments were kept from step to step")
+    weights: Literal["float32", "bfloat16"] = added(
+        "float32", "Form in which the weights were kept; bfloat16 with what it rounds off in a second number"
+    )
 
 
 class NodeRecord(_Record):

@@ -1,7 +1,7 @@
 """AdamW that keeps its moments in eight bits, its weights in bfloat16, or both.
 
-The update is that of Loshchilov and Hutter (arXiv 1711.05101, algorithm 2), computed in float32, one tensor after another, so that
-what is unpacked is never larger than one tensor. Weights in bfloat16 are kept as a sum of two: the weight, which the model
+The update is that of Loshchilov and Hutter (arXiv 1711.05101, algorithm 2), computed in float32, one tensor after another, so
+that what is unpacked is never larger than one tensor. Weights in bfloat16 are kept as a sum of two: the weight, which the model
 computes with, and what rounding took off, which the next update adds again (Kahan summation, as Zamirai et al., arXiv 2010.06192,
 section 4). It is written with torch alone: an audit must repeat it on any device and with any version of other libraries.
 """
@@ -88,6 +88,10 @@ class SlimAdamW(torch.optim.Optimizer):
             if values.data_ptr() != parameter.data_ptr():
                 parameter.detach().copy_(values)
             return
+        rounded = values.to(parameter.dtype).float()
+        values = rounded + (values - rounded).to(
+            parameter.dtype
+        )  # what a state file will hold: read from it, it gives the same parts
         parameter.detach().copy_(values)
         rest = (values - parameter.detach().float()).to(parameter.dtype)
         kept = self.state[parameter].get(REST)

@@ -40,8 +40,8 @@ class LiveSnapshot(Snapshot):
     def __post_init__(self) -> None:
         live = [*self.parameters.values(), *self.ema.values(), *self.moments.values()]
         self._unread = {id(tensor): tensor for tensor in live}
-        device = next(iter(self.parameters.values())).device
-        if device.type == "cuda":  # copies to the host go beside the next step's kernels, after what is queued now
+        devices = {tensor.device for tensor in live if tensor.device.type == "cuda"}
+        for device in devices:  # copies to the host go beside the next step's kernels, after what is queued now
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -88,7 +88,7 @@ class LiveSnapshot(Snapshot):
                     return False
                 self._changed.wait(_LOOK)
             for key in [key for key in self._unread if key != self._current]:
-                self._copies[key] = self._unread.pop(key).detach().to("cpu", copy=True)
+                self._copies[key] = self.values(self._unread.pop(key)).to("cpu", copy=True)
             while self._unread and may_wait():  # the tensor that is being read
                 self._changed.wait(_LOOK)
             self._updated = not self._unread
@@ -97,6 +97,6 @@ class LiveSnapshot(Snapshot):
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if self._stream is None:
-            return tensor
+            return self.values(tensor)
         with torch.cuda.stream(self._stream):
-            return tensor.detach().to("cpu")
+            return self.values(tensor).to("cpu")

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from lutetia.models.experts.families import build_expert
-from lutetia.models.training.batches import Batches
+from lutetia.models.training.batches import Batches, BatchesAhead
+from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.models.training.muon import Muon, orthogonalise
 from lutetia.models.training.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
-from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged, _Ahead, write_state, write_weights
+from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged, write_state, write_weights
 from lutetia.protocol.schema.manifest import Optimisation
 from lutetia.system import tether
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
@@ -163,7 +164,8 @@ def test_epoch_on_two_kinds_of_device_is_of_kind_other(tmp_path) -> None:
 def test_gradient_checkpointing_changes_no_loss(device) -> None:
     options = {"device": device}
     plain, frugal = (
-        ExpertTrainer(tiny_manifest(), 0, tiny_data(), gradient_checkpointing=frugal, **options) for frugal in (False, True)
+        ExpertTrainer(tiny_manifest(), 0, tiny_data(), memory=MemoryOptions(checkpointing=frugal), **options)
+        for frugal in (False, True)
     )
     assert steps(plain, 3) == pytest.approx(steps(frugal, 3), rel=1e-6)
 
@@ -295,7 +297,7 @@ def test_full_disk_raises_and_keeps_the_last_state(tmp_path) -> None:
 def test_batches_made_ahead_are_the_same() -> None:
     manifest, data = tiny_manifest(), tiny_data()
     batches = Batches(manifest, 0, data)
-    ahead = _Ahead(batches, manifest.steps_per_epoch, torch.device("cuda"))
+    ahead = BatchesAhead(batches, manifest.steps_per_epoch, torch.device("cuda"))
     for epoch, step in [(0, 0), (0, 1), (0, 5), (1, 0), (1, 1), (0, 3)]:
         made, expected = ahead.take(epoch, step), batches.at(epoch, step)
         assert torch.equal(made.noise, expected.noise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lutetia.node.trainer.save_policy import save_interval
+from lutetia.node.pacing import save_interval
 
 GB = 10**9
 
@@ -13,7 +13,7 @@ GB = 10**9
     ("size", "cost", "seconds", "why"),
     [
         (GB // 50, 0.1, 30, "as set"),  # of a small expert
-        (GB // 50, 3.0, 150, "2% may be spent"),
+        (GB // 50, 3.0, 150, "2% of the time"),
         (int(22.7 * GB), 3.0, 6537.6, "300 GB a day"),  # of an expert of 1.4 billion parameters
     ],
 )
