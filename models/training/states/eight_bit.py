@@ -65,7 +65,7 @@ def pack_root(values: Tensor) -> Packed:
     rows = _rows(values).sqrt()
     exponents = _exponents(rows.amax(1) / 2.0**_FLOAT_TOP)
     scaled = rows / _powers(exponents)[:, None]
-    scaled = torch.where(rows > 0, scaled.clamp_(min=_FLOAT_FLOOR), scaled)
+    scaled = torch.where(rows > 0, scaled.clamp(min=_FLOAT_FLOOR), scaled)
     return Packed(_shaped(scaled.to(torch.float8_e4m3fn), values), exponents)
 
 
