@@ -21,7 +21,7 @@ from pydantic import Field
 
 from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
-from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, MemoryShort, plan_memory
+from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, plan_memory
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
@@ -212,7 +212,6 @@ def _try_expert(
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
     )  # fmt: skip
-    parameters = sum(parameter.numel() for parameter in build_meta(manifest.expert_of(shard)).parameters())
     wanted, optimizer = question.micro_batch, manifest.optimisation.optimizer
     ask = PlanQuestion(
         batch=min(wanted or batch, batch), precision=precision, device=device, optimizer=optimizer,
@@ -220,6 +219,7 @@ def _try_expert(
     )  # fmt: skip
     trial = _Trial(manifest, shard, data, device)
     try:
+        parameters = sum(parameter.numel() for parameter in build_meta(manifest.expert_of(shard)).parameters())
         for plan in plans(lambda: expert_facts(manifest, shard), parameters, available_memory(device), ask):
             size = largest_working(plan.rows, lambda rows, plan=plan: trial.works(plan, rows))
             if size is not None:
@@ -230,7 +230,7 @@ def _try_expert(
                 ), trial.rate  # fmt: skip
             if not trial.out_of_memory:
                 break
-    except MemoryShort as error:
+    except LutetiaError as error:
         trial.problem = str(error)
     return ShardFit(fitness=0.0, reason=f"does not fit this machine: {trial.problem}"), 0.0
 
