@@ -81,7 +81,7 @@ def _require_packages(settings: StudyConfig, prepare: bool) -> None:
     """Raises ConfigError if a package of the extra `study` that this study needs is not installed."""
     from lutetia.models.data.ingest.synthetic import require_photographs
     from lutetia.models.metrics.motion import require_opencv
-    from lutetia.models.study.pictures import require_matplotlib
+    from lutetia.models.study.report.pictures import require_matplotlib
 
     if settings.clips.kind == "drawn":
         require_photographs("study")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lutetia.models.metrics.evaluator import MetricEntry
     from lutetia.models.metrics.stats.intervals import Figure
     from lutetia.models.study.config import Prompts
-    from lutetia.models.study.plan import Reading, Training
+    from lutetia.models.study.trainings import Reading, Training
 
 T = TypeVar("T", bound=Frozen)
 MONOLITH = "monolith"

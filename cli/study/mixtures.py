@@ -10,7 +10,7 @@ from lutetia.system.errors import IntegrityError
 from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from lutetia.models.study.plan import Reading, Training
+    from lutetia.models.study.trainings import Reading, Training
     from lutetia.protocol.schema.manifest import Manifest
 
 

@@ -85,9 +85,9 @@ def _remember(config: StudyConfig, home: Path) -> None:
 
 def write_results(state: StudyState) -> StudyResults:
     """Write tables, curves and sample grids of everything that is evaluated so far."""
-    from lutetia.models.study.pictures import draw_curves
+    from lutetia.models.study.report.pictures import draw_curves
+    from lutetia.models.study.report.tables import report
     from lutetia.models.study.results import specialisation
-    from lutetia.models.study.tables import report
 
     results = collect_results(state)
     with disk_errors(state.out):
@@ -113,8 +113,8 @@ def rewrite_tables(out: Path) -> Path:
     """
     from pydantic import ValidationError
 
+    from lutetia.models.study.report.tables import report
     from lutetia.models.study.results import StudyResults
-    from lutetia.models.study.tables import report
     from lutetia.protocol.schema.manifest import first_problem
 
     path = out / "results.json"
@@ -173,7 +173,7 @@ def _sheets(state: StudyState) -> list[str]:
 
 def _grid(state: StudyState, path: Path) -> None:
     """Draw real clips and those of monolith and mixture for the first prompts, of the first seed."""
-    from lutetia.models.study.pictures import write_grid
+    from lutetia.models.study.report.pictures import write_grid
 
     prompts = state.config.evaluation.prompts[-1]  # stratified if configured, so that every kind is shown
     first = next(pair for pair in Comparisons(state).pairs(prompts) if all(reading.name in state.evaluated for reading in pair))

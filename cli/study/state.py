@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lutetia.models.study.clips import ClipCounts
     from lutetia.models.study.config import StudyConfig
     from lutetia.models.study.evaluation import EvaluatedReading, StudyEvaluation
-    from lutetia.models.study.plan import Reading, StudyPlan, Training
+    from lutetia.models.study.plan import StudyPlan
+    from lutetia.models.study.trainings import Reading, Training
 
 
 Progress = Callable[[str, int, int], None]
@@ -89,12 +90,17 @@ class StudyState:
             if not path.name.startswith(others):
                 path.unlink()
 
-    def _start(self, training: Training) -> Path | None:
-        """The mixture that `training` starts from; the plan trains that one first."""
-        if training.begin is None:
+    def _start(self, training: Training) -> str | None:
+        """The weights that `training` starts from: another training's, which the plan carries out first, or the base's."""
+        if training.begin is not None:
+            other = self.plan.training(training.begin.training)
+            return str(mixtures.mixture_at(training.begin.epoch, other, self.folder(other)))
+        if self.config.base is None or training.tier == "base":
             return None
-        base = self.plan.training(training.begin.training)
-        return mixtures.mixture_at(training.begin.epoch, base, self.folder(base))
+        if self.config.base.kind == "weights":
+            return self.config.base.weights
+        (frames,) = self.plan.of("base", "frames")
+        return str(mixtures.mixture_at(frames.epochs, frames, self.folder(frames)))
 
     def recall(self) -> None:
         """Read the figures of earlier calls, so that the first report of this call contains them."""
@@ -122,6 +128,8 @@ class StudyState:
         else:
             update = {"experts": training.experts, "method": training.method, "cache": self.cache / "data"}
             update["latents"] = self.latents
+            if training.tier == "base":  # single frames cannot have features of motion
+                update |= {"frames": 1, "features": "text"}
             build_data(self.home / "clips", target, self.config.data.model_copy(update=update), self.on_progress)
         return target
 

@@ -18,7 +18,7 @@ from lutetia.system.files import write_atomic
 
 if TYPE_CHECKING:
     from lutetia.models.study.config import Machines, StudyConfig
-    from lutetia.models.study.plan import Training
+    from lutetia.models.study.trainings import Training
 
 _STUDY_DAYS = 36_500.0  # long enough that a study repeated years later has the same manifest
 
@@ -49,7 +49,7 @@ def cores() -> int:
 
 def train(
     training: Training, data: Path, folder: Path, config: StudyConfig, on_progress: Callable[[str, int, int], None],
-    start: Path | None = None,
+    start: str | None = None,
 ) -> None:  # fmt: skip
     """Train until `folder/run` has its final mixture; resume what an earlier call began. Does nothing if it is finished.
 
@@ -59,7 +59,7 @@ def train(
         folder: holds the run, the state of the nodes, and logs.
         config: the study.
         on_progress: called with the name of the training, samples done and samples in all.
-        start: the mixture that its experts start from.
+        start: folder or hub id of the weights that its experts start from.
 
     Raises LutetiaError if a process fails or the swarm makes no progress.
     """
@@ -75,7 +75,7 @@ def train(
         _add_seconds(folder, time.monotonic() - began)
 
 
-def create(training: Training, data: Path, run: Path, config: StudyConfig, start: Path | None = None) -> None:
+def create(training: Training, data: Path, run: Path, config: StudyConfig, start: str | None = None) -> None:
     """Create the run of `training`. Its keys, and so its weights, depend only on the names of study and training."""
     from lutetia.coordinator.admin.create import RunSecrets, create_run
     from lutetia.coordinator.settings import RunSettings
@@ -86,7 +86,7 @@ def create(training: Training, data: Path, run: Path, config: StudyConfig, start
         name=training.name[:64],
         addresses=(f"127.0.0.1:{free_port()}",),
         expert=training.expert,
-        warm_start=str(start) if start else None,
+        warm_start=start,
         optimisation=config.optimisation.model_copy(update=changes),
         samples_per_shard=training.samples_per_shard,
         checkpoint_samples=training.checkpoint_samples,

@@ -57,6 +57,21 @@ class Autoencoder(Frozen):
     bfloat16: bool = Field(default=False, description="train in bfloat16; faster on processors that multiply it (AMX)")
 
 
+class WeightsBase(Frozen):
+    """Weights that were trained elsewhere."""
+
+    kind: Literal["weights"] = Field(description="source of the base")
+    weights: str = Field(description="folder or hub id of a transformer, or of a pipeline or mixture of one expert that holds it")
+
+
+class FramesBase(Frozen):
+    """An image model: the expert's network, trained first on single frames of the training clips."""
+
+    kind: Literal["frames"] = Field(description="source of the base")
+    samples: Count = Field(description="frames it trains on, at the batch and learning rate of the monolith")
+    seed: int = Field(default=0, description="training seed")
+
+
 class Controls(Frozen):
     """Arms that could explain a gain of the mixture, at a share of the budget of the headline.
 
@@ -139,6 +154,10 @@ class StudyConfig(Frozen):
     )
     data: BuildSettings = Field(description="how clips become shards; data.experts is K")
     expert: ExpertSpec = Field(description="network of the monolith and of each expert")
+    base: Annotated[WeightsBase | FramesBase, Field(discriminator="kind")] | None = Field(
+        default=None,
+        description="weights that all arms start from, whose FLOPs count for none of them; none: every arm starts afresh",
+    )
     wide: ExpertSpec | None = Field(default=None, description="network of the control `wide`")
     narrow: ExpertSpec | None = Field(default=None, description="network of each expert of the control `narrow`")
     optimisation: Optimisation = Field(description="optimiser; its batch is that of the monolith, and each expert has 1/K of it")
@@ -168,6 +187,21 @@ class StudyConfig(Frozen):
         for arm, spec in (("wide", self.wide), ("narrow", self.narrow)):
             if arm in (*self.controls.arms, *self.controls.full) and spec is None:
                 raise ValueError(f"the control {arm} needs its own expert: set {arm}")
+            if self.base and arm in (*self.controls.arms, *self.controls.full):
+                raise ValueError(f"the control {arm} has another network, which cannot start from the base; leave it out")
+        if isinstance(self.base, FramesBase):
+            self._check_frames_base(self.base)
+        self._check_values()
+        return self
+
+    def _check_frames_base(self, base: FramesBase) -> None:
+        patch = self.expert.config.get("patch_size", 1)
+        if (patch[0] if isinstance(patch, list | tuple) else self.expert.config.get("patch_size_t") or 1) != 1:
+            raise ValueError("a base of frames needs an expert whose patch is one frame long")
+        if base.samples < self.optimisation.batch:
+            raise ValueError(f"base.samples is {base.samples}, fewer than a batch of {self.optimisation.batch}")
+
+    def _check_values(self) -> None:
         controls = self.controls
         for name, values in (
             ("seeds", self.seeds),
@@ -177,4 +211,3 @@ class StudyConfig(Frozen):
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"the values of {name} must differ from each other")
-        return self

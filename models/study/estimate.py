@@ -12,7 +12,8 @@ from lutetia.models.data.encode.autoencoder_training import sample_step
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.networks.i3d import MIN_FRAMES, I3DExtractor
 from lutetia.models.study.config import StudyConfig
-from lutetia.models.study.plan import StudyPlan, Training
+from lutetia.models.study.plan import StudyPlan
+from lutetia.models.study.trainings import Training
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import DataError

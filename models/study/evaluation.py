@@ -20,7 +20,7 @@ from lutetia.models.metrics.stats.intervals import Figure
 from lutetia.models.metrics.timestep_loss import TimedLoss, flow_losses
 from lutetia.models.mixing.options import SamplingOptions
 from lutetia.models.study.config import Prompts, StudyConfig
-from lutetia.models.study.plan import Reading
+from lutetia.models.study.trainings import Reading
 from lutetia.protocol.schema.canonical import Frozen
 
 PROMPT_ORDER = 0  # seed of the order of the held-out clips, the same for all arms and seeds

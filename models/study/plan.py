@@ -1,100 +1,21 @@
-"""The plan of a study, before anything runs: all trainings with their budgets, and all readings.
-
-A *training* is one run of the swarm: K shards of one clustering, one expert network, one batch, one budget, one seed. A *reading*
-is a set of clips to evaluate: sampled from a training at some epoch, with some routing.
-"""
+"""The plan of a study, before anything runs: all trainings with their budgets, and all readings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from pydantic import Field
 
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import load_text_encoder
-from lutetia.models.mixture import Mode
-from lutetia.models.study.config import Arm, Prompts, StudyConfig
+from lutetia.models.study.config import Arm, FramesBase, StudyConfig
 from lutetia.models.study.flops import Cost, expert_cost, router_cost
+from lutetia.models.study.trainings import Method, Reading, Tier, Training, WarmStart, readings_of, shared
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
 from lutetia.system.errors import ConfigError
-
-Tier = Literal["headline", "control"]
-Method = Literal["kmeans", "random", "kinds", "balanced"]
-Route = Literal["router", "text-blind", "oracle"]
-
-
-class WarmStart(Frozen):
-    """A start from the checkpoint of another training."""
-
-    training: str = Field(description="name of the other training")
-    epoch: int = Field(description="its epoch to start from")
-    flops: int = Field(description="FLOPs up to that epoch; they count for the training that starts from it, too")
-
-
-class Training(Frozen):
-    """One run of the swarm."""
-
-    name: str = Field(description="tier, arm and seed")
-    tier: Tier = Field(description="headline (whole budget) or control (a share of it)")
-    arm: str = Field(description="monolith, mixture or the name of a control")
-    seed: int = Field(description="training seed")
-    method: Method = Field(description="how clips are clustered")
-    experts: int = Field(description="number of shards and experts")
-    expert: ExpertSpec = Field(description="network of each expert")
-    batch: int = Field(description="clips per step of each expert")
-    learning_rate: float = Field(description="peak learning rate")
-    samples_per_shard: int = Field(description="clips each expert trains on in all")
-    checkpoint_samples: int = Field(description="clips each expert trains on per epoch")
-    flops_per_sample: int = Field(description="FLOPs of a training step per clip")
-    router_flops: int = Field(description="FLOPs of the training of the router; 0 for a monolith")
-    pass_flops: int = Field(description="FLOPs of one top-1 step on one clip without guidance: one expert, and the router")
-    parameters: int = Field(description="parameters of all experts together, without the router")
-    active_parameters: int = Field(description="parameters of one expert, as a top-1 step uses")
-    begin: WarmStart | None = Field(default=None, description="the checkpoint it starts from; none: fresh weights")
-
-    @property
-    def data(self) -> str:
-        """The name of its built data; trainings with the same clustering share them."""
-        return f"{self.method}-{self.experts}"
-
-    @property
-    def epochs(self) -> int:
-        return self.samples_per_shard // self.checkpoint_samples
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the whole training: all experts, the router, and the checkpoint it starts from."""
-        return self.flops_at(self.epochs)
-
-    def flops_at(self, epoch: int) -> int:
-        """FLOPs when every shard has `epoch` accepted checkpoints. The router and the warm start count in full from the start."""
-        before = self.router_flops + (self.begin.flops if self.begin else 0)
-        return self.experts * self.checkpoint_samples * epoch * self.flops_per_sample + before
-
-
-class Reading(Frozen):
-    """A set of clips to sample and evaluate."""
-
-    training: str = Field(description="name of the training")
-    epoch: int = Field(description="epoch of all its experts")
-    prompts: Prompts = Field(description="choice of prompts: natural or stratified")
-    clips: int = Field(description="number of clips")
-    route: Route = Field(default="router", description="its own router, a router that does not see the prompt, or the clusters")
-    mode: Mode | None = Field(default=None, description="sampling mode; none: that of the run")
-    expert: int | None = Field(default=None, description="number of the only expert to use; none: all, by `route`")
-
-    @property
-    def name(self) -> str:
-        how = self.route if self.expert is None else f"expert-{self.expert}"
-        return f"{self.training}-e{self.epoch}-{how}-{self.mode or 'own'}-{self.prompts}-{self.clips}"
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is sampled as a user would: by its own router in the mode of the run."""
-        return self.route == "router" and self.mode is None and self.expert is None
 
 
 class StudyPlan(Frozen):
@@ -152,8 +73,8 @@ def plan_study(config: StudyConfig, latent: LatentSpec) -> StudyPlan:
     Raises ConfigError if the budget is too small.
     """
     costs = _Costs(config, latent)
-    trainings = [*_headline(config, costs), *_controls(config, costs)]
-    readings = [reading for training in trainings for reading in _readings(config, training)]
+    trainings = [*_base(config, latent), *_headline(config, costs), *_controls(config, costs)]
+    readings = [reading for training in trainings for reading in readings_of(config, training)]
     return StudyPlan(trainings=tuple(trainings), readings=tuple(readings))
 
 
@@ -215,6 +136,21 @@ def _pair(config: StudyConfig, costs: _Costs, tier: Tier, seed: int, rate: float
     yield _training(costs, tier, f"mixture{suffix}", seed, experts=experts, batch=batch // experts, learning_rate=rate)
 
 
+def _base(config: StudyConfig, latent: LatentSpec) -> Iterator[Training]:
+    """The image model that all arms start from, if the study trains one."""
+    if not isinstance(config.base, FramesBase):
+        return
+    image = latent.model_copy(update={"frames": 1, "pixel_frames": 1})
+    cost, batch = expert_cost(config.expert, image), config.optimisation.batch
+    samples = config.base.samples // batch * batch
+    yield Training(
+        name=f"base-frames-s{config.base.seed}", tier="base", arm="frames", seed=config.base.seed, method="random", experts=1,
+        expert=config.expert, batch=batch, learning_rate=config.optimisation.learning_rate, samples_per_shard=samples,
+        checkpoint_samples=samples, flops_per_sample=cost.training, router_flops=0, pass_flops=cost.forward,
+        parameters=cost.parameters, active_parameters=cost.parameters,
+    )  # fmt: skip
+
+
 def _headline(config: StudyConfig, costs: _Costs) -> Iterator[Training]:
     for seed in config.seeds:
         yield from _pair(config, costs, "headline", seed)
@@ -269,45 +205,3 @@ def _first_checkpoint(config: StudyConfig, costs: _Costs, tier: Tier, seed: int)
     tier = "headline" if shared(config, seed) else tier
     monolith = next(each for each in _pair(config, costs, tier, seed) if each.arm == "monolith")
     return WarmStart(training=monolith.name, epoch=1, flops=monolith.flops_at(1))
-
-
-def shared(config: StudyConfig, seed: int) -> bool:
-    """Whether the pair of the headline also serves the controls: the same budget and seed."""
-    return config.controls.share == 1 and seed in config.seeds
-
-
-def _readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
-    if training.tier == "headline":
-        yield from _headline_readings(config, training)
-    if training.tier == "control" or (training.seed in config.controls.seeds and shared(config, training.seed)):
-        yield from _control_readings(config, training)
-
-
-def _headline_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
-    evaluation, last = config.evaluation, training.epochs
-    first, *others = evaluation.prompts
-    yield Reading(training=training.name, epoch=last, prompts=first, clips=evaluation.clips)
-    for prompts in others:
-        yield Reading(training=training.name, epoch=last, prompts=prompts, clips=evaluation.clips)
-    for epoch in range(1, last + (evaluation.curve_clips != evaluation.clips)):  # the same N along the curve
-        yield Reading(training=training.name, epoch=epoch, prompts=first, clips=evaluation.curve_clips)
-
-
-def _control_readings(config: StudyConfig, training: Training) -> Iterator[Reading]:
-    clips, name, last, first = config.controls.clips, training.name, training.epochs, config.evaluation.prompts[0]
-    if training.tier == "control" or clips not in (config.evaluation.clips, config.evaluation.curve_clips):
-        yield Reading(training=name, epoch=last, prompts=first, clips=clips)
-    if training.arm != "mixture":
-        return
-    arms = config.controls.arms
-    if "modes" in arms:
-        modes: tuple[Mode, ...] = ("top1", "top2", "full", "sticky")
-        for mode in modes:
-            if mode != config.sampling.mode:
-                yield Reading(training=name, epoch=last, prompts=first, clips=clips, mode=mode)
-    for route in ("text-blind", "oracle"):
-        if route in arms:
-            yield Reading(training=name, epoch=last, prompts=first, clips=clips, route=route)
-    if "experts" in arms:
-        for expert in range(training.experts):
-            yield Reading(training=name, epoch=last, prompts=first, clips=clips, expert=expert)

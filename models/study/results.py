@@ -13,7 +13,8 @@ from lutetia.models.metrics.evaluator import MetricEntry
 from lutetia.models.metrics.stats.intervals import Figure, mean
 from lutetia.models.study.clips import ClipCounts
 from lutetia.models.study.evaluation import EvaluatedReading
-from lutetia.models.study.plan import Reading, StudyPlan, Training
+from lutetia.models.study.plan import StudyPlan
+from lutetia.models.study.trainings import Reading, Training
 from lutetia.protocol.schema.canonical import Frozen
 
 PAPER = {"FVD": (561.04, 279.01), "CLIP text-video": (0.2032, 0.2178), "aesthetic": (3.795, 3.904)}

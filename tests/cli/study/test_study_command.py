@@ -35,7 +35,7 @@ def test_study_plan_is_printed_and_nothing_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     arms = [training["arm"] for training in document["plan"]["trainings"]]
-    assert arms == ["monolith", "mixture", "small-batch", "balanced", "warm-start"]
+    assert arms == ["frames", "monolith", "mixture", "small-batch", "balanced", "warm-start"]
     hours = document["core_hours"]
     assert 0 < hours["autoencoder"] < hours["all"]
     assert not (tmp_path / "study").exists()
@@ -132,6 +132,12 @@ def test_interrupted_study_resumes_and_writes_tables(tmp_path: Path) -> None:
     StudyConfig.model_validate(results.config)
     trainings = {training.arm: training for training in results.plan.trainings}
     assert trainings["mixture"].flops <= trainings["monolith"].flops
+    manifests = [RunFolder(home / "runs" / name / "run").read_manifest(now=0.0).manifest for name in results.trainings]
+    bases = {manifest.name.removeprefix("headline-"): manifest.expert.init for manifest in manifests}
+    assert bases["base-frames-s0"] is None
+    assert bases["monolith-s0"] == bases["mixture-s0"] == bases["small-batch-s0"] is not None, "all start from the image model"
+    assert bases["control-warm-start-s0"] not in (None, bases["mixture-s0"]), "that one starts from the monolith, which did"
+    assert manifests[0].latent.frames == 1
     (ratio,) = [row.ratio for row in results.headline["natural"] if row.ratio]
     assert (ratio.n, ratio.seeds) == (22, (0,))
     assert ratio.low <= ratio.value <= ratio.high  # after two steps of the autoencoder both sides look alike
@@ -156,6 +162,8 @@ def test_interrupted_study_resumes_and_writes_tables(tmp_path: Path) -> None:
     page = (out / "README.md").read_text()
     assert str(tmp_path) not in page + (out / "results.json").read_text()  # results are published
     assert "561.04" in page
+    assert "**All arms start from one image model**, trained on 24 single frames" in page
+    assert "## What the mixture is worth in compute" in page
     assert "encoded and decoded again by the autoencoder, have motion distance" in page
     assert page.count("(clusters/00") == 3
     assert "mixture, oracle routing" in page

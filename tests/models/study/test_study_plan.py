@@ -143,3 +143,25 @@ def test_router_cost_grows_with_experts() -> None:
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_study_is_valid(path: Path) -> None:
     StudyConfig(**tomllib.loads(path.read_text()))
+
+
+def test_base_counts_for_no_arm_and_is_carried_out_first() -> None:
+    base = {"kind": "frames", "samples": 4_801}
+    arms = [arm for arm in config().controls.arms if arm not in ("wide", "narrow")]
+    settings = config(base=base, controls={**config().controls.model_dump(), "arms": arms})
+    with_base, without = plan_study(settings, planned_latent(settings)), plan_study(config(), planned_latent(config()))
+    first, *others = with_base.trainings
+    assert (first.tier, first.data, first.samples_per_shard) == ("base", "frames", 4_800)
+    assert first.flops < with_base.of("headline", "monolith")[0].flops / 100  # a frame costs a sixteenth of a clip
+    kept = {training.name: training for training in without.trainings}
+    assert all(training == kept[training.name] for training in others)
+    assert not with_base.readings_of(first)
+
+
+def test_base_is_refused_for_networks_that_cannot_start_from_it() -> None:
+    with pytest.raises(ValidationError, match="wide has another network"):
+        config(base={"kind": "weights", "weights": "some/where"})
+    expert = config().expert.model_dump()
+    expert["config"] = {**expert["config"], "patch_size": [2, 4, 4]}
+    with pytest.raises(ValidationError, match="patch is one frame long"):
+        config(base={"kind": "frames", "samples": 4_800}, expert=expert, controls={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lutetia.models.metrics.stats.intervals import Figure
-from lutetia.models.study.multiplier import (
+from lutetia.models.study.report.multiplier import (
     LOSS,
     Multiplier,
     encoded_ratio,

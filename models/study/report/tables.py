@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from lutetia.models.metrics.comparison import comparison_table
 from lutetia.models.metrics.routing import loss_table
-from lutetia.models.study.compute_table import compute_section
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.evaluation import EvaluatedReading
-from lutetia.models.study.plan import Reading, Training
+from lutetia.models.study.report.compute_table import compute_section
 from lutetia.models.study.results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
+from lutetia.models.study.trainings import Reading, Training
 
 
 def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:
@@ -45,13 +45,26 @@ def _setting(results: StudyResults) -> str:
     )
     psnr = ", ".join(f"{kind or 'clips'} {value:.1f} dB" for kind, value in results.autoencoder_psnr.items())
     latents = f"by the study's own autoencoder (PSNR on frames it has not seen: {psnr})" if psnr else f"`{data['latents']}`"
+    base = _base(results)
     caveat = "" if evaluated_on == "test" else ", on which recipes are chosen: these figures prove nothing"
     return (
         f"Clips of {data['frames']} frames of {data['width']}x{data['height']} px, latents {latents}, text "
         f"`{data['text']}`, clusters by `{data['features']}`. {sizes}; left out because their prompt or file has another role: "
-        f"{clips.known_prompts} and {clips.copies}. Evaluated on the clips of **{evaluated_on}**{caveat}. {results.hardware}; "
-        f"{results.seconds / 3600:.2f} h of swarm time in total."
+        f"{clips.known_prompts} and {clips.copies}. Evaluated on the clips of **{evaluated_on}**{caveat}. {base}"
+        f"{results.hardware}; {results.seconds / 3600:.2f} h of swarm time in total."
     )
+
+
+def _base(results: StudyResults) -> str:
+    """What all arms start from."""
+    base = results.config.get("base")
+    if base is None:
+        return ""
+    trained = results.plan.of("base", "frames")
+    if not trained:
+        return f"**All arms start from the weights `{base['weights']}`**, whose training counts for none of them. "
+    spent = f"{trained[0].samples_per_shard:,} single frames of the training clips ({trained[0].flops:.3g} FLOPs)"
+    return f"**All arms start from one image model**, trained on {spent}, which count for none of them. "
 
 
 def _headline(results: StudyResults) -> str:

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.models.study.multiplier import LOSS, flops_to_reach, isolation, multiplier, multiplier_of, outside_multiplier, slope
+from lutetia.models.study.report.multiplier import (
+    LOSS,
+    flops_to_reach,
+    isolation,
+    multiplier,
+    multiplier_of,
+    outside_multiplier,
+    slope,
+)
+from lutetia.models.study.report.tables import report
 from lutetia.models.study.results import StudyResults
-from lutetia.models.study.tables import report
 
-UNION = Path(__file__).parents[3] / "docs" / "results" / "union"
+UNION = Path(__file__).parents[4] / "docs" / "results" / "union"
 
 
 @pytest.fixture(scope="module")
