@@ -64,7 +64,7 @@ def _row(results: StudyResults, arm: str, words: str, name: str) -> list[str]:
 def _multiplier(found: Multiplier | None) -> str:
     if found is None:
         return "–"
-    mark = "at least " if found.at_least else ""
+    mark = f"{found.bound} " if found.bound else ""
     return f"**{mark}{found.figure}**" + (" (by slope)" if found.by_slope else "")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +19,7 @@ from lutetia.models.study.results import CurvePoint, StudyResults, curve, entry,
 from lutetia.protocol.schema.canonical import Frozen
 
 LOSS = "held-out loss"
+Bound = Literal["", "at least", "at most"]
 Series = Sequence[tuple[float, float]]
 """(FLOPs, distance or loss), by rising FLOPs; lower is better."""
 
@@ -29,7 +31,7 @@ class Multiplier(Frozen):
     metric: str = Field(description="what is equal: a distance or the held-out loss")
     figure: Figure = Field(description="geometric mean over seeds, with its interval")
     by_seed: tuple[float, ...] = Field(description="one multiplier per seed")
-    at_least: bool = Field(default=False, description="whether a curve begins too late to tell more than a bound for some seed")
+    bound: Bound = Field(default="", description="at least or at most, where a curve begins too late to tell more for some seed")
     by_slope: bool = Field(default=False, description="whether it is ratio ** (1 / slope), as the other arm has no curve")
 
 
@@ -49,7 +51,7 @@ def flops_to_reach(series: Series, target: float) -> float | None:
     return None
 
 
-def multiplier_of(other: Series, mixture: Series) -> tuple[float, bool]:
+def multiplier_of(other: Series, mixture: Series) -> tuple[float, Bound]:
     """The multiplier of one seed, and whether it is only a bound.
 
     At the other arm's last quality if the mixture reaches it; else at the mixture's last quality, which the other arm reaches.
@@ -57,11 +59,11 @@ def multiplier_of(other: Series, mixture: Series) -> tuple[float, bool]:
     spent, quality = other[-1]
     needed = flops_to_reach(mixture, quality)
     if needed is not None:
-        return spent / needed, mixture[0][1] < quality
+        return spent / needed, "at least" if mixture[0][1] < quality else ""
     needed = flops_to_reach(other, mixture[-1][1])
     if needed is None:  # only if a curve holds something that is no number
-        return math.nan, True
-    return needed / mixture[-1][0], other[0][1] < mixture[-1][1]
+        return math.nan, ""
+    return needed / mixture[-1][0], "at most" if other[0][1] < mixture[-1][1] else ""
 
 
 def slope(series: Series) -> float:
@@ -81,7 +83,7 @@ def multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | Non
     if not pairs or min(len(series) for pair in pairs for series in pair) < 2:
         return None
     found = [multiplier_of(*pair) for pair in pairs]
-    values, at_least = tuple(value for value, _ in found), any(bound for _, bound in found)
+    values, bounds = tuple(value for value, _ in found), [bound for _, bound in found if bound]
     if not all(math.isfinite(value) and value > 0 for value in values):
         return None
     mean, seeds = math.exp(float(np.mean(np.log(values)))), _seeds(results, arm)[: len(values)]
@@ -91,7 +93,7 @@ def multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | Non
         figure = _widened(mean, ratio, steepness) if steepness > 0 else plain(mean, ratio.n, ratio.seeds)
     else:
         figure = _over_seeds(values, seeds, results.config["evaluation"]["curve_clips"])
-    return Multiplier(arm=arm, metric=metric, figure=figure, by_seed=values, at_least=at_least)
+    return Multiplier(arm=arm, metric=metric, figure=figure, by_seed=values, bound=bounds[0] if bounds else "")
 
 
 def outside_multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | None:

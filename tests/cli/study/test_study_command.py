@@ -81,7 +81,7 @@ def test_create_uses_learning_rate_of_the_arm(tmp_path: Path) -> None:
     config = StudyConfig(**{**values, "controls": {"share": 1.0, "learning_rates": [5e-4], "clips": 20}})
     state = StudyState.prepare(config, tmp_path, tmp_path / "out", tmp_path / "cache", lambda *_: None)
     rates = {}
-    for training in state.plan.trainings:
+    for training in (each for each in state.plan.trainings if each.tier != "base"):
         create(training, state.data(training), run := state.folder(training) / "run", config)
         rates[training.name] = RunFolder(run).read_manifest(now=0.0).manifest.optimisation.learning_rate
     assert rates == {
