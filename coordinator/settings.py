@@ -95,6 +95,11 @@ class RunSettings(_Settings):
         description="Network of each expert, or expert.adapter: an adapter on a base; without it a small Wan transformer that "
         "fits the latents",
     )
+    pipeline: str | None = Field(
+        default=None,
+        description="diffusers pipeline whose transformer every expert starts from, with its noise schedule, time shift, "
+        "guidance and scheduler, a folder or a hub id owner/name@commit; the data must be built from it",
+    )
     warm_start: str | None = Field(
         default=None, description="Folder or hub id of a model from which the experts take their first weights"
     )

@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from lutetia.models.experts.families import TIMESTEPS, family_of
+from lutetia.models.experts.families import family_of, full_config
 from lutetia.models.mixing.adapter_experts import AdapterExperts, locate_base
 from lutetia.models.mixing.denoisers import Denoiser, FolderExperts
 from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
+from lutetia.models.mixing.stock_call import read_stock_call, stock_config
 from lutetia.models.randomness import stream
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError, UsageError
@@ -87,7 +88,7 @@ def combine(
 
 
 class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
-    """Experts and router behind the `forward` of `WanTransformer3DModel`, so that it can replace that class in a pipeline.
+    """Experts and router behind the `forward` of a diffusers class, so that it can replace that class in a pipeline.
 
     `from_pretrained` finds router and experts in the mixture's folder; `attach` takes them from the caller. An expert is read
     when it is first used. If more than `experts_in_memory` would be held (None: no limit), the least recently used is dropped.
@@ -100,6 +101,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         patch_size: frames, height and width of an expert's patch, which diffusers pipelines read.
         text_conditioned: whether the router needs the prompt.
         digest: of the mixture's contents, by which a folder that was replaced is noticed.
+        interface: class of an expert, in whose place the mixture stands in a stock pipeline. None: WanTransformer3DModel.
     """
 
     experts_in_memory: int | None = None
@@ -114,10 +116,14 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         patch_size: tuple[int, int, int] = (1, 2, 2),
         text_conditioned: bool = True,
         digest: str | None = None,
+        interface: str | None = None,
     ) -> None:
+        self._expert_config: dict[str, Any] = {}
         super().__init__()
         for expert in experts:
             family_of(expert["class_name"])
+        spoken = (ExpertKind.model_validate(expert) for expert in experts if expert["class_name"] == interface)
+        self._interface = next(spoken, None)
         self.router: nn.Module | None = None
         self._read: Callable[[int], Denoiser] | None = None
         self._held: OrderedDict[int, Denoiser] = OrderedDict()
@@ -156,6 +162,9 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             files = locate_base(network.adapter.base, options.get("base"), bool(options.get("hub")))
             read = AdapterExperts(folder, mixture, network, files)
         mixture.attach(router, read)
+        if mixture._interface and mixture._interface.folder:
+            stock = f"{mixture._interface.folder}/{CONFIG}"
+            mixture._expert_config = full_config(network) if network else folder.config(stock)
         mixture.folder = folder
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):
@@ -177,11 +186,12 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         *,
         pooled_projections: Tensor | None = None,
         weights: Tensor | None = None,
+        **stock: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The velocity at the given latents, in their shape.
+        """The prediction at the given latents, in their shape: of the class `interface`, by default Wan's, a velocity.
 
         Args:
-            hidden_states: noisy latents, `[B, C, F, H, W]`.
+            hidden_states: noisy latents, `[B, C, F, H, W]`, or as `interface` takes them.
             timestep: in 0..1000, `[B]`.
             encoder_hidden_states: token vectors, `[B, L, D]`.
             encoder_hidden_states_image: must be None.
@@ -190,15 +200,30 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
                 both branches of guidance, so that they share the decision), `mode`, `seeds`.
             pooled_projections: pooled text for the experts that take it, `[B, P]`.
             weights: a routing decision made by `route`, `[B, K]`.
+            stock: the other arguments of `interface`, such as masks and sizes.
         """
         if encoder_hidden_states_image is not None:
             raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
-        exact = timestep if timestep.dtype == torch.float64 else timestep.float()  # bfloat16 has 256 times between 0.5 and 1
-        t = (exact / TIMESTEPS).expand(len(hidden_states))
+        arguments = {
+            "hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states,
+            "pooled_projections": pooled_projections, **stock,
+        }  # fmt: skip
+        call = read_stock_call(self._interface, self.config, arguments)
+        x, t = call.latents, call.time
         if weights is None:
-            weights = self.route(hidden_states, t, **{"pooled": None, **_routing_options(attention_kwargs)})
-        flow = combine(self.expert, weights, hidden_states, t, encoder_hidden_states, pooled_projections)
-        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+            weights = self.route(x, t, **{"pooled": None, **_routing_options(attention_kwargs)})
+        before, self.changed_inputs = self.changed_inputs, {**self.changed_inputs, **call.changed}
+        try:
+            answer = call.answer(combine(self.expert, weights, x, t, call.tokens, call.pooled))
+        finally:
+            self.changed_inputs = before
+        return Transformer2DModelOutput(sample=answer) if return_dict else (answer,)
+
+    @property
+    def config(self) -> Any:
+        """The configuration; with `interface`, that of an expert of this class, too, which its pipelines read."""
+        own = super().config
+        return FrozenDict(stock_config(own, self._expert_config)) if self._expert_config else own
 
     @torch.no_grad()
     def route(

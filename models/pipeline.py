@@ -15,6 +15,7 @@ Do not move or rename either.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ from lutetia.models import pipeline_inputs as inputs
 from lutetia.models.mixing.adapter_experts import GivenBase
 from lutetia.models.mixing.folder import MixtureFolder, refused_options
 from lutetia.models.mixing.layout import parse_shapes
-from lutetia.models.mixing.sampling import SamplingState, sample
+from lutetia.models.mixing.sampling import SamplingState, sample, solver_noise
+from lutetia.models.mixing.solvers import EulerSolver, SchedulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode
 from lutetia.models.pipeline_hub import HUB_OPTIONS, PushesMixtures, mixture_place
 from lutetia.models.pipeline_inputs import Generators, Texts, named_dtype
@@ -56,8 +58,8 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
     Args:
         transformer ([`MixtureTransformer`]):
             The experts and their router, which together denoise the latents.
-        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Gives the times of the Euler steps.
+        scheduler ([`SchedulerMixin`]):
+            Gives the steps: Euler's by default, or those of the scheduler that the run's pipeline has.
         vae ([`ModelMixin`], *optional*):
             The autoencoder; `None` where the run only refers to it (a hub id) or where frames are the latents.
         latent (`dict`):
@@ -73,7 +75,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
     def __init__(
         self,
         transformer: MixtureTransformer,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: Any,
         vae: ModelMixin | None = None,
         latent: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
@@ -115,6 +117,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         *,
+        embedded_guidance: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
         mode: Mode | None = None,
@@ -142,9 +145,11 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
             prompt (`str` or `list[str]`, *optional*):
                 The prompt or prompts to guide the video generation. If not defined, pass `prompt_embeds` instead.
             num_inference_steps (`int`, *optional*):
-                The number of denoising (Euler) steps, at least 1.
+                The number of denoising steps, at least 1.
             guidance_scale (`float`, *optional*):
                 Strength of the prompt, `w` in `v(negative) + w (v(prompt) - v(negative))`. At 1 the negative branch is left out.
+            embedded_guidance (`float`, *optional*):
+                The guidance that experts with embedded guidance (HunyuanVideo) are told; others pass it over.
             negative_prompt (`str` or `list[str]`, *optional*):
                 The prompt or prompts that guidance leads away from; one serves all prompts. If not defined, guidance leads away
                 from the null condition that the experts were trained with, as for `""`. Ignored when `guidance_scale` is 1.
@@ -210,6 +215,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        embedded = self._defaults.embedded_guidance if embedded_guidance is None else embedded_guidance
         steps = self._defaults.steps if num_inference_steps is None else num_inference_steps
         guidance = self._defaults.guidance if guidance_scale is None else guidance_scale
         mode = mode or self._defaults.mode
@@ -227,7 +233,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         if not cut_prompts and (texts.prompts or texts.negative):
             texts.check_lengths(self.text)
 
-        tokens, pooled, negative_tokens, negative_pooled = self._encode(texts, num_videos_per_prompt)
+        tokens, pooled, negative_tokens, negative_pooled = self._encode(texts, num_videos_per_prompt, guidance != 1)
         if seed is None and generator is None:
             seed = secrets.randbits(31)
             log.info("no seed was given; sampling with seed %d", seed)
@@ -235,7 +241,8 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         noise = latents.float() if latents is not None else inputs.draw_noise(shape, seeds, generator)
         if seed is None and generator is not None and mode == "sticky":
             seeds = inputs.draw_seeds(shape[0], generator)
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), device="cpu")
+        solver = self._solver(steps, seeds, generator)
+        steps = len(solver.times)
         self._interrupt, self._guidance_scale = False, guidance
         self._num_timesteps, self._current_timestep = steps, self.scheduler.timesteps[0]
         with self.progress_bar(total=steps) as bar:  # pyright: ignore[reportCallIssue] (its decorator hides its type)
@@ -247,8 +254,9 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 self._current_timestep = self.scheduler.timesteps[min(step + 1, steps - 1)]
                 return None if self._interrupt else state
 
+            self.transformer.changed_inputs = {} if embedded is None else {"guidance": embedded}
             sampled = sample(
-                self.transformer, tokens, pooled, noise.to(tokens.device), times=self.scheduler.sigmas, guidance=guidance,
+                self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
                 negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
             )  # fmt: skip
         self._current_timestep = None
@@ -256,6 +264,17 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         frames: Any = sampled.latents if output_type == "latent" else self.decode_latents(sampled.latents, output_type)
         self.maybe_free_model_hooks()
         return LutetiaPipelineOutput(frames, sampled.routing) if return_dict else (frames, sampled.routing)
+
+    def _solver(self, steps: int, seeds: Sequence[int], generator: Generators | None) -> Solver:
+        """The solver of a call: Euler steps over the scheduler's noise levels, or what the run names or a caller has set.
+
+        A scheduler that adds noise draws it from `generator`, else for each clip by its seed.
+        """
+        if self._defaults.scheduler is None and type(self.scheduler) is FlowMatchEulerDiscreteScheduler:
+            self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), device="cpu")
+            return EulerSolver(self.scheduler.sigmas)
+        grid = self._defaults.scheduler.grid if self._defaults.scheduler else "own"
+        return SchedulerSolver(self.scheduler, steps, math.prod(self.spec.shape[1:]), grid, solver_noise(seeds, generator))
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, output_type: OutputType = "np") -> Any:

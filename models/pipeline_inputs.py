@@ -106,8 +106,18 @@ class Texts:
                 if count > encoder.tokens:
                     yield f"{what} {number} has {count} tokens, but this mixture reads {encoder.tokens}"
 
-    def encode(self, encode: EncodeTexts, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token and pooled vectors of the prompts, then of the negative prompts (zeros without any), each row `repeats` times."""
+    @property
+    def has_negative(self) -> bool:
+        """Whether negative prompts were given, in words or encoded."""
+        return self.negative is not None or self.negative_embeds is not None
+
+    def encode(
+        self, encode: EncodeTexts, repeats: int = 1, null: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token and pooled vectors of the prompts, then of the negative prompts, each row `repeats` times.
+
+        Without negative prompts those are `null`, tokens [L, D] and pooled [P], or zeros.
+        """
         tokens, pooled = self.embeds, self.pooled
         if self.prompts is not None:
             tokens, pooled = encode(self.prompts)
@@ -117,7 +127,8 @@ class Texts:
         if self.negative is not None:
             negative_tokens, negative_pooled = encode(self.negative)
         if negative_tokens is None or negative_pooled is None:
-            negative_tokens, negative_pooled = torch.zeros_like(tokens), torch.zeros_like(pooled)
+            nothing = null or (torch.zeros_like(tokens[0]), torch.zeros_like(pooled[0]))
+            negative_tokens, negative_pooled = (each.expand(len(tokens), *each.shape).to(tokens) for each in nothing)
         given = (tokens, pooled, negative_tokens, negative_pooled)
         a, b, c, d = (rows.repeat_interleave(repeats, dim=0) if repeats > 1 else rows for rows in given)
         return a, b, c, d

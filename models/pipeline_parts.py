@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from lutetia.models.data.encode.latents import Latents, component_latents, load_latents
@@ -26,7 +25,7 @@ def read_parts(folder: MixtureFolder, dtype: torch.dtype | None, base: Any = Non
     index = folder.index()
     scheduler = folder.config(f"scheduler/{SCHEDULER_CONFIG}")
     with folder.reading("scheduler"):
-        steps = FlowMatchEulerDiscreteScheduler.from_config(scheduler)
+        steps = getattr(diffusers, index.scheduler).from_config(scheduler)
     return {
         "transformer": MixtureTransformer.from_pretrained(folder.path / "transformer", torch_dtype=dtype, base=base, hub=hub),
         "scheduler": steps,
@@ -65,7 +64,7 @@ class PromptsAndPictures:
             prompt (`str` or `list[str]`):
                 The prompt or prompts to encode.
             negative_prompt (`str` or `list[str]`, *optional*):
-                The prompt or prompts that guidance leads away from. If not defined, the null condition (zeros) is returned.
+                The prompt or prompts that guidance leads away from. If not defined, the null condition is returned.
             num_videos_per_prompt (`int`, defaults to 1):
                 Every prompt's vectors are repeated so many times.
 
@@ -87,7 +86,7 @@ class PromptsAndPictures:
     def text(self) -> TextEncoder:
         """The text encoder that the run's shards were built with, loaded at first use."""
         if self._text is None:
-            self._text = load_text_encoder(self.spec.text_encoder, self.spec.text_tokens, hub=self.allow_hub)
+            self._text = load_text_encoder(self.spec.text_encoder, self.spec.text_tokens, self.spec.text, hub=self.allow_hub)
         return self._text
 
     def free_text_encoder(self) -> None:
@@ -105,6 +104,9 @@ class PromptsAndPictures:
                 self._decoder = load_latents(self.spec.vae, self.spec, device=device, hub=self.allow_hub)
         return self._decoder
 
-    def _encode(self, texts: Texts, repeats: int) -> tuple[Tensor, ...]:
+    def _encode(self, texts: Texts, repeats: int, guided: bool = True) -> tuple[Tensor, ...]:
+        """The text vectors of a call; without guidance, zeros stand for the null condition, which is not needed then."""
         device, dtype = self._execution_device, self.transformer.dtype
-        return tuple(rows.to(device, dtype) for rows in texts.encode(lambda captions: self.text.encode(captions), repeats))
+        null = self.text.null() if guided and self.spec.text and not texts.has_negative else None
+        rows = texts.encode(lambda captions: self.text.encode(captions), repeats, null)
+        return tuple(each.to(device, dtype) for each in rows)

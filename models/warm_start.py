@@ -53,6 +53,7 @@ def find_sources(ref: str, names: Sequence[str], wanted: ExpertSpec | None) -> t
         sources = _of_mixture(ref, folder, names)
     else:
         if folder and (folder / "model_index.json").is_file():
+            _refuse_two_transformers(ref, folder)
             model = replace(model, location=str(folder / "transformer"))
         sources = (_source(model, wanted),)  # a transformer's config does not tell what it predicts
     for source in sources:
@@ -112,6 +113,15 @@ def _of_mixture(ref: str, folder: Path, names: Sequence[str]) -> tuple[InitialWe
         model = ModelRef(ref, str(mixture.check(expert.folder)))
         sources.append(_source(model, expert))
     return tuple(sources)
+
+
+def _refuse_two_transformers(ref: str, folder: Path) -> None:
+    second = folder / "transformer_2" / "config.json"
+    if second.is_file():
+        raise ConfigError(
+            f"{_WHAT} {ref!r} has two transformers, for high and for low noise, which are not supported together; "
+            "name the folder of one of them, or a pipeline with a single transformer"
+        )
 
 
 def _source(model: ModelRef, like: ExpertEntry | ExpertSpec | None) -> InitialWeights:

@@ -70,6 +70,7 @@ def build(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for shards/ and data.json.", metavar="OUT")],
     config: Annotated[Path | None, setting("DATA_CONFIG", "Settings as TOML; flags override them.")] = None,
+    pipeline: Annotated[str | None, setting("PIPELINE", "", "--from")] = None,
     experts: Annotated[str | None, setting("EXPERTS", metavar="INTEGER|auto")] = None,
     budget: Annotated[int | None, setting("BUDGET", min=1)] = None,
     frames: Annotated[int | None, setting("FRAMES", min=1)] = None,
@@ -92,7 +93,7 @@ def build(
 
     flags = given(
         experts=_number_or_auto(experts), budget=budget, frames=frames, fps=fps, height=size, width=size, latents=latents,
-        text=text, features=features, smallest=smallest, skip_bad=skip_bad,
+        text=text, features=features, smallest=smallest, skip_bad=skip_bad, pipeline=pipeline,
     )  # fmt: skip
     settings = settings_of(BuildSettings, str(config or "options"), {**read_config(config, "data"), **flags})
     require_device(settings.device)

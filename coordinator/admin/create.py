@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lutetia.coordinator.admin.base import keep_base, with_base
+from lutetia.coordinator.admin.pipeline_settings import pipeline_needs, with_pipeline
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.events import RunCreated
@@ -100,6 +101,7 @@ def create_run(data: Path, folder: Path, settings: RunSettings | None = None, bi
     birth = birth or RunSecrets.now()
     owner, coordinator = birth.owner, birth.coordinator
     settings, base = with_base(settings)
+    settings = with_pipeline(settings, description.latent)
     sources = _warm_start(settings, description)
     manifest = _manifest(settings, description, owner, coordinator, birth.time, sources)
     _check_epochs(manifest)
@@ -216,7 +218,9 @@ def _manifest(
             holdout_tolerance=settings.holdout_tolerance, raw_tolerance=settings.raw_tolerance, router=settings.router,
             sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
-            needs=(SHARD_PARTS, *needed_capabilities(expert)),
+            needs=(
+                SHARD_PARTS, *needed_capabilities(expert), *pipeline_needs(expert, description.latent, settings.sampling)
+            ),
             card=settings.card,
         )  # fmt: skip
     except ValidationError as error:

@@ -25,12 +25,15 @@ from lutetia.models.data.encode.cache import array_cache
 from lutetia.models.data.encode.encoder import PreparedClips, Progress, Recipe, prepare_captions, prepare_clips
 from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
-from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
+from lutetia.models.data.encode.text import load_text_encoder
+from lutetia.models.data.encode.text_encoder import TextEncoder
 from lutetia.models.data.ingest.listing import BadClip, Listing, read_listing
 from lutetia.models.data.output import check_output, output_folder
 from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
 from lutetia.models.networks.model_ref import anchored
+from lutetia.models.sources.data_settings import check_tokenizer, with_pipeline
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
 from lutetia.system.errors import DataError
 from lutetia.system.paths import default_cache_folder
 
@@ -73,6 +76,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     seconds: dict[str, float] = {}
     check_output(out)
     chosen = settings.model_fields_set
+    settings, text = with_pipeline(settings)
     settings = settings.model_copy(update={"latents": anchored(settings.latents), "text": anchored(settings.text)})
     recipe = Recipe(
         settings.clip_shape,
@@ -80,7 +84,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         load_features(settings.features, settings.device),
     )
     recipe.latents.shape_of(settings.frames, settings.height, settings.width)
-    load_text_encoder(settings.text, settings.text_tokens or 1)  # fails before the long work begins if the encoder cannot be used
+    check_tokenizer(load_text_encoder(settings.text, settings.text_tokens or 1, text))  # fails before the long work begins
     if any(Path(part).is_dir() for part in settings.text.split("+")):
         _log.warning("every user of the mixture needs the text encoder at this path: %s; a hub id avoids that", settings.text)
     listing = read_listing(folder)
@@ -103,7 +107,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
             repeated = drop_copies_of_test_clips(prepared)
         with _timed(seconds, "captions"):
             captions = [clip.caption for clip in prepared.clips]
-            encoder = _text_encoder(settings, captions)
+            encoder = _text_encoder(settings, text, captions)
             embedded = prepare_captions(captions, encoder, cache, progress)
             doubts = find_doubts(chosen, prepared, encoder, recipe.latents, lambda clip: decoder.decode(clip.path, recipe.shape))
             for doubt in doubts.sentences:
@@ -169,8 +173,8 @@ def _require_clips(prepared: PreparedClips) -> None:
         raise DataError(f"no clip is left: all {len(prepared.bad)} were left out, the first because {prepared.bad[0].reason}")
 
 
-def _text_encoder(settings: BuildSettings, captions: Sequence[str]) -> TextEncoder:
-    different, reader = sorted(set(captions)), load_text_encoder(settings.text, 1)
+def _text_encoder(settings: BuildSettings, recipe: TextRecipe | None, captions: Sequence[str]) -> TextEncoder:
+    different, reader = sorted(set(captions)), load_text_encoder(settings.text, 1, recipe)
     longest = max(1, reader.count(different))
     tokens = settings.text_tokens or min(max(longest, _ROOM), reader.longest)
     if longest > tokens:
@@ -178,7 +182,7 @@ def _text_encoder(settings: BuildSettings, captions: Sequence[str]) -> TextEncod
         _log.warning("%d of %d captions are longer than %d tokens and are truncated", cut, len(different), tokens)
     elif settings.text_tokens is None:
         _log.info("captions and prompts get %d tokens; the longest caption needs %d", tokens, longest)
-    return load_text_encoder(settings.text, tokens, device=settings.device)
+    return load_text_encoder(settings.text, tokens, recipe, device=settings.device)
 
 
 @contextlib.contextmanager

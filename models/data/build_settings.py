@@ -47,6 +47,11 @@ class BuildSettings(ClipShape, ClusterSettings):
     budget: Count | None = Field(
         default=None, description="training samples of all experts together, which limits an automatic K; none: no limit"
     )
+    pipeline: str | None = Field(
+        default=None,
+        description="diffusers pipeline whose autoencoder, text encoder, token count and frame rate are taken, a folder or a hub "
+        "id owner/name@commit; none: those below",
+    )
     latents: str = Field(default="builtin:demo", description="autoencoder: builtin:demo, pixels, a folder or a hub id")
     normalisation: Literal["auto", "measured", "shipped"] = Field(
         default="auto",

@@ -63,6 +63,7 @@ def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Litera
         channels=channels, frames=frames, height=height, width=width, mean=mean, std=std,
         vae=recipe.latents.ref, pixel_frames=shape.frames, pixel_height=shape.height, pixel_width=shape.width, fps=shape.fps,
         text_encoder=encoder.ref, text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width,
+        text=encoder.recipe,
     )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
     relative = f"shards/{index:03d}.{split}.safetensors"
     captions = {source.prepared.clips[row].caption for row in rows}
     total = 2 * (len(rows) * math.prod(latent.shape) + len(captions) * latent.text_tokens * latent.text_width)
-    writer = ShardWriter(folder / relative, latent, name, split, part_bytes(total))
+    null = text_of("", *source.embedded.null) if source.embedded.null else None
+    writer = ShardWriter(folder / relative, latent, name, split, part_bytes(total), null)
     mean, std = (torch.tensor(each).view(-1, 1, 1, 1) for each in (latent.mean, latent.std))
     for row in rows:  # one at a time: a shard may be larger than the memory
         clip = source.prepared.clips[row]

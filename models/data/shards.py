@@ -33,6 +33,11 @@ class ClipRows:
 class ClipReader(Protocol):
     """The clips of a shard, in memory or on disk."""
 
+    @property
+    def null(self) -> tuple[Tensor, Tensor] | None:
+        """What the experts are given in place of a dropped text: tokens [L, D] and pooled vector [P]; None: zeros."""
+        ...
+
     def __len__(self) -> int: ...
 
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
@@ -50,10 +55,12 @@ class ShardData(ClipRows):
     Attributes:
         captions: N captions.
         kinds: N labels of the user; "" without one.
+        null: tokens [L, D] and pooled vector [P] of the null condition; None: zeros.
     """
 
     captions: list[str]
     kinds: list[str]
+    null: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -63,7 +70,7 @@ class ShardData(ClipRows):
         picked = torch.as_tensor(rows, dtype=torch.long)
         tokens = self.tokens[picked] if with_tokens else self.tokens[picked, :0]
         captions, kinds = ([words[row] for row in picked.tolist()] for words in (self.captions, self.kinds))
-        return ShardData(self.latents[picked], tokens, self.pooled[picked], captions, kinds)
+        return ShardData(self.latents[picked], tokens, self.pooled[picked], captions, kinds, self.null)
 
 
 def shape_problem(data: ShardData, latent: LatentSpec) -> str | None:

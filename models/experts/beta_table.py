@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
@@ -11,6 +13,25 @@ from torch import Tensor
 from lutetia.models.experts.classes.family import TIMESTEPS
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
+from lutetia.system.errors import ConfigError
+
+
+def is_flow(class_name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler of this class and configuration samples by flow matching."""
+    straight = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return class_name.startswith("FlowMatch") or bool(straight)
+
+
+def betas_of(config: Mapping[str, Any]) -> BetaSchedule:
+    """The table of a diffusers scheduler's configuration. Raises ConfigError for one that is not described by two betas."""
+    kind = config.get("beta_schedule") or "linear"
+    if config.get("trained_betas") is not None or kind not in ("linear", "scaled_linear"):
+        raise ConfigError(f"the noise schedule {kind!r} of the scheduler is not supported; use linear or scaled_linear")
+    return BetaSchedule(
+        start=config.get("beta_start", 0.0001), end=config.get("beta_end", 0.02), kind=kind,
+        steps=config.get("num_train_timesteps", 1000), snr_shift=config.get("snr_shift_scale") or 1.0,
+        zero_snr=bool(config.get("rescale_betas_zero_snr")),
+    )  # fmt: skip
 
 
 def flow_times(betas: BetaSchedule) -> Tensor:

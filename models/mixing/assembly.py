@@ -17,7 +17,7 @@ from typing import Any
 from lutetia.models.experts.adapters.lora_file import LORA_FILE, write_lora
 from lutetia.models.mixing.card import model_card
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
-from lutetia.models.mixing.layout import CONFIG, INDEX, PIPELINE, WEIGHTS
+from lutetia.models.mixing.layout import CONFIG, DEFAULT_SCHEDULER, INDEX, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import BlobRef, Manifest
@@ -90,8 +90,7 @@ def assemble(
     (build / "transformer").rmdir()
     entries = [_entry(manifest, shard.index, weights, accepted) for shard in manifest.shards]
     contents = digest_of({name: ref.digest for name, ref in _hashed(build, known).items()})
-    named = {"folder", "class_name", "prediction", "noise_schedule"}
-    template["experts"] = [entry.model_dump(include=named) for entry in entries]
+    template["experts"] = [entry.entry for entry in entries]
     template["digest"] = contents
     (build / "transformer").mkdir()
     (build / "transformer" / CONFIG).write_text(json.dumps(template, indent=2, sort_keys=True) + "\n")
@@ -138,12 +137,13 @@ def _entry(manifest: Manifest, shard: int, weights: Mapping[int, Path], accepted
 def _model_index(manifest: Manifest, build: Path, diffusers: str) -> dict[str, Any]:
     folder = build / "vae" / CONFIG
     vae = str(json.loads(folder.read_text())["_class_name"]) if folder.exists() else None
-    sampling = manifest.sampling.model_dump(mode="json", include={"steps", "guidance", "mode"})
+    written = {"steps", "guidance", "mode", "scheduler", "embedded_guidance"}
+    sampling = manifest.sampling.model_dump(mode="json", include=written)
     return {
         "_class_name": ["pipeline", "LutetiaPipeline"],
         "_diffusers_version": diffusers,
         "transformer": ["lutetia.models.mixture", "MixtureTransformer"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", manifest.sampling.scheduler.class_name if manifest.sampling.scheduler else DEFAULT_SCHEDULER],
         "vae": ["diffusers", vae] if vae else [None, None],
         "latent": manifest.latent.model_dump(mode="json"),
         "sampling": sampling,

@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from lutetia.models.experts.adapters.lora_file import LORA_FILE
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.model.pipeline_spec import SchedulerSpec
 from lutetia.system.errors import IntegrityError
 
 INDEX = "model_index.json"
@@ -34,11 +35,16 @@ __all__ = ["LutetiaPipeline"]
 '''
 """`pipeline.py` of every mixture, byte for byte."""
 
-AUTOENCODERS = ("AutoencoderTiny", "AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
+AUTOENCODERS = (
+    "AutoencoderTiny", "AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo",
+    "AutoencoderKLCogVideoX", "AutoencoderKLMochi",
+)  # fmt: skip
+DEFAULT_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerSpec.model_fields["class_name"].annotation)
 COMPONENTS: Mapping[str, Sequence[tuple[str | None, str | None]]] = {
     "_class_name": [("pipeline", "LutetiaPipeline")],
     "transformer": [("lutetia.models.mixture", "MixtureTransformer")],
-    "scheduler": [("diffusers", "FlowMatchEulerDiscreteScheduler")],
+    "scheduler": [("diffusers", name) for name in SCHEDULERS],
     "vae": [*(("diffusers", name) for name in AUTOENCODERS), (None, None)],
 }
 """Module and class of each component, as `model_index.json` names them; both null where a mixture holds none."""
@@ -61,9 +67,10 @@ _KNOWN_NAME = re.compile(
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """What `model_index.json` says of a mixture: its autoencoder's class (None: it holds none), shapes and sampling."""
+    """What `model_index.json` says of a mixture: classes of autoencoder (None: it holds none) and scheduler, shapes, sampling."""
 
     vae: str | None
+    scheduler: str
     latent: LatentSpec
     sampling: SamplingSpec
 
@@ -82,7 +89,7 @@ def read_index(data: bytes) -> ModelIndex:
         if given not in COMPONENTS[name]:
             raise IntegrityError(f"{INDEX} names {str(given)[:80]} as {name}, which no mixture has; refused")
     latent, sampling = parse_shapes(index)
-    return ModelIndex(parts["vae"][1], latent, sampling)
+    return ModelIndex(parts["vae"][1], str(parts["scheduler"][1]), latent, sampling)
 
 
 def parse_shapes(index: Mapping[str, Any]) -> tuple[LatentSpec, SamplingSpec]:

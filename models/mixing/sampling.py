@@ -1,4 +1,4 @@
-"""Sampling: Euler steps along the flow from noise to data, with classifier-free guidance and one routing decision per step."""
+"""Sampling: steps along the flow from noise to data, with classifier-free guidance and one routing decision per step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lutetia.models.experts.objectives import shift_time
+from lutetia.models.mixing.solvers import EulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode, combine
-from lutetia.models.randomness import normals, stream
+from lutetia.models.randomness import normals, seed_of, stream
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ def initial_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
     return torch.stack([normals(stream("sample", 0, 0, seed, "noise"), shape) for seed in seeds])
 
 
+def solver_noise(seeds: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None) -> list[torch.Generator]:
+    """Generators for a solver that adds noise: those of the caller, else one per clip, of which each seed gives its own noise."""
+    if generator is None:
+        return [torch.Generator().manual_seed(seed_of("sample", 0, f"solver {seed}")) for seed in seeds]
+    return [generator] if isinstance(generator, torch.Generator) else list(generator)
+
+
 @torch.no_grad()
 def sample(
     mixture: MixtureTransformer,
@@ -58,7 +66,7 @@ def sample(
     pooled: Tensor,
     noise: Tensor,
     *,
-    times: Tensor,
+    times: Tensor | Solver,
     guidance: float = 1.0,
     negative: tuple[Tensor, Tensor] | None = None,
     mode: Mode | None = None,
@@ -66,7 +74,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     on_step: StepDone | None = None,
 ) -> SampledLatents:
-    """Integrate the flow from `noise` at `times[0]` to `times[-1]`.
+    """Integrate the flow from `noise` to data.
 
     The velocity of a step is `v(negative) + guidance (v(text) - v(negative))`; both branches use the same experts and weights.
     Experts and router run in the dtype of `tokens`; the path itself is kept in the dtype of `noise`.
@@ -75,7 +83,7 @@ def sample(
         tokens: the prompts' token vectors, [N, L, D].
         pooled: the prompts' pooled vectors, [N, P].
         noise: the starting latents, [N, C, F, H, W].
-        times: flow times, falling from 1 (noise) to 0 (data), [steps + 1].
+        times: a solver, or the flow times of Euler steps, falling from 1 (noise) to 0 (data), [steps + 1].
         guidance: strength of the prompt; 1 asks the experts once per step, without the negative branch.
         negative: token and pooled vectors that guidance leads away from. None: the null condition, zeros.
         mode: how experts are chosen. None: the mixture's own mode.
@@ -87,12 +95,13 @@ def sample(
     state = SamplingState(noise, tokens, pooled, null_tokens, null_pooled)
     mixture.begin()
     routing = []
-    for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
-        x = state.latents
+    solver = EulerSolver(times) if isinstance(times, Tensor) else times
+    for step, now in enumerate(solver.times.tolist()):
+        x = solver.latents(step, state.latents)
         t = torch.full((len(x),), now, device=x.device)
         weights = _decide(mixture, x.to(state.tokens.dtype), t, state.pooled, mode, expert, seeds)
-        x = x + (then - now) * _guided_velocity(mixture, state, t, weights, guidance)
-        state = replace(state, latents=x)
+        flow = _guided_velocity(mixture, replace(state, latents=x), t, weights, guidance)
+        state = replace(state, latents=solver.advance(step, state.latents, flow))
         routing.append(weights.float().cpu())
         changed = on_step(step, state) if on_step else state
         if changed is None:

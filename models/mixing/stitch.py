@@ -4,7 +4,7 @@ model_index.json   pipeline and components, as diffusers reads them
 expert_000/ …      one stock diffusers model each, which loads alone, or an adapter in diffusers' LoRA layout
 transformer/       the mixture's config: experts, routing
 router/            VideoRouter
-scheduler/         FlowMatchEulerDiscreteScheduler
+scheduler/         that of the run's pipeline, or FlowMatchEulerDiscreteScheduler
 vae/               the autoencoder, if it is built in or a local folder; a hub id stays a reference
 pipeline.py        two lines by which diffusers finds the pipeline class, the same in every mixture
 mixture.json       origin, digests, signature
@@ -17,19 +17,21 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import diffusers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from lutetia.models.data.encode.latents import demo_autoencoder
 from lutetia.models.experts.families import build_meta, family_of
 from lutetia.models.mixing.assembly import assemble, expert_folder, write_mixture
-from lutetia.models.mixing.description import MixtureDocument
+from lutetia.models.mixing.description import ExpertKind, MixtureDocument
 from lutetia.models.mixing.layout import CONFIG, is_known
 from lutetia.models.mixing.router import VideoRouter, read_router
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.training.checkpoint_checks import check_weights
-from lutetia.protocol.schema.manifest import LatentSpec, Manifest
+from lutetia.protocol.schema.manifest import LatentSpec, Manifest, SamplingSpec
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError
 
@@ -105,8 +107,19 @@ def write_parts(build: Path, manifest: Manifest, shards: Sequence[int], router: 
     if router is not None:
         router.save_config(build / "router")
     _write_vae(build / "vae", manifest.latent)
-    FlowMatchEulerDiscreteScheduler(shift=manifest.sampling.time_shift).save_pretrained(build / "scheduler")
+    build_scheduler(manifest.sampling).save_pretrained(build / "scheduler")
     _write_transformer(build / "transformer", manifest)
+
+
+def build_scheduler(sampling: SamplingSpec) -> Any:
+    """The scheduler that `sampling` names. Raises ConfigError if diffusers refuses its configuration."""
+    spec = sampling.scheduler
+    if spec is None:
+        return FlowMatchEulerDiscreteScheduler(shift=sampling.time_shift)
+    try:
+        return getattr(diffusers, spec.class_name).from_config(spec.config)
+    except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
+        raise ConfigError(f"{spec.class_name} refuses its configuration: {error}; correct sampling.scheduler") from error
 
 
 def _write_vae(folder: Path, latent: LatentSpec) -> None:
@@ -129,7 +142,7 @@ def _write_transformer(folder: Path, manifest: Manifest) -> None:
     specs = [manifest.expert_of(shard.index) for shard in manifest.shards]
     MixtureTransformer(
         experts=[
-            {"folder": expert_folder(shard), **spec.model_dump(include={"class_name", "prediction", "noise_schedule"})}
+            {"folder": expert_folder(shard), **spec.model_dump(mode="json", include=set(ExpertKind.model_fields))}
             for shard, spec in enumerate(specs)
         ],
         mode=manifest.sampling.mode,
@@ -137,4 +150,5 @@ def _write_transformer(folder: Path, manifest: Manifest) -> None:
         patch_size=family_of(first.class_name).patch(config),
         text_conditioned=manifest.router.text_conditioned,
         digest="",
+        interface=first.class_name if first.inputs else None,
     ).save_config(folder)

@@ -9,8 +9,8 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class ModelRef:
         """The local folder, or None for a hub id."""
         path = Path(self.location)
         return path if path.is_dir() else None
+
+    def part(self, name: str) -> ModelRef:
+        """The part of a pipeline that lies in its folder `name`."""
+        if self.folder is not None or Path(self.location).is_absolute():
+            return replace(self, text=f"{self.text}/{name}", location=str(Path(self.location) / name))
+        text, _, revision = self.text.partition("@")
+        subfolder = f"{self.subfolder}/{name}".lstrip("/")
+        return replace(self, text=f"{text}/{name}" + (f"@{revision}" if revision else ""), subfolder=subfolder)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,14 +103,32 @@ def hub_errors(what: str, ref: ModelRef) -> Iterator[None]:
         raise ConfigError(f"cannot load {what} {ref.text!r}: {reason[:300]}; {remedy}") from error
 
 
-def read_config(what: str, ref: ModelRef) -> dict[str, Any]:
-    """Read the `config.json` of the model. Raises ConfigError."""
+def read_config(what: str, ref: ModelRef, name: str = "config.json") -> dict[str, Any]:
+    """Read the configuration of the model, a JSON file `name`. Raises ConfigError."""
     with hub_errors(what, ref):
-        path = ref.folder / "config.json" if ref.folder else _hub_config(ref)
+        path = ref.folder / name if ref.folder else _hub_config(ref)
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise ConfigError(f"config.json of {what} {ref.text!r} is not an object; check the folder")
+        raise ConfigError(f"{name} of {what} {ref.text!r} is not an object; check the folder")
     return config
+
+
+def snapshot(what: str, ref: ModelRef, patterns: Sequence[str]) -> tuple[Path, ModelRef]:
+    """The files of a repository on the hub that match `patterns`, and the reference with the commit that they are of.
+
+    What was downloaded before is used where the hub cannot be reached. Raises ConfigError.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(what, ref):
+        folder = Path(
+            snapshot_download(
+                ref.location, revision=ref.revision, allow_patterns=list(patterns), local_files_only=ref.offline
+            )
+        )  # fmt: skip
+    commit = folder.name
+    name = ref.text.partition("@")[0]
+    return folder, replace(ref, text=f"{name}@{commit}", revision=commit)
 
 
 def _hub_config(ref: ModelRef) -> Path:

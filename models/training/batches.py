@@ -26,9 +26,9 @@ class Batch:
     time: Tensor
     """[B], flow time in (0, 1)"""
     tokens: Tensor
-    """[B, L, D]; zeros where the text is dropped"""
+    """[B, L, D]; the null condition where the text is dropped"""
     pooled: Tensor
-    """[B, P]; zeros where the text is dropped"""
+    """[B, P]; the null condition where the text is dropped"""
 
     def rows(self, first: int, last: int) -> Batch:
         """The micro-batch of rows `first` to `last - 1`; views, not copies."""
@@ -63,14 +63,15 @@ class Batches:
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
         order = clip_order(self._run, self._shard, len(self._data), (epoch * self._steps + step) * size, size)
         clips = self._data.take(torch.from_numpy(order))
+        null = self._data.null or (None, None)
         jitter, dropout = stream(*place, "rows").random((2, size))
-        kept = torch.from_numpy((dropout >= self._settings.text_dropout).astype(np.float32))
+        kept = torch.from_numpy(dropout >= self._settings.text_dropout)
         return Batch(
             latents=clips.latents,
             noise=normals(stream(*place, "noise"), tuple(clips.latents.shape)),
             time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
-            tokens=clips.tokens.mul_(kept[:, None, None]),  # the null condition is zeros
-            pooled=clips.pooled.mul_(kept[:, None]),
+            tokens=_or_null(clips.tokens, kept, null[0]),
+            pooled=_or_null(clips.pooled, kept, null[1]),
         )
 
 
@@ -90,6 +91,14 @@ class BatchesAhead:
         following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
         self._ahead = following, self._pool.submit(self._batches.at, *following)
         return batch
+
+
+def _or_null(texts: Tensor, kept: Tensor, null: Tensor | None) -> Tensor:
+    """`texts [B, ...]`, in place those with the null condition where they are not kept; None: zeros."""
+    if null is None:
+        return texts.mul_(kept.float().view(-1, *[1] * (texts.ndim - 1)))
+    texts[~kept] = null
+    return texts
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,9 +12,11 @@ from lutetia.protocol.schema.fields import OpenWord
 MOST_CAPABILITIES = 32
 SHARD_PARTS = "shard-parts"
 ADAPTERS = "adapters"
-CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS)
+PIPELINES = "pipelines"
+CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES)
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
-`adapters`: trains, checks and replays experts that are adapters on a frozen base."""
+`adapters`: trains, checks and replays experts that are adapters on a frozen base.
+`pipelines`: gives experts texts, inputs and noise as the diffusers pipeline does that they start from."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

@@ -165,6 +165,8 @@ class EmbeddedCaptions:
     cache: ArrayCache
     keys: Mapping[str, str]
     pooled: Mapping[str, Tensor]
+    null: tuple[Tensor, Tensor] | None = None
+    """Tokens [L, D] and pooled vector [P] of the null condition; None: zeros."""
 
     def tokens(self, caption: str) -> Tensor:
         """Tokens [L, D]. Raises DataError if they are no longer in the cache."""
@@ -188,4 +190,4 @@ def prepare_captions(captions: Sequence[str], encoder: TextEncoder, cache: Array
             cache.put({keys[caption]: {"tokens": tokens[row], "pooled": vectors[row]} for row, caption in enumerate(part)})
         pooled.update({caption: torch.from_numpy(cached_array(cache, keys[caption], "pooled")) for caption in part})
         on_progress("captions", min(start + _CAPTIONS_AT_ONCE, len(unique)), len(unique))
-    return EmbeddedCaptions(cache, keys, pooled)
+    return EmbeddedCaptions(cache, keys, pooled, encoder.null())

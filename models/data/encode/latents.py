@@ -1,13 +1,14 @@
 """Latents: an autoencoder turns frames into latents, which the experts learn to denoise, and back.
 
 A reference is `pixels` (the frames themselves), `builtin:demo` (the small autoencoder in the package), or a folder or hub id of a
-diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or causal (AutoencoderKLWan, AutoencoderKLHunyuanVideo).
+diffusers autoencoder: per frame (AutoencoderTiny, AutoencoderKL) or of videos (`VIDEO`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
+from lutetia.models.networks.video_autoencoders import ltx_ratios
 from lutetia.protocol.schema.manifest import LatentSpec
 from lutetia.system.errors import ConfigError
 
 BUILTIN_LATENTS = ("builtin:demo", "pixels")
 PER_FRAME = ("AutoencoderTiny", "AutoencoderKL")
-CAUSAL = ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
+VIDEO = (
+    "AutoencoderKLWan", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLMochi",
+)  # fmt: skip
 _FRAMES_AT_ONCE = 64
 
 
@@ -84,7 +88,7 @@ class Latents(ABC):
 
     @property
     def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """(mean, std) per channel from the config of the weights; None if it has none."""
+        """(mean, std) per channel that the models of this autoencoder were trained with; None if it ships none."""
         return None
 
     @property
@@ -170,13 +174,13 @@ class AutoencoderLatents(Latents):
     def __init__(self, ref: str, model: ModelRef, device: str = "cpu", module: Any = None) -> None:
         super().__init__(ref, device)
         self._model = model
-        self._causal_lock = threading.Lock()
+        self._video_lock = threading.Lock()
         self._config = read_config("latents", model) if module is None else dict(module.config)
         self.class_name = str(self._config.get("_class_name")) if module is None else type(module).__name__
         if module is not None:
             vars(self).update(module=module)
-        if self.class_name not in PER_FRAME + CAUSAL:
-            known = ", ".join(PER_FRAME + CAUSAL)
+        if self.class_name not in PER_FRAME + VIDEO:
+            known = ", ".join(PER_FRAME + VIDEO)
             raise ConfigError(f"latents {ref!r} are of class {self.class_name}, which is not supported; use one of {known}")
 
     @cached_property
@@ -195,8 +199,15 @@ class AutoencoderLatents(Latents):
 
     @property
     def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        mean, std = self._config.get("latents_mean"), self._config.get("latents_std")
-        return (tuple(mean), tuple(std)) if mean and std else None
+        """From its config; of LTX, from its weights. Autoencoders of single pictures ship none, unless their config says so."""
+        mean, std, scale = self._config.get("latents_mean"), self._config.get("latents_std"), 1.0
+        if self.class_name == "AutoencoderKLLTXVideo":
+            mean, std = self.module.latents_mean.tolist(), self.module.latents_std.tolist()
+        if self.class_name in VIDEO:
+            scale = float(self._config.get("scaling_factor") or 1.0)
+            if not mean or not std:
+                mean, std = [0.0] * self._channels(), [1.0] * self._channels()
+        return (tuple(mean), tuple(value / scale for value in std)) if mean and std else None
 
     def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         space, time = self._factors()
@@ -226,6 +237,14 @@ class AutoencoderLatents(Latents):
                 stages = config.get("temperal_downsample", [False, True, True])  # diffusers spells it so
                 patch = config.get("patch_size") or 1
                 return 2 ** len(stages) * patch, 2 ** sum(stages)
+            case "AutoencoderKLLTXVideo":
+                return ltx_ratios(config)
+            case "AutoencoderKLCogVideoX":
+                return 2 ** (len(config.get("block_out_channels", "8888")) - 1), config.get("temporal_compression_ratio", 4)
+            case "AutoencoderKLMochi":
+                return math.prod(config.get("spatial_expansions", (2, 2, 2))), math.prod(
+                    config.get("temporal_expansions", (1, 2, 3))
+                )
             case _:
                 return config.get("spatial_compression_ratio", 8), config.get("temporal_compression_ratio", 4)
 
@@ -238,8 +257,8 @@ class AutoencoderLatents(Latents):
 
     def _encode(self, pictures: Tensor) -> Tensor:
         pictures = pictures.to(self._dtype)
-        if self.class_name in CAUSAL:
-            with self._causal_lock:  # the module stores features of the previous frames
+        if self.class_name in VIDEO:
+            with self._video_lock:  # the module stores features of the previous frames
                 return torch.cat([self.module.encode(clip).latent_dist.mode() for clip in pictures.split(1)])
         count, frames = len(pictures), pictures.transpose(1, 2).flatten(0, 1)
         parts = [self.module.encode(part) for part in frames.split(self._frames_at_once)]
@@ -248,9 +267,13 @@ class AutoencoderLatents(Latents):
 
     def _decode(self, raw: Tensor) -> Tensor:
         raw = raw.to(self._dtype)
-        if self.class_name in CAUSAL:
-            with self._causal_lock:
-                return torch.cat([self.module.decode(clip).sample for clip in raw.split(1)])
+        if self.class_name in VIDEO:
+            with self._video_lock:
+                return torch.cat([self.module.decode(clip, **self._decoder_time(raw)).sample for clip in raw.split(1)])
         count, latents = len(raw), raw.transpose(1, 2).flatten(0, 1)
         pictures = torch.cat([self.module.decode(part).sample for part in latents.split(self._frames_at_once)])
         return pictures.unflatten(0, (count, -1)).transpose(1, 2)
+
+    def _decoder_time(self, raw: Tensor) -> dict[str, Tensor]:
+        """LTX from 0.9.1 on tells its decoder how noisy the latents are: not at all, as its pipeline does by default."""
+        return {"temb": raw.new_zeros(1)} if self._config.get("timestep_conditioning") else {}

@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,61 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from lutetia.models.data.build_settings import MAX_TOKENS
+from lutetia.models.data.encode.pipeline_text import PipelineEncoder
+from lutetia.models.data.encode.text_encoder import BATCH, CLIP_TOKENS, TextEncoder, load_text_model
 from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
+from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
 from lutetia.system.errors import ConfigError
 
 BUILTIN_TEXT = ("builtin:words",)
 MODEL_TYPES = ("clip", "clip_text_model", "t5", "umt5", "bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
 WORD_WIDTH = 64
-CLIP_TOKENS = 77
-BATCH = 16
 
 
-class TextEncoder(ABC):
-    """Captions to `tokens` [N, L, D], zero beyond the end of a caption, and `pooled` [N, P]; float32 on the CPU.
-
-    The empty caption of classifier-free guidance gives zeros in both. Weights are loaded on first use.
-
-    Attributes:
-        ref: reference of the encoder.
-        tokens: length L.
-        width: of a token vector, D.
-        pooled_width: of the pooled vector, P.
-        longest: the most tokens that it can give.
-    """
-
-    ref: str
-    tokens: int
-    width: int
-    pooled_width: int
-    longest: int = MAX_TOKENS
-
-    @abstractmethod
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embed captions; long ones are truncated. Raises ConfigError if the files of the encoder cannot be used."""
-
-    @abstractmethod
-    def count(self, captions: Sequence[str]) -> int:
-        """The number of tokens of the longest of `captions`; it may exceed `longest`."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A string that changes with the encoder: a part of the keys of the cache."""
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The transformers model of the tokens; None without weights."""
-        return None
-
-
-def load_text_encoder(ref: str, tokens: int, *, device: str = "cpu", hub: bool = True) -> TextEncoder:
+def load_text_encoder(
+    ref: str, tokens: int, recipe: TextRecipe | None = None, *, device: str = "cpu", hub: bool = True
+) -> TextEncoder:
     """Load the encoder that `ref` names, for captions of up to `tokens` tokens. Raises ConfigError.
 
-    `hub` says whether a hub id may be downloaded; otherwise only what was downloaded before is used.
+    With a `recipe`, `ref` is a diffusers pipeline, whose text encoder is used as that pipeline uses it. `hub` says whether a hub
+    id may be downloaded; otherwise only what was downloaded before is used.
     """
     if tokens < 1 or tokens > MAX_TOKENS:
         raise ConfigError(f"a text encoder cannot give {tokens} tokens; use 1 to {MAX_TOKENS}")
+    if recipe is not None:
+        return PipelineEncoder(ref, parse_ref(ref, "text encoder", BUILTIN_TEXT, hub), recipe, tokens, device)
     if ref == "builtin:words":
         return WordEncoder(tokens)
     if "+" in ref and not Path(ref).expanduser().is_dir():
@@ -200,13 +167,7 @@ class TransformersEncoder(TextEncoder):
 
     @cached_property
     def module(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        import transformers
-
-        kinds = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
-        loader = getattr(transformers, kinds.get(self.model_type, "AutoModel"))
-        with hub_errors("text encoder", self._model):
-            model = loader.from_pretrained(self._model.location, use_safetensors=True, dtype=torch.float32, **self._model.options)
-        return model.eval().requires_grad_(False).to(self._device)
+        return load_text_model(self._model, self.model_type, self._device)
 
     def count(self, captions: Sequence[str]) -> int:
         ids = self.tokenizer(list(captions), verbose=False)["input_ids"] if captions else []

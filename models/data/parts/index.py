@@ -30,6 +30,9 @@ MAX_CLIPS = 1 << 23
 METADATA = "lutetia"
 """The metadata entry of index and parts. Only one: safetensors writes several in random order."""
 Split = Literal["train", "holdout", "test"]
+Null = tuple[NDArray[np.float16], NDArray[np.float16]]
+_TENSORS = ("texts", "null_tokens", "null_pooled")
+"""Of an index: the last two where the null condition of its texts is not zeros."""
 
 
 class PartSpec(Frozen):
@@ -63,10 +66,12 @@ class ShardIndex:
     Attributes:
         document: its metadata.
         texts: the number of each clip's text, int32 [N].
+        null: tokens [l, D] and pooled vector [P] of the null condition, float16; None: zeros.
     """
 
     document: IndexDocument
     texts: NDArray[np.int32]
+    null: Null | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -101,7 +106,7 @@ def is_index(path: Path) -> bool:
     """Whether the file names parts; otherwise it may be a shard in one file, as earlier versions wrote them."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return list(file.keys()) == ["texts"]
+            return set(file.keys()) in ({*_TENSORS[:1]}, {*_TENSORS})
     except (SafetensorError, OSError):
         return False
 
@@ -117,8 +122,9 @@ def read_index(path: Path) -> ShardIndex:
         if (size := path.stat().st_size) > MAX_INDEX_BYTES:
             raise IntegrityError(f"the index {path.name} has {size} bytes, more than {MAX_INDEX_BYTES}; refused")
         with safe_open(path, framework="numpy") as file:
-            text, names = (file.metadata() or {}).get(METADATA), list(file.keys())
-            texts = file.get_tensor("texts") if names == ["texts"] else None
+            text, names = (file.metadata() or {}).get(METADATA), set(file.keys())
+            texts = file.get_tensor("texts") if names in ({*_TENSORS[:1]}, {*_TENSORS}) else None
+            null = (file.get_tensor(_TENSORS[1]), file.get_tensor(_TENSORS[2])) if len(names) > 1 and texts is not None else None
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist; fetch or build it again") from error
     except SafetensorError as error:
@@ -129,7 +135,7 @@ def read_index(path: Path) -> ShardIndex:
         document = IndexDocument.model_validate_json(text)
     except ValidationError as error:
         raise IntegrityError(f"the index {path.name} is malformed ({first_problem(error)}); build the data again") from error
-    index = ShardIndex(document, cast("NDArray[np.int32]", texts))
+    index = ShardIndex(document, cast("NDArray[np.int32]", texts), cast("Null | None", null))
     if problem := _contradiction(index):
         raise IntegrityError(f"the index {path.name} contradicts itself: {problem}; build the data again")
     return index
@@ -143,12 +149,29 @@ def _contradiction(index: ShardIndex) -> str | None:
         return f"its parts hold {index.clip_starts[-1]} clips, but {len(texts)} clips have texts"
     if texts.min() < 0 or texts.max() >= index.text_starts[-1]:
         return f"a clip has a text beyond the {index.text_starts[-1]} of its parts"
+    return _null_contradiction(index.null, index.document.latent)
+
+
+def _null_contradiction(null: Null | None, latent: LatentSpec) -> str | None:
+    needed = latent.text is not None and latent.text.null == "empty"
+    if needed != (null is not None):
+        return "the null condition of its text is missing" if needed else "it has a null condition that its text does not need"
+    if null is None:
+        return None
+    tokens, pooled = null
+    if tokens.ndim != 2 or len(tokens) > latent.text_tokens or tokens.shape[1] != latent.text_width:
+        return f"the tokens of its null condition are {list(tokens.shape)}"
+    if pooled.shape != (latent.pooled_width,):
+        return f"the pooled vector of its null condition is {list(pooled.shape)}"
+    if any(part.dtype != np.float16 or not np.isfinite(part).all() for part in null):
+        return "its null condition is not finite in half precision"
     return None
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Write an index atomically. The same index gives the same bytes. Raises DataError if it is too large, or DiskError."""
-    data = save({"texts": np.ascontiguousarray(index.texts)}, metadata={METADATA: canonical(index.document).decode()})
+    tensors = {name: np.ascontiguousarray(each) for name, each in zip(_TENSORS, (index.texts, *(index.null or ())), strict=False)}
+    data = save(tensors, metadata={METADATA: canonical(index.document).decode()})
     if len(data) > MAX_INDEX_BYTES:
         raise DataError(f"cannot write shard {path.name}: its index has {len(data)} bytes; split the data into more experts")
     with atomic_path(path) as temporary:

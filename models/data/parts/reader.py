@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lutetia.models.data.parts.index import ShardIndex, is_index, part_path, read_index
 from lutetia.models.data.parts.part_file import OpenPart, PartMetadata
@@ -43,6 +44,14 @@ class PartedShard:
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def null(self) -> tuple[Tensor, Tensor] | None:
+        """The null condition: tokens [L, D] and pooled vector [P], float32; None: zeros."""
+        if self.index.null is None:
+            return None
+        tokens, pooled = (torch.from_numpy(part).float() for part in self.index.null)
+        return nn.functional.pad(tokens, (0, 0, 0, self.latent.text_tokens - len(tokens))), pooled
+
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).numpy()
         latent, count = self.latent, len(picked)
@@ -74,7 +83,7 @@ class PartedShard:
                 metadata = self._part(number).metadata()
                 kinds += metadata.kinds
                 captions += metadata.captions
-        return ShardData(rows.latents, rows.tokens, rows.pooled, [captions[text] for text in self.index.texts], kinds)
+        return ShardData(rows.latents, rows.tokens, rows.pooled, [captions[text] for text in self.index.texts], kinds, self.null)
 
     def metadata(self, number: int) -> PartMetadata:
         """Captions, kinds and sources of a part."""
@@ -140,6 +149,7 @@ class Excerpt:
 
     def __init__(self, clips: ClipReader, rows: list[int]) -> None:
         self._clips, self._rows = clips, torch.tensor(rows, dtype=torch.long)
+        self.null = clips.null
 
     def __len__(self) -> int:
         return len(self._rows)

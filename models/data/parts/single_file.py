@@ -50,6 +50,11 @@ class SingleFileShard:
     def __len__(self) -> int:
         return len(self.metadata.captions)
 
+    @property
+    def null(self) -> None:
+        """The null condition of such shards is zeros."""
+        return None
+
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).tolist()
         with self._open() as file:  # each time, so that the pages that were read are given back

@@ -56,6 +56,7 @@ class ShardWriter:
         name: of the cluster.
         split: use of the clips.
         part_bytes: size at which a part is full (`part_bytes`).
+        null: the null condition of the texts; None: zeros.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class ShardWriter:
     name: str
     split: Split
     part_bytes: int
+    null: Text | None = None
     _latents: list[Tensor] = field(default_factory=list)
     _texts: list[Text] = field(default_factory=list)
     _kinds: list[str] = field(default_factory=list)
@@ -106,7 +108,8 @@ class ShardWriter:
         if len(self._parts) > MAX_PARTS:
             raise self._error(f"it has {len(self._parts)} parts, more than {MAX_PARTS}; split the data into more experts")
         document = IndexDocument(latent=self.latent, name=self.name, split=self.split, parts=tuple(self._parts))
-        index = ShardIndex(document, np.array(self._of_clips, dtype=np.int32))
+        null = (self.null.tokens.numpy(), self.null.pooled.numpy()) if self.null else None
+        index = ShardIndex(document, np.array(self._of_clips, dtype=np.int32), null)
         write_index(self.path, index)
         ref = ChunkTable.of_file(self.path).ref
         return WrittenShard(ref, len(index), ref.size + index.bytes)
@@ -159,7 +162,8 @@ def write_shard(
     if problem := shape_problem(data, latent):
         raise DataError(f"cannot write shard {path.name}: {problem}; build the data again")
     total = 2 * (data.latents.numel() + data.tokens.numel())
-    writer = ShardWriter(path, latent, name, split, size or part_bytes(total))
+    null = text_of("", *data.null) if data.null else None
+    writer = ShardWriter(path, latent, name, split, size or part_bytes(total), null)
     for row, (caption, kind) in enumerate(zip(data.captions, data.kinds, strict=True)):
         writer.add(data.latents[row], text_of(caption, data.tokens[row], data.pooled[row]), kind)
     return writer.finish()

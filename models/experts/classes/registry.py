@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, Family] = {
     "LTXVideoTransformer3DModel": LTX,
     "CogVideoXTransformer3DModel": COGVIDEOX,
     "MochiTransformer3DModel": MOCHI,
+    "SkyReelsV2Transformer3DModel": WAN,
 }
 
 

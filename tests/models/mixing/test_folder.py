@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lutetia.cli.main import app
-from lutetia.models.data.encode.latents import CAUSAL, PER_FRAME
+from lutetia.models.data.encode.latents import PER_FRAME, VIDEO
 from lutetia.models.mixing.description import FILE, read_mixture, verify_mixture
 from lutetia.models.mixing.layout import AUTOENCODERS, PIPELINE, WEIGHTS, WEIGHTS_INDEX
 from lutetia.models.pipeline import load_pipeline
@@ -183,7 +183,7 @@ def test_hostile_folder_is_not_verified(mixture: Path) -> None:
 
 
 def test_every_autoencoder_of_a_run_is_known() -> None:
-    assert set(AUTOENCODERS) == set(PER_FRAME + CAUSAL)
+    assert set(AUTOENCODERS) == set(PER_FRAME + VIDEO)
 
 
 def test_stitching_copies_no_other_file_of_the_autoencoder(stitched: Path) -> None:

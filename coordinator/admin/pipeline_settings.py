@@ -1,0 +1,51 @@
+"""`run create --from`: what a run takes from the diffusers pipeline that its experts start from."""
+
+from __future__ import annotations
+
+import logging
+
+from lutetia.coordinator.settings import RunSettings
+from lutetia.protocol.schema.capabilities import PIPELINES
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Optimisation, SamplingSpec, TimeSampling
+from lutetia.system.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def with_pipeline(settings: RunSettings, latent: LatentSpec) -> RunSettings:
+    """The settings with expert, first weights, sampling and time shift of their pipeline, where nothing else was set.
+
+    Raises ConfigError: the pipeline cannot be used, a setting contradicts it, or the data were made by other models.
+    """
+    if settings.pipeline is None:
+        return settings
+    from lutetia.models.sources.pipeline import mismatch, open_pipeline, sampling_of, time_shift
+
+    given = settings.expert
+    for name in ("expert", "warm_start"):
+        if name in settings.model_fields_set and not (given and given.adapter):
+            raise ConfigError(f"both pipeline and {name} were set; leave {name} out to use the pipeline's transformer")
+    source = open_pipeline(settings.pipeline, weights=("transformer",))
+    if problem := mismatch(source, latent):
+        raise ConfigError(f"{problem}; build the data with --from {settings.pipeline}")
+    optimisation, shift = settings.optimisation, time_shift(source, latent)
+    if "time" not in optimisation.model_fields_set:
+        chosen = {name: getattr(optimisation, name) for name in optimisation.model_fields_set}
+        optimisation = Optimisation(**{**chosen, "time": TimeSampling(shift=shift)})
+    sampling = sampling_of(source, settings.sampling)
+    _log.info(
+        "from pipeline %s (%s): %s, training times shifted by %.3g, sampled in %d steps by %s with guidance %g",
+        source.model.text, source.class_name, source.index["transformer"][1], optimisation.time.shift, sampling.steps,
+        sampling.scheduler.class_name if sampling.scheduler else "Euler steps", sampling.guidance,
+    )  # fmt: skip
+    expert, start = source.expert(latent.fps), source.part("transformer")
+    if given and given.adapter:  # its base holds the weights; the pipeline says how it is called
+        kind = {name: getattr(expert, name) for name in ("prediction", "noise_schedule", "betas", "inputs")}
+        expert, start = given.model_copy(update=kind), None
+    return settings.model_copy(update={"expert": expert, "warm_start": start, "sampling": sampling, "optimisation": optimisation})
+
+
+def pipeline_needs(expert: ExpertSpec, latent: LatentSpec, sampling: SamplingSpec) -> tuple[str, ...]:
+    """The capabilities that a run needs because of what it takes from a pipeline."""
+    taken = (expert.betas, expert.inputs, latent.text, sampling.scheduler, sampling.embedded_guidance)
+    return (PIPELINES,) if any(value is not None for value in taken) else ()

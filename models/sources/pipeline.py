@@ -1,0 +1,201 @@
+"""A diffusers pipeline as a source: all that data and run take over from it, read from its folder or from a hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lutetia.models.experts.beta_table import betas_of, is_flow
+from lutetia.models.mixing.solvers import dynamic_shift
+from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, snapshot
+from lutetia.models.networks.video_autoencoders import ltx_ratios
+from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convention
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, SchedulerSpec, TextRecipe
+from lutetia.system.errors import ConfigError
+
+WHAT = "pipeline"
+_INDEX = "model_index.json"
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_PREDICTIONS = {"v_prediction": "velocity", "epsilon": "epsilon", "sample": "sample"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A pipeline whose files are on this machine."""
+
+    model: ModelRef
+    """Where it is for everybody: its folder, or a hub id with the commit."""
+    folder: Path
+    """Where its files lie here."""
+    index: Mapping[str, Any]
+    convention: Convention
+
+    @property
+    def class_name(self) -> str:
+        return str(self.index["_class_name"])
+
+    def part(self, name: str) -> str:
+        """The reference of a component, as other settings name it."""
+        return self.model.part(name).text
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The configuration of a component, without diffusers' own entries. Raises ConfigError."""
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        config = read_config(WHAT, ModelRef(self.model.text, str(self.folder / name)), file)
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @property
+    def text(self) -> TextRecipe:
+        """How it turns captions into tokens."""
+        if self.index.get("force_zeros_for_empty_prompt"):
+            return self.convention.text.model_copy(update={"null": "zeros"})
+        return self.convention.text
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a caption: what the transformer's config fixes, else the default of the pipeline's call."""
+        return int(self.config("transformer").get("max_text_seq_length") or self.convention.tokens)
+
+    def expert(self, fps: float) -> ExpertSpec:
+        """The expert that its transformer is, for clips of `fps` frames per second. Raises ConfigError."""
+        config, scheduler = self.config("transformer"), self.config("scheduler")
+        betas = None if is_flow(self._scheduler_class, scheduler) else betas_of(scheduler)
+        kind = str(scheduler.get("prediction_type", "epsilon"))
+        if betas and kind not in _PREDICTIONS:
+            raise ConfigError(f"{WHAT} {self.model.text!r} predicts {kind!r}, which is not supported; use another pipeline")
+        try:
+            return ExpertSpec(
+                class_name=str(self.index["transformer"][1]), config=config, betas=betas, inputs=self._inputs(fps),
+                prediction=_PREDICTIONS[kind] if betas else "velocity",  # pyright: ignore[reportArgumentType]
+            )  # fmt: skip
+        except ValidationError as error:
+            raise ConfigError(f"{WHAT} {self.model.text!r} cannot be used: {first_problem(error)}; use another") from error
+
+    def _inputs(self, fps: float) -> ExpertInputs:
+        scale = None
+        if self.class_name == "LTXPipeline":
+            space, time = ltx_ratios(self.config("vae"))
+            scale = (time / fps, float(space), float(space))
+        reverse = bool(self.config("scheduler").get("invert_sigmas"))
+        return ExpertInputs(masked=self.convention.masked, rope_scale=scale, reversed=reverse)
+
+    def sampling(self) -> dict[str, Any]:
+        """Values of a SamplingSpec: steps, guidance and scheduler of the pipeline. Raises ConfigError."""
+        convention = self.convention
+        try:
+            scheduler = SchedulerSpec(
+                class_name=self._scheduler_class,  # pyright: ignore[reportArgumentType]
+                config=self.config("scheduler"), grid=convention.grid,
+            )  # fmt: skip
+        except ValidationError as error:
+            raise ConfigError(
+                f"{WHAT} {self.model.text!r} samples by {self._scheduler_class}, which is not supported "
+                f"({first_problem(error)}); save it with another scheduler"
+            ) from error
+        values = {"steps": convention.steps, "guidance": convention.guidance, "scheduler": scheduler}
+        return values | ({"embedded_guidance": convention.embedded_guidance} if convention.embedded_guidance is not None else {})
+
+    @property
+    def _scheduler_class(self) -> str:
+        return str(self.index["scheduler"][1])
+
+
+def open_pipeline(ref: str, hub: bool = True, weights: tuple[str, ...] = ()) -> PipelineSource:
+    """Open the pipeline that `ref` names.
+
+    Args:
+        ref: a folder, or a hub id `owner/name[@commit]`.
+        hub: whether a hub id may be downloaded; otherwise only what was downloaded before is used.
+        weights: components whose weights are needed. The files of others are not downloaded, but for their configurations.
+
+    Raises ConfigError: there is no such pipeline; its class, or that of a part, is not supported; it has two transformers; or its
+    weights are pickled only.
+    """
+    model = parse_ref(ref, WHAT, (), hub)
+    if model.folder is None:
+        folder, model = snapshot(WHAT, model, ["*.json", *_texts(), *(f"{part}/*.safetensors" for part in weights)])
+    else:
+        folder = model.folder
+        model = ModelRef(str(folder), str(folder))
+    with hub_errors(WHAT, ModelRef(ref, str(folder))):
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        class_name = str(index["_class_name"])
+    _check(ref, class_name, index)
+    source = PipelineSource(model, folder, index, CONVENTIONS[class_name])
+    for part in weights:
+        _check_weights(ref, folder / part)
+    return source
+
+
+def _texts() -> list[str]:
+    """Files of tokenizers that are not JSON."""
+    return ["*.txt", "*.model"]
+
+
+def _check(ref: str, class_name: str, index: Mapping[str, Any]) -> None:
+    if class_name in OTHER_TASKS:
+        raise ConfigError(f"{WHAT} {ref!r} is a {class_name}, which is not supported: {OTHER_TASKS[class_name]}")
+    if class_name not in CONVENTIONS:
+        known = ", ".join(sorted(CONVENTIONS))
+        raise ConfigError(f"{WHAT} {ref!r} is a {class_name}, which is not supported; use one of {known}")
+    if _given(index.get("transformer_2")) or index.get("boundary_ratio") is not None:
+        raise ConfigError(
+            f"{WHAT} {ref!r} has two transformers, one for high and one for low noise, which is not supported; "
+            "use one with a single transformer, such as Wan 2.1 or Wan 2.2 TI2V-5B"
+        )
+    for part in ("transformer", "scheduler", "vae", "text_encoder", "tokenizer"):
+        if not _given(index.get(part)):
+            raise ConfigError(f"{WHAT} {ref!r} has no {part}; name a whole pipeline")
+
+
+def _given(component: Any) -> bool:
+    return isinstance(component, list) and len(component) == 2 and component[1] is not None
+
+
+def _check_weights(ref: str, folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise ConfigError(
+            f"the {folder.name} of {WHAT} {ref!r} has pickled weights only ({pickled[0]}), which are never read; "
+            "save it with safe_serialization=True"
+        )
+    raise ConfigError(f"the {folder.name} of {WHAT} {ref!r} has no weights (*.safetensors); name a whole pipeline")
+
+
+def mismatch(source: PipelineSource, latent: LatentSpec) -> str | None:
+    """What of the data was not made by this pipeline, as a sentence; None if all was."""
+    for what, made, own in (
+        ("latents", latent.vae, source.part("vae")),
+        ("text embeddings", latent.text_encoder, source.model.text),
+    ):
+        if made != own:
+            return f"the data's {what} were made by {made}, but the {WHAT} has {own}"
+    if latent.text != source.text:
+        return f"the data's text embeddings were made in another way than {source.class_name} makes them"
+    return None
+
+
+def time_shift(source: PipelineSource, latent: LatentSpec) -> float:
+    """The shift of the pipeline's noise levels towards noise, for latents of this shape; 1 where it has none."""
+    config = source.config("scheduler")
+    if config.get("use_dynamic_shifting"):
+        return math.exp(dynamic_shift(config, math.prod(latent.shape[1:])))
+    return float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift") or 1.0)
+
+
+def sampling_of(source: PipelineSource, chosen: SamplingSpec) -> SamplingSpec:
+    """The run's sampling: the pipeline's own, where nothing else was chosen."""
+    given = {name: getattr(chosen, name) for name in chosen.model_fields_set}
+    return SamplingSpec(**{**source.sampling(), **given})

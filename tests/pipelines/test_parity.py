@@ -1,0 +1,188 @@
+"""A mixture that was made of a diffusers pipeline gives that pipeline's own latents: from the prompt, with its own scheduler.
+
+Each pipeline goes the whole way: data build, run create, an epoch of training, stitch, load. Then the stock pipeline, with the
+trained transformer, and the mixture draw from equal noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from lutetia.coordinator.run_folder import RunFolder
+from lutetia.models.data.parts.reader import load_shard
+from lutetia.models.mixing.stitch import stitch
+from lutetia.models.pipeline import load_pipeline
+from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay
+from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.manifest import Manifest
+from tests.pipelines.tiny_clips import FPS, STEPS, build, create, write_clips
+from tests.pipelines.tiny_pipelines import PIPELINES, PROMPTS, pipeline_folder
+
+GUIDANCE = 3.0
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+@dataclass
+class Made:
+    """A pipeline and the mixture of one expert that was trained from it."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    stock: Any
+    mixture: Any
+    noise: Tensor
+
+
+@pytest.fixture(scope="session", params=sorted(PIPELINES))
+def made(request: pytest.FixtureRequest, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    build(name, clips, folder)
+    manifest = create(name, folder).manifest
+    train(manifest, folder)
+    stitch(folder / "mixture", manifest, [folder / "weights.safetensors"], None)
+    stock = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder(name))
+    stock.set_progress_bar_config(disable=True)
+    stock.transformer = type(stock.transformer).from_pretrained(folder / "mixture" / "expert_000")
+    noise = torch.randn(2, *manifest.latent.shape, generator=torch.Generator().manual_seed(5))
+    return Made(name, folder, manifest, stock, load_pipeline(folder / "mixture"), noise)
+
+
+def train(manifest: Manifest, folder: Path) -> None:
+    """An epoch from the pipeline's weights, as a node trains it and an audit replays it."""
+    blobs = BlobStore(RunFolder(folder / "run").blobs)
+    data = load_shard(folder / "data" / "shards" / "000.train.safetensors", manifest.latent)
+    assert manifest.expert.init is not None
+    first = blobs.path(manifest.expert.init.digest)
+    trainer = ExpertTrainer(manifest, 0, data)
+    trainer.restore(0, first)
+    losses = [trainer.step() for _ in range(manifest.steps_per_epoch)]
+    end = trainer.snapshot()
+    write_weights(end, folder / "weights.safetensors")
+    write_state(end, folder / "state.safetensors")
+    author = ReplayEnd(folder / "weights.safetensors", folder / "state.safetensors")
+    again = replay(manifest, 0, data, ReplayParent(0, first), manifest.steps_per_epoch, end=author)
+    assert (list(again.losses), again.drift) == (losses, 0.0)
+
+
+def draw_stock(made: Made, transformer: Any = None) -> Tensor:
+    """The stock pipeline's latents `[N, C, F, H, W]`, of its own transformer or of another in its place."""
+    stock, latent = made.stock, made.manifest.latent
+    own, stock.transformer = stock.transformer, transformer or stock.transformer
+    options: dict[str, Any] = {
+        "height": latent.pixel_height, "width": latent.pixel_width, "num_frames": latent.pixel_frames,
+        "num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "latents": made.noise.clone(),
+        "guidance_scale": GUIDANCE,
+    }  # fmt: skip
+    match made.name.partition("-")[0]:
+        case "ltx":
+            options |= {"latents": stock._pack_latents(made.noise, 1, 1), "frame_rate": FPS}
+        case "cogvideox":
+            options |= {"latents": made.noise.transpose(1, 2).clone(), "max_sequence_length": latent.text_tokens}
+            options |= {"generator": torch.Generator().manual_seed(3)}
+        case "hunyuan":
+            options |= {"guidance_scale": 6.0, "true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""]}
+    try:
+        latents = stock(PROMPTS, **options)[0]
+    finally:
+        stock.transformer = own
+    if made.name == "ltx":
+        return stock._unpack_latents(latents, *latent.shape[1:], 1, 1)
+    return latents.transpose(1, 2) if made.name.startswith("cogvideox") else latents
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def draw_mixture(made: Made) -> Tensor:
+    return made.mixture(
+        PROMPTS, latents=made.noise.clone(), output_type="latent", return_dict=False,
+        generator=torch.Generator().manual_seed(3),
+    )[0]  # fmt: skip
+
+
+def test_prompts_give_the_latents_of_the_stock_pipeline(made: Made) -> None:
+    theirs = draw_stock(made)
+    assert apart(made.noise, theirs) > 0.1, "the transformer moves the latents"
+    assert apart(draw_mixture(made), theirs) < 1e-5
+
+
+def test_mixture_stands_in_for_the_stock_transformer(made: Made) -> None:
+    assert apart(draw_stock(made, made.mixture.transformer), draw_stock(made)) < 1e-5
+
+
+def test_decoded_latents_are_those_of_the_stock_autoencoder(made: Made) -> None:
+    """Statistics of the manifest undo the scaling as the pipeline does."""
+    latents = made.noise[:1]
+    ours = made.mixture.decode_latents(latents)
+    stock, latent = made.stock, made.manifest.latent
+    vae = stock.vae
+    shape = (1, -1, 1, 1, 1)
+    with torch.no_grad():
+        match made.name.partition("-")[0]:
+            case "ltx":
+                raw = stock._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+                pictures = vae.decode(raw, None, return_dict=False)[0]
+            case "cogvideox":
+                pictures = stock.decode_latents(latents.transpose(1, 2))
+            case "hunyuan" | "mochi":
+                raw = latents / vae.config.scaling_factor
+                if vae.config.get("latents_mean"):
+                    mean, std = (torch.tensor(vae.config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+                    raw = latents * std / vae.config.scaling_factor + mean
+                pictures = vae.decode(raw, return_dict=False)[0]
+            case _:
+                mean, std = (torch.tensor(vae.config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+                pictures = vae.decode(latents * std + mean, return_dict=False)[0]
+    theirs = stock.video_processor.postprocess_video(pictures, output_type="np")
+    assert ours.shape == theirs.shape == (1, latent.pixel_frames, latent.pixel_height, latent.pixel_width, 3)
+    assert abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
+@pytest.mark.parametrize("made", ["wan21"], indirect=True)
+def test_other_schedulers_set_by_the_caller_agree_too(made: Made, scheduler: str) -> None:
+    kind = getattr(diffusers, scheduler)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    config = {"shift": 3.0} if scheduler.startswith("FlowMatch") else flow
+    before = made.stock.scheduler, made.mixture.scheduler
+    made.stock.scheduler, made.mixture.scheduler = kind(**config), kind(**config)
+    try:
+        assert apart(draw_mixture(made), draw_stock(made)) < 1e-5
+    finally:
+        made.stock.scheduler, made.mixture.scheduler = before
+
+
+@pytest.mark.parametrize("made", ["hunyuan"], indirect=True)
+def test_embedded_guidance_reaches_the_experts(made: Made) -> None:
+    assert made.manifest.sampling.embedded_guidance == 6.0
+    options: dict[str, Any] = {"latents": made.noise.clone(), "output_type": "latent", "return_dict": False}
+    with_six, with_one = (made.mixture(PROMPTS, embedded_guidance=value, **options)[0] for value in (None, 1.0))
+    assert apart(with_six, with_one) > 1e-4
+
+
+@pytest.mark.parametrize("made", ["wan21"], indirect=True)
+def test_dropped_texts_are_trained_with_the_null_prompt_of_the_pipeline(made: Made) -> None:
+    data = load_shard(made.folder / "data" / "shards" / "000.train.safetensors", made.manifest.latent)
+    assert data.null is not None
+    empty = made.stock.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=512)[0][0]
+    assert torch.allclose(data.null[0], empty, atol=2e-3), "in half precision"
+    trainer = ExpertTrainer(made.manifest, 0, data)
+    batches = [trainer._batches.take(0, step) for step in range(made.manifest.steps_per_epoch)]
+    dropped = [row for batch in batches for row in batch.tokens if torch.equal(row, data.null[0])]
+    assert 0 < len(dropped) < 4
