@@ -35,7 +35,7 @@ from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
-from lutetia.models.mixing.stock_call import read_stock_call, stock_config
+from lutetia.models.mixing.stock.stock_call import read_stock_call, stock_config
 from lutetia.models.randomness import stream
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError, UsageError

@@ -36,7 +36,7 @@ from lutetia.models.mixing.adapter_experts import GivenBase
 from lutetia.models.mixing.folder import MixtureFolder, refused_options
 from lutetia.models.mixing.layout import parse_shapes
 from lutetia.models.mixing.sampling import SamplingState, sample, solver_noise
-from lutetia.models.mixing.solvers import EulerSolver, SchedulerSolver, Solver
+from lutetia.models.mixing.stock.solvers import EulerSolver, SchedulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode
 from lutetia.models.pipeline_hub import HUB_OPTIONS, PushesMixtures, mixture_place
 from lutetia.models.pipeline_inputs import Generators, Texts, named_dtype

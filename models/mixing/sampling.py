@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lutetia.models.experts.objectives import shift_time
-from lutetia.models.mixing.solvers import EulerSolver, Solver
+from lutetia.models.mixing.stock.solvers import EulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode, combine
 from lutetia.models.randomness import normals, seed_of, stream
 

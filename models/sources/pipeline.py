@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lutetia.models.experts.beta_table import betas_of, is_flow
-from lutetia.models.mixing.solvers import dynamic_shift
+from lutetia.models.mixing.stock.solvers import dynamic_shift
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, snapshot
 from lutetia.models.networks.video_autoencoders import ltx_ratios
 from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convention
