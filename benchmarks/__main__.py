@@ -24,6 +24,7 @@ STUDIES = {
     "judge-attacks": "benchmarks.attacks.judge_attacks",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",
+    "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
 }
 NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))
