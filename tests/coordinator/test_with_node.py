@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from lutetia.coordinator.admin.create import CreatedRun
 from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.settings import tiny_expert
+from lutetia.coordinator.settings import TINY, AdaptedExpert, AdapterSettings, tiny_expert
 from lutetia.models.experts.families import build_expert
 from lutetia.models.mixing.description import verify_mixture
 from lutetia.models.training.holdout_loss import holdout_loss
@@ -25,6 +26,8 @@ from tests.child_environment import child_environment
 from tests.coordinator.scripted_node import Coordinator, until
 from tests.coordinator.test_serve import make_run, up
 from tests.coordinator.tiny_data import clips, latent_spec
+
+SAMPLED = TINY["sampling"]
 
 
 async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.subprocess.Process:
@@ -62,7 +65,12 @@ async def run_to_its_end(run: CreatedRun, folder: Path) -> tuple[Coordinator, se
 
 @pytest.mark.timeout(900)
 async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
-    run = make_run(tmp_path, shards=1)  # one shard has no router, so the test is short
+    """Of adapters, whose base the node fetches from the coordinator. One shard has no router, so the test is short."""
+    build_expert(tiny_expert(latent_spec()), 7).save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
+    adapter = AdapterSettings(base=str(tmp_path / "given"), rank=2, alpha=2.0, dtype="fp8", serve=True)
+    audit = AuditPolicy(whole_epoch=1.0)
+    run = make_run(tmp_path, shards=1, expert=AdaptedExpert(adapter=adapter), audit=audit, sampling=SAMPLED)
+    shutil.rmtree(tmp_path / "given")
     coordinator, healths = await run_to_its_end(run, tmp_path / "node")
     status = coordinator.status()
     assert status.finished
@@ -70,10 +78,18 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
     # which of them is seen depends on timing: on a fast machine one is over before the status is written again
     assert healths <= {"starting", "working", "standby"}, "never offline, never called idle while it worked"
     assert [(peer.accepted, peer.rejected, peer.health) for peer in status.nodes] == [(2, 0, "standby")], "its shard is done"
-    assert verify_mixture(run.folder / "mixture", run.manifest.coordinators).digest == status.mixture
+    mixture = verify_mixture(run.folder / "mixture", run.manifest.coordinators)
+    assert mixture.digest == status.mixture
+    assert mixture.network == run.manifest.expert
+    assert {path.name for path in (run.folder / "mixture" / "expert_000").iterdir()} == {"pytorch_lora_weights.safetensors"}
+    assert (run.folder / "gallery" / "000.gif").exists(), "sampled from the adapters"
+    weights = BlobStore(tmp_path / "node" / "blobs")
+    assert all(weights.has(ref.digest) for ref in run.manifest.expert.adapter.base.files.values()), "the node fetched the base"
     kinds = [event.kind for event in read_events(run.folder)]
     assert kinds[-1] == "coordinator-stopped"
     assert kinds.count("checkpoint-accepted") == 2
+    outcomes = [event.outcome for event in read_events(run.folder) if event.kind == "audit-done"]
+    assert outcomes == ["valid"] * 2, "\n".join(tell(run.folder))
 
 
 @pytest.mark.timeout(900)
