@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +27,11 @@ from lutetia.models.device import Precision
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
 from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.system.process import Message, ParentChannel
 
@@ -54,6 +56,8 @@ class Honest:
     holdout: int = 16
     noise: float = 0.1
     precision: Precision = "float32"
+    adapter: bool = False
+    """Whether its experts are adapters on a base that was trained on other clips."""
 
 
 def clips(seed: int, count: int, noise: float) -> ShardData:
@@ -139,6 +143,7 @@ class Lab:
     holdout: ShardData = field(init=False)
     worker: WorkerProcess = field(init=False)
     check_runner: NetworkCheckRunner = field(init=False)
+    base: dict[str, Path] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,10 +158,10 @@ class Lab:
         )  # fmt: skip
         self.manifest = Manifest(
             name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,
-            latent=LATENT, expert=ExpertSpec(config=WAN), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
+            latent=LATENT, expert=self._expert(), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         )  # fmt: skip
-        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock)
+        self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)
         direct = cast(WorkerClient, _Direct(self.worker))
         nobody, holdouts = cast(Any, None), Holdouts(self.store, b"lab")
         self.check_runner = NetworkCheckRunner(
@@ -164,6 +169,18 @@ class Lab:
         )
         self._names = itertools.count()
         self._known: dict[Path, list[tuple[TrainedWith, EpochReplayed]]] = {}
+
+    def _expert(self) -> ExpertSpec:
+        """The expert; with an adapter its base too, whole training of the same network on clips of another pattern."""
+        whole = ExpertSpec(config=WAN)
+        if not self.setting.adapter:
+            return whole
+        pattern = replace(self.setting, seed=self.setting.seed + 500, adapter=False)
+        lab = Lab(self.folder / "base", pattern)
+        self.base = {"diffusion_pytorch_model.safetensors": lab.honest(None)[0].weights}
+        refs = {name: ChunkTable.of_file(path).ref for name, path in self.base.items()}
+        base = BaseSpec(source="lab/base@0000000", files=refs, dtype="float32")
+        return whole.model_copy(update={"adapter": AdapterSpec(rank=4, alpha=8.0, base=base)})
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"
@@ -177,7 +194,7 @@ class Lab:
         setting = setting or self.setting
         torch.set_num_threads(setting.threads)
         trainer = ExpertTrainer(
-            self.manifest, 0, data or self.train, micro_batch=setting.micro_batch, precision=setting.precision
+            self.manifest, 0, data or self.train, micro_batch=setting.micro_batch, precision=setting.precision, base=self.base
         )
         if parent:
             trainer.restore(parent.epoch, parent.weights, parent.state)

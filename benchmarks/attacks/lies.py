@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.attacks.lab import SHORT, STEPS, Lab, Result, clips
-from lutetia.models.experts.families import build_expert, call_expert
+from lutetia.models.experts.adapters.build import load_expert
+from lutetia.models.experts.families import call_expert
 from lutetia.models.experts.objectives import row_losses
+from lutetia.models.experts.trained import published_tensors, trained_parameters
 from lutetia.models.training.checkpoint_io import Snapshot
 from lutetia.models.training.holdout_loss import holdout_rows
 from lutetia.models.training.moment_checks import FIRST, SECOND, moment_ratio
@@ -55,7 +57,7 @@ def _changed(snapshot: Snapshot, change: Callable[[Tensor], Tensor], parts: tupl
 
 
 def untrained(scene: Scene) -> Snapshot:
-    weights = build_expert(scene.lab.manifest.expert, scene.seed + 12345).state_dict()
+    weights = published_tensors(load_expert(scene.lab.manifest.expert, scene.seed + 12345, scene.lab.base))
     fresh = {name: weights[name].clone() for name in scene.after.parameters}
     return replace(scene.like_parent(), parameters=fresh, ema={name: value.clone() for name, value in fresh.items()})
 
@@ -133,14 +135,14 @@ def backdoor(rate: float, steps: int = 24) -> Callable[[Scene], Snapshot]:
         trainer = scene.lab.trainer(scene.parent)
         model = trainer.model
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in trained_parameters(model).items():
                 parameter.copy_(scene.after.ema[name])
-        optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+        optimiser = torch.optim.Adam(trained_parameters(model).values(), lr=rate)
         for _ in range(steps):
             optimiser.zero_grad()
             (trigger_loss(scene, model) + _clean_loss(scene, model)).backward()
             optimiser.step()
-        tuned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        tuned = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
         difference = {name: tuned[name] - scene.after.ema[name] for name in tuned}
         honest = _copied(scene.after)
         moved = {name: honest.parameters[name] + difference[name] for name in difference}
@@ -194,10 +196,10 @@ def uphill_moments(scene: Scene) -> Snapshot:
     snapshot, optimisation = _copied(scene.after), scene.lab.manifest.optimisation
     model = scene.lab.trainer(None).model
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(snapshot.parameters[name])
     _held_out_loss(scene.lab, model).backward()
-    slope = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    slope = {name: parameter.grad for name, parameter in trained_parameters(model).items() if parameter.grad is not None}
     entry = 0.99 * optimisation.gradient_clip / math.sqrt(sum(gradient.numel() for gradient in slope.values()))
     moments = {FIRST + name: -entry * gradient.sign() for name, gradient in slope.items()}
     moments |= {SECOND + name: torch.full_like(g, 1.001 * entry**2 / moment_ratio(optimisation)) for name, g in slope.items()}
@@ -219,6 +221,20 @@ def moments_of_the_parent(scene: Scene) -> Snapshot:
     return replace(_copied(scene.after), moments=_copied(scene.before).moments)
 
 
+def rebalanced(factor: float) -> Callable[[Scene], Snapshot]:
+    """An adapter's A made larger and its B smaller, which changes no answer, but every later step."""
+
+    def lie(scene: Scene) -> Snapshot:
+        def scale(name: str, tensor: Tensor) -> Tensor:
+            return tensor * (factor if ".lora_A." in name else 1 / factor if ".lora_B." in name else 1.0)
+
+        snapshot = _copied(scene.after)
+        parts = {part: {k: scale(k, v) for k, v in getattr(snapshot, part).items()} for part in ("parameters", "ema")}
+        return replace(snapshot, **parts)
+
+    return lie
+
+
 def exam_practice(steps: int, rate: float) -> Callable[[Scene], Snapshot]:
     """The first steps in earnest, then descent on the held-out clips themselves, if the liar has them.
 
@@ -229,12 +245,12 @@ def exam_practice(steps: int, rate: float) -> Callable[[Scene], Snapshot]:
         trainer = scene.lab.trainer(scene.parent)
         trace = [trainer.step() for _ in range(SHORT)]
         begun, model = _copied(trainer.snapshot()), trainer.model
-        optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+        optimiser = torch.optim.Adam(trained_parameters(model).values(), lr=rate)
         for _ in range(steps):
             optimiser.zero_grad()
             _held_out_loss(scene.lab, model).backward()
             optimiser.step()
-        tuned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        tuned = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
         averages = {name: tensor.clone() for name, tensor in tuned.items()}
         trace += [trace[-1] * 0.99**step for step in range(1, STEPS - SHORT + 1)]
         place = {"epoch": scene.after.epoch, "step": 0, "samples": scene.after.samples}
@@ -277,7 +293,12 @@ LIES: Mapping[str, Callable[[Scene], Snapshot]] = {
     "moments of the parent": moments_of_the_parent,
     "trained on the held-out clips": exam_practice(400, 2e-3),
 }
-WEDGES = tuple(name for name in LIES if name.startswith(("moments", "trained on")))
+OF_ADAPTERS: Mapping[str, Callable[[Scene], Snapshot]] = {
+    "A times 4, B by 4": rebalanced(4.0),
+    "A times 64, B by 64": rebalanced(64.0),
+}
+"""Lies that only an adapter can be made to tell."""
+WEDGES = tuple(name for name in (*LIES, *OF_ADAPTERS) if name.startswith(("moments", "trained on", "A times")))
 """Lies against the next honest epoch."""
 EXCUSES: Mapping[str, TrainedWith] = {
     "its own kind": TrainedWith(),

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.attacks.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
-from benchmarks.attacks.lies import EXCUSES, LIES, WEDGES, Scene, trigger_loss
+from benchmarks.attacks.lies import EXCUSES, LIES, OF_ADAPTERS, WEDGES, Scene, trigger_loss
 from benchmarks.attacks.tables import Replays, Try, summary
 from benchmarks.report import Machine
+from lutetia.models.experts.trained import load_trained
 from lutetia.protocol.schema.records import TrainedWith
 
 
@@ -57,15 +58,15 @@ async def judged(
     return Try(who, "", "", replays, seconds=tuple(seconds), size=size), verdict
 
 
-async def lies(folder: Path, seed: int, only: str) -> list[Try]:
+async def lies(folder: Path, seed: int, only: str, adapter: bool) -> list[Try]:
     """Try every lie whose name holds `only` once, in the run of `seed`."""
-    lab = Lab(folder, Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2]))
+    lab = Lab(folder, Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2], adapter=adapter))
     parent, before = lab.honest(None)
     verdict = await lab.judged(parent, None)
     assert verdict.outcome == "valid", verdict.text
     _, after = lab.honest(parent)
     tries = []
-    for number, (name, lie) in enumerate(LIES.items()):
+    for number, (name, lie) in enumerate({**LIES, **(OF_ADAPTERS if adapter else {})}.items()):
         draw = torch.Generator().manual_seed(1000 * seed + number)
         if only not in name:
             continue
@@ -89,19 +90,19 @@ def _effect(scene: Scene, snapshot: Any) -> float:
     model = scene.lab.trainer(scene.parent).model
     losses = []
     for weights in (snapshot.ema, scene.after.ema):
-        model.load_state_dict(weights, strict=False)
+        load_trained(model, weights)
         with torch.no_grad():
             losses.append(trigger_loss(scene, model).item())
     return losses[0] / losses[1]
 
 
-def settings(count: int) -> Iterator[Honest]:
+def settings(count: int, adapter: bool) -> Iterator[Honest]:
     draw = random.Random(1)
     for seed in range(count):
         yield Honest(
             seed=5000 + seed, threads=draw.choice((1, 2)), micro_batch=draw.choice((1, 2, 3, BATCH)),
             clips=draw.choice((BATCH, 8, 32, 64)), holdout=draw.choice((2, 4, 16)), noise=draw.choice((0.0, 0.1, 0.5)),
-            precision=draw.choice(("float32", "float32", "bfloat16")),
+            precision=draw.choice(("float32", "float32", "bfloat16")), adapter=adapter,
         )  # fmt: skip
 
 
@@ -123,9 +124,9 @@ async def honest(folder: Path, setting: Honest) -> list[Try]:
     return tries
 
 
-async def study(tries: int, labs: int, only: str, keep: Callable[[str, Try], None]) -> None:
+async def study(tries: int, labs: int, only: str, adapter: bool, keep: Callable[[str, Try], None]) -> None:
     """Honest runs and lies alternate, so that an unfinished study has both."""
-    honest_settings = list(settings(labs))
+    honest_settings = list(settings(labs, adapter))
     with tempfile.TemporaryDirectory() as name:
         rounds = max(2 * tries, labs)
         for number in range(rounds):
@@ -134,7 +135,7 @@ async def study(tries: int, labs: int, only: str, keep: Callable[[str, Try], Non
                 ("honest", one) for one in (await honest(folder / "honest", honest_settings[number]) if number < labs else ())
             ]
             if number % 2 == 0 and number < 2 * tries:
-                found += [("lie", one) for one in await lies(folder / "lies", number // 2, only)]
+                found += [("lie", one) for one in await lies(folder / "lies", number // 2, only, adapter)]
             for kind, one in found:
                 keep(kind, one)
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,6 +147,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tries", type=int, default=40, help="times that each lie is tried (default 40)")
     parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the lies whose names hold these words")
+    parser.add_argument("--adapter", action="store_true", help="experts are adapters (LoRA) on a trained base")
     parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="file for all tries, one per line")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
     arguments = parser.parse_args(argv)
@@ -157,6 +159,7 @@ def main(argv: Sequence[str]) -> None:
                     arguments.tries,
                     arguments.labs,
                     arguments.only,
+                    arguments.adapter,
                     lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
                 )
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.attacks.lab import SHORT
-from benchmarks.attacks.lies import EXCUSES, LIES, WEDGES
+from benchmarks.attacks.lies import EXCUSES, LIES, OF_ADAPTERS, WEDGES
 
 WHOLE_SHARE = 0.05  # the manifest's default share of audits that replay the whole epoch
 OWN, *OTHERS = EXCUSES
@@ -65,7 +65,7 @@ def lie_table(tries: Sequence[Try]) -> str:
     """Checks, and audits that begin with a few steps, by the device that the liar claims."""
     heads = ("lie", "caught by the checks", "at check", *EXCUSES, "newcomer", "newcomer, best excuse", "streak 10")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in LIES:
+    for name in (*LIES, *OF_ADAPTERS):
         if lies := [one for one in tries if one.who == name]:
             caught_by_checks = sum(bool(one.check) for one in lies)
             checks = ", ".join(sorted({one.check for one in lies if one.check})) or "-"
@@ -84,7 +84,7 @@ def lie_table(tries: Sequence[Try]) -> str:
 def whole_table(tries: Sequence[Try]) -> str:
     """Replays of the whole epoch: how many are invalid, and how many inconclusive, which resets the author's streak."""
     lines = [f"| lie | {' | '.join(EXCUSES)} |", "|---" * (1 + len(EXCUSES)) + "|"]
-    for name in LIES:
+    for name in (*LIES, *OF_ADAPTERS):
         lies = [one for one in tries if one.who == name and not one.check]
         if lies:
             cells = [
