@@ -284,6 +284,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     def free_experts(self) -> None:
         """Drop all experts from memory; they are read again at their next use."""
         self._held.clear()
+        if isinstance(self._read, AdapterExperts):
+            self._read.free()
 
     def expert(self, index: int) -> Denoiser:
         """Expert `index`, read on first use."""

@@ -52,8 +52,12 @@ def generate(
         ),
     ] = None,
     hub: Annotated[
-        bool, setting("HUB", "Download the text encoder or autoencoder if the mixture names one by a hub id. It runs no code.")
+        bool,
+        setting("HUB", "Download the text encoder, autoencoder or base that the mixture names by a hub id. It runs no code."),
     ] = False,
+    base: Annotated[
+        Path | None, setting("BASE", "Folder of the base of a mixture of adapters; default: what was downloaded before.")
+    ] = None,
     n: Annotated[int, setting("N", "Number of clips of each prompt; several get numbered files.", "--n", min=1, max=64)] = 1,
     as_json: JsonFlag = False,
 ) -> None:  # fmt: skip
@@ -71,7 +75,7 @@ def generate(
     document = read_mixture(mixture).mixture
     plan = plan_sampling(document, device=device, dtype=dtype, experts_in_memory=experts_in_memory, tiling=tiling)
     say(plan.reason)
-    sampler = MixtureLoader(mixture, hub=hub, plan=plan)
+    sampler = MixtureLoader(mixture, hub=hub, plan=plan, base=base)
     files, experts = numbered(out, len(texts)), []
     with progress("generate") as report:
         clips = sampler.generate(

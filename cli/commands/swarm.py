@@ -1,4 +1,4 @@
-"""`lutetia swarm status|fetch`: ask a run's peers over py-libp2p, without hivemind or torch."""
+"""`lutetia swarm status|fetch|export`: ask a run's peers over py-libp2p, without hivemind or torch; hand a model on."""
 
 from __future__ import annotations
 
@@ -96,3 +96,32 @@ def fetch(
         mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
     document = {"folder": str(out), "mixture": mixture.digest, "run": mixture.run, "files": len(mixture.files)}
     emit(document, as_json, lambda: f"mixture {mixture.digest[:12]} is in {out}; next: lutetia generate PROMPT --mixture {out}")
+
+
+@app.command("export")
+def export(
+    mixture: Annotated[Path, typer.Argument(help="Folder of a mixture of adapters.", metavar="MIXTURE")],
+    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.", metavar="FILE")],
+    expert: Annotated[str, setting("EXPORT_EXPERT", "Name or number of the expert.")] = "0",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write one adapter as a single file, in the names of the base's original release, for ComfyUI and programs like it."""
+    from lutetia.models.experts.adapters.lora_file import LORA_FILE
+    from lutetia.models.experts.adapters.single_file import write_single_file
+    from lutetia.models.mixing.folder import MixtureFolder
+    from lutetia.system.errors import UsageError
+
+    folder = MixtureFolder(mixture)
+    experts = [entry for entry in folder.document.experts if entry.folder]
+    found = [entry for entry in experts if expert in (entry.name, str(int((entry.folder or "").partition("_")[2])))]
+    if folder.document.network is None:
+        raise UsageError(f"{mixture} holds whole experts; each is a diffusers model of its own in its folder")
+    if not found:
+        raise UsageError(f"{mixture} has no expert {expert!r}; it has {', '.join(entry.name for entry in experts)}")
+    write_single_file(folder.check(f"{found[0].folder}/{LORA_FILE}"), out, folder.document.network)
+    document = {
+        "file": str(out),
+        "expert": found[0].name,
+        "base": folder.document.network.model_dump()["adapter"]["base"]["source"],
+    }
+    emit(document, as_json, lambda: f"wrote {out}: the adapter {document['expert']} for {document['base']}")

@@ -32,13 +32,14 @@ class SampledClip:
 class MixtureLoader:
     """A mixture, loaded once."""
 
-    def __init__(self, folder: Path, hub: bool = False, plan: SamplingPlan | None = None) -> None:
+    def __init__(self, folder: Path, hub: bool = False, plan: SamplingPlan | None = None, base: Path | None = None) -> None:
         """Load it.
 
         Args:
             folder: the mixture.
             hub: whether models that it names by a hub id may be downloaded.
             plan: device, dtype, experts in memory and tiling. None: the CPU in float32, with all experts in memory.
+            base: folder of the base of a mixture of adapters. None: what was downloaded before.
         """
         import torch
 
@@ -48,7 +49,7 @@ class MixtureLoader:
         self.plan = plan or SamplingPlan("cpu", "float32", None, False)
         self.pipeline = load_pipeline(
             folder, hub=hub, device=self.plan.device, dtype=getattr(torch, self.plan.dtype),
-            experts_in_memory=self.plan.experts_in_memory,
+            experts_in_memory=self.plan.experts_in_memory, base=base,
         )  # fmt: skip
         self.names = [expert.name for expert in read_mixture(folder).mixture.experts]
 

@@ -56,7 +56,7 @@ def plan_sampling(
     precision, why_precision = choose_precision(place, dtype, seen)
     reasons = [f"device {why_place}", f"dtype {why_precision.replace(' with a scaled loss', '')}"]
     if experts_in_memory is None:
-        experts_in_memory, why = experts_that_fit(expert_sizes(document, precision), free_memory(place))
+        experts_in_memory, why = experts_that_fit(expert_sizes(document, precision), free_memory(place) - base_bytes(document))
         reasons.append(why)
     if tiling is None:
         tiling = document.latent.pixel_height * document.latent.pixel_width > LARGEST_UNTILED
@@ -70,6 +70,12 @@ def expert_sizes(document: MixtureDocument, precision: Precision) -> list[int]:
     folders = [expert.folder for expert in document.experts if expert.folder]
     stored = [sum(ref.size for name, ref in document.files.items() if name.startswith(f"{folder}/")) for folder in folders]
     return [size if precision == "float32" else size // 2 for size in stored]
+
+
+def base_bytes(document: MixtureDocument) -> int:
+    """Bytes that the base of a mixture of adapters takes, at most: those of its files."""
+    adapter = document.network and document.network.adapter
+    return adapter.base.size if adapter else 0
 
 
 def experts_that_fit(sizes: list[int], free: int) -> tuple[int | None, str]:

@@ -97,6 +97,10 @@ class AdapterExperts:
 
         return denoise
 
+    def free(self) -> None:
+        """Drop the base from memory. Denoisers that were given before are of no use afterwards."""
+        self._model, self._slots, self._placed = None, {}, None
+
     def _tensors(self, part: str) -> dict[str, Tensor]:
         """The adapter's tensors by published name, on the mixture's device and in its data type. Raises IntegrityError."""
         name = f"{part}/{LORA_FILE}"

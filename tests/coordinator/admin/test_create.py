@@ -11,11 +11,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from lutetia.coordinator.admin.base import settle_base
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings, ServeSettings, small_expert, tiny_expert
 from lutetia.models.data.description import files_of, read_data
+from lutetia.models.experts.adapters.base_sources import read_paths
 from lutetia.models.experts.families import build_expert
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
@@ -183,3 +185,41 @@ def test_locked_folder_refuses_a_second_coordinator(data: Path, tmp_path: Path):
 def test_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="holds no run"):
         RunFolder(tmp_path).read_manifest(time.time())
+
+
+def test_adapters_name_their_base_and_need_a_capability(data: Path, tmp_path: Path):
+    build_expert(tiny_expert(latent_spec()), 7).save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    table = {"base": str(tmp_path / "base"), "rank": 2, "dtype": "bfloat16"}
+    for serve in (False, True):
+        settings = RunSettings(preset="tiny", expert={"adapter": {**table, "serve": serve}})  # pyright: ignore[reportArgumentType]
+        created = create_run(data, tmp_path / f"run {serve}", settings)
+        adapter, run = created.manifest.expert.adapter, RunFolder(created.folder)
+        assert adapter is not None
+        assert (adapter.rank, adapter.base.source, adapter.base.dtype) == (2, "base", "bfloat16")
+        assert "adapters" in created.manifest.needs, "an older peer would train the whole network"
+        assert [BlobStore(run.blobs).has(ref.digest) for ref in adapter.base.files.values()] == [serve]
+    settle_base(run, created.manifest, None)
+    assert read_paths(run.base) == {name: BlobStore(run.blobs).path(ref.digest) for name, ref in adapter.base.files.items()}
+    run = RunFolder(tmp_path / "run False")
+    settle_base(run, run.read_manifest(time.time()).manifest, None)
+    (tmp_path / "base" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="lacks diffusion_pytorch_model.safetensors"):
+        settle_base(run, run.read_manifest(time.time()).manifest, None)
+
+
+@pytest.mark.parametrize(
+    ("expert", "options", "words"),
+    [
+        ({"adapter": {"base": "no/such-model"}}, {}, "cannot load base 'no/such-model'"),
+        ({"adapter": {"base": "BASE", "targets": ["to_x"]}}, {}, "the adapter's target 'to_x' names no layer"),
+        ({"adapter": {"base": "BASE"}}, {"warm_start": "BASE"}, "adapters start from their base; leave warm_start out"),
+    ],
+)
+def test_wrong_adapter_is_one_sentence(data: Path, tmp_path: Path, monkeypatch, expert, options, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    build_expert(tiny_expert(latent_spec()), 7).save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    named = {key: str(tmp_path / "base") if value == "BASE" else value for key, value in expert["adapter"].items()}
+    given = {key: str(tmp_path / "base") for key in options}
+    with pytest.raises(ConfigError, match=words):
+        create_run(data, tmp_path / "run", RunSettings(preset="tiny", expert={"adapter": named}, **given))  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "run").exists()

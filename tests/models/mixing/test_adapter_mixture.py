@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lutetia.models.experts.adapters.build import load_expert
@@ -25,6 +26,7 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.models.warm_start import find_sources
 from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.system.errors import ConfigError, IntegrityError
+from tests.cli.command_runner import failure, lutetia
 from tests.models.experts.tiny_base import FILE, adapting, tiny_base
 from tests.models.mixing.tiny_mixture import PIXELS, signed_anew
 from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, WAN, tiny_data, tiny_manifest
@@ -84,6 +86,10 @@ def test_experts_share_one_base_and_answer_as_if_each_were_alone(mixture) -> Non
     read = loaded._read
     assert isinstance(read, AdapterExperts)
     assert read._resident() is read._resident()
+    loaded.free_experts()
+    assert read._model is None, "the base is freed with the experts"
+    again = loaded(data.latents[:3], 1000 * t, data.tokens[:3], weights=torch.eye(3), return_dict=False)[0]
+    assert torch.allclose(again, torch.stack([alone[k][k] for k in range(3)]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -134,6 +140,17 @@ def test_base_that_is_missing_or_another_is_refused_before_sampling(mixture, tmp
         load_pipeline(mixture.folder, base=tmp_path)
     with pytest.raises(ConfigError, match="lacks diffusion_pytorch_model.safetensors"):
         load_pipeline(mixture.folder, base=tmp_path / "nowhere")
+
+
+def test_export_writes_one_adapter_as_a_single_file(mixture, tmp_path) -> None:
+    run = lutetia("swarm", "export", mixture.folder, tmp_path / "lora.safetensors", "--expert", "shard 1", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["base"] == "tiny/base@0123456"
+    written = load_file(tmp_path / "lora.safetensors")
+    name = "blocks.0.attn1.to_q.lora_B.weight"
+    assert torch.allclose(written["diffusion_model.blocks.0.self_attn.q.lora_B.weight"], mixture.adapters[1][name] * 1.5)
+    unknown = lutetia("swarm", "export", mixture.folder, tmp_path / "none.safetensors", "--expert", "9", "--json")
+    assert "has no expert '9'; it has shard 0, shard 1, shard 2" in failure(unknown)["message"]
 
 
 def test_pipeline_samples_from_adapters_and_follows_a_change_of_dtype(tmp_path) -> None:
