@@ -22,6 +22,7 @@ STUDIES = {
     "fuzz": "benchmarks.fuzz.main",
     "gpu": "benchmarks.gpu.main",
     "judge-attacks": "benchmarks.attacks.judge_attacks",
+    "lying-checkers": "benchmarks.lending.lying_checkers",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",
     "releases": "benchmarks.releases",

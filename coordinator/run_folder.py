@@ -70,6 +70,26 @@ class RunFolder:
         return self.root / "holdouts"
 
     @property
+    def reserve(self) -> Path:
+        """Which files of held-out clips may be given to strangers, one for each check."""
+        return self.root / "reserve.json"
+
+    @property
+    def sizes(self) -> Path:
+        """How large the files of a checkpoint may be, for a coordinator that starts no worker process."""
+        return self.root / "sizes.json"
+
+    @property
+    def parts(self) -> Path:
+        """The parts of a mixture that need no weights, for a coordinator that starts no worker process."""
+        return self.root / "parts"
+
+    @property
+    def parts_of(self) -> Path:
+        """Digest of the manifest for which `sizes` and `parts` were made."""
+        return self.root / "parts.manifest"
+
+    @property
     def holdouts_served(self) -> Path:
         """A marker: an earlier version served the held-out clips to peers."""
         return self.root / "holdouts.served"

@@ -16,6 +16,7 @@ from lutetia.coordinator.admin.upgrade import check_version, published
 from lutetia.coordinator.holdouts import withdraw_holdouts
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.signed_head import check_head
+from lutetia.coordinator.lending.prepare import check_lending, prepare_lending
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.recovery import SignedLineages
 from lutetia.coordinator.service import Service
@@ -127,6 +128,9 @@ async def serve_run(
         if newer:
             ledger.append([published(signed.manifest, identity.public_key, time.time())])
         renew_mixture_signature(folder, ledger.state, identity)
+        if settings.lend_checks:
+            check_lending(folder, settings)
+        sizes = await prepare_lending(folder, signed.manifest, settings) if settings.lend_checks else None
         transport = await connecting(live, identity, folder, settings)
         try:
             lineage = SignedLineages(transport, live, identity.public_key)
@@ -135,7 +139,16 @@ async def serve_run(
                 folder.restored.unlink(missing_ok=True)
             served = ServedRun(signed.manifest.name, _ticket(folder), listener and page_address(listener))
             service = Service(
-                folder, live, identity, ledger, transport, settings, lineage, recover, on_serving=lambda: on_serving(served)
+                folder,
+                live,
+                identity,
+                ledger,
+                transport,
+                settings,
+                lineage,
+                recover,
+                sizes,
+                on_serving=lambda: on_serving(served),
             )
             with _signals(service.stopping):
                 await service.serve(listener)

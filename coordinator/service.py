@@ -19,6 +19,10 @@ from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.ledger.status_builder import status as status_of
+from lutetia.coordinator.lending.mixtures import LentMixtures
+from lutetia.coordinator.lending.reserve import read_reserve
+from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
+from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
@@ -37,6 +41,7 @@ from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.worker.client import WorkerClient
+from lutetia.coordinator.worker.messages import SizesMeasured
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BlobServer
@@ -75,6 +80,7 @@ class Service:
         ledger: open for writing.
         lineage: finds what the DHT holds and the ledger lacks; used when `recovering`.
         stopping: set it to end `serve`.
+        sizes: of the shards' files; given, no worker process is started, and nodes check.
         on_serving: called once peers can reach it.
     """
 
@@ -86,6 +92,7 @@ class Service:
     settings: ServeSettings
     lineage: SignedLineages
     recovering: bool
+    sizes: SizesMeasured | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     on_serving: Callable[[], None] = lambda: None
 
@@ -98,15 +105,30 @@ class Service:
         self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
         self.head = HeadFile(self.folder.head, self.ledger, self.identity)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
-        self.check_worker, self.mixture_worker, self.audit_worker, self.proof_worker = self.workers = (
-            self._worker("checking"), self._worker("making"), self._worker("auditing"), self._worker("proving"),
-        )  # fmt: skip
         holdouts = Holdouts(holdout_store(self.folder), self.identity.secret_for("held-out draws"))
-        self.check_runner = NetworkCheckRunner(
-            self.transport, self.manifest, self.blobs, self.incoming, self.check_worker, self.audit_worker,
+        common = (
             self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_states(), self.settings.kept_states,
-            self.proof_worker, self.settings.check_seconds,
         )  # fmt: skip
+        self.lender = self._lender() if self.sizes else None
+        self.mixture_worker: WorkerClient
+        if self.lender and self.sizes:
+            none = NoWorker()
+            self.mixture_worker = LentMixtures(
+                self.folder, lambda: self.manifest, self.lender, self.incoming, self.settings.slowest_bytes_per_second
+            )
+            self.workers = (self.mixture_worker,)
+            self.check_runner = LentCheckRunner(
+                self.transport, self.manifest, self.blobs, self.incoming, none, none, *common, lender=self.lender,
+                check_seconds=self.settings.check_seconds, sizes=self.sizes, reserve=read_reserve(self.folder),
+            )  # fmt: skip
+        else:
+            checks, audits, proofs = (self._worker(name) for name in ("checking", "auditing", "proving"))
+            self.mixture_worker = self._worker("making")
+            self.workers = (checks, self.mixture_worker, audits, proofs)
+            self.check_runner = NetworkCheckRunner(
+                self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs,
+                self.settings.check_seconds,
+            )  # fmt: skip
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
             self.transport, self.identity, lambda: self.judge_loop.rules, lambda: self.judge_loop.state.run
@@ -125,9 +147,11 @@ class Service:
         self.judge_loop.auditors = lambda: free_auditors(self.swarm_monitor.view)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
-            self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery,
+            self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery and not self.lender,
         )  # fmt: skip
-        self.audit_service = AuditService(self.transport, self.judge_loop, self.check_runner, self._nodes)
+        self.audit_service = AuditService(
+            self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
+        )
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
         self.source = RunSource(self.folder, self.ledger, self.live, self.status)
         self._status: tuple[float, SwarmStatus] | None = None
@@ -173,6 +197,8 @@ class Service:
             "manifest notifier": every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
+        if self.lender:
+            tasks["lent checks"] = self.lender.watch()
         if listener:
             tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs, self.upload, self.source))
         return tasks
@@ -183,9 +209,12 @@ class Service:
         await AcceptedService(self.transport, self.live).serve()
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
-        await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload).answer)
+        lent = self.lender.lent_store if self.lender else lambda peer_id, digest: None
+        await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload, lent).answer)
         await self.offer_service.serve()
         await self.audit_service.serve()
+        if self.lender:
+            await self.lender.serve()
 
     # --- the run's state and the manifest ---------------------------------------------------------------------------------
 
@@ -193,6 +222,13 @@ class Service:
         return JudgeRules(
             self.manifest, self.identity.public_key, self.identity.secret_for("audit lottery"),
             offers_per_minute=self.settings.offers_per_minute, checks_at_once=self.settings.checks_at_once,
+        )  # fmt: skip
+
+    def _lender(self) -> CheckLender:
+        return CheckLender(
+            self.transport, lambda: self.manifest, lambda: self.judge_loop.state.run, self._nodes,
+            lambda: free_auditors(self.swarm_monitor.view), lambda event: self.judge_loop.append(event),
+            frozenset(self.settings.checkers),
         )  # fmt: skip
 
     def _worker(self, name: str) -> WorkerClient:

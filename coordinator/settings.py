@@ -212,6 +212,15 @@ class ServeSettings(_Settings):
     base: Path | None = Field(
         default=None, description="Folder of the weights that the run's adapters are trained on; without it where they were found"
     )
+    lend_checks: bool = Field(
+        default=False,
+        description="Have nodes that stand by check results, replay epochs and train the router, and start no worker process",
+    )
+    checkers: tuple[PublicKey, ...] = Field(
+        default=(), max_length=1024,
+        description="Public keys of the nodes that may see held-out clips, with lend_checks; only these are asked. Without any, "
+        "every node may be asked, and each check uses up clips of the reserve that `lutetia coordinator reserve` draws",
+    )  # fmt: skip
     stitch: Literal["refresh", "end"] = Field(
         default="refresh", description="When to make the mixture: refresh, after acceptances; end, once all budgets are done"
     )

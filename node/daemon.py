@@ -23,6 +23,8 @@ from lutetia.node.runtime.status_fields import status_fields
 from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.schedule import WeeklyHours, follow_schedule
 from lutetia.node.services.auditor import NodeAuditor
+from lutetia.node.services.borrowing import Borrowing
+from lutetia.node.services.checker import NodeChecker
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.node.services.membership import Membership
 from lutetia.node.services.thermal import check_sensors, limit_temperature
@@ -146,7 +148,9 @@ class NodeDaemon:
         if limit := self.settings.max_temp:
             services.append(self._limit_temperature(shell, limit))
         if self.settings.audits:
-            services.append(NodeAuditor(shell).run())
+            borrowing = Borrowing()
+            checks = await asyncio.to_thread(BlobStore, paths.borrowed, self.settings.disk_limit)
+            services += [NodeAuditor(shell, borrowing).run(), NodeChecker(shell, borrowing, checks).run()]
         await shell.run(*services)
 
     async def _limit_temperature(self, shell: NodeShell, limit: float) -> None:

@@ -37,6 +37,10 @@ BACKENDS = ("protocol/transport/hivemind/", "protocol/light_client/bindings.py")
 PURE = (
     "node/machine/",
     "coordinator/acceptance/",
+    "coordinator/lending/agreement.py",
+    "coordinator/lending/loans.py",
+    "coordinator/lending/reports.py",
+    "coordinator/lending/reserve.py",
     "coordinator/ledger/events.py",
     "coordinator/ledger/reducer.py",
     "coordinator/ledger/audit_reducer.py",

@@ -27,6 +27,8 @@ def serve(
     stitch: Annotated[str | None, setting("STITCH")] = None,
     threads: Annotated[int | None, setting("COORDINATOR_THREADS", min=1)] = None,
     device: Annotated[str | None, setting("COORDINATOR_DEVICE")] = None,
+    lend_checks: Annotated[bool, setting("LEND_CHECKS")] = False,
+    checkers: Annotated[list[str] | None, setting("CHECKERS", "", "--checker")] = None,
     gallery: Annotated[bool | None, setting("GALLERY", "", "--gallery/--no-gallery")] = None,
     exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE")] = False,
     recover: Annotated[bool, setting("RECOVER")] = False,
@@ -39,6 +41,7 @@ def serve(
 
     flags = given(
         listen=listen, http=http, stitch=stitch, threads=threads, device=device, gallery=gallery,
+        lend_checks=lend_checks or None, checkers=tuple(checkers) if checkers else None,
         exit_when_done=exit_when_done or None, recover=recover or None,
     )  # fmt: skip
     settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config, "serve"), **flags})
@@ -61,6 +64,20 @@ def served_text(run: ServedRun) -> str:
     if run.ticket and reach_of_ticket(run.ticket) == "machine":
         lines.append("Only this machine can join: the ticket names no address that others reach.")
     return "\n".join(lines)
+
+
+@app.command("reserve")
+def reserve(
+    run: RunFolder,
+    clips: Annotated[int, setting("RESERVE_CLIPS", "Held-out clips that a check uses up.", min=1)] = 2,
+) -> None:
+    """Draw the reserve of held-out clips that checks by strangers use up, once, for `serve --lend-checks` without checkers."""
+    from lutetia.coordinator.admin.reserve import draw_reserve
+
+    drawn = draw_reserve(run, clips)
+    counts = sorted({len(files) for files in drawn.shards})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    show(f"The reserve is drawn: {many} checks of each shard, {clips} held-out clips each.")
 
 
 @app.command("replay")

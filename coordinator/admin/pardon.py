@@ -42,10 +42,16 @@ def pardon(root: Path, who: str) -> tuple[str, bool]:
 
 def _quarantined(run: RunState, who: str) -> str:
     matches = [
-        owner for owner in run.quarantined if who in (owner, peer_id_of(owner)) or (len(who) >= 8 and owner.startswith(who))
+        owner
+        for owner in sorted(run.quarantined.keys() | run.refuted_checkers.keys())
+        if who in (owner, peer_id_of(owner)) or (len(who) >= 8 and owner.startswith(who))
     ]
     if len(matches) != 1:
-        how_many = f"{len(matches)} quarantined peers are" if matches else "no quarantined peer is"
+        how_many = (
+            f"{len(matches)} quarantined peers or refuted checkers are"
+            if matches
+            else "no quarantined peer or refuted checker is"
+        )
         raise UsageError(f"{how_many} called {who}; `lutetia coordinator replay` names them")
     return matches[0]
 

@@ -180,4 +180,6 @@ def apply_suspicion(state: RunState, event: LineageSuspected | LineageKept) -> C
 def apply_pardoned(state: RunState, event: PeerPardoned) -> Changes:
     quarantined = {owner: why for owner, why in state.quarantined.items() if owner != event.owner}
     peers = state.peers.set(event.owner, state.peer(event.owner).updated(streak=0, trust=0))
-    return {"quarantined": quarantined, "peers": peers, "pardoned": {**state.pardoned, event.owner: event.time}}
+    refuted = {owner: why for owner, why in state.refuted_checkers.items() if owner != event.owner}
+    pardoned = {**state.pardoned, event.owner: event.time}
+    return {"quarantined": quarantined, "peers": peers, "pardoned": pardoned, "refuted_checkers": refuted}

@@ -13,10 +13,12 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReported,
     BaselineMeasured,
+    CheckerRefuted,
     CheckpointAccepted,
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    HoldoutBurnt,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
@@ -71,6 +73,12 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard}: {back}, {why}"
         case PeerPardoned():
             return f"peer {event.owner[:8]} was pardoned and starts without trust"
+        case CheckerRefuted():
+            return f"peer {event.owner[:8]} is given no more checks: {event.text}"
+        case HoldoutBurnt():
+            return (
+                f"shard {event.shard}: held-out clips {event.holdout[:12]} given to strangers for {event.checkpoint[:12]} alone"
+            )
         case RouterTrained():
             return f"router trained, accuracy {100 * event.accuracy:.1f} %, for epochs {list(event.epochs)}"
         case MixtureStitched():

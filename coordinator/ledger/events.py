@@ -21,6 +21,7 @@ from lutetia.protocol.schema.fields import (
     MeasuredLoss,
     Moment,
     Name,
+    OpenWord,
     PublicKey,
     Seconds,
     Sentence,
@@ -244,6 +245,26 @@ class PeerPardoned(_Event):
     owner: PublicKey = Field(description="The pardoned peer.")
 
 
+class CheckerRefuted(_Event):
+    """This peer's report on a check contradicts those of two others that agree: it is not asked again until a pardon."""
+
+    kind: Literal["checker-refuted"] = "checker-refuted"
+    owner: PublicKey = Field(description="The peer whose report is contradicted.")
+    check: OpenWord = Field(description="What it was to check: result, replay, router or router-report.")
+    shard: _Shard
+    epoch: EpochCount = Field(default=0, description="Epoch of the result; 0 for the router.")
+    text: Sentence = Field(default="", description="Why, in words.")
+
+
+class HoldoutBurnt(_Event):
+    """Held-out clips were given to strangers to check one result, and are used for no other."""
+
+    kind: Literal["holdout-burnt"] = "holdout-burnt"
+    shard: _Shard
+    holdout: Digest = Field(description="Digest of the file of these clips.")
+    checkpoint: Digest = Field(description="The result that is scored on them.")
+
+
 class LineageRolledBack(_Event):
     """A shard is at an earlier epoch again: a result accepted after it was found invalid, or the run's operator asked for it."""
 
@@ -319,6 +340,8 @@ Event = Annotated[
     | AuditReported
     | PeerQuarantined
     | PeerPardoned
+    | CheckerRefuted
+    | HoldoutBurnt
     | LineageRolledBack
     | LineageSuspected
     | LineageKept

@@ -28,10 +28,12 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReported,
     BaselineMeasured,
+    CheckerRefuted,
     CheckpointAccepted,
     CoordinatorStarted,
     CoordinatorStopped,
     Event,
+    HoldoutBurnt,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
@@ -65,6 +67,7 @@ from lutetia.protocol.schema.verdicts import CheckName
 REMEMBERED_REFUSALS = 32
 """Refusals that the status document shows."""
 _REMEMBERED_VERDICTS = 256
+_REMEMBERED_LIARS = 4096
 _BLAMELESS_CHECKS: frozenset[CheckName] = frozenset({"signature", "lineage", "transfer"})
 """No evidence of bad work: anybody can send a forged record in a peer's name, and a partition makes honest lineages stale."""
 _UNREMEMBERED_CHECKS = _BLAMELESS_CHECKS | {"quarantine", "size"}
@@ -110,6 +113,10 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {"quarantined": {**state.quarantined, event.owner: event}}
         case PeerPardoned():
             return apply_pardoned(state, event)
+        case CheckerRefuted():
+            return {"refuted_checkers": _newest({**state.refuted_checkers, event.owner: event})}
+        case HoldoutBurnt():
+            return {"burnt": {**state.burnt, event.holdout: event.checkpoint}}
         case LineageRolledBack():
             return apply_rolled_back(state, event)
         case LineageSuspected() | LineageKept():
@@ -124,6 +131,13 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {}
         case _:
             assert_never(event)
+
+
+def _newest(refuted: dict[str, CheckerRefuted]) -> dict[str, CheckerRefuted]:
+    """At most _REMEMBERED_LIARS: a new identity costs nothing, and must not cost memory."""
+    while len(refuted) > _REMEMBERED_LIARS:
+        del refuted[next(iter(refuted))]
+    return refuted
 
 
 def _router(state: RunState, event: RouterTrained) -> RouterTrained:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 from lutetia.coordinator.ledger.events import (
+    CheckerRefuted,
     MixtureStitched,
     Outcome,
     PeerQuarantined,
@@ -262,6 +263,8 @@ class Changes(TypedDict, total=False):
     audits: Mapping[str, PendingAudit]
     quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
     pardoned: Mapping[str, float]
+    refuted_checkers: Mapping[str, CheckerRefuted]
+    burnt: Mapping[str, str]
     refusals: tuple[ResultRefused, ...]
     spent: Mapping[tuple[CheckName, Outcome], CheckCosts]
     accepted: int
@@ -296,6 +299,10 @@ class RunState:
     """By public key."""
     pardoned: Mapping[str, float] = field(default_factory=dict)
     """Public key -> when its last quarantine was lifted: Unix seconds."""
+    refuted_checkers: Mapping[str, CheckerRefuted] = field(default_factory=dict)
+    """Public key -> its report that two others contradict: it is given no checks."""
+    burnt: Mapping[str, str] = field(default_factory=dict)
+    """Digest of held-out clips that strangers were given -> the result that is scored on them."""
     refusals: tuple[ResultRefused, ...] = ()
     """The last ones, oldest first."""
     spent: Mapping[tuple[CheckName, Outcome], CheckCosts] = field(default_factory=dict)

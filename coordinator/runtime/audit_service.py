@@ -26,13 +26,20 @@ _LOCAL = ("/ip4/127.", "/ip6/::1/", "/ip4/10.", "/ip4/192.168.", "/ip4/172.")
 
 @dataclass
 class AuditService:
-    """Answers the audit stream. `peers` are the node records that the DHT has now; `pace` bounds how often one address asks."""
+    """Answers the audit stream.
+
+    Args:
+        peers: the node records that the DHT has now.
+        pace: bounds how often one address asks.
+        lends_checks: audits are lent as checks, on their own stream, and none on this one.
+    """
 
     transport: Transport
     judge_loop: JudgeLoop
     check_runner: NetworkCheckRunner
     peers: Callable[[], list[NodeRecord]]
     pace: RateWindow = field(default_factory=lambda: RateWindow(120))
+    lends_checks: bool = False
 
     async def serve(self) -> None:
         await serve_audits(self.transport, self._answer, self._admit, self.manifest.steps_per_epoch)
@@ -49,6 +56,8 @@ class AuditService:
     async def _answer(self, request: AuditRequest) -> AuditAnswer:
         if request.report is not None:
             return await self._take(request.report)
+        if self.lends_checks:
+            return AuditAnswer(retry_after=self.judge_loop.rules.audit_wait / 4, lends_checks=True)
         related = relatives(request.owner, self.peers())
         lend = await self.judge_loop.submit(AuditWanted(request.owner, self.transport.now(), related))
         assert isinstance(lend, LendAudit)

@@ -31,8 +31,9 @@ class OperatorNotes:
 
     async def _pardon(self) -> None:
         if noted := await asyncio.to_thread(noted_pardons, self.folder):
-            quarantined, now = self.judge_loop.state.run.quarantined, self.judge_loop.now()
-            await self.judge_loop.append(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in quarantined))
+            run, now = self.judge_loop.state.run, self.judge_loop.now()
+            known = run.quarantined.keys() | run.refuted_checkers.keys()
+            await self.judge_loop.append(*(PeerPardoned(time=now, owner=owner) for owner in noted if owner in known))
             await asyncio.to_thread(remove_notes, self.folder, noted)
             await self.publish_quarantine()
 

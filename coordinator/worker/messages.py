@@ -192,6 +192,19 @@ class StitchMixture(Job[MixtureReady]):
     router: Path | None
 
 
+class PartsPrepared(_Line):
+    """The parts were written."""
+
+    job: Literal["parts"] = "parts"
+
+
+class PrepareParts(Job[PartsPrepared]):
+    """Write the parts of a mixture that need no weights into the new folder `folder`."""
+
+    job: Literal["parts"] = "parts"
+    folder: Path
+
+
 class GallerySampled(_Line):
     """How many clips were written."""
 
@@ -208,11 +221,27 @@ class SampleGallery(Job[GallerySampled]):
 
 
 AnyJob = Annotated[
-    MeasureSizes | InspectFiles | MeasureLoss | ReadTrace | ReplayEpoch | TrainRouter | StitchMixture | SampleGallery,
+    MeasureSizes
+    | InspectFiles
+    | MeasureLoss
+    | ReadTrace
+    | ReplayEpoch
+    | TrainRouter
+    | StitchMixture
+    | PrepareParts
+    | SampleGallery,
     Field(discriminator="job"),
 ]
 AnyAnswer = Annotated[
-    SizesMeasured | FilesInspected | LossMeasured | TraceRead | EpochReplayed | RouterReady | MixtureReady | GallerySampled,
+    SizesMeasured
+    | FilesInspected
+    | LossMeasured
+    | TraceRead
+    | EpochReplayed
+    | RouterReady
+    | MixtureReady
+    | PartsPrepared
+    | GallerySampled,
     Field(discriminator="job"),
 ]
 

@@ -33,6 +33,8 @@ from lutetia.coordinator.worker.messages import (
     MeasureLoss,
     MeasureSizes,
     MixtureReady,
+    PartsPrepared,
+    PrepareParts,
     ReadTrace,
     ReplayEpoch,
     RouterReady,
@@ -59,7 +61,6 @@ _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _MOST_HOLDOUTS = 16
 LEAN = ("checking", "auditing", "proving")
 """Worker processes with these names never load a text encoder, and start in half the time."""
-_NUMBER_REASONS = ("non-finite", "norm")
 
 
 class WorkerProcess:
@@ -98,9 +99,9 @@ class WorkerProcess:
         try:
             return JobDone(id=request.id, answer=self.do(request.job))
         except LutetiaError as error:
-            reason = getattr(error, "reason", None)
-            check = None if reason is None else "numbers" if reason in _NUMBER_REASONS else "format"
-            return JobRefused(id=request.id, text=str(error), check=check)
+            from lutetia.models.checking.result import failed_check
+
+            return JobRefused(id=request.id, text=str(error), check=failed_check(error))
 
     def do(self, job: AnyJob) -> AnyAnswer:
         """Raises LutetiaError when the job's files are wrong."""
@@ -119,6 +120,8 @@ class WorkerProcess:
                 return self.router(job)
             case StitchMixture():
                 return self.stitch(job)
+            case PrepareParts():
+                return self.parts(job)
             case SampleGallery():
                 return self.gallery(job)
             case _:
@@ -156,22 +159,10 @@ class WorkerProcess:
         return SizesMeasured(weights=weights, state=state)
 
     def inspect(self, job: InspectFiles) -> FilesInspected:
-        """Weights and training state must be exactly what the manifest says, and belong together; a trace has a loss per step."""
-        from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
-        from lutetia.models.training.moment_checks import check_moments
-        from lutetia.models.training.replay import read_trace
+        from lutetia.models.checking.result import ResultFiles, inspect_result
 
-        spec = self.manifest.expert_of(job.shard)
-        check_weights(job.weights, spec)
-        self._progress()
-        check_state(job.state, spec, self.manifest.optimisation)
-        self._progress()
-        check_moments(job.state, self.manifest.optimisation)
-        self._progress()
-        _check_agreement(self.manifest, job)
-        if (steps := len(read_trace(job.trace))) != self.manifest.steps_per_epoch:
-            text = f"its trace has {steps} losses; an epoch has {self.manifest.steps_per_epoch} steps"
-            raise CheckpointMisfit("shape", text)
+        files = ResultFiles(job.shard, job.epoch, job.weights, job.state, job.trace)
+        inspect_result(self.manifest, files, self._progress)
         return FilesInspected()
 
     def loss(self, job: MeasureLoss) -> LossMeasured:
@@ -241,6 +232,15 @@ class WorkerProcess:
         )  # fmt: skip
         return MixtureReady(digest=digest)
 
+    def parts(self, job: PrepareParts) -> PartsPrepared:
+        from lutetia.models.mixing.router import build_router
+        from lutetia.models.mixing.stitch import write_parts
+
+        job.folder.mkdir()
+        shards = [shard.index for shard in self.manifest.shards]
+        write_parts(job.folder, self.manifest, shards, build_router(self.manifest) if len(shards) > 1 else None)
+        return PartsPrepared()
+
     def _signed_by_parent(self, message: bytes) -> str:
         self._channel.send(encode(SignatureRequest(message=message.decode())))
         reply = read_to_worker(next(self._lines))
@@ -269,28 +269,6 @@ class WorkerProcess:
                 self._holdouts.clear()
             self._holdouts[path] = open_shard(path, self.manifest.latent)
         return self._holdouts[path]
-
-
-def _check_agreement(manifest: Manifest, job: InspectFiles) -> None:
-    """The state must start this shard's next epoch, and its averages must equal the published weights: training needs both.
-
-    Tensor by tensor, so that large experts fit a small coordinator. Raises CheckpointMisfit.
-    """
-    import torch
-    from safetensors import safe_open
-
-    from lutetia.models.training.checkpoint_checks import CheckpointMisfit
-    from lutetia.models.training.checkpoint_io import read_place
-
-    place = read_place(job.state, manifest, job.shard)
-    if (place["epoch"], place["step"]) != (job.epoch, 0):
-        text = f"the state is of epoch {place['epoch']}, step {place['step']}, not of epoch {job.epoch}, step 0; refused"
-        raise CheckpointMisfit("header", text)
-    with safe_open(job.state, framework="pt") as states, safe_open(job.weights, framework="pt") as published:
-        for name in states.keys():  # noqa: SIM118 (not a dictionary)
-            weight = name.removeprefix("ema.")
-            if weight != name and not torch.equal(states.get_tensor(name), published.get_tensor(weight)):
-                raise CheckpointMisfit("norm", f"{weight} in the state's averages is not the published one; refused")
 
 
 def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:

@@ -186,6 +186,16 @@ class NodeNetwork:
                 problem = error
         raise problem
 
+    async def fetch_into(self, store: BlobStore, ref: BlobRef) -> Path:
+        """The blob's file, from this node's stores or from peers into `store`, which is not served.
+
+        Raises UnreachableError, IntegrityError or DiskError.
+        """
+        for known in (self.store, store):
+            if await asyncio.to_thread(known.has, ref.digest):
+                return known.path(ref.digest)
+        return await fetch_blob(self.transport, store, ref, await self._providers(ref))
+
     async def fetch(
         self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None, listed_by: BlobRef | None = None
     ) -> Path:

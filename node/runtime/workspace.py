@@ -68,6 +68,11 @@ class RunPaths:
     def blobs(self) -> Path:
         return self.state / "blobs"
 
+    @property
+    def borrowed(self) -> Path:
+        """What a check for the coordinator needs; never served."""
+        return self.state / "borrowed"
+
 
 class AcceptedBase(Frozen):
     """The accepted checkpoint from which a shard's work continues."""

@@ -17,6 +17,7 @@ from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
 from lutetia.node.machine.messages import Exit
 from lutetia.node.pacing import SaveInterval, save_interval
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
+from lutetia.node.trainer.checking.answers import answer_check, answer_router
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
 from lutetia.node.trainer.devices import DeviceMissing
@@ -28,8 +29,10 @@ from lutetia.node.trainer.messages import (
     ProbeFinished,
     ProgressReport,
     RequestFailed,
+    RunCheck,
     RunProbe,
     RunReplay,
+    RunRouter,
     SetDutyCycle,
     StartTraining,
     StopTraining,
@@ -69,13 +72,17 @@ class DaemonOrders:
         self._channel.send(report.to_wire())
 
     def assignment(self) -> Assignment | None:
-        """Answer probes and replays until there is something to train; None when there is nothing."""
+        """Answer probes, replays and checks until there is something to train; None when there is nothing."""
         for message in self._messages:
             match parse_order(message):
                 case RunProbe(question=question):
                     self.send(answer_probe(question))
                 case RunReplay(question=question):
                     self.send(answer_replay(question))
+                case RunCheck(question=question):
+                    self.send(answer_check(question))
+                case RunRouter(question=question):
+                    self.send(answer_router(question))
                 case StartTraining(assignment=assignment):
                     self.until, self.duty_cycle = assignment.until, assignment.duty
                     return assignment

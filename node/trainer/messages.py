@@ -16,6 +16,7 @@ from lutetia.models.device import Precision
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import Assignment
+from lutetia.node.trainer.checking.questions import CheckFindings, CheckQuestion, RouterFindings, RouterQuestion
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.node.trainer.probe import ProbeQuestion, ProbeResult
 from lutetia.protocol.schema.canonical import Frozen
@@ -42,6 +43,9 @@ class ReplayQuestion(Frozen):
     device: str = Field(description="cpu, mps, cuda:N or xpu:N")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    doubt: tuple[float, float, bool] | None = Field(
+        default=None, description="Drifts between which the epoch's own noise is measured, and whether in the other precision"
+    )
 
 
 class _Message(BaseModel):
@@ -66,6 +70,20 @@ class RunReplay(_Message):
 
     do: Literal["replay"] = "replay"
     question: ReplayQuestion
+
+
+class RunCheck(_Message):
+    """Inspect and score a result; answered by CheckFinished or RequestFailed."""
+
+    do: Literal["check"] = "check"
+    question: CheckQuestion
+
+
+class RunRouter(_Message):
+    """Train or measure a router; answered by RouterFinished or RequestFailed."""
+
+    do: Literal["router"] = "router"
+    question: RouterQuestion
 
 
 class StartTraining(_Message):
@@ -102,7 +120,9 @@ class StopTraining(_Message):
     save: bool
 
 
-ToTrainer = RunProbe | RunReplay | StartTraining | AllowTraining | SetDutyCycle | DataArrived | StopTraining
+ToTrainer = (
+    RunProbe | RunReplay | RunCheck | RunRouter | StartTraining | AllowTraining | SetDutyCycle | DataArrived | StopTraining
+)
 
 
 # --- from the trainer process -----------------------------------------------------------------------------------------------
@@ -120,10 +140,21 @@ class ReplayFinished(_Message):
     losses: tuple[float | None, ...]
     drift: float | None
     made: TrainedWith
+    noise: float | None = None
+
+
+class CheckFinished(_Message):
+    say: Literal["checked"] = "checked"
+    findings: CheckFindings
+
+
+class RouterFinished(_Message):
+    say: Literal["routed"] = "routed"
+    findings: RouterFindings
 
 
 class RequestFailed(_Message):
-    """The probe or replay could not be done. `device_missing`: the device that the settings name is not there."""
+    """The probe, replay or check could not be done. `device_missing`: the device that the settings name is not there."""
 
     say: Literal["failed"] = "failed"
     text: str
@@ -187,8 +218,8 @@ class ExitReport(_Message):
 
 
 FromTrainer = (
-    ProbeFinished | ReplayFinished | RequestFailed | TrainerReady | ProgressReport | WaitingForPart | LocalStateSaved
-    | CheckpointWritten | DiskReport | ExitReport
+    ProbeFinished | ReplayFinished | CheckFinished | RouterFinished | RequestFailed | TrainerReady | ProgressReport
+    | WaitingForPart | LocalStateSaved | CheckpointWritten | DiskReport | ExitReport
 )  # fmt: skip
 
 

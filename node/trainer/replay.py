@@ -7,7 +7,7 @@ import math
 import torch
 
 from lutetia.models.data.parts.reader import open_shard
-from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay, under_budget
+from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, replay, under_budget
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed
 from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.system.errors import LutetiaError
@@ -25,8 +25,9 @@ def answer_replay(question: ReplayQuestion) -> ReplayFinished | RequestFailed:
             ReplayParent(question.epoch, question.weights, question.state), question.steps,
             end=end, device=question.device, precision=question.precision, micro_batch=question.micro_batch,
             base=question.base, memory=question.memory,
+            doubt=ReplayDoubt(*question.doubt) if question.doubt else None,
         )  # fmt: skip
     except (LutetiaError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=" ".join(str(error).split())[:500])
     losses = tuple(loss if math.isfinite(loss) else None for loss in outcome.losses)
-    return ReplayFinished(losses=losses, drift=outcome.drift, made=outcome.made)
+    return ReplayFinished(losses=losses, drift=outcome.drift, made=outcome.made, noise=outcome.noise)

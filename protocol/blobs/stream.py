@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
@@ -42,10 +42,18 @@ class BlobRefused(ConnectionError):
 
 
 class BlobServer:
-    """Answers blob streams from a store."""
+    """Answers blob streams from a store.
 
-    def __init__(self, store: BlobStore, rate: RateLimit) -> None:
-        self._store, self._rate = store, rate
+    Args:
+        store: what every peer may fetch.
+        rate: over all streams.
+        lent: the store of a blob that the peer of this id may fetch although others may not; None: it may not.
+    """
+
+    def __init__(
+        self, store: BlobStore, rate: RateLimit, lent: Callable[[str, str], BlobStore | None] = lambda peer_id, digest: None
+    ) -> None:
+        self._store, self._rate, self._lent = store, rate, lent
         self._streams: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
         self._turns = AnswerSlots(rate.answers_at_once, rate.bytes_per_second)
@@ -77,8 +85,9 @@ class BlobServer:
                 return False  # the client closes between two requests
             request += await stream.read_exactly(REQUEST_BYTES - 1)
         digest, first, count = request[:32].hex(), int.from_bytes(request[32:36], "big"), int.from_bytes(request[36:], "big")
+        store = self._lent(stream.peer_id, digest) or self._store
         try:
-            size = self._store.path(digest).stat().st_size
+            size = store.path(digest).stat().st_size
         except (BlobMissing, FileNotFoundError):
             await _refuse(stream, ABSENT)
             return False
@@ -91,34 +100,36 @@ class BlobServer:
             return False
         try:
             if count == 0:
-                await self._send_table(stream, slot, digest)
+                await self._send_table(stream, slot, store, digest)
             else:
-                await self._send_chunks(stream, slot, digest, size, first, count)
+                await self._send_chunks(stream, slot, store, digest, size, first, count)
         finally:
             self._turns.give_back(slot)
         async with asyncio.timeout(STALL_TIMEOUT):
             return await stream.read_exactly(1) == ACK
 
-    async def _send_table(self, stream: Stream, slot: AnswerSlot, digest: str) -> None:
-        hashes = self._store.table(digest).hashes
+    async def _send_table(self, stream: Stream, slot: AnswerSlot, store: BlobStore, digest: str) -> None:
+        hashes = store.table(digest).hashes
         await stream.write(bytes([OK]) + len(hashes).to_bytes(8, "big"))
         await self._send(stream, slot, hashes)
 
-    async def _send_chunks(self, stream: Stream, slot: AnswerSlot, digest: str, size: int, first: int, count: int) -> None:
+    async def _send_chunks(
+        self, stream: Stream, slot: AnswerSlot, store: BlobStore, digest: str, size: int, first: int, count: int
+    ) -> None:
         length = min(size, (first + count) * CHUNK) - first * CHUNK
         await stream.write(bytes([OK]) + length.to_bytes(8, "big"))
-        async with aclosing(self._read_ahead(digest, first, count)) as chunks:
+        async with aclosing(self._read_ahead(store, digest, first, count)) as chunks:
             async for chunk in chunks:
                 await self._send(stream, slot, chunk)
 
-    async def _read_ahead(self, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
+    async def _read_ahead(self, store: BlobStore, digest: str, first: int, count: int) -> AsyncGenerator[bytes]:
         """Read chunk n+1 from disk in a thread while chunk n is sent."""
-        coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, first))
+        coming = asyncio.ensure_future(asyncio.to_thread(store.read_chunk, digest, first))
         try:
             for index in range(first + 1, first + count + 1):
                 chunk = await coming
                 if index < first + count:
-                    coming = asyncio.ensure_future(asyncio.to_thread(self._store.read_chunk, digest, index))
+                    coming = asyncio.ensure_future(asyncio.to_thread(store.read_chunk, digest, index))
                 yield chunk
         finally:
             coming.cancel()

@@ -87,6 +87,7 @@ class AuditAnswer(WireDocument):
     job: AuditJob | None = Field(default=None, description="The audit to carry out; null: there is none")
     retry_after: Seconds = Field(default=0.0, description="Seconds to wait before asking again")
     text: Sentence = Field(default="", description="Reason of a refusal, for people")
+    lends_checks: bool = added(False, "Whether this coordinator also lends checks, on /lutetia/check/1")
 
 
 Answer = Callable[[AuditRequest], Awaitable[AuditAnswer]]

@@ -1,0 +1,1 @@
+"""Measurements of checks that are lent to nodes."""

@@ -1,0 +1,185 @@
+"""Which check is lent to whom, until when, and what a report changes. Pure: every function returns a new LendingDesk.
+
+A check that waits for a report is never forgotten: a loan that is late is no longer counted on, so that another peer is asked,
+but its report is still taken when it comes. A borrower that is gone gives its loan back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from lutetia.coordinator.lending.agreement import MOST_REPORTS, NEEDED, Settled, settle
+from lutetia.protocol.rpc.check_request import CheckReport
+
+SILENT_SECONDS = 600.0
+"""A borrower that has not asked again for so long has lost its loan; while it works it does so every two minutes."""
+FORGIVEN_SECONDS = 600.0
+"""For so long a peer that could not carry a check out is not offered it again."""
+_LEAST_LOAN = 600.0
+_TIMES_USUAL = 3.0
+_MOST_LOANS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CheckLoan:
+    """A check that a peer has. `began`, `heard` and `counts_until` are Unix seconds."""
+
+    id: str
+    began: float
+    heard: float
+    counts_until: float
+    """After this the coordinator asks another peer, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LentCheck:
+    """One check that nodes are to carry out.
+
+    Args:
+        name: the coordinator's name for it.
+        kind: as in CheckJob.
+        shard: whose expert it runs; None: of all shards.
+        since: when it was asked for, Unix seconds.
+        excluded: owners that must not have it: its author.
+        needed: reports that must agree; 1: the first one counts.
+        fewest: rows that each part of a result must have been scored on.
+        seconds: how long a loan is counted on.
+    """
+
+    name: str
+    kind: str
+    shard: int | None
+    since: float
+    excluded: frozenset[str] = frozenset()
+    needed: int = NEEDED
+    fewest: int = 1
+    seconds: float = _LEAST_LOAN
+    loans: Mapping[str, CheckLoan] = field(default_factory=dict)
+    reports: tuple[CheckReport, ...] = ()
+    failed: Mapping[str, float] = field(default_factory=dict)
+    """Owner -> when it could not carry it out."""
+
+    def missing(self, now: float) -> int:
+        """How many more peers to ask now."""
+        wanted = self.needed if len(self.reports) < self.needed else len(self.reports) + 1
+        counted = sum(now < loan.counts_until for loan in self.loans.values())
+        return min(wanted - len(self.reports) - counted, _MOST_LOANS - len(self.loans))
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A peer that asks for a check. `related`: the peers of its operator or its public address, itself included."""
+
+    owner: str
+    kinds: frozenset[str]
+    shards: frozenset[int]
+    related: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LendingDesk:
+    """All checks that wait for reports, by name."""
+
+    checks: Mapping[str, LentCheck] = field(default_factory=dict)
+
+    def held_by(self, owner: str) -> LentCheck | None:
+        return next((check for check in self.checks.values() if owner in check.loans), None)
+
+    def with_check(self, check: LentCheck) -> LendingDesk:
+        return LendingDesk({**self.checks, check.name: check})
+
+    def without(self, name: str) -> LendingDesk:
+        return LendingDesk({key: check for key, check in self.checks.items() if key != name})
+
+
+def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
+    """How long a loan is counted on.
+
+    Args:
+        size: bytes that the borrower fetches.
+        slowest: bytes per second at which it must be able to.
+        usual: seconds that such checks took so far; None: not known.
+    """
+    return _LEAST_LOAN + size / slowest + _TIMES_USUAL * (usual or 0.0)
+
+
+def may_have(check: LentCheck, asker: Asker, now: float) -> bool:
+    """Whether the check needs another peer, and this one is unlike its author and those that have it or have reported on it."""
+    others = {*check.excluded, *check.loans, *(report.owner for report in check.reports)}
+    failed = check.failed.get(asker.owner)
+    return (
+        check.missing(now) > 0
+        and check.kind in asker.kinds
+        and (check.shard is None or check.shard in asker.shards)
+        and not others & {asker.owner, *asker.related}
+        and (failed is None or now - failed >= FORGIVEN_SECONDS)
+    )
+
+
+def lend_check(desk: LendingDesk, asker: Asker, id_: str, now: float) -> tuple[LendingDesk, LentCheck | None]:
+    """The check that the peer has, or gets now: the one that others have begun first, then the oldest.
+
+    Args:
+        desk: all checks.
+        asker: who asks.
+        id_: the id of the loan, should it get one.
+        now: Unix seconds.
+    """
+    if check := desk.held_by(asker.owner):
+        loan = replace(check.loans[asker.owner], heard=now)
+    else:
+        fit = [check for check in desk.checks.values() if may_have(check, asker, now)]
+        check = min(fit, key=lambda check: (not (check.reports or check.loans), check.since, check.name), default=None)
+        if check is None:
+            return desk, None
+        loan = CheckLoan(id_, now, now, now + check.seconds)
+    check = replace(check, loans={**check.loans, asker.owner: loan})
+    return desk.with_check(check), check
+
+
+def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[LendingDesk, LentCheck | None, Settled | None]:
+    """(desk, the check that the report is of, its outcome if it has one now). None: no such loan."""
+    check = desk.held_by(report.owner)
+    if check is None or check.loans[report.owner].id != report.id:
+        return desk, None, None
+    loans = {owner: loan for owner, loan in check.loans.items() if owner != report.owner}
+    if report.outcome == "failed":
+        check = replace(check, loans=loans, failed={**check.failed, report.owner: now})
+        return desk.with_check(check), check, None
+    check = replace(check, loans=loans, reports=(*check.reports, report))
+    outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest)
+    if outcome:
+        return desk.without(check.name), check, outcome
+    return desk.with_check(check), check, None
+
+
+def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, lease: float) -> LendingDesk:
+    """Give back the loans of peers that are gone, do other work, or have not been heard of for long.
+
+    Args:
+        desk: all checks.
+        free: the peers whose node records say that they are free; None: not known.
+        now: Unix seconds.
+        lease: seconds in which a peer's record may be missing.
+    """
+    for check in desk.checks.values():
+        kept = {owner: loan for owner, loan in check.loans.items() if not _ended(owner, loan, free, now, lease)}
+        if len(kept) < len(check.loans):
+            desk = desk.with_check(replace(check, loans=kept))
+    return desk
+
+
+def _ended(owner: str, loan: CheckLoan, free: frozenset[str] | None, now: float, lease: float) -> bool:
+    silent = now - loan.heard
+    return silent >= SILENT_SECONDS or (free is not None and owner not in free and silent >= lease)
+
+
+def most_waiting(desk: LendingDesk, now: float) -> tuple[LentCheck, float] | None:
+    """The check that has waited longest for a peer that takes it, and for how long; None: none waits."""
+    waiting = [(now - check.since, check) for check in desk.checks.values() if check.missing(now) > 0]
+    seconds, check = max(waiting, key=lambda one: one[0], default=(0.0, None))
+    return (check, seconds) if check else None
+
+
+assert MOST_REPORTS > NEEDED

@@ -1,0 +1,189 @@
+"""Lends checks to nodes: answers the check stream, serves borrowers the blobs of their check, and writes liars to the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
+from lutetia.coordinator.ledger.events import CheckerRefuted, Event
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.lending.agreement import Settled
+from lutetia.coordinator.lending.loans import (
+    Asker,
+    LendingDesk,
+    LentCheck,
+    end_check_loans,
+    lend_check,
+    most_waiting,
+    take_report,
+)
+from lutetia.coordinator.lending.reports import well_formed
+from lutetia.coordinator.runtime.audit_service import relatives
+from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.rpc.check_request import CheckAnswer, CheckJob, CheckReport, CheckRequest, serve_checks
+from lutetia.protocol.schema.identity import public_key_of
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.records import NodeRecord, RecordRefused
+from lutetia.protocol.transport.base import Stream, Transport
+
+_log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+_ASK_AGAIN = 15.0
+_NEVER = 3600.0
+_WARN_SECONDS = 60.0
+
+
+@dataclass
+class _Waiting:
+    """A check on the desk: what borrowers are told, which blobs they may fetch, and who waits for the outcome."""
+
+    job: CheckJob
+    lends: Mapping[str, BlobStore]
+    outcome: asyncio.Future[Settled]
+
+
+@dataclass
+class CheckLender:
+    """Has checks carried out by nodes that stand by.
+
+    Args:
+        transport: serves the stream.
+        manifest: the newest one.
+        run: the ledger's state.
+        peers: the node records that the DHT has now.
+        free: the peers whose records say that they are free; None: not known.
+        append: writes events to the ledger.
+        checkers: the only nodes that are asked, by public key; empty: any node of the run.
+        pace: bounds how often one address asks.
+    """
+
+    transport: Transport
+    manifest: Callable[[], Manifest]
+    run: Callable[[], RunState]
+    peers: Callable[[], list[NodeRecord]]
+    free: Callable[[], frozenset[str] | None]
+    append: Callable[[Event], Awaitable[None]]
+    checkers: frozenset[str] = frozenset()
+    pace: RateWindow = field(default_factory=lambda: RateWindow(120))
+    desk: LendingDesk = field(default_factory=LendingDesk)
+    usual: dict[str, float] = field(default_factory=dict)
+    """Seconds that checks of each kind took lately."""
+    _waiting: dict[str, _Waiting] = field(default_factory=dict)
+    _warned: float = float("-inf")
+
+    async def serve(self) -> None:
+        await serve_checks(self.transport, self._answer, self._admit)
+
+    async def ask(self, check: LentCheck, job: CheckJob, lends: Mapping[str, BlobStore]) -> Settled:
+        """Have `check` carried out, however long that takes. Cancel it to take it back from its borrowers.
+
+        Args:
+            check: its rules.
+            job: what a borrower is told; `id` and `until` are filled in for each.
+            lends: the blobs that its borrowers may fetch besides those that are served to all, with their stores.
+        """
+        outcome: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        self._waiting[check.name] = _Waiting(job, lends, outcome)
+        self.desk = self.desk.with_check(check)
+        try:
+            return await outcome
+        finally:
+            self.desk = self.desk.without(check.name)
+            self._waiting.pop(check.name, None)
+
+    def excluded(self, author: str) -> frozenset[str]:
+        """The peers that must not check the work of `author`: itself, its operator's and those at its address."""
+        return relatives(author, self.peers()) | {author}
+
+    def lent_store(self, peer_id: str, digest: str) -> BlobStore | None:
+        """The store of a blob that this peer may fetch because of the check that it has; None: it may not."""
+        owner = public_key_of(peer_id)
+        check = self.desk.held_by(owner) if owner else None
+        waiting = self._waiting.get(check.name) if check else None
+        return waiting.lends.get(digest) if waiting else None
+
+    async def watch(self) -> None:
+        """End the loans of peers that are gone, and say what waits, until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            now = self.transport.now()
+            self.desk = end_check_loans(self.desk, self.free(), now, self.manifest().timing.lease)
+            why = self.held_up(now)
+            if why and now - self._warned >= _WARN_SECONDS:
+                self._warned = now
+                _log.warning("%s", why)
+
+    def held_up(self, now: float) -> str:
+        """What waits for a node that takes it, in one sentence; empty where nothing does for longer than a lease."""
+        longest = most_waiting(self.desk, now)
+        if longest is None or longest[1] <= self.manifest().timing.lease:
+            return ""
+        check, seconds = longest
+        of = "the router" if check.shard is None else f"shard {check.shard}"
+        who = "a node that the setting checkers names" if self.checkers else "a node that stands by"
+        have = f"{len(check.reports)} reports and {len(check.loans)} borrowers"
+        return f"a check ({check.kind}) of {of} has waited {seconds:.0f} s for {who} and can run its expert; it has {have}"
+
+    # --- the stream ---------------------------------------------------------------------------------------------------------
+
+    def _admit(self, stream: Stream) -> CheckAnswer | None:
+        if wait := self.pace.wait(stream.origin, self.transport.now()):
+            return CheckAnswer(retry_after=wait, text="too many requests for checks from this address")
+        return None
+
+    async def _answer(self, request: CheckRequest) -> CheckAnswer:
+        if why := self._barred(request.owner):
+            return CheckAnswer(retry_after=_NEVER, text=why)
+        if request.report is not None:
+            await self._take(request.report)
+            return CheckAnswer()
+        now = self.transport.now()
+        asker = Asker(request.owner, frozenset(request.kinds), frozenset(request.shards), relatives(request.owner, self.peers()))
+        self.desk, check = lend_check(self.desk, asker, secrets.token_hex(32), now)
+        if check is None:
+            return CheckAnswer(retry_after=_ASK_AGAIN)
+        loan, waiting = check.loans[request.owner], self._waiting[check.name]
+        return CheckAnswer(job=waiting.job.model_copy(update={"id": loan.id, "until": now + check.seconds}))
+
+    def _barred(self, owner: str) -> str:
+        run, allowed = self.run(), self.manifest().allowlist
+        if self.checkers and owner not in self.checkers:
+            return "the run's owner has named others to check"
+        if owner in run.quarantined or (allowed is not None and owner not in allowed):
+            return "this peer may not take part"
+        if owner in run.refuted_checkers:
+            return "a report of this peer contradicts those of two others; ask the run's operator"
+        return ""
+
+    async def _take(self, report: CheckReport) -> None:
+        if report.run != self.manifest().run_id:
+            raise RecordRefused(f"the report is of run {report.run[:12]}, not of {self.manifest().run_id[:12]}")
+        held = self.desk.held_by(report.owner)
+        if held is None or held.loans[report.owner].id != report.id:
+            raise RecordRefused("no check of that id is lent to this peer")
+        waiting = self._waiting[held.name]
+        if why := well_formed(waiting.job, report, held.fewest):
+            _log.warning("the report of %s on a check (%s) does not answer it: %s", report.owner[:8], held.kind, why)
+            report = report.model_copy(update={"outcome": "failed"})
+        now = self.transport.now()
+        self.desk, check, settled = take_report(self.desk, report, now)
+        if report.outcome == "failed":
+            _log.info("%s could not carry out a check (%s): %s", report.owner[:8], held.kind, report.text)
+        else:
+            self.usual[held.kind] = (self.usual.get(held.kind, report.seconds) + report.seconds) / 2
+        if check and settled:
+            for liar in sorted(settled.liars):
+                await self.append(_refuted(check, liar, waiting.job.epoch, now))
+            if not waiting.outcome.done():
+                waiting.outcome.set_result(settled)
+
+
+def _refuted(check: LentCheck, owner: str, epoch: int, now: float) -> CheckerRefuted:
+    others = len(check.reports) - 1
+    text = f"its report on a check ({check.kind}) contradicts those of two of {others} others that agree"
+    return CheckerRefuted(time=now, owner=owner, check=check.kind, shard=check.shard or 0, epoch=epoch, text=text)

@@ -1,0 +1,67 @@
+"""Carries out checks for the coordinator in the trainer process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lutetia.models.checking.result import ResultFiles, failed_check, finite_or_none, inspect_result, score_result
+from lutetia.models.data.parts.reader import open_shard
+from lutetia.models.mixing.router import read_router, write_router
+from lutetia.models.mixing.router_training import report_split, train_router
+from lutetia.models.training.holdout_loss import RowLimits
+from lutetia.node.trainer.checking.questions import CheckFindings, CheckQuestion, RouterFindings, RouterQuestion
+from lutetia.node.trainer.messages import CheckFinished, RequestFailed, RouterFinished
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.system.errors import LutetiaError
+
+_CUT = 500
+
+
+def answer_check(question: CheckQuestion) -> CheckFinished | RequestFailed:
+    try:
+        return CheckFinished(findings=_checked(question))
+    except (LutetiaError, RuntimeError, MemoryError) as error:
+        if isinstance(error, LutetiaError) and (check := failed_check(error)):
+            return CheckFinished(findings=CheckFindings(check=check, text=_line(error)))
+        return RequestFailed(text=_line(error))
+
+
+def _checked(question: CheckQuestion) -> CheckFindings:
+    manifest = _prepared(question.manifest, question.threads)
+    files = ResultFiles(question.shard, question.epoch, question.weights, question.state, question.trace)
+    inspect_result(manifest, files)
+    losses = score_result(
+        manifest, files, question.parent, open_shard(question.holdout, manifest.latent), draw=question.draw,
+        limits=RowLimits(question.seconds, question.fewest, question.rows), device=question.device,
+        base=question.base,
+    )  # fmt: skip
+    parent, averages, raw = map(finite_or_none, (losses.parent, losses.averages, losses.raw))
+    return CheckFindings(parent=parent, averages=averages, raw=raw)
+
+
+def answer_router(question: RouterQuestion) -> RouterFinished | RequestFailed:
+    try:
+        manifest = _prepared(question.manifest, question.threads)
+        shards = [open_shard(path, manifest.latent) for path in question.train]
+        if question.router:
+            report = report_split(manifest, read_router(manifest, question.router), shards)
+        else:
+            router, report = train_router(manifest, shards, seed=0, device=question.device)
+            write_router(router, question.out)
+    except (LutetiaError, RuntimeError, MemoryError) as error:
+        return RequestFailed(text=_line(error))
+    return RouterFinished(
+        findings=RouterFindings(accuracy=report.accuracy, accuracy_by_time=report.accuracy_by_time, calibration_error=report.ece)
+    )
+
+
+def _prepared(manifest: Path, threads: int | None) -> Manifest:
+    if threads:
+        torch.set_num_threads(threads)
+    return SignedManifest.model_validate_json(manifest.read_bytes()).manifest
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_CUT]

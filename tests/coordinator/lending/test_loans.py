@@ -1,0 +1,135 @@
+"""To whom a check is lent, and that none is forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lutetia.coordinator.lending.loans import (
+    FORGIVEN_SECONDS,
+    SILENT_SECONDS,
+    Asker,
+    LendingDesk,
+    LentCheck,
+    end_check_loans,
+    lend_check,
+    loan_seconds_for,
+    most_waiting,
+    take_report,
+)
+from tests.coordinator.lending.test_agreement import key, report
+
+CHECK = LentCheck(name="result x", kind="result", shard=0, since=0.0, excluded=frozenset({key("author")}))
+
+
+def asker(name: str, *related: str, shards: frozenset[int] = frozenset({0})) -> Asker:
+    return Asker(key(name), frozenset({"result"}), shards, frozenset(map(key, related)))
+
+
+def desk_of(*checks: LentCheck) -> LendingDesk:
+    desk = LendingDesk()
+    for check in checks:
+        desk = desk.with_check(check)
+    return desk
+
+
+def lent(desk: LendingDesk, *names: str, now: float = 0.0) -> LendingDesk:
+    for name in names:
+        desk, check = lend_check(desk, asker(name), key(f"loan of {name}"), now)
+        assert check is not None, name
+    return desk
+
+
+def refused(desk: LendingDesk, one: Asker, now: float = 0.0) -> bool:
+    return lend_check(desk, one, "i" * 64, now)[1] is None
+
+
+def of(name: str, factor: float = 1.0, **fields: object):
+    return report(name, factor, **fields).model_copy(update={"id": key(f"loan of {name}")})
+
+
+def test_a_check_goes_to_two_that_are_unlike_its_author_and_each_other():
+    desk = desk_of(CHECK)
+    assert refused(desk, asker("author"))
+    assert refused(desk, asker("cousin", "author"))
+    assert refused(desk, asker("small", shards=frozenset({1}))), "its device does not run that expert"
+    assert refused(desk, replace(asker("old"), kinds=frozenset()))
+    desk = lent(desk, "ann")
+    assert refused(desk, asker("anna", "ann")), "of the operator of the first"
+    desk = lent(desk, "ben")
+    assert refused(desk, asker("eve")), "two are enough while they do not disagree"
+
+
+def test_a_borrower_that_asks_again_keeps_its_loan():
+    desk = lent(desk_of(CHECK), "ann")
+    desk, check = lend_check(desk, asker("ann"), "other", 200.0)
+    assert check is not None
+    assert (check.loans[key("ann")].id, check.loans[key("ann")].heard) == (key("loan of ann"), 200.0)
+
+
+def test_disagreement_asks_a_third_and_names_the_liar():
+    desk = lent(desk_of(CHECK), "ann", "liar")
+    desk, _, settled = take_report(desk, of("liar", 2.0), 1.0)
+    assert settled is None
+    desk, _, settled = take_report(desk, of("ann"), 2.0)
+    assert settled is None
+    desk = lent(desk, "ben")
+    desk, check, settled = take_report(desk, of("ben"), 3.0)
+    assert check is not None
+    assert settled is not None
+    assert settled.liars == {key("liar")}
+    assert not desk.checks
+
+
+def test_reports_without_a_loan_change_nothing():
+    desk = lent(desk_of(CHECK), "ann")
+    assert take_report(desk, of("eve"), 1.0) == (desk, None, None)
+    assert take_report(desk, of("ann").model_copy(update={"id": "0" * 64}), 1.0) == (desk, None, None)
+
+
+def test_a_peer_that_failed_is_passed_over_for_a_while():
+    desk = lent(desk_of(CHECK), "ann")
+    desk, _, settled = take_report(desk, of("ann", outcome="failed"), 1.0)
+    assert settled is None
+    assert refused(desk, asker("ann"), 2.0)
+    assert not refused(desk, asker("ann"), 1.0 + FORGIVEN_SECONDS)
+
+
+def test_a_slow_borrower_is_not_waited_for_and_its_report_still_counts():
+    desk = lent(desk_of(CHECK), "ann", "ben")
+    later = CHECK.seconds + 1
+    desk = lent(desk, "eve", now=later)
+    desk, _, _ = take_report(desk, of("eve"), later + 1)
+    desk, _, settled = take_report(desk, of("ann"), later + 2)
+    assert settled is not None
+    assert settled.report is not None
+
+
+def test_loans_of_peers_that_are_gone_or_silent_go_back():
+    desk = lent(desk_of(CHECK), "ann", "ben")
+    kept = end_check_loans(desk, frozenset({key("ben")}), 50.0, lease=30.0)
+    assert set(kept.checks[CHECK.name].loans) == {key("ben")}
+    assert end_check_loans(desk, frozenset({key("ben")}), 10.0, lease=30.0) == desk, "a record may be missing for a lease"
+    assert end_check_loans(desk, None, 50.0, lease=30.0) == desk, "nothing is known"
+    assert not end_check_loans(desk, None, SILENT_SECONDS, lease=30.0).checks[CHECK.name].loans
+
+
+def test_a_begun_check_comes_before_an_older_one():
+    begun = replace(CHECK, name="result y", since=5.0)
+    desk = lent(desk_of(begun), "ann").with_check(CHECK)
+    _, check = lend_check(desk, asker("ben"), "i" * 64, 6.0)
+    assert check is not None
+    assert check.name == "result y"
+
+
+def test_what_waits_is_named_with_its_time():
+    assert most_waiting(LendingDesk(), 9.0) is None
+    desk = lent(desk_of(CHECK), "ann")
+    waiting = most_waiting(desk, 9.0)
+    assert waiting is not None
+    assert (waiting[0].name, waiting[1]) == (CHECK.name, 9.0)
+    assert most_waiting(lent(desk, "ben"), 9.0) is None
+
+
+def test_loans_are_as_long_as_size_and_experience_ask_for():
+    assert loan_seconds_for(0, 65536.0, None) == 600.0
+    assert loan_seconds_for(65536 * 1000, 65536.0, 200.0) == 600.0 + 1000.0 + 600.0
