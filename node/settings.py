@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 
 from lutetia.models.device import AUTO_DEVICE, PrecisionChoice
 from lutetia.node.schedule import WeeklyHours
+from lutetia.node.trainer.loss_log import parse_place
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.protocol.schema.ticket import PORT, Ticket
 from lutetia.system.errors import ConfigError
@@ -113,6 +114,15 @@ class NodeSettings(BaseSettings):
         default=None, description="Most bytes per second sent to other peers, like 2MB; by default no limit"
     )
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
+    losses: str | None = Field(
+        default=None,
+        description="Where to export the loss of every step: a file that ends in .jsonl, tensorboard:FOLDER or trackio:PROJECT",
+    )
+    clips_every: int = Field(
+        default=0,
+        ge=0,
+        description="Epochs from one export of clips of the run's prompts, beside the losses, to the next; 0: none",
+    )
     save_every: float = Field(
         default=30.0, gt=0,
         description="Fewest seconds between local saves of the training state; more where they would cost above 2 % of the time",
@@ -137,6 +147,16 @@ class NodeSettings(BaseSettings):
         for address in value:
             if not _is_dialable(address):
                 raise ValueError(f"{address!r} is not an address that peers can dial; write it as /ip4/203.0.113.5/tcp/41000")
+        return value
+
+    @field_validator("losses")
+    @classmethod
+    def _known_place(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_place(value)
+            except ConfigError as error:
+                raise ValueError(str(error).removeprefix("losses: ")) from error
         return value
 
     @field_validator("hours")

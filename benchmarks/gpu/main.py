@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--small", action="store_true", help="sizes that a CPU manages in seconds, to try the benchmark itself")
     parser.add_argument("--only", default="", metavar="PART,…", help="parts to run (default: all)")
     parser.add_argument("--seconds", type=float, default=540.0, help="time limit of all parts together (default: 540)")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies the limits of the parts, for slow machines")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the results (default: build/gpu)")
     parser.add_argument("--wheels", action="store_true", help="only print the packages that a machine with torch needs besides")
     given = parser.parse_args(arguments)
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     names = [name for name in given.only.split(",") if name]
     if unknown := set(names) - {part.name for part in PARTS}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join(part.name for part in PARTS)}")
-    run([part for part in PARTS if not names or part.name in names], given.device, given.small, given.seconds, given.out)
+    parts = [replace(part, seconds=part.seconds * given.patience) for part in PARTS if not names or part.name in names]
+    run(parts, given.device, given.small, given.seconds, given.out)
 
 
 def catalogue() -> str:

@@ -127,17 +127,20 @@ def sampling(site: Site) -> None:
     if peak is None:
         peak, what = held[0] / 1e9, "of main memory, above what was held before"
     site.put("peak ÷ one expert", round(peak / expert, 2), "×", f"{peak:.3g} GB {what}; at most 1.3 wanted")
-    if not site.small:
+    if not site.small and site.device != "cpu":
         _decoder(site)
 
 
 def _two_experts(site: Site) -> tuple[Path, int]:
     """A stitched mixture of two random experts, and the bytes of one in its file."""
-    latent = wan_latent(3, 8, 8, 8, 64) if site.small else wan_latent(9, 32, 32, 32, 64)
+    latent = wan_latent(9, 32, 32, 32, 64) if site.device != "cpu" else wan_latent(3, 8, 8, 8, 64)
     latent = latent.model_copy(update={"vae": "pixels", "channels": 3, "pixel_frames": latent.frames})
     latent = latent.model_copy(update={"pixel_height": latent.height, "pixel_width": latent.width})
-    spec = wan(site.small, 64)
-    heads = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 6} if site.small else {}
+    spec, heads = wan(site.small, 64), {}
+    if site.device == "cpu":  # 8 or 113 million parameters
+        heads = {"num_attention_heads": 12, "attention_head_dim": 64, "ffn_dim": 3072, "num_layers": 12}
+    if site.small:
+        heads = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 6}
     spec = spec.model_copy(update={"config": {**spec.config, **heads, "in_channels": 9, "out_channels": 3}})
     manifest, files = manifest_of(spec, latent, shards=2), []
     for number in range(2):

@@ -28,7 +28,7 @@ from lutetia.models.data.ingest.synthetic import draw, plan
 from lutetia.models.data.shards import ShardData
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.evaluator import Evaluator
-from lutetia.models.mixing.router import train_router
+from lutetia.models.mixing.router_training import train_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.pipeline import load_pipeline
 from lutetia.models.study.config import DrawnClips, StudyConfig

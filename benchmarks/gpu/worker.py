@@ -16,7 +16,7 @@ from benchmarks.gpu.site import Site
 from lutetia.coordinator.acceptance.audit_comparison import compare
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.coordinator.worker.messages import ReplayEpoch
-from lutetia.models.data.shards import ShardMetadata, write_shard
+from lutetia.models.data.parts.writer import write_shard
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder
 from lutetia.node.trainer.messages import ProbeFinished, RunProbe, StartTraining, parse_report
@@ -33,9 +33,13 @@ def audited_worker(site: Site) -> None:
 
 async def _audited(site: Site) -> None:
     manifest = manifest_of(AUDITED, steps=2 if site.small else 32, epochs=2)
-    run, data, work = site.folder / "manifest.json", site.folder / "data", CheckpointFolder(site.folder, manifest.run_id, 0)
+    run, data, work = (
+        site.folder / "manifest.json",
+        site.folder / "clips.train.safetensors",
+        CheckpointFolder(site.folder, manifest.run_id, 0),
+    )
     run.write_bytes(SignedManifest.sign(manifest, OWNER).to_bytes())
-    write_shard(data, clips_of(count=64), ShardMetadata(latent=TINY))
+    write_shard(data, clips_of(count=64), TINY)
     began = time.perf_counter()
     made = await _train(site, run, data, work, manifest)
     detail = f"{made.precision}, micro-batch {made.micro_batch}; process start and probe included"

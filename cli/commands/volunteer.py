@@ -47,6 +47,8 @@ def join(
     duty: Annotated[float | None, setting("DUTY", min=0.01, max=1.0)] = None,
     hours: Annotated[str | None, setting("HOURS")] = None,
     max_temp: Annotated[float | None, setting("MAX_TEMP", min=30, max=110)] = None,
+    losses: Annotated[str | None, setting("LOSSES")] = None,
+    clips_every: Annotated[int | None, setting("CLIPS_EVERY", min=0)] = None,
     base: Annotated[Path | None, setting("BASE")] = None,
     disk_limit: Annotated[str | None, setting("DISK_LIMIT")] = None,
     upload_rate: Annotated[str | None, setting("UPLOAD_RATE")] = None,
@@ -67,7 +69,7 @@ def join(
 
     flags = given(
         state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
-        max_temp=max_temp, base=base, disk_limit=disk_limit, upload_rate=upload_rate,
+        max_temp=max_temp, losses=losses, clips_every=clips_every, base=base, disk_limit=disk_limit, upload_rate=upload_rate,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": checked}, config)
     line = StatusLineHandler(sys.stderr) if sys.stderr and sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None

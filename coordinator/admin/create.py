@@ -219,7 +219,8 @@ def _manifest(
             sampling=settings.sampling,
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
             needs=(
-                SHARD_PARTS, *needed_capabilities(expert), *pipeline_needs(expert, description.latent, settings.sampling)
+                SHARD_PARTS, *needed_capabilities(expert, settings.optimisation),
+                *pipeline_needs(expert, description.latent, settings.sampling),
             ),
             card=settings.card,
         )  # fmt: skip

@@ -16,7 +16,8 @@ from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.families import call_expert
-from lutetia.models.experts.objectives import row_losses, times
+from lutetia.models.experts.loss_weights import weighted_losses
+from lutetia.models.experts.objectives import times
 from lutetia.models.experts.trained import load_trained, trained_parameters
 from lutetia.models.randomness import normals, stream
 from lutetia.models.training.checkpoint_io import read_weights
@@ -122,7 +123,8 @@ def holdout_loss(
         def answer(z, s):
             return call_expert(model, z, s, tokens, pooled, spec.inputs)
 
-        return row_losses(spec, answer, latents, noise[rows].to(device), t[rows].to(device)).tolist()
+        given = latents, noise[rows].to(device), t[rows].to(device)
+        return weighted_losses(manifest.optimisation, spec, answer, *given).tolist()
 
     order, losses = _score_rows(score, len(clips), _drawn_order(manifest, shard, draw, len(clips)), limits, on_rows, clock)
     drawn, scored = order is not None, torch.tensor(losses)

@@ -28,7 +28,7 @@ from lutetia.models.device import Precision
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert, reset_expert
 from lutetia.models.experts.families import call_expert, check_fits
-from lutetia.models.experts.objectives import row_losses
+from lutetia.models.experts.loss_weights import weighted_losses
 from lutetia.models.experts.trained import load_trained, published_tensors, trained_parameters
 from lutetia.models.randomness import seed_of
 from lutetia.models.tensor_files import TensorFile
@@ -168,7 +168,8 @@ class ExpertTrainer:
         for first in range(0, len(batch), self.micro_batch):
             rows = batch.rows(first, first + self.micro_batch).to(self.device)
             with self._autocast():
-                losses = row_losses(self.spec, self._answers(rows), rows.latents, rows.noise, rows.time)
+                given = self._answers(rows), rows.latents, rows.noise, rows.time
+                losses = weighted_losses(self.manifest.optimisation, self.spec, *given)
             loss = losses.sum() / len(batch)
             (loss if factor == 1 else loss * factor).backward()
             total += loss.detach()

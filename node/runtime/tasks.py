@@ -124,6 +124,7 @@ class NodeTasks:
             local=start.place.local, base=self.workspace.base_model(),
             until=action.until, device=probed.device, precision=fit.precision or probed.precision,
             micro_batch=max(1, whole >> action.halvings), memory=fit.memory, threads=settings.threads, duty=settings.duty,
+            losses=settings.losses, clips_every=settings.clips_every,
             save_every=settings.save_every, local_bytes_per_day=settings.local_bytes_per_day,
         )  # fmt: skip
 

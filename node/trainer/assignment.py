@@ -41,5 +41,7 @@ class Assignment(Frozen):
     memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")
+    losses: str | None = Field(default=None, description="Where losses are exported, as in the setting; None: nowhere")
+    clips_every: int = Field(default=0, ge=0, description="Epochs from one export of sampled clips to the next; 0: none")
     save_every: float = Field(default=30.0, gt=0, description="Fewest seconds between local states")
     local_bytes_per_day: int = Field(default=LOCAL_BYTES_PER_DAY, gt=0, description="Bytes of local states written in a day")

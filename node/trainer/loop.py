@@ -22,6 +22,7 @@ from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
 from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
+from lutetia.node.trainer.export import TrainingExport
 from lutetia.node.trainer.messages import (
     AllowTraining,
     ExitReport,
@@ -145,6 +146,7 @@ class TrainerLoop:
         self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
         self.writer = CheckpointWriter(self.folder, assignment.parent, orders.send)
         self._loss: float | None = None
+        self._export = TrainingExport.of(trainer, assignment)
         self._reported = self._saved = time.monotonic()
         self._rate = _Rate()
 
@@ -178,6 +180,7 @@ class TrainerLoop:
             self.trainer.manifest = self.manifest
         self._loss = self.trainer.step(lambda: not self.orders.stopping and self.writer.alive)
         self._rate.add(self.trainer.manifest.optimisation.batch)
+        self._export.step(self._loss, self._rate.value)
         if self.trainer.at_epoch_end:
             self._saved = time.monotonic()
             if not self.writer.submit(self.trainer.live_snapshot(), whole=True, may_wait=lambda: not self.orders.stopping):
@@ -220,6 +223,7 @@ class TrainerLoop:
         """Write the local state if it is to be kept, and wait for the writer."""
         if self.orders.save and self.place[1]:
             self._save()
+        self._export.close()
         if not self.writer.close():
             raise TrainerEnded("disk-full", "the disk is full: the newest state was not written")
 

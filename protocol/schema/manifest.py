@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, Capabilities
+from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, LOSS_WEIGHTS, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -31,6 +31,7 @@ from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.card_spec import CardSpec
+from lutetia.protocol.schema.model.loss_weighting import LossWeighting
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, SchedulerSpec, TextRecipe
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
@@ -149,6 +150,7 @@ class Optimisation(WireDocument):
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the weights' moving average per step")
     text_dropout: Share = Field(default=0.1, description="Share of samples that are trained without text")
     time: TimeSampling = Field(default=TimeSampling(), description="How the time of a sample is drawn")
+    weighting: LossWeighting | None = added(None, "Weights of the loss by the time of the noise; null: none")
 
 
 class RouterSpec(WireDocument):
@@ -316,9 +318,9 @@ class Manifest(WireDocument):
         return self.shards[shard].expert or self.expert
 
 
-def needed_capabilities(expert: ExpertSpec) -> tuple[str, ...]:
-    """What a peer must be able to do to take part in a run of such experts."""
-    return (ADAPTERS,) if expert.adapter else ()
+def needed_capabilities(expert: ExpertSpec, optimisation: Optimisation) -> tuple[str, ...]:
+    """What a peer must be able to do to take part in a run of such experts that are trained so."""
+    return (*((ADAPTERS,) if expert.adapter else ()), *((LOSS_WEIGHTS,) if optimisation.weighting else ()))
 
 
 class SignedManifest(Frozen):
