@@ -13,6 +13,7 @@ from benchmarks.gpu.site import Site, first_line
 from lutetia.coordinator.acceptance.audit_comparison import compare
 from lutetia.models.device import Precision
 from lutetia.models.training.checkpoint_io import write_state, write_weights
+from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.models.training.replay import ReplayEnd, ReplayParent, made_with, replay
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
@@ -59,7 +60,7 @@ def tolerances(site: Site) -> None:
                     try:
                         trainer = ExpertTrainer(
                             manifest, 0, clips_of(), device=site.device, precision=precision, micro_batch=2,
-                            gradient_checkpointing=saving,
+                            memory=MemoryOptions(checkpointing=saving),
                         )  # fmt: skip
                         site.put(what, _apart(_losses(trainer, 6), expected), "relative", "six losses against the CPU in float32")
                     except (RuntimeError, TypeError, ValueError) as error:

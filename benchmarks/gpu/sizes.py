@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
@@ -22,6 +23,7 @@ from lutetia.models.mixing.layout import WEIGHTS
 from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.tensor_files import write_tensors
+from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.devices import Accelerators, choose_precision
 from lutetia.node.trainer.probe import ProbeQuestion, probe
@@ -50,7 +52,13 @@ def memory(site: Site) -> None:
 
 def _one_size(site: Site, name: str, manifest, latent: LatentSpec, precision: Precision, saving: bool) -> None:
     trainer = ExpertTrainer(
-        manifest, 0, clips_of(latent, 4), device=site.device, micro_batch=1, precision=precision, gradient_checkpointing=saving
+        manifest,
+        0,
+        clips_of(latent, 4),
+        device=site.device,
+        micro_batch=1,
+        precision=precision,
+        memory=MemoryOptions(checkpointing=saving),
     )
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     trainer.step()
@@ -171,7 +179,7 @@ def main_memory_peak() -> Iterator[list[int]]:
 
 def _decoder(site: Site) -> None:
     """The autoencoder of Wan 2.1 with random weights: one clip of 480p and 81 frames, whole and in tiles."""
-    autoencoder = AutoencoderKLWan().to(site.device).eval()
+    autoencoder = cast(Any, AutoencoderKLWan()).to(site.device).eval()
     for name, tiled in (("whole", False), ("in tiles", True)):
         site.clean()
         (autoencoder.enable_tiling if tiled else autoencoder.disable_tiling)()

@@ -37,7 +37,7 @@ def plain_loop(spec: ExpertSpec, latent: LatentSpec, data: ShardData, device: st
     Noise and times are drawn on the device.
     """
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**cast(Any, spec.config)).to(device).train()
+    model = cast(Any, WanTransformer3DModel(**cast(Any, spec.config))).to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = EMAModel(model.parameters(), decay=0.99, foreach=True)
     autocast = torch.autocast(torch.device(device).type, getattr(torch, precision), enabled=precision != "float32")
@@ -70,10 +70,10 @@ def throughput(site: Site) -> None:
         data = clips_of(latent, max(batch, 8))
         manifest = manifest_of(spec, latent, clips=len(data), batch=batch, steps=1000)
 
-        def ours(manifest=manifest, data=data, precision=precision) -> Step:
+        def ours(manifest=manifest, data=data, precision: Precision = precision) -> Step:
             return ExpertTrainer(manifest, 0, data, device=site.device, precision=precision).step
 
-        def plain(spec=spec, latent=latent, data=data, precision=precision, batch=batch) -> Step:
+        def plain(spec=spec, latent=latent, data=data, precision: Precision = precision, batch=batch) -> Step:
             return plain_loop(spec, latent, data, site.device, precision, batch)
 
         for side, make in (("trainer", ours), ("plain loop", plain)):

@@ -45,17 +45,17 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_prediction(prediction, s
 def test_weights_of_stable_diffusion_3_are_those_of_diffusers() -> None:
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-    for kind, name in (("sigma-sqrt", "sigma_sqrt"), ("cosmap", "cosmap")):
-        weights = loss_weights(LossWeighting(kind=kind), WAN, T)
-        assert torch.allclose(weights, compute_loss_weighting_for_sd3(name, T).double(), rtol=1e-6)
+    for weighting, name in ((LossWeighting(kind="sigma-sqrt"), "sigma_sqrt"), (LossWeighting(kind="cosmap"), "cosmap")):
+        expected = compute_loss_weighting_for_sd3(name, T).double()
+        assert torch.allclose(loss_weights(weighting, WAN, T), expected, rtol=1e-6)
 
 
 def test_weights_are_finite_at_both_ends_of_time() -> None:
     ends = torch.tensor([0.0, 1.0])
-    for kind in ("min-snr", "sigma-sqrt", "cosmap"):
+    for weighting in (MIN_SNR, LossWeighting(kind="sigma-sqrt"), LossWeighting(kind="cosmap")):
         for prediction in ("velocity", "sample", "epsilon"):
             spec = WAN.model_copy(update={"prediction": prediction})
-            weights = loss_weights(LossWeighting(kind=kind), spec, ends)
+            weights = loss_weights(weighting, spec, ends)
             assert torch.isfinite(weights).all()
             assert (weights >= 0).all()
 
