@@ -51,6 +51,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation --editable '.[dev]'
 	touch $@
 
+# The run's page, from its sources; needs Node. The result is committed, so that nothing else does.
+.PHONY: page
+page:
+	cd coordinator/web/frontend && npm ci --silent --no-audit --no-fund && npm run --silent check && npm run --silent build
+
 # The pages of docs/reference, from the code.
 reference: $(VENV)/installed
 	$(BIN)/python -m docs.generate

@@ -27,6 +27,7 @@ from lutetia.coordinator.web.connections import (
     end_overdue,
     origin_of_host,
 )
+from lutetia.coordinator.web.frontend import frontend_router
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
@@ -55,13 +56,13 @@ def build_app(
     source: RunSource | None = None,
     limit: RequestLimit | None = None,
 ) -> FastAPI:
-    """The read-only routes `/`, `/status.json`, `/metrics`, `/blobs/{digest}` (with ranges) and those below `/api/v1`.
+    """The read-only routes `/`, `/plain`, `/status.json`, `/metrics`, `/blobs/{digest}` (with ranges) and those below `/api/v1`.
 
     Args:
         produce: makes the status document of a request. Equal documents are rendered once.
         blobs: what `/blobs` serves.
         rate: limit of the bytes per second that `/blobs` sends, shared with the coordinator's other streams.
-        source: the run that `/api/v1` shows; None: without it.
+        source: the run that `/` and `/api/v1` show; None: `/` is the page without scripts.
         limit: of the requests of one origin to `/api/v1`; None: the usual one.
     """
     app = FastAPI(
@@ -71,8 +72,8 @@ def build_app(
     slots = AnswerSlots(max(1, rate.answers_at_once // 2))
     pages, texts, metrics = _Rendered(produce, _page), _Rendered(produce, canonical), _Rendered(produce, metrics_text)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> StreamingResponse:
+    @app.get("/plain", include_in_schema=False)
+    async def plain_page() -> StreamingResponse:
         return _document(pages.latest(), "text/html; charset=utf-8")
 
     @app.get("/status.json", include_in_schema=False)
@@ -92,8 +93,11 @@ def build_app(
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}
         return _LimitedFile(blobs.path(digest), media_type="application/octet-stream", headers=headers).within(slots, rate)
 
-    if source is not None:
+    if source is None:
+        app.add_api_route("/", plain_page, include_in_schema=False)
+    else:
         app.include_router(api_router(source, limit))
+        app.include_router(frontend_router())
     return app
 
 

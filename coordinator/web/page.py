@@ -1,4 +1,4 @@
-"""The status document as one self-contained page: no script, no external asset, all texts escaped."""
+"""The status document as one page without scripts, for readers that run none: self-contained, all texts escaped."""
 
 from __future__ import annotations
 

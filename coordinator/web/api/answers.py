@@ -76,7 +76,7 @@ class Answers:
             return Response(status_code=304, headers=headers)
         plain, small = self._rendered(f"{request.url.path}?{request.url.query}", tag, build)
         data = plain
-        if small is not None and _takes_gzip(request.headers.get("accept-encoding", "")):
+        if small is not None and takes_gzip(request.headers.get("accept-encoding", "")):
             data, headers["Content-Encoding"] = small, "gzip"
         headers["Content-Length"] = str(len(data))
         return StreamingResponse(document_pieces(data), media_type="application/json", headers=headers)
@@ -92,7 +92,8 @@ class Answers:
         return kept[1], kept[2]
 
 
-def _takes_gzip(accepted: str) -> bool:
+def takes_gzip(accepted: str) -> bool:
+    """Whether an Accept-Encoding header allows gzip."""
     for part in accepted.split(","):
         coding, _, quality = part.strip().partition(";")
         if coding.strip() in ("gzip", "*"):

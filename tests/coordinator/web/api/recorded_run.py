@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 from lutetia.coordinator.ledger.events import Event, RouterTrained, RunCreated
 from lutetia.coordinator.ledger.log import Ledger
@@ -20,6 +22,7 @@ from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
+from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, blob, drive_judge, make_record
@@ -50,42 +53,51 @@ class RecordedRun:
         return self.driver.accept(PEERS[peer], shard)
 
 
-def record_run(folder: Path) -> RecordedRun:
-    """Three accepted results of two peers in two shards, one of a third peer refused with a hostile text, a router, a gallery."""
-    driver = drive_judge(epochs=9, name="recorded run")
+def _empty_run(folder: Path, driver: JudgeDriver, online: int) -> RecordedRun:
+    """A run of which nothing but its creation is in the ledger; the first `online` volunteers, or else peer 0, are online."""
     root = RunFolder(folder)
     root.gallery.mkdir(parents=True)
-    root.ticket.write_text("lutetia1example\n")
-    (root.gallery / "000.gif").write_bytes(b"GIF89a")
-    (root.gallery / "gallery.json").write_text(json.dumps({"clips": [{"prompt": "a <b>cat</b>", "file": "000.gif", "seed": 0}]}))
+    root.ticket.write_text("lutetia1" + "qpzry9x8gf2tvdw0s3jn54khce6mua7l" * 8 + "\n")
     created = driver.events[0]
     assert isinstance(created, RunCreated)
     ledger = Ledger.create(root.ledger, created)
+    here = [Identity.derived(f"volunteer {index}") for index in range(online)] or PEERS[:1]
 
     def show() -> SwarmStatus:
-        node = NodeRecord(
-            run=driver.manifest.run_id, owner=PEERS[0].public_key, issued=driver.now, peer_id=PEERS[0].peer_id,
-            samples_per_second=3.0, software="0.1", state="training", hardware=Hardware(device="cpu", memory_bytes=1, cores=2),
-        )  # fmt: skip
-        view = LiveView([Sighting(node, driver.now + 9, driver.now)], [])
+        nodes = [
+            NodeRecord(
+                run=driver.manifest.run_id, owner=peer.public_key, issued=driver.now, peer_id=peer.peer_id,
+                samples_per_second=3.0, software="0.1", state="training",
+                hardware=Hardware(device="cpu", memory_bytes=1, cores=2),
+            )
+            for peer in here
+        ]  # fmt: skip
+        view = LiveView([Sighting(node, driver.now + 9, driver.now) for node in nodes], [])
         return status(ledger.state, driver.manifest, view, driver.now + 1, software="0.1")
 
-    run = RecordedRun(RunSource(root, ledger, lambda: driver.manifest, show), driver, written=1)
+    return RecordedRun(RunSource(root, ledger, lambda: driver.manifest, show), driver, written=1)
+
+
+def record_run(folder: Path) -> RecordedRun:
+    """Three accepted results of two peers in two shards, one of a third peer refused with a hostile text, a router, a gallery."""
+    run = _empty_run(folder, drive_judge(epochs=9, name="recorded run"), 0)
+    run.source.folder.ticket.write_text("lutetia1example\n")
+    write_clips(run.source.folder.gallery, ["a <b>cat</b>"])
     first = run.accept(0)
     run.accept(1, shard=1)
-    driver.refuse(make_record(driver.manifest, PEERS[2], epoch=2, parent=first.digest), HOSTILE)
+    run.driver.refuse(make_record(run.driver.manifest, PEERS[2], epoch=2, parent=first.digest), HOSTILE)
     run.accept(1)
     by_time = (1.0, 0.8)
     run.write(
-        RouterTrained(time=driver.now, epochs=(2, 1), router=blob("router"), accuracy=0.9, accuracy_by_time=by_time)
+        RouterTrained(time=run.driver.now, epochs=(2, 1), router=blob("router"), accuracy=0.9, accuracy_by_time=by_time)
     )  # fmt: skip
     return run
 
 
 @asynccontextmanager
-async def serving(run: RecordedRun, limit: RequestLimit | None = None) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(run: RecordedRun, limit: RequestLimit | None = None, port: int = 0) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the real server that shows `run`; `limit`: of requests, None: the usual one."""
-    listener = bind("127.0.0.1:0")
+    listener = bind(f"127.0.0.1:{port}")
     app = build_app(run.source.status, BlobStore(run.source.folder.blobs), RateLimit(None), run.source, limit)
     task = asyncio.create_task(serve_http(listener, app))
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -93,3 +105,40 @@ async def serving(run: RecordedRun, limit: RequestLimit | None = None) -> AsyncI
         yield client
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def record_long_run(folder: Path, *, shards: int = 6, epochs: int = 12, peers: int = 40) -> RecordedRun:
+    """A run whose shards are at unlike epochs, with refusals and a router; all `peers` are online."""
+    run = _empty_run(folder, drive_judge(shards=shards, epochs=epochs, name="Moving things"), peers)
+    driver, people = run.driver, [Identity.derived(f"volunteer {index}") for index in range(peers)]
+    generator = random.Random(7)
+    lost = {shard: 0.9 + 0.05 * shard for shard in range(shards)}
+    for step in range(shards * epochs * 2 // 3):
+        shard = min(range(shards), key=lambda index: (driver.state.run.shards[index].epoch + index // 2, generator.random()))
+        driver.now += STEP * generator.uniform(0.2, 1.2)
+        state = driver.state.run.shards[shard]
+        if step % 11 == 10:
+            refused = make_record(driver.manifest, people[step % peers], shard, state.epoch + 1, state.accepted, f"{step}")
+            driver.refuse(refused, HOSTILE)
+            continue
+        record = make_record(driver.manifest, people[(3 * shard + step // 9) % peers], shard, state.epoch + 1, state.accepted)
+        assert driver.offer(record).verdict == "queued"
+        lost[shard] *= generator.uniform(0.9, 0.97)
+        driver.verdict(record, lost[shard])
+    bins = tuple(min(1.0, 0.99 - 0.05 * index) for index in range(10))
+    epochs_now = tuple(driver.state.run.shards[shard].epoch for shard in range(shards))
+    run.write(
+        RouterTrained(time=driver.now, epochs=epochs_now, router=blob("router"), accuracy=0.87, accuracy_by_time=bins)
+    )  # fmt: skip
+    return run
+
+
+def write_clips(folder: Path, prompts: Sequence[str]) -> None:
+    """Small GIFs that play, one per prompt, and their list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for index, prompt in enumerate(prompts):
+        frames = [Image.new("RGB", (48, 48), (40 * index % 255, 20 * frame, 200 - 20 * frame)) for frame in range(6)]
+        frames[0].save(folder / f"{index:03d}.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
+        clips.append({"prompt": prompt, "file": f"{index:03d}.gif", "seed": index})
+    (folder / "gallery.json").write_text(json.dumps({"clips": clips}))

@@ -118,7 +118,7 @@ async def test_status_gallery_and_shards(run: RecordedRun) -> None:
         gallery = (await client.get(f"{API}/gallery")).json()
         assert gallery["clips"][0]["prompt"] == "a <b>cat</b>"
         clip = await client.get(gallery["clips"][0]["url"])
-        assert (clip.headers["content-type"], clip.content) == ("image/gif", b"GIF89a")
+        assert (clip.headers["content-type"], clip.content[:6]) == ("image/gif", b"GIF89a")
         for wrong in ("gallery.json", "001.gif", "..%2Fticket.txt", "000.gif%00"):
             assert (await client.get(f"{API}/gallery/{wrong}")).status_code == 404
         shards = (await client.get(f"{API}/shards")).json()["shards"]

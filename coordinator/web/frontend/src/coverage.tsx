@@ -1,0 +1,90 @@
+import { useState } from 'preact/hooks'
+import type { Shard } from './api'
+import { ago, count, expert, hue, short } from './format'
+import { Curve } from './curves'
+import { last, pace, type Moment } from './past'
+
+const WIDTH = 1000
+const ROW = 22
+
+/** One row per expert over time: a bar per accepted result, red for refused ones, hatched where nothing came for long. */
+export function Coverage({ moment, since }: { moment: Moment; since: number }) {
+  const [open, setOpen] = useState<number | null>(null)
+  const until = Math.max(moment.time, since + 1)
+  const x = (time: number) => (WIDTH * (time - since)) / (until - since)
+  return (
+    <section aria-labelledby="coverage">
+      <h2 id="coverage">Coverage</h2>
+      <p class="soft">Each bar is an accepted result, from the one before it; a bar's shade changes with its author. Red marks are refused results. Grey hatching: nothing came for three times the usual pace.</p>
+      <table class="coverage">
+        <thead><tr><th scope="col">expert</th><th scope="col">epochs</th><th scope="col">held-out loss</th><th scope="col">last</th><th scope="col" class="wide">time</th></tr></thead>
+        <tbody>
+          {moment.shards.map((shard) => <Row key={shard.status.shard} shard={shard} x={x} until={until} of={moment.shards.length} open={open === shard.status.shard} toggle={() => setOpen(open === shard.status.shard ? null : shard.status.shard)} />)}
+        </tbody>
+      </table>
+    </section>
+  )
+}
+
+function Row({ shard, x, until, of, open, toggle }: { shard: Shard; x: (t: number) => number; until: number; of: number; open: boolean; toggle: () => void }) {
+  const { status, accepted, refused } = shard
+  const newest = last(accepted)
+  const authors = [...new Set(accepted.map((point) => point.author))]
+  const usual = pace(accepted)
+  const bars = accepted.map((point, i) => {
+    const from = i ? accepted[i - 1]!.time : point.time
+    const gap = usual !== null && point.time - from > 3 * usual
+    return { point, from, gap }
+  })
+  const idle = usual !== null && newest && status.state !== 'done' && until - newest.time > 3 * usual
+  const words = `${accepted.filter((point) => !point.void).length} accepted by ${authors.length} peers, ${refused.length} refused`
+  return (
+    <>
+      <tr>
+        <th scope="row"><button class="row" aria-expanded={open} onClick={toggle}><span class="dot" style={{ background: hue(status.shard, of) }} />{expert(status.shard)} {status.name}</button></th>
+        <td class="n">{newest?.epoch ?? 0}/{status.epochs}</td>
+        <td class="n">{newest ? newest.loss.toFixed(4) : '–'}</td>
+        <td class="n">{ago(newest?.time ?? null, until)}</td>
+        <td class="wide">
+          <svg viewBox={`0 0 ${WIDTH} ${ROW}`} preserveAspectRatio="none" role="img" aria-label={words}>
+            {bars.map(({ point, from, gap }) => gap
+              ? <g key={point.event}><rect class="gap" x={x(from)} width={Math.max(1, x(point.time) - x(from))} y={8} height={6} /><rect class={point.void ? 'void' : 'bar'} x={x(point.time) - 2} width={4} y={2} height={18} /></g>
+              : <rect key={point.event} class={point.void ? 'void' : 'bar'} x={x(from)} width={Math.max(2, x(point.time) - x(from) - 1)} y={4} height={14} style={{ fill: hue(status.shard, of), opacity: point.void ? 0.25 : 1 - 0.35 * (authors.indexOf(point.author) % 3) / 2 }} />)}
+            {idle && <rect class="gap" x={x(newest.time)} width={WIDTH - x(newest.time)} y={8} height={6} />}
+            {refused.map((point) => <rect key={point.event} class="refused" x={x(point.time) - 2} width={4} y={0} height={ROW} />)}
+          </svg>
+        </td>
+      </tr>
+      {open && <tr><td colSpan={5}><Lineage shard={shard} until={until} /></td></tr>}
+    </>
+  )
+}
+
+function Lineage({ shard, until }: { shard: Shard; until: number }) {
+  const points = [...shard.accepted].reverse().slice(0, 50)
+  return (
+    <div class="lineage">
+      <p class="soft">{count(shard.clips)} training clips ({(100 * shard.prior).toFixed(0)} % of all), {shard.expert}. Before any training the held-out loss was {shard.initial_loss === null ? 'not measured yet' : shard.initial_loss.toFixed(4)}.</p>
+      <Curve shards={[shard]} />
+      <div class="scroll" tabIndex={0}>
+        <table>
+          <caption>Lineage, newest first{shard.accepted.length > 50 ? ' (the last 50)' : ''}</caption>
+          <thead><tr><th scope="col">epoch</th><th scope="col">held-out loss</th><th scope="col">author</th><th scope="col">accepted</th><th scope="col">weights</th><th scope="col">note</th></tr></thead>
+          <tbody>
+            {points.map((point) => (
+              <tr key={point.event} class={point.void ? 'void' : ''}>
+                <td class="n">{point.epoch}</td><td class="n">{point.loss.toFixed(4)}</td><td><a href={`#peer=${point.author}`}><code>{short(point.author)}</code></a></td>
+                <td class="n">{ago(point.time, until)}</td><td><a href={`blobs/${point.weights}`}><code>{short(point.weights)}</code></a></td><td>{point.void ? 'rolled back' : point.note}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+      {shard.refused.length > 0 && (
+        <details><summary>{shard.refused.length} refused results</summary>
+          <ul>{[...shard.refused].reverse().map((point) => <li key={point.event}>epoch {point.epoch} of <code>{short(point.owner)}</code>, {point.verdict} at {point.check}: <span dir="auto">{point.text}</span></li>)}</ul>
+        </details>
+      )}
+    </div>
+  )
+}
