@@ -30,9 +30,11 @@ class ProgressClips:
     def __init__(self, trainer: ExpertTrainer) -> None:
         manifest = trainer.manifest
         self.prompts: tuple[str, ...] = manifest.sampling.prompts[:MOST_CLIPS]
-        encoder = load_text_encoder(manifest.latent.text_encoder, manifest.latent.text_tokens, hub=False)
+        latent = manifest.latent
+        encoder = load_text_encoder(latent.text_encoder, latent.text_tokens, latent.text, hub=False)
         self._tokens, self._pooled = encoder.encode(list(self.prompts))
-        self._codec = load_latents(manifest.latent.vae, manifest.latent, hub=False)
+        self._null = encoder.null() or (torch.zeros_like(self._tokens[0]), torch.zeros_like(self._pooled[0]))
+        self._codec = load_latents(latent.vae, latent, hub=False)
         self._trainer = trainer
 
     @property
@@ -45,6 +47,7 @@ class ProgressClips:
         trainer, sampling = self._trainer, self._trainer.manifest.sampling
         device = trainer.device
         tokens, pooled = self._tokens.to(device), self._pooled.to(device)
+        nothing = tuple(vector.to(device).expand_as(rows) for vector, rows in zip(self._null, (tokens, pooled), strict=True))
         x = initial_noise(trainer.manifest.latent.shape, range(len(self.prompts))).to(device)
         spec = trainer.spec
         denoise = module_denoiser(trainer.model, spec.prediction, schedule_of(spec), lambda: spec.inputs)
@@ -54,7 +57,7 @@ class ProgressClips:
                 t = torch.full((len(x),), now, device=device)
                 flow = denoise(x, t, tokens, pooled)
                 if sampling.guidance != 1:
-                    null = denoise(x, t, torch.zeros_like(tokens), torch.zeros_like(pooled))
+                    null = denoise(x, t, *nothing)
                     flow = torch.lerp(null, flow, sampling.guidance)
                 x = x + (then - now) * flow
         finally:
