@@ -118,7 +118,7 @@ async def serve_run(
             )
         withdraw_holdouts(folder, signed.manifest)
         settle_base(folder, signed.manifest, settings.base)
-        listener = stack.enter_context(bind(settings.http)) if settings.http else None
+        listener = stack.enter_context(bind(settings.http)) if settings.http != "off" else None
         ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
         stack.callback(ledger.close)
         recover = settings.recover or folder.restored.exists()

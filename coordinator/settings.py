@@ -26,8 +26,8 @@ from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.ticket import Place
 
-HostPort = Annotated[str, AfterValidator(host_port)]
-"""`host:port`; write an IPv6 address in brackets."""
+PageAddress = Annotated[str, AfterValidator(lambda value: value if value == "off" else host_port(value))]
+"""`off`, or `host:port`; write an IPv6 address in brackets."""
 DialledAddress = Annotated[str, AfterValidator(dialled_address)]
 """`host:port` where others reach this machine."""
 
@@ -192,8 +192,10 @@ class ServeSettings(_Settings):
     announce: tuple[Place, ...] = Field(
         default=(), max_length=8, description="Further multiaddresses to announce to peers; without any those of the run"
     )
-    http: HostPort | None = Field(
-        default=None, description="host:port of an HTTP server with the status page, metrics and blobs; without it none"
+    http: PageAddress = Field(
+        default="127.0.0.1:0",
+        description="host:port of the HTTP server with the run's page, its API, metrics and blobs; port 0: a free one, whose "
+        "address is printed; off: none",
     )
     threads: Count = Field(default=1, description="CPU threads of each worker process, for checks, audits, router and samples")
     nice: int = Field(
