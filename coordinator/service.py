@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lutetia.coordinator.acceptance.intake.rate_limits import Admission
@@ -18,6 +18,7 @@ from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorSto
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
+from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.ledger.status_builder import status as status_of
 from lutetia.coordinator.lending.mixtures import LentMixtures
 from lutetia.coordinator.lending.reserve import read_reserve
@@ -268,6 +269,11 @@ class Service:
 
     # --- the swarm --------------------------------------------------------------------------------------------------------
 
+    def _view(self, now: float) -> LiveView:
+        """The swarm, with what lent checks wait for."""
+        view = self.swarm_monitor.view
+        return replace(view, lent=self.lender.held_up(now)) if self.lender else view
+
     def _nodes(self) -> list[NodeRecord]:
         """The node records that the DHT has now."""
         return [node.record for node in self.swarm_monitor.view.nodes]
@@ -317,7 +323,7 @@ class Service:
         """The status document, built at most twice a second."""
         now = self.transport.now()
         if self._status is None or not 0 <= now - self._status[0] < _FRESH_SECONDS:
-            document = status_of(self.judge_loop.state.run, self.manifest, self.swarm_monitor.view, now, software=self.software)
+            document = status_of(self.judge_loop.state.run, self.manifest, self._view(now), now, software=self.software)
             self._status = (now, document.model_copy(update={"ledger": self.head.signed}))
         return self._status[1]
 

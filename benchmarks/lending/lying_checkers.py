@@ -72,18 +72,28 @@ def passes(report: CheckReport) -> bool:
     return compare_losses(averages, parent, TOLERANCE) is None and compare_raw(raw, averages, parent, RAW_TOLERANCE) is None
 
 
-def check(draw: random.Random, lie: str, liars: int, together: bool) -> Check:
-    """One check by nodes of a pool of which `liars` lie; `together`: all of them with the same numbers."""
+def check(draw: random.Random, lie: str, liars: int, together: bool, known: int) -> Check:
+    """One check by nodes of a pool.
+
+    Args:
+        draw: randomness.
+        lie: what liars report.
+        liars: how many of the pool lie.
+        together: all of them with the same numbers.
+        known: how many of the honest have accepted work.
+    """
     excess, told = LIES[lie]
     truth = Truth.drawn(draw, excess)
     names = [Identity.derived(f"checker {number}").public_key for number in range(POOL)]
     lying = set(draw.sample(names, liars))
     common = told(truth, draw)
     desk, now = LendingDesk().with_check(LentCheck("c", "result", 0, 0.0, fewest=ROWS)), 0.0
+    trusted = frozenset(sorted(set(names) - lying)[:known])
     asked, lied, reports = list(names), 0, 0
     draw.shuffle(asked)
-    for owner in asked:
-        desk, lent = lend_check(desk, Asker(owner, frozenset({"result"}), frozenset({0}), frozenset()), f"{reports:064x}", now)
+    for owner in asked * 2:  # who gets none asks again
+        asker = Asker(owner, frozenset({"result"}), frozenset({0}), frozenset(), owner in trusted)
+        desk, lent = lend_check(desk, asker, f"{reports:064x}", now, trusted)
         if lent is None:
             continue
         lies = owner in lying
@@ -110,18 +120,27 @@ def _report(owner: str, id_: str, truth: Truth, averages: Losses, draw: random.R
 
 
 def table(tries: int) -> str:
-    heads = ("lie", "liars", "lied alike", "wrong verdicts", "of those who lied, found", "honest nodes wronged", "reports, mean")
+    heads = (
+        "lie",
+        "liars",
+        "lied alike",
+        "with accepted work",
+        "wrong verdicts",
+        "of those who lied, found",
+        "honest nodes wronged",
+        "reports, mean",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for lie in LIES:
-        for liars, together in ((1, False), (4, False), (4, True)):
-            draw = random.Random(f"{lie} {liars} {together}")
-            found = [check(draw, lie, liars, together) for _ in range(tries)]
+        for liars, together, known in ((1, False, 0), (4, False, 0), (4, True, 0), (4, True, 3)):
+            draw = random.Random(f"{lie} {liars} {together} {known}")
+            found = [check(draw, lie, liars, together, known) for _ in range(tries)]
             wrong = sum(not one.right for one in found)
             lied, caught = sum(one.lied for one in found), sum(one.found for one in found)
             wronged, reports = sum(one.wronged for one in found), sum(one.reports for one in found)
             cells = (
-                lie, f"{liars} of {POOL}", "yes" if together else "no", interval(wrong, tries), interval(caught, lied),
-                interval(wronged, reports - lied), f"{reports / tries:.2f}",
+                lie, f"{liars} of {POOL}", "yes" if together else "no", f"{known}", interval(wrong, tries),
+                interval(caught, lied), interval(wronged, reports - lied), f"{reports / tries:.2f}",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -36,13 +36,14 @@ class ShardFacts:
     """What the status document knows of a shard besides the ledger. Times are Unix seconds.
 
     `holder`: who holds it. `due`: when its next acceptance is due. `free_since`: since when nobody claims it. `standbys`: nodes
-    that are online and hold nothing.
+    that are online and hold nothing. `lent`: what a check that is lent to nodes waits for; empty: none does.
     """
 
     holder: str | None
     due: float | None
     free_since: float | None
     standbys: int
+    lent: str = ""
 
 
 def shard_stall(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
@@ -154,6 +155,8 @@ def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     why = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} still waits for its checks{tried}."
     last = next((r.text for r in reversed(state.refusals) if r.checkpoint == oldest.record.digest), "")
     remedy = f"See the coordinator's log{f' ({last[:600]})' if last else ''}; if the checks are slow, raise checks_at_once."
+    if facts.lent:
+        remedy = f"Let more nodes stand by whose devices run its expert: {facts.lent}."
     return StallStatus(kind="shard", shard=index, since=oldest.seen, why=why, remedy=remedy)
 
 

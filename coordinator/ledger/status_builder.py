@@ -65,6 +65,8 @@ class LiveView:
     """The address of each peer that the coordinator is connected to, by peer id."""
     free_since: Mapping[int, float] = field(default_factory=dict)
     """By shard: since when no peer has claimed it, in Unix seconds."""
+    lent: Mapping[int, str] = field(default_factory=dict)
+    """By shard: what a check of it that is lent to nodes waits for."""
 
 
 def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
@@ -207,7 +209,13 @@ def _stalled_shards(
 ) -> list[StallStatus]:
     """What holds up each shard that does not go on."""
     facts = {
-        shard.shard: ShardFacts(shard.owner, shard.due, None if shard.owner else live.free_since.get(shard.shard), standbys)
+        shard.shard: ShardFacts(
+            shard.owner,
+            shard.due,
+            None if shard.owner else live.free_since.get(shard.shard),
+            standbys,
+            live.lent.get(shard.shard, ""),
+        )
         for shard in shards
     }
     return [stall for index in facts if (stall := shard_stall(state, manifest, index, facts[index], now))]

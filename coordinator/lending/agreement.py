@@ -34,21 +34,29 @@ class Settled:
     liars: frozenset[str] = frozenset()
 
 
-def settle(reports: Sequence[CheckReport], fewest: int = 1) -> Settled | None:
+def settle(reports: Sequence[CheckReport], fewest: int = 1, known: frozenset[str] = frozenset()) -> Settled | None:
     """The outcome, or None while another report is needed.
+
+    A new identity costs nothing, so newcomers alone outvote nobody whose work was accepted: while such a peer is among those that
+    report, only a pair with one of them decides.
 
     Args:
         reports: one per operator, oldest first; none that failed.
         fewest: rows that each part of a result must have been scored on.
+        known: the owners whose own work was accepted.
     """
     best: list[CheckReport] = []
     for report in reports:
         group = [other for other in reports if agree(report, other, fewest)]
-        if len(group) > len(best):
+        if (_has_known(group, known), len(group)) > (_has_known(best, known), len(best)):
             best = group
-    if len(best) >= NEEDED:
+    if len(best) >= NEEDED and (_has_known(best, known) or not _has_known(reports, known)):
         return Settled(best[0], frozenset(report.owner for report in reports if report not in best))
     return Settled(None) if len(reports) >= MOST_REPORTS else None
+
+
+def _has_known(reports: Sequence[CheckReport], known: frozenset[str]) -> bool:
+    return any(report.owner in known for report in reports)
 
 
 def agree(one: CheckReport, other: CheckReport, fewest: int = 1) -> bool:

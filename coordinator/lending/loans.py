@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lutetia.coordinator.lending.agreement import MOST_REPORTS, NEEDED, Settled, settle
+from lutetia.coordinator.lending.agreement import NEEDED, Settled, settle
 from lutetia.protocol.rpc.check_request import CheckReport
 
 SILENT_SECONDS = 600.0
 """A borrower that has not asked again for so long has lost its loan; while it works it does so every two minutes."""
 FORGIVEN_SECONDS = 600.0
 """For so long a peer that could not carry a check out is not offered it again."""
+KEPT_SECONDS = 120.0
+"""For so long a place is kept for a peer whose own work was accepted."""
 _LEAST_LOAN = 600.0
 _TIMES_USUAL = 3.0
 _MOST_LOANS = 4
@@ -59,6 +61,13 @@ class LentCheck:
     reports: tuple[CheckReport, ...] = ()
     failed: Mapping[str, float] = field(default_factory=dict)
     """Owner -> when it could not carry it out."""
+    known: frozenset[str] = frozenset()
+    """Those that have it or have reported on it whose own work was accepted."""
+
+    @property
+    def borrowers(self) -> frozenset[str]:
+        """Those that have it or have reported on it."""
+        return frozenset({*self.loans, *(report.owner for report in self.reports)})
 
     def missing(self, now: float) -> int:
         """How many more peers to ask now."""
@@ -69,12 +78,21 @@ class LentCheck:
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """A peer that asks for a check. `related`: the peers of its operator or its public address, itself included."""
+    """A peer that asks for a check.
+
+    Args:
+        owner: its public key.
+        kinds: the kinds of check that it can carry out.
+        shards: those whose experts its device runs.
+        related: the peers of its operator or its public address, itself included.
+        known: whether its own work was accepted.
+    """
 
     owner: str
     kinds: frozenset[str]
     shards: frozenset[int]
     related: frozenset[str]
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +122,27 @@ def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
     return _LEAST_LOAN + size / slowest + _TIMES_USUAL * (usual or 0.0)
 
 
-def may_have(check: LentCheck, asker: Asker, now: float) -> bool:
-    """Whether the check needs another peer, and this one is unlike its author and those that have it or have reported on it."""
-    others = {*check.excluded, *check.loans, *(report.owner for report in check.reports)}
-    failed = check.failed.get(asker.owner)
+def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[str] = frozenset()) -> bool:
+    """Whether the check needs another peer, and this one is unlike its author and those that have it or have reported on it.
+
+    Of those that check, one place is for a peer whose own work was accepted, as long as one of `free_known` may come for it.
+    """
+    borrowers, failed = check.borrowers, check.failed.get(asker.owner)
+    others = check.excluded | borrowers
+    kept = not asker.known and bool(borrowers - check.known) and not check.known and bool(free_known - others)
     return (
         check.missing(now) > 0
         and check.kind in asker.kinds
         and (check.shard is None or check.shard in asker.shards)
         and not others & {asker.owner, *asker.related}
         and (failed is None or now - failed >= FORGIVEN_SECONDS)
+        and not (kept and now - check.since < KEPT_SECONDS)
     )
 
 
-def lend_check(desk: LendingDesk, asker: Asker, id_: str, now: float) -> tuple[LendingDesk, LentCheck | None]:
+def lend_check(
+    desk: LendingDesk, asker: Asker, id_: str, now: float, free_known: frozenset[str] = frozenset()
+) -> tuple[LendingDesk, LentCheck | None]:
     """The check that the peer has, or gets now: the one that others have begun first, then the oldest.
 
     Args:
@@ -125,16 +150,18 @@ def lend_check(desk: LendingDesk, asker: Asker, id_: str, now: float) -> tuple[L
         asker: who asks.
         id_: the id of the loan, should it get one.
         now: Unix seconds.
+        free_known: the peers that are free and whose own work was accepted.
     """
     if check := desk.held_by(asker.owner):
         loan = replace(check.loans[asker.owner], heard=now)
     else:
-        fit = [check for check in desk.checks.values() if may_have(check, asker, now)]
+        fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known)]
         check = min(fit, key=lambda check: (not (check.reports or check.loans), check.since, check.name), default=None)
         if check is None:
             return desk, None
         loan = CheckLoan(id_, now, now, now + check.seconds)
-    check = replace(check, loans={**check.loans, asker.owner: loan})
+    known = check.known | {asker.owner} if asker.known else check.known
+    check = replace(check, loans={**check.loans, asker.owner: loan}, known=known)
     return desk.with_check(check), check
 
 
@@ -148,7 +175,7 @@ def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[Len
         check = replace(check, loans=loans, failed={**check.failed, report.owner: now})
         return desk.with_check(check), check, None
     check = replace(check, loans=loans, reports=(*check.reports, report))
-    outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest)
+    outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest, check.known)
     if outcome:
         return desk.without(check.name), check, outcome
     return desk.with_check(check), check, None
@@ -173,13 +200,3 @@ def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, 
 def _ended(owner: str, loan: CheckLoan, free: frozenset[str] | None, now: float, lease: float) -> bool:
     silent = now - loan.heard
     return silent >= SILENT_SECONDS or (free is not None and owner not in free and silent >= lease)
-
-
-def most_waiting(desk: LendingDesk, now: float) -> tuple[LentCheck, float] | None:
-    """The check that has waited longest for a peer that takes it, and for how long; None: none waits."""
-    waiting = [(now - check.since, check) for check in desk.checks.values() if check.missing(now) > 0]
-    seconds, check = max(waiting, key=lambda one: one[0], default=(0.0, None))
-    return (check, seconds) if check else None
-
-
-assert MOST_REPORTS > NEEDED

@@ -18,7 +18,6 @@ from lutetia.coordinator.lending.loans import (
     LentCheck,
     end_check_loans,
     lend_check,
-    most_waiting,
     take_report,
 )
 from lutetia.coordinator.lending.reports import well_formed
@@ -113,21 +112,22 @@ class CheckLender:
             await asyncio.sleep(_TICK_SECONDS)
             now = self.transport.now()
             self.desk = end_check_loans(self.desk, self.free(), now, self.manifest().timing.lease)
-            why = self.held_up(now)
-            if why and now - self._warned >= _WARN_SECONDS:
+            waiting = self.held_up(now)
+            if waiting and now - self._warned >= _WARN_SECONDS:
                 self._warned = now
-                _log.warning("%s", why)
+                for shard, why in sorted(waiting.items()):
+                    _log.warning("%s: %s", "router" if shard < 0 else f"shard {shard}", why)
 
-    def held_up(self, now: float) -> str:
-        """What waits for a node that takes it, in one sentence; empty where nothing does for longer than a lease."""
-        longest = most_waiting(self.desk, now)
-        if longest is None or longest[1] <= self.manifest().timing.lease:
-            return ""
-        check, seconds = longest
-        of = "the router" if check.shard is None else f"shard {check.shard}"
-        who = "a node that the setting checkers names" if self.checkers else "a node that stands by"
-        have = f"{len(check.reports)} reports and {len(check.loans)} borrowers"
-        return f"a check ({check.kind}) of {of} has waited {seconds:.0f} s for {who} and can run its expert; it has {have}"
+    def held_up(self, now: float) -> dict[int, str]:
+        """By shard (-1: the router): what its checks have waited for longer than a lease, in a clause."""
+        found: dict[int, str] = {}
+        for check in sorted(self.desk.checks.values(), key=lambda check: check.since, reverse=True):
+            if check.missing(now) > 0 and now - check.since > self.manifest().timing.lease:
+                who = "a node that the setting checkers names" if self.checkers else "a node of another operator"
+                have = f"{len(check.reports)} reports and {len(check.loans)} borrowers"
+                text = f"a check ({check.kind}) has waited {now - check.since:.0f} s for {who}; it has {have}"
+                found[-1 if check.shard is None else check.shard] = text
+        return found
 
     # --- the stream ---------------------------------------------------------------------------------------------------------
 
@@ -143,8 +143,12 @@ class CheckLender:
             await self._take(request.report)
             return CheckAnswer()
         now = self.transport.now()
-        asker = Asker(request.owner, frozenset(request.kinds), frozenset(request.shards), relatives(request.owner, self.peers()))
-        self.desk, check = lend_check(self.desk, asker, secrets.token_hex(32), now)
+        run, owner = self.run(), request.owner
+        known = run.has_accepted_work(owner) or owner in self.checkers
+        related = relatives(owner, self.peers())
+        asker = Asker(owner, frozenset(request.kinds), frozenset(request.shards), related, known)
+        free_known = frozenset(filter(run.has_accepted_work, self.free() or ()))
+        self.desk, check = lend_check(self.desk, asker, secrets.token_hex(32), now, free_known)
         if check is None:
             return CheckAnswer(retry_after=_ASK_AGAIN)
         loan, waiting = check.loans[request.owner], self._waiting[check.name]

@@ -53,6 +53,20 @@ def test_a_third_tells_who_lied(lie: float):
     assert settled.liars == {key("liar")}
 
 
+def test_newcomers_alone_outvote_no_peer_with_accepted_work():
+    known = frozenset({key("ann")})
+    reports = [report("liar", 2.0), report("ann"), report("sybil", 2.0)]
+    assert settle(reports, known=known) is None
+    settled = settle([*reports, report("ben")], known=known)
+    assert settled is not None
+    assert settled.report is not None
+    assert settled.report.owner == key("ann")
+    assert settled.liars == {key("liar"), key("sybil")}
+    unknown = settle(reports)
+    assert unknown is not None
+    assert unknown.liars == {key("ann")}, "among newcomers the majority decides"
+
+
 def test_reports_that_never_agree_are_given_up():
     reports = [report(str(number), 1 + number / 5) for number in range(MOST_REPORTS)]
     assert settle(reports[:-1]) is None

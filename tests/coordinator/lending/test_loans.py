@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lutetia.coordinator.lending.loans import (
     FORGIVEN_SECONDS,
+    KEPT_SECONDS,
     SILENT_SECONDS,
     Asker,
     LendingDesk,
@@ -13,7 +14,6 @@ from lutetia.coordinator.lending.loans import (
     end_check_loans,
     lend_check,
     loan_seconds_for,
-    most_waiting,
     take_report,
 )
 from tests.coordinator.lending.test_agreement import key, report
@@ -64,6 +64,14 @@ def test_a_borrower_that_asks_again_keeps_its_loan():
     desk, check = lend_check(desk, asker("ann"), "other", 200.0)
     assert check is not None
     assert (check.loans[key("ann")].id, check.loans[key("ann")].heard) == (key("loan of ann"), 200.0)
+
+
+def test_one_place_is_kept_for_a_peer_with_accepted_work():
+    desk, free = lent(desk_of(CHECK), "ann"), frozenset({key("old hand"), key("author")})
+    assert lend_check(desk, asker("ben"), "i" * 64, 1.0, free)[1] is None
+    assert lend_check(desk, replace(asker("old hand"), known=True), "i" * 64, 1.0, free)[1] is not None
+    assert lend_check(desk, asker("ben"), "i" * 64, 1.0, frozenset({key("author")}))[1] is not None, "nobody may come for it"
+    assert lend_check(desk, asker("ben"), "i" * 64, KEPT_SECONDS, free)[1] is not None, "it did not come"
 
 
 def test_disagreement_asks_a_third_and_names_the_liar():
@@ -119,15 +127,6 @@ def test_a_begun_check_comes_before_an_older_one():
     _, check = lend_check(desk, asker("ben"), "i" * 64, 6.0)
     assert check is not None
     assert check.name == "result y"
-
-
-def test_what_waits_is_named_with_its_time():
-    assert most_waiting(LendingDesk(), 9.0) is None
-    desk = lent(desk_of(CHECK), "ann")
-    waiting = most_waiting(desk, 9.0)
-    assert waiting is not None
-    assert (waiting[0].name, waiting[1]) == (CHECK.name, 9.0)
-    assert most_waiting(lent(desk, "ben"), 9.0) is None
 
 
 def test_loans_are_as_long_as_size_and_experience_ask_for():

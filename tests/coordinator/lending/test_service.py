@@ -13,9 +13,10 @@ import pytest
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
 from lutetia.coordinator.holdouts import Holdouts
-from lutetia.coordinator.ledger.events import CheckerRefuted, Event, HoldoutBurnt, PeerPardoned
+from lutetia.coordinator.ledger.events import CheckerRefuted, Event, HoldoutBurnt, PeerPardoned, ResultSeen
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.ledger.stalls import ShardFacts, shard_stall
 from lutetia.coordinator.lending.reserve import Reserve
 from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
@@ -270,11 +271,16 @@ def test_a_check_that_nobody_takes_is_named_after_a_lease(tmp_path: Path):
 
     async def scenario(checking: asyncio.Task[None]) -> None:
         lease = site.manifest.timing.lease
-        assert site.lender.held_up(site.transport.now()) == ""
+        assert site.lender.held_up(site.transport.now()) == {}
         await asyncio.sleep(lease + 1)
-        why = site.lender.held_up(site.transport.now())
-        assert "a check (result) of shard 0 has waited" in why
+        why = site.lender.held_up(site.transport.now())[0]
+        assert "a check (result) has waited" in why
         assert "0 reports and 0 borrowers" in why
+        shown = ShardFacts(None, None, None, 0, why)
+        await site.append(ResultSeen(time=START, record=site.record, via="offer"))
+        stall = shard_stall(site.run, site.manifest, 0, shown, site.transport.now())
+        assert stall is not None
+        assert why in stall.remedy
 
     play(site, scenario)
 
