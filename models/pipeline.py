@@ -226,8 +226,8 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         inputs.check_numbers(steps, guidance, num_videos_per_prompt)
         texts.check(self.spec)
         inputs.check_expert(self.transformer.config["experts"], expert)
-        inputs.check_size(self.spec, num_frames, height, width)
-        shape = (len(texts) * num_videos_per_prompt, *self.spec.shape)
+        bucket = inputs.find_size(self.spec, num_frames, height, width)
+        shape = (len(texts) * num_videos_per_prompt, *bucket.shape)
         inputs.check_noise(shape, generator, latents)
         inputs.check_choices(output_type, mode, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if not cut_prompts and (texts.prompts or texts.negative):

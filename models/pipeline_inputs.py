@@ -159,12 +159,24 @@ def check_numbers(steps: Any, guidance: Any, videos: Any) -> None:
         raise PipelineInputError(f"num_videos_per_prompt is {videos}; ask for a whole number of at least 1")
 
 
-def check_size(latent: LatentSpec, num_frames: int | None, height: int | None, width: int | None) -> None:
-    """Raises PipelineInputError for a size in frames or pixels that the mixture was not trained for."""
-    made = {"num_frames": latent.pixel_frames, "height": latent.pixel_height, "width": latent.pixel_width}
-    for (name, makes), asked in zip(made.items(), (num_frames, height, width), strict=True):
-        if asked is not None and asked != makes:
-            raise PipelineInputError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
+def find_size(latent: LatentSpec, num_frames: int | None, height: int | None, width: int | None) -> LatentSpec:
+    """The bucket of that size in frames and pixels: the first one that agrees with what is given.
+
+    Raises PipelineInputError if the mixture was trained on no such bucket.
+    """
+    asked_for = (num_frames, height, width)
+    sizes = [(each.pixel_frames, each.pixel_height, each.pixel_width) for each in latent.of_buckets]
+    for size, bucket in zip(sizes, latent.of_buckets, strict=True):
+        if all(asked in (None, makes) for asked, makes in zip(asked_for, size, strict=True)):
+            return bucket
+    if len(sizes) > 1:
+        known = "; ".join(f"{frames}, {h}, {w}" for frames, h, w in sizes)
+        raise PipelineInputError(
+            f"this mixture makes no clips of num_frames={num_frames}, height={height}, width={width}; ask for one of {known}"
+        )
+    named = zip(("num_frames", "height", "width"), sizes[0], asked_for, strict=True)
+    name, makes, asked = next(each for each in named if each[2] not in (None, each[1]))
+    raise PipelineInputError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
 
 
 def check_noise(shape: Sequence[int], generator: Generators | None, latents: Tensor | None) -> None:

@@ -43,22 +43,22 @@ def normals(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _pass_order(run: str, shard: int, number: int, clips: int) -> np.ndarray:
-    return stream(run, shard, 0, number, "order").permutation(clips)
+def _pass_order(run: str, shard: int, number: int, clips: int, bucket: int) -> np.ndarray:
+    return stream(run, shard, 0, number, f"order {bucket}" if bucket else "order").permutation(clips)
 
 
-def clip_order(run: str, shard: int, clips: int, first: int, count: int) -> np.ndarray:
+def clip_order(run: str, shard: int, clips: int, first: int, count: int, bucket: int = 0) -> np.ndarray:
     """The clips (row numbers in the shard) of its samples `first`, …, `first + count - 1`, int64 [count].
 
-    Every pass over the shard's `clips` clips is a new permutation, so the numbers of times that two clips have been seen never
-    differ by more than one.
+    Every pass over the `clips` clips is a new permutation, so the numbers of times that two clips have been seen never differ by
+    more than one. `bucket`: number of the bucket that they are of.
     """
     first_pass, place = divmod(first, clips)
     if place + count <= clips:
-        return _pass_order(run, shard, first_pass, clips)[place : place + count]
+        return _pass_order(run, shard, first_pass, clips, bucket)[place : place + count]
     samples = np.arange(first, first + count)
     order = np.empty(count, dtype=np.int64)
     for number in range(first_pass, (first + count - 1) // clips + 1):
         inside = samples // clips == number
-        order[inside] = _pass_order(run, shard, number, clips)[samples[inside] % clips]
+        order[inside] = _pass_order(run, shard, number, clips, bucket)[samples[inside] % clips]
     return order

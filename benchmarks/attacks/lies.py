@@ -263,7 +263,7 @@ def _held_out_loss(lab: Lab, model: torch.nn.Module) -> Tensor:
     data = lab.holdout
     clips, noise, times = holdout_rows(lab.manifest, 0, data)
     answer = lambda z, s: call_expert(model, z, s, data.tokens[clips], data.pooled[clips])  # noqa: E731
-    return row_losses(lab.manifest.expert, answer, data.latents[clips], noise, times).mean()
+    return row_losses(lab.manifest.expert, answer, data.latents[clips], noise.take(torch.arange(len(clips))), times).mean()
 
 
 LIES: Mapping[str, Callable[[Scene], Snapshot]] = {

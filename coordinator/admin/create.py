@@ -157,7 +157,8 @@ def _check_expert(manifest: Manifest) -> None:
     from lutetia.models.experts.families import check_fits
 
     for spec in {canonical(spec): spec for spec in (manifest.expert_of(shard.index) for shard in manifest.shards)}.values():
-        check_fits(spec, manifest.latent)
+        for latent in manifest.latent.of_buckets:
+            check_fits(spec, latent)
 
 
 def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[InitialWeights, ...]:

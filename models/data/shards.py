@@ -40,8 +40,13 @@ class ClipReader(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Clips of each bucket; clips are numbered bucket by bucket."""
+        ...
+
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
-        """The clips `rows`, in that order; without tokens those are [N, 0, D].
+        """The clips `rows`, all of one bucket, in that order; without tokens those are [N, 0, D].
 
         Raises IntegrityError or DataError if they cannot be read.
         """
@@ -64,6 +69,11 @@ class ShardData(ClipRows):
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """One bucket."""
+        return (len(self),)
 
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ShardData:
         """The clips `rows`, in that order; copies, not views."""
@@ -97,3 +107,8 @@ def shape_problem(data: ShardData, latent: LatentSpec) -> str | None:
 def infinite_name(rows: ClipRows) -> str | None:
     """The first field of `rows` that holds a number that is not finite; None if there is none."""
     return next((name for name in ("latents", "tokens", "pooled") if not torch.isfinite(getattr(rows, name)).all()), None)
+
+
+def bucket_of(sizes: Sequence[int], rows: Tensor) -> Tensor:
+    """The bucket of each clip of `rows`, int64 [N]."""
+    return torch.searchsorted(torch.tensor(sizes).cumsum(0), rows, right=True)

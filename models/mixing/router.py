@@ -37,7 +37,7 @@ class VideoRouter(ModelMixin, ConfigMixin):
     Args:
         experts: K.
         channels: C.
-        latent_size: (F, H, W).
+        latent_size: (F, H, W) of the first bucket; latents of other buckets are resized.
         patch_size: frames, height and width of a patch; each divides the latent's.
         pooled_width: P; 0 makes a router that does not read the text.
         hidden: width of the blocks.
@@ -58,7 +58,7 @@ class VideoRouter(ModelMixin, ConfigMixin):
         weighted: bool = False,
     ) -> None:
         super().__init__()
-        self.weighted = weighted
+        self.weighted, self.latent_size = weighted, tuple(latent_size)
         heads = max(1, hidden // 32)
         patches = math.prod(size // patch for size, patch in zip(latent_size, patch_size, strict=True))
         p_t, p_h, p_w = patch_size  # a list if it was read from a file
@@ -75,12 +75,23 @@ class VideoRouter(ModelMixin, ConfigMixin):
         condition = self.time(self.wave(time * TIMESTEPS).to(hidden_states.dtype))
         if self.text is not None and pooled is not None:
             condition = condition + self.text(pooled)
+        hidden_states = resized(hidden_states, self.latent_size)
         if self.weighted:
             hidden_states = hidden_states * (1 - time).to(hidden_states.dtype).view(-1, 1, 1, 1, 1)
         x = self.embed(hidden_states).flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             x = block(x, condition)
         return self.head(torch.cat([self.norm(x).mean(1), condition], dim=1))
+
+
+def resized(latents: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Latents [B, C, F, H, W] of any bucket in the size (F, H, W) of the first one.
+
+    Every value is one of the latents (nearest neighbours), because averages would have less noise than their time says.
+    """
+    if tuple(latents.shape[2:]) == tuple(size):
+        return latents
+    return nn.functional.interpolate(latents, size=tuple(size), mode="nearest-exact")
 
 
 class _Block(nn.Module):

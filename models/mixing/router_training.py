@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lutetia.models.data.parts.reader import Excerpt
-from lutetia.models.data.shards import ClipReader, ClipRows
-from lutetia.models.mixing.router import VideoRouter, build_router
+from lutetia.models.data.shards import ClipReader, ClipRows, bucket_of
+from lutetia.models.mixing.router import VideoRouter, build_router, resized
 from lutetia.models.randomness import normals, seed_of, stream
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import DataError
@@ -76,7 +76,7 @@ def train_router(
         optimiser.param_groups[0]["lr"] = spec.learning_rate * rate
         draw = stream(run, seed, 0, step, "router")
         rows = _choose(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
-        logits = router(*(tensor.to(device) for tensor in _noisy(shards, rows, draw)))
+        logits = router(*(tensor.to(device) for tensor in _noisy(router.latent_size, shards, rows, draw)))
         loss = nn.functional.cross_entropy(logits, rows.labels.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -94,7 +94,7 @@ def report_router(manifest: Manifest, router: VideoRouter, holdouts: Sequence[Cl
     draw = stream(manifest.run_id, 0, 0, 0, "router report")
     rows = _choose(manifest, holdouts, draw, count, text_dropout=0.0)
     device = next(router.parameters()).device
-    parts = (_noisy(holdouts, part, draw) for part in rows.split(64))
+    parts = (_noisy(router.latent_size, holdouts, part, draw) for part in rows.split(64))
     logits = torch.cat([router(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
     t, labels = rows.t, rows.labels
     confidence, guess = logits.softmax(1).max(1)
@@ -133,6 +133,9 @@ class _Rows:
         parts = (getattr(self, field.name).split(size) for field in fields(self))
         return [_Rows(*part) for part in zip(*parts, strict=True)]
 
+    def at(self, places: Tensor) -> _Rows:
+        return _Rows(*(getattr(self, field.name)[places] for field in fields(self)))
+
 
 def _choose(
     manifest: Manifest, shards: Sequence[ClipReader], draw: np.random.Generator, count: int, text_dropout: float
@@ -145,12 +148,22 @@ def _choose(
     return _Rows(torch.from_numpy(labels), clips, t, torch.from_numpy(draw.random(count) >= text_dropout))
 
 
-def _noisy(shards: Sequence[ClipReader], rows: _Rows, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The router's inputs for `rows`: noisy latents, times and pooled texts."""
-    clips = _taken(shards, rows)
-    noisy = torch.lerp(clips.latents, normals(draw, tuple(clips.latents.shape)), rows.t.view(-1, 1, 1, 1, 1))
-    pooled = clips.pooled
-    return noisy, rows.t, pooled * rows.with_text[:, None]
+def _noisy(
+    size: tuple[int, ...], shards: Sequence[ClipReader], rows: _Rows, draw: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The router's inputs for `rows`: noisy latents in the router's size, times and pooled texts."""
+    buckets = torch.empty_like(rows.clips)
+    for label in rows.labels.unique().tolist():
+        buckets[rows.labels == label] = bucket_of(shards[label].sizes, rows.clips[rows.labels == label])
+    order, noisy, pooled = [], [], []
+    for bucket in buckets.unique():
+        places = (buckets == bucket).nonzero().flatten()
+        clips, t = _taken(shards, rows.at(places)), rows.t[places].view(-1, 1, 1, 1, 1)
+        order.append(places)
+        noisy.append(resized(torch.lerp(clips.latents, normals(draw, tuple(clips.latents.shape)), t), size))
+        pooled.append(clips.pooled)
+    back = torch.cat(order).argsort()
+    return torch.cat(noisy)[back], rows.t, torch.cat(pooled)[back] * rows.with_text[:, None]
 
 
 def _taken(shards: Sequence[ClipReader], rows: _Rows) -> ClipRows:

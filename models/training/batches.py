@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lutetia.models.data.parts.batch_order import BatchOrder
 from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.objectives import times
-from lutetia.models.randomness import clip_order, normals, stream
+from lutetia.models.randomness import normals, stream
 from lutetia.protocol.schema.manifest import Manifest
 
 
@@ -53,6 +54,7 @@ class Batches:
     def __init__(self, manifest: Manifest, shard: int, data: ClipReader) -> None:
         self._run, self._shard, self._data = manifest.run_id, shard, data
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
+        self._order = BatchOrder(manifest.run_id, shard, tuple(data.sizes), manifest.optimisation.batch)
 
     def at(self, epoch: int, step: int) -> Batch:
         """The batch of `step` (0, 1, …) of `epoch` (0, 1, …).
@@ -61,8 +63,7 @@ class Batches:
         time keeps its distribution, and a small batch's loss varies far less.
         """
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
-        order = clip_order(self._run, self._shard, len(self._data), (epoch * self._steps + step) * size, size)
-        clips = self._data.take(torch.from_numpy(order))
+        clips = self._data.take(torch.from_numpy(self._order.clips(epoch * self._steps + step)))
         null = self._data.null or (None, None)
         jitter, dropout = stream(*place, "rows").random((2, size))
         kept = torch.from_numpy(dropout >= self._settings.text_dropout)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lutetia.models.data.shards import ClipReader
+from lutetia.models.data.shards import ClipReader, bucket_of
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.families import call_expert
@@ -117,14 +117,22 @@ def holdout_loss(
     clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
 
     def score(rows: Tensor) -> list[float]:
+        losses = torch.empty(len(rows))
+        buckets = bucket_of(data.sizes, clips[rows])
+        for bucket in buckets.unique():
+            places = (buckets == bucket).nonzero().flatten()
+            losses[places] = score_bucket(rows[places])
+        return losses.tolist()
+
+    def score_bucket(rows: Tensor) -> Tensor:
         taken = data.take(clips[rows])
         latents, tokens, pooled = (each.to(device) for each in (taken.latents, taken.tokens, taken.pooled))
 
         def answer(z, s):
             return call_expert(model, z, s, tokens, pooled, spec.inputs)
 
-        given = latents, noise[rows].to(device), t[rows].to(device)
-        return weighted_losses(manifest.optimisation, spec, answer, *given).tolist()
+        given = latents, noise.take(rows).to(device), t[rows].to(device)
+        return weighted_losses(manifest.optimisation, spec, answer, *given).cpu()
 
     order, losses = _score_rows(score, len(clips), _drawn_order(manifest, shard, draw, len(clips)), limits, on_rows, clock)
     drawn, scored = order is not None, torch.tensor(losses)
@@ -202,16 +210,31 @@ def _drawn_order(manifest: Manifest, shard: int, draw: str | None, count: int) -
     return torch.from_numpy(stream(draw or manifest.run_id, shard, 0, 0, "holdout order").permutation(count))
 
 
+@dataclass(frozen=True)
+class RowNoise:
+    """The noise of the rows that are scored, one block [N, C, F, H, W] per bucket; rows are numbered bucket by bucket."""
+
+    blocks: tuple[Tensor, ...]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The noise of `rows`, all of one bucket, [len(rows), C, F, H, W]."""
+        sizes = [len(block) for block in self.blocks]
+        bucket = int(bucket_of(sizes, rows[:1]))
+        return self.blocks[bucket][rows - sum(sizes[:bucket])]
+
+
 def holdout_rows(
     manifest: Manifest, shard: int, data: ClipReader, *, draw: str | None = None, noises: int = 4
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that are scored: the clip of each [N], its noise [N, C, F, H, W] and its time [N]."""
+) -> tuple[Tensor, RowNoise, Tensor]:
+    """The rows that are scored: the clip of each [N], its noise and its time [N]."""
     count = len(data) * noises
     numbers = stream(draw or manifest.run_id, shard, 0, 0, "holdout")
     clips = torch.arange(len(data)).repeat_interleave(noises)
     strata = torch.from_numpy(numbers.permutation(count))
     t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
-    return clips, normals(numbers, (count, *manifest.latent.shape)), t
+    shapes = [latent.shape for latent in manifest.latent.of_buckets]
+    blocks = tuple(normals(numbers, (size * noises, *shape)) for size, shape in zip(data.sizes, shapes, strict=False))
+    return clips, RowNoise(blocks), t
 
 
 def _load_raw(model: nn.Module, state: Path) -> None:

@@ -102,7 +102,8 @@ class ExpertTrainer:
         self.trace: list[float] = []
         self._trained_on = self.device.type
         self._held: list[LiveSnapshot] = []
-        check_fits(self.spec, manifest.latent)
+        for latent in manifest.latent.of_buckets:
+            check_fits(self.spec, latent)
         if len(data) < manifest.optimisation.batch:
             batch = manifest.optimisation.batch
             raise DataError(f"shard {shard} has {len(data)} clips, fewer than a batch of {batch}; use fewer experts")

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -207,7 +208,8 @@ def _try_expert(
     from lutetia.models.experts.families import build_meta
     from lutetia.models.training.memory.activations import expert_facts
 
-    latent, batch = manifest.latent, manifest.optimisation.batch
+    batch = manifest.optimisation.batch
+    latent = max(manifest.latent.of_buckets, key=lambda each: math.prod(each.shape))  # what takes the most memory
     data = ShardData(
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,

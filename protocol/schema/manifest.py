@@ -59,6 +59,20 @@ class ExpertSpec(WireDocument):
     adapter: AdapterSpec | None = added(None, "The adapter that is trained on a frozen base; null: the network is trained whole")
 
 
+class LatentShape(WireDocument):
+    """The shape of latents of a further bucket."""
+
+    frames: Extent = Field(description="Frames of a latent")
+    height: Extent = Field(description="Height of a latent, in latent pixels")
+    width: Extent = Field(description="Width of a latent, in latent pixels")
+    pixel_frames: Extent = Field(description="Frames of a decoded clip")
+    pixel_height: Extent = Field(description="Height of a decoded clip in pixels")
+    pixel_width: Extent = Field(description="Width of a decoded clip in pixels")
+
+
+Buckets = Annotated[tuple[LatentShape, ...], Field(max_length=63)]
+
+
 class LatentSpec(WireDocument):
     """Shape and origin of the latents and text embeddings that are trained on.
 
@@ -87,6 +101,8 @@ class LatentSpec(WireDocument):
         None, "How `text_encoder`, a pipeline, turns captions into tokens; null: it names an encoder whose tokens end in zeros"
     )
 
+    buckets: Buckets = added((), "Shapes of the data's further buckets; the fields above are those of the first")
+
     @model_validator(mode="after")
     def _one_statistic_per_channel(self) -> LatentSpec:
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, self.channels):
@@ -97,6 +113,16 @@ class LatentSpec(WireDocument):
     def shape(self) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of one latent."""
         return self.channels, self.frames, self.height, self.width
+
+    def in_bucket(self, number: int) -> LatentSpec:
+        """The spec with the shape of bucket `number`, which has no further buckets; 0 is the first."""
+        shape = dict(self.buckets[number - 1]) if number else {}
+        return self.model_copy(update={**shape, "buckets": ()})
+
+    @property
+    def of_buckets(self) -> tuple[LatentSpec, ...]:
+        """The spec of each bucket."""
+        return tuple(self.in_bucket(number) for number in range(1 + len(self.buckets)))
 
 
 class ShardSpec(WireDocument):

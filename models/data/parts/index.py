@@ -41,6 +41,7 @@ class PartSpec(Frozen):
     blob: BlobRef = Field(description="digest and size of the file")
     clips: Count = Field(description="clips in the part")
     texts: Tally = Field(description="texts in the part")
+    bucket: int = Field(default=0, ge=0, le=63, description="bucket of all its clips")
 
     @model_validator(mode="after")
     def _is_bounded(self) -> PartSpec:
@@ -79,6 +80,14 @@ class ShardIndex:
     @property
     def parts(self) -> tuple[PartSpec, ...]:
         return self.document.parts
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Clips of each bucket; clips are numbered bucket by bucket."""
+        sizes = [0] * (1 + len(self.document.latent.buckets))
+        for part in self.parts:
+            sizes[part.bucket] += part.clips
+        return tuple(sizes)
 
     @property
     def bytes(self) -> int:
@@ -147,6 +156,9 @@ def _contradiction(index: ShardIndex) -> str | None:
         return f"its texts are not one row of 1 to {MAX_CLIPS} whole numbers"
     if len(texts) != index.clip_starts[-1]:
         return f"its parts hold {index.clip_starts[-1]} clips, but {len(texts)} clips have texts"
+    buckets = [part.bucket for part in index.parts]
+    if buckets != sorted(buckets) or buckets[-1] > len(index.document.latent.buckets):
+        return "its parts are not ordered by the buckets of its latents"
     if texts.min() < 0 or texts.max() >= index.text_starts[-1]:
         return f"a clip has a text beyond the {index.text_starts[-1]} of its parts"
     return _null_contradiction(index.null, index.document.latent)

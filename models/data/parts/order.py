@@ -5,26 +5,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from lutetia.models.data.parts.batch_order import BatchOrder
 from lutetia.models.data.parts.index import ShardIndex
-from lutetia.models.randomness import clip_order
 from lutetia.protocol.schema.manifest import Manifest
 
 
 def next_uses(manifest: Manifest, shard: int, index: ShardIndex, first: int) -> NDArray[np.int64]:
     """How many samples of the shard's budget are trained before each part is used, int64 [parts].
 
-    Looks to the end of the next pass over the clips, so every part occurs.
+    Looks two passes over the clips ahead; a part that does not occur there counts as used after them.
 
     Args:
         manifest: the run.
         shard: index of the shard.
         index: its index.
-        first: samples that are done.
+        first: samples that are done, whole batches.
     """
-    clips = len(index)
-    count = clips - first % clips + clips
+    batch = manifest.optimisation.batch
+    batches = 2 * -(-len(index) // batch)
+    count = batches * batch
     uses = np.full(len(index.parts), count, dtype=np.int64)
-    places = index.parts_of(clip_order(manifest.run_id, shard, clips, first, count))
+    order = BatchOrder(manifest.run_id, shard, index.sizes, batch)
+    places = index.parts_of(order.following(first // batch, batches))
     for column in places.T:
         np.minimum.at(uses, column, np.arange(count))
     return uses

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lutetia.models.data.parts.index import ShardIndex, is_index, part_path, read_index
 from lutetia.models.data.parts.part_file import OpenPart, PartMetadata
 from lutetia.models.data.parts.single_file import SingleFileShard
-from lutetia.models.data.shards import ClipReader, ClipRows, Rows, ShardData, infinite_name
+from lutetia.models.data.shards import ClipReader, ClipRows, Rows, ShardData, bucket_of, infinite_name
 from lutetia.protocol.schema.manifest import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 
@@ -37,6 +37,8 @@ class PartedShard:
 
     def __init__(self, path: Path, index: ShardIndex, wait: Wait | None = None) -> None:
         self.path, self.index, self.latent = path, index, index.document.latent
+        self._latents = self.latent.of_buckets
+        self.null = _null_of(index)
         self._wait = wait
         self._open: OrderedDict[int, OpenPart] = OrderedDict()
         self._lock = threading.Lock()
@@ -44,17 +46,14 @@ class PartedShard:
     def __len__(self) -> int:
         return len(self.index)
 
-    @cached_property
-    def null(self) -> tuple[Tensor, Tensor] | None:
-        """The null condition: tokens [L, D] and pooled vector [P], float32; None: zeros."""
-        if self.index.null is None:
-            return None
-        tokens, pooled = (torch.from_numpy(part).float() for part in self.index.null)
-        return nn.functional.pad(tokens, (0, 0, 0, self.latent.text_tokens - len(tokens))), pooled
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Clips of each bucket."""
+        return self.index.sizes
 
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).numpy()
-        latent, count = self.latent, len(picked)
+        latent, count = self._shape_of(picked), len(picked)
         data = ClipRows(
             torch.empty(count, *latent.shape),
             torch.zeros(count, latent.text_tokens if with_tokens else 0, latent.text_width),
@@ -75,8 +74,15 @@ class PartedShard:
             raise IntegrityError(f"shard {self.path.name}: {name} of parts {numbers} are not finite; build the data again")
         return data
 
+    def _shape_of(self, clips: NDArray[np.int64]) -> LatentSpec:
+        """The spec of the bucket that all of `clips` are of."""
+        numbers = {self.index.parts[number].bucket for number in self.index.parts_of(clips)[:, 0]}
+        if len(numbers) > 1:
+            raise DataError(f"shard {self.path.name}: clips of buckets {sorted(numbers)} cannot be read at once; read them apart")
+        return self._latents[min(numbers, default=0)]
+
     def load(self) -> ShardData:
-        """All clips."""
+        """All clips. Raises DataError if they are of several buckets."""
         rows, kinds, captions = self.take(range(len(self))), [], []
         with self._lock:
             for number in range(len(self.index.parts)):
@@ -102,14 +108,23 @@ class PartedShard:
         return part
 
     def _opened(self, number: int, path: Path) -> OpenPart:
+        spec = self.index.parts[number]
         while True:
             if self._wait and not path.is_file():
                 self._wait(number, path)
             try:
-                return OpenPart(path, self.index.parts[number], self.latent)
+                return OpenPart(path, spec, self._latents[spec.bucket])
             except DataError:
                 if not self._wait or path.is_file():
                     raise  # otherwise it was removed just now, to make room: wait for it again
+
+
+def _null_of(index: ShardIndex) -> tuple[Tensor, Tensor] | None:
+    """The null condition: tokens [L, D] and pooled vector [P], float32; None: zeros."""
+    if index.null is None:
+        return None
+    tokens, pooled = (torch.from_numpy(part).float() for part in index.null)
+    return nn.functional.pad(tokens, (0, 0, 0, index.document.latent.text_tokens - len(tokens))), pooled
 
 
 def open_shard(
@@ -145,7 +160,7 @@ def load_shard(path: Path, latent: LatentSpec, batch: int | None = None) -> Shar
 
 
 class Excerpt:
-    """Some clips of a shard, numbered anew."""
+    """Some clips of a shard, in ascending order and numbered from 0."""
 
     def __init__(self, clips: ClipReader, rows: list[int]) -> None:
         self._clips, self._rows = clips, torch.tensor(rows, dtype=torch.long)
@@ -153,6 +168,12 @@ class Excerpt:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Clips of each bucket."""
+        buckets = len(self._clips.sizes)
+        return tuple(bucket_of(self._clips.sizes, self._rows).bincount(minlength=buckets).tolist())
 
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
         picked: Tensor = self._rows[torch.as_tensor(rows, dtype=torch.long)]

@@ -55,6 +55,11 @@ class SingleFileShard:
         """The null condition of such shards is zeros."""
         return None
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """One bucket."""
+        return (len(self),)
+
     def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).tolist()
         with self._open() as file:  # each time, so that the pages that were read are given back

@@ -65,6 +65,7 @@ class ShardWriter:
     split: Split
     part_bytes: int
     null: Text | None = None
+    _bucket: int = 0
     _latents: list[Tensor] = field(default_factory=list)
     _texts: list[Text] = field(default_factory=list)
     _kinds: list[str] = field(default_factory=list)
@@ -74,18 +75,24 @@ class ShardWriter:
     _known: dict[bytes, int] = field(default_factory=dict)
     _of_clips: list[int] = field(default_factory=list)
 
-    def add(self, latents: Tensor, text: Text, kind: str = "", source: str = "") -> None:
-        """Add a clip.
+    def add(self, latents: Tensor, text: Text, kind: str = "", source: str = "", bucket: int = 0) -> None:
+        """Add a clip. All clips of a bucket come before those of the next.
 
         Args:
             latents: [C, F, H, W], normalised.
             text: caption and embedding.
             kind: label of the user.
             source: SHA-256 (hex) of its file.
+            bucket: the bucket that it is of.
 
         Raises DataError if it does not have the shapes of the shard or is not finite in float16, or DiskError.
         """
         half = latents.detach().to("cpu", torch.float16)
+        if bucket < self._bucket:
+            raise self._error(f"a clip of bucket {bucket} comes after clips of bucket {self._bucket}")
+        if self._latents and bucket != self._bucket:
+            self._flush()
+        self._bucket = bucket
         self._check(half, text)
         key = hashlib.sha256(text.caption.encode() + b"\0" + _bytes_of(text.tokens) + _bytes_of(text.pooled)).digest()
         size = 2 * half.numel() + (0 if key in self._known else text.bytes) + len(kind.encode()) + 80
@@ -115,8 +122,9 @@ class ShardWriter:
         return WrittenShard(ref, len(index), ref.size + index.bytes)
 
     def _check(self, half: Tensor, text: Text) -> None:
-        if half.shape != self.latent.shape:
-            raise self._error(f"latents are {list(half.shape)} instead of {list(self.latent.shape)}")
+        shape = self.latent.in_bucket(self._bucket).shape
+        if half.shape != shape:
+            raise self._error(f"latents are {list(half.shape)} instead of {list(shape)}")
         rows, widths = len(text.tokens), (text.tokens.shape[1], len(text.pooled))
         if rows > self.latent.text_tokens or widths != (self.latent.text_width, self.latent.pooled_width):
             raise self._error(f"tokens are {list(text.tokens.shape)} and pooled vectors {list(text.pooled.shape)}")
@@ -132,7 +140,9 @@ class ShardWriter:
         path = part_path(self.path, number, BlobRef(digest="0" * 64, size=0))
         metadata = PartMetadata(kinds=tuple(self._kinds), sources=tuple(self._sources) if any(self._sources) else ())
         write_part(path, self._latents, self._texts, metadata, (self.latent.text_width, self.latent.pooled_width))
-        self._parts.append(PartSpec(blob=ChunkTable.of_file(path).ref, clips=len(self._latents), texts=len(self._texts)))
+        self._parts.append(
+            PartSpec(blob=ChunkTable.of_file(path).ref, clips=len(self._latents), texts=len(self._texts), bucket=self._bucket)
+        )
         for pending in (self._latents, self._texts, self._kinds, self._sources):
             pending.clear()
         self._bytes = 0
