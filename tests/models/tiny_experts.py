@@ -41,6 +41,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "patch_size": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
         "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 5,
     },
+    "SkyReelsV2Transformer3DModel": {
+        "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "text_dim": 16, "freq_dim": 32, "ffn_dim": 48, "num_layers": 1, "rope_max_seq_len": 32,
+    },
+    "ChronoEditTransformer3DModel": {
+        "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "text_dim": 16, "freq_dim": 32, "ffn_dim": 48, "num_layers": 1, "rope_max_seq_len": 32,
+    },
+    "AllegroTransformer3DModel": {
+        "patch_size": 4, "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4,
+        "num_layers": 1, "cross_attention_dim": 48, "sample_height": 8, "sample_width": 8, "sample_frames": 4,
+        "caption_channels": 16,
+    },
+    "CosmosTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1,
+        "mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 8, "max_size": [4, 8, 8], "patch_size": [1, 2, 2],
+        "concat_padding_mask": False,
+    },
+    "EasyAnimateTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 4,
+        "sample_width": 8, "sample_height": 8, "num_layers": 1, "mmdit_layers": 1, "time_embed_dim": 16, "text_embed_dim": 16,
+    },
+    "LatteTransformer3DModel": {
+        "sample_size": 8, "num_layers": 1, "patch_size": 4, "attention_head_dim": 12, "num_attention_heads": 2,
+        "caption_channels": 16, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 24, "attention_bias": True,
+        "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "video_length": 4,
+        "activation_fn": "gelu-approximate",
+    },
+    "SanaVideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16,
+        "sample_size": 8, "patch_size": [1, 4, 4], "rope_max_seq_len": 32,
+    },
 }  # fmt: skip
 
 WAN = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lutetia.models.data.build_settings import MAX_TOKENS
 from lutetia.models.data.encode.text_encoder import BATCH, CLIP_TOKENS, TextEncoder, load_text_model
-from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, read_config
+from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, read_config, snapshot
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
 from lutetia.system.errors import ConfigError
@@ -72,6 +72,10 @@ class PipelineEncoder(TextEncoder):
 
     def __init__(self, ref: str, pipeline: ModelRef, recipe: TextRecipe, tokens: int, device: str = "cpu") -> None:
         self.ref, self.tokens, self.recipe, self._device = ref, tokens, recipe, device
+        if pipeline.folder is None:  # from here on from the disk: a tokenizer's loader asks a hub for files that are not there
+            parts = [recipe.encoder, recipe.tokenizer, recipe.pooled_encoder, recipe.pooled_tokenizer]
+            files = [f"{part}/*.{kind}" for part in parts if part for kind in ("json", "txt", "model", "safetensors")]
+            pipeline = replace(pipeline, location=str(snapshot("text encoder", pipeline, files)[0]))
         self._main = _Part.of(pipeline, recipe.encoder, recipe.tokenizer, device, TOKEN_MODELS)
         self._second = None
         if recipe.pooled_encoder:

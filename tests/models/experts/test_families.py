@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+from lutetia.models.experts.classes.registry import FAMILIES, REFUSED
 from lutetia.models.experts.families import build_expert, call_expert, check_fits, position_channels, weight_schema
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.schema.manifest import ExpertSpec
@@ -59,6 +60,17 @@ def test_every_class_learns_and_its_weights_load_by_its_own_class(spec, device, 
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in alone.state_dict().items())
 
 
+def test_every_video_transformer_of_diffusers_is_supported_or_refused_with_a_reason() -> None:
+    found = {name for name in dir(diffusers) if name.endswith("Transformer3DModel")}
+    assert found == {*FAMILIES, *REFUSED} & found, "a new class of diffusers: describe it, or say why it is refused"
+    assert not {*FAMILIES} & {*REFUSED}
+    assert len(found & {*FAMILIES}) >= 12
+    assert set(CONFIGS) == set(FAMILIES), "each is built, called, trained and saved below"
+    for name in found & {*REFUSED}:
+        with pytest.raises(ConfigError, match=f"is not supported: {REFUSED[name]}; use one of"):
+            build_expert(ExpertSpec(class_name=name, config={}))
+
+
 def test_build_expert_is_seeded_apart_from_torchs_generator() -> None:
     spec = ExpertSpec(config=CONFIGS["WanTransformer3DModel"])
     torch.manual_seed(3)
@@ -87,7 +99,7 @@ def test_position_channels_tell_a_rotary_model_its_place() -> None:
 @pytest.mark.parametrize(
     ("class_name", "change", "says"),
     [
-        ("UNet2DModel", {}, "not supported; use one of CogVideoXTransformer3DModel"),
+        ("UNet2DModel", {}, "not supported; use one of AllegroTransformer3DModel"),
         ("WanTransformer3DModel", {"num_layres": 2}, r"unknown keys \['num_layres'\]"),
         ("WanTransformer3DModel", {"num_attention_heads": "many"}, "refuses its config"),
         ("HunyuanVideoTransformer3DModel", {"image_condition_type": "psychic"}, "refuses its config"),
