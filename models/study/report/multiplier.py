@@ -83,7 +83,8 @@ def multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | Non
     if not pairs or min(len(series) for pair in pairs for series in pair) < 2:
         return None
     found = [multiplier_of(*pair) for pair in pairs]
-    values, bounds = tuple(value for value, _ in found), [bound for _, bound in found if bound]
+    values = tuple(value for value, _ in found)
+    bounds: list[Bound] = [bound for _, bound in found if bound]
     if not all(math.isfinite(value) and value > 0 for value in values):
         return None
     mean, seeds = math.exp(float(np.mean(np.log(values)))), _seeds(results, arm)[: len(values)]
