@@ -55,17 +55,17 @@ function Row({ shard, x, until, of, open, toggle }: { shard: Shard; x: (t: numbe
           </svg>
         </td>
       </tr>
-      {open && <tr><td colSpan={5}><Lineage shard={shard} until={until} /></td></tr>}
+      {open && <tr><td colSpan={5}><Lineage shard={shard} until={until} of={of} /></td></tr>}
     </>
   )
 }
 
-function Lineage({ shard, until }: { shard: Shard; until: number }) {
+function Lineage({ shard, until, of }: { shard: Shard; until: number; of: number }) {
   const points = [...shard.accepted].reverse().slice(0, 50)
   return (
     <div class="lineage">
       <p class="soft">{count(shard.clips)} training clips ({(100 * shard.prior).toFixed(0)} % of all), {shard.expert}. Before any training the held-out loss was {shard.initial_loss === null ? 'not measured yet' : shard.initial_loss.toFixed(4)}.</p>
-      <Curve shards={[shard]} />
+      <Curve shards={[shard]} of={of} />
       <div class="scroll" tabIndex={0}>
         <table>
           <caption>Lineage, newest first{shard.accepted.length > 50 ? ' (the last 50)' : ''}</caption>

@@ -33,14 +33,14 @@ function Plot({ data, options, label }: { data: uPlot.AlignedData; options: Omit
 }
 
 /** Held-out loss against samples, one line per expert. */
-export function Curve({ shards }: { shards: Shard[] }) {
+export function Curve({ shards, of }: { shards: Shard[]; of: number }) {
   const lines = shards.map((shard) => new Map(shard.accepted.filter((point) => !point.void).map((point) => [point.samples, point.loss])))
   const samples = [...new Set(lines.flatMap((line) => [...line.keys()]))].sort((a, b) => a - b)
   if (samples.length < 2) return <p class="soft">A curve needs two accepted results.</p>
   const data: uPlot.AlignedData = [samples, ...lines.map((line) => samples.map((at) => line.get(at) ?? null))]
   const series: uPlot.Series[] = [
     { label: 'samples', value: (_, v) => (v === null ? '–' : count(v)) },
-    ...shards.map((shard) => ({ label: `${expert(shard.status.shard)} ${shard.status.name}`, stroke: hue(shard.status.shard, Math.max(shards.length, 6)), width: 2, spanGaps: true, points: { size: 5 } })),
+    ...shards.map((shard) => ({ label: `${expert(shard.status.shard)} ${shard.status.name}`, stroke: hue(shard.status.shard, of), width: 2, spanGaps: true, points: { size: 5 } })),
   ]
   return <Plot data={data} options={{ series, axes: axes('samples of an expert', 'held-out loss'), scales: { x: { time: false } } }} label={`Held-out loss against samples of ${shards.length} experts`} />
 }
@@ -70,7 +70,7 @@ export function Curves({ shards, series, until }: { shards: Shard[]; series: Ser
   return (
     <section aria-labelledby="curves">
       <h2 id="curves">Curves</h2>
-      <Curve shards={shards} />
+      <Curve shards={shards} of={shards.length} />
       <div class="pair">
         {router && router.accuracy_by_time.length > 0 && <RouterBins router={router} />}
         {hours.length > 0 && (

@@ -36,5 +36,5 @@ export function rate(value: number): string {
 
 /** A colour for each of `count` experts, of like lightness; it is never the only mark. */
 export function hue(index: number, of: number): string {
-  return `hsl(${Math.round((360 * index) / Math.max(1, of) + 205) % 360} 60% 48%)`
+  return `hsl(${Math.round((360 * index) / Math.max(6, of) + 205) % 360} 60% 48%)`
 }

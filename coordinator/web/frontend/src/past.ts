@@ -14,7 +14,7 @@ export function at(all: Everything, until: number): Moment {
   const points = shards.flatMap((shard) => shard.accepted)
   const counted = points.filter((point) => !point.void)
   const samples = counted.reduce((sum, point) => sum + point.trained, 0)
-  const time = until >= all.run.events ? all.run.time : points.reduce((last, point) => Math.max(last, point.time), all.run.created)
+  const time = until >= all.run.events && all.run.state !== 'finished' ? all.run.time : points.reduce((last, point) => Math.max(last, point.time), all.run.created)
   return { event: until, time, shards, samples, accepted: counted.length }
 }
 
