@@ -19,14 +19,14 @@ export function Coverage({ moment, since }: { moment: Moment; since: number }) {
       <table class="coverage">
         <thead><tr><th scope="col">expert</th><th scope="col">epochs</th><th scope="col">held-out loss</th><th scope="col">last</th><th scope="col" class="wide">time</th></tr></thead>
         <tbody>
-          {moment.shards.map((shard) => <Row key={shard.status.shard} shard={shard} x={x} until={until} of={moment.shards.length} open={open === shard.status.shard} toggle={() => setOpen(open === shard.status.shard ? null : shard.status.shard)} />)}
+          {moment.shards.map((shard) => <Row key={shard.status.shard} shard={shard} x={x} until={until} now={moment.now} of={moment.shards.length} open={open === shard.status.shard} toggle={() => setOpen(open === shard.status.shard ? null : shard.status.shard)} />)}
         </tbody>
       </table>
     </section>
   )
 }
 
-function Row({ shard, x, until, of, open, toggle }: { shard: Shard; x: (t: number) => number; until: number; of: number; open: boolean; toggle: () => void }) {
+function Row({ shard, x, until, now, of, open, toggle }: { shard: Shard; x: (t: number) => number; until: number; now: number; of: number; open: boolean; toggle: () => void }) {
   const { status, accepted, refused } = shard
   const newest = last(accepted)
   const authors = [...new Set(accepted.map((point) => point.author))]
@@ -44,7 +44,7 @@ function Row({ shard, x, until, of, open, toggle }: { shard: Shard; x: (t: numbe
         <th scope="row"><button class="row" aria-expanded={open} onClick={toggle}><span class="dot" style={{ background: hue(status.shard, of) }} />{expert(status.shard)} {status.name}</button></th>
         <td class="n">{newest?.epoch ?? 0}/{status.epochs}</td>
         <td class="n">{newest ? newest.loss.toFixed(4) : '–'}</td>
-        <td class="n">{ago(newest?.time ?? null, until)}</td>
+        <td class="n">{ago(newest?.time ?? null, now)}</td>
         <td class="wide">
           <svg viewBox={`0 0 ${WIDTH} ${ROW}`} preserveAspectRatio="none" role="img" aria-label={words}>
             {bars.map(({ point, from, gap }) => gap
@@ -55,12 +55,12 @@ function Row({ shard, x, until, of, open, toggle }: { shard: Shard; x: (t: numbe
           </svg>
         </td>
       </tr>
-      {open && <tr><td colSpan={5}><Lineage shard={shard} until={until} of={of} /></td></tr>}
+      {open && <tr><td colSpan={5}><Lineage shard={shard} now={now} of={of} /></td></tr>}
     </>
   )
 }
 
-function Lineage({ shard, until, of }: { shard: Shard; until: number; of: number }) {
+function Lineage({ shard, now, of }: { shard: Shard; now: number; of: number }) {
   const points = [...shard.accepted].reverse().slice(0, 50)
   return (
     <div class="lineage">
@@ -74,7 +74,7 @@ function Lineage({ shard, until, of }: { shard: Shard; until: number; of: number
             {points.map((point) => (
               <tr key={point.event} class={point.void ? 'void' : ''}>
                 <td class="n">{point.epoch}</td><td class="n">{point.loss.toFixed(4)}</td><td><a href={`#peer=${point.author}`}><code>{short(point.author)}</code></a></td>
-                <td class="n">{ago(point.time, until)}</td><td><a href={`blobs/${point.weights}`}><code>{short(point.weights)}</code></a></td><td>{point.void ? 'rolled back' : point.note}</td>
+                <td class="n">{ago(point.time, now)}</td><td><a href={`blobs/${point.weights}`}><code>{short(point.weights)}</code></a></td><td>{point.void ? 'rolled back' : point.note}</td>
               </tr>
             ))}
           </tbody>

@@ -2,7 +2,8 @@
 
 import type { Accepted, Everything, Shard } from './api'
 
-export interface Moment { event: number; time: number; shards: Shard[]; samples: number; accepted: number }
+/** `time`: of the last thing that happened; `now`: from which ages are counted. */
+export interface Moment { event: number; time: number; now: number; shards: Shard[]; samples: number; accepted: number }
 
 /** Everything that happened up to event `until`. Epochs that were rolled back since are shown as void. */
 export function at(all: Everything, until: number): Moment {
@@ -15,7 +16,8 @@ export function at(all: Everything, until: number): Moment {
   const counted = points.filter((point) => !point.void)
   const samples = counted.reduce((sum, point) => sum + point.trained, 0)
   const time = until >= all.run.events && all.run.state !== 'finished' ? all.run.time : points.reduce((last, point) => Math.max(last, point.time), all.run.created)
-  return { event: until, time, shards, samples, accepted: counted.length }
+  const now = until >= all.run.events ? all.run.time : time
+  return { event: until, time, now, shards, samples, accepted: counted.length }
 }
 
 export function last(points: Accepted[]): Accepted | undefined {
