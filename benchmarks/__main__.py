@@ -22,6 +22,7 @@ STUDIES = {
     "fuzz": "benchmarks.fuzz.main",
     "gpu": "benchmarks.gpu.main",
     "judge-attacks": "benchmarks.attacks.judge_attacks",
+    "lean-coordinator": "benchmarks.lending.lean_coordinator",
     "lying-checkers": "benchmarks.lending.lying_checkers",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",

@@ -21,6 +21,7 @@ from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.ledger.status_builder import status as status_of
 from lutetia.coordinator.lending.mixtures import LentMixtures
+from lutetia.coordinator.lending.prepare import prepare_lending
 from lutetia.coordinator.lending.reserve import read_reserve
 from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
@@ -253,6 +254,8 @@ class Service:
         await self.judge_loop.append(published(manifest, self.identity.public_key, self.transport.now()))
         self.judge_loop.rules = self._rules()
         self.check_runner.manifest = self.swarm_monitor.manifest = self.stitcher.manifest = manifest
+        if self.lender:
+            await prepare_lending(self.folder, manifest, self.settings)  # the parts of a mixture depend on it
         for worker in self.workers:
             worker.renew()
         self._changed(self.judge_loop.state.run)

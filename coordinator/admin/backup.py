@@ -221,7 +221,7 @@ def _small_files(folder: RunFolder) -> list[Path]:
     """The files of a run folder besides the ledger and the blobs."""
     files = [
         folder.manifest, folder.ticket, folder.endpoint, folder.owner_key, folder.coordinator_key, folder.peers, folder.head,
-        folder.holdouts_served,
+        folder.holdouts_served, folder.reserve,
         folder.mixture / MIXTURE_FILE, *sorted((folder.root / "manifests").glob("*.json")),
     ]  # fmt: skip
     return [path for path in files if path.is_file()]

@@ -63,6 +63,8 @@ class LentCheck:
     """Owner -> when it could not carry it out."""
     known: frozenset[str] = frozenset()
     """Those that have it or have reported on it whose own work was accepted."""
+    origins: frozenset[str] = frozenset()
+    """The public network origins from which it was borrowed."""
 
     @property
     def borrowers(self) -> frozenset[str]:
@@ -86,6 +88,7 @@ class Asker:
         shards: those whose experts its device runs.
         related: the peers of its operator or its public address, itself included.
         known: whether its own work was accepted.
+        origin: the public network origin from which it asks; empty: it is not public.
     """
 
     owner: str
@@ -93,6 +96,7 @@ class Asker:
     shards: frozenset[int]
     related: frozenset[str]
     known: bool = False
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[s
         and check.kind in asker.kinds
         and (check.shard is None or check.shard in asker.shards)
         and not others & {asker.owner, *asker.related}
+        and not (asker.origin and asker.origin in check.origins)
         and (failed is None or now - failed >= FORGIVEN_SECONDS)
         and not (kept and now - check.since < KEPT_SECONDS)
     )
@@ -161,7 +166,8 @@ def lend_check(
             return desk, None
         loan = CheckLoan(id_, now, now, now + check.seconds)
     known = check.known | {asker.owner} if asker.known else check.known
-    check = replace(check, loans={**check.loans, asker.owner: loan}, known=known)
+    origins = check.origins | {asker.origin} if asker.origin else check.origins
+    check = replace(check, loans={**check.loans, asker.owner: loan}, known=known, origins=origins)
     return desk.with_check(check), check
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +46,8 @@ class _Waiting:
     job: CheckJob
     lends: Mapping[str, BlobStore]
     outcome: asyncio.Future[Settled]
+    fastest: float = math.inf
+    """Seconds that the quickest borrower took, by the coordinator's clock: who is slow on purpose must not make loans longer."""
 
 
 @dataclass
@@ -136,7 +140,7 @@ class CheckLender:
             return CheckAnswer(retry_after=wait, text="too many requests for checks from this address")
         return None
 
-    async def _answer(self, request: CheckRequest) -> CheckAnswer:
+    async def _answer(self, request: CheckRequest, origin: str) -> CheckAnswer:
         if why := self._barred(request.owner):
             return CheckAnswer(retry_after=_NEVER, text=why)
         if request.report is not None:
@@ -146,7 +150,7 @@ class CheckLender:
         run, owner = self.run(), request.owner
         known = run.has_accepted_work(owner) or owner in self.checkers
         related = relatives(owner, self.peers())
-        asker = Asker(owner, frozenset(request.kinds), frozenset(request.shards), related, known)
+        asker = Asker(owner, frozenset(request.kinds), frozenset(request.shards), related, known, public_origin(origin))
         free_known = frozenset(filter(run.has_accepted_work, self.free() or ()))
         self.desk, check = lend_check(self.desk, asker, secrets.token_hex(32), now, free_known)
         if check is None:
@@ -178,9 +182,10 @@ class CheckLender:
         self.desk, check, settled = take_report(self.desk, report, now)
         if report.outcome == "failed":
             _log.info("%s could not carry out a check (%s): %s", report.owner[:8], held.kind, report.text)
-        else:
-            self.usual[held.kind] = (self.usual.get(held.kind, report.seconds) + report.seconds) / 2
+        elif check:
+            waiting.fastest = min(waiting.fastest, now - held.loans[report.owner].began)
         if check and settled:
+            self.usual[held.kind] = (self.usual.get(held.kind, waiting.fastest) + waiting.fastest) / 2
             for liar in sorted(settled.liars):
                 await self.append(_refuted(check, liar, waiting.job.epoch, now))
             if not waiting.outcome.done():
@@ -191,3 +196,11 @@ def _refuted(check: LentCheck, owner: str, epoch: int, now: float) -> CheckerRef
     others = len(check.reports) - 1
     text = f"its report on a check ({check.kind}) contradicts those of two of {others} others that agree"
     return CheckerRefuted(time=now, owner=owner, check=check.kind, shard=check.shard or 0, epoch=epoch, text=text)
+
+
+def public_origin(origin: str) -> str:
+    """`origin` if it is an address of the internet; those of private networks and of one machine tell nobody apart."""
+    try:
+        return origin if ipaddress.ip_address(origin.partition("/")[0]).is_global else ""
+    except ValueError:
+        return ""

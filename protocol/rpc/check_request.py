@@ -125,8 +125,8 @@ class CheckAnswer(WireDocument):
     text: Sentence = Field(default="", description="Reason of a refusal, for people")
 
 
-CheckReply = Callable[[CheckRequest], Awaitable[CheckAnswer]]
-"""May raise RecordRefused."""
+CheckReply = Callable[[CheckRequest, str], Awaitable[CheckAnswer]]
+"""Answers a request from a network origin. May raise RecordRefused."""
 AdmitCheck = Callable[[Stream], CheckAnswer | None]
 """The answer to a peer that must ask later, given before its request is parsed; None lets it in."""
 
@@ -171,7 +171,7 @@ async def serve_checks(transport: Transport, answer: CheckReply, admit: AdmitChe
 
     async def reply(stream: Stream, data: bytes) -> CheckAnswer:
         try:
-            return admit(stream) or await answer(open_check_request(data, stream.peer_id))
+            return admit(stream) or await answer(open_check_request(data, stream.peer_id), stream.origin)
         except RecordRefused as error:
             return CheckAnswer(retry_after=3600.0, text=str(error))
 

@@ -16,6 +16,7 @@ from lutetia.coordinator.lending.loans import (
     loan_seconds_for,
     take_report,
 )
+from lutetia.coordinator.lending.service import public_origin
 from tests.coordinator.lending.test_agreement import key, report
 
 CHECK = LentCheck(name="result x", kind="result", shard=0, since=0.0, excluded=frozenset({key("author")}))
@@ -64,6 +65,15 @@ def test_a_borrower_that_asks_again_keeps_its_loan():
     desk, check = lend_check(desk, asker("ann"), "other", 200.0)
     assert check is not None
     assert (check.loans[key("ann")].id, check.loans[key("ann")].heard) == (key("loan of ann"), 200.0)
+
+
+def test_two_of_one_public_address_do_not_check_together():
+    home, away = "203.0.113.5", "198.51.100.7"
+    desk, _ = lend_check(desk_of(CHECK), replace(asker("ann"), origin=home), "i" * 64, 0.0)
+    assert refused(desk, replace(asker("ben"), origin=home)), "whatever their records say"
+    assert not refused(desk, replace(asker("ben"), origin=away))
+    assert public_origin("8.8.8.8") == "8.8.8.8"
+    assert [public_origin(origin) for origin in ("127.0.0.1", "192.168.1.7", "", "fd00::/64")] == [""] * 4
 
 
 def test_one_place_is_kept_for_a_peer_with_accepted_work():

@@ -118,7 +118,7 @@ class Borrower:
         rows = {"parent": ROWS, "averages": tuple(row * factor for row in ROWS), "raw": ROWS}
         report = CheckReport(
             run=self.site.manifest.run_id, owner=self.identity.public_key, id=job.id,
-            **{"outcome": "done", "seconds": 1.0, **rows, **fields},
+            **{"outcome": "done", "seconds": 1e6, **rows, **fields},
         )  # fmt: skip
         return await ask_check(self.transport, self.site.transport.peer_id, sign_check_report(report, self.identity))
 
@@ -155,6 +155,7 @@ def test_two_agreeing_reports_are_the_losses_of_the_result(tmp_path: Path):
         await checking
         assert await site.runner.losses(site.record) == pytest.approx([0.9 * row for row in ROWS])
         assert await site.runner.parent_losses(site.record, None) == list(ROWS)
+        assert 0 < site.lender.usual["result"] < 5.0, "by the coordinator's clock"
         await site.runner.inspect(site.record)  # tried again, it is not lent again
         assert not site.lender.desk.checks
 
