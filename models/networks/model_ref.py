@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from lutetia.system.errors import ConfigError
 
 _HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<sub>[\w./-]+))?(?:@(?P<rev>[\w./-]+))?$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLE = 1 << 20
 
 
@@ -78,7 +79,27 @@ def parse_ref(text: str, what: str, builtins: tuple[str, ...], hub: bool = True)
             f"{what} {text!r} is no folder, but {match['repo'].partition('/')[0]} is one here, so it is not taken for a hub id; "
             "name an existing folder, or start in another folder to mean the hub"
         )
-    return ModelRef(text, match["repo"], match["sub"] or "", match["rev"], offline=not hub)
+    ref = ModelRef(text, match["repo"], match["sub"] or "", match["rev"], offline=not hub)
+    return replace(ref, offline=True) if hub and _is_cached(ref) else ref
+
+
+def _is_cached(ref: ModelRef) -> bool:
+    """Whether the whole model is in the hub's cache under the commit that `ref` names: then nobody has to ask the hub."""
+    if not _COMMIT.fullmatch(ref.revision or ""):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(ref.location, f"{ref.subfolder}/config.json".lstrip("/"), revision=ref.revision)
+    return isinstance(config, str) and _has_weights(Path(config).parent)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors weights, and all files of them."""
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    index = next((folder / name for name in files if name.endswith(".safetensors.index.json")), None)
+    if index is None:
+        return any(name.endswith(".safetensors") for name in files)
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) <= files
 
 
 def anchored(text: str) -> str:
@@ -113,17 +134,28 @@ def read_config(what: str, ref: ModelRef, name: str = "config.json") -> dict[str
     return config
 
 
-def snapshot(what: str, ref: ModelRef, patterns: Sequence[str]) -> tuple[Path, ModelRef]:
-    """The files of a repository on the hub that match `patterns`, and the reference with the commit that they are of.
+def snapshot(what: str, ref: ModelRef, weights: Sequence[str]) -> tuple[Path, ModelRef]:
+    """The files of a pipeline on the hub without most weights, and the reference with the commit that they are of.
 
-    What was downloaded before is used where the hub cannot be reached. Raises ConfigError.
+    What was downloaded before is used where the hub cannot be reached, and under a commit without asking it. Raises ConfigError.
+
+    Args:
+        what: it is, for the error text.
+        ref: the repository.
+        weights: parts whose weights are needed.
     """
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.txt", "*.model", *(f"{part}/*.safetensors" for part in weights)]
     with hub_errors(what, ref):
+        if _COMMIT.fullmatch(ref.revision or ""):
+            with contextlib.suppress(OSError):
+                known = Path(snapshot_download(ref.location, revision=ref.revision, local_files_only=True))
+                if all(_has_weights(known / part) for part in weights):
+                    return known, ref
         folder = Path(
             snapshot_download(
-                ref.location, revision=ref.revision, allow_patterns=list(patterns), local_files_only=ref.offline
+                ref.location, revision=ref.revision, allow_patterns=patterns, local_files_only=ref.offline
             )
         )  # fmt: skip
     commit = folder.name

@@ -123,7 +123,7 @@ def open_pipeline(ref: str, hub: bool = True, weights: tuple[str, ...] = ()) -> 
     """
     model = parse_ref(ref, WHAT, (), hub)
     if model.folder is None:
-        folder, model = snapshot(WHAT, model, ["*.json", *_texts(), *(f"{part}/*.safetensors" for part in weights)])
+        folder, model = snapshot(WHAT, model, weights)
     else:
         folder = model.folder
         model = ModelRef(str(folder), str(folder))
@@ -135,11 +135,6 @@ def open_pipeline(ref: str, hub: bool = True, weights: tuple[str, ...] = ()) -> 
     for part in weights:
         _check_weights(ref, folder / part)
     return source
-
-
-def _texts() -> list[str]:
-    """Files of tokenizers that are not JSON."""
-    return ["*.txt", "*.model"]
 
 
 def _check(ref: str, class_name: str, index: Mapping[str, Any]) -> None:

@@ -73,9 +73,8 @@ class PipelineEncoder(TextEncoder):
     def __init__(self, ref: str, pipeline: ModelRef, recipe: TextRecipe, tokens: int, device: str = "cpu") -> None:
         self.ref, self.tokens, self.recipe, self._device = ref, tokens, recipe, device
         if pipeline.folder is None:  # from here on from the disk: a tokenizer's loader asks a hub for files that are not there
-            parts = [recipe.encoder, recipe.tokenizer, recipe.pooled_encoder, recipe.pooled_tokenizer]
-            files = [f"{part}/*.{kind}" for part in parts if part for kind in ("json", "txt", "model", "safetensors")]
-            pipeline = replace(pipeline, location=str(snapshot("text encoder", pipeline, files)[0]))
+            encoders = [part for part in (recipe.encoder, recipe.pooled_encoder) if part]
+            pipeline = replace(pipeline, location=str(snapshot("text encoder", pipeline, encoders)[0]))
         self._main = _Part.of(pipeline, recipe.encoder, recipe.tokenizer, device, TOKEN_MODELS)
         self._second = None
         if recipe.pooled_encoder:
