@@ -15,9 +15,10 @@ This module's path is part of the file format: the `model_index.json` of every p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -212,11 +213,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         x, t = call.latents, call.time
         if weights is None:
             weights = self.route(x, t, **{"pooled": None, **_routing_options(attention_kwargs)})
-        before, self.changed_inputs = self.changed_inputs, {**self.changed_inputs, **call.changed}
-        try:
+        with self.told(call.changed):
             answer = call.answer(combine(self.expert, weights, x, t, call.tokens, call.pooled))
-        finally:
-            self.changed_inputs = before
         return Transformer2DModelOutput(sample=answer) if return_dict else (answer,)
 
     @property
@@ -260,6 +258,15 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     def count(self) -> int:
         """Number of experts of the run, including those without an accepted checkpoint."""
         return len(self._available)
+
+    @contextlib.contextmanager
+    def told(self, changed: dict[str, Any]) -> Iterator[None]:
+        """Within it, experts are given these fields of ExpertInputs in place of those of their training."""
+        before, self.changed_inputs = self.changed_inputs, {**self.changed_inputs, **changed}
+        try:
+            yield
+        finally:
+            self.changed_inputs = before
 
     def inputs_of(self, expert: ExpertKind) -> ExpertInputs | None:
         """What `expert` is given at a call besides latents and text: as in its training, but for `changed_inputs`."""

@@ -241,7 +241,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         noise = latents.float() if latents is not None else inputs.draw_noise(shape, seeds, generator)
         if seed is None and generator is not None and mode == "sticky":
             seeds = inputs.draw_seeds(shape[0], generator)
-        solver = self._solver(steps, seeds, generator)
+        solver = self._solver(steps, bucket.shape, seeds, generator)
         steps = len(solver.times)
         self._interrupt, self._guidance_scale = False, guidance
         self._num_timesteps, self._current_timestep = steps, self.scheduler.timesteps[0]
@@ -254,18 +254,18 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 self._current_timestep = self.scheduler.timesteps[min(step + 1, steps - 1)]
                 return None if self._interrupt else state
 
-            self.transformer.changed_inputs = {} if embedded is None else {"guidance": embedded}
-            sampled = sample(
-                self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
-                negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
-            )  # fmt: skip
+            with self.transformer.told({} if embedded is None else {"guidance": embedded}):
+                sampled = sample(
+                    self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
+                    negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
+                )  # fmt: skip
         self._current_timestep = None
         inputs.check_finite(sampled.latents, guidance, tokens.dtype)
         frames: Any = sampled.latents if output_type == "latent" else self.decode_latents(sampled.latents, output_type)
         self.maybe_free_model_hooks()
         return LutetiaPipelineOutput(frames, sampled.routing) if return_dict else (frames, sampled.routing)
 
-    def _solver(self, steps: int, seeds: Sequence[int], generator: Generators | None) -> Solver:
+    def _solver(self, steps: int, shape: Sequence[int], seeds: Sequence[int], generator: Generators | None) -> Solver:
         """The solver of a call: Euler steps over the scheduler's noise levels, or what the run names or a caller has set.
 
         A scheduler that adds noise draws it from `generator`, else for each clip by its seed.
@@ -274,7 +274,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
             self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), device="cpu")
             return EulerSolver(self.scheduler.sigmas)
         grid = self._defaults.scheduler.grid if self._defaults.scheduler else "own"
-        return SchedulerSolver(self.scheduler, steps, math.prod(self.spec.shape[1:]), grid, solver_noise(seeds, generator))
+        return SchedulerSolver(self.scheduler, steps, math.prod(shape[1:]), grid, solver_noise(seeds, generator))
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, output_type: OutputType = "np") -> Any:

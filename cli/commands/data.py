@@ -29,6 +29,9 @@ def register(top: typer.Typer) -> None:
 def init(
     clips: Annotated[Path, typer.Argument(help="Folder of captioned clips, as for `lutetia data build`.", metavar="CLIPS")],
     out: Annotated[Path, setting("INIT_OUT", "The file to write.", "--out")] = Path("lutetia.toml"),
+    pipeline: Annotated[
+        str | None, setting("PIPELINE", "Diffusers pipeline that the experts start from, a folder or a hub id.", "--from")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Look at clips and machine, and write the settings of a run.
@@ -40,7 +43,7 @@ def init(
     from lutetia.cli.progress import progress
 
     with progress("looking at clips and machine") as on_progress:
-        report = write_settings(clips, out, on_progress)
+        report = write_settings(clips, out, on_progress, pipeline)
     document = {
         "file": str(out), "data": vars(report.data), "budget": vars(report.budget), "measured": vars(report.measured),
         "bad": report.bad, "unused": report.unused, "next": commands(clips, out),

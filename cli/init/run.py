@@ -36,10 +36,10 @@ class InitReport:
     unused: int
 
 
-def write_settings(clips: Path, file: Path, on_progress: Progress) -> InitReport:
-    """Write `file` for the clips in the folder `clips`.
+def write_settings(clips: Path, file: Path, on_progress: Progress, pipeline: str | None = None) -> InitReport:
+    """Write `file` for the clips in the folder `clips`, and for experts that start from a diffusers pipeline if one is named.
 
-    Raises ConfigError (the file exists), DataError (no clips, or too few), DiskError.
+    Raises ConfigError (the file exists, the pipeline cannot be used), DataError (no clips, or too few), DiskError.
     """
     if file.exists():
         raise ConfigError(f"{file} exists already and is not overwritten; name another file with --out")
@@ -47,15 +47,20 @@ def write_settings(clips: Path, file: Path, on_progress: Progress) -> InitReport
     facts, refused = _look(listing, on_progress)
     choose_data(facts, has_accelerator=False)  # raises before the slow imports
     from lutetia.cli.init.machine import latent_of, measure
+    from lutetia.cli.init.pipeline import cost_of, fit_pipeline
     from lutetia.models.data.build_settings import BuildSettings
 
     device, _ = choose_device("auto", Accelerators.seen())
     data = choose_data(facts, device != "cpu")
     on_progress("machine", 0, 1)
-    measured = measure(latent_of(data), data.batch, device)
+    if pipeline is None:
+        measured = measure(latent_of(data), data.batch, device)
+    else:
+        data, latent, expert, pipeline = fit_pipeline(data, pipeline)
+        measured = cost_of(expert, latent, data.batch, measure(latent, data.batch, device))
     budget = choose_budget(measured, data.batch)
     on_progress("machine", 1, 1)
-    write_atomic(file, render(clips, file, data, budget, measured).encode())
+    write_atomic(file, render(clips, file, data, budget, measured, pipeline).encode())
     for model, table in ((BuildSettings, "data"), (RunSettings, "run"), (ServeSettings, "serve")):
         settings_of(model, str(file), read_config(file, table))  # what was written must be readable
     bad = tuple(each.reason for each in listing.bad) + refused

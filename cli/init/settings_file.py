@@ -26,10 +26,12 @@ def _word(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def render(clips: Path, file: Path, choice: DataChoice, budget: BudgetChoice, measured: Measured) -> str:
+def render(
+    clips: Path, file: Path, choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None = None
+) -> str:
     """The content of the file."""
     why, file_text = choice.why, []
-    for group in (_head(clips, file), _data(choice, why), _run(choice, budget, measured)):
+    for group in (_head(clips, file), _data(choice, why) + _encoders(pipeline), _run(choice, budget, measured, pipeline)):
         file_text += [*map(_line, group), ""]
     return "\n".join([*file_text, "[serve]", '# http = "127.0.0.1:8080"         # status page and metrics', ""])
 
@@ -58,6 +60,13 @@ def _data(choice: DataChoice, why: dict[str, str]) -> list[tuple[str, str]]:
         (f"width = {choice.side}", "px"),
         (f"short = {json.dumps(choice.short)}", why["short"]),
         ("skip_bad = true", "clips that cannot be used are left out and listed"),
+    ]
+
+
+def _encoders(pipeline: str | None) -> list[tuple[str, str]]:
+    if pipeline:
+        return [(f"pipeline = {json.dumps(pipeline)}", "autoencoder, text encoder and token count are taken from it")]
+    return [
         (
             "",
             'latents = "builtin:demo"       # a stand-in, made for the demo: name an autoencoder, by folder or hub id',
@@ -69,11 +78,12 @@ def _data(choice: DataChoice, why: dict[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured) -> list[tuple[str, str]]:
+def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None) -> list[tuple[str, str]]:
     million = measured.parameters / 1e6
     return [
         ("[run]", "lutetia run create"),
         ('name = "run"', "shown to people"),
+        *([(f"pipeline = {json.dumps(pipeline)}", "the experts start from its transformer")] if pipeline else []),
         ('addresses = ["127.0.0.1:41000"]', "where volunteers reach the coordinator; this one is for this machine only"),
         (
             f"samples_per_shard = {budget.samples}",

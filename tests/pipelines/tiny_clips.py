@@ -21,10 +21,10 @@ FPS = 8.0
 STEPS = 4
 
 
-def write_clips(folder: Path) -> Path:
-    """Clips of noise, captioned in the words that the tiny tokenizers know; one has no caption."""
+def write_clips(folder: Path, count: int = CLIPS) -> Path:
+    """Clips of noise, captioned in the words that the tiny tokenizers know."""
     draw, lines = np.random.default_rng(0), []
-    for number in range(CLIPS):
+    for number in range(count):
         write_video(folder / f"{number}.mp4", draw.integers(0, 255, (12, 64, 64, 3), dtype=np.uint8), fps=FPS)
         lines.append(json.dumps({"file_name": f"{number}.mp4", "caption": PROMPTS[number % len(PROMPTS)]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
