@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ import torch
 
 from benchmarks.gpu import numbers, sizes, speed, study, worker
 from benchmarks.gpu.packages import wheels
-from benchmarks.gpu.site import Figure, Site, first_line, read_figures
+from benchmarks.gpu.site import Figure, Site, first_line, processes, read_figures
 from benchmarks.report import Machine
 from lutetia.node.trainer.devices import Accelerators, choose_device
 
@@ -116,12 +115,9 @@ def run(parts: Sequence[Part], device: str, small: bool, seconds: float, out: Pa
 
 
 def run_part(part: Part, device: str, small: bool, limit: float, lines: Path) -> Outcome:
-    """Run one part in a forked process, and end it and its children at the limit.
-
-    This process has torch imported and has not touched the device, so a fork is ready at once and finds the device unused.
-    """
+    """Run one part in a process of its own, and end it and its children at the limit."""
     began = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(part, device, small, limit, lines))
+    child = processes(device).Process(target=_in_child, args=(part, device, small, limit, lines))  # type: ignore[attr-defined]
     child.start()
     child.join(limit)
     state = "done" if child.exitcode == 0 else "failed"

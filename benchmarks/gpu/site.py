@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import time
 from dataclasses import asdict, dataclass, field
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
 
 from lutetia.models.device import free_cached_memory
+
+
+def processes(device: str) -> BaseContext:
+    """How processes that use `device` are started: forked for a CPU, which is ready at once, else anew.
+
+    A forked process cannot use a card if its parent has touched the driver, and some packages do so when they are imported.
+    """
+    return multiprocessing.get_context("fork" if device == "cpu" else "spawn")
 
 
 @dataclass(frozen=True)

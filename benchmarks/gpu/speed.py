@@ -30,7 +30,7 @@ MIDDLE = ExpertSpec(
         "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
     }
 )  # fmt: skip
-"""An expert of 2 million parameters, which a CPU trains in a second a step."""
+"""An expert of 1.8 million parameters, which a CPU trains in seconds a step."""
 
 
 def plain_loop(spec: ExpertSpec, latent: LatentSpec, data: ShardData, device: str, precision: Precision, batch: int) -> Step:

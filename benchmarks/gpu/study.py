@@ -18,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.gpu.runs import NO_BLOB, OWNER
-from benchmarks.gpu.site import Site, first_line
+from benchmarks.gpu.site import Site, first_line, processes
 from lutetia.models.data.cluster.kmeans import cluster
 from lutetia.models.data.encode.features import BuiltinFeatures, Joiner
 from lutetia.models.data.encode.text import WordEncoder
 from lutetia.models.data.ingest.synthetic import draw, plan
 from lutetia.models.data.shards import ShardData
+from lutetia.models.device import Precision
 from lutetia.models.metrics.clips import ClipSet
 from lutetia.models.metrics.evaluator import Evaluator
 from lutetia.models.mixing.router_training import train_router
@@ -85,11 +87,14 @@ def study(site: Site) -> None:
         detail=f"clusters of {np.bincount(train.clusters).tolist()}",
     )
     precision, _ = choose_precision(site.device, "auto", Accelerators.seen())
-    context, trainers = multiprocessing.get_context("fork"), []
+    trainers = []
     for arm in arms:
         for shard, number in enumerate(arm.clusters):
-            place = (arm, shard, train.of(number), site.device, precision, site.folder)
-            trainers.append(context.Process(target=_train, args=place))
+            data = site.folder / f"clips-{number}.safetensors"
+            if not data.exists():
+                write_clips(train.of(number), data)
+            place = (arm, shard, data, site.device, precision, site.folder)
+            trainers.append(processes(site.device).Process(target=_train, args=place))  # type: ignore[attr-defined]
             trainers[-1].start()
     curves = _watch(site, arms, held_out, trainers)
     for trainer in trainers:
@@ -175,10 +180,23 @@ def _shard(name: str, index: int, clips: int, of: int) -> ShardSpec:
     return ShardSpec(index=index, name=name, train=NO_BLOB, holdout=NO_BLOB, clips=clips, holdout_clips=1, prior=clips / of)
 
 
-def _train(arm: Arm, shard: int, data: ShardData, device: str, precision, folder: Path) -> None:
+def write_clips(clips: ShardData, path: Path) -> None:
+    """Write what training needs of the clips, in float16 as shards are."""
+    tensors = {"latents": clips.latents, "tokens": clips.tokens, "pooled": clips.pooled}
+    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_clips(path: Path) -> ShardData:
+    """The clips of `write_clips`; their captions are empty."""
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    count = len(tensors["pooled"])
+    return ShardData(tensors["latents"], tensors["tokens"], tensors["pooled"], [""] * count, [""] * count)
+
+
+def _train(arm: Arm, shard: int, data: Path, device: str, precision: Precision, folder: Path) -> None:
     """Train one expert to the end of its budget; leaves its weights at every checkpoint."""
     torch.set_num_threads(1)
-    trainer = ExpertTrainer(arm.manifest, shard, data, device=device, precision=precision)
+    trainer = ExpertTrainer(arm.manifest, shard, read_clips(data), device=device, precision=precision)
     for epoch in range(arm.manifest.epochs):
         for _ in range(arm.manifest.steps_per_epoch):
             trainer.step()
