@@ -116,7 +116,8 @@ def _number_or_auto(experts: str | None) -> int | str | None:
 
 def _built(report: BuildReport, out: Path, more: str) -> str:
     left_out = [plain(f"left out: {reason}") for _, reason in report.skipped]
-    return "\n".join([*left_out, f"shards are in {out}; next: lutetia run create {out} RUN{more}"])
+    buckets = [f"bucket {shape}: {clips} clips" for shape, clips in report.buckets]
+    return "\n".join([*left_out, *buckets, f"shards are in {out}; next: lutetia run create {out} RUN{more}"])
 
 
 @app.command("inspect")

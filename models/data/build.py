@@ -18,6 +18,7 @@ from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.data.cluster.assignment import drop_copies_of_test_clips, feature_vectors, place_clips, training_rows
 from lutetia.models.data.cluster.expert_count import propose_experts
 from lutetia.models.data.cluster.kmeans import Vectors, smallest_cluster
+from lutetia.models.data.decode.cut import Frames
 from lutetia.models.data.decode.pool import DecoderPool, memory_of_a_clip
 from lutetia.models.data.description import DataDescription
 from lutetia.models.data.doubts import find_doubts
@@ -27,7 +28,7 @@ from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import load_text_encoder
 from lutetia.models.data.encode.text_encoder import TextEncoder
-from lutetia.models.data.ingest.listing import BadClip, Listing, read_listing
+from lutetia.models.data.ingest.listing import BadClip, ClipSource, Listing, read_listing
 from lutetia.models.data.output import check_output, output_folder
 from lutetia.models.data.shard_writer import BuildInputs, latent_spec, write_data
 from lutetia.models.networks.model_ref import anchored
@@ -58,6 +59,9 @@ class BuildReport(Frozen):
     round_trip_db: float | None = Field(
         default=None, description="PSNR of some clips after encoding and decoding, dB; only of the stand-in builtin:demo"
     )
+    buckets: tuple[tuple[str, int], ...] = Field(
+        default=(), description="(frames×height×width, clips) of each bucket; empty: all clips have one shape"
+    )
     seconds: dict[str, float] = Field(default={}, description="stage to its duration, seconds")
 
 
@@ -79,11 +83,12 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     settings, text = with_pipeline(settings)
     settings = settings.model_copy(update={"latents": anchored(settings.latents), "text": anchored(settings.text)})
     recipe = Recipe(
-        settings.clip_shape,
+        settings.clip_shapes,
         load_latents(settings.latents, device=settings.device),
         load_features(settings.features, settings.device),
     )
-    recipe.latents.shape_of(settings.frames, settings.height, settings.width)
+    for shape in recipe.shapes:
+        recipe.latents.shape_of(shape.frames, shape.height, shape.width)
     check_tokenizer(load_text_encoder(settings.text, settings.text_tokens or 1, text))  # fails before the long work begins
     if any(Path(part).is_dir() for part in settings.text.split("+")):
         _log.warning("every user of the mixture needs the text encoder at this path: %s; a hub id avoids that", settings.text)
@@ -105,11 +110,16 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
             prepared.unused = listing.unused
             _require_clips(prepared)
             repeated = drop_copies_of_test_clips(prepared)
+            buckets = _clips_of_buckets(recipe, prepared)
         with _timed(seconds, "captions"):
             captions = [clip.caption for clip in prepared.clips]
             encoder = _text_encoder(settings, text, captions)
             embedded = prepare_captions(captions, encoder, cache, progress)
-            doubts = find_doubts(chosen, prepared, encoder, recipe.latents, lambda clip: decoder.decode(clip.path, recipe.shape))
+
+            def frames_of(clip: ClipSource) -> Frames:
+                return decoder.decode(clip.path, recipe.shapes[prepared.buckets[prepared.clips.index(clip)]])
+
+            doubts = find_doubts(chosen, prepared, encoder, recipe.latents, frames_of)
             for doubt in doubts.sentences:
                 _log.warning("%s", doubt)
         with _timed(seconds, "clusters"):
@@ -127,8 +137,22 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
         test=placement.count("test"), repeated=repeated, cached=prepared.cached,
         skipped=tuple((bad.name, bad.reason) for bad in prepared.bad),
         unused=tuple((other.name, other.reason) for other in prepared.unused),
-        round_trip_db=doubts.round_trip_db, seconds=seconds,
+        round_trip_db=doubts.round_trip_db, buckets=buckets, seconds=seconds,
     )  # fmt: skip
+
+
+def _clips_of_buckets(recipe: Recipe, prepared: PreparedClips) -> tuple[tuple[str, int], ...]:
+    """Shape and number of clips of each bucket; empty if there is one. DataError: one has no training clip."""
+    if len(recipe.shapes) == 1:
+        return ()
+    names = [f"{shape.frames}×{shape.height}×{shape.width}" for shape in recipe.shapes]
+    counts = tuple((name, prepared.buckets.count(number)) for number, name in enumerate(names))
+    _log.info("clips by bucket (frames×height×width): %s", ", ".join(f"{name}: {count}" for name, count in counts))
+    training = [bucket for clip, bucket in zip(prepared.clips, prepared.buckets, strict=True) if clip.split == "train"]
+    empty = next((name for number, name in enumerate(names) if number not in training), None)
+    if empty is not None:
+        raise DataError(f"no training clip goes to the bucket {empty}; leave that shape out of frames, height, width and buckets")
+    return counts
 
 
 def _refuse_bad(bad: Sequence[BadClip], skip_bad: bool) -> None:

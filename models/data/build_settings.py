@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from lutetia.models.data.decode.pool import CLIP_SECONDS
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.device import Device
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count
+from lutetia.protocol.schema.manifest import Count, Extent
 
 MAX_FINE = 1024
 MAX_TOKENS = 512
@@ -91,6 +91,12 @@ class BuildSettings(ClipShape, ClusterSettings):
         default=None, description="folder that keeps latents and embeddings between builds; none: the user's cache folder"
     )
 
+    buckets: Annotated[tuple[tuple[Extent, Extent, Extent], ...], Field(max_length=63)] = Field(
+        default=(),
+        description="further shapes of clips as [frames, height, width] in px, beside `frames`, `height` and `width`; every clip "
+        "goes to the shape that fits its aspect ratio and length; one frame: a still picture",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, values: Any) -> Any:
@@ -107,6 +113,16 @@ class BuildSettings(ClipShape, ClusterSettings):
     @property
     def clip_shape(self) -> ClipShape:
         return ClipShape.model_validate({name: getattr(self, name) for name in ClipShape.model_fields})
+
+    @property
+    def clip_shapes(self) -> tuple[ClipShape, ...]:
+        """The shape of each bucket. A still picture is as long as it is shown, so none is too short."""
+        first = self.clip_shape
+        further = [
+            first.model_copy(update={"frames": f, "height": h, "width": w, "short": "loop" if f == 1 else first.short})
+            for f, h, w in self.buckets
+        ]
+        return first, *further
 
     @property
     def clustering(self) -> ClusterSettings:

@@ -16,14 +16,16 @@ import torch
 from lutetia.models.data.cluster.assignment import Placement, Split
 from lutetia.models.data.cluster.contact_sheets import SHEET_CLIPS, write_sheet
 from lutetia.models.data.cluster.report import central
+from lutetia.models.data.decode.cut import Frames
 from lutetia.models.data.decode.pool import DecoderPool
+from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.data.parts.writer import ShardWriter, WrittenShard, part_bytes, text_of
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.manifest import LatentShape, LatentSpec
 from lutetia.system.errors import ConfigError, DataError
 from lutetia.system.files import write_atomic
 
@@ -43,12 +45,16 @@ class BuildInputs:
 
     def latents(self, row: int) -> np.ndarray:
         """Raw latents [C, F, H, W] of the clip number `row`."""
-        return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row]))
+        return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row], self.prepared.buckets[row]))
+
+    def frames(self, row: int) -> Frames:
+        """The frames of the clip number `row`."""
+        return self.decoder.decode(self.prepared.clips[row].path, self.recipe.shapes[self.prepared.buckets[row]])
 
 
 def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Literal["auto", "measured", "shipped"]) -> LatentSpec:
     """The latent spec of the run, with mean and std per channel: shipped with the autoencoder or measured on training clips."""
-    recipe, shape = source.recipe, source.recipe.shape
+    recipe, shape = source.recipe, source.recipe.shapes[0]
     channels, frames, height, width = recipe.latents.shape_of(shape.frames, shape.height, shape.width)
     shipped = recipe.latents.shipped_statistics
     if normalisation == "shipped" and shipped is None:
@@ -63,8 +69,14 @@ def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Litera
         channels=channels, frames=frames, height=height, width=width, mean=mean, std=std,
         vae=recipe.latents.ref, pixel_frames=shape.frames, pixel_height=shape.height, pixel_width=shape.width, fps=shape.fps,
         text_encoder=encoder.ref, text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width,
-        text=encoder.recipe,
+        text=encoder.recipe, buckets=tuple(_latent_shape(recipe, further) for further in recipe.shapes[1:]),
     )  # fmt: skip
+
+
+def _latent_shape(recipe: Recipe, shape: ClipShape) -> LatentShape:
+    _, frames, height, width = recipe.latents.shape_of(shape.frames, shape.height, shape.width)
+    pixels = {"pixel_frames": shape.frames, "pixel_height": shape.height, "pixel_width": shape.width}
+    return LatentShape(frames=frames, height=height, width=width, **pixels)
 
 
 def _measure(source: BuildInputs) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -122,12 +134,13 @@ def write_data(
 
 
 def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: int, name: str, split: Split) -> DataFile | None:
-    rows = source.placement.rows(index, split)
+    rows = sorted(source.placement.rows(index, split), key=lambda row: source.prepared.buckets[row])
     if not rows:
         return None
     relative = f"shards/{index:03d}.{split}.safetensors"
     captions = {source.prepared.clips[row].caption for row in rows}
-    total = 2 * (len(rows) * math.prod(latent.shape) + len(captions) * latent.text_tokens * latent.text_width)
+    numbers = sum(math.prod(latent.in_bucket(source.prepared.buckets[row]).shape) for row in rows)
+    total = 2 * (numbers + len(captions) * latent.text_tokens * latent.text_width)
     null = text_of("", *source.embedded.null) if source.embedded.null else None
     writer = ShardWriter(folder / relative, latent, name, split, part_bytes(total), null)
     mean, std = (torch.tensor(each).view(-1, 1, 1, 1) for each in (latent.mean, latent.std))
@@ -138,6 +151,7 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
             text_of(clip.caption, source.embedded.tokens(clip.caption), source.embedded.pooled[clip.caption]),
             clip.kind,
             source.prepared.digests[row],
+            source.prepared.buckets[row],
         )
     return data_file(relative, writer.finish())
 
@@ -155,7 +169,7 @@ def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None
     spread = np.linspace(half, len(ranked) - 1, half).round().astype(int) if len(ranked) > half else np.empty(0, int)
     chosen = ranked[:half] + [ranked[place] for place in np.unique(spread) if place >= half]
     clips = [source.prepared.clips[row] for row in chosen]
-    frames = [source.decoder.decode(clip.path, source.recipe.shape) for clip in clips]
+    frames = [source.frames(row) for row in chosen]
     write_sheet(
         path,
         f"{name}: {len(rows)} clips; the most typical first, then farther from the centre",

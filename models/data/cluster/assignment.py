@@ -48,6 +48,7 @@ def drop_copies_of_test_clips(prepared: PreparedClips) -> int:
     ]
     prepared.clips[:] = [clip for clip, kept in zip(prepared.clips, keep, strict=True) if kept]
     prepared.digests[:] = [digest for digest, kept in zip(prepared.digests, keep, strict=True) if kept]
+    prepared.buckets[:] = [bucket for bucket, kept in zip(prepared.buckets, keep, strict=True) if kept]
     dropped = len(keep) - sum(keep)
     if dropped:
         _log.warning("%d training clips are copies of test clips and were left out", dropped)
@@ -59,7 +60,12 @@ def feature_vectors(
 ) -> Vectors:
     """Features [N, D] of all clips, standardised by the training clips. `with_text` adds the embedded captions."""
     blocks = [
-        np.stack([cached_array(cache, recipe.features_key(digest, features)) for digest in prepared.digests])
+        np.stack(
+            [
+                cached_array(cache, recipe.features_key(digest, bucket, features))
+                for digest, bucket in zip(prepared.digests, prepared.buckets, strict=True)
+            ]
+        )
         for features in recipe.features
     ]
     if with_text:

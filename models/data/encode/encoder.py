@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lutetia.models.data.decode.buckets import choose_bucket
 from lutetia.models.data.decode.clip import hash_file
 from lutetia.models.data.decode.cut import ClipRefused
 from lutetia.models.data.decode.pool import DecoderPool, in_pool
@@ -36,18 +37,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the file of a clip becomes arrays. Its fingerprints are a part of the keys of the cache."""
+    """How the file of a clip becomes arrays. Its fingerprints are a part of the keys of the cache.
 
-    shape: ClipShape
+    Attributes:
+        shapes: of the clips of each bucket.
+        latents: the autoencoder.
+        features: what clips are clustered by.
+    """
+
+    shapes: Sequence[ClipShape]
     latents: Latents
     features: Sequence[Features]
 
-    def latents_key(self, digest: str) -> str:
+    def latents_key(self, digest: str, bucket: int) -> str:
         made_by = {"latents": self.latents.ref, "fingerprint": self.latents.fingerprint}
-        return cache_key(kind="latents", rule=_RULE, file=digest, shape=self.shape.model_dump(mode="json"), **made_by)
+        return cache_key(kind="latents", rule=_RULE, file=digest, shape=self.shapes[bucket].model_dump(mode="json"), **made_by)
 
-    def features_key(self, digest: str, features: Features) -> str:
-        return cache_key(kind="features", of=self.latents_key(digest), name=features.name, fingerprint=features.fingerprint)
+    def features_key(self, digest: str, bucket: int, features: Features) -> str:
+        of = self.latents_key(digest, bucket)
+        return cache_key(kind="features", of=of, name=features.name, fingerprint=features.fingerprint)
 
 
 @dataclass
@@ -57,6 +65,7 @@ class PreparedClips:
     Attributes:
         clips: the clips.
         digests: SHA-256 (hex) of their files.
+        buckets: the bucket of each.
         bad: clips that were left out.
         unused: other files of the folder.
         cached: how many were in the cache.
@@ -64,6 +73,7 @@ class PreparedClips:
 
     clips: list[ClipSource] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    buckets: list[int] = field(default_factory=list)
     bad: list[BadClip] = field(default_factory=list)
     unused: list[BadClip] = field(default_factory=list)
     cached: int = 0
@@ -89,7 +99,7 @@ def prepare_clips(
     prepared = PreparedClips()
     pack: dict[str, dict[str, NDArray[Any]]] = {}
 
-    def work(clip: ClipSource) -> tuple[str, dict[str, NDArray[Any]]]:
+    def work(clip: ClipSource) -> tuple[str, int, dict[str, NDArray[Any]]]:
         return _prepare_clip(clip, recipe, cache, decoder)
 
     with _one_thread_each():
@@ -98,9 +108,10 @@ def prepare_clips(
                 if isinstance(outcome, ClipRefused):
                     _refuse(clip, outcome, prepared, skip_bad)
                 else:
-                    digest, arrays = outcome
+                    digest, bucket, arrays = outcome
                     prepared.clips.append(clip)
                     prepared.digests.append(digest)
+                    prepared.buckets.append(bucket)
                     prepared.cached += not arrays
                     pack.update({key: {"array": array} for key, array in arrays.items()})
                     if len(pack) >= _PACK_CLIPS or sum(a["array"].nbytes for a in pack.values()) > _PACK_BYTES:
@@ -121,22 +132,23 @@ def _refuse(clip: ClipSource, refusal: ClipRefused, prepared: PreparedClips, ski
 
 def _prepare_clip(
     clip: ClipSource, recipe: Recipe, cache: ArrayCache, decoder: DecoderPool
-) -> tuple[str, dict[str, NDArray[Any]]]:
-    """The digest of the file, and key to array for what is not in the cache. One clip at a time: results depend on no other."""
+) -> tuple[str, int, dict[str, NDArray[Any]]]:
+    """Digest of the file, bucket, and key to array for what is not in the cache. Results depend on no other clip."""
     digest = hash_file(clip.path)
-    latents_key = recipe.latents_key(digest)
-    missing = {recipe.features_key(digest, features): features for features in recipe.features}
+    bucket = choose_bucket(decoder.look(clip.path), recipe.shapes) if len(recipe.shapes) > 1 else 0
+    latents_key = recipe.latents_key(digest, bucket)
+    missing = {recipe.features_key(digest, bucket, features): features for features in recipe.features}
     missing = {key: features for key, features in missing.items() if key not in cache}
     if latents_key in cache and not missing:
-        return digest, {}
-    frames = decoder.decode(clip.path, recipe.shape)
+        return digest, bucket, {}
+    frames = decoder.decode(clip.path, recipe.shapes[bucket])
     cached = cache.get(latents_key)
     latents = torch.from_numpy(cached["array"]) if cached else recipe.latents.encode(frames[None])[0]
     if not torch.isfinite(latents).all():
         raise ClipRefused(f"{clip.name} has latents that are not finite; remove it or use another autoencoder")
     computed: dict[str, NDArray[Any]] = {} if cached else {latents_key: latents.numpy()}
     computed.update({key: features.of(frames, latents) for key, features in missing.items()})
-    return digest, computed
+    return digest, bucket, computed
 
 
 @contextlib.contextmanager

@@ -359,3 +359,31 @@ def test_balance_makes_clusters_equally_frequent(built: BuildReport, tmp_path: P
     assert balance(built.out, tmp_path / "again") == made
     with pytest.raises(DataError, match="holds no data.json"):
         balance(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_clips_go_to_buckets_by_shape_and_length(tmp_path: Path, cache: Path) -> None:
+    """Wide, square and short clips: three shapes in each shard, counted in the report; equal clips give equal bytes."""
+    clips, rows = tmp_path / "clips", []
+    for number in range(36):
+        frames, shape = look("ball", number), number % 3
+        kept = np.repeat(frames, 2, axis=2) if shape == 1 else frames[:1] if shape == 2 else frames
+        write_video(clips / f"{number:02d}.mp4", kept)
+        rows.append({"file_name": f"{number:02d}.mp4", "caption": f"a ball {shape}", "split": "train"})
+    write_rows(clips, rows)
+    first = settings(cache).clip_shape
+    wide, still = (first.frames, first.height, 2 * first.width), (1, first.height, first.width)
+    mixed = settings(cache, experts=1, buckets=[wide, still])
+    report = build_data(clips, tmp_path / "data", mixed)
+    names = [f"{frames}×{height}×{width}" for frames, height, width in ((first.frames, first.height, first.width), wide, still)]
+    assert report.buckets == tuple((name, 12) for name in names)
+    latent = report.description.latent
+    assert [(each.pixel_frames, each.pixel_height, each.pixel_width) for each in latent.buckets] == [wide, still]
+    shard = open_shard(tmp_path / "data" / report.description.shards[0].train.path, latent)
+    assert sum(shard.sizes) == report.train
+    assert min(shard.sizes) > 4
+    shapes = [tuple(shard.take([start]).latents.shape[1:]) for start in np.cumsum([0, *shard.sizes[:-1]]).tolist()]
+    assert shapes == [each.shape for each in latent.of_buckets]
+    build_data(clips, tmp_path / "again", mixed)
+    assert content(tmp_path / "again") == content(tmp_path / "data")
+    with pytest.raises(DataError, match=r"no training clip goes to the bucket 4×.*; leave that shape out"):
+        build_data(clips, tmp_path / "none", settings(cache, experts=1, buckets=[wide, still, (4, 512, 8)]))
