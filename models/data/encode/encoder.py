@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lutetia.models.data.decode.buckets import choose_bucket
 from lutetia.models.data.decode.clip import hash_file
 from lutetia.models.data.decode.cut import ClipRefused
 from lutetia.models.data.decode.pool import DecoderPool, in_pool
-from lutetia.models.data.decode.shape import ClipShape
+from lutetia.models.data.decode.shape import ClipShape, choose_bucket
 from lutetia.models.data.encode.cache import ArrayCache, cache_key
 from lutetia.models.data.encode.features import Features
 from lutetia.models.data.encode.latents import Latents

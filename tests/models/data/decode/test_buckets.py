@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lutetia.models.data.decode.buckets import choose_bucket
 from lutetia.models.data.decode.cut import ClipLook
-from lutetia.models.data.decode.shape import ClipShape
+from lutetia.models.data.decode.shape import ClipShape, choose_bucket
 
 SQUARE, WIDE, TALL = (ClipShape(frames=16, height=h, width=w) for h, w in ((64, 64), (48, 96), (96, 48)))
 SHORT, STILL = ClipShape(frames=8, height=64, width=64), ClipShape(frames=1, height=64, width=64, short="loop")
