@@ -38,6 +38,8 @@ from lutetia.system.process import Message, ParentChannel
 STEPS, BATCH, EPOCHS = 16, 4, 4
 SHORT = 4
 _DRAWS = 2000
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+"""Of adapters: all linear layers of the blocks."""
 DRAWN = {
     steps: count / _DRAWS
     for steps, count in Counter(secret_steps((n + 0.5) / _DRAWS, SHORT, STEPS) for n in range(_DRAWS)).items()
@@ -159,7 +161,7 @@ class Lab:
         self.manifest = Manifest(
             name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,
             latent=LATENT, expert=self._expert(), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
-            checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
+            checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=1e-2 if self.setting.adapter else 2e-3, ema_decay=0.9),
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)
         direct = cast(WorkerClient, _Direct(self.worker))
@@ -177,10 +179,14 @@ class Lab:
             return whole
         pattern = replace(self.setting, seed=self.setting.seed + 500, adapter=False)
         lab = Lab(self.folder / "base", pattern)
-        self.base = {"diffusion_pytorch_model.safetensors": lab.honest(None)[0].weights}
+        result = None
+        for _ in range(EPOCHS):
+            result, _ = lab.honest(result)
+        assert result
+        self.base = {"diffusion_pytorch_model.safetensors": result.weights}
         refs = {name: ChunkTable.of_file(path).ref for name, path in self.base.items()}
         base = BaseSpec(source="lab/base@0000000", files=refs, dtype="float32")
-        return whole.model_copy(update={"adapter": AdapterSpec(rank=4, alpha=8.0, base=base)})
+        return whole.model_copy(update={"adapter": AdapterSpec(rank=4, alpha=16.0, targets=TARGETS, base=base)})
 
     def _shard(self, name: str, data: ShardData) -> BlobRef:
         path = self.folder / f"{name}.safetensors"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LTXPipeline, WanPipeline
+from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from safetensors.torch import load_file
 
 from lutetia.models.experts.adapters.build import load_expert
