@@ -37,6 +37,8 @@ from lutetia.system.process import Message, ParentChannel
 
 STEPS, BATCH, EPOCHS = 16, 4, 4
 SHORT = 4
+RATES = {False: 2e-3, True: 1e-2}
+"""Learning rates: of experts that are trained whole, and of adapters."""
 _DRAWS = 2000
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 """Of adapters: all linear layers of the blocks."""
@@ -161,7 +163,8 @@ class Lab:
         self.manifest = Manifest(
             name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,
             latent=LATENT, expert=self._expert(), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
-            checkpoint_samples=STEPS * BATCH, optimisation=Optimisation(batch=BATCH, learning_rate=1e-2 if self.setting.adapter else 2e-3, ema_decay=0.9),
+            checkpoint_samples=STEPS * BATCH,
+            optimisation=Optimisation(batch=BATCH, learning_rate=RATES[self.setting.adapter], ema_decay=0.9),
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)
         direct = cast(WorkerClient, _Direct(self.worker))

@@ -15,7 +15,7 @@ from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
 from lutetia.models.training.checkpoint_io import read_place
 from lutetia.models.training.holdout_loss import RowLimits, holdout_loss
-from lutetia.models.training.moment_checks import check_moments
+from lutetia.models.training.moment_checks import check_lag, check_moments
 from lutetia.models.training.replay import read_trace
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.verdicts import CheckName
@@ -68,6 +68,8 @@ def inspect_result(manifest: Manifest, files: ResultFiles, progress: Callable[[]
     check_moments(files.state, manifest.optimisation)
     progress()
     _check_agreement(manifest, files, progress)
+    check_lag(files.state, files.weights, manifest.optimisation)
+    progress()
     if (steps := len(read_trace(files.trace))) != manifest.steps_per_epoch:
         text = f"its trace has {steps} losses; an epoch has {manifest.steps_per_epoch} steps"
         raise CheckpointMisfit("shape", text)

@@ -7,18 +7,22 @@ With gradients g clipped to norm c, first moments m = (1-b1) sum b1^k g and seco
     m^2 <= C v elementwise                 Cauchy-Schwarz, C = (1-b1)^2 / ((1-b2)(1 - b1^2/b2)), where b1^2 < b2
 
 The last one bounds the damage that poisoned moments do to a trainer that resumes from them: a step moves no weight by more than
-sqrt(C) times the learning rate.
+sqrt(C) times the learning rate. It also bounds how far a weight can be from its average of decay d, whatever was trained:
+
+    |w - average| <= d / (1 - d) times the largest step
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
+from lutetia.models.training.optimisers import MUON_RATE
 from lutetia.protocol.schema.manifest import Optimisation
 
 _SLACK = 1.02  # rounding
@@ -32,6 +36,32 @@ def moment_ratio(optimisation: Optimisation) -> float:
     if b1 * b1 >= b2:
         return math.inf
     return (1 - b1) ** 2 / ((1 - b2) * (1 - b1 * b1 / b2))
+
+
+def largest_lag(optimisation: Optimisation, shape: Sequence[int], muon: bool) -> float:
+    """How far an entry of a weight of this shape can be from its average, if weight decay is left out. Twice the bound above.
+
+    A step of AdamW is at most sqrt(C) times the rate, or (1-b1) / sqrt(1-b2) times if its moments have just begun; one of Muon
+    MUON_RATE sqrt(rows / columns) times, as singular values of its direction end below 1.3.
+    """
+    b1, b2 = optimisation.beta1, optimisation.beta2
+    step = MUON_RATE * 1.3 * math.sqrt(max(1.0, shape[0] / shape[1])) if muon else math.sqrt(moment_ratio(optimisation))
+    step = max(step, (1 - b1) / math.sqrt(1 - b2))
+    decay = optimisation.ema_decay
+    return 2 * optimisation.learning_rate * step * decay / (1 - decay)
+
+
+def check_lag(path: Path, weights: Path, optimisation: Optimisation) -> None:
+    """Raises CheckpointMisfit where a raw parameter of a checked state is farther from its average than steps can bring it."""
+    with safe_open(path, framework="pt") as state, safe_open(weights, framework="pt") as averages:
+        names = set(state.keys())
+        for name in sorted(name.removeprefix("param.") for name in names if name.startswith("param.")):
+            raw, average = state.get_tensor(f"param.{name}").float(), averages.get_tensor(name).float()
+            decay = optimisation.learning_rate * optimisation.weight_decay / (1 - optimisation.ema_decay)
+            most = largest_lag(optimisation, raw.shape, MUON + name in names) + (0.01 + decay) * average.abs()
+            if bool(((raw - average).abs() > most).any()):
+                text = f"{name} in {path.name} is farther from its average than the run's learning rate can bring it; refused"
+                raise CheckpointMisfit("norm", text)
 
 
 def check_moments(path: Path, optimisation: Optimisation) -> None:

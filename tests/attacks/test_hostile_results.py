@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.attacks.lab import SHORT, STEPS, Honest, Lab
-from benchmarks.attacks.lies import EXCUSES, LIES, Scene
+from benchmarks.attacks.lies import EXCUSES, LIES, OF_ADAPTERS, Scene
 from benchmarks.attacks.main import truths
 from lutetia.models.training.holdout_loss import holdout_loss
 
@@ -29,9 +29,17 @@ STOPPED = {
     "one infinity": "numbers",
     "one weight of 1e9": "numbers",
     "scaled by 10": "holdout",
-    "poisoned raw parameters": "raw",
+    "poisoned raw parameters": "numbers",
     "poisoned moments": "numbers",
     "negative second moments": "numbers",
+}
+STOPPED_ADAPTERS = {
+    "untrained": "holdout",
+    "one NaN": "numbers",
+    "poisoned raw parameters": "numbers",
+    "poisoned moments": "numbers",
+    "negative second moments": "numbers",
+    "A times 64, B by 64": "numbers",
 }
 OWN, *_, WIDEST = EXCUSES.items()
 BY_FIRST_STEPS = ("parent republished", "parent plus dust", "forward passes only", "fabricated trace", "other data")
@@ -43,18 +51,43 @@ BY_WHOLE_EPOCH = (
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    lab = Lab(tmp_path_factory.mktemp("lab"), Honest(seed=SEED))
+    return scene_of(Lab(tmp_path_factory.mktemp("lab"), Honest(seed=SEED)), SEED)
+
+
+def scene_of(lab: Lab, seed: int) -> Scene:
     parent, before = lab.honest(None)
     verdict = asyncio.run(lab.judged(parent, None))
     assert verdict.outcome == "valid", verdict.text
     _, after = lab.honest(parent)
-    return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), SEED)
+    return Scene(lab, before, parent, after, torch.Generator().manual_seed(3), seed)
 
 
 @pytest.mark.parametrize(("name", "check"), STOPPED.items())
 async def test_a_hostile_result_is_refused_by_its_check(scene: Scene, name: str, check: str) -> None:
     verdict = await scene.lab.judged(scene.lab.publish(LIES[name](scene)), scene.parent)
     assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
+
+
+@pytest.fixture(scope="module")
+def adapter_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return scene_of(Lab(tmp_path_factory.mktemp("adapters"), Honest(seed=2, adapter=True)), 2)
+
+
+@pytest.mark.parametrize(("name", "check"), STOPPED_ADAPTERS.items())
+async def test_a_hostile_adapter_is_refused_by_its_check(adapter_scene: Scene, name: str, check: str) -> None:
+    lie = {**LIES, **OF_ADAPTERS}[name]
+    verdict = await adapter_scene.lab.judged(adapter_scene.lab.publish(lie(adapter_scene)), adapter_scene.parent)
+    assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
+
+
+@pytest.mark.parametrize("name", ["parent republished", "forward passes only", "A times 4, B by 4", "scaled by 1.5"])
+async def test_a_faked_adapter_that_scores_well_is_found_by_replay(adapter_scene: Scene, name: str) -> None:
+    lab, lie = adapter_scene.lab, {**LIES, **OF_ADAPTERS}[name]
+    result = lab.publish(lie(adapter_scene))
+    assert (await lab.judged(result, adapter_scene.parent)).outcome == "valid"
+    assert lab.audited(result, adapter_scene.parent).whole.outcome == "invalid"
+    honest = lab.publish(adapter_scene.after)
+    assert lab.audited(honest, adapter_scene.parent).whole.outcome == "valid"
 
 
 async def test_noise_and_times_of_the_score_are_secret_and_new_for_each_result(scene: Scene) -> None:

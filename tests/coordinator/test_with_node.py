@@ -83,8 +83,9 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
     assert mixture.network == run.manifest.expert
     assert {path.name for path in (run.folder / "mixture" / "expert_000").iterdir()} == {"pytorch_lora_weights.safetensors"}
     assert (run.folder / "gallery" / "000.gif").exists(), "sampled from the adapters"
-    weights = BlobStore(tmp_path / "node" / "blobs")
-    assert all(weights.has(ref.digest) for ref in run.manifest.expert.adapter.base.files.values()), "the node fetched the base"
+    weights, adapted = BlobStore(tmp_path / "node" / "blobs"), run.manifest.expert.adapter
+    assert adapted is not None
+    assert all(weights.has(ref.digest) for ref in adapted.base.files.values()), "the node fetched the base"
     kinds = [event.kind for event in read_events(run.folder)]
     assert kinds[-1] == "coordinator-stopped"
     assert kinds.count("checkpoint-accepted") == 2

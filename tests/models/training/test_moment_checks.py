@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.holdout_loss import holdout_loss
-from lutetia.models.training.moment_checks import check_moments, moment_ratio
+from lutetia.models.training.moment_checks import check_lag, check_moments, moment_ratio
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import Optimisation
 from tests.models.tiny_experts import tiny_data, tiny_manifest
@@ -29,6 +29,21 @@ def test_moments_of_training_pass_at_every_step(tmp_path: Path, optimisation: di
         trainer.step()
         write_state(trainer.snapshot(), tmp_path / "state")
         check_moments(tmp_path / "state", trainer.manifest.optimisation)
+        write_weights(trainer.snapshot(), tmp_path / "weights")
+        check_lag(tmp_path / "state", tmp_path / "weights", trainer.manifest.optimisation)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_raw_parameters_that_no_step_reaches_are_refused(optimizer, tmp_path: Path):
+    trainer = ExpertTrainer(tiny_manifest(optimisation={"optimizer": optimizer, "ema_decay": 0.9}), 0, tiny_data())
+    for _ in range(3):
+        trainer.step()
+    snapshot = trainer.snapshot()
+    write_weights(snapshot, tmp_path / "weights")
+    snapshot.parameters["blocks.0.attn1.to_q.weight"][3, 4] += 0.5
+    write_state(snapshot, tmp_path / "state")
+    with pytest.raises(CheckpointMisfit, match=r"blocks.0.attn1.to_q.weight in state is farther from its average than"):
+        check_lag(tmp_path / "state", tmp_path / "weights", trainer.manifest.optimisation)
 
 
 @settings(max_examples=60)
