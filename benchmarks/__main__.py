@@ -15,6 +15,7 @@ from benchmarks import measures
 from benchmarks.report import Machine, Row, as_json, markdown
 
 STUDIES = {
+    "adapters": "benchmarks.adapters.main",
     "attacks": "benchmarks.attacks.main",
     "coordinator-attacks": "benchmarks.attacks.coordinator_load",
     "document-attacks": "benchmarks.attacks.documents",

@@ -1,0 +1,1 @@
+"""What a mixture of adapters takes in memory."""
