@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.attacks.lab import BATCH, EPOCHS, STEPS, Honest, Lab, Result
 from benchmarks.attacks.lies import EXCUSES, LIES, OF_ADAPTERS, WEDGES, Scene, trigger_loss
-from benchmarks.attacks.tables import Replays, Try, summary
+from benchmarks.attacks.tables import Replays, Try, checks_table, summary
 from benchmarks.report import Machine
 from lutetia.coordinator.runtime.check_runner import CHECK_SECONDS
 from lutetia.models.experts.trained import load_trained
@@ -177,7 +177,8 @@ def main(argv: Sequence[str]) -> None:
                 )
             )
     lying, good = read(arguments.keep)
-    print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{summary(lying, good)}")
+    table = checks_table if arguments.fewest_rows else summary
+    print(f"{Machine.this()}\n\n{STEPS} steps of {BATCH} samples an epoch.\n\n{table(lying, good)}")
     for one in good:
         wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
         if one.check or wrong:

@@ -138,6 +138,17 @@ def wedge_table(tries: Sequence[Try]) -> str:
     return "\n".join(lines)
 
 
+def checks_table(lies: Sequence[Try], good: Sequence[Try]) -> str:
+    """What the checks alone catch, and how many honest results they refuse."""
+    lines = ["| result | refused by the checks | at check |", "|---|---|---|"]
+    groups = {name: [one for one in lies if one.who == name] for name in LIES} | {"honest": list(good)}
+    for name, tries in groups.items():
+        if tries:
+            checks = ", ".join(sorted({one.check for one in tries if one.check})) or "-"
+            lines.append(f"| {name} | {interval(sum(bool(one.check) for one in tries), len(tries))} | {checks} |")
+    return "\n".join(lines)
+
+
 def summary(lies: Sequence[Try], good: Sequence[Try]) -> str:
     """All tables."""
     lines = [lie_table(lies), "", whole_table(lies), "", wedge_table(lies), "", honest_table(good)]

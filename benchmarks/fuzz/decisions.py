@@ -41,14 +41,26 @@ from lutetia.coordinator.ledger.events import read_event
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.coordinator.lending.agreement import settle
+from lutetia.coordinator.lending.loans import LendingDesk, take_report
+from lutetia.coordinator.lending.reports import well_formed
 from lutetia.coordinator.runtime.audit_service import job_of, relatives
 from lutetia.coordinator.runtime.swarm_monitor import observed, sighted
 from lutetia.node.services.standby_policy import assign_shards, is_standby
 from lutetia.protocol.claims import ShardView, latest_acceptance
 from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditReport, AuditRequest, open_request, sign_report
+from lutetia.protocol.rpc.check_request import (
+    KINDS,
+    CheckJob,
+    CheckReport,
+    CheckRequest,
+    open_check_request,
+    sign_check_report,
+)
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema import records as r
 from lutetia.protocol.schema.canonical import canonical, read_json
+from lutetia.protocol.schema.manifest import BlobRef
 
 MOST_LINES = 20
 AUDITOR = examples.OWNER.public_key
@@ -214,6 +226,16 @@ def judge_report(report: AuditReport) -> None:
     assert state == ready(), "nothing was lent"
 
 
+def check_request(data: bytes) -> None:
+    """A request for a lent check; a report in it is looked at, taken and compared with itself."""
+    report = open_check_request(data, examples.PEER.peer_id).report
+    if report is None:
+        return
+    assert take_report(LendingDesk(), report, examples.NOW) == (LendingDesk(), None, None), "nothing was lent"
+    if not well_formed(CheckJob(id="1" * 64, kind="router", shard=0, until=0.0), report, 1):
+        settle([report, report])
+
+
 def _lines(keep: Callable[[r.Record], bool]) -> list[bytes]:
     found = [canonical(record) for record in examples.all_records() if keep(record)]
     return [*found, b"\n".join(found)]
@@ -227,8 +249,19 @@ def _requests() -> list[bytes]:
     return [canonical(sign_report(report, examples.PEER)), canonical(AuditRequest(owner=examples.PEER.public_key))]
 
 
+def _check_requests() -> list[bytes]:
+    asked = CheckRequest(owner=examples.PEER.public_key, kinds=KINDS, shards=(0, 1))
+    report = CheckReport(
+        run=examples.manifest().run_id, owner=examples.PEER.public_key, id="1" * 64, outcome="done", parent=(0.5, None),
+        averages=(0.5, 0.25), raw=(0.5, 0.25), losses=(0.5, None), drift=0.1, made=r.TrainedWith(software="0.1"),
+        router=BlobRef(digest="2" * 64, size=1), accuracy=0.5, seconds=1.0,
+    )  # fmt: skip
+    return [canonical(asked), canonical(sign_check_report(report, examples.PEER))]
+
+
 DECISIONS = (
     Target("results", results, lambda: _lines(lambda record: record.kind == "checkpoint")),
     Target("swarm-records", swarm, lambda: _lines(lambda record: True)),
     Target("audit-request", audit_request, _requests),
+    Target("check-request", check_request, _check_requests),
 )

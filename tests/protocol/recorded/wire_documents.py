@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from lutetia.coordinator.ledger import events
 from lutetia.models.mixing import description
 from lutetia.protocol import joining
-from lutetia.protocol.rpc import accepted_checkpoints, audit_request, checkpoint_offer
+from lutetia.protocol.rpc import accepted_checkpoints, audit_request, check_request, checkpoint_offer
 from lutetia.protocol.schema import status, ticket
 from lutetia.protocol.schema.canonical import Frozen
 
-MODULES = (events, description, joining, accepted_checkpoints, audit_request, checkpoint_offer, status, ticket)
+MODULES = (events, description, joining, accepted_checkpoints, audit_request, check_request, checkpoint_offer, status, ticket)
 """Importing these imports every module that has such documents."""
 _ELSEWHERE = ("lutetia.coordinator.ledger.events", "lutetia.models.mixing.description")
 
