@@ -272,7 +272,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         """
         if self._defaults.scheduler is None and type(self.scheduler) is FlowMatchEulerDiscreteScheduler:
             self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), device="cpu")
-            return EulerSolver(self.scheduler.sigmas)
+            return EulerSolver(torch.as_tensor(self.scheduler.sigmas))
         grid = self._defaults.scheduler.grid if self._defaults.scheduler else "own"
         return SchedulerSolver(self.scheduler, steps, math.prod(shape[1:]), grid, solver_noise(seeds, generator))
 

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from lutetia.coordinator.run_folder import RunFolder
@@ -53,7 +54,7 @@ def made(request: pytest.FixtureRequest, clips: Path, tmp_path_factory: pytest.T
     manifest = create(name, folder).manifest
     train(manifest, folder)
     stitch(folder / "mixture", manifest, [folder / "weights.safetensors"], None)
-    stock = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder(name))
+    stock: Any = DiffusionPipeline.from_pretrained(pipeline_folder(name))
     stock.set_progress_bar_config(disable=True)
     stock.transformer = type(stock.transformer).from_pretrained(folder / "mixture" / "expert_000")
     noise = torch.randn(2, *manifest.latent.shape, generator=torch.Generator().manual_seed(5))

@@ -10,14 +10,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+
+diffusers: Any = import_module("diffusers")  # both load lazily, which hides their names from a type checker
+transformers: Any = import_module("transformers")
 
 WORDS = ("a", "red", "green", "ball", "square", "moves", "left", "up", "the", "video", "and", "of", "describe")
 WIDTH = 32

@@ -70,6 +70,8 @@ class _Part:
 class PipelineEncoder(TextEncoder):
     """The text encoder of a diffusers pipeline. Tokens of padding are zero unless the pipeline lets its experts read them."""
 
+    recipe: TextRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, ref: str, pipeline: ModelRef, recipe: TextRecipe, tokens: int, device: str = "cpu") -> None:
         self.ref, self.tokens, self.recipe, self._device = ref, tokens, recipe, device
         if pipeline.folder is None:  # from here on from the disk: a tokenizer's loader asks a hub for files that are not there

@@ -63,9 +63,10 @@ def _call_allegro(model: nn.Module, asked: Asked) -> Tensor:
 def _allegro_rotary(head: int, grid: Patch, scale: tuple[float, float, float], device: torch.device) -> Rotary:
     """Like `AllegroPipeline._prepare_rotary_positional_embeddings`."""
     frames, *space = grid
-    *frequencies, t, h, w = get_3d_rotary_pos_embed_allegro(
+    positions: Any = get_3d_rotary_pos_embed_allegro(
         head, ((0, 0), tuple(space)), tuple(space), frames, interpolation_scale=scale, device=device
     )
+    *frequencies, t, h, w = positions
     places = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1).contiguous()
     return tuple(frequencies), tuple(places)  # pyright: ignore[reportReturnType]
 
