@@ -15,7 +15,7 @@ from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.manifest import ExpertSpec, LatentShape, LatentSpec
 from tests.models.tiny_experts import CONFIGS, OWNER, tiny_data, tiny_manifest
 
 PIXELS = LatentSpec(
@@ -25,9 +25,10 @@ PIXELS = LatentSpec(
 WAN_PIXELS = ExpertSpec(config={**CONFIGS["WanTransformer3DModel"], "in_channels": 9, "out_channels": 3, "text_dim": 64})
 
 
-def pixel_mixture(root: Path) -> Path:
+def pixel_mixture(root: Path, buckets: tuple[LatentShape, ...] = ()) -> Path:
     """Two experts on pixels, with position channels and the text encoder that needs no weights."""
-    return _stitched(root, 2, WAN_PIXELS, PIXELS, {"steps": 2, "guidance": 2.0})
+    latent = PIXELS.model_copy(update={"buckets": buckets})
+    return _stitched(root, 2, WAN_PIXELS, latent, {"steps": 2, "guidance": 2.0})
 
 
 def compressed_mixture(root: Path, shards: int = 1) -> Path:

@@ -15,6 +15,7 @@ from lutetia.models.data.parts.reader import PartedShard, load_shard, open_shard
 from lutetia.models.data.parts.writer import ShardWriter, text_of
 from lutetia.models.mixing.router import build_router, resized
 from lutetia.models.mixing.router_training import train_router
+from lutetia.models.pipeline import load_pipeline
 from lutetia.models.pipeline_inputs import find_size
 from lutetia.models.randomness import clip_order
 from lutetia.models.training.batches import Batches
@@ -23,6 +24,7 @@ from lutetia.models.training.holdout_loss import RowLimits, holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.manifest import LatentShape
 from lutetia.system.errors import ConfigError, DataError, UsageError
+from tests.models.mixing.tiny_mixture import pixel_mixture
 from tests.models.tiny_experts import LATENT, tiny_manifest
 
 WIDE = LatentShape(frames=2, height=4, width=16, pixel_frames=2, pixel_height=4, pixel_width=16)
@@ -165,3 +167,10 @@ def test_size_of_a_bucket_is_found_from_what_is_given() -> None:
     assert find_size(MIXED, None, 4, 16).shape == (4, 2, 4, 16)
     with pytest.raises(UsageError, match=r"num_frames=3, height=None, width=None; ask for one of 4, 8, 8; 2, 4, 16; 1, 8, 8"):
         find_size(MIXED, 3, None, None)
+
+
+def test_pipeline_samples_clips_of_any_bucket(tmp_path: Path) -> None:
+    pipeline = load_pipeline(pixel_mixture(tmp_path, (WIDE, IMAGE)))
+    for frames, height, width in ((4, 8, 8), (2, 4, 16), (1, 8, 8)):
+        clips, _ = pipeline(["a cat"], num_frames=frames, height=height, width=width, seed=0, return_dict=False)
+        assert clips.shape == (1, frames, height, width, 3)
