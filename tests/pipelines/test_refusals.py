@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from lutetia.coordinator.admin.pipeline_settings import with_pipeline
 from lutetia.models.data.build import build_data
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import load_text_encoder
+from lutetia.models.data.parts.reader import load_shard
+from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.data.shards import ShardData
 from lutetia.models.networks.model_ref import parse_ref
 from lutetia.models.sources.conventions import CONVENTIONS
 from lutetia.models.sources.data_settings import with_pipeline as data_settings
 from lutetia.models.sources.pipeline import open_pipeline
 from lutetia.models.warm_start import find_sources
 from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Optimisation, SamplingSpec, TimeSampling
-from lutetia.system.errors import ConfigError, LutetiaError
+from lutetia.system.errors import ConfigError, IntegrityError, LutetiaError
 from tests.pipelines.tiny_clips import build_settings, run_settings
 from tests.pipelines.tiny_pipelines import pipeline_folder
 
@@ -215,3 +219,20 @@ def test_pipeline_that_no_hub_and_no_cache_has_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="cannot load pipeline 'owner/other': .*check the id and the connection") as caught:
         open_pipeline("owner/other")
     assert "\n" not in str(caught.value)
+
+
+def test_index_with_another_null_condition_than_its_text_needs_is_refused(tmp_path: Path) -> None:
+    latent = latent_of("wan21", tmp_path)
+    zeros = torch.zeros
+    null = zeros(latent.text_tokens, latent.text_width), zeros(latent.pooled_width)
+    shape = (2, *latent.shape)
+    data = ShardData(zeros(*shape), zeros(2, *null[0].shape), zeros(2, latent.pooled_width), ["a", "b"], ["", ""], null)
+    write_shard(tmp_path / "whole.safetensors", data, latent)
+    assert load_shard(tmp_path / "whole.safetensors", latent).null is not None
+    for name, spec, given, says in (
+        ("missing", latent, None, "the null condition of its text is missing"),
+        ("needless", latent.model_copy(update={"text": None}), null, "a null condition that its text does not need"),
+    ):
+        write_shard(tmp_path / f"{name}.safetensors", replace(data, null=given), spec)
+        with pytest.raises(IntegrityError, match=says):
+            load_shard(tmp_path / f"{name}.safetensors", spec)
