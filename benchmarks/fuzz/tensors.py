@@ -21,7 +21,7 @@ from lutetia.models.data.shards import ShardData
 from lutetia.models.experts.families import weight_schema
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_checks import check_state, check_weights, state_schema
-from lutetia.models.training.checkpoint_io import read_state
+from lutetia.models.training.checkpoint_io import check_resumable
 
 
 def weights(data: bytes) -> None:
@@ -31,7 +31,7 @@ def weights(data: bytes) -> None:
 def state(data: bytes) -> None:
     path = _written("state.safetensors", data)
     check_state(path, examples.manifest().expert, examples.manifest().optimisation)
-    read_state(path, examples.manifest(), 1)
+    check_resumable(path, examples.manifest(), 1)
 
 
 def shard(data: bytes) -> None:
