@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lutetia.cli.workspace import check_replaceable, workspace
+from lutetia.cli.workspace import arriving, check_replaceable, workspace
 from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.light_client.documents import fetch_document
+from lutetia.protocol.light_client.transfer import ArrivingFolder
 from lutetia.protocol.rpc.accepted_checkpoints import ACCEPTED, read_accepted
 from lutetia.protocol.rpc.introduction import MANIFEST
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, BlobRef, open_manifest
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.reachability import policy_of
@@ -28,6 +29,8 @@ _MOST_ADDRESSES = 16  # of a ticket
 
 def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> list[AcceptanceRecord]:
     """Write the newest accepted weights and training state of every shard into `out`, whole or not at all.
+
+    A fetch that was killed goes on where it was.
 
     `out` then holds the signed manifest and one folder per shard: `weights.safetensors`, `state.safetensors`, `acceptance.json`.
 
@@ -55,8 +58,9 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
         )
     policy = asyncio.run(policy_of(ticket.addresses))
     total = sum(given.weights.size + given.state.size for given, _ in accepted)
-    before = 0
-    with workspace(out) as work:
+    refs = [ref for given, _ in accepted for ref in (given.weights, given.state)]
+    before, files = 0, dict[Path, BlobRef]()
+    with workspace(out) as work, ArrivingFolder(arriving(out), refs) as blobs:
         folder = work / "checkpoints"
         folder.mkdir()
         for given, holders in accepted:
@@ -64,14 +68,15 @@ def fetch_checkpoints(ticket: Ticket, out: Path, timeout: float, on_bytes: Calla
             shard.mkdir()
             named = [address for address in holders if policy.allows(address)][:_MOST_HOLDERS]
             places = tuple(dict.fromkeys((*named, *ticket.addresses)))[:_MOST_ADDRESSES]
-            files = {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
             start = before
             fetch_blobs(
-                ticket.model_copy(update={"addresses": places}), files, timeout,
+                ticket.model_copy(update={"addresses": places}), (given.weights, given.state), blobs, timeout,
                 lambda done, _, start=start: on_bytes(start + done, total),
             )  # fmt: skip
             before += given.weights.size + given.state.size
+            files |= {shard / "weights.safetensors": given.weights, shard / "state.safetensors": given.state}
             (shard / "acceptance.json").write_bytes(canonical(given))
+        blobs.move_into(files)
         (folder / _MARK).write_bytes(signed.to_bytes())
         replace_folder(folder, out)
     return [given for given, _ in accepted]

@@ -9,11 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lutetia.cli.output import say
-from lutetia.cli.workspace import check_replaceable, workspace
+from lutetia.cli.workspace import arriving, check_replaceable, workspace
 from lutetia.models.mixing.description import FILE, MixtureDocument, SignedMixture, signed_document, verify_mixture
 from lutetia.models.mixing.layout import check_names
 from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.light_client.documents import fetch_document
+from lutetia.protocol.light_client.transfer import ArrivingFolder
 from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
 from lutetia.protocol.schema.ticket import Ticket
@@ -66,7 +67,11 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
         folder = work / "mixture"
         folder.mkdir()
         (folder / FILE).write_bytes(data)
-        fetch_blobs(ticket, {folder / name: ref for name, ref in files.items()}, timeout, on_bytes)
+        with ArrivingFolder(arriving(out), files.values()) as folder_of_blobs:
+            fetch_blobs(ticket, files.values(), folder_of_blobs, timeout, on_bytes)
+            for name in files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            folder_of_blobs.move_into({folder / name: ref for name, ref in files.items()})
         document = verify_mixture(folder, manifest.coordinators)
         replace_folder(folder, out)
     return document

@@ -32,6 +32,11 @@ def workspace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def arriving(target: Path) -> Path:
+    """The folder beside `target` that keeps what has arrived of it, also after a killed process."""
+    return target.absolute().parent / f".{target.name}.fetch"
+
+
 def _sweep(parent: Path, name: str) -> None:
     """Remove the folders whose process has ended: the kernel has released their locks."""
     for stale in parent.glob(f".{name}.*.part"):

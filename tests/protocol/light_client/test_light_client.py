@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import subprocess
 import sys
 import time
@@ -41,13 +43,22 @@ answer["seconds"] = used.ru_utime + used.ru_stime
 print(json.dumps(answer))
 """
 FETCH = """
-import json, sys
+import json, os, sys
 from pathlib import Path
-from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.light_client.blobs import fetch_blobs
+from lutetia.protocol.light_client.transfer import ArrivingFolder
+from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
-ticket, path, digest, size = json.loads(sys.argv[1])
-fetch_blobs(Ticket.decode(ticket), {Path(path): BlobRef(digest=digest, size=size)})
+ticket, folder, path, digest, size, kill_at = json.loads(sys.argv[1])
+ref, seen = BlobRef(digest=digest, size=size), []
+def count(done, total):
+    seen.append(done)
+    if done >= kill_at:
+        os.kill(os.getpid(), 9)
+with ArrivingFolder(Path(folder), [ref]) as blobs:
+    fetch_blobs(Ticket.decode(ticket), [ref], blobs, on_bytes=count)
+    blobs.move_into({Path(path): ref})
+print(seen[0])
 """
 
 ORDER = """
@@ -88,8 +99,6 @@ def command(code: str, *arguments: Any) -> list[str]:
 
 async def run(line: list[str]) -> str:
     """Run a process while the event loop of this one answers it."""
-    import asyncio
-
     process = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0
@@ -127,10 +136,18 @@ async def test_a_document_that_is_not_offered_or_too_large_is_refused(peer: Hive
     assert "larger than 1000" in (await ask(*peer.addresses(), limit=1000))["error"]
 
 
-async def test_blobs_come_verified_from_real_p2pd(peer: HivemindTransport, tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
-    data = time.time_ns().to_bytes(8, "big") * (3 << 17)
+async def test_killed_fetch_of_blobs_goes_on_from_several_peers(peer: HivemindTransport, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "store")
+    data = random.Random(time.time_ns()).randbytes(40 << 20)
     ref = store.add_bytes(data)
     await serve_blobs(peer, store)
-    await run(command(FETCH, ticket(*peer.addresses()), str(tmp_path / "fetched"), ref.digest, ref.size))
+    refused = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
+    places = ticket(refused, *peer.addresses(), peer.addresses()[0].replace("/ip4/127.0.0.1", "/dns4/localhost"))
+    folder, path = str(tmp_path / "arriving"), str(tmp_path / "fetched")
+    killed = await asyncio.create_subprocess_exec(*command(FETCH, places, folder, path, ref.digest, ref.size, 0.9 * ref.size))
+    assert await killed.wait() == -9
+    assert not (tmp_path / "fetched").exists()
+    kept = int(await run(command(FETCH, places, folder, path, ref.digest, ref.size, 2 * ref.size)))
+    assert kept >= 0.9 * ref.size, "at most a tenth is fetched again"
     assert (tmp_path / "fetched").read_bytes() == data
+    assert not (tmp_path / "arriving").exists()
